@@ -1,0 +1,111 @@
+//! What a container needs, decided once from its bundle and the mounts that containerd sent. The
+//! rest of the shim reads these types and never the spec.
+
+use std::path::PathBuf;
+
+/// What a container needs from its machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Whether the container stands alone or belongs to a pod.
+    pub(crate) placement: Placement,
+    /// The OCI spec for the guest as JSON: `root.path` and the sources of bind mounts are guest
+    /// paths, host-only settings are gone.
+    pub(crate) spec: Vec<u8>,
+    /// Where the root file system comes from.
+    pub(crate) root: Root,
+    /// Host directories and files that the spec's bind mounts name, in the order of the spec.
+    pub(crate) shares: Vec<Share>,
+    /// The network that the spec asks for.
+    pub(crate) network: Network,
+    /// The size that a machine for this container alone has.
+    pub(crate) size: Size,
+    /// The first process has a terminal.
+    pub(crate) terminal: bool,
+    /// The cgroup path of the spec, as it stands there; names the host cgroup of the machine.
+    pub(crate) cgroups_path: Option<String>,
+}
+
+/// How a container relates to a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// A pod of one: `ctr run` and its like.
+    Single,
+    /// The pod's sandbox ("pause") container, which the shim answers for.
+    Sandbox,
+    /// A container of the pod whose sandbox has this id.
+    Member {
+        /// The sandbox's id.
+        sandbox: String,
+    },
+}
+
+/// Where a root file system comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Root {
+    /// Mounts to make on the host, in order, at one directory that is then shared with the guest.
+    Share {
+        /// The mounts of the snapshotter.
+        mounts: Vec<HostMount>,
+        /// An existing directory to share instead where `mounts` is empty.
+        directory: Option<PathBuf>,
+        /// The guest may only read.
+        read_only: bool,
+    },
+    /// A block device or image file, given to the guest as a disk.
+    Disk {
+        /// The device or file on the host.
+        source: PathBuf,
+        /// The file system's type.
+        filesystem: String,
+        /// Mount options for the guest.
+        options: Vec<String>,
+        /// The guest may only read.
+        read_only: bool,
+    },
+}
+
+/// A mount as containerd's Task API carries it (`types.Mount`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HostMount {
+    /// The file system's type, or `bind`.
+    pub(crate) kind: String,
+    /// Source.
+    pub(crate) source: String,
+    /// Relative to the root of the container, mostly empty.
+    pub(crate) target: String,
+    /// Options as fstab has them.
+    pub(crate) options: Vec<String>,
+}
+
+/// A host directory or file that the guest sees below [`nutshell_protocol::SHARE_PATH`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Share {
+    /// The host path that the spec names.
+    pub(crate) source: PathBuf,
+    /// The path below the share, `<container id>/<index>`: a directory's tree or the one file.
+    pub(crate) path: String,
+    /// The guest may only read; enforced on the host.
+    pub(crate) read_only: bool,
+    /// Mounts below the source are shared too (`rbind`).
+    pub(crate) recursive: bool,
+}
+
+/// The network that a spec asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Network {
+    /// A namespace of its own without a path: loopback in the guest.
+    Loopback,
+    /// The namespace at a path, with what CNI put there.
+    Namespace(PathBuf),
+    /// No network namespace in the spec: the host's network, which a machine cannot share.
+    Host,
+}
+
+/// The size of a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    /// Guest memory in bytes, a multiple of 2 MiB, overhead included.
+    pub(crate) memory: u64,
+    /// vCPUs.
+    pub(crate) vcpus: u8,
+}
