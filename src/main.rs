@@ -6,6 +6,7 @@
 
 mod devices;
 mod fs;
+mod guest;
 mod jail;
 mod oci;
 mod shim;
