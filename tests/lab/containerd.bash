@@ -1,0 +1,71 @@
+# A containerd for tests, inside the lab machine: start_containerd, stop_containerd. To be sourced.
+
+lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+containerd_pid=
+
+# start_containerd [-c] VERSION [IMAGE...]
+#
+# Starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
+# memory, and imports images (busybox, debian, one-binary). Returns when containerd serves. -c leaves
+# its CRI service on. The shim under test, NUTSHELL_TEST_SHIM, is found by containerd in its PATH.
+start_containerd() {
+  local cri='' version folder images image program
+  [[ $1 != -c ]] || {
+    cri=1
+    shift
+  }
+  version=$1
+  shift
+  folder=$("$lab/containerd" "$version")
+  for program in "$folder"/{containerd,containerd-shim-runc-v2,ctr} ${NUTSHELL_TEST_SHIM:+"$NUTSHELL_TEST_SHIM"}; do
+    cp "$program" /run/bin/
+  done
+  resident runc
+
+  # Not enabled: what no test touches and start-up would pay for.
+  local disabled=(io.containerd.snapshotter.v1.{btrfs,zfs,aufs} io.containerd.internal.v1.opt
+    io.containerd.nri.v1.nri io.containerd.tracing.processor.v1.otlp io.containerd.internal.v1.tracing)
+  [[ -n $cri ]] || disabled+=(io.containerd.grpc.v1.cri io.containerd.cri.v1.{images,runtime}
+    io.containerd.podsandbox.controller.v1.podsandbox io.containerd.sandbox.controller.v1.podsandbox)
+  mkdir -p /run/containerd /run/containerd-root
+  {
+    printf 'version = 2\nroot = "/run/containerd-root"\nstate = "/run/containerd"\ndisabled_plugins = ['
+    printf '"%s", ' "${disabled[@]}"
+    printf ']\n'
+    [[ -z ${CONTAINERD_CONFIG:-} ]] || printf '%s\n' "$CONTAINERD_CONFIG"
+  } >/run/containerd.toml
+
+  # A control group of its own, as on a node. The group of ctr's namespace is made here, because no
+  # runtime removes a parent that it shares with others.
+  mkdir -p /sys/fs/cgroup/containerd /sys/fs/cgroup/default
+  : >/run/containerd.log
+  (
+    echo "$BASHPID" >/sys/fs/cgroup/containerd/cgroup.procs
+    exec containerd --config /run/containerd.toml
+  ) >>/run/containerd.log 2>&1 &
+  containerd_pid=$!
+  tail -n +1 -f --pid="$containerd_pid" /run/containerd.log | grep -q -m 1 'containerd successfully booted' || {
+    echo "containerd $version did not start:" >&2
+    tail -n 20 /run/containerd.log >&2
+    return 1
+  }
+
+  images=$("$lab/../images/build")
+  for image; do
+    ctr image import --no-unpack "$images/$image.tar" >/dev/null || return
+  done
+}
+
+# Ends it and forgets all that it had: images, snapshots, state.
+stop_containerd() {
+  [[ -n $containerd_pid ]] || return 0
+  kill "$containerd_pid"
+  wait "$containerd_pid" || true
+  containerd_pid=
+  local mount
+  while read -r mount; do
+    umount "$mount"
+  done < <(awk '$5 ~ "^/run/containerd" { print $5 }' /proc/self/mountinfo | sort -r)
+  rm -rf /run/containerd /run/containerd-root
+  rmdir /sys/fs/cgroup/default /sys/fs/cgroup/containerd
+}
