@@ -1,6 +1,57 @@
-//! containerd's side.
+//! containerd's side: the short-lived actions that containerd asks of a v2 shim (`start`, `delete`,
+//! `-info`, `-v`) and the daemon that serves it.
+//!
+//! Lives here: everything that speaks with containerd or owns host resources on behalf of a pod. May
+//! not live here: anything that touches guest memory or interprets a spec (that is [`crate::oci`]).
+//! Called by `main` for every role but the children's.
 
-use std::process::ExitCode;
+mod arguments;
+mod bootstrap;
+mod configuration;
+mod delete;
+mod info;
+mod log;
+mod options;
+mod record;
+mod serve;
+mod socket;
+
+use std::{
+    os::{fd::OwnedFd, unix::net::UnixListener},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+pub(crate) use configuration::Configuration;
+
+use crate::oci::ContainerId;
+
+/// What the daemon is started with.
+#[derive(Debug)]
+pub(crate) struct ServeContext {
+    /// The container, or sandbox, that the shim was started for. Others may join it.
+    pub(crate) id: ContainerId,
+    /// containerd's namespace of all containers of this shim.
+    pub(crate) namespace: String,
+    /// The bundle of `id`; also the current directory.
+    pub(crate) bundle: PathBuf,
+    /// The path of containerd's gRPC socket.
+    pub(crate) address: String,
+    /// The path of containerd's ttrpc socket, to which events are forwarded.
+    pub(crate) ttrpc_address: Option<String>,
+    /// containerd's executable: publishes events where there is no ttrpc socket.
+    pub(crate) publish_binary: Option<PathBuf>,
+    /// Bound, listening, non-blocking.
+    pub(crate) listener: UnixListener,
+    /// The listener's path, to unlink when the shim ends.
+    pub(crate) socket: PathBuf,
+    /// Open and locked for the shim's life: proves to `delete` that it is alive.
+    pub(crate) pid_file: OwnedFd,
+    /// Log debug messages.
+    pub(crate) debug: bool,
+    /// The host's configuration.
+    pub(crate) configuration: Configuration,
+}
 
 /// Runs the shim.
 pub(crate) fn main() -> ExitCode {
