@@ -1,7 +1,7 @@
 //! What a container needs, decided once from its bundle and the mounts that containerd sent. The
 //! rest of the shim reads these types and never the spec.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 /// What a container needs from its machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,8 +21,20 @@ pub(crate) struct Plan {
     pub(crate) size: Size,
     /// The first process has a terminal.
     pub(crate) terminal: bool,
+    /// The terminal's first size: columns, rows.
+    pub(crate) console_size: Option<(u16, u16)>,
     /// The cgroup path of the spec, as it stands there; names the host cgroup of the machine.
     pub(crate) cgroups_path: Option<String>,
+    /// The spec's hostname. Stays in the guest's spec only where the container has a UTS namespace
+    /// of its own; otherwise it is the machine's.
+    pub(crate) hostname: Option<String>,
+    /// The pid namespace that the spec asks for.
+    pub(crate) pid_namespace: PidNamespace,
+    /// Hooks that run on the host; the others stay in the guest's spec.
+    pub(crate) hooks: Hooks,
+    /// What the spec asks for and a machine does not do, and need not fail for: one line each, for
+    /// the log.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// How a container relates to a pod.
@@ -30,7 +42,8 @@ pub(crate) struct Plan {
 pub(crate) enum Placement {
     /// A pod of one: `ctr run` and its like.
     Single,
-    /// The pod's sandbox ("pause") container, which the shim answers for.
+    /// The pod's sandbox ("pause") container, which the shim answers for. Its plan has an empty spec,
+    /// no shares, and a root without mounts or directory.
     Sandbox,
     /// A container of the pod whose sandbox has this id.
     Member {
@@ -99,6 +112,45 @@ pub(crate) enum Network {
     Namespace(PathBuf),
     /// No network namespace in the spec: the host's network, which a machine cannot share.
     Host,
+}
+
+/// The pid namespace that a spec asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PidNamespace {
+    /// A new one.
+    New,
+    /// The one of all the machine: none in the spec (`hostPID`), or of a member the one of the
+    /// sandbox, where the path is no `/proc/<pid>/ns/pid`.
+    Machine,
+    /// That of the task with this host pid: the path `/proc/<pid>/ns/pid` in the spec of a pod's
+    /// member (shared with the sandbox, or an ephemeral container's target). Never opened.
+    Task(u32),
+}
+
+/// Hooks that the runtime runs in its own namespaces (OCI spec, "POSIX-platform Hooks").
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Hooks {
+    /// Before `create_runtime`; deprecated in the spec, still in use.
+    pub(crate) prestart: Vec<Hook>,
+    /// After the container's namespaces exist, before its root is entered.
+    pub(crate) create_runtime: Vec<Hook>,
+    /// After the process was started.
+    pub(crate) poststart: Vec<Hook>,
+    /// After the container was deleted.
+    pub(crate) poststop: Vec<Hook>,
+}
+
+/// A program to run with the container's state as JSON on its standard input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hook {
+    /// The executable, an absolute host path.
+    pub(crate) path: PathBuf,
+    /// Its arguments, the first being its own name.
+    pub(crate) arguments: Vec<String>,
+    /// Its whole environment, `NAME=value` each.
+    pub(crate) environment: Vec<String>,
+    /// After which it is killed and has failed.
+    pub(crate) timeout: Option<Duration>,
 }
 
 /// The size of a machine.
