@@ -1,0 +1,310 @@
+//! One virtio-blk request (virtio 1.3 §5.2.6): parsed, checked against the disk, carried out.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use super::{Backing, MAX_ZERO_SECTORS};
+use crate::devices::virtio::buffers::{Buffers, Chain};
+
+/// The unit of a request's position and of a disk's capacity, in bytes.
+pub(super) const SECTOR: u64 = 512;
+
+/// Why a request is answered with an error.
+#[derive(Debug)]
+enum Refusal {
+    /// It failed, or lies outside of the disk.
+    Io,
+    /// Its type or a flag is not known.
+    Unsupported,
+}
+
+impl From<io::Error> for Refusal {
+    fn from(_: io::Error) -> Self {
+        Self::Io
+    }
+}
+
+/// Carries a request out and writes its status; returns how many bytes were written in all.
+pub(super) fn answer(mut chain: Chain<'_>, backing: Option<&Backing>, capacity: u64, serial: &str) -> u32 {
+    let Some(data_length) = chain.writable.len().checked_sub(1) else {
+        // No room for a status: nothing can be said.
+        return 0;
+    };
+    let mut data = chain.writable.split_to(data_length);
+    let mut status = chain.writable;
+    let mut header = [0; 16];
+    let outcome = if chain.readable.take(&mut header) {
+        carry_out(header, &mut chain.readable, &mut data, backing, capacity, serial)
+    } else {
+        Err(Refusal::Io)
+    };
+    let (written, code) = match outcome {
+        Ok(written) => (written, VIRTIO_BLK_S_OK),
+        Err(Refusal::Io) => (0, VIRTIO_BLK_S_IOERR),
+        Err(Refusal::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
+    };
+    let status_length = status.put(&[u8::try_from(code).unwrap_or(1)]);
+    u32::try_from(written + status_length).unwrap_or(u32::MAX)
+}
+
+fn carry_out(
+    header: [u8; 16],
+    readable: &mut Buffers<'_>,
+    writable: &mut Buffers<'_>,
+    backing: Option<&Backing>,
+    capacity: u64,
+    serial: &str,
+) -> Result<usize, Refusal> {
+    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let (_, sector) = header.split_at(8);
+    let sector = u64::from_le_bytes(sector.try_into().map_err(|_| Refusal::Io)?);
+    if kind == VIRTIO_BLK_T_GET_ID {
+        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+        let length = serial.len().min(id.len());
+        id[..length].copy_from_slice(&serial.as_bytes()[..length]);
+        return Ok(writable.put(&id));
+    }
+    let backing = backing.ok_or(Refusal::Io)?;
+    let writes = matches!(
+        kind,
+        VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+    );
+    if writes && backing.read_only {
+        return Err(Refusal::Io);
+    }
+    match kind {
+        VIRTIO_BLK_T_IN => {
+            let length = writable.len();
+            let mut offset = checked_offset(sector, length as u64, capacity)?;
+            while writable.len() > 0 {
+                let count = retry(|| writable.read_from(backing.file.as_fd(), Some(offset)))?;
+                if count == 0 {
+                    return Err(Refusal::Io);
+                }
+                offset += count as u64;
+                writable.split_to(count);
+            }
+            Ok(length)
+        }
+        VIRTIO_BLK_T_OUT => {
+            let mut offset = checked_offset(sector, readable.len() as u64, capacity)?;
+            while readable.len() > 0 {
+                let count = retry(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
+                if count == 0 {
+                    return Err(Refusal::Io);
+                }
+                offset += count as u64;
+                readable.split_to(count);
+            }
+            Ok(0)
+        }
+        VIRTIO_BLK_T_FLUSH => {
+            if !backing.read_only {
+                backing.file.sync_data()?;
+            }
+            Ok(0)
+        }
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+            let mut segment = [0; 16];
+            if !readable.take(&mut segment) || readable.len() > 0 {
+                return Err(Refusal::Unsupported);
+            }
+            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| Refusal::Io)?);
+            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| Refusal::Io)?);
+            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| Refusal::Io)?);
+            let discard = kind == VIRTIO_BLK_T_DISCARD;
+            let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
+            if flags & !known != 0 || count > MAX_ZERO_SECTORS {
+                return Err(Refusal::Unsupported);
+            }
+            let length = u64::from(count) * SECTOR;
+            let offset = checked_offset(sector, length, capacity)?;
+            zero(backing, offset, length, discard || flags != 0)?;
+            Ok(0)
+        }
+        _ => Err(Refusal::Unsupported),
+    }
+}
+
+/// The byte offset of `sector` if `length` bytes from there lie inside the disk.
+fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Refusal> {
+    let inside = length.is_multiple_of(SECTOR)
+        && sector
+            .checked_add(length / SECTOR)
+            .is_some_and(|end| end <= capacity);
+    if inside { Ok(sector * SECTOR) } else { Err(Refusal::Io) }
+}
+
+/// Makes a range read as zeroes; `unmap` lets the host give its blocks back.
+fn zero(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    let mode = if unmap {
+        FallocateFlags::PUNCH_HOLE
+    } else {
+        FallocateFlags::ZERO_RANGE
+    };
+    match fallocate(&backing.file, mode | FallocateFlags::KEEP_SIZE, offset, length) {
+        // The host's file system cannot: write the zeroes.
+        Err(rustix::io::Errno::OPNOTSUPP) => {
+            const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+            let mut done = 0;
+            while done < length {
+                let count = usize::try_from(length - done).unwrap_or(ZEROES.len()).min(ZEROES.len());
+                std::os::unix::fs::FileExt::write_all_at(&backing.file, &ZEROES[..count], offset + done)?;
+                done += count as u64;
+            }
+            Ok(())
+        }
+        other => other.map_err(|error| {
+            io::Error::new(
+                io::Error::from(error).kind(),
+                format!("fallocate of descriptor {}: {error}", backing.file.as_raw_fd()),
+            )
+        }),
+    }
+}
+
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek, Write};
+
+    use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+    use virtio_queue::{
+        desc::{RawDescriptor, split::Descriptor},
+        mock::MockSplitQueue,
+    };
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::devices::virtio::queue::tests::{device_queue, memory};
+
+    const CAPACITY: u64 = 8;
+
+    struct Outcome {
+        status: u8,
+        written: u32,
+        data: Vec<u8>,
+        file: Vec<u8>,
+    }
+
+    fn run(kind: u32, sector: u64, out: &[u8], in_length: u32, read_only: bool) -> Outcome {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let mut header = Vec::from(kind.to_le_bytes());
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        memory.write_slice(&header, GuestAddress(0x8000)).unwrap();
+        memory.write_slice(out, GuestAddress(0x9000)).unwrap();
+        memory.write_obj(0xaa_u8, GuestAddress(0xf000)).unwrap();
+        let (next, write) = (VRING_DESC_F_NEXT as u16, VRING_DESC_F_WRITE as u16);
+        // The header is split in two, which the standard allows (§2.7.4).
+        let layout = [
+            (0x8000, 7, next),
+            (0x8007, 9, next),
+            (0x9000, out.len() as u32, next),
+            (0xb000, in_length, next | write),
+            (0xf000, 1, write),
+        ];
+        for (index, (address, length, flags)) in (0..).zip(layout) {
+            let descriptor = Descriptor::new(address, length, flags, index + 1);
+            mock.desc_table().store(index, RawDescriptor::from(descriptor)).unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![b'x'; (CAPACITY * SECTOR) as usize]).unwrap();
+        let backing = Backing { file, read_only };
+
+        let chain = queue.pop(&memory).unwrap().unwrap();
+        let written = answer(chain, Some(&backing), CAPACITY, "nutshell-0");
+
+        let mut data = vec![0; in_length as usize];
+        memory.read_slice(&mut data, GuestAddress(0xb000)).unwrap();
+        let mut bytes = Vec::new();
+        let mut file = backing.file;
+        file.rewind().unwrap();
+        file.read_to_end(&mut bytes).unwrap();
+        Outcome {
+            status: memory.read_obj(GuestAddress(0xf000)).unwrap(),
+            written,
+            data,
+            file: bytes,
+        }
+    }
+
+    #[test]
+    fn read_fills_the_buffer_and_counts_the_status_byte() {
+        let outcome = run(VIRTIO_BLK_T_IN, 1, &[], 1024, true);
+        assert_eq!((outcome.status, outcome.written), (0, 1025));
+        assert!(outcome.data.iter().all(|&byte| byte == b'x'));
+    }
+
+    #[test]
+    fn write_reaches_the_file_at_its_sector() {
+        let outcome = run(VIRTIO_BLK_T_OUT, 2, &[b'w'; 512], 0, false);
+        assert_eq!((outcome.status, outcome.written), (0, 1));
+        assert_eq!(outcome.file[1023..1537], [&b"x"[..], &[b'w'; 512], b"x"].concat());
+    }
+
+    #[test]
+    fn requests_outside_of_the_disk_or_against_its_mode_fail() {
+        let cases = [
+            ("read past the end", VIRTIO_BLK_T_IN, 7, 0, 1024, true),
+            ("read at a sector whose offset wraps", VIRTIO_BLK_T_IN, u64::MAX, 0, 512, true),
+            ("read of a part of a sector", VIRTIO_BLK_T_IN, 0, 0, 100, true),
+            ("write past the end", VIRTIO_BLK_T_OUT, 8, 512, 0, false),
+            ("write to a read-only disk", VIRTIO_BLK_T_OUT, 0, 512, 0, true),
+        ];
+        for (name, kind, sector, out, in_length, read_only) in cases {
+            let outcome = run(kind, sector, &vec![b'w'; out], in_length, read_only);
+            assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_IOERR, "{name}");
+            assert!(outcome.file.iter().all(|&byte| byte == b'x'), "{name}");
+            assert_eq!(outcome.file.len() as u64, CAPACITY * SECTOR, "{name}");
+        }
+    }
+
+    #[test]
+    fn unknown_type_is_unsupported() {
+        let outcome = run(0x77, 0, &[], 0, false);
+        assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_UNSUPP);
+    }
+
+    #[test]
+    fn write_zeroes_and_discard_zero_the_range_and_keep_the_size() {
+        for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
+            let segment = [3_u64.to_le_bytes().to_vec(), 2_u32.to_le_bytes().to_vec(), vec![0; 4]].concat();
+            let outcome = run(kind, 0, &segment, 0, false);
+            assert_eq!(outcome.status, 0);
+            let zeroes = outcome.file.iter().filter(|&&byte| byte == 0).count();
+            assert_eq!((zeroes, outcome.file.len()), (1024, 4096));
+            assert!(outcome.file[1536..2560].iter().all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    fn serial_is_reported() {
+        let outcome = run(VIRTIO_BLK_T_GET_ID, 0, &[], 20, true);
+        assert_eq!(&outcome.data, b"nutshell-0\0\0\0\0\0\0\0\0\0\0");
+    }
+}

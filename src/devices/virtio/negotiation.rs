@@ -1,0 +1,369 @@
+//! The device status state machine and the configuration that a driver may change, in one place
+//! for every transport (virtio 1.3 §2.1, §2.2, §3.1).
+//!
+//! Rules kept here: features change only before FEATURES_OK; queues change only between FEATURES_OK
+//! and DRIVER_OK; a status bit is never cleared except by reset; after DRIVER_OK nothing that was
+//! validated can change, because the queues have been moved out as values.
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+
+use super::Memory;
+
+const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
+const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
+const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
+const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+
+/// What a status write asks of the transport.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Transition {
+    /// Nothing.
+    None,
+    /// Reset the device.
+    Reset,
+    /// Activate the device with these queues and features. On failure call
+    /// [`Negotiation::fail`].
+    Activate {
+        /// Ready queues in order, without a gap, each valid in guest memory.
+        queues: Vec<Queue>,
+        /// The features agreed on.
+        features: u64,
+    },
+}
+
+/// The part of a queue that a driver configures.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct QueueConfig {
+    max_size: u16,
+    size: u16,
+    ready: bool,
+    descriptors: u64,
+    driver: u64,
+    device: u64,
+}
+
+/// Which half of which queue address a driver writes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Area {
+    /// The descriptor table.
+    Descriptors,
+    /// The driver area (available ring).
+    Driver,
+    /// The device area (used ring).
+    Device,
+}
+
+/// The state between reset and DRIVER_OK.
+#[derive(Debug)]
+pub(crate) struct Negotiation {
+    status: u32,
+    offered: u64,
+    accepted: u64,
+    queues: Vec<QueueConfig>,
+}
+
+impl Negotiation {
+    /// The state after reset of a device that offers `offered` and has queues of `sizes`.
+    pub(crate) fn new(offered: u64, sizes: &[u16]) -> Self {
+        let queues = sizes
+            .iter()
+            .map(|&max_size| QueueConfig {
+                max_size,
+                size: max_size,
+                ..QueueConfig::default()
+            })
+            .collect();
+        Self {
+            status: 0,
+            offered,
+            accepted: 0,
+            queues,
+        }
+    }
+
+    /// The status register.
+    pub(crate) fn status(&self) -> u32 {
+        self.status
+    }
+
+    /// The features offered.
+    pub(crate) fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    /// Takes the driver's features, `half` 0 the low and 1 the high word (virtio 1.3 §4.2.2).
+    pub(crate) fn accept_features(&mut self, half: u32, value: u32) {
+        if self.status & DRIVER == 0 || self.status & (FEATURES_OK | FAILED) != 0 {
+            return;
+        }
+        match half {
+            0 => self.accepted = self.accepted & !0xffff_ffff | u64::from(value),
+            1 => self.accepted = self.accepted & 0xffff_ffff | u64::from(value) << 32,
+            _ => {}
+        }
+    }
+
+    /// The largest size of queue `index`; 0 where there is none.
+    pub(crate) fn queue_max_size(&self, index: u32) -> u16 {
+        self.queue(index).map_or(0, |queue| queue.max_size)
+    }
+
+    /// Whether the driver enabled queue `index`.
+    pub(crate) fn queue_ready(&self, index: u32) -> bool {
+        self.queue(index).is_some_and(|queue| queue.ready)
+    }
+
+    /// Sets a queue's size; sizes that are no power of two or over the limit are ignored.
+    pub(crate) fn set_queue_size(&mut self, index: u32, size: u32) {
+        if let Some(queue) = self.queue_in_configuration(index)
+            && let Ok(size) = u16::try_from(size)
+            && size.is_power_of_two()
+            && size <= queue.max_size
+        {
+            queue.size = size;
+        }
+    }
+
+    /// Sets the low or high word of a queue's address.
+    pub(crate) fn set_queue_address(&mut self, index: u32, area: Area, high: bool, value: u32) {
+        if let Some(queue) = self.queue_in_configuration(index) {
+            let address = match area {
+                Area::Descriptors => &mut queue.descriptors,
+                Area::Driver => &mut queue.driver,
+                Area::Device => &mut queue.device,
+            };
+            *address = if high {
+                *address & 0xffff_ffff | u64::from(value) << 32
+            } else {
+                *address & !0xffff_ffff | u64::from(value)
+            };
+        }
+    }
+
+    /// Enables or disables a queue.
+    pub(crate) fn set_queue_ready(&mut self, index: u32, ready: bool) {
+        let stage = self.status & (FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET);
+        if stage == FEATURES_OK
+            && let Some(queue) = self.queues.get_mut(index as usize)
+        {
+            queue.ready = ready;
+        }
+    }
+
+    /// Takes a write to the status register.
+    pub(crate) fn write_status(&mut self, value: u32, memory: &Memory) -> Transition {
+        if value == 0 {
+            let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
+            *self = Self::new(self.offered, &sizes);
+            return Transition::Reset;
+        }
+        let added = value & !self.status & 0xff;
+        if value & self.status != self.status & !NEEDS_RESET || self.status & FAILED != 0 {
+            return Transition::None;
+        }
+        match (self.status & !NEEDS_RESET, added) {
+            (_, FAILED) => self.status |= FAILED,
+            (0, ACKNOWLEDGE) | (ACKNOWLEDGE, DRIVER) => self.status |= added,
+            // Some drivers announce themselves in one write.
+            (0, both) if both == ACKNOWLEDGE | DRIVER => self.status |= both,
+            (stage, FEATURES_OK) if stage == ACKNOWLEDGE | DRIVER => {
+                let agreed = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
+                if agreed {
+                    self.status |= FEATURES_OK;
+                }
+            }
+            (stage, DRIVER_OK) if stage == ACKNOWLEDGE | DRIVER | FEATURES_OK => {
+                self.status |= DRIVER_OK;
+                match self.build_queues(memory) {
+                    Some(queues) => {
+                        return Transition::Activate {
+                            queues,
+                            features: self.accepted,
+                        };
+                    }
+                    None => self.fail(),
+                }
+            }
+            _ => {}
+        }
+        Transition::None
+    }
+
+    /// The device cannot go on until it is reset (virtio 1.3 §2.1.2).
+    pub(crate) fn fail(&mut self) {
+        self.status |= NEEDS_RESET;
+    }
+
+    fn queue(&self, index: u32) -> Option<&QueueConfig> {
+        self.queues.get(index as usize)
+    }
+
+    /// A queue while the driver may change its geometry.
+    fn queue_in_configuration(&mut self, index: u32) -> Option<&mut QueueConfig> {
+        let stage = self.status & (FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET);
+        self.queues
+            .get_mut(index as usize)
+            .filter(|queue| stage == FEATURES_OK && !queue.ready)
+    }
+
+    /// The ready queues as values, or `None` if one is not valid or they leave a gap.
+    fn build_queues(&self, memory: &Memory) -> Option<Vec<Queue>> {
+        let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        let count = self.queues.iter().take_while(|queue| queue.ready).count();
+        let gap = self.queues[count..].iter().any(|queue| queue.ready);
+        if count == 0 || gap {
+            return None;
+        }
+        self.queues[..count]
+            .iter()
+            .map(|config| {
+                let mut queue = Queue::new(config.max_size).ok()?;
+                queue.try_set_size(config.size).ok()?;
+                queue.try_set_desc_table_address(GuestAddress(config.descriptors)).ok()?;
+                queue.try_set_avail_ring_address(GuestAddress(config.driver)).ok()?;
+                queue.try_set_used_ring_address(GuestAddress(config.device)).ok()?;
+                queue.set_event_idx(event_idx);
+                queue.set_ready(true);
+                queue.is_valid(memory).then_some(queue)
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::devices::virtio::COMMON_FEATURES;
+
+    const UP_TO_FEATURES: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+
+    fn memory() -> Memory {
+        Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap()
+    }
+
+    fn configured(memory: &Memory) -> Negotiation {
+        let mut state = Negotiation::new(COMMON_FEATURES, &[256, 256]);
+        for status in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
+            assert_eq!(state.write_status(status, memory), Transition::None);
+        }
+        state.accept_features(0, COMMON_FEATURES as u32);
+        state.accept_features(1, (COMMON_FEATURES >> 32) as u32);
+        state.write_status(UP_TO_FEATURES, memory);
+        assert_eq!(state.status(), UP_TO_FEATURES);
+        for index in 0..2 {
+            state.set_queue_size(index, 16);
+            state.set_queue_address(index, Area::Descriptors, false, 0x1000);
+            state.set_queue_address(index, Area::Driver, false, 0x2000);
+            state.set_queue_address(index, Area::Device, false, 0x3000);
+            state.set_queue_ready(index, true);
+        }
+        state
+    }
+
+    #[test]
+    fn driver_that_follows_the_standard_gets_its_queues() {
+        let memory = memory();
+        let mut state = configured(&memory);
+
+        let transition = state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory);
+
+        let Transition::Activate { queues, features } = transition else {
+            panic!("{transition:?}");
+        };
+        assert_eq!(queues.len(), 2);
+        assert!(queues.iter().all(|queue| queue.size() == 16 && queue.event_idx_enabled()));
+        assert_eq!(features, COMMON_FEATURES);
+    }
+
+    #[test]
+    fn feature_that_was_not_offered_keeps_features_ok_off() {
+        let memory = memory();
+        let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
+        state.write_status(ACKNOWLEDGE, &memory);
+        state.write_status(ACKNOWLEDGE | DRIVER, &memory);
+        state.accept_features(0, 1 << 5);
+        state.accept_features(1, 1);
+        state.write_status(UP_TO_FEATURES, &memory);
+        assert_eq!(state.status(), ACKNOWLEDGE | DRIVER);
+    }
+
+    #[test]
+    fn driver_without_version_1_is_refused() {
+        let memory = memory();
+        let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
+        state.write_status(ACKNOWLEDGE, &memory);
+        state.write_status(ACKNOWLEDGE | DRIVER, &memory);
+        state.write_status(UP_TO_FEATURES, &memory);
+        assert_eq!(state.status(), ACKNOWLEDGE | DRIVER);
+    }
+
+    #[test]
+    fn queue_geometry_is_frozen_once_the_queue_is_ready_and_after_driver_ok() {
+        let memory = memory();
+        let mut state = configured(&memory);
+        state.set_queue_size(0, 256);
+        state.set_queue_address(0, Area::Device, false, 0xf000);
+        assert_eq!(state.queues[0].size, 16);
+        assert_eq!(state.queues[0].device, 0x3000);
+        state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory);
+        state.set_queue_ready(0, false);
+        state.set_queue_size(0, 256);
+        assert_eq!(state.queues[0].size, 16);
+        assert!(state.queue_ready(0));
+    }
+
+    #[test]
+    fn queues_that_cannot_be_used_set_needs_reset() {
+        let memory = memory();
+        type Damage = fn(&mut QueueConfig);
+        let cases: [(&str, Damage); 5] = [
+            ("not ready", |queue| queue.ready = false),
+            ("beyond memory", |queue| queue.device = 0xffff_fff0),
+            ("wraps the address space", |queue| queue.descriptors = u64::MAX - 15),
+            ("misaligned", |queue| queue.descriptors = 0x1001),
+            ("null ring crosses the end", |queue| queue.driver = 0xfffe),
+        ];
+        for (name, damage) in cases {
+            let mut state = configured(&memory);
+            damage(&mut state.queues[0]);
+            let transition = state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory);
+            assert_eq!(transition, Transition::None, "{name}");
+            assert_ne!(state.status() & NEEDS_RESET, 0, "{name}");
+        }
+    }
+
+    #[test]
+    fn status_bits_cannot_be_skipped_or_cleared() {
+        let memory = memory();
+        let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
+        assert_eq!(state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory), Transition::None);
+        assert_eq!(state.status(), 0);
+        state.write_status(ACKNOWLEDGE, &memory);
+        state.write_status(ACKNOWLEDGE | DRIVER, &memory);
+        state.write_status(DRIVER, &memory);
+        assert_eq!(state.status(), ACKNOWLEDGE | DRIVER);
+        assert_eq!(state.write_status(0, &memory), Transition::Reset);
+        assert_eq!(state.status(), 0);
+    }
+
+    #[test]
+    fn queue_sizes_that_the_standard_forbids_are_ignored() {
+        let memory = memory();
+        for size in [0, 3, 512, 0x1_0010] {
+            let mut state = configured(&memory);
+            state.queues[0].ready = false;
+            state.set_queue_size(0, size);
+            assert_eq!(state.queues[0].size, 16, "{size}");
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! A queue as a device owns it: geometry fixed at activation, with its kick and its interrupt.
+
+use std::{
+    num::Wrapping,
+    sync::{Arc, atomic::Ordering},
+};
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Interrupt, Memory,
+    buffers::{Chain, ChainError},
+};
+
+/// Why a queue cannot go on; its device needs a reset.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QueueError {
+    /// The driver made a chain available that the standard forbids.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// The available ring claims more entries than it has, or the rings are gone.
+    #[error("the virtqueue is broken: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    /// A buffer to fill that cannot hold what the standard says it must.
+    #[error("the driver gave a buffer of {0} bytes, too small to be of use")]
+    Small(usize),
+}
+
+/// A virtqueue that its device owns from DRIVER_OK to reset.
+pub(crate) struct DeviceQueue {
+    index: u16,
+    queue: Queue,
+    kick: EventFd,
+    memory: Arc<Memory>,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+impl DeviceQueue {
+    /// Wraps a queue that was validated against `memory`.
+    pub(crate) fn new(
+        index: u16,
+        queue: Queue,
+        kick: EventFd,
+        memory: Arc<Memory>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Self {
+        Self {
+            index,
+            queue,
+            kick,
+            memory,
+            interrupt,
+        }
+    }
+
+    /// The eventfd that is signalled when the driver made buffers available.
+    pub(crate) fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The guest memory that the queue lies in. Chains borrow it, so callers hold the `Arc`.
+    pub(crate) fn memory(&self) -> Arc<Memory> {
+        self.memory.clone()
+    }
+
+    /// The geometry, to hand to a backend in another process.
+    pub(crate) fn geometry(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Takes the next available chain.
+    pub(crate) fn pop<'m>(&mut self, memory: &'m Memory) -> Result<Option<Chain<'m>>, QueueError> {
+        let Some(chain) = self.queue.iter(memory)?.next() else {
+            return Ok(None);
+        };
+        Ok(Some(Chain::parse(chain, memory)?))
+    }
+
+    /// Puts the chain that was just popped back.
+    pub(crate) fn push_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the driver, with `written` bytes in its writable buffers.
+    pub(crate) fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        Ok(self.queue.add_used(&*self.memory, head, written)?)
+    }
+
+    /// Interrupts the driver if it asked to be for what was used since the last call.
+    pub(crate) fn notify(&mut self) -> Result<(), QueueError> {
+        if self.queue.needs_notification(&*self.memory)? {
+            self.interrupt.used(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to kick while the queue is being worked on.
+    pub(crate) fn pause_kicks(&mut self) -> Result<(), QueueError> {
+        Ok(self.queue.disable_notification(&*self.memory)?)
+    }
+
+    /// Asks for kicks again; `true` if buffers came meanwhile and the caller must look once more.
+    pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
+        Ok(self.queue.enable_notification(&*self.memory)?)
+    }
+
+    /// Whether buffers are available.
+    pub(crate) fn has_available(&self) -> Result<bool, QueueError> {
+        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire)?;
+        Ok(available != Wrapping(self.queue.next_avail()))
+    }
+}
+
+impl std::fmt::Debug for DeviceQueue {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("DeviceQueue")
+            .field("index", &self.index)
+            .field("queue", &self.queue)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+    use virtio_queue::{
+        desc::{RawDescriptor, split::Descriptor},
+        mock::MockSplitQueue,
+    };
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+
+    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+
+    /// An interrupt that counts.
+    #[derive(Debug, Default)]
+    pub(crate) struct Count {
+        pub(crate) used: AtomicUsize,
+        pub(crate) config: AtomicUsize,
+    }
+
+    impl Interrupt for Count {
+        fn used(&self, _index: u16) {
+            self.used.fetch_add(1, Ordering::SeqCst);
+        }
+
+        fn config_changed(&self) {
+            self.config.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// 1 MiB of guest memory.
+    pub(crate) fn memory() -> Arc<Memory> {
+        Arc::new(Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
+    }
+
+    /// The device's side of a mock queue.
+    pub(crate) fn device_queue(mock: &MockSplitQueue<'_, Memory>, memory: &Arc<Memory>) -> (DeviceQueue, Arc<Count>) {
+        let count = Arc::new(Count::default());
+        let queue: Queue = mock.create_queue().unwrap();
+        let kick = EventFd::new(0).unwrap();
+        (DeviceQueue::new(0, queue, kick, memory.clone(), count.clone()), count)
+    }
+
+    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
+        RawDescriptor::from(Descriptor::new(address, length, flags, next))
+    }
+
+    fn parse_error(descriptors: &[RawDescriptor]) -> Option<QueueError> {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        for (index, descriptor) in (0..).zip(descriptors) {
+            mock.desc_table().store(index, *descriptor).unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        queue.pop(&memory).err()
+    }
+
+    #[test]
+    fn hostile_chains_are_refused() {
+        let cases = [
+            ("loop to itself", vec![descriptor(0x8000, 16, NEXT, 0)], ChainError::Endless),
+            (
+                "loop of two",
+                vec![descriptor(0x8000, 16, NEXT, 1), descriptor(0x8000, 16, NEXT, 0)],
+                ChainError::Endless,
+            ),
+            ("next beyond the table", vec![descriptor(0x8000, 16, NEXT, 99)], ChainError::Endless),
+            ("address beyond memory", vec![descriptor(0x10_0000, 16, 0, 0)], ChainError::OutOfRange),
+            ("crosses the end of memory", vec![descriptor(0xf_fff8, 16, 0, 0)], ChainError::OutOfRange),
+            ("wraps the address space", vec![descriptor(u64::MAX - 7, 16, 0, 0)], ChainError::OutOfRange),
+            (
+                "lengths whose sum wraps",
+                vec![descriptor(0, 0x10_0000, NEXT, 1), descriptor(0, u32::MAX, 0, 0)],
+                ChainError::TooLong,
+            ),
+            (
+                "readable behind writable",
+                vec![descriptor(0x8000, 16, NEXT | WRITE, 1), descriptor(0x8000, 16, 0, 0)],
+                ChainError::Order,
+            ),
+            (
+                "indirect table of a broken length",
+                vec![descriptor(0x8000, 17, INDIRECT, 0)],
+                ChainError::Endless,
+            ),
+            (
+                "indirect table outside of memory",
+                vec![descriptor(0x10_0000, 32, INDIRECT, 0)],
+                ChainError::Endless,
+            ),
+        ];
+        for (name, descriptors, expected) in cases {
+            match parse_error(&descriptors) {
+                Some(QueueError::Chain(error)) => assert_eq!(error, expected, "{name}"),
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn available_index_beyond_the_queue_is_an_error() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        mock.avail().idx().store(17);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        assert!(matches!(queue.pop(&memory), Err(QueueError::Ring(_))));
+    }
+
+    #[test]
+    fn head_index_beyond_the_table_is_an_error() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        mock.avail().ring().ref_at(0).unwrap().store(400);
+        mock.avail().idx().store(1);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        assert!(queue.pop(&memory).is_err());
+    }
+
+    #[test]
+    fn bytes_cross_buffers_of_any_split() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        for (index, (address, length, flags)) in (0..).zip([
+            (0x8000_u64, 3_u32, NEXT),
+            (0x9000, 5, NEXT),
+            (0xa000, 4, NEXT | WRITE),
+            (0xb000, 6, WRITE),
+        ]) {
+            mock.desc_table()
+                .store(index, descriptor(address, length, flags, index + 1))
+                .unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        memory.write_slice(b"abc", GuestAddress(0x8000)).unwrap();
+        memory.write_slice(b"defgh", GuestAddress(0x9000)).unwrap();
+        let (mut queue, count) = device_queue(&mock, &memory);
+
+        let mut chain = queue.pop(&memory).unwrap().unwrap();
+        let (mut start, mut rest) = ([0; 4], [0; 4]);
+        assert!(chain.readable.take(&mut start) && chain.readable.take(&mut rest));
+        assert!(!chain.readable.take(&mut [0]), "nothing is left");
+        assert_eq!(chain.writable.put(b"0123456789ab"), 10);
+        queue.add_used(chain.head, 10).unwrap();
+        queue.notify().unwrap();
+
+        assert_eq!((&start, &rest), (b"abcd", b"efgh"));
+        let mut written = [0; 6];
+        memory.read_slice(&mut written, GuestAddress(0xb000)).unwrap();
+        assert_eq!(&written, b"456789");
+        assert_eq!(count.used.load(Ordering::SeqCst), 1);
+        assert!(queue.pop(&memory).unwrap().is_none());
+    }
+}

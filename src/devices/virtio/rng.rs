@@ -1,0 +1,73 @@
+//! virtio-entropy (virtio 1.3 §5.4): the guest's requests are filled from the host's generator.
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::{
+    ActivateError, Activation, COMMON_FEATURES, Device,
+    queue::{DeviceQueue, QueueError},
+};
+
+const QUEUE_SIZES: [u16; 1] = [16];
+
+/// The most bytes for one request: drivers ask for tens, and a huge one must not keep the loop.
+const MAX_REQUEST: usize = 4096;
+
+/// The device.
+#[derive(Debug, Default)]
+pub(crate) struct Rng {
+    queue: Option<DeviceQueue>,
+}
+
+impl Rng {
+    /// Fills waiting requests; called when the queue was kicked.
+    pub(crate) fn fill(&mut self) -> Result<(), QueueError> {
+        let Some(queue) = &mut self.queue else {
+            return Ok(());
+        };
+        let memory = queue.memory();
+        let mut bytes = [0; MAX_REQUEST];
+        loop {
+            while let Some(mut chain) = queue.pop(&memory)? {
+                let wanted = chain.writable.len().min(MAX_REQUEST);
+                // Without the host's generator the request goes back empty, and the guest retries.
+                let filled = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+                let written = chain.writable.put(&bytes[..filled]);
+                queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
+            }
+            queue.notify()?;
+            if !queue.resume_kicks()? {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Device for Rng {
+    fn kind(&self) -> u32 {
+        VIRTIO_ID_RNG
+    }
+
+    fn features(&self) -> u64 {
+        COMMON_FEATURES
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = activation.take_queues()?;
+        let _ = queue.kick().write(1);
+        self.queue = Some(queue);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.queue = None;
+    }
+}
