@@ -6,8 +6,8 @@ containerd_pid=
 # start_containerd [-c] VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
-# memory, and imports images (busybox, debian, one-binary). Returns when containerd serves. -c leaves
-# its CRI service on. The shim under test, NUTSHELL_TEST_SHIM, is found by containerd in its PATH.
+# memory, and imports images (busybox, debian, one-binary). Returns when containerd serves, ends the
+# script where it does not. -c leaves its CRI service on. The shim under test, NUTSHELL_TEST_SHIM, is found by containerd in its PATH.
 start_containerd() {
   local cri='' version folder images image program
   [[ $1 != -c ]] || {
@@ -27,7 +27,8 @@ start_containerd() {
     io.containerd.nri.v1.nri io.containerd.tracing.processor.v1.otlp io.containerd.internal.v1.tracing)
   [[ -n $cri ]] || disabled+=(io.containerd.grpc.v1.cri io.containerd.cri.v1.{images,runtime}
     io.containerd.podsandbox.controller.v1.podsandbox io.containerd.sandbox.controller.v1.podsandbox)
-  mkdir -p /run/containerd /run/containerd-root
+  # Folders that containerd and runc make once and keep.
+  mkdir -p /run/containerd-root /run/containerd/{fifo,s,runc/default,io.containerd.runtime.v2.task/default}
   {
     printf 'version = 2\nroot = "/run/containerd-root"\nstate = "/run/containerd"\ndisabled_plugins = ['
     printf '"%s", ' "${disabled[@]}"
@@ -44,15 +45,15 @@ start_containerd() {
     exec containerd --config /run/containerd.toml
   ) >>/run/containerd.log 2>&1 &
   containerd_pid=$!
-  tail -n +1 -f --pid="$containerd_pid" /run/containerd.log | grep -q -m 1 'containerd successfully booted' || {
+  grep -q -m 1 'containerd successfully booted' < <(tail -n +1 -f --pid="$containerd_pid" /run/containerd.log) || {
     echo "containerd $version did not start:" >&2
     tail -n 20 /run/containerd.log >&2
-    return 1
+    exit 1
   }
 
   images=$("$lab/../images/build")
   for image; do
-    ctr image import --no-unpack "$images/$image.tar" >/dev/null || return
+    ctr image import --no-unpack "$images/$image.tar" >/dev/null || exit 1
   done
 }
 

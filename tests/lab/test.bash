@@ -1,0 +1,122 @@
+# What a suite is written with: check, assert_nothing_left and some assertions. To be sourced by
+# tests/suites/*.sh, which run in the lab machine (tests/run).
+#
+#   source "$(dirname "$0")/../lab/test.bash"
+#   start_containerd 2.1 busybox
+#   exit_status_is_exact() { ... }
+#   check "exit status is exact" exit_status_is_exact
+#   finish
+
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/containerd.bash"
+
+runtime=io.containerd.nutshell.v2
+passed=0
+failed=0
+
+# The host's /tmp would show through, and change meanwhile.
+case $lab:${NUTSHELL_CACHE:-}:${NUTSHELL_TEST_SHIM:-} in
+  /tmp/* | *:/tmp/*) echo "project, cache or shim lies in /tmp: what tests leave there is not noticed" ;;
+  *) mount -t tmpfs -o mode=1777 tmpfs /tmp && tmp=/tmp ;;
+esac
+# The mount command's own folder.
+mkdir -p /run/mount
+exec {never}<> <(:)
+
+# host_state FILE: writes all that a container can leave behind on the host, a sorted line each. Starts
+# no process before it has listed the processes.
+host_state() {
+  local stat pid rest file
+  {
+    for stat in /proc/[0-9]*/stat; do
+      # pid (name) state parent ...; 2 is the parent of kernel threads.
+      { read -r pid rest <"$stat"; } 2>/dev/null || continue
+      set -- "$1" ${rest##*) }
+      [[ $pid == 2 || $3 == 2 || $pid == "$$" ]] || echo "process $pid ${rest%)*})"
+    done
+    while read -r _ _ _ rest; do echo "mount $rest"; done </proc/self/mountinfo
+    for file in /sys/class/net/*; do echo "link ${file##*/}"; done
+    for file in /sys/block/loop*/loop/backing_file /sys/block/dm-*; do [[ ! -e $file ]] || echo "device $file"; done
+    find /sys/fs/cgroup -mindepth 1 -type d -printf 'cgroup %p\n'
+    find /run /dev/shm ${tmp:-} -mindepth 1 \( -path /run/containerd-root -o -path /run/containerd.log \
+      -o -path '/run/check.*' -o -path /run/last \) -prune -o -printf 'file %p (%y)\n'
+  } >/run/check.state
+  sort -o "$1" /run/check.state
+}
+
+# assert_nothing_left BEFORE: compares the host with BEFORE, a file that host_state wrote. containerd
+# ends a shim after it has answered its client and announces no end of that, hence the second looks.
+assert_nothing_left() {
+  local deadline=$((SECONDS + 10))
+  while
+    host_state /run/check.after
+    comm -13 "$1" /run/check.after >/run/check.left
+    [[ -s /run/check.left ]]
+  do
+    ((SECONDS < deadline)) || {
+      sed '1i left behind:' /run/check.left
+      return 1
+    }
+    read -r -t 0.2 -u "$never" || true
+  done
+}
+
+# check NAME COMMAND [ARG...]: runs a test, usually a function, with errexit on, and then asserts that
+# nothing is left. Prints one line, and what the test wrote where it failed.
+check() {
+  local name=$1 status=0 from=$EPOCHREALTIME to milliseconds logged
+  shift
+  host_state /run/check.before
+  logged=$(stat -c %s /run/containerd.log)
+  (
+    set -e
+    "$@"
+  ) >/run/check.log 2>&1
+  status=$?
+  assert_nothing_left /run/check.before >>/run/check.log 2>&1 || status=1
+  to=$EPOCHREALTIME
+  milliseconds=$(((${to/./} - ${from/./}) / 1000))
+  if ((status == 0)); then
+    passed=$((passed + 1))
+    echo "ok      $name ($milliseconds ms)"
+  else
+    failed=$((failed + 1))
+    echo "FAILED  $name ($milliseconds ms, status $status)"
+    sed 's/^/        /' /run/check.log
+    tail -c "+$((logged + 1))" /run/containerd.log | cut -c1-600 | sed 's/^/        containerd: /'
+  fi
+}
+
+# finish: reports to tests/run; the last command of every suite.
+finish() {
+  stop_containerd
+  echo "$passed $failed" >/out/result
+  exit $((failed > 0))
+}
+
+# assert_equal EXPECTED ACTUAL
+assert_equal() {
+  [[ $1 == "$2" ]] || {
+    printf 'expected: %s\n  actual: %s\n' "$1" "$2" >&2
+    return 1
+  }
+}
+
+# assert_contains TEXT PART
+assert_contains() {
+  [[ $1 == *"$2"* ]] || {
+    printf 'not found: %s\n       in: %s\n' "$2" "$1" >&2
+    return 1
+  }
+}
+
+# assert_status EXPECTED COMMAND...: runs it and compares its exit status.
+assert_status() {
+  local expected=$1 status=0
+  shift
+  "$@" || status=$?
+  ((status == expected)) || {
+    echo "expected status $expected, got $status: $*" >&2
+    return 1
+  }
+}

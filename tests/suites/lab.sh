@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The lab itself: containerd runs containers with runc (so that a failure elsewhere is ours), and
+# whatever a container may leave behind is noticed.
+source "$(dirname "$0")/../lab/test.bash"
+
+runc_reports_output_and_exit_status() {
+  assert_equal hello "$(ctr run --rm localhost/busybox:latest runc echo hello)"
+  assert_status 42 ctr run --rm localhost/busybox:latest runc sh -c 'exit 42'
+  assert_equal $'a\nb' "$(ctr run --rm localhost/one-binary:latest runc /one-binary 0 a b)"
+}
+
+# leftover_is_noticed CREATE REMOVE: two command lines.
+leftover_is_noticed() {
+  host_state /run/check.without
+  eval "$1"
+  host_state /run/check.with
+  eval "$2"
+  ! cmp -s /run/check.without /run/check.with
+}
+
+for version in 1.7 2.1; do
+  start_containerd "$version" busybox one-binary
+  check "containerd $version runs containers with runc" runc_reports_output_and_exit_status
+  [[ $version == 2.1 ]] || stop_containerd
+done
+
+check "a process is noticed" leftover_is_noticed 'sleep 600 & child=$!' 'kill $child; wait $child || true'
+check "a mount is noticed" leftover_is_noticed 'mount -t tmpfs none /tmp' 'umount /tmp'
+check "a socket or fifo is noticed" leftover_is_noticed 'mkfifo /run/containerd/s/x' 'rm /run/containerd/s/x'
+check "a temporary file is noticed" leftover_is_noticed 'touch /tmp/x' 'rm /tmp/x'
+check "a link is noticed" leftover_is_noticed 'ip tuntap add tap0 mode tap' 'ip link del tap0'
+check "a control group is noticed" leftover_is_noticed 'mkdir /sys/fs/cgroup/x' 'rmdir /sys/fs/cgroup/x'
+check "a loop device is noticed" leftover_is_noticed \
+  'truncate -s 1M /run/last; loop=$(losetup -f --show /run/last)' 'losetup -d $loop; rm /run/last'
+finish
