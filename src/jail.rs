@@ -1,1 +1,0 @@
-//! Confinement of the children.

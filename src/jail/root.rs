@@ -1,0 +1,57 @@
+//! A root of its own for a mount namespace: an empty tmpfs, nothing of the host behind it.
+
+use std::{io, os::fd::OwnedFd};
+
+use rustix::{
+    fs::CWD,
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
+    },
+};
+
+/// What can be done with the new root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Nothing: the file system itself is read-only.
+    ReadOnly,
+    /// Directories and mount points can be made in it, up to a small bound.
+    ReadWrite,
+}
+
+/// Replaces the root of the calling thread's mount namespace, which must be its own, with an empty
+/// tmpfs, and unmounts everything else in it. The current directory is the new root then.
+///
+/// On failure gives the step that failed.
+pub(crate) fn pivot_into_empty(access: Access) -> Result<(), (&'static str, io::Error)> {
+    // Else the mounts and unmounts below would show in the namespace that this one was copied from.
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
+        .map_err(|error| ("make mounts private", error.into()))?;
+    let tmpfs = empty_tmpfs(access).map_err(|error| ("make an empty root", error))?;
+    move_mount(&tmpfs, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|error| ("mount the empty root", error.into()))?;
+    rustix::process::fchdir(&tmpfs).map_err(|error| ("enter the empty root", error.into()))?;
+    // Old and new root at one path: the old one lies on top then, and "." means what lies on top
+    // (pivot_root(2), "pivot_root(".", ".")").
+    rustix::process::pivot_root(".", ".").map_err(|error| ("pivot into the empty root", error.into()))?;
+    unmount(".", UnmountFlags::DETACH).map_err(|error| ("unmount the host", error.into()))?;
+    rustix::process::chdir("/").map_err(|error| ("enter the empty root", error.into()))
+}
+
+/// An empty tmpfs, mounted nowhere.
+fn empty_tmpfs(access: Access) -> io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", "nutshell")?;
+    fsconfig_set_string(&context, "mode", "0755")?;
+    fsconfig_set_string(&context, "size", "64k")?;
+    if access == Access::ReadOnly {
+        fsconfig_set_flag(&context, "ro")?;
+    }
+    fsconfig_create(&context)?;
+    let mut attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    if access == Access::ReadOnly {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
+    }
+    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+}

@@ -1,0 +1,242 @@
+//! The jail, seen from outside by its own parent.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::fd::AsFd,
+    process::{Child, ChildStdout, Command, Stdio, exit},
+};
+
+use super::*;
+use crate::fs::CAPABILITIES;
+
+/// Before the test harness: this very executable is what [`command`] starts, so where the first
+/// argument is a role, the role runs, with one thread, as it would in the real executable.
+#[used]
+// SAFETY: an entry of .init_array is called once with the C runtime and std's arguments ready.
+#[unsafe(link_section = ".init_array")]
+static ROLE_OR_TESTS: extern "C" fn() = role_or_tests;
+
+extern "C" fn role_or_tests() {
+    match env::args().nth(1).as_deref() {
+        Some(crate::fs::ROLE) => drop(crate::fs::main()),
+        Some("jail-empty") => prisoner(CapabilitySet::empty()),
+        Some("jail-capable") => prisoner(CAPABILITIES),
+        _ => return,
+    }
+    exit(0);
+}
+
+/// Enters the jail, says how that went, then answers each line that it reads with what it can do.
+fn prisoner(capabilities: CapabilitySet) {
+    let kept = fs::File::open("/dev/null").unwrap();
+    let entered = enter(&Jail {
+        role: "test",
+        name: c"prisoner",
+        root: Root::Empty,
+        capabilities,
+        keep: &[kept.as_fd()],
+        descriptors: 1024,
+        descriptor_table: 256,
+        threads: 4,
+    });
+    match entered {
+        Ok(()) => println!("jailed"),
+        Err(error) => {
+            println!("{error}");
+            exit(1);
+        }
+    }
+    for line in io::stdin().lines() {
+        let answer = match line.unwrap().as_str() {
+            "root" => format!("{:?}", fs::read_dir("/").unwrap().count()),
+            "write" => format!("{:?}", fs::write("/x", "").map_err(|error| error.kind())),
+            "kept" => format!("{:?}", rustix::io::fcntl_getfd(&kept).is_ok()),
+            "uid 0" => {
+                let changed = rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT);
+                let sets = rustix::thread::capabilities(None).unwrap();
+                format!("{:?} {:x}", changed.is_ok(), sets.effective.bits())
+            }
+            other => panic!("unknown question {other}"),
+        };
+        println!("{answer}");
+    }
+}
+
+struct Prisoner {
+    child: Child,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Prisoner {
+    fn start(role: &str) -> Self {
+        Self::from(&mut command(role))
+    }
+
+    fn from(command: &mut Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let answers = BufReader::new(child.stdout.take().unwrap());
+        Self { child, answers }
+    }
+
+    fn jailed(role: &str) -> Self {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "the jail is entered as root: run these tests as root"
+        );
+        let mut prisoner = Self::start(role);
+        assert_eq!(prisoner.answer(), "jailed");
+        prisoner
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        self.answers.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, question: &str) -> String {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{question}").unwrap();
+        self.answer()
+    }
+
+    fn proc(&self, file: &str) -> String {
+        format!("/proc/{}/{file}", self.child.id())
+    }
+
+    fn status(&self) -> HashMap<String, String> {
+        fs::read_to_string(self.proc("status"))
+            .unwrap()
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .map(|(key, value)| (key.to_owned(), value.trim().to_owned()))
+            .collect()
+    }
+}
+
+impl Drop for Prisoner {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn status_shows_own_ids_and_the_named_capabilities_only() {
+    for (role, capabilities) in [("jail-empty", CapabilitySet::empty()), ("jail-capable", CAPABILITIES)] {
+        let prisoner = Prisoner::jailed(role);
+        let status = prisoner.status();
+
+        let id = FIRST_ID + prisoner.child.id();
+        let kept = format!("{:016x}", capabilities.bits());
+        for (key, expected) in [
+            ("Name", "prisoner"),
+            ("Uid", &format!("{id}\t{id}\t{id}\t{id}")),
+            ("Gid", &format!("{id}\t{id}\t{id}\t{id}")),
+            ("Groups", ""),
+            ("CapInh", "0000000000000000"),
+            ("CapPrm", &kept),
+            ("CapEff", &kept),
+            ("CapBnd", "0000000000000000"),
+            ("CapAmb", "0000000000000000"),
+            ("NoNewPrivs", "1"),
+            ("Threads", "1"),
+            ("FDSize", "256"),
+        ] {
+            assert_eq!(status[key], expected, "{key} of {role}");
+        }
+    }
+}
+
+#[test]
+fn namespaces_differ_from_the_parents() {
+    let prisoner = Prisoner::jailed("jail-empty");
+    for namespace in ["mnt", "net", "ipc", "uts"] {
+        let file = format!("ns/{namespace}");
+        assert_ne!(
+            fs::read_link(prisoner.proc(&file)).unwrap(),
+            fs::read_link(format!("/proc/self/{file}")).unwrap(),
+            "{namespace}"
+        );
+    }
+}
+
+#[test]
+fn only_the_empty_read_only_root_is_mounted() {
+    let mut prisoner = Prisoner::jailed("jail-empty");
+    let mounts = fs::read_to_string(prisoner.proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
+    assert_eq!(prisoner.ask("root"), "0");
+    assert_eq!(prisoner.ask("write"), "Err(ReadOnlyFilesystem)");
+}
+
+#[test]
+fn no_network_interface_but_loopback_exists() {
+    let prisoner = Prisoner::jailed("jail-empty");
+    let devices = fs::read_to_string(prisoner.proc("net/dev")).unwrap();
+    let names: Vec<_> = devices
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, _)| name.trim())
+        .collect();
+    assert_eq!(names, ["lo"], "{devices}");
+}
+
+#[test]
+fn inherited_descriptors_are_closed_but_for_those_named() {
+    let leaked = fs::File::open("/proc/self/exe").unwrap();
+    rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
+    let mut prisoner = Prisoner::jailed("jail-empty");
+    let open = fs::read_dir(prisoner.proc("fd")).unwrap().count();
+    assert_eq!(open, 4, "0, 1, 2 and the one named");
+    assert_eq!(prisoner.ask("kept"), "true");
+}
+
+#[test]
+fn limits_hold() {
+    let prisoner = Prisoner::jailed("jail-empty");
+    let limits = fs::read_to_string(prisoner.proc("limits")).unwrap();
+    for (limit, value) in [
+        ("Max core file size", "0"),
+        ("Max processes", "4"),
+        ("Max open files", "1024"),
+    ] {
+        let line = limits.lines().find(|line| line.starts_with(limit)).unwrap();
+        let fields: Vec<_> = line[limit.len()..].split_whitespace().collect();
+        assert_eq!(fields[..2], [value, value], "{limit}");
+    }
+}
+
+#[test]
+fn taking_uid_0_gains_no_capability() {
+    let mut prisoner = Prisoner::jailed("jail-capable");
+    assert_eq!(prisoner.ask("uid 0"), format!("true {:x}", CAPABILITIES.bits()));
+    let mut prisoner = Prisoner::jailed("jail-empty");
+    assert_eq!(prisoner.ask("uid 0"), "false 0");
+}
+
+#[test]
+fn prisoner_dies_with_the_thread_that_started_it() {
+    let mut prisoner = std::thread::spawn(|| Prisoner::jailed("jail-empty")).join().unwrap();
+    assert_eq!(prisoner.answer(), "", "end of file");
+    let status = prisoner.child.wait().unwrap();
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&status),
+        Some(libc::SIGKILL)
+    );
+}
+
+#[test]
+fn role_started_by_another_process_than_named_refuses() {
+    let mut orphan = Command::new("/proc/self/exe");
+    orphan.args(["jail-empty", "1"]);
+    assert_eq!(Prisoner::from(&mut orphan).answer(), JailError::Orphaned.to_string());
+    let mut by_hand = Command::new("/proc/self/exe");
+    by_hand.arg("jail-empty");
+    assert_eq!(
+        Prisoner::from(&mut by_hand).answer(),
+        JailError::NotStartedByShim.to_string()
+    );
+}
