@@ -6,7 +6,7 @@
 //! gets every host resource from here and opens none itself.
 
 use std::{
-    io,
+    fmt, io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
@@ -164,6 +164,15 @@ pub(crate) enum EndReason {
     KvmFailed(String),
     /// A device worker of the vmm failed.
     DeviceFailed(String),
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BuildFailed(why) | Self::DeviceFailed(why) | Self::KvmFailed(why) => formatter.write_str(why),
+            Self::GuestReset => formatter.write_str("the guest reset itself"),
+        }
+    }
 }
 
 /// One end of the channel. Close-on-exec.

@@ -21,8 +21,9 @@ const MAX_BUFFERS: usize = 1024;
 /// Why a chain is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
-    /// A loop, an index beyond the table, or a malformed indirect table (virtio 1.3 §2.7.5).
-    #[error("the descriptor chain does not end")]
+    /// A loop, an index beyond the table, a malformed indirect table, or lengths whose sum passes
+    /// 2^32 (virtio 1.3 §2.7.5): the queue gave up before a last descriptor.
+    #[error("the descriptor chain has no proper end")]
     Endless,
     /// A buffer lies outside of guest memory.
     #[error("a buffer of the descriptor chain lies outside of guest memory")]
@@ -30,8 +31,8 @@ pub(crate) enum ChainError {
     /// A buffer to read stands behind one to write (virtio 1.3 §2.7.4.2).
     #[error("a readable buffer follows a writable one")]
     Order,
-    /// More bytes than a chain may carry (virtio 1.3 §2.7.5: 2^32) or more buffers than we take.
-    #[error("the descriptor chain is too long")]
+    /// More buffers than one system call takes.
+    #[error("the descriptor chain has more than {MAX_BUFFERS} buffers")]
     TooLong,
 }
 
@@ -52,10 +53,8 @@ impl<'m> Chain<'m> {
         let head = chain.head_index();
         let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
         let mut ended = false;
-        let mut total: u32 = 0;
         for descriptor in chain {
             ended = !descriptor.has_next();
-            total = total.checked_add(descriptor.len()).ok_or(ChainError::TooLong)?;
             let target = match (descriptor.is_write_only(), writable.slices.is_empty()) {
                 (true, _) => &mut writable,
                 (false, true) => &mut readable,

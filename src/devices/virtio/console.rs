@@ -8,7 +8,10 @@ use std::{
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
-use super::{ActivateError, Activation, COMMON_FEATURES, Device, queue::{DeviceQueue, QueueError}};
+use super::{
+    ActivateError, Activation, COMMON_FEATURES, Device,
+    queue::{DeviceQueue, QueueError},
+};
 use crate::vmm::control::CONSOLE_TAIL;
 
 const QUEUE_SIZES: [u16; 2] = [16, 16];
@@ -29,7 +32,12 @@ impl Log {
 
     /// What is kept.
     pub(crate) fn tail(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .copied()
+            .collect()
     }
 }
 
@@ -81,8 +89,8 @@ impl Device for Console {
         COMMON_FEATURES
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+    fn queue_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
     }
 
     fn read_config(&self, _offset: u64, data: &mut [u8]) {

@@ -117,8 +117,8 @@ impl Device for Fs {
         COMMON_FEATURES
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+    fn queue_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -131,7 +131,8 @@ impl Device for Fs {
             .take()
             .ok_or_else(|| ActivateError::Backend("the file server serves one activation only".to_owned()))?;
         let mut frontend = Frontend::from_stream(socket, QUEUE_SIZES.len() as u64);
-        self.connect(&mut frontend, &activation).map_err(ActivateError::Backend)?;
+        self.connect(&mut frontend, &activation)
+            .map_err(ActivateError::Backend)?;
         self.frontend = Some(frontend);
         Ok(())
     }

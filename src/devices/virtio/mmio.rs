@@ -12,10 +12,10 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
     VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
     VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
-    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
-    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
-    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -116,7 +116,7 @@ impl Mmio {
     /// KVM signals on writes of the queue's index to [`NOTIFY`].
     pub(crate) fn new(device: Box<dyn Device>, memory: Arc<Memory>, line: Arc<Line>, kicks: Vec<EventFd>) -> Self {
         Self {
-            negotiation: Negotiation::new(device.features(), device.queue_sizes()),
+            negotiation: Negotiation::new(device.features(), &device.queue_sizes()),
             device,
             memory,
             line,
@@ -195,7 +195,13 @@ impl Mmio {
             .zip(0..)
             .map(|((queue, kick), index)| {
                 let kick = kick.try_clone().ok()?;
-                Some(DeviceQueue::new(index, queue, kick, self.memory.clone(), self.line.clone()))
+                Some(DeviceQueue::new(
+                    index,
+                    queue,
+                    kick,
+                    self.memory.clone(),
+                    self.line.clone(),
+                ))
             })
             .collect::<Option<Vec<_>>>()?;
         let activation = Activation {

@@ -14,7 +14,7 @@ pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod vsock;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -56,7 +56,7 @@ pub(crate) trait Device: Send {
     fn features(&self) -> u64;
 
     /// The largest size of each queue, a power of two.
-    fn queue_sizes(&self) -> &[u16];
+    fn queue_sizes(&self) -> Vec<u16>;
 
     /// Fills `data` from the device's configuration at `offset`; what lies beyond it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
@@ -70,6 +70,56 @@ pub(crate) trait Device: Send {
 
     /// Stops work and gives up the queues.
     fn reset(&mut self);
+}
+
+/// A device that the transport and the vmm's event loop share. The lock is held for one register
+/// access or one event at a time.
+#[derive(Debug)]
+pub(crate) struct Handle<D>(Arc<Mutex<D>>);
+
+impl<D> Handle<D> {
+    /// Makes `device` shareable.
+    pub(crate) fn new(device: D) -> Self {
+        Self(Arc::new(Mutex::new(device)))
+    }
+
+    /// Exclusive use of the device.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, D> {
+        // A panic ends the process (see `vmm::main`): nobody sees a poisoned lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D> Clone for Handle<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<D: Device> Device for Handle<D> {
+    fn kind(&self) -> u32 {
+        self.lock().kind()
+    }
+
+    fn features(&self) -> u64 {
+        self.lock().features()
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.lock().queue_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.lock().read_config(offset, data);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        self.lock().activate(activation)
+    }
+
+    fn reset(&mut self) {
+        self.lock().reset();
+    }
 }
 
 /// All that a device gets when its driver is ready.

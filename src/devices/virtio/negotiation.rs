@@ -227,7 +227,9 @@ impl Negotiation {
             .map(|config| {
                 let mut queue = Queue::new(config.max_size).ok()?;
                 queue.try_set_size(config.size).ok()?;
-                queue.try_set_desc_table_address(GuestAddress(config.descriptors)).ok()?;
+                queue
+                    .try_set_desc_table_address(GuestAddress(config.descriptors))
+                    .ok()?;
                 queue.try_set_avail_ring_address(GuestAddress(config.driver)).ok()?;
                 queue.try_set_used_ring_address(GuestAddress(config.device)).ok()?;
                 queue.set_event_idx(event_idx);
@@ -281,7 +283,11 @@ mod tests {
             panic!("{transition:?}");
         };
         assert_eq!(queues.len(), 2);
-        assert!(queues.iter().all(|queue| queue.size() == 16 && queue.event_idx_enabled()));
+        assert!(
+            queues
+                .iter()
+                .all(|queue| queue.size() == 16 && queue.event_idx_enabled())
+        );
         assert_eq!(features, COMMON_FEATURES);
     }
 
@@ -346,7 +352,10 @@ mod tests {
     fn status_bits_cannot_be_skipped_or_cleared() {
         let memory = memory();
         let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
-        assert_eq!(state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory), Transition::None);
+        assert_eq!(
+            state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory),
+            Transition::None
+        );
         assert_eq!(state.status(), 0);
         state.write_status(ACKNOWLEDGE, &memory);
         state.write_status(ACKNOWLEDGE | DRIVER, &memory);

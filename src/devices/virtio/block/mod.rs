@@ -182,8 +182,8 @@ impl Device for Block {
             }
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &self.queue_sizes
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.queue_sizes.clone()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -192,16 +192,27 @@ impl Device for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |error: io::Error| ActivateError::Backend(error.to_string());
-        *self.disk.shared.interrupt.write().unwrap_or_else(PoisonError::into_inner) = Some(activation.interrupt);
+        *self
+            .disk
+            .shared
+            .interrupt
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Some(activation.interrupt);
         for queue in activation.queues {
-            self.workers.push(Worker::start(self.disk.shared.clone(), queue).map_err(failed)?);
+            self.workers
+                .push(Worker::start(self.disk.shared.clone(), queue).map_err(failed)?);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.workers.clear();
-        *self.disk.shared.interrupt.write().unwrap_or_else(PoisonError::into_inner) = None;
+        *self
+            .disk
+            .shared
+            .interrupt
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -278,8 +289,12 @@ fn sectors(file: &File) -> io::Result<u64> {
     let metadata = file.metadata()?;
     let bytes = if metadata.file_type().is_block_device() {
         // The position of a block device is nobody's: requests carry their offset.
-        io::Seek::seek(&mut &*file, io::SeekFrom::End(0))
-            .map_err(|error| io::Error::new(error.kind(), format!("size of block device {}: {error}", file.as_raw_fd())))?
+        io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("size of block device {}: {error}", file.as_raw_fd()),
+            )
+        })?
     } else {
         metadata.len()
     };

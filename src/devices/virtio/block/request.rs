@@ -137,10 +137,8 @@ fn carry_out(
 
 /// The byte offset of `sector` if `length` bytes from there lie inside the disk.
 fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Refusal> {
-    let inside = length.is_multiple_of(SECTOR)
-        && sector
-            .checked_add(length / SECTOR)
-            .is_some_and(|end| end <= capacity);
+    let inside =
+        length.is_multiple_of(SECTOR) && sector.checked_add(length / SECTOR).is_some_and(|end| end <= capacity);
     if inside { Ok(sector * SECTOR) } else { Err(Refusal::Io) }
 }
 
@@ -271,7 +269,14 @@ mod tests {
     fn requests_outside_of_the_disk_or_against_its_mode_fail() {
         let cases = [
             ("read past the end", VIRTIO_BLK_T_IN, 7, 0, 1024, true),
-            ("read at a sector whose offset wraps", VIRTIO_BLK_T_IN, u64::MAX, 0, 512, true),
+            (
+                "read at a sector whose offset wraps",
+                VIRTIO_BLK_T_IN,
+                u64::MAX,
+                0,
+                512,
+                true,
+            ),
             ("read of a part of a sector", VIRTIO_BLK_T_IN, 0, 0, 100, true),
             ("write past the end", VIRTIO_BLK_T_OUT, 8, 512, 0, false),
             ("write to a read-only disk", VIRTIO_BLK_T_OUT, 0, 512, 0, true),

@@ -137,8 +137,8 @@ impl Device for Vsock {
         COMMON_FEATURES
     }
 
-    fn queue_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+    fn queue_sizes(&self) -> Vec<u16> {
+        QUEUE_SIZES.to_vec()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

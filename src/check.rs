@@ -1,0 +1,153 @@
+//! `containerd-shim-nutshell-v2 check`: can this host run guests? Boots one without containers,
+//! in the same jail and by the same code as a pod's, prints what came of it, and ends it.
+
+use std::{
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, Ready};
+
+use crate::{
+    guest::{self, GuestError},
+    jail,
+    vmm::{
+        self,
+        control::{Channel, Command, ControlError, Machine, Notice},
+    },
+};
+
+/// The word that selects it.
+pub(crate) const ROLE: &str = "check";
+
+/// The machine that is booted: small, so that the figure is the machine's and not its memory's.
+const MEMORY: u64 = 128 << 20;
+
+/// How long the guest may take.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why this host cannot run guests.
+#[derive(Debug, thiserror::Error)]
+enum CheckError {
+    #[error("/dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
+    Kvm(#[source] io::Error),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("starting the machine: {0}")]
+    Start(#[source] io::Error),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the agent in the guest said what nobody understands: {0}")]
+    Agent(#[from] FrameError),
+    #[error("the guest did not start: {reason}{console}")]
+    Ended { reason: String, console: String },
+    #[error("the guest did not say that it was ready within {} s", DEADLINE.as_secs())]
+    Silent,
+}
+
+/// Boots a guest and prints its kernel's release and the time that it took.
+pub(crate) fn main() -> ExitCode {
+    let started = Instant::now();
+    match boot() {
+        Ok(ready) => {
+            let milliseconds = started.elapsed().as_millis();
+            println!(
+                "guest kernel {} ready after {milliseconds} ms: this host runs nutshell",
+                ready.kernel
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("this host does not run nutshell: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn boot() -> Result<Ready, CheckError> {
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(CheckError::Kvm)?;
+    let image = guest::image(None, None)?;
+    let (channel, theirs) = Channel::pair()?;
+    let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
+    let mut child = jail::command(vmm::ROLE)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .spawn()
+        .map_err(CheckError::Start)?;
+    let machine = Machine {
+        memory: MEMORY,
+        vcpus: 1,
+        share: false,
+        disks: Vec::new(),
+        kernel: image.kernel_extent,
+        initramfs: image.initramfs_extent,
+        kernel_arguments: std::env::args().nth(2).unwrap_or_default(),
+    };
+    let descriptors = [
+        kvm.as_fd(),
+        image.kernel.as_fd(),
+        image.initramfs.as_fd(),
+        agent_theirs.as_fd(),
+    ];
+    channel.send(&Command::Boot(machine), &descriptors)?;
+    drop(agent_theirs);
+    let ready = wait(&agent, &channel);
+    // Whatever came of it, the machine goes, and is waited for so that nothing is left.
+    end(&mut child).map_err(CheckError::Start)?;
+    ready
+}
+
+/// Waits for the agent's first message. The stream ends when the machine does.
+fn wait(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
+    agent.set_read_timeout(Some(DEADLINE)).map_err(CheckError::Start)?;
+    let mut frames = FrameBuffer::default();
+    let mut bytes = [0; 4096];
+    loop {
+        match agent.read(&mut bytes) {
+            Ok(0) => return Err(ended(channel)),
+            Ok(count) => frames.push(&bytes[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(CheckError::Silent),
+        }
+        if let Some(FromAgent::Ready(ready)) = frames.next()? {
+            return Ok(ready);
+        }
+    }
+}
+
+/// What the machine's last word was.
+fn ended(channel: &Channel) -> CheckError {
+    loop {
+        match channel.receive() {
+            Ok((Notice::Ended { reason, console }, _)) => {
+                let console = String::from_utf8_lossy(&console).into_owned();
+                return CheckError::Ended {
+                    reason: reason.to_string(),
+                    console: if console.is_empty() {
+                        console
+                    } else {
+                        format!("\n{console}")
+                    },
+                };
+            }
+            Ok(_) => {}
+            Err(error) => return error.into(),
+        }
+    }
+}
+
+fn end(child: &mut Child) -> io::Result<()> {
+    io::stdout().flush()?;
+    child.kill()?;
+    child.wait().map(drop)
+}

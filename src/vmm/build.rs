@@ -1,0 +1,273 @@
+//! Puts a machine together from what the shim sent: parses the boot command and its descriptors
+//! into types, then memory, KVM, devices, kernel and processors, in that order.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    sync::{Arc, Mutex},
+};
+
+use nutshell_protocol::{AGENT_PORT, SHARE_TAG, disk_serial};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::{
+    boot::{self, BootError, kernel::KernelError},
+    control::{self, Machine},
+    end::End,
+    kvm::{KvmError, Vm},
+    memory::{self, MMIO, MemoryError},
+    vcpu::{self, Peripherals},
+};
+use crate::devices::{
+    bus::Bus,
+    uart::Uart,
+    virtio::{
+        Device, Handle, Memory,
+        block::{Backing, Block, Disk},
+        console::{Console, Log},
+        fs::Fs,
+        mmio::{Line, Mmio, NOTIFY, WINDOW},
+        rng::Rng,
+        vsock::{Vsock, muxer::Muxer},
+    },
+};
+
+/// The first interrupt line given to a device: lower ones are those of the PC's first devices.
+const FIRST_LINE: u32 = 5;
+
+/// What every kernel is told. Quiet before the early console, which else prints all; a panic or
+/// halt resets at once by triple fault, which ends the machine; no probing for a timer that KVM's
+/// clock makes superfluous.
+const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
+                            tsc=reliable cryptomgr.notests random.trust_cpu=on";
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    /// Not what a shim of this version sends.
+    #[error("the boot command does not fit its descriptors: {0}")]
+    Command(&'static str),
+    /// The guest cannot be made to boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A device cannot be made.
+    #[error("{what}: {source}")]
+    Device {
+        /// Which.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The kernel cannot be loaded.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// KVM refuses.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// A boot command and its descriptors as types.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    machine: Machine,
+    kvm: OwnedFd,
+    kernel: File,
+    initramfs: File,
+    agent: OwnedFd,
+    share: Option<UnixStream>,
+    disks: Vec<Option<Backing>>,
+}
+
+impl Parts {
+    /// Pairs the command with its descriptors, in the order that [`control::Command::Boot`] says.
+    pub(crate) fn parse(machine: Machine, descriptors: Vec<OwnedFd>) -> Result<Self, BuildError> {
+        let mut descriptors = descriptors.into_iter();
+        let mut next = |what| descriptors.next().ok_or(BuildError::Command(what));
+        let parts = Self {
+            kvm: next("no /dev/kvm")?,
+            kernel: next("no kernel")?.into(),
+            initramfs: next("no initramfs")?.into(),
+            agent: next("no stream for the agent")?,
+            share: if machine.share {
+                Some(next("no file server")?.into())
+            } else {
+                None
+            },
+            disks: machine
+                .disks
+                .iter()
+                .map(|disk| {
+                    Ok(match disk {
+                        control::Disk::Empty => None,
+                        control::Disk::ReadOnly | control::Disk::ReadWrite => Some(Backing {
+                            file: next("no file of a disk")?.into(),
+                            read_only: *disk == control::Disk::ReadOnly,
+                        }),
+                    })
+                })
+                .collect::<Result<_, BuildError>>()?,
+            machine,
+        };
+        match descriptors.next() {
+            None if parts.machine.vcpus > 0 => Ok(parts),
+            None => Err(BuildError::Command("no vCPU")),
+            Some(_) => Err(BuildError::Command("a descriptor too many")),
+        }
+    }
+}
+
+/// A running machine, as the event loop drives it.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) vsock: Handle<Vsock>,
+    pub(crate) vsock_receive: EventFd,
+    pub(crate) vsock_transmit: EventFd,
+    pub(crate) console: Handle<Console>,
+    pub(crate) console_transmit: EventFd,
+    pub(crate) rng: Handle<Rng>,
+    pub(crate) rng_request: EventFd,
+    pub(crate) disks: Vec<Disk>,
+}
+
+/// Builds the machine and lets its processors run; what ends it is reported to `end`, and what it
+/// prints goes to `log`.
+pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Running, BuildError> {
+    let Parts {
+        machine,
+        kvm,
+        kernel,
+        initramfs,
+        agent,
+        share,
+        disks,
+    } = parts;
+    let memory = Arc::new(memory::allocate(machine.memory, machine.share)?);
+    let vm = Vm::new(kvm, &memory)?;
+    let mut board = Board::new(&vm, memory.clone());
+
+    let mut muxer = Muxer::new().map_err(device("vsock"))?;
+    let agent_output = agent.try_clone().map_err(device("vsock"))?;
+    muxer
+        .open(AGENT_PORT, Some(agent), Some(agent_output))
+        .map_err(device("vsock"))?;
+    let vsock = Handle::new(Vsock::new(muxer));
+    let mut vsock_kicks = board.add(Box::new(vsock.clone()))?.into_iter();
+    let console = Handle::new(Console::new(log.clone()));
+    let mut console_kicks = board.add(Box::new(console.clone()))?.into_iter();
+    let rng = Handle::new(Rng::default());
+    let mut rng_kicks = board.add(Box::new(rng.clone()))?.into_iter();
+    if let Some(socket) = share {
+        let line = Arc::new(Line::always_used(board.irqfd()?));
+        board.add_with_line(Box::new(Fs::new(SHARE_TAG, socket, line.clone())), line)?;
+    }
+    let disks = (0..)
+        .zip(disks)
+        .map(|(slot, backing)| {
+            let disk = Disk::new(disk_serial(slot), backing).map_err(device("disk"))?;
+            board.add(Box::new(Block::new(disk.clone(), machine.vcpus.into())))?;
+            Ok(disk)
+        })
+        .collect::<Result<_, BuildError>>()?;
+
+    let loaded = boot::kernel::load(&memory, &kernel, machine.kernel)?;
+    let place = boot::initramfs_address(machine.memory, machine.initramfs.length)
+        .filter(|address| *address >= loaded.end)
+        .ok_or(BuildError::Command("the initramfs does not fit into guest memory"))?;
+    memory::load(&memory, "initramfs", &initramfs, machine.initramfs, place)?;
+    let archive = boot::Initramfs {
+        address: place,
+        length: machine.initramfs.length,
+    };
+    let command_line = format!("{COMMAND_LINE}{} {}", board.arguments, machine.kernel_arguments);
+    boot::write_tables(&memory, machine.memory, command_line.trim_end(), archive)?;
+    boot::mptable::write(&memory, machine.vcpus).map_err(BootError::from)?;
+
+    let peripherals = Arc::new(Peripherals {
+        bus: board.bus,
+        uart: Mutex::new(Uart::new(log.clone())),
+    });
+    for (index, vcpu) in vm.create_vcpus(machine.vcpus, loaded.entry)?.into_iter().enumerate() {
+        vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device("vCPU thread"))?;
+    }
+    let mut kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
+    Ok(Running {
+        vsock_receive: kick(&mut vsock_kicks)?,
+        vsock_transmit: kick(&mut vsock_kicks)?,
+        vsock,
+        // The first queue is input, which the console does not have.
+        console_transmit: kick(&mut console_kicks).and_then(|_input| kick(&mut console_kicks))?,
+        console,
+        rng_request: kick(&mut rng_kicks)?,
+        rng,
+        disks,
+    })
+}
+
+/// Where devices are plugged in: gives each a window, an interrupt line, kicks, and the words of
+/// the command line by which the kernel finds it (`virtio_mmio.device=`).
+struct Board<'v> {
+    vm: &'v Vm,
+    memory: Arc<Memory>,
+    bus: Bus,
+    arguments: String,
+    count: u32,
+}
+
+impl<'v> Board<'v> {
+    fn new(vm: &'v Vm, memory: Arc<Memory>) -> Self {
+        Self {
+            vm,
+            memory,
+            bus: Bus::default(),
+            arguments: String::new(),
+            count: 0,
+        }
+    }
+
+    fn irqfd(&self) -> Result<EventFd, BuildError> {
+        EventFd::new(EFD_CLOEXEC).map_err(device("eventfd"))
+    }
+
+    fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, BuildError> {
+        let line = Arc::new(Line::new(self.irqfd()?));
+        self.add_with_line(device, line)
+    }
+
+    /// Returns the kick of each queue.
+    fn add_with_line(&mut self, virtio: Box<dyn Device>, line: Arc<Line>) -> Result<Vec<EventFd>, BuildError> {
+        use std::fmt::Write;
+
+        let number = FIRST_LINE + self.count;
+        if number >= u32::from(boot::mptable::LINES) {
+            return Err(BuildError::Command("more devices than interrupt lines"));
+        }
+        let base = MMIO.start + u64::from(self.count) * WINDOW;
+        self.count += 1;
+        self.vm.interrupt_on(line.irqfd(), number)?;
+        let kicks: Vec<EventFd> = virtio
+            .queue_sizes()
+            .iter()
+            .map(|_| EventFd::new(EFD_CLOEXEC).map_err(device("eventfd")))
+            .collect::<Result<_, _>>()?;
+        for (queue, kick) in (0..).zip(&kicks) {
+            self.vm.signal_on_write(kick, base + NOTIFY, queue)?;
+        }
+        let clones = kicks
+            .iter()
+            .map(|kick| kick.try_clone().map_err(device("eventfd")))
+            .collect::<Result<_, _>>()?;
+        let transport = Mmio::new(virtio, self.memory.clone(), line, kicks);
+        self.bus.add(base..base + WINDOW, Box::new(transport));
+        // Writing to a string cannot fail.
+        let _ = write!(self.arguments, " virtio_mmio.device={WINDOW}@{base:#x}:{number}");
+        Ok(clones)
+    }
+}
+
+fn device(what: &'static str) -> impl Fn(io::Error) -> BuildError {
+    move |source| BuildError::Device { what, source }
+}

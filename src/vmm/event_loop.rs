@@ -1,0 +1,210 @@
+//! The vmm's own thread: carries the shim's commands to the devices and moves the bytes of the
+//! devices that have no thread of their own. Sleeps in one epoll; nothing here waits for a guest.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use rustix::{buffer::spare_capacity, event::epoll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    build::Running,
+    control::{Channel, Command, ControlError, EndReason, Notice},
+    end::End,
+};
+use crate::devices::virtio::{
+    Device,
+    block::Backing,
+    console::Log,
+    queue::QueueError,
+    vsock::{Vsock, muxer::StreamNotice},
+};
+
+/// What an event is about; epoll's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+enum Source {
+    Control,
+    End,
+    Streams,
+    VsockReceive,
+    VsockTransmit,
+    ConsoleTransmit,
+    RngRequest,
+}
+
+const SOURCES: [Source; 7] = [
+    Source::Control,
+    Source::End,
+    Source::Streams,
+    Source::VsockReceive,
+    Source::VsockTransmit,
+    Source::ConsoleTransmit,
+    Source::RngRequest,
+];
+
+/// Why the loop was left.
+#[derive(Debug)]
+pub(crate) enum Left {
+    /// The machine has ended; the shim is to be told.
+    Ended(EndReason),
+    /// The shim is gone, or talks nonsense: there is nobody to tell.
+    ShimGone,
+}
+
+/// Drives the machine until it ends.
+pub(crate) fn run(running: &Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Left {
+    let failed = |error: io::Error| Left::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
+    let epoll = match watch(running, channel, end) {
+        Ok(epoll) => epoll,
+        Err(error) => return failed(error),
+    };
+    let mut events: Vec<epoll::Event> = Vec::with_capacity(SOURCES.len());
+    loop {
+        events.clear();
+        match epoll::wait(&epoll, spare_capacity(&mut events), None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return failed(error.into()),
+        }
+        for event in &events {
+            let number = event.data.u64();
+            let Some(source) = SOURCES.into_iter().find(|source| *source as u64 == number) else {
+                continue;
+            };
+            if let Some(left) = handle(source, running, channel, end, log) {
+                return left;
+            }
+        }
+        if let Err(left) = tell_of_streams(&mut running.vsock.lock(), channel) {
+            return left;
+        }
+    }
+}
+
+fn watch(running: &Running, channel: &Channel, end: &End) -> io::Result<OwnedFd> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let add = |source: Source, descriptor: BorrowedFd<'_>| {
+        let data = epoll::EventData::new_u64(source as u64);
+        epoll::add(&epoll, descriptor, data, epoll::EventFlags::IN)
+    };
+    add(Source::Control, channel.as_fd())?;
+    add(Source::End, end.event())?;
+    add(Source::Streams, running.vsock.lock().muxer().poller())?;
+    add(Source::VsockReceive, borrow(&running.vsock_receive))?;
+    add(Source::VsockTransmit, borrow(&running.vsock_transmit))?;
+    add(Source::ConsoleTransmit, borrow(&running.console_transmit))?;
+    add(Source::RngRequest, borrow(&running.rng_request))?;
+    Ok(epoll)
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd stays open for as long as the borrow of it lasts.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Option<Left> {
+    let kicked = |event: &EventFd| {
+        // Readable, so it does not block; its count does not matter.
+        let _ = event.read();
+    };
+    let broken = |error: QueueError| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}")));
+    match source {
+        Source::Control => command(running, channel, log).err(),
+        Source::End => end.reason().map(Left::Ended),
+        Source::Streams => running.vsock.lock().poll().err().map(broken),
+        Source::VsockReceive => {
+            kicked(&running.vsock_receive);
+            running.vsock.lock().deliver().err().map(broken)
+        }
+        Source::VsockTransmit => {
+            kicked(&running.vsock_transmit);
+            running.vsock.lock().transmit().err().map(broken)
+        }
+        Source::ConsoleTransmit => {
+            kicked(&running.console_transmit);
+            let mut console = running.console.lock();
+            // A guest that breaks its console or its entropy source goes on without.
+            if console.transmit().is_err() {
+                console.reset();
+            }
+            None
+        }
+        Source::RngRequest => {
+            kicked(&running.rng_request);
+            let mut rng = running.rng.lock();
+            if rng.fill().is_err() {
+                rng.reset();
+            }
+            None
+        }
+    }
+}
+
+/// Takes one command of the shim.
+fn command(running: &Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
+    let (command, descriptors) = match channel.receive::<Command>() {
+        Ok(received) => received,
+        Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+        Err(_) => return Err(Left::ShimGone),
+    };
+    let mut descriptors = descriptors.into_iter();
+    let mut vsock = running.vsock.lock();
+    match command {
+        Command::Boot(_) => return Err(Left::ShimGone),
+        Command::OpenStream { port, input, output } => {
+            let input = if input { descriptors.next() } else { None };
+            let output = if output { descriptors.next() } else { None };
+            if vsock.muxer().open(port, input, output).is_err() {
+                tell(channel, &Notice::StreamClosed { port })?;
+            }
+        }
+        Command::Drain { port, bytes } => vsock.muxer().drain(port, bytes),
+        Command::CloseStream { port } => {
+            vsock.muxer().close(port);
+            vsock
+                .deliver()
+                .map_err(|error| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}"))))?;
+        }
+        Command::FillDisk { slot, read_only } => {
+            let disk = running.disks.get(slot as usize);
+            if let (Some(disk), Some(file)) = (disk, descriptors.next()) {
+                let backing = Backing {
+                    file: file.into(),
+                    read_only,
+                };
+                disk.fill(backing).map_err(|error| disk_failed(slot, &error))?;
+            }
+        }
+        Command::GrowDisk { slot } => {
+            if let Some(disk) = running.disks.get(slot as usize) {
+                disk.grow().map_err(|error| disk_failed(slot, &error))?;
+            }
+        }
+        Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
+    }
+    Ok(())
+}
+
+fn disk_failed(slot: u32, error: &io::Error) -> Left {
+    Left::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
+}
+
+fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), Left> {
+    for notice in vsock.muxer().take_notices() {
+        tell(
+            channel,
+            &match notice {
+                StreamNotice::Drained(port) => Notice::Drained { port },
+                StreamNotice::Closed(port) => Notice::StreamClosed { port },
+            },
+        )?;
+    }
+    Ok(())
+}
+
+fn tell(channel: &Channel, notice: &Notice) -> Result<(), Left> {
+    channel.send(notice, &[]).map_err(|_| Left::ShimGone)
+}
