@@ -1,0 +1,133 @@
+//! The event loop: who waits for what, and the state of it all.
+//!
+//! `requests` answers the host, `exits` tells it what ends. Both are parts of [`Agent`]; the loop is
+//! the only caller.
+
+mod exits;
+mod requests;
+mod streams;
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::io;
+use std::rc::Rc;
+
+use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response};
+
+use crate::connection::{Control, ControlError, Host};
+use crate::container::Container;
+use crate::job::Job;
+use crate::poller::{Poller, Token};
+use crate::reap::Reaper;
+use crate::stdio::Channels;
+use streams::Streams;
+
+/// Why the agent cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// The way to the host is gone.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The kernel refuses what the loop is made of.
+    #[error("the event loop cannot go on: {0}")]
+    System(#[from] io::Error),
+}
+
+/// What a job is for.
+#[derive(Debug)]
+enum Purpose {
+    Create { container: Rc<str> },
+    Delete { container: Rc<str> },
+    Other,
+}
+
+/// A job that the host waits for.
+#[derive(Debug)]
+struct Errand {
+    job: Job,
+    request: u64,
+    purpose: Purpose,
+    channels: Option<Channels>,
+}
+
+/// The agent.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    poller: Poller,
+    host: Host,
+    control: Control,
+    reaper: Reaper,
+    streams: Streams,
+    containers: BTreeMap<Rc<str>, Container>,
+    errands: BTreeMap<u32, Errand>,
+    /// The last number given to an event source.
+    last_number: u32,
+}
+
+impl Agent {
+    /// Dials the host and greets it.
+    pub(crate) fn connect(host: Host) -> Result<Self, AgentError> {
+        let reaper = Reaper::new()?;
+        let control = Control::dial(&host)?;
+        let poller = Poller::new()?;
+        poller.watch_changes(&control, Token::Control)?;
+        poller.watch_input(&reaper, Token::Signals)?;
+        let mut agent = Self {
+            poller,
+            host,
+            control,
+            reaper,
+            streams: Streams::default(),
+            containers: BTreeMap::new(),
+            errands: BTreeMap::new(),
+            last_number: 0,
+        };
+        agent.send(&FromAgent::Ready(Ready {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        }))?;
+        Ok(agent)
+    }
+
+    /// Serves until the host is gone.
+    pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
+        loop {
+            let tokens = self.poller.wait(!self.streams.has_more())?;
+            self.streams.move_on();
+            for token in tokens {
+                match token {
+                    Token::Control => self.take_requests()?,
+                    Token::Signals => self.take_exits()?,
+                    Token::Job(number) => self.take_report(number)?,
+                    Token::Pump(number) => self.streams.turn(number),
+                    Token::Memory(number) => self.take_memory_event(number)?,
+                }
+            }
+        }
+    }
+
+    fn take_requests(&mut self) -> Result<(), AgentError> {
+        self.control.flush()?;
+        while let Some(message) = self.control.next()? {
+            self.handle(message)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, message: &FromAgent) -> Result<(), AgentError> {
+        Ok(self.control.send(message)?)
+    }
+
+    fn reply(&mut self, id: u64, result: Result<Response, nutshell_protocol::Failure>) -> Result<(), AgentError> {
+        self.send(&FromAgent::Reply(Reply { id, result }))
+    }
+
+    fn event(&mut self, event: Event) -> Result<(), AgentError> {
+        self.send(&FromAgent::Event(event))
+    }
+
+    fn next_number(&mut self) -> u32 {
+        self.last_number = self.last_number.wrapping_add(1);
+        self.last_number
+    }
+}

@@ -1,0 +1,93 @@
+//! The pumps of all processes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::rc::Rc;
+
+use crate::poller::{Poller, Token};
+use crate::stdio::{Progress, Pump};
+
+#[derive(Debug)]
+struct Entry {
+    pump: Pump,
+    container: Rc<str>,
+    /// No process's record knows it any more: it goes when it ends.
+    orphan: bool,
+}
+
+/// The pumps of all processes.
+#[derive(Debug, Default)]
+pub(super) struct Streams {
+    pumps: BTreeMap<u32, Entry>,
+    /// Those that stopped for others' sake and have more to move.
+    more: BTreeSet<u32>,
+}
+
+impl Streams {
+    /// Begins to move what a pump of `container` is for.
+    pub(super) fn add(&mut self, poller: &Poller, number: u32, pump: Pump, container: &Rc<str>) -> io::Result<()> {
+        for end in pump.descriptors().into_iter().flatten() {
+            poller.watch_changes(end, Token::Pump(number))?;
+        }
+        let entry = Entry {
+            pump,
+            container: Rc::clone(container),
+            orphan: false,
+        };
+        self.pumps.insert(number, entry);
+        self.turn(number);
+        Ok(())
+    }
+
+    /// Moves what pump `number` can move.
+    pub(super) fn turn(&mut self, number: u32) {
+        self.more.remove(&number);
+        let Some(entry) = self.pumps.get_mut(&number) else {
+            return;
+        };
+        match entry.pump.turn() {
+            Progress::Waiting => {}
+            Progress::More => {
+                self.more.insert(number);
+            }
+            Progress::Ended if entry.orphan => {
+                self.pumps.remove(&number);
+            }
+            Progress::Ended => {}
+        }
+    }
+
+    /// Whether any pump could go on right now.
+    pub(super) fn has_more(&self) -> bool {
+        !self.more.is_empty()
+    }
+
+    /// Gives each pump that could go on its turn.
+    pub(super) fn move_on(&mut self) {
+        for number in std::mem::take(&mut self.more) {
+            self.turn(number);
+        }
+    }
+
+    /// How many bytes went into the source of pump `number` so far.
+    pub(super) fn written(&mut self, number: Option<u32>) -> u64 {
+        let entry = number.and_then(|number| self.pumps.get_mut(&number));
+        entry.map_or(0, |entry| entry.pump.written())
+    }
+
+    /// The process of this pump has been reported: the pump goes on by itself until its end.
+    pub(super) fn release(&mut self, number: u32) {
+        let Some(entry) = self.pumps.get_mut(&number) else {
+            return;
+        };
+        entry.orphan = true;
+        if entry.pump.ended() {
+            self.pumps.remove(&number);
+        }
+    }
+
+    /// Ends every pump of a container.
+    pub(super) fn end_all(&mut self, container: &str) {
+        self.pumps.retain(|_, entry| &*entry.container != container);
+    }
+}

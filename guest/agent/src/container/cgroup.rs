@@ -1,0 +1,177 @@
+//! The cgroup (v2) of a container.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use rustix::process::Pid;
+
+/// Where the hierarchy is mounted.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+
+/// A cgroup below the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// The cgroup at `path`, which begins with `/`, below the root.
+    pub(crate) fn at(path: &str) -> Self {
+        Self {
+            path: Path::new(ROOT).join(path.trim_start_matches('/')),
+        }
+    }
+
+    /// A file of the cgroup.
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The cgroup's folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the cgroup, with every controller that the machine has.
+    pub(crate) fn create(&self) -> io::Result<()> {
+        let below = self.path.strip_prefix(ROOT).map_err(io::Error::other)?;
+        let mut at = PathBuf::from(ROOT);
+        for part in below {
+            delegate_controllers(&at)?;
+            at.push(part);
+            match fs::create_dir(&at) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Every process of the cgroup and those below it.
+    pub(crate) fn processes(&self) -> io::Result<Vec<Pid>> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.path.clone()];
+        while let Some(folder) = folders.pop() {
+            // A cgroup may go away while it is looked at.
+            if let Ok(list) = fs::read_to_string(folder.join("cgroup.procs")) {
+                found.extend(list.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)));
+            }
+            folders.extend(subfolders(&folder));
+        }
+        Ok(found)
+    }
+
+    /// Kills every process of the cgroup and those below it.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        fs::write(self.file("cgroup.kill"), "1")
+    }
+
+    /// Removes the cgroup and those below it; they must be empty.
+    pub(crate) fn remove(&self) -> io::Result<()> {
+        let mut folders = vec![self.path.clone()];
+        let mut at = 0;
+        while at < folders.len() {
+            let below = subfolders(&folders[at]);
+            folders.extend(below);
+            at += 1;
+        }
+        for folder in folders.iter().rev() {
+            match fs::remove_dir(folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Lets the cgroups below `folder` use every controller that `folder` itself can use.
+pub(crate) fn delegate_controllers(folder: &Path) -> io::Result<()> {
+    let available = fs::read_to_string(folder.join("cgroup.controllers"))?;
+    let delegated = fs::read_to_string(folder.join("cgroup.subtree_control"))?;
+    let delegated: Vec<&str> = delegated.split_whitespace().collect();
+    let wanted: Vec<String> = available
+        .split_whitespace()
+        .filter(|controller| !delegated.contains(controller))
+        .map(|controller| format!("+{controller}"))
+        .collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))
+}
+
+fn subfolders(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// A cgroup's `memory.events`, watched for kills.
+#[derive(Debug)]
+pub(crate) struct MemoryWatch {
+    file: File,
+    /// The number that its events carry.
+    pub(crate) number: u32,
+    seen: u64,
+}
+
+impl MemoryWatch {
+    /// Starts watching from zero kills.
+    pub(crate) fn open(cgroup: &Cgroup, number: u32) -> io::Result<Self> {
+        Ok(Self {
+            file: File::open(cgroup.file("memory.events"))?,
+            number,
+            seen: 0,
+        })
+    }
+
+    /// Whether the kernel has killed for want of memory since the last call.
+    pub(crate) fn killed_again(&mut self) -> bool {
+        let mut bytes = [0; 512];
+        let read = self.file.read_at(&mut bytes, 0).unwrap_or(0);
+        let kills = oom_kills(&String::from_utf8_lossy(&bytes[..read]));
+        let again = kills > self.seen;
+        self.seen = self.seen.max(kills);
+        again
+    }
+}
+
+impl AsFd for MemoryWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn oom_kills(events: &str) -> u64 {
+    events
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))
+        .and_then(|count| count.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn path_of_a_cgroup_stays_below_the_root() {
+        assert_eq!(Cgroup::at("/a/b").path(), Path::new("/sys/fs/cgroup/a/b"));
+        assert_eq!(Cgroup::at("a").file("pids.max"), Path::new("/sys/fs/cgroup/a/pids.max"));
+    }
+
+    #[test]
+    fn kills_are_read_from_memory_events() {
+        assert_eq!(oom_kills("low 0\noom 3\noom_kill 2\noom_group_kill 1\n"), 2);
+        assert_eq!(oom_kills(""), 0);
+    }
+}

@@ -1,0 +1,136 @@
+//! The job that makes a container, up to its first process waiting for its start.
+
+use std::fs;
+use std::io::{IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+use nutshell_protocol::{CreateContainer, Failure};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+
+use super::diagnosis::Diagnosis;
+use super::executor::ProgramExecutor;
+use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, rootfs, spec, state_folder};
+use crate::job::{Context, FailureExt, Outcome};
+use crate::stdio::ProcessEnds;
+
+/// Makes the container. Nothing of it is left where that fails.
+pub(crate) fn create(request: &CreateContainer, stdio: &ProcessEnds) -> Result<(Outcome, Option<OwnedFd>), Failure> {
+    let prepared =
+        spec::parse(&request.spec).and_then(|spec| spec::prepare(spec, &request.container, request.stdio.terminal))?;
+    let cgroup = Cgroup::at(&prepared.cgroup);
+    let result = build(request, stdio, prepared, &cgroup);
+    if result.is_err() {
+        // The error that the user sees is the first one.
+        let _ = delete::remove_all(&request.container, Some(&cgroup));
+    }
+    result
+}
+
+fn build(
+    request: &CreateContainer,
+    stdio: &ProcessEnds,
+    prepared: spec::Prepared,
+    cgroup: &Cgroup,
+) -> Result<(Outcome, Option<OwnedFd>), Failure> {
+    let id = &request.container;
+    let bundle = bundle(id);
+    let target = bundle.join("rootfs");
+    fs::create_dir_all(&target).context(|| format!("make {}", target.display()))?;
+    fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
+    rootfs::mount(&request.rootfs, &target)?;
+    write_config(&bundle, &prepared.spec)?;
+    stdio
+        .give_to(prepared.outer_uid)
+        .context(|| "hand the standard streams over".to_owned())?;
+    cgroup.create().context(|| format!("make cgroup {}", prepared.cgroup))?;
+    // The agent's own score, which children inherit, would make the container immune.
+    fs::write("/proc/self/oom_score_adj", "0").context(|| "reset oom_score_adj".to_owned())?;
+
+    let console = request.stdio.terminal.then(|| console_listener(&bundle)).transpose()?;
+    let cwd = prepared.program.cwd.clone();
+    let diagnosis = Diagnosis::listen().context(|| "open a pipe".to_owned())?;
+    let executor = ProgramExecutor::new(prepared.program, diagnosis.writer());
+    let [stdin, stdout, stderr] = [0, 1, 2].map(|index| stdio.ends[index].try_clone());
+    let streams = |error| Failure::internal(format!("standard streams: {error}"));
+    let built = ContainerBuilder::new(id.clone(), SyscallType::Linux)
+        .with_executor(executor)
+        .with_console_socket(console.is_some().then(|| bundle.join(CONSOLE)))
+        .with_stdin(stdin.map_err(streams)?)
+        .with_stdout(stdout.map_err(streams)?)
+        .with_stderr(stderr.map_err(streams)?)
+        .with_root_path(STATE_PATH)
+        .and_then(|builder| {
+            builder
+                .as_init(&bundle)
+                .with_systemd(false)
+                .with_detach(true)
+                // The agent is to be the parent, not this job.
+                .as_sibling(true)
+                .build()
+        });
+    let container = built.map_err(|error| Failure::internal(diagnosis.explain(&error, &cwd)))?;
+    let pid = container
+        .pid()
+        .ok_or_else(|| Failure::internal("libcontainer made no process"))?;
+    let terminal = console.map(|listener| receive_terminal(&listener)).transpose()?;
+    if let Some(terminal) = &terminal {
+        crate::stdio::prepare_terminal(terminal, request.stdio.size, prepared.outer_uid)
+            .context(|| "set the terminal up".to_owned())?;
+    }
+    let outcome = Outcome::Process {
+        pid: pid.as_raw().unsigned_abs(),
+        cgroup: prepared.cgroup,
+    };
+    Ok((outcome, terminal))
+}
+
+fn write_config(bundle: &Path, spec: &oci_spec::runtime::Spec) -> Result<(), Failure> {
+    let path = bundle.join("config.json");
+    let json = serde_json::to_vec(spec).context(|| "encode the OCI spec".to_owned())?;
+    fs::File::create(&path)
+        .and_then(|mut file| file.write_all(&json))
+        .context(|| format!("write {}", path.display()))
+}
+
+/// The socket in the bundle over which libcontainer hands the terminal out.
+const CONSOLE: &str = "console.sock";
+
+fn console_listener(bundle: &Path) -> Result<UnixListener, Failure> {
+    // Entered because the whole path may be too long for a socket's address.
+    rustix::process::chdir(bundle).context(|| format!("enter {}", bundle.display()))?;
+    let listener = UnixListener::bind(CONSOLE).context(|| format!("bind {CONSOLE}"));
+    rustix::process::chdir("/").context(|| "enter /".to_owned())?;
+    listener
+}
+
+/// Takes the terminal, which libcontainer has sent before it was done.
+fn receive_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
+    let receive = || {
+        let (stream, _) = listener.accept()?;
+        let mut name = [0; 256];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [IoSliceMut::new(&mut name)];
+        rustix::net::recvmsg(&stream, &mut bytes, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+        let terminal = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        Ok::<_, std::io::Error>(terminal)
+    };
+    receive()
+        .context(|| "receive the terminal".to_owned())?
+        .ok_or_else(|| Failure::internal("libcontainer sent no terminal"))
+}
+
+/// Lets the first process of a created container run.
+pub(crate) fn start(id: &str) -> std::io::Result<()> {
+    let socket = state_folder(id).join(libcontainer::notify_socket::NOTIFY_FILE);
+    let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);
+    notify.notify_container_start().map_err(std::io::Error::other)
+}

@@ -1,0 +1,113 @@
+//! Puts a container's root file system in its place.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use nutshell_protocol::{Failure, Rootfs, SHARE_PATH};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+
+use crate::job::{Context, FailureExt};
+use crate::machine::{disk, share};
+
+/// Mounts `rootfs` at `target`, an empty folder.
+pub(crate) fn mount(rootfs: &Rootfs, target: &Path) -> Result<(), Failure> {
+    match rootfs {
+        Rootfs::Share { path } => bind(path, target),
+        Rootfs::Disk {
+            slot,
+            filesystem,
+            options,
+        } => {
+            let device = disk::find(*slot).context(|| format!("disk slot {slot}"))?;
+            let (flags, data) = mount_options(options);
+            let data = CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs holds a NUL"))?;
+            rustix::mount::mount(&device, target, filesystem.as_str(), flags, data.as_c_str())
+                .context(|| format!("mount {} ({filesystem}) as rootfs", device.display()))
+        }
+    }
+}
+
+/// Binds a folder of the share, which a container may have written to: no link is followed.
+fn bind(path: &str, target: &Path) -> Result<(), Failure> {
+    share::mount().context(|| "mount the pod's shared folders".to_owned())?;
+    let clone = || {
+        let share = rustix::fs::open(SHARE_PATH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let path = if path.is_empty() { "." } else { path };
+        let folder = rustix::fs::openat2(&share, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_RECURSIVE
+            | OpenTreeFlags::AT_EMPTY_PATH;
+        let tree = rustix::mount::open_tree(&folder, c"", flags)?;
+        rustix::mount::move_mount(&tree, c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    };
+    clone().context(|| format!("bind {path:?} of the pod's shared folders as rootfs"))
+}
+
+/// Unmounts what [`mount`] mounted and removes the folder. Fine if there is nothing.
+pub(crate) fn unmount(target: &Path) -> io::Result<()> {
+    loop {
+        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            // Something outside of the container still uses it: it goes when that ends.
+            Err(Errno::BUSY) => rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?,
+            Err(Errno::INVAL | Errno::NOENT) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    match fs::remove_dir(target) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Splits options as fstab has them into mount(2)'s flags and the file system's own.
+fn mount_options(options: &[String]) -> (MountFlags, String) {
+    let mut flags = MountFlags::empty();
+    let mut data = Vec::new();
+    for option in options {
+        match option.as_str() {
+            "ro" => flags |= MountFlags::RDONLY,
+            "rw" => flags -= MountFlags::RDONLY,
+            "nosuid" => flags |= MountFlags::NOSUID,
+            "suid" => flags -= MountFlags::NOSUID,
+            "nodev" => flags |= MountFlags::NODEV,
+            "dev" => flags -= MountFlags::NODEV,
+            "noexec" => flags |= MountFlags::NOEXEC,
+            "exec" => flags -= MountFlags::NOEXEC,
+            "sync" => flags |= MountFlags::SYNCHRONOUS,
+            "async" => flags -= MountFlags::SYNCHRONOUS,
+            "dirsync" => flags |= MountFlags::DIRSYNC,
+            "noatime" => flags |= MountFlags::NOATIME,
+            "atime" => flags -= MountFlags::NOATIME,
+            "nodiratime" => flags |= MountFlags::NODIRATIME,
+            "diratime" => flags -= MountFlags::NODIRATIME,
+            "relatime" => flags |= MountFlags::RELATIME,
+            "norelatime" => flags -= MountFlags::RELATIME,
+            "strictatime" => flags |= MountFlags::STRICTATIME,
+            "lazytime" => flags |= MountFlags::LAZYTIME,
+            "silent" => flags |= MountFlags::SILENT,
+            "defaults" | "loud" | "loop" | "" => {}
+            other => data.push(other),
+        }
+    }
+    (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_split_into_flags_and_the_rest() {
+        let options = ["ro", "noatime", "discard", "nodev", "dev", "data=ordered"].map(str::to_owned);
+        let (flags, data) = mount_options(&options);
+        assert_eq!(flags, MountFlags::RDONLY | MountFlags::NOATIME);
+        assert_eq!(data, "discard,data=ordered");
+    }
+}

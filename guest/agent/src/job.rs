@@ -1,0 +1,239 @@
+//! Jobs: forked copies of the agent that do what may take long, hang on a container's files or touch
+//! what a container controls, while the event loop goes on. A job reports once and ends.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nutshell_protocol::{Failure, FailureKind, FrameBuffer, encode};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, SocketFlags, SocketType,
+};
+use rustix::process::Pid;
+use serde::{Deserialize, Serialize};
+
+use crate::sys;
+
+/// What a job made.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// What was asked for.
+    Done,
+    /// A process, child of the agent.
+    Process {
+        /// Its pid.
+        pid: u32,
+        /// Its cgroup, below the root of the hierarchy.
+        cgroup: String,
+    },
+}
+
+/// What a job answers: what it made, and the descriptor of the process's terminal if it has one.
+pub(crate) type Report = (Result<Outcome, Failure>, Option<OwnedFd>);
+
+/// A job on its way.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// The process that does it.
+    pub(crate) pid: Pid,
+    socket: OwnedFd,
+}
+
+/// The longest report; one with a longer message is cut by the job.
+const LONGEST_REPORT: usize = 64 << 10;
+
+/// A job's work: what it made, and the terminal that goes with it.
+pub(crate) type Work<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
+
+impl Job {
+    /// Forks, does `work` in the child with no descriptor but the standard ones and `keep`.
+    pub(crate) fn start(keep: &[BorrowedFd<'_>], work: Work<'_>) -> io::Result<Self> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
+            None,
+        )?;
+        if let Some(pid) = sys::fork()? {
+            return Ok(Self { pid, socket: ours });
+        }
+        let mut kept = keep.to_vec();
+        kept.push(theirs.as_fd());
+        sys::close_all_but(&kept);
+        sys::unblock_signals();
+        let status = match work() {
+            Ok((outcome, terminal)) => report(&theirs, &Ok(outcome), terminal.as_ref()),
+            Err(failure) => report(&theirs, &Err(failure), None),
+        };
+        sys::exit_now(i32::from(status.is_err()))
+    }
+
+    /// The report, or `None` while there is none. A job that ended without one failed.
+    pub(crate) fn report(&self) -> Option<Report> {
+        let mut bytes = vec![0; LONGEST_REPORT];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::net::recvmsg(
+            &self.socket,
+            &mut [IoSliceMut::new(&mut bytes)],
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        );
+        let length = match received {
+            Ok(message) if message.bytes > 0 => message.bytes,
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return None,
+            Ok(_) | Err(_) => return Some((Err(Failure::internal("the agent's job ended without a report")), None)),
+        };
+        let terminal = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
+        });
+        let mut frame = FrameBuffer::default();
+        frame.push(&bytes[..length]);
+        let result = match frame.next() {
+            Ok(Some(result)) => result,
+            _ => Err(Failure::internal("the agent's job sent a broken report")),
+        };
+        Some((result, terminal))
+    }
+}
+
+impl AsFd for Job {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<&OwnedFd>) -> io::Result<()> {
+    let mut frame = encode(result).map_err(io::Error::other)?;
+    if let (true, Err(failure)) = (frame.len() > LONGEST_REPORT, result) {
+        let message = failure.message.chars().take(LONGEST_REPORT / 8).collect();
+        frame = encode(&Err::<Outcome, _>(Failure {
+            message,
+            kind: failure.kind,
+        }))
+        .map_err(io::Error::other)?;
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = terminal.map(|fd| [fd.as_fd()]);
+    if let Some(descriptors) = &descriptors {
+        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
+    }
+    rustix::net::sendmsg(socket, &[IoSlice::new(&frame)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Short ways to say what failed.
+pub(crate) trait FailureExt {
+    /// Something that should have worked.
+    fn internal(message: impl Into<String>) -> Failure {
+        Failure {
+            kind: FailureKind::Internal,
+            message: message.into(),
+        }
+    }
+
+    /// What was asked for cannot be.
+    fn invalid(message: impl Into<String>) -> Failure {
+        Failure {
+            kind: FailureKind::InvalidArgument,
+            message: message.into(),
+        }
+    }
+
+    /// What was named is not there.
+    fn not_found(message: impl Into<String>) -> Failure {
+        Failure {
+            kind: FailureKind::NotFound,
+            message: message.into(),
+        }
+    }
+
+    /// Not in this state.
+    fn precondition(message: impl Into<String>) -> Failure {
+        Failure {
+            kind: FailureKind::FailedPrecondition,
+            message: message.into(),
+        }
+    }
+}
+
+impl FailureExt for Failure {}
+
+/// Says what was being done when an error came up.
+pub(crate) trait Context<T> {
+    /// `Failure::internal("<what>: <error>")`.
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
+    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
+        self.map_err(|error| Failure::internal(format!("{}: {error}", what())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    fn finished(job: &Job) -> Report {
+        poll(&mut [PollFd::new(job, PollFlags::IN)], None).unwrap();
+        let report = job.report().expect("poll said that there is a report");
+        rustix::process::waitpid(Some(job.pid), rustix::process::WaitOptions::empty()).unwrap();
+        report
+    }
+
+    #[test]
+    fn job_reports_what_it_made_with_its_terminal() {
+        let job = Job::start(&[], &mut || {
+            let outcome = Outcome::Process {
+                pid: 7,
+                cgroup: "/c".into(),
+            };
+            let (terminal, _) = rustix::pipe::pipe().map_err(|error| Failure::internal(error.to_string()))?;
+            Ok((outcome, Some(terminal)))
+        })
+        .unwrap();
+        let (result, terminal) = finished(&job);
+        assert_eq!(
+            result,
+            Ok(Outcome::Process {
+                pid: 7,
+                cgroup: "/c".into()
+            })
+        );
+        assert!(terminal.is_some());
+    }
+
+    #[test]
+    fn job_that_dies_is_a_failure() {
+        let job = Job::start(&[], &mut || sys::exit_now(9)).unwrap();
+        assert_eq!(finished(&job).0.unwrap_err().kind, FailureKind::Internal);
+    }
+
+    #[test]
+    fn job_holds_none_of_the_agents_descriptors() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let (blocked_reader, _blocked_writer) = rustix::pipe::pipe().unwrap();
+        let job = Job::start(&[blocked_reader.as_fd()], &mut || {
+            let mut byte = [0];
+            let _ = rustix::io::read(&blocked_reader, &mut byte);
+            Ok((Outcome::Done, None))
+        })
+        .unwrap();
+        drop(writer);
+        let mut byte = [0];
+        assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 0);
+        drop(_blocked_writer);
+        finished(&job);
+    }
+
+    #[test]
+    fn long_failure_is_cut_to_fit() {
+        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(LONGEST_REPORT * 2)))).unwrap();
+        assert_eq!(finished(&job).0.unwrap_err().message.len(), LONGEST_REPORT / 8);
+    }
+}

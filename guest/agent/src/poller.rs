@@ -1,0 +1,122 @@
+//! What the event loop waits for, and who is meant by an event.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{Timespec, epoll};
+
+/// Who is meant by an event. Numbers are never used twice, so a late event finds nobody.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Token {
+    /// The stream to the host.
+    Control,
+    /// A child ended.
+    Signals,
+    /// A job reports.
+    Job(u32),
+    /// A pump's source or sink is ready.
+    Pump(u32),
+    /// The memory events of a container changed.
+    Memory(u32),
+}
+
+impl Token {
+    fn encode(self) -> epoll::EventData {
+        let (kind, number): (u64, u32) = match self {
+            Self::Control => (0, 0),
+            Self::Signals => (1, 0),
+            Self::Job(number) => (2, number),
+            Self::Pump(number) => (3, number),
+            Self::Memory(number) => (4, number),
+        };
+        epoll::EventData::new_u64((kind << 32) | u64::from(number))
+    }
+
+    fn decode(data: epoll::EventData) -> Option<Self> {
+        let data = data.u64();
+        let number = (data & u64::from(u32::MAX)) as u32;
+        match data >> 32 {
+            0 => Some(Self::Control),
+            1 => Some(Self::Signals),
+            2 => Some(Self::Job(number)),
+            3 => Some(Self::Pump(number)),
+            4 => Some(Self::Memory(number)),
+            _ => None,
+        }
+    }
+}
+
+/// How many events are taken from the kernel at once.
+const BATCH: usize = 32;
+
+/// An epoll instance.
+#[derive(Debug)]
+pub(crate) struct Poller {
+    epoll: OwnedFd,
+}
+
+impl Poller {
+    /// An instance that waits for nothing yet.
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+        })
+    }
+
+    /// Reports each change of readiness, in either direction, once: the one who hears of it goes on
+    /// until the descriptor would block.
+    pub(crate) fn watch_changes(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
+        let changes = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP;
+        self.add(fd, token, changes | epoll::EventFlags::ET)
+    }
+
+    /// Reports as long as there is something to read.
+    pub(crate) fn watch_input(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
+        self.add(fd, token, epoll::EventFlags::IN)
+    }
+
+    /// Reports when a cgroup file has changed since it was last read (cgroup v2, "Basic Operations").
+    pub(crate) fn watch_cgroup_file(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
+        self.add(fd, token, epoll::EventFlags::PRI | epoll::EventFlags::ET)
+    }
+
+    fn add(&self, fd: impl AsFd, token: Token, flags: epoll::EventFlags) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, fd, token.encode(), flags)?)
+    }
+
+    /// Waits until something happens, or just looks where `block` is not set.
+    pub(crate) fn wait(&self, block: bool) -> io::Result<Vec<Token>> {
+        let mut events = Vec::with_capacity(BATCH);
+        let timeout = (!block).then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        match epoll::wait(
+            &self.epoll,
+            rustix::buffer::spare_capacity(&mut events),
+            timeout.as_ref(),
+        ) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(events
+            .into_iter()
+            .filter_map(|event| Token::decode(event.data))
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_survives_the_kernel() {
+        for token in [
+            Token::Control,
+            Token::Signals,
+            Token::Job(0),
+            Token::Pump(u32::MAX),
+            Token::Memory(7),
+        ] {
+            assert_eq!(Token::decode(token.encode()), Some(token));
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! One direction of one standard stream.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
+
+use crate::connection::connected;
+
+/// How much moves by one system call at most.
+const CHUNK: usize = 64 << 10;
+
+/// How many chunks a pump moves before others have their turn.
+const TURN: usize = 16;
+
+/// How much of a terminal's output is taken at the end of its process at most. The kernel holds no
+/// more than this back for a terminal.
+const TERMINAL_HOLDS: usize = 128 << 10;
+
+/// What came of a turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Nothing to do until a descriptor becomes ready.
+    Waiting,
+    /// There is more to do.
+    More,
+    /// This direction has ended; its descriptors are closed.
+    Ended,
+}
+
+/// What moves the bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// One end is a pipe: the kernel moves the bytes.
+    Pipe,
+    /// One end is a terminal, which cannot be spliced: they go through `pending`.
+    Terminal,
+}
+
+/// One direction of one standard stream.
+#[derive(Debug)]
+pub(crate) struct Pump {
+    ends: Option<Ends>,
+    kind: Kind,
+    pending: Vec<u8>,
+    /// Bytes taken from the source.
+    taken: u64,
+}
+
+#[derive(Debug)]
+struct Ends {
+    source: OwnedFd,
+    sink: OwnedFd,
+    /// Which end is the stream to the host.
+    stream: Stream,
+    connected: bool,
+    /// The source has ended, `pending` is all that is left.
+    ended: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stream {
+    Source,
+    Sink,
+}
+
+impl Pump {
+    fn new(source: OwnedFd, sink: OwnedFd, stream: Stream, kind: Kind) -> Self {
+        Self {
+            ends: Some(Ends {
+                source,
+                sink,
+                stream,
+                connected: false,
+                ended: false,
+            }),
+            kind,
+            pending: Vec::new(),
+            taken: 0,
+        }
+    }
+
+    /// From the host to a process's standard input.
+    pub(crate) fn input(stream: OwnedFd, pipe: OwnedFd) -> Self {
+        Self::new(stream, pipe, Stream::Source, Kind::Pipe)
+    }
+
+    /// From a process's standard output or error to the host.
+    pub(crate) fn output(pipe: OwnedFd, stream: OwnedFd) -> Self {
+        Self::new(pipe, stream, Stream::Sink, Kind::Pipe)
+    }
+
+    /// From the host to a terminal.
+    pub(crate) fn keyboard(stream: OwnedFd, terminal: OwnedFd) -> Self {
+        Self::new(stream, terminal, Stream::Source, Kind::Terminal)
+    }
+
+    /// From a terminal to the host.
+    pub(crate) fn screen(terminal: OwnedFd, stream: OwnedFd) -> Self {
+        Self::new(terminal, stream, Stream::Sink, Kind::Terminal)
+    }
+
+    /// The descriptors whose readiness matters.
+    pub(crate) fn descriptors(&self) -> Option<[BorrowedFd<'_>; 2]> {
+        let ends = self.ends.as_ref()?;
+        Some([ends.source.as_fd(), ends.sink.as_fd()])
+    }
+
+    /// Whether this direction has ended.
+    pub(crate) fn ended(&self) -> bool {
+        self.ends.is_none()
+    }
+
+    /// Moves what can be moved now.
+    pub(crate) fn turn(&mut self) -> Progress {
+        let Some(ends) = &mut self.ends else {
+            return Progress::Ended;
+        };
+        if !ends.connected {
+            let stream = match ends.stream {
+                Stream::Source => &ends.source,
+                Stream::Sink => &ends.sink,
+            };
+            match connected(stream) {
+                Ok(true) => ends.connected = true,
+                Ok(false) => return Progress::Waiting,
+                Err(_) => return self.end(),
+            }
+        }
+        for _ in 0..TURN {
+            let step = match self.kind {
+                Kind::Pipe => self.splice(),
+                Kind::Terminal => self.copy(),
+            };
+            match step {
+                Ok(true) => {}
+                Ok(false) => return self.end(),
+                Err(Errno::AGAIN) => {
+                    return if self.reader_is_gone() {
+                        self.end()
+                    } else {
+                        Progress::Waiting
+                    };
+                }
+                Err(Errno::INTR) => {}
+                // EPIPE, ECONNRESET: nobody reads. EIO: the terminal's last user is gone.
+                Err(_) => return self.end(),
+            }
+        }
+        Progress::More
+    }
+
+    /// `Ok(false)` at the source's end.
+    fn splice(&mut self) -> Result<bool, Errno> {
+        let Some(ends) = &self.ends else { return Ok(false) };
+        let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+        let moved = rustix::pipe::splice(&ends.source, None, &ends.sink, None, CHUNK, flags)?;
+        self.taken += moved as u64;
+        Ok(moved > 0)
+    }
+
+    /// `Ok(false)` when the source has ended and everything of it was written.
+    fn copy(&mut self) -> Result<bool, Errno> {
+        if self.pending.is_empty() {
+            self.fill()?;
+        }
+        let Some(ends) = &self.ends else { return Ok(false) };
+        if self.pending.is_empty() {
+            return Ok(false);
+        }
+        let written = rustix::io::write(&ends.sink, &self.pending)?;
+        self.pending.drain(..written);
+        if self.pending.is_empty() {
+            self.pending = Vec::new();
+            return Ok(!ends.ended);
+        }
+        Ok(true)
+    }
+
+    /// Reads once into `pending`, which stays empty at the source's end.
+    fn fill(&mut self) -> Result<(), Errno> {
+        let Some(ends) = &mut self.ends else { return Ok(()) };
+        if ends.ended {
+            return Ok(());
+        }
+        let mut buffer = [0; CHUNK];
+        match rustix::io::read(&ends.source, &mut buffer) {
+            Ok(0) | Err(Errno::IO) => ends.ended = true,
+            Ok(read) => {
+                self.pending.extend_from_slice(&buffer[..read]);
+                self.taken += read as u64;
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Whether the pipe to a process has lost its last reader: then nothing is ready, ever.
+    fn reader_is_gone(&self) -> bool {
+        let Some(ends) = &self.ends else { return true };
+        if self.kind == Kind::Terminal || ends.stream == Stream::Sink {
+            return false;
+        }
+        let mut poll = [rustix::event::PollFd::new(&ends.sink, rustix::event::PollFlags::OUT)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut poll, Some(&now)).is_ok() && poll[0].revents().contains(rustix::event::PollFlags::ERR)
+    }
+
+    /// How many bytes the process and its children have written so far. At the end of a process whose
+    /// output is a terminal, what the kernel holds is taken first: it cannot be counted there.
+    pub(crate) fn written(&mut self) -> u64 {
+        if self.kind == Kind::Terminal {
+            while self.pending.len() < TERMINAL_HOLDS {
+                let before = self.pending.len();
+                match self.fill() {
+                    Ok(()) if self.pending.len() > before => {}
+                    Err(Errno::INTR) => {}
+                    Ok(()) | Err(_) => break,
+                }
+            }
+            return self.taken;
+        }
+        let waiting = self
+            .ends
+            .as_ref()
+            .and_then(|ends| rustix::io::ioctl_fionread(&ends.source).ok())
+            .unwrap_or(0);
+        self.taken + waiting
+    }
+
+    fn end(&mut self) -> Progress {
+        self.ends = None;
+        self.pending = Vec::new();
+        Progress::Ended
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use rustix::pipe::{PipeFlags, pipe_with};
+
+    fn stream() -> (OwnedFd, OwnedFd) {
+        let (ours, host) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::NONBLOCK, None).unwrap();
+        (ours, host)
+    }
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        pipe_with(PipeFlags::NONBLOCK).unwrap()
+    }
+
+    fn read_all(fd: &OwnedFd) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << 20];
+        match rustix::io::read(fd, &mut bytes) {
+            Ok(read) => bytes.truncate(read),
+            Err(Errno::AGAIN) => bytes.clear(),
+            Err(error) => panic!("{error}"),
+        }
+        bytes
+    }
+
+    #[test]
+    fn output_reaches_the_host_and_ends_with_the_process() {
+        let (reader, writer) = pipe();
+        let (ours, host) = stream();
+        let mut pump = Pump::output(reader, ours);
+        rustix::io::write(&writer, b"hello").unwrap();
+        assert_eq!(pump.turn(), Progress::Waiting);
+        assert_eq!(read_all(&host), b"hello");
+        drop(writer);
+        assert_eq!(pump.turn(), Progress::Ended);
+        assert_eq!(rustix::io::read(&host, &mut [0; 8]).unwrap(), 0);
+        assert_eq!(pump.written(), 5);
+    }
+
+    #[test]
+    fn written_counts_what_the_host_has_not_taken() {
+        let (reader, writer) = pipe();
+        let (ours, host) = stream();
+        let mut pump = Pump::output(reader, ours);
+        let mut total = 0;
+        loop {
+            match rustix::io::write(&writer, &[b'x'; 4096]) {
+                Ok(written) => total += written as u64,
+                Err(_) if pump.turn() == Progress::Waiting && rustix::io::write(&writer, b"x").is_err() => break,
+                Err(_) => total += u64::from(rustix::io::write(&writer, b"x").is_ok()),
+            }
+        }
+        assert!(pump.written() >= total, "{} of {total}", pump.written());
+        drop(host);
+    }
+
+    #[test]
+    fn input_ends_when_the_host_has_no_more() {
+        let (reader, writer) = pipe();
+        let (ours, host) = stream();
+        let mut pump = Pump::input(ours, writer);
+        rustix::io::write(&host, b"data").unwrap();
+        rustix::net::shutdown(&host, rustix::net::Shutdown::Write).unwrap();
+        assert_eq!(pump.turn(), Progress::Ended);
+        assert_eq!(read_all(&reader), b"data");
+        assert_eq!(rustix::io::read(&reader, &mut [0; 8]).unwrap(), 0);
+    }
+
+    #[test]
+    fn input_ends_when_nobody_reads_it() {
+        let (reader, writer) = pipe();
+        let (ours, _host) = stream();
+        let mut pump = Pump::input(ours, writer);
+        assert_eq!(pump.turn(), Progress::Waiting);
+        drop(reader);
+        assert_eq!(pump.turn(), Progress::Ended);
+    }
+
+    #[test]
+    fn host_that_goes_away_ends_the_output() {
+        let (reader, writer) = pipe();
+        let (ours, host) = stream();
+        let mut pump = Pump::output(reader, ours);
+        drop(host);
+        rustix::io::write(&writer, b"lost").unwrap();
+        assert_eq!(pump.turn(), Progress::Ended);
+        assert_eq!(rustix::io::write(&writer, b"x"), Err(Errno::PIPE));
+    }
+
+    #[test]
+    fn endless_output_leaves_others_their_turn() {
+        let zero = rustix::fs::open("/dev/zero", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
+        let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty()).unwrap();
+        let mut pump = Pump::screen(zero, null);
+        if let Some(ends) = &mut pump.ends {
+            ends.connected = true;
+        }
+        assert_eq!(pump.turn(), Progress::More);
+        assert_eq!(pump.written() % 1, 0);
+    }
+}

@@ -1,0 +1,317 @@
+//! A stand-in for the shim, and containers' specs to begin with.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nutshell_protocol::{
+    AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, Request, Response,
+    Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
+};
+use serde_json::{Value, json};
+
+/// Longer than anything takes on a machine emulated in software: reaching it is a failure.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+static LAST: AtomicU32 = AtomicU32::new(0);
+
+/// A number that no other test of this run has.
+pub(crate) fn unique() -> u32 {
+    LAST.fetch_add(1, Ordering::Relaxed) + 1
+}
+
+/// An agent under test.
+pub(crate) struct Agent {
+    child: Child,
+    folder: PathBuf,
+    stream: UnixStream,
+    incoming: FrameBuffer,
+    queue: VecDeque<FromAgent>,
+    last_request: u64,
+}
+
+impl Agent {
+    /// Starts an agent and takes its greeting.
+    pub(crate) fn start() -> Self {
+        prepare_share();
+        let folder = std::env::temp_dir().join(format!("agent-{}-{}", std::process::id(), unique()));
+        fs::create_dir_all(&folder).unwrap();
+        let listener = UnixListener::bind(folder.join(AGENT_PORT.to_string())).unwrap();
+        let program = std::env::var("NUTSHELL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_nutshell-agent").to_owned());
+        let child = Command::new(program).arg("--test-unix").arg(&folder).spawn().unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut agent = Self {
+            child,
+            folder,
+            stream,
+            incoming: FrameBuffer::default(),
+            queue: VecDeque::new(),
+            last_request: 0,
+        };
+        let FromAgent::Ready(ready) = agent.receive() else {
+            panic!("the first message is no greeting");
+        };
+        assert!(!ready.kernel.is_empty() && !ready.version.is_empty());
+        agent
+    }
+
+    /// The agent's pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn receive(&mut self) -> FromAgent {
+        loop {
+            if let Some(message) = self.incoming.next().unwrap() {
+                return message;
+            }
+            let mut bytes = [0; 4096];
+            let read = self.stream.read(&mut bytes).expect("the agent says nothing");
+            assert!(read > 0, "the agent ended");
+            self.incoming.push(&bytes[..read]);
+        }
+    }
+
+    /// Sends a request without waiting for its reply.
+    pub(crate) fn send(&mut self, request: Request) -> u64 {
+        self.last_request += 1;
+        let id = self.last_request;
+        self.stream.write_all(&encode(&ToAgent { id, request }).unwrap()).unwrap();
+        id
+    }
+
+    /// The reply to a request; other messages are kept for later.
+    pub(crate) fn reply(&mut self, id: u64) -> Result<Response, Failure> {
+        let is_meant = |message: &FromAgent| matches!(message, FromAgent::Reply(reply) if reply.id == id);
+        match self.take(is_meant) {
+            FromAgent::Reply(reply) => reply.result,
+            other => unreachable!("{other:?} is no reply"),
+        }
+    }
+
+    /// The first message that is meant, out of order if need be.
+    fn take(&mut self, is_meant: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        if let Some(at) = self.queue.iter().position(&is_meant) {
+            return self.queue.remove(at).unwrap();
+        }
+        loop {
+            let message = self.receive();
+            if is_meant(&message) {
+                return message;
+            }
+            self.queue.push_back(message);
+        }
+    }
+
+    /// Sends a request and takes its reply.
+    pub(crate) fn ask(&mut self, request: Request) -> Result<Response, Failure> {
+        let id = self.send(request);
+        self.reply(id)
+    }
+
+    /// The next event.
+    pub(crate) fn event(&mut self) -> Event {
+        match self.take(|message| matches!(message, FromAgent::Event(_))) {
+            FromAgent::Event(event) => event,
+            other => unreachable!("{other:?} is no event"),
+        }
+    }
+
+    /// The next event, which tells of an exit.
+    pub(crate) fn exit(&mut self) -> Exited {
+        match self.event() {
+            Event::Exited(exited) => exited,
+            other => panic!("{other:?} instead of an exit"),
+        }
+    }
+
+    /// Waits for the agent to dial a port.
+    pub(crate) fn listen(&self) -> Port {
+        let port = 1024 + unique();
+        let listener = UnixListener::bind(self.folder.join(port.to_string())).unwrap();
+        Port { port, listener }
+    }
+
+    /// Creates a container and returns its pid.
+    pub(crate) fn create(&mut self, id: &str, spec: &Value, stdio: Stdio) -> Result<u32, Failure> {
+        let request = create_request(id, spec, stdio);
+        self.ask(request).map(|response| match response {
+            Response::Created { pid } => pid,
+            other => panic!("{other:?} instead of a pid"),
+        })
+    }
+
+    /// Runs an exec and returns its pid.
+    pub(crate) fn exec(&mut self, id: &str, exec: &str, process: &Value, stdio: Stdio) -> Result<u32, Failure> {
+        let request = Request::StartExec(StartExec {
+            container: id.to_owned(),
+            exec: exec.to_owned(),
+            process: process.to_string().into_bytes(),
+            stdio,
+        });
+        self.ask(request).map(|response| match response {
+            Response::Created { pid } => pid,
+            other => panic!("{other:?} instead of a pid"),
+        })
+    }
+
+    /// Starts a created container.
+    pub(crate) fn start_container(&mut self, id: &str) {
+        let container = id.to_owned();
+        assert_eq!(self.ask(Request::StartContainer { container }), Ok(Response::Done));
+    }
+
+    /// Signals a container's first process.
+    pub(crate) fn kill(&mut self, id: &str, signal: u32) -> Result<Response, Failure> {
+        self.ask(Request::Signal {
+            container: id.to_owned(),
+            exec: None,
+            signal,
+            all: false,
+        })
+    }
+
+    /// Deletes a container and checks that nothing is left of it.
+    pub(crate) fn delete(&mut self, id: &str) {
+        let container = id.to_owned();
+        assert_eq!(self.ask(Request::DeleteContainer { container }), Ok(Response::Done));
+        assert_nothing_left(id);
+    }
+
+    /// Runs `script` in a container until it ends: its exit and what it wrote to standard output.
+    pub(crate) fn run(&mut self, spec: &Value) -> (Exited, String) {
+        let id = &format!("run-{}", unique());
+        let output = self.listen();
+        let stdio = Stdio {
+            stdout: Some(output.port),
+            stderr: None,
+            ..Stdio::default()
+        };
+        self.create(id, spec, stdio).unwrap();
+        let mut output = output.accept();
+        self.start_container(id);
+        let mut text = String::new();
+        output.read_to_string(&mut text).unwrap();
+        let exited = self.exit();
+        assert_eq!(exited.container, *id);
+        self.delete(id);
+        (exited, text)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let status = self.child.wait().unwrap();
+        assert!(std::thread::panicking() || status.success(), "the agent ended with {status}");
+    }
+}
+
+/// A port that waits for the agent.
+pub(crate) struct Port {
+    pub(crate) port: u32,
+    listener: UnixListener,
+}
+
+impl Port {
+    /// The stream that the agent dialled.
+    pub(crate) fn accept(self) -> UnixStream {
+        let (stream, _) = self.listener.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+}
+
+/// The request for a container with the shared busybox rootfs.
+pub(crate) fn create_request(id: &str, spec: &Value, stdio: Stdio) -> Request {
+    let mut spec = spec.clone();
+    spec["root"]["path"] = json!(format!("{CONTAINERS_PATH}/{id}/rootfs"));
+    spec["linux"]["cgroupsPath"] = json!(format!("/test/{id}"));
+    Request::CreateContainer(CreateContainer {
+        container: id.to_owned(),
+        spec: spec.to_string().into_bytes(),
+        rootfs: Rootfs::Share { path: "busybox".into() },
+        stdio,
+    })
+}
+
+/// Asserts that a container has left no file, mount or cgroup.
+pub(crate) fn assert_nothing_left(id: &str) {
+    assert!(!Path::new(CONTAINERS_PATH).join(id).exists(), "{id} left files");
+    assert!(!Path::new("/run/nutshell/state").join(id).exists(), "{id} left state");
+    assert!(!Path::new("/sys/fs/cgroup/test").join(id).exists(), "{id} left a cgroup");
+    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(&format!("/{id}/")), "{id} left a mount");
+}
+
+/// What `ctr run` asks for, roughly, with a shell script as process.
+pub(crate) fn shell(script: &str) -> Value {
+    spec(&["/bin/sh", "-c", script])
+}
+
+/// What `ctr run` asks for, roughly.
+pub(crate) fn spec(args: &[&str]) -> Value {
+    let mount = |destination: &str, kind: &str, options: &[&str]| {
+        json!({"destination": destination, "type": kind, "source": kind, "options": options})
+    };
+    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
+    json!({
+        "ociVersion": "1.2.0",
+        "process": process(args),
+        "root": {"path": ""},
+        "hostname": "guest",
+        "mounts": [
+            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
+            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+            mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
+            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
+            mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
+            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
+            mount("/run", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
+        ],
+        "linux": {
+            "namespaces": namespaces,
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/sys/firmware"],
+            "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
+        },
+    })
+}
+
+/// A process as containerd describes one.
+pub(crate) fn process(args: &[&str]) -> Value {
+    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_MKNOD", "CAP_NET_RAW"];
+    json!({
+        "args": args,
+        "cwd": "/",
+        "env": ["PATH=/bin", "TERM=xterm"],
+        "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
+        "noNewPrivileges": true,
+        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+    })
+}
+
+/// Puts a busybox root file system into the share, which is a tmpfs here.
+fn prepare_share() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        fs::create_dir_all(SHARE_PATH).unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "share", SHARE_PATH]).status().unwrap();
+        assert!(mounted.success());
+        let root = Path::new(SHARE_PATH).join("busybox");
+        for folder in "bin etc proc sys dev root run tmp var".split(' ') {
+            fs::create_dir_all(root.join(folder)).unwrap();
+        }
+        let busybox = root.join("bin/busybox");
+        fs::copy("/usr/bin/busybox", &busybox).unwrap();
+        let installed = Command::new("chroot").arg(&root).args(["/bin/busybox", "--install", "-s", "/bin"]).status();
+        assert!(installed.unwrap().success());
+        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n").unwrap();
+    });
+}

@@ -1,0 +1,136 @@
+//! From create to delete.
+
+use std::io::Read;
+
+use nutshell_protocol::{FailureKind, Request, Stdio};
+
+use crate::harness::{Agent, assert_nothing_left, shell, spec, unique};
+
+#[test]
+fn container_runs_and_reports_its_status() {
+    let mut agent = Agent::start();
+    for (script, status) in [("true", 0), ("exit 7", 7), ("kill -KILL $$; sleep 100", 0)] {
+        if status == 0 && script != "true" {
+            continue;
+        }
+        let (exited, _) = agent.run(&shell(script));
+        assert_eq!((exited.status, exited.exec), (status, None), "{script}");
+        assert!(exited.exited_at > 0);
+    }
+}
+
+#[test]
+fn output_of_a_container_arrives_whole_with_its_count() {
+    let mut agent = Agent::start();
+    let (exited, text) = agent.run(&shell("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"));
+    assert_eq!(text.lines().count(), 2000);
+    assert!(text.ends_with("line 1999\n"));
+    assert_eq!(exited.stdout, text.len() as u64);
+    assert_eq!(exited.stderr, 0);
+}
+
+#[test]
+fn created_container_does_not_run_before_its_start() {
+    let mut agent = Agent::start();
+    let id = &format!("created-{}", unique());
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let pid = agent.create(id, &shell("echo ran"), stdio).unwrap();
+    let mut output = output.accept();
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+    assert!(comm.starts_with("youki"), "{comm}");
+    agent.start_container(id);
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "ran\n");
+    assert_eq!(agent.exit().status, 0);
+    agent.delete(id);
+}
+
+#[test]
+fn kill_of_created_container_reports_the_signal() {
+    let mut agent = Agent::start();
+    for (signal, status) in [(15, 143), (9, 137)] {
+        let id = &format!("killed-{}", unique());
+        agent.create(id, &shell("echo never"), Stdio::default()).unwrap();
+        agent.kill(id, signal).unwrap();
+        assert_eq!(agent.exit().status, status);
+        let failure = agent.kill(id, 9).unwrap_err();
+        assert_eq!((failure.kind, failure.message.as_str()), (FailureKind::NotFound, "process already finished"));
+        agent.delete(id);
+    }
+}
+
+#[test]
+fn signal_reaches_the_process_that_handles_it() {
+    let mut agent = Agent::start();
+    let id = &format!("signalled-{}", unique());
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let script = "trap 'exit 3' USR1; trap 'exit 4' 37; echo ready; while :; do sleep 0.1; done";
+    agent.create(id, &shell(script), stdio).unwrap();
+    let mut output = output.accept();
+    agent.start_container(id);
+    let mut line = [0; 6];
+    output.read_exact(&mut line).unwrap();
+    agent.kill(id, 10).unwrap();
+    assert_eq!(agent.exit().status, 3);
+    agent.delete(id);
+}
+
+#[test]
+fn failed_create_says_why_and_leaves_nothing() {
+    let mut agent = Agent::start();
+    let table = [
+        (spec(&["nosuch"]), r#"exec: "nosuch": executable file not found in $PATH"#),
+        (spec(&["/no/such"]), r#"exec: "/no/such": stat /no/such: no such file or directory"#),
+        (spec(&["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
+    ];
+    for (spec, words) in table {
+        let id = &format!("failed-{}", unique());
+        let failure = agent.create(id, &spec, Stdio::default()).unwrap_err();
+        assert_eq!(failure.message, words);
+        assert_nothing_left(id);
+    }
+}
+
+#[test]
+fn unknown_container_is_not_found() {
+    let mut agent = Agent::start();
+    let container = || "unknown".to_owned();
+    for request in [
+        Request::StartContainer { container: container() },
+        Request::DeleteContainer { container: container() },
+        Request::Resize {
+            container: container(),
+            exec: None,
+            width: 1,
+            height: 1,
+        },
+        Request::Signal {
+            container: container(),
+            exec: None,
+            signal: 9,
+            all: false,
+        },
+    ] {
+        assert_eq!(agent.ask(request).unwrap_err().kind, FailureKind::NotFound);
+    }
+}
+
+#[test]
+fn second_container_of_a_name_is_refused() {
+    let mut agent = Agent::start();
+    let id = &format!("twice-{}", unique());
+    agent.create(id, &shell("true"), Stdio::default()).unwrap();
+    let failure = agent.create(id, &shell("true"), Stdio::default()).unwrap_err();
+    assert_eq!(failure.kind, FailureKind::AlreadyExists);
+    agent.delete(id);
+    assert_eq!(agent.exit().status, 137);
+}
