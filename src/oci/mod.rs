@@ -2,11 +2,26 @@
 //! `config.json` and the mounts that containerd sent.
 //!
 //! Lives here: the types of a [`Plan`] and the pure translation into them. May not live here: any
-//! I/O beyond reading `config.json`, anything that knows of ttrpc, KVM or the agent's channel. The
-//! shim calls [`plan()`] when a container is created and [`Bundle::read`] when a shim starts.
+//! I/O beyond reading `config.json` and looking at what a bind mount's source is, anything that
+//! knows of ttrpc, KVM or the agent's channel. The shim calls [`plan()`] when a container is created
+//! and [`annotations`] when a shim starts.
 
+mod devices;
+mod error;
 mod id;
+mod mounts;
+mod namespaces;
 mod plan;
+mod rootfs;
+mod size;
+mod source;
+mod spec;
+mod translate;
 
-pub(crate) use id::*;
-pub(crate) use plan::*;
+pub(crate) use error::PlanError;
+pub(crate) use id::{ContainerId, IdError};
+pub(crate) use plan::{Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, Root, Share, Size};
+pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
+pub(crate) use source::{Inspect, SourceKind};
+pub(crate) use spec::annotations;
+pub(crate) use translate::plan;

@@ -1,0 +1,76 @@
+//! Device nodes that a guest has: those whose numbers Linux assigns once and for all
+//! (`Documentation/admin-guide/devices.txt`), so that a host's node means the same in the guest.
+
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType};
+
+use super::PlanError;
+
+const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
+    (1, 3, "/dev/null"),
+    (1, 5, "/dev/zero"),
+    (1, 7, "/dev/full"),
+    (1, 8, "/dev/random"),
+    (1, 9, "/dev/urandom"),
+    (1, 11, "/dev/kmsg"),
+    (5, 0, "/dev/tty"),
+    (5, 2, "/dev/ptmx"),
+    (10, 183, "/dev/hwrng"),
+    (10, 200, "/dev/net/tun"),
+    (10, 229, "/dev/fuse"),
+    (10, 237, "/dev/loop-control"),
+];
+
+/// The path in the guest of the character device with these numbers.
+pub(super) fn character_device(major: u32, minor: u32) -> Option<&'static str> {
+    CHARACTER_DEVICES
+        .iter()
+        .find(|(known_major, known_minor, _)| (*known_major, *known_minor) == (major, minor))
+        .map(|(_, _, path)| *path)
+}
+
+/// Refuses nodes that would name another device in the guest, or none. Of a privileged container,
+/// whose spec lists every node of the host, they are left out.
+pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), PlanError> {
+    let Some(devices) = linux.devices_mut().take() else {
+        return Ok(());
+    };
+    let (known, unknown): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_known);
+    if let Some(device) = unknown.first() {
+        if !is_privileged(linux) {
+            return Err(no_such_device(&format!("linux.devices: {}", device.path().display())));
+        }
+        warnings.push(format!(
+            "linux.devices: {} devices of the host are not in the machine",
+            unknown.len()
+        ));
+    }
+    linux.set_devices(Some(known));
+    Ok(())
+}
+
+fn is_known(device: &LinuxDevice) -> bool {
+    match device.typ() {
+        LinuxDeviceType::P => true,
+        LinuxDeviceType::C | LinuxDeviceType::U => u32::try_from(device.major())
+            .ok()
+            .zip(u32::try_from(device.minor()).ok())
+            .is_some_and(|(major, minor)| character_device(major, minor).is_some()),
+        LinuxDeviceType::A | LinuxDeviceType::B => false,
+    }
+}
+
+/// A rule that allows every device is what containerd's clients put for `--privileged`.
+fn is_privileged(linux: &Linux) -> bool {
+    let rules = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().as_ref());
+    rules.into_iter().flatten().any(|rule| {
+        let every_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        rule.allow() && every_type && rule.major().is_none() && rule.minor().is_none()
+    })
+}
+
+pub(super) fn no_such_device(field: &str) -> PlanError {
+    PlanError::unsupported(field, "the host's device does not exist in the machine: leave it out")
+}

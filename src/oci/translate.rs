@@ -1,0 +1,314 @@
+//! The whole spec to a [`Plan`].
+
+use std::{collections::HashMap, path::Path, time::Duration};
+
+use nutshell_protocol::CONTAINERS_PATH;
+use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxResources, Process, Spec};
+
+use super::{
+    ContainerId, Hook, Hooks, HostMount, IdError, Inspect, Placement, Plan, PlanError, Root, Sizing, devices,
+    mounts::{Mounts, Translator},
+    namespaces::{self, Namespaces},
+    rootfs, spec,
+};
+
+/// Plans the container `id` from its bundle and the mounts of its snapshot.
+///
+/// Reads `config.json` in `bundle` and looks at the host through `inspect` only.
+///
+/// # Errors
+///
+/// [`PlanError`], naming the field, where the spec is malformed or asks for what a machine cannot do.
+pub(crate) fn plan(
+    bundle: &Path,
+    id: &ContainerId,
+    rootfs: &[HostMount],
+    sizing: &Sizing,
+    inspect: Inspect<'_>,
+) -> Result<Plan, PlanError> {
+    let mut spec: Spec = spec::read(bundle)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let placement = placement(&annotations)?;
+    let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
+    refuse(&linux)?;
+    let namespaces = namespaces::translate(linux.namespaces().as_deref().unwrap_or_default(), &placement)?;
+    let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
+    let cgroups_path = linux
+        .cgroups_path()
+        .as_ref()
+        .map(|path| path.to_string_lossy().into_owned());
+
+    if placement == Placement::Sandbox {
+        return Ok(Plan {
+            size: sizing.of_sandbox(&annotations)?,
+            placement,
+            spec: Vec::new(),
+            root: Root::Share {
+                mounts: Vec::new(),
+                directory: None,
+                read_only: false,
+            },
+            shares: Vec::new(),
+            network: namespaces.network,
+            terminal: false,
+            console_size: None,
+            cgroups_path,
+            hostname,
+            pid_namespace: namespaces.pid,
+            hooks: take_host_hooks(&mut spec)?,
+            warnings: Vec::new(),
+        });
+    }
+
+    let size = sizing.of_container(&annotations, linux.resources().as_ref())?;
+    let hooks = take_host_hooks(&mut spec)?;
+    let root = root(&mut spec, bundle, id, rootfs)?;
+    let translator = Translator {
+        bundle,
+        id,
+        in_pod: placement != Placement::Single,
+        inspect,
+    };
+    let Mounts { guest, shares } = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
+    spec.set_mounts(Some(guest));
+    let mut warnings = Vec::new();
+    let process = spec.process_mut().as_mut().ok_or(PlanError::Missing("process"))?;
+    let terminal = process.terminal().unwrap_or(false);
+    let console_size = console_size(process);
+    strip_process(process, &mut warnings);
+    strip_linux(&mut linux, id, &mut warnings)?;
+    let Namespaces {
+        guest,
+        network,
+        pid,
+        uts,
+    } = namespaces;
+    linux.set_namespaces(Some(guest));
+    if !uts {
+        spec.set_hostname(None).set_domainname(None);
+    }
+    spec.set_linux(Some(linux))
+        .set_vm(None)
+        .set_windows(None)
+        .set_solaris(None)
+        .set_zos(None);
+    Ok(Plan {
+        placement,
+        spec: serde_json::to_vec(&spec).map_err(PlanError::Encode)?,
+        root,
+        shares,
+        network,
+        size,
+        terminal,
+        console_size,
+        cgroups_path,
+        hostname,
+        pid_namespace: pid,
+        hooks,
+        warnings,
+    })
+}
+
+/// What containerd's CRI says of its containers (`internal/cri/annotations`).
+fn placement(annotations: &HashMap<String, String>) -> Result<Placement, PlanError> {
+    const TYPE: &str = "io.kubernetes.cri.container-type";
+    const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+    let invalid = |name: &str, reason: String| PlanError::invalid(format!("annotation {name}"), reason);
+    match annotations.get(TYPE).map(String::as_str) {
+        None => Ok(Placement::Single),
+        Some("sandbox") => Ok(Placement::Sandbox),
+        Some("container") => {
+            let sandbox = annotations
+                .get(SANDBOX)
+                .ok_or_else(|| invalid(SANDBOX, "missing from a pod's container".to_owned()))?;
+            let sandbox: ContainerId = sandbox
+                .parse()
+                .map_err(|error: IdError| invalid(SANDBOX, error.to_string()))?;
+            Ok(Placement::Member {
+                sandbox: sandbox.to_string(),
+            })
+        }
+        Some(other) => Err(invalid(
+            TYPE,
+            format!("{other:?} is neither \"sandbox\" nor \"container\""),
+        )),
+    }
+}
+
+/// Fields that would be wrong to leave out and cannot be done.
+fn refuse(linux: &Linux) -> Result<(), PlanError> {
+    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
+    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
+        let reason = "user namespaces are not supported yet";
+        return Err(PlanError::unsupported("linux.uidMappings, linux.gidMappings", reason));
+    }
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        let reason = "network devices of the host cannot be moved into a machine";
+        return Err(PlanError::unsupported("linux.netDevices", reason));
+    }
+    if linux
+        .seccomp()
+        .as_ref()
+        .is_some_and(|seccomp| seccomp.listener_path().is_some())
+    {
+        let reason = "a listener of the host cannot watch a machine's system calls";
+        return Err(PlanError::unsupported("linux.seccomp.listenerPath", reason));
+    }
+    Ok(())
+}
+
+/// Where the root comes from; leaves the guest's path in the spec.
+fn root(spec: &mut Spec, bundle: &Path, id: &ContainerId, mounts: &[HostMount]) -> Result<Root, PlanError> {
+    let root = spec.root_mut().as_mut().ok_or(PlanError::Missing("root"))?;
+    // OCI spec, "Root": a relative path is relative to the bundle.
+    let directory = bundle.join(root.path());
+    root.set_path(Path::new(CONTAINERS_PATH).join(id.as_str()).join("rootfs"));
+    rootfs::root(mounts, directory)
+}
+
+/// An empty text is "not set" to containerd's clients.
+fn named(text: &Option<String>) -> Option<&str> {
+    text.as_deref().filter(|text| !text.is_empty())
+}
+
+fn console_size(process: &Process) -> Option<(u16, u16)> {
+    let size = process.console_size()?;
+    Some((size.width().try_into().ok()?, size.height().try_into().ok()?)).filter(|size| *size != (0, 0))
+}
+
+/// Hooks of the host's namespaces; those of the container's stay (OCI spec, "POSIX-platform Hooks").
+fn take_host_hooks(spec: &mut Spec) -> Result<Hooks, PlanError> {
+    let Some(mut hooks) = spec.hooks_mut().take() else {
+        return Ok(Hooks::default());
+    };
+    let host = Hooks {
+        prestart: parse_hooks("prestart", hooks.prestart_mut().take())?,
+        create_runtime: parse_hooks("createRuntime", hooks.create_runtime_mut().take())?,
+        poststart: parse_hooks("poststart", hooks.poststart_mut().take())?,
+        poststop: parse_hooks("poststop", hooks.poststop_mut().take())?,
+    };
+    spec.set_hooks(Some(hooks));
+    Ok(host)
+}
+
+fn parse_hooks(name: &str, hooks: Option<Vec<SpecHook>>) -> Result<Vec<Hook>, PlanError> {
+    let parse = |hook: SpecHook| {
+        let invalid = |reason: &str| PlanError::invalid(format!("hooks.{name}: {}", hook.path().display()), reason);
+        if !hook.path().is_absolute() {
+            return Err(invalid("the path must be absolute"));
+        }
+        let timeout = match hook.timeout().map(u64::try_from) {
+            None => None,
+            Some(Ok(seconds @ 1..)) => Some(Duration::from_secs(seconds)),
+            Some(_) => return Err(invalid("the timeout must be greater than zero")),
+        };
+        Ok(Hook {
+            path: hook.path().clone(),
+            arguments: hook.args().clone().unwrap_or_default(),
+            environment: hook.env().clone().unwrap_or_default(),
+            timeout,
+        })
+    };
+    hooks.unwrap_or_default().into_iter().map(parse).collect()
+}
+
+fn strip_process(process: &mut Process, warnings: &mut Vec<String>) {
+    if let Some(profile) = named(process.apparmor_profile()) {
+        warnings.push(format!(
+            "process.apparmorProfile {profile:?} is not applied: the guest has no AppArmor"
+        ));
+    }
+    if let Some(label) = named(process.selinux_label()) {
+        warnings.push(format!(
+            "process.selinuxLabel {label:?} is not applied: the guest has no SELinux"
+        ));
+    }
+    if process.exec_cpu_affinity().is_some() {
+        warnings.push("process.execCPUAffinity is not applied: its CPUs are the host's".to_owned());
+    }
+    process
+        .set_apparmor_profile(None)
+        .set_selinux_label(None)
+        .set_exec_cpu_affinity(None);
+}
+
+fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Vec<String>) -> Result<(), PlanError> {
+    if let Some(label) = named(linux.mount_label()) {
+        warnings.push(format!(
+            "linux.mountLabel {label:?} is not applied: the guest has no SELinux"
+        ));
+    }
+    if linux.intel_rdt().is_some() {
+        warnings.push("linux.intelRdt is not applied to a machine".to_owned());
+    }
+    if linux.memory_policy().is_some() {
+        warnings.push("linux.memoryPolicy is not applied: its nodes are the host's".to_owned());
+    }
+    devices::translate(linux, warnings)?;
+    if let Some(resources) = linux.resources_mut() {
+        strip_resources(resources, warnings)?;
+    }
+    linux
+        .set_mount_label(None)
+        .set_intel_rdt(None)
+        .set_memory_policy(None)
+        .set_cgroups_path(Some(format!("/{id}").into()));
+    Ok(())
+}
+
+/// Leaves what means the same in a guest's cgroup: memory, CPU time, number of processes.
+fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -> Result<(), PlanError> {
+    // The devices of a machine are its own.
+    resources.set_devices(None);
+    let huge = resources.hugepage_limits_mut().take().unwrap_or_default();
+    if let Some(limit) = huge.iter().find(|limit| limit.limit() > 0) {
+        let field = format!("linux.resources.hugepageLimits: {}", limit.page_size());
+        return Err(PlanError::unsupported(field, "huge pages are not supported yet"));
+    }
+    if let Some(memory) = resources.memory_mut() {
+        // Zero is "not set" to containerd's clients, and no limit to libcontainer.
+        let limit = memory.limit().filter(|limit| *limit != 0);
+        let swap = memory.swap().filter(|swap| *swap != 0);
+        memory.set_limit(limit).set_swap(swap);
+    }
+    if let Some(cpu) = resources.cpu_mut() {
+        for (name, cpus) in [("cpus", cpu.cpus()), ("mems", cpu.mems())] {
+            if let Some(cpus) = named(cpus) {
+                warnings.push(format!(
+                    "linux.resources.cpu.{name} {cpus:?} is not applied: it numbers the host's"
+                ));
+            }
+        }
+        if cpu.realtime_runtime().is_some_and(|runtime| runtime != 0) {
+            warnings.push("linux.resources.cpu.realtimeRuntime is not applied: cgroup v2 has none".to_owned());
+        }
+        cpu.set_cpus(None)
+            .set_mems(None)
+            .set_realtime_runtime(None)
+            .set_realtime_period(None);
+    }
+    let rest = [
+        ("blockIO", resources.block_io_mut().take().is_some()),
+        ("network", resources.network_mut().take().is_some()),
+        ("rdma", resources.rdma_mut().take().is_some_and(|rdma| !rdma.is_empty())),
+    ];
+    for (name, _) in rest.iter().filter(|(_, set)| *set) {
+        warnings.push(format!("linux.resources.{name} is not applied in a machine"));
+    }
+    if let Some(unified) = resources.unified_mut() {
+        unified.retain(|file, _| {
+            let kept = ["cpu.", "memory.", "pids."]
+                .iter()
+                .any(|controller| file.starts_with(controller));
+            if !kept {
+                warnings.push(format!("linux.resources.unified: {file} is not applied in a machine"));
+            }
+            kept
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "translate_tests.rs"]
+mod tests;

@@ -1,0 +1,327 @@
+//! Specs as containerd's clients write them: `ctr run` of 1.7 and 2.1, and its CRI.
+
+use std::{fs, io, path::PathBuf};
+
+use serde_json::{Value, json};
+
+use super::*;
+use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Network, PidNamespace, Share, SourceKind};
+
+const CTR: &str = include_str!("testdata/ctr-run.json");
+const CTR_PRIVILEGED: &str = include_str!("testdata/ctr-run-privileged.json");
+const CRI_SANDBOX: &str = include_str!("testdata/cri-sandbox.json");
+const CRI_CONTAINER: &str = include_str!("testdata/cri-container.json");
+
+const MIB: u64 = 1 << 20;
+
+const SIZING: Sizing = Sizing {
+    default_memory: DEFAULT_MEMORY,
+    default_vcpus: DEFAULT_VCPUS,
+    max_memory: 4096 * MIB,
+    max_vcpus: 8,
+};
+
+fn spec(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+fn plan_of(spec: &Value) -> Result<Plan, PlanError> {
+    let bundle = tempfile::tempdir().unwrap();
+    fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+    let overlay = HostMount {
+        kind: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        target: String::new(),
+        options: vec!["lowerdir=/s/1/fs".to_owned()],
+    };
+    let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
+    plan(bundle.path(), &"c7".parse().unwrap(), &[overlay], &SIZING, &tree)
+}
+
+fn guest(plan: &Plan) -> Value {
+    serde_json::from_slice(&plan.spec).unwrap()
+}
+
+/// Capabilities are sets: in one order on both sides.
+fn process(spec: &Value) -> Value {
+    let mut process = spec["process"].clone();
+    for set in process["capabilities"].as_object_mut().unwrap().values_mut() {
+        let mut names: Vec<_> = set.as_array().unwrap().iter().map(Value::to_string).collect();
+        names.sort();
+        *set = json!(names);
+    }
+    process
+}
+
+/// `spec` with the value at a JSON pointer replaced, made where missing.
+fn with(text: &str, pointer: &str, value: Value) -> Value {
+    let mut spec = spec(text);
+    let (parent, name) = pointer.rsplit_once('/').unwrap();
+    spec.pointer_mut(parent).unwrap()[name] = value;
+    spec
+}
+
+#[test]
+fn plain_ctr_run_is_a_pod_of_one_with_default_size_and_loopback() {
+    let plan = plan_of(&spec(CTR)).unwrap();
+    assert_eq!(plan.placement, Placement::Single);
+    assert_eq!(plan.network, Network::Loopback);
+    assert_eq!((plan.size.memory, plan.size.vcpus), (DEFAULT_MEMORY, DEFAULT_VCPUS));
+    assert_eq!(plan.cgroups_path.as_deref(), Some("/default/c1"));
+    assert_eq!(plan.pid_namespace, PidNamespace::New);
+    assert!(!plan.terminal);
+    assert_eq!((&plan.shares[..], &plan.warnings[..]), (&[][..], &[][..]));
+    assert!(matches!(&plan.root, Root::Share { mounts, .. } if mounts[0].kind == "overlay"));
+}
+
+#[test]
+fn process_settings_reach_the_guest_unchanged() {
+    let original = spec(CTR);
+    let guest = guest(&plan_of(&original).unwrap());
+    assert_eq!(process(&guest), process(&original));
+    assert_eq!(guest["mounts"], original["mounts"]);
+    for field in ["maskedPaths", "readonlyPaths"] {
+        assert_eq!(guest["linux"][field], original["linux"][field]);
+    }
+    assert_eq!(guest["linux"]["resources"], json!({"cpu": {"shares": 1024}}));
+}
+
+#[test]
+fn paths_of_the_guest_replace_the_hosts() {
+    let guest = guest(&plan_of(&spec(CTR)).unwrap());
+    assert_eq!(guest["root"]["path"], "/run/nutshell/containers/c7/rootfs");
+    assert_eq!(guest["linux"]["cgroupsPath"], "/c7");
+    let kinds: Vec<_> = guest["linux"]["namespaces"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|namespace| &namespace["type"])
+        .collect();
+    assert_eq!(kinds, ["pid", "ipc", "uts", "mount", "cgroup"]);
+}
+
+#[test]
+fn options_of_ctr_run_are_translated() {
+    let mut privileged = spec(CTR_PRIVILEGED);
+    privileged["process"]["consoleSize"] = json!({"height": 50, "width": 132});
+    let plan = plan_of(&privileged).unwrap();
+    assert_eq!(plan.network, Network::Host);
+    assert_eq!((plan.size.memory, plan.size.vcpus), ((256 + 4 + 64) * MIB, 2));
+    assert!(plan.terminal);
+    assert_eq!(plan.console_size, Some((132, 50)));
+    let sources: Vec<_> = plan.shares.iter().map(|share| share.source.clone()).collect();
+    assert_eq!(sources, ["/srv", "/etc/hosts", "/etc/resolv.conf"].map(PathBuf::from));
+    let guest = guest(&plan);
+    assert_eq!(guest["root"]["readonly"], true);
+    assert_eq!(guest["linux"]["seccomp"], privileged["linux"]["seccomp"]);
+    assert_eq!(guest["linux"]["resources"]["memory"]["limit"], 268_435_456);
+    assert_eq!(process(&guest), process(&privileged));
+}
+
+#[test]
+fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() {
+    let mut privileged = spec(CTR_PRIVILEGED);
+    let plan = plan_of(&privileged).unwrap();
+    let guest = guest(&plan);
+    let nodes: Vec<_> = guest["linux"]["devices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| &node["path"])
+        .collect();
+    assert_eq!(nodes, ["/dev/fuse", "/dev/kmsg", "/dev/net/tun", "/dev/null"]);
+    assert!(
+        plan.warnings.iter().any(|warning| warning.contains("2 devices")),
+        "{:?}",
+        plan.warnings
+    );
+    privileged["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"}]);
+    let error = plan_of(&privileged).unwrap_err();
+    assert!(error.to_string().contains("/dev/autofs"), "{error}");
+}
+
+#[test]
+fn sandbox_has_the_pods_size_network_and_hostname_and_nothing_to_run() {
+    let plan = plan_of(&spec(CRI_SANDBOX)).unwrap();
+    assert_eq!(plan.placement, Placement::Sandbox);
+    assert_eq!((plan.size.memory, plan.size.vcpus), ((512 + 8 + 64) * MIB, 3));
+    assert_eq!(plan.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
+    assert_eq!(plan.hostname.as_deref(), Some("web-0"));
+    assert_eq!(
+        plan.cgroups_path.as_deref(),
+        Some("kubepods-burstable-pod1b2c.slice:cri-containerd:5d4e")
+    );
+    assert_eq!((plan.spec.len(), plan.shares.len()), (0, 0));
+    let nothing = Root::Share {
+        mounts: vec![],
+        directory: None,
+        read_only: false,
+    };
+    assert_eq!(plan.root, nothing);
+}
+
+#[test]
+fn member_shares_the_pods_namespaces_and_its_volumes_in_order() {
+    let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
+    let sandbox = "5d4e".to_owned();
+    assert_eq!(plan.placement, Placement::Member { sandbox });
+    let pod = "/var/lib/kubelet/pods/1b2c";
+    let share = |source: &str, index: u32, read_only| Share {
+        source: format!("{pod}/{source}").into(),
+        path: format!("c7/{index}"),
+        read_only,
+        recursive: true,
+    };
+    let shares = [
+        share("etc-hosts", 0, false),
+        share("containers/nginx/7f", 1, false),
+        share("volumes/kubernetes.io~projected/token", 2, true),
+    ];
+    assert_eq!(plan.shares, shares);
+    let guest = guest(&plan);
+    assert_eq!(
+        guest["linux"]["namespaces"],
+        json!([{"type": "pid"}, {"type": "mount"}, {"type": "cgroup"}])
+    );
+    assert_eq!(guest["mounts"][7]["source"], "/dev/shm");
+    assert_eq!(guest["process"]["oomScoreAdj"], 969);
+    assert_eq!(guest["process"]["user"]["additionalGids"], json!([0, 10]));
+}
+
+#[test]
+fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
+    let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
+    let guest = guest(&plan);
+    assert_eq!(guest["process"].get("apparmorProfile"), None);
+    assert_eq!(guest["process"].get("selinuxLabel"), None);
+    let resources = json!({
+        "memory": {"limit": 536_870_912, "swap": 536_870_912},
+        "cpu": {"shares": 2560, "quota": 250_000, "period": 100_000},
+        "pids": {"limit": 1024},
+        "unified": {"memory.oom.group": "1"},
+    });
+    assert_eq!(guest["linux"]["resources"], resources);
+    for named in ["apparmorProfile", "selinuxLabel", "cpu.cpus", "cpu.mems", "io.weight"] {
+        assert!(plan.warnings.iter().any(|warning| warning.contains(named)), "{named}");
+    }
+    assert_eq!(plan.warnings.len(), 5, "{:?}", plan.warnings);
+}
+
+#[test]
+fn hostname_stays_only_with_a_uts_namespace_of_its_own() {
+    let single = plan_of(&with(CTR, "/hostname", json!("mine"))).unwrap();
+    assert_eq!(guest(&single)["hostname"], "mine");
+    assert_eq!(single.hostname.as_deref(), Some("mine"));
+    let member = plan_of(&with(CRI_CONTAINER, "/hostname", json!("pods"))).unwrap();
+    assert_eq!(guest(&member).get("hostname"), None);
+    assert_eq!(member.hostname.as_deref(), Some("pods"));
+}
+
+#[test]
+fn sysctls_stay_for_the_agent() {
+    let sysctls = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "1000"});
+    let plan = plan_of(&with(CTR, "/linux/sysctl", sysctls.clone())).unwrap();
+    assert_eq!(guest(&plan)["linux"]["sysctl"], sysctls);
+}
+
+#[test]
+fn hooks_of_the_hosts_namespaces_are_the_shims_and_the_others_the_guests() {
+    let hook =
+        |name: &str| json!([{"path": format!("/bin/{name}"), "args": [name, "x"], "env": ["A=b"], "timeout": 5}]);
+    let hooks = json!({
+        "prestart": hook("prestart"), "createRuntime": hook("createRuntime"),
+        "createContainer": hook("createContainer"), "startContainer": hook("startContainer"),
+        "poststart": hook("poststart"), "poststop": [{"path": "/bin/poststop"}],
+    });
+    let plan = plan_of(&with(CTR, "/hooks", hooks)).unwrap();
+    let parsed = Hook {
+        path: "/bin/createRuntime".into(),
+        arguments: vec!["createRuntime".to_owned(), "x".to_owned()],
+        environment: vec!["A=b".to_owned()],
+        timeout: Some(Duration::from_secs(5)),
+    };
+    assert_eq!(plan.hooks.create_runtime, [parsed]);
+    assert_eq!(plan.hooks.prestart[0].path, Path::new("/bin/prestart"));
+    assert_eq!(plan.hooks.poststart[0].path, Path::new("/bin/poststart"));
+    assert_eq!(plan.hooks.poststop[0].timeout, None);
+    let kept = json!({"createContainer": hook("createContainer"), "startContainer": hook("startContainer")});
+    assert_eq!(guest(&plan)["hooks"], kept);
+}
+
+#[test]
+fn what_a_machine_cannot_do_is_an_error_that_names_the_field() {
+    let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+    let cases = [
+        ("/process", Value::Null, "process"),
+        ("/root", Value::Null, "root"),
+        ("/linux", Value::Null, "linux"),
+        ("/linux/uidMappings", mapping, "linux.uidMappings"),
+        ("/linux/namespaces", json!([{"type": "user"}]), "user namespaces"),
+        ("/linux/netDevices", json!({"eth0": {}}), "linux.netDevices"),
+        (
+            "/linux/seccomp",
+            json!({"defaultAction": "SCMP_ACT_NOTIFY", "listenerPath": "/run/x"}),
+            "linux.seccomp.listenerPath",
+        ),
+        (
+            "/linux/resources/hugepageLimits",
+            json!([{"pageSize": "2MB", "limit": 4_194_304}]),
+            "hugepageLimits: 2MB",
+        ),
+        ("/hooks", json!({"poststop": [{"path": "bin/x"}]}), "hooks.poststop"),
+        (
+            "/hooks",
+            json!({"prestart": [{"path": "/x", "timeout": 0}]}),
+            "hooks.prestart",
+        ),
+        (
+            "/annotations",
+            json!({"io.kubernetes.cri.container-type": "pod"}),
+            "container-type",
+        ),
+        (
+            "/annotations",
+            json!({"io.kubernetes.cri.container-type": "container"}),
+            "sandbox-id",
+        ),
+        (
+            "/annotations",
+            json!({"io.kubernetes.cri.container-type": "container", "io.kubernetes.cri.sandbox-id": "../x"}),
+            "sandbox-id",
+        ),
+        (
+            "/annotations",
+            json!({"io.containerd.nutshell.vcpus": "65"}),
+            "io.containerd.nutshell.vcpus",
+        ),
+    ];
+    for (pointer, value, named) in cases {
+        let error = plan_of(&with(CTR, pointer, value)).unwrap_err().to_string();
+        assert!(error.contains(named), "{pointer}: {error}");
+    }
+}
+
+#[test]
+fn unset_memory_limits_do_not_reach_the_guest_as_zero() {
+    let memory = json!({"limit": 1_000_000_000, "swap": 0});
+    let plan = plan_of(&with(CTR, "/linux/resources/memory", memory)).unwrap();
+    assert_eq!(
+        guest(&plan)["linux"]["resources"]["memory"],
+        json!({"limit": 1_000_000_000})
+    );
+}
+
+#[test]
+fn root_without_mounts_is_the_directory_of_the_spec() {
+    let bundle = tempfile::tempdir().unwrap();
+    let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
+    for (path, expected) in [
+        ("rootfs", bundle.path().join("rootfs")),
+        ("/srv/root", PathBuf::from("/srv/root")),
+    ] {
+        let spec = with(CTR, "/root/path", json!(path));
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        let plan = plan(bundle.path(), &"c7".parse().unwrap(), &[], &SIZING, &tree).unwrap();
+        assert!(matches!(plan.root, Root::Share { directory: Some(directory), .. } if directory == expected));
+    }
+}
