@@ -56,6 +56,14 @@ pub(crate) enum JailError {
     },
 }
 
+/// What failed, and why.
+pub(crate) type Failed = (&'static str, io::Error);
+
+/// Names the step that an error happened in.
+pub(crate) fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Failed {
+    move |error| (step, error.into())
+}
+
 /// What a role keeps.
 #[derive(Debug)]
 pub(crate) struct Jail<'a> {
@@ -111,17 +119,17 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     // Best effort: a name helps whoever looks at the host, and nothing depends on it.
     let _ = rustix::thread::set_name(jail.name);
 
-    let run = || -> Result<(), (&'static str, io::Error)> {
-        close_all_but(jail.keep).map_err(|error| ("close inherited descriptors", error))?;
-        limit(jail).map_err(|error| ("set resource limits", error))?;
-        grow_descriptor_table(jail.descriptor_table).map_err(|error| ("grow the descriptor table", error))?;
+    let confine = || -> Result<(), Failed> {
+        close_all_but(jail.keep).map_err(step("close inherited descriptors"))?;
+        limit(jail).map_err(step("set resource limits"))?;
+        grow_descriptor_table(jail.descriptor_table).map_err(step("grow the descriptor table"))?;
         isolate(jail)?;
         drop_privileges(jail.capabilities)?;
         // The place of Landlock (deny every path, scope signals and abstract sockets) and of the
         // seccomp list for all threads: nothing below needs a privilege.
         Ok(())
     };
-    run().map_err(|(step, source)| JailError::Step {
+    confine().map_err(|(step, source)| JailError::Step {
         role: jail.role,
         step,
         source,
@@ -174,16 +182,16 @@ fn grow_descriptor_table(size: u32) -> io::Result<()> {
     Ok(())
 }
 
-fn isolate(jail: &Jail<'_>) -> Result<(), (&'static str, io::Error)> {
+fn isolate(jail: &Jail<'_>) -> Result<(), Failed> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-        .map_err(|error| ("unshare network, IPC and host name", error.into()))?;
+        .map_err(step("unshare network, IPC and host name"))?;
     match jail.root {
         Root::Empty => {
-            unshare(CloneFlags::CLONE_NEWNS).map_err(|error| ("unshare mounts", error.into()))?;
+            unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
             root::pivot_into_empty(root::Access::ReadOnly)?;
         }
         Root::Namespace(namespace) => {
-            setns(namespace, CloneFlags::CLONE_NEWNS).map_err(|error| ("enter the mount namespace", error.into()))?;
+            setns(namespace, CloneFlags::CLONE_NEWNS).map_err(step("enter the mount namespace"))?;
         }
     }
     rustix::process::umask(Mode::from_raw_mode(0o077));
@@ -191,9 +199,9 @@ fn isolate(jail: &Jail<'_>) -> Result<(), (&'static str, io::Error)> {
 }
 
 /// Leaves `kept` and no other capability, and an id of the process's own (see [`FIRST_ID`]).
-fn drop_privileges(kept: CapabilitySet) -> Result<(), (&'static str, io::Error)> {
+fn drop_privileges(kept: CapabilitySet) -> Result<(), Failed> {
     // Bounding set and securebits need CAP_SETPCAP, so they come before the other sets.
-    clear_bounding_set().map_err(|error| ("clear the bounding set", error))?;
+    clear_bounding_set().map_err(step("clear the bounding set"))?;
     // Capabilities follow from the sets alone, not from user ids: whoever has uid 0 or takes it
     // gains nothing by it, and a change of user does not take away what was kept (capabilities(7)).
     rustix::thread::set_capabilities_secure_bits(
@@ -205,14 +213,14 @@ fn drop_privileges(kept: CapabilitySet) -> Result<(), (&'static str, io::Error)>
             | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
             | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
     )
-    .map_err(|error| ("lock the securebits", error.into()))?;
-    rustix::thread::clear_ambient_capability_set().map_err(|error| ("clear the ambient set", error.into()))?;
+    .map_err(step("lock the securebits"))?;
+    rustix::thread::clear_ambient_capability_set().map_err(step("clear the ambient set"))?;
 
     let id = FIRST_ID + process::id();
     let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
-    rustix::thread::set_thread_groups(&[]).map_err(|error| ("drop supplementary groups", error.into()))?;
-    rustix::thread::set_thread_res_gid(group, group, group).map_err(|error| ("change the group", error.into()))?;
-    rustix::thread::set_thread_res_uid(user, user, user).map_err(|error| ("change the user", error.into()))?;
+    rustix::thread::set_thread_groups(&[]).map_err(step("drop supplementary groups"))?;
+    rustix::thread::set_thread_res_gid(group, group, group).map_err(step("change the group"))?;
+    rustix::thread::set_thread_res_uid(user, user, user).map_err(step("change the user"))?;
     rustix::thread::set_capabilities(
         None,
         CapabilitySets {
@@ -221,10 +229,9 @@ fn drop_privileges(kept: CapabilitySet) -> Result<(), (&'static str, io::Error)>
             inheritable: CapabilitySet::empty(),
         },
     )
-    .map_err(|error| ("drop capabilities", error.into()))?;
-    rustix::thread::set_no_new_privs(true).map_err(|error| ("set no_new_privs", error.into()))?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .map_err(|error| ("forbid core dumps", error.into()))
+    .map_err(step("drop capabilities"))?;
+    rustix::thread::set_no_new_privs(true).map_err(step("set no_new_privs"))?;
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(step("forbid core dumps"))
 }
 
 fn clear_bounding_set() -> io::Result<()> {

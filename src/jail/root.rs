@@ -10,6 +10,8 @@ use rustix::{
     },
 };
 
+use super::{Failed, step};
+
 /// What can be done with the new root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
@@ -21,21 +23,18 @@ pub(crate) enum Access {
 
 /// Replaces the root of the calling thread's mount namespace, which must be its own, with an empty
 /// tmpfs, and unmounts everything else in it. The current directory is the new root then.
-///
-/// On failure gives the step that failed.
-pub(crate) fn pivot_into_empty(access: Access) -> Result<(), (&'static str, io::Error)> {
+pub(crate) fn pivot_into_empty(access: Access) -> Result<(), Failed> {
     // Else the mounts and unmounts below would show in the namespace that this one was copied from.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
-        .map_err(|error| ("make mounts private", error.into()))?;
-    let tmpfs = empty_tmpfs(access).map_err(|error| ("make an empty root", error))?;
-    move_mount(&tmpfs, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-        .map_err(|error| ("mount the empty root", error.into()))?;
-    rustix::process::fchdir(&tmpfs).map_err(|error| ("enter the empty root", error.into()))?;
+        .map_err(step("make mounts private"))?;
+    let tmpfs = empty_tmpfs(access).map_err(step("make an empty root"))?;
+    move_mount(&tmpfs, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(step("mount the empty root"))?;
+    rustix::process::fchdir(&tmpfs).map_err(step("enter the empty root"))?;
     // Old and new root at one path: the old one lies on top then, and "." means what lies on top
     // (pivot_root(2), "pivot_root(".", ".")").
-    rustix::process::pivot_root(".", ".").map_err(|error| ("pivot into the empty root", error.into()))?;
-    unmount(".", UnmountFlags::DETACH).map_err(|error| ("unmount the host", error.into()))?;
-    rustix::process::chdir("/").map_err(|error| ("enter the empty root", error.into()))
+    rustix::process::pivot_root(".", ".").map_err(step("pivot into the empty root"))?;
+    unmount(".", UnmountFlags::DETACH).map_err(step("unmount the host"))?;
+    rustix::process::chdir("/").map_err(step("enter the empty root"))
 }
 
 /// An empty tmpfs, mounted nowhere.

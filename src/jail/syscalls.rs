@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, RawFd},
 };
 
-use rustix::mount::MountAttrFlags;
+use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
 /// Closes every descriptor from `first` to `last`, both included (close_range(2)).
 ///
@@ -21,18 +21,18 @@ pub(crate) fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
     }
 }
 
-/// Adds `set` to and takes `clear` from the attributes of the mount at `mount`, and of all mounts
-/// below it if `recursive` (mount_setattr(2), Linux 5.12).
+/// Adds `set` to the attributes of the mount at `mount`, and of all mounts below it if `recursive`,
+/// and makes their propagation `propagation` unless that is empty (mount_setattr(2), Linux 5.12).
 pub(crate) fn mount_setattr(
     mount: BorrowedFd<'_>,
     set: MountAttrFlags,
-    clear: MountAttrFlags,
+    propagation: MountPropagationFlags,
     recursive: bool,
 ) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: u64::from(set.bits()),
-        attr_clr: u64::from(clear.bits()),
-        propagation: 0,
+        attr_clr: 0,
+        propagation: u64::from(propagation.bits()),
         userns_fd: 0,
     };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };

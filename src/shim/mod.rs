@@ -14,6 +14,7 @@ mod log;
 mod options;
 mod record;
 mod serve;
+mod share;
 mod socket;
 
 use std::{
