@@ -1,0 +1,372 @@
+//! The shim's end of the stream to the guest's agent: requests and their replies, events.
+//!
+//! Every byte that arrives is hostile: frames are bounded, a reply without a request is ignored, and
+//! what breaks the framing ends the stream, and with it the machine.
+
+use std::{
+    collections::HashMap,
+    io,
+    os::unix::net::UnixStream as StdUnixStream,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nutshell_protocol::{Event, Failure, FrameBuffer, FromAgent, Ready, Reply, Request, Response, ToAgent, encode};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{mpsc, oneshot, watch},
+};
+
+/// How many requests may wait to be written; more wait with their callers.
+const WRITE_QUEUE: usize = 16;
+
+/// How much is read at a time, in bytes. Most messages are far smaller.
+const READ_SIZE: usize = 4 << 10;
+
+/// Why a request has no response.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// The agent refused or failed.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+    /// The stream to the agent has ended.
+    #[error("the agent of the virtual machine is gone")]
+    Gone,
+    /// The request is larger than the protocol allows.
+    #[error("the request is too large: {0}")]
+    TooLarge(String),
+    /// The agent answered something else than what was asked.
+    #[error("the agent of the virtual machine answered something else than what was asked")]
+    Unexpected,
+}
+
+/// A client of the agent. Clones speak on the same stream.
+#[derive(Debug, Clone)]
+pub(crate) struct Agent {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    last_id: AtomicU64,
+    frames: mpsc::Sender<Vec<u8>>,
+    pending: Mutex<Pending>,
+    ready: watch::Sender<Option<Ready>>,
+}
+
+/// Who waits for which reply; `None` once the stream has ended.
+type Pending = Option<HashMap<u64, oneshot::Sender<Result<Response, Failure>>>>;
+
+impl Agent {
+    /// Speaks on `stream`. `on_event` gets each event, in order, and does not block. The second
+    /// value completes when the stream has ended, with what was wrong with it. Needs the runtime.
+    pub(crate) fn start(
+        stream: StdUnixStream,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> io::Result<(Self, impl Future<Output = String> + Send + 'static)> {
+        stream.set_nonblocking(true)?;
+        let (reader, writer) = UnixStream::from_std(stream)?.into_split();
+        let (frames, queue) = mpsc::channel(WRITE_QUEUE);
+        let shared = Arc::new(Shared {
+            last_id: AtomicU64::new(0),
+            frames,
+            pending: Mutex::new(Some(HashMap::new())),
+            ready: watch::Sender::new(None),
+        });
+        tokio::spawn(write(writer, queue));
+        let (ended, end) = oneshot::channel();
+        tokio::spawn({
+            let shared = shared.clone();
+            async move {
+                let reason = shared.read(reader, on_event).await;
+                // Whoever still waits learns by the dropped sender.
+                shared.pending().take();
+                // Nobody listens where the machine was given up before.
+                let _ = ended.send(reason);
+            }
+        });
+        let end = async move { end.await.unwrap_or_else(|_| "the shim stopped reading".to_owned()) };
+        Ok((Self { shared }, end))
+    }
+
+    /// Waits for the agent's greeting.
+    pub(crate) async fn ready(&self) -> Ready {
+        let mut receiver = self.shared.ready.subscribe();
+        loop {
+            if let Some(ready) = receiver.borrow_and_update().clone() {
+                return ready;
+            }
+            if receiver.changed().await.is_err() {
+                // The sender is borrowed with `self`.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Sends a request and waits for its response. The request is sent whole even if the caller
+    /// stops waiting.
+    pub(crate) async fn request(&self, request: Request) -> Result<Response, AgentError> {
+        let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+        let frame = encode(&ToAgent { id, request }).map_err(|error| AgentError::TooLarge(error.to_string()))?;
+        let (sender, response) = oneshot::channel();
+        self.shared.pending().as_mut().ok_or(AgentError::Gone)?.insert(id, sender);
+        let _forgotten_afterwards = Registration { shared: &self.shared, id };
+        self.shared.frames.send(frame).await.map_err(|_| AgentError::Gone)?;
+        match response.await {
+            Ok(result) => result.map_err(AgentError::Failed),
+            Err(_) => Err(AgentError::Gone),
+        }
+    }
+
+    /// A request whose response carries nothing.
+    pub(crate) async fn run(&self, request: Request) -> Result<(), AgentError> {
+        match self.request(request).await? {
+            Response::Done => Ok(()),
+            _ => Err(AgentError::Unexpected),
+        }
+    }
+
+    /// A request that creates a process: its pid in the guest.
+    pub(crate) async fn create(&self, request: Request) -> Result<u32, AgentError> {
+        match self.request(request).await? {
+            Response::Created { pid } => Ok(pid),
+            _ => Err(AgentError::Unexpected),
+        }
+    }
+}
+
+/// Forgets a request whose caller stopped waiting.
+struct Registration<'a> {
+    shared: &'a Shared,
+    id: u64,
+}
+
+impl Drop for Registration<'_> {
+    fn drop(&mut self) {
+        if let Some(pending) = self.shared.pending().as_mut() {
+            pending.remove(&self.id);
+        }
+    }
+}
+
+impl Shared {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(&self, mut reader: OwnedReadHalf, mut on_event: impl FnMut(Event)) -> String {
+        let mut buffer = FrameBuffer::default();
+        let mut bytes = vec![0; READ_SIZE];
+        loop {
+            match reader.read(&mut bytes).await {
+                Ok(0) => return "the agent closed its stream".to_owned(),
+                Ok(length) => buffer.push(&bytes[..length]),
+                Err(error) => return format!("read from the agent: {error}"),
+            }
+            loop {
+                match buffer.next() {
+                    Ok(Some(message)) => self.dispatch(message, &mut on_event),
+                    Ok(None) => break,
+                    Err(error) => return format!("the agent sent no message of this protocol: {error}"),
+                }
+            }
+        }
+    }
+
+    fn dispatch(&self, message: FromAgent, on_event: &mut impl FnMut(Event)) {
+        match message {
+            FromAgent::Ready(ready) => {
+                self.ready.send_replace(Some(ready));
+            }
+            FromAgent::Reply(Reply { id, result }) => {
+                let waiting = self.pending().as_mut().and_then(|pending| pending.remove(&id));
+                if let Some(waiting) = waiting {
+                    // Whoever stopped waiting does not miss it.
+                    let _ = waiting.send(result);
+                }
+            }
+            FromAgent::Event(event) => on_event(event),
+        }
+    }
+}
+
+async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) {
+    while let Some(frame) = frames.recv().await {
+        if writer.write_all(&frame).await.is_err() {
+            // The reader sees the same end and reports it.
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use nutshell_protocol::{Exited, FailureKind};
+
+    use super::*;
+
+    /// The agent's side of the stream, on the test's own thread or another.
+    struct Peer {
+        stream: StdUnixStream,
+        buffer: FrameBuffer,
+    }
+
+    impl Peer {
+        fn send(&mut self, message: &FromAgent) {
+            self.stream.write_all(&encode(message).unwrap()).unwrap();
+        }
+
+        fn receive(&mut self) -> ToAgent {
+            loop {
+                if let Some(message) = self.buffer.next().unwrap() {
+                    return message;
+                }
+                let mut bytes = [0; 512];
+                let length = self.stream.read(&mut bytes).unwrap();
+                assert_ne!(length, 0);
+                self.buffer.push(&bytes[..length]);
+            }
+        }
+    }
+
+    fn pair() -> (StdUnixStream, Peer) {
+        let (ours, stream) = StdUnixStream::pair().unwrap();
+        let buffer = FrameBuffer::default();
+        (ours, Peer { stream, buffer })
+    }
+
+    fn start(container: &str) -> Request {
+        Request::StartContainer {
+            container: container.to_owned(),
+        }
+    }
+
+    fn exit_of(container: &str) -> FromAgent {
+        FromAgent::Event(Event::Exited(Exited {
+            container: container.to_owned(),
+            exec: None,
+            status: 0,
+            exited_at: 0,
+            stdout: 0,
+            stderr: 0,
+        }))
+    }
+
+    #[tokio::test]
+    async fn replies_reach_their_requests_in_any_order() {
+        let (stream, mut peer) = pair();
+        let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
+        let answering = tokio::task::spawn_blocking(move || {
+            let requests = [peer.receive(), peer.receive()];
+            for ToAgent { id, request } in requests.into_iter().rev() {
+                let result = match request {
+                    Request::StartContainer { container } if container == "good" => Ok(Response::Done),
+                    _ => Err(Failure {
+                        kind: FailureKind::NotFound,
+                        message: "no such container".to_owned(),
+                    }),
+                };
+                // One for nobody before each.
+                peer.send(&FromAgent::Reply(Reply {
+                    id: id + 1000,
+                    result: Ok(Response::Done),
+                }));
+                peer.send(&FromAgent::Reply(Reply { id, result }));
+            }
+            peer
+        });
+
+        let (good, bad) = tokio::join!(agent.run(start("good")), agent.run(start("bad")));
+
+        assert_eq!(good, Ok(()));
+        assert_eq!(bad.unwrap_err().to_string(), "no such container");
+        answering.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn greeting_and_events_arrive_in_order() {
+        let (stream, mut peer) = pair();
+        let (seen, mut events) = mpsc::unbounded_channel();
+        let (agent, _end) = Agent::start(stream, move |event| seen.send(event).unwrap()).unwrap();
+        peer.send(&FromAgent::Ready(Ready {
+            version: "1".to_owned(),
+            kernel: "6.12".to_owned(),
+        }));
+        for container in ["a", "b", "c"] {
+            peer.send(&exit_of(container));
+        }
+
+        assert_eq!(agent.ready().await.kernel, "6.12");
+        for container in ["a", "b", "c"] {
+            let event = events.recv().await.unwrap();
+            assert!(matches!(&event, Event::Exited(exited) if exited.container == container), "{event:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn end_of_the_stream_fails_what_waits_and_what_comes_after() {
+        let (stream, mut peer) = pair();
+        let (agent, end) = Agent::start(stream, |_| {}).unwrap();
+        let closing = tokio::task::spawn_blocking(move || drop(peer.receive()));
+
+        assert_eq!(agent.run(start("a")).await, Err(AgentError::Gone));
+
+        closing.await.unwrap();
+        end.await;
+        assert_eq!(agent.run(start("b")).await, Err(AgentError::Gone));
+    }
+
+    #[tokio::test]
+    async fn garbage_and_oversized_frames_end_the_stream() {
+        for bytes in [&[2, 0, 0, 0, 0xff, 0xff][..], &[0xff, 0xff, 0xff, 0xff][..]] {
+            let (stream, mut peer) = pair();
+            let (_agent, end) = Agent::start(stream, |_| {}).unwrap();
+            peer.stream.write_all(bytes).unwrap();
+            assert!(end.await.contains("no message of this protocol"));
+        }
+    }
+
+    #[tokio::test]
+    async fn request_that_nobody_waits_for_is_forgotten() {
+        let (stream, mut peer) = pair();
+        let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
+        let request = tokio::spawn({
+            let agent = agent.clone();
+            async move { agent.run(start("a")).await }
+        });
+        let peer = tokio::task::spawn_blocking(move || {
+            peer.receive();
+            peer
+        })
+        .await
+        .unwrap();
+
+        request.abort();
+        assert!(request.await.unwrap_err().is_cancelled());
+
+        assert!(agent.shared.pending().as_ref().unwrap().is_empty());
+        drop(peer);
+    }
+
+    #[tokio::test]
+    async fn answer_of_another_kind_is_an_error() {
+        let (stream, mut peer) = pair();
+        let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
+        let answering = tokio::task::spawn_blocking(move || {
+            let id = peer.receive().id;
+            let result = Ok(Response::Created { pid: 7 });
+            peer.send(&FromAgent::Reply(Reply { id, result }));
+            peer
+        });
+        assert_eq!(agent.run(start("a")).await, Err(AgentError::Unexpected));
+        answering.await.unwrap();
+    }
+}

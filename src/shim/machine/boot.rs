@@ -1,0 +1,230 @@
+//! What a machine boots with: every host resource, opened by the shim.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    guest::{self, GuestError},
+    oci::Size,
+    vmm::control::{Command, ControlError, Disk, Machine},
+};
+
+/// Why a machine cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BootError {
+    /// The machine's channels.
+    #[error("make the channels of a virtual machine: {0}")]
+    Descriptors(#[source] io::Error),
+    /// A disk.
+    #[error("open the disk {}: {source}", path.display())]
+    Disk {
+        /// The file or device.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// KVM.
+    #[error("/dev/kvm: {0}")]
+    Kvm(String),
+    /// The vmm process cannot be spoken to.
+    #[error("start a virtual machine: {0}")]
+    Vmm(#[source] ControlError),
+    /// The vmm process cannot be started.
+    #[error("start the process of a virtual machine: {0}")]
+    Spawn(#[source] io::Error),
+}
+
+/// A disk slot and its backing.
+#[derive(Debug)]
+pub(crate) enum Slot {
+    /// To be filled later.
+    Empty,
+    /// What [`open_disk`] opened.
+    Filled {
+        /// The file or block device.
+        file: File,
+        /// The guest may only read.
+        read_only: bool,
+    },
+}
+
+/// The guest's own files and KVM: the same for every machine.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// `/dev/kvm`.
+    pub(crate) kvm: OwnedFd,
+    /// Kernel and initramfs.
+    pub(crate) image: guest::Image,
+    /// Words added to the kernel's command line.
+    pub(crate) kernel_arguments: String,
+}
+
+/// All that a machine boots with.
+#[derive(Debug)]
+pub(crate) struct Boot {
+    /// KVM, kernel, initramfs.
+    pub(crate) guest: Guest,
+    /// Memory and vCPUs.
+    pub(crate) size: Size,
+    /// The vhost-user socket of the fs process, if directories are shared.
+    pub(crate) share: Option<OwnedFd>,
+    /// The disk slots in order.
+    pub(crate) disks: Vec<Slot>,
+}
+
+impl Boot {
+    /// The command, and the descriptors in the order that it documents. `agent` is the stream of
+    /// [`nutshell_protocol::AGENT_PORT`].
+    pub(super) fn into_command(self, agent: OwnedFd) -> (Command, Vec<OwnedFd>) {
+        let Guest {
+            kvm,
+            image,
+            kernel_arguments,
+        } = self.guest;
+        let machine = Machine {
+            memory: self.size.memory,
+            vcpus: self.size.vcpus,
+            share: self.share.is_some(),
+            disks: self.disks.iter().map(Slot::kind).collect(),
+            kernel: image.kernel_extent,
+            initramfs: image.initramfs_extent,
+            kernel_arguments,
+        };
+        let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
+        descriptors.extend(self.share);
+        descriptors.extend(self.disks.into_iter().filter_map(|slot| match slot {
+            Slot::Empty => None,
+            Slot::Filled { file, .. } => Some(file.into()),
+        }));
+        (Command::Boot(machine), descriptors)
+    }
+}
+
+impl Slot {
+    fn kind(&self) -> Disk {
+        match self {
+            Self::Empty => Disk::Empty,
+            Self::Filled { read_only: true, .. } => Disk::ReadOnly,
+            Self::Filled { read_only: false, .. } => Disk::ReadWrite,
+        }
+    }
+}
+
+/// Opens `/dev/kvm`, or says what to do.
+pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(kvm) => Ok(kvm.into()),
+        Err(error) => Err(BootError::Kvm(match error.kind() {
+            io::ErrorKind::NotFound => "does not exist: enable virtualization in the firmware, or nested \
+                virtualization if this host is a virtual machine itself, and load the module kvm_intel or kvm_amd"
+                .to_owned(),
+            io::ErrorKind::PermissionDenied => {
+                "permission denied: run containerd as root, or add its user to the group that owns the file".to_owned()
+            }
+            _ => match error.raw_os_error() {
+                Some(libc::ENODEV | libc::ENXIO) => {
+                    "no such device: load the module kvm_intel or kvm_amd".to_owned()
+                }
+                _ => error.to_string(),
+            },
+        })),
+    }
+}
+
+/// Opens the file or block device behind a disk; nothing else is one.
+pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError> {
+    let open = || {
+        // Without O_NONBLOCK a fifo would hold the shim.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::other("neither a file nor a block device"));
+        }
+        let flags = rustix::fs::fcntl_getfl(file.as_fd())? - rustix::fs::OFlags::NONBLOCK;
+        rustix::fs::fcntl_setfl(file.as_fd(), flags)?;
+        Ok(file)
+    };
+    open().map_err(|source| BootError::Disk {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::control::Extent;
+
+    fn null() -> File {
+        File::open("/dev/null").unwrap()
+    }
+
+    fn boot(share: Option<OwnedFd>, disks: Vec<Slot>) -> Boot {
+        let extent = Extent { offset: 0, length: 0 };
+        Boot {
+            guest: Guest {
+                kvm: null().into(),
+                image: guest::Image {
+                    kernel: null(),
+                    kernel_extent: extent,
+                    initramfs: null(),
+                    initramfs_extent: extent,
+                },
+                kernel_arguments: String::new(),
+            },
+            size: Size {
+                memory: 2 << 20,
+                vcpus: 1,
+            },
+            share,
+            disks,
+        }
+    }
+
+    #[test]
+    fn descriptors_go_with_what_names_them() {
+        let filled = |read_only| Slot::Filled {
+            file: null(),
+            read_only,
+        };
+        let disks = || vec![filled(true), Slot::Empty, filled(false)];
+        for (share, count) in [(Some(null().into()), 7), (None, 6)] {
+            let shared = share.is_some();
+            let (command, descriptors) = boot(share, disks()).into_command(null().into());
+            let Command::Boot(machine) = command else {
+                panic!("{command:?}");
+            };
+            assert_eq!(machine.share, shared);
+            assert_eq!(machine.disks, [Disk::ReadOnly, Disk::Empty, Disk::ReadWrite]);
+            assert_eq!(descriptors.len(), count);
+        }
+    }
+
+    #[test]
+    fn only_files_and_block_devices_are_disks() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [fifo.as_path(), folder.path(), Path::new("/dev/null"), Path::new("/no/such/file")] {
+            let error = open_disk(path, true).unwrap_err().to_string();
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+        let image = folder.path().join("image");
+        std::fs::write(&image, [0; 512]).unwrap();
+        open_disk(&image, false).unwrap();
+    }
+}

@@ -1,0 +1,67 @@
+//! The shim's end of the control channel, without blocking.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+};
+
+use tokio::io::unix::AsyncFd;
+
+use crate::vmm::control::{Channel, Command, ControlError, Notice};
+
+/// The channel, registered with the runtime.
+#[derive(Debug)]
+pub(super) struct Control(AsyncFd<Registered>);
+
+#[derive(Debug)]
+struct Registered(Channel);
+
+impl AsRawFd for Registered {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl Control {
+    pub(super) fn new(channel: Channel) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&channel, true)?;
+        Ok(Self(AsyncFd::new(Registered(channel))?))
+    }
+
+    /// Sends a command if there is room for it.
+    pub(super) fn try_send(&self, command: &Command, descriptors: &[impl AsFd]) -> Result<(), ControlError> {
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        self.0.get_ref().0.send(command, &descriptors)
+    }
+
+    /// Sends a command, after the vmm has taken enough of the ones before.
+    pub(super) async fn send(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+        loop {
+            match self.try_send(command, descriptors) {
+                Err(error) if would_block(&error) => {}
+                result => return result,
+            }
+            let mut ready = self.0.writable().await.map_err(ControlError::Socket)?;
+            match self.try_send(command, descriptors) {
+                Err(error) if would_block(&error) => ready.clear_ready(),
+                result => return result,
+            }
+        }
+    }
+
+    /// Receives the next notice. The vmm sends no descriptors: what comes nevertheless is closed.
+    pub(super) async fn receive(&self) -> Result<Notice, ControlError> {
+        loop {
+            let mut ready = self.0.readable().await.map_err(ControlError::Socket)?;
+            match self.0.get_ref().0.receive() {
+                Err(error) if would_block(&error) => ready.clear_ready(),
+                Ok((notice, _)) => return Ok(notice),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+fn would_block(error: &ControlError) -> bool {
+    matches!(error, ControlError::Socket(error) if error.kind() == io::ErrorKind::WouldBlock)
+}

@@ -1,0 +1,382 @@
+//! The machine of a pod, as the shim sees it: a vmm process behind a control channel, and the agent
+//! in its guest.
+//!
+//! Lives here: starting the process, its streams, its end. May not live here: what a container is;
+//! whoever uses a machine asks the [`Agent`] for that. Used by [`super::pod`].
+
+mod agent;
+mod boot;
+mod control;
+mod patience;
+mod streams;
+
+use std::{
+    fmt, io,
+    os::fd::{BorrowedFd, OwnedFd},
+    process::Stdio,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use nutshell_protocol::{Event, Ready};
+use tokio::{
+    io::AsyncReadExt,
+    net::unix::pipe::Receiver,
+    sync::{oneshot, watch},
+};
+
+pub(crate) use self::{
+    agent::{Agent, AgentError},
+    boot::{Boot, BootError, Guest, Slot, open_disk, open_kvm},
+    streams::Stream,
+};
+use self::{control::Control, patience::Patience, streams::Streams};
+use super::{
+    child::{Child, Ended},
+    log,
+};
+use crate::{
+    jail,
+    vmm::{
+        self,
+        control::{Channel, Command, ControlError, EndReason, Notice},
+    },
+};
+
+/// How long the vmm may take to say why, once the agent's stream has ended.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long the vmm may take to send the guest's console.
+const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How much of what a vmm writes to its standard error is logged, in bytes: it may be a guest's.
+const STDERR_LIMIT: usize = 16 << 10;
+
+/// A vmm process that was started and waits for its first command.
+#[derive(Debug)]
+pub(crate) struct Vmm {
+    /// The process.
+    pub(crate) child: Child,
+    /// The shim's end.
+    pub(crate) control: Channel,
+    /// What the process writes to its standard error.
+    pub(crate) stderr: OwnedFd,
+}
+
+impl Vmm {
+    /// Starts the process. To be called on the shim's main thread, with whose end the kernel kills
+    /// it. Needs the runtime.
+    pub(crate) fn spawn() -> io::Result<Self> {
+        let (control, theirs) = Channel::pair().map_err(io::Error::other)?;
+        let (stderr, writer) = io::pipe()?;
+        let child = jail::command(vmm::ROLE)
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(writer)
+            .spawn()?;
+        Ok(Self {
+            child: Child::from_std(&child)?,
+            control,
+            stderr: stderr.into(),
+        })
+    }
+}
+
+/// Why and with what last words a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ending {
+    reason: String,
+    console: String,
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.reason)?;
+        if !self.console.is_empty() {
+            write!(formatter, "; the end of the guest's console:\n{}", self.console)?;
+        }
+        Ok(())
+    }
+}
+
+/// A running machine. It ends when [`Self::kill`] is called, when the last reference is dropped, or
+/// by itself; [`Self::ended`] tells.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    agent: Agent,
+    child: Arc<Child>,
+    control: Arc<Control>,
+    shared: Arc<Shared>,
+}
+
+/// What the task that listens to the vmm keeps up to date.
+#[derive(Debug)]
+struct Shared {
+    streams: Streams,
+    console: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
+    /// Why it is being ended, where the shim decided so.
+    verdict: Mutex<Option<String>>,
+    ended: watch::Sender<Option<Arc<Ending>>>,
+}
+
+impl Machine {
+    /// Tells `vmm` to build the machine and to boot it. Returns at once; [`Self::ready`] follows.
+    /// `on_event` gets the agent's events in order, and does not block.
+    pub(crate) fn start(vmm: Vmm, boot: Boot, on_event: impl FnMut(Event) + Send + 'static) -> Result<Self, BootError> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(BootError::Descriptors)?;
+        let control = Arc::new(Control::new(vmm.control).map_err(BootError::Descriptors)?);
+        let (agent, agent_end) = Agent::start(ours, on_event).map_err(BootError::Descriptors)?;
+        let (command, descriptors) = boot.into_command(theirs.into());
+        // The socket is empty: this packet cannot have to wait.
+        control.try_send(&command, &descriptors).map_err(BootError::Vmm)?;
+        drop(descriptors);
+
+        let child = Arc::new(vmm.child);
+        let shared = Arc::new(Shared {
+            streams: Streams::default(),
+            console: Mutex::default(),
+            verdict: Mutex::default(),
+            ended: watch::Sender::new(None),
+        });
+        tokio::spawn({
+            let (child, control, shared) = (child.clone(), control.clone(), shared.clone());
+            async move { listen(&shared, &control, &child, vmm.stderr, agent_end).await }
+        });
+        Ok(Self {
+            agent,
+            child,
+            control,
+            shared,
+        })
+    }
+
+    /// Speaks with the guest.
+    pub(crate) fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// The vmm's pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    /// Waits until the agent takes requests. A guest that does not get there in `limit` of time in
+    /// which it could run is killed.
+    pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<Ending>> {
+        let patience = Patience::with(self.pid(), limit);
+        let late = tokio::select! {
+            biased;
+            ready = self.agent.ready() => return Ok(ready),
+            ending = self.ended() => return Err(ending),
+            late = patience.exhausted() => late,
+        };
+        let console = self.console().await;
+        self.kill(&format!("the guest did not become ready within {} s", limit.as_secs_f32()));
+        let ending = self.ended().await;
+        log::debug(&format!("machine {}: waited {late:?} for the agent", self.pid()));
+        Err(Arc::new(Ending {
+            reason: ending.reason.clone(),
+            console,
+        }))
+    }
+
+    /// Runs `future`, at most for `limit` of time in which the machine could have run: `None` then.
+    pub(crate) async fn within<T>(&self, limit: Duration, future: impl Future<Output = T>) -> Option<T> {
+        let patience = Patience::with(self.pid(), limit);
+        tokio::select! {
+            biased;
+            output = future => Some(output),
+            _ = patience.exhausted() => None,
+        }
+    }
+
+    /// Waits for the machine's end: the process is gone then.
+    pub(crate) async fn ended(&self) -> Arc<Ending> {
+        let mut receiver = self.shared.ended.subscribe();
+        loop {
+            if let Some(ending) = receiver.borrow_and_update().clone() {
+                return ending;
+            }
+            if receiver.changed().await.is_err() {
+                // The sender is borrowed with `self`.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Ends the machine, whatever it is doing, for a reason that errors will tell.
+    pub(crate) fn kill(&self, reason: &str) {
+        self.shared
+            .verdict
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert_with(|| reason.to_owned());
+        self.child.kill();
+    }
+
+    /// Lets the guest open one stream: its bytes come from `input` and go to `output`.
+    pub(crate) async fn open_stream(
+        &self,
+        input: Option<BorrowedFd<'_>>,
+        output: Option<BorrowedFd<'_>>,
+    ) -> Result<Stream, ControlError> {
+        let stream = self.shared.streams.add();
+        let command = Command::OpenStream {
+            port: stream.port(),
+            input: input.is_some(),
+            output: output.is_some(),
+        };
+        let descriptors: Vec<_> = input.into_iter().chain(output).collect();
+        self.control.send(&command, &descriptors).await?;
+        Ok(stream)
+    }
+
+    /// Waits until `bytes` in all were delivered to the output of `stream`, or it is closed.
+    pub(crate) async fn drained(&self, stream: &mut Stream, bytes: u64) {
+        if bytes == 0 || stream.is_closed() {
+            return;
+        }
+        let port = stream.port();
+        // A vmm that is gone has closed all streams.
+        if self.control.send(&Command::Drain { port, bytes }, &[]).await.is_ok() {
+            stream.drained().await;
+        }
+    }
+
+    /// Closes a stream at once, whatever is in flight.
+    pub(crate) async fn close_stream(&self, stream: &Stream) {
+        if !stream.is_closed() {
+            // A vmm that is gone has closed all streams.
+            let _ = self.control.send(&Command::CloseStream { port: stream.port() }, &[]).await;
+        }
+    }
+
+    /// Gives an empty disk slot its file.
+    pub(crate) async fn fill_disk(&self, slot: u32, read_only: bool, file: BorrowedFd<'_>) -> Result<(), ControlError> {
+        self.control.send(&Command::FillDisk { slot, read_only }, &[file]).await
+    }
+
+    /// The end of the guest's console, empty if the vmm does not send it.
+    async fn console(&self) -> String {
+        let (sender, receiver) = oneshot::channel();
+        self.shared
+            .console
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(sender);
+        let asked = async {
+            self.control.send(&Command::ReadConsole, &[]).await.ok()?;
+            receiver.await.ok()
+        };
+        let console = tokio::time::timeout(CONSOLE_TIMEOUT, asked).await;
+        console.ok().flatten().as_deref().map(readable).unwrap_or_default()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.child.kill();
+    }
+}
+
+/// Follows the machine to its end.
+async fn listen(
+    shared: &Shared,
+    control: &Control,
+    child: &Child,
+    stderr: OwnedFd,
+    agent_end: impl Future<Output = String>,
+) {
+    let stderr = tokio::spawn(log_stderr(stderr, child.pid()));
+    let agent_gone = async {
+        let reason = agent_end.await;
+        tokio::time::sleep(LAST_WORDS).await;
+        reason
+    };
+    let (reason, console) = tokio::select! {
+        biased;
+        last = notices(shared, control) => last.map_or((None, Vec::new()), |(reason, console)| (Some(describe(&reason)), console)),
+        reason = agent_gone => (Some(reason), Vec::new()),
+    };
+    child.kill();
+    let how = child.reap().await;
+    let said = stderr.await.unwrap_or_default();
+    let verdict = shared.verdict.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let reason = verdict.or(reason).unwrap_or_else(|| match how {
+        Ok(how) => died("the virtual machine's process", how, &said),
+        Err(error) => format!("wait for the virtual machine's process: {error}"),
+    });
+    shared.streams.close_all();
+    shared.ended.send_replace(Some(Arc::new(Ending {
+        reason,
+        console: readable(&console),
+    })));
+}
+
+/// Hears the vmm out. `None` if it ends without a word.
+async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u8>)> {
+    loop {
+        match control.receive().await {
+            Ok(Notice::Drained { port }) => shared.streams.drained(port),
+            Ok(Notice::StreamClosed { port }) => shared.streams.closed(port),
+            Ok(Notice::Console(console)) => {
+                let waiting = std::mem::take(&mut *shared.console.lock().unwrap_or_else(PoisonError::into_inner));
+                for sender in waiting {
+                    // Whoever stopped waiting does not miss it.
+                    let _ = sender.send(console.clone());
+                }
+            }
+            Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
+            Err(ControlError::Closed) => return None,
+            Err(error) => {
+                log::warn(&format!("virtual machine: {error}"));
+                return None;
+            }
+        }
+    }
+}
+
+fn describe(reason: &EndReason) -> String {
+    match reason {
+        EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {text}"),
+        EndReason::GuestReset => "the guest reset itself: its kernel or its agent gave up".to_owned(),
+        EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {text}"),
+        EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {text}"),
+    }
+}
+
+fn died(what: &str, how: Ended, said: &str) -> String {
+    match said.trim() {
+        "" => format!("{what} {how}"),
+        said => format!("{what} {how}: {said}"),
+    }
+}
+
+/// Logs what the process says. Returns it, cut at a limit.
+async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
+    let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
+        return String::new();
+    };
+    let mut said = Vec::new();
+    let mut bytes = [0; 1024];
+    while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
+        let room = STDERR_LIMIT - said.len();
+        said.extend_from_slice(&bytes[..length.min(room)]);
+    }
+    let said = readable(&said);
+    for line in said.lines() {
+        log::warn(&format!("virtual machine {pid}: {line}"));
+    }
+    said
+}
+
+/// The last lines of what a guest wrote, without what a terminal would obey.
+fn readable(bytes: &[u8]) -> String {
+    const LINES: usize = 24;
+    let text: String = String::from_utf8_lossy(bytes)
+        .chars()
+        .filter(|character| !character.is_control() || *character == '\n')
+        .collect();
+    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
+}
