@@ -1,5 +1,306 @@
-//! The host's configuration.
+//! What the host's owner decided: `/etc/nutshell/config.toml`, or the file or text that containerd's
+//! configuration of the runtime names (`ConfigPath` and the `options` section, containerd-contract
+//! §1.8). Everything is optional:
+//!
+//! ```toml
+//! debug = false                  # log debug messages
+//!
+//! [guest]                        # instead of what this executable carries
+//! kernel = "/path/to/vmlinux"
+//! initramfs = "/path/to/initramfs.cpio"
+//! kernel_arguments = ""          # appended to the kernel's command line
+//! ready_timeout_seconds = 10     # how long a guest may take until its agent answers
+//!
+//! [machine]                      # sizes; see `oci/size.rs` for what they apply to
+//! default_memory_mib = 512
+//! default_vcpus = 1
+//! max_memory_mib = 8192          # else the host's memory
+//! max_vcpus = 8                  # else the host's CPUs
+//! ```
+//!
+//! A key that is not one of these is an error: a misspelt limit must not pass for none.
+
+use std::{
+    fs, io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
+
+/// Where the configuration is if nothing else is named.
+const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
+
+const DEFAULT_READY_TIMEOUT: u64 = 10;
 
 /// What the host's owner decided.
-#[derive(Debug)]
-pub(crate) struct Configuration {}
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Configuration {
+    /// A guest kernel (uncompressed ELF) to use instead of the embedded one.
+    pub(crate) kernel: Option<PathBuf>,
+    /// An initramfs to use instead of the embedded one.
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Words for the end of the kernel's command line.
+    pub(crate) kernel_arguments: String,
+    /// How long a guest may take until its agent answers.
+    pub(crate) ready_timeout: Duration,
+    /// Sizes of machines.
+    pub(crate) sizing: Sizing,
+    /// Log debug messages.
+    pub(crate) debug: bool,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigurationError {
+    /// The file cannot be read.
+    #[error("configuration {}: {source}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is no TOML, or has a key or value that is not to be there.
+    #[error("configuration {}: {reason}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Line, key and what is wrong, in one line.
+        reason: String,
+    },
+}
+
+impl Configuration {
+    /// Reads the file at `path`, or the default one, which need not exist.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigurationError`], naming file and key.
+    pub(crate) fn load(path: Option<&Path>) -> Result<Self, ConfigurationError> {
+        let (path, optional) = path.map_or((Path::new(DEFAULT_PATH), true), |path| (path, false));
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if optional && error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(source) => {
+                return Err(ConfigurationError::Unreadable {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        };
+        Self::parse(&text, &Host::this()).map_err(|reason| ConfigurationError::Malformed {
+            path: path.to_owned(),
+            reason,
+        })
+    }
+
+    fn parse(text: &str, host: &Host) -> Result<Self, String> {
+        let document: Document = toml::from_str(text).map_err(|error| one_line(text, &error))?;
+        let Document { debug, guest, machine } = document;
+        for (key, path) in [("guest.kernel", &guest.kernel), ("guest.initramfs", &guest.initramfs)] {
+            if path.as_ref().is_some_and(|path| !path.is_absolute()) {
+                return Err(format!("{key} must be an absolute path"));
+            }
+        }
+        let seconds = guest.ready_timeout_seconds.unwrap_or(DEFAULT_READY_TIMEOUT);
+        let ready_timeout = within("guest.ready_timeout_seconds", seconds, 1, 600)?;
+        Ok(Self {
+            kernel: guest.kernel,
+            initramfs: guest.initramfs,
+            kernel_arguments: guest.kernel_arguments,
+            ready_timeout: Duration::from_secs(ready_timeout),
+            sizing: machine.sizing(host)?,
+            debug,
+        })
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Document {
+    debug: bool,
+    guest: Guest,
+    machine: Machine,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Guest {
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
+    kernel_arguments: String,
+    ready_timeout_seconds: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Machine {
+    default_memory_mib: Option<u64>,
+    default_vcpus: Option<u64>,
+    max_memory_mib: Option<u64>,
+    max_vcpus: Option<u64>,
+}
+
+impl Machine {
+    fn sizing(&self, host: &Host) -> Result<Sizing, String> {
+        const MOST_MIB: u64 = u64::MAX >> 20;
+        let least = MIN_MEMORY >> 20;
+        let max_memory_mib = match self.max_memory_mib {
+            Some(mib) => within("machine.max_memory_mib", mib, least, MOST_MIB)?,
+            None => (host.memory >> 20).max(least),
+        };
+        let max_vcpus = match self.max_vcpus {
+            Some(vcpus) => within("machine.max_vcpus", vcpus, 1, MAX_VCPUS.into())?,
+            None => u64::from(MAX_VCPUS).min(host.cpus.get() as u64),
+        };
+        let default_memory_mib = match self.default_memory_mib {
+            Some(mib) => within("machine.default_memory_mib", mib, least, max_memory_mib)?,
+            None => (DEFAULT_MEMORY >> 20).min(max_memory_mib),
+        };
+        let default_vcpus = match self.default_vcpus {
+            Some(vcpus) => within("machine.default_vcpus", vcpus, 1, max_vcpus)?,
+            None => DEFAULT_VCPUS.into(),
+        };
+        let vcpus = |count| u8::try_from(count).map_err(|_| format!("machine: {count} vCPUs are too many"));
+        Ok(Sizing {
+            default_memory: default_memory_mib << 20,
+            default_vcpus: vcpus(default_vcpus)?,
+            max_memory: max_memory_mib << 20,
+            max_vcpus: vcpus(max_vcpus)?,
+        })
+    }
+}
+
+/// What bounds a machine if nothing else does.
+struct Host {
+    memory: u64,
+    cpus: NonZeroUsize,
+}
+
+impl Host {
+    fn this() -> Self {
+        let info = rustix::system::sysinfo();
+        Self {
+            memory: u64::try_from(info.totalram)
+                .unwrap_or(u64::MAX)
+                .saturating_mul(info.mem_unit.into()),
+            cpus: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+        }
+    }
+}
+
+fn within(key: &str, value: u64, least: u64, most: u64) -> Result<u64, String> {
+    if (least..=most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(format!("{key} = {value} is not within {least} to {most}"))
+    }
+}
+
+/// The parser's message is drawn over several lines; containerd shows one.
+fn one_line(text: &str, error: &toml::de::Error) -> String {
+    let line = error
+        .span()
+        .and_then(|span| text.get(..span.start))
+        .map(|before| before.lines().count().max(1));
+    let message = error.message().lines().collect::<Vec<_>>().join(" ");
+    line.map_or(message.clone(), |line| format!("line {line}: {message}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Host = Host {
+        memory: 16 << 30,
+        cpus: NonZeroUsize::new(128).unwrap(),
+    };
+
+    #[test]
+    fn nothing_configured_gives_the_defaults_bounded_by_the_host() {
+        let configuration = Configuration::parse("", &HOST).unwrap();
+        let expected = Configuration {
+            kernel: None,
+            initramfs: None,
+            kernel_arguments: String::new(),
+            ready_timeout: Duration::from_secs(10),
+            sizing: Sizing {
+                default_memory: 512 << 20,
+                default_vcpus: 1,
+                max_memory: 16 << 30,
+                max_vcpus: 64,
+            },
+            debug: false,
+        };
+        assert_eq!(configuration, expected);
+        let small = Host {
+            memory: 256 << 20,
+            cpus: NonZeroUsize::MIN,
+        };
+        let sizing = Configuration::parse("", &small).unwrap().sizing;
+        assert_eq!((sizing.default_memory, sizing.max_vcpus), (256 << 20, 1));
+    }
+
+    #[test]
+    fn every_key_is_taken() {
+        let text = r#"
+            debug = true
+            [guest]
+            kernel = "/boot/vmlinux"
+            initramfs = "/boot/initramfs"
+            kernel_arguments = "quiet loglevel=1"
+            ready_timeout_seconds = 30
+            [machine]
+            default_memory_mib = 256
+            default_vcpus = 2
+            max_memory_mib = 1024
+            max_vcpus = 4
+        "#;
+        let configuration = Configuration::parse(text, &HOST).unwrap();
+        let expected = Configuration {
+            kernel: Some("/boot/vmlinux".into()),
+            initramfs: Some("/boot/initramfs".into()),
+            kernel_arguments: "quiet loglevel=1".to_owned(),
+            ready_timeout: Duration::from_secs(30),
+            sizing: Sizing {
+                default_memory: 256 << 20,
+                default_vcpus: 2,
+                max_memory: 1 << 30,
+                max_vcpus: 4,
+            },
+            debug: true,
+        };
+        assert_eq!(configuration, expected);
+    }
+
+    #[test]
+    fn unknown_keys_and_values_out_of_bounds_are_errors_that_name_the_key_in_one_line() {
+        for (text, named) in [
+            ("kernal = \"/x\"", "kernal"),
+            ("[guest]\n\nkernel_args = \"x\"", "kernel_args"),
+            ("[machines]", "machines"),
+            ("[machine]\nmax_vcpus = 65", "machine.max_vcpus"),
+            ("[machine]\nmax_vcpus = 2\ndefault_vcpus = 3", "machine.default_vcpus"),
+            ("[machine]\ndefault_memory_mib = 1", "machine.default_memory_mib"),
+            ("[machine]\nmax_memory_mib = 18446744073709", "machine.max_memory_mib"),
+            ("[guest]\nready_timeout_seconds = 0", "guest.ready_timeout_seconds"),
+            ("[guest]\nkernel = \"vmlinux\"", "guest.kernel"),
+            ("debug = \"yes\"", "line 1"),
+            ("[guest]\nkernel = ", "line 2"),
+        ] {
+            let error = Configuration::parse(text, &HOST).unwrap_err();
+            assert!(error.contains(named), "{text}: {error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let error = Configuration::load(Some(Path::new("/no/such/config.toml"))).unwrap_err();
+        assert!(error.to_string().contains("/no/such/config.toml"), "{error}");
+    }
+}
