@@ -123,6 +123,8 @@ impl Parts {
 /// A running machine, as the event loop drives it.
 #[derive(Debug)]
 pub(crate) struct Running {
+    /// KVM takes the irqfds back when its descriptor is closed, while vCPUs still run.
+    _vm: Vm,
     pub(crate) vsock: Handle<Vsock>,
     pub(crate) vsock_receive: EventFd,
     pub(crate) vsock_transmit: EventFd,
@@ -195,6 +197,7 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     }
     let mut kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
     Ok(Running {
+        _vm: vm,
         vsock_receive: kick(&mut vsock_kicks)?,
         vsock_transmit: kick(&mut vsock_kicks)?,
         vsock,

@@ -17,6 +17,15 @@ pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
     table
 }
 
+/// The parts of the extended state (XCR0) that a processor with this table has; 0 without XSAVE.
+pub(super) fn extended_state(table: &CpuId) -> u64 {
+    let leaf = table
+        .as_slice()
+        .iter()
+        .find(|entry| (entry.function, entry.index) == (0xd, 0));
+    leaf.map_or(0, |entry| u64::from(entry.eax) | u64::from(entry.edx) << 32)
+}
+
 fn rewrite(entry: &mut kvm_cpuid_entry2, id: u8, count: u8) {
     let (id, count) = (u32::from(id), u32::from(count));
     let id_bits = count.next_power_of_two().trailing_zeros();

@@ -8,7 +8,7 @@ use std::{
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
-    kvm_userspace_memory_region,
+    kvm_userspace_memory_region, kvm_xcrs,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -167,7 +167,22 @@ fn set_features(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<(
     let registers = registers.map_err(|_| KvmError::Lacks("model-specific registers"))?;
     // KVM takes as many as it knows; a host without one of the two boots as well.
     call("setting model-specific registers", vcpu.set_msrs(&registers))?;
-    Ok(())
+    enable_extended_state(vcpu, cpuid::extended_state(&features))
+}
+
+/// Enables every part of the extended state that the processor has, as the guest will. KVM derives
+/// the size in CPUID leaf 0xD from this register; under QEMU's emulation of AMD's virtualization it
+/// does not see the guest set it, and the guest would find size and register at odds.
+fn enable_extended_state(vcpu: &VcpuFd, parts: u64) -> Result<(), KvmError> {
+    if parts == 0 {
+        return Ok(());
+    }
+    let mut registers = kvm_xcrs {
+        nr_xcrs: 1,
+        ..kvm_xcrs::default()
+    };
+    registers.xcrs[0].value = parts;
+    call("setting the extended state", vcpu.set_xcrs(&registers))
 }
 
 /// The state at the 64-bit entry point (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
