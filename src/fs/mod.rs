@@ -8,7 +8,7 @@
 //!
 //! Everything that a guest sends is hostile. At worst it ends this process, and with it its own
 //! machine; it never names anything outside of the tree, and what it can make this process hold is
-//! bounded by [`GUEST_DESCRIPTORS`].
+//! bounded by [`DESCRIPTORS`].
 
 mod device;
 mod identity;
@@ -30,7 +30,7 @@ use std::{
 };
 
 use device::Backend;
-use rustix::{fs::CWD, mount::OpenTreeFlags, thread::CapabilitySet};
+use rustix::{fs::CWD, mount::OpenTreeFlags, process::Resource, thread::CapabilitySet};
 pub(crate) use tree::OWNED_BY_GUEST;
 use tree::Tree;
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
@@ -61,11 +61,12 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // File capabilities (`security.capability`): packages set them as they are installed.
     .union(CapabilitySet::SETFCAP);
 
-/// The most files that the guest can know or hold open at one time, each a descriptor here: the
-/// kernel's default for `fs.nr_open`, less what this process needs for itself.
-const GUEST_DESCRIPTORS: u32 = DESCRIPTORS - 1024;
-
+/// The most descriptors of this process, if the shim's own limit allows as many: the kernel's
+/// default for `fs.nr_open`. Each file that the guest knows or holds open is one.
 const DESCRIPTORS: u32 = 1 << 20;
+
+/// How many of them are not the guest's.
+const OWN_DESCRIPTORS: u64 = 256;
 
 /// Why the file server ends.
 #[derive(Debug, thiserror::Error)]
@@ -112,7 +113,11 @@ fn run() -> Result<(), FsError> {
     })?;
     drop(namespace);
 
-    let tree = Tree::open(File::from(own_descriptors), GUEST_DESCRIPTORS).map_err(FsError::Tree)?;
+    let descriptors = rustix::process::getrlimit(Resource::Nofile)
+        .current
+        .unwrap_or(u64::from(DESCRIPTORS));
+    let guest_descriptors = descriptors.saturating_sub(OWN_DESCRIPTORS);
+    let tree = Tree::open(File::from(own_descriptors), guest_descriptors).map_err(FsError::Tree)?;
     serve(tree, listener)
 }
 

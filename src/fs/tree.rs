@@ -54,11 +54,11 @@ pub(super) struct Tree {
 impl Tree {
     /// The tree at this process's root. At most `descriptors` files are known to the guest or open
     /// at one time. `own_descriptors` is `/proc/self/fd`.
-    pub(super) fn open(own_descriptors: File, descriptors: u32) -> io::Result<Self> {
+    pub(super) fn open(own_descriptors: File, descriptors: u64) -> io::Result<Self> {
         let inner = PassthroughFs::new(Config {
             root_dir: "/".to_owned(),
             proc_sfd_rawfd: Some(own_descriptors),
-            guest_fd_limit: u64::from(descriptors),
+            guest_fd_limit: descriptors,
             entry_timeout: SHARED_TTL,
             attr_timeout: SHARED_TTL,
             cache_policy: CachePolicy::Auto,

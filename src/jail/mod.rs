@@ -77,12 +77,12 @@ pub(crate) struct Jail<'a> {
     pub(crate) capabilities: CapabilitySet,
     /// Descriptors that stay open beside 0, 1 and 2.
     pub(crate) keep: &'a [BorrowedFd<'a>],
-    /// The most descriptors that it may have.
+    /// The most descriptors that it may have, if the shim may have as many.
     pub(crate) descriptors: u32,
     /// For how many descriptors the kernel's table is made at once: growing the table of a process
     /// with several threads waits for an RCU grace period, in the middle of a guest's request.
     pub(crate) descriptor_table: u32,
-    /// The most threads that it may have.
+    /// The most threads that it may have, if the shim may have as many.
     pub(crate) threads: u32,
 }
 
@@ -164,7 +164,9 @@ fn limit(jail: &Jail<'_>) -> io::Result<()> {
         (Resource::Nofile, jail.descriptors),
         (Resource::Nproc, jail.threads),
     ] {
-        let most = Some(u64::from(most));
+        // Never more than before: not every host lets root raise limits (CAP_SYS_RESOURCE).
+        let before = rustix::process::getrlimit(resource).maximum;
+        let most = Some(u64::from(most).min(before.unwrap_or(u64::MAX)));
         rustix::process::setrlimit(
             resource,
             Rlimit {
@@ -177,6 +179,8 @@ fn limit(jail: &Jail<'_>) -> io::Result<()> {
 }
 
 fn grow_descriptor_table(size: u32) -> io::Result<()> {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    let size = limit.unwrap_or(u64::MAX).min(u64::from(size));
     let last = RawFd::try_from(size.saturating_sub(1)).map_err(io::Error::other)?;
     drop(rustix::io::fcntl_dupfd_cloexec(io::stdin(), last)?);
     Ok(())

@@ -5,7 +5,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     os::fd::AsFd,
-    process::{Child, ChildStdout, Command, Stdio, exit},
+    process::{Child, ChildStdout, Command, ExitCode, Stdio, exit},
 };
 
 use super::*;
@@ -20,7 +20,7 @@ static ROLE_OR_TESTS: extern "C" fn() = role_or_tests;
 
 extern "C" fn role_or_tests() {
     match env::args().nth(1).as_deref() {
-        Some(crate::fs::ROLE) => drop(crate::fs::main()),
+        Some(crate::fs::ROLE) => exit(i32::from(crate::fs::main() != ExitCode::SUCCESS)),
         Some("jail-empty") => prisoner(CapabilitySet::empty()),
         Some("jail-capable") => prisoner(CAPABILITIES),
         _ => return,

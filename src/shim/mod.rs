@@ -14,7 +14,7 @@ mod log;
 mod options;
 mod record;
 mod serve;
-mod share;
+pub(crate) mod share;
 mod socket;
 
 use std::{

@@ -1,1 +1,364 @@
+//! Mounts seen by the guest, and by nobody else.
 
+use std::{fs, os::unix::fs::MetadataExt};
+
+use nix::mount::{MsFlags, mount};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use tempfile::TempDir;
+
+use super::*;
+use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
+
+fn start() -> (FsProcess, Client) {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "mounts are made by root: run these tests as root"
+    );
+    let (process, socket) = FsProcess::spawn().unwrap();
+    (process, Client::connect(socket))
+}
+
+fn share(source: &Path, path: &str) -> Share {
+    Share {
+        source: source.to_owned(),
+        path: path.to_owned(),
+        read_only: false,
+        recursive: false,
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// The directories of an overlay, on a file system that can hold an upper directory, in a mount
+/// namespace of the calling test's own.
+struct Layers(TempDir);
+
+impl Layers {
+    fn new(lower: usize) -> Self {
+        own_namespace();
+        let directory = TempDir::new().unwrap();
+        mount_tmpfs(directory.path());
+        for name in ["upper", "work", "place"] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        for layer in 0..lower {
+            let layer = directory.path().join(format!("snapshots/{layer}/fs"));
+            fs::create_dir_all(&layer).unwrap();
+            fs::write(layer.join("file"), "lower").unwrap();
+        }
+        for layer in 0..lower {
+            let path = directory.path().join(format!("snapshots/{layer}/fs/of-{layer}"));
+            fs::write(path, "").unwrap();
+        }
+        Self(directory)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn overlay(&self, lower: usize) -> HostMount {
+        let layers: Vec<_> = (0..lower)
+            .map(|layer| text(&self.path(&format!("snapshots/{layer}/fs"))).to_owned())
+            .collect();
+        HostMount {
+            kind: "overlay".to_owned(),
+            source: "overlay".to_owned(),
+            target: String::new(),
+            options: vec![
+                "index=off".to_owned(),
+                format!("workdir={}", text(&self.path("work"))),
+                format!("upperdir={}", text(&self.path("upper"))),
+                format!("lowerdir={}", layers.join(":")),
+            ],
+        }
+    }
+}
+
+fn own_namespace() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .unwrap();
+}
+
+fn mount_tmpfs(at: &Path) {
+    mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+}
+
+fn mounts_here() -> String {
+    fs::read_to_string("/proc/thread-self/mountinfo").unwrap()
+}
+
+#[test]
+fn overlay_is_shared_and_written_to_its_upper_directory() {
+    let layers = Layers::new(2);
+    let before = mounts_here();
+    let (process, mut client) = start();
+    let overlay = layers.overlay(2);
+    process
+        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+        .unwrap();
+    assert_eq!(mounts_here(), before, "nothing shows in the shim's namespace");
+
+    let root = client.walk("c/rootfs").unwrap().id;
+    assert_eq!(client.list(root).unwrap(), ["file", "of-0", "of-1"]);
+    let file = client.walk("c/rootfs/file").unwrap().id;
+    let (handle, _) = client.open(file, libc::O_RDWR).unwrap();
+    client.write(file, handle, b"upper", false).unwrap();
+    client.unlink(root, "of-1").unwrap();
+    client.by((5, 6)).mkdir(root, "made", 0o700).unwrap();
+
+    assert_eq!(fs::read(layers.path("upper/file")).unwrap(), b"upper");
+    assert_eq!(fs::read(layers.path("snapshots/0/fs/file")).unwrap(), b"lower");
+    assert_eq!(fs::metadata(layers.path("upper/of-1")).unwrap().rdev(), 0, "whiteout");
+    let made = fs::metadata(layers.path("upper/made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (5, 6));
+}
+
+#[test]
+fn overlay_with_more_layers_than_a_page_holds_is_shared() {
+    const MANY: usize = 200;
+    let layers = Layers::new(MANY);
+    let overlay = layers.overlay(MANY);
+    assert!(overlay.options.join(",").len() > 4096);
+    let (process, mut client) = start();
+    process
+        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+        .unwrap();
+    let root = client.walk("c/rootfs").unwrap().id;
+    assert_eq!(client.list(root).unwrap().len(), MANY + 1);
+    client.create(root, "new", 0o644).unwrap();
+    assert!(layers.path("upper/new").exists());
+}
+
+#[test]
+fn mounts_are_made_in_order_below_the_root_that_the_first_makes() {
+    let layers = Layers::new(1);
+    let outside = TempDir::new().unwrap();
+    fs::create_dir(layers.path("upper/data")).unwrap();
+    // As a guest could have left it behind: leads out unless it is resolved within the root.
+    std::os::unix::fs::symlink(outside.path(), layers.path("upper/link")).unwrap();
+    let bind = |target: &str| HostMount {
+        kind: "bind".to_owned(),
+        source: "/usr/bin".to_owned(),
+        target: target.to_owned(),
+        options: vec!["bind".to_owned(), "ro".to_owned()],
+    };
+    let (process, mut client) = start();
+    let mounts = [layers.overlay(1), bind("/data")];
+    process
+        .attach_rootfs(&mounts, None, &layers.path("place"), "c/rootfs", false)
+        .unwrap();
+    client.walk("c/rootfs/data/env").unwrap();
+    let data = client.walk("c/rootfs/data").unwrap().id;
+    assert_eq!(client.create(data, "x", 0o644).unwrap_err(), libc::EROFS);
+    let root = client.walk("c/rootfs").unwrap().id;
+    client.create(root, "x", 0o644).expect("the rest can be written");
+
+    let error = process
+        .attach_rootfs(
+            &[layers.overlay(1), bind("/link")],
+            None,
+            &layers.path("place"),
+            "d/rootfs",
+            false,
+        )
+        .unwrap_err();
+    assert!(error.to_string().contains("/link"), "{error}");
+}
+
+#[test]
+fn read_only_shares_are_read_only_on_the_host() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("file"), "x").unwrap();
+    let (process, mut client) = start();
+    let read_only = Share {
+        read_only: true,
+        ..share(directory.path(), "c/0")
+    };
+    process.attach(&read_only).unwrap();
+    process
+        .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", true)
+        .unwrap();
+    for path in ["c/0", "c/rootfs"] {
+        let parent = client.walk(path).unwrap().id;
+        let file = client.lookup(parent, "file").unwrap().id;
+        assert_eq!(client.create(parent, "x", 0o644).unwrap_err(), libc::EROFS, "{path}");
+        assert_eq!(client.open(file, libc::O_RDWR).unwrap_err(), libc::EROFS, "{path}");
+        assert_eq!(client.set_owner(file, BY_ROOT).unwrap_err(), libc::EROFS, "{path}");
+        assert_eq!(client.unlink(parent, "file").unwrap_err(), libc::EROFS, "{path}");
+    }
+}
+
+#[test]
+fn existing_directory_as_root_is_cached_as_shared() {
+    let directory = TempDir::new().unwrap();
+    let (process, mut client) = start();
+    process
+        .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", false)
+        .unwrap();
+    let root = client.walk("c/rootfs").unwrap();
+    assert_eq!(root.ttl, 1);
+    client.create(root.id, "file", 0o644).unwrap();
+    assert!(directory.path().join("file").exists());
+}
+
+#[test]
+fn single_file_is_shared_and_kept_in_the_guests_cache_while_unchanged() {
+    let (process, mut client) = start();
+    process
+        .attach(&Share {
+            read_only: true,
+            ..share(Path::new("/usr/bin/env"), "c/0")
+        })
+        .unwrap();
+    let file = client.walk("c/0").unwrap();
+    assert_eq!(file.attr.size, fs::metadata("/usr/bin/env").unwrap().len());
+    let (handle, first) = client.open(file.id, libc::O_RDONLY).unwrap();
+    assert_eq!(client.read(file.id, handle, 4).unwrap(), b"\x7fELF");
+    let (_, second) = client.open(file.id, libc::O_RDONLY).unwrap();
+    assert_eq!([first & KEEP_CACHE, second & KEEP_CACHE], [0, KEEP_CACHE]);
+}
+
+#[test]
+fn mounts_below_a_source_are_shared_only_where_asked() {
+    own_namespace();
+    let directory = TempDir::new().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount_tmpfs(&below);
+    fs::write(below.join("file"), "").unwrap();
+    let (process, mut client) = start();
+    process.attach(&share(directory.path(), "c/0")).unwrap();
+    let recursive = Share {
+        recursive: true,
+        read_only: true,
+        ..share(directory.path(), "c/1")
+    };
+    process.attach(&recursive).unwrap();
+    assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
+    client.walk("c/1/below/file").unwrap();
+    let below = client.walk("c/1/below").unwrap().id;
+    assert_eq!(client.create(below, "x", 0o644).unwrap_err(), libc::EROFS);
+}
+
+#[test]
+fn host_mounts_made_later_do_not_appear() {
+    own_namespace();
+    let directory = TempDir::new().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let peers = MsFlags::MS_SHARED;
+    mount_tmpfs(directory.path());
+    fs::create_dir(&below).unwrap();
+    mount(None::<&str>, directory.path(), None::<&str>, peers, None::<&str>).unwrap();
+    let (process, mut client) = start();
+    process.attach(&share(directory.path(), "c/0")).unwrap();
+    mount_tmpfs(&below);
+    fs::write(below.join("file"), "").unwrap();
+    assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn detached_share_is_gone_and_its_place_is_free_again() {
+    let [first, second] = std::array::from_fn(|_| TempDir::new().unwrap());
+    let (process, mut client) = start();
+    process.attach(&share(first.path(), "c/0")).unwrap();
+    process.attach(&share(first.path(), "c/1")).unwrap();
+    let known = client.walk("c/0").unwrap().id;
+
+    process.detach("c/0").unwrap();
+
+    assert_eq!(client.walk("c/0").unwrap_err(), libc::ENOENT);
+    client.create(known, "late", 0o644).expect("what is known stays");
+    process.attach(&share(second.path(), "c/0")).unwrap();
+    let parent = client.walk("c/0").unwrap().id;
+    client.create(parent, "file", 0o644).unwrap();
+    assert!(second.path().join("file").exists());
+
+    process.detach("c").unwrap();
+    assert_eq!(
+        client.list(crate::fs::tests::client::ROOT).unwrap(),
+        Vec::<String>::new()
+    );
+    process.detach("c").expect("gone already");
+    assert!(first.path().join("late").exists(), "the source is untouched");
+}
+
+#[test]
+fn what_cannot_be_shared_is_an_error_that_says_why() {
+    let directory = TempDir::new().unwrap();
+    let (process, _client) = start();
+    process.attach(&share(directory.path(), "c/0")).unwrap();
+    for (source, path, expected) in [
+        (
+            Path::new("/no/such"),
+            "c/1",
+            "share /no/such with the machine as c/1: open it: No such",
+        ),
+        (directory.path(), "c/0", "something is shared there already"),
+        (directory.path(), "../x", "check its path"),
+        (directory.path(), "/x", "check its path"),
+        (directory.path(), "", "check its path"),
+    ] {
+        let error = process.attach(&share(source, path)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    let overlay = HostMount {
+        kind: "overlay".to_owned(),
+        source: "overlay".to_owned(),
+        target: String::new(),
+        options: vec!["lowerdir=/no/such".to_owned()],
+    };
+    let error = process
+        .attach_rootfs(&[overlay], None, directory.path(), "d/rootfs", false)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("overlay") && error.contains("lowerdir=/no/such"),
+        "{error}"
+    );
+}
+
+#[test]
+fn namespace_is_gone_with_its_holders_after_a_kill() {
+    let directory = TempDir::new().unwrap();
+    let (process, client) = start();
+    process.attach(&share(directory.path(), "c/0")).unwrap();
+    let pid = Pid::from_raw(i32::try_from(process.child().id()).unwrap()).unwrap();
+    let namespace = rustix::fs::fstat(&process.namespace).unwrap().st_ino;
+    assert_eq!(processes_in(namespace), [pid.as_raw_nonzero().get()]);
+
+    let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).unwrap();
+    client.wait_for_end();
+    rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), WaitIdOptions::EXITED).unwrap();
+    drop(process);
+
+    assert_eq!(processes_in(namespace), [0; 0]);
+    let held = fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let held = held.filter_map(|fd| fs::read_link(fd.path()).ok());
+    assert!(
+        !held
+            .into_iter()
+            .any(|link| link == Path::new(&format!("mnt:[{namespace}]")))
+    );
+}
+
+fn processes_in(namespace: u64) -> Vec<i32> {
+    let link = PathBuf::from(format!("mnt:[{namespace}]"));
+    fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter(|entry| fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|found| found == link))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}

@@ -1,0 +1,91 @@
+//! Requests that no honest kernel sends.
+
+use super::{client::ROOT, serve};
+
+#[test]
+fn names_of_more_than_one_component_are_refused() {
+    let mut served = serve();
+    let parent = served.client.walk("c/0").unwrap().id;
+    let client = &mut served.client;
+    for name in ["..", ".", "", "a/b", "/etc", "../../c/0", "a/"] {
+        for (what, result) in [
+            ("lookup", client.lookup(parent, name).map(drop)),
+            ("mkdir", client.mkdir(parent, name, 0o755).map(drop)),
+            ("create", client.create(parent, name, 0o644).map(drop)),
+            ("mknod", client.mknod(parent, name, libc::S_IFIFO | 0o644, 0).map(drop)),
+            ("symlink", client.symlink(parent, name, "x").map(drop)),
+            ("link", client.link(parent, parent, name).map(drop)),
+            ("unlink", client.unlink(parent, name)),
+            ("rename from", client.rename(parent, name, parent, "x")),
+            ("rename to", client.rename(parent, "x", parent, name)),
+        ] {
+            assert_eq!(result.unwrap_err(), libc::EINVAL, "{what} {name:?}");
+        }
+    }
+}
+
+#[test]
+fn malformed_requests_are_dropped_and_the_server_lives_on() {
+    let mut served = serve();
+    let client = &mut served.client;
+    let many = [0xff; 64];
+    for opcode in (0..64).chain([4096, u32::MAX]) {
+        // FUSE_INIT with garbage starts a session anew, which is no error.
+        for body in [&[][..], &many[..1], &many[..8], &many] {
+            let mut request = client.frame(opcode, ROOT, body);
+            client.exchange(&request, 4096);
+            client.exchange(&request, 15);
+            client.exchange(&request, 0);
+            for length in [0_u32, 39, 41, 1 << 20, u32::MAX] {
+                request[..4].copy_from_slice(&length.to_le_bytes());
+                client.exchange(&request, 4096);
+            }
+        }
+    }
+    for length in [0, 1, 39] {
+        client.exchange(&[0; 39][..length], 4096);
+    }
+    let init = [7_u32, 38, 0, 1 << 27].map(u32::to_le_bytes).concat();
+    let request = client.frame(26, 0, &[&init[..], &[0; 48]].concat());
+    client.exchange(&request, 4096);
+    assert_eq!(client.walk("c/0").unwrap().attr.mode & libc::S_IFMT, libc::S_IFDIR);
+}
+
+#[test]
+fn numbers_that_were_never_given_out_name_nothing() {
+    let mut served = serve();
+    let (node, handle) = {
+        let parent = served.client.walk("c/0").unwrap().id;
+        let (file, handle) = served.client.create(parent, "file", 0o644).unwrap();
+        (file.id, handle)
+    };
+    let client = &mut served.client;
+    for unknown in [0, node + 1, 1 << 62, 1 << 63, u64::MAX] {
+        assert_eq!(client.attr(unknown).unwrap_err(), libc::EBADF, "{unknown:#x}");
+        assert_eq!(client.lookup(unknown, "x").unwrap_err(), libc::EBADF, "{unknown:#x}");
+        assert_eq!(
+            client.read(node, handle.wrapping_add(unknown | 1), 1).unwrap_err(),
+            libc::EBADF
+        );
+        client.forget(unknown, u64::MAX);
+    }
+    assert_eq!(
+        client.read(ROOT, handle, 1).unwrap_err(),
+        libc::EBADF,
+        "another file's handle"
+    );
+}
+
+#[test]
+fn top_of_the_tree_cannot_be_written() {
+    let mut served = serve();
+    let client = &mut served.client;
+    let container = client.walk("c").unwrap().id;
+    for parent in [ROOT, container] {
+        assert_eq!(client.mkdir(parent, "x", 0o755).unwrap_err(), libc::EROFS);
+        assert_eq!(client.create(parent, "x", 0o644).unwrap_err(), libc::EROFS);
+        assert_eq!(client.set_mode(parent, libc::S_IFDIR | 0o777).unwrap_err(), libc::EROFS);
+    }
+    assert!(client.rename(container, "0", container, "x").is_err());
+    assert_eq!(client.list(ROOT).unwrap(), ["c"]);
+}
