@@ -1,5 +1,6 @@
 //! `containerd-shim-nutshell-v2 check`: can this host run guests? Boots one without containers,
-//! in the same jail and by the same code as a pod's, prints what came of it, and ends it.
+//! in the same jail and by the same code as a pod's, prints what came of it, and ends it. Words
+//! behind `check` go to the guest's kernel, whose log is then printed too.
 
 use std::{
     fs::File,
@@ -54,6 +55,7 @@ enum CheckError {
 /// Boots a guest and prints its kernel's release and the time that it took.
 pub(crate) fn main() -> ExitCode {
     let started = Instant::now();
+
     match boot() {
         Ok(ready) => {
             let milliseconds = started.elapsed().as_millis();
@@ -77,6 +79,7 @@ fn boot() -> Result<Ready, CheckError> {
         .open("/dev/kvm")
         .map_err(CheckError::Kvm)?;
     let image = guest::image(None, None)?;
+
     let (channel, theirs) = Channel::pair()?;
     let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
     let mut child = jail::command(vmm::ROLE)
@@ -84,6 +87,7 @@ fn boot() -> Result<Ready, CheckError> {
         .stdout(Stdio::null())
         .spawn()
         .map_err(CheckError::Start)?;
+
     let machine = Machine {
         memory: MEMORY,
         vcpus: 1,
@@ -101,8 +105,13 @@ fn boot() -> Result<Ready, CheckError> {
     ];
     channel.send(&Command::Boot(machine), &descriptors)?;
     drop(agent_theirs);
+
     let ready = wait(&agent, &channel);
+    if ready.is_ok() && std::env::args().nth(2).is_some() {
+        print_console(&channel)?;
+    }
     // Whatever came of it, the machine goes, and is waited for so that nothing is left.
+
     end(&mut child).map_err(CheckError::Start)?;
     ready
 }
@@ -121,6 +130,17 @@ fn wait(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> 
         }
         if let Some(FromAgent::Ready(ready)) = frames.next()? {
             return Ok(ready);
+        }
+    }
+}
+
+/// Prints what the guest said, for whoever asked for more of it by kernel arguments.
+fn print_console(channel: &Channel) -> Result<(), CheckError> {
+    channel.send(&Command::ReadConsole, &[])?;
+    loop {
+        if let (Notice::Console(tail), _) = channel.receive()? {
+            print!("{}", String::from_utf8_lossy(&tail));
+            return Ok(());
         }
     }
 }
