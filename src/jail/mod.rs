@@ -24,6 +24,7 @@ use std::{
 use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
     fs::Mode,
+    io::Errno,
     process::{DumpableBehavior, Resource, Rlimit, Signal},
     thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid},
 };
@@ -77,12 +78,12 @@ pub(crate) struct Jail<'a> {
     pub(crate) capabilities: CapabilitySet,
     /// Descriptors that stay open beside 0, 1 and 2.
     pub(crate) keep: &'a [BorrowedFd<'a>],
-    /// The most descriptors that it may have, if the shim may have as many.
+    /// The most descriptors that it may have; fewer where the shim may neither have nor allow as many.
     pub(crate) descriptors: u32,
     /// For how many descriptors the kernel's table is made at once: growing the table of a process
     /// with several threads waits for an RCU grace period, in the middle of a guest's request.
     pub(crate) descriptor_table: u32,
-    /// The most threads that it may have, if the shim may have as many.
+    /// The most threads that it may have.
     pub(crate) threads: u32,
 }
 
@@ -164,16 +165,19 @@ fn limit(jail: &Jail<'_>) -> io::Result<()> {
         (Resource::Nofile, jail.descriptors),
         (Resource::Nproc, jail.threads),
     ] {
-        // Never more than before: not every host lets root raise limits (CAP_SYS_RESOURCE).
-        let before = rustix::process::getrlimit(resource).maximum;
-        let most = Some(u64::from(most).min(before.unwrap_or(u64::MAX)));
-        rustix::process::setrlimit(
-            resource,
-            Rlimit {
-                current: most,
-                maximum: most,
-            },
-        )?;
+        let both = |most| Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        let most = u64::from(most);
+        match (
+            rustix::process::setrlimit(resource, both(most)),
+            rustix::process::getrlimit(resource).maximum,
+        ) {
+            // Not every root may raise a limit (CAP_SYS_RESOURCE).
+            (Err(Errno::PERM), Some(before)) => rustix::process::setrlimit(resource, both(most.min(before)))?,
+            (set, _) => set?,
+        }
     }
     Ok(())
 }
@@ -243,7 +247,7 @@ fn clear_bounding_set() -> io::Result<()> {
         match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
             Ok(()) => {}
             // The first number that this kernel has no capability for.
-            Err(rustix::io::Errno::INVAL) => break,
+            Err(Errno::INVAL) => break,
             Err(error) => return Err(error.into()),
         }
     }
