@@ -44,6 +44,11 @@ pub(crate) fn start(bundle: &Path, debug: bool) {
     }
 }
 
+/// Logs debug messages too from now on.
+pub(super) fn enable_debug() {
+    log::set_max_level(LevelFilter::Debug);
+}
+
 /// Logs what an operator has to know and can do something about.
 pub(crate) fn error(message: &str) {
     log::error!("{message}");

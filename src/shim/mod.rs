@@ -8,6 +8,7 @@
 mod arguments;
 mod bootstrap;
 mod configuration;
+mod daemon;
 mod delete;
 mod info;
 mod log;
@@ -24,6 +25,8 @@ use std::{
 };
 
 pub(crate) use configuration::Configuration;
+
+use arguments::Action;
 
 use crate::oci::ContainerId;
 
@@ -54,7 +57,28 @@ pub(crate) struct ServeContext {
     pub(crate) configuration: Configuration,
 }
 
-/// Runs the shim.
+/// Runs the action that the command line names. On failure the reason is one line on standard error,
+/// which containerd shows to its user.
 pub(crate) fn main() -> ExitCode {
-    ExitCode::FAILURE
+    let result = match arguments::parse(std::env::args_os().skip(1)) {
+        Ok(Action::Version) => info::print_version().map_err(|error| error.to_string()),
+        Ok(Action::Info) => info::print_info().map_err(|error| error.to_string()),
+        Ok(Action::Start(target)) => bootstrap::start(&target).map_err(|error| error.to_string()),
+        Ok(Action::Delete(bundle)) => delete::delete(bundle.as_deref()).map_err(|error| error.to_string()),
+        Ok(Action::Serve(target, serve)) => match daemon::become_shim(target, serve) {
+            Ok(context) => return serve::run(context),
+            Err(error) => {
+                log::error(&error.to_string());
+                Err(error.to_string())
+            }
+        },
+        Err(error) => Err(error.to_string()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{}", reason.replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
 }
