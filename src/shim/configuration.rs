@@ -22,7 +22,6 @@
 
 use std::{
     fs, io,
-    num::NonZeroUsize,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -155,7 +154,7 @@ impl Machine {
         };
         let max_vcpus = match self.max_vcpus {
             Some(vcpus) => within("machine.max_vcpus", vcpus, 1, MAX_VCPUS.into())?,
-            None => u64::from(MAX_VCPUS).min(host.cpus.get() as u64),
+            None => u64::from(MAX_VCPUS).min(host.cpus.into()),
         };
         let default_memory_mib = match self.default_memory_mib {
             Some(mib) => within("machine.default_memory_mib", mib, least, max_memory_mib)?,
@@ -178,7 +177,7 @@ impl Machine {
 /// What bounds a machine if nothing else does.
 struct Host {
     memory: u64,
-    cpus: NonZeroUsize,
+    cpus: u32,
 }
 
 impl Host {
@@ -188,7 +187,9 @@ impl Host {
             memory: u64::try_from(info.totalram)
                 .unwrap_or(u64::MAX)
                 .saturating_mul(info.mem_unit.into()),
-            cpus: std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            cpus: rustix::thread::sched_getaffinity(None)
+                .map_or(1, |cpus| cpus.count())
+                .max(1),
         }
     }
 }
@@ -217,7 +218,7 @@ mod tests {
 
     const HOST: Host = Host {
         memory: 16 << 30,
-        cpus: NonZeroUsize::new(128).unwrap(),
+        cpus: 128,
     };
 
     #[test]
@@ -239,7 +240,7 @@ mod tests {
         assert_eq!(configuration, expected);
         let small = Host {
             memory: 256 << 20,
-            cpus: NonZeroUsize::MIN,
+            cpus: 1,
         };
         let sizing = Configuration::parse("", &small).unwrap().sizing;
         assert_eq!((sizing.default_memory, sizing.max_vcpus), (256 << 20, 1));

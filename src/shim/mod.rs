@@ -65,13 +65,18 @@ pub(crate) fn main() -> ExitCode {
         Ok(Action::Info) => info::print_info().map_err(|error| error.to_string()),
         Ok(Action::Start(target)) => bootstrap::start(&target).map_err(|error| error.to_string()),
         Ok(Action::Delete(bundle)) => delete::delete(bundle.as_deref()).map_err(|error| error.to_string()),
-        Ok(Action::Serve(target, serve)) => match daemon::become_shim(target, serve) {
-            Ok(context) => return serve::run(context),
-            Err(error) => {
-                log::error(&error.to_string());
-                Err(error.to_string())
+        Ok(Action::Serve(target, serve)) => {
+            let socket = serve.socket.clone();
+            match daemon::become_shim(target, serve) {
+                Ok(context) => return serve::run(context),
+                Err(error) => {
+                    log::error(&error.to_string());
+                    // containerd deletes nothing of a shim that it never spoke with.
+                    let _ = std::fs::remove_file(socket);
+                    Err(error.to_string())
+                }
             }
-        },
+        }
         Err(error) => Err(error.to_string()),
     };
     match result {
