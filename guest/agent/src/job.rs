@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn job_holds_none_of_the_agents_descriptors() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let (blocked_reader, _blocked_writer) = rustix::pipe::pipe().unwrap();
+        let (blocked_reader, blocked_writer) = rustix::pipe::pipe().unwrap();
         let job = Job::start(&[blocked_reader.as_fd()], &mut || {
             let mut byte = [0];
             let _ = rustix::io::read(&blocked_reader, &mut byte);
@@ -227,8 +227,8 @@ mod tests {
         drop(writer);
         let mut byte = [0];
         assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 0);
-        drop(_blocked_writer);
-        finished(&job);
+        drop(blocked_writer);
+        assert_eq!(finished(&job).0, Ok(Outcome::Done));
     }
 
     #[test]

@@ -34,7 +34,7 @@ impl Token {
 
     fn decode(data: epoll::EventData) -> Option<Self> {
         let data = data.u64();
-        let number = (data & u64::from(u32::MAX)) as u32;
+        let number = u32::try_from(data & u64::from(u32::MAX)).ok()?;
         match data >> 32 {
             0 => Some(Self::Control),
             1 => Some(Self::Signals),

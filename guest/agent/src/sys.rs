@@ -97,6 +97,16 @@ fn empty_signal_set() -> libc::sigset_t {
     }
 }
 
+/// The process that a number means.
+pub(crate) fn pid(number: u32) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(number).ok()?)
+}
+
+/// The number of a process.
+pub(crate) fn number(pid: Pid) -> u32 {
+    pid.as_raw_nonzero().get().unsigned_abs()
+}
+
 /// Sends any signal number, real-time ones included.
 pub(crate) fn kill(pid: Pid, signal: u32) -> io::Result<()> {
     let signal = i32::try_from(signal).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -153,6 +163,130 @@ pub(crate) fn loopback_up(socket: impl AsFd) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).map(drop)
 }
 
+/// One instruction of a BPF program: `struct bpf_insn` of `linux/bpf.h`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct BpfInstruction {
+    /// What it does.
+    pub(crate) code: u8,
+    /// The destination register in the low, the source register in the high four bits.
+    pub(crate) registers: u8,
+    /// Of a jump or a memory access.
+    pub(crate) offset: i16,
+    /// The constant operand.
+    pub(crate) immediate: i32,
+}
+
+impl BpfInstruction {
+    const fn new(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Self {
+        Self {
+            code,
+            registers: to | (from << 4),
+            offset,
+            immediate,
+        }
+    }
+
+    /// `to = *(u32 *)(from + offset)`
+    pub(crate) const fn load_word(to: u8, from: u8, offset: i16) -> Self {
+        Self::new(0x61, to, from, offset, 0)
+    }
+
+    /// `to = from`, 32 bits
+    pub(crate) const fn copy(to: u8, from: u8) -> Self {
+        Self::new(0xbc, to, from, 0, 0)
+    }
+
+    /// `to = value`, 32 bits
+    pub(crate) const fn set(to: u8, value: i32) -> Self {
+        Self::new(0xb4, to, 0, 0, value)
+    }
+
+    /// `to &= mask`, 32 bits
+    pub(crate) const fn and(to: u8, mask: i32) -> Self {
+        Self::new(0x54, to, 0, 0, mask)
+    }
+
+    /// `to >>= bits`, 32 bits
+    pub(crate) const fn shift_right(to: u8, bits: i32) -> Self {
+        Self::new(0x74, to, 0, 0, bits)
+    }
+
+    /// Jumps over `over` instructions if the 32 bits of `register` are not `value`.
+    pub(crate) const fn jump_if_not(register: u8, value: i32, over: i16) -> Self {
+        Self::new(0x56, register, 0, over, value)
+    }
+
+    /// Ends the program with the verdict in register 0.
+    pub(crate) const fn exit() -> Self {
+        Self::new(0x95, 0, 0, 0, 0)
+    }
+}
+
+/// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used; what is missing counts as zero (bpf(2)).
+#[repr(C)]
+struct BpfLoad {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+}
+
+/// `union bpf_attr` for BPF_PROG_ATTACH, as far as it is used.
+#[repr(C)]
+struct BpfAttach {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
+pub(crate) fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
+    const PROG_LOAD: libc::c_int = 5;
+    const CGROUP_DEVICE: u32 = 15;
+    let attributes = BpfLoad {
+        kind: CGROUP_DEVICE,
+        count: u32::try_from(program.len()).map_err(io::Error::other)?,
+        instructions: program.as_ptr().addr() as u64,
+        license: c"".as_ptr().addr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+    };
+    // SAFETY: the attributes, and the instructions and string that they point to, outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<BpfLoad>()) };
+    let fd = check(i32::try_from(fd).unwrap_or(-1))?;
+    // SAFETY: the kernel just gave this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a program of [`load_device_program`] to a cgroup, whose folder is open.
+pub(crate) fn attach_device_program(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
+    const PROG_ATTACH: libc::c_int = 8;
+    const CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+    let attributes = BpfAttach {
+        target: cgroup.as_fd().as_raw_fd().unsigned_abs(),
+        program: program.as_fd().as_raw_fd().unsigned_abs(),
+        kind: CGROUP_DEVICE,
+        flags: ALLOW_MULTI,
+    };
+    // SAFETY: the attributes outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            PROG_ATTACH,
+            &raw const attributes,
+            size_of::<BpfAttach>(),
+        )
+    };
+    check(i32::try_from(result).unwrap_or(-1)).map(drop)
+}
+
 /// An address of AF_VSOCK (virtio 1.3 §5.10.4).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct VsockAddress {
@@ -167,13 +301,11 @@ unsafe impl SocketAddrArg for VsockAddress {
     unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
         // SAFETY: an all-zero `sockaddr_vm` is a valid one.
         let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
-        address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+        address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).unwrap_or_default();
         address.svm_cid = self.cid;
         address.svm_port = self.port;
-        f(
-            (&raw const address).cast(),
-            size_of::<libc::sockaddr_vm>() as SocketAddrLen,
-        )
+        let length = SocketAddrLen::try_from(size_of::<libc::sockaddr_vm>()).unwrap_or_default();
+        f((&raw const address).cast(), length)
     }
 }
 

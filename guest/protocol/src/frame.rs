@@ -58,6 +58,10 @@ impl FrameBuffer {
     /// # Errors
     ///
     /// The stream is beyond repair after an error: the caller must end it.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "the type of message is the caller's choice each time"
+    )]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let pending = &self.bytes[self.start..];
         let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX>() else {

@@ -2,11 +2,11 @@
 
 use std::rc::Rc;
 
-use nutshell_protocol::{Event, Exited};
+use nutshell_protocol::{Event, Exited, Response};
 use rustix::process::Pid;
 
-use super::{Agent, AgentError};
-use crate::container::Stage;
+use super::{Agent, AgentError, Errand, Purpose};
+use crate::container::{Process, Stage};
 use crate::reap::Ending;
 
 /// How many bytes the host may leave unread before repeated news of the same kind is left out.
@@ -15,7 +15,7 @@ const BACKLOG: usize = 1 << 20;
 impl Agent {
     pub(super) fn take_exits(&mut self) -> Result<(), AgentError> {
         for (pid, ending) in self.reaper.reap()? {
-            if !self.ended(Some(pid), ending)? && !self.errands.is_empty() {
+            if !self.ended(pid, ending)? && !self.errands.is_empty() {
                 self.reaper.keep(pid, ending);
             }
         }
@@ -23,43 +23,26 @@ impl Agent {
     }
 
     /// Records the end of one of the containers' processes. `false` if it is none of them.
-    pub(super) fn ended(&mut self, pid: Option<Pid>, ending: Ending) -> Result<bool, AgentError> {
-        let found = self.containers.iter_mut().find_map(|(name, container)| {
-            let first = (container.init.pid == pid && container.init.ended.is_none()).then_some(None);
-            let exec = || {
-                let found = container
-                    .execs
-                    .iter()
-                    .find(|(_, process)| process.pid == pid && process.ended.is_none());
-                found.map(|(exec, _)| Some(exec.clone()))
-            };
-            Some((Rc::clone(name), first.or_else(exec)?))
-        });
-        let Some((name, exec)) = found.filter(|_| pid.is_some()) else {
-            return Ok(false);
-        };
-        let Some(container) = self.containers.get_mut(&name) else {
+    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> Result<bool, AgentError> {
+        let Some((name, exec)) = self.find(pid) else {
             return Ok(false);
         };
         if exec.is_none() {
-            container.stage = match container.stage {
-                Stage::Deleting => Stage::Deleting,
-                _ => Stage::Stopped,
-            };
-            // Those in the pid namespace are dead already. Others must not outlive the container.
-            if let Some(cgroup) = &container.cgroup {
-                let _ = cgroup.kill();
-            }
+            self.end_container(&name);
         }
-        if let Some(process) = container.process(exec.as_deref()) {
-            let [_, stdout, stderr] = process.pumps;
-            let written = [self.streams.written(stdout), self.streams.written(stderr)];
-            let mut ending = ending;
-            if let (Some(blamed), Some(_)) = (process.blamed, ending.signal) {
-                ending.status = u8::try_from(128 + blamed).unwrap_or(u8::MAX);
-            }
-            process.ended = Some((ending, written));
+        let Some(process) = self
+            .containers
+            .get_mut(&name)
+            .and_then(|container| container.process(exec.as_deref()))
+        else {
+            return Ok(false);
+        };
+        let [_, stdout, stderr] = process.pumps;
+        let mut ending = ending;
+        if let (Some(blamed), Some(_)) = (process.blamed, ending.signal) {
+            ending.status = u8::try_from(128 + blamed).unwrap_or(u8::MAX);
         }
+        process.ended = Some((ending, [self.streams.written(stdout), self.streams.written(stderr)]));
         if ending.status != 0 {
             self.report_kills(&name)?;
         }
@@ -67,37 +50,73 @@ impl Agent {
         Ok(true)
     }
 
+    /// Whose process has this pid.
+    fn find(&self, pid: Pid) -> Option<(Rc<str>, Option<String>)> {
+        self.containers.iter().find_map(|(name, container)| {
+            let is_meant = |process: &Process| process.pid == Some(pid) && process.ended.is_none();
+            if is_meant(&container.init) {
+                return Some((Rc::clone(name), None));
+            }
+            let exec = container.execs.iter().find(|(_, process)| is_meant(process));
+            exec.map(|(exec, _)| (Rc::clone(name), Some(exec.clone())))
+        })
+    }
+
+    /// A container ends with its first process. Those in its pid namespace are dead already, others
+    /// must not outlive it, and none may be added.
+    fn end_container(&mut self, name: &str) {
+        self.break_off(name);
+        if let Some(container) = self.containers.get_mut(name) {
+            if container.stage != Stage::Deleting {
+                container.stage = Stage::Stopped;
+            }
+            container.paused = false;
+            if let Some(cgroup) = &container.cgroup {
+                // It may be gone, if the container is being removed.
+                let _ = cgroup.kill();
+            }
+        }
+    }
+
     /// Tells of every end that may be told: those of execs, then that of the first process.
-    fn report_exits(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
+    pub(super) fn report_exits(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         loop {
             let Some(container) = self.containers.get_mut(name) else {
                 return Ok(());
             };
-            let done = container
-                .execs
-                .iter()
-                .find(|(_, process)| process.ended.is_some())
-                .map(|(exec, _)| exec.clone());
-            if let Some(exec) = done {
+            let ended = container.execs.iter().find(|(_, process)| process.ended.is_some());
+            if let Some(exec) = ended.map(|(exec, _)| exec.clone()) {
                 if let Some(mut process) = container.execs.remove(&exec) {
                     self.report(name, Some(exec), &mut process)?;
                 }
-                continue;
-            }
-            if container.execs.is_empty() && container.init.ended.is_some() {
+            } else if container.execs.is_empty() && container.init.ended.is_some() {
                 let mut process = std::mem::take(&mut container.init);
                 self.report(name, None, &mut process)?;
+            } else {
+                break;
             }
+        }
+        self.forget_removed(name)
+    }
+
+    /// Answers the deletion of a container when the last of its processes was told of.
+    fn forget_removed(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
+        let Some(container) = self.containers.get(name) else {
             return Ok(());
+        };
+        let is_made = |errand: &Errand| matches!(&errand.purpose, Purpose::Create(made) if made == name);
+        let lives = container.init.pid.is_some() || !container.execs.is_empty() || self.errands.values().any(is_made);
+        match container.removed.filter(|_| !lives) {
+            Some(request) => {
+                self.streams.end_all(name);
+                self.containers.remove(name);
+                self.reply(request, Ok(Response::Done))
+            }
+            None => Ok(()),
         }
     }
 
-    fn report(
-        &mut self,
-        name: &Rc<str>,
-        exec: Option<String>,
-        process: &mut crate::container::Process,
-    ) -> Result<(), AgentError> {
+    fn report(&mut self, name: &Rc<str>, exec: Option<String>, process: &mut Process) -> Result<(), AgentError> {
         let Some((ending, [stdout, stderr])) = process.ended.take() else {
             return Ok(());
         };

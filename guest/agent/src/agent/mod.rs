@@ -1,9 +1,10 @@
 //! The event loop: who waits for what, and the state of it all.
 //!
-//! `requests` answers the host, `exits` tells it what ends. Both are parts of [`Agent`]; the loop is
-//! the only caller.
+//! `requests` takes what the host asks for, `reports` what jobs have done, `exits` tells what ends,
+//! `streams` has the pumps. The first three are parts of [`Agent`]; the loop is the only caller.
 
 mod exits;
+mod reports;
 mod requests;
 mod streams;
 
@@ -36,8 +37,15 @@ pub(crate) enum AgentError {
 /// What a job is for.
 #[derive(Debug)]
 enum Purpose {
-    Create { container: Rc<str> },
-    Delete { container: Rc<str> },
+    /// Makes a container.
+    Create(Rc<str>),
+    /// Runs an exec of a container.
+    Exec(Rc<str>, String),
+    /// Freezes a container, or thaws it.
+    Freeze(Rc<str>, bool),
+    /// Removes a container.
+    Delete(Rc<str>),
+    /// Its reply is all that there is to it.
     Other,
 }
 

@@ -1,15 +1,16 @@
-//! What the host asks for.
+//! What the host asks for. What may take long becomes a job; `reports` hears of its end.
 
-use std::os::fd::AsFd;
+use std::collections::btree_map::Entry;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
-use nutshell_protocol::{CreateContainer, Failure, FailureKind, Request, Response, ToAgent};
-use rustix::process::Pid;
+use nutshell_protocol::{CreateContainer, Failure, FailureKind, ProcessEntry, Request, Response, StartExec, ToAgent};
 
 use super::{Agent, AgentError, Errand, Purpose};
-use crate::container::cgroup::{Cgroup, MemoryWatch};
-use crate::container::{Container, Stage, create, delete};
-use crate::job::{Context, FailureExt, Job, Outcome};
+use crate::container::cgroup::Cgroup;
+use crate::container::exec::{self, Target};
+use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
+use crate::job::{Context, FailureExt, Job, Outcome, Work};
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
 use crate::sys;
@@ -36,6 +37,7 @@ impl Agent {
         match request {
             Request::CreateContainer(request) => self.create(id, &request),
             Request::StartContainer { container } => self.start(&container),
+            Request::StartExec(request) => self.exec(id, &request),
             Request::Signal {
                 container,
                 exec,
@@ -48,69 +50,105 @@ impl Agent {
                 width,
                 height,
             } => self.resize(&container, exec.as_deref(), width, height),
+            Request::Processes { container } => self.processes(&container),
+            Request::Stats { container } => self.stats(&container),
+            Request::Update { container, resources } => self.update(id, &container, &resources),
+            Request::Pause { container } => self.freeze(id, container, true),
+            Request::Resume { container } => self.freeze(id, container, false),
             Request::DeleteContainer { container } => self.delete(id, &container),
-            Request::Shutdown => self.run_job(id, Purpose::Other, &mut || {
-                rustix::fs::sync();
-                Ok((Outcome::Done, None))
-            }),
-            _ => Err(Failure {
-                kind: FailureKind::Unimplemented,
-                message: "the agent does not know this request yet".to_owned(),
-            }),
+            Request::Shutdown => self.shut_down(id),
         }
     }
 
     fn create(&mut self, id: u64, request: &CreateContainer) -> Result<Answer, Failure> {
-        if self.containers.contains_key(request.container.as_str()) {
-            return Err(Failure {
-                kind: FailureKind::AlreadyExists,
-                message: format!("container {} exists", request.container),
-            });
+        let name = &request.container;
+        if self.containers.contains_key(name.as_str()) {
+            return Err(exists(format!("container {name} exists")));
         }
         let (channels, ends) =
             Channels::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
-        let job = Job::start(&ends.descriptors(), &mut || create::create(request, &ends))
-            .context(|| "start a job".to_owned())?;
-        let container: Rc<str> = request.container.as_str().into();
-        let purpose = Purpose::Create {
-            container: Rc::clone(&container),
-        };
+        let container: Rc<str> = name.as_str().into();
+        let purpose = Purpose::Create(Rc::clone(&container));
+        let work: Work<'_> = &mut || create::create(request, &ends);
+        self.start_job(id, purpose, Some(channels), &ends.descriptors(), work)?;
         self.containers
             .insert(container, Container::new(request.spec.as_slice().into()));
-        self.add_errand(id, job, purpose, Some(channels))
+        Ok(Answer::Later)
     }
 
     fn start(&mut self, name: &str) -> Result<Answer, Failure> {
         let container = self.container(name)?;
         if container.stage != Stage::Created {
-            return Err(Failure::precondition(format!(
-                "container {name} is not in state created but {:?}",
-                container.stage
-            )));
+            return Err(wrong_stage(name, container.stage));
         }
         create::start(name).context(|| format!("start container {name}"))?;
         container.stage = Stage::Running;
         Ok(Answer::Now(Response::Done))
     }
 
+    fn exec(&mut self, id: u64, request: &StartExec) -> Result<Answer, Failure> {
+        let name = &request.container;
+        let container = self.container(name)?;
+        if !matches!(container.stage, Stage::Created | Stage::Running) {
+            return Err(wrong_stage(name, container.stage));
+        }
+        if container.paused {
+            return Err(Failure::precondition(format!("container {name} is paused")));
+        }
+        let Entry::Vacant(slot) = container.execs.entry(request.exec.clone()) else {
+            return Err(exists(format!("exec {} of container {name} exists", request.exec)));
+        };
+        let (Some(init), Some(pidfd), Some(cgroup)) = (container.init.pid, &container.pidfd, &container.cgroup) else {
+            return Err(Failure::internal(format!("container {name} has no first process")));
+        };
+        let pidfd = pidfd.try_clone().context(|| "copy a descriptor".to_owned())?;
+        let (spec, cgroup) = (Rc::clone(&container.spec), cgroup.clone());
+        slot.insert(Process::default());
+
+        let started = Channels::open(&self.host, &request.stdio)
+            .context(|| "open the standard streams".to_owned())
+            .and_then(|(channels, ends)| {
+                let target = Target {
+                    spec: &spec,
+                    init,
+                    pidfd: pidfd.as_fd(),
+                    cgroup: &cgroup,
+                };
+                let [stdin, stdout, stderr] = ends.descriptors();
+                let purpose = Purpose::Exec(name.as_str().into(), request.exec.clone());
+                let work: Work<'_> = &mut || exec::exec(request, &target, &ends);
+                self.start_job(
+                    id,
+                    purpose,
+                    Some(channels),
+                    &[stdin, stdout, stderr, pidfd.as_fd()],
+                    work,
+                )
+            });
+        if started.is_err() {
+            self.container(name)?.execs.remove(&request.exec);
+        }
+        started.map(|()| Answer::Later)
+    }
+
     fn signal(&mut self, name: &str, exec: Option<&str>, signal: u32, all: bool) -> Result<Answer, Failure> {
         let finished = || Failure::not_found("process already finished");
         let container = self.container(name)?;
         if all {
-            let cgroup = container.cgroup.clone().ok_or_else(finished)?;
-            send_to_all(&cgroup, signal).context(|| format!("signal container {name}"))?;
+            let cgroup = container.cgroup.as_ref().ok_or_else(finished)?;
+            send_to_all(cgroup, signal).context(|| format!("signal container {name}"))?;
             return Ok(Answer::Now(Response::Done));
         }
         let waits = exec.is_none() && container.stage == Stage::Created;
         let process = container.process(exec).ok_or_else(finished)?;
         let pid = process.pid.filter(|_| process.ended.is_none()).ok_or_else(finished)?;
+        let mut sent = signal;
         if waits && ends_a_process(signal) {
             // It is still the agent's code, and first of its pid namespace: it would ignore the signal.
             process.blamed = Some(signal);
-            sys::kill(pid, KILL).context(|| format!("signal container {name}"))?;
-        } else {
-            sys::kill(pid, signal).context(|| format!("signal container {name}"))?;
+            sent = KILL;
         }
+        sys::kill(pid, sent).context(|| format!("signal container {name}"))?;
         Ok(Answer::Now(Response::Done))
     }
 
@@ -128,149 +166,145 @@ impl Agent {
         Ok(Answer::Now(Response::Done))
     }
 
-    fn delete(&mut self, id: u64, name: &str) -> Result<Answer, Failure> {
+    fn processes(&mut self, name: &str) -> Result<Answer, Failure> {
         let container = self.container(name)?;
-        let cgroup = match container.stage {
-            Stage::Creating | Stage::Deleting => {
-                return Err(Failure::precondition(format!(
-                    "container {name} is {:?}",
-                    container.stage
-                )));
-            }
-            _ => container.cgroup.clone(),
+        let pids = container.cgroup.as_ref().map(Cgroup::processes).unwrap_or_default();
+        let entry = |pid| ProcessEntry {
+            pid: sys::number(pid),
+            exec: container
+                .execs
+                .iter()
+                .find(|(_, exec)| exec.pid == Some(pid))
+                .map(|(id, _)| id.clone()),
         };
-        container.stage = Stage::Deleting;
-        let purpose = Purpose::Delete { container: name.into() };
-        self.run_job(id, purpose, &mut || {
-            delete::remove_all(name, cgroup.as_ref())?;
-            Ok((Outcome::Done, None))
+        Ok(Answer::Now(Response::Processes(pids.into_iter().map(entry).collect())))
+    }
+
+    fn stats(&mut self, name: &str) -> Result<Answer, Failure> {
+        let container = self.container(name)?;
+        let cgroup = container
+            .cgroup
+            .as_ref()
+            .ok_or_else(|| wrong_stage(name, container.stage))?;
+        Ok(Answer::Now(Response::Stats(Box::new(stats::read(
+            cgroup,
+            container.init.pid,
+        )))))
+    }
+
+    fn update(&mut self, id: u64, name: &str, resources: &[u8]) -> Result<Answer, Failure> {
+        let container = self.container(name)?;
+        let cgroup = container
+            .cgroup
+            .clone()
+            .ok_or_else(|| wrong_stage(name, container.stage))?;
+        self.run_job(id, Purpose::Other, &mut || limits::update(&cgroup, resources))
+    }
+
+    fn freeze(&mut self, id: u64, name: String, frozen: bool) -> Result<Answer, Failure> {
+        let container = self.container(&name)?;
+        let stage = container.stage;
+        if !matches!(stage, Stage::Created | Stage::Running) || container.paused == frozen {
+            let now = if container.paused {
+                "paused".to_owned()
+            } else {
+                format!("{stage:?}").to_lowercase()
+            };
+            return Err(Failure::precondition(format!("container {name} is {now}")));
+        }
+        let cgroup = container.cgroup.clone().ok_or_else(|| wrong_stage(&name, stage))?;
+        self.run_job(id, Purpose::Freeze(name.as_str().into(), frozen), &mut || {
+            freeze::set(&cgroup, frozen)
+                .context(|| format!("{} container {name}", if frozen { "pause" } else { "resume" }))
         })
     }
 
-    fn container(&mut self, name: &str) -> Result<&mut Container, Failure> {
+    fn delete(&mut self, id: u64, name: &str) -> Result<Answer, Failure> {
+        let container = self.container(name)?;
+        if container.stage == Stage::Deleting {
+            return Err(wrong_stage(name, container.stage));
+        }
+        container.stage = Stage::Deleting;
+        let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
+        self.break_off(name);
+        let started = self.run_job(id, Purpose::Delete(name.into()), &mut || match &cgroup {
+            Some(cgroup) => delete::remove_all(name, Some(cgroup)),
+            None => delete::remove_unfinished(name, &spec),
+        });
+        if started.is_err() {
+            self.container(name)?.stage = Stage::Stopped;
+        }
+        started
+    }
+
+    fn shut_down(&mut self, id: u64) -> Result<Answer, Failure> {
+        let containers: Vec<_> = self
+            .containers
+            .iter()
+            .map(|(name, container)| (Rc::clone(name), container.cgroup.clone()))
+            .collect();
+        self.run_job(id, Purpose::Other, &mut || {
+            for (name, cgroup) in &containers {
+                // The next one's files matter as much, and nothing could be done about this one.
+                let _ = delete::remove_all(name, cgroup.as_ref());
+            }
+            rustix::fs::sync();
+            Ok(())
+        })
+    }
+
+    pub(super) fn container(&mut self, name: &str) -> Result<&mut Container, Failure> {
         self.containers
             .get_mut(name)
             .ok_or_else(|| Failure::not_found(format!("container {name} is not there")))
     }
 
-    fn run_job(&mut self, id: u64, purpose: Purpose, work: crate::job::Work<'_>) -> Result<Answer, Failure> {
-        let job = Job::start(&[], work).context(|| "start a job".to_owned())?;
-        self.add_errand(id, job, purpose, None)
+    fn run_job(
+        &mut self,
+        id: u64,
+        purpose: Purpose,
+        work: &mut dyn FnMut() -> Result<(), Failure>,
+    ) -> Result<Answer, Failure> {
+        self.start_job(id, purpose, None, &[], &mut || {
+            work()?;
+            Ok((Outcome::Done, None))
+        })?;
+        Ok(Answer::Later)
     }
 
-    fn add_errand(
+    fn start_job(
         &mut self,
         request: u64,
-        job: Job,
         purpose: Purpose,
         channels: Option<Channels>,
-    ) -> Result<Answer, Failure> {
+        keep: &[BorrowedFd<'_>],
+        work: Work<'_>,
+    ) -> Result<(), Failure> {
+        let job = Job::start(keep, work).context(|| "start a job".to_owned())?;
         let number = self.next_number();
         self.poller
             .watch_input(&job, Token::Job(number))
             .context(|| "watch a job".to_owned())?;
-        self.errands.insert(
-            number,
-            Errand {
-                job,
-                request,
-                purpose,
-                channels,
-            },
-        );
-        Ok(Answer::Later)
-    }
-
-    /// Hears what became of a job and tells the host.
-    pub(super) fn take_report(&mut self, number: u32) -> Result<(), AgentError> {
-        let Some(report) = self.errands.get(&number).and_then(|errand| errand.job.report()) else {
-            return Ok(());
-        };
-        let Some(errand) = self.errands.remove(&number) else {
-            return Ok(());
-        };
-        let (result, terminal) = report;
-        let result = match (errand.purpose, result) {
-            (Purpose::Create { container }, Ok(Outcome::Process { pid, cgroup })) => {
-                return self.created(errand.request, &container, pid, &cgroup, errand.channels, terminal);
-            }
-            (Purpose::Create { container }, result) => {
-                self.containers.remove(&container);
-                result
-            }
-            (Purpose::Delete { container }, result) => {
-                self.streams.end_all(&container);
-                self.containers.remove(&container);
-                result
-            }
-            (Purpose::Other, result) => result,
-        };
-        self.reply(errand.request, result.map(|_| Response::Done))?;
-        self.forget_if_idle();
-        Ok(())
-    }
-
-    fn created(
-        &mut self,
-        request: u64,
-        name: &Rc<str>,
-        pid: u32,
-        cgroup: &str,
-        channels: Option<Channels>,
-        terminal: Option<std::os::fd::OwnedFd>,
-    ) -> Result<(), AgentError> {
-        let number = self.next_number();
-        let cgroup = Cgroup::at(cgroup);
-        let memory = MemoryWatch::open(&cgroup, number).ok();
-        if let Some(memory) = &memory {
-            self.poller.watch_cgroup_file(memory.as_fd(), Token::Memory(number))?;
-        }
-        let pumps = self.start_pumps(name, channels, terminal.as_ref())?;
-        let pid = pid.try_into().ok().and_then(Pid::from_raw);
-        if let Some(container) = self.containers.get_mut(name) {
-            container.stage = Stage::Created;
-            container.cgroup = Some(cgroup);
-            container.memory = memory;
-            container.init.pid = pid;
-            container.init.pumps = pumps;
-            container.init.terminal = terminal;
-        }
-        self.reply(
+        let errand = Errand {
+            job,
             request,
-            Ok(Response::Created {
-                pid: pid.map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
-            }),
-        )?;
-        if let Some(ending) = pid.and_then(|pid| self.reaper.claim(pid)) {
-            self.ended(pid, ending)?;
-        }
-        self.forget_if_idle();
+            purpose,
+            channels,
+        };
+        self.errands.insert(number, errand);
         Ok(())
     }
+}
 
-    fn start_pumps(
-        &mut self,
-        container: &Rc<str>,
-        channels: Option<Channels>,
-        terminal: Option<&std::os::fd::OwnedFd>,
-    ) -> Result<[Option<u32>; 3], AgentError> {
-        let mut numbers = [None; 3];
-        let Some(channels) = channels else { return Ok(numbers) };
-        for (number, pump) in numbers.iter_mut().zip(channels.into_pumps(terminal)?) {
-            if let Some(pump) = pump {
-                let given = self.next_number();
-                self.streams.add(&self.poller, given, pump, container)?;
-                *number = Some(given);
-            }
-        }
-        Ok(numbers)
+fn exists(message: String) -> Failure {
+    Failure {
+        kind: FailureKind::AlreadyExists,
+        message,
     }
+}
 
-    fn forget_if_idle(&mut self) {
-        if self.errands.is_empty() {
-            self.reaper.forget_unclaimed();
-        }
-    }
+fn wrong_stage(name: &str, stage: Stage) -> Failure {
+    Failure::precondition(format!("container {name} is {}", format!("{stage:?}").to_lowercase()))
 }
 
 /// SIGKILL.
@@ -295,11 +329,31 @@ fn send_to_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<()> {
     if signal == KILL {
         return cgroup.kill();
     }
-    for pid in cgroup.processes()? {
+    for pid in cgroup.processes() {
         match sys::kill(pid, signal) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
             _ => {}
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_that_end_a_process_are_told_from_those_that_do_not() {
+        for (signal, ends) in [
+            (15, true),
+            (9, true),
+            (1, true),
+            (34, true),
+            (17, false),
+            (19, false),
+            (0, false),
+        ] {
+            assert_eq!(ends_a_process(signal), ends, "signal {signal}");
+        }
+    }
 }

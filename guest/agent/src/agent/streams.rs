@@ -34,8 +34,8 @@ impl Streams {
             container: Rc::clone(container),
             orphan: false,
         };
+        // The poller tells at once what is ready already.
         self.pumps.insert(number, entry);
-        self.turn(number);
         Ok(())
     }
 

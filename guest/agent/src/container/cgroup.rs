@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Pid;
 
 /// Where the hierarchy is mounted.
@@ -51,7 +53,7 @@ impl Cgroup {
     }
 
     /// Every process of the cgroup and those below it.
-    pub(crate) fn processes(&self) -> io::Result<Vec<Pid>> {
+    pub(crate) fn processes(&self) -> Vec<Pid> {
         let mut found = Vec::new();
         let mut folders = vec![self.path.clone()];
         while let Some(folder) = folders.pop() {
@@ -61,7 +63,7 @@ impl Cgroup {
             }
             folders.extend(subfolders(&folder));
         }
-        Ok(found)
+        found
     }
 
     /// Kills every process of the cgroup and those below it.
@@ -88,6 +90,14 @@ impl Cgroup {
     }
 }
 
+/// The cgroup that a process is in.
+pub(crate) fn of_process(pid: Pid) -> io::Result<Cgroup> {
+    let text = fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero()))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(Cgroup::at)
+        .ok_or_else(|| io::Error::other("the process is in no cgroup of version 2"))
+}
+
 /// Lets the cgroups below `folder` use every controller that `folder` itself can use.
 pub(crate) fn delegate_controllers(folder: &Path) -> io::Result<()> {
     let available = fs::read_to_string(folder.join("cgroup.controllers"))?;
@@ -102,6 +112,33 @@ pub(crate) fn delegate_controllers(folder: &Path) -> io::Result<()> {
         return Ok(());
     }
     fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))
+}
+
+/// Waits until `key` in an open `cgroup.events` has a value. `false` if it has not within `patience`.
+pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, patience: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let text = read_again(events)?;
+        let found = text
+            .lines()
+            .find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
+        if found == Some(value) {
+            return Ok(true);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(events, PollFlags::PRI)], Some(&timeout)))?;
+    }
+}
+
+/// What is in a small cgroup file now.
+fn read_again(file: &File) -> io::Result<String> {
+    let mut bytes = [0; 512];
+    let read = file.read_at(&mut bytes, 0)?;
+    Ok(String::from_utf8_lossy(&bytes[..read]).into_owned())
 }
 
 fn subfolders(folder: &Path) -> Vec<PathBuf> {
@@ -136,9 +173,7 @@ impl MemoryWatch {
 
     /// Whether the kernel has killed for want of memory since the last call.
     pub(crate) fn killed_again(&mut self) -> bool {
-        let mut bytes = [0; 512];
-        let read = self.file.read_at(&mut bytes, 0).unwrap_or(0);
-        let kills = oom_kills(&String::from_utf8_lossy(&bytes[..read]));
+        let kills = oom_kills(&read_again(&self.file).unwrap_or_default());
         let again = kills > self.seen;
         self.seen = self.seen.max(kills);
         again

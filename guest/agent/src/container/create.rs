@@ -14,7 +14,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::diagnosis::Diagnosis;
 use super::executor::ProgramExecutor;
-use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, rootfs, spec, state_folder};
+use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, rootfs, spec, state_folder};
 use crate::job::{Context, FailureExt, Outcome};
 use crate::stdio::ProcessEnds;
 
@@ -44,6 +44,9 @@ fn build(
     fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
     rootfs::mount(&request.rootfs, &target)?;
     write_config(&bundle, &prepared.spec)?;
+    prepared.machine.apply()?;
+    rootfs::make_working_folder(&target, &prepared.program.cwd)
+        .context(|| format!("make the working folder {}", prepared.program.cwd.display()))?;
     stdio
         .give_to(prepared.outer_uid)
         .context(|| "hand the standard streams over".to_owned())?;
@@ -77,6 +80,8 @@ fn build(
     let pid = container
         .pid()
         .ok_or_else(|| Failure::internal("libcontainer made no process"))?;
+    // Not before: the rules are for the container's program, not for the mounts that it is given.
+    devices::confine(cgroup, &prepared.devices).context(|| "apply the device rules".to_owned())?;
     let terminal = console.map(|listener| receive_terminal(&listener)).transpose()?;
     if let Some(terminal) = &terminal {
         crate::stdio::prepare_terminal(terminal, request.stdio.size, prepared.outer_uid)

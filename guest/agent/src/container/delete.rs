@@ -3,12 +3,12 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nutshell_protocol::Failure;
-use rustix::event::{PollFd, PollFlags, Timespec};
 
-use super::{bundle, cgroup::Cgroup, rootfs, state_folder};
+use super::cgroup::{self, Cgroup};
+use super::{bundle, rootfs, spec, state_folder};
 use crate::job::Context;
 
 /// How long killed processes may take to end.
@@ -43,6 +43,12 @@ pub(crate) fn remove_all(id: &str, cgroup: Option<&Cgroup>) -> Result<(), Failur
     first
 }
 
+/// Removes a container whose creation was broken off: its cgroup is the one that its spec asks for.
+pub(crate) fn remove_unfinished(id: &str, spec: &[u8]) -> Result<(), Failure> {
+    let cgroup = spec::parse(spec).ok().map(|spec| Cgroup::at(&spec::cgroup(&spec, id)));
+    remove_all(id, cgroup.as_ref())
+}
+
 /// Kills what is in the cgroup and waits until it is gone.
 fn empty(cgroup: &Cgroup) -> io::Result<()> {
     let events = match fs::File::open(cgroup.file("cgroup.events")) {
@@ -51,28 +57,10 @@ fn empty(cgroup: &Cgroup) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     cgroup.kill()?;
-    let deadline = Instant::now() + PATIENCE;
-    while read_key(&events, "populated")? != 0 {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "they survive SIGKILL"));
-        }
-        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout)))?;
+    match cgroup::wait_for_event(&events, "populated", 0, PATIENCE)? {
+        true => Ok(()),
+        false => Err(io::Error::new(io::ErrorKind::TimedOut, "they survive SIGKILL")),
     }
-    Ok(())
-}
-
-/// The value of `key` in a flat keyed cgroup file, read anew.
-pub(crate) fn read_key(file: &fs::File, key: &str) -> io::Result<u64> {
-    use std::os::unix::fs::FileExt;
-    let mut bytes = [0; 512];
-    let read = file.read_at(&mut bytes, 0)?;
-    let text = String::from_utf8_lossy(&bytes[..read]);
-    let value = text
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
-    value.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("no {key}")))
 }
 
 fn remove_folder(folder: &Path) -> Result<(), Failure> {

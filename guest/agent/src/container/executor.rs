@@ -152,7 +152,7 @@ fn executable(path: &Path) -> Result<(), Errno> {
 }
 
 /// An error without the number that the standard library appends, and in small letters as Go has it.
-fn error_text(error: &std::io::Error) -> String {
+pub(super) fn error_text(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or(&text);
     let mut characters = text.chars();

@@ -7,10 +7,15 @@
 pub(crate) mod cgroup;
 pub(crate) mod create;
 pub(crate) mod delete;
+mod devices;
 mod diagnosis;
+pub(crate) mod exec;
 mod executor;
-pub(crate) mod rootfs;
+pub(crate) mod freeze;
+pub(crate) mod limits;
+mod rootfs;
 mod spec;
+pub(crate) mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -66,6 +71,12 @@ pub(crate) struct Container {
     pub(crate) execs: BTreeMap<String, Process>,
     /// Its out-of-memory watch.
     pub(crate) memory: Option<cgroup::MemoryWatch>,
+    /// A pidfd of its first process, once that exists.
+    pub(crate) pidfd: Option<OwnedFd>,
+    /// Its processes are frozen.
+    pub(crate) paused: bool,
+    /// It is removed, but for its last processes' ends; the request that waits for them.
+    pub(crate) removed: Option<u64>,
 }
 
 impl Container {
@@ -78,6 +89,9 @@ impl Container {
             init: Process::default(),
             execs: BTreeMap::new(),
             memory: None,
+            pidfd: None,
+            paused: false,
+            removed: None,
         }
     }
 

@@ -3,7 +3,8 @@
 use std::ffi::CString;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
 
 use nutshell_protocol::{Failure, Rootfs, SHARE_PATH};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -47,6 +48,34 @@ fn bind(path: &str, target: &Path) -> Result<(), Failure> {
         rustix::mount::move_mount(&tree, c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
     };
     clone().context(|| format!("bind {path:?} of the pod's shared folders as rootfs"))
+}
+
+/// Makes a process's working folder in the rootfs where it is missing, as runc does: images may name
+/// one that they do not have.
+pub(crate) fn make_working_folder(rootfs: &Path, cwd: &Path) -> io::Result<()> {
+    let open = |folder: &OwnedFd, path: &Path| {
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(folder, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+    };
+    let root = rustix::fs::open(
+        rootfs,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    if open(&root, cwd).is_ok() {
+        return Ok(());
+    }
+    let mut path = PathBuf::from("/");
+    for part in cwd.components().filter(|part| matches!(part, Component::Normal(_))) {
+        let parent = open(&root, &path)?;
+        path.push(part);
+        match rustix::fs::mkdirat(&parent, part, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            // A volume may hold the folder, or entering it says what is wrong.
+            Err(_) => return Ok(()),
+        }
+    }
+    Ok(())
 }
 
 /// Unmounts what [`mount`] mounted and removes the folder. Fine if there is nothing.
@@ -102,6 +131,23 @@ fn mount_options(options: &[String]) -> (MountFlags, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn working_folder_is_made_inside_of_the_rootfs_only() {
+        let outside = std::env::temp_dir().join(format!("agent-rootfs-{}", std::process::id()));
+        let rootfs = outside.join("rootfs");
+        fs::create_dir_all(rootfs.join("real")).unwrap();
+        std::os::unix::fs::symlink("/real", rootfs.join("link")).unwrap();
+        std::os::unix::fs::symlink("../../../..", rootfs.join("up")).unwrap();
+        for cwd in ["/srv/app", "/link/a/b", "/up/c"] {
+            make_working_folder(&rootfs, Path::new(cwd)).unwrap();
+        }
+        for made in ["srv/app", "real/a/b", "c"] {
+            assert!(rootfs.join(made).is_dir(), "{made}");
+        }
+        assert!(!outside.join("c").exists());
+        fs::remove_dir_all(outside).unwrap();
+    }
 
     #[test]
     fn options_split_into_flags_and_the_rest() {

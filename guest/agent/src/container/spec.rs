@@ -1,12 +1,15 @@
 //! From the spec as it came to the one that libcontainer gets: what has no meaning in this machine
 //! is dropped, what libcontainer would do in its own way is taken out and done in ours.
 
+use std::collections::HashMap;
 use std::path::{Component, Path, PathBuf};
 
 use nutshell_protocol::Failure;
-use oci_spec::runtime::{LinuxHugepageLimit, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{
+    Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec,
+};
 
-use crate::job::FailureExt;
+use crate::job::{Context, FailureExt};
 
 /// A spec that libcontainer takes, and what was taken out of it.
 #[derive(Debug)]
@@ -19,6 +22,20 @@ pub(super) struct Prepared {
     pub(super) program: Program,
     /// The user's id in the guest's first user namespace.
     pub(super) outer_uid: u32,
+    /// Which devices it may use.
+    pub(super) devices: Vec<LinuxDeviceCgroup>,
+    /// What the spec sets in a namespace that it does not get for its own: the machine's, which is
+    /// the pod's.
+    pub(super) machine: Machine,
+}
+
+/// Settings of the machine.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Machine {
+    /// Its host name.
+    pub(super) hostname: Option<String>,
+    /// Its kernel parameters, by their names in sysctl(8)'s form.
+    pub(super) sysctls: Vec<(String, String)>,
 }
 
 /// What is executed.
@@ -92,34 +109,79 @@ pub(super) fn prepare(mut spec: Spec, id: &str, terminal: bool) -> Result<Prepar
     linux.set_cgroups_path(Some(PathBuf::from(&cgroup)));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
-    // Kept for the time after the mounts: see `devices`.
+    let devices = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().clone())
+        .unwrap_or_default();
     if let Some(resources) = linux.resources().clone() {
         linux.set_resources(Some(clean_resources(resources)));
     }
-    let own_uts = linux
-        .namespaces()
-        .iter()
-        .flatten()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Uts);
-    let outer_uid = outer_id(
-        program.uid,
-        linux
-            .uid_mappings()
-            .iter()
-            .flatten()
-            .map(|map| (map.container_id(), map.host_id(), map.size())),
-    );
-    spec.set_linux(Some(linux));
-    if !own_uts {
+    let namespaces: Vec<_> = linux.namespaces().iter().flatten().map(LinuxNamespace::typ).collect();
+    if !namespaces.contains(&LinuxNamespaceType::Mount) {
+        return Err(Failure::invalid("the OCI spec gives the container no mount namespace"));
+    }
+    let mut machine = Machine::default();
+    if !namespaces.contains(&LinuxNamespaceType::Uts) {
+        machine.hostname = spec.hostname().clone();
         spec.set_hostname(None);
         spec.set_domainname(None);
     }
+    if let Some(sysctls) = linux.sysctl().clone() {
+        let (machines, own) = sysctls
+            .into_iter()
+            .partition(|(name, _)| namespace_of_sysctl(name).is_some_and(|namespace| !namespaces.contains(&namespace)));
+        machine.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
+        linux.set_sysctl(Some(own));
+    }
+    let outer_uid = outer_uid(&linux, program.uid);
+    spec.set_linux(Some(linux));
     Ok(Prepared {
         spec,
         cgroup,
         program,
         outer_uid,
+        devices,
+        machine,
     })
+}
+
+/// The namespace that a kernel parameter belongs to, of those that a pod's containers may share.
+fn namespace_of_sysctl(name: &str) -> Option<LinuxNamespaceType> {
+    let ipc = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."];
+    if name.starts_with("net.") {
+        Some(LinuxNamespaceType::Network)
+    } else if ipc.iter().any(|prefix| name.starts_with(prefix)) {
+        Some(LinuxNamespaceType::Ipc)
+    } else {
+        None
+    }
+}
+
+impl Machine {
+    /// Applies the settings.
+    pub(super) fn apply(&self) -> Result<(), Failure> {
+        if let Some(hostname) = &self.hostname {
+            rustix::system::sethostname(hostname.as_bytes()).context(|| format!("set the host name {hostname}"))?;
+        }
+        for (name, value) in &self.sysctls {
+            // As sysctl(8) has it: in a name with a dot, "/" separates and "." is the dot.
+            let path = match name.contains('/') {
+                true => name.clone(),
+                false => name.replace('.', "/"),
+            };
+            let plain = Path::new(&path)
+                .components()
+                .all(|part| matches!(part, Component::Normal(_)));
+            if !plain {
+                return Err(Failure::invalid(format!(
+                    "sysctl {name} is no name of a kernel parameter"
+                )));
+            }
+            std::fs::write(Path::new("/proc/sys").join(path), value).context(|| format!("set sysctl {name}"))?;
+        }
+        Ok(())
+    }
 }
 
 /// Drops what this machine does not know from a process.
@@ -163,14 +225,15 @@ fn is_known_page_size(limit: &LinuxHugepageLimit) -> bool {
     kilobytes.is_some_and(|size| Path::new(&format!("/sys/kernel/mm/hugepages/hugepages-{size}kB")).exists())
 }
 
-/// The id outside of a user namespace: `maps` holds (inside, outside, count).
-fn outer_id(id: u32, maps: impl Iterator<Item = (u32, u32, u32)>) -> u32 {
-    for (inside, outside, count) in maps {
-        if let Some(offset) = id.checked_sub(inside).filter(|offset| *offset < count) {
-            return outside.saturating_add(offset);
-        }
-    }
-    id
+/// A user's id outside of the container's user namespace.
+pub(super) fn outer_uid(linux: &Linux, uid: u32) -> u32 {
+    let mapped = linux.uid_mappings().iter().flatten().find_map(|map| {
+        let offset = uid
+            .checked_sub(map.container_id())
+            .filter(|offset| *offset < map.size())?;
+        map.host_id().checked_add(offset)
+    });
+    mapped.unwrap_or(uid)
 }
 
 #[cfg(test)]
@@ -204,7 +267,8 @@ mod tests {
             "hostname": "h",
             "process": {"args": ["x"], "cwd": "/", "user": {"uid": 5, "gid": 0}, "env": ["A=b"],
                 "apparmorProfile": "p", "selinuxLabel": "l", "noNewPrivileges": false},
-            "linux": {"mountLabel": "m", "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
+            "linux": {"mountLabel": "m", "namespaces": [{"type": "mount"}, {"type": "ipc"}],
+                "sysctl": {"net.ipv4.ip_forward": "1", "kernel.shmmax": "5"}, "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
                 "resources": {"cpu": {"shares": 2, "cpus": "7", "mems": "1"},
                     "hugepageLimits": [{"pageSize": "3GB", "limit": 0}],
                     "devices": [{"allow": false, "access": "rwm"}]}}
@@ -223,6 +287,13 @@ mod tests {
         assert_eq!(resources.cpu().as_ref().unwrap().shares(), Some(2));
         assert_eq!(resources.hugepage_limits(), &Some(vec![]));
         assert_eq!(prepared.spec.hostname(), &None, "there is no namespace for it");
+        let machine = Machine {
+            hostname: Some("h".to_owned()),
+            sysctls: vec![("net.ipv4.ip_forward".to_owned(), "1".to_owned())],
+        };
+        assert_eq!(prepared.machine, machine);
+        assert_eq!(linux.sysctl().as_ref().unwrap().len(), 1, "there is an ipc namespace");
+        assert_eq!(prepared.devices.len(), 1);
         assert_eq!(prepared.program.env, ["A=b"]);
         assert_eq!(prepared.outer_uid, 1005);
     }

@@ -10,20 +10,20 @@ pub(crate) use channels::{Channels, ProcessEnds};
 pub(crate) use pump::{Progress, Pump};
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-/// Gives a new terminal its first size and its owner, the process's user.
-pub(crate) fn prepare_terminal(master: impl AsFd, size: Option<(u16, u16)>, uid: u32) -> io::Result<()> {
+/// Gives a new terminal its first size and its owner, the process's user. Returns the slave.
+pub(crate) fn prepare_terminal(master: impl AsFd, size: Option<(u16, u16)>, uid: u32) -> io::Result<OwnedFd> {
     if let Some((columns, rows)) = size {
         resize(&master, columns, rows)?;
     }
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags)?;
     rustix::fs::fchown(&slave, Some(rustix::fs::Uid::from_raw(uid)), None)?;
-    Ok(())
+    Ok(slave)
 }
 
 /// Sets a terminal's size.

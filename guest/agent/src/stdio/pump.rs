@@ -10,6 +10,9 @@ use crate::connection::connected;
 /// How much moves by one system call at most.
 const CHUNK: usize = 64 << 10;
 
+/// How much is read for or from a terminal at once: the most that it gives.
+const TERMINAL_READ: usize = 4 << 10;
+
 /// How many chunks a pump moves before others have their turn.
 const TURN: usize = 16;
 
@@ -170,11 +173,7 @@ impl Pump {
         }
         let written = rustix::io::write(&ends.sink, &self.pending)?;
         self.pending.drain(..written);
-        if self.pending.is_empty() {
-            self.pending = Vec::new();
-            return Ok(!ends.ended);
-        }
-        Ok(true)
+        Ok(!self.pending.is_empty() || !ends.ended)
     }
 
     /// Reads once into `pending`, which stays empty at the source's end.
@@ -183,13 +182,10 @@ impl Pump {
         if ends.ended {
             return Ok(());
         }
-        let mut buffer = [0; CHUNK];
-        match rustix::io::read(&ends.source, &mut buffer) {
+        self.pending.reserve(TERMINAL_READ);
+        match rustix::io::read(&ends.source, rustix::buffer::spare_capacity(&mut self.pending)) {
             Ok(0) | Err(Errno::IO) => ends.ended = true,
-            Ok(read) => {
-                self.pending.extend_from_slice(&buffer[..read]);
-                self.taken += read as u64;
-            }
+            Ok(read) => self.taken += read as u64,
             Err(error) => return Err(error),
         }
         Ok(())
@@ -333,6 +329,6 @@ mod tests {
             ends.connected = true;
         }
         assert_eq!(pump.turn(), Progress::More);
-        assert_eq!(pump.written() % 1, 0);
+        assert!(pump.taken > 0);
     }
 }

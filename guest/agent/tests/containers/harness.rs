@@ -83,7 +83,9 @@ impl Agent {
     pub(crate) fn send(&mut self, request: Request) -> u64 {
         self.last_request += 1;
         let id = self.last_request;
-        self.stream.write_all(&encode(&ToAgent { id, request }).unwrap()).unwrap();
+        self.stream
+            .write_all(&encode(&ToAgent { id, request }).unwrap())
+            .unwrap();
         id
     }
 
@@ -210,7 +212,10 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
         let status = self.child.wait().unwrap();
-        assert!(std::thread::panicking() || status.success(), "the agent ended with {status}");
+        assert!(
+            std::thread::panicking() || status.success(),
+            "the agent ended with {status}"
+        );
     }
 }
 
@@ -246,8 +251,16 @@ pub(crate) fn create_request(id: &str, spec: &Value, stdio: Stdio) -> Request {
 pub(crate) fn assert_nothing_left(id: &str) {
     assert!(!Path::new(CONTAINERS_PATH).join(id).exists(), "{id} left files");
     assert!(!Path::new("/run/nutshell/state").join(id).exists(), "{id} left state");
-    assert!(!Path::new("/sys/fs/cgroup/test").join(id).exists(), "{id} left a cgroup");
-    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(&format!("/{id}/")), "{id} left a mount");
+    assert!(
+        !Path::new("/sys/fs/cgroup/test").join(id).exists(),
+        "{id} left a cgroup"
+    );
+    assert!(
+        !fs::read_to_string("/proc/self/mounts")
+            .unwrap()
+            .contains(&format!("/{id}/")),
+        "{id} left a mount"
+    );
 }
 
 /// What `ctr run` asks for, roughly, with a shell script as process.
@@ -257,9 +270,7 @@ pub(crate) fn shell(script: &str) -> Value {
 
 /// What `ctr run` asks for, roughly.
 pub(crate) fn spec(args: &[&str]) -> Value {
-    let mount = |destination: &str, kind: &str, options: &[&str]| {
-        json!({"destination": destination, "type": kind, "source": kind, "options": options})
-    };
+    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
     let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
     json!({
         "ociVersion": "1.2.0",
@@ -285,7 +296,14 @@ pub(crate) fn spec(args: &[&str]) -> Value {
 
 /// A process as containerd describes one.
 pub(crate) fn process(args: &[&str]) -> Value {
-    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_MKNOD", "CAP_NET_RAW"];
+    let capabilities = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_KILL",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+    ];
     json!({
         "args": args,
         "cwd": "/",
@@ -302,7 +320,10 @@ fn prepare_share() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         fs::create_dir_all(SHARE_PATH).unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "share", SHARE_PATH]).status().unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "share", SHARE_PATH])
+            .status()
+            .unwrap();
         assert!(mounted.success());
         let root = Path::new(SHARE_PATH).join("busybox");
         for folder in "bin etc proc sys dev root run tmp var".split(' ') {
@@ -310,8 +331,15 @@ fn prepare_share() {
         }
         let busybox = root.join("bin/busybox");
         fs::copy("/usr/bin/busybox", &busybox).unwrap();
-        let installed = Command::new("chroot").arg(&root).args(["/bin/busybox", "--install", "-s", "/bin"]).status();
+        let installed = Command::new("chroot")
+            .arg(&root)
+            .args(["/bin/busybox", "--install", "-s", "/bin"])
+            .status();
         assert!(installed.unwrap().success());
-        fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n").unwrap();
+        fs::write(
+            root.join("etc/passwd"),
+            "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n",
+        )
+        .unwrap();
     });
 }

@@ -1,0 +1,210 @@
+//! What jobs report, and what follows from it.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use nutshell_protocol::{Failure, Response};
+use rustix::process::{Pid, PidfdFlags};
+
+use super::{Agent, AgentError, Purpose};
+use crate::container::cgroup::{Cgroup, MemoryWatch};
+use crate::container::{Stage, delete};
+use crate::job::{Context, FailureExt, Outcome};
+use crate::poller::Token;
+use crate::stdio::Channels;
+use crate::sys;
+
+/// A process that a job has made.
+struct Newborn {
+    pid: Pid,
+    cgroup: String,
+    channels: Option<Channels>,
+    terminal: Option<OwnedFd>,
+}
+
+impl Agent {
+    /// Hears what became of a job and tells the host.
+    pub(super) fn take_report(&mut self, number: u32) -> Result<(), AgentError> {
+        let Some((result, terminal)) = self.errands.get(&number).and_then(|errand| errand.job.report()) else {
+            return Ok(());
+        };
+        let Some(errand) = self.errands.remove(&number) else {
+            return Ok(());
+        };
+        let request = errand.request;
+        let newborn = match &result {
+            Ok(Outcome::Process { pid, cgroup }) => sys::pid(*pid).map(|pid| Newborn {
+                pid,
+                cgroup: cgroup.clone(),
+                channels: errand.channels,
+                terminal,
+            }),
+            _ => None,
+        };
+        let result = result.map(|_| Response::Done);
+        match (errand.purpose, newborn) {
+            (Purpose::Create(name), newborn) => match self.containers.get(&name).map(|container| container.stage) {
+                Some(Stage::Creating) => match newborn {
+                    Some(newborn) => self.created(request, &name, newborn)?,
+                    None => {
+                        self.containers.remove(&name);
+                        self.reply(request, result)?;
+                    }
+                },
+                // It is being removed, with whatever the job has made.
+                _ => {
+                    self.reply(request, Err(Failure::internal(format!("container {name} was deleted"))))?;
+                    self.report_exits(&name)?;
+                }
+            },
+            (Purpose::Exec(name, exec), Some(newborn)) => self.entered(request, &name, &exec, newborn)?,
+            (Purpose::Exec(name, exec), None) => {
+                if let Ok(container) = self.container(&name) {
+                    container.execs.remove(&exec);
+                }
+                self.reply(request, result)?;
+                self.report_exits(&name)?;
+            }
+            (Purpose::Freeze(name, frozen), _) => {
+                if let (Ok(container), true) = (self.container(&name), result.is_ok()) {
+                    container.paused = frozen;
+                }
+                self.reply(request, result)?;
+            }
+            (Purpose::Delete(name), _) => self.deleted(request, &name, result)?,
+            (Purpose::Other, _) => self.reply(request, result)?,
+        }
+        if self.errands.is_empty() {
+            self.reaper.forget_unclaimed();
+        }
+        Ok(())
+    }
+
+    fn created(&mut self, request: u64, name: &Rc<str>, newborn: Newborn) -> Result<(), AgentError> {
+        let pid = newborn.pid;
+        if let Err(failure) = self.adopt(name, newborn) {
+            return self.undo(request, name, failure);
+        }
+        self.reply(request, Ok(Response::Created { pid: sys::number(pid) }))?;
+        self.claim(pid)
+    }
+
+    /// Takes a created container over. What it needs of the kernel may be refused: containers that
+    /// run as root use the same allowances as the agent.
+    fn adopt(&mut self, name: &Rc<str>, newborn: Newborn) -> Result<(), Failure> {
+        let number = self.next_number();
+        let cgroup = Cgroup::at(&newborn.cgroup);
+        let memory = MemoryWatch::open(&cgroup, number).context(|| "open memory.events".to_owned())?;
+        let pidfd = rustix::process::pidfd_open(newborn.pid, PidfdFlags::empty());
+        self.poller
+            .watch_cgroup_file(memory.as_fd(), Token::Memory(number))
+            .context(|| "watch memory.events".to_owned())?;
+        if let Ok(container) = self.container(name) {
+            container.cgroup = Some(cgroup);
+            container.memory = Some(memory);
+            // It fails where the process has ended already: then nothing will enter the container.
+            container.pidfd = pidfd.ok();
+        }
+        let pumps = self.start_pumps(name, newborn.channels, newborn.terminal.as_ref())?;
+        let container = self.container(name)?;
+        container.stage = Stage::Created;
+        container.init.pid = Some(newborn.pid);
+        container.init.pumps = pumps;
+        container.init.terminal = newborn.terminal;
+        Ok(())
+    }
+
+    /// Removes a container that could not be taken over, and then says why.
+    fn undo(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
+        self.streams.end_all(name);
+        let cgroup = self.containers.remove(name).and_then(|container| container.cgroup);
+        // In the loop, for once: nobody could be told of a job's end.
+        let _ = delete::remove_all(name, cgroup.as_ref());
+        self.reply(request, Err(failure))
+    }
+
+    fn entered(&mut self, request: u64, name: &Rc<str>, exec: &str, newborn: Newborn) -> Result<(), AgentError> {
+        let (pid, terminal) = (newborn.pid, newborn.terminal);
+        let pumps = match self.start_pumps(name, newborn.channels, terminal.as_ref()) {
+            Ok(pumps) => pumps,
+            Err(failure) => {
+                // Its end is nobody's business: it never was an exec of the container.
+                let _ = sys::kill(pid, libc::SIGKILL.unsigned_abs());
+                if let Ok(container) = self.container(name) {
+                    container.execs.remove(exec);
+                }
+                self.reply(request, Err(failure))?;
+                return self.report_exits(name);
+            }
+        };
+        if let Some(process) = self
+            .containers
+            .get_mut(name)
+            .and_then(|container| container.execs.get_mut(exec))
+        {
+            process.pid = Some(pid);
+            process.pumps = pumps;
+            process.terminal = terminal;
+        }
+        self.reply(request, Ok(Response::Created { pid: sys::number(pid) }))?;
+        self.claim(pid)
+    }
+
+    /// A process may have ended before its job said that it exists.
+    fn claim(&mut self, pid: Pid) -> Result<(), AgentError> {
+        match self.reaper.claim(pid) {
+            Some(ending) => self.ended(pid, ending).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    fn deleted(&mut self, request: u64, name: &Rc<str>, result: Result<Response, Failure>) -> Result<(), AgentError> {
+        if result.is_err() {
+            if let Ok(container) = self.container(name) {
+                // So that it can be tried again.
+                container.stage = Stage::Stopped;
+            }
+            return self.reply(request, result);
+        }
+        match self.container(name) {
+            Ok(container) => container.removed = Some(request),
+            Err(_) => return self.reply(request, result),
+        }
+        self.report_exits(name)
+    }
+
+    fn start_pumps(
+        &mut self,
+        container: &Rc<str>,
+        channels: Option<Channels>,
+        terminal: Option<&OwnedFd>,
+    ) -> Result<[Option<u32>; 3], Failure> {
+        let mut numbers = [None; 3];
+        let Some(channels) = channels else { return Ok(numbers) };
+        let pumps = channels
+            .into_pumps(terminal)
+            .context(|| "open the standard streams".to_owned())?;
+        for (number, pump) in numbers.iter_mut().zip(pumps) {
+            if let Some(pump) = pump {
+                let given = self.next_number();
+                self.streams
+                    .add(&self.poller, given, pump, container)
+                    .context(|| "watch the standard streams".to_owned())?;
+                *number = Some(given);
+            }
+        }
+        Ok(numbers)
+    }
+
+    /// Ends the jobs that make or enter a container which is to end, and tells those who wait.
+    pub(super) fn break_off(&mut self, name: &str) {
+        for errand in self.errands.values() {
+            if let Purpose::Create(container) | Purpose::Exec(container, _) = &errand.purpose
+                && **container == *name
+            {
+                // The report that it does not make any more is one of failure.
+                let _ = sys::kill(errand.job.pid, libc::SIGKILL.unsigned_abs());
+            }
+        }
+    }
+}

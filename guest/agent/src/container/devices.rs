@@ -1,0 +1,237 @@
+//! Which devices a container may open: the spec's rules as a BPF program on its cgroup.
+//!
+//! A container may have the capability to make device nodes, and a pod's machine has disks with the
+//! files of its other containers: without the rules any node could be made and opened.
+//! The program is of type BPF_PROG_TYPE_CGROUP_DEVICE (cgroup v2, "Device controller").
+
+use std::fs::File;
+use std::io;
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+
+use super::cgroup::Cgroup;
+use crate::sys::{self, BpfInstruction};
+
+/// Access bits of the program's context, as in `BPF_DEVCG_ACC_*`.
+const MKNOD: i32 = 1;
+const READ: i32 = 2;
+const WRITE: i32 = 4;
+
+/// Device kinds of the program's context, as in `BPF_DEVCG_DEV_*`.
+const BLOCK: i32 = 1;
+const CHARACTER: i32 = 2;
+
+/// One rule. What is `None` matches anything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
+    allow: bool,
+    kind: Option<i32>,
+    major: Option<i32>,
+    minor: Option<i32>,
+    access: i32,
+}
+
+impl Rule {
+    const fn allowed(kind: i32, major: Option<i32>, minor: Option<i32>, access: i32) -> Self {
+        Self {
+            allow: true,
+            kind: Some(kind),
+            major,
+            minor,
+            access,
+        }
+    }
+
+    fn matches_everything(self) -> bool {
+        let Self { kind, major, minor, .. } = self;
+        (kind, major, minor, self.access) == (None, None, None, MKNOD | READ | WRITE)
+    }
+}
+
+/// What every container may do, whatever its spec says: make any node, and open what is in every
+/// container's `/dev`. The same as runc's.
+const ALWAYS: [Rule; 10] = {
+    const ANY: i32 = MKNOD | READ | WRITE;
+    [
+        Rule::allowed(BLOCK, None, None, MKNOD),
+        Rule::allowed(CHARACTER, None, None, MKNOD),
+        Rule::allowed(CHARACTER, Some(1), Some(3), ANY), // null
+        Rule::allowed(CHARACTER, Some(1), Some(5), ANY), // zero
+        Rule::allowed(CHARACTER, Some(1), Some(7), ANY), // full
+        Rule::allowed(CHARACTER, Some(1), Some(8), ANY), // random
+        Rule::allowed(CHARACTER, Some(1), Some(9), ANY), // urandom
+        Rule::allowed(CHARACTER, Some(5), Some(0), ANY), // tty
+        Rule::allowed(CHARACTER, Some(5), Some(2), ANY), // ptmx
+        Rule::allowed(CHARACTER, Some(136), None, ANY),  // pts
+    ]
+};
+
+/// Confines the processes of `cgroup` to what `rules` allow. The last rule that matches decides; no
+/// rule at all means no confinement.
+pub(super) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
+    let rules: Vec<Rule> = rules.iter().filter_map(parse).collect();
+    if is_unconfined(&rules) {
+        return Ok(());
+    }
+    let program = sys::load_device_program(&compile(rules.iter().chain(&ALWAYS)))?;
+    sys::attach_device_program(&program, &File::open(cgroup.path())?)
+}
+
+/// `None` for a rule that says nothing about devices.
+fn parse(rule: &LinuxDeviceCgroup) -> Option<Rule> {
+    let kind = match rule.typ().unwrap_or_default() {
+        LinuxDeviceType::A => None,
+        LinuxDeviceType::B => Some(BLOCK),
+        LinuxDeviceType::C | LinuxDeviceType::U => Some(CHARACTER),
+        LinuxDeviceType::P => return None,
+    };
+    let number = |number: Option<i64>| {
+        number
+            .filter(|number| *number >= 0)
+            .and_then(|number| i32::try_from(number).ok())
+    };
+    let text = rule.access().as_deref().unwrap_or("rwm");
+    let access = [('m', MKNOD), ('r', READ), ('w', WRITE)]
+        .iter()
+        .filter(|(letter, _)| text.contains(*letter))
+        .fold(0, |access, (_, bit)| access | bit);
+    (access != 0).then_some(Rule {
+        allow: rule.allow(),
+        kind,
+        major: number(rule.major()),
+        minor: number(rule.minor()),
+        access,
+    })
+}
+
+/// Whether the last rule about everything allows it, and no later one forbids anything.
+fn is_unconfined(rules: &[Rule]) -> bool {
+    let from = rules.iter().rposition(|rule| rule.matches_everything());
+    match from {
+        Some(from) => rules[from..].iter().all(|rule| rule.allow),
+        None => rules.is_empty(),
+    }
+}
+
+/// A program that looks for the last rule that covers what is asked for, and denies where there is
+/// none.
+fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<BpfInstruction> {
+    // Registers of the verdict, the context, and of what is unpacked from it.
+    const VERDICT: u8 = 0;
+    const CONTEXT: u8 = 1;
+    const KIND: u8 = 2;
+    const ACCESS: u8 = 3;
+    const MAJOR: u8 = 4;
+    const MINOR: u8 = 5;
+    let mut program = vec![
+        BpfInstruction::load_word(KIND, CONTEXT, 0),
+        BpfInstruction::copy(ACCESS, KIND),
+        BpfInstruction::and(KIND, 0xffff),
+        BpfInstruction::shift_right(ACCESS, 16),
+        BpfInstruction::load_word(MAJOR, CONTEXT, 4),
+        BpfInstruction::load_word(MINOR, CONTEXT, 8),
+    ];
+    for rule in rules.rev() {
+        let numbers = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
+        let checks: Vec<(u8, i32)> = numbers
+            .into_iter()
+            .filter_map(|(register, value)| Some((register, value?)))
+            .collect();
+        // What is left of the rule behind each of its checks; a failed check jumps over that.
+        let mut rest = i16::try_from(checks.len()).unwrap_or(0) + 3 + 2;
+        for (register, value) in checks {
+            rest -= 1;
+            program.push(BpfInstruction::jump_if_not(register, value, rest));
+        }
+        program.extend([
+            BpfInstruction::copy(CONTEXT, ACCESS),
+            BpfInstruction::and(CONTEXT, !rule.access & (MKNOD | READ | WRITE)),
+            BpfInstruction::jump_if_not(CONTEXT, 0, 2),
+            BpfInstruction::set(VERDICT, i32::from(rule.allow)),
+            BpfInstruction::exit(),
+        ]);
+    }
+    program.extend([BpfInstruction::set(VERDICT, 0), BpfInstruction::exit()]);
+    program
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(json: serde_json::Value) -> Vec<Rule> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_value(json).unwrap();
+        rules.iter().filter_map(parse).collect()
+    }
+
+    /// What the kernel would make of the program: enough of an interpreter for what `compile` emits.
+    fn verdict(rules: &[Rule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
+        let program = compile(rules.iter().chain(&ALWAYS));
+        let context = [kind | (access << 16), major, minor];
+        let mut registers = [0_i32; 6];
+        let mut at = 0_usize;
+        loop {
+            let BpfInstruction {
+                code,
+                registers: pair,
+                offset,
+                immediate,
+            } = program[at];
+            let (to, from) = (usize::from(pair & 15), usize::from(pair >> 4));
+            at += 1;
+            match code {
+                0x61 => registers[to] = context[usize::try_from(offset).unwrap() / 4],
+                0xbc => registers[to] = registers[from],
+                0x54 => registers[to] &= immediate,
+                0x74 => registers[to] >>= immediate,
+                0xb4 => registers[to] = immediate,
+                0x56 if registers[to] != immediate => at += usize::try_from(offset).unwrap(),
+                0x56 => {}
+                0x95 => return registers[0] == 1,
+                other => panic!("unknown instruction {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn default_rules_keep_disks_closed_and_standard_devices_open() {
+        let rules = rules(serde_json::json!([
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rwm"},
+            {"allow": true, "type": "b", "major": 8, "access": "r"},
+        ]));
+        for (kind, access, major, minor, expected) in [
+            (BLOCK, READ, 254, 0, false),
+            (BLOCK, MKNOD, 254, 0, true),
+            (BLOCK, READ, 8, 3, true),
+            (BLOCK, READ | WRITE, 8, 3, false),
+            (CHARACTER, READ | WRITE, 1, 3, true),
+            (CHARACTER, READ, 136, 77, true),
+            (CHARACTER, READ | WRITE, 10, 200, true),
+            (CHARACTER, READ, 10, 201, false),
+            (BLOCK, READ, 10, 200, false),
+        ] {
+            let found = verdict(&rules, kind, access, major, minor);
+            assert_eq!(found, expected, "kind {kind} access {access} of {major}:{minor}");
+        }
+    }
+
+    #[test]
+    fn only_rules_that_forbid_something_confine() {
+        for (json, expected) in [
+            (serde_json::json!([]), true),
+            (serde_json::json!([{"allow": false, "access": "rwm"}]), false),
+            (
+                serde_json::json!([{"allow": false}, {"allow": true, "type": "a", "access": "rwm"}]),
+                true,
+            ),
+            (
+                serde_json::json!([{"allow": true}, {"allow": false, "type": "b", "major": 254}]),
+                false,
+            ),
+            (serde_json::json!([{"allow": true, "access": "r"}]), false),
+        ] {
+            assert_eq!(is_unconfined(&rules(json.clone())), expected, "{json}");
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The job that runs a further process in a container.
+//!
+//! libcontainer can do that too, but leaves the container's system call filter off such processes,
+//! and reads and checks the whole spec again. The job enters the container's namespaces, so that its
+//! brother, the process to be, is born in them and in the cgroup. The brother says through a pipe why
+//! it cannot become the program; a pipe that ends without a word means that it has.
+
+use std::convert::Infallible;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use libcontainer::capabilities;
+use libcontainer::syscall::syscall::SyscallType;
+use nutshell_protocol::{Failure, StartExec};
+use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
+use rustix::process::{Gid, Pid, Uid};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use super::cgroup::{self, Cgroup};
+use super::executor::{Resolved, error_text};
+use super::spec::{self, Program};
+use crate::job::{Context, FailureExt, Outcome};
+use crate::stdio::{self, ProcessEnds};
+use crate::sys;
+
+/// The container that is entered.
+#[derive(Debug)]
+pub(crate) struct Target<'a> {
+    /// Its spec as it came.
+    pub(crate) spec: &'a [u8],
+    /// Its first process.
+    pub(crate) init: Pid,
+    /// A pidfd of that.
+    pub(crate) pidfd: BorrowedFd<'a>,
+    /// Its cgroup.
+    pub(crate) cgroup: &'a Cgroup,
+}
+
+/// Runs the process.
+pub(crate) fn exec(
+    request: &StartExec,
+    target: &Target<'_>,
+    ends: &ProcessEnds,
+) -> Result<(Outcome, Option<OwnedFd>), Failure> {
+    let spec = spec::parse(target.spec)?;
+    let mut process: Process = serde_json::from_slice(&request.process)
+        .map_err(|error| Failure::invalid(format!("the exec's process cannot be read: {error}")))?;
+    spec::clean_process(&mut process, request.stdio.terminal);
+    let plan = Plan::new(&spec, process)?;
+    ends.give_to(plan.outer_uid)
+        .context(|| "hand the standard streams over".to_owned())?;
+    fs::write("/proc/self/oom_score_adj", plan.oom_score.to_string())
+        .context(|| format!("set oom_score_adj to {}", plan.oom_score))?;
+    let home = open_folder(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
+    // Where a container made cgroups below its own, no process may be beside them.
+    let refuge = cgroup::of_process(target.init).and_then(|cgroup| open_folder(cgroup.path()));
+
+    sys::set_undumpable().context(|| "hide the agent's memory".to_owned())?;
+    let mut kinds = ThreadNameSpaceType::MOUNT
+        | ThreadNameSpaceType::PROCESS_ID
+        | ThreadNameSpaceType::NETWORK
+        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
+        | ThreadNameSpaceType::CONTROL_GROUP;
+    if plan.has_time_namespace {
+        kinds |= ThreadNameSpaceType::TIME;
+    }
+    move_into_thread_name_spaces(target.pidfd, kinds).context(|| "enter the container's namespaces".to_owned())?;
+
+    let terminal = request
+        .stdio
+        .terminal
+        .then(|| open_terminal(request.stdio.size, plan.outer_uid))
+        .transpose();
+    let terminal = terminal.context(|| "open a terminal of the container".to_owned())?;
+    let slave = terminal.as_ref().map(|(_, slave)| slave);
+    let (words, saying) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(|| "open a pipe".to_owned())?;
+    let born = match (sys::fork_brother_into(home.as_fd()), &refuge) {
+        (Err(error), Ok(refuge)) if error.raw_os_error() == Some(libc::EBUSY) => sys::fork_brother_into(refuge.as_fd()),
+        (result, _) => result,
+    };
+    let Some(pid) = born.context(|| "fork".to_owned())? else {
+        let Err(reason) = become_program(&plan, target.pidfd, ends, slave, &saying);
+        let _ = rustix::io::write(&saying, reason.as_bytes());
+        sys::exit_now(255)
+    };
+    drop(saying);
+    let mut reason = String::new();
+    File::from(words)
+        .read_to_string(&mut reason)
+        .context(|| "hear of the process".to_owned())?;
+    if !reason.is_empty() {
+        return Err(Failure::internal(reason));
+    }
+    let outcome = Outcome::Process {
+        pid: sys::number(pid),
+        cgroup: String::new(),
+    };
+    Ok((outcome, terminal.map(|(master, _)| master)))
+}
+
+fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(
+        path,
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// What the process is to be.
+#[derive(Debug)]
+struct Plan {
+    process: Process,
+    program: Program,
+    capabilities: Option<LinuxCapabilities>,
+    seccomp: Option<LinuxSeccomp>,
+    umask: Option<u32>,
+    oom_score: i32,
+    outer_uid: u32,
+    has_user_namespace: bool,
+    has_time_namespace: bool,
+}
+
+impl Plan {
+    /// What the process does not say is as in the container's own.
+    fn new(spec: &Spec, process: Process) -> Result<Self, Failure> {
+        let program = Program::of(&process)?;
+        let first = spec.process().as_ref();
+        let linux = spec
+            .linux()
+            .as_ref()
+            .ok_or_else(|| Failure::invalid("the OCI spec has no linux section"))?;
+        let has = |kind| {
+            linux
+                .namespaces()
+                .iter()
+                .flatten()
+                .any(|namespace| namespace.typ() == kind)
+        };
+        Ok(Self {
+            capabilities: process
+                .capabilities()
+                .clone()
+                .or_else(|| first.and_then(|first| first.capabilities().clone())),
+            seccomp: linux.seccomp().clone(),
+            umask: process
+                .user()
+                .umask()
+                .or_else(|| first.and_then(|first| first.user().umask())),
+            oom_score: process
+                .oom_score_adj()
+                .or_else(|| first.and_then(Process::oom_score_adj))
+                .unwrap_or(0),
+            outer_uid: spec::outer_uid(linux, program.uid),
+            has_user_namespace: has(LinuxNamespaceType::User),
+            has_time_namespace: has(LinuxNamespaceType::Time),
+            program,
+            process,
+        })
+    }
+}
+
+/// Opens a new terminal of the container's devpts: master and slave.
+fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
+    /// `DEVPTS_SUPER_MAGIC` of `linux/magic.h`.
+    const DEVPTS: i64 = 0x1cd1;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())?;
+    // The container may have put anything there.
+    if rustix::fs::fstatfs(&master)?.f_type != DEVPTS {
+        return Err(io::Error::other("/dev/pts/ptmx of the container is no terminal device"));
+    }
+    rustix::pty::unlockpt(&master)?;
+    let slave = stdio::prepare_terminal(&master, size, uid)?;
+    Ok((master, slave))
+}
+
+/// Turns the new process into the program, in the order in which each step still has the privilege
+/// that it needs.
+fn become_program(
+    plan: &Plan,
+    container: BorrowedFd<'_>,
+    ends: &ProcessEnds,
+    terminal: Option<&OwnedFd>,
+    saying: &OwnedFd,
+) -> Result<Infallible, String> {
+    let syscall = SyscallType::Linux.create_syscall();
+    let user = plan.process.user();
+    rustix::process::setsid().say(|| "setsid".to_owned())?;
+    let [stdin, stdout, stderr] = match terminal {
+        Some(terminal) => {
+            sys::set_controlling_terminal(terminal).say(|| "set the controlling terminal".to_owned())?;
+            [terminal.as_fd(); 3]
+        }
+        None => ends.descriptors(),
+    };
+    rustix::stdio::dup2_stdin(stdin)
+        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
+        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
+        .say(|| "set the standard streams".to_owned())?;
+    if plan.has_user_namespace {
+        move_into_thread_name_spaces(container, ThreadNameSpaceType::USER)
+            .say(|| "enter the container's user namespace".to_owned())?;
+        set_ids(0, 0)?;
+    }
+    // No path of the container may lead through a descriptor of ours (`/proc/self/fd/…`).
+    sys::close_all_but(&[saying.as_fd()]);
+
+    for limit in plan.process.rlimits().iter().flatten() {
+        syscall
+            .set_rlimit(limit)
+            .say(|| format!("set rlimit {}", limit.typ()))?;
+    }
+    if plan.process.no_new_privileges() == Some(true) {
+        rustix::thread::set_no_new_privs(true).say(|| "set no_new_privs".to_owned())?;
+    }
+    if let Some(umask) = plan.umask {
+        rustix::process::umask(Mode::from_raw_mode(umask));
+    }
+    // As root first, then as the user, who may have access where root has none (a FUSE mount).
+    let entered = enter(&plan.program.cwd);
+    let groups: Vec<_> = user
+        .additional_gids()
+        .iter()
+        .flatten()
+        .map(|gid| Gid::from_raw(*gid))
+        .collect();
+    rustix::thread::set_thread_groups(&groups).say(|| "set the additional groups".to_owned())?;
+    set_ids(user.uid(), user.gid())?;
+    let filter_late = plan.process.no_new_privileges() == Some(true);
+    if !filter_late {
+        load_filter(plan)?;
+    }
+    capabilities::reset_effective(&*syscall).say(|| "set the capabilities".to_owned())?;
+    if let Some(wanted) = &plan.capabilities {
+        capabilities::drop_privileges(wanted, &*syscall).say(|| "set the capabilities".to_owned())?;
+    }
+    entered.or_else(|_| enter(&plan.program.cwd)).map_err(|error| {
+        let error = error_text(&error.into());
+        format!(
+            "chdir to cwd ({:?}) set in config.json failed: {error}",
+            plan.program.cwd
+        )
+    })?;
+    let found = Resolved::find(&plan.program)?;
+    if filter_late {
+        load_filter(plan)?;
+    }
+    Err(found.execute())
+}
+
+fn enter(cwd: &Path) -> Result<(), Errno> {
+    rustix::process::chdir(cwd)?;
+    // The kernel marks a folder outside of the root by a path that does not begin with "/".
+    let inside = rustix::process::getcwd(Vec::new())?.as_bytes().starts_with(b"/");
+    if inside { Ok(()) } else { Err(Errno::NOENT) }
+}
+
+/// Changes the user, but keeps the permitted capabilities.
+fn set_ids(uid: u32, gid: u32) -> Result<(), String> {
+    let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::thread::set_keep_capabilities(true)
+        .and_then(|()| rustix::thread::set_thread_res_gid(group, group, group))
+        .and_then(|()| rustix::thread::set_thread_res_uid(user, user, user))
+        .and_then(|()| rustix::thread::set_keep_capabilities(false))
+        .say(|| format!("become user {uid}:{gid}"))
+}
+
+fn load_filter(plan: &Plan) -> Result<(), String> {
+    let Some(filter) = &plan.seccomp else { return Ok(()) };
+    libcontainer::seccomp::initialize_seccomp(filter)
+        .say(|| "load the system call filter".to_owned())
+        .map(drop)
+}
+
+/// Says in words what failed.
+trait Say<T> {
+    fn say(self, what: impl FnOnce() -> String) -> Result<T, String>;
+}
+
+impl<T, E: std::fmt::Display> Say<T> for Result<T, E> {
+    fn say(self, what: impl FnOnce() -> String) -> Result<T, String> {
+        self.map_err(|error| format!("{}: {error}", what()))
+    }
+}

@@ -1,0 +1,256 @@
+//! Further processes in a running container.
+
+use std::io::{Read, Write};
+
+use nutshell_protocol::{FailureKind, ProcessEntry, Request, Response, Stdio};
+use serde_json::{Value, json};
+
+use crate::harness::{Agent, process, shell, unique};
+
+/// A container that sleeps until it is killed.
+fn sleeper(agent: &mut Agent) -> String {
+    sleeper_with(agent, &shell("sleep 1000"))
+}
+
+fn sleeper_with(agent: &mut Agent, spec: &Value) -> String {
+    let id = format!("sleeper-{}", unique());
+    agent.create(&id, spec, Stdio::default()).unwrap();
+    agent.start_container(&id);
+    id
+}
+
+fn stop(agent: &mut Agent, id: &str) {
+    agent.kill(id, 9).unwrap();
+    assert_eq!(agent.exit().status, 137);
+    agent.delete(id);
+}
+
+/// Runs an exec to its end: its status and output.
+fn run(agent: &mut Agent, id: &str, process: &Value) -> (u8, String) {
+    let exec = format!("exec-{}", unique());
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    agent.exec(id, &exec, process, stdio).unwrap();
+    let mut text = String::new();
+    output.accept().read_to_string(&mut text).unwrap();
+    let exited = agent.exit();
+    assert_eq!(
+        (exited.container.as_str(), exited.exec.as_deref()),
+        (id, Some(exec.as_str()))
+    );
+    assert_eq!(exited.stdout, text.len() as u64);
+    (exited.status, text)
+}
+
+#[test]
+fn exec_runs_inside_of_the_container() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let script =
+        "hostname; cat /proc/1/cmdline | tr '\\0' ' '; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; exit 5";
+    let (status, text) = run(&mut agent, id, &process(&["/bin/sh", "-c", script]));
+    assert_eq!(status, 5);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "guest");
+    // The cgroup is the container's, and only the standard streams (and ls's own folder) are open.
+    assert_eq!(lines[1], format!("sleep 1000 0::/test/{id}"));
+    assert_eq!(lines[2], "4");
+    stop(&mut agent, id);
+}
+
+#[test]
+fn exec_that_cannot_run_says_why_and_may_be_tried_again() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let mut elsewhere = process(&["/bin/true"]);
+    elsewhere["cwd"] = json!("/x");
+    let table = [
+        (
+            process(&["nosuch"]),
+            r#"exec: "nosuch": executable file not found in $PATH"#,
+        ),
+        (
+            process(&["/no/such"]),
+            r#"exec: "/no/such": stat /no/such: no such file or directory"#,
+        ),
+        (process(&["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
+        (
+            elsewhere,
+            r#"chdir to cwd ("/x") set in config.json failed: no such file or directory"#,
+        ),
+        (process(&["/bad-format"]), "exec /bad-format: exec format error"),
+    ];
+    run(
+        &mut agent,
+        id,
+        &process(&["/bin/sh", "-c", "echo junk >/bad-format; chmod +x /bad-format"]),
+    );
+    for (process, words) in &table {
+        let failure = agent.exec(id, "same", process, Stdio::default()).unwrap_err();
+        assert_eq!(failure.message, *words);
+    }
+    agent
+        .exec(id, "same", &process(&["/bin/true"]), Stdio::default())
+        .unwrap();
+    assert_eq!(agent.exit().status, 0);
+    stop(&mut agent, id);
+}
+
+#[test]
+fn exec_has_the_users_rights_and_no_more() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let mut process = process(&[
+        "/bin/sh",
+        "-c",
+        "id; pwd; echo $HOME; umask; grep -e Cap -e NoNew /proc/self/status; ulimit -n; echo ok >/dev/stdout",
+    ]);
+    process["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7], "umask": 0o27});
+    process["cwd"] = json!("/var");
+    let (status, text) = run(&mut agent, id, &process);
+    let expected = "uid=1000(web) gid=1000 groups=7\n/var\n/var\n0027\n\
+        CapInh:\t0000000000000000\nCapPrm:\t0000000000000000\nCapEff:\t0000000000000000\n\
+        CapBnd:\t000000000800202b\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\n1024\nok\n";
+    assert_eq!((status, text.as_str()), (0, expected));
+    stop(&mut agent, id);
+}
+
+#[test]
+fn exec_is_under_the_containers_system_call_filter() {
+    let mut agent = Agent::start();
+    for no_new_privileges in [true, false] {
+        let mut spec = shell("sleep 1000");
+        spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64"],
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
+        });
+        let id = &sleeper_with(&mut agent, &spec);
+        let mut process = process(&["/bin/sh", "-c", "mkdir /tmp/new 2>&1; grep Seccomp: /proc/self/status"]);
+        process["noNewPrivileges"] = json!(no_new_privileges);
+        let (_, text) = run(&mut agent, id, &process);
+        assert!(
+            text.contains("not supported") && text.contains("Seccomp:\t2"),
+            "{no_new_privileges}: {text}"
+        );
+        stop(&mut agent, id);
+    }
+}
+
+#[test]
+fn exec_may_have_a_terminal() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let (input, output) = (agent.listen(), agent.listen());
+    let stdio = Stdio {
+        stdin: Some(input.port),
+        stdout: Some(output.port),
+        stderr: None,
+        terminal: true,
+        size: Some((120, 40)),
+    };
+    let process = process(&["/bin/sh", "-c", "stty size; read x; stty size; echo got $x"]);
+    agent.exec(id, "tty", &process, stdio).unwrap();
+    let (mut input, mut output) = (input.accept(), output.accept());
+    let mut first = [0; "40 120\r\n".len()];
+    output.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"40 120\r\n");
+    let resize = Request::Resize {
+        container: id.clone(),
+        exec: Some("tty".to_owned()),
+        width: 10,
+        height: 20,
+    };
+    assert_eq!(agent.ask(resize), Ok(Response::Done));
+    input.write_all(b"y\n").unwrap();
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "y\r\n20 10\r\ngot y\r\n");
+    assert_eq!(agent.exit().status, 0);
+    stop(&mut agent, id);
+}
+
+#[test]
+fn processes_are_listed_with_their_execs() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let pid = agent
+        .exec(id, "second", &process(&["/bin/sleep", "1000"]), Stdio::default())
+        .unwrap();
+    let Ok(Response::Processes(found)) = agent.ask(Request::Processes { container: id.clone() }) else {
+        panic!("no list");
+    };
+    let execs: Vec<_> = found.iter().filter(|entry| entry.exec.is_some()).collect();
+    let expected = ProcessEntry {
+        pid,
+        exec: Some("second".to_owned()),
+    };
+    assert_eq!(execs, [&expected]);
+    assert!(found.len() >= 2);
+    let signal = Request::Signal {
+        container: id.clone(),
+        exec: Some("second".to_owned()),
+        signal: 15,
+        all: false,
+    };
+    assert_eq!(agent.ask(signal.clone()), Ok(Response::Done));
+    let exited = agent.exit();
+    assert_eq!((exited.exec.as_deref(), exited.status), (Some("second"), 143));
+    let failure = agent.ask(signal).unwrap_err();
+    assert_eq!(
+        (failure.kind, failure.message.as_str()),
+        (FailureKind::NotFound, "process already finished")
+    );
+    stop(&mut agent, id);
+}
+
+#[test]
+fn execs_end_before_their_container() {
+    let mut agent = Agent::start();
+    for own_pid_namespace in [true, false] {
+        let mut spec = shell("sleep 1000");
+        if !own_pid_namespace {
+            let kept = ["ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
+            spec["linux"]["namespaces"] = json!(kept);
+        }
+        let id = &sleeper_with(&mut agent, &spec);
+        for exec in ["a", "b", "c"] {
+            agent
+                .exec(id, exec, &process(&["/bin/sleep", "1000"]), Stdio::default())
+                .unwrap();
+        }
+        agent.kill(id, 9).unwrap();
+        let mut order: Vec<Option<String>> = (0..4).map(|_| agent.exit().exec).collect();
+        assert_eq!(order.pop(), Some(None));
+        order.sort();
+        assert_eq!(order, ["a", "b", "c"].map(|exec| Some(exec.to_owned())));
+        let failure = agent
+            .exec(id, "late", &process(&["/bin/true"]), Stdio::default())
+            .unwrap_err();
+        assert_eq!(failure.kind, FailureKind::FailedPrecondition);
+        agent.delete(id);
+    }
+}
+
+#[test]
+fn exec_id_in_use_is_refused() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    agent
+        .exec(id, "x", &process(&["/bin/sleep", "1000"]), Stdio::default())
+        .unwrap();
+    let failure = agent
+        .exec(id, "x", &process(&["/bin/true"]), Stdio::default())
+        .unwrap_err();
+    assert_eq!(failure.kind, FailureKind::AlreadyExists);
+    agent.kill(id, 9).unwrap();
+    assert_eq!(
+        [agent.exit().exec.as_deref(), agent.exit().exec.as_deref()],
+        [Some("x"), None]
+    );
+    agent.delete(id);
+}
