@@ -15,8 +15,6 @@ pub(super) struct Namespaces {
     pub(super) guest: Vec<LinuxNamespace>,
     pub(super) network: Network,
     pub(super) pid: PidNamespace,
-    /// The container has a UTS namespace of its own.
-    pub(super) uts: bool,
 }
 
 pub(super) fn translate(namespaces: &[LinuxNamespace], placement: &Placement) -> Result<Namespaces, PlanError> {
@@ -24,7 +22,6 @@ pub(super) fn translate(namespaces: &[LinuxNamespace], placement: &Placement) ->
         guest: Vec::new(),
         network: Network::Host,
         pid: PidNamespace::Machine,
-        uts: false,
     };
     let single = *placement == Placement::Single;
     for (index, namespace) in namespaces.iter().enumerate() {
@@ -54,10 +51,7 @@ pub(super) fn translate(namespaces: &[LinuxNamespace], placement: &Placement) ->
                     format!("a machine cannot join the host's namespace {}", path.display()),
                 ));
             }
-            (_, None) => {
-                translated.uts |= kind == LinuxNamespaceType::Uts;
-                translated.guest.push(namespace.clone());
-            }
+            (_, None) => translated.guest.push(namespace.clone()),
         }
     }
     // No container of a machine may see the agent's mounts, whatever the spec leaves out.
@@ -122,7 +116,6 @@ mod tests {
         assert_eq!(kept(&translated), ["pid", "ipc", "uts", "mnt", "cgroup"]);
         assert_eq!(translated.network, Network::Loopback);
         assert_eq!(translated.pid, PidNamespace::New);
-        assert!(translated.uts);
     }
 
     #[test]
@@ -137,7 +130,6 @@ mod tests {
         let translated = translate(&spec, &member()).unwrap();
         assert_eq!(kept(&translated), ["pid", "mnt"]);
         assert_eq!(translated.network, Network::Namespace("/proc/41/ns/net".into()));
-        assert!(!translated.uts);
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub(crate) struct Plan {
     pub(crate) console_size: Option<(u16, u16)>,
     /// The cgroup path of the spec, as it stands there; names the host cgroup of the machine.
     pub(crate) cgroups_path: Option<String>,
-    /// The spec's hostname. Stays in the guest's spec only where the container has a UTS namespace
-    /// of its own; otherwise it is the machine's.
+    /// The spec's hostname; also in the guest's spec, where the agent gives it to the machine if the
+    /// container has no UTS namespace of its own.
     pub(crate) hostname: Option<String>,
     /// The pid namespace that the spec asks for.
     pub(crate) pid_namespace: PidNamespace,

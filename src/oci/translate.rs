@@ -77,16 +77,8 @@ pub(crate) fn plan(
     let console_size = console_size(process);
     strip_process(process, &mut warnings);
     strip_linux(&mut linux, id, &mut warnings)?;
-    let Namespaces {
-        guest,
-        network,
-        pid,
-        uts,
-    } = namespaces;
+    let Namespaces { guest, network, pid } = namespaces;
     linux.set_namespaces(Some(guest));
-    if !uts {
-        spec.set_hostname(None).set_domainname(None);
-    }
     spec.set_linux(Some(linux))
         .set_vm(None)
         .set_windows(None)
@@ -256,10 +248,9 @@ fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Vec<String>) 
     Ok(())
 }
 
-/// Leaves what means the same in a guest's cgroup: memory, CPU time, number of processes.
+/// Leaves what means the same in a guest's cgroup: memory, CPU time, number of processes, and the
+/// device rules, whose numbers are those of [`devices`].
 fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -> Result<(), PlanError> {
-    // The devices of a machine are its own.
-    resources.set_devices(None);
     let huge = resources.hugepage_limits_mut().take().unwrap_or_default();
     if let Some(limit) = huge.iter().find(|limit| limit.limit() > 0) {
         let field = format!("linux.resources.hugepageLimits: {}", limit.page_size());

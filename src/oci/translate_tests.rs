@@ -83,7 +83,7 @@ fn process_settings_reach_the_guest_unchanged() {
     for field in ["maskedPaths", "readonlyPaths"] {
         assert_eq!(guest["linux"][field], original["linux"][field]);
     }
-    assert_eq!(guest["linux"]["resources"], json!({"cpu": {"shares": 1024}}));
+    assert_eq!(guest["linux"]["resources"], original["linux"]["resources"]);
 }
 
 #[test]
@@ -195,6 +195,7 @@ fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
     assert_eq!(guest["process"].get("apparmorProfile"), None);
     assert_eq!(guest["process"].get("selinuxLabel"), None);
     let resources = json!({
+        "devices": [{"allow": false, "access": "rwm"}],
         "memory": {"limit": 536_870_912, "swap": 536_870_912},
         "cpu": {"shares": 2560, "quota": 250_000, "period": 100_000},
         "pids": {"limit": 1024},
@@ -208,13 +209,12 @@ fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
 }
 
 #[test]
-fn hostname_stays_only_with_a_uts_namespace_of_its_own() {
-    let single = plan_of(&with(CTR, "/hostname", json!("mine"))).unwrap();
-    assert_eq!(guest(&single)["hostname"], "mine");
-    assert_eq!(single.hostname.as_deref(), Some("mine"));
-    let member = plan_of(&with(CRI_CONTAINER, "/hostname", json!("pods"))).unwrap();
-    assert_eq!(guest(&member).get("hostname"), None);
-    assert_eq!(member.hostname.as_deref(), Some("pods"));
+fn hostname_is_the_plans_and_stays_for_the_agent() {
+    for text in [CTR, CRI_CONTAINER] {
+        let plan = plan_of(&with(text, "/hostname", json!("mine"))).unwrap();
+        assert_eq!(guest(&plan)["hostname"], "mine");
+        assert_eq!(plan.hostname.as_deref(), Some("mine"));
+    }
 }
 
 #[test]

@@ -184,9 +184,7 @@ impl Host {
     fn this() -> Self {
         let info = rustix::system::sysinfo();
         Self {
-            memory: u64::try_from(info.totalram)
-                .unwrap_or(u64::MAX)
-                .saturating_mul(info.mem_unit.into()),
+            memory: info.totalram.saturating_mul(info.mem_unit.into()),
             cpus: rustix::thread::sched_getaffinity(None)
                 .map_or(1, |cpus| cpus.count())
                 .max(1),
