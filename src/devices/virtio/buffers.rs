@@ -96,6 +96,16 @@ pub(crate) struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
+    /// A range of guest memory, as a chain would name it.
+    #[cfg(test)]
+    pub(crate) fn over(memory: &'m Memory, address: u64, length: usize) -> Self {
+        let slices = GuestMemoryBackend::get_slices(memory, vm_memory::GuestAddress(address), length);
+        Self {
+            slices: slices.stop_on_error().unwrap().collect(),
+            length,
+        }
+    }
+
     /// How many bytes are left.
     pub(crate) fn len(&self) -> usize {
         self.length

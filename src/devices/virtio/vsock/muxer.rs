@@ -308,3 +308,7 @@ fn watch(
         other => Ok(other?),
     }
 }
+
+#[cfg(test)]
+#[path = "muxer_tests.rs"]
+mod tests;
