@@ -45,7 +45,7 @@ const GRACE: Duration = Duration::from_millis(1500);
 const DEATH: Duration = Duration::from_millis(1000);
 
 /// What runc's shim reports for a container that it had to kill: 128 + SIGKILL.
-const KILLED: u8 = 137;
+const KILLED: u32 = 137;
 
 /// Cleans up after a container, whose bundle is the current directory if none is named,
 /// and prints containerd's `DeleteResponse`.
@@ -91,7 +91,7 @@ fn response(exit: Exit) -> DeleteResponse {
         .unwrap_or_default();
     DeleteResponse {
         pid: exit.pid,
-        exit_status: exit.status.into(),
+        exit_status: exit.status,
         exited_at: MessageField::some(Timestamp {
             seconds: i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX),
             nanos: i32::try_from(since_epoch.subsec_nanos()).unwrap_or(0),

@@ -65,14 +65,14 @@ pub(crate) struct Exit {
     /// The host pid that stood for it.
     pub(crate) pid: u32,
     /// 0–255.
-    pub(crate) status: u8,
+    pub(crate) status: u32,
     /// Nanoseconds since the epoch.
     exited_at: u64,
 }
 
 impl Exit {
     /// The end of the process with host pid `pid` at `exited_at`.
-    pub(crate) fn new(pid: u32, status: u8, exited_at: SystemTime) -> Self {
+    pub(crate) fn new(pid: u32, status: u32, exited_at: SystemTime) -> Self {
         let since_epoch = exited_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Self {
             pid,
