@@ -26,10 +26,10 @@ impl Child {
     /// Takes over the child `pid`, which nobody else waits for. Needs the runtime.
     pub(crate) fn new(pid: Pid) -> io::Result<Self> {
         let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        Ok(Self {
-            pid,
-            descriptor: AsyncFd::with_interest(descriptor, Interest::READABLE)?,
-        })
+        // SAFETY: an `OwnedFd` is open and stays the same descriptor for as long as it is owned, and
+        // `AsyncFd` owns it from here on.
+        let descriptor = unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?;
+        Ok(Self { pid, descriptor })
     }
 
     /// Takes over what `std` spawned.
@@ -127,10 +127,7 @@ mod tests {
 
     #[tokio::test]
     async fn status_and_signal_are_told_apart() {
-        assert_eq!(
-            child("sh", &["-c", "exit 3"]).reap().await.unwrap(),
-            Ended::Exited(3)
-        );
+        assert_eq!(child("sh", &["-c", "exit 3"]).reap().await.unwrap(), Ended::Exited(3));
         let sleeper = child("sleep", &["1000"]);
         sleeper.signal(Signal::TERM);
         assert_eq!(sleeper.reap().await.unwrap(), Ended::Killed(15));

@@ -1,11 +1,13 @@
 //! Connections of containerd: who may connect, and when what was answered is really on its way.
 
 use std::{
-    future::Future,
     io,
     os::unix::net::UnixListener as StdUnixListener,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -19,25 +21,42 @@ use tokio::{
 
 use super::log;
 
-/// Counts the messages that were written to a socket in full: whoever has answered the last call
-/// waits here before the process ends.
+/// Counts the messages that were written to a socket in full, so that the process can end after its
+/// last reply and not before.
 #[derive(Debug, Clone)]
-pub(crate) struct Written(Arc<watch::Sender<u64>>);
+pub(crate) struct Written(Arc<Counts>);
+
+#[derive(Debug)]
+struct Counts {
+    written: watch::Sender<u64>,
+    wanted: AtomicU64,
+}
 
 impl Written {
     /// Nothing was written yet.
     pub(crate) fn none() -> Self {
-        Self(Arc::new(watch::Sender::new(0)))
+        Self(Arc::new(Counts {
+            written: watch::Sender::new(0),
+            wanted: AtomicU64::new(0),
+        }))
     }
 
-    /// Completes with the next message written after this call.
-    pub(crate) fn next(&self) -> impl Future<Output = ()> + Send + 'static {
-        let mut receiver = self.0.subscribe();
-        receiver.mark_unchanged();
-        async move {
-            // Fails only where no connection is left to write.
-            let _ = receiver.changed().await;
-        }
+    /// Called by who is about to reply for the last time.
+    pub(crate) fn expect_one_more(&self) {
+        let next = *self.0.written.borrow() + 1;
+        self.0.wanted.store(next, Ordering::Relaxed);
+    }
+
+    /// Waits until the message that was expected is written.
+    pub(crate) async fn all(&self) {
+        let wanted = self.0.wanted.load(Ordering::Relaxed);
+        let mut written = self.0.written.subscribe();
+        // Fails only if the sender is gone, which is borrowed with `self`.
+        let _ = written.wait_for(|count| *count >= wanted).await;
+    }
+
+    fn count(&self) {
+        self.0.written.send_modify(|count| *count += 1);
     }
 }
 
@@ -117,7 +136,7 @@ impl AsyncWrite for Connection {
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let poll = self.as_mut().stream().poll_flush(context);
         if poll.is_ready() {
-            self.written.0.send_modify(|count| *count += 1);
+            self.written.count();
         }
         poll
     }

@@ -182,7 +182,10 @@ async fn run(shared: Arc<Shared>, mut forward: impl Forward) {
         let mut pause = RETRY.0;
         while let Err(error) = forward.forward(envelope.clone()).await {
             if pause == RETRY.0 {
-                log::warn(&format!("forward an event of {} to containerd: {error}; trying again", envelope.topic));
+                log::warn(&format!(
+                    "forward an event of {} to containerd: {error}; trying again",
+                    envelope.topic
+                ));
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY.1);
@@ -256,6 +259,20 @@ impl Forward for Containerd {
                 Err(error.to_string())
             }
         }
+    }
+}
+
+/// Where events go if containerd named no place for them.
+#[derive(Debug)]
+pub(crate) struct Nowhere;
+
+impl Forward for Nowhere {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+        log::warn(&format!(
+            "containerd gave no TTRPC_ADDRESS: an event of {} is lost",
+            envelope.topic
+        ));
+        Ok(())
     }
 }
 

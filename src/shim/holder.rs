@@ -12,6 +12,7 @@ use std::{
     io::{self, Read},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     ptr,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use nix::libc;
@@ -35,6 +36,7 @@ pub(crate) enum Namespace {
 #[derive(Debug)]
 pub(crate) struct Holder {
     child: Child,
+    released: AtomicBool,
     /// What the process runs on and reads; freed after it has ended.
     _memory: Box<Memory>,
 }
@@ -104,7 +106,11 @@ impl Holder {
             let _ = rustix::process::kill_process(child, Signal::KILL);
             let _ = rustix::process::waitpid(Some(child), WaitOptions::empty());
         })?;
-        let holder = Self { child, _memory: memory };
+        let holder = Self {
+            child,
+            released: AtomicBool::new(false),
+            _memory: memory,
+        };
         drop(reporter);
         // Its word is one byte, an errno or 0; no byte means that it was killed at once.
         let mut word = [0];
@@ -120,19 +126,31 @@ impl Holder {
         self.child.pid()
     }
 
-    /// Waits until somebody kills the holder, and says with which signal. Its pid stays taken.
-    pub(crate) async fn signalled(&self) -> io::Result<u32> {
-        Ok(match self.child.ended().await? {
-            Ended::Killed(signal) => signal.unsigned_abs(),
+    /// Waits until somebody else kills the holder, and says with which signal; its pid stays taken.
+    /// `None` once it was released.
+    pub(crate) async fn signalled(&self) -> Option<u32> {
+        let ended = self.child.ended().await;
+        if self.released.load(Ordering::Relaxed) {
+            return None;
+        }
+        match ended {
+            Ok(Ended::Killed(signal)) => Some(signal.unsigned_abs()),
             // It never exits by itself; whatever made it do so is treated as a kill.
-            Ended::Exited(_) => libc::SIGKILL.unsigned_abs(),
-        })
+            Ok(Ended::Exited(_)) | Err(_) => Some(libc::SIGKILL.unsigned_abs()),
+        }
+    }
+
+    /// Ends the process and frees its pid.
+    pub(crate) fn release(&self) {
+        if !self.released.swap(true, Ordering::Relaxed) {
+            self.child.kill_and_reap();
+        }
     }
 }
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        self.child.kill_and_reap();
+        self.release();
     }
 }
 
@@ -210,12 +228,22 @@ fn prepare(orders: &Orders) -> Result<(), u8> {
     let default_action = [0_usize; 4];
     check(system_call(
         libc::SYS_rt_sigaction,
-        [register(libc::SIGTERM), default_action.as_ptr().addr(), 0, SIGNAL_SET_BYTES],
+        [
+            register(libc::SIGTERM),
+            default_action.as_ptr().addr(),
+            0,
+            SIGNAL_SET_BYTES,
+        ],
     ))?;
     let all_but_term = !(1_u64 << (libc::SIGTERM - 1));
     check(system_call(
         libc::SYS_rt_sigprocmask,
-        [register(libc::SIG_SETMASK), ptr::from_ref(&all_but_term).addr(), 0, SIGNAL_SET_BYTES],
+        [
+            register(libc::SIG_SETMASK),
+            ptr::from_ref(&all_but_term).addr(),
+            0,
+            SIGNAL_SET_BYTES,
+        ],
     ))
 }
 
@@ -279,7 +307,10 @@ mod tests {
         let holder = Holder::spawn(&Namespace::Inherited).unwrap();
         let status = std::fs::read_to_string(format!("/proc/{}/status", holder.pid())).unwrap();
 
-        assert!(status.contains(&format!("\nPPid:\t{}\n", std::process::id())), "{status}");
+        assert!(
+            status.contains(&format!("\nPPid:\t{}\n", std::process::id())),
+            "{status}"
+        );
         assert!(status.contains(&format!("\nTgid:\t{}\n", holder.pid())), "{status}");
         assert!(status.starts_with("Name:\tnutshell-holder\n"), "{status}");
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", holder.pid())).unwrap();
@@ -312,17 +343,18 @@ mod tests {
             holder.child.signal(Signal::HUP);
             holder.child.signal(Signal::INT);
             holder.child.signal(signal);
-            assert_eq!(holder.signalled().await.unwrap(), number);
+            assert_eq!(holder.signalled().await, Some(number));
             assert!(std::fs::exists(format!("/proc/{}", holder.pid())).unwrap());
         }
     }
 
     #[tokio::test]
-    async fn dropped_holder_is_gone() {
+    async fn released_holder_is_gone_and_was_not_killed_by_anybody() {
         let holder = Holder::spawn(&Namespace::Inherited).unwrap();
         let proc = format!("/proc/{}", holder.pid());
-        drop(holder);
+        holder.release();
         assert!(!std::fs::exists(proc).unwrap());
+        assert_eq!(holder.signalled().await, None);
     }
 
     #[tokio::test]

@@ -8,6 +8,9 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
+/// The status of a process that has none: what containerd calls unknown (`UnknownExitStatus`).
+pub(crate) const UNKNOWN_STATUS: u32 = 255;
+
 /// How and when a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
@@ -30,6 +33,8 @@ impl Exit {
 /// Where a process is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
+    /// It is being made; nobody knows of it yet.
+    Creating,
     /// It exists and has not run its first instruction.
     Created,
     /// A start is under way.
@@ -50,15 +55,15 @@ impl Phase {
     /// The exit, once there is one.
     pub(crate) fn exit(self) -> Option<Exit> {
         match self {
-            Self::Created | Self::Starting | Self::Running | Self::Paused => None,
+            Self::Creating | Self::Created | Self::Starting | Self::Running | Self::Paused => None,
             Self::Stopped(exit) | Self::Deleting(exit) | Self::Deleted(exit) => Some(exit),
         }
     }
 
     /// As it stands in error texts.
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
-            Self::Created => "created",
+            Self::Creating | Self::Created => "created",
             Self::Starting | Self::Running => "running",
             Self::Paused => "paused",
             Self::Stopped(_) => "stopped",
@@ -91,11 +96,28 @@ pub(crate) struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// Of a process that was created, or of an exec that was added.
-    pub(crate) fn created() -> Self {
+    /// Of the first process of a container that is being made.
+    pub(crate) fn creating() -> Self {
+        Self {
+            phase: watch::Sender::new(Phase::Creating),
+        }
+    }
+
+    /// Of an exec, which exists as soon as it was added.
+    pub(crate) fn added() -> Self {
         Self {
             phase: watch::Sender::new(Phase::Created),
         }
+    }
+
+    /// Creating → created.
+    pub(crate) fn created(&self) {
+        self.step(|phase| matches!(phase, Phase::Creating).then_some(Phase::Created));
+    }
+
+    /// Creating → deleted: it came to nothing.
+    pub(crate) fn abandoned(&self) {
+        self.step(|phase| matches!(phase, Phase::Creating).then(|| Phase::Deleted(Exit::now(UNKNOWN_STATUS))));
     }
 
     /// Where the process is now.
@@ -118,9 +140,7 @@ impl Lifecycle {
 
     /// Starting → stopped if there is an exit (an exec that could not run is over), else → created.
     pub(crate) fn start_failed(&self, exit: Option<Exit>) {
-        self.step(|phase| {
-            matches!(phase, Phase::Starting).then_some(exit.map_or(Phase::Created, Phase::Stopped))
-        });
+        self.step(|phase| matches!(phase, Phase::Starting).then_some(exit.map_or(Phase::Created, Phase::Stopped)));
     }
 
     /// Running → paused; without effect on a process that ended meanwhile.
@@ -133,19 +153,25 @@ impl Lifecycle {
         self.step(|phase| matches!(phase, Phase::Paused).then_some(Phase::Running));
     }
 
-    /// Created, running or paused → stopped. Waits while a start is under way. False if an exit was
-    /// recorded before: that one stands.
-    pub(crate) async fn exited(&self, exit: Exit) -> bool {
+    /// Created, running or paused → stopped. Waits while a creation or start is under way. Runs
+    /// `announce` before anybody sees the exit, unless one was recorded before: that one stands.
+    pub(crate) async fn exited(&self, exit: Exit, announce: impl FnOnce()) {
+        let mut announce = Some(announce);
         loop {
-            if self.step(|phase| {
-                matches!(phase, Phase::Created | Phase::Running | Phase::Paused).then_some(Phase::Stopped(exit))
-            }) {
-                return true;
+            let done = self.step(|phase| match phase {
+                Phase::Created | Phase::Running | Phase::Paused => {
+                    if let Some(announce) = announce.take() {
+                        announce();
+                    }
+                    Some(Phase::Stopped(exit))
+                }
+                _ => None,
+            });
+            if done || self.phase().exit().is_some() {
+                return;
             }
-            if self.phase().exit().is_some() {
-                return false;
-            }
-            self.reaches(|phase| phase != Phase::Starting).await;
+            self.reaches(|phase| !matches!(phase, Phase::Creating | Phase::Starting))
+                .await;
         }
     }
 
@@ -161,7 +187,12 @@ impl Lifecycle {
         });
         match (begun, refused) {
             (Some(exit), _) => Ok(Deletion::Begun(exit)),
-            (None, Err(wrong)) if matches!(wrong.phase, Phase::Created | Phase::Starting | Phase::Running | Phase::Paused) => {
+            (None, Err(wrong))
+                if matches!(
+                    wrong.phase,
+                    Phase::Creating | Phase::Created | Phase::Starting | Phase::Running | Phase::Paused
+                ) =>
+            {
                 Err(wrong)
             }
             (None, _) => Ok(Deletion::UnderWay),
@@ -240,8 +271,9 @@ mod tests {
         at: UNIX_EPOCH,
     };
 
-    fn all() -> [Phase; 7] {
+    fn all() -> [Phase; 8] {
         [
+            Phase::Creating,
             Phase::Created,
             Phase::Starting,
             Phase::Running,
@@ -259,7 +291,7 @@ mod tests {
     }
 
     /// Where `step` leads from each phase, in the order of [`all`].
-    fn table(step: impl Fn(&Lifecycle)) -> [Phase; 7] {
+    fn table(step: impl Fn(&Lifecycle)) -> [Phase; 8] {
         all().map(|phase| {
             let lifecycle = at(phase);
             step(&lifecycle);
@@ -269,44 +301,63 @@ mod tests {
 
     #[test]
     fn every_step_changes_only_the_phases_it_is_for() {
-        use Phase::{Created, Deleted, Deleting, Paused, Running, Starting, Stopped};
+        use Phase::{Created, Creating, Deleted, Deleting, Paused, Running, Starting, Stopped};
         let (stopped, deleting, deleted) = (Stopped(EXIT), Deleting(EXIT), Deleted(EXIT));
 
         assert_eq!(
             table(|lifecycle| drop(lifecycle.begin_start())),
-            [Starting, Starting, Running, Paused, stopped, deleting, deleted]
+            [
+                Creating, Starting, Starting, Running, Paused, stopped, deleting, deleted
+            ]
+        );
+        assert_eq!(
+            table(Lifecycle::created),
+            [Created, Created, Starting, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
             table(Lifecycle::started),
-            [Created, Running, Running, Paused, stopped, deleting, deleted]
+            [Creating, Created, Running, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
             table(|lifecycle| lifecycle.start_failed(None)),
-            [Created, Created, Running, Paused, stopped, deleting, deleted]
+            [Creating, Created, Created, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
             table(|lifecycle| lifecycle.start_failed(Some(LATER))),
-            [Created, Stopped(LATER), Running, Paused, stopped, deleting, deleted]
+            [
+                Creating,
+                Created,
+                Stopped(LATER),
+                Running,
+                Paused,
+                stopped,
+                deleting,
+                deleted
+            ]
         );
         assert_eq!(
             table(Lifecycle::paused),
-            [Created, Starting, Paused, Paused, stopped, deleting, deleted]
+            [Creating, Created, Starting, Paused, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
             table(Lifecycle::resumed),
-            [Created, Starting, Running, Running, stopped, deleting, deleted]
+            [
+                Creating, Created, Starting, Running, Running, stopped, deleting, deleted
+            ]
         );
         assert_eq!(
             table(|lifecycle| drop(lifecycle.begin_deletion())),
-            [Created, Starting, Running, Paused, deleting, deleting, deleted]
+            [
+                Creating, Created, Starting, Running, Paused, deleting, deleting, deleted
+            ]
         );
         assert_eq!(
             table(Lifecycle::deleted),
-            [Created, Starting, Running, Paused, stopped, deleted, deleted]
+            [Creating, Created, Starting, Running, Paused, stopped, deleted, deleted]
         );
         assert_eq!(
             table(Lifecycle::deletion_failed),
-            [Created, Starting, Running, Paused, stopped, stopped, deleted]
+            [Creating, Created, Starting, Running, Paused, stopped, stopped, deleted]
         );
     }
 
@@ -326,48 +377,67 @@ mod tests {
         );
     }
 
+    /// Records `exit` and says whether it was announced.
+    async fn exited(lifecycle: &Lifecycle, exit: Exit) -> bool {
+        let mut announced = false;
+        lifecycle.exited(exit, || announced = true).await;
+        announced
+    }
+
     #[tokio::test]
     async fn exit_is_recorded_once_from_every_phase_that_has_none() {
         for phase in [Phase::Created, Phase::Running, Phase::Paused] {
             let lifecycle = at(phase);
-            assert!(lifecycle.exited(EXIT).await);
-            assert!(!lifecycle.exited(LATER).await);
+            assert!(exited(&lifecycle, EXIT).await);
+            assert!(!exited(&lifecycle, LATER).await);
             assert_eq!(lifecycle.phase(), Phase::Stopped(EXIT));
         }
         for phase in [Phase::Stopped(EXIT), Phase::Deleting(EXIT), Phase::Deleted(EXIT)] {
             let lifecycle = at(phase);
-            assert!(!lifecycle.exited(LATER).await);
+            assert!(!exited(&lifecycle, LATER).await);
             assert_eq!(lifecycle.phase(), phase);
         }
     }
 
     #[tokio::test]
-    async fn exit_waits_for_the_start_under_way() {
-        let lifecycle = Arc::new(at(Phase::Starting));
-        let mut phases = lifecycle.phase.subscribe();
-        let exited = tokio::spawn({
-            let lifecycle = lifecycle.clone();
-            async move { lifecycle.exited(EXIT).await }
-        });
-        tokio::task::yield_now().await;
-        assert_eq!(lifecycle.phase(), Phase::Starting);
+    async fn exit_waits_for_the_creation_or_start_under_way() {
+        for (phase, settle) in [
+            (Phase::Creating, Lifecycle::created as fn(&Lifecycle)),
+            (Phase::Starting, Lifecycle::started),
+        ] {
+            let lifecycle = Arc::new(at(phase));
+            let recorded = tokio::spawn({
+                let lifecycle = lifecycle.clone();
+                async move { exited(&lifecycle, EXIT).await }
+            });
+            tokio::task::yield_now().await;
+            assert_eq!(lifecycle.phase(), phase);
 
-        lifecycle.started();
+            settle(&lifecycle);
 
-        assert_eq!(*phases.wait_for(|phase| phase.exit().is_some()).await.unwrap(), Phase::Stopped(EXIT));
-        assert!(exited.await.unwrap());
+            assert!(recorded.await.unwrap());
+            assert_eq!(lifecycle.phase(), Phase::Stopped(EXIT));
+        }
+    }
+
+    #[tokio::test]
+    async fn exit_of_what_came_to_nothing_is_not_announced() {
+        let lifecycle = Lifecycle::creating();
+        lifecycle.abandoned();
+        assert!(!exited(&lifecycle, EXIT).await);
+        assert_eq!(lifecycle.exit().await.status, UNKNOWN_STATUS);
     }
 
     #[tokio::test]
     async fn all_who_wait_get_the_exit_before_and_after_it_happened() {
-        let lifecycle = Arc::new(Lifecycle::created());
+        let lifecycle = Arc::new(Lifecycle::added());
         let waiters: Vec<_> = (0..3)
             .map(|_| {
                 let lifecycle = lifecycle.clone();
                 tokio::spawn(async move { lifecycle.exit().await })
             })
             .collect();
-        lifecycle.exited(EXIT).await;
+        exited(&lifecycle, EXIT).await;
         for waiter in waiters {
             assert_eq!(waiter.await.unwrap(), EXIT);
         }

@@ -7,16 +7,30 @@
 
 mod arguments;
 mod bootstrap;
+mod cgroup;
+mod child;
 mod configuration;
+mod connection;
 mod daemon;
 mod delete;
+mod error;
+mod events;
+mod holder;
 mod info;
+mod lifecycle;
 mod log;
+mod machine;
+mod metrics;
 mod options;
+mod pod;
+mod process;
 mod record;
 mod serve;
+mod service;
 pub(crate) mod share;
 mod socket;
+mod stdio;
+mod tasks;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixListener},

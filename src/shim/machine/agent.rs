@@ -115,8 +115,15 @@ impl Agent {
         let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         let frame = encode(&ToAgent { id, request }).map_err(|error| AgentError::TooLarge(error.to_string()))?;
         let (sender, response) = oneshot::channel();
-        self.shared.pending().as_mut().ok_or(AgentError::Gone)?.insert(id, sender);
-        let _forgotten_afterwards = Registration { shared: &self.shared, id };
+        self.shared
+            .pending()
+            .as_mut()
+            .ok_or(AgentError::Gone)?
+            .insert(id, sender);
+        let _forgotten_afterwards = Registration {
+            shared: &self.shared,
+            id,
+        };
         self.shared.frames.send(frame).await.map_err(|_| AgentError::Gone)?;
         match response.await {
             Ok(result) => result.map_err(AgentError::Failed),
@@ -307,7 +314,10 @@ mod tests {
         assert_eq!(agent.ready().await.kernel, "6.12");
         for container in ["a", "b", "c"] {
             let event = events.recv().await.unwrap();
-            assert!(matches!(&event, Event::Exited(exited) if exited.container == container), "{event:?}");
+            assert!(
+                matches!(&event, Event::Exited(exited) if exited.container == container),
+                "{event:?}"
+            );
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 use crate::{
     guest::{self, GuestError},
     oci::Size,
-    vmm::control::{Command, ControlError, Disk, Machine},
+    vmm::control::{Command, Disk, Machine},
 };
 
 /// Why a machine cannot be started.
@@ -36,9 +36,6 @@ pub(crate) enum BootError {
     /// KVM.
     #[error("/dev/kvm: {0}")]
     Kvm(String),
-    /// The vmm process cannot be spoken to.
-    #[error("start a virtual machine: {0}")]
-    Vmm(#[source] ControlError),
     /// The vmm process cannot be started.
     #[error("start the process of a virtual machine: {0}")]
     Spawn(#[source] io::Error),
@@ -132,9 +129,7 @@ pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
                 "permission denied: run containerd as root, or add its user to the group that owns the file".to_owned()
             }
             _ => match error.raw_os_error() {
-                Some(libc::ENODEV | libc::ENXIO) => {
-                    "no such device: load the module kvm_intel or kvm_amd".to_owned()
-                }
+                Some(libc::ENODEV | libc::ENXIO) => "no such device: load the module kvm_intel or kvm_amd".to_owned(),
                 _ => error.to_string(),
             },
         })),
@@ -219,7 +214,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        for path in [fifo.as_path(), folder.path(), Path::new("/dev/null"), Path::new("/no/such/file")] {
+        for path in [
+            fifo.as_path(),
+            folder.path(),
+            Path::new("/dev/null"),
+            Path::new("/no/such/file"),
+        ] {
             let error = open_disk(path, true).unwrap_err().to_string();
             assert!(error.contains(&path.display().to_string()), "{error}");
         }

@@ -25,7 +25,9 @@ impl AsRawFd for Registered {
 impl Control {
     pub(super) fn new(channel: Channel) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&channel, true)?;
-        Ok(Self(AsyncFd::new(Registered(channel))?))
+        // SAFETY: a `Channel` owns its descriptor, which is the same from its first to its last moment,
+        // and `AsyncFd` owns the channel from here on.
+        Ok(Self(unsafe { AsyncFd::register(Registered(channel)) }?))
     }
 
     /// Sends a command if there is room for it.

@@ -11,7 +11,9 @@ mod patience;
 mod streams;
 
 use std::{
-    fmt, io,
+    fmt,
+    future::Future,
+    io,
     os::fd::{BorrowedFd, OwnedFd},
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
@@ -80,6 +82,14 @@ impl Vmm {
             stderr: stderr.into(),
         })
     }
+
+    /// Ends the process of a machine that is not to be.
+    pub(crate) async fn discard(self) {
+        self.child.kill();
+        if let Err(error) = self.child.reap().await {
+            log::warn(&format!("wait for the process of a virtual machine: {error}"));
+        }
+    }
 }
 
 /// Why and with what last words a machine ended.
@@ -120,18 +130,50 @@ struct Shared {
 }
 
 impl Machine {
-    /// Tells `vmm` to build the machine and to boot it. Returns at once; [`Self::ready`] follows.
-    /// `on_event` gets the agent's events in order, and does not block.
-    pub(crate) fn start(vmm: Vmm, boot: Boot, on_event: impl FnMut(Event) + Send + 'static) -> Result<Self, BootError> {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(BootError::Descriptors)?;
-        let control = Arc::new(Control::new(vmm.control).map_err(BootError::Descriptors)?);
-        let (agent, agent_end) = Agent::start(ours, on_event).map_err(BootError::Descriptors)?;
-        let (command, descriptors) = boot.into_command(theirs.into());
-        // The socket is empty: this packet cannot have to wait.
-        control.try_send(&command, &descriptors).map_err(BootError::Vmm)?;
-        drop(descriptors);
+    /// Tells `vmm` to build the machine and to boot it. Returns before it has; [`Self::ready`]
+    /// follows. `on_event` gets the agent's events in order, and does not block.
+    pub(crate) async fn start(
+        vmm: Vmm,
+        boot: Boot,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Result<Self, BootError> {
+        let Vmm { child, control, stderr } = vmm;
+        match Self::speak(control, boot, on_event) {
+            Ok((control, agent, agent_end)) => Ok(Self::watch(child, stderr, control, agent, agent_end)),
+            Err(error) => {
+                child.kill();
+                // Its parent's error is the one that counts.
+                let _ = child.reap().await;
+                Err(BootError::Descriptors(error))
+            }
+        }
+    }
 
-        let child = Arc::new(vmm.child);
+    fn speak(
+        control: Channel,
+        boot: Boot,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> io::Result<(Arc<Control>, Agent, impl Future<Output = String> + Send + 'static)> {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let control = Arc::new(Control::new(control)?);
+        let (agent, agent_end) = Agent::start(ours, on_event)?;
+        let (command, descriptors) = boot.into_command(theirs.into());
+        // The socket is empty: this packet need not wait. If the process is gone already, its end
+        // tells more than this failure.
+        if let Err(error) = control.try_send(&command, &descriptors) {
+            log::warn(&format!("boot a virtual machine: {error}"));
+        }
+        Ok((control, agent, agent_end))
+    }
+
+    fn watch(
+        child: Child,
+        stderr: OwnedFd,
+        control: Arc<Control>,
+        agent: Agent,
+        agent_end: impl Future<Output = String> + Send + 'static,
+    ) -> Self {
+        let child = Arc::new(child);
         let shared = Arc::new(Shared {
             streams: Streams::default(),
             console: Mutex::default(),
@@ -140,14 +182,14 @@ impl Machine {
         });
         tokio::spawn({
             let (child, control, shared) = (child.clone(), control.clone(), shared.clone());
-            async move { listen(&shared, &control, &child, vmm.stderr, agent_end).await }
+            async move { listen(&shared, &control, &child, stderr, agent_end).await }
         });
-        Ok(Self {
+        Self {
             agent,
             child,
             control,
             shared,
-        })
+        }
     }
 
     /// Speaks with the guest.

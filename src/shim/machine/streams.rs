@@ -17,8 +17,8 @@ enum Phase {
     Closed,
 }
 
-/// One stream of a process.
-#[derive(Debug)]
+/// One stream of a process. Clones are the same stream.
+#[derive(Debug, Clone)]
 pub(crate) struct Stream {
     port: u32,
     phase: watch::Receiver<Phase>,
@@ -112,7 +112,10 @@ mod tests {
     async fn drained_stream_still_waits_for_its_end() {
         let streams = Streams::default();
         let (mut first, second) = (streams.add(), streams.add());
-        assert_eq!((first.port(), second.port()), (FIRST_STREAM_PORT, FIRST_STREAM_PORT + 1));
+        assert_eq!(
+            (first.port(), second.port()),
+            (FIRST_STREAM_PORT, FIRST_STREAM_PORT + 1)
+        );
 
         streams.drained(first.port());
         first.drained().await;

@@ -1,0 +1,367 @@
+//! What the containers of a pod share on the host: a machine, a file server where directories are
+//! shared with it, and a control group. A container that stands alone is a pod of one.
+
+use std::{
+    fmt::Debug,
+    io,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use nutshell_protocol::{Event, Rootfs};
+use tokio::sync::OnceCell;
+
+use super::{
+    cgroup::ControlGroup,
+    child::Child,
+    configuration::Configuration,
+    log,
+    machine::{Boot, BootError, Ending, Guest, Machine, Slot, Vmm, open_disk, open_kvm},
+    share::{FsProcess, ShareError},
+};
+use crate::{
+    guest,
+    oci::{ContainerId, Placement, Plan, Root, Share, Size},
+    vmm::control::ControlError,
+};
+
+/// How many disks can be given to the members of a pod while it runs.
+const MEMBER_DISKS: u32 = 16;
+
+/// Where machines come from; the tests have another.
+pub(crate) trait Host: Debug + Send + Sync + 'static {
+    /// KVM and the guest's files.
+    fn guest(&self) -> Result<Guest, BootError>;
+    /// A vmm process that waits for its first command. Called on the shim's main thread.
+    fn vmm(&self) -> io::Result<Vmm>;
+}
+
+/// This host.
+#[derive(Debug)]
+pub(crate) struct ThisHost {
+    configuration: Configuration,
+    /// Started before anybody asked: the first machine need not wait for it.
+    early: Mutex<Option<Vmm>>,
+}
+
+impl ThisHost {
+    /// Starts a first vmm process already. To be called on the shim's main thread; needs the runtime.
+    pub(crate) fn new(configuration: Configuration) -> Self {
+        let early = Vmm::spawn()
+            .inspect_err(|error| log::warn(&format!("start the process of a virtual machine early: {error}")))
+            .ok();
+        Self {
+            configuration,
+            early: Mutex::new(early),
+        }
+    }
+}
+
+impl Host for ThisHost {
+    fn guest(&self) -> Result<Guest, BootError> {
+        Ok(Guest {
+            kvm: open_kvm()?,
+            image: guest::image(
+                self.configuration.kernel.as_deref(),
+                self.configuration.initramfs.as_deref(),
+            )?,
+            kernel_arguments: self.configuration.kernel_arguments.clone(),
+        })
+    }
+
+    fn vmm(&self) -> io::Result<Vmm> {
+        match self.early.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(vmm) => Ok(vmm),
+            None => Vmm::spawn(),
+        }
+    }
+}
+
+/// Why a pod cannot be started, or cannot take a container.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PodError {
+    /// No machine.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The machine has ended.
+    #[error("{0}")]
+    Ended(Arc<Ending>),
+    /// The machine does not take a disk.
+    #[error("give a disk to the virtual machine: {0}")]
+    Disk(#[from] ControlError),
+    /// Every slot for a disk is taken.
+    #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS}")]
+    NoSlot,
+    /// No shared directory.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The machine has no file server.
+    #[error("the virtual machine shares no directories with its host")]
+    NotShared,
+    /// The shim itself failed.
+    #[error("the shim failed: {0}")]
+    Shim(String),
+}
+
+/// What a machine is made for.
+#[derive(Debug)]
+pub(crate) struct Needs {
+    size: Size,
+    share: bool,
+    disks: Vec<Slot>,
+    /// Slots that are empty at first.
+    free: Range<u32>,
+    group: Option<ControlGroup>,
+}
+
+impl Needs {
+    /// What `plan` needs: all of it for a container alone, room for any members for a sandbox.
+    pub(crate) fn of(plan: &Plan) -> Result<Self, BootError> {
+        let (share, disks, free) = match (&plan.placement, &plan.root) {
+            (Placement::Sandbox | Placement::Member { .. }, _) => {
+                (true, (0..MEMBER_DISKS).map(|_| Slot::Empty).collect(), 0..MEMBER_DISKS)
+            }
+            (Placement::Single, Root::Share { .. }) => (true, Vec::new(), 0..0),
+            (Placement::Single, Root::Disk { source, read_only, .. }) => {
+                let file = open_disk(source, *read_only)?;
+                let slot = Slot::Filled {
+                    file,
+                    read_only: *read_only,
+                };
+                (!plan.shares.is_empty(), vec![slot], 0..0)
+            }
+        };
+        Ok(Self {
+            size: plan.size,
+            share,
+            disks,
+            free,
+            group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
+        })
+    }
+}
+
+impl Needs {
+    /// The control groups that will be made.
+    pub(crate) fn groups(&self) -> Vec<PathBuf> {
+        self.group.iter().map(|group| group.folder().to_owned()).collect()
+    }
+}
+
+/// A pod.
+#[derive(Debug)]
+pub(crate) struct Pod {
+    number: u64,
+    machine: Machine,
+    files: Mutex<Option<Files>>,
+    group: Option<ControlGroup>,
+    free_slots: Mutex<Range<u32>>,
+    end: OnceCell<()>,
+}
+
+/// The file server, and what is mounted for it.
+#[derive(Debug, Clone)]
+struct Files {
+    server: Arc<FsProcess>,
+    child: Arc<Child>,
+}
+
+impl Pod {
+    /// Starts a machine and returns before it has booted. `on_event` gets the pod's number with each
+    /// event of the agent, and does not block. To be called on the shim's main thread.
+    pub(crate) async fn start(
+        host: &dyn Host,
+        needs: Needs,
+        mut on_event: impl FnMut(u64, Event) + Send + 'static,
+    ) -> Result<Arc<Self>, PodError> {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        let guest = host.guest()?;
+        let vmm = host.vmm().map_err(BootError::Spawn)?;
+        let group = needs.group.inspect(ControlGroup::make);
+        let files = match needs.share.then(Files::start).transpose() {
+            Ok(files) => files,
+            Err(error) => {
+                vmm.discard().await;
+                group.inspect(ControlGroup::remove);
+                return Err(error.into());
+            }
+        };
+        let (files, share) = files.unzip();
+        if let Some(group) = &group {
+            // Before there is any guest memory to count.
+            group.add(vmm.child.pid());
+            files.iter().for_each(|files| group.add(files.child.pid()));
+        }
+        let boot = Boot {
+            guest,
+            size: needs.size,
+            share,
+            disks: needs.disks,
+        };
+        let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
+            Ok(machine) => machine,
+            Err(error) => {
+                if let Some(files) = files {
+                    files.end().await;
+                }
+                group.inspect(ControlGroup::remove);
+                return Err(error.into());
+            }
+        };
+        let pod = Arc::new(Self {
+            number,
+            machine,
+            files: Mutex::new(files.clone()),
+            group,
+            free_slots: Mutex::new(needs.free),
+            end: OnceCell::new(),
+        });
+        if let Some(Files { child, .. }) = files {
+            let pod = Arc::downgrade(&pod);
+            tokio::spawn(async move {
+                if let (Ok(how), Some(pod)) = (child.ended().await, pod.upgrade()) {
+                    pod.machine
+                        .kill(&format!("the file server of the virtual machine {how}"));
+                }
+            });
+        }
+        Ok(pod)
+    }
+
+    /// Tells the pods of this shim apart.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The machine.
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Gives the machine what the container `id` needs of the host's files; says where the guest
+    /// finds its root.
+    pub(crate) async fn attach(
+        &self,
+        id: &ContainerId,
+        bundle: &Path,
+        root: Root,
+        shares: Vec<Share>,
+    ) -> Result<Rootfs, PodError> {
+        let path = format!("{id}/rootfs");
+        let (rootfs, mounts) = match root {
+            Root::Share {
+                mounts,
+                directory,
+                read_only,
+            } => (
+                Rootfs::Share { path: path.clone() },
+                Some((mounts, directory, read_only)),
+            ),
+            Root::Disk {
+                source,
+                filesystem,
+                options,
+                read_only,
+            } => {
+                let slot = self.disk(&source, read_only).await?;
+                let rootfs = Rootfs::Disk {
+                    slot,
+                    filesystem,
+                    options,
+                };
+                (rootfs, None)
+            }
+        };
+        if mounts.is_none() && shares.is_empty() {
+            return Ok(rootfs);
+        }
+        let server = self.files().as_ref().ok_or(PodError::NotShared)?.server.clone();
+        let place = bundle.join("rootfs");
+        // A file system that hangs must not hang the shim.
+        let attached = tokio::task::spawn_blocking(move || {
+            if let Some((mounts, directory, read_only)) = mounts {
+                server.attach_rootfs(&mounts, directory.as_deref(), &place, &path, read_only)?;
+            }
+            shares.iter().try_for_each(|share| server.attach(share))
+        });
+        attached.await.map_err(|error| PodError::Shim(error.to_string()))??;
+        Ok(rootfs)
+    }
+
+    /// The slot of a disk: the one that a machine for one container booted with, or the next.
+    async fn disk(&self, source: &Path, read_only: bool) -> Result<u32, PodError> {
+        let next = {
+            let mut free = self.free_slots.lock().unwrap_or_else(PoisonError::into_inner);
+            if free.end == 0 {
+                return Ok(0);
+            }
+            free.next()
+        };
+        let slot = next.ok_or(PodError::NoSlot)?;
+        let file = open_disk(source, read_only)?;
+        self.machine.fill_disk(slot, read_only, file.as_fd()).await?;
+        Ok(slot)
+    }
+
+    /// Takes back what [`Self::attach`] shared for a container that the guest has forgotten.
+    pub(crate) async fn detach(&self, id: &ContainerId) {
+        let Some(Files { server, .. }) = self.files().clone() else {
+            return;
+        };
+        let path = id.to_string();
+        match tokio::task::spawn_blocking(move || server.detach(&path)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => log::warn(&error.to_string()),
+            Err(error) => log::warn(&format!("stop sharing the files of {id}: {error}")),
+        }
+    }
+
+    /// Ends the machine and all that belongs to it. Nothing of it is left afterwards.
+    pub(crate) async fn end(&self) {
+        self.end
+            .get_or_init(|| async {
+                self.machine.kill("the shim ended it");
+                self.machine.ended().await;
+                let files = self.files().take();
+                if let Some(files) = files {
+                    files.end().await;
+                }
+                if let Some(group) = &self.group {
+                    group.remove();
+                }
+            })
+            .await;
+    }
+
+    fn files(&self) -> MutexGuard<'_, Option<Files>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Files {
+    fn start() -> Result<(Self, OwnedFd), ShareError> {
+        let (server, socket) = FsProcess::spawn()?;
+        let child = Child::from_std(server.child()).map_err(|source| ShareError::Start {
+            step: "watch the process",
+            source,
+        })?;
+        let files = Self {
+            server: Arc::new(server),
+            child: Arc::new(child),
+        };
+        Ok((files, socket))
+    }
+
+    async fn end(self) {
+        self.child.kill();
+        if let Err(error) = self.child.reap().await {
+            log::warn(&format!("wait for the file server: {error}"));
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Create: a container up to, not including, its first instruction.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+
+use containerd_shim_protos::{
+    events::task::{TaskCreate, TaskIO},
+    protobuf::MessageField,
+    types::mount::Mount,
+};
+use nutshell_protocol::{CreateContainer, Request, Rootfs, Stdio};
+
+use super::{CREATE_LIMIT, Container, Role, Tasks, ask};
+use crate::{
+    oci::{self, ContainerId, HostMount, Network, Placement, Plan, PlanError, Root, SourceKind},
+    shim::{
+        error::{Kind, TaskError},
+        holder::{self, Holder, Namespace},
+        log,
+        pod::{Needs, Pod, PodError},
+        process::Process,
+        record::Record,
+        stdio,
+    },
+};
+
+/// What runc's shim says first when a container cannot be created; users search for it.
+const CONTEXT: &str = "OCI runtime create failed";
+
+/// A container to create.
+#[derive(Debug)]
+pub(crate) struct CreateRequest {
+    /// Its id.
+    pub(crate) id: ContainerId,
+    /// Its folder.
+    pub(crate) bundle: PathBuf,
+    /// The mounts of its snapshot.
+    pub(crate) rootfs: Vec<HostMount>,
+    /// Its standard streams.
+    pub(crate) stdio: stdio::Request,
+}
+
+/// An id that no other container can have, until this is dropped.
+struct Reservation<'a> {
+    tasks: &'a Tasks,
+    id: &'a ContainerId,
+    kept: bool,
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            let mut table = self.tasks.table();
+            table.taken.remove(self.id);
+            if let Some(container) = table.containers.remove(self.id) {
+                container.init.lifecycle.abandoned();
+                container.init.release();
+            }
+        }
+    }
+}
+
+impl Tasks {
+    /// Creates a container and returns its pid. A failure leaves nothing.
+    pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
+        let mut reservation = self.reserve(&request.id)?;
+        let plan = self.plan(&request)?;
+        for warning in &plan.warnings {
+            log::warn(&format!("task {}: {warning}", request.id));
+        }
+        let container = match plan.placement.clone() {
+            Placement::Single | Placement::Sandbox => {
+                let pod = self.start_pod(&request, &plan).await.map_err(failed)?;
+                let container = match plan.placement {
+                    Placement::Sandbox => self.sandbox(&request, &plan, &pod),
+                    _ => self.populate(&request, plan, &pod).await,
+                };
+                match container {
+                    Ok(container) => container,
+                    Err(error) => {
+                        pod.end().await;
+                        return Err(error.during(CONTEXT));
+                    }
+                }
+            }
+            Placement::Member { sandbox } => {
+                let pod = self.pod_of(&sandbox)?;
+                match self.populate(&request, plan, &pod).await {
+                    Ok(container) => container,
+                    Err(error) => {
+                        pod.detach(&request.id).await;
+                        return Err(error.during(CONTEXT));
+                    }
+                }
+            }
+        };
+        self.follow_holder(&container, &container.init);
+        self.events.publish(&event(&request, container.init.pid()));
+        container.init.lifecycle.created();
+        reservation.kept = true;
+        Ok(container.init.pid())
+    }
+
+    fn reserve<'a>(&'a self, id: &'a ContainerId) -> Result<Reservation<'a>, TaskError> {
+        if *self.stopping.borrow() {
+            return Err(TaskError::new(Kind::Unavailable, "the shim is shutting down"));
+        }
+        if !self.table().taken.insert(id.clone()) {
+            return Err(TaskError::new(Kind::AlreadyExists, format!("task {id} already exists")));
+        }
+        Ok(Reservation {
+            tasks: self,
+            id,
+            kept: false,
+        })
+    }
+
+    fn plan(&self, request: &CreateRequest) -> Result<Plan, TaskError> {
+        oci::plan(
+            &request.bundle,
+            &request.id,
+            &request.rootfs,
+            &self.configuration.sizing,
+            &SourceKind::of,
+        )
+        .map_err(|error| {
+            let kind = match error {
+                PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => {
+                    Kind::InvalidArgument
+                }
+                _ => Kind::Unknown,
+            };
+            TaskError::new(kind, error.to_string()).during(CONTEXT)
+        })
+    }
+
+    async fn start_pod(self: &Arc<Self>, request: &CreateRequest, plan: &Plan) -> Result<Arc<Pod>, PodError> {
+        let needs = Needs::of(plan)?;
+        let record = Record {
+            cgroups: needs.groups(),
+            ..Record::default()
+        };
+        if let Err(error) = record.store(&request.bundle) {
+            log::warn(&format!("task {}: {error}", request.id));
+        }
+        let tasks = Arc::downgrade(self);
+        let pod = Pod::start(self.host.as_ref(), needs, move |pod, event| {
+            if let Some(tasks) = tasks.upgrade() {
+                tasks.on_event(pod, event);
+            }
+        })
+        .await?;
+        self.follow_machine(&pod);
+        Ok(pod)
+    }
+
+    fn pod_of(&self, sandbox: &str) -> Result<Arc<Pod>, TaskError> {
+        let container = self.container(sandbox).map_err(|_| {
+            let text = format!("sandbox {sandbox} is not in this shim");
+            TaskError::new(Kind::FailedPrecondition, text).during(CONTEXT)
+        })?;
+        if container.role == Role::Sandbox {
+            Ok(container.pod.clone())
+        } else {
+            let text = format!("task {sandbox} is not a sandbox");
+            Err(TaskError::new(Kind::FailedPrecondition, text).during(CONTEXT))
+        }
+    }
+
+    /// A sandbox is a pid on the host. Its machine boots meanwhile, for the members to come.
+    fn sandbox(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: &Plan,
+        pod: &Arc<Pod>,
+    ) -> Result<Arc<Container>, TaskError> {
+        let container = self.enter(request, Role::Sandbox, pod);
+        container.init.hold(hold(&plan.network)?);
+        let (pod, limit) = (pod.clone(), self.configuration.ready_timeout);
+        tokio::spawn(async move {
+            if let Err(ending) = pod.machine().ready(limit).await {
+                log::error(&format!("the machine of a pod did not start: {ending}"));
+            }
+        });
+        Ok(container)
+    }
+
+    /// Creates a container in a machine that may be booting still.
+    async fn populate(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: Plan,
+        pod: &Arc<Pod>,
+    ) -> Result<Arc<Container>, TaskError> {
+        let role = match (&plan.placement, &plan.root) {
+            (Placement::Single, Root::Disk { read_only, .. }) => Role::Alone {
+                writes_disk: !read_only,
+            },
+            (Placement::Single, Root::Share { .. }) => Role::Alone { writes_disk: false },
+            _ => Role::Member,
+        };
+        let container = self.enter(request, role, pod);
+        let (root, shares) = (plan.root, plan.shares);
+        // All of this while the guest boots; both to their end, so that nothing is still under way
+        // when a failure is cleaned up.
+        let (rootfs, streams) = tokio::join!(
+            pod.attach(&request.id, &request.bundle, root, shares),
+            prepare(&request.stdio, &plan.network, plan.console_size, pod, &container.init),
+        );
+        let created = async {
+            let rootfs = rootfs.map_err(|error| TaskError::unknown(error.to_string()))?;
+            let stdio = streams?;
+            let ready = pod.machine().ready(self.configuration.ready_timeout).await;
+            let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
+            log::debug(&format!(
+                "machine {}: agent {} on Linux {}",
+                pod.machine().pid(),
+                ready.version,
+                ready.kernel
+            ));
+            create_in_guest(request, plan.spec, rootfs, stdio, pod).await
+        };
+        match created.await {
+            Ok(guest_pid) => {
+                container.init.set_guest_pid(guest_pid);
+                Ok(container)
+            }
+            Err(error) => {
+                container.init.close_streams(pod.machine()).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Enters the container into the table, where events about it find it.
+    fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>) -> Arc<Container> {
+        let container = Arc::new(Container {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            role,
+            pod: pod.clone(),
+            init: Arc::new(Process::init(request.stdio.clone())),
+            execs: Mutex::default(),
+        });
+        self.table().containers.insert(request.id.clone(), container.clone());
+        container
+    }
+}
+
+/// Opens what the process has on the host and hands its streams to the machine.
+async fn prepare(
+    request: &stdio::Request,
+    network: &Network,
+    size: Option<(u16, u16)>,
+    pod: &Pod,
+    process: &Process,
+) -> Result<Stdio, TaskError> {
+    let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string());
+    let opened = request.open().map_err(failed)?;
+    process.hold(hold(network)?);
+    let (standard, stdio) = opened.connect(pod.machine(), size).await.map_err(failed)?;
+    process.set_standard(standard);
+    Ok(stdio)
+}
+
+async fn create_in_guest(
+    request: &CreateRequest,
+    spec: Vec<u8>,
+    rootfs: Rootfs,
+    stdio: Stdio,
+    pod: &Pod,
+) -> Result<u32, TaskError> {
+    let create = Request::CreateContainer(CreateContainer {
+        container: request.id.to_string(),
+        spec,
+        rootfs,
+        stdio,
+    });
+    ask(pod, CREATE_LIMIT, pod.machine().agent().create(create))
+        .await
+        .map_err(|error| {
+            // "Not found" would be read as "the task is gone".
+            let kind = match error.kind() {
+                Kind::InvalidArgument => Kind::InvalidArgument,
+                _ => Kind::Unknown,
+            };
+            TaskError::new(kind, error.to_string()).during("unable to start container process")
+        })
+}
+
+/// A pid on the host, in the network namespace that the spec asks for.
+fn hold(network: &Network) -> Result<Arc<Holder>, TaskError> {
+    let namespace =
+        match network {
+            Network::Host => Namespace::Inherited,
+            Network::Loopback => Namespace::New,
+            Network::Namespace(path) => Namespace::Join(holder::open_namespace(path).map_err(|error| {
+                TaskError::unknown(format!("open the network namespace {}: {error}", path.display()))
+            })?),
+        };
+    match Holder::spawn(&namespace) {
+        Ok(holder) => Ok(Arc::new(holder)),
+        Err(error) => Err(TaskError::unknown(format!("make a pid for the container: {error}"))),
+    }
+}
+
+fn failed(error: PodError) -> TaskError {
+    TaskError::unknown(error.to_string()).during(CONTEXT)
+}
+
+fn event(request: &CreateRequest, pid: u32) -> TaskCreate {
+    let mount = |mount: &HostMount| Mount {
+        type_: mount.kind.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+        ..Mount::default()
+    };
+    TaskCreate {
+        container_id: request.id.to_string(),
+        bundle: request.bundle.display().to_string(),
+        rootfs: request.rootfs.iter().map(mount).collect(),
+        io: MessageField::some(TaskIO {
+            stdin: request.stdio.stdin.clone(),
+            stdout: request.stdio.stdout.clone(),
+            stderr: request.stdio.stderr.clone(),
+            terminal: request.stdio.terminal,
+            ..TaskIO::default()
+        }),
+        pid,
+        ..TaskCreate::default()
+    }
+}

@@ -1,0 +1,161 @@
+//! Delete: forget a process that has ended, with everything that it has on this host.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
+use nutshell_protocol::Request;
+
+use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks};
+use crate::shim::{
+    error::{Kind, TaskError},
+    events::timestamp,
+    lifecycle::{Deletion, Exit, Phase},
+    log,
+    process::Process,
+};
+
+/// How long the guest may take to write back its disks, before the machine is ended.
+const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is left of a process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Deleted {
+    /// The pid that it had on this host.
+    pub(crate) pid: u32,
+    /// How it ended.
+    pub(crate) exit: Exit,
+}
+
+impl Tasks {
+    /// Deletes the container `id`, or its exec `exec`.
+    pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<Deleted, TaskError> {
+        let (container, process) = self.process(id, exec)?;
+        let pid = process.pid();
+        if process.lifecycle.phase() == Phase::Created {
+            self.end_unstarted(&container, &process).await?;
+        }
+        let exit = match process.lifecycle.begin_deletion()? {
+            Deletion::Begun(exit) => exit,
+            // The same call again, because its client gave up waiting.
+            Deletion::UnderWay => match process.lifecycle.settled().await {
+                Phase::Deleted(exit) => return Ok(Deleted { pid, exit }),
+                _ => return Err(TaskError::unknown(format!("another deletion of task {id} failed"))),
+            },
+        };
+        if exec.is_empty() {
+            self.forget(&container).await;
+            self.events.publish(&TaskDelete {
+                container_id: id.to_owned(),
+                pid,
+                exit_status: exit.status,
+                exited_at: MessageField::some(timestamp(exit.at)),
+                ..TaskDelete::default()
+            });
+            {
+                let mut table = self.table();
+                table.containers.remove(&container.id);
+                table.taken.remove(&container.id);
+            }
+        } else {
+            finish_streams(&container, &process).await;
+            process.release();
+            container.execs().remove(exec);
+        }
+        process.lifecycle.deleted();
+        Ok(Deleted { pid, exit })
+    }
+
+    /// A container that was never started is killed; an exec that was never started is just dropped.
+    async fn end_unstarted(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+    ) -> Result<(), TaskError> {
+        if process.exec.is_some() {
+            // Nobody can have seen it run: nothing is announced.
+            process.lifecycle.exited(Exit::now(0), || {}).await;
+            return Ok(());
+        }
+        match self
+            .kill_process(container, process, super::control::SIGKILL, true)
+            .await
+        {
+            Err(error) if error.kind() != Kind::NotFound => return Err(error),
+            _ => {}
+        }
+        let ended = tokio::time::timeout(DRAIN_LIMIT, process.lifecycle.exit());
+        if ended.await.is_err() {
+            container
+                .pod
+                .machine()
+                .kill("the guest did not report the end of a container that was killed");
+            process.lifecycle.exit().await;
+        }
+        Ok(())
+    }
+
+    /// Takes back everything that a container has on this host.
+    async fn forget(&self, container: &Container) {
+        match container.role {
+            Role::Alone { writes_disk } => {
+                finish_streams(container, &container.init).await;
+                if writes_disk {
+                    write_back(container).await;
+                }
+                container.pod.end().await;
+            }
+            Role::Sandbox => container.pod.end().await,
+            Role::Member => {
+                finish_streams(container, &container.init).await;
+                remove_from_guest(container).await;
+                container.pod.detach(&container.id).await;
+            }
+        }
+        for exec in container.all_execs() {
+            exec.release();
+        }
+        container.init.release();
+    }
+}
+
+/// Waits until readers have all output, and closes the streams. Whoever still holds an output open
+/// (a grandchild in a pid namespace of its own) has had its time then.
+async fn finish_streams(container: &Container, process: &Process) {
+    let Some(standard) = process.standard() else { return };
+    let machine = container.pod.machine();
+    if !standard.finished(Duration::ZERO).await {
+        if process.exec.is_none() {
+            remove_from_guest(container).await;
+        }
+        standard.finished(DRAIN_LIMIT).await;
+    }
+    process.close_streams(machine).await;
+}
+
+/// Has the guest kill what is left of a container and forget it. Once it is forgotten, a second call
+/// changes nothing.
+async fn remove_from_guest(container: &Container) {
+    let delete = Request::DeleteContainer {
+        container: container.id.to_string(),
+    };
+    let machine = container.pod.machine();
+    match container.ask(ANSWER_LIMIT, machine.agent().run(delete)).await {
+        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::FailedPrecondition) => {
+            log::warn(&format!("task {}: remove it from the guest: {error}", container.id));
+        }
+        _ => {}
+    }
+}
+
+async fn write_back(container: &Container) {
+    let machine = container.pod.machine();
+    if let Err(error) = container
+        .ask(WRITE_BACK_LIMIT, machine.agent().run(Request::Shutdown))
+        .await
+    {
+        log::error(&format!(
+            "task {}: its disk may lack the last writes: {error}",
+            container.id
+        ));
+    }
+}

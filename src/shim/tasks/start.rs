@@ -1,0 +1,165 @@
+//! Start, and Exec, which adds a process to be started.
+
+use std::sync::Arc;
+
+use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
+use nutshell_protocol::{Request, StartExec};
+
+use super::{ANSWER_LIMIT, CREATE_LIMIT, Container, Role, Tasks};
+use crate::{
+    oci::ContainerId,
+    shim::{
+        error::{Kind, TaskError},
+        holder::{Holder, Namespace},
+        lifecycle::{Exit, Phase, UNKNOWN_STATUS},
+        process::Process,
+        stdio,
+    },
+};
+
+/// What runc's shim says first; users search for it.
+const START_CONTEXT: &str = "OCI runtime start failed";
+const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
+
+/// A process to add to a container.
+#[derive(Debug)]
+pub(crate) struct ExecRequest {
+    /// Its id, unique in the container.
+    pub(crate) exec: String,
+    /// OCI `Process` as JSON.
+    pub(crate) spec: Vec<u8>,
+    /// Its standard streams.
+    pub(crate) stdio: stdio::Request,
+}
+
+impl Tasks {
+    /// Adds a process to the container `id`, to be started.
+    pub(crate) fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
+        let container = self.container(id)?;
+        // The guest gets the id: it must be one path component.
+        if let Err(error) = request.exec.parse::<ContainerId>() {
+            return Err(TaskError::new(Kind::InvalidArgument, format!("exec id: {error}")));
+        }
+        match container.init.lifecycle.phase() {
+            Phase::Created | Phase::Starting | Phase::Running => {}
+            Phase::Paused => return Err(refused("cannot exec in a paused container")),
+            _ => return Err(refused("cannot exec in a stopped container")),
+        }
+        if container.role == Role::Sandbox {
+            return Err(TaskError::new(
+                Kind::Unimplemented,
+                "a sandbox has no process of its own in the virtual machine: exec in one of the pod's containers",
+            ));
+        }
+        let mut execs = container.execs();
+        if execs.contains_key(&request.exec) {
+            let text = format!("exec {} of task {id} already exists", request.exec);
+            return Err(TaskError::new(Kind::AlreadyExists, text));
+        }
+        let process = Process::exec(request.exec.clone(), request.stdio, request.spec);
+        execs.insert(request.exec.clone(), Arc::new(process));
+        drop(execs);
+        self.events.publish(&TaskExecAdded {
+            container_id: id.to_owned(),
+            exec_id: request.exec,
+            ..TaskExecAdded::default()
+        });
+        Ok(())
+    }
+
+    /// Starts the container `id`, or its exec `exec`, and returns the process's pid.
+    pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, TaskError> {
+        let (container, process) = self.process(id, exec)?;
+        process.lifecycle.begin_start()?;
+        if exec.is_empty() {
+            self.start_init(&container).await
+        } else {
+            self.start_exec(&container, &process, exec).await
+        }
+    }
+
+    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+        let init = &container.init;
+        if container.role != Role::Sandbox {
+            let start = Request::StartContainer {
+                container: container.id.to_string(),
+            };
+            let agent = container.pod.machine().agent();
+            if let Err(error) = container.ask(ANSWER_LIMIT, agent.run(start)).await {
+                init.lifecycle.start_failed(None);
+                return Err(not_gone(error).during(START_CONTEXT));
+            }
+        }
+        self.events.publish(&TaskStart {
+            container_id: container.id.to_string(),
+            pid: init.pid(),
+            ..TaskStart::default()
+        });
+        init.lifecycle.started();
+        Ok(init.pid())
+    }
+
+    async fn start_exec(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+        exec: &str,
+    ) -> Result<u32, TaskError> {
+        match run_exec(container, process, exec).await {
+            Ok(guest_pid) => {
+                process.set_guest_pid(guest_pid);
+                self.follow_holder(container, process);
+                self.events.publish(&TaskExecStarted {
+                    container_id: container.id.to_string(),
+                    exec_id: exec.to_owned(),
+                    pid: process.pid(),
+                    ..TaskExecStarted::default()
+                });
+                process.lifecycle.started();
+                Ok(process.pid())
+            }
+            Err(error) => {
+                process.close_streams(container.pod.machine()).await;
+                process.release();
+                process.lifecycle.start_failed(Some(Exit::now(UNKNOWN_STATUS)));
+                Err(not_gone(error))
+            }
+        }
+    }
+}
+
+async fn run_exec(container: &Container, process: &Process, exec: &str) -> Result<u32, TaskError> {
+    if !container.init.is_running() {
+        return Err(refused("cannot exec in a stopped container"));
+    }
+    let machine = container.pod.machine();
+    let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT);
+    let opened = process.request.open().map_err(failed)?;
+    let holder = Holder::spawn(&Namespace::Inherited)
+        .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;
+    process.hold(Arc::new(holder));
+    let (standard, stdio) = opened.connect(machine, process.size()).await.map_err(failed)?;
+    process.set_standard(standard);
+    let start = Request::StartExec(StartExec {
+        container: container.id.to_string(),
+        exec: exec.to_owned(),
+        process: process.take_spec(),
+        stdio,
+    });
+    container
+        .ask(CREATE_LIMIT, machine.agent().create(start))
+        .await
+        .map_err(|error| error.during(EXEC_CONTEXT))
+}
+
+fn refused(text: &str) -> TaskError {
+    TaskError::new(Kind::FailedPrecondition, text)
+}
+
+/// "Not found" would be read as "the task is gone": here it is something that the process needs.
+fn not_gone(error: TaskError) -> TaskError {
+    match error.kind() {
+        Kind::NotFound => TaskError::unknown(error.to_string()),
+        _ => error,
+    }
+}
