@@ -1,0 +1,259 @@
+# What a single container does, on whatever containerd and snapshotter the suite has started. To be
+# sourced by tests/suites/*.sh, after tests/lab/test.bash.
+#
+# $snapshotter and $image (a name below localhost/) say what the cases run on.
+
+snapshotter=overlayfs
+image=busybox
+serial=0
+
+# nutshell NAME [CTR-OPTION...] -- COMMAND...: `ctr run` of a new container.
+nutshell() {
+  local name=$1 options=()
+  shift
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  ctr run --snapshotter "$snapshotter" --runtime "$runtime" "${options[@]}" "localhost/$image:latest" "$name" "$@"
+}
+
+# A name that no other case has.
+new_name() {
+  serial=$((serial + 1))
+  name=case-$BASHPID-$serial
+}
+
+# wait_for_task NAME STATUS: returns once `ctr task ls` shows it. Bounded by tries, each a round trip.
+wait_for_task() {
+  local try
+  for try in {1..100}; do
+    [[ $(ctr task ls) != *"$1"*"$2"* ]] || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "$1 is not $2:" >&2
+  ctr task ls >&2
+  return 1
+}
+
+# The pids of nutshell's processes whose name is $1 (vmm, fs) or, for shim, the executable's.
+pids_of() {
+  local stat pid rest name
+  case $1 in
+    shim) name=containerd-shim ;;
+    *) name=nutshell-$1 ;;
+  esac
+  for stat in /proc/[0-9]*/stat; do
+    { read -r pid rest <"$stat"; } 2>/dev/null || continue
+    [[ $rest != "($name"* ]] || echo "$pid"
+  done
+}
+
+# remove NAME: deletes a task and its container, whatever state they are in.
+remove() {
+  ctr task delete --force "$1" >/dev/null 2>&1 || true
+  ctr container delete "$1"
+}
+
+guest_kernel_answers() {
+  new_name
+  local release
+  release=$(nutshell "$name" --rm -- uname -r)
+  assert_contains "$release" nutshell
+}
+
+stdout_and_stderr_stay_apart() {
+  new_name
+  nutshell "$name" --rm -- sh -c 'echo out; echo err >&2' >/run/tmp/out 2>/run/tmp/err
+  assert_equal out "$(</run/tmp/out)"
+  assert_equal err "$(</run/tmp/err)"
+  rm /run/tmp/out /run/tmp/err
+}
+
+exit_status_is_exact() {
+  local status
+  for status in 0 1 42 127 255; do
+    new_name
+    assert_status "$status" nutshell "$name" --rm -- sh -c "exit $status"
+  done
+}
+
+killed_init_reports_137() {
+  new_name
+  assert_status 137 nutshell "$name" --rm -- sh -c 'kill -9 $$; (kill -9 1); sleep 1000' &
+  local client=$!
+  wait_for_task "$name" RUNNING
+  ctr task kill --signal SIGKILL "$name"
+  wait "$client"
+}
+
+terminated_init_reports_143() {
+  new_name
+  nutshell "$name" --rm -- sh -c 'trap "exit 143" TERM; echo ready; while :; do sleep 1; done' >/run/tmp/out &
+  local client=$!
+  wait_for_output ready
+  ctr task kill --signal SIGTERM "$name"
+  assert_status 143 wait "$client"
+  rm /run/tmp/out
+}
+
+# wait_for_output TEXT: until /run/tmp/out has it.
+wait_for_output() {
+  local try
+  for try in {1..300}; do
+    ! grep -q -- "$1" /run/tmp/out 2>/dev/null || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "no '$1' in the output:" >&2
+  cat /run/tmp/out >&2
+  return 1
+}
+
+detached_container_is_listed_executed_in_killed_and_deleted() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  assert_contains "$(ctr task ls)" RUNNING
+  assert_contains "$(ctr task ps "$name")" PID
+  assert_equal "inside as 0" "$(ctr task exec --exec-id one "$name" sh -c 'echo inside as $(id -u)')"
+  assert_status 7 ctr task exec --exec-id two "$name" sh -c 'exit 7'
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  assert_status 137 ctr task delete "$name"
+  ctr container delete "$name"
+}
+
+executed_process_killed_by_a_signal_reports_128_and_its_number() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  assert_status 143 ctr task exec --exec-id term "$name" sh -c 'kill -TERM $$'
+  assert_status 137 ctr task exec --exec-id kill "$name" sh -c 'kill -KILL $$'
+  remove "$name"
+}
+
+command_that_does_not_exist_fails_in_runcs_words() {
+  new_name
+  local output
+  ! output=$(nutshell "$name" --rm -- no-such-command 2>&1) || return 1
+  assert_contains "$output" 'exec: "no-such-command": executable file not found in $PATH'
+  new_name
+  ! output=$(nutshell "$name" --rm -- /no/such/command 2>&1) || return 1
+  assert_contains "$output" 'exec: "/no/such/command": stat /no/such/command: no such file or directory'
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  ! output=$(ctr task exec --exec-id one "$name" no-such-command 2>&1) || return 1
+  assert_contains "$output" 'exec: "no-such-command": executable file not found in $PATH'
+  remove "$name"
+}
+
+terminal_is_one() {
+  new_name
+  # script(1) gives ctr the terminal that it wants.
+  script -qec "ctr run --rm --tty --snapshotter $snapshotter --runtime $runtime localhost/$image:latest $name \
+    sh -c 'test -t 0 && test -t 1 && test -t 2 && stty size && tty'" /dev/null </dev/null >/run/tmp/out
+  assert_contains "$(</run/tmp/out)" /dev/pts/
+  rm /run/tmp/out
+}
+
+stdin_comes_back_unharmed() {
+  new_name
+  head -c $((100 << 20)) /dev/urandom >/run/tmp/in
+  nutshell "$name" --rm -- cat </run/tmp/in >/run/tmp/out
+  assert_equal "$(sha256sum </run/tmp/in)" "$(sha256sum </run/tmp/out)"
+  rm /run/tmp/in /run/tmp/out
+}
+
+twenty_start_together() {
+  local number clients=() failed=0
+  for number in {1..20}; do
+    nutshell "together-$BASHPID-$number" --rm -- sh -c "echo $number; exit $number" >"/run/tmp/out.$number" 2>&1 &
+    clients+=($!)
+  done
+  for number in {1..20}; do
+    assert_status "$number" wait "${clients[number - 1]}" || failed=1
+    assert_equal "$number" "$(<"/run/tmp/out.$number")" || failed=1
+    rm "/run/tmp/out.$number"
+  done
+  return "$failed"
+}
+
+settings_of_the_process_reach_it() {
+  new_name
+  local output
+  output=$(nutshell "$name" --rm --env A=b --cwd /tmp --user 1234:5678 --hostname shell --read-only \
+    --memory-limit $((64 << 20)) -- sh -c \
+    'echo $A $(pwd) $(id -u):$(id -g) $(hostname); touch /x 2>&1; cat /sys/fs/cgroup/memory.max')
+  assert_contains "$output" "b /tmp 1234:5678 shell"
+  assert_contains "$output" "Read-only file system"
+  assert_contains "$output" "$((64 << 20))"
+}
+
+machine_processes_are_confined() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local shim vmm fs
+  shim=$(pids_of shim) vmm=$(pids_of vmm) fs=$(pids_of fs)
+  local pid line
+  for pid in $vmm $fs; do
+    local uid capabilities
+    uid=$(awk '/^Uid:/ { print $2 }' "/proc/$pid/status")
+    ((uid > 65535)) || { echo "process $pid runs as uid $uid" >&2; return 1; }
+    [[ $(readlink "/proc/$pid/ns/mnt") != "$(readlink /proc/self/ns/mnt)" ]]
+    [[ $(readlink "/proc/$pid/ns/net") != "$(readlink /proc/self/ns/net)" ]]
+    assert_equal 1 "$(awk '/^NoNewPrivs:/ { print $2 }' "/proc/$pid/status")"
+    while read -r line; do
+      case $pid:$line in
+        "$fs":CapPrm:* | "$fs":CapEff:*)
+          # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP.
+          capabilities=$((0x${line##*[[:space:]]}))
+          ((capabilities == (1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31))) || { echo "fs: $line" >&2; return 1; }
+          ;;
+        *) assert_equal 0 "$((0x${line##*[[:space:]]}))" ;;
+      esac
+    done < <(grep '^Cap' "/proc/$pid/status")
+  done
+  [[ -n $shim && -n $vmm && -n $fs ]]
+  remove "$name"
+}
+
+# killed_process_ends_the_container WHAT
+killed_process_ends_the_container() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local pid
+  pid=$(pids_of "$1")
+  [[ -n $pid ]]
+  ctr events >/run/tmp/out &
+  local listener=$!
+  kill -9 "$pid"
+  wait_for_task "$name" STOPPED || wait_for_output /tasks/exit
+  wait_for_output /tasks/exit
+  kill "$listener"
+  wait "$listener" || true
+  rm /run/tmp/out
+  remove "$name"
+}
+
+killed_agent_ends_the_container() {
+  new_name
+  # The agent is the guest's PID 1; sysrq is off, and only a fault in it can end it. A process of the
+  # guest's first pid namespace may not signal it, so the machine is told to end from outside: a
+  # container with all rights in the guest asks the kernel to restart.
+  nutshell "$name" -d --privileged -- sh -c 'sleep 2; reboot -f || echo b >/proc/sysrq-trigger; sleep 1000'
+  wait_for_task "$name" STOPPED
+  remove "$name"
+}
+
+all_cases() {
+  check "$1: the guest's kernel answers" guest_kernel_answers
+  check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
+  check "$1: exit status is exact" exit_status_is_exact
+  check "$1: killed init reports 137" killed_init_reports_137
+  check "$1: terminated init reports 143" terminated_init_reports_143
+  check "$1: detached container is listed, executed in, killed and deleted" \
+    detached_container_is_listed_executed_in_killed_and_deleted
+  check "$1: executed process killed by a signal reports 128 and its number" \
+    executed_process_killed_by_a_signal_reports_128_and_its_number
+  check "$1: command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words
+  check "$1: settings of the process reach it" settings_of_the_process_reach_it
+}
