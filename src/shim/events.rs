@@ -6,6 +6,9 @@
 use std::{
     collections::VecDeque,
     future::Future,
+    io::{self, Write},
+    path::PathBuf,
+    process::{Command, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -16,7 +19,7 @@ use containerd_shim_protos::{
         TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
     },
     protobuf::{
-        MessageField, MessageFull,
+        Message, MessageField, MessageFull,
         well_known_types::{any::Any, timestamp::Timestamp},
     },
     shim::event::Envelope,
@@ -26,7 +29,10 @@ use containerd_shim_protos::{
 };
 use tokio::{net::UnixStream, sync::Notify};
 
-use super::log;
+use super::{
+    child::{Child, Ended},
+    log,
+};
 
 /// The most events that wait while containerd is away; the oldest goes first.
 const CAPACITY: usize = 2048;
@@ -262,14 +268,53 @@ impl Forward for Containerd {
     }
 }
 
-/// Where events go if containerd named no place for them.
+/// containerd's own program, which publishes one event each time it is run: for a containerd that
+/// named no socket.
+#[derive(Debug)]
+pub(crate) struct Publisher {
+    /// The program.
+    pub(crate) program: PathBuf,
+    /// containerd's gRPC socket.
+    pub(crate) address: String,
+}
+
+impl Forward for Publisher {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+        let failed = |error: io::Error| format!("{}: {error}", self.program.display());
+        let event = envelope.event.write_to_bytes().map_err(|error| error.to_string())?;
+        let (reader, mut writer) = io::pipe().map_err(failed)?;
+        let child = Command::new(&self.program)
+            .args(["--address", &self.address, "publish", "--topic", &envelope.topic])
+            .args(["--namespace", &envelope.namespace])
+            .stdin(reader)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .and_then(|child| Child::from_std(&child))
+            .map_err(failed)?;
+        // An event is far smaller than a pipe, so this does not wait.
+        writer.write_all(&event).map_err(failed)?;
+        drop(writer);
+        match tokio::time::timeout(FORWARD_TIMEOUT, child.reap()).await {
+            Ok(Ok(Ended::Exited(0))) => Ok(()),
+            Ok(Ok(how)) => Err(format!("{} {how}", self.program.display())),
+            Ok(Err(error)) => Err(failed(error)),
+            Err(_) => {
+                child.kill_and_reap();
+                Err(format!("{} did not end in time", self.program.display()))
+            }
+        }
+    }
+}
+
+/// Nowhere: containerd named no way at all.
 #[derive(Debug)]
 pub(crate) struct Nowhere;
 
 impl Forward for Nowhere {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
         log::warn(&format!(
-            "containerd gave no TTRPC_ADDRESS: an event of {} is lost",
+            "containerd named no way to publish events: one of {} is lost",
             envelope.topic
         ));
         Ok(())
@@ -292,10 +337,7 @@ pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::{
-        protobuf::Message,
-        shim_async::{Events, create_events},
-    };
+    use containerd_shim_protos::shim_async::{Events, create_events};
     use tokio::sync::mpsc;
 
     use super::*;
@@ -397,6 +439,30 @@ mod tests {
     #[test]
     fn type_names_have_no_prefix() {
         assert_eq!(any::<TaskExit>(Vec::new()).type_url, "containerd.events.TaskExit");
+    }
+
+    #[tokio::test]
+    async fn program_gets_the_event_on_its_standard_input() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let folder = tempfile::tempdir().unwrap();
+        let (program, out) = (folder.path().join("publish"), folder.path().join("out"));
+        std::fs::write(
+            &program,
+            format!("#!/bin/sh\necho \"$@\" > {0}; cat >> {0}\n", out.display()),
+        )
+        .unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let address = "/run/containerd/containerd.sock".to_owned();
+        let queue = EventQueue::start("default", Publisher { program, address });
+
+        queue.publish(&start_of("a"));
+        queue.flush(Duration::from_secs(20)).await;
+
+        let text = std::fs::read(out).unwrap();
+        let expected = b"--address /run/containerd/containerd.sock publish --topic /tasks/start --namespace default\n";
+        let event = Any::parse_from_bytes(text.strip_prefix(expected).unwrap()).unwrap();
+        assert_eq!(event.type_url, "containerd.events.TaskStart");
     }
 
     /// What a server saw, in order.

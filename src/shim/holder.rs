@@ -213,7 +213,7 @@ fn prepare(orders: &Orders) -> Result<(), u8> {
         libc::SYS_prctl,
         [register(libc::PR_SET_PDEATHSIG), register(libc::SIGKILL), 0, 0],
     ))?;
-    if system_call(libc::SYS_getppid, [0; 4]) != orders.parent as isize {
+    if system_call(libc::SYS_getppid, [0; 4]) != i64::from(orders.parent) {
         return Err(ERRNO_ORPHANED);
     }
     let name = c"nutshell-holder".as_ptr().addr();
@@ -257,7 +257,7 @@ fn say(report: RawFd, errno: u8) {
     system_call(libc::SYS_write, [register(report), ptr::from_ref(&errno).addr(), 1, 0]);
 }
 
-fn check(result: isize) -> Result<(), u8> {
+fn check(result: i64) -> Result<(), u8> {
     if result < 0 {
         Err(u8::try_from(-result).unwrap_or(u8::MAX))
     } else {
@@ -272,14 +272,14 @@ fn register(value: libc::c_int) -> usize {
 
 /// One system call with at most four arguments. Returns what the kernel does: a negative errno on
 /// failure. Only for the calls above, whose pointers are to living values of the right size.
-fn system_call(number: libc::c_long, arguments: [usize; 4]) -> isize {
+fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
     let result;
     // SAFETY: the x86-64 system call convention: number and result in rax, rcx and r11 clobbered.
     // The calls that are made write no memory of this process.
     unsafe {
         std::arch::asm!(
             "syscall",
-            inlateout("rax") number as isize => result,
+            inlateout("rax") number => result,
             in("rdi") arguments[0],
             in("rsi") arguments[1],
             in("rdx") arguments[2],

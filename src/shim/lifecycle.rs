@@ -83,9 +83,9 @@ pub(crate) struct WrongPhase {
 /// Who may delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deletion {
-    /// The caller, who calls [`Lifecycle::deleted`] or [`Lifecycle::deletion_failed`] afterwards.
+    /// The caller, who calls [`Lifecycle::deleted`] afterwards.
     Begun(Exit),
-    /// Somebody else is at it: the caller waits for [`Lifecycle::settled`].
+    /// Somebody else is at it: the caller waits for [`Lifecycle::deletion`].
     UnderWay,
 }
 
@@ -207,14 +207,6 @@ impl Lifecycle {
         });
     }
 
-    /// Deleting → stopped: another try may follow.
-    pub(crate) fn deletion_failed(&self) {
-        self.step(|phase| match phase {
-            Phase::Deleting(exit) => Some(Phase::Stopped(exit)),
-            _ => None,
-        });
-    }
-
     /// Waits for the process's end.
     pub(crate) async fn exit(&self) -> Exit {
         loop {
@@ -224,10 +216,10 @@ impl Lifecycle {
         }
     }
 
-    /// Waits until nothing is under way.
-    pub(crate) async fn settled(&self) -> Phase {
-        self.reaches(|phase| !matches!(phase, Phase::Starting | Phase::Deleting(_)))
-            .await
+    /// Waits for the end of the deletion.
+    pub(crate) async fn deletion(&self) -> Exit {
+        self.reaches(|phase| matches!(phase, Phase::Deleted(_))).await;
+        self.exit().await
     }
 
     async fn reaches(&self, wanted: impl Fn(Phase) -> bool) -> Phase {
@@ -305,7 +297,9 @@ mod tests {
         let (stopped, deleting, deleted) = (Stopped(EXIT), Deleting(EXIT), Deleted(EXIT));
 
         assert_eq!(
-            table(|lifecycle| drop(lifecycle.begin_start())),
+            table(|lifecycle| {
+                let _ = lifecycle.begin_start();
+            }),
             [
                 Creating, Starting, Starting, Running, Paused, stopped, deleting, deleted
             ]
@@ -346,7 +340,9 @@ mod tests {
             ]
         );
         assert_eq!(
-            table(|lifecycle| drop(lifecycle.begin_deletion())),
+            table(|lifecycle| {
+                let _ = lifecycle.begin_deletion();
+            }),
             [
                 Creating, Created, Starting, Running, Paused, deleting, deleting, deleted
             ]
@@ -354,10 +350,6 @@ mod tests {
         assert_eq!(
             table(Lifecycle::deleted),
             [Creating, Created, Starting, Running, Paused, stopped, deleted, deleted]
-        );
-        assert_eq!(
-            table(Lifecycle::deletion_failed),
-            [Creating, Created, Starting, Running, Paused, stopped, stopped, deleted]
         );
     }
 

@@ -21,7 +21,7 @@ use super::{
     child::Child,
     configuration::Configuration,
     log,
-    machine::{Boot, BootError, Ending, Guest, Machine, Slot, Vmm, open_disk, open_kvm},
+    machine::{Boot, BootError, Guest, Machine, Slot, Vmm, open_disk, open_kvm},
     share::{FsProcess, ShareError},
 };
 use crate::{
@@ -88,9 +88,6 @@ pub(crate) enum PodError {
     /// No machine.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The machine has ended.
-    #[error("{0}")]
-    Ended(Arc<Ending>),
     /// The machine does not take a disk.
     #[error("give a disk to the virtual machine: {0}")]
     Disk(#[from] ControlError),

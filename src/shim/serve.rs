@@ -8,7 +8,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use super::{
     ServeContext,
     connection::{self, Written},
-    events::{Containerd, EventQueue, Nowhere},
+    events::{Containerd, EventQueue, Nowhere, Publisher},
     log,
     pod::ThisHost,
     service::services,
@@ -48,9 +48,13 @@ pub(crate) fn run(context: ServeContext) -> ExitCode {
 async fn serve(context: ServeContext) -> Result<(), ServeError> {
     outlive_signals()?;
     let host = ThisHost::new(context.configuration.clone());
-    let events = match &context.ttrpc_address {
-        Some(address) => EventQueue::start(&context.namespace, Containerd::at(address)),
-        None => EventQueue::start(&context.namespace, Nowhere),
+    let events = match (&context.ttrpc_address, context.publish_binary) {
+        (Some(socket), _) => EventQueue::start(&context.namespace, Containerd::at(socket)),
+        (None, Some(program)) => {
+            let address = context.address;
+            EventQueue::start(&context.namespace, Publisher { program, address })
+        }
+        (None, None) => EventQueue::start(&context.namespace, Nowhere),
     };
     let tasks = Tasks::new(context.configuration, host, events.clone());
     let written = Written::none();
@@ -58,6 +62,8 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
         .add_listener(connection::listener(context.listener, written.clone())?)
         .register_service(services(&tasks, &written));
     server.start().await?;
+
+    log::debug(&format!("the shim of {} serves", context.id));
 
     tasks.stopped().await;
     // From here on a new shim may be started, and `delete` knows that this one ends by itself.

@@ -37,10 +37,10 @@ impl Tasks {
         let exit = match process.lifecycle.begin_deletion()? {
             Deletion::Begun(exit) => exit,
             // The same call again, because its client gave up waiting.
-            Deletion::UnderWay => match process.lifecycle.settled().await {
-                Phase::Deleted(exit) => return Ok(Deleted { pid, exit }),
-                _ => return Err(TaskError::unknown(format!("another deletion of task {id} failed"))),
-            },
+            Deletion::UnderWay => {
+                let exit = process.lifecycle.deletion().await;
+                return Ok(Deleted { pid, exit });
+            }
         };
         if exec.is_empty() {
             self.forget(&container).await;

@@ -87,11 +87,6 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// containerd's id.
-    pub(crate) fn id(&self) -> &ContainerId {
-        &self.id
-    }
-
     /// Its folder.
     pub(crate) fn bundle(&self) -> &std::path::Path {
         &self.bundle

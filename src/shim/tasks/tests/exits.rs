@@ -1,0 +1,246 @@
+//! Ends: of processes, of machines, expected or not.
+
+use std::io::Read;
+
+use containerd_shim_protos::api::{PidsRequest, StatsRequest};
+use nutshell_protocol::Request;
+
+use super::*;
+use crate::shim::record;
+
+#[tokio::test]
+async fn kill_of_created_task_reports_137() {
+    let mut shim = Shim::start().await;
+    shim.create("c1").await;
+
+    shim.kill("c1", "", 9).await.unwrap();
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    assert_eq!(refusal(shim.start_task("c1", "").await).0, Code::FAILED_PRECONDITION);
+    shim.delete("c1", "").await.unwrap();
+    assert_eq!(shim.events(3).await, ["create", "exit c1 137", "delete c1 137"]);
+}
+
+#[tokio::test]
+async fn delete_of_created_task_kills_it_first() {
+    let mut shim = Shim::start().await;
+    shim.create("c1").await;
+    assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
+    assert_eq!(shim.events(3).await, ["create", "exit c1 137", "delete c1 137"]);
+}
+
+#[tokio::test]
+async fn exit_waits_for_the_output_before_it() {
+    let mut shim = Shim::with(Behaviour::Slow).await;
+    shim.run("c1").await;
+    shim.fake.exit("c1", None, 0, [5, 0]);
+    // An answer that the shim sends after it has read the event.
+    let request = StatsRequest {
+        id: "c1".to_owned(),
+        ..StatsRequest::default()
+    };
+    shim.task.stats(context::Context::default(), &request).await.unwrap();
+    assert_eq!(shim.status("c1").await, Status::RUNNING);
+
+    shim.fake.drain();
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
+    assert_eq!(shim.events(3).await, ["create", "start", "exit c1 0"]);
+}
+
+#[tokio::test]
+async fn reader_has_all_output_and_its_end_before_delete_returns() {
+    let shim = Shim::start().await;
+    let request = shim.request("c1");
+    let mut reader = reader(&shim, "c1");
+    shim.task.create(context::Context::default(), &request).await.unwrap();
+    shim.start_task("c1", "").await.unwrap();
+    shim.fake.write_and_close("c1", "last words");
+    shim.fake.exit("c1", None, 0, [10, 0]);
+    shim.wait("c1", "").await.unwrap();
+
+    shim.delete("c1", "").await.unwrap();
+
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "last words");
+}
+
+#[tokio::test]
+async fn own_reader_keeps_output_writable_when_containerd_is_away() {
+    let shim = Shim::start().await;
+    shim.run("c1").await;
+    // Nobody has ever opened the other end.
+    shim.fake.write_and_close("c1", "unheard");
+    shim.fake.exit("c1", None, 0, [7, 0]);
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
+    let mut bytes = [0; 16];
+    let mut late = reader(&shim, "c1");
+    assert_eq!(late.read(&mut bytes).unwrap(), 7);
+    assert_eq!(late.read(&mut bytes).unwrap(), 0);
+}
+
+#[tokio::test]
+async fn execs_end_before_their_container() {
+    let mut shim = Shim::with(Behaviour::Slow).await;
+    shim.run("c1").await;
+    shim.exec("c1", "e1", "true").await.unwrap();
+    shim.start_task("c1", "e1").await.unwrap();
+    shim.exec("c1", "e2", "true").await.unwrap();
+
+    shim.fake.exit("c1", Some("e1"), 137, [0, 0]);
+    shim.fake.exit("c1", None, 1, [0, 0]);
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 1);
+    assert_eq!(
+        shim.events(7).await[2..],
+        [
+            "exec-added e1",
+            "exec-started e1",
+            "exec-added e2",
+            "exit e1 137",
+            "exit c1 1"
+        ]
+    );
+    assert_eq!(shim.state("c1", "e2").await.unwrap().status.unwrap(), Status::CREATED);
+}
+
+#[tokio::test]
+async fn exit_is_told_once_and_lies_about_others_are_ignored() {
+    let mut shim = Shim::start().await;
+    shim.run("c1").await;
+    shim.exec("c1", "waiting", "true").await.unwrap();
+    for (id, exec) in [
+        ("c2", None),
+        ("c1", Some("nobody")),
+        ("c1", Some("waiting")),
+        ("../c1", None),
+    ] {
+        shim.fake.exit(id, exec, 7, [0, 0]);
+    }
+    shim.fake.exit("c1", None, 1, [0, 0]);
+    shim.fake.exit("c1", None, 2, [0, 0]);
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 1);
+    assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 1);
+    assert_eq!(
+        shim.events(5).await,
+        ["create", "start", "exec-added waiting", "exit c1 1", "delete c1 1"]
+    );
+    shim.no_more_events().await;
+}
+
+#[tokio::test]
+async fn exit_is_recorded_in_the_bundle() {
+    let shim = Shim::start().await;
+    let pid = shim.run("c1").await;
+    shim.fake.exit("c1", None, 42, [0, 0]);
+    shim.wait("c1", "").await.unwrap();
+    let exit = record::Exit::load(&shim.folder.path().join("c1")).unwrap().unwrap();
+    assert_eq!((exit.pid, exit.status), (pid, 42));
+}
+
+#[tokio::test]
+async fn out_of_memory_is_told_before_the_exit_it_explains() {
+    let mut shim = Shim::start().await;
+    shim.run("c1").await;
+    shim.fake.out_of_memory("c1");
+    shim.fake.out_of_memory("somebody-else");
+    shim.fake.exit("c1", None, 137, [0, 0]);
+    assert_eq!(shim.events(4).await, ["create", "start", "oom", "exit c1 137"]);
+}
+
+#[tokio::test]
+async fn all_who_wait_hear_of_the_end() {
+    let shim = Shim::start().await;
+    shim.run("c1").await;
+    let waiting = async {
+        tokio::join!(shim.wait("c1", ""), shim.wait("c1", ""), async {
+            shim.fake.exit("c1", None, 5, [0, 0]);
+        })
+    };
+    let (first, second, ()) = waiting.await;
+    assert_eq!((first.unwrap(), second.unwrap()), (5, 5));
+}
+
+#[tokio::test]
+async fn signal_to_the_pid_on_the_host_reaches_the_process() {
+    let shim = Shim::start().await;
+    let pid = shim.run("c1").await;
+
+    let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 143);
+    let signal = shim.fake.asked(|request| match request {
+        Request::Signal { signal, exec: None, .. } => Some(*signal),
+        _ => None,
+    });
+    assert_eq!(signal, 15);
+    shim.delete("c1", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn end_of_the_machine_ends_its_processes_and_not_the_shim() {
+    let mut shim = Shim::start().await;
+    shim.run("c1").await;
+    shim.exec("c1", "e1", "true").await.unwrap();
+    shim.start_task("c1", "e1").await.unwrap();
+
+    shim.fake.kill();
+
+    assert_eq!(shim.wait("c1", "e1").await.unwrap(), 137);
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    assert_eq!(shim.events(6).await[4..], ["exit e1 137", "exit c1 137"]);
+    assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
+    assert_eq!(shim.events(1).await, ["delete c1 137"]);
+    // The shim lives on.
+    shim.create("c2").await;
+}
+
+#[tokio::test]
+async fn machine_that_cannot_be_built_fails_the_creation_with_its_reason() {
+    let mut shim = Shim::with(Behaviour::Unbuildable).await;
+    let (code, text) = refusal(shim.task.create(context::Context::default(), &shim.request("c1")).await);
+    assert_eq!(code, Code::UNKNOWN);
+    assert_eq!(
+        text,
+        "OCI runtime create failed: cannot build the virtual machine: KVM_CREATE_VM: no memory; \
+         the end of the guest's console:\n[31mnothing yet"
+    );
+    assert!(!process_exists(shim.fake.pid()));
+    shim.no_more_events().await;
+}
+
+#[tokio::test]
+async fn guest_that_never_greets_is_given_up_with_its_console() {
+    let shim = Shim::with(Behaviour::Silent).await;
+    let (_, text) = refusal(shim.task.create(context::Context::default(), &shim.request("c1")).await);
+    assert_eq!(
+        text,
+        "OCI runtime create failed: the guest did not become ready within 0.3 s; \
+         the end of the guest's console:\nLinux version\nno init"
+    );
+    assert!(!process_exists(shim.fake.pid()));
+}
+
+#[tokio::test]
+async fn guest_that_hangs_neither_delays_the_answers_nor_survives_sigkill() {
+    let shim = Shim::with(Behaviour::Deaf).await;
+    let pid = shim.create("c1").await;
+    let start = std::time::Instant::now();
+    let request = PidsRequest {
+        id: "c1".to_owned(),
+        ..PidsRequest::default()
+    };
+    let pids = shim.task.pids(context::Context::default(), &request).await.unwrap();
+    assert_eq!(pids.processes[0].pid, pid);
+    assert_eq!(shim.status("c1").await, Status::CREATED);
+    assert!(start.elapsed() < Duration::from_secs(3));
+
+    shim.kill("c1", "", 9).await.unwrap();
+
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    assert!(!process_exists(shim.fake.pid()));
+    shim.delete("c1", "").await.unwrap();
+}
