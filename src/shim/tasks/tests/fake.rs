@@ -301,6 +301,10 @@ impl Fake {
                 ])),
                 None,
             ),
+            Request::DeleteContainer { container } => {
+                self.close_outputs(&container);
+                (Ok(Response::Done), None)
+            }
             Request::Stats { .. } => (Ok(Response::Stats(Box::default())), None),
             _ => (Ok(Response::Done), None),
         }
@@ -311,6 +315,27 @@ impl Fake {
         // The shim may have ended the machine.
         if let Some(agent) = &mut self.state().agent {
             let _ = agent.write_all(&frame);
+        }
+    }
+
+    /// What is left of a container is killed: its output ends.
+    fn close_outputs(&self, container: &str) {
+        let (control, closed) = {
+            let mut state = self.state();
+            let ports = state
+                .ports
+                .get(&(container.to_owned(), None))
+                .cloned()
+                .unwrap_or_default();
+            let ports: Vec<_> = ports.stdout.into_iter().chain(ports.stderr).collect();
+            let closed: Vec<_> = ports
+                .into_iter()
+                .filter(|port| state.outputs.remove(port).is_some())
+                .collect();
+            (state.control.clone().unwrap(), closed)
+        };
+        for port in closed {
+            notify(&control, &Notice::StreamClosed { port });
         }
     }
 
