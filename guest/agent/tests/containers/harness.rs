@@ -1,9 +1,10 @@
 //! A stand-in for the shim, and containers' specs to begin with.
 
 use std::collections::VecDeque;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Once;
@@ -14,7 +15,10 @@ use nutshell_protocol::{
     AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, Request, Response,
     Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags};
 use serde_json::{Value, json};
+use vsock::{VMADDR_CID_ANY, VsockListener};
 
 /// Longer than anything takes on a machine emulated in software: reaching it is a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -26,31 +30,56 @@ pub(crate) fn unique() -> u32 {
     LAST.fetch_add(1, Ordering::Relaxed) + 1
 }
 
-/// An agent under test.
+/// Where the agent finds its host.
+enum Host {
+    Unix(PathBuf),
+    Vsock,
+}
+
+impl Host {
+    fn listen(&self, port: u32) -> Port {
+        let listener = match self {
+            Self::Unix(folder) => Listener::Unix(UnixListener::bind(folder.join(port.to_string())).unwrap()),
+            Self::Vsock => Listener::Vsock(VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port).unwrap()),
+        };
+        Port { port, listener }
+    }
+}
+
+/// An agent under test: a process, or a machine of which it is PID 1.
 pub(crate) struct Agent {
     child: Child,
-    folder: PathBuf,
-    stream: UnixStream,
+    host: Host,
+    stream: File,
     incoming: FrameBuffer,
     queue: VecDeque<FromAgent>,
     last_request: u64,
 }
 
 impl Agent {
-    /// Starts an agent and takes its greeting.
+    /// Starts an agent as a process of this machine and takes its greeting.
     pub(crate) fn start() -> Self {
         prepare_share();
         let folder = std::env::temp_dir().join(format!("agent-{}-{}", std::process::id(), unique()));
         fs::create_dir_all(&folder).unwrap();
-        let listener = UnixListener::bind(folder.join(AGENT_PORT.to_string())).unwrap();
         let program = std::env::var("NUTSHELL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_nutshell-agent").to_owned());
-        let child = Command::new(program).arg("--test-unix").arg(&folder).spawn().unwrap();
-        let (stream, _) = listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--test-unix").arg(&folder);
+        Self::meet(Host::Unix(folder), command)
+    }
+
+    /// Boots the machine that `command` is and takes the greeting of its agent.
+    pub(crate) fn boot(command: Command) -> Self {
+        Self::meet(Host::Vsock, command)
+    }
+
+    fn meet(host: Host, mut command: Command) -> Self {
+        let port = host.listen(AGENT_PORT);
+        let child = command.spawn().unwrap();
         let mut agent = Self {
             child,
-            folder,
-            stream,
+            host,
+            stream: port.accept(),
             incoming: FrameBuffer::default(),
             queue: VecDeque::new(),
             last_request: 0,
@@ -60,11 +89,6 @@ impl Agent {
         };
         assert!(!ready.kernel.is_empty() && !ready.version.is_empty());
         agent
-    }
-
-    /// The agent's pid.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     fn receive(&mut self) -> FromAgent {
@@ -136,9 +160,7 @@ impl Agent {
 
     /// Waits for the agent to dial a port.
     pub(crate) fn listen(&self) -> Port {
-        let port = 1024 + unique();
-        let listener = UnixListener::bind(self.folder.join(port.to_string())).unwrap();
-        Port { port, listener }
+        self.host.listen(1024 + unique())
     }
 
     /// Creates a container and returns its pid.
@@ -209,9 +231,16 @@ impl Agent {
 }
 
 impl Drop for Agent {
+    /// The agent ends when its host is gone.
     fn drop(&mut self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+        let pid = Pid::from_child(&self.child);
+        let ended = is_ready(&rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        if !ended {
+            self.child.kill().unwrap();
+        }
         let status = self.child.wait().unwrap();
+        assert!(std::thread::panicking() || ended, "the agent goes on without its host");
         assert!(
             std::thread::panicking() || status.success(),
             "the agent ended with {status}"
@@ -219,30 +248,58 @@ impl Drop for Agent {
     }
 }
 
+/// Whether a descriptor becomes readable within the time that anything may take.
+fn is_ready(fd: &impl AsFd) -> bool {
+    let timeout = Timespec::try_from(PATIENCE).unwrap();
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+}
+
+enum Listener {
+    Unix(UnixListener),
+    Vsock(VsockListener),
+}
+
 /// A port that waits for the agent.
 pub(crate) struct Port {
     pub(crate) port: u32,
-    listener: UnixListener,
+    listener: Listener,
 }
 
 impl Port {
     /// The stream that the agent dialled.
-    pub(crate) fn accept(self) -> UnixStream {
-        let (stream, _) = self.listener.accept().unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        stream
+    pub(crate) fn accept(self) -> File {
+        let stream = match self.listener {
+            Listener::Unix(listener) => {
+                assert!(is_ready(&listener), "the agent does not dial port {}", self.port);
+                let (stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                OwnedFd::from(stream)
+            }
+            Listener::Vsock(listener) => {
+                assert!(is_ready(&listener), "the agent does not dial port {}", self.port);
+                let (stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                OwnedFd::from(stream)
+            }
+        };
+        File::from(stream)
     }
 }
 
 /// The request for a container with the shared busybox rootfs.
 pub(crate) fn create_request(id: &str, spec: &Value, stdio: Stdio) -> Request {
+    create_request_on(Rootfs::Share { path: "busybox".into() }, id, spec, stdio)
+}
+
+/// The request for a container with a rootfs of its own.
+pub(crate) fn create_request_on(rootfs: Rootfs, id: &str, spec: &Value, stdio: Stdio) -> Request {
     let mut spec = spec.clone();
     spec["root"]["path"] = json!(format!("{CONTAINERS_PATH}/{id}/rootfs"));
     spec["linux"]["cgroupsPath"] = json!(format!("/test/{id}"));
     Request::CreateContainer(CreateContainer {
         container: id.to_owned(),
         spec: spec.to_string().into_bytes(),
-        rootfs: Rootfs::Share { path: "busybox".into() },
+        rootfs,
         stdio,
     })
 }
@@ -325,21 +382,24 @@ fn prepare_share() {
             .status()
             .unwrap();
         assert!(mounted.success());
-        let root = Path::new(SHARE_PATH).join("busybox");
-        for folder in "bin etc proc sys dev root run tmp var".split(' ') {
-            fs::create_dir_all(root.join(folder)).unwrap();
-        }
-        let busybox = root.join("bin/busybox");
-        fs::copy("/usr/bin/busybox", &busybox).unwrap();
-        let installed = Command::new("chroot")
-            .arg(&root)
-            .args(["/bin/busybox", "--install", "-s", "/bin"])
-            .status();
-        assert!(installed.unwrap().success());
-        fs::write(
-            root.join("etc/passwd"),
-            "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n",
-        )
-        .unwrap();
+        fill_root(&Path::new(SHARE_PATH).join("busybox"));
     });
+}
+
+/// Puts a busybox root file system into a folder.
+pub(crate) fn fill_root(root: &Path) {
+    for folder in "bin etc proc sys dev root run tmp var".split(' ') {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    fs::copy("/usr/bin/busybox", root.join("bin/busybox")).unwrap();
+    let installed = Command::new("chroot")
+        .arg(root)
+        .args(["/bin/busybox", "--install", "-s", "/bin"])
+        .status();
+    assert!(installed.unwrap().success());
+    fs::write(
+        root.join("etc/passwd"),
+        "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n",
+    )
+    .unwrap();
 }

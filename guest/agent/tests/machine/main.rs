@@ -1,0 +1,337 @@
+//! Boots machines with the agent as PID 1 and drives it over vsock, as the shim does. QEMU stands in
+//! for nutshell's VMM, with the same devices.
+//!
+//! Needs /dev/kvm, /dev/vhost-vsock, and the guest's kernel and initramfs: run by `run-in-lab`, one
+//! test at a time, because all machines dial the same port.
+
+#![allow(clippy::tests_outside_test_module, reason = "all of this is tests")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+
+#[allow(dead_code, reason = "shared with the tests of containers")]
+#[path = "../containers/harness.rs"]
+mod harness;
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use nutshell_protocol::{CONTAINERS_PATH, Request, Response, Rootfs, Stdio, disk_serial};
+use serde_json::{Value, json};
+
+use harness::{Agent, create_request_on, fill_root, process, shell, unique};
+
+/// A machine's disks, in the order of their slots, and the agent in it.
+struct Machine {
+    agent: Agent,
+    monitor: PathBuf,
+}
+
+impl Machine {
+    /// Boots a machine with these disks.
+    fn boot(disks: &[&Path]) -> Self {
+        let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+        let monitor = std::env::temp_dir().join(format!("monitor-{}", unique()));
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args([
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "256",
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+            ])
+            .args([
+                "-M",
+                "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off",
+                "-display",
+                "none",
+            ])
+            .args([
+                "-kernel",
+                &setting("NUTSHELL_GUEST_KERNEL"),
+                "-initrd",
+                &setting("NUTSHELL_GUEST_INITRAMFS"),
+            ])
+            .args(["-append", "console=hvc0 reboot=t panic=-1 quiet"])
+            .args(["-device", "vhost-vsock-device,guest-cid=3"])
+            .args([
+                "-device",
+                "virtio-serial-device",
+                "-chardev",
+                "stdio,id=console",
+                "-device",
+                "virtconsole,chardev=console",
+            ])
+            .arg("-monitor")
+            .arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        for (slot, disk) in (0..).zip(disks) {
+            command
+                .arg("-drive")
+                .arg(format!("if=none,id=disk{slot},format=raw,file={}", disk.display()));
+            let serial = disk_serial(slot);
+            command
+                .arg("-device")
+                .arg(format!("virtio-blk-device,drive=disk{slot},serial={serial}"));
+        }
+        Self {
+            agent: Agent::boot(command),
+            monitor,
+        }
+    }
+
+    /// Creates a container whose rootfs is the disk in a slot.
+    fn create(&mut self, slot: u32, id: &str, spec: &Value, stdio: Stdio) {
+        let request = create_request_on(disk(slot, &[]), id, spec, stdio);
+        let response = self.agent.ask(request).unwrap();
+        assert!(matches!(response, Response::Created { pid } if pid > 1), "{response:?}");
+    }
+
+    /// Runs a container on the disk in slot 0 to its end: its status and output.
+    fn run(&mut self, spec: &Value) -> (u8, String) {
+        let id = &format!("run-{}", unique());
+        let output = self.agent.listen();
+        let stdio = Stdio {
+            stdout: Some(output.port),
+            ..Stdio::default()
+        };
+        self.create(0, id, spec, stdio);
+        let mut output = output.accept();
+        self.agent.start_container(id);
+        let mut text = String::new();
+        output.read_to_string(&mut text).unwrap();
+        let exited = self.agent.exit();
+        assert_eq!(exited.stdout, text.len() as u64);
+        self.delete(id);
+        (exited.status, text)
+    }
+
+    fn delete(&mut self, id: &str) {
+        let container = id.to_owned();
+        assert_eq!(
+            self.agent.ask(Request::DeleteContainer { container }),
+            Ok(Response::Done)
+        );
+    }
+
+    /// Gives a disk a size.
+    fn grow(&self, slot: u32, size: u64) {
+        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
+        writeln!(monitor, "block_resize disk{slot} {size}B\nquit_monitor").unwrap();
+        let mut lines = BufReader::new(monitor).lines();
+        // The prompt after the unknown second command: the first is done.
+        while !lines.next().unwrap().unwrap().contains("unknown command") {}
+    }
+}
+
+fn disk(slot: u32, options: &[&str]) -> Rootfs {
+    Rootfs::Disk {
+        slot,
+        filesystem: "ext4".to_owned(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
+    }
+}
+
+/// A new disk image with a busybox root file system.
+fn image() -> PathBuf {
+    let root = std::env::temp_dir().join(format!("root-{}", unique()));
+    fill_root(&root);
+    let image = root.with_extension("ext4");
+    File::create(&image).unwrap().set_len(16 << 20).unwrap();
+    let made = Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-d"])
+        .arg(&root)
+        .arg(&image)
+        .status();
+    assert!(made.unwrap().success());
+    image
+}
+
+#[test]
+fn container_runs_on_a_disk() {
+    let mut machine = Machine::boot(&[&image()]);
+    let (status, text) = machine.run(&shell("echo hello; df / | tail -n 1; exit 3"));
+    assert_eq!(status, 3);
+    assert!(
+        text.starts_with("hello\n/dev/root") || text.contains("/dev/vda"),
+        "{text}"
+    );
+    // The disk is free again.
+    assert_eq!(machine.run(&shell("exit 4")).0, 4);
+}
+
+#[test]
+fn agent_is_set_up_as_the_first_process() {
+    let mut machine = Machine::boot(&[&image()]);
+    let script = "cat /proc/1/oom_score_adj; cat /sys/fs/cgroup/cgroup.controllers; ip link show lo | head -n 1; \
+        ulimit -n; grep -c . /proc/1/net/dev";
+    let mut spec = shell(script);
+    // The machine's pid, network and cgroup namespaces, and its cgroups to look at.
+    spec["linux"]["namespaces"] = json!(["ipc", "uts", "mount"].map(|kind| json!({"type": kind})));
+    spec["process"]["rlimits"] = json!([]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    let (_, text) = machine.run(&spec);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "-1000");
+    for controller in ["cpu", "cpuset", "io", "memory", "pids"] {
+        assert!(
+            lines[1].split(' ').any(|found| found == controller),
+            "{controller} is not in {:?}",
+            lines[1]
+        );
+    }
+    assert!(lines[2].contains("LOOPBACK,UP"), "{}", lines[2]);
+    assert_eq!(lines[3], "1048576");
+}
+
+#[test]
+fn container_sees_nothing_of_the_initramfs() {
+    let mut machine = Machine::boot(&[&image()]);
+    // With the capabilities of a privileged container, from a folder outside of a chroot, and back
+    // over every `..`: what is there is the container's own root.
+    let script = "ls -d /init /new 2>&1; mkdir /jail; cp -a /bin /jail; \
+        chroot /jail /bin/sh -c 'cd ..; cd ..; cd ..; ls -d init new 2>&1'; \
+        umount -l /; ls -d /../init /../new 2>&1";
+    let mut spec = shell(script);
+    for set in ["bounding", "effective", "permitted"] {
+        let all = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        all.extend([json!("CAP_SYS_CHROOT"), json!("CAP_SYS_ADMIN")]);
+    }
+    let (_, text) = machine.run(&spec);
+    assert_eq!(
+        text.lines().filter(|line| line.contains("No such file")).count(),
+        6,
+        "{text}"
+    );
+}
+
+#[test]
+fn disk_may_appear_after_it_is_asked_for() {
+    let grown = image();
+    let size = fs::metadata(&grown).unwrap().len();
+    let content = fs::read(&grown).unwrap();
+    File::create(&grown).unwrap();
+    let mut machine = Machine::boot(&[&image(), &grown]);
+    let request = create_request_on(disk(1, &["noatime"]), "late", &shell("exit 6"), Stdio::default());
+    let creation = machine.agent.send(request);
+    // The job waits meanwhile, and the agent does not.
+    let processes = Request::Processes {
+        container: "late".to_owned(),
+    };
+    assert_eq!(machine.agent.ask(processes), Ok(Response::Processes(vec![])));
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&grown)
+        .unwrap()
+        .write_all(&content)
+        .unwrap();
+    machine.grow(1, size);
+    machine.agent.reply(creation).unwrap();
+    machine.agent.start_container("late");
+    assert_eq!(machine.agent.exit().status, 6);
+    machine.delete("late");
+}
+
+#[test]
+fn exec_and_terminal_work_over_vsock() {
+    let mut machine = Machine::boot(&[&image()]);
+    machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
+    machine.agent.start_container("c");
+    let (input, output) = (machine.agent.listen(), machine.agent.listen());
+    let stdio = Stdio {
+        stdin: Some(input.port),
+        stdout: Some(output.port),
+        terminal: true,
+        size: Some((80, 24)),
+        ..Stdio::default()
+    };
+    machine.agent.exec("c", "shell", &process(&["/bin/sh"]), stdio).unwrap();
+    let (mut input, mut output) = (input.accept(), output.accept());
+    input.write_all(b"stty size\nexit 9\n").unwrap();
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert!(text.contains("24 80\r\n"), "{text:?}");
+    let exited = machine.agent.exit();
+    assert_eq!((exited.status, exited.stdout), (9, text.len() as u64));
+    machine.agent.kill("c", 9).unwrap();
+    assert_eq!(machine.agent.exit().status, 137);
+    machine.delete("c");
+}
+
+#[test]
+fn input_and_output_hold_back_over_vsock() {
+    let mut machine = Machine::boot(&[&image()]);
+    let (input, output) = (machine.agent.listen(), machine.agent.listen());
+    let stdio = Stdio {
+        stdin: Some(input.port),
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    machine.create(0, "cat", &shell("cat"), stdio);
+    let (mut input, mut output) = (input.accept(), output.accept());
+    machine.agent.start_container("cat");
+    const SIZE: usize = 8 << 20;
+    let writer = std::thread::spawn(move || {
+        let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 7 % 251) as u8).collect();
+        input.write_all(&bytes).unwrap();
+        rustix::net::shutdown(&input, rustix::net::Shutdown::Write).unwrap();
+        bytes
+    });
+    let mut received = Vec::new();
+    output.read_to_end(&mut received).unwrap();
+    assert!(
+        received == writer.join().unwrap(),
+        "{} of {SIZE} bytes, or others",
+        received.len()
+    );
+    let exited = machine.agent.exit();
+    assert_eq!((exited.status, exited.stdout), (0, SIZE as u64));
+    machine.delete("cat");
+}
+
+#[test]
+fn shutdown_leaves_a_clean_file_system() {
+    let image = image();
+    let mut machine = Machine::boot(&[&image]);
+    machine.create(0, "writer", &shell("echo kept >/file; sleep 1000"), Stdio::default());
+    machine.agent.start_container("writer");
+    let path = format!("{CONTAINERS_PATH}/writer/rootfs");
+    assert!(path.starts_with('/'));
+    // Written by the time that a second process sees it.
+    machine
+        .agent
+        .exec(
+            "writer",
+            "look",
+            &process(&["/bin/sh", "-c", "until [ -s /file ]; do :; done"]),
+            Stdio::default(),
+        )
+        .unwrap();
+    assert_eq!(machine.agent.exit().status, 0);
+    assert_eq!(machine.agent.ask(Request::Shutdown), Ok(Response::Done));
+    drop(machine);
+    let listing = Command::new("debugfs")
+        .args(["-R", "cat /file"])
+        .arg(&image)
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&listing.stdout), "kept\n");
+    let header = Command::new("dumpe2fs").arg("-h").arg(&image).output().unwrap();
+    let header = String::from_utf8_lossy(&header.stdout);
+    assert!(!header.contains("needs_recovery"), "{header}");
+}
+
+#[test]
+fn machine_ends_when_its_host_is_gone() {
+    let mut machine = Machine::boot(&[&image()]);
+    machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
+    machine.agent.start_container("c");
+    // Waits for the end of the machine, which reset itself.
+    drop(machine);
+}
