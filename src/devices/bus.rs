@@ -1,6 +1,10 @@
 //! The MMIO bus: which device answers at which guest physical address.
 
-use std::{fmt, ops::Range, sync::Mutex};
+use std::{
+    fmt,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 /// Registers that the guest reads and writes, called from vCPU threads.
 pub(crate) trait Registers: Send {
@@ -14,7 +18,12 @@ pub(crate) trait Registers: Send {
 /// Devices by address. Built before the first vCPU runs, immutable after.
 #[derive(Default)]
 pub(crate) struct Bus {
-    devices: Vec<(Range<u64>, Mutex<Box<dyn Registers>>)>,
+    devices: Vec<Slot>,
+}
+
+struct Slot {
+    window: Range<u64>,
+    device: Mutex<Box<dyn Registers>>,
 }
 
 impl Bus {
@@ -23,9 +32,12 @@ impl Bus {
         debug_assert!(
             self.devices
                 .iter()
-                .all(|(other, _)| window.end <= other.start || other.end <= window.start)
+                .all(|other| window.end <= other.window.start || other.window.end <= window.start)
         );
-        self.devices.push((window, Mutex::new(device)));
+        self.devices.push(Slot {
+            window,
+            device: Mutex::new(device),
+        });
     }
 
     /// A guest read. Reads of addresses without a device yield all ones, as on a real bus.
@@ -40,12 +52,11 @@ impl Bus {
     }
 
     fn with_device(&self, address: u64, access: impl FnOnce(u64, &mut dyn Registers)) {
-        let found = self.devices.iter().find(|(window, _)| window.contains(&address));
-        if let Some((window, device)) = found {
+        let found = self.devices.iter().find(|slot| slot.window.contains(&address));
+        if let Some(Slot { window, device }) = found {
             // A panic on another vCPU ends the process; the lock cannot be seen poisoned.
-            if let Ok(mut device) = device.lock() {
-                access(address - window.start, &mut **device);
-            }
+            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            access(address - window.start, &mut **device);
         }
     }
 }
@@ -54,7 +65,7 @@ impl fmt::Debug for Bus {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_list()
-            .entries(self.devices.iter().map(|(window, _)| window))
+            .entries(self.devices.iter().map(|slot| &slot.window))
             .finish()
     }
 }
@@ -63,6 +74,7 @@ impl fmt::Debug for Bus {
 mod tests {
     use super::*;
 
+    /// Reads as the offset.
     struct Echo;
 
     impl Registers for Echo {
@@ -77,11 +89,8 @@ mod tests {
     fn access_reaches_the_device_at_its_offset_and_no_other() {
         let mut bus = Bus::default();
         bus.add(0x1000..0x2000, Box::new(Echo));
-        for (address, expected) in [(0x1004, 4), (0x1fff, 0xff), (0x0fff, 0xff), (0x2000, 0xff)] {
+        for (address, expected) in [(0x1000, 0), (0x1004, 4), (0x0fff, 0xff), (0x2000, 0xff)] {
             let mut data = [0];
-            if address == 0x1fff {
-                continue;
-            }
             bus.read(address, &mut data);
             assert_eq!(data, [expected], "at {address:#x}");
         }

@@ -195,7 +195,7 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     for (index, vcpu) in vm.create_vcpus(machine.vcpus, loaded.entry)?.into_iter().enumerate() {
         vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device("vCPU thread"))?;
     }
-    let mut kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
+    let kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
     Ok(Running {
         _vm: vm,
         vsock_receive: kick(&mut vsock_kicks)?,

@@ -258,8 +258,8 @@ mod tests {
         for status in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
             assert_eq!(state.write_status(status, memory), Transition::None);
         }
-        state.accept_features(0, COMMON_FEATURES as u32);
-        state.accept_features(1, (COMMON_FEATURES >> 32) as u32);
+        state.accept_features(0, u32::try_from(COMMON_FEATURES & 0xffff_ffff).unwrap());
+        state.accept_features(1, u32::try_from(COMMON_FEATURES >> 32).unwrap());
         state.write_status(UP_TO_FEATURES, memory);
         assert_eq!(state.status(), UP_TO_FEATURES);
         for index in 0..2 {

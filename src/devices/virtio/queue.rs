@@ -1,9 +1,6 @@
 //! A queue as a device owns it: geometry fixed at activation, with its kick and its interrupt.
 
-use std::{
-    num::Wrapping,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -104,12 +101,6 @@ impl DeviceQueue {
     pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
         Ok(self.queue.enable_notification(&*self.memory)?)
     }
-
-    /// Whether buffers are available.
-    pub(crate) fn has_available(&self) -> Result<bool, QueueError> {
-        let available = self.queue.avail_idx(&*self.memory, Ordering::Acquire)?;
-        Ok(available != Wrapping(self.queue.next_avail()))
-    }
 }
 
 impl std::fmt::Debug for DeviceQueue {
@@ -124,9 +115,8 @@ impl std::fmt::Debug for DeviceQueue {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::{
         desc::{RawDescriptor, split::Descriptor},
         mock::MockSplitQueue,
@@ -135,9 +125,10 @@ pub(crate) mod tests {
 
     use super::*;
 
-    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-    const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+    /// Descriptor flags (virtio 1.3 §2.7.5), whose constants are wider than the field.
+    pub(crate) const NEXT: u16 = 1;
+    pub(crate) const WRITE: u16 = 2;
+    const INDIRECT: u16 = 4;
 
     /// An interrupt that counts.
     #[derive(Debug, Default)]

@@ -99,7 +99,7 @@ fn write_page_tables(memory: &Memory) -> Result<(), GuestMemoryError> {
     memory.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pointers))?;
     let mut entries = [0_u64; 512];
     for (entry, page) in entries.iter_mut().zip(0..) {
-        *entry = page * HUGE_PAGE | PRESENT_WRITABLE | HUGE;
+        *entry = (page * HUGE_PAGE) | PRESENT_WRITABLE | HUGE;
     }
     memory.write_slice(&bytes_of(&entries), GuestAddress(directory))
 }

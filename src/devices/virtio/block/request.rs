@@ -155,7 +155,7 @@ fn zero(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<
     match fallocate(&backing.file, mode | FallocateFlags::KEEP_SIZE, offset, length) {
         // The host's file system cannot: write the zeroes.
         Err(rustix::io::Errno::OPNOTSUPP) => {
-            const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+            static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
             let mut done = 0;
             while done < length {
                 let count = usize::try_from(length - done).unwrap_or(ZEROES.len()).min(ZEROES.len());
@@ -186,7 +186,6 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 mod tests {
     use std::io::{Read, Seek, Write};
 
-    use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
     use virtio_queue::{
         desc::{RawDescriptor, split::Descriptor},
         mock::MockSplitQueue,
@@ -194,7 +193,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::devices::virtio::queue::tests::{device_queue, memory};
+    use crate::devices::virtio::queue::tests::{NEXT, WRITE, device_queue, memory};
 
     const CAPACITY: u64 = 8;
 
@@ -214,14 +213,13 @@ mod tests {
         memory.write_slice(&header, GuestAddress(0x8000)).unwrap();
         memory.write_slice(out, GuestAddress(0x9000)).unwrap();
         memory.write_obj(0xaa_u8, GuestAddress(0xf000)).unwrap();
-        let (next, write) = (VRING_DESC_F_NEXT as u16, VRING_DESC_F_WRITE as u16);
         // The header is split in two, which the standard allows (§2.7.4).
         let layout = [
-            (0x8000, 7, next),
-            (0x8007, 9, next),
-            (0x9000, out.len() as u32, next),
-            (0xb000, in_length, next | write),
-            (0xf000, 1, write),
+            (0x8000, 7, NEXT),
+            (0x8007, 9, NEXT),
+            (0x9000, u32::try_from(out.len()).unwrap(), NEXT),
+            (0xb000, in_length, NEXT | WRITE),
+            (0xf000, 1, WRITE),
         ];
         for (index, (address, length, flags)) in (0..).zip(layout) {
             let descriptor = Descriptor::new(address, length, flags, index + 1);
@@ -231,7 +229,7 @@ mod tests {
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&vec![b'x'; (CAPACITY * SECTOR) as usize]).unwrap();
+        file.write_all(&[b'x'; 4096]).unwrap();
         let backing = Backing { file, read_only };
 
         let chain = queue.pop(&memory).unwrap().unwrap();

@@ -58,7 +58,7 @@ impl Guest {
             destination_cid: HOST_CID.into(),
             source_port: GUEST_PORT,
             destination_port: PORT,
-            length: length as u32,
+            length: u32::try_from(length).unwrap(),
             kind: STREAM,
             operation: Some(operation),
             flags,
