@@ -119,7 +119,8 @@ detached_container_is_listed_executed_in_killed_and_deleted() {
   assert_status 7 ctr task exec --exec-id two "$name" sh -c 'exit 7'
   ctr task kill --signal SIGKILL "$name"
   wait_for_task "$name" STOPPED
-  assert_status 137 ctr task delete "$name"
+  # ctr says the status of what it deletes and exits with 0.
+  assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 137"
   ctr container delete "$name"
 }
 
@@ -181,8 +182,8 @@ settings_of_the_process_reach_it() {
   new_name
   local output
   output=$(nutshell "$name" --rm --env A=b --cwd /tmp --user 1234:5678 --hostname shell --read-only \
-    --memory-limit $((64 << 20)) -- sh -c \
-    'echo $A $(pwd) $(id -u):$(id -g) $(hostname); touch /x 2>&1; cat /sys/fs/cgroup/memory.max')
+    --memory-limit $((64 << 20)) --mount type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro -- sh -c \
+    'echo $A $(pwd) $(id -u):$(id -g) $(hostname); touch /x 2>&1; cat /sys/fs/cgroup/*/memory.max')
   assert_contains "$output" "b /tmp 1234:5678 shell"
   assert_contains "$output" "Read-only file system"
   assert_contains "$output" "$((64 << 20))"
@@ -216,6 +217,20 @@ machine_processes_are_confined() {
   remove "$name"
 }
 
+# listen NAME: writes containerd's events to /run/tmp/out and returns once they arrive, which a change
+# to container NAME proves. Sets listener.
+listen() {
+  ctr events >/run/tmp/out &
+  listener=$!
+  local try
+  for try in {1..50}; do
+    ctr container label "$1" try="$try" >/dev/null
+    ! grep -q containers/update /run/tmp/out || return 0
+  done
+  echo "no events arrive" >&2
+  return 1
+}
+
 # killed_process_ends_the_container WHAT
 killed_process_ends_the_container() {
   new_name
@@ -223,25 +238,16 @@ killed_process_ends_the_container() {
   local pid
   pid=$(pids_of "$1")
   [[ -n $pid ]]
-  ctr events >/run/tmp/out &
-  local listener=$!
-  kill -9 "$pid"
-  wait_for_task "$name" STOPPED || wait_for_output /tasks/exit
-  wait_for_output /tasks/exit
+  listen "$name"
+  kill -9 $pid
+  wait_for_output "/tasks/exit.*\"id\":\"$name\".*\"exit_status\":137"
   kill "$listener"
   wait "$listener" || true
+  assert_equal 1 "$(grep -c /tasks/exit /run/tmp/out)"
   rm /run/tmp/out
   remove "$name"
-}
-
-killed_agent_ends_the_container() {
-  new_name
-  # The agent is the guest's PID 1; sysrq is off, and only a fault in it can end it. A process of the
-  # guest's first pid namespace may not signal it, so the machine is told to end from outside: a
-  # container with all rights in the guest asks the kernel to restart.
-  nutshell "$name" -d --privileged -- sh -c 'sleep 2; reboot -f || echo b >/proc/sysrq-trigger; sleep 1000'
-  wait_for_task "$name" STOPPED
-  remove "$name"
+  # ctr removes the fifos that it made when it deletes a task, and containerd has none any more.
+  [[ $1 != shim ]] || rm -r /run/containerd/fifo/*
 }
 
 all_cases() {
