@@ -4,10 +4,18 @@
 //! panics where a reply has no room, and offers migration, which is code that a vmm in a guest's
 //! hand could reach.
 
-use std::io;
+use std::{
+    io,
+    mem::offset_of,
+    sync::{
+        Arc, OnceLock,
+        mpsc::{self, Sender},
+    },
+    thread,
+};
 
 use log::error;
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringState, VringT, bitmap::BitmapMmapRegion};
+use vhost_user_backend::{VhostUserBackend, VringMutex, VringT, bitmap::BitmapMmapRegion};
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
@@ -17,7 +25,7 @@ use virtiofsd::{
     fuse::{InHeader, Opcode, OutHeader},
     server::Server,
 };
-use virtiofsd_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use virtiofsd_memory::{Address, Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use virtiofsd_queue::{DescriptorChain, QueueT};
 use virtiofsd_vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vmm_sys_util::{
@@ -44,65 +52,128 @@ const QUEUES: usize = 2;
 const QUEUE_SIZE: usize = 1024;
 
 /// Serves both queues in one thread: a request is a few system calls on files that are mostly
-/// cached, and handing it to another thread costs as much again.
+/// cached, and handing it to another thread costs as much again. Only requests that wait for a disk
+/// by their meaning go to a second thread, so that one container's `fsync` is not everybody's.
 pub(super) struct Backend {
-    server: Server<Tree>,
+    server: Arc<Server<Tree>>,
     memory: Memory,
+    patient: OnceLock<Sender<Pending>>,
+}
+
+/// A request that the second thread answers.
+struct Pending {
+    ring: VringMutex<Memory>,
+    memory: Snapshot,
+    chain: DescriptorChain<Snapshot>,
 }
 
 impl Backend {
     pub(super) fn new(tree: Tree, memory: Memory) -> Self {
         Self {
-            server: Server::new(tree),
+            server: Arc::new(Server::new(tree)),
             memory,
+            patient: OnceLock::new(),
         }
     }
 
     /// Answers every request that is in the queue. Stops at a ring that makes no sense: the guest
     /// then waits for answers that it has made impossible.
-    fn drain(&self, queue: &mut VringState<Memory>) -> Result<(), Box<dyn std::error::Error>> {
+    fn drain(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
         loop {
-            queue.disable_notification()?;
+            ring.disable_notification()?;
             let memory = self.memory.memory();
-            while let Some(chain) = queue.get_queue_mut().pop_descriptor_chain(memory.clone()) {
-                let head = chain.head_index();
-                let written = self.answer(&memory, chain);
-                queue.add_used(head, written)?;
-                if queue.needs_notification()? {
-                    queue.signal_used_queue()?;
+            while let Some(chain) = pop(ring, &memory) {
+                let pending = Pending {
+                    ring: ring.clone(),
+                    memory: memory.clone(),
+                    chain,
+                };
+                if let Some(pending) = self.postpone(pending) {
+                    pending.answer(&self.server)?;
                 }
             }
-            if !queue.enable_notification()? {
+            if !ring.enable_notification()? {
                 return Ok(());
             }
         }
     }
 
-    /// Answers one request and returns how many bytes it wrote; nothing where the request is not
-    /// one.
-    fn answer(&self, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> u32 {
-        self.try_answer(memory, chain).unwrap_or_else(|error| {
-            error!("the guest sent a malformed request: {error}");
-            0
-        })
+    /// Gives a request that waits by its meaning to the second thread, and any other back.
+    fn postpone(&self, pending: Pending) -> Option<Pending> {
+        const PATIENT: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Syncfs];
+        if !pending
+            .operation()
+            .is_some_and(|operation| PATIENT.map(|opcode| opcode as u32).contains(&operation))
+        {
+            return Some(pending);
+        }
+        let sender = self.patient.get_or_init(|| {
+            let (sender, receiver) = mpsc::channel::<Pending>();
+            let server = self.server.clone();
+            let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
+                for pending in receiver {
+                    if let Err(error) = pending.answer(&server) {
+                        error!("a queue is unusable: {error}");
+                    }
+                }
+            });
+            if let Err(error) = spawned {
+                error!("no thread for fsync: {error}");
+            }
+            sender
+        });
+        // Where the thread could not be started, nobody receives: then it is answered here.
+        sender.send(pending).err().map(|unsent| unsent.0)
+    }
+}
+
+type RingError = virtiofsd_queue::Error;
+
+fn pop(ring: &VringMutex<Memory>, memory: &Snapshot) -> Option<DescriptorChain<Snapshot>> {
+    ring.get_mut().get_queue_mut().pop_descriptor_chain(memory.clone())
+}
+
+impl Pending {
+    /// Which operation it is, if that can be told from its first descriptor.
+    fn operation(&self) -> Option<u32> {
+        let first = self.chain.clone().next()?;
+        let opcode = first.addr().checked_add(offset_of!(InHeader, opcode) as u64)?;
+        self.memory.read_obj(opcode).ok()
     }
 
-    fn try_answer(&self, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> Result<u32, String> {
-        let reader = Reader::new(memory, chain.clone()).map_err(|error| error.to_string())?;
-        let writer = Writer::new(memory, chain).map_err(|error| error.to_string())?;
-        let request: InHeader = reader
-            .clone()
-            .read_obj()
-            .map_err(|error| format!("its header: {error}"))?;
-        if is_answered(request.opcode) && writer.available_bytes() < size_of::<OutHeader>() {
-            return Err(format!("no room for the answer to operation {}", request.opcode));
+    /// Answers the request; with nothing where it is none.
+    fn answer(self, server: &Server<Tree>) -> Result<(), RingError> {
+        let head = self.chain.head_index();
+        let written = try_answer(server, &self.memory, self.chain).unwrap_or_else(|error| {
+            error!("the guest sent a malformed request: {error}");
+            0
+        });
+        let mut ring = self.ring.get_mut();
+        ring.add_used(head, written)?;
+        if ring.needs_notification()?
+            && let Err(error) = ring.signal_used_queue()
+        {
+            error!("interrupt the guest: {error}");
         }
-        let written = self
-            .server
-            .handle_message(reader, writer, None::<&mut ()>)
-            .map_err(|error| format!("operation {}: {error}", request.opcode))?;
-        u32::try_from(written).map_err(|error| error.to_string())
+        Ok(())
     }
+}
+
+/// Returns how many bytes were written.
+fn try_answer(server: &Server<Tree>, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> Result<u32, String> {
+    let reader = Reader::new(memory, chain.clone()).map_err(|error| error.to_string())?;
+    let writer = Writer::new(memory, chain).map_err(|error| error.to_string())?;
+    let request: InHeader = reader
+        .clone()
+        .read_obj()
+        .map_err(|error| format!("its header: {error}"))?;
+    if is_answered(request.opcode) && writer.available_bytes() < size_of::<OutHeader>() {
+        return Err(format!("no room for the answer to operation {}", request.opcode));
+    }
+    let written = server
+        .handle_message(reader, writer, None::<&mut ()>)
+        .map_err(|error| format!("operation {}: {error}", request.opcode))?;
+    u32::try_from(written).map_err(|error| error.to_string())
 }
 
 fn is_answered(operation: u32) -> bool {
@@ -151,7 +222,7 @@ impl VhostUserBackend for Backend {
 
     fn handle_event(&self, queue: u16, _: EventSet, queues: &[VringMutex<Memory>], _: usize) -> io::Result<()> {
         if let Some(ring) = queues.get(usize::from(queue))
-            && let Err(error) = self.drain(&mut ring.get_mut())
+            && let Err(error) = self.drain(ring)
         {
             error!("queue {queue} is unusable: {error}");
         }

@@ -179,7 +179,8 @@ impl FileSystem for Tree {
     type DirIter = ReadDir<Vec<u8>>;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.inner.init(capable)
+        // What a symbolic link says never changes: one that says something else is another file.
+        Ok(self.inner.init(capable)? | FsOptions::CACHE_SYMLINKS)
     }
 
     fn destroy(&self) {

@@ -139,11 +139,12 @@ impl Client {
     /// Connects as the vmm does, and starts the FUSE session as the guest's kernel does.
     pub(crate) fn connect(socket: OwnedFd) -> Self {
         let mut client = Self::without_session(socket);
-        // ATOMIC_O_TRUNC, BIG_WRITES, SUBMOUNTS, HANDLE_KILLPRIV_V2, INIT_EXT.
-        let flags = 1 << 3 | 1 << 5 | 1 << 27 | 1 << 28 | 1 << 30;
+        // ATOMIC_O_TRUNC, BIG_WRITES, CACHE_SYMLINKS, SUBMOUNTS, HANDLE_KILLPRIV_V2, INIT_EXT.
+        let flags = 1 << 3 | 1 << 5 | 1 << 23 | 1 << 27 | 1 << 28 | 1 << 30;
         let init = Body::default().u32s(&[7, 38, 0, flags, 0]).u32s(&[0; 11]);
         let answer = client.call(26, 0, init).unwrap();
-        assert_eq!(u32_at(&answer, 12) & (1 << 28), 1 << 28, "HANDLE_KILLPRIV_V2 accepted");
+        let needed = 1 << 23 | 1 << 28;
+        assert_eq!(u32_at(&answer, 12) & needed, needed, "accepted");
         client
     }
 
@@ -369,6 +370,11 @@ impl Client {
 
     pub(crate) fn release(&mut self, node: u64, handle: u64) -> Result<(), Failed> {
         self.call(18, node, Body::default().u64s(&[handle]).u32s(&[0, 0]).u64s(&[0]))
+            .map(drop)
+    }
+
+    pub(crate) fn fsync(&mut self, node: u64, handle: u64) -> Result<(), Failed> {
+        self.call(20, node, Body::default().u64s(&[handle]).u32s(&[0, 0]))
             .map(drop)
     }
 

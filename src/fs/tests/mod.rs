@@ -215,6 +215,22 @@ fn files_are_linked_renamed_and_removed() {
 }
 
 #[test]
+fn files_are_synced_beside_other_requests() {
+    let mut served = serve();
+    let parent = served.client.walk("c/0").unwrap().id;
+    let (file, handle) = served.client.create(parent, "file", 0o644).unwrap();
+    served.client.write(file.id, handle, b"x", false).unwrap();
+    for _ in 0..3 {
+        served.client.fsync(file.id, handle).unwrap();
+        assert_eq!(served.client.fsync(file.id, handle + 1).unwrap_err(), libc::EBADF);
+        served.client.attr(file.id).unwrap();
+    }
+    let tasks = fs::read_dir(format!("/proc/{}/task", served.process.child().id())).unwrap();
+    let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
+    assert_eq!(names.filter(|name| name == "sync\n").count(), 1);
+}
+
+#[test]
 fn symbolic_links_are_told_and_not_followed() {
     let mut served = serve();
     std::os::unix::fs::symlink("/etc", served.directory.path().join("etc")).unwrap();

@@ -1,9 +1,13 @@
 //! Mounts seen by the guest, and by nobody else.
 
-use std::{fs, os::unix::fs::MetadataExt};
+use std::{fs, mem::MaybeUninit, os::unix::fs::MetadataExt};
 
 use nix::mount::{MsFlags, mount};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::inotify,
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+};
 use tempfile::TempDir;
 
 use super::*;
@@ -329,36 +333,28 @@ fn what_cannot_be_shared_is_an_error_that_says_why() {
 }
 
 #[test]
-fn namespace_is_gone_with_its_holders_after_a_kill() {
+fn mounts_are_gone_with_the_killed_server_and_its_shim() {
+    own_namespace();
     let directory = TempDir::new().unwrap();
+    mount_tmpfs(directory.path());
     let (process, client) = start();
     process.attach(&share(directory.path(), "c/0")).unwrap();
-    let pid = Pid::from_raw(i32::try_from(process.child().id()).unwrap()).unwrap();
-    let namespace = rustix::fs::fstat(&process.namespace).unwrap().st_ino;
-    assert_eq!(processes_in(namespace), [pid.as_raw_nonzero().get()]);
+    // The file system that the server shares is mounted nowhere else then, and tells of its end.
+    let end = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+    inotify::add_watch(&end, directory.path(), inotify::WatchFlags::ATTRIB).unwrap();
+    rustix::mount::unmount(directory.path(), UnmountFlags::DETACH).unwrap();
 
-    let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    let pid = Pid::from_raw(i32::try_from(process.child().id()).unwrap());
+    let descriptor = rustix::process::pidfd_open(pid.unwrap(), PidfdFlags::empty()).unwrap();
     rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).unwrap();
     client.wait_for_end();
     rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), WaitIdOptions::EXITED).unwrap();
     drop(process);
 
-    assert_eq!(processes_in(namespace), [0; 0]);
-    let held = fs::read_dir("/proc/self/fd").unwrap().flatten();
-    let held = held.filter_map(|fd| fs::read_link(fd.path()).ok());
-    assert!(
-        !held
-            .into_iter()
-            .any(|link| link == Path::new(&format!("mnt:[{namespace}]")))
-    );
-}
-
-fn processes_in(namespace: u64) -> Vec<i32> {
-    let link = PathBuf::from(format!("mnt:[{namespace}]"));
-    fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter(|entry| fs::read_link(entry.path().join("ns/mnt")).is_ok_and(|found| found == link))
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
+    let deadline = Timespec { tv_sec: 30, tv_nsec: 0 };
+    let mut ready = [PollFd::new(&end, PollFlags::IN)];
+    assert_eq!(poll(&mut ready, Some(&deadline)).unwrap(), 1, "still mounted");
+    let mut buffer = [MaybeUninit::uninit(); 256];
+    let mut events = inotify::Reader::new(&end, &mut buffer);
+    assert!(events.next().unwrap().events().contains(inotify::ReadFlags::UNMOUNT));
 }
