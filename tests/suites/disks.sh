@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Root file systems on disks: containerd's blockfile snapshotter gives an ext4 image file, which the guest
+# gets as a virtio-blk device and mounts itself.
+source "$(dirname "$0")/../lab/test.bash"
+source "$(dirname "$0")/../cases/containers.bash"
+
+truncate -s 64M /run/scratch.ext4
+mkfs.ext4 -q /run/scratch.ext4
+CONTAINERD_CONFIG='[plugins."io.containerd.snapshotter.v1.blockfile"]
+  scratch_file = "/run/scratch.ext4"
+  root_path = "/run/containerd-root/blockfile"
+  fs_type = "ext4"
+  mount_options = []
+  recreate_scratch = true'
+start_containerd 2.1 busybox
+snapshotter=blockfile
+
+root_is_a_disk_of_the_guest() {
+  new_name
+  local output
+  output=$(nutshell "$name" --rm -- sh -c 'grep " / " /proc/mounts; ls /sys/block')
+  assert_contains "$output" "/dev/vda / ext4 rw"
+}
+
+no_directory_is_shared() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  assert_equal "" "$(pids_of fs)"
+  remove "$name"
+}
+
+# A container that is stopped in order leaves its file system clean and its last writes on it.
+writes_are_on_the_disk_when_the_container_is_deleted() {
+  new_name
+  nutshell "$name" -d -- sh -c 'dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; sha256sum </data >/sum; sleep 1000'
+  local try file
+  for try in {1..100}; do
+    [[ -z $(ctr task exec --exec-id "try$try" "$name" cat /sum 2>/dev/null) ]] || break
+  done
+  file=$(ctr snapshot --snapshotter blockfile mounts /run/target "$name" | grep -o '/run/containerd-root/blockfile/[^ ]*')
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  ctr task delete "$name" >/dev/null 2>&1
+  e2fsck -fn "$file"
+  debugfs -R "cat /data" "$file" 2>/dev/null >/run/tmp/data
+  debugfs -R "cat /sum" "$file" 2>/dev/null >/run/tmp/sum
+  assert_equal "$(</run/tmp/sum)" "$(sha256sum </run/tmp/data)"
+  rm /run/tmp/data /run/tmp/sum
+  ctr container delete "$name"
+}
+
+check "root is a disk of the guest" root_is_a_disk_of_the_guest
+check "no directory is shared" no_directory_is_shared
+check "exit status is exact" exit_status_is_exact
+check "writes are on the disk when the container is deleted" writes_are_on_the_disk_when_the_container_is_deleted
+check "command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words
+rm /run/scratch.ext4
+finish
