@@ -61,6 +61,7 @@ unit: setup
 	$(CARGO) test --locked --workspace
 
 suites: build
+	guest/agent/tests/run-in-lab
 	NUTSHELL_TEST_SHIM=$(SHIM) tests/run
 
 bench: build
