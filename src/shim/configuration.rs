@@ -9,7 +9,7 @@
 //! kernel = "/path/to/vmlinux"
 //! initramfs = "/path/to/initramfs.cpio"
 //! kernel_arguments = ""          # appended to the kernel's command line
-//! ready_timeout_seconds = 10     # how long a guest may take until its agent answers
+//! ready_timeout_seconds = 8      # how long a guest may take until its agent answers
 //!
 //! [machine]                      # sizes; see `oci/size.rs` for what they apply to
 //! default_memory_mib = 512
@@ -33,7 +33,7 @@ use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
 /// Where the configuration is if nothing else is named.
 const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
 
-const DEFAULT_READY_TIMEOUT: u64 = 10;
+const DEFAULT_READY_TIMEOUT: u64 = 8;
 
 /// What the host's owner decided.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,7 +226,7 @@ mod tests {
             kernel: None,
             initramfs: None,
             kernel_arguments: String::new(),
-            ready_timeout: Duration::from_secs(10),
+            ready_timeout: Duration::from_secs(8),
             sizing: Sizing {
                 default_memory: 512 << 20,
                 default_vcpus: 1,

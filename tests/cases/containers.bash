@@ -250,6 +250,66 @@ killed_process_ends_the_container() {
   [[ $1 != shim ]] || rm -r /run/containerd/fifo/*
 }
 
+# The guest's kernel panics, as it also does when its first process, the agent, ends.
+panicking_guest_ends_the_container() {
+  new_name
+  nutshell "$name" -d --privileged --memory-limit $((32 << 20)) -- \
+    sh -c 'echo 2 >/proc/sys/vm/panic_on_oom && exec tail /dev/zero'
+  wait_for_task "$name" STOPPED
+  assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 137"
+  ctr container delete "$name"
+}
+
+# kernel_of CODE FILE: an ELF kernel whose whole text is CODE, in perl's escapes.
+kernel_of() {
+  perl -e 'my $code = eval "\"$ARGV[0]\"";
+    print pack("A4C12SSLQQQLSSSSSS", "\x7fELF", 2, 1, 1, (0) x 9, 2, 62, 1, 0x100000, 64, 0, 0, 64, 56, 1, 0, 0, 0),
+      pack("LLQQQQQQ", 1, 7, 4096, 0x100000, 0x100000, length $code, length $code, 4096), "\0" x (4096 - 120), $code' "$1" >"$2"
+}
+
+# boot_fails KERNEL REASON: within 10 s, and says why.
+boot_fails() {
+  new_name
+  printf '[guest]\nkernel = "%s"\n' "$1" >/run/tmp/nutshell.toml
+  local output from=$SECONDS
+  ! output=$(nutshell "$name" --rm --runtime-config-path /run/tmp/nutshell.toml -- true 2>&1) || return 1
+  ((SECONDS - from <= 10)) || { echo "took $((SECONDS - from)) s" >&2; return 1; }
+  assert_contains "$output" "$2"
+  rm /run/tmp/nutshell.toml
+}
+
+machine_that_cannot_boot_says_why() {
+  boot_fails /run/tmp/no-such-file "/run/tmp/no-such-file"
+  echo "no kernel" >/run/tmp/kernel
+  boot_fails /run/tmp/kernel "not an uncompressed x86-64 ELF vmlinux"
+  kernel_of '\x0f\x0b' /run/tmp/kernel
+  boot_fails /run/tmp/kernel "the guest reset itself"
+  kernel_of '\xeb\xfe' /run/tmp/kernel
+  boot_fails /run/tmp/kernel "did not become ready"
+  rm /run/tmp/kernel
+}
+
+# What a program of a real distribution needs: a dynamic linker, threads, entropy, files.
+python_runs() {
+  new_name
+  assert_equal "6 16 1" "$(nutshell "$name" --rm -- python3 -c '
+import os, pathlib, threading
+results = []
+threads = [threading.Thread(target=results.append, args=[number]) for number in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
+}
+
+# The essentials, on another snapshotter or image.
+some_cases() {
+  check "$1: the guest's kernel answers" guest_kernel_answers
+  check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
+  check "$1: exit status is exact" exit_status_is_exact
+  check "$1: detached container is listed, executed in, killed and deleted" \
+    detached_container_is_listed_executed_in_killed_and_deleted
+}
+
 all_cases() {
   check "$1: the guest's kernel answers" guest_kernel_answers
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
