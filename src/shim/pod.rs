@@ -323,9 +323,13 @@ impl Pod {
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
+                // Both at once: each takes the kernel a while.
                 self.machine.kill("the shim ended it");
-                self.machine.ended().await;
                 let files = self.files().take();
+                if let Some(files) = &files {
+                    files.child.kill();
+                }
+                self.machine.ended().await;
                 if let Some(files) = files {
                     files.end().await;
                 }

@@ -66,6 +66,7 @@ impl Tasks {
     /// Creates a container and returns its pid. A failure leaves nothing.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let mut reservation = self.reserve(&request.id)?;
+        log::debug(&format!("task {}: create", request.id));
         let plan = self.plan(&request)?;
         for warning in &plan.warnings {
             log::warn(&format!("task {}: {warning}", request.id));
@@ -99,6 +100,7 @@ impl Tasks {
         self.follow_holder(&container, &container.init);
         self.events.publish(&event(&request, container.init.pid()));
         container.init.lifecycle.created();
+        log::debug(&format!("task {}: created", request.id));
         reservation.kept = true;
         Ok(container.init.pid())
     }
@@ -152,6 +154,7 @@ impl Tasks {
             }
         })
         .await?;
+        log::debug(&format!("task {}: virtual machine {} boots", request.id, pod.machine().pid()));
         self.follow_machine(&pod);
         Ok(pod)
     }
@@ -210,13 +213,14 @@ impl Tasks {
             prepare(&request.stdio, &plan.network, plan.console_size, pod, &container.init),
         );
         let created = async {
+            log::debug(&format!("task {}: files and streams are in place", request.id));
             let rootfs = rootfs.map_err(|error| TaskError::unknown(error.to_string()))?;
             let stdio = streams?;
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
             log::debug(&format!(
-                "machine {}: agent {} on Linux {}",
-                pod.machine().pid(),
+                "task {}: agent {} on Linux {} is ready",
+                request.id,
                 ready.version,
                 ready.kernel
             ));

@@ -31,6 +31,7 @@ impl Tasks {
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<Deleted, TaskError> {
         let (container, process) = self.process(id, exec)?;
         let pid = process.pid();
+        log::debug(&format!("task {id} {exec}: delete"));
         if process.lifecycle.phase() == Phase::Created {
             self.end_unstarted(&container, &process).await?;
         }
@@ -62,6 +63,7 @@ impl Tasks {
             container.execs().remove(exec);
         }
         process.lifecycle.deleted();
+        log::debug(&format!("task {id} {exec}: deleted"));
         Ok(Deleted { pid, exit })
     }
 

@@ -59,6 +59,10 @@ impl Tasks {
     /// A process ended and said how much it had written: its end is known when that was delivered.
     async fn ended(&self, container: &Container, process: &Process, exited: &Exited) {
         let exit = Exit::now(exited.status.into());
+        log::debug(&format!(
+            "task {} {:?}: ended with {} after {} and {} bytes",
+            exited.container, exited.exec, exit.status, exited.stdout, exited.stderr
+        ));
         if let Some(standard) = process.standard() {
             let machine = container.pod.machine();
             standard

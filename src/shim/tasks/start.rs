@@ -12,6 +12,7 @@ use crate::{
         error::{Kind, TaskError},
         holder::{Holder, Namespace},
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
+        log,
         process::Process,
         stdio,
     },
@@ -71,6 +72,7 @@ impl Tasks {
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, TaskError> {
         let (container, process) = self.process(id, exec)?;
         process.lifecycle.begin_start()?;
+        log::debug(&format!("task {id} {exec}: start"));
         if exec.is_empty() {
             self.start_init(&container).await
         } else {
@@ -96,6 +98,7 @@ impl Tasks {
             ..TaskStart::default()
         });
         init.lifecycle.started();
+        log::debug(&format!("task {}: started", container.id));
         Ok(init.pid())
     }
 
