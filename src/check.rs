@@ -54,14 +54,12 @@ enum CheckError {
 
 /// Boots a guest and prints its kernel's release and the time that it took.
 pub(crate) fn main() -> ExitCode {
-    let started = Instant::now();
-
     match boot() {
-        Ok(ready) => {
-            let milliseconds = started.elapsed().as_millis();
+        Ok((ready, took)) => {
             println!(
-                "guest kernel {} ready after {milliseconds} ms: this host runs nutshell",
-                ready.kernel
+                "guest kernel {} ready after {:.1} ms: this host runs nutshell",
+                ready.kernel,
+                took.as_secs_f64() * 1e3
             );
             ExitCode::SUCCESS
         }
@@ -72,7 +70,9 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-fn boot() -> Result<Ready, CheckError> {
+/// Boots a guest and ends it; returns what its agent said, and how long that took from the start
+/// of the vmm on.
+fn boot() -> Result<(Ready, Duration), CheckError> {
     let kvm = File::options()
         .read(true)
         .write(true)
@@ -82,6 +82,7 @@ fn boot() -> Result<Ready, CheckError> {
 
     let (channel, theirs) = Channel::pair()?;
     let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
+    let started = Instant::now();
     let mut child = jail::command(vmm::ROLE)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
@@ -107,13 +108,13 @@ fn boot() -> Result<Ready, CheckError> {
     drop(agent_theirs);
 
     let ready = wait(&agent, &channel);
+    let took = started.elapsed();
     if ready.is_ok() && std::env::args().nth(2).is_some() {
         print_console(&channel)?;
     }
     // Whatever came of it, the machine goes, and is waited for so that nothing is left.
-
     end(&mut child).map_err(CheckError::Start)?;
-    ready
+    Ok((ready?, took))
 }
 
 /// Waits for the agent's first message. The stream ends when the machine does.

@@ -16,7 +16,7 @@ use super::{
     control::{self, Machine},
     end::End,
     kvm::{KvmError, Vm},
-    memory::{self, MMIO, MemoryError},
+    memory::{self, Access, MMIO, MemoryError},
     vcpu::{self, Peripherals},
 };
 use crate::devices::{
@@ -179,7 +179,7 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     let place = boot::initramfs_address(machine.memory, machine.initramfs.length)
         .filter(|address| *address >= loaded.end)
         .ok_or(BuildError::Command("the initramfs does not fit into guest memory"))?;
-    memory::load(&memory, "initramfs", &initramfs, machine.initramfs, place)?;
+    memory::load(&memory, "initramfs", &initramfs, machine.initramfs, place, Access::Read)?;
     let archive = boot::Initramfs {
         address: place,
         length: machine.initramfs.length,

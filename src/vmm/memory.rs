@@ -1,7 +1,7 @@
 //! Guest memory: where it lies in guest physical space, and what backs it.
 //!
 //! The one leaf that maps memory by hand: a machine without an fs process has private anonymous
-//! memory over which the kernel's file is mapped copy-on-write; one with an fs process has a memfd
+//! memory over which the kernel's text and the initramfs are mapped copy-on-write; one with an fs process has a memfd
 //! that both map, into which the kernel is copied.
 
 use std::{
@@ -90,14 +90,24 @@ pub(crate) fn ranges(bytes: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// Brings `length` bytes of `file` from `offset` to guest address `address`: by mapping the whole
-/// pages where the memory is private, else by a copy. Both addresses are page-aligned alike.
+/// Whether the guest will write what it finds loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Few pages or none: they can be the host's page cache, shared by all guests.
+    Read,
+    /// Most pages: a mapping would cost each of them three faults and a copy, one after the other.
+    Write,
+}
+
+/// Brings `extent` of `file` to guest address `address`: by mapping the whole pages where the memory
+/// is private and the guest mostly reads them, else by a copy.
 pub(crate) fn load(
     memory: &Memory,
     what: &'static str,
     file: &File,
     extent: Extent,
     address: u64,
+    access: Access,
 ) -> Result<(), MemoryError> {
     let failed = |source: io::Error| MemoryError::Load { what, address, source };
     let length = usize::try_from(extent.length).map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
@@ -108,7 +118,7 @@ pub(crate) fn load(
         .find_region(GuestAddress(address))
         .is_some_and(|region| region.file_offset().is_none());
     let aligned = address.is_multiple_of(PAGE) && extent.offset.is_multiple_of(PAGE);
-    let mapped = if private && aligned {
+    let mapped = if private && aligned && access == Access::Read {
         let whole = extent.length - extent.length % PAGE;
         map_file(memory, file, extent.offset, whole, address).map_err(failed)?;
         whole
@@ -224,7 +234,13 @@ mod tests {
     #[test]
     fn loaded_file_reads_the_same_in_private_and_shared_memory_and_is_not_written_back() {
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
-        for shared in [false, true] {
+        let ways = [
+            (false, Access::Read),
+            (false, Access::Write),
+            (true, Access::Read),
+            (true, Access::Write),
+        ];
+        for (shared, access) in ways {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&[0; 4096]).unwrap();
             file.write_all(&content).unwrap();
@@ -234,11 +250,11 @@ mod tests {
                 length: 10_000,
             };
 
-            load(&memory, "kernel", &file, extent, 0x10_0000).unwrap();
+            load(&memory, "kernel", &file, extent, 0x10_0000, access).unwrap();
 
             let mut read = vec![0; content.len() + 1];
             memory.read_slice(&mut read, GuestAddress(0x10_0000)).unwrap();
-            assert_eq!(read[..content.len()], content, "shared: {shared}");
+            assert_eq!(read[..content.len()], content, "shared: {shared}, {access:?}");
             assert_eq!(read[content.len()], 0, "what follows stays zero");
             memory.write_slice(b"guest", GuestAddress(0x10_0000)).unwrap();
             let mut kept = [0; 5];
@@ -254,7 +270,8 @@ mod tests {
             offset: 0,
             length: 3 << 20,
         };
-        let error = load(&memory, "initramfs", &tempfile::tempfile().unwrap(), extent, 0).unwrap_err();
+        let file = tempfile::tempfile().unwrap();
+        let error = load(&memory, "initramfs", &file, extent, 0, Access::Read).unwrap_err();
         assert!(error.to_string().contains("initramfs"), "{error}");
     }
 }

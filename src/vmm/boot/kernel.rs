@@ -12,7 +12,7 @@ use crate::{
     devices::virtio::Memory,
     vmm::{
         control::Extent,
-        memory::{self, MemoryError},
+        memory::{self, Access, MemoryError},
     },
 };
 
@@ -23,6 +23,8 @@ const PROGRAM_HEADER: usize = 56;
 /// The most program headers; a kernel has about five.
 const MAX_SEGMENTS: u16 = 64;
 const LOAD: u32 = 1;
+/// The flag of a segment that the kernel writes (`PF_W`).
+const WRITABLE: u32 = 2;
 
 /// Why a kernel cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +93,12 @@ fn load_segment(memory: &Memory, file: &File, extent: Extent, segment: &[u8]) ->
         offset: extent.offset + offset,
         length: in_file,
     };
-    memory::load(memory, "kernel", file, part, address)?;
+    let access = if word(segment, 4) & WRITABLE == 0 {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    memory::load(memory, "kernel", file, part, address, access)?;
     // What follows in the segment's memory must read as zero, and fresh memory does; it must exist.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
