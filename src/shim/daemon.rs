@@ -63,14 +63,12 @@ pub(super) fn become_shim(target: Target, serve: Serve) -> Result<ServeContext, 
     }
     detach()?;
     Ok(ServeContext {
-        bundle,
         address: target.address,
         ttrpc_address: env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty()),
         publish_binary: target.publish_binary,
         listener,
         socket: serve.socket,
         pid_file,
-        debug: target.debug || configuration.debug,
         configuration,
         id: target.id,
         namespace: target.namespace,

@@ -16,6 +16,7 @@ mod delete;
 mod error;
 mod events;
 mod holder;
+mod hooks;
 mod info;
 mod lifecycle;
 mod log;
@@ -51,8 +52,6 @@ pub(crate) struct ServeContext {
     pub(crate) id: ContainerId,
     /// containerd's namespace of all containers of this shim.
     pub(crate) namespace: String,
-    /// The bundle of `id`; also the current directory.
-    pub(crate) bundle: PathBuf,
     /// The path of containerd's gRPC socket.
     pub(crate) address: String,
     /// The path of containerd's ttrpc socket, to which events are forwarded.
@@ -65,8 +64,6 @@ pub(crate) struct ServeContext {
     pub(crate) socket: PathBuf,
     /// Open and locked for the shim's life: proves to `delete` that it is alive.
     pub(crate) pid_file: OwnedFd,
-    /// Log debug messages.
-    pub(crate) debug: bool,
     /// The host's configuration.
     pub(crate) configuration: Configuration,
 }

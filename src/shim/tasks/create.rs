@@ -14,11 +14,11 @@ use nutshell_protocol::{CreateContainer, Request, Rootfs, Stdio};
 
 use super::{CREATE_LIMIT, Container, Role, Tasks, ask};
 use crate::{
-    oci::{self, ContainerId, HostMount, Network, Placement, Plan, PlanError, Root, SourceKind},
+    oci::{self, ContainerId, Hooks, HostMount, Network, Placement, Plan, PlanError, Root, SourceKind},
     shim::{
         error::{Kind, TaskError},
         holder::{self, Holder, Namespace},
-        log,
+        hooks, log,
         pod::{Needs, Pod, PodError},
         process::Process,
         record::Record,
@@ -74,8 +74,8 @@ impl Tasks {
         let container = match plan.placement.clone() {
             Placement::Single | Placement::Sandbox => {
                 let pod = self.start_pod(&request, &plan).await.map_err(failed)?;
-                let container = match plan.placement {
-                    Placement::Sandbox => self.sandbox(&request, &plan, &pod),
+                let container = match &plan.placement {
+                    Placement::Sandbox => self.sandbox(&request, plan, &pod).await,
                     _ => self.populate(&request, plan, &pod).await,
                 };
                 match container {
@@ -154,7 +154,11 @@ impl Tasks {
             }
         })
         .await?;
-        log::debug(&format!("task {}: virtual machine {} boots", request.id, pod.machine().pid()));
+        log::debug(&format!(
+            "task {}: virtual machine {} boots",
+            request.id,
+            pod.machine().pid()
+        ));
         self.follow_machine(&pod);
         Ok(pod)
     }
@@ -173,14 +177,15 @@ impl Tasks {
     }
 
     /// A sandbox is a pid on the host. Its machine boots meanwhile, for the members to come.
-    fn sandbox(
+    async fn sandbox(
         self: &Arc<Self>,
         request: &CreateRequest,
-        plan: &Plan,
+        plan: Plan,
         pod: &Arc<Pod>,
     ) -> Result<Arc<Container>, TaskError> {
-        let container = self.enter(request, Role::Sandbox, pod);
+        let container = self.enter(request, Role::Sandbox, pod, plan.hooks);
         container.init.hold(hold(&plan.network)?);
+        run_hooks(&container).await?;
         let (pod, limit) = (pod.clone(), self.configuration.ready_timeout);
         tokio::spawn(async move {
             if let Err(ending) = pod.machine().ready(limit).await {
@@ -204,13 +209,13 @@ impl Tasks {
             (Placement::Single, Root::Share { .. }) => Role::Alone { writes_disk: false },
             _ => Role::Member,
         };
-        let container = self.enter(request, role, pod);
+        let container = self.enter(request, role, pod, plan.hooks);
         let (root, shares) = (plan.root, plan.shares);
         // All of this while the guest boots; both to their end, so that nothing is still under way
         // when a failure is cleaned up.
         let (rootfs, streams) = tokio::join!(
             pod.attach(&request.id, &request.bundle, root, shares),
-            prepare(&request.stdio, &plan.network, plan.console_size, pod, &container.init),
+            prepare(&container, &plan.network, plan.console_size),
         );
         let created = async {
             log::debug(&format!("task {}: files and streams are in place", request.id));
@@ -220,9 +225,7 @@ impl Tasks {
             let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
             log::debug(&format!(
                 "task {}: agent {} on Linux {} is ready",
-                request.id,
-                ready.version,
-                ready.kernel
+                request.id, ready.version, ready.kernel
             ));
             create_in_guest(request, plan.spec, rootfs, stdio, pod).await
         };
@@ -239,7 +242,7 @@ impl Tasks {
     }
 
     /// Enters the container into the table, where events about it find it.
-    fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>) -> Arc<Container> {
+    fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>, hooks: Hooks) -> Arc<Container> {
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
@@ -247,26 +250,38 @@ impl Tasks {
             pod: pod.clone(),
             init: Arc::new(Process::init(request.stdio.clone())),
             execs: Mutex::default(),
+            hooks,
         });
         self.table().containers.insert(request.id.clone(), container.clone());
         container
     }
 }
 
-/// Opens what the process has on the host and hands its streams to the machine.
-async fn prepare(
-    request: &stdio::Request,
-    network: &Network,
-    size: Option<(u16, u16)>,
-    pod: &Pod,
-    process: &Process,
-) -> Result<Stdio, TaskError> {
+/// Opens what the container has on the host and hands its streams to the machine.
+async fn prepare(container: &Container, network: &Network, size: Option<(u16, u16)>) -> Result<Stdio, TaskError> {
     let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string());
-    let opened = request.open().map_err(failed)?;
-    process.hold(hold(network)?);
-    let (standard, stdio) = opened.connect(pod.machine(), size).await.map_err(failed)?;
-    process.set_standard(standard);
+    let init = &container.init;
+    let opened = init.request.open().map_err(failed)?;
+    init.hold(hold(network)?);
+    let (standard, stdio) = opened.connect(container.pod.machine(), size).await.map_err(failed)?;
+    init.set_standard(standard);
+    run_hooks(container).await?;
     Ok(stdio)
+}
+
+/// Those that set up what the pid on the host stands for, mostly its network.
+async fn run_hooks(container: &Container) -> Result<(), TaskError> {
+    let Hooks {
+        prestart,
+        create_runtime,
+        ..
+    } = &container.hooks;
+    for (moment, hooks) in [("prestart", prestart), ("createRuntime", create_runtime)] {
+        hooks::run(moment, hooks, "creating", container.subject())
+            .await
+            .map_err(|error| TaskError::unknown(error.to_string()))?;
+    }
+    Ok(())
 }
 
 async fn create_in_guest(
@@ -298,7 +313,11 @@ async fn create_in_guest(
 fn hold(network: &Network) -> Result<Arc<Holder>, TaskError> {
     let namespace =
         match network {
-            Network::Host => Namespace::Inherited,
+            Network::Host => {
+                let text = "linux.namespaces: a virtual machine cannot share the network of its host: \
+                give the container a network namespace";
+                return Err(TaskError::new(Kind::InvalidArgument, text));
+            }
             Network::Loopback => Namespace::New,
             Network::Namespace(path) => Namespace::Join(holder::open_namespace(path).map_err(|error| {
                 TaskError::unknown(format!("open the network namespace {}: {error}", path.display()))

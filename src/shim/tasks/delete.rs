@@ -9,6 +9,7 @@ use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks};
 use crate::shim::{
     error::{Kind, TaskError},
     events::timestamp,
+    hooks::{self, Subject},
     lifecycle::{Deletion, Exit, Phase},
     log,
     process::Process,
@@ -117,6 +118,13 @@ impl Tasks {
             exec.release();
         }
         container.init.release();
+        let subject = Subject {
+            pid: 0,
+            ..container.subject()
+        };
+        if let Err(error) = hooks::run("poststop", &container.hooks.poststop, "stopped", subject).await {
+            log::warn(&format!("task {}: {error}", container.id));
+        }
     }
 }
 

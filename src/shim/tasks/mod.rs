@@ -32,12 +32,13 @@ use super::{
     configuration::Configuration,
     error::{Kind, TaskError},
     events::EventQueue,
+    hooks::Subject,
     lifecycle::Phase,
     machine::AgentError,
     pod::{Host, Pod},
     process::Process,
 };
-use crate::oci::ContainerId;
+use crate::oci::{ContainerId, Hooks};
 
 /// How long the output of a process that ended may take to reach a reader that does not read, before
 /// the end is reported, and again before the process is forgotten (containerd-contract §1.12).
@@ -84,9 +85,19 @@ pub(crate) struct Container {
     pod: Arc<Pod>,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
+    hooks: Hooks,
 }
 
 impl Container {
+    /// As its hooks know it.
+    fn subject(&self) -> Subject<'_> {
+        Subject {
+            id: &self.id,
+            bundle: &self.bundle,
+            pid: self.init.pid(),
+        }
+    }
+
     /// Its folder.
     pub(crate) fn bundle(&self) -> &std::path::Path {
         &self.bundle
@@ -194,7 +205,10 @@ impl Tasks {
 
     /// The container, from the moment that its creation was answered to the end of its deletion.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        let found = id.parse::<ContainerId>().ok().and_then(|id| self.table().containers.get(&id).cloned());
+        let found = id
+            .parse::<ContainerId>()
+            .ok()
+            .and_then(|id| self.table().containers.get(&id).cloned());
         found
             .filter(|container| container.init.lifecycle.phase() != Phase::Creating)
             .ok_or_else(|| TaskError::new(Kind::NotFound, format!("task {id} not found")))
@@ -244,7 +258,10 @@ impl Tasks {
     /// The containers of the pod with this number.
     fn members(&self, pod: u64) -> Vec<Arc<Container>> {
         let table = self.table();
-        let members = table.containers.values().filter(|container| container.pod.number() == pod);
+        let members = table
+            .containers
+            .values()
+            .filter(|container| container.pod.number() == pod);
         members.cloned().collect()
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     shim::{
         error::{Kind, TaskError},
         holder::{Holder, Namespace},
+        hooks,
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
         log,
         process::Process,
@@ -99,6 +100,10 @@ impl Tasks {
         });
         init.lifecycle.started();
         log::debug(&format!("task {}: started", container.id));
+        // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
+        if let Err(error) = hooks::run("poststart", &container.hooks.poststart, "running", container.subject()).await {
+            log::warn(&format!("task {}: {error}", container.id));
+        }
         Ok(init.pid())
     }
 
