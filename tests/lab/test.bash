@@ -83,7 +83,7 @@ check() {
     failed=$((failed + 1))
     echo "FAILED  $name ($milliseconds ms, status $status)"
     sed 's/^/        /' /run/check.log
-    tail -c "+$((logged + 1))" /run/containerd.log | cut -c1-600 | sed 's/^/        containerd: /'
+    tail -c "+$((logged + 1))" /run/containerd.log | tail -n 40 | cut -c1-600 | sed 's/^/        containerd: /'
   fi
 }
 
