@@ -15,8 +15,9 @@ NUTSHELL_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/nutshell
 export CARGO_TARGET_DIR NUTSHELL_CACHE
 
 NAME := containerd-shim-nutshell-v2
-SHIM := $(CARGO_TARGET_DIR)/release/$(NAME)
-AGENT := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/guest/nutshell-agent
+TARGET := x86_64-unknown-linux-gnu
+SHIM := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
+AGENT := $(CARGO_TARGET_DIR)/$(TARGET)/guest/nutshell-agent
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 PACKAGES := bc bison build-essential flex libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
@@ -28,13 +29,15 @@ export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
 .PHONY: build setup agent install run test lint unit suites bench clean
 
+# Static, so that it runs on any distribution, and starts without a dynamic linker.
 build: agent
 	kernel=$$(guest/kernel/build) && \
-	NUTSHELL_GUEST_KERNEL=$$kernel NUTSHELL_GUEST_INITRAMFS=$(INITRAMFS) $(CARGO) build --locked --release -p nutshell
+	NUTSHELL_GUEST_KERNEL=$$kernel NUTSHELL_GUEST_INITRAMFS=$(INITRAMFS) RUSTFLAGS='-C target-feature=+crt-static' \
+	$(CARGO) build --locked --release -p nutshell --target $(TARGET)
 
 agent: setup
 	RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
-	$(CARGO) build --locked --profile guest -p nutshell-agent --target x86_64-unknown-linux-gnu
+	$(CARGO) build --locked --profile guest -p nutshell-agent --target $(TARGET)
 	mkdir -p $(dir $(INITRAMFS))
 	guest/image/build $(AGENT) $(INITRAMFS)
 
