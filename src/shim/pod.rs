@@ -8,7 +8,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -18,10 +18,10 @@ use tokio::sync::OnceCell;
 
 use super::{
     cgroup::ControlGroup,
-    child::Child,
+    child::{Child, Ended},
     configuration::Configuration,
     log,
-    machine::{Boot, BootError, Guest, Machine, Slot, Vmm, open_disk, open_kvm},
+    machine::{Boot, BootError, Guest, LAST_WORDS, Machine, Slot, Vmm, open_disk, open_kvm},
     share::{FsProcess, ShareError},
 };
 use crate::{
@@ -220,13 +220,7 @@ impl Pod {
             end: OnceCell::new(),
         });
         if let Some(Files { child, .. }) = files {
-            let pod = Arc::downgrade(&pod);
-            tokio::spawn(async move {
-                if let (Ok(how), Some(pod)) = (child.ended().await, pod.upgrade()) {
-                    pod.machine
-                        .kill(&format!("the file server of the virtual machine {how}"));
-                }
-            });
+            tokio::spawn(follow_files(child, Arc::downgrade(&pod)));
         }
         Ok(pod)
     }
@@ -343,6 +337,22 @@ impl Pod {
     fn files(&self) -> MutexGuard<'_, Option<Files>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Without its file server a machine is of no use.
+async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
+    let (Ok(how), Some(pod)) = (child.ended().await, pod.upgrade()) else {
+        return;
+    };
+    if how == Ended::Exited(0) {
+        // It ends so when the vmm hangs up: then the vmm has more to say about why.
+        let ended = pod.machine.ended();
+        if tokio::time::timeout(LAST_WORDS, ended).await.is_ok() {
+            return;
+        }
+    }
+    pod.machine
+        .kill(&format!("the file server of the virtual machine {how}"));
 }
 
 impl Files {

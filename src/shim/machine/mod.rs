@@ -45,8 +45,8 @@ use crate::{
     },
 };
 
-/// How long the vmm may take to say why, once the agent's stream has ended.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the vmm may take to say why, once something that it serves has ended.
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long the vmm may take to send the guest's console.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -6,7 +6,7 @@ use std::{fs, time::Duration};
 use tokio::time::Instant;
 
 /// However long a machine had to wait for a CPU, no deadline is extended beyond this multiple.
-const MOST: u32 = 6;
+const MOST: u32 = 30;
 
 /// A deadline that moves.
 #[derive(Debug)]
