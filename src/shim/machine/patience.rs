@@ -5,7 +5,8 @@ use std::{fs, time::Duration};
 
 use tokio::time::Instant;
 
-/// However long a machine had to wait for a CPU, no deadline is extended beyond this multiple.
+/// However long a machine had to wait for a CPU, no deadline is extended beyond this multiple: some
+/// minutes for a boot, in which even twenty machines on a busy laptop come up.
 const MOST: u32 = 30;
 
 /// A deadline that moves.
@@ -95,7 +96,8 @@ mod tests {
         let seconds = AtomicU64::new(0);
         let waited = |_| Duration::from_secs(seconds.fetch_add(1000, Ordering::Relaxed));
         let elapsed = Patience::measured(0, LIMIT, waited).exhausted().await;
-        assert!((60..=61).contains(&elapsed.as_secs()), "{elapsed:?}");
+        let most = u64::from(MOST) * LIMIT.as_secs();
+        assert!((most..=most + 1).contains(&elapsed.as_secs()), "{elapsed:?}");
     }
 
     #[test]
