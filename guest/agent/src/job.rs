@@ -24,8 +24,6 @@ pub(crate) enum Outcome {
     Process {
         /// Its pid.
         pid: u32,
-        /// Its cgroup, below the root of the hierarchy.
-        cgroup: String,
     },
 }
 
@@ -189,22 +187,13 @@ mod tests {
     #[test]
     fn job_reports_what_it_made_with_its_terminal() {
         let job = Job::start(&[], &mut || {
-            let outcome = Outcome::Process {
-                pid: 7,
-                cgroup: "/c".into(),
-            };
+            let outcome = Outcome::Process { pid: 7 };
             let (terminal, _) = rustix::pipe::pipe().map_err(|error| Failure::internal(error.to_string()))?;
             Ok((outcome, Some(terminal)))
         })
         .unwrap();
         let (result, terminal) = finished(&job);
-        assert_eq!(
-            result,
-            Ok(Outcome::Process {
-                pid: 7,
-                cgroup: "/c".into()
-            })
-        );
+        assert_eq!(result, Ok(Outcome::Process { pid: 7 }));
         assert!(terminal.is_some());
     }
 

@@ -71,10 +71,8 @@ impl Agent {
                 container.stage = Stage::Stopped;
             }
             container.paused = false;
-            if let Some(cgroup) = &container.cgroup {
-                // It may be gone, if the container is being removed.
-                let _ = cgroup.kill();
-            }
+            // It may be gone, if the container is being removed.
+            let _ = container.cgroup.kill();
         }
     }
 

@@ -17,7 +17,6 @@ use crate::sys;
 /// A process that a job has made.
 struct Newborn {
     pid: Pid,
-    cgroup: String,
     channels: Option<Channels>,
     terminal: Option<OwnedFd>,
 }
@@ -33,9 +32,8 @@ impl Agent {
         };
         let request = errand.request;
         let newborn = match &result {
-            Ok(Outcome::Process { pid, cgroup }) => sys::pid(*pid).map(|pid| Newborn {
+            Ok(Outcome::Process { pid }) => sys::pid(*pid).map(|pid| Newborn {
                 pid,
-                cgroup: cgroup.clone(),
                 channels: errand.channels,
                 terminal,
             }),
@@ -93,14 +91,12 @@ impl Agent {
     /// run as root use the same allowances as the agent.
     fn adopt(&mut self, name: &Rc<str>, newborn: Newborn) -> Result<(), Failure> {
         let number = self.next_number();
-        let cgroup = Cgroup::at(&newborn.cgroup);
-        let memory = MemoryWatch::open(&cgroup, number).context(|| "open memory.events".to_owned())?;
+        let memory = MemoryWatch::open(&Cgroup::of(name), number).context(|| "open memory.events".to_owned())?;
         let pidfd = rustix::process::pidfd_open(newborn.pid, PidfdFlags::empty());
         self.poller
             .watch_cgroup_file(memory.as_fd(), Token::Memory(number))
             .context(|| "watch memory.events".to_owned())?;
         if let Ok(container) = self.container(name) {
-            container.cgroup = Some(cgroup);
             container.memory = Some(memory);
             // It fails where the process has ended already: then nothing will enter the container.
             container.pidfd = pidfd.ok();
@@ -117,9 +113,9 @@ impl Agent {
     /// Removes a container that could not be taken over, and then says why.
     fn undo(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
         self.streams.end_all(name);
-        let cgroup = self.containers.remove(name).and_then(|container| container.cgroup);
+        self.containers.remove(name);
         // In the loop, for once: nobody could be told of a job's end.
-        let _ = delete::remove_all(name, cgroup.as_ref());
+        let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
     }
 

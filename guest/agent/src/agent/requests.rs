@@ -72,7 +72,7 @@ impl Agent {
         let work: Work<'_> = &mut || create::create(request, &ends);
         self.start_job(id, purpose, Some(channels), &ends.descriptors(), work)?;
         self.containers
-            .insert(container, Container::new(request.spec.as_slice().into()));
+            .insert(container, Container::new(name, request.spec.as_slice().into()));
         Ok(Answer::Later)
     }
 
@@ -98,11 +98,11 @@ impl Agent {
         let Entry::Vacant(slot) = container.execs.entry(request.exec.clone()) else {
             return Err(exists(format!("exec {} of container {name} exists", request.exec)));
         };
-        let (Some(init), Some(pidfd), Some(cgroup)) = (container.init.pid, &container.pidfd, &container.cgroup) else {
+        let (Some(init), Some(pidfd)) = (container.init.pid, &container.pidfd) else {
             return Err(Failure::internal(format!("container {name} has no first process")));
         };
         let pidfd = pidfd.try_clone().context(|| "copy a descriptor".to_owned())?;
-        let (spec, cgroup) = (Rc::clone(&container.spec), cgroup.clone());
+        let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
         slot.insert(Process::default());
 
         let started = Channels::open(&self.host, &request.stdio)
@@ -135,9 +135,12 @@ impl Agent {
         let finished = || Failure::not_found("process already finished");
         let container = self.container(name)?;
         if all {
-            let cgroup = container.cgroup.as_ref().ok_or_else(finished)?;
-            send_to_all(cgroup, signal).context(|| format!("signal container {name}"))?;
-            return Ok(Answer::Now(Response::Done));
+            let sent = send_to_all(&container.cgroup, signal).context(|| format!("signal container {name}"))?;
+            return if sent {
+                Ok(Answer::Now(Response::Done))
+            } else {
+                Err(finished())
+            };
         }
         let waits = exec.is_none() && container.stage == Stage::Created;
         let process = container.process(exec).ok_or_else(finished)?;
@@ -168,7 +171,7 @@ impl Agent {
 
     fn processes(&mut self, name: &str) -> Result<Answer, Failure> {
         let container = self.container(name)?;
-        let pids = container.cgroup.as_ref().map(Cgroup::processes).unwrap_or_default();
+        let pids = container.cgroup.processes();
         let entry = |pid| ProcessEntry {
             pid: sys::number(pid),
             exec: container
@@ -181,23 +184,13 @@ impl Agent {
     }
 
     fn stats(&mut self, name: &str) -> Result<Answer, Failure> {
-        let container = self.container(name)?;
-        let cgroup = container
-            .cgroup
-            .as_ref()
-            .ok_or_else(|| wrong_stage(name, container.stage))?;
-        Ok(Answer::Now(Response::Stats(Box::new(stats::read(
-            cgroup,
-            container.init.pid,
-        )))))
+        let container = self.made_container(name)?;
+        let stats = stats::read(&container.cgroup, container.init.pid);
+        Ok(Answer::Now(Response::Stats(Box::new(stats))))
     }
 
     fn update(&mut self, id: u64, name: &str, resources: &[u8]) -> Result<Answer, Failure> {
-        let container = self.container(name)?;
-        let cgroup = container
-            .cgroup
-            .clone()
-            .ok_or_else(|| wrong_stage(name, container.stage))?;
+        let cgroup = self.made_container(name)?.cgroup.clone();
         self.run_job(id, Purpose::Other, &mut || limits::update(&cgroup, resources))
     }
 
@@ -212,7 +205,7 @@ impl Agent {
             };
             return Err(Failure::precondition(format!("container {name} is {now}")));
         }
-        let cgroup = container.cgroup.clone().ok_or_else(|| wrong_stage(&name, stage))?;
+        let cgroup = container.cgroup.clone();
         self.run_job(id, Purpose::Freeze(name.as_str().into(), frozen), &mut || {
             freeze::set(&cgroup, frozen)
                 .context(|| format!("{} container {name}", if frozen { "pause" } else { "resume" }))
@@ -225,12 +218,8 @@ impl Agent {
             return Err(wrong_stage(name, container.stage));
         }
         container.stage = Stage::Deleting;
-        let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
         self.break_off(name);
-        let started = self.run_job(id, Purpose::Delete(name.into()), &mut || match &cgroup {
-            Some(cgroup) => delete::remove_all(name, Some(cgroup)),
-            None => delete::remove_unfinished(name, &spec),
-        });
+        let started = self.run_job(id, Purpose::Delete(name.into()), &mut || delete::remove_all(name));
         if started.is_err() {
             self.container(name)?.stage = Stage::Stopped;
         }
@@ -238,15 +227,14 @@ impl Agent {
     }
 
     fn shut_down(&mut self, id: u64) -> Result<Answer, Failure> {
-        let containers: Vec<_> = self
-            .containers
-            .iter()
-            .map(|(name, container)| (Rc::clone(name), container.cgroup.clone()))
-            .collect();
+        let names: Vec<_> = self.containers.keys().cloned().collect();
+        for name in &names {
+            self.break_off(name);
+        }
         self.run_job(id, Purpose::Other, &mut || {
-            for (name, cgroup) in &containers {
+            for name in &names {
                 // The next one's files matter as much, and nothing could be done about this one.
-                let _ = delete::remove_all(name, cgroup.as_ref());
+                let _ = delete::remove_all(name);
             }
             rustix::fs::sync();
             Ok(())
@@ -257,6 +245,15 @@ impl Agent {
         self.containers
             .get_mut(name)
             .ok_or_else(|| Failure::not_found(format!("container {name} is not there")))
+    }
+
+    /// A container whose creation is over.
+    fn made_container(&mut self, name: &str) -> Result<&mut Container, Failure> {
+        let container = self.container(name)?;
+        match container.stage {
+            Stage::Creating => Err(wrong_stage(name, container.stage)),
+            _ => Ok(container),
+        }
     }
 
     fn run_job(
@@ -325,17 +322,21 @@ fn ends_a_process(signal: u32) -> bool {
     signal != 0 && !OTHERS.iter().any(|other| other.unsigned_abs() == signal)
 }
 
-fn send_to_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<()> {
-    if signal == KILL {
-        return cgroup.kill();
+/// `false` if there is no process.
+fn send_to_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<bool> {
+    let processes = cgroup.processes();
+    if signal == KILL && !processes.is_empty() {
+        // Those too that are born meanwhile.
+        cgroup.kill()?;
+        return Ok(true);
     }
-    for pid in cgroup.processes() {
-        match sys::kill(pid, signal) {
+    for pid in &processes {
+        match sys::kill(*pid, signal) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
             _ => {}
         }
     }
-    Ok(())
+    Ok(!processes.is_empty())
 }
 
 #[cfg(test)]

@@ -20,11 +20,25 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
+    /// The cgroup of a container.
+    ///
+    /// All lie side by side, whatever path a spec asks for: those above would be the host's (a pod's
+    /// slice), which have no limits here, and each costs every container's creation. The prefix keeps
+    /// an id such as `cpu.max` apart from the files of the root.
+    pub(crate) fn of(container: &str) -> Self {
+        Self::at(&format!("/container-{container}"))
+    }
+
     /// The cgroup at `path`, which begins with `/`, below the root.
-    pub(crate) fn at(path: &str) -> Self {
+    fn at(path: &str) -> Self {
         Self {
             path: Path::new(ROOT).join(path.trim_start_matches('/')),
         }
+    }
+
+    /// Its path below the root, as specs have it.
+    pub(crate) fn specified(&self) -> PathBuf {
+        Path::new("/").join(self.path.strip_prefix(ROOT).unwrap_or(&self.path))
     }
 
     /// A file of the cgroup.
@@ -37,19 +51,9 @@ impl Cgroup {
         &self.path
     }
 
-    /// Makes the cgroup, with every controller that the machine has.
+    /// Makes the cgroup.
     pub(crate) fn create(&self) -> io::Result<()> {
-        let below = self.path.strip_prefix(ROOT).map_err(io::Error::other)?;
-        let mut at = PathBuf::from(ROOT);
-        for part in below {
-            delegate_controllers(&at)?;
-            at.push(part);
-            match fs::create_dir(&at) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
-            }
-        }
-        Ok(())
+        fs::create_dir(&self.path)
     }
 
     /// Every process of the cgroup and those below it.
@@ -98,20 +102,19 @@ pub(crate) fn of_process(pid: Pid) -> io::Result<Cgroup> {
         .ok_or_else(|| io::Error::other("the process is in no cgroup of version 2"))
 }
 
-/// Lets the cgroups below `folder` use every controller that `folder` itself can use.
-pub(crate) fn delegate_controllers(folder: &Path) -> io::Result<()> {
-    let available = fs::read_to_string(folder.join("cgroup.controllers"))?;
-    let delegated = fs::read_to_string(folder.join("cgroup.subtree_control"))?;
-    let delegated: Vec<&str> = delegated.split_whitespace().collect();
+/// What containers' resources are limited and counted with.
+const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
+
+/// Lets containers' cgroups use the controllers, as far as the kernel has them.
+pub(crate) fn delegate_controllers() -> io::Result<()> {
+    let root = Path::new(ROOT);
+    let available = fs::read_to_string(root.join("cgroup.controllers"))?;
     let wanted: Vec<String> = available
         .split_whitespace()
-        .filter(|controller| !delegated.contains(controller))
+        .filter(|controller| CONTROLLERS.contains(controller))
         .map(|controller| format!("+{controller}"))
         .collect();
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    fs::write(folder.join("cgroup.subtree_control"), wanted.join(" "))
+    fs::write(root.join("cgroup.subtree_control"), wanted.join(" "))
 }
 
 /// Waits until `key` in an open `cgroup.events` has a value. `false` if it has not within `patience`.
@@ -199,9 +202,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn path_of_a_cgroup_stays_below_the_root() {
-        assert_eq!(Cgroup::at("/a/b").path(), Path::new("/sys/fs/cgroup/a/b"));
-        assert_eq!(Cgroup::at("a").file("pids.max"), Path::new("/sys/fs/cgroup/a/pids.max"));
+    fn cgroup_of_a_container_is_no_file_of_the_root() {
+        let cgroup = Cgroup::of("cpu.max");
+        assert_eq!(cgroup.path(), Path::new("/sys/fs/cgroup/container-cpu.max"));
+        assert_eq!(cgroup.specified(), Path::new("/container-cpu.max"));
     }
 
     #[test]

@@ -20,13 +20,12 @@ use crate::stdio::ProcessEnds;
 
 /// Makes the container. Nothing of it is left where that fails.
 pub(crate) fn create(request: &CreateContainer, stdio: &ProcessEnds) -> Result<(Outcome, Option<OwnedFd>), Failure> {
-    let prepared =
-        spec::parse(&request.spec).and_then(|spec| spec::prepare(spec, &request.container, request.stdio.terminal))?;
-    let cgroup = Cgroup::at(&prepared.cgroup);
+    let cgroup = Cgroup::of(&request.container);
+    let prepared = spec::parse(&request.spec).and_then(|spec| spec::prepare(spec, &cgroup, request.stdio.terminal))?;
     let result = build(request, stdio, prepared, &cgroup);
     if result.is_err() {
         // The error that the user sees is the first one.
-        let _ = delete::remove_all(&request.container, Some(&cgroup));
+        let _ = delete::remove_all(&request.container);
     }
     result
 }
@@ -50,7 +49,9 @@ fn build(
     stdio
         .give_to(prepared.outer_uid)
         .context(|| "hand the standard streams over".to_owned())?;
-    cgroup.create().context(|| format!("make cgroup {}", prepared.cgroup))?;
+    cgroup
+        .create()
+        .context(|| format!("make cgroup {}", cgroup.path().display()))?;
     // The agent's own score, which children inherit, would make the container immune.
     fs::write("/proc/self/oom_score_adj", "0").context(|| "reset oom_score_adj".to_owned())?;
 
@@ -89,7 +90,6 @@ fn build(
     }
     let outcome = Outcome::Process {
         pid: pid.as_raw().unsigned_abs(),
-        cgroup: prepared.cgroup,
     };
     Ok((outcome, terminal))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use nutshell_protocol::Failure;
 
 use super::cgroup::{self, Cgroup};
-use super::{bundle, rootfs, spec, state_folder};
+use super::{bundle, rootfs, state_folder};
 use crate::job::Context;
 
 /// How long killed processes may take to end.
@@ -16,21 +16,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Kills the container's processes, removes its cgroup, unmounts its rootfs, removes its files. Goes
 /// on after an error, and returns the first. Fine if there is nothing.
-pub(crate) fn remove_all(id: &str, cgroup: Option<&Cgroup>) -> Result<(), Failure> {
+pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     let mut first = Ok(());
     let mut note = |result: Result<(), Failure>| {
         if first.is_ok() {
             first = result;
         }
     };
-    if let Some(cgroup) = cgroup {
-        note(empty(cgroup).context(|| format!("kill the processes of container {id}")));
-        note(
-            cgroup
-                .remove()
-                .context(|| format!("remove cgroup {}", cgroup.path().display())),
-        );
-    }
+    let cgroup = Cgroup::of(id);
+    note(empty(&cgroup).context(|| format!("kill the processes of container {id}")));
+    note(
+        cgroup
+            .remove()
+            .context(|| format!("remove cgroup {}", cgroup.path().display())),
+    );
     let bundle = bundle(id);
     let unmounted = rootfs::unmount(&bundle.join("rootfs")).context(|| format!("unmount the rootfs of container {id}"));
     // Never with the rootfs still in it.
@@ -41,12 +40,6 @@ pub(crate) fn remove_all(id: &str, cgroup: Option<&Cgroup>) -> Result<(), Failur
     }
     note(remove_folder(&state_folder(id)));
     first
-}
-
-/// Removes a container whose creation was broken off: its cgroup is the one that its spec asks for.
-pub(crate) fn remove_unfinished(id: &str, spec: &[u8]) -> Result<(), Failure> {
-    let cgroup = spec::parse(spec).ok().map(|spec| Cgroup::at(&spec::cgroup(&spec, id)));
-    remove_all(id, cgroup.as_ref())
 }
 
 /// Kills what is in the cgroup and waits until it is gone.

@@ -97,10 +97,7 @@ pub(crate) fn exec(
     if !reason.is_empty() {
         return Err(Failure::internal(reason));
     }
-    let outcome = Outcome::Process {
-        pid: sys::number(pid),
-        cgroup: String::new(),
-    };
+    let outcome = Outcome::Process { pid: sys::number(pid) };
     Ok((outcome, terminal.map(|(master, _)| master)))
 }
 

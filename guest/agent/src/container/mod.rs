@@ -63,8 +63,8 @@ pub(crate) struct Container {
     pub(crate) stage: Stage,
     /// The OCI spec as it came.
     pub(crate) spec: Rc<[u8]>,
-    /// Known once it is created.
-    pub(crate) cgroup: Option<Cgroup>,
+    /// Its cgroup; a job makes it.
+    pub(crate) cgroup: Cgroup,
     /// Its first process.
     pub(crate) init: Process,
     /// Further processes that have not ended, by exec id.
@@ -81,11 +81,11 @@ pub(crate) struct Container {
 
 impl Container {
     /// A container that a job is making.
-    pub(crate) fn new(spec: Rc<[u8]>) -> Self {
+    pub(crate) fn new(id: &str, spec: Rc<[u8]>) -> Self {
         Self {
             stage: Stage::Creating,
             spec,
-            cgroup: None,
+            cgroup: Cgroup::of(id),
             init: Process::default(),
             execs: BTreeMap::new(),
             memory: None,

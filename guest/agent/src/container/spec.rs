@@ -6,9 +6,11 @@ use std::path::{Component, Path, PathBuf};
 
 use nutshell_protocol::Failure;
 use oci_spec::runtime::{
-    Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec,
+    Hooks, Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process,
+    Spec,
 };
 
+use super::cgroup::Cgroup;
 use crate::job::{Context, FailureExt};
 
 /// A spec that libcontainer takes, and what was taken out of it.
@@ -16,8 +18,6 @@ use crate::job::{Context, FailureExt};
 pub(super) struct Prepared {
     /// For libcontainer.
     pub(super) spec: Spec,
-    /// The container's cgroup, below the root.
-    pub(super) cgroup: String,
     /// The first process.
     pub(super) program: Program,
     /// The user's id in the guest's first user namespace.
@@ -72,26 +72,8 @@ pub(super) fn parse(json: &[u8]) -> Result<Spec, Failure> {
     serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("the OCI spec cannot be read: {error}")))
 }
 
-/// The cgroup that a spec asks for, below the root: always one of its own.
-///
-/// A path in systemd's form (`slice:prefix:name`) names units of the host; `/<id>` serves then.
-pub(super) fn cgroup(spec: &Spec, id: &str) -> String {
-    let asked = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref());
-    let plain = |path: &&Path| {
-        let mut parts = path.components();
-        path.to_str().is_some_and(|text| !text.contains(':'))
-            && parts.all(|part| matches!(part, Component::RootDir | Component::Normal(_)))
-            && path.components().any(|part| matches!(part, Component::Normal(_)))
-    };
-    match asked.filter(plain) {
-        Some(path) => format!("/{}", path.to_string_lossy().trim_matches('/')),
-        None => format!("/{id}"),
-    }
-}
-
 /// Makes a spec fit for this machine.
-pub(super) fn prepare(mut spec: Spec, id: &str, terminal: bool) -> Result<Prepared, Failure> {
-    let cgroup = cgroup(&spec, id);
+pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result<Prepared, Failure> {
     let mut process = spec
         .process()
         .clone()
@@ -106,7 +88,7 @@ pub(super) fn prepare(mut spec: Spec, id: &str, terminal: bool) -> Result<Prepar
     let Some(mut linux) = spec.linux().clone() else {
         return Err(Failure::invalid("the OCI spec has no linux section"));
     };
-    linux.set_cgroups_path(Some(PathBuf::from(&cgroup)));
+    linux.set_cgroups_path(Some(cgroup.specified()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
     let devices = linux
@@ -134,16 +116,26 @@ pub(super) fn prepare(mut spec: Spec, id: &str, terminal: bool) -> Result<Prepar
         machine.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
         linux.set_sysctl(Some(own));
     }
+    spec.set_hooks(spec.hooks().clone().and_then(hooks_of_the_guest));
     let outer_uid = outer_uid(&linux, program.uid);
     spec.set_linux(Some(linux));
     Ok(Prepared {
         spec,
-        cgroup,
         program,
         outer_uid,
         devices,
         machine,
     })
+}
+
+/// Without the hooks that run in the runtime's place, which is the host's (OCI config.md, "POSIX-platform
+/// Hooks").
+fn hooks_of_the_guest(mut hooks: Hooks) -> Option<Hooks> {
+    hooks.set_prestart(None);
+    hooks.set_create_runtime(None);
+    hooks.set_poststart(None);
+    hooks.set_poststop(None);
+    (hooks.create_container().is_some() || hooks.start_container().is_some()).then_some(hooks)
 }
 
 /// The namespace that a kernel parameter belongs to, of those that a pod's containers may share.
@@ -245,22 +237,6 @@ mod tests {
     }
 
     #[test]
-    fn cgroup_is_the_one_asked_for_or_the_containers_own() {
-        for (asked, expected) in [
-            (Some("/default/c1"), "/default/c1"),
-            (Some("kubepods/burstable/pod1/c1"), "/kubepods/burstable/pod1/c1"),
-            (Some("kubepods.slice:cri-containerd:c1"), "/id"),
-            (Some("/"), "/id"),
-            (Some(""), "/id"),
-            (Some("/a/../../b"), "/id"),
-            (None, "/id"),
-        ] {
-            let spec = spec(serde_json::json!({"ociVersion": "1.2.0", "linux": {"cgroupsPath": asked}}));
-            assert_eq!(cgroup(&spec, "id"), expected, "{asked:?}");
-        }
-    }
-
-    #[test]
     fn labels_and_host_limits_are_dropped() {
         let spec = spec(serde_json::json!({
             "ociVersion": "1.2.0",
@@ -273,7 +249,7 @@ mod tests {
                     "hugepageLimits": [{"pageSize": "3GB", "limit": 0}],
                     "devices": [{"allow": false, "access": "rwm"}]}}
         }));
-        let prepared = prepare(spec, "id", true).unwrap();
+        let prepared = prepare(spec, &Cgroup::of("id"), true).unwrap();
         let process = prepared.spec.process().as_ref().unwrap();
         assert_eq!(process.apparmor_profile(), &None);
         assert_eq!(process.selinux_label(), &None);
@@ -303,7 +279,7 @@ mod tests {
         let spec = spec(serde_json::json!({"ociVersion": "1.2.0", "linux": {},
             "process": {"args": [], "cwd": "/", "user": {"uid": 0, "gid": 0}}}));
         assert_eq!(
-            prepare(spec, "id", false).unwrap_err().kind,
+            prepare(spec, &Cgroup::of("id"), false).unwrap_err().kind,
             nutshell_protocol::FailureKind::InvalidArgument
         );
     }

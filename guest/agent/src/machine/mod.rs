@@ -6,7 +6,6 @@ pub(crate) mod share;
 
 use std::fs;
 use std::io;
-use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountFlags;
@@ -44,7 +43,7 @@ pub(crate) fn set_up() -> Result<(), SetupError> {
     open_standard_streams().step("open /dev/console")?;
     fs::write("/proc/self/oom_score_adj", "-1000").step("write oom_score_adj")?;
     raise_limits()?;
-    cgroup::delegate_controllers(Path::new(cgroup::ROOT)).step("delegate cgroup controllers")?;
+    cgroup::delegate_controllers().step("delegate cgroup controllers")?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None).step("open a socket")?;
     sys::loopback_up(socket).step("bring lo up")

@@ -56,7 +56,7 @@ fn exec_runs_inside_of_the_container() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "guest");
     // The cgroup is the container's, and only the standard streams (and ls's own folder) are open.
-    assert_eq!(lines[1], format!("sleep 1000 0::/test/{id}"));
+    assert_eq!(lines[1], format!("sleep 1000 0::/container-{id}"));
     assert_eq!(lines[2], "4");
     stop(&mut agent, id);
 }
@@ -234,6 +234,48 @@ fn execs_end_before_their_container() {
         assert_eq!(failure.kind, FailureKind::FailedPrecondition);
         agent.delete(id);
     }
+}
+
+#[test]
+fn exec_enters_the_user_namespace() {
+    let mut agent = Agent::start();
+    let mut spec = shell("sleep 1000");
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "user"}));
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    let id = &sleeper_with(&mut agent, &spec);
+    let mut process = process(&["/bin/sh", "-c", "id -u; cat /proc/self/uid_map; echo x >/dev/stdout"]);
+    process["user"] = json!({"uid": 1000, "gid": 1000});
+    let (status, text) = run(&mut agent, id, &process);
+    let words: Vec<&str> = text.split_whitespace().collect();
+    assert_eq!((status, words), (0, vec!["1000", "0", "100000", "65536", "x"]));
+    stop(&mut agent, id);
+}
+
+#[test]
+fn exec_goes_beside_cgroups_that_the_container_made() {
+    let mut agent = Agent::start();
+    let script = "mkdir /sys/fs/cgroup/below; echo 1 >/sys/fs/cgroup/below/cgroup.procs; \
+        echo +pids >/sys/fs/cgroup/cgroup.subtree_control; exec sleep 1000";
+    let mut spec = shell(script);
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"type": "cgroup"}));
+    spec["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"]}));
+    let id = &sleeper_with(&mut agent, &spec);
+    let below = format!("/sys/fs/cgroup/container-{id}/cgroup.subtree_control");
+    while std::fs::read_to_string(&below).unwrap().trim() != "pids" {}
+    let (status, text) = run(&mut agent, id, &process(&["/bin/cat", "/proc/self/cgroup"]));
+    assert_eq!((status, text.as_str()), (0, "0::/below\n"));
+    stop(&mut agent, id);
 }
 
 #[test]

@@ -295,7 +295,7 @@ pub(crate) fn create_request(id: &str, spec: &Value, stdio: Stdio) -> Request {
 pub(crate) fn create_request_on(rootfs: Rootfs, id: &str, spec: &Value, stdio: Stdio) -> Request {
     let mut spec = spec.clone();
     spec["root"]["path"] = json!(format!("{CONTAINERS_PATH}/{id}/rootfs"));
-    spec["linux"]["cgroupsPath"] = json!(format!("/test/{id}"));
+    spec["linux"]["cgroupsPath"] = json!("/somewhere/on/the/host");
     Request::CreateContainer(CreateContainer {
         container: id.to_owned(),
         spec: spec.to_string().into_bytes(),
@@ -309,7 +309,7 @@ pub(crate) fn assert_nothing_left(id: &str) {
     assert!(!Path::new(CONTAINERS_PATH).join(id).exists(), "{id} left files");
     assert!(!Path::new("/run/nutshell/state").join(id).exists(), "{id} left state");
     assert!(
-        !Path::new("/sys/fs/cgroup/test").join(id).exists(),
+        !Path::new(&format!("/sys/fs/cgroup/container-{id}")).exists(),
         "{id} left a cgroup"
     );
     assert!(

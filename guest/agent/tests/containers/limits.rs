@@ -18,7 +18,7 @@ fn stats(agent: &mut Agent, id: &str) -> ContainerStats {
 }
 
 fn cgroup_file(id: &str, name: &str) -> String {
-    fs::read_to_string(format!("/sys/fs/cgroup/test/{id}/{name}"))
+    fs::read_to_string(format!("/sys/fs/cgroup/container-{id}/{name}"))
         .unwrap()
         .trim()
         .to_owned()

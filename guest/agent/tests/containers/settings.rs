@@ -142,6 +142,17 @@ fn user_namespace_maps_the_user() {
 }
 
 #[test]
+fn hooks_of_the_host_are_left_to_it() {
+    let mut agent = Agent::start();
+    let mut spec = shell("cat /hooks");
+    let start = json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo start >/hooks"]}]);
+    spec["hooks"] = json!({"prestart": [{"path": "/no/such"}], "createRuntime": [{"path": "/no/such"}],
+        "poststart": [{"path": "/no/such"}], "poststop": [{"path": "/no/such"}], "startContainer": start});
+    let (exited, text) = agent.run(&spec);
+    assert_eq!((exited.status, text.as_str()), (0, "start\n"));
+}
+
+#[test]
 fn mount_that_fails_is_named() {
     let mut agent = Agent::start();
     let mut spec = spec(&["/bin/true"]);

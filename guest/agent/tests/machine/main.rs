@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nutshell_protocol::{CONTAINERS_PATH, Request, Response, Rootfs, Stdio, disk_serial};
+use nutshell_protocol::{Request, Response, Rootfs, SHARE_PATH, SHARE_TAG, Stdio, disk_serial};
 use serde_json::{Value, json};
 
 use harness::{Agent, create_request_on, fill_root, process, shell, unique};
@@ -31,53 +31,36 @@ struct Machine {
 impl Machine {
     /// Boots a machine with these disks.
     fn boot(disks: &[&Path]) -> Self {
+        Self::boot_with(disks, &[])
+    }
+
+    /// Boots a machine with these disks and what else QEMU's options make.
+    fn boot_with(disks: &[&Path], options: &[String]) -> Self {
         let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
         let monitor = std::env::temp_dir().join(format!("monitor-{}", unique()));
         let mut command = Command::new("qemu-system-x86_64");
+        let machine = "-accel kvm -cpu host -m 256 -nodefaults -no-user-config -no-reboot -display none \
+            -M microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off -device vhost-vsock-device,guest-cid=3 \
+            -global virtio-mmio.force-legacy=false \
+            -device virtio-serial-device -chardev stdio,id=console -device virtconsole,chardev=console";
         command
-            .args([
-                "-accel",
-                "kvm",
-                "-cpu",
-                "host",
-                "-m",
-                "256",
-                "-nodefaults",
-                "-no-user-config",
-                "-no-reboot",
-            ])
-            .args([
-                "-M",
-                "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off",
-                "-display",
-                "none",
-            ])
-            .args([
-                "-kernel",
-                &setting("NUTSHELL_GUEST_KERNEL"),
-                "-initrd",
-                &setting("NUTSHELL_GUEST_INITRAMFS"),
-            ])
+            .args(machine.split_whitespace())
             .args(["-append", "console=hvc0 reboot=t panic=-1 quiet"])
-            .args(["-device", "vhost-vsock-device,guest-cid=3"])
-            .args([
-                "-device",
-                "virtio-serial-device",
-                "-chardev",
-                "stdio,id=console",
-                "-device",
-                "virtconsole,chardev=console",
-            ])
-            .arg("-monitor")
-            .arg(format!("unix:{},server=on,wait=off", monitor.display()));
+            .args(["-kernel", &setting("NUTSHELL_GUEST_KERNEL")])
+            .args(["-initrd", &setting("NUTSHELL_GUEST_INITRAMFS")])
+            .args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())])
+            .args(options);
         for (slot, disk) in (0..).zip(disks) {
-            command
-                .arg("-drive")
-                .arg(format!("if=none,id=disk{slot},format=raw,file={}", disk.display()));
             let serial = disk_serial(slot);
             command
-                .arg("-device")
-                .arg(format!("virtio-blk-device,drive=disk{slot},serial={serial}"));
+                .args([
+                    "-drive",
+                    &format!("if=none,id=disk{slot},format=raw,file={}", disk.display()),
+                ])
+                .args([
+                    "-device",
+                    &format!("virtio-blk-device,drive=disk{slot},serial={serial}"),
+                ]);
         }
         Self {
             agent: Agent::boot(command),
@@ -239,6 +222,57 @@ fn disk_may_appear_after_it_is_asked_for() {
 }
 
 #[test]
+fn rootfs_and_volumes_come_from_the_share() {
+    let shared = std::env::temp_dir().join(format!("shared-{}", unique()));
+    fill_root(&shared.join("roots/one"));
+    fs::create_dir_all(shared.join("volume")).unwrap();
+    let socket = shared.with_extension("socket");
+    let mut daemon = Command::new("/usr/lib/qemu/virtiofsd")
+        .arg(format!("--socket-path={}", socket.display()))
+        .args(["-o", &format!("source={}", shared.display())])
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        assert!(daemon.try_wait().unwrap().is_none(), "virtiofsd ended");
+    }
+    let options = format!(
+        "-object memory-backend-memfd,id=memory,size=256M,share=on -machine memory-backend=memory \
+         -chardev socket,id=share,path={} -device vhost-user-fs-device,chardev=share,tag={SHARE_TAG}",
+        socket.display()
+    );
+    let options: Vec<String> = options.split_whitespace().map(str::to_owned).collect();
+    let mut machine = Machine::boot_with(&[], &options);
+    let output = machine.agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let mut spec = shell("echo inside >/volume/file; cat /etc/passwd | wc -l; touch /new");
+    spec["mounts"].as_array_mut().unwrap().push(json!({
+        "destination": "/volume", "type": "bind", "source": format!("{SHARE_PATH}/volume"), "options": ["rbind"]
+    }));
+    let rootfs = |path: &str| Rootfs::Share { path: path.to_owned() };
+    let failure = machine
+        .agent
+        .ask(create_request_on(rootfs("roots/two"), "c", &spec, Stdio::default()));
+    assert!(failure.unwrap_err().message.contains("roots/two"));
+    machine
+        .agent
+        .ask(create_request_on(rootfs("roots/one"), "c", &spec, stdio))
+        .unwrap();
+    let mut output = output.accept();
+    machine.agent.start_container("c");
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    assert_eq!((machine.agent.exit().status, text.as_str()), (0, "2\n"));
+    machine.delete("c");
+    assert_eq!(fs::read_to_string(shared.join("volume/file")).unwrap(), "inside\n");
+    assert!(shared.join("roots/one/new").exists());
+    drop(machine);
+    daemon.wait().unwrap();
+}
+
+#[test]
 fn exec_and_terminal_work_over_vsock() {
     let mut machine = Machine::boot(&[&image()]);
     machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
@@ -301,8 +335,6 @@ fn shutdown_leaves_a_clean_file_system() {
     let mut machine = Machine::boot(&[&image]);
     machine.create(0, "writer", &shell("echo kept >/file; sleep 1000"), Stdio::default());
     machine.agent.start_container("writer");
-    let path = format!("{CONTAINERS_PATH}/writer/rootfs");
-    assert!(path.starts_with('/'));
     // Written by the time that a second process sees it.
     machine
         .agent
