@@ -215,6 +215,15 @@ impl Channel {
     /// Receives one message and its descriptors, all close-on-exec. Blocks unless the descriptor
     /// is non-blocking ([`ControlError::Socket`] with `WouldBlock` then).
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
+        match self.receive_packet() {
+            // The kernel says once that the other end closed before it had read all that was sent to
+            // it, and says it before it hands out what that end had sent: its last word.
+            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => self.receive_packet(),
+            other => other,
+        }
+    }
+
+    fn receive_packet<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
         let mut packet = vec![0; MAX_PACKET];
         let mut ancillary = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
         let mut vectors = [io::IoSliceMut::new(&mut packet)];
@@ -224,10 +233,7 @@ impl Channel {
             Some(&mut ancillary),
             MsgFlags::MSG_CMSG_CLOEXEC,
         )
-        .map_err(|error| match error {
-            Errno::ECONNRESET => ControlError::Closed,
-            error => ControlError::Socket(error.into()),
-        })?;
+        .map_err(|error| ControlError::Socket(error.into()))?;
         let mut descriptors = Vec::new();
         for message in received.cmsgs().map_err(|error| ControlError::Socket(error.into()))? {
             if let ControlMessageOwned::ScmRights(raw) = message {
@@ -295,6 +301,19 @@ mod tests {
         File::from(descriptors.remove(0)).read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes, b"x");
         assert!(matches!(vmm.receive::<Command>(), Err(ControlError::Closed)));
+    }
+
+    #[test]
+    fn last_word_arrives_though_its_sender_left_commands_unread() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        shim.send(&Command::ReadConsole, &[]).unwrap();
+        vmm.send(&Notice::Drained { port: 7 }, &[]).unwrap();
+        drop(vmm);
+
+        let last = shim.receive::<Notice>();
+
+        assert!(matches!(last, Ok((Notice::Drained { port: 7 }, _))), "{last:?}");
+        assert!(matches!(shim.receive::<Notice>(), Err(ControlError::Closed)));
     }
 
     #[test]
