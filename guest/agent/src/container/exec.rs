@@ -65,8 +65,7 @@ pub(crate) fn exec(
         | ThreadNameSpaceType::PROCESS_ID
         | ThreadNameSpaceType::NETWORK
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
-        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
-        | ThreadNameSpaceType::CONTROL_GROUP;
+        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
     if plan.has_time_namespace {
         kinds |= ThreadNameSpaceType::TIME;
     }
@@ -200,6 +199,9 @@ fn become_program(
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .say(|| "set the standard streams".to_owned())?;
+    // Not before it was born into the cgroup: from inside of the namespace the way there is closed.
+    move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
+        .say(|| "enter the container's cgroup namespace".to_owned())?;
     if plan.has_user_namespace {
         move_into_thread_name_spaces(container, ThreadNameSpaceType::USER)
             .say(|| "enter the container's user namespace".to_owned())?;

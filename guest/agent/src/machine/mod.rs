@@ -72,7 +72,7 @@ fn replace_root() -> Result<(), SetupError> {
     let mounts = [
         ("/proc", "proc", PLAIN, c""),
         ("/sys", "sysfs", PLAIN, c""),
-        ("/sys/fs/cgroup", "cgroup2", PLAIN, c""),
+        ("/sys/fs/cgroup", "cgroup2", PLAIN, c"nsdelegate,memory_recursiveprot"),
         ("/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=755"),
         (
             "/dev/pts",
@@ -122,8 +122,7 @@ fn raise_limits() -> Result<(), SetupError> {
         maximum: limit,
     };
     rustix::process::setrlimit(Resource::Nofile, both(Some(FILES))).step("raise RLIMIT_NOFILE")?;
-    rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")?;
-    rustix::process::setrlimit(Resource::Core, both(None)).step("raise RLIMIT_CORE")
+    rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")
 }
 
 /// Ends the machine: by a reset, which the machine has no other end than.

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 
-use nutshell_protocol::{FailureKind, ProcessEntry, Request, Response, Stdio};
+use nutshell_protocol::{FailureKind, ProcessEntry, Request, Response, StartExec, Stdio};
 use serde_json::{Value, json};
 
 use crate::harness::{Agent, process, shell, unique};
@@ -56,7 +56,7 @@ fn exec_runs_inside_of_the_container() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "guest");
     // The cgroup is the container's, and only the standard streams (and ls's own folder) are open.
-    assert_eq!(lines[1], format!("sleep 1000 0::/container-{id}"));
+    assert_eq!(lines[1], "sleep 1000 0::/");
     assert_eq!(lines[2], "4");
     stop(&mut agent, id);
 }
@@ -276,6 +276,62 @@ fn exec_goes_beside_cgroups_that_the_container_made() {
     let (status, text) = run(&mut agent, id, &process(&["/bin/cat", "/proc/self/cgroup"]));
     assert_eq!((status, text.as_str()), (0, "0::/below\n"));
     stop(&mut agent, id);
+}
+
+#[test]
+fn no_status_is_lost_among_many() {
+    let mut agent = Agent::start();
+    let id = &sleeper(&mut agent);
+    let request = |number: u32| {
+        Request::StartExec(StartExec {
+            container: id.clone(),
+            exec: format!("e{number}"),
+            process: process(&["/bin/sh", "-c", &format!("exit {number}")])
+                .to_string()
+                .into_bytes(),
+            stdio: Stdio::default(),
+        })
+    };
+    let requests: Vec<u64> = (1..=40).map(|number| agent.send(request(number))).collect();
+    for request in requests {
+        agent.reply(request).unwrap();
+    }
+    let mut ended: Vec<(String, u8)> = (1..=40)
+        .map(|_| agent.exit())
+        .map(|exited| (exited.exec.unwrap(), exited.status))
+        .collect();
+    ended.sort_by_key(|(_, status)| *status);
+    let expected: Vec<(String, u8)> = (1..=40).map(|number| (format!("e{number}"), number)).collect();
+    assert_eq!(ended, expected);
+    stop(&mut agent, id);
+}
+
+#[test]
+fn execs_under_way_when_the_container_ends_are_settled_before_it() {
+    let mut agent = Agent::start();
+    for _ in 0..5 {
+        let id = &sleeper(&mut agent);
+        let request = |number: u32| {
+            Request::StartExec(StartExec {
+                container: id.clone(),
+                exec: format!("e{number}"),
+                process: process(&["/bin/sleep", "1000"]).to_string().into_bytes(),
+                stdio: Stdio::default(),
+            })
+        };
+        let requests: Vec<u64> = (0..6).map(|number| agent.send(request(number))).collect();
+        agent.kill(id, 9).unwrap();
+        let made = requests
+            .into_iter()
+            .filter(|request| agent.reply(*request).is_ok())
+            .count();
+        for _ in 0..made {
+            let exited = agent.exit();
+            assert!(exited.exec.is_some() && exited.status == 137, "{exited:?}");
+        }
+        assert_eq!(agent.exit().exec, None);
+        agent.delete(id);
+    }
 }
 
 #[test]

@@ -328,7 +328,7 @@ pub(crate) fn shell(script: &str) -> Value {
 /// What `ctr run` asks for, roughly.
 pub(crate) fn spec(args: &[&str]) -> Value {
     let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
-    let namespaces = ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
+    let namespaces = ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind}));
     json!({
         "ociVersion": "1.2.0",
         "process": process(args),
