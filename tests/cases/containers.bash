@@ -267,25 +267,29 @@ kernel_of() {
       pack("LLQQQQQQ", 1, 7, 4096, 0x100000, 0x100000, length $code, length $code, 4096), "\0" x (4096 - 120), $code' "$1" >"$2"
 }
 
-# boot_fails KERNEL REASON: within 10 s, and says why.
+# boot_fails KERNEL REASON: says why. Sets took, in milliseconds.
 boot_fails() {
   new_name
   printf '[guest]\nkernel = "%s"\n' "$1" >/run/tmp/nutshell.toml
-  local output from=$SECONDS
+  local output from=$EPOCHREALTIME to
   ! output=$(nutshell "$name" --rm --runtime-config-path /run/tmp/nutshell.toml -- true 2>&1) || return 1
-  ((SECONDS - from <= 10)) || { echo "took $((SECONDS - from)) s" >&2; return 1; }
+  to=$EPOCHREALTIME
+  took=$(((${to/./} - ${from/./}) / 1000))
   assert_contains "$output" "$2"
   rm /run/tmp/nutshell.toml
 }
 
 machine_that_cannot_boot_says_why() {
   boot_fails /run/tmp/no-such-file "/run/tmp/no-such-file"
+  # What ctr and containerd take by themselves here.
+  local overhead=$took
   echo "no kernel" >/run/tmp/kernel
   boot_fails /run/tmp/kernel "not an uncompressed x86-64 ELF vmlinux"
   kernel_of '\x0f\x0b' /run/tmp/kernel
   boot_fails /run/tmp/kernel "the guest reset itself"
   kernel_of '\xeb\xfe' /run/tmp/kernel
   boot_fails /run/tmp/kernel "did not become ready"
+  ((took - overhead <= 10000)) || { echo "took $took ms, of which ctr and containerd $overhead" >&2; return 1; }
   rm /run/tmp/kernel
 }
 
