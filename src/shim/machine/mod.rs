@@ -213,7 +213,10 @@ impl Machine {
             late = patience.exhausted() => late,
         };
         let console = self.console().await;
-        self.kill(&format!("the guest did not become ready within {} s", limit.as_secs_f32()));
+        self.kill(&format!(
+            "the guest did not become ready within {} s",
+            limit.as_secs_f32()
+        ));
         let ending = self.ended().await;
         log::debug(&format!("machine {}: waited {late:?} for the agent", self.pid()));
         Err(Arc::new(Ending {
@@ -289,7 +292,10 @@ impl Machine {
     pub(crate) async fn close_stream(&self, stream: &Stream) {
         if !stream.is_closed() {
             // A vmm that is gone has closed all streams.
-            let _ = self.control.send(&Command::CloseStream { port: stream.port() }, &[]).await;
+            let _ = self
+                .control
+                .send(&Command::CloseStream { port: stream.port() }, &[])
+                .await;
         }
     }
 
