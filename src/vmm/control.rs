@@ -215,15 +215,25 @@ impl Channel {
     /// Receives one message and its descriptors, all close-on-exec. Blocks unless the descriptor
     /// is non-blocking ([`ControlError::Socket`] with `WouldBlock` then).
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
-        match self.receive_packet() {
+        match self.receive_packet(MsgFlags::empty()) {
             // The kernel says once that the other end closed before it had read all that was sent to
             // it, and says it before it hands out what that end had sent: its last word.
-            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => self.receive_packet(),
+            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                self.receive_packet(MsgFlags::empty())
+            }
             other => other,
         }
     }
 
-    fn receive_packet<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
+    /// As [`Self::receive`], but `None` at once if there is no message.
+    pub(crate) fn try_receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
+        match self.receive_packet(MsgFlags::MSG_DONTWAIT) {
+            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn receive_packet<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<(T, Vec<OwnedFd>), ControlError> {
         let mut packet = vec![0; MAX_PACKET];
         let mut ancillary = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
         let mut vectors = [io::IoSliceMut::new(&mut packet)];
@@ -231,7 +241,7 @@ impl Channel {
             self.socket.as_raw_fd(),
             &mut vectors,
             Some(&mut ancillary),
-            MsgFlags::MSG_CMSG_CLOEXEC,
+            MsgFlags::MSG_CMSG_CLOEXEC | flags,
         )
         .map_err(|error| ControlError::Socket(error.into()))?;
         let mut descriptors = Vec::new();

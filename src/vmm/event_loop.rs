@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     build::Running,
-    control::{Channel, Command, ControlError, EndReason, Notice},
+    control::{Channel, Command, EndReason, Notice},
     end::End,
 };
 use crate::devices::virtio::{
@@ -112,7 +112,7 @@ fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: 
     };
     let broken = |error: QueueError| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}")));
     match source {
-        Source::Control => command(running, channel, log).err(),
+        Source::Control => commands(running, channel, log).err(),
         Source::End => end.reason().map(Left::Ended),
         Source::Streams => running.vsock.lock().poll().err().map(broken),
         Source::VsockReceive => {
@@ -121,6 +121,11 @@ fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: 
         }
         Source::VsockTransmit => {
             kicked(&running.vsock_transmit);
+            // A guest dials a port that it was told of over a stream. The command that opened the port
+            // was sent before, and must not be overtaken.
+            if let Err(left) = commands(running, channel, log) {
+                return Some(left);
+            }
             running.vsock.lock().transmit().err().map(broken)
         }
         Source::ConsoleTransmit => {
@@ -143,13 +148,21 @@ fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: 
     }
 }
 
-/// Takes one command of the shim.
-fn command(running: &Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
-    let (command, descriptors) = match channel.receive::<Command>() {
-        Ok(received) => received,
-        Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-        Err(_) => return Err(Left::ShimGone),
-    };
+/// Takes all commands of the shim that wait.
+fn commands(running: &Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
+    while let Some((next, descriptors)) = channel.try_receive().map_err(|_| Left::ShimGone)? {
+        command(next, descriptors, running, channel, log)?;
+    }
+    Ok(())
+}
+
+fn command(
+    command: Command,
+    descriptors: Vec<OwnedFd>,
+    running: &Running,
+    channel: &Channel,
+    log: &Arc<Log>,
+) -> Result<(), Left> {
     let mut descriptors = descriptors.into_iter();
     let mut vsock = running.vsock.lock();
     match command {
