@@ -133,8 +133,12 @@ impl Agent {
 
     fn signal(&mut self, name: &str, exec: Option<&str>, signal: u32, all: bool) -> Result<Answer, Failure> {
         let finished = || Failure::not_found("process already finished");
+        if signal > LAST_SIGNAL {
+            return Err(Failure::invalid(format!("there is no signal {signal}")));
+        }
         let container = self.container(name)?;
-        if all {
+        let waits = exec.is_none() && container.stage == Stage::Created;
+        if all && !waits {
             let sent = send_to_all(&container.cgroup, signal).context(|| format!("signal container {name}"))?;
             return if sent {
                 Ok(Answer::Now(Response::Done))
@@ -142,7 +146,6 @@ impl Agent {
                 Err(finished())
             };
         }
-        let waits = exec.is_none() && container.stage == Stage::Created;
         let process = container.process(exec).ok_or_else(finished)?;
         let pid = process.pid.filter(|_| process.ended.is_none()).ok_or_else(finished)?;
         let mut sent = signal;
@@ -303,6 +306,9 @@ fn exists(message: String) -> Failure {
 fn wrong_stage(name: &str, stage: Stage) -> Failure {
     Failure::precondition(format!("container {name} is {}", format!("{stage:?}").to_lowercase()))
 }
+
+/// The last real-time signal (signal(7)).
+const LAST_SIGNAL: u32 = 64;
 
 /// SIGKILL.
 const KILL: u32 = libc::SIGKILL.unsigned_abs();

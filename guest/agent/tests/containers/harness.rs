@@ -91,6 +91,14 @@ impl Agent {
         agent
     }
 
+    /// How many descriptors the agent has open, and how many children it has.
+    pub(crate) fn belongings(&self) -> (usize, usize) {
+        let pid = self.child.id();
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        (open, children.split_whitespace().count())
+    }
+
     fn receive(&mut self) -> FromAgent {
         loop {
             if let Some(message) = self.incoming.next().unwrap() {

@@ -51,10 +51,16 @@ fn created_container_does_not_run_before_its_start() {
 #[test]
 fn kill_of_created_container_reports_the_signal() {
     let mut agent = Agent::start();
-    for (signal, status) in [(15, 143), (9, 137)] {
+    for (signal, all, status) in [(15, false, 143), (9, false, 137), (15, true, 143), (9, true, 137)] {
         let id = &format!("killed-{}", unique());
         agent.create(id, &shell("echo never"), Stdio::default()).unwrap();
-        agent.kill(id, signal).unwrap();
+        let request = Request::Signal {
+            container: id.clone(),
+            exec: None,
+            signal,
+            all,
+        };
+        assert_eq!(agent.ask(request), Ok(Response::Done));
         assert_eq!(agent.exit().status, status);
         let failure = agent.kill(id, 9).unwrap_err();
         assert_eq!(
@@ -83,6 +89,35 @@ fn signal_reaches_the_process_that_handles_it() {
     agent.kill(id, 10).unwrap();
     assert_eq!(agent.exit().status, 3);
     agent.delete(id);
+}
+
+#[test]
+fn signal_to_all_reaches_every_process_of_a_running_container() {
+    let mut agent = Agent::start();
+    for signal in [12, 9, 40] {
+        let id = &format!("all-{}", unique());
+        let output = agent.listen();
+        let stdio = Stdio {
+            stdout: Some(output.port),
+            ..Stdio::default()
+        };
+        // The first process ignores what it does not handle, and its children do not.
+        let script = "sleep 1000 & sleep 1000 & echo ready; wait; wait; exit 5";
+        agent.create(id, &shell(script), stdio).unwrap();
+        let mut output = output.accept();
+        agent.start_container(id);
+        output.read_exact(&mut [0; 6]).unwrap();
+        let request = |signal| Request::Signal {
+            container: id.clone(),
+            exec: None,
+            signal,
+            all: true,
+        };
+        assert_eq!(agent.ask(request(65)).unwrap_err().kind, FailureKind::InvalidArgument);
+        assert_eq!(agent.ask(request(signal)), Ok(Response::Done));
+        assert_eq!(agent.exit().status, if signal == 9 { 137 } else { 5 });
+        agent.delete(id);
+    }
 }
 
 #[test]
@@ -205,6 +240,50 @@ fn grandchild_that_holds_the_output_does_not_hold_the_exit_up() {
     assert_eq!(text, "early\nlate\n");
     agent.delete(id);
     assert_eq!(agent.exit().status, 137);
+}
+
+#[test]
+fn agent_keeps_nothing_of_what_is_gone() {
+    let mut agent = Agent::start();
+    agent.run(&shell("true"));
+    let before = agent.belongings();
+    for round in 0..6 {
+        let id = &format!("gone-{}", unique());
+        let (input, output) = (agent.listen(), agent.listen());
+        let stdio = |terminal| Stdio {
+            stdin: Some(input.port),
+            stdout: Some(output.port),
+            stderr: None,
+            terminal,
+            size: None,
+        };
+        let mut spec = shell("read line");
+        spec["process"]["terminal"] = json!(round % 2 == 0);
+        agent.create(id, &spec, stdio(round % 2 == 0)).unwrap();
+        agent.start_container(id);
+        agent
+            .exec(id, "x", &crate::harness::process(&["/bin/true"]), Stdio::default())
+            .unwrap();
+        agent
+            .exec(id, "y", &crate::harness::process(&["nosuch"]), Stdio::default())
+            .unwrap_err();
+        assert_eq!(agent.exit().exec.as_deref(), Some("x"));
+        if round < 4 {
+            agent.kill(id, 9).unwrap();
+            agent.exit();
+            agent.delete(id);
+        } else {
+            agent.delete(id);
+            agent.exit();
+        }
+        let failure = agent
+            .create(id, &crate::harness::spec(&["nosuch"]), Stdio::default())
+            .unwrap_err();
+        assert!(failure.message.contains("nosuch"));
+    }
+    // Jobs that are done may take a moment to be reaped.
+    while agent.belongings().1 > before.1 {}
+    assert_eq!(agent.belongings(), before);
 }
 
 #[test]
