@@ -235,6 +235,13 @@ impl Pod {
         &self.machine
     }
 
+    /// Counts a process of the host to the pod.
+    pub(crate) fn add(&self, pid: u32) {
+        if let Some(group) = &self.group {
+            group.add(pid);
+        }
+    }
+
     /// Gives the machine what the container `id` needs of the host's files; says where the guest
     /// finds its root.
     pub(crate) async fn attach(
@@ -313,7 +320,8 @@ impl Pod {
         }
     }
 
-    /// Ends the machine and all that belongs to it. Nothing of it is left afterwards.
+    /// Ends the machine and all that belongs to it. Nothing of it is left afterwards, once every pid
+    /// that was added has ended.
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {

@@ -7,7 +7,7 @@ use std::sync::{
 
 use super::{
     holder::Holder,
-    lifecycle::{Lifecycle, Phase},
+    lifecycle::Lifecycle,
     machine::Machine,
     stdio::{Request, Standard},
 };
@@ -139,11 +139,6 @@ impl Process {
     /// True for the first who reports the end of the process: what follows is done once.
     pub(crate) fn report_end(&self) -> bool {
         !self.ended.swap(true, Ordering::Relaxed)
-    }
-
-    /// It was started, and has not ended.
-    pub(crate) fn is_running(&self) -> bool {
-        matches!(self.lifecycle.phase(), Phase::Running | Phase::Paused)
     }
 
     /// Closes what is open of its streams.

@@ -1,6 +1,6 @@
 //! The daemon: serves containerd until the last container is gone.
 
-use std::{fs, io, process::ExitCode, time::Duration};
+use std::{fs, io, path::Path, process::ExitCode, time::Duration};
 
 use containerd_shim_protos::ttrpc::{self, asynchronous::Server};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
@@ -31,6 +31,7 @@ enum ServeError {
 /// Serves until containerd shuts the shim down. To be called on the main thread, which is the only
 /// one of the daemon that stays: its children are bound to it.
 pub(crate) fn run(context: ServeContext) -> ExitCode {
+    let socket = context.socket.clone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(serve(context)),
@@ -40,6 +41,7 @@ pub(crate) fn run(context: ServeContext) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error(&error.to_string());
+            remove(&socket);
             ExitCode::FAILURE
         }
     }
@@ -67,9 +69,7 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
 
     tasks.stopped().await;
     // From here on a new shim may be started, and `delete` knows that this one ends by itself.
-    if let Err(error) = fs::remove_file(&context.socket) {
-        log::warn(&format!("remove {}: {error}", context.socket.display()));
-    }
+    remove(&context.socket);
     if tokio::time::timeout(REPLY_LIMIT, written.all()).await.is_err() {
         log::debug("nobody took the last reply");
     }
@@ -79,12 +79,18 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
     Ok(())
 }
 
+fn remove(socket: &Path) {
+    if let Err(error) = fs::remove_file(socket) {
+        log::warn(&format!("remove {}: {error}", socket.display()));
+    }
+}
+
 /// As containerd's own shims: told to end by a signal, a shim goes on, because its containers would
 /// end with it. Children that are executed do not inherit a handler.
 fn outlive_signals() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int) {}
     let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::SA_RESTART, SigSet::empty());
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1] {
         // SAFETY: the handler does nothing, so it may run at any point of any code.
         unsafe { sigaction(signal, &action) }?;
     }

@@ -400,7 +400,7 @@ fn died(what: &str, how: Ended, said: &str) -> String {
     }
 }
 
-/// Logs what the process says. Returns it, cut at a limit.
+/// Logs what the process says, and returns it, both cut at a limit.
 async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
     let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
         return String::new();
@@ -409,13 +409,13 @@ async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
     let mut bytes = [0; 1024];
     while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
         let room = STDERR_LIMIT - said.len();
-        said.extend_from_slice(&bytes[..length.min(room)]);
+        let new = &bytes[..length.min(room)];
+        for line in readable(new).lines() {
+            log::warn(&format!("virtual machine {pid}: {line}"));
+        }
+        said.extend_from_slice(new);
     }
-    let said = readable(&said);
-    for line in said.lines() {
-        log::warn(&format!("virtual machine {pid}: {line}"));
-    }
-    said
+    readable(&said)
 }
 
 /// The last lines of what a guest wrote, without what a terminal would obey.

@@ -184,8 +184,14 @@ impl Tasks {
         pod: &Arc<Pod>,
     ) -> Result<Arc<Container>, TaskError> {
         let container = self.enter(request, Role::Sandbox, pod, plan.hooks);
-        container.init.hold(hold(&plan.network)?);
-        run_hooks(&container).await?;
+        let held = async {
+            hold(&container, &plan.network)?;
+            run_hooks(&container).await
+        };
+        if let Err(error) = held.await {
+            container.init.release();
+            return Err(error);
+        }
         let (pod, limit) = (pod.clone(), self.configuration.ready_timeout);
         tokio::spawn(async move {
             if let Err(ending) = pod.machine().ready(limit).await {
@@ -236,6 +242,7 @@ impl Tasks {
             }
             Err(error) => {
                 container.init.close_streams(pod.machine()).await;
+                container.init.release();
                 Err(error)
             }
         }
@@ -262,7 +269,7 @@ async fn prepare(container: &Container, network: &Network, size: Option<(u16, u1
     let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string());
     let init = &container.init;
     let opened = init.request.open().map_err(failed)?;
-    init.hold(hold(network)?);
+    hold(container, network)?;
     let (standard, stdio) = opened.connect(container.pod.machine(), size).await.map_err(failed)?;
     init.set_standard(standard);
     run_hooks(container).await?;
@@ -309,23 +316,29 @@ async fn create_in_guest(
         })
 }
 
-/// A pid on the host, in the network namespace that the spec asks for.
-fn hold(network: &Network) -> Result<Arc<Holder>, TaskError> {
-    let namespace =
-        match network {
-            Network::Host => {
-                let text = "linux.namespaces: a virtual machine cannot share the network of its host: \
-                give the container a network namespace";
-                return Err(TaskError::new(Kind::InvalidArgument, text));
+/// Gives a container its pid on the host, in the network namespace that the spec asks for. Clients
+/// also find the pod's control group by it.
+fn hold(container: &Container, network: &Network) -> Result<(), TaskError> {
+    let holder = Holder::spawn(&namespace(network)?)
+        .map_err(|error| TaskError::unknown(format!("make a pid for the container: {error}")))?;
+    container.pod.add(holder.pid());
+    container.init.hold(Arc::new(holder));
+    Ok(())
+}
+
+fn namespace(network: &Network) -> Result<Namespace, TaskError> {
+    const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
+        give the container a network namespace";
+    match network {
+        Network::Host => Err(TaskError::new(Kind::InvalidArgument, HOST)),
+        Network::Loopback => Ok(Namespace::New),
+        Network::Namespace(path) => match holder::open_namespace(path) {
+            Ok(namespace) => Ok(Namespace::Join(namespace)),
+            Err(error) => {
+                let text = format!("open the network namespace {}: {error}", path.display());
+                Err(TaskError::unknown(text))
             }
-            Network::Loopback => Namespace::New,
-            Network::Namespace(path) => Namespace::Join(holder::open_namespace(path).map_err(|error| {
-                TaskError::unknown(format!("open the network namespace {}: {error}", path.display()))
-            })?),
-        };
-    match Holder::spawn(&namespace) {
-        Ok(holder) => Ok(Arc::new(holder)),
-        Err(error) => Err(TaskError::unknown(format!("make a pid for the container: {error}"))),
+        },
     }
 }
 

@@ -99,9 +99,15 @@ impl Tasks {
 
     /// Takes back everything that a container has on this host.
     async fn forget(&self, container: &Container) {
+        if container.role != Role::Sandbox {
+            finish_streams(container, &container.init).await;
+        }
+        for exec in container.all_execs() {
+            exec.release();
+        }
+        container.init.release();
         match container.role {
             Role::Alone { writes_disk } => {
-                finish_streams(container, &container.init).await;
                 if writes_disk {
                     write_back(container).await;
                 }
@@ -109,15 +115,10 @@ impl Tasks {
             }
             Role::Sandbox => container.pod.end().await,
             Role::Member => {
-                finish_streams(container, &container.init).await;
                 remove_from_guest(container).await;
                 container.pod.detach(&container.id).await;
             }
         }
-        for exec in container.all_execs() {
-            exec.release();
-        }
-        container.init.release();
         let subject = Subject {
             pid: 0,
             ..container.subject()

@@ -42,11 +42,7 @@ impl Tasks {
         if let Err(error) = request.exec.parse::<ContainerId>() {
             return Err(TaskError::new(Kind::InvalidArgument, format!("exec id: {error}")));
         }
-        match container.init.lifecycle.phase() {
-            Phase::Created | Phase::Starting | Phase::Running => {}
-            Phase::Paused => return Err(refused("cannot exec in a paused container")),
-            _ => return Err(refused("cannot exec in a stopped container")),
-        }
+        takes_execs(&container)?;
         if container.role == Role::Sandbox {
             return Err(TaskError::new(
                 Kind::Unimplemented,
@@ -72,6 +68,9 @@ impl Tasks {
     /// Starts the container `id`, or its exec `exec`, and returns the process's pid.
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, TaskError> {
         let (container, process) = self.process(id, exec)?;
+        if !exec.is_empty() {
+            takes_execs(&container)?;
+        }
         process.lifecycle.begin_start()?;
         log::debug(&format!("task {id} {exec}: start"));
         if exec.is_empty() {
@@ -137,9 +136,6 @@ impl Tasks {
 }
 
 async fn run_exec(container: &Container, process: &Process, exec: &str) -> Result<u32, TaskError> {
-    if !container.init.is_running() {
-        return Err(refused("cannot exec in a stopped container"));
-    }
     let machine = container.pod.machine();
     let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT);
     let opened = process.request.open().map_err(failed)?;
@@ -160,8 +156,13 @@ async fn run_exec(container: &Container, process: &Process, exec: &str) -> Resul
         .map_err(|error| error.during(EXEC_CONTEXT))
 }
 
-fn refused(text: &str) -> TaskError {
-    TaskError::new(Kind::FailedPrecondition, text)
+fn takes_execs(container: &Container) -> Result<(), TaskError> {
+    let state = match container.init.lifecycle.phase() {
+        Phase::Creating | Phase::Created | Phase::Starting | Phase::Running => return Ok(()),
+        phase => phase.name(),
+    };
+    let text = format!("cannot exec in a {state} container");
+    Err(TaskError::new(Kind::FailedPrecondition, text))
 }
 
 /// "Not found" would be read as "the task is gone": here it is something that the process needs.
