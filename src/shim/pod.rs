@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// How many disks can be given to the members of a pod while it runs.
-const MEMBER_DISKS: u32 = 16;
+const MEMBER_DISKS: u32 = 8;
 
 /// Where machines come from; the tests have another.
 pub(crate) trait Host: Debug + Send + Sync + 'static {

@@ -47,9 +47,6 @@ pub(crate) enum StdioError {
         /// Why.
         source: io::Error,
     },
-    /// The machine does not take it.
-    #[error("hand the standard streams to the virtual machine: {0}")]
-    Machine(#[from] ControlError),
 }
 
 /// What containerd asks for: paths or URIs, empty where there is no stream.
@@ -143,7 +140,7 @@ impl Opened {
         self,
         machine: &Machine,
         size: Option<(u16, u16)>,
-    ) -> Result<(Standard, Stdio), StdioError> {
+    ) -> Result<(Standard, Stdio), ControlError> {
         let mut stdio = Stdio {
             terminal: self.terminal,
             size,

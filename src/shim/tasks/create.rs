@@ -12,7 +12,7 @@ use containerd_shim_protos::{
 };
 use nutshell_protocol::{CreateContainer, Request, Rootfs, Stdio};
 
-use super::{CREATE_LIMIT, Container, Role, Tasks, ask};
+use super::{CREATE_LIMIT, Container, Role, Tasks, ask, gone};
 use crate::{
     oci::{self, ContainerId, Hooks, HostMount, Network, Placement, Plan, PlanError, Root, SourceKind},
     shim::{
@@ -266,11 +266,16 @@ impl Tasks {
 
 /// Opens what the container has on the host and hands its streams to the machine.
 async fn prepare(container: &Container, network: &Network, size: Option<(u16, u16)>) -> Result<Stdio, TaskError> {
-    let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string());
     let init = &container.init;
-    let opened = init.request.open().map_err(failed)?;
+    let opened = init
+        .request
+        .open()
+        .map_err(|error| TaskError::unknown(error.to_string()))?;
     hold(container, network)?;
-    let (standard, stdio) = opened.connect(container.pod.machine(), size).await.map_err(failed)?;
+    let (standard, stdio) = match opened.connect(container.pod.machine(), size).await {
+        Ok(connected) => connected,
+        Err(error) => return Err(gone(&container.pod, &error).await),
+    };
     init.set_standard(standard);
     run_hooks(container).await?;
     Ok(stdio)

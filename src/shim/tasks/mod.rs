@@ -139,13 +139,19 @@ async fn ask<T>(
     answer: impl Future<Output = Result<T, AgentError>>,
 ) -> Result<T, TaskError> {
     let answer = pod.machine().within(limit, answer).await;
-    if let Some(Err(AgentError::Gone)) = answer
-        && let Ok(ending) = tokio::time::timeout(CLOSE_LIMIT, pod.machine().ended()).await
-    {
-        // The machine knows why.
-        return Err(TaskError::new(Kind::Unavailable, ending.to_string()));
+    match answer {
+        Some(Err(error @ AgentError::Gone)) => Err(gone(pod, &error).await),
+        answer => answered(limit, answer),
     }
-    answered(limit, answer)
+}
+
+/// What to say of an error that means that the machine is ending: the machine knows why.
+async fn gone(pod: &Pod, error: &impl std::error::Error) -> TaskError {
+    let text = match tokio::time::timeout(CLOSE_LIMIT, pod.machine().ended()).await {
+        Ok(ending) => ending.to_string(),
+        Err(_) => error.to_string(),
+    };
+    TaskError::new(Kind::Unavailable, text)
 }
 
 /// The agent's answer, or why there is none.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use nutshell_protocol::{Request, StartExec};
 
-use super::{ANSWER_LIMIT, CREATE_LIMIT, Container, Role, Tasks};
+use super::{ANSWER_LIMIT, CREATE_LIMIT, Container, Role, Tasks, gone};
 use crate::{
     oci::ContainerId,
     shim::{
@@ -137,12 +137,17 @@ impl Tasks {
 
 async fn run_exec(container: &Container, process: &Process, exec: &str) -> Result<u32, TaskError> {
     let machine = container.pod.machine();
-    let failed = |error: stdio::StdioError| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT);
-    let opened = process.request.open().map_err(failed)?;
+    let opened = process
+        .request
+        .open()
+        .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
     let holder = Holder::spawn(&Namespace::Inherited)
         .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;
     process.hold(Arc::new(holder));
-    let (standard, stdio) = opened.connect(machine, process.size()).await.map_err(failed)?;
+    let (standard, stdio) = match opened.connect(machine, process.size()).await {
+        Ok(connected) => connected,
+        Err(error) => return Err(gone(&container.pod, &error).await.during(EXEC_CONTEXT)),
+    };
     process.set_standard(standard);
     let start = Request::StartExec(StartExec {
         container: container.id.to_string(),
