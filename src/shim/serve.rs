@@ -12,6 +12,7 @@ use super::{
     log,
     pod::ThisHost,
     service::services,
+    stdio::{Streaming, Surroundings},
     tasks::Tasks,
 };
 
@@ -58,7 +59,11 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
         }
         (None, None) => EventQueue::start(&context.namespace, Nowhere),
     };
-    let tasks = Tasks::new(context.configuration, host, events.clone());
+    let around = Surroundings {
+        namespace: context.namespace,
+        streaming: Streaming::default(),
+    };
+    let tasks = Tasks::new(context.configuration, host, events.clone(), around);
     let written = Written::none();
     let mut server = Server::new()
         .add_listener(connection::listener(context.listener, written.clone())?)

@@ -37,10 +37,7 @@ const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2
 /// Services that containerd may ask for and that are not offered. Under its name a service without
 /// methods answers "unimplemented", from which containerd knows what to do without it; the ttrpc
 /// crate would answer "invalid argument".
-const NOT_OFFERED: [&str; 2] = [
-    "containerd.runtime.sandbox.v1.Sandbox",
-    "containerd.services.streaming.v1.TTRPCStreaming",
-];
+const NOT_OFFERED: [&str; 1] = ["containerd.runtime.sandbox.v1.Sandbox"];
 
 /// Everything that is served. `written` is that of the connections.
 pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
@@ -56,6 +53,7 @@ pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String,
                 .map(|service| (name.to_owned(), service)),
         );
     }
+    services.insert(stdio::SERVICE.to_owned(), tasks.streaming().service());
     for name in NOT_OFFERED {
         let service = Service {
             methods: HashMap::new(),

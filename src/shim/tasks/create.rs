@@ -221,7 +221,7 @@ impl Tasks {
         // when a failure is cleaned up.
         let (rootfs, streams) = tokio::join!(
             pod.attach(&request.id, &request.bundle, root, shares),
-            prepare(&container, &plan.network, plan.console_size),
+            prepare(&container, &plan.network, plan.console_size, &self.around),
         );
         let created = async {
             log::debug(&format!("task {}: files and streams are in place", request.id));
@@ -265,11 +265,17 @@ impl Tasks {
 }
 
 /// Opens what the container has on the host and hands its streams to the machine.
-async fn prepare(container: &Container, network: &Network, size: Option<(u16, u16)>) -> Result<Stdio, TaskError> {
+async fn prepare(
+    container: &Container,
+    network: &Network,
+    size: Option<(u16, u16)>,
+    around: &stdio::Surroundings,
+) -> Result<Stdio, TaskError> {
     let init = &container.init;
     let opened = init
         .request
-        .open()
+        .open(container.id.as_str(), around)
+        .await
         .map_err(|error| TaskError::unknown(error.to_string()))?;
     hold(container, network)?;
     let (standard, stdio) = match opened.connect(container.pod.machine(), size).await {

@@ -37,6 +37,7 @@ use super::{
     machine::AgentError,
     pod::{Host, Pod},
     process::Process,
+    stdio::{Streaming, Surroundings},
 };
 use crate::oci::{ContainerId, Hooks};
 
@@ -186,6 +187,7 @@ pub(crate) struct Tasks {
     configuration: Configuration,
     host: Box<dyn Host>,
     events: EventQueue,
+    around: Surroundings,
     table: Mutex<Table>,
     stopping: watch::Sender<bool>,
 }
@@ -199,14 +201,25 @@ struct Table {
 
 impl Tasks {
     /// None yet.
-    pub(crate) fn new(configuration: Configuration, host: impl Host, events: EventQueue) -> Arc<Self> {
+    pub(crate) fn new(
+        configuration: Configuration,
+        host: impl Host,
+        events: EventQueue,
+        around: Surroundings,
+    ) -> Arc<Self> {
         Arc::new(Self {
             configuration,
             host: Box::new(host),
             events,
+            around,
             table: Mutex::default(),
             stopping: watch::Sender::new(false),
         })
+    }
+
+    /// Where clients open streams.
+    pub(crate) fn streaming(&self) -> &Streaming {
+        &self.around.streaming
     }
 
     /// The container, from the moment that its creation was answered to the end of its deletion.

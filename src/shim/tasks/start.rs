@@ -112,7 +112,7 @@ impl Tasks {
         process: &Arc<Process>,
         exec: &str,
     ) -> Result<u32, TaskError> {
-        match run_exec(container, process, exec).await {
+        match run_exec(container, process, exec, &self.around).await {
             Ok(guest_pid) => {
                 process.set_guest_pid(guest_pid);
                 self.follow_holder(container, process);
@@ -135,11 +135,17 @@ impl Tasks {
     }
 }
 
-async fn run_exec(container: &Container, process: &Process, exec: &str) -> Result<u32, TaskError> {
+async fn run_exec(
+    container: &Container,
+    process: &Process,
+    exec: &str,
+    around: &stdio::Surroundings,
+) -> Result<u32, TaskError> {
     let machine = container.pod.machine();
     let opened = process
         .request
-        .open()
+        .open(exec, around)
+        .await
         .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
     let holder = Holder::spawn(&Namespace::Inherited)
         .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;

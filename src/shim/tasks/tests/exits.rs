@@ -1,7 +1,5 @@
 //! Ends: of processes, of machines, expected or not.
 
-use std::io::Read;
-
 use containerd_shim_protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::Request;
 
@@ -46,38 +44,6 @@ async fn exit_waits_for_the_output_before_it() {
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
     assert_eq!(shim.events(3).await, ["create", "start", "exit c1 0"]);
-}
-
-#[tokio::test]
-async fn reader_has_all_output_and_its_end_before_delete_returns() {
-    let shim = Shim::start().await;
-    let request = shim.request("c1");
-    let mut reader = reader(&shim, "c1");
-    shim.task.create(context::Context::default(), &request).await.unwrap();
-    shim.start_task("c1", "").await.unwrap();
-    shim.fake.write_and_close("c1", "last words");
-    shim.fake.exit("c1", None, 0, [10, 0]);
-    shim.wait("c1", "").await.unwrap();
-
-    shim.delete("c1", "").await.unwrap();
-
-    let mut text = String::new();
-    reader.read_to_string(&mut text).unwrap();
-    assert_eq!(text, "last words");
-}
-
-#[tokio::test]
-async fn own_reader_keeps_output_writable_when_containerd_is_away() {
-    let shim = Shim::start().await;
-    shim.run("c1").await;
-    // Nobody has ever opened the other end.
-    shim.fake.write_and_close("c1", "unheard");
-    shim.fake.exit("c1", None, 0, [7, 0]);
-    assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
-    let mut bytes = [0; 16];
-    let mut late = reader(&shim, "c1");
-    assert_eq!(late.read(&mut bytes).unwrap(), 7);
-    assert_eq!(late.read(&mut bytes).unwrap(), 0);
 }
 
 #[tokio::test]

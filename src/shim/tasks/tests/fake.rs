@@ -360,22 +360,39 @@ impl Fake {
 
     /// Writes to standard output of a process, and closes it.
     pub(super) fn write_and_close(&self, container: &str, text: &str) {
-        let port = self.port(container, |ports| ports.stdout);
-        let mut output = self.until(|state| state.outputs.remove(&port));
+        let mut output = self.take_output(container);
         output.write_all(text.as_bytes()).unwrap();
         drop(output);
+        self.closed_output(container);
+    }
+
+    /// Takes the standard output of a process; [`Self::closed_output`] is to follow.
+    pub(super) fn take_output(&self, container: &str) -> File {
+        let port = self.port(container, None, |ports| ports.stdout);
+        self.until(|state| state.outputs.remove(&port))
+    }
+
+    /// Says that the standard output of a process was closed.
+    pub(super) fn closed_output(&self, container: &str) {
+        let port = self.port(container, None, |ports| ports.stdout);
         let control = self.state().control.clone().unwrap();
         notify(&control, &Notice::StreamClosed { port });
     }
 
-    /// Takes the input of a process.
+    /// Takes the input of a container's first process.
     pub(super) fn take_input(&self, container: &str) -> File {
-        let port = self.port(container, |ports| ports.stdin);
+        let port = self.port(container, None, |ports| ports.stdin);
         self.until(|state| state.inputs.remove(&port))
     }
 
-    fn port(&self, container: &str, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
-        let key = (container.to_owned(), None);
+    /// Takes the input of an exec.
+    pub(super) fn take_exec_input(&self, container: &str, exec: &str) -> File {
+        let port = self.port(container, Some(exec), |ports| ports.stdin);
+        self.until(|state| state.inputs.remove(&port))
+    }
+
+    fn port(&self, container: &str, exec: Option<&str>, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
+        let key = (container.to_owned(), exec.map(str::to_owned));
         self.until(|state| state.ports.get(&key).and_then(&which))
     }
 

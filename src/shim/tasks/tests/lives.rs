@@ -1,10 +1,7 @@
 //! Lives of containers and execs, call by call.
 
 use containerd_shim_protos::{
-    api::{
-        CheckpointTaskRequest, CloseIORequest, ConnectRequest, PidsRequest, ShutdownRequest, StatsRequest,
-        UpdateTaskRequest,
-    },
+    api::{CheckpointTaskRequest, ConnectRequest, PidsRequest, ShutdownRequest, StatsRequest, UpdateTaskRequest},
     protobuf::{EnumOrUnknown, Message},
     shim::oci::ProcessDetails,
     ttrpc::Request as RawRequest,
@@ -251,36 +248,6 @@ async fn statistics_and_updates_go_to_the_guest() {
         _ => None,
     });
     assert_eq!(sent, b"{}");
-}
-
-#[tokio::test]
-async fn input_ends_with_close_io_and_not_with_a_client() {
-    use std::io::{ErrorKind, Read, Write};
-
-    let shim = Shim::start().await;
-    shim.run("c1").await;
-    let mut input = shim.fake.take_input("c1");
-    let fifo = shim.folder.path().join("c1/in");
-    File::options()
-        .write(true)
-        .open(fifo)
-        .unwrap()
-        .write_all(b"hello")
-        .unwrap();
-    let mut bytes = [0; 16];
-    assert_eq!(input.read(&mut bytes).unwrap(), 5);
-    assert_eq!(input.read(&mut bytes).unwrap_err().kind(), ErrorKind::WouldBlock);
-
-    let request = CloseIORequest {
-        id: "c1".to_owned(),
-        stdin: true,
-        ..CloseIORequest::default()
-    };
-    for _ in 0..2 {
-        shim.task.close_io(context::Context::default(), &request).await.unwrap();
-    }
-
-    assert_eq!(input.read(&mut bytes).unwrap(), 0);
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 mod exits;
 mod fake;
 mod lives;
+mod streams;
 
 use std::{
     fs::{self, File},
@@ -42,6 +43,7 @@ use crate::{
         connection::{self, Written},
         events::{EventQueue, Forward},
         service::services,
+        stdio::{Surroundings, read_next},
     },
 };
 
@@ -89,7 +91,7 @@ impl Shim {
         let host = FakeHost::new(behaviour);
         let fake = host.fake.clone();
         let queue = EventQueue::start("default", Recorder(sender));
-        let tasks = Tasks::new(configuration, host, queue);
+        let tasks = Tasks::new(configuration, host, queue, Surroundings::default());
         let socket = folder.path().join("socket");
         let written = Written::none();
         let listener = connection::listener(UnixListener::bind(&socket).unwrap(), written.clone()).unwrap();
