@@ -4,11 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nutshell_protocol::Stdio;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 
 use super::Pump;
-use crate::connection::Host;
+use crate::connection::{Host, connected};
 
 /// What a process gets as descriptors 0, 1 and 2. A process with a terminal gets that instead.
 #[derive(Debug)]
@@ -35,57 +36,154 @@ impl ProcessEnds {
     }
 }
 
+/// What the standard streams are called in errors.
+const NAMES: [&str; 3] = ["standard input", "standard output", "standard error"];
+
+/// How long the host may take to answer a dial. The kernel gives up by itself after two seconds
+/// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
+const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
+
 /// The agent's side of a process's standard streams, before the process exists.
 #[derive(Debug)]
 pub(crate) struct Channels {
-    /// Standard input, output and error, where there is a stream and no terminal.
-    pub(crate) pumps: [Option<Pump>; 3],
-    /// The streams of the terminal's input and output.
-    pub(crate) terminal: [Option<OwnedFd>; 2],
+    /// The streams to the host: standard input, output and error.
+    streams: [Option<OwnedFd>; 3],
+    /// Our ends of the process's pipes; none with a terminal.
+    pipes: [Option<OwnedFd>; 3],
 }
 
 impl Channels {
     /// Dials the host's streams and makes what a process is connected to.
     pub(crate) fn open(host: &Host, stdio: &Stdio) -> io::Result<(Self, ProcessEnds)> {
         let mut channels = Self {
-            pumps: [None, None, None],
-            terminal: [None, None],
+            streams: [None, None, None],
+            pipes: [None, None, None],
         };
         let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let mut ends = [null.try_clone()?, null.try_clone()?, null];
         let mut pipes = [false; 3];
         for (index, port) in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().enumerate() {
             let Some(port) = port else { continue };
-            let stream = host.dial(port)?;
+            channels.streams[index] = Some(host.dial(port).map_err(|error| refused(NAMES[index], &error))?);
             if stdio.terminal {
-                if let Some(slot) = channels.terminal.get_mut(index) {
-                    *slot = Some(stream);
-                }
                 continue;
             }
             let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             let (ours, theirs) = if index == 0 { (writer, reader) } else { (reader, writer) };
             rustix::io::ioctl_fionbio(&ours, true)?;
-            channels.pumps[index] = Some(if index == 0 {
-                Pump::input(stream, ours)
-            } else {
-                Pump::output(ours, stream)
-            });
+            channels.pipes[index] = Some(ours);
             ends[index] = theirs;
             pipes[index] = true;
         }
         Ok((channels, ProcessEnds { ends, pipes }))
     }
 
-    /// The pumps of a process without terminal, or those of `terminal`.
+    /// The pumps of a process without terminal, or those of `terminal`. The host has answered long ago,
+    /// while the process was made; a stream that it refused is an error.
     pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
-        let Some(terminal) = terminal else {
-            return Ok(self.pumps);
-        };
-        rustix::io::ioctl_fionbio(terminal, true)?;
-        let [input, output] = self.terminal;
-        let input = input.map(|stream| Ok::<_, io::Error>(Pump::keyboard(stream, terminal.try_clone()?)));
-        let output = output.map(|stream| Ok::<_, io::Error>(Pump::screen(terminal.try_clone()?, stream)));
-        Ok([input.transpose()?, output.transpose()?, None])
+        for (stream, name) in self.streams.iter().zip(NAMES) {
+            if let Some(stream) = stream {
+                connect(stream).map_err(|error| refused(name, &error))?;
+            }
+        }
+        let [stdin, stdout, stderr] = self.streams;
+        if let Some(terminal) = terminal {
+            rustix::io::ioctl_fionbio(terminal, true)?;
+            let keyboard = stdin.map(|stream| Ok::<_, io::Error>(Pump::keyboard(stream, terminal.try_clone()?)));
+            let screen = stdout.map(|stream| Ok::<_, io::Error>(Pump::screen(terminal.try_clone()?, stream)));
+            return Ok([keyboard.transpose()?, screen.transpose()?, None]);
+        }
+        let [input, output, error] = self.pipes;
+        Ok([
+            stdin.zip(input).map(|(stream, pipe)| Pump::input(stream, pipe)),
+            stdout.zip(output).map(|(stream, pipe)| Pump::output(pipe, stream)),
+            stderr.zip(error).map(|(stream, pipe)| Pump::output(pipe, stream)),
+        ])
+    }
+}
+
+/// Waits until a stream that was dialled carries bytes.
+fn connect(stream: &OwnedFd) -> io::Result<()> {
+    if !connected(stream)? {
+        let mut answer = [PollFd::new(stream, PollFlags::OUT)];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&ANSWER_LIMIT)))?;
+        if !connected(stream)? {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    Ok(())
+}
+
+fn refused(name: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("the host refused the stream of {name}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    use std::fs;
+    use std::os::unix::net::UnixListener;
+    use std::path::PathBuf;
+
+    const ALL: Stdio = Stdio {
+        stdin: Some(1024),
+        stdout: Some(1025),
+        stderr: Some(1026),
+        terminal: false,
+        size: None,
+    };
+
+    /// A host that listens on some ports.
+    struct Listening {
+        folder: PathBuf,
+        host: Host,
+        _listeners: Vec<UnixListener>,
+    }
+
+    impl Listening {
+        fn on(test: &str, ports: &[u32]) -> Self {
+            let folder = std::env::temp_dir().join(format!("channels-{test}-{}", std::process::id()));
+            fs::create_dir(&folder).unwrap();
+            let bind = |port: &u32| UnixListener::bind(folder.join(port.to_string())).unwrap();
+            Self {
+                host: Host::Unix(folder.clone()),
+                _listeners: ports.iter().map(bind).collect(),
+                folder,
+            }
+        }
+    }
+
+    impl Drop for Listening {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.folder).unwrap();
+        }
+    }
+
+    #[test]
+    fn stream_that_nobody_listens_for_is_named() {
+        let listening = Listening::on("missing", &[1024, 1026]);
+        let error = Channels::open(&listening.host, &ALL).unwrap_err().to_string();
+        assert!(
+            error.starts_with("the host refused the stream of standard output: "),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn stream_that_is_refused_after_the_dial_is_an_error() {
+        let listening = Listening::on("refused", &[1024, 1025, 1026]);
+        let (mut channels, _ends) = Channels::open(&listening.host, &ALL).unwrap();
+        // What a socket is whose connection was refused, once its error was taken: not connected.
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        channels.streams[2] = Some(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap());
+        let error = channels.into_pumps(None).unwrap_err().to_string();
+        assert!(
+            error.starts_with("the host refused the stream of standard error: "),
+            "{error}"
+        );
+
+        let (channels, _ends) = Channels::open(&listening.host, &ALL).unwrap();
+        assert!(channels.into_pumps(None).unwrap().iter().all(Option::is_some));
     }
 }

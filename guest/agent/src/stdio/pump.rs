@@ -2,10 +2,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
-
-use crate::connection::connected;
 
 /// How much moves by one system call at most.
 const CHUNK: usize = 64 << 10;
@@ -56,7 +55,6 @@ struct Ends {
     sink: OwnedFd,
     /// Which end is the stream to the host.
     stream: Stream,
-    connected: bool,
     /// The source has ended, `pending` is all that is left.
     ended: bool,
 }
@@ -74,7 +72,6 @@ impl Pump {
                 source,
                 sink,
                 stream,
-                connected: false,
                 ended: false,
             }),
             kind,
@@ -116,19 +113,8 @@ impl Pump {
 
     /// Moves what can be moved now.
     pub(crate) fn turn(&mut self) -> Progress {
-        let Some(ends) = &mut self.ends else {
+        if self.ends.is_none() {
             return Progress::Ended;
-        };
-        if !ends.connected {
-            let stream = match ends.stream {
-                Stream::Source => &ends.source,
-                Stream::Sink => &ends.sink,
-            };
-            match connected(stream) {
-                Ok(true) => ends.connected = true,
-                Ok(false) => return Progress::Waiting,
-                Err(_) => return self.end(),
-            }
         }
         for _ in 0..TURN {
             let step = match self.kind {
@@ -139,7 +125,7 @@ impl Pump {
                 Ok(true) => {}
                 Ok(false) => return self.end(),
                 Err(Errno::AGAIN) => {
-                    return if self.reader_is_gone() {
+                    return if self.sink_is_gone() {
                         self.end()
                     } else {
                         Progress::Waiting
@@ -191,15 +177,18 @@ impl Pump {
         Ok(())
     }
 
-    /// Whether the pipe to a process has lost its last reader: then nothing is ready, ever.
-    fn reader_is_gone(&self) -> bool {
+    /// Whether nobody takes what the source may still give: the pipe to a process has lost its last
+    /// reader, or the host has closed the stream, which it never does to an output in part.
+    fn sink_is_gone(&self) -> bool {
         let Some(ends) = &self.ends else { return true };
-        if self.kind == Kind::Terminal || ends.stream == Stream::Sink {
-            return false;
-        }
-        let mut poll = [rustix::event::PollFd::new(&ends.sink, rustix::event::PollFlags::OUT)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut poll, Some(&now)).is_ok() && poll[0].revents().contains(rustix::event::PollFlags::ERR)
+        let gone = match (ends.stream, self.kind) {
+            (Stream::Sink, _) => PollFlags::ERR | PollFlags::HUP | PollFlags::RDHUP,
+            (Stream::Source, Kind::Pipe) => PollFlags::ERR,
+            // A terminal is there for whoever opens it next.
+            (Stream::Source, Kind::Terminal) => return false,
+        };
+        let mut poll = [PollFd::new(&ends.sink, PollFlags::RDHUP)];
+        rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok() && poll[0].revents().intersects(gone)
     }
 
     /// How many bytes the process and its children have written so far. At the end of a process whose
@@ -321,13 +310,21 @@ mod tests {
     }
 
     #[test]
+    fn host_that_goes_away_ends_an_output_that_says_nothing() {
+        let (reader, writer) = pipe();
+        let (ours, host) = stream();
+        let mut pump = Pump::output(reader, ours);
+        assert_eq!(pump.turn(), Progress::Waiting);
+        drop(host);
+        assert_eq!(pump.turn(), Progress::Ended);
+        assert_eq!(rustix::io::write(&writer, b"x"), Err(Errno::PIPE));
+    }
+
+    #[test]
     fn endless_output_leaves_others_their_turn() {
         let zero = rustix::fs::open("/dev/zero", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
         let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty()).unwrap();
         let mut pump = Pump::screen(zero, null);
-        if let Some(ends) = &mut pump.ends {
-            ends.connected = true;
-        }
         assert_eq!(pump.turn(), Progress::More);
         assert!(pump.taken > 0);
     }
