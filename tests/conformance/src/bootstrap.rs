@@ -1,0 +1,149 @@
+//! `start` as each containerd calls it, and what each accepts as its answer
+//! (containerd-contract §1.2).
+
+use std::path::{Path, PathBuf};
+
+use containerd_shim_protos::{
+    bootstrap_api::{BootstrapParams, BootstrapResult, Extension, LogLevel},
+    protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::any::Any},
+};
+use serde_json::Value;
+
+/// A containerd that calls `start`.
+#[derive(Debug, Clone)]
+pub enum Caller {
+    /// 1.7: takes a plain address or JSON of version 2.
+    V1_7(Option<Any>),
+    /// 2.0 to 2.2: takes version 3 too.
+    V2_2(Option<Any>),
+    /// 2.3 and later: always says more on standard input, and takes protobuf too.
+    V2_3 {
+        /// The runtime options.
+        options: Option<Any>,
+        /// Where the socket is to be.
+        socket_directory: Option<PathBuf>,
+    },
+}
+
+impl Caller {
+    /// The newest, without anything special.
+    pub fn newest() -> Self {
+        Self::V2_3 {
+            options: None,
+            socket_directory: None,
+        }
+    }
+
+    /// What is on standard input; nothing is `/dev/null`.
+    pub fn input(&self, namespace: &str, id: &str, ttrpc_address: &Path, address: &Path) -> Option<Vec<u8>> {
+        match self {
+            Self::V1_7(options) | Self::V2_2(options) => options.as_ref().map(|any| any.write_to_bytes().unwrap()),
+            Self::V2_3 {
+                options,
+                socket_directory,
+            } => {
+                let extension = |any: &Any| Extension {
+                    value: MessageField::some(any.clone()),
+                    ..Extension::default()
+                };
+                let parameters = BootstrapParams {
+                    instance_id: id.to_owned(),
+                    namespace: namespace.to_owned(),
+                    log_level: EnumOrUnknown::new(LogLevel::LOG_LEVEL_DEBUG),
+                    containerd_version: "2.3.4".to_owned(),
+                    containerd_ttrpc_address: ttrpc_address.display().to_string(),
+                    containerd_grpc_address: address.display().to_string(),
+                    containerd_binary: "/usr/bin/containerd".to_owned(),
+                    extensions: options.iter().map(extension).collect(),
+                    socket_dir: socket_directory.as_ref().map(|path| path.display().to_string()),
+                    ..BootstrapParams::default()
+                };
+                Some(parameters.write_to_bytes().unwrap())
+            }
+        }
+    }
+
+    /// Reads an answer as this containerd does.
+    ///
+    /// # Errors
+    ///
+    /// Why it would refuse the answer.
+    pub fn read(&self, answer: &[u8]) -> Result<Answer, String> {
+        let newest = match self {
+            Self::V1_7(_) => 2,
+            Self::V2_2(_) | Self::V2_3 { .. } => 3,
+        };
+        let protobuf = match self {
+            // This parser takes the end of any group for that of the one it is in, containerd's does
+            // not: of what it would refuse, something is missing afterwards.
+            Self::V2_3 { .. } => BootstrapResult::parse_from_bytes(answer)
+                .ok()
+                .filter(|result| result.write_to_bytes().is_ok_and(|bytes| bytes == answer)),
+            Self::V1_7(_) | Self::V2_2(_) => None,
+        };
+        let answer = match protobuf {
+            Some(result) => Answer {
+                version: i64::from(result.version),
+                address: result.address,
+                protocol: result.protocol,
+            },
+            None => Answer::from_text(answer)?,
+        };
+        if answer.version > newest {
+            return Err(format!("unsupported shim version ({})", answer.version));
+        }
+        if answer.protocol != "ttrpc" {
+            return Err(format!("unsupported protocol {:?}", answer.protocol));
+        }
+        Ok(answer)
+    }
+}
+
+/// Where a shim serves, and what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The version of the Task service.
+    pub version: i64,
+    /// `unix://` and a path.
+    pub address: String,
+    /// `ttrpc`.
+    pub protocol: String,
+}
+
+impl Answer {
+    fn from_text(text: &[u8]) -> Result<Self, String> {
+        let text = String::from_utf8(text.to_vec()).map_err(|error| error.to_string())?;
+        let Ok(json) = serde_json::from_str::<Value>(&text) else {
+            return Ok(Self {
+                version: 2,
+                address: text,
+                protocol: "ttrpc".to_owned(),
+            });
+        };
+        let field = |name| {
+            json[name]
+                .as_str()
+                .map(str::to_owned)
+                .ok_or(format!("no {name}: {text}"))
+        };
+        Ok(Self {
+            version: json["version"].as_i64().ok_or(format!("no version: {text}"))?,
+            address: field("address")?,
+            protocol: field("protocol")?,
+        })
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> PathBuf {
+        PathBuf::from(self.address.strip_prefix("unix://").expect("a unix address"))
+    }
+}
+
+/// Runtime options, as a client of containerd packs them.
+pub fn options(type_url: &str, value: &[u8]) -> Any {
+    Any {
+        type_url: type_url.to_owned(),
+        value: value.to_vec(),
+        ..Any::default()
+    }
+}

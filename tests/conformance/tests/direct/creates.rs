@@ -1,0 +1,162 @@
+//! Create: what it takes, what it refuses, and that a refusal leaves nothing (contract §1.11).
+
+use std::fs;
+
+use containerd_shim_protos::{api::Status, ttrpc::Code, types::mount::Mount};
+use nutshell_conformance::{
+    bundle::{self, idle, mount, shell, spec},
+    container::Prepared,
+    with_containerd,
+};
+use serde_json::{Value, json};
+
+#[test]
+fn refused_create_says_why_leaves_nothing_and_announces_nothing() {
+    let with = |pointer: &str, value: Value| {
+        let mut spec = idle();
+        *spec.pointer_mut(pointer).unwrap() = value;
+        spec
+    };
+    with_containerd(|containerd| {
+        for (spec, code, reason) in [
+            (
+                spec(&["no-such-command"]),
+                Code::UNKNOWN,
+                "exec: \"no-such-command\": executable file not found in $PATH",
+            ),
+            (
+                spec(&["/no/such/command"]),
+                Code::UNKNOWN,
+                "exec: \"/no/such/command\": stat /no/such/command: no such file or directory",
+            ),
+            (
+                spec(&["/not-executable"]),
+                Code::UNKNOWN,
+                "exec: \"/not-executable\": permission denied",
+            ),
+            (
+                with("/linux/namespaces", json!([{"type": "pid"}, {"type": "mount"}])),
+                Code::INVALID_ARGUMENT,
+                "cannot share the network of its host",
+            ),
+            (with("/process/args", json!([])), Code::INVALID_ARGUMENT, "process.args"),
+        ] {
+            let prepared = containerd.prepare(&spec);
+            let failure = prepared.shim.task.create(&prepared.request).unwrap_err();
+            assert_eq!(failure.code, Some(code), "{failure}");
+            assert!(failure.message.contains(reason), "{reason} is not in {failure}");
+            let state = prepared.shim.task.state(&prepared.bundle.id, "").unwrap_err();
+            assert_eq!(state.code, Some(Code::NOT_FOUND));
+            prepared.abandon();
+        }
+        assert_eq!(containerd.events.all(), []);
+    });
+}
+
+#[test]
+fn malformed_request_is_refused_before_anything_is_made() {
+    with_containerd(|containerd| {
+        let prepared = containerd.prepare(&idle());
+        type Change = fn(&mut Prepared<'_>);
+        let table: [(Change, Code, &str); 4] = [
+            (
+                |prepared| prepared.request.checkpoint = "/checkpoint".to_owned(),
+                Code::UNIMPLEMENTED,
+                "cannot be restored from a checkpoint",
+            ),
+            (
+                |prepared| prepared.request.bundle = "bundle".to_owned(),
+                Code::INVALID_ARGUMENT,
+                "not an absolute path",
+            ),
+            (
+                |prepared| prepared.request.id = "../c".to_owned(),
+                Code::INVALID_ARGUMENT,
+                "../c",
+            ),
+            (
+                |prepared| prepared.request.stdin = prepared.request.bundle.clone() + "/no-such-fifo",
+                Code::UNKNOWN,
+                "no-such-fifo",
+            ),
+        ];
+        for (change, code, reason) in table {
+            let mut changed = containerd.prepare_in(prepared.bundle.clone(), prepared.shim.clone());
+            change(&mut changed);
+            let failure = changed.shim.task.create(&changed.request).unwrap_err();
+            assert_eq!(failure.code, Some(code), "{failure}");
+            assert!(failure.message.contains(reason), "{reason} is not in {failure}");
+        }
+        assert_eq!(containerd.events.all(), []);
+        // The shim is as good as new.
+        let container = prepared.create().unwrap();
+        assert_eq!(container.status(""), Status::CREATED);
+        container.end();
+    });
+}
+
+#[test]
+fn id_that_is_taken_already_exists_and_its_container_is_unharmed() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        let again = containerd.prepare_in(container.bundle.clone(), container.shim.clone());
+        let failure = again.shim.task.create(&again.request).unwrap_err();
+        assert_eq!(failure.code, Some(Code::ALREADY_EXISTS), "{failure}");
+        assert_eq!(container.output_of("echo alive"), "alive\n");
+        let id = container.id.clone();
+        container.end();
+        assert_eq!(containerd.events.of(&id)[..2], ["create", "start"]);
+    });
+}
+
+#[test]
+fn root_file_systems_of_all_kinds_are_the_containers() {
+    with_containerd(|containerd| {
+        let root = bundle::rootfs().to_str().unwrap();
+        let upper = |part: &str| {
+            let folder = containerd.folder().join(part);
+            fs::create_dir_all(&folder).unwrap();
+            folder.display().to_string()
+        };
+        let overlay = vec![mount(
+            "overlay",
+            "overlay",
+            &[
+                &format!("lowerdir={root}"),
+                &format!("upperdir={}", upper("upper")),
+                &format!("workdir={}", upper("work")),
+            ],
+        )];
+        // containerd has unpacked or mounted it itself.
+        let none: Vec<Mount> = Vec::new();
+        for (rootfs, read_only) in [(overlay, false), (none, false), (bundle::bind(), true)] {
+            let mut spec = shell("echo $(ls / | wc -l); echo mine >/mine && cat /mine");
+            spec["root"]["readonly"] = read_only.into();
+            let mut prepared = containerd.prepare(&spec);
+            if rootfs.is_empty() {
+                bundle::fill_root(&prepared.bundle.path.join("rootfs"));
+            }
+            let kind = rootfs.first().map_or(String::new(), |mount| mount.type_.clone());
+            prepared.request.rootfs = rootfs;
+            let place = prepared.bundle.path.join("rootfs");
+            let container = prepared.create().unwrap();
+            container.start();
+            assert_eq!(container.wait(), u32::from(read_only), "{kind}");
+            let (stdout, stderr) = (container.stdout.all(), container.stderr.all());
+            if read_only {
+                assert!(stderr.contains("Read-only file system"), "{stderr}");
+            } else {
+                assert!(stdout.ends_with("mine\n"), "{kind}: {stdout} {stderr}");
+            }
+            match kind.as_str() {
+                "overlay" => assert_eq!(
+                    fs::read_to_string(containerd.folder().join("upper/mine")).unwrap(),
+                    "mine\n"
+                ),
+                "" => assert_eq!(fs::read_to_string(place.join("mine")).unwrap(), "mine\n"),
+                _ => assert!(!bundle::rootfs().join("mine").exists()),
+            }
+            container.end();
+        }
+    });
+}

@@ -1,0 +1,123 @@
+//! `delete`: what containerd runs when it has lost a shim, or is done with it (contract §1.5).
+
+use std::time::{Duration, Instant};
+
+use nutshell_conformance::{
+    PATIENCE,
+    bundle::{idle, shell},
+    container::SIGKILL,
+    host, with_containerd,
+};
+use rustix::process::Signal;
+
+/// containerd gives the action this long.
+const LIMIT: Duration = Duration::from_secs(5);
+
+#[test]
+fn container_that_nobody_knows_was_killed() {
+    with_containerd(|containerd| {
+        let bundle = containerd.bundle(&idle());
+        for removed in [false, true] {
+            if removed {
+                bundle.remove();
+            }
+            let answer = containerd.delete_answer(&bundle);
+            assert_eq!((answer.pid, answer.exit_status), (0, 137));
+            assert!(answer.exited_at.seconds > 0);
+        }
+    });
+}
+
+#[test]
+fn living_container_is_ended_with_its_shim_in_time_and_again_is_no_error() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        for _ in 0..2 {
+            let start = Instant::now();
+            let answer = containerd.delete_answer(&container.bundle);
+            assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+            assert_eq!(answer.exit_status, 137);
+            assert!(host::ends_within(container.shim.pid, Duration::ZERO));
+            assert!(!container.shim.answer.socket().exists());
+        }
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn deletes_at_the_same_time_all_succeed() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| assert_eq!(containerd.delete_answer(&container.bundle).exit_status, 137));
+            }
+        });
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn killed_shim_leaves_no_process_and_its_container_was_killed() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        host::signal(container.shim.pid, Signal::KILL);
+        assert!(host::ends_within(container.shim.pid, PATIENCE));
+        let start = Instant::now();
+        assert_eq!(containerd.delete_answer(&container.bundle).exit_status, 137);
+        assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn exit_that_was_known_survives_the_shim() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&shell("exit 42"));
+        let exit = container.task().wait(&container.id, "").unwrap();
+        assert_eq!(exit.exit_status, 42);
+        host::signal(container.shim.pid, Signal::KILL);
+        assert!(host::ends_within(container.shim.pid, PATIENCE));
+        for _ in 0..2 {
+            let answer = containerd.delete_answer(&container.bundle);
+            assert_eq!((answer.pid, answer.exit_status), (container.pid, 42));
+            assert_eq!(answer.exited_at, exit.exited_at);
+        }
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn container_in_a_hung_guest_is_ended_in_time() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        for vmm in containerd.pids_of("nutshell-vmm") {
+            host::signal(vmm, Signal::STOP);
+        }
+        let start = Instant::now();
+        assert_eq!(containerd.delete_answer(&container.bundle).exit_status, 137);
+        assert!(start.elapsed() < LIMIT, "took {:?}", start.elapsed());
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn member_of_a_group_is_deleted_without_the_others() {
+    with_containerd(|containerd| {
+        let mut spec = idle();
+        spec["annotations"]["io.containerd.runc.v2.group"] = containerd.new_name("group").into();
+        let (first, second) = (containerd.run(&spec), containerd.run(&spec));
+        assert_eq!(first.shim.pid, second.shim.pid);
+
+        // The first, for which the shim was started, is deleted in order, and the other lives on.
+        first.kill(SIGKILL);
+        assert_eq!(first.wait(), 137);
+        assert_eq!(first.delete().exit_status, 137);
+        first.task().shutdown(&first.id, false).unwrap();
+        assert_eq!(containerd.delete_answer(&first.bundle).exit_status, 137);
+        first.bundle.remove();
+
+        assert_eq!(second.output_of("echo alive"), "alive\n");
+        second.end();
+    });
+}

@@ -1,0 +1,166 @@
+//! Kill, in every phase and for every target, and a guest that does not answer (contract §1.11).
+
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::{api::Status, ttrpc::Code};
+use nutshell_conformance::{
+    bundle::{idle, shell},
+    container::{SIGKILL, SIGTERM},
+    host, with_containerd,
+};
+use rustix::process::Signal;
+
+#[test]
+fn container_is_killed_in_every_phase_and_not_after_it() {
+    with_containerd(|containerd| {
+        for (phase, signal, status) in [
+            ("created", SIGKILL, 137),
+            ("created", SIGTERM, 143),
+            ("running", SIGKILL, 137),
+            ("paused", SIGKILL, 137),
+        ] {
+            let container = containerd.create(&idle());
+            if phase != "created" {
+                container.start();
+            }
+            if phase == "paused" {
+                container.task().pause(&container.id).unwrap();
+            }
+            container.kill(signal);
+            assert_eq!(container.wait(), status, "{phase}");
+            assert_eq!(container.status(""), Status::STOPPED);
+            for all in [false, true] {
+                let again = container.task().kill_all(&container.id, "", SIGKILL, all).unwrap_err();
+                assert_eq!(again.code, Some(Code::NOT_FOUND), "{phase}: {again}");
+                assert!(again.message.contains("process already finished"), "{again}");
+            }
+            container.end();
+        }
+    });
+}
+
+#[test]
+fn signals_reach_the_process_as_they_are() {
+    with_containerd(|containerd| {
+        // The first process of a pid namespace gets no signal that it does not handle.
+        let script = "for signal in HUP USR1 USR2 RTMIN+3 34 64; do trap \"echo got $signal\" $signal; done
+            echo ready; while :; do sleep 0.1; done";
+        let mut spec = nutshell_conformance::bundle::spec(&["/bin/sh", "-c", script]);
+        // Busybox's shell knows no names of real-time signals.
+        spec["process"]["args"][2] = script.replace(" RTMIN+3", "").into();
+        let container = containerd.run(&spec);
+        container.stdout.with("ready");
+        for (signal, name) in [(1, "HUP"), (10, "USR1"), (12, "USR2"), (34, "34"), (64, "64")] {
+            container.kill(signal);
+            container.stdout.with(&format!("got {name}\n"));
+        }
+        container.kill(SIGTERM);
+        assert_eq!(container.output_of("echo alive"), "alive\n");
+        assert_eq!(container.status(""), Status::RUNNING);
+        for signal in [65, 4096] {
+            let failure = container.task().kill(&container.id, "", signal).unwrap_err();
+            assert_eq!(failure.code, Some(Code::INVALID_ARGUMENT), "{failure}");
+        }
+        container.end();
+    });
+}
+
+#[test]
+fn kill_of_an_exec_hits_only_the_exec() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&shell("trap 'echo init' USR1; echo ready; while :; do sleep 0.1; done"));
+        container.stdout.with("ready");
+        let sleeper = || container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
+        let (first, second) = (sleeper(), sleeper());
+
+        let early = container.task().kill(&container.id, &first.id, SIGKILL).unwrap_err();
+        assert_eq!(early.code, Some(Code::FAILED_PRECONDITION), "{early}");
+
+        for exec in [&first, &second] {
+            exec.start();
+            exec.stdout.with("ready");
+        }
+        first.kill(10);
+        assert_eq!(first.wait(), 128 + 10);
+        assert_eq!(container.status(""), Status::RUNNING);
+        assert_eq!(second.status(), Status::RUNNING);
+        assert!(!container.stdout.so_far().contains("init"));
+        let late = container.task().kill(&container.id, &first.id, SIGKILL).unwrap_err();
+        assert_eq!(late.code, Some(Code::NOT_FOUND), "{late}");
+        assert!(late.message.contains("process already finished"), "{late}");
+        second.kill(SIGKILL);
+        assert_eq!(second.wait(), 137);
+        container.end();
+    });
+}
+
+#[test]
+fn kill_of_all_reaches_every_process() {
+    with_containerd(|containerd| {
+        let trap =
+            |name: &str| format!("trap 'echo {name} got it' USR1; echo {name} ready; while :; do sleep 0.1; done");
+        let container = containerd.run(&shell(&format!("({}) & {}", trap("child"), trap("init"))));
+        container.stdout.with("child ready");
+        container.stdout.with("init ready");
+        let exec = container.exec(&["sh", "-c", &trap("exec")]);
+        exec.start();
+        exec.stdout.with("ready");
+        container.task().kill_all(&container.id, "", 10, true).unwrap();
+        container.stdout.with("child got it");
+        container.stdout.with("init got it");
+        exec.stdout.with("exec got it");
+        container.task().kill_all(&container.id, "", SIGKILL, true).unwrap();
+        assert_eq!((container.wait(), exec.wait()), (137, 137));
+        container.end();
+    });
+}
+
+#[test]
+fn kill_of_the_pid_on_the_host_is_meant_for_the_process() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        let exec = container.exec(&["sleep", "1000"]);
+        host::signal(exec.start(), Signal::TERM);
+        assert_eq!(exec.wait(), 143);
+        host::signal(container.pid, Signal::KILL);
+        assert_eq!(container.wait(), 137);
+        container.end();
+    });
+}
+
+#[test]
+fn hung_guest_keeps_nobody_waiting_and_can_be_killed() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        let exec = container.exec(&["sleep", "1000"]);
+        exec.start();
+        for vmm in containerd.pids_of("nutshell-vmm") {
+            host::signal(vmm, Signal::STOP);
+        }
+        // A shim that answers late fails these.
+        let task = container.task().within(Duration::from_secs(2));
+        for _ in 0..3 {
+            let state = task.state(&container.id, "").unwrap();
+            assert_eq!(state.status.enum_value(), Ok(Status::RUNNING));
+            assert_eq!(
+                task.state(&container.id, &exec.id).unwrap().pid,
+                task.state(&container.id, &exec.id).unwrap().pid
+            );
+            assert_eq!(task.connect_to(&container.id).unwrap().task_pid, container.pid);
+            task.shutdown(&container.id, false).unwrap();
+        }
+        let pids = container
+            .task()
+            .within(Duration::from_secs(4))
+            .pids(&container.id)
+            .unwrap();
+        assert_eq!(pids.processes.len(), 1);
+
+        let start = Instant::now();
+        container.kill(SIGKILL);
+        assert_eq!(container.wait(), 137);
+        assert!(start.elapsed() < Duration::from_secs(10), "took {:?}", start.elapsed());
+        assert_eq!(exec.wait(), 137);
+        container.end();
+    });
+}

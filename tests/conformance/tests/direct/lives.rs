@@ -1,0 +1,399 @@
+//! The life of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown (contract §1.9, §1.11).
+
+use std::time::Duration;
+
+use containerd_shim_protos::{
+    api::{CheckpointTaskRequest, Empty, Status},
+    protobuf::Message,
+    shim::oci::ProcessDetails,
+    ttrpc::Code,
+};
+use nutshell_conformance::{
+    bundle::{idle, shell, spec},
+    container::{SIGKILL, SIGTERM},
+    host,
+    task::{Answer, Failure, Task, V2, V3},
+    with_containerd,
+};
+
+fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
+    answer.unwrap_err().code.expect("an answer")
+}
+
+#[test]
+fn state_tells_everything_in_every_phase() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&shell("trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done"));
+        let assert_state = |task: &Task, status: Status| {
+            let state = task.state(&container.id, "").unwrap();
+            assert_eq!(state.status.enum_value(), Ok(status));
+            assert_eq!((state.id.as_str(), state.exec_id.as_str()), (container.id.as_str(), ""));
+            assert_eq!(state.bundle, container.bundle.path.display().to_string());
+            assert_eq!(state.pid, container.pid);
+            assert_eq!(state.stdin, "");
+            assert_eq!(state.stdout, container.stdout.path().display().to_string());
+            assert_eq!(state.stderr, container.stderr.path().display().to_string());
+            assert!(!state.terminal);
+            let exited = status == Status::STOPPED;
+            assert_eq!(state.exit_status, if exited { 3 } else { 0 });
+            assert_eq!(state.exited_at.is_some(), exited);
+        };
+        for (task, then) in [(container.task().of(V2), false), (container.task().of(V3), true)] {
+            assert_state(&task, Status::CREATED);
+            if then {
+                container.start();
+            }
+        }
+        assert_state(container.task(), Status::RUNNING);
+        container.stdout.with("ready");
+        container.task().pause(&container.id).unwrap();
+        assert_state(container.task(), Status::PAUSED);
+        container.task().resume(&container.id).unwrap();
+        assert_state(container.task(), Status::RUNNING);
+        container.kill(SIGTERM);
+        assert_eq!(container.wait(), 3);
+        assert_state(container.task(), Status::STOPPED);
+        assert!(host::is_alive(container.pid), "the pid is gone before Delete");
+        let deleted = container.delete();
+        assert_eq!((deleted.pid, deleted.exit_status), (container.pid, 3));
+        assert!(deleted.exited_at.is_some());
+        assert_eq!(code(container.task().state(&container.id, "")), Code::NOT_FOUND);
+        assert_eq!(code(container.task().delete(&container.id, "")), Code::NOT_FOUND);
+        container.task().shutdown(&container.id, false).unwrap();
+        assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
+        containerd.delete_answer(&container.bundle);
+        container.bundle.remove();
+    });
+}
+
+type Call = fn(&Task, &str, &str) -> Result<(), Failure>;
+
+/// Every method that is about a container, and whether it also takes an exec.
+const METHODS: [(&str, bool, Call); 14] = [
+    ("Start", true, |task, id, exec| task.start(id, exec).map(drop)),
+    ("State", true, |task, id, exec| task.state(id, exec).map(drop)),
+    ("Delete", true, |task, id, exec| task.delete(id, exec).map(drop)),
+    ("Kill", true, |task, id, exec| task.kill(id, exec, SIGKILL).map(drop)),
+    ("Kill all", true, |task, id, exec| {
+        task.kill_all(id, exec, SIGKILL, true).map(drop)
+    }),
+    ("ResizePty", true, |task, id, exec| {
+        task.resize(id, exec, 80, 24).map(drop)
+    }),
+    ("CloseIO", true, |task, id, exec| task.close_stdin(id, exec).map(drop)),
+    ("Wait", true, |task, id, exec| task.wait(id, exec).map(drop)),
+    ("Pids", false, |task, id, _| task.pids(id).map(drop)),
+    ("Pause", false, |task, id, _| task.pause(id).map(drop)),
+    ("Resume", false, |task, id, _| task.resume(id).map(drop)),
+    ("Update", false, |task, id, _| {
+        task.update(id, &serde_json::json!({})).map(drop)
+    }),
+    ("Stats", false, |task, id, _| task.stats(id).map(drop)),
+    ("Exec", false, |task, id, _| {
+        let request = containerd_shim_protos::api::ExecProcessRequest {
+            id: id.to_owned(),
+            exec_id: "e".to_owned(),
+            ..Default::default()
+        };
+        task.exec(&request).map(drop)
+    }),
+];
+
+#[test]
+fn unknown_container_or_exec_is_not_found_by_any_method() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        for service in [V2, V3] {
+            let task = container.task().of(service);
+            for (name, takes_exec, call) in METHODS {
+                for id in ["unknown", "", "../c1"] {
+                    assert_eq!(code(call(&task, id, "")), Code::NOT_FOUND, "{name} of {id:?}");
+                }
+                if takes_exec {
+                    assert_eq!(code(call(&task, &container.id, "unknown")), Code::NOT_FOUND, "{name}");
+                }
+            }
+            let connected = task.connect_to("unknown").unwrap();
+            assert_eq!((connected.shim_pid, connected.task_pid), (container.shim.pid, 0));
+            let connected = task.connect_to(&container.id).unwrap();
+            assert_eq!(
+                (connected.shim_pid, connected.task_pid),
+                (container.shim.pid, container.pid)
+            );
+            assert!(!connected.version.is_empty());
+            assert!(host::is_alive(connected.shim_pid));
+        }
+        container.end();
+    });
+}
+
+#[test]
+fn what_is_not_offered_is_unimplemented() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        for (service, method) in [
+            (V2, "Levitate"),
+            (V3, "Levitate"),
+            ("containerd.task.v4.Task", "State"),
+            ("containerd.runtime.sandbox.v1.Sandbox", "CreateSandbox"),
+            ("containerd.runtime.sandbox.v1.Sandbox", "Platform"),
+            ("containerd.services.streaming.v1.TTRPCStreaming", "Stream"),
+            ("no.such.Service", "Method"),
+        ] {
+            let answer = container.task().of(service).call::<Empty>(method, &Empty::default());
+            assert_eq!(code(answer), Code::UNIMPLEMENTED, "{service}/{method}");
+        }
+        for (service, id) in [(V2, container.id.as_str()), (V3, "unknown")] {
+            let request = CheckpointTaskRequest {
+                id: id.to_owned(),
+                path: "/checkpoint".to_owned(),
+                ..CheckpointTaskRequest::default()
+            };
+            let failure = container.task().of(service).call::<Empty>("Checkpoint", &request);
+            let failure = failure.unwrap_err();
+            assert_eq!(failure.code, Some(Code::UNIMPLEMENTED));
+            assert!(failure.message.contains("checkpoint"), "{failure}");
+        }
+        container.end();
+    });
+}
+
+#[test]
+fn what_a_phase_does_not_allow_fails_and_changes_nothing() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"));
+        let task = container.task();
+        let refused = |name: &str, answer: Result<(), Failure>| {
+            let failure = answer.unwrap_err();
+            assert_eq!(failure.code, Some(Code::FAILED_PRECONDITION), "{name}: {failure}");
+        };
+        let id = container.id.as_str();
+
+        refused("Pause of created", task.pause(id).map(drop));
+        refused("Resume of created", task.resume(id).map(drop));
+        container.start();
+        container.stdout.with("ready");
+        refused("Start of running", task.start(id, "").map(drop));
+        refused("Resume of running", task.resume(id).map(drop));
+        refused("Delete of running", task.delete(id, "").map(drop));
+        task.pause(id).unwrap();
+        refused("Pause of paused", task.pause(id).map(drop));
+        refused("Start of paused", task.start(id, "").map(drop));
+        refused("Delete of paused", task.delete(id, "").map(drop));
+        let (request, _stdout) = container.exec_request(&["true"]);
+        let request = containerd_shim_protos::api::ExecProcessRequest {
+            exec_id: "e".to_owned(),
+            ..request
+        };
+        refused("Exec in paused", task.exec(&request).map(drop));
+        task.resume(id).unwrap();
+        assert_eq!(container.output_of("echo alive"), "alive\n");
+        container.kill(SIGTERM);
+        assert_eq!(container.wait(), 0);
+        refused("Start of stopped", task.start(id, "").map(drop));
+        refused("Pause of stopped", task.pause(id).map(drop));
+        refused("Resume of stopped", task.resume(id).map(drop));
+        refused("Exec in stopped", task.exec(&request).map(drop));
+        container.end();
+    });
+}
+
+#[test]
+fn created_container_that_is_killed_or_deleted_was_never_started() {
+    with_containerd(|containerd| {
+        for kill in [true, false] {
+            let container = containerd.create(&idle());
+            let id = container.id.clone();
+            if kill {
+                container.kill(SIGTERM);
+                assert_eq!(container.wait(), 128 + SIGTERM);
+                assert_eq!(container.status(""), Status::STOPPED);
+                assert_eq!(code(container.task().start(&id, "")), Code::FAILED_PRECONDITION);
+                container.end();
+                let told = containerd.events.of(&id);
+                assert_eq!(told, ["create", "exit 143", "delete 143"]);
+            } else {
+                let deleted = container.delete();
+                assert_eq!((deleted.pid, deleted.exit_status), (container.pid, 137));
+                container.task().shutdown(&id, false).unwrap();
+                assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
+                containerd.delete_answer(&container.bundle);
+                container.bundle.remove();
+                let told = containerd.events.of(&id);
+                assert_eq!(told, ["create", "exit 137", "delete 137"]);
+            }
+        }
+    });
+}
+
+#[test]
+fn all_who_wait_learn_the_exit_whenever_they_ask() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&shell("read -t 1 never </dev/zero; exit 42"));
+        let other = Task::connect(&container.shim.answer.address, V2);
+        std::thread::scope(|scope| {
+            let wait = |task: Task| {
+                let id = &container.id;
+                scope.spawn(move || task.wait(id, "").unwrap())
+            };
+            let mut waiters: Vec<_> = (0..10).map(|_| wait(container.task().clone())).collect();
+            waiters.push(wait(other.clone()));
+            // A client that went away while it waited takes nothing with it.
+            let gone = other.within(Duration::from_millis(50)).wait(&container.id, "");
+            assert_eq!(gone.unwrap_err().code, None);
+            container.start();
+            waiters.push(wait(container.task().clone()));
+            let exits: Vec<_> = waiters.into_iter().map(|waiter| waiter.join().unwrap()).collect();
+            let later = container.task().wait(&container.id, "").unwrap();
+            assert_eq!(later.exit_status, 42);
+            assert!(later.exited_at.is_some());
+            assert!(exits.iter().all(|exit| *exit == later), "{exits:?}");
+        });
+        container.end();
+    });
+}
+
+#[test]
+fn pids_lists_each_process_once_and_names_the_execs() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&shell("sleep 1000 & sleep 1000 & echo ready; wait"));
+        let list = || -> Vec<(u32, Option<String>)> {
+            let pids = container.task().pids(&container.id).unwrap().processes;
+            let named = pids.into_iter().map(|process| {
+                let exec = process.info.into_option().map(|info| {
+                    assert_eq!(info.type_url, "containerd.runc.v1.ProcessDetails");
+                    ProcessDetails::parse_from_bytes(&info.value).unwrap().exec_id
+                });
+                (process.pid, exec)
+            });
+            named.collect()
+        };
+        assert_eq!(list(), [(container.pid, None)], "created");
+        container.start();
+        container.stdout.with("ready");
+        let exec = container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
+        let pid = exec.start();
+        exec.stdout.with("ready");
+
+        let listed = list();
+
+        // The shell, its two children, and the exec.
+        assert_eq!(listed.len(), 4, "{listed:?}");
+        assert!(listed.contains(&(container.pid, None)), "{listed:?}");
+        assert!(listed.contains(&(pid, Some(exec.id.clone()))), "{listed:?}");
+        let mut distinct: Vec<_> = listed.iter().map(|(pid, _)| pid).collect();
+        distinct.sort();
+        distinct.dedup();
+        assert_eq!(distinct.len(), 4, "{listed:?}");
+        container.kill(SIGKILL);
+        container.wait();
+        assert_eq!(list(), [(container.pid, None)], "stopped");
+        container.end();
+    });
+}
+
+#[test]
+fn task_pid_is_in_the_network_namespace_and_control_group_of_the_container() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        assert_ne!(link(&container.pid.to_string()), link("self"));
+        let group = std::fs::read_to_string(format!("/proc/{}/cgroup", container.pid)).unwrap();
+        assert_eq!(group.trim(), format!("0::{}", containerd.cgroups_path(&container.id)));
+        container.end();
+    });
+}
+
+#[test]
+fn shutdown_does_nothing_while_a_container_is_there_and_ends_the_shim_after() {
+    with_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        for _ in 0..2 {
+            container.task().shutdown(&container.id, false).unwrap();
+        }
+        container.start();
+        container.task().shutdown(&container.id, false).unwrap();
+        assert_eq!(container.output_of("echo alive"), "alive\n");
+        container.kill(SIGKILL);
+        assert_eq!(container.wait(), 137);
+        container.task().shutdown(&container.id, false).unwrap();
+        assert_eq!(container.status(""), Status::STOPPED);
+        // Deletes, shuts down, and waits for the end.
+        container.end();
+    });
+}
+
+#[test]
+fn forced_shutdown_ends_the_shim_with_its_containers() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        container.task().shutdown(&container.id, true).unwrap();
+        assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
+        containerd.events.until(&container.id, "exit 137");
+        assert_eq!(containerd.delete_answer(&container.bundle).exit_status, 137);
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn calls_at_the_same_time_do_not_disturb_each_other() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| container.wait());
+            let mut callers = Vec::new();
+            for number in 0..4 {
+                let container = &container;
+                callers.push(scope.spawn(move || {
+                    for round in 0..4 {
+                        let text = format!("{number}/{round}");
+                        assert_eq!(container.output_of(&format!("echo {text}")), text + "\n");
+                    }
+                }));
+                callers.push(scope.spawn(move || {
+                    for _ in 0..10 {
+                        assert_eq!(container.status(""), Status::RUNNING);
+                        assert!(!container.task().pids(&container.id).unwrap().processes.is_empty());
+                        assert!(container.task().stats(&container.id).unwrap().pids.current > 0);
+                        container.task().connect_to(&container.id).unwrap();
+                    }
+                }));
+            }
+            for caller in callers {
+                caller.join().unwrap();
+            }
+            // One delete of many deletes; the others get the same answer or find it gone.
+            container.kill(SIGKILL);
+            assert_eq!(waiter.join().unwrap(), 137);
+            let deleters: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| container.task().delete(&container.id, "")))
+                .collect();
+            let answers: Vec<_> = deleters.into_iter().map(|deleter| deleter.join().unwrap()).collect();
+            assert!(answers.iter().any(Result::is_ok), "{answers:?}");
+            for answer in answers {
+                match answer {
+                    Ok(deleted) => assert_eq!((deleted.pid, deleted.exit_status), (container.pid, 137)),
+                    Err(failure) => assert_eq!(failure.code, Some(Code::NOT_FOUND), "{failure}"),
+                }
+            }
+        });
+        container.task().shutdown(&container.id, false).unwrap();
+        assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
+        containerd.delete_answer(&container.bundle);
+        container.bundle.remove();
+    });
+}
+
+#[test]
+fn exit_status_is_that_of_the_process() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        for status in [0, 1, 42, 127, 255] {
+            assert_eq!(container.script(&format!("exit {status}")).0, status);
+        }
+        container.end();
+        let container = containerd.run(&spec(&["sh", "-c", "exit 255"]));
+        assert_eq!(container.wait(), 255);
+        container.end();
+    });
+}

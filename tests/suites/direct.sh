@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# The shim without any containerd: a program (tests/conformance) that is containerd to it, and checks
+# each line of the contract that docs/CONFORMANCE.md names.
+#
+# NUTSHELL_TEST_DIRECT names the program, built by tests/conformance/build. NUTSHELL_TEST_FILTER, if
+# set, chooses tests by a part of their names.
+source "$(dirname "$0")/../lab/test.bash"
+
+cp "$NUTSHELL_TEST_DIRECT" /run/bin/direct
+cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
+export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
+resident sh
+# Folders that containerd, or the host's owner, makes once and keeps.
+mkdir -p -m 700 /run/containerd/s
+mkdir -p /sys/fs/cgroup/conformance /run/tmp/conformance
+
+# Beside what each test asserts of its own: nothing is left on the host by all of them.
+host_state /run/check.before
+arguments=(--test-threads=2)
+[[ -z ${NUTSHELL_TEST_FILTER:-} ]] || arguments+=("$NUTSHELL_TEST_FILTER")
+declare -A took
+while read -r first second third fourth; do
+  case $first in
+    took) took[$fourth]=$second ;;
+    test)
+      [[ $third == ... ]] || continue
+      name="$second (${took[$second]:-0} ms)"
+      if [[ $fourth == ok ]]; then
+        passed=$((passed + 1))
+        echo "ok      $name"
+      else
+        failed=$((failed + 1))
+        echo "FAILED  $name"
+      fi
+      ;;
+  esac
+done < <(
+  direct "${arguments[@]}" 2>&1 | tee /run/check.log
+  echo "${PIPESTATUS[0]}" >/run/check.status
+)
+status=$(</run/check.status)
+rm -r /run/tmp/conformance/rootfs
+
+((failed == 0)) || sed -n '/^failures:$/,$s/^/        /p' /run/check.log
+if ((passed + failed == 0 || (status != 0 && failed == 0))); then
+  failed=$((failed + 1))
+  echo "FAILED  the program ended with status $status"
+  tail -n 40 /run/check.log
+fi
+if assert_nothing_left /run/check.before; then
+  passed=$((passed + 1))
+  echo "ok      nothing is left on the host"
+else
+  failed=$((failed + 1))
+  echo "FAILED  nothing is left on the host"
+fi
+finish
