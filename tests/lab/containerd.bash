@@ -1,7 +1,8 @@
-# A containerd for tests, inside the lab machine: start_containerd, stop_containerd. To be sourced.
+# A containerd for tests, inside the lab machine: start_containerd, end_containerd,
+# serve_containerd, stop_containerd. To be sourced.
 
 lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-containerd_pid=
+exec {never}<> <(:)
 
 # start_containerd [-c] VERSION [IMAGE...]
 #
@@ -40,16 +41,7 @@ start_containerd() {
   # runtime removes a parent that it shares with others.
   mkdir -p /sys/fs/cgroup/containerd /sys/fs/cgroup/default
   : >/run/containerd.log
-  (
-    echo "$BASHPID" >/sys/fs/cgroup/containerd/cgroup.procs
-    exec containerd --config /run/containerd.toml
-  ) >>/run/containerd.log 2>&1 &
-  containerd_pid=$!
-  grep -q -m 1 'containerd successfully booted' < <(tail -n +1 -f --pid="$containerd_pid" /run/containerd.log) || {
-    echo "containerd $version did not start:" >&2
-    tail -n 20 /run/containerd.log >&2
-    exit 1
-  }
+  serve_containerd || exit 1
 
   images=$("$lab/../images/build")
   for image; do
@@ -57,12 +49,39 @@ start_containerd() {
   done
 }
 
+# Starts containerd with what start_containerd has set up, also again after it was killed. Returns when
+# it serves.
+serve_containerd() {
+  local from pid
+  from=$(stat -c %s /run/containerd.log)
+  (
+    echo "$BASHPID" >/sys/fs/cgroup/containerd/cgroup.procs
+    exec containerd --config /run/containerd.toml
+  ) >>/run/containerd.log 2>&1 &
+  pid=$!
+  echo "$pid" >/run/containerd.pid
+  grep -q -m 1 'containerd successfully booted' \
+    < <(tail -c "+$((from + 1))" -f --pid="$pid" /run/containerd.log) || {
+    echo "containerd did not start:" >&2
+    tail -n 20 /run/containerd.log >&2
+    return 1
+  }
+}
+
+# end_containerd [SIGNAL]: ends containerd by SIGNAL, TERM if none is given, and nothing else.
+end_containerd() {
+  local pid
+  pid=$(</run/containerd.pid)
+  kill "-${1:-TERM}" "$pid"
+  # It may be the child of a shell that is gone.
+  while [[ -e /proc/$pid ]]; do read -r -t 0.05 -u "$never" || true; done
+  rm /run/containerd.pid
+}
+
 # Ends it and forgets all that it had: images, snapshots, state.
 stop_containerd() {
-  [[ -n $containerd_pid ]] || return 0
-  kill "$containerd_pid"
-  wait "$containerd_pid" || true
-  containerd_pid=
+  [[ -e /run/containerd.pid ]] || return 0
+  end_containerd
   local mount
   while read -r mount; do
     umount "$mount"

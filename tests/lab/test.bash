@@ -21,24 +21,25 @@ case $lab:${NUTSHELL_CACHE:-}:${NUTSHELL_TEST_SHIM:-} in
 esac
 # The mount command's own folder.
 mkdir -p /run/mount
-exec {never}<> <(:)
 
 # host_state FILE: writes all that a container can leave behind on the host, a sorted line each. Starts
 # no process before it has listed the processes.
 host_state() {
-  local stat pid rest file
+  local stat pid rest file containerd=
+  # It may have been started again.
+  [[ ! -e /run/containerd.pid ]] || containerd=$(</run/containerd.pid)
   {
     for stat in /proc/[0-9]*/stat; do
       # pid (name) state parent ...; 2 is the parent of kernel threads.
       { read -r pid rest <"$stat"; } 2>/dev/null || continue
       set -- "$1" ${rest##*) }
-      [[ $pid == 2 || $3 == 2 || $pid == "$$" ]] || echo "process $pid ${rest%)*})"
+      [[ $pid == 2 || $3 == 2 || $pid == "$$" || $pid == "$containerd" ]] || echo "process $pid ${rest%)*})"
     done
     while read -r _ _ _ rest; do echo "mount $rest"; done </proc/self/mountinfo
     for file in /sys/class/net/*; do echo "link ${file##*/}"; done
     for file in /sys/block/loop*/loop/backing_file /sys/block/dm-*; do [[ ! -e $file ]] || echo "device $file"; done
     find /sys/fs/cgroup -mindepth 1 -type d -printf 'cgroup %p\n'
-    find /run /dev/shm ${tmp:-} -mindepth 1 \( -path /run/containerd-root -o -path /run/containerd.log \
+    find /run /dev/shm ${tmp:-} -mindepth 1 \( -path /run/containerd-root -o -path '/run/containerd.*' \
       -o -path '/run/check.*' -o -path /run/last \) -prune -o -printf 'file %p (%y)\n'
   } >/run/check.state
   sort -o "$1" /run/check.state
