@@ -99,6 +99,13 @@ impl Agent {
         (open, children.split_whitespace().count())
     }
 
+    /// How many bytes of the agent's memory are resident.
+    pub(crate) fn resident(&self) -> u64 {
+        let pages = fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
+        let resident: u64 = pages.split(' ').nth(1).unwrap().parse().unwrap();
+        resident * rustix::param::page_size() as u64
+    }
+
     fn receive(&mut self) -> FromAgent {
         loop {
             if let Some(message) = self.incoming.next().unwrap() {

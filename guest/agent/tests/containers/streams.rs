@@ -1,10 +1,62 @@
 //! Standard streams and terminals.
 
+use std::fs::File;
 use std::io::{Read, Write};
 
-use nutshell_protocol::Stdio;
+use nutshell_protocol::{Request, Response, Stdio};
+use serde_json::Value;
 
-use crate::harness::{Agent, shell, unique};
+use crate::harness::{Agent, assert_nothing_left, process, shell, unique};
+
+const BURST: usize = 8 << 20;
+
+/// A container of which `script` is the first process and `stdout` its output.
+fn run(agent: &mut Agent, id: &str, script: &str) -> File {
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    agent.create(id, &shell(script), stdio).unwrap();
+    let output = output.accept();
+    agent.start_container(id);
+    output
+}
+
+/// Runs `script` in a container, and on a terminal if there is an input.
+fn exec(agent: &mut Agent, id: &str, exec: &str, script: &str, terminal: bool) -> (Option<File>, File) {
+    let output = agent.listen();
+    let input = terminal.then(|| agent.listen());
+    let stdio = Stdio {
+        stdin: input.as_ref().map(|input| input.port),
+        stdout: Some(output.port),
+        terminal,
+        size: terminal.then_some((80, 24)),
+        ..Stdio::default()
+    };
+    let mut process: Value = process(&["/bin/sh", "-c", script]);
+    process["terminal"] = terminal.into();
+    agent.exec(id, exec, &process, stdio).unwrap();
+    (input.map(crate::harness::Port::accept), output.accept())
+}
+
+/// Reads until `text` has come, and returns everything up to there.
+fn read_until(output: &mut File, text: &str) -> String {
+    let mut seen = Vec::new();
+    let mut byte = [0];
+    while !seen.ends_with(text.as_bytes()) {
+        let count = output.read(&mut byte).expect("what was to come");
+        assert_eq!(count, 1, "ended after {:?}", String::from_utf8_lossy(&seen));
+        seen.push(byte[0]);
+    }
+    String::from_utf8(seen).unwrap()
+}
+
+fn read_all(output: &mut File) -> String {
+    let mut text = String::new();
+    output.read_to_string(&mut text).unwrap();
+    text
+}
 
 #[test]
 fn input_reaches_the_process_until_its_end() {
@@ -20,11 +72,107 @@ fn input_reaches_the_process_until_its_end() {
     let (mut input, mut output) = (input.accept(), output.accept());
     agent.start_container(id);
     let writer = std::thread::spawn(move || input.write_all(&vec![b'x'; 1 << 20]));
-    let mut text = String::new();
-    output.read_to_string(&mut text).unwrap();
+    let text = read_all(&mut output);
     writer.join().unwrap().unwrap();
     assert_eq!(text.trim(), (1 << 20).to_string());
     assert_eq!(agent.exit().status, 0);
+    agent.delete(id);
+}
+
+#[test]
+fn burst_at_the_end_of_a_process_arrives_whole_on_both_streams() {
+    let mut agent = Agent::start();
+    let id = &format!("burst-{}", unique());
+    let (output, errors) = (agent.listen(), agent.listen());
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        stderr: Some(errors.port),
+        ..Stdio::default()
+    };
+    let script = "head -c 8388608 /dev/zero & head -c 8388608 /dev/zero >&2; wait";
+    agent.create(id, &shell(script), stdio).unwrap();
+    let streams = [output.accept(), errors.accept()];
+    agent.start_container(id);
+    let readers = streams.map(|mut stream| {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            bytes.len()
+        })
+    });
+    let exited = agent.exit();
+    assert_eq!(
+        (exited.status, exited.stdout, exited.stderr),
+        (0, BURST as u64, BURST as u64)
+    );
+    assert_eq!(readers.map(|reader| reader.join().unwrap()), [BURST, BURST]);
+    agent.delete(id);
+}
+
+#[test]
+fn host_that_reads_nothing_holds_the_process_up_and_hears_of_its_end() {
+    let mut agent = Agent::start();
+    let id = &format!("unread-{}", unique());
+    let mut started = run(&mut agent, id, "echo started; sleep 1000");
+    read_until(&mut started, "started\n");
+    let before = agent.resident();
+    let (_, unread) = exec(&mut agent, id, "unread", "yes & echo $! >/tmp/pid; wait", false);
+    // Asleep in a write: it has gone as far as it can.
+    let (_, mut watcher) = exec(
+        &mut agent,
+        id,
+        "watcher",
+        "while ! grep -q -s pipe_write /proc/$(cat /tmp/pid)/wchan; do :; done; echo stuck",
+        false,
+    );
+    assert_eq!(read_all(&mut watcher), "stuck\n");
+    assert_eq!(agent.exit().exec.as_deref(), Some("watcher"));
+    assert!(agent.resident() < before + (1 << 20), "the agent grew");
+
+    assert_eq!(agent.kill(id, 9), Ok(Response::Done));
+    let exited = agent.exit();
+    assert_eq!((exited.exec.as_deref(), exited.status), (Some("unread"), 137));
+    assert!(exited.stdout < 1 << 20, "{} bytes were taken", exited.stdout);
+    assert_eq!(agent.exit().status, 137);
+    agent.delete(id);
+    drop(unread);
+}
+
+#[test]
+fn grandchild_with_the_output_does_not_delay_the_exit_and_is_heard_later() {
+    let mut agent = Agent::start();
+    let id = &format!("grandchild-{}", unique());
+    let _output = run(&mut agent, id, "mkfifo /tmp/go; sleep 1000");
+    let script = "while ! test -p /tmp/go; do :; done; (read line </tmp/go; echo later) & echo first";
+    let (_, mut output) = exec(&mut agent, id, "parent", script, false);
+    let exited = agent.exit();
+    assert_eq!((exited.exec.as_deref(), exited.stdout), (Some("parent"), 6));
+    assert_eq!(read_until(&mut output, "first\n"), "first\n");
+    exec(&mut agent, id, "go", "echo >/tmp/go", false);
+    assert_eq!(read_all(&mut output), "later\n");
+    agent.kill(id, 9).unwrap();
+    assert_eq!(agent.exit().exec.as_deref(), Some("go"));
+    assert_eq!(agent.exit().exec, None);
+    agent.delete(id);
+}
+
+#[test]
+fn stream_that_the_host_refuses_is_an_error_and_leaves_nothing() {
+    let mut agent = Agent::start();
+    let id = &format!("refused-{}", unique());
+    let refused = Stdio {
+        stdout: Some(1),
+        ..Stdio::default()
+    };
+    let failure = agent.create(id, &shell("true"), refused.clone()).unwrap_err();
+    assert!(failure.message.contains("standard output"), "{failure:?}");
+    assert_nothing_left(id);
+
+    run(&mut agent, id, "sleep 1000");
+    let failure = agent.exec(id, "e1", &process(&["/bin/true"]), refused).unwrap_err();
+    assert!(failure.message.contains("standard output"), "{failure:?}");
+    agent.kill(id, 9).unwrap();
+    assert_eq!(agent.exit().exec, None);
     agent.delete(id);
 }
 
@@ -46,12 +194,44 @@ fn terminal_has_its_size_and_echoes() {
     let (mut input, mut output) = (input.accept(), output.accept());
     agent.start_container(id);
     input.write_all(b"hello\n").unwrap();
-    let mut text = String::new();
-    output.read_to_string(&mut text).unwrap();
+    let text = read_all(&mut output);
     for expected in ["/dev/pts/0\r\n", "17 91\r\n", "hello\r\n", "got hello\r\n"] {
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
     }
     let exited = agent.exit();
     assert_eq!((exited.status, exited.stdout), (0, text.len() as u64));
+    agent.delete(id);
+}
+
+#[test]
+fn terminal_tells_of_resizes_interrupts_and_hang_ups() {
+    let mut agent = Agent::start();
+    let id = &format!("signals-{}", unique());
+    let _output = run(&mut agent, id, "sleep 1000");
+    let script = "trap 'stty size' WINCH; trap 'echo interrupted' INT
+        (trap 'echo hung up; exit' HUP; echo ready; while :; do sleep 1000 & wait; done) &
+        while :; do read line; [ \"$line\" != quit ] || exit 7; done";
+    let (input, mut output) = exec(&mut agent, id, "shell", script, true);
+    let mut input = input.unwrap();
+    read_until(&mut output, "ready\r\n");
+    let resize = Request::Resize {
+        container: id.clone(),
+        exec: Some("shell".to_owned()),
+        width: 100,
+        height: 40,
+    };
+    assert_eq!(agent.ask(resize), Ok(Response::Done));
+    read_until(&mut output, "40 100\r\n");
+    input.write_all(b"\x03").unwrap();
+    read_until(&mut output, "interrupted\r\n");
+
+    // The leader of the session ends: the kernel hangs up on the rest, whose last words still count.
+    input.write_all(b"quit\n").unwrap();
+    read_until(&mut output, "hung up\r\n");
+    let exited = agent.exit();
+    assert_eq!((exited.exec.as_deref(), exited.status), (Some("shell"), 7));
+    assert_eq!(read_all(&mut output), "");
+    agent.kill(id, 9).unwrap();
+    assert_eq!(agent.exit().exec, None);
     agent.delete(id);
 }
