@@ -2,10 +2,14 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    ptr,
 };
 
-use rustix::mount::{MountAttrFlags, MountPropagationFlags};
+use rustix::{
+    mount::{MountAttrFlags, MountPropagationFlags},
+    process::Pid,
+};
 
 /// Closes every descriptor from `first` to `last`, both included (close_range(2)).
 ///
@@ -29,12 +33,34 @@ pub(crate) fn mount_setattr(
     propagation: MountPropagationFlags,
     recursive: bool,
 ) -> io::Result<()> {
-    let attributes = libc::mount_attr {
-        attr_set: u64::from(set.bits()),
-        attr_clr: 0,
-        propagation: u64::from(propagation.bits()),
-        userns_fd: 0,
-    };
+    set_attributes(
+        mount,
+        &libc::mount_attr {
+            attr_set: u64::from(set.bits()),
+            attr_clr: 0,
+            propagation: u64::from(propagation.bits()),
+            userns_fd: 0,
+        },
+        recursive,
+    )
+}
+
+/// Maps the ids of the files in the detached mount at `mount`, and in all mounts below it if
+/// `recursive`, as `namespace`, a user namespace, does (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
+pub(crate) fn map_ids(mount: BorrowedFd<'_>, namespace: impl AsFd, recursive: bool) -> io::Result<()> {
+    set_attributes(
+        mount,
+        &libc::mount_attr {
+            attr_set: libc::MOUNT_ATTR_IDMAP,
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: u64::from(namespace.as_fd().as_raw_fd().unsigned_abs()),
+        },
+        recursive,
+    )
+}
+
+fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a static C string, and the kernel reads `attributes` up to the size given.
     let result = unsafe {
@@ -43,12 +69,33 @@ pub(crate) fn mount_setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
-            size_of_val(&attributes),
+            ptr::from_ref(attributes),
+            size_of_val(attributes),
         )
     };
     match result {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Forks a process into a user namespace of its own, which nobody has mapped yet. It does nothing, and
+/// ends with the calling thread if it is not killed before.
+pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
+    let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+    let (stack, unused) = (0_usize, 0_usize);
+    // SAFETY: without CLONE_VM and with no stack given the child goes on as a copy of this thread, in
+    // memory of its own. Other threads may hold locks in that copy, so the child only makes system calls.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, stack, unused, unused, unused) };
+    if pid == 0 {
+        loop {
+            // SAFETY: they take numbers only, and are async-signal-safe.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::pause();
+            }
+        }
+    }
+    let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0);
+    pid.and_then(Pid::from_raw).ok_or_else(io::Error::last_os_error)
 }

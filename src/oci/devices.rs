@@ -20,6 +20,9 @@ const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
     (10, 237, "/dev/loop-control"),
 ];
 
+/// The block devices that a kernel makes of files, as many as are asked for.
+const LOOP: i64 = 7;
+
 /// The path in the guest of the character device with these numbers.
 pub(super) fn character_device(major: u32, minor: u32) -> Option<&'static str> {
     CHARACTER_DEVICES
@@ -55,7 +58,8 @@ fn is_known(device: &LinuxDevice) -> bool {
             .ok()
             .zip(u32::try_from(device.minor()).ok())
             .is_some_and(|(major, minor)| character_device(major, minor).is_some()),
-        LinuxDeviceType::A | LinuxDeviceType::B => false,
+        LinuxDeviceType::B => device.major() == LOOP,
+        LinuxDeviceType::A => false,
     }
 }
 

@@ -9,6 +9,7 @@
 mod devices;
 mod error;
 mod id;
+mod idmap;
 mod mounts;
 mod namespaces;
 mod plan;
@@ -20,7 +21,8 @@ mod translate;
 
 pub(crate) use error::PlanError;
 pub(crate) use id::{ContainerId, IdError};
-pub(crate) use plan::{Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, Root, Share, Size};
+pub(crate) use idmap::IdMap;
+pub(crate) use plan::{Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, Root, Share, ShareIds, Size};
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
 pub(crate) use source::{Inspect, SourceKind};
 pub(crate) use spec::annotations;

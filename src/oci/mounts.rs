@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use nutshell_protocol::SHARE_PATH;
 use oci_spec::runtime::Mount;
 
-use super::{ContainerId, Inspect, PlanError, Share, SourceKind, devices};
+use super::{ContainerId, IdMap, Inspect, PlanError, Share, ShareIds, SourceKind, devices};
 
 /// File systems that have no source on the host: the guest mounts its own.
 const GUEST_FILESYSTEMS: [&str; 11] = [
@@ -44,6 +44,8 @@ pub(super) struct Translator<'a> {
     pub(super) id: &'a ContainerId,
     /// The container shares `/dev/shm` with its pod.
     pub(super) in_pod: bool,
+    /// Of the container's user namespace.
+    pub(super) ids: Option<&'a IdMap>,
     pub(super) inspect: Inspect<'a>,
 }
 
@@ -51,10 +53,11 @@ impl Translator<'_> {
     pub(super) fn translate(&self, mounts: Vec<Mount>) -> Result<Mounts, PlanError> {
         let mut translated = Mounts::default();
         for mut mount in mounts {
-            refuse_id_mappings(&mount)?;
+            let ids = self.take_ids(&mut mount)?;
             if is_bind(&mount) {
-                self.bind(&mut mount, &mut translated.shares)?;
+                self.bind(&mut mount, ids, &mut translated.shares)?;
             } else {
+                refuse_ids(&mount, ids.as_ref(), "the guest's own")?;
                 kernel(&mut mount)?;
             }
             translated.guest.push(mount);
@@ -62,7 +65,31 @@ impl Translator<'_> {
         Ok(translated)
     }
 
-    fn bind(&self, mount: &mut Mount, shares: &mut Vec<Share>) -> Result<(), PlanError> {
+    /// The mapping that a mount asks for, which the host does: the guest's mount is a plain one.
+    fn take_ids(&self, mount: &mut Mount) -> Result<Option<ShareIds>, PlanError> {
+        let invalid = |mount: &Mount, reason: String| PlanError::invalid(field(mount), reason);
+        let own = IdMap::of_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
+            .map_err(|reason| invalid(mount, reason))?;
+        let wanted = options(mount).any(|option| matches!(option, "idmap" | "ridmap"));
+        let map = match (own, wanted) {
+            (None, false) => return Ok(None),
+            (Some(map), _) => map,
+            (None, true) => self.ids.cloned().ok_or_else(|| {
+                let reason = "idmap needs a mapping, of the mount or of the container's user namespace";
+                invalid(mount, reason.to_owned())
+            })?,
+        };
+        let recursive = options(mount).any(|option| option == "ridmap");
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+        mount
+            .set_options(Some(options))
+            .set_uid_mappings(None)
+            .set_gid_mappings(None);
+        Ok(Some(ShareIds { map, recursive }))
+    }
+
+    fn bind(&self, mount: &mut Mount, ids: Option<ShareIds>, shares: &mut Vec<Share>) -> Result<(), PlanError> {
         refuse_propagation_to_the_host(mount)?;
         let source = mount
             .source()
@@ -72,6 +99,7 @@ impl Translator<'_> {
         let source = clean(&self.bundle.join(source));
         let destination = clean(mount.destination());
         if destination == Path::new("/dev/shm") {
+            // A tmpfs is everybody's.
             self.shm(mount);
             return Ok(());
         }
@@ -80,8 +108,11 @@ impl Translator<'_> {
             return Ok(());
         }
         let guest = match self.guests_own(mount, &source)? {
-            Some(path) => path,
-            None => self.share(mount, source, shares),
+            Some(path) => {
+                refuse_ids(mount, ids.as_ref(), "the guest's own")?;
+                path
+            }
+            None => self.share(mount, source, ids, shares),
         };
         set_bind(mount, guest);
         Ok(())
@@ -141,7 +172,7 @@ impl Translator<'_> {
         }
     }
 
-    fn share(&self, mount: &Mount, source: PathBuf, shares: &mut Vec<Share>) -> PathBuf {
+    fn share(&self, mount: &Mount, source: PathBuf, ids: Option<ShareIds>, shares: &mut Vec<Share>) -> PathBuf {
         let path = format!("{}/{}", self.id, shares.len());
         let guest = Path::new(SHARE_PATH).join(&path);
         shares.push(Share {
@@ -149,6 +180,7 @@ impl Translator<'_> {
             path,
             read_only: is_read_only(mount),
             recursive: options(mount).any(|option| option == "rbind"),
+            ids,
         });
         guest
     }
@@ -191,16 +223,14 @@ fn set_bind(mount: &mut Mount, source: PathBuf) {
     mount.set_source(Some(source));
 }
 
-fn refuse_id_mappings(mount: &Mount) -> Result<(), PlanError> {
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
-    if mapped(mount.uid_mappings())
-        || mapped(mount.gid_mappings())
-        || options(mount).any(|option| matches!(option, "idmap" | "ridmap"))
-    {
-        let reason = "id-mapped mounts are not supported yet";
-        return Err(PlanError::unsupported(field(mount), reason));
+fn refuse_ids(mount: &Mount, ids: Option<&ShareIds>, whose: &str) -> Result<(), PlanError> {
+    match ids {
+        None => Ok(()),
+        Some(_) => {
+            let reason = format!("ids are mapped in directories and files of the host, and this is {whose}");
+            Err(PlanError::unsupported(field(mount), reason))
+        }
     }
-    Ok(())
 }
 
 fn refuse_propagation_to_the_host(mount: &Mount) -> Result<(), PlanError> {
@@ -276,6 +306,7 @@ mod tests {
             bundle: Path::new("/bundle"),
             id: &"c1".parse().unwrap(),
             in_pod,
+            ids: None,
             inspect: &inspect,
         };
         translator.translate(serde_json::from_value(mounts).unwrap())
@@ -302,6 +333,7 @@ mod tests {
             path: path.to_owned(),
             read_only,
             recursive,
+            ids: None,
         };
         let shares = [
             share("/srv/data", "c1/0", false, true),
@@ -317,6 +349,43 @@ mod tests {
             {"destination": "/x", "type": "bind", "source": "/run/nutshell/share/c1/2", "options": ["rro", "bind"]},
         ]);
         assert_eq!(guest(&translated), expected);
+    }
+
+    #[test]
+    fn id_mapped_mounts_are_the_hosts_matter() {
+        let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
+        let own = IdMap::of_options(&["uidmap=0:7:1".to_owned(), "gidmap=0:7:1".to_owned()]).unwrap();
+        let translator = Translator {
+            bundle: Path::new("/bundle"),
+            id: &"c1".parse().unwrap(),
+            in_pod: false,
+            ids: own.as_ref(),
+            inspect: &inspect,
+        };
+        let mounts = json!([
+            {"destination": "/a", "type": "bind", "source": "/a", "uidMappings": mapping, "gidMappings": mapping},
+            {"destination": "/b", "type": "bind", "source": "/b", "options": ["rbind", "ridmap"]},
+        ]);
+
+        let translated = translator.translate(serde_json::from_value(mounts).unwrap()).unwrap();
+
+        let ids: Vec<_> = translated
+            .shares
+            .iter()
+            .map(|share| share.ids.as_ref().unwrap())
+            .collect();
+        assert_eq!(
+            (ids[0].map.uids.to_string().as_str(), ids[0].recursive),
+            ("0 1000 1\n", false)
+        );
+        assert_eq!(
+            (ids[1].map.uids.to_string().as_str(), ids[1].recursive),
+            ("0 7 1\n", true)
+        );
+        for (mount, options) in [(0, json!(["bind"])), (1, json!(["rbind"]))] {
+            let mount = &guest(&translated)[mount];
+            assert_eq!((&mount["options"], &mount["uidMappings"]), (&options, &Value::Null));
+        }
     }
 
     #[test]
@@ -390,11 +459,19 @@ mod tests {
             ),
             (
                 json!({"type": "bind", "source": "/a", "options": ["idmap"]}),
-                "id-mapped",
+                "idmap needs a mapping",
             ),
             (
                 json!({"type": "bind", "source": "/a", "uidMappings": mapping}),
-                "id-mapped",
+                "users and groups",
+            ),
+            (
+                json!({"type": "tmpfs", "uidMappings": mapping, "gidMappings": mapping}),
+                "ids are mapped in",
+            ),
+            (
+                json!({"type": "bind", "source": "/proc/fs", "uidMappings": mapping, "gidMappings": mapping}),
+                "ids are mapped in",
             ),
             (json!({"type": "hugetlbfs", "source": "none"}), "huge pages"),
             (json!({"type": "ext4", "source": "/dev/sdb"}), "ext4"),

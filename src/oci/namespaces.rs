@@ -31,9 +31,11 @@ pub(super) fn translate(namespaces: &[LinuxNamespace], placement: &Placement) ->
         }
         let path = namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty());
         match (kind, path) {
-            (LinuxNamespaceType::User, _) => {
-                let reason = "user namespaces are not supported yet";
-                return Err(PlanError::unsupported("linux.namespaces: user", reason));
+            // Its mapping is in the spec of every member: one of its own is as good as the pod's.
+            (LinuxNamespaceType::User, Some(_)) if !single => {
+                let mut user = LinuxNamespace::default();
+                user.set_typ(LinuxNamespaceType::User);
+                translated.guest.push(user);
             }
             (LinuxNamespaceType::Network, None) => translated.network = Network::Loopback,
             (LinuxNamespaceType::Network, Some(path)) => translated.network = Network::Namespace(path.to_owned()),
@@ -133,6 +135,13 @@ mod tests {
     }
 
     #[test]
+    fn user_namespace_of_a_member_is_made_from_the_pods_mapping() {
+        let translated = translate(&namespaces(&[("user", "/proc/41/ns/user")]), &member()).unwrap();
+        assert_eq!(kept(&translated), ["user", "mnt"]);
+        assert_eq!(translated.guest[0].path(), &None);
+    }
+
+    #[test]
     fn pid_namespace_of_a_member_is_new_the_machines_or_a_tasks() {
         for (spec, expected) in [
             (vec![("pid", "")], PidNamespace::New),
@@ -160,7 +169,7 @@ mod tests {
     #[test]
     fn namespaces_that_a_machine_cannot_have_are_errors_that_name_them() {
         for (spec, named) in [
-            (vec![("user", "")], "user"),
+            (vec![("user", "/proc/1/ns/user")], "user"),
             (vec![("pid", "/proc/1/ns/pid")], "/proc/1/ns/pid"),
             (vec![("ipc", "/proc/1/ns/ipc")], "ipc"),
             (vec![("uts", "/proc/1/ns/uts")], "uts"),

@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use super::IdMap;
+
 /// What a container needs from its machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -100,6 +102,17 @@ pub(crate) struct Share {
     /// The guest may only read; enforced on the host.
     pub(crate) read_only: bool,
     /// Mounts below the source are shared too (`rbind`).
+    pub(crate) recursive: bool,
+    /// Which ids of its files the guest sees as which.
+    pub(crate) ids: Option<ShareIds>,
+}
+
+/// An id-mapped share (OCI spec, "Mounts": `uidMappings`, `gidMappings`, `idmap`, `ridmap`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ShareIds {
+    /// The mapping.
+    pub(crate) map: IdMap,
+    /// It holds for the mounts below the source too.
     pub(crate) recursive: bool,
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{HostMount, PlanError, Root};
+use super::{HostMount, IdMap, PlanError, Root};
 
 /// File systems that the guest's kernel mounts from a disk.
 const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
@@ -40,10 +40,13 @@ fn check(mount: &HostMount) -> Result<(), PlanError> {
         let name = option.split('=').next().unwrap_or_default();
         match name {
             "uidmap" | "gidmap" => {
-                return Err(PlanError::unsupported(
-                    field(option),
-                    "user namespaces are not supported yet",
-                ));
+                // Mounts of other types hold the files of this container alone, whose owners are
+                // changed where they are to be mapped.
+                if !matches!(mount.kind.as_str(), "overlay" | "bind") {
+                    let reason = "ids of the host's files are mapped by overlay and bind mounts only";
+                    return Err(PlanError::unsupported(field(option), reason));
+                }
+                IdMap::of_options(&mount.options).map_err(|reason| PlanError::invalid(field(option), reason))?;
             }
             "device" if mount.kind == "erofs" => {
                 return Err(PlanError::unsupported(
@@ -132,6 +135,10 @@ mod tests {
             (vec![overlay.clone()], false),
             (vec![mount("bind", "/s/1/fs", &["rw", "rbind"])], false),
             (vec![mount("bind", "/s/1/fs", &["ro", "rbind"])], true),
+            (
+                vec![mount("overlay", "overlay", &["uidmap=0:1000:1", "gidmap=0:1000:1"])],
+                false,
+            ),
             (vec![mount("xfs", "/dev/mapper/p-snap-1", &["nouuid"])], false),
             (vec![mount("btrfs", "/dev/sdb", &["subvolid=5", "ro"])], true),
             (vec![mount("fuse.nydus-overlayfs", "overlay", &["lowerdir=/a"])], false),
@@ -195,6 +202,10 @@ mod tests {
                 "dmverity",
             ),
             (vec![mount("overlay", "overlay", &["uidmap=0:1000:1"])], "uidmap"),
+            (
+                vec![mount("xfs", "/dev/sdb", &["uidmap=0:1000:1", "gidmap=0:1000:1"])],
+                "uidmap",
+            ),
             (vec![mount("ext4", "snap.img", &["loop"])], "snap.img"),
         ] {
             let error = planned(&mounts).unwrap_err();

@@ -3,10 +3,10 @@
 use std::{collections::HashMap, path::Path, time::Duration};
 
 use nutshell_protocol::CONTAINERS_PATH;
-use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxResources, Process, Spec};
+use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::{
-    ContainerId, Hook, Hooks, HostMount, IdError, Inspect, Placement, Plan, PlanError, Root, Sizing, devices,
+    ContainerId, Hook, Hooks, HostMount, IdError, IdMap, Inspect, Placement, Plan, PlanError, Root, Sizing, devices,
     mounts::{Mounts, Translator},
     namespaces::{self, Namespaces},
     rootfs, spec,
@@ -31,6 +31,7 @@ pub(crate) fn plan(
     let placement = placement(&annotations)?;
     let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
     refuse(&linux)?;
+    let ids = user_ids(&linux)?;
     let namespaces = namespaces::translate(linux.namespaces().as_deref().unwrap_or_default(), &placement)?;
     let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
     let cgroups_path = linux
@@ -67,6 +68,7 @@ pub(crate) fn plan(
         bundle,
         id,
         in_pod: placement != Placement::Single,
+        ids: ids.as_ref(),
         inspect,
     };
     let Mounts { guest, shares } = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
@@ -129,10 +131,16 @@ fn placement(annotations: &HashMap<String, String>) -> Result<Placement, PlanErr
 
 /// Fields that would be wrong to leave out and cannot be done.
 fn refuse(linux: &Linux) -> Result<(), PlanError> {
-    let mapped = |mappings: &Option<Vec<_>>| mappings.as_ref().is_some_and(|mappings| !mappings.is_empty());
-    if mapped(linux.uid_mappings()) || mapped(linux.gid_mappings()) {
-        let reason = "user namespaces are not supported yet";
-        return Err(PlanError::unsupported("linux.uidMappings, linux.gidMappings", reason));
+    let has_time = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Time);
+    if linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty()) && !has_time {
+        return Err(PlanError::invalid(
+            "linux.timeOffsets",
+            "there is no new time namespace for them",
+        ));
     }
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         let reason = "network devices of the host cannot be moved into a machine";
@@ -147,6 +155,29 @@ fn refuse(linux: &Linux) -> Result<(), PlanError> {
         return Err(PlanError::unsupported("linux.seccomp.listenerPath", reason));
     }
     Ok(())
+}
+
+/// The mapping of the container's user namespace.
+fn user_ids(linux: &Linux) -> Result<Option<IdMap>, PlanError> {
+    const FIELD: &str = "linux.uidMappings, linux.gidMappings";
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let has_namespace = namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let map = IdMap::of_spec(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref())
+        .map_err(|reason| PlanError::invalid(FIELD, reason))?;
+    match &map {
+        None if has_namespace => Err(PlanError::invalid(FIELD, "a user namespace needs mappings")),
+        Some(_) if !has_namespace => Err(PlanError::invalid(
+            FIELD,
+            "user namespace mappings specified, but no user namespace",
+        )),
+        Some(map) if map.uids.count() > 1 || map.gids.count() > 1 => Err(PlanError::unsupported(
+            FIELD,
+            "a user namespace of the guest has one range of users and one of groups",
+        )),
+        _ => Ok(map),
+    }
 }
 
 /// Where the root comes from; leaves the guest's path in the spec.
@@ -236,6 +267,7 @@ fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Vec<String>) 
     if linux.memory_policy().is_some() {
         warnings.push("linux.memoryPolicy is not applied: its nodes are the host's".to_owned());
     }
+    set_propagation(linux)?;
     devices::translate(linux, warnings)?;
     if let Some(resources) = linux.resources_mut() {
         strip_resources(resources, warnings)?;
@@ -246,6 +278,28 @@ fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Vec<String>) 
         .set_memory_policy(None)
         .set_cgroups_path(Some(format!("/{id}").into()));
     Ok(())
+}
+
+/// Clients also write the recursive forms, which mean the same here: there is nothing below the root
+/// yet (OCI spec, "Rootfs Mount Propagation").
+fn set_propagation(linux: &mut Linux) -> Result<(), PlanError> {
+    let Some(asked) = named(linux.rootfs_propagation()) else {
+        linux.set_rootfs_propagation(None);
+        return Ok(());
+    };
+    let plain = ["shared", "slave", "private", "unbindable"]
+        .into_iter()
+        .find(|plain| asked == *plain || asked.strip_prefix('r') == Some(plain));
+    match plain {
+        Some(plain) => {
+            linux.set_rootfs_propagation(Some(plain.to_owned()));
+            Ok(())
+        }
+        None => Err(PlanError::invalid(
+            "linux.rootfsPropagation",
+            format!("{asked:?} is no propagation"),
+        )),
+    }
 }
 
 /// Leaves what means the same in a guest's cgroup: memory, CPU time, number of processes, and the

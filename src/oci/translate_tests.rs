@@ -171,6 +171,7 @@ fn member_shares_the_pods_namespaces_and_its_volumes_in_order() {
         path: format!("c7/{index}"),
         read_only,
         recursive: true,
+        ids: None,
     };
     let shares = [
         share("etc-hosts", 0, false),
@@ -249,6 +250,34 @@ fn hooks_of_the_hosts_namespaces_are_the_shims_and_the_others_the_guests() {
 }
 
 #[test]
+fn user_namespace_reaches_the_guest_with_its_mapping() {
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let mut spec = with(CTR, "/linux/uidMappings", mapping.clone());
+    spec["linux"]["gidMappings"] = mapping.clone();
+    assert!(plan_of(&spec).unwrap_err().to_string().contains("no user namespace"));
+    let user = json!({"type": "user"});
+    spec["linux"]["namespaces"].as_array_mut().unwrap().push(user.clone());
+    let guest = guest(&plan_of(&spec).unwrap());
+    assert_eq!(guest["linux"]["uidMappings"], mapping);
+    assert!(guest["linux"]["namespaces"].as_array().unwrap().contains(&user));
+    let two = json!([{"containerID": 0, "hostID": 1, "size": 1}, {"containerID": 1, "hostID": 5, "size": 1}]);
+    spec["linux"]["gidMappings"] = two;
+    assert!(plan_of(&spec).unwrap_err().to_string().contains("one range"));
+}
+
+#[test]
+fn propagation_of_the_root_has_the_guests_names() {
+    for (asked, expected) in [
+        ("rshared", json!("shared")),
+        ("slave", json!("slave")),
+        ("", Value::Null),
+    ] {
+        let plan = plan_of(&with(CTR, "/linux/rootfsPropagation", json!(asked))).unwrap();
+        assert_eq!(guest(&plan)["linux"]["rootfsPropagation"], expected);
+    }
+}
+
+#[test]
 fn what_a_machine_cannot_do_is_an_error_that_names_the_field() {
     let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
     let cases = [
@@ -256,7 +285,13 @@ fn what_a_machine_cannot_do_is_an_error_that_names_the_field() {
         ("/root", Value::Null, "root"),
         ("/linux", Value::Null, "linux"),
         ("/linux/uidMappings", mapping, "linux.uidMappings"),
-        ("/linux/namespaces", json!([{"type": "user"}]), "user namespaces"),
+        ("/linux/namespaces", json!([{"type": "user"}]), "linux.uidMappings"),
+        (
+            "/linux/timeOffsets",
+            json!({"boottime": {"secs": 1}}),
+            "linux.timeOffsets",
+        ),
+        ("/linux/rootfsPropagation", json!("upward"), "linux.rootfsPropagation"),
         ("/linux/netDevices", json!({"eth0": {}}), "linux.netDevices"),
         (
             "/linux/seccomp",

@@ -1,5 +1,5 @@
 //! Hooks of a spec that run on the host (OCI spec, "POSIX-platform Hooks"): each in turn, with the
-//! container's state on its standard input.
+//! container's state on its standard input. What fails is told in runc's words.
 
 use std::{
     fs::File,
@@ -12,18 +12,21 @@ use std::{
 use rustix::fs::MemfdFlags;
 use serde_json::json;
 
-use super::child::{Child, Ended};
+use super::{
+    child::{Child, Ended},
+    log,
+};
 use crate::oci::{self, ContainerId, Hook};
 
-/// How much of what a failed hook wrote goes into its error, in bytes.
+/// How much of either of a failed hook's outputs goes into its error, in bytes.
 const OUTPUT_LIMIT: u64 = 1024;
 
 /// A hook that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{moment} hook {}: {reason}", path.display())]
+#[error("error running {moment} hook #{index}: {reason}")]
 pub(crate) struct HookError {
     moment: &'static str,
-    path: std::path::PathBuf,
+    index: usize,
     reason: String,
 }
 
@@ -50,16 +53,27 @@ pub(crate) async fn run(
         return Ok(());
     }
     let state = state(status, subject);
-    for hook in hooks {
+    for (index, hook) in hooks.iter().enumerate() {
         run_one(hook, &state, subject.bundle)
             .await
-            .map_err(|reason| HookError {
-                moment,
-                path: hook.path.clone(),
-                reason,
-            })?;
+            .map_err(|reason| HookError { moment, index, reason })?;
     }
     Ok(())
+}
+
+/// Runs all of `hooks` in their order and logs which failed: those for which a container's life goes
+/// on as if they had not (OCI spec, "Lifecycle", poststart and poststop).
+pub(crate) async fn run_all(moment: &'static str, hooks: &[Hook], status: &str, subject: Subject<'_>) {
+    if hooks.is_empty() {
+        return;
+    }
+    let state = state(status, subject);
+    for (index, hook) in hooks.iter().enumerate() {
+        if let Err(reason) = run_one(hook, &state, subject.bundle).await {
+            let error = HookError { moment, index, reason };
+            log::warn(&format!("task {}: {error}", subject.id));
+        }
+    }
 }
 
 /// OCI spec, "State".
@@ -80,10 +94,10 @@ fn state(status: &str, subject: Subject<'_>) -> String {
 }
 
 async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> {
-    let text = |error: io::Error| error.to_string();
     // Files in memory, not pipes: nobody has to wait for a hook that does not read.
     let stdin = memory_file(state).map_err(text)?;
-    let mut output = memory_file("").map_err(text)?;
+    let stdout = memory_file("").map_err(text)?;
+    let stderr = memory_file("").map_err(text)?;
     let (name, arguments) = match hook.arguments.split_first() {
         Some((name, arguments)) => (name.as_ref(), arguments),
         None => (hook.path.as_os_str(), [].as_slice()),
@@ -96,30 +110,57 @@ async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> 
         .envs(environment)
         .current_dir(bundle)
         .stdin(stdin)
-        .stdout(output.try_clone().map_err(text)?)
-        .stderr(output.try_clone().map_err(text)?)
+        .stdout(stdout.try_clone().map_err(text)?)
+        .stderr(stderr.try_clone().map_err(text)?)
         .spawn()
         .and_then(|child| Child::from_std(&child))
-        .map_err(text)?;
+        .map_err(|error| format!("fork/exec {}: {}", hook.path.display(), text(error)))?;
     let ended = match hook.timeout {
         None => child.reap().await,
         Some(limit) => match tokio::time::timeout(limit, child.reap()).await {
             Ok(ended) => ended,
             Err(_) => {
                 child.kill_and_reap();
-                return Err(format!("did not end within {} s", limit.as_secs()));
+                return Err(format!(
+                    "hook ran past specified timeout of {:.1}s",
+                    limit.as_secs_f64()
+                ));
             }
         },
     };
-    match ended.map_err(text)? {
-        Ended::Exited(0) => Ok(()),
-        how => {
-            let mut said = String::new();
-            output.seek(SeekFrom::Start(0)).map_err(text)?;
-            output.take(OUTPUT_LIMIT).read_to_string(&mut said).map_err(text)?;
-            Err(format!("{how}: {}", said.trim()))
-        }
+    let how = match ended.map_err(text)? {
+        Ended::Exited(0) => return Ok(()),
+        Ended::Exited(status) => format!("exit status {status}"),
+        Ended::Killed(signal) => format!("signal: {}", signal_name(signal)),
+    };
+    let (stdout, stderr) = (output(stdout).map_err(text)?, output(stderr).map_err(text)?);
+    Err(format!("{how}, stdout: {stdout}, stderr: {stderr}"))
+}
+
+/// An error as Go has it: without its number, in small letters.
+fn text(error: io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or(&text).to_lowercase()
+}
+
+/// A signal as Go names it.
+fn signal_name(signal: i32) -> String {
+    match signal {
+        libc::SIGHUP => "hangup".to_owned(),
+        libc::SIGINT => "interrupt".to_owned(),
+        libc::SIGABRT => "aborted".to_owned(),
+        libc::SIGKILL => "killed".to_owned(),
+        libc::SIGSEGV => "segmentation fault".to_owned(),
+        libc::SIGTERM => "terminated".to_owned(),
+        other => format!("signal {other}"),
     }
+}
+
+fn output(mut file: File) -> io::Result<String> {
+    let mut said = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(OUTPUT_LIMIT).read_to_end(&mut said)?;
+    Ok(String::from_utf8_lossy(&said).trim().to_owned())
 }
 
 fn memory_file(text: &str) -> io::Result<File> {
@@ -190,21 +231,51 @@ mod tests {
     #[tokio::test]
     async fn failure_names_the_hook_and_stops_the_rest() {
         let bundle = tempfile::tempdir().unwrap();
-        let error = run_in(
-            bundle.path(),
-            &[shell("echo no network >&2; exit 3"), shell("touch second")],
-        )
-        .await
-        .unwrap_err();
-        assert_eq!(error, "createRuntime hook /bin/sh: exited with status 3: no network");
-        assert!(!bundle.path().join("second").exists());
+        for (script, expected) in [
+            (
+                "echo no network >&2; echo half; exit 3",
+                "error running createRuntime hook #1: exit status 3, stdout: half, stderr: no network",
+            ),
+            (
+                "kill -9 $$",
+                "error running createRuntime hook #1: signal: killed, stdout: , stderr: ",
+            ),
+        ] {
+            let error = run_in(bundle.path(), &[shell(""), shell(script), shell("touch third")])
+                .await
+                .unwrap_err();
+            assert_eq!(error, expected);
+            assert!(!bundle.path().join("third").exists());
+        }
 
         let missing = Hook {
             path: "/no/such/hook".into(),
             ..shell("")
         };
         let error = run_in(bundle.path(), &[missing]).await.unwrap_err();
-        assert!(error.starts_with("createRuntime hook /no/such/hook: "), "{error}");
+        assert_eq!(
+            error,
+            "error running createRuntime hook #0: fork/exec /no/such/hook: no such file or directory"
+        );
+    }
+
+    #[tokio::test]
+    async fn hooks_that_must_all_run_do_although_one_fails() {
+        let bundle = tempfile::tempdir().unwrap();
+        let id = "c1".parse().unwrap();
+        let subject = Subject {
+            id: &id,
+            bundle: bundle.path(),
+            pid: 0,
+        };
+        run_all(
+            "poststop",
+            &[shell("exit 1"), shell("touch second")],
+            "stopped",
+            subject,
+        )
+        .await;
+        assert!(bundle.path().join("second").exists());
     }
 
     #[tokio::test]
@@ -215,7 +286,10 @@ mod tests {
             ..shell("echo $$ > pid; exec sleep 1000")
         };
         let error = run_in(bundle.path(), &[hook]).await.unwrap_err();
-        assert_eq!(error, "createRuntime hook /bin/sh: did not end within 1 s");
+        assert_eq!(
+            error,
+            "error running createRuntime hook #0: hook ran past specified timeout of 1.0s"
+        );
         let pid = std::fs::read_to_string(bundle.path().join("pid")).unwrap();
         assert!(!Path::new("/proc").join(pid.trim()).exists());
     }

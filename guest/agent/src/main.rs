@@ -22,11 +22,13 @@ use std::process::ExitCode;
 
 use agent::{Agent, AgentError};
 use connection::{ControlError, Host};
+use container::hooks;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1);
-    match (arguments.next(), arguments.next()) {
-        (Some(flag), Some(folder)) if flag == "--test-unix" => serve_test(&Host::Unix(folder.into())),
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match arguments.as_slice() {
+        [flag, arguments @ ..] if flag == hooks::FLAG => hooks::run_in_rootfs(arguments),
+        [flag, folder] if flag == "--test-unix" => serve_test(&Host::Unix(folder.into())),
         _ if rustix::process::getpid().is_init() => {
             let Err(error) = serve_machine();
             // The host reads the console's last lines when a guest ends without being asked to.

@@ -39,6 +39,60 @@ pub const SHARE_PATH: &str = "/run/nutshell/share";
 /// The folder in the guest below which each container has `<id>/rootfs`.
 pub const CONTAINERS_PATH: &str = "/run/nutshell/containers";
 
+/// The options of mounts that a container's mounts may have, beside those of the file systems
+/// themselves (OCI config.md, "Linux mount options"). The shim announces them, the agent does them.
+/// Mounts of a guest do not reach its host, hence no `shared`.
+pub const MOUNT_OPTIONS: [&str; 48] = [
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "mand",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "nomand",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "private",
+    "ratime",
+    "rbind",
+    "rdev",
+    "rdiratime",
+    "relatime",
+    "rexec",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnorelatime",
+    "rnostrictatime",
+    "rnosuid",
+    "rnosymfollow",
+    "ro",
+    "rprivate",
+    "rrelatime",
+    "rro",
+    "rrw",
+    "rslave",
+    "rstrictatime",
+    "rsuid",
+    "rsymfollow",
+    "runbindable",
+    "rw",
+    "slave",
+    "strictatime",
+    "suid",
+    "sync",
+    "unbindable",
+];
+
 /// The serial that the virtio-blk device in disk slot `slot` reports, by which the agent finds it
 /// (virtio 1.3 §5.2.6: at most 20 bytes).
 #[must_use]

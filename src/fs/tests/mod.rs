@@ -39,6 +39,7 @@ pub(crate) fn serve() -> Served {
             path: "c/0".to_owned(),
             read_only: false,
             recursive: false,
+            ids: None,
         })
         .unwrap();
     let mount = HostMount {

@@ -7,6 +7,7 @@
 //! ever resolved below a mount that a guest can write: targets lie in the tmpfs itself
 //! (`RESOLVE_NO_XDEV`).
 
+mod idmap;
 mod rootfs;
 #[cfg(test)]
 mod tests;
@@ -168,6 +169,12 @@ impl FsProcess {
         in_thread(|| {
             clone_tree(&share.source, share.recursive)
                 .map_err(step("open it"))
+                .and_then(|mount| match &share.ids {
+                    None => Ok(mount),
+                    Some(ids) => idmap::apply(mount.as_fd(), &ids.map, ids.recursive)
+                        .map(|()| mount)
+                        .map_err(step(idmap::STEP)),
+                })
                 .and_then(|mount| self.attach_detached(&mount, &share.path, false, share.read_only))
                 .map_err(attach_error(&share.source, &share.path))
         })

@@ -13,13 +13,16 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
-    mount::{MountAttrFlags, MountFlags, MountPropagationFlags, mount, mount_bind, mount_bind_recursive, mount_change},
+    mount::{
+        MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, mount, mount_bind, mount_bind_recursive,
+        mount_change,
+    },
 };
 
-use super::{ShareError, attach_error, clone_tree};
+use super::{ShareError, attach_error, clone_tree, idmap};
 use crate::{
     jail::{step, syscalls::mount_setattr},
-    oci::HostMount,
+    oci::{HostMount, IdMap},
 };
 
 /// What the kernel takes of a mount's options, its end included (mount(2): one page).
@@ -54,7 +57,17 @@ pub(super) fn mount_detached(mounts: &[HostMount], place: &Path) -> Result<Owned
 fn make(what: &HostMount, place: &Path) -> io::Result<()> {
     let descriptor = open_target(place, &what.target)?;
     let target = format!("/proc/thread-self/fd/{}", descriptor.as_raw_fd());
-    let options = Options::parse(&what.options);
+    let mut options = Options::parse(&what.options);
+    match (what.kind.as_str(), options.take_ids()?) {
+        (_, None) => {}
+        ("overlay", Some(map)) => options.map_layers(&map, &target)?,
+        (_, Some(map)) => {
+            let tree = clone_tree(Path::new(&what.source), options.bind != Some(Bind::Single))?;
+            idmap::apply(tree.as_fd(), &map, false).map_err(cannot_map(&what.source))?;
+            attach(&tree, Path::new(&target))?;
+            return restrict(&options, place, &what.target);
+        }
+    }
     match (what.kind.as_str(), options.bind) {
         ("bind", None) | (_, Some(Bind::Single)) => mount_bind(&what.source, &target)?,
         (_, Some(Bind::Recursive)) => mount_bind_recursive(&what.source, &target)?,
@@ -63,9 +76,14 @@ fn make(what: &HostMount, place: &Path) -> io::Result<()> {
             return Ok(mount(&what.source, &target, kind, options.flags, data.as_c_str())?);
         }
     }
+    restrict(&options, place, &what.target)
+}
+
+/// A bind mount's `ro`, which mount(2) ignores at first.
+fn restrict(options: &Options, place: &Path, target: &str) -> io::Result<()> {
     if options.flags.contains(MountFlags::RDONLY) {
         // The descriptor means what lies under the new mount; the path means the mount.
-        let mounted = open_target(place, &what.target)?;
+        let mounted = open_target(place, target)?;
         mount_setattr(
             mounted.as_fd(),
             MountAttrFlags::MOUNT_ATTR_RDONLY,
@@ -74,6 +92,16 @@ fn make(what: &HostMount, place: &Path) -> io::Result<()> {
         )?;
     }
     Ok(())
+}
+
+fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
+    Ok(rustix::mount::move_mount(tree, "", CWD, target, flags)?)
+}
+
+/// The kernel's own words are "invalid argument".
+fn cannot_map(what: &str) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {}: {error}", idmap::STEP))
 }
 
 /// Opens `target` of what was mounted at `place` before. A guest may have written that, so it is
@@ -144,6 +172,42 @@ impl Options {
         Ok(CString::new(data)?)
     }
 
+    /// Takes the mapping of ids out, which is no file system's option.
+    fn take_ids(&mut self) -> io::Result<Option<IdMap>> {
+        let map = IdMap::of_options(&self.data).map_err(io::Error::other)?;
+        self.data
+            .retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
+        Ok(map)
+    }
+
+    /// Has the lower layers' ids mapped: each layer is mounted anew, at a place in a small tmpfs that
+    /// is mounted at `target` and hidden by the overlay itself afterwards. The upper directory is the
+    /// container's own, and is as the snapshotter has made it.
+    fn map_layers(&mut self, map: &IdMap, target: &str) -> io::Result<()> {
+        const KEY: &str = "lowerdir=";
+        mount("tmpfs", target, "tmpfs", MountFlags::empty(), c"mode=755,size=64k")?;
+        // The descriptor behind `target` means what lies under the tmpfs; its path means the tmpfs.
+        let places = std::fs::read_link(target)?;
+        for option in &mut self.data {
+            let Some(layers) = option.strip_prefix(KEY) else {
+                continue;
+            };
+            let mut mapped = Vec::new();
+            for (number, layer) in split_layers(layers).enumerate() {
+                // As the overlay's own parser does.
+                let layer = layer.replace("\\:", ":").replace("\\\\", "\\");
+                let tree = clone_tree(Path::new(&layer), false)?;
+                idmap::apply(tree.as_fd(), map, false).map_err(cannot_map(&layer))?;
+                let place = places.join(number.to_string());
+                std::fs::create_dir(&place)?;
+                attach(&tree, &place)?;
+                mapped.push(escape(&place)?);
+            }
+            *option = format!("{KEY}{}", mapped.join(":"));
+        }
+        Ok(())
+    }
+
     /// The options with each lower layer named from the directory that they all lie in, which
     /// becomes the calling thread's.
     fn relative_layers(&self) -> io::Result<String> {
@@ -165,6 +229,12 @@ impl Options {
         }
         Ok(options.join(","))
     }
+}
+
+/// A path as the options of an overlay have it.
+fn escape(path: &Path) -> io::Result<String> {
+    let text = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,"))
 }
 
 /// The layers of a `lowerdir`, which colons part that no backslash protects.

@@ -6,7 +6,7 @@ use nix::mount::{MsFlags, mount};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::inotify,
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+    process::{Pid, PidfdFlags, Signal, Uid, WaitId, WaitIdOptions},
 };
 use tempfile::TempDir;
 
@@ -28,6 +28,7 @@ fn share(source: &Path, path: &str) -> Share {
         path: path.to_owned(),
         read_only: false,
         recursive: false,
+        ids: None,
     }
 }
 
@@ -141,6 +142,69 @@ fn overlay_with_more_layers_than_a_page_holds_is_shared() {
     assert_eq!(client.list(root).unwrap().len(), MANY + 1);
     client.create(root, "new", 0o644).unwrap();
     assert!(layers.path("upper/new").exists());
+}
+
+fn ids() -> crate::oci::IdMap {
+    let options = ["uidmap=0:100000:65536", "gidmap=0:200000:65536"].map(str::to_owned);
+    crate::oci::IdMap::of_options(&options).unwrap().unwrap()
+}
+
+/// The owner of `path` as the guest sees it.
+fn owner(client: &mut Client, path: &str) -> (u32, u32) {
+    let node = client.walk(path).unwrap().id;
+    let attr = client.attr(node).unwrap();
+    (attr.uid, attr.gid)
+}
+
+#[test]
+fn lower_layers_of_an_overlay_are_id_mapped() {
+    let layers = Layers::new(2);
+    rustix::fs::chown(layers.path("upper"), Some(Uid::from_raw(100_000)), None).unwrap();
+    let mut overlay = layers.overlay(2);
+    let map = ["uidmap=0:100000:65536", "gidmap=0:200000:65536"].map(str::to_owned);
+    overlay.options.extend(map);
+    let (process, mut client) = start();
+    process
+        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+        .unwrap();
+
+    let root = client.walk("c/rootfs").unwrap().id;
+    assert_eq!(client.list(root).unwrap(), ["file", "of-0", "of-1"]);
+    assert_eq!(owner(&mut client, "c/rootfs/of-1"), (100_000, 200_000));
+    client.by((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
+
+    let made = fs::metadata(layers.path("upper/made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (100_007, 200_008));
+    let file = client.walk("c/rootfs/file").unwrap().id;
+    client.open(file, libc::O_RDWR).unwrap();
+    let copied = fs::metadata(layers.path("upper/file")).unwrap();
+    assert_eq!((copied.uid(), copied.gid()), (100_000, 200_000));
+}
+
+#[test]
+fn ids_of_a_share_are_mapped_both_ways() {
+    own_namespace();
+    let directory = TempDir::new().unwrap();
+    mount_tmpfs(directory.path());
+    fs::write(directory.path().join("file"), "").unwrap();
+    let (process, mut client) = start();
+    let ids = crate::oci::ShareIds {
+        map: ids(),
+        recursive: false,
+    };
+    let share = Share {
+        ids: Some(ids),
+        ..share(directory.path(), "c/0")
+    };
+    process.attach(&share).unwrap();
+
+    assert_eq!(owner(&mut client, "c/0/file"), (100_000, 200_000));
+    let root = client.walk("c/0").unwrap().id;
+    client.by((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
+
+    let made = fs::metadata(directory.path().join("made")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (7, 8));
+    assert!(client.by((5, 5)).mkdir(root, "unmapped", 0o700).is_err());
 }
 
 #[test]

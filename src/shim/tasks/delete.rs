@@ -123,9 +123,7 @@ impl Tasks {
             pid: 0,
             ..container.subject()
         };
-        if let Err(error) = hooks::run("poststop", &container.hooks.poststop, "stopped", subject).await {
-            log::warn(&format!("task {}: {error}", container.id));
-        }
+        hooks::run_all("poststop", &container.hooks.poststop, "stopped", subject).await;
     }
 }
 

@@ -100,9 +100,7 @@ impl Tasks {
         init.lifecycle.started();
         log::debug(&format!("task {}: started", container.id));
         // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
-        if let Err(error) = hooks::run("poststart", &container.hooks.poststart, "running", container.subject()).await {
-            log::warn(&format!("task {}: {error}", container.id));
-        }
+        hooks::run_all("poststart", &container.hooks.poststart, "running", container.subject()).await;
         Ok(init.pid())
     }
 

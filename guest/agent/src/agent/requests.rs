@@ -36,7 +36,7 @@ impl Agent {
     fn answer(&mut self, id: u64, request: Request) -> Result<Answer, Failure> {
         match request {
             Request::CreateContainer(request) => self.create(id, &request),
-            Request::StartContainer { container } => self.start(&container),
+            Request::StartContainer { container } => self.start(id, &container),
             Request::StartExec(request) => self.exec(id, &request),
             Request::Signal {
                 container,
@@ -76,10 +76,14 @@ impl Agent {
         Ok(Answer::Later)
     }
 
-    fn start(&mut self, name: &str) -> Result<Answer, Failure> {
+    fn start(&mut self, id: u64, name: &str) -> Result<Answer, Failure> {
         let container = self.container(name)?;
         if container.stage != Stage::Created {
             return Err(wrong_stage(name, container.stage));
+        }
+        if create::has_start_hooks(name) {
+            container.stage = Stage::Running;
+            return self.run_job(id, Purpose::Other, &mut || create::start_with_hooks(name));
         }
         create::start(name).context(|| format!("start container {name}"))?;
         container.stage = Stage::Running;

@@ -10,11 +10,15 @@ use std::path::Path;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nutshell_protocol::{CreateContainer, Failure};
+use oci_spec::runtime::Hooks;
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::diagnosis::Diagnosis;
-use super::executor::ProgramExecutor;
-use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, rootfs, spec, state_folder};
+use super::executor::{ProgramExecutor, StartHooks};
+use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, hooks, rootfs, spec, state_folder};
 use crate::job::{Context, FailureExt, Outcome};
 use crate::stdio::ProcessEnds;
 
@@ -33,7 +37,7 @@ pub(crate) fn create(request: &CreateContainer, stdio: &ProcessEnds) -> Result<(
 fn build(
     request: &CreateContainer,
     stdio: &ProcessEnds,
-    prepared: spec::Prepared,
+    mut prepared: spec::Prepared,
     cgroup: &Cgroup,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let id = &request.container;
@@ -42,7 +46,6 @@ fn build(
     fs::create_dir_all(&target).context(|| format!("make {}", target.display()))?;
     fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
     rootfs::mount(&request.rootfs, &target)?;
-    write_config(&bundle, &prepared.spec)?;
     prepared.machine.apply()?;
     rootfs::make_working_folder(&target, &prepared.program.cwd)
         .context(|| format!("make the working folder {}", prepared.program.cwd.display()))?;
@@ -58,7 +61,21 @@ fn build(
     let console = request.stdio.terminal.then(|| console_listener(&bundle)).transpose()?;
     let cwd = prepared.program.cwd.clone();
     let diagnosis = Diagnosis::listen().context(|| "open a pipe".to_owned())?;
-    let executor = ProgramExecutor::new(prepared.program, diagnosis.writer());
+    let hooks = prepared.hooks;
+    if !hooks.create_container.is_empty() {
+        let stand_in = hooks::stand_in(&hooks.create_container, &target, &diagnosis.writer());
+        let hook = stand_in.map_err(Failure::internal)?;
+        let mut only = Hooks::default();
+        only.set_create_container(Some(vec![hook]));
+        prepared.spec.set_hooks(Some(only));
+    }
+    let start = (!hooks.start_container.is_empty())
+        .then(|| StartHooks::new(id, &bundle, &prepared.spec, hooks.start_container))
+        .transpose()
+        .context(|| "open a pipe".to_owned())?;
+    // libcontainer reads it again.
+    write_config(&bundle, &prepared.spec)?;
+    let executor = ProgramExecutor::new(prepared.program, start, diagnosis.writer());
     let [stdin, stdout, stderr] = [0, 1, 2].map(|index| stdio.ends[index].try_clone());
     let streams = |error| Failure::internal(format!("standard streams: {error}"));
     let built = ContainerBuilder::new(id.clone(), SyscallType::Linux)
@@ -102,6 +119,10 @@ fn write_config(bundle: &Path, spec: &oci_spec::runtime::Spec) -> Result<(), Fai
         .context(|| format!("write {}", path.display()))
 }
 
+/// The named pipe in the bundle through which the first process says why it cannot start, if it has
+/// hooks to run. It ends without a word when the program is executed.
+pub(super) const STARTING: &str = "starting";
+
 /// The socket in the bundle over which libcontainer hands the terminal out.
 const CONSOLE: &str = "console.sock";
 
@@ -131,6 +152,39 @@ fn receive_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
     receive()
         .context(|| "receive the terminal".to_owned())?
         .ok_or_else(|| Failure::internal("libcontainer sent no terminal"))
+}
+
+/// Whether the start of a created container must be watched: it runs hooks first.
+pub(crate) fn has_start_hooks(id: &str) -> bool {
+    bundle(id).join(STARTING).exists()
+}
+
+/// Lets the first process of a created container run its hooks and its program, and hears whether
+/// they do.
+pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
+    // Before it may write. Without a writer this does not wait.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let words =
+        rustix::fs::open(bundle(id).join(STARTING), flags, Mode::empty()).context(|| "open a pipe".to_owned())?;
+    start(id).context(|| format!("start container {id}"))?;
+    let mut reason = Vec::new();
+    let mut hear = || -> std::io::Result<()> {
+        loop {
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], None))?;
+            let mut bytes = [0; 1024];
+            match rustix::io::read(&words, &mut bytes) {
+                Ok(0) => return Ok(()),
+                Ok(read) => reason.extend_from_slice(&bytes[..read]),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    };
+    hear().context(|| "hear of the process".to_owned())?;
+    match String::from_utf8_lossy(&reason) {
+        reason if reason.is_empty() => Ok(()),
+        reason => Err(Failure::internal(reason)),
+    }
 }
 
 /// Lets the first process of a created container run.

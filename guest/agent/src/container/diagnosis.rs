@@ -5,9 +5,10 @@
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
+use rustix::io::FdFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tracing_core::field::{Field, Visit};
 use tracing_core::span::{Attributes, Id, Record};
@@ -100,6 +101,18 @@ impl Writer {
     /// Writes the user's final words.
     pub(crate) fn say(&self, words: &str) {
         self.write(&format!("{VERBATIM}{words}{END}"));
+    }
+
+    /// The descriptor's number, for a program that a process of this creation executes and that
+    /// calls [`Self::inherited`]. The container's own program never gets it: libcontainer closes all.
+    pub(crate) fn inherit(&self) -> io::Result<i32> {
+        rustix::io::fcntl_setfd(&*self.0, FdFlags::empty())?;
+        Ok(self.0.as_raw_fd())
+    }
+
+    /// What [`Self::inherit`] passed on as descriptor `number`.
+    pub(crate) fn inherited(number: i32) -> Option<Self> {
+        Some(Self(std::sync::Arc::new(crate::sys::inherited_descriptor(number)?)))
     }
 
     fn write(&self, text: &str) {

@@ -23,6 +23,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::cgroup::{self, Cgroup};
 use super::executor::{Resolved, error_text};
+use super::scheduling;
 use super::spec::{self, Program};
 use crate::job::{Context, FailureExt, Outcome};
 use crate::stdio::{self, ProcessEnds};
@@ -210,6 +211,12 @@ fn become_program(
     // No path of the container may lead through a descriptor of ours (`/proc/self/fd/…`).
     sys::close_all_but(&[saying.as_fd()]);
 
+    if let Some(priority) = plan.process.io_priority() {
+        scheduling::set_io_priority(priority).say(|| "set the io priority".to_owned())?;
+    }
+    if let Some(scheduler) = plan.process.scheduler() {
+        scheduling::set_scheduler(scheduler).say(|| "set the scheduler".to_owned())?;
+    }
     for limit in plan.process.rlimits().iter().flatten() {
         syscall
             .set_rlimit(limit)

@@ -3,15 +3,20 @@
 use std::cell::RefCell;
 use std::collections::{BTreeSet, HashMap};
 use std::ffi::CString;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Hook, Spec};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use serde_json::{Value, json};
 
+use super::create::STARTING;
 use super::diagnosis::Writer;
+use super::hooks;
 use super::spec::Program;
 use crate::sys;
 
@@ -60,19 +65,63 @@ impl Resolved {
     }
 }
 
+/// What a container's first process runs before its program, and where it says that one failed.
+#[derive(Debug, Clone)]
+pub(super) struct StartHooks {
+    hooks: Vec<Hook>,
+    /// OCI spec, "State", but for the pid.
+    state: Value,
+    words: Arc<OwnedFd>,
+}
+
+impl StartHooks {
+    /// Makes the pipe in the `bundle` that the start will listen to.
+    pub(super) fn new(id: &str, bundle: &Path, spec: &Spec, hooks: Vec<Hook>) -> io::Result<Self> {
+        let pipe = bundle.join(STARTING);
+        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
+        // For reading too, as nobody listens yet.
+        let words = rustix::fs::open(&pipe, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let state = json!({
+            "ociVersion": spec.version(),
+            "id": id,
+            "status": "created",
+            "bundle": bundle,
+            "annotations": spec.annotations().clone().unwrap_or_default(),
+        });
+        Ok(Self {
+            hooks,
+            state,
+            words: Arc::new(words),
+        })
+    }
+
+    fn run(&self) -> Result<(), String> {
+        let mut state = self.state.clone();
+        state["pid"] = json!(std::process::id());
+        hooks::run("startContainer", &self.hooks, &state.to_string())
+    }
+
+    fn say(&self, words: &str) {
+        // Nobody may be listening: the process ends all the same.
+        let _ = rustix::io::write(&*self.words, words.as_bytes());
+    }
+}
+
 /// Runs a container's first process.
 #[derive(Debug, Clone)]
 pub(super) struct ProgramExecutor {
     program: Program,
+    start: Option<StartHooks>,
     found: RefCell<Option<Resolved>>,
     causes: Writer,
 }
 
 impl ProgramExecutor {
-    /// For `program`; why it cannot run goes to `causes`.
-    pub(super) fn new(program: Program, causes: Writer) -> Self {
+    /// For `program`, after the hooks `start`; why it cannot run goes to `causes`.
+    pub(super) fn new(program: Program, start: Option<StartHooks>, causes: Writer) -> Self {
         Self {
             program,
+            start,
             found: RefCell::new(None),
             causes,
         }
@@ -102,6 +151,14 @@ impl Executor for ProgramExecutor {
         let Some(found) = self.found.borrow().clone() else {
             return Err(ExecutorError::InvalidArg);
         };
+        if let Some(start) = &self.start {
+            let words = match start.run() {
+                Ok(()) => found.execute(),
+                Err(words) => words,
+            };
+            start.say(&words);
+            sys::exit_now(1);
+        }
         let words = found.execute();
         // The container was created and started: only its own output is left to say it.
         let _ = writeln!(std::io::stderr(), "{words}");

@@ -12,8 +12,10 @@ mod diagnosis;
 pub(crate) mod exec;
 mod executor;
 pub(crate) mod freeze;
+pub(crate) mod hooks;
 pub(crate) mod limits;
 mod rootfs;
+mod scheduling;
 mod spec;
 pub(crate) mod stats;
 

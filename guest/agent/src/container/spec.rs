@@ -6,8 +6,8 @@ use std::path::{Component, Path, PathBuf};
 
 use nutshell_protocol::Failure;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process,
-    Spec,
+    Hook, Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 
 use super::cgroup::Cgroup;
@@ -24,9 +24,20 @@ pub(super) struct Prepared {
     pub(super) outer_uid: u32,
     /// Which devices it may use.
     pub(super) devices: Vec<LinuxDeviceCgroup>,
+    /// Hooks that run in the container's namespaces.
+    pub(super) hooks: GuestHooks,
     /// What the spec sets in a namespace that it does not get for its own: the machine's, which is
     /// the pod's.
     pub(super) machine: Machine,
+}
+
+/// Hooks that run in the container's namespaces (OCI config.md, "POSIX-platform Hooks").
+#[derive(Debug, Default)]
+pub(super) struct GuestHooks {
+    /// Once its mounts are made.
+    pub(super) create_container: Vec<Hook>,
+    /// Before its program is executed.
+    pub(super) start_container: Vec<Hook>,
 }
 
 /// Settings of the machine.
@@ -116,7 +127,12 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         machine.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
         linux.set_sysctl(Some(own));
     }
-    spec.set_hooks(spec.hooks().clone().and_then(hooks_of_the_guest));
+    let hooks = take_hooks(&mut spec, &program);
+    if namespaces.contains(&LinuxNamespaceType::User) {
+        for mount in spec.mounts_mut().iter_mut().flatten() {
+            bind_where_not_owned(mount, &namespaces);
+        }
+    }
     let outer_uid = outer_uid(&linux, program.uid);
     spec.set_linux(Some(linux));
     Ok(Prepared {
@@ -124,18 +140,54 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         program,
         outer_uid,
         devices,
+        hooks,
         machine,
     })
 }
 
-/// Without the hooks that run in the runtime's place, which is the host's (OCI config.md, "POSIX-platform
-/// Hooks").
-fn hooks_of_the_guest(mut hooks: Hooks) -> Option<Hooks> {
-    hooks.set_prestart(None);
-    hooks.set_create_runtime(None);
-    hooks.set_poststart(None);
-    hooks.set_poststop(None);
-    (hooks.create_container().is_some() || hooks.start_container().is_some()).then_some(hooks)
+/// The machine's own in place of a file system that shows a namespace of the machine: a user namespace
+/// may mount only what shows namespaces that belong to it.
+fn bind_where_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
+    let (shows, machines) = match mount.typ().as_deref() {
+        Some("sysfs") => (LinuxNamespaceType::Network, "/sys"),
+        Some("mqueue") => (LinuxNamespaceType::Ipc, "/dev/mqueue"),
+        Some("proc") => (LinuxNamespaceType::Pid, "/proc"),
+        _ => return,
+    };
+    if namespaces.contains(&shows) {
+        return;
+    }
+    // What the machine has mounted below cannot be left out, by the same rule.
+    let mut options = vec!["rbind".to_owned()];
+    for option in mount.options().iter().flatten() {
+        match option.as_str() {
+            "ro" => options.extend(["ro".to_owned(), "rro".to_owned()]),
+            "nosuid" | "nodev" | "noexec" => options.push(option.clone()),
+            _ => {}
+        }
+    }
+    mount
+        .set_typ(Some("bind".to_owned()))
+        .set_source(Some(machines.into()))
+        .set_options(Some(options));
+}
+
+/// The others run in the runtime's place, which is the host's. As with runc, a `startContainer` hook
+/// without an environment has the program's.
+fn take_hooks(spec: &mut Spec, program: &Program) -> GuestHooks {
+    let Some(mut hooks) = spec.hooks_mut().take() else {
+        return GuestHooks::default();
+    };
+    let mut start_container = hooks.start_container_mut().take().unwrap_or_default();
+    for hook in &mut start_container {
+        if hook.env().is_none() {
+            hook.set_env(Some(program.env.clone()));
+        }
+    }
+    GuestHooks {
+        create_container: hooks.create_container_mut().take().unwrap_or_default(),
+        start_container,
+    }
 }
 
 /// The namespace that a kernel parameter belongs to, of those that a pod's containers may share.
@@ -272,6 +324,37 @@ mod tests {
         assert_eq!(prepared.devices.len(), 1);
         assert_eq!(prepared.program.env, ["A=b"]);
         assert_eq!(prepared.outer_uid, 1005);
+    }
+
+    #[test]
+    fn user_namespace_binds_what_shows_namespaces_of_the_machine() {
+        let map = serde_json::json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
+        let mount = |kind: &str| serde_json::json!({"destination": format!("/{kind}"), "type": kind, "source": kind, "options": ["nosuid", "ro", "x=y"]});
+        let spec = spec(serde_json::json!({
+            "ociVersion": "1.2.0",
+            "process": {"args": ["x"], "cwd": "/", "user": {"uid": 0, "gid": 0}},
+            "mounts": [mount("sysfs"), mount("mqueue"), mount("proc"), mount("tmpfs")],
+            "linux": {"namespaces": [{"type": "mount"}, {"type": "user"}, {"type": "pid"}], "uidMappings": map, "gidMappings": map}
+        }));
+        let prepared = prepare(spec, &Cgroup::of("id"), false).unwrap();
+        let mounts: Vec<_> = prepared.spec.mounts().iter().flatten().collect();
+        let kinds: Vec<_> = mounts.iter().map(|mount| mount.typ().as_deref().unwrap()).collect();
+        assert_eq!(kinds, ["bind", "bind", "proc", "tmpfs"]);
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new("/sys")));
+        assert_eq!(
+            mounts[0].options().as_deref().unwrap(),
+            ["rbind", "nosuid", "ro", "rro"]
+        );
+    }
+
+    #[test]
+    fn every_mount_option_that_the_shim_announces_is_one_of_libcontainers() {
+        use libcontainer::syscall::linux::{MountOption, MountRecursive};
+        use std::str::FromStr;
+        for option in nutshell_protocol::MOUNT_OPTIONS {
+            let known = MountOption::from_str(option).is_ok() || MountRecursive::from_str(option).is_ok();
+            assert!(known, "{option}");
+        }
     }
 
     #[test]

@@ -397,6 +397,13 @@ fn prepare_share() {
             .status()
             .unwrap();
         assert!(mounted.success());
+        // As in the agent's own machine.
+        fs::create_dir_all("/dev/mqueue").unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "mqueue", "mqueue", "/dev/mqueue"])
+            .status()
+            .unwrap();
+        assert!(mounted.success());
         fill_root(&Path::new(SHARE_PATH).join("busybox"));
     });
 }

@@ -1,8 +1,9 @@
 //! From create to delete.
 
 use std::io::Read;
+use std::path::Path;
 
-use nutshell_protocol::{FailureKind, Request, Response, Stdio};
+use nutshell_protocol::{FailureKind, Request, Response, SHARE_PATH, Stdio};
 use serde_json::json;
 
 use crate::harness::{Agent, assert_nothing_left, create_request, shell, spec, unique};
@@ -146,10 +147,11 @@ fn failed_create_says_why_and_leaves_nothing() {
 fn creation_that_hangs_can_be_broken_off() {
     let mut agent = Agent::start();
     let id = &format!("hanging-{}", unique());
-    let marker = std::env::temp_dir().join(id);
+    let marker = Path::new(SHARE_PATH).join("busybox").join(id);
     let mut spec = shell("true");
-    let script = format!("touch {}; sleep 1000", marker.display());
-    spec["hooks"] = json!({"createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script]}]});
+    let script = format!("touch /{id}; sleep 1000");
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"]});
+    spec["hooks"] = json!({"createContainer": [hook]});
     let creation = agent.send(create_request(id, &spec, Stdio::default()));
     while !marker.exists() {
         // The agent goes on meanwhile.

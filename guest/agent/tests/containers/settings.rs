@@ -1,11 +1,12 @@
 //! What a spec sets for the container's first process.
 
 use std::fs;
+use std::io::Read;
 
-use nutshell_protocol::Stdio;
+use nutshell_protocol::{Request, Stdio};
 use serde_json::json;
 
-use crate::harness::{Agent, shell, spec, unique};
+use crate::harness::{Agent, process, shell, spec, unique};
 
 #[test]
 fn process_has_the_users_rights_and_no_more() {
@@ -142,14 +143,139 @@ fn user_namespace_maps_the_user() {
 }
 
 #[test]
-fn hooks_of_the_host_are_left_to_it() {
+fn user_namespace_sees_the_machines_network_and_queues() {
     let mut agent = Agent::start();
-    let mut spec = shell("cat /hooks");
-    let start = json!([{"path": "/bin/sh", "args": ["sh", "-c", "echo start >/hooks"]}]);
-    spec["hooks"] = json!({"prestart": [{"path": "/no/such"}], "createRuntime": [{"path": "/no/such"}],
-        "poststart": [{"path": "/no/such"}], "poststop": [{"path": "/no/such"}], "startContainer": start});
+    let mut spec = shell(
+        "ls -d /sys/class/net /dev/mqueue; echo x 2>/dev/null >/sys/kernel/uevent_helper || echo read-only; \
+         mount -t tmpfs none /tmp && echo mounted; cat /proc/self/cgroup",
+    );
+    let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "mount"}, {"type": "user"}, {"type": "cgroup"}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_SYS_ADMIN"));
+    }
+    spec["mounts"].as_array_mut().unwrap().push(
+        json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "noexec", "nodev", "ro"]}),
+    );
     let (exited, text) = agent.run(&spec);
-    assert_eq!((exited.status, text.as_str()), (0, "start\n"));
+    let expected = "/dev/mqueue\n/sys/class/net\nread-only\nmounted\n0::/\n";
+    assert_eq!((exited.status, text.as_str()), (0, expected));
+}
+
+#[test]
+fn executed_process_has_the_priorities_that_it_asks_for() {
+    let mut agent = Agent::start();
+    let id = &format!("priorities-{}", unique());
+    agent.create(id, &shell("sleep 1000"), Stdio::default()).unwrap();
+    agent.start_container(id);
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let mut process = process(&[
+        "/bin/sh",
+        "-c",
+        "ionice -p $$; cut -d' ' -f19,41 /proc/self/stat; umask",
+    ]);
+    process["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 0});
+    process["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 7});
+    process["user"]["umask"] = json!(0o77);
+    agent.exec(id, "x", &process, stdio).unwrap();
+    let mut text = String::new();
+    output.accept().read_to_string(&mut text).unwrap();
+    // Of stat the nice value and the policy.
+    assert_eq!(text, "idle\n7 3\n0077\n");
+    assert_eq!(agent.exit().status, 0);
+    agent.delete(id);
+    agent.exit();
+}
+
+#[test]
+fn orphan_outside_of_a_pid_namespace_is_reaped() {
+    let mut agent = Agent::start();
+    let id = &format!("orphan-{}", unique());
+    let mut spec = shell("sleep 1000");
+    spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
+    agent.create(id, &spec, Stdio::default()).unwrap();
+    agent.start_container(id);
+    let (_, before) = agent.belongings();
+    for number in 0..3 {
+        let script = "(sleep 0.1 & exec true) >/dev/null; exit 0";
+        let exec = format!("x{number}");
+        agent
+            .exec(id, &exec, &process(&["/bin/sh", "-c", script]), Stdio::default())
+            .unwrap();
+        assert_eq!(agent.exit().status, 0);
+    }
+    // A zombie would still be its child; there is no other event of an orphan's end.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while agent.belongings().1 > before {
+        assert!(std::time::Instant::now() < deadline, "zombies stay");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    agent.delete(id);
+    agent.exit();
+}
+
+/// Hooks that run one script each.
+fn hooks(scripts: &[&str]) -> serde_json::Value {
+    let hook =
+        |script: &&str| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": 30});
+    scripts.iter().map(hook).collect()
+}
+
+#[test]
+fn hooks_of_the_container_run_in_it_and_those_of_the_host_do_not() {
+    let mut agent = Agent::start();
+    let mut spec = shell("cat /tmp/hooks");
+    let tmp = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]});
+    spec["mounts"].as_array_mut().unwrap().push(tmp);
+    spec["annotations"] = json!({"a": "b"});
+    spec["hooks"] = json!({"prestart": [{"path": "/no/such"}], "createRuntime": [{"path": "/no/such"}],
+        "poststart": [{"path": "/no/such"}], "poststop": [{"path": "/no/such"}],
+        "createContainer": hooks(&["(pwd; cat; echo) >>/tmp/hooks", "hostname >>/tmp/hooks"]),
+        "startContainer": hooks(&["cat >>/tmp/hooks"])});
+    let (exited, text) = agent.run(&spec);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!((exited.status, lines.len()), (0, 4), "{text}");
+    let state = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+    assert_eq!((lines[0], lines[2]), ("/", "guest"));
+    let (create, start) = (state(lines[1]), state(lines[3]));
+    assert_eq!(
+        (&create["status"], &start["status"]),
+        (&json!("creating"), &json!("created"))
+    );
+    assert_eq!(
+        (&create["annotations"]["a"], &start["annotations"]["a"]),
+        (&json!("b"), &json!("b"))
+    );
+    assert_eq!(start["pid"], 1);
+    assert_eq!((&create["id"], &create["bundle"]), (&start["id"], &start["bundle"]));
+}
+
+#[test]
+fn failing_hook_of_the_container_is_the_error_of_its_moment() {
+    let mut agent = Agent::start();
+    let id = &format!("hooks-{}", unique());
+    let mut spec = shell("echo never");
+    spec["hooks"] = json!({"createContainer": hooks(&["", "echo a; echo b >&2; exit 3"])});
+    let failure = agent.create(id, &spec, Stdio::default()).unwrap_err();
+    let expected = "error running createContainer hook #1: exit status 3, stdout: a, stderr: b";
+    assert_eq!(failure.message, expected);
+    crate::harness::assert_nothing_left(id);
+
+    spec["hooks"] = json!({"startContainer": hooks(&["kill -9 $$"])});
+    agent.create(id, &spec, Stdio::default()).unwrap();
+    let container = id.clone();
+    let failure = agent.ask(Request::StartContainer { container }).unwrap_err();
+    let expected = "error running startContainer hook #0: signal: killed, stdout: , stderr: ";
+    assert_eq!(failure.message, expected);
+    assert_eq!(agent.exit().status, 1);
+    agent.delete(id);
 }
 
 #[test]

@@ -1,0 +1,152 @@
+//! Mappings of user and group ids: of a user namespace, and of mounts (OCI spec, "User namespace
+//! mappings" and "Mounts"; containerd's `uidmap=` and `gidmap=` of overlay mounts).
+
+use std::fmt;
+
+use oci_spec::runtime::LinuxIdMapping;
+
+/// Which ids of a file system are which of the host. Written as for `/proc/<pid>/uid_map`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct IdMap {
+    /// Users.
+    pub(crate) uids: Ranges,
+    /// Groups.
+    pub(crate) gids: Ranges,
+}
+
+/// At least one range.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ranges(Vec<Range>);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    container: u32,
+    host: u32,
+    size: u32,
+}
+
+impl IdMap {
+    /// The mapping of a spec; `None` where both lists are empty or missing.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, where only one list has anything, or a range is empty or too long.
+    pub(crate) fn of_spec(
+        uids: Option<&[LinuxIdMapping]>,
+        gids: Option<&[LinuxIdMapping]>,
+    ) -> Result<Option<Self>, String> {
+        let ranges = |mappings: Option<&[LinuxIdMapping]>| {
+            Ranges::new(mappings.unwrap_or_default().iter().map(|mapping| Range {
+                container: mapping.container_id(),
+                host: mapping.host_id(),
+                size: mapping.size(),
+            }))
+        };
+        Self::both(ranges(uids)?, ranges(gids)?)
+    }
+
+    /// The mapping in the options of a snapshotter's mount: `uidmap=0:100000:65536` and `gidmap=…`,
+    /// several ranges parted by commas.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with them.
+    pub(crate) fn of_options(options: &[String]) -> Result<Option<Self>, String> {
+        let ranges = |key: &str| {
+            let text = options.iter().find_map(|option| option.strip_prefix(key));
+            let parsed: Result<Vec<_>, _> = text.into_iter().flat_map(|text| text.split(',')).map(parse).collect();
+            Ranges::new(parsed?.into_iter())
+        };
+        Self::both(ranges("uidmap=")?, ranges("gidmap=")?)
+    }
+
+    fn both(uids: Option<Ranges>, gids: Option<Ranges>) -> Result<Option<Self>, String> {
+        match (uids, gids) {
+            (None, None) => Ok(None),
+            (Some(uids), Some(gids)) => Ok(Some(Self { uids, gids })),
+            (Some(_), None) | (None, Some(_)) => Err("users and groups must both be mapped".to_owned()),
+        }
+    }
+}
+
+impl Ranges {
+    fn new(ranges: impl Iterator<Item = Range>) -> Result<Option<Self>, String> {
+        let ranges: Vec<_> = ranges.collect();
+        for range in &ranges {
+            let fits = |first: u32| first.checked_add(range.size).is_some();
+            if range.size == 0 || !fits(range.container) || !fits(range.host) {
+                return Err(format!("{range} is no range of ids"));
+            }
+        }
+        Ok((!ranges.is_empty()).then_some(Self(ranges)))
+    }
+
+    /// How many ranges there are.
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// `container:host:size`.
+fn parse(text: &str) -> Result<Range, String> {
+    let numbers: Result<Vec<u32>, _> = text.split(':').map(str::parse).collect();
+    match numbers.as_deref() {
+        Ok(&[container, host, size]) => Ok(Range { container, host, size }),
+        _ => Err(format!("{text:?} is no range of ids (container:host:size)")),
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} {} {}", self.container, self.host, self.size)
+    }
+}
+
+impl fmt::Display for Ranges {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|range| writeln!(formatter, "{range}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(text: &[&str]) -> Vec<String> {
+        text.iter().map(|&option| option.to_owned()).collect()
+    }
+
+    #[test]
+    fn options_of_a_mount_are_parsed() {
+        let map = IdMap::of_options(&options(&["ro", "uidmap=0:1000:10,10:5000:1", "gidmap=0:7:1"]));
+        let map = map.unwrap().unwrap();
+        assert_eq!(map.uids.to_string(), "0 1000 10\n10 5000 1\n");
+        assert_eq!((map.gids.to_string(), map.uids.count()), ("0 7 1\n".to_owned(), 2));
+        assert_eq!(IdMap::of_options(&options(&["lowerdir=/a"])), Ok(None));
+    }
+
+    #[test]
+    fn what_is_no_mapping_is_an_error() {
+        for text in [
+            &["uidmap=0:1:1"][..],
+            &["uidmap=0:1", "gidmap=0:1:1"],
+            &["uidmap=0:1:1:1", "gidmap=0:1:1"],
+            &["uidmap=a:1:1", "gidmap=0:1:1"],
+            &["uidmap=0:1:0", "gidmap=0:1:1"],
+            &["uidmap=0:4294967295:2", "gidmap=0:1:1"],
+            &["uidmap=", "gidmap=0:1:1"],
+        ] {
+            assert!(IdMap::of_options(&options(text)).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn mapping_of_a_spec_needs_users_and_groups() {
+        let mapping: Vec<LinuxIdMapping> =
+            serde_json::from_value(serde_json::json!([{"containerID": 0, "hostID": 9, "size": 2}])).unwrap();
+        let map = IdMap::of_spec(Some(&mapping), Some(&mapping)).unwrap().unwrap();
+        assert_eq!(map.uids.to_string(), "0 9 2\n");
+        assert_eq!(IdMap::of_spec(None, Some(&[])), Ok(None));
+        assert!(IdMap::of_spec(Some(&mapping), None).is_err());
+    }
+}
