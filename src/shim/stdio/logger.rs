@@ -7,6 +7,7 @@
 //! left.
 
 use std::{
+    fs,
     io::{self, PipeReader, PipeWriter},
     os::fd::OwnedFd,
     path::PathBuf,
@@ -16,14 +17,14 @@ use std::{
 };
 
 use command_fds::{CommandFdExt, FdMapping};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    process::Signal,
-};
+use rustix::process::Signal;
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, task::JoinHandle};
 
 use super::place::Program;
-use crate::shim::{child::Child, log};
+use crate::shim::{
+    child::{Child, Ended},
+    log,
+};
 
 /// How long a program may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);
@@ -97,11 +98,11 @@ impl Logger {
             stderr,
         } = Spawned::spawn(program, owner).map_err(failed)?;
         let words = Words::listen(stderr);
-        let ready = wait_until_ready(program, ready, &writers).await;
-        if let Err(how) = ready {
+        if let Err(how) = wait_until_ready(program, &child, ready).await {
+            child.kill_and_reap();
             return Err(LoggerError::NotReady {
                 path: program.path.clone(),
-                how: end_of_failed(&child, how).await,
+                how,
                 words: words.last().await,
             });
         }
@@ -172,37 +173,37 @@ impl Spawned {
 }
 
 /// `Err` says what it did instead.
-async fn wait_until_ready(program: &Program, ready: PipeReader, streams: &[PipeWriter; 2]) -> Result<(), String> {
-    let mut ready = Receiver::from_owned_fd(ready.into()).map_err(|error| error.to_string())?;
+async fn wait_until_ready(program: &Program, child: &Child, ready: PipeReader) -> Result<(), String> {
+    let text = |error: io::Error| format!("cannot be heard: {error}");
+    let mut ready = Receiver::from_owned_fd(ready.into()).map_err(text)?;
     let mut byte = [0];
     match tokio::time::timeout(READY_LIMIT, ready.read(&mut byte)).await {
         Err(_) => Err(format!("was not ready within {} s", READY_LIMIT.as_secs())),
-        Ok(Err(error)) => Err(format!("cannot be heard: {error}")),
+        Ok(Err(error)) => Err(text(error)),
+        Ok(Ok(1..)) => Ok(()),
+        Ok(Ok(0)) if is_exiting(child) => match child.ended().await {
+            // It may have left another process to do the work.
+            Ok(Ended::Exited(0)) if !program.must_say_ready => Ok(()),
+            Ok(ended) => Err(ended.to_string()),
+            Err(error) => Err(text(error)),
+        },
         Ok(Ok(0)) if program.must_say_ready => Err("closed its descriptor 5 without a byte".to_owned()),
-        // The end may be that of the program, whose lower descriptors are closed then.
-        Ok(Ok(0)) if streams.iter().all(has_no_reader) => Err("closed its streams".to_owned()),
-        Ok(Ok(_)) => Ok(()),
+        Ok(Ok(0)) => Ok(()),
     }
 }
 
-fn has_no_reader(writer: &PipeWriter) -> bool {
-    let mut poll_fds = [PollFd::new(writer, PollFlags::empty())];
-    poll(&mut poll_fds, Some(&Timespec::default())).is_ok() && poll_fds[0].revents().contains(PollFlags::ERR)
-}
-
-/// Ends a program that is of no use, and says what became of it: `how` if nothing by itself.
-async fn end_of_failed(child: &Child, how: String) -> String {
-    match tokio::time::timeout(LAST_WORDS_LIMIT, child.reap()).await {
-        Ok(Ok(ended)) => ended.to_string(),
-        _ => {
-            child.kill_and_reap();
-            how
-        }
-    }
+/// Whether the end of a pipe comes from the end of the process: an exiting process says so before it
+/// closes anything (proc_pid_stat(5), `flags`; `PF_EXITING` of `linux/sched.h`).
+fn is_exiting(child: &Child) -> bool {
+    const PF_EXITING: u32 = 4;
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.pid())).unwrap_or_default();
+    // Its name may have blanks and parentheses; the flags are the seventh field after it.
+    let fields = stat.rsplit_once(") ").map(|(_, fields)| fields).unwrap_or_default();
+    let flags = fields.split(' ').nth(6).and_then(|flags| flags.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
 }
 
 async fn reap(child: Arc<Child>, path: PathBuf, words: Words) {
-    use crate::shim::child::Ended;
     match child.reap().await {
         Ok(Ended::Exited(0)) => {}
         Ok(ended) => {
@@ -249,12 +250,7 @@ impl Words {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        fs::{self, File},
-        io::Write,
-        os::unix::fs::PermissionsExt,
-        path::Path,
-    };
+    use std::{fs::File, io::Write, os::unix::fs::PermissionsExt, path::Path};
 
     use tempfile::TempDir;
 
@@ -341,6 +337,9 @@ mod tests {
             error,
             format!("the logging program {path} exited with status 3: no room")
         );
+
+        let error = refusal(&program(&folder, "exec 3<&- 4<&-; kill -9 $$")).await;
+        assert_eq!(error, format!("the logging program {path} was killed by signal 9"));
 
         let mut silent = program(&folder, "exec 5>&-; exec sleep 1000");
         silent.must_say_ready = true;
