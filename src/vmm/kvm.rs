@@ -46,6 +46,15 @@ pub(crate) enum KvmError {
         /// Why it did not.
         source: io::Error,
     },
+    /// What the shim was given as KVM is something else.
+    #[error("/dev/kvm is not KVM's device: load the module kvm_intel or kvm_amd")]
+    NoKvm,
+    /// `KVM_CREATE_VM` failed with `EBUSY`.
+    #[error(
+        "/dev/kvm is busy: another hypervisor (VirtualBox, VMware) has the processor's virtualization; end it, or \
+         unload its module"
+    )]
+    Busy,
     /// An interface that we need is missing.
     #[error("this host's KVM lacks {0}, which nutshell needs: a newer kernel has it")]
     Lacks(&'static str),
@@ -57,6 +66,16 @@ fn call<T>(what: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T
         what,
         source: error.into(),
     })
+}
+
+fn not_created(error: kvm_ioctls::Error) -> KvmError {
+    if error.errno() == libc::EBUSY {
+        return KvmError::Busy;
+    }
+    KvmError::Call {
+        what: "creating the machine",
+        source: error.into(),
+    }
 }
 
 /// A machine without processors yet.
@@ -72,7 +91,7 @@ impl Vm {
         // SAFETY: the shim opened this descriptor on /dev/kvm, and it is owned here alone.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         if i64::from(kvm.get_api_version()) != i64::from(KVM_API_VERSION) {
-            return Err(KvmError::Lacks("API version 12"));
+            return Err(KvmError::NoKvm);
         }
         for (capability, name) in [
             (Cap::Irqchip, "the interrupt controller"),
@@ -85,7 +104,7 @@ impl Vm {
                 return Err(KvmError::Lacks(name));
             }
         }
-        let vm = call("creating the machine", create(&kvm))?;
+        let vm = create(&kvm).map_err(not_created)?;
         call("placing the task segment", vm.set_tss_address(TSS))?;
         call("placing the identity map", vm.set_identity_map_address(IDENTITY_MAP))?;
         call("creating the interrupt controller", vm.create_irq_chip())?;
@@ -237,6 +256,13 @@ fn segment(index: u8) -> kvm_segment {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn busy_device_is_named_and_other_failures_keep_their_reason() {
+        let text = |errno| not_created(kvm_ioctls::Error::new(errno)).to_string();
+        assert!(text(libc::EBUSY).starts_with("/dev/kvm is busy"));
+        assert!(text(libc::ENOMEM).contains("Cannot allocate memory"));
+    }
 
     #[test]
     fn segments_are_those_of_64_bit_boot() {

@@ -60,6 +60,8 @@ serve_containerd() {
   ) >>/run/containerd.log 2>&1 &
   pid=$!
   echo "$pid" >/run/containerd.pid
+  # Whoever kills it says so.
+  disown "$pid"
   grep -q -m 1 'containerd successfully booted' \
     < <(tail -c "+$((from + 1))" -f --pid="$pid" /run/containerd.log) || {
     echo "containerd did not start:" >&2

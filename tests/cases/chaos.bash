@@ -1,0 +1,81 @@
+# Chaos: a random one of the processes that make a container is killed at a random moment of its life.
+# Whatever the calls answer, none of them hangs, and nothing is left. To be sourced after
+# cases/failures.bash.
+
+# How long a call may take, in seconds.
+CALL_LIMIT=10
+
+# call MOMENT COMMAND...: says that the moment has come, and runs it. Its answer does not matter.
+call() {
+  local moment=$1 status=0 from=$SECONDS
+  shift
+  echo "$moment" >>/run/tmp/moments
+  timeout -s KILL "$CALL_LIMIT" "$@" >>/run/tmp/calls 2>&1 || status=$?
+  echo "$moment: status $status after $((SECONDS - from)) s: $*" >>/run/tmp/calls
+  # The status of a program that was killed is also what some of these print.
+  ((SECONDS - from < CALL_LIMIT)) || echo "$moment took $CALL_LIMIT s: $*" >>/run/tmp/hung
+}
+
+# A container's life, each step whatever came of the one before.
+live() {
+  call container ctr container create --snapshotter "$snapshotter" --runtime "$runtime" \
+    "localhost/$image:latest" "$1" sleep 1000
+  call start ctr task start -d --null-io "$1"
+  call exec ctr task exec --exec-id one "$1" true
+  call kill ctr task kill --signal SIGKILL "$1"
+  wait_for_task "$1" STOPPED >/dev/null 2>&1 || true
+  call delete ctr task delete "$1"
+  echo end >>/run/tmp/moments
+}
+
+# victim WHAT NAME: the pids to kill.
+victim() {
+  case $1 in
+    containerd) cat /run/containerd.pid ;;
+    init) pid_of "$2" ;;
+    *) pids_of "$1" ;;
+  esac
+}
+
+# round NUMBER WHAT MOMENT MILLISECONDS: kills WHAT so long after MOMENT.
+round() {
+  local what=$2 moment=$3 delay=$4 pid killed=
+  name=chaos-$1
+  rm -f /run/tmp/{moments,calls,hung}
+  : >/run/tmp/moments
+  live "$name" &
+  local life=$!
+  grep -q -m 1 -E "^($moment|end)$" < <(tail -n +1 -f --pid="$life" /run/tmp/moments)
+  read -r -t "$(printf '%d.%03d' $((delay / 1000)) $((delay % 1000)))" -u "$never" || true
+  for pid in $(victim "$what" "$name"); do
+    killed=$pid
+    ((pid == 0)) || kill -9 "$pid" 2>/dev/null || true
+  done
+  if [[ $what == containerd ]]; then
+    while [[ -e /proc/$killed ]]; do read -r -t 0.05 -u "$never" || true; done
+    serve_containerd
+  fi
+  wait "$life"
+  # What a user does who finds the container in whatever state.
+  call cleanup ctr task delete --force "$name"
+  call cleanup ctr container delete "$name"
+  [[ ! -e /run/tmp/hung ]] || {
+    cat /run/tmp/hung /run/tmp/calls
+    return 1
+  }
+  # ctr leaves its fifos where the shim was killed.
+  rm -rf /run/containerd/fifo/* /run/tmp/moments /run/tmp/calls
+}
+
+# chaos_cases ROUNDS SEED
+chaos_cases() {
+  local whats=(shim vmm fs containerd init) moments=(start start exec kill delete) number what moment delay
+  RANDOM=$2
+  echo "chaos: $1 rounds, NUTSHELL_TEST_SEED=$2"
+  for ((number = 1; number <= $1; number++)); do
+    what=${whats[RANDOM % 5]} moment=${moments[RANDOM % 5]} delay=$((RANDOM % 500))
+    # Most of a container's start is its machine's.
+    [[ $moment != start ]] || delay=$((delay * 8))
+    check "chaos $number: $what dies $delay ms into $moment" round "$number" "$what" "$moment" "$delay"
+  done
+}

@@ -1,0 +1,138 @@
+# What happens to containers when something around them fails. To be sourced after cases/containers.bash.
+
+# pid_of NAME: a task's pid as containerd has it.
+pid_of() {
+  ctr task ls | awk -v name="$1" '$1 == name { print $2 }'
+}
+
+# wait_for_file FILE: until it is there. Bounded by tries.
+wait_for_file() {
+  local try
+  for try in {1..300}; do
+    [[ ! -e $1 ]] || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "$1 did not appear" >&2
+  return 1
+}
+
+# within SECONDS COMMAND...: runs it, and kills it where it takes longer.
+within() {
+  timeout -s KILL "$@"
+}
+
+container_survives_a_killed_containerd() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local pid
+  pid=$(pid_of "$name")
+  end_containerd KILL
+  serve_containerd
+  assert_contains "$(ctr task ls)" RUNNING
+  assert_equal "$pid" "$(pid_of "$name")"
+  assert_equal inside "$(ctr task exec --exec-id one "$name" echo inside)"
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 137"
+  ctr container delete "$name"
+}
+
+exit_while_containerd_is_away_is_reported_afterwards() {
+  new_name
+  mkdir /run/tmp/shared
+  nutshell "$name" -d --mount type=bind,src=/run/tmp/shared,dst=/shared,options=rbind:rw -- \
+    sh -c 'while [ ! -e /shared/go ]; do sleep 0.1; done; echo last words; touch /shared/gone; exit 42'
+  end_containerd KILL
+  touch /run/tmp/shared/go
+  wait_for_file /run/tmp/shared/gone
+  serve_containerd
+  wait_for_task "$name" STOPPED
+  assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 42"
+  ctr container delete "$name"
+  rm -r /run/tmp/shared
+}
+
+# Its shim ends while nobody is there to hear of it: containerd finds that out, and asks `delete`.
+shim_killed_while_containerd_is_away_is_cleaned_up_afterwards() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local shim
+  shim=$(pids_of shim)
+  end_containerd KILL
+  kill -9 $shim
+  serve_containerd
+  assert_equal "" "$(pids_of vmm)$(pids_of fs)"
+  remove "$name"
+  rm -rf /run/containerd/fifo/*
+}
+
+# A guest that hangs answers nothing any more. What does not need it answers as ever, and SIGKILL ends it.
+hanging_guest_is_listed_and_killed() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  kill -STOP "$(pids_of vmm)"
+  assert_contains "$(within 5 ctr task ls)" "$name"
+  within 20 ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  assert_contains "$(within 10 ctr task delete "$name" 2>&1)" "exit code 137"
+  ctr container delete "$name"
+}
+
+missing_kvm_is_named() {
+  new_name
+  local output
+  mv /dev/kvm /dev/kvm.away
+  ! output=$(nutshell "$name" --rm -- true 2>&1) || return 1
+  mv /dev/kvm.away /dev/kvm
+  assert_contains "$output" /dev/kvm
+}
+
+device_that_is_no_kvm_is_named() {
+  new_name
+  local output
+  mount --bind /dev/null /dev/kvm
+  ! output=$(nutshell "$name" --rm -- true 2>&1) || return 1
+  umount /dev/kvm
+  assert_contains "$output" /dev/kvm
+}
+
+# The container's writable layer lies on a file system without room: an error of the program that writes,
+# and of nobody else.
+full_disk_is_the_containers_error() {
+  new_name
+  mkdir /run/tmp/small
+  mount -t tmpfs -o size=1M tmpfs /run/tmp/small
+  assert_equal "No space left on device" "$(nutshell "$name" --rm \
+    --mount type=bind,src=/run/tmp/small,dst=/small,options=rbind:rw -- \
+    sh -c 'dd if=/dev/zero of=/small/x bs=64k count=100 2>&1 | grep -o "No space left on device"; rm /small/x')"
+  umount /run/tmp/small
+  rmdir /run/tmp/small
+}
+
+# Where the shim keeps its state there is no room: whatever comes of it, it is said, and nothing stays.
+full_state_folder_leaves_nothing() {
+  new_name
+  local status=0
+  dd if=/dev/zero of=/run/check.fill bs=1M >/dev/null 2>&1 || true
+  within 60 ctr run --rm --snapshotter "$snapshotter" --runtime "$runtime" "localhost/$image:latest" "$name" true \
+    >/dev/shm/output 2>&1 || status=$?
+  rm /run/check.fill
+  if ((status)); then
+    assert_contains "$(</dev/shm/output)" "o space left on device"
+  fi
+  rm /dev/shm/output
+  ctr task delete --force "$name" >/dev/null 2>&1 || true
+  ctr container delete "$name" >/dev/null 2>&1 || true
+  ctr snapshot --snapshotter "$snapshotter" rm "$name" >/dev/null 2>&1 || true
+}
+
+failure_cases() {
+  check "container survives a killed containerd" container_survives_a_killed_containerd
+  check "exit while containerd is away is reported afterwards" exit_while_containerd_is_away_is_reported_afterwards
+  check "shim killed while containerd is away is cleaned up afterwards" \
+    shim_killed_while_containerd_is_away_is_cleaned_up_afterwards
+  check "hanging guest is listed and killed" hanging_guest_is_listed_and_killed
+  check "missing /dev/kvm is named" missing_kvm_is_named
+  check "/dev/kvm that is none is named" device_that_is_no_kvm_is_named
+  check "full disk is the container's error" full_disk_is_the_containers_error
+}
