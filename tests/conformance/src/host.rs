@@ -1,7 +1,7 @@
 //! What is on the host: processes, mounts, control groups, and what a process uses.
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -27,7 +27,7 @@ pub struct Usage {
     pub descriptors: usize,
     /// Threads.
     pub threads: usize,
-    /// Memory that nobody else maps, in KiB.
+    /// Memory that it has written and nobody else maps, in KiB.
     pub private: u64,
 }
 
@@ -82,7 +82,7 @@ pub fn usage(pid: u32) -> Usage {
     let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let private = memory
         .lines()
-        .filter(|line| line.starts_with("Private_"))
+        .filter(|line| line.starts_with("Private_Dirty"))
         .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
         .sum();
     Usage {
@@ -109,7 +109,8 @@ pub fn ends_within(pid: u32, limit: Duration) -> bool {
             let limit = Timespec::try_from(limit).unwrap();
             poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)).unwrap() == 1
         }
-        Err(rustix::io::Errno::SRCH) => true,
+        // Older kernels say the second of a pid that is only a session's any more.
+        Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => true,
         Err(error) => panic!("pidfd_open: {error}"),
     }
 }
@@ -134,19 +135,18 @@ pub fn eventually<T>(limit: Duration, mut done: impl FnMut() -> Result<T, String
     }
 }
 
-/// Removes a control group, its processes and all below it.
+/// Kills all processes of a control group and removes it with all below it.
 ///
 /// # Errors
 ///
 /// Where the kernel refuses.
-pub fn remove_group(group: &Path) -> io::Result<()> {
+pub fn remove_group(group: &Path) -> Result<(), String> {
     let _ = fs::write(group.join("cgroup.kill"), "1");
-    let _ = eventually(Duration::from_secs(10), || match processes_in(group) {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
-    for folder in groups_at(group).iter().rev() {
-        fs::remove_dir(folder)?;
-    }
-    Ok(())
+    eventually(Duration::from_secs(10), || {
+        groups_at(group)
+            .iter()
+            .rev()
+            .try_for_each(fs::remove_dir)
+            .map_err(|error| format!("{}: {error}", group.display()))
+    })
 }

@@ -2,12 +2,16 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex},
 };
 
-use rustix::fs::{CWD, FileType, Mode};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    fs::{CWD, FileType, Mode, OFlags},
+};
 
 use crate::PATIENCE;
 
@@ -16,7 +20,7 @@ pub fn make_fifo(path: &Path) {
     rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o700), 0).unwrap();
 }
 
-/// A fifo that a thread reads, from before the shim opens it (as containerd does) to its end.
+/// A fifo that is open from before the shim opens it, and that a thread reads to its end.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
@@ -26,7 +30,6 @@ pub struct Output {
 #[derive(Debug, Default)]
 struct Collected {
     bytes: Vec<u8>,
-    opened: bool,
     ended: bool,
 }
 
@@ -34,13 +37,15 @@ impl Output {
     /// Makes the fifo and begins to read it.
     pub fn open(path: PathBuf) -> Self {
         make_fifo(&path);
-        let output = Self {
-            path: path.clone(),
-            shared: Arc::default(),
-        };
-        let shared = output.shared.clone();
-        std::thread::spawn(move || collect(&path, &shared));
-        output
+        let fifo = OpenOptions::new()
+            .read(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(&path)
+            .unwrap();
+        let shared = Arc::<(Mutex<Collected>, Condvar)>::default();
+        let collected = shared.clone();
+        std::thread::spawn(move || collect(fifo, &collected));
+        Self { path, shared }
     }
 
     /// Its path.
@@ -81,27 +86,27 @@ impl Output {
 }
 
 impl Drop for Output {
-    /// Frees a reader whose fifo nobody ever opened.
+    /// Frees a reader whose fifo nobody ever opened: a writer comes and goes.
     fn drop(&mut self) {
-        if let Ok(own) = OpenOptions::new().read(true).write(true).open(&self.path) {
-            let (lock, changed) = &*self.shared;
-            let opened = changed.wait_timeout_while(lock.lock().unwrap(), PATIENCE, |collected| !collected.opened);
-            drop((own, opened));
-        }
+        let _ = OpenOptions::new()
+            .write(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(&self.path);
     }
 }
 
-fn collect(path: &Path, shared: &(Mutex<Collected>, Condvar)) {
-    let (lock, changed) = shared;
-    let file = File::open(path);
-    lock.lock().unwrap().opened = true;
-    changed.notify_all();
+fn collect(mut fifo: File, (lock, changed): &(Mutex<Collected>, Condvar)) {
     let mut buffer = vec![0; 64 << 10];
-    if let Ok(mut file) = file {
-        while let Ok(read @ 1..) = file.read(&mut buffer) {
-            lock.lock().unwrap().bytes.extend_from_slice(&buffer[..read]);
-            changed.notify_all();
+    loop {
+        // A fifo hangs up when its last writer goes, not while there was none (poll(2), fifo(7)).
+        poll(&mut [PollFd::new(&fifo, PollFlags::IN)], None).unwrap();
+        match fifo.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(read) => lock.lock().unwrap().bytes.extend_from_slice(&buffer[..read]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => panic!("read a fifo: {error}"),
         }
+        changed.notify_all();
     }
     lock.lock().unwrap().ended = true;
     changed.notify_all();

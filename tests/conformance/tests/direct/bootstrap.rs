@@ -43,6 +43,9 @@ fn generic_options(body: &str) -> Any {
     )
 }
 
+/// As the suite has it in `/etc/nutshell/config.toml`.
+const CONFIGURATION: &str = "debug = true\n[guest]\nready_timeout_seconds = 60\n";
+
 fn runc_options() -> Any {
     let options_of_runc = Options {
         binary_name: "crun".to_owned(),
@@ -279,7 +282,7 @@ fn container_of_every_containerd_lives_and_ends() {
     with_containerd(|containerd| {
         for (caller, service) in [
             (Caller::V1_7(None), V2),
-            (Caller::V2_2(Some(generic_options("debug = true"))), V2),
+            (Caller::V2_2(Some(generic_options(CONFIGURATION))), V2),
             (Caller::newest(), V3),
         ] {
             let bundle = containerd.bundle(&spec(&["sh", "-c", "echo out; echo err >&2; exit 42"]));
