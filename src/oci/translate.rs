@@ -315,6 +315,17 @@ fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -
         let limit = memory.limit().filter(|limit| *limit != 0);
         let swap = memory.swap().filter(|swap| *swap != 0);
         memory.set_limit(limit).set_swap(swap);
+        let of_version_1 = [
+            ("kernel", memory.kernel().is_some_and(|limit| limit > 0)),
+            ("kernelTCP", memory.kernel_tcp().is_some_and(|limit| limit > 0)),
+            ("swappiness", memory.swappiness().is_some()),
+            ("disableOOMKiller", memory.disable_oom_killer() == Some(true)),
+        ];
+        for (name, _) in of_version_1.iter().filter(|(_, set)| *set) {
+            warnings.push(format!(
+                "linux.resources.memory.{name} is not applied: cgroup v2 has none"
+            ));
+        }
     }
     if let Some(cpu) = resources.cpu_mut() {
         for (name, cpus) in [("cpus", cpu.cpus()), ("mems", cpu.mems())] {

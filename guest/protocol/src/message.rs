@@ -78,6 +78,11 @@ pub enum Request {
         /// The container.
         container: String,
     },
+    /// Set the guest's clock, because the host's has jumped: [`Response::Done`].
+    SetClock {
+        /// The host's clock as this was sent: nanoseconds since the epoch.
+        nanoseconds: u64,
+    },
     /// Write all file systems back; the machine is ended after the [`Response::Done`].
     Shutdown,
 }

@@ -6,6 +6,7 @@
 
 mod agent;
 mod boot;
+mod clock;
 mod control;
 mod patience;
 mod streams;
@@ -32,7 +33,7 @@ pub(crate) use self::{
     boot::{Boot, BootError, Guest, Slot, open_disk, open_kvm},
     streams::Stream,
 };
-use self::{control::Control, patience::Patience, streams::Streams};
+use self::{clock::Jumps, control::Control, patience::Patience, streams::Streams};
 use super::{
     child::{Child, Ended},
     log,
@@ -184,6 +185,10 @@ impl Machine {
             let (child, control, shared) = (child.clone(), control.clone(), shared.clone());
             async move { listen(&shared, &control, &child, stderr, agent_end).await }
         });
+        match Jumps::watch() {
+            Ok(jumps) => drop(tokio::spawn(keep_time(jumps, agent.clone(), shared.ended.subscribe()))),
+            Err(error) => log::warn(&format!("watch the host's clock: {error}")),
+        }
         Self {
             agent,
             child,
@@ -324,6 +329,18 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.child.kill();
+    }
+}
+
+/// Has the guest's clock follow the host's until the machine ends.
+async fn keep_time(jumps: Jumps, agent: Agent, mut ended: watch::Receiver<Option<Arc<Ending>>>) {
+    tokio::select! {
+        _ = ended.changed() => {}
+        result = jumps.follow(&agent) => {
+            if let Err(error) = result {
+                log::warn(&format!("watch the host's clock: {error}"));
+            }
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
+use crate::machine::clock;
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
 use crate::sys;
@@ -56,6 +57,10 @@ impl Agent {
             Request::Pause { container } => self.freeze(id, container, true),
             Request::Resume { container } => self.freeze(id, container, false),
             Request::DeleteContainer { container } => self.delete(id, &container),
+            Request::SetClock { nanoseconds } => {
+                clock::set(nanoseconds).context(|| "set the clock".to_owned())?;
+                Ok(Answer::Now(Response::Done))
+            }
             Request::Shutdown => self.shut_down(id),
         }
     }

@@ -18,7 +18,7 @@ use std::time::Duration;
 use oci_spec::runtime::{Hook, HookBuilder};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::MemfdFlags;
-use rustix::process::{Pid, PidfdFlags};
+use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::diagnosis::Writer;
 use super::executor::error_text;
@@ -110,6 +110,7 @@ fn run_one(hook: &Hook, state: &str) -> Result<(), String> {
         .stdin(stdin)
         .stdout(stdout.try_clone().map_err(text)?)
         .stderr(stderr.try_clone().map_err(text)?)
+        .process_group(0)
         .spawn()
         .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), error_text(&error)))?;
     let limit = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
@@ -130,8 +131,8 @@ fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String
     if let Some(limit) = limit
         && !ends_within(child, limit).map_err(|error| error_text(&error))?
     {
-        // It may have ended in this moment: the result is the same.
-        let _ = child.kill();
+        // With all that it has started. It may have ended in this moment: the result is the same.
+        let _ = pid_of(child).map(|group| rustix::process::kill_process_group(group, Signal::KILL));
         let _ = child.wait();
         return Err(format!(
             "hook ran past specified timeout of {:.1}s",
@@ -142,11 +143,14 @@ fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String
 }
 
 fn ends_within(child: &Child, limit: Duration) -> io::Result<bool> {
-    let pid = Pid::from_raw(child.id().cast_signed()).ok_or(io::ErrorKind::InvalidInput)?;
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let pidfd = rustix::process::pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
     let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
     let mut poll = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
     Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, Some(&limit)))? > 0)
+}
+
+fn pid_of(child: &Child) -> io::Result<Pid> {
+    Ok(Pid::from_raw(child.id().cast_signed()).ok_or(io::ErrorKind::InvalidInput)?)
 }
 
 /// A signal as Go names it.
