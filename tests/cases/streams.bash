@@ -1,0 +1,214 @@
+# Standard streams as a client of containerd has them: fifos, files, logging programs, terminals. To be
+# sourced by tests/suites/*.sh, after tests/cases/containers.bash.
+
+# A logging program in /run/tmp/logger: it writes what it is started with to /run/tmp/log.who, its streams to
+# /run/tmp/log.out and /run/tmp/log.err. The script $1 runs before it says that it is ready.
+write_logger() {
+  cat >/run/tmp/logger <<LOGGER
+#!/bin/bash
+echo "\$CONTAINER_NAMESPACE \$CONTAINER_ID \$*" >/run/tmp/log.who
+${1:-}
+exec 5>&-
+/bin/cat <&3 >/run/tmp/log.out &
+/bin/cat <&4 >/run/tmp/log.err
+wait
+LOGGER
+  chmod +x /run/tmp/logger
+}
+
+remove_logger() {
+  rm -f /run/tmp/logger /run/tmp/log.{who,out,err}
+}
+
+logging_program_gets_both_streams_and_its_arguments() {
+  new_name
+  write_logger
+  nutshell "$name" --rm --log-uri 'binary:///run/tmp/logger?first=a%20b&second' -- sh -c 'echo out; echo err >&2'
+  assert_equal "default $name first a b second" "$(sed 's/ $//' /run/tmp/log.who)"
+  assert_equal out "$(</run/tmp/log.out)"
+  assert_equal err "$(</run/tmp/log.err)"
+  remove_logger
+}
+
+logging_program_of_an_exec_gets_its_streams() {
+  new_name
+  write_logger 'echo ready >&5'
+  nutshell "$name" -d -- sleep 1000
+  ctr task exec --exec-id logged --log-uri 'binary-v2:///run/tmp/logger' "$name" sh -c 'echo out; echo err >&2'
+  assert_equal "default logged" "$(sed 's/ $//' /run/tmp/log.who)"
+  assert_equal "out err" "$(</run/tmp/log.out) $(</run/tmp/log.err)"
+  remove "$name"
+  remove_logger
+}
+
+logging_program_that_fails_is_the_reason_why_there_is_no_container() {
+  local output
+  new_name
+  write_logger 'echo no room in the log >&2; exit 3'
+  ! output=$(nutshell "$name" --rm --log-uri binary:///run/tmp/logger -- true 2>&1) || return 1
+  assert_contains "$output" "logger exited with status 3: no room in the log"
+  new_name
+  ! output=$(nutshell "$name" --rm --log-uri binary:///no/such/logger -- true 2>&1) || return 1
+  assert_contains "$output" "/no/such/logger: No such file or directory"
+  remove_logger
+}
+
+file_gets_both_streams() {
+  new_name
+  nutshell "$name" --rm --log-uri file:///run/tmp/deep/log -- sh -c 'echo first; echo second >&2; echo third'
+  # Two streams have no order between them.
+  assert_equal "first second third" "$(sort /run/tmp/deep/log | xargs)"
+  rm -r /run/tmp/deep
+}
+
+# What a process writes just before its end to each stream: 205 times 40 KiB, more than 8 MiB.
+words='text=$(seq -w 8192); for turn in $(seq 205); do echo "$text"; done'
+burst="$words; { $words; } >&2"
+
+assert_burst_arrived() {
+  local expected
+  expected=$(eval "$words" | sha256sum)
+  assert_equal $((205 * 40960)) "$(stat -c %s /run/tmp/out)"
+  assert_equal "$expected" "$(sha256sum </run/tmp/out)"
+  assert_equal "$expected" "$(sha256sum </run/tmp/err)"
+  rm /run/tmp/out /run/tmp/err
+}
+
+burst_at_the_end_arrives() {
+  new_name
+  nutshell "$name" --rm -- sh -c "$burst" >/run/tmp/out 2>/run/tmp/err
+  assert_burst_arrived
+}
+
+burst_at_the_end_of_an_exec_arrives_and_its_input_comes_back() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  ctr task exec --exec-id burst "$name" sh -c "$burst" >/run/tmp/out 2>/run/tmp/err
+  assert_burst_arrived
+  head -c $((20 << 20)) /dev/urandom >/run/tmp/in
+  ctr task exec --exec-id echo "$name" cat </run/tmp/in >/run/tmp/out
+  assert_equal "$(sha256sum </run/tmp/in)" "$(sha256sum </run/tmp/out)"
+  rm /run/tmp/in /run/tmp/out
+  remove "$name"
+}
+
+end_of_input_reaches_the_process_after_the_last_byte() {
+  new_name
+  # ctr forgets to close an input that ends before the task is created.
+  { wait_for_output ready && printf 'one\ntwo'; } | nutshell "$name" --rm -- sh -c 'echo ready; cat; echo; echo end' >/run/tmp/out
+  assert_equal "ready one two end" "$(xargs </run/tmp/out)"
+  rm /run/tmp/out
+}
+
+client_that_detaches_does_not_end_the_input() {
+  new_name
+  mkfifo /run/tmp/in
+  local in client word
+  exec {in}<>/run/tmp/in
+  nutshell "$name" -d -- sh -c 'while read -r line; do echo "got $line"; done; echo end' <&"$never"
+  for word in one two; do
+    ctr task attach "$name" <&"$in" >/run/tmp/out &
+    client=$!
+    echo "$word" >&"$in"
+    wait_for_output "got $word"
+    # Not by a signal that it would pass on.
+    kill -9 "$client"
+    wait "$client" || true
+    ! grep end /run/tmp/out || return 1
+  done
+  assert_contains "$(ctr task ls)" RUNNING
+  exec {in}>&-
+  rm /run/tmp/in /run/tmp/out
+  remove "$name"
+}
+
+# Nobody reads from a detached container: what it can write is bounded, and so is the time that its end takes.
+reader_that_reads_nothing_holds_the_process_up() {
+  new_name
+  nutshell "$name" -d -- sh -c 'text=$(head -c 1023 /dev/zero | tr "\0" x); count=0
+    while echo "$text"; do count=$((count + 1)); echo "$count" >/dev/shm/count; done'
+  local try before='' after='' from
+  for try in {1..50}; do
+    before=$after
+    after=$(ctr task exec --exec-id "count$try" "$name" cat /dev/shm/count 2>/dev/null) || after=
+    [[ -z $after || $after != "$before" ]] || break
+  done
+  [[ -n $after && $after == "$before" ]]
+  ((after > 63 && after < 1024)) || { echo "$after KiB were taken" >&2; return 1; }
+  from=$SECONDS
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 137"
+  ((SECONDS - from <= 30)) || { echo "its end took $((SECONDS - from)) s" >&2; return 1; }
+  ctr container delete "$name"
+}
+
+grandchild_with_the_output_does_not_delay_the_exit() {
+  new_name
+  nutshell "$name" -d -- sh -c 'mkfifo /dev/shm/go; sleep 1000'
+  listen "$name"
+  ctr task exec --exec-id parent "$name" sh -c '(read -r line </dev/shm/go; echo later) & echo first' >/run/tmp/said &
+  local client=$!
+  wait_for_output '/tasks/exit.*"id":"parent"'
+  # containerd's client deletes the exec now, and that waits for the rest of the output, for a while.
+  ctr task exec --exec-id go "$name" sh -c 'echo >/dev/shm/go'
+  wait "$client"
+  assert_equal "first later" "$(xargs </run/tmp/said)"
+  kill "$listener"
+  wait "$listener" || true
+  rm /run/tmp/out /run/tmp/said
+  remove "$name"
+}
+
+# on_terminal COMMAND: begins a container whose terminal is that of a script(1); its input is fifo $in.
+on_terminal() {
+  mkfifo /run/tmp/in
+  exec {in}<>/run/tmp/in
+  script -qec "ctr run --rm --tty --snapshotter $snapshotter --runtime $runtime localhost/$image:latest $name \
+    sh -c '$1'" /dev/null <&"$in" >/run/tmp/out &
+  client=$!
+}
+
+terminal_is_resized_and_interrupted() {
+  new_name
+  local in client file pts=
+  on_terminal 'trap "stty size" WINCH; trap "echo interrupted; exit 5" INT; echo ready; while :; do read -r line; done'
+  wait_for_output ready
+  for file in /proc/[0-9]*/fd/0; do
+    [[ $(readlink "$file") != /dev/pts/* ]] || pts=$(readlink "$file")
+  done
+  stty -F "$pts" rows 33 cols 99
+  wait_for_output "33 99"
+  printf '\003' >&"$in"
+  assert_status 5 wait "$client"
+  wait_for_output interrupted
+  exec {in}>&-
+  rm /run/tmp/in /run/tmp/out
+}
+
+last_words_on_a_terminal_arrive() {
+  new_name
+  local in client
+  on_terminal 'seq 100000'
+  assert_status 0 wait "$client"
+  assert_equal "$(seq 100000 | sha256sum)" "$(tr -d '\r' </run/tmp/out | sha256sum)"
+  exec {in}>&-
+  rm /run/tmp/in /run/tmp/out
+}
+
+stream_cases() {
+  check "logging program gets both streams and its arguments" logging_program_gets_both_streams_and_its_arguments
+  check "logging program of an exec gets its streams" logging_program_of_an_exec_gets_its_streams
+  check "logging program that fails is the reason why there is no container" \
+    logging_program_that_fails_is_the_reason_why_there_is_no_container
+  check "file gets both streams" file_gets_both_streams
+  check "burst at the end arrives" burst_at_the_end_arrives
+  check "burst at the end of an exec arrives and its input comes back" \
+    burst_at_the_end_of_an_exec_arrives_and_its_input_comes_back
+  check "end of input reaches the process after the last byte" end_of_input_reaches_the_process_after_the_last_byte
+  check "client that detaches does not end the input" client_that_detaches_does_not_end_the_input
+  check "reader that reads nothing holds the process up" reader_that_reads_nothing_holds_the_process_up
+  check "grandchild with the output does not delay the exit" grandchild_with_the_output_does_not_delay_the_exit
+  check "terminal is resized and interrupted" terminal_is_resized_and_interrupted
+  check "last words on a terminal arrive" last_words_on_a_terminal_arrive
+}
