@@ -138,7 +138,8 @@ fn other_member(bundle: &Path) -> Option<PathBuf> {
 fn kill(bundle: &Path, pid: Pid) -> io::Result<()> {
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
-        Err(Errno::SRCH) => return Ok(()),
+        // Older kernels say the second of a pid that is only a session's any more.
+        Err(Errno::SRCH | Errno::INVAL) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
     // The lock was held when the pid was read and still is: nobody else has the pid meanwhile.
@@ -185,32 +186,36 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Kills what is left in a cgroup and removes it (cgroup v2: `cgroup.kill`, and `cgroup.events` tells
-/// when it is empty).
+/// Kills what is left in a cgroup and removes it. Another `delete` may remove it meanwhile.
 fn remove_cgroup(path: &Path) -> io::Result<()> {
     if !path.starts_with("/sys/fs/cgroup") {
         return Err(with_path(ErrorKind::InvalidInput, path));
     }
-    let events = match fs::File::open(path.join("cgroup.events")) {
-        Ok(events) => events,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(with_path(error, path)),
-    };
-    fs::write(path.join("cgroup.kill"), "1").map_err(|error| with_path(error, path))?;
+    match empty_and_remove_cgroup(path) {
+        // The files of a removed cgroup that are still open fail with ENODEV (kernfs).
+        Err(error) if error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV) => {
+            Err(with_path(error, path))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// cgroup v2: `cgroup.kill`, and `cgroup.events` tells when it is empty.
+fn empty_and_remove_cgroup(path: &Path) -> io::Result<()> {
+    let events = fs::File::open(path.join("cgroup.events"))?;
+    fs::write(path.join("cgroup.kill"), "1")?;
     let deadline = Instant::now() + DEATH;
     loop {
         // A change after this read is an event, so none between here and the wait is missed.
         events.read_at(&mut [0; 64], 0)?;
         match fs::remove_dir(path) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(error) if error.kind() != ErrorKind::ResourceBusy => return Err(with_path(error, path)),
-            Err(error) => {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if !wait(events.as_fd(), PollFlags::PRI, left)? {
-                    return Err(with_path(error, path));
+                    return Err(error);
                 }
             }
+            result => return result,
         }
     }
 }
