@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nutshell_conformance::{
     bundle::{idle, shell, spec},
-    container::SIGKILL,
+    container::{SIGKILL, SIGTERM},
     with_containerd,
 };
 
@@ -72,7 +72,8 @@ fn exit_is_announced_once_however_many_kill() {
 #[test]
 fn events_wait_for_a_containerd_that_is_away() {
     with_containerd(|containerd| {
-        let container = containerd.run(&shell("read -t 1 never </dev/zero; sleep 0.2; exit 5"));
+        let container = containerd.run(&shell("trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done"));
+        container.stdout.with("ready");
         containerd.events.until(&container.id, "start");
         for _ in 0..2 {
             containerd.events.leave();
@@ -82,6 +83,7 @@ fn events_wait_for_a_containerd_that_is_away() {
             containerd.events.come_back();
         }
         containerd.events.leave();
+        container.kill(SIGTERM);
         assert_eq!(container.wait(), 5);
         let before = containerd.events.all();
         assert!(!before.iter().any(|event| event.what.to_string() == "exit 5"));

@@ -232,7 +232,7 @@ fn created_container_that_is_killed_or_deleted_was_never_started() {
 #[test]
 fn all_who_wait_learn_the_exit_whenever_they_ask() {
     with_containerd(|containerd| {
-        let container = containerd.create(&shell("read -t 1 never </dev/zero; exit 42"));
+        let container = containerd.create(&shell("sleep 1; exit 42"));
         let other = Task::connect(&container.shim.answer.address, V2);
         std::thread::scope(|scope| {
             let wait = |task: Task| {
