@@ -320,11 +320,12 @@ async fn send_to(
 
 async fn take_input(mut clients: Clients, first: Client, mut sink: pipe::Sender, mut ending: watch::Receiver<bool>) {
     let mut client = first;
+    let mut bytes = Vec::new();
     loop {
         let next = tokio::select! {
             biased;
             newer = clients.next() => Some(newer),
-            end = take_from(&mut client, &mut sink, &mut ending) => match end {
+            end = take_from(&mut client, &mut sink, &mut bytes, &mut ending) => match end {
                 InputEnd::All => return,
                 InputEnd::ClientGone => None,
             },
@@ -347,9 +348,21 @@ enum InputEnd {
     ClientGone,
 }
 
-async fn take_from(client: &mut Client, sink: &mut pipe::Sender, ending: &mut watch::Receiver<bool>) -> InputEnd {
+/// What was received and not written stays in `bytes`, also if this is dropped.
+async fn take_from(
+    client: &mut Client,
+    sink: &mut pipe::Sender,
+    bytes: &mut Vec<u8>,
+    ending: &mut watch::Receiver<bool>,
+) -> InputEnd {
     let mut granted: i32 = 0;
     loop {
+        while !bytes.is_empty() {
+            match sink.write(bytes).await {
+                Ok(count) => drop(bytes.drain(..count)),
+                Err(_) => return InputEnd::All,
+            }
+        }
         if granted <= WINDOW / 2 {
             let update = Int32Value {
                 value: WINDOW,
@@ -379,9 +392,7 @@ async fn take_from(client: &mut Client, sink: &mut pipe::Sender, ending: &mut wa
             return InputEnd::ClientGone;
         };
         granted = granted.saturating_sub(i32::try_from(data.value.len()).unwrap_or(i32::MAX));
-        if sink.write_all(&data.value).await.is_err() {
-            return InputEnd::All;
-        }
+        *bytes = data.value;
     }
 }
 

@@ -355,6 +355,31 @@ async fn streamed_input_ends_with_close_io_and_not_with_a_client() {
 }
 
 #[tokio::test]
+async fn streamed_input_of_many_windows_arrives() {
+    let shim = Shim::start().await;
+    let (mut stdin, _stdout) = shim.run_streaming().await;
+    let mut input = shim.fake.take_input("c1");
+    let reader = tokio::task::spawn_blocking(move || {
+        let mut bytes = Vec::new();
+        input.read_to_end(&mut bytes).unwrap();
+        bytes
+    });
+    let block: Vec<u8> = (0..1 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
+    let mut granted = 0;
+    for piece in block.chunks(30_000) {
+        let length = i32::try_from(piece.len()).unwrap();
+        while granted < length {
+            granted += window(&mut stdin).await;
+        }
+        stdin.send(&data(piece)).await.unwrap();
+        granted -= length;
+    }
+    shim.close_stdin("c1").await;
+    stdin.close_send().await.unwrap();
+    assert!(reader.await.unwrap() == block);
+}
+
+#[tokio::test]
 async fn streamed_input_ends_with_close_io_though_its_client_stays() {
     let shim = Shim::start().await;
     let (mut stdin, _stdout) = shim.run_streaming().await;
