@@ -78,7 +78,7 @@ pub enum Request {
         /// The container.
         container: String,
     },
-    /// Set the guest's clock, because the host's has jumped: [`Response::Done`].
+    /// Set the guest's clock, at the start and where the host's has jumped: [`Response::Done`].
     SetClock {
         /// The host's clock as this was sent: nanoseconds since the epoch.
         nanoseconds: u64,

@@ -1,4 +1,5 @@
-//! Keeps a guest's clock with the host's where that jumps: it was set, or the host was suspended. In
+//! Keeps a guest's clock with the host's: from the start, since a kernel counts its first moments by
+//! ticks and misses some, and where the host's jumps, because it was set or the host was suspended. In
 //! between KVM's clock runs as the host's does.
 
 use std::{
@@ -60,14 +61,14 @@ impl Jumps {
     pub(super) async fn follow(self, agent: &Agent) -> io::Result<()> {
         agent.ready().await;
         loop {
-            self.next().await?;
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
             match agent.run(Request::SetClock { nanoseconds }).await {
-                Ok(()) => log::debug("the host's clock has jumped, and the guest's with it"),
+                Ok(()) => log::debug("the guest's clock was set to the host's"),
                 Err(AgentError::Gone) => return Ok(()),
                 Err(error) => log::warn(&format!("set the guest's clock to the host's: {error}")),
             }
+            self.next().await?;
         }
     }
 }
