@@ -32,6 +32,15 @@ fn assert_no_growth(before: Usage, pid: u32, course: &[Usage]) {
     settled.unwrap_or_else(|growth| panic!("{growth}"));
 }
 
+/// What the process `pid` holds when its idle threads have gone.
+fn settled(pid: u32) -> Usage {
+    let one_thread = host::eventually(IDLE, || match host::usage(pid) {
+        usage @ Usage { threads: 1, .. } => Ok(usage),
+        usage => Err(format!("{usage:?}")),
+    });
+    one_thread.unwrap_or_else(|usage| panic!("threads stay without work: {usage}"))
+}
+
 /// Lives a hundred lives, and compares what the process `pid` holds after the last and after the tenth.
 fn assert_hundred_leave_nothing(pid: u32, live: impl Fn()) {
     let mut course = Vec::new();
@@ -100,10 +109,17 @@ fn thirty_containers_at_once_live_and_leave_nothing_in_the_shim() {
                 }
             });
         };
-        all_at_once();
-        let first = host::usage(sandbox.shim.pid);
-        all_at_once();
-        assert_no_growth(first, sandbox.shim.pid, &[]);
+        // How many threads worked at once, whose stacks are kept, is chance: the most is reached soon.
+        let mut course = vec![settled(sandbox.shim.pid)];
+        loop {
+            all_at_once();
+            let (before, now) = (course[course.len() - 1], settled(sandbox.shim.pid));
+            course.push(now);
+            if now.descriptors == before.descriptors && now.private <= before.private + TOLERANCE {
+                break;
+            }
+            assert!(course.len() < 6, "it grows with every thirty: {course:#?}");
+        }
         assert_eq!(sandbox.status(""), Status::RUNNING);
         sandbox.end();
     });
