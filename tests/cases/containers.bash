@@ -305,11 +305,21 @@ threads = [threading.Thread(target=results.append, args=[number]) for number in 
 print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
 }
 
+# An image of one program, without a shell, a library or a folder.
+one_binary_runs() {
+  new_name
+  assert_status 42 nutshell "$name" --rm -- /one-binary 42 a b >/run/tmp/out
+  assert_equal $'a\nb' "$(</run/tmp/out)"
+  rm /run/tmp/out
+}
+
 # The essentials, on another snapshotter or image.
 some_cases() {
   check "$1: the guest's kernel answers" guest_kernel_answers
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
   check "$1: exit status is exact" exit_status_is_exact
+  check "$1: killed init reports 137" killed_init_reports_137
+  check "$1: terminated init reports 143" terminated_init_reports_143
   check "$1: detached container is listed, executed in, killed and deleted" \
     detached_container_is_listed_executed_in_killed_and_deleted
 }
@@ -326,4 +336,28 @@ all_cases() {
     executed_process_killed_by_a_signal_reports_128_and_its_number
   check "$1: command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words
   check "$1: settings of the process reach it" settings_of_the_process_reach_it
+}
+
+# Every case, on every snapshotter that needs no set-up, with images of no distribution and of one.
+every_case() {
+  all_cases "overlayfs"
+  check "terminal is one" terminal_is_one
+  check "100 MiB of stdin come back unharmed" stdin_comes_back_unharmed
+  check "vmm and fs are confined" machine_processes_are_confined
+  local process
+  for process in shim vmm fs; do
+    check "killed $process ends the container" killed_process_ends_the_container "$process"
+  done
+  check "panicking guest ends the container" panicking_guest_ends_the_container
+  check "machine that cannot boot says why" machine_that_cannot_boot_says_why
+  check "twenty start together" twenty_start_together
+  snapshotter=native
+  some_cases "native"
+  snapshotter=overlayfs image=debian
+  some_cases "debian"
+  check "python of the debian image runs" python_runs
+  snapshotter=native
+  some_cases "debian, native"
+  snapshotter=overlayfs image=one-binary
+  check "one binary is an image" one_binary_runs
 }
