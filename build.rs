@@ -3,9 +3,9 @@
 //! Without them the executable still builds, for checks and unit tests: it then says that it needs
 //! a configuration file that points to a guest.
 
-use std::{env, fs, path::PathBuf};
+use std::{env, error::Error, fs, path::PathBuf};
 
-fn main() {
+fn main() -> Result<(), Box<dyn Error>> {
     let mut source = String::new();
     for (name, variable) in [
         ("KERNEL", "NUTSHELL_GUEST_KERNEL"),
@@ -14,8 +14,9 @@ fn main() {
         println!("cargo::rerun-if-env-changed={variable}");
         let bytes = match env::var_os(variable) {
             Some(path) => {
-                let path = fs::canonicalize(&path)
-                    .unwrap_or_else(|error| panic!("{variable}={}: {error}", PathBuf::from(path).display()));
+                let named = PathBuf::from(path);
+                let path =
+                    fs::canonicalize(&named).map_err(|error| format!("{variable}={}: {error}", named.display()))?;
                 println!("cargo::rerun-if-changed={}", path.display());
                 format!("*include_bytes!({path:?})")
             }
@@ -23,6 +24,7 @@ fn main() {
         };
         source.push_str(&format!("static {name}: &PageAligned<[u8]> = &PageAligned({bytes});\n"));
     }
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
-    fs::write(out.join("embedded_guest.rs"), source).expect("cargo's OUT_DIR is writable");
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR for build scripts")?);
+    fs::write(out.join("embedded_guest.rs"), source)?;
+    Ok(())
 }

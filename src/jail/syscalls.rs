@@ -82,6 +82,7 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursiv
 /// Forks a process into a user namespace of its own, which nobody has mapped yet. It does nothing, and
 /// ends with the calling thread if it is not killed before.
 pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
+    let parent = rustix::process::getpid().as_raw_pid();
     let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
     let (stack, unused) = (0_usize, 0_usize);
     // SAFETY: without CLONE_VM and with no stack given the child goes on as a copy of this thread, in
@@ -92,6 +93,10 @@ pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
             // SAFETY: they take numbers only, and are async-signal-safe.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // A parent that died before that sends no signal any more.
+                if libc::getppid() != parent {
+                    libc::_exit(1);
+                }
                 libc::pause();
             }
         }

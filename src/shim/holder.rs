@@ -84,10 +84,9 @@ impl Holder {
             // A handler of the shim must not run in the holder, on the shim's memory.
             let _blocked = SignalsBlocked::all()?;
             let top = memory.stack.as_mut_ptr_range().end;
-            // SAFETY: `hold` runs on `stack` and reads `orders`, both in `memory`, which is boxed and
-            // outlives the process: `Holder` and the error path below free it only after the process
-            // was reaped. It shares this address space but makes only system calls that touch no
-            // memory but its own stack and `orders`, and does not return to Rust code (see `hold`).
+            // SAFETY: `hold` uses only `stack` and `orders`, both in `memory`, which is boxed and freed, by
+            // `Holder` and the error path below, only after the process was reaped. It shares this address
+            // space, but makes nothing but system calls and does not return to Rust code (see `hold`).
             let pid = unsafe {
                 libc::clone(
                     hold,
