@@ -135,4 +135,5 @@ failure_cases() {
   check "missing /dev/kvm is named" missing_kvm_is_named
   check "/dev/kvm that is none is named" device_that_is_no_kvm_is_named
   check "full disk is the container's error" full_disk_is_the_containers_error
+  check "full state folder leaves nothing" full_state_folder_leaves_nothing
 }
