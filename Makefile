@@ -59,6 +59,7 @@ lint: setup
 	rustfmt --edition 2024 --check tests/images/*.rs
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	tests/lab/deny check bans licenses sources
+	tests/conformance/names
 
 unit: setup
 	$(CARGO) test --locked --workspace

@@ -33,7 +33,10 @@ enum ServeError {
 /// one of the daemon that stays: its children are bound to it.
 pub(crate) fn run(context: ServeContext) -> ExitCode {
     let socket = context.socket.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(8)
+        .build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(serve(context)),
         Err(error) => Err(error.into()),
