@@ -24,6 +24,9 @@ const MAX_PACKET: usize = 64 << 10;
 /// The most descriptors in one packet (the kernel's limit is 253).
 const MAX_DESCRIPTORS: usize = 64;
 
+/// The bytes before each packet of a tap device (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6).
+pub(crate) const NET_HEADER: u32 = 12;
+
 /// How much of the guest's console the vmm keeps for error messages, in bytes.
 pub(crate) const CONSOLE_TAIL: usize = 16 << 10;
 
@@ -85,6 +88,19 @@ pub(crate) enum Command {
         /// The slot.
         slot: u32,
     },
+    /// Put a network device into the empty slot `slot` (below [`nutshell_protocol::LINK_SLOTS`]);
+    /// [`Notice::LinkPlugged`] follows.
+    ///
+    /// Descriptors: of one tap device, a queue each, at least one. They are non-blocking, with headers of
+    /// [`NET_HEADER`] bytes (`TUNSETVNETHDRSZ`) in little-endian order.
+    PlugLink {
+        /// The slot.
+        slot: u32,
+        /// The hardware address.
+        mac: [u8; 6],
+        /// The largest packet without its link header, in bytes.
+        mtu: u16,
+    },
     /// Send [`Notice::Console`].
     ReadConsole,
 }
@@ -141,6 +157,13 @@ pub(crate) enum Notice {
     StreamClosed {
         /// The host port.
         port: u32,
+    },
+    /// The answer to [`Command::PlugLink`]: the guest may look for the device.
+    LinkPlugged {
+        /// The slot.
+        slot: u32,
+        /// Why there is none.
+        result: Result<(), String>,
     },
     /// The answer to [`Command::ReadConsole`]: the last [`CONSOLE_TAIL`] bytes of the guest's console.
     Console(Vec<u8>),

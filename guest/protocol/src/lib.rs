@@ -99,3 +99,14 @@ pub const MOUNT_OPTIONS: [&str; 48] = [
 pub fn disk_serial(slot: u32) -> String {
     format!("nutshell-{slot}")
 }
+
+/// How many network devices a machine can have.
+pub const LINK_SLOTS: u32 = 4;
+
+/// The name, on the guest's platform bus, of the virtio-mmio device that is the network device in
+/// `slot`. These stand first on the kernel's command line, which numbers them. A slot that is empty
+/// answers with the device id 0, which a driver ignores (virtio 1.3 §4.2.2); when it has been filled,
+/// the agent has the driver look again.
+pub fn link_device(slot: u32) -> String {
+    format!("virtio-mmio.{slot}")
+}

@@ -83,6 +83,18 @@ pub enum Request {
         /// The host's clock as this was sent: nanoseconds since the epoch.
         nanoseconds: u64,
     },
+    /// Find the network device in each of these slots (see [`crate::link_device`]), which the host has
+    /// filled: [`Response::Links`].
+    PlugLinks {
+        /// The slots.
+        slots: Vec<u32>,
+    },
+    /// Pass these messages of rtnetlink(7) to the kernel, each a whole request, until one fails:
+    /// [`Response::Done`].
+    ConfigureNetwork {
+        /// What each is for, in words for an error, and the message with its header.
+        messages: Vec<(String, Vec<u8>)>,
+    },
     /// Write all file systems back; the machine is ended after the [`Response::Done`].
     Shutdown,
 }
@@ -193,6 +205,8 @@ pub enum Response {
     },
     /// The processes of a container.
     Processes(Vec<ProcessEntry>),
+    /// The kernel's index of the network interface in each slot that was asked for.
+    Links(Vec<u32>),
     /// The resource use of a container.
     Stats(Box<ContainerStats>),
 }
