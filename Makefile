@@ -19,7 +19,7 @@ TARGET := x86_64-unknown-linux-gnu
 SHIM := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
 AGENT := $(CARGO_TARGET_DIR)/$(TARGET)/guest/nutshell-agent
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
-PACKAGES := bc bison build-essential flex libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
+PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
 # The executable is to run where these libraries are not installed.
 export LIBSECCOMP_LINK_TYPE := static

@@ -22,6 +22,7 @@ mod lifecycle;
 mod log;
 mod machine;
 mod metrics;
+mod network;
 mod options;
 mod pod;
 mod process;

@@ -20,8 +20,9 @@ use super::{
     cgroup::ControlGroup,
     child::{Child, Ended},
     configuration::Configuration,
-    log,
+    holder, log,
     machine::{Boot, BootError, Guest, LAST_WORDS, Machine, Slot, Vmm, open_disk, open_kvm},
+    network::{Network, NetworkError},
     share::{FsProcess, ShareError},
 };
 use crate::{
@@ -97,6 +98,9 @@ pub(crate) enum PodError {
     /// No shared directory.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// No network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The machine has no file server.
     #[error("the virtual machine shares no directories with its host")]
     NotShared,
@@ -158,6 +162,9 @@ pub(crate) struct Pod {
     files: Mutex<Option<Files>>,
     group: Option<ControlGroup>,
     free_slots: Mutex<Range<u32>>,
+    /// A queue of each link for each vCPU.
+    vcpus: u8,
+    network: Mutex<Option<Network>>,
     end: OnceCell<()>,
 }
 
@@ -217,6 +224,8 @@ impl Pod {
             files: Mutex::new(files.clone()),
             group,
             free_slots: Mutex::new(needs.free),
+            vcpus: needs.size.vcpus,
+            network: Mutex::default(),
             end: OnceCell::new(),
         });
         if let Some(Files { child, .. }) = files {
@@ -307,6 +316,16 @@ impl Pod {
         Ok(slot)
     }
 
+    /// Gives the guest the network of the namespace in which the process `pid` lives. To be called
+    /// once, when all that belongs to the namespace is in it.
+    pub(crate) async fn connect(&self, pid: u32) -> Result<(), PodError> {
+        let namespace =
+            holder::open_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
+        let network = Network::connect(&self.machine, namespace, self.vcpus.into()).await?;
+        *self.network() = network;
+        Ok(())
+    }
+
     /// Takes back what [`Self::attach`] shared for a container that the guest has forgotten.
     pub(crate) async fn detach(&self, id: &ContainerId) {
         let Some(Files { server, .. }) = self.files().clone() else {
@@ -335,11 +354,18 @@ impl Pod {
                 if let Some(files) = files {
                     files.end().await;
                 }
+                if let Some(mut network) = self.network().take() {
+                    network.disconnect();
+                }
                 if let Some(group) = &self.group {
                     group.remove();
                 }
             })
             .await;
+    }
+
+    fn network(&self) -> MutexGuard<'_, Option<Network>> {
+        self.network.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn files(&self) -> MutexGuard<'_, Option<Files>> {

@@ -196,6 +196,7 @@ fn command(
                 disk.grow().map_err(|error| disk_failed(slot, &error))?;
             }
         }
+        Command::PlugLink { .. } => {}
         Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
     }
     Ok(())

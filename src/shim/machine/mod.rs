@@ -12,12 +12,13 @@ mod patience;
 mod streams;
 
 use std::{
+    collections::HashMap,
     fmt,
     future::Future,
     io,
     os::fd::{BorrowedFd, OwnedFd},
     process::Stdio,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -125,6 +126,8 @@ pub(crate) struct Machine {
 struct Shared {
     streams: Streams,
     console: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
+    /// Who waits for the answer about a slot for links.
+    links: Mutex<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
     /// Why it is being ended, where the shim decided so.
     verdict: Mutex<Option<String>>,
     ended: watch::Sender<Option<Arc<Ending>>>,
@@ -178,6 +181,7 @@ impl Machine {
         let shared = Arc::new(Shared {
             streams: Streams::default(),
             console: Mutex::default(),
+            links: Mutex::default(),
             verdict: Mutex::default(),
             ended: watch::Sender::new(None),
         });
@@ -309,6 +313,21 @@ impl Machine {
         self.control.send(&Command::FillDisk { slot, read_only }, &[file]).await
     }
 
+    /// Puts a network device into an empty slot; `queues` are those of its tap device. Inside, why the
+    /// vmm could not.
+    pub(crate) async fn plug_link(
+        &self,
+        slot: u32,
+        mac: [u8; 6],
+        mtu: u16,
+        queues: &[BorrowedFd<'_>],
+    ) -> Result<Result<(), String>, ControlError> {
+        let (sender, receiver) = oneshot::channel();
+        self.shared.links().insert(slot, sender);
+        self.control.send(&Command::PlugLink { slot, mac, mtu }, queues).await?;
+        receiver.await.map_err(|_| ControlError::Closed)
+    }
+
     /// The end of the guest's console, empty if the vmm does not send it.
     async fn console(&self) -> String {
         let (sender, receiver) = oneshot::channel();
@@ -323,6 +342,12 @@ impl Machine {
         };
         let console = tokio::time::timeout(CONSOLE_TIMEOUT, asked).await;
         console.ok().flatten().as_deref().map(readable).unwrap_or_default()
+    }
+}
+
+impl Shared {
+    fn links(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -372,6 +397,7 @@ async fn listen(
         Err(error) => format!("wait for the virtual machine's process: {error}"),
     });
     shared.streams.close_all();
+    shared.links().clear();
     shared.ended.send_replace(Some(Arc::new(Ending {
         reason,
         console: readable(&console),
@@ -389,6 +415,12 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
                 for sender in waiting {
                     // Whoever stopped waiting does not miss it.
                     let _ = sender.send(console.clone());
+                }
+            }
+            Ok(Notice::LinkPlugged { slot, result }) => {
+                if let Some(sender) = shared.links().remove(&slot) {
+                    // Whoever stopped waiting does not miss it.
+                    let _ = sender.send(result);
                 }
             }
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),

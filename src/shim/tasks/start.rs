@@ -82,6 +82,13 @@ impl Tasks {
 
     async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
+        if container.role != Role::Member {
+            // Not before: clients put links into the namespace of a container that was created.
+            if let Err(error) = self.connect_network(container).await {
+                init.lifecycle.start_failed(None);
+                return Err(error.during(START_CONTEXT));
+            }
+        }
         if container.role != Role::Sandbox {
             let start = Request::StartContainer {
                 container: container.id.to_string(),
@@ -102,6 +109,21 @@ impl Tasks {
         // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
         hooks::run_all("poststart", &container.hooks.poststart, "running", container.subject()).await;
         Ok(init.pid())
+    }
+
+    /// Gives the pod its network, when its machine has booted.
+    async fn connect_network(&self, container: &Container) -> Result<(), TaskError> {
+        let (pod, pid) = (&container.pod, container.init.pid());
+        let ready = pod.machine().ready(self.configuration.ready_timeout).await;
+        ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
+        let connected = pod.machine().within(CREATE_LIMIT, pod.connect(pid)).await;
+        match connected {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
+            None => Err(TaskError::unknown(
+                "the virtual machine did not take its network in time",
+            )),
+        }
     }
 
     async fn start_exec(

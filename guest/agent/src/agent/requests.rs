@@ -1,6 +1,7 @@
 //! What the host asks for. What may take long becomes a job; `reports` hears of its end.
 
 use std::collections::btree_map::Entry;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
@@ -11,7 +12,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
-use crate::machine::clock;
+use crate::machine::{clock, network};
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
 use crate::sys;
@@ -59,6 +60,15 @@ impl Agent {
             Request::DeleteContainer { container } => self.delete(id, &container),
             Request::SetClock { nanoseconds } => {
                 clock::set(nanoseconds).context(|| "set the clock".to_owned())?;
+                Ok(Answer::Now(Response::Done))
+            }
+            Request::PlugLinks { slots } => {
+                let links = slots.iter().map(|slot| network::plug(*slot)).collect::<io::Result<_>>();
+                let links = links.context(|| "find a network device".to_owned())?;
+                Ok(Answer::Now(Response::Links(links)))
+            }
+            Request::ConfigureNetwork { messages } => {
+                network::configure(&messages)?;
                 Ok(Answer::Now(Response::Done))
             }
             Request::Shutdown => self.shut_down(id),

@@ -198,7 +198,9 @@ impl Fake {
                 notify(control, &Notice::StreamClosed { port });
             }
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
-            Command::FillDisk { .. } | Command::GrowDisk { .. } => panic!("unexpected {command:?}"),
+            Command::PlugLink { .. } | Command::FillDisk { .. } | Command::GrowDisk { .. } => {
+                panic!("unexpected {command:?}")
+            }
         }
         self.changed.notify_all();
     }

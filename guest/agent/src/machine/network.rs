@@ -1,0 +1,75 @@
+//! The machine's links: the host fills their slots and says what the kernel is to do with them.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use nutshell_protocol::{Failure, link_device};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+
+use crate::job::Context;
+
+const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
+
+/// Has the driver look at the slot again, which was empty when the machine booted, and returns the
+/// number of the interface that it finds there.
+pub(crate) fn plug(slot: u32) -> io::Result<u32> {
+    let name = link_device(slot);
+    // The driver has made the interface when this returns.
+    fs::write(DRIVER, &name).map_err(|error| about(&error, &format!("bind {name} to its driver")))?;
+    let device = format!("/sys/bus/platform/devices/{name}");
+    let found = only(Path::new(&device), "virtio")
+        .and_then(|virtio| only(&virtio.join("net"), ""))
+        .map_err(|error| about(&error, &format!("find the interface of {name}")))?;
+    let index = fs::read_to_string(found.join("ifindex"))?;
+    index.trim().parse().map_err(io::Error::other)
+}
+
+/// The one entry of a folder whose name begins so.
+fn only(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(prefix) {
+            return Ok(entry.path());
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
+fn about(error: &io::Error, what: &str) -> io::Error {
+    io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+/// Passes requests to the kernel, one after the other, until it refuses one. What is there already is
+/// as it should be.
+pub(crate) fn configure(messages: &[(String, Vec<u8>)]) -> Result<(), Failure> {
+    // Protocol 0 is NETLINK_ROUTE.
+    let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
+    let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).map_err(io::Error::from);
+    let socket = socket.context(|| "open a netlink socket".to_owned())?;
+    for (what, message) in messages {
+        match ask(&socket, message) {
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::EXIST.raw_os_error()) => {}
+            answer => answer.context(|| what.clone())?,
+        }
+    }
+    Ok(())
+}
+
+/// One request, which asks for an acknowledgement (netlink(7)): `struct nlmsghdr`, then the error.
+fn ask(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
+    const HEADER: usize = 16;
+    rustix::net::send(socket.as_fd(), message, SendFlags::empty())?;
+    let mut answer = [0; 4096];
+    let (length, _) = rustix::net::recv(socket.as_fd(), &mut answer[..], RecvFlags::empty())?;
+    let error = answer[..length]
+        .get(HEADER..HEADER + 4)
+        .and_then(|bytes| <[u8; 4]>::try_from(bytes).ok())
+        .map(i32::from_le_bytes);
+    match error {
+        Some(0) => Ok(()),
+        Some(error) => Err(io::Error::from_raw_os_error(error.saturating_neg())),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}

@@ -1,0 +1,198 @@
+//! With links of the kernel, in namespaces made for the test. Redirections need modules that not every
+//! kernel has; the end-to-end suites have those.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    process::Command,
+    thread,
+};
+
+use nix::sched::{CloneFlags, unshare};
+
+use super::{discovery, namespace, netlink::Netlink, replica, tap};
+
+/// A new network namespace in which `commands` of ip(8) were run.
+fn namespace(commands: &[&str]) -> OwnedFd {
+    let commands: Vec<String> = commands.iter().map(|command| (*command).to_owned()).collect();
+    let made = thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        for command in commands {
+            let status = Command::new("ip").args(command.split(' ')).status().unwrap();
+            assert!(status.success(), "ip {command}");
+        }
+        OwnedFd::from(File::open("/proc/thread-self/ns/net").unwrap())
+    });
+    made.join().unwrap()
+}
+
+async fn within<T: Send + 'static>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send + 'static) -> T {
+    namespace::within(namespace.try_clone().unwrap(), work).await.unwrap()
+}
+
+fn ip(arguments: &str) -> Vec<String> {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut lines: Vec<String> = text.lines().map(|line| line.trim().to_owned()).collect();
+    lines.sort();
+    lines
+}
+
+/// What a user sees of the configuration.
+fn seen() -> Vec<String> {
+    let addresses = ip("-o addr").into_iter().map(|line| {
+        // Without the interface's number.
+        let words: Vec<_> = line.split_whitespace().skip(1).collect();
+        words.join(" ").replace(" nodad", "").replace(" noprefixroute", "")
+    });
+    let mut seen: Vec<String> = addresses.collect();
+    seen.extend(ip("route show table all"));
+    seen.extend(ip("-6 route show table all"));
+    seen.extend(ip("rule"));
+    seen.extend(ip("-6 rule"));
+    seen.extend(ip("neigh show nud permanent"));
+    seen.sort();
+    // Those of the kernel's own for each link that is up: local ones appear with the addresses.
+    seen.retain(|line| !line.contains("multicast ff00::/8"));
+    seen
+}
+
+/// As the agent does (`guest/agent/src/machine/network.rs`).
+fn configure(messages: &[(String, Vec<u8>)]) {
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::empty(),
+        SockProtocol::NetlinkRoute,
+    )
+    .unwrap();
+    for (what, message) in messages {
+        send(socket.as_raw_fd(), message, MsgFlags::empty()).unwrap();
+        let mut answer = [0; 4096];
+        recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).unwrap();
+        let error = -i32::from_le_bytes(answer[16..20].try_into().unwrap());
+        assert!(
+            [0, nix::libc::EEXIST].contains(&error),
+            "{what}: {}",
+            io::Error::from_raw_os_error(error)
+        );
+    }
+}
+
+/// Two Ethernet links to stand for those that a machine was given.
+fn guest() -> OwnedFd {
+    namespace(&["link set lo up", "link add veth0 type veth peer name veth1"])
+}
+
+async fn replicate(pod: &OwnedFd, guest: &OwnedFd) {
+    let (links, found) = within(pod, || {
+        let mut netlink = Netlink::open().unwrap();
+        (
+            discovery::links(&mut netlink).unwrap(),
+            discovery::rest(&mut netlink).unwrap(),
+        )
+    })
+    .await;
+    within(guest, move || {
+        let index = |name| nix::net::if_::if_nametoindex(name).unwrap();
+        let indexes = [index("veth0"), index("veth1")];
+        configure(&replica::messages(&found, &links, &indexes[..links.len()]));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn guest_has_the_addresses_routes_rules_and_neighbours_of_the_pod() {
+    // veth1 is the name of the guest's other link.
+    let pod = namespace(&[
+        "link set lo up",
+        "link add veth1 type veth peer name net1",
+        "link set veth1 addrgenmode none",
+        "link set net1 addrgenmode none",
+        "link set veth1 up",
+        "link set net1 up",
+        "addr add 10.1.0.5/24 brd + dev veth1",
+        "addr add 10.1.0.6/24 dev veth1 label veth1:1",
+        "addr add fd00::5/64 dev veth1 nodad",
+        "addr add fe80::5/64 dev veth1 nodad",
+        "addr add 10.2.0.5/32 dev net1",
+        "addr add 192.0.2.9/32 dev lo",
+        "route add default via 10.1.0.1 src 10.1.0.6 mtu 1400",
+        "route add 10.9.0.0/16 via 169.254.1.1 dev veth1 onlink",
+        "route add 10.8.0.0/16 dev net1 scope link metric 7",
+        "route add unreachable 10.7.0.0/16",
+        "route add 10.6.0.0/16 nexthop via 10.1.0.1 weight 2 nexthop dev net1 weight 3",
+        "route add default dev net1 table 100",
+        "route add 10.5.0.0/16 dev net1 table 1000",
+        "-6 route add default via fd00::1 dev veth1 metric 5",
+        "-6 route add fd01::/64 dev net1",
+        "neigh add 169.254.1.1 lladdr 02:00:00:00:00:01 dev veth1 nud permanent",
+        "neigh add fd00::1 lladdr 02:00:00:00:00:01 dev veth1 nud permanent",
+        "rule add from 10.2.0.5 lookup 100 priority 500",
+        "rule add fwmark 9 lookup 1000",
+        "-6 rule add from fd00::5 lookup 100 priority 500",
+    ]);
+    let guest = guest();
+
+    replicate(&pod, &guest).await;
+
+    let (expected, actual) = (within(&pod, seen).await, within(&guest, seen).await);
+    assert!(
+        expected
+            .iter()
+            .any(|line| line.contains("10.9.0.0/16") && line.contains("onlink")),
+        "{expected:#?}"
+    );
+    assert_eq!(actual, expected);
+}
+
+#[tokio::test]
+async fn only_ethernet_links_that_are_up_and_stand_alone_are_the_machines() {
+    let pod = namespace(&[
+        "link set lo up",
+        "link add eth0 type veth peer name down",
+        "link set eth0 up",
+        "link set eth0 mtu 1400",
+        "link set eth0 address 02:00:00:00:00:07",
+        "link add bridge type bridge",
+        "link add port type veth peer name other",
+        "link set port master bridge",
+        "link set port up",
+    ]);
+
+    let links = within(&pod, || discovery::links(&mut Netlink::open().unwrap()).unwrap()).await;
+
+    let names: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+    assert_eq!(names, ["eth0"]);
+    assert_eq!((links[0].mac, links[0].mtu), ([2, 0, 0, 0, 0, 7], 1400));
+}
+
+#[tokio::test]
+async fn tap_device_has_its_queues_the_mtu_of_its_link_and_no_address() {
+    let pod = namespace(&[]);
+
+    let lines = within(&pod, || {
+        let tap = tap::make(2).unwrap();
+        assert_eq!(tap.queues.len(), 2);
+        let link = discovery::Link {
+            index: 7,
+            name: "eth0".to_owned(),
+            mac: [2, 0, 0, 0, 0, 7],
+            mtu: 9000,
+        };
+        tap::set_up(&mut Netlink::open().unwrap(), tap.index, &link).unwrap();
+        let lines = ip("-o link show nutshell0");
+        let addresses = ip("-o addr show nutshell0");
+        assert!(addresses.is_empty(), "{addresses:?}");
+        lines
+    })
+    .await;
+
+    assert!(lines[0].contains("mtu 9000") && lines[0].contains(",UP"), "{lines:?}");
+    let left = within(&pod, || ip("-o link")).await;
+    assert_eq!(left.len(), 1, "{left:?}");
+}
