@@ -158,7 +158,7 @@ impl Needs {
 #[derive(Debug)]
 pub(crate) struct Pod {
     number: u64,
-    machine: Machine,
+    machine: Arc<Machine>,
     files: Mutex<Option<Files>>,
     group: Option<ControlGroup>,
     free_slots: Mutex<Range<u32>>,
@@ -220,7 +220,7 @@ impl Pod {
         };
         let pod = Arc::new(Self {
             number,
-            machine,
+            machine: Arc::new(machine),
             files: Mutex::new(files.clone()),
             group,
             free_slots: Mutex::new(needs.free),
@@ -317,13 +317,22 @@ impl Pod {
     }
 
     /// Gives the guest the network of the namespace in which the process `pid` lives. To be called
-    /// once, when all that belongs to the namespace is in it.
-    pub(crate) async fn connect(&self, pid: u32) -> Result<(), PodError> {
+    /// once; what appears there later is passed on by itself. `forwarding`: connections to the loopback
+    /// interface of the namespace are the guest's too.
+    pub(crate) async fn connect(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let namespace =
             holder::open_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
-        let network = Network::connect(&self.machine, namespace, self.vcpus.into()).await?;
-        *self.network() = network;
+        let network = Network::connect(&self.machine, namespace, self.vcpus.into(), forwarding).await?;
+        *self.network() = Some(network);
         Ok(())
+    }
+
+    /// Lets the network namespace go.
+    pub(crate) async fn disconnect(&self) {
+        let network = self.network().take();
+        if let Some(network) = network {
+            network.disconnect().await;
+        }
     }
 
     /// Takes back what [`Self::attach`] shared for a container that the guest has forgotten.
@@ -354,9 +363,7 @@ impl Pod {
                 if let Some(files) = files {
                     files.end().await;
                 }
-                if let Some(mut network) = self.network().take() {
-                    network.disconnect();
-                }
+                self.disconnect().await;
                 if let Some(group) = &self.group {
                     group.remove();
                 }

@@ -1,6 +1,8 @@
 //! What is said. Ids of containers and execs are containerd's own and are checked by the shim to
 //! be single path components before they are sent.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 /// What the shim sends.
@@ -94,6 +96,14 @@ pub enum Request {
     ConfigureNetwork {
         /// What each is for, in words for an error, and the message with its header.
         messages: Vec<(String, Vec<u8>)>,
+    },
+    /// Connect to a port of the machine's loopback interface and carry bytes between that connection and
+    /// the stream: [`Response::Done`] once both are there.
+    Forward {
+        /// The host port of the stream.
+        stream: u32,
+        /// Where something of the pod listens.
+        target: SocketAddr,
     },
     /// Write all file systems back; the machine is ended after the [`Response::Done`].
     Shutdown,

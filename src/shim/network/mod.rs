@@ -4,14 +4,18 @@
 //! redirects what arrives at one to the other (tc, both ways), so that whatever polices the link on
 //! the host still sees all of its traffic. The guest's link has the name, MAC and MTU of the host's,
 //! and the guest's kernel is told the namespace's addresses, routes, rules and permanent neighbours in
-//! rtnetlink's own messages, with the guest's interface numbers in place of the host's.
+//! rtnetlink's own messages, with the guest's interface numbers in place of the host's. Links, addresses
+//! and routes that appear later are passed on when they appear; what disappears stays in the guest.
 //!
 //! Lives here: all that the shim does inside a network namespace. May not live here: packets (those
 //! pass from the tap to the vmm). [`namespace`] enters, [`netlink`] asks the kernel, [`discovery`] says
 //! what is there, [`tap`] and [`redirect`] make the host's side, [`replica`] words the guest's. Called
 //! by [`super::pod`] when a pod starts.
 
+mod changes;
 mod discovery;
+mod forward;
+mod lookup;
 mod namespace;
 mod netlink;
 mod redirect;
@@ -21,18 +25,26 @@ mod tap;
 mod tests;
 
 use std::{
+    collections::HashSet,
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Weak},
 };
 
 use nutshell_protocol::{LINK_SLOTS, Request, Response};
+use tokio::{sync::Mutex, task::JoinHandle};
 
 use self::{
-    discovery::Found,
+    changes::Changes,
+    discovery::{Found, Link},
+    forward::{Forwarding, Listeners},
     netlink::{Netlink, NetlinkError},
     redirect::Redirect,
 };
-use super::machine::{AgentError, Machine};
+use super::{
+    log,
+    machine::{AgentError, Machine},
+};
 use crate::vmm::control::ControlError;
 
 /// Why a pod has no network.
@@ -78,102 +90,218 @@ pub(crate) enum NetworkError {
     Guest(#[from] AgentError),
 }
 
-/// What is connected; taken back by [`Self::disconnect`].
+/// A pod's network. It goes on by itself until [`Self::disconnect`].
 #[derive(Debug)]
 pub(crate) struct Network {
-    /// Speaks with the namespace from outside of it, and keeps it alive.
-    netlink: Netlink,
+    wiring: Arc<Mutex<Wiring>>,
+    follower: Option<JoinHandle<()>>,
+    _forwarding: Option<Forwarding>,
+}
+
+/// What is connected.
+#[derive(Debug)]
+struct Wiring {
+    /// Keeps it alive.
+    namespace: OwnedFd,
+    queues: usize,
+    redirects: Vec<Redirect>,
+    links: Vec<Link>,
+    /// Their numbers in the guest.
+    indexes: Vec<u32>,
+    /// What the guest was told of addresses, routes and the like.
+    told: HashSet<Vec<u8>>,
+}
+
+/// What a look into the namespace found.
+struct Survey {
+    found: Found,
+    wired: Vec<Wired>,
     redirects: Vec<Redirect>,
 }
 
 /// A link with its tap device.
 #[derive(Debug)]
 struct Wired {
-    link: discovery::Link,
+    link: Link,
     queues: Vec<OwnedFd>,
 }
 
 impl Network {
-    /// Connects all links of `namespace` with `machine`, by `queues` queues each. The machine may be
-    /// booting still; when this returns, the guest has its network. `None` if there is no link.
+    /// Connects all links of `namespace` with `machine`, by `queues` queues each; when this returns, the
+    /// guest has its network. `forwarding`: so do connections to the namespace's loopback interface.
     pub(crate) async fn connect(
-        machine: &Machine,
+        machine: &Arc<Machine>,
         namespace: OwnedFd,
         queues: usize,
-    ) -> Result<Option<Self>, NetworkError> {
-        let wired = namespace::within(namespace, move || wire(queues)).await;
-        let Some((mut network, found, links)) = wired.map_err(NetworkError::Namespace)?? else {
-            return Ok(None);
+        forwarding: bool,
+    ) -> Result<Self, NetworkError> {
+        let inside = namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let opened = namespace::within(&namespace, move || {
+            let listeners = forwarding.then(|| Listeners::open(inside.as_fd()));
+            Ok::<_, NetlinkError>((Changes::watch()?, listeners.transpose()))
+        });
+        let (changes, listeners) = opened.await.map_err(NetworkError::Namespace)??;
+        let mut wiring = Wiring {
+            namespace,
+            queues,
+            redirects: Vec::new(),
+            links: Vec::new(),
+            indexes: Vec::new(),
+            told: HashSet::new(),
         };
-        match plug(machine, &found, links).await {
-            Ok(()) => Ok(Some(network)),
-            Err(error) => {
-                network.disconnect();
-                Err(error)
-            }
+        if let Err(error) = wiring.update(machine).await {
+            wiring.take_down().await;
+            return Err(error);
         }
+        // Without either the pod is a pod still.
+        let forwarding = listeners
+            .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
+            .unwrap_or_else(|error| {
+                log::warn(&format!("connections to ports of the pod cannot be forwarded: {error}"));
+                None
+            });
+        let wiring = Arc::new(Mutex::new(wiring));
+        let follower = changes
+            .listen()
+            .map(|changes| tokio::spawn(follow(changes, wiring.clone(), Arc::downgrade(machine))))
+            .inspect_err(|error| log::warn(&format!("watch the pod's network: {error}")));
+        Ok(Self {
+            wiring,
+            follower: follower.ok(),
+            _forwarding: forwarding,
+        })
     }
 
-    /// Takes the redirections back and lets the namespace go. The tap devices went with the vmm.
-    pub(crate) fn disconnect(&mut self) {
-        for redirect in self.redirects.drain(..) {
-            // The link may be gone, and everything with it.
-            let _ = redirect.remove(&mut self.netlink);
+    /// Takes the redirections back and lets the namespace go. The tap devices go with the vmm.
+    pub(crate) async fn disconnect(self) {
+        if let Some(follower) = &self.follower {
+            follower.abort();
+        }
+        self.wiring.lock().await.take_down().await;
+    }
+}
+
+/// Passes on what changes in the namespace.
+async fn follow(mut changes: changes::Listener, wiring: Arc<Mutex<Wiring>>, machine: Weak<Machine>) {
+    loop {
+        if let Err(error) = changes.next().await {
+            log::warn(&format!("watch the pod's network: {error}"));
+            return;
+        }
+        let Some(machine) = machine.upgrade() else { return };
+        if let Err(error) = wiring.lock().await.update(&machine).await {
+            log::warn(&format!("the pod's network has changed: {error}"));
         }
     }
 }
 
-/// Makes the host's side; to be called in the namespace.
-fn wire(queues: usize) -> Result<Option<(Network, Found, Vec<Wired>)>, NetworkError> {
-    let mut network = Network {
-        netlink: Netlink::open()?,
+impl Wiring {
+    /// Looks what is there, and passes on what is new.
+    async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
+        let known: HashSet<u32> = self.links.iter().map(|link| link.index).collect();
+        let queues = self.queues;
+        let survey = namespace::within(&self.namespace, move || survey(&known, queues)).await;
+        let Survey {
+            found,
+            wired,
+            redirects,
+        } = survey.map_err(NetworkError::Namespace)??;
+        self.redirects.extend(redirects);
+        let mut messages = Vec::new();
+        if !wired.is_empty() {
+            let (links, indexes) = plug(machine, self.links.len(), wired).await?;
+            messages.extend(replica::link_messages(&links, &indexes));
+            self.links.extend(links);
+            self.indexes.extend(indexes);
+        }
+        if !self.links.is_empty() {
+            let rest = replica::messages(&found, &self.links, &self.indexes);
+            messages.extend(
+                rest.into_iter()
+                    .filter(|(_, message)| self.told.insert(message.clone())),
+            );
+        }
+        if !messages.is_empty() {
+            machine.agent().run(Request::ConfigureNetwork { messages }).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes the redirections. A link may be gone, and everything with it.
+    async fn take_down(&mut self) {
+        let redirects = std::mem::take(&mut self.redirects);
+        if redirects.is_empty() {
+            return;
+        }
+        let removed = namespace::within(&self.namespace, move || {
+            let Ok(mut netlink) = Netlink::open() else { return };
+            for redirect in redirects {
+                let _ = redirect.remove(&mut netlink);
+            }
+        });
+        if let Err(error) = removed.await {
+            log::warn(&format!("enter the pod's network namespace: {error}"));
+        }
+    }
+}
+
+/// Looks what is in the namespace, and gives each link that is not `known` a tap device. To be called in
+/// it.
+fn survey(known: &HashSet<u32>, queues: usize) -> Result<Survey, NetworkError> {
+    let mut netlink = Netlink::open()?;
+    let links = discovery::links(&mut netlink)?;
+    if links.is_empty() {
+        // Most containers that stand alone.
+        return Ok(Survey {
+            found: Found::default(),
+            wired: Vec::new(),
+            redirects: Vec::new(),
+        });
+    }
+    let new: Vec<_> = links.into_iter().filter(|link| !known.contains(&link.index)).collect();
+    let count = known.len() + new.len();
+    if count > LINK_SLOTS as usize {
+        return Err(NetworkError::TooMany(count));
+    }
+    let mut survey = Survey {
+        found: discovery::rest(&mut netlink)?,
+        wired: Vec::new(),
         redirects: Vec::new(),
     };
-    let links = discovery::links(&mut network.netlink)?;
-    if links.is_empty() {
-        return Ok(None);
-    }
-    if links.len() > LINK_SLOTS as usize {
-        return Err(NetworkError::TooMany(links.len()));
-    }
-    let found = discovery::rest(&mut network.netlink)?;
-    let mut wired = Vec::new();
-    for link in links {
-        match wire_link(&mut network, link, queues) {
-            Ok(link) => wired.push(link),
-            Err(error) => {
-                network.disconnect();
-                return Err(error);
+    for link in new {
+        if let Err(error) = wire(&mut netlink, &mut survey, link, queues) {
+            for redirect in survey.redirects {
+                // The first error counts.
+                let _ = redirect.remove(&mut netlink);
             }
+            return Err(error);
         }
     }
-    Ok(Some((network, found, wired)))
+    Ok(survey)
 }
 
-fn wire_link(network: &mut Network, link: discovery::Link, queues: usize) -> Result<Wired, NetworkError> {
-    let failed = |step| {
-        let link = link.name.clone();
-        move |source| NetworkError::Tap { link, step, source }
-    };
-    let tap = tap::make(queues).map_err(|(step, source)| failed(step)(source))?;
-    tap::set_up(&mut network.netlink, tap.index, &link)?;
-    for (from, to) in [(link.index, tap.index), (tap.index, link.index)] {
-        let redirect = Redirect::make(&mut network.netlink, from, to)?;
-        // The tap's goes with the tap.
-        if from == link.index {
-            network.redirects.push(redirect);
-        }
-    }
-    Ok(Wired {
+fn wire(netlink: &mut Netlink, survey: &mut Survey, link: Link, queues: usize) -> Result<(), NetworkError> {
+    let tap = tap::make(queues).map_err(|(step, source)| NetworkError::Tap {
+        link: link.name.clone(),
+        step,
+        source,
+    })?;
+    tap::set_up(netlink, tap.index, &link)?;
+    // It goes with the tap.
+    Redirect::make(netlink, tap.index, link.index)?;
+    survey.redirects.push(Redirect::make(netlink, link.index, tap.index)?);
+    survey.wired.push(Wired {
         link,
         queues: tap.queues,
-    })
+    });
+    Ok(())
 }
 
-/// Makes the guest's side.
-async fn plug(machine: &Machine, found: &Found, wired: Vec<Wired>) -> Result<(), NetworkError> {
-    let mut links = Vec::new();
-    for (slot, Wired { link, queues }) in (0..).zip(wired) {
+/// Puts links into the machine's slots from `first` on; their numbers in the guest.
+async fn plug(machine: &Machine, first: usize, wired: Vec<Wired>) -> Result<(Vec<Link>, Vec<u32>), NetworkError> {
+    let first = u32::try_from(first).unwrap_or(LINK_SLOTS);
+    let (mut links, mut slots) = (Vec::new(), Vec::new());
+    for (slot, Wired { link, queues }) in (first..).zip(wired) {
         let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
         let plugged = machine.plug_link(slot, link.mac, link.mtu, &descriptors).await;
         let name = || link.name.clone();
@@ -181,13 +309,10 @@ async fn plug(machine: &Machine, found: &Found, wired: Vec<Wired>) -> Result<(),
             .map_err(|source| NetworkError::Control { link: name(), source })?
             .map_err(|reason| NetworkError::Plug { link: name(), reason })?;
         links.push(link);
+        slots.push(slot);
     }
-    let request = Request::PlugLinks {
-        slots: (0..).take(links.len()).collect(),
-    };
-    let Response::Links(indexes) = machine.agent().request(request).await? else {
-        return Err(AgentError::Unexpected.into());
-    };
-    let messages = replica::messages(found, &links, &indexes);
-    Ok(machine.agent().run(Request::ConfigureNetwork { messages }).await?)
+    match machine.agent().request(Request::PlugLinks { slots }).await? {
+        Response::Links(indexes) if indexes.len() == links.len() => Ok((links, indexes)),
+        _ => Err(AgentError::Unexpected.into()),
+    }
 }

@@ -1,6 +1,10 @@
 //! Working in another network namespace.
 
-use std::{io, os::fd::OwnedFd, thread};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    thread,
+};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
@@ -8,11 +12,10 @@ use tokio::sync::oneshot;
 /// Runs `work` in `namespace`, on a thread of its own: a thread that has entered one is of no further
 /// use. Sockets that are opened there stay in it.
 pub(super) async fn within<T: Send + 'static>(
-    namespace: OwnedFd,
+    namespace: &OwnedFd,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
-    use std::os::fd::AsFd;
-
+    let namespace = namespace.try_clone()?;
     let (sender, receiver) = oneshot::channel();
     thread::Builder::new().name("network".to_owned()).spawn(move || {
         let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));

@@ -29,6 +29,14 @@ pub(crate) struct NetlinkError {
 }
 
 impl NetlinkError {
+    /// `what` failed.
+    pub(super) fn new(what: &str, source: io::Error) -> Self {
+        Self {
+            what: what.to_owned(),
+            source,
+        }
+    }
+
     /// The kernel's error number.
     pub(super) fn errno(&self) -> Option<i32> {
         self.source.raw_os_error()
@@ -51,7 +59,7 @@ impl Netlink {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkRoute,
         );
-        let socket = socket.map_err(|errno| error("open a netlink socket", errno.into()))?;
+        let socket = socket.map_err(|errno| NetlinkError::new("open a netlink socket", errno.into()))?;
         Ok(Self { socket, sequence: 0 })
     }
 
@@ -63,19 +71,22 @@ impl Netlink {
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
         for _ in 0..TRIES {
             self.send(question.clone(), NLM_F_DUMP)
-                .map_err(|source| error(what, source))?;
-            if let Some(found) = self.collect().map_err(|source| error(what, source))? {
+                .map_err(|source| NetlinkError::new(what, source))?;
+            if let Some(found) = self.collect().map_err(|source| NetlinkError::new(what, source))? {
                 return Ok(found);
             }
         }
-        Err(error(what, io::Error::other("the namespace keeps changing")))
+        Err(NetlinkError::new(
+            what,
+            io::Error::other("the namespace keeps changing"),
+        ))
     }
 
     /// Asks for a change, with `flags` (`NLM_F_CREATE` and its like).
     pub(super) fn change(&mut self, what: &str, message: RouteNetlinkMessage, flags: u16) -> Result<(), NetlinkError> {
         self.send(message, NLM_F_ACK | flags)
             .and_then(|()| self.collect())
-            .map_err(|source| error(what, source))?;
+            .map_err(|source| NetlinkError::new(what, source))?;
         Ok(())
     }
 
@@ -130,11 +141,4 @@ pub(super) fn serialize(message: RouteNetlinkMessage, flags: u16, sequence: u32)
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
     bytes
-}
-
-fn error(what: &str, source: io::Error) -> NetlinkError {
-    NetlinkError {
-        what: what.to_owned(),
-        source,
-    }
 }

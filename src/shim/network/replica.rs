@@ -27,15 +27,10 @@ use super::{
 const LOOPBACK: u32 = 1;
 
 /// A message in words and in bytes.
-type Message = (String, Vec<u8>);
+pub(super) type Message = (String, Vec<u8>);
 
-/// What the agent passes to the guest's kernel, in this order: `links` are its interfaces `indexes`.
-pub(super) fn messages(found: &Found, links: &[Link], indexes: &[u32]) -> Vec<Message> {
-    let mut numbers: HashMap<u32, u32> = links
-        .iter()
-        .map(|link| link.index)
-        .zip(indexes.iter().copied())
-        .collect();
+/// Names the guest's interfaces `indexes` as `links` and brings them up.
+pub(super) fn link_messages(links: &[Link], indexes: &[u32]) -> Vec<Message> {
     let mut messages = Vec::new();
     if links.len() > 1 {
         // The kernel has named them by itself, perhaps as another is to be called.
@@ -59,6 +54,18 @@ pub(super) fn messages(found: &Found, links: &[Link], indexes: &[u32]) -> Vec<Me
             true,
         ));
     }
+    messages
+}
+
+/// All else that the agent passes to the guest's kernel, in this order: `links` are its interfaces
+/// `indexes`.
+pub(super) fn messages(found: &Found, links: &[Link], indexes: &[u32]) -> Vec<Message> {
+    let mut numbers: HashMap<u32, u32> = links
+        .iter()
+        .map(|link| link.index)
+        .zip(indexes.iter().copied())
+        .collect();
+    let mut messages = Vec::new();
     numbers.insert(LOOPBACK, LOOPBACK);
     messages.extend(found.addresses.iter().filter_map(|message| address(message, &numbers)));
     messages.extend(

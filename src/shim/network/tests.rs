@@ -4,14 +4,16 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsRawFd, OwnedFd},
+    net::TcpStream,
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     process::Command,
     thread,
+    time::Duration,
 };
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{discovery, namespace, netlink::Netlink, replica, tap};
+use super::{changes::Changes, discovery, forward::Listeners, namespace, netlink::Netlink, replica, tap};
 
 /// A new network namespace in which `commands` of ip(8) were run.
 fn namespace(commands: &[&str]) -> OwnedFd {
@@ -28,7 +30,7 @@ fn namespace(commands: &[&str]) -> OwnedFd {
 }
 
 async fn within<T: Send + 'static>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send + 'static) -> T {
-    namespace::within(namespace.try_clone().unwrap(), work).await.unwrap()
+    namespace::within(namespace, work).await.unwrap()
 }
 
 fn ip(arguments: &str) -> Vec<String> {
@@ -100,6 +102,7 @@ async fn replicate(pod: &OwnedFd, guest: &OwnedFd) {
     within(guest, move || {
         let index = |name| nix::net::if_::if_nametoindex(name).unwrap();
         let indexes = [index("veth0"), index("veth1")];
+        configure(&replica::link_messages(&links, &indexes[..links.len()]));
         configure(&replica::messages(&found, &links, &indexes[..links.len()]));
     })
     .await;
@@ -195,4 +198,41 @@ async fn tap_device_has_its_queues_the_mtu_of_its_link_and_no_address() {
     assert!(lines[0].contains("mtu 9000") && lines[0].contains(",UP"), "{lines:?}");
     let left = within(&pod, || ip("-o link")).await;
     assert_eq!(left.len(), 1, "{left:?}");
+}
+
+#[tokio::test]
+async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
+    let pod = namespace(&["link set lo up", "addr add 192.0.2.9/32 dev lo"]);
+    let inside = pod.try_clone().unwrap();
+    let listeners = within(&pod, move || Listeners::open(inside.as_fd()).unwrap()).await;
+
+    let (clients, refused) = within(&pod, || {
+        let connect = |address: &str| TcpStream::connect(address);
+        let clients = ["127.0.0.1:80", "127.1.2.3:65535", "[::1]:8080"].map(|address| connect(address).unwrap());
+        (clients, connect("192.0.2.9:80").is_err())
+    })
+    .await;
+
+    assert!(refused);
+    let accepted: Vec<_> = [0, 0, 1]
+        .into_iter()
+        .map(|index: usize| listeners.accept(index).local_addr().unwrap().to_string())
+        .collect();
+    assert_eq!(accepted, ["127.0.0.1:80", "127.1.2.3:65535", "[::1]:8080"]);
+    drop((clients, listeners));
+    let refused = within(&pod, || TcpStream::connect("127.0.0.1:80").is_err()).await;
+    assert!(refused);
+}
+
+#[tokio::test]
+async fn change_in_the_namespace_is_told_and_nothing_else() {
+    let pod = namespace(&["link set lo up"]);
+    let mut changes = within(&pod, || Changes::watch().unwrap()).await.listen().unwrap();
+
+    let early = tokio::time::timeout(Duration::from_millis(50), changes.next()).await;
+    within(&pod, || ip("link add eth0 type veth peer name other")).await;
+    let told = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
+
+    assert!(early.is_err());
+    told.unwrap().unwrap();
 }

@@ -116,7 +116,10 @@ impl Tasks {
         let (pod, pid) = (&container.pod, container.init.pid());
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-        let connected = pod.machine().within(CREATE_LIMIT, pod.connect(pid)).await;
+        let connected = pod
+            .machine()
+            .within(CREATE_LIMIT, pod.connect(pid, container.role == Role::Sandbox))
+            .await;
         match connected {
             Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(TaskError::unknown(error.to_string())),

@@ -12,7 +12,7 @@ use crate::container::cgroup::Cgroup;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
-use crate::machine::{clock, network};
+use crate::machine::{clock, forward, network};
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
 use crate::sys;
@@ -70,6 +70,14 @@ impl Agent {
             Request::ConfigureNetwork { messages } => {
                 network::configure(&messages)?;
                 Ok(Answer::Now(Response::Done))
+            }
+            Request::Forward { stream, target } => {
+                let stream = self.host.dial(stream).context(|| "open the stream".to_owned())?;
+                self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
+                    forward::start(&stream, target)?;
+                    Ok((Outcome::Done, None))
+                })?;
+                Ok(Answer::Later)
             }
             Request::Shutdown => self.shut_down(id),
         }

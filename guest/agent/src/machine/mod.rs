@@ -1,9 +1,11 @@
 //! What PID 1 does once, before the host hears of it: mounts, limits, the loopback interface; and how
 //! the machine ends. `disk` and `share` find the machine's devices for the jobs that mount them, `clock`
-//! sets its time, `network` takes its links into use.
+//! sets its time, `network` takes its
+//! links into use, `forward` carries connections of the host to its ports.
 
 pub(crate) mod clock;
 pub(crate) mod disk;
+pub(crate) mod forward;
 pub(crate) mod network;
 pub(crate) mod share;
 

@@ -210,7 +210,7 @@ impl Connection {
             // Bursts must not keep their memory for the life of the stream.
             self.pending = VecDeque::new();
             if let Output::Draining(_) = self.output {
-                self.output = Output::Closed;
+                self.close_output();
             }
         }
         self.fate()
@@ -298,10 +298,21 @@ impl Connection {
     }
 
     fn end_output(&mut self) {
-        if let Output::Open(descriptor) = std::mem::replace(&mut self.output, Output::Closed)
-            && !self.pending.is_empty()
-        {
-            self.output = Output::Draining(descriptor);
+        match std::mem::replace(&mut self.output, Output::Closed) {
+            Output::Open(descriptor) if !self.pending.is_empty() => self.output = Output::Draining(descriptor),
+            output => {
+                self.output = output;
+                self.close_output();
+            }
+        }
+    }
+
+    /// Closes the output after its last byte.
+    fn close_output(&mut self) {
+        let output = std::mem::replace(&mut self.output, Output::Closed);
+        if let (Output::Open(socket) | Output::Draining(socket), Input::Open { .. }) = (output, &self.input) {
+            // Where both are the same socket, closing one of its descriptors tells the peer nothing.
+            let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         }
     }
 

@@ -1,0 +1,127 @@
+//! Connections that the host makes to ports of the pod: each is carried by a process of its own, which
+//! ends with it.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use nutshell_protocol::Failure;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::Errno;
+
+use crate::job::Context;
+use crate::sys;
+
+/// How much moves at once.
+const CHUNK: usize = 64 << 10;
+
+/// On the loopback interface a connection is made or refused at once; a full backlog makes it wait.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// Connects to `target`, and leaves a process behind that carries bytes between it and `stream`. To be
+/// called in a job.
+pub(crate) fn start(stream: &OwnedFd, target: SocketAddr) -> Result<(), Failure> {
+    let socket =
+        TcpStream::connect_timeout(&target, CONNECT_LIMIT).context(|| format!("connect to {target} in the pod"))?;
+    let socket = OwnedFd::from(socket);
+    for end in [stream, &socket] {
+        rustix::io::ioctl_fionbio(end, true)
+            .map_err(io::Error::from)
+            .context(|| "set a socket up".to_owned())?;
+    }
+    if sys::fork().context(|| "start a process".to_owned())?.is_some() {
+        return Ok(());
+    }
+    sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);
+    // Whoever is at the ends sees that they are closed.
+    sys::exit_now(carry(stream, &socket).is_err().into())
+}
+
+/// Bytes of one direction that were read and not yet written.
+struct Direction<'a> {
+    from: BorrowedFd<'a>,
+    to: BorrowedFd<'a>,
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// All was read; what is held still goes out.
+    Ending,
+    Ended,
+}
+
+impl<'a> Direction<'a> {
+    fn new(from: &'a OwnedFd, to: &'a OwnedFd) -> Self {
+        Self {
+            from: from.as_fd(),
+            to: to.as_fd(),
+            bytes: vec![0; CHUNK].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            state: State::Open,
+        }
+    }
+
+    fn holds(&self) -> bool {
+        self.start < self.end
+    }
+
+    /// Moves what can be moved now.
+    fn turn(&mut self) -> io::Result<()> {
+        while self.state != State::Ended {
+            let moved = if self.holds() {
+                rustix::io::write(self.to, &self.bytes[self.start..self.end]).map(|count| self.start += count)
+            } else if self.state == State::Ending {
+                self.state = State::Ended;
+                rustix::net::shutdown(self.to, rustix::net::Shutdown::Write)
+            } else {
+                rustix::io::read(self.from, &mut self.bytes[..]).map(|count| {
+                    (self.start, self.end) = (0, count);
+                    if count == 0 {
+                        self.state = State::Ending;
+                    }
+                })
+            };
+            match moved {
+                Ok(()) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Until both directions have ended, or one has failed.
+fn carry(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
+    let (mut inward, mut outward) = (Direction::new(stream, socket), Direction::new(socket, stream));
+    loop {
+        inward.turn()?;
+        outward.turn()?;
+        if inward.state == State::Ended && outward.state == State::Ended {
+            return Ok(());
+        }
+        let interest = |reads: &Direction<'_>, writes: &Direction<'_>| {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, reads.state == State::Open && !reads.holds());
+            flags.set(PollFlags::OUT, writes.holds());
+            flags
+        };
+        let mut ends = [
+            PollFd::new(stream, interest(&inward, &outward)),
+            PollFd::new(socket, interest(&outward, &inward)),
+        ];
+        // An end that is gone in both directions is reported without being asked for.
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut ends, None))?;
+        let gone = |end: &PollFd<'_>| end.revents().intersects(PollFlags::ERR | PollFlags::NVAL);
+        if ends.iter().any(gone) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+    }
+}
