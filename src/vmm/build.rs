@@ -8,7 +8,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use nutshell_protocol::{AGENT_PORT, SHARE_TAG, disk_serial};
+use nutshell_protocol::{AGENT_PORT, LINK_SLOTS, SHARE_TAG, disk_serial};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{
@@ -27,7 +27,8 @@ use crate::devices::{
         block::{Backing, Block, Disk},
         console::{Console, Log},
         fs::Fs,
-        mmio::{Line, Mmio, NOTIFY, WINDOW},
+        mmio::{Line, Mmio, NOTIFY, Slot, WINDOW},
+        net::Net,
         rng::Rng,
         vsock::{Vsock, muxer::Muxer},
     },
@@ -59,6 +60,9 @@ pub(crate) enum BuildError {
         /// Why.
         source: io::Error,
     },
+    /// A slot that does not exist, or is taken.
+    #[error("there is no empty slot {0} for a network device")]
+    Slot(u32),
     /// The kernel cannot be loaded.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -124,7 +128,10 @@ impl Parts {
 #[derive(Debug)]
 pub(crate) struct Running {
     /// KVM takes the irqfds back when its descriptor is closed, while vCPUs still run.
-    _vm: Vm,
+    vm: Vm,
+    memory: Arc<Memory>,
+    /// Places for network devices.
+    links: Vec<Place>,
     pub(crate) vsock: Handle<Vsock>,
     pub(crate) vsock_receive: EventFd,
     pub(crate) vsock_transmit: EventFd,
@@ -133,6 +140,64 @@ pub(crate) struct Running {
     pub(crate) rng: Handle<Rng>,
     pub(crate) rng_request: EventFd,
     pub(crate) disks: Vec<Disk>,
+}
+
+/// Where a device is on the bus.
+#[derive(Debug, Clone, Copy)]
+struct Address {
+    base: u64,
+    line: u32,
+}
+
+/// A place for a device that comes later.
+#[derive(Debug)]
+struct Place {
+    address: Address,
+    slot: Slot,
+}
+
+impl Running {
+    /// Puts a network device into an empty slot; the guest's driver finds it when it looks again.
+    pub(crate) fn plug_link(&self, slot: u32, mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> Result<(), BuildError> {
+        let place = self.links.get(slot as usize).filter(|place| place.slot.is_empty());
+        let place = place.ok_or(BuildError::Slot(slot))?;
+        let net = Net::new(mac, mtu, queues).map_err(device("tap device"))?;
+        let line = Arc::new(Line::new(eventfd()?));
+        let (transport, _) = connect(&self.vm, &self.memory, place.address, Box::new(net), line)?;
+        if place.slot.fill(transport) {
+            Ok(())
+        } else {
+            Err(BuildError::Slot(slot))
+        }
+    }
+}
+
+/// Gives a device its interrupt line and the kick of each queue.
+fn connect(
+    vm: &Vm,
+    memory: &Arc<Memory>,
+    address: Address,
+    virtio: Box<dyn Device>,
+    line: Arc<Line>,
+) -> Result<(Mmio, Vec<EventFd>), BuildError> {
+    vm.interrupt_on(line.irqfd(), address.line)?;
+    let kicks: Vec<EventFd> = virtio
+        .queue_sizes()
+        .iter()
+        .map(|_| eventfd())
+        .collect::<Result<_, _>>()?;
+    for (queue, kick) in (0..).zip(&kicks) {
+        vm.signal_on_write(kick, address.base + NOTIFY, queue)?;
+    }
+    let clones = kicks
+        .iter()
+        .map(|kick| kick.try_clone().map_err(device("eventfd")))
+        .collect::<Result<_, _>>()?;
+    Ok((Mmio::new(virtio, memory.clone(), line, kicks), clones))
+}
+
+fn eventfd() -> Result<EventFd, BuildError> {
+    EventFd::new(EFD_CLOEXEC).map_err(device("eventfd"))
 }
 
 /// Builds the machine and lets its processors run; what ends it is reported to `end`, and what it
@@ -151,6 +216,10 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     let vm = Vm::new(kvm, &memory)?;
     let mut board = Board::new(&vm, memory.clone());
 
+    // First: their names in the guest are numbers (see `link_device`).
+    let links = (0..LINK_SLOTS)
+        .map(|_| board.reserve())
+        .collect::<Result<Vec<_>, _>>()?;
     let mut muxer = Muxer::new().map_err(device("vsock"))?;
     let agent_output = agent.try_clone().map_err(device("vsock"))?;
     muxer
@@ -163,7 +232,7 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     let rng = Handle::new(Rng::default());
     let mut rng_kicks = board.add(Box::new(rng.clone()))?.into_iter();
     if let Some(socket) = share {
-        let line = Arc::new(Line::always_used(board.irqfd()?));
+        let line = Arc::new(Line::always_used(eventfd()?));
         board.add_with_line(Box::new(Fs::new(SHARE_TAG, socket, line.clone())), line)?;
     }
     let disks = (0..)
@@ -197,7 +266,9 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     }
     let kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
     Ok(Running {
-        _vm: vm,
+        vm,
+        memory,
+        links,
         vsock_receive: kick(&mut vsock_kicks)?,
         vsock_transmit: kick(&mut vsock_kicks)?,
         vsock,
@@ -231,43 +302,40 @@ impl<'v> Board<'v> {
         }
     }
 
-    fn irqfd(&self) -> Result<EventFd, BuildError> {
-        EventFd::new(EFD_CLOEXEC).map_err(device("eventfd"))
-    }
-
     fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, BuildError> {
-        let line = Arc::new(Line::new(self.irqfd()?));
+        let line = Arc::new(Line::new(eventfd()?));
         self.add_with_line(device, line)
     }
 
     /// Returns the kick of each queue.
     fn add_with_line(&mut self, virtio: Box<dyn Device>, line: Arc<Line>) -> Result<Vec<EventFd>, BuildError> {
+        let address = self.address()?;
+        let (transport, kicks) = connect(self.vm, &self.memory, address, virtio, line)?;
+        self.bus.add(address.base..address.base + WINDOW, Box::new(transport));
+        Ok(kicks)
+    }
+
+    /// Keeps a place for a device that comes later.
+    fn reserve(&mut self) -> Result<Place, BuildError> {
+        let (address, slot) = (self.address()?, Slot::default());
+        self.bus
+            .add(address.base..address.base + WINDOW, Box::new(slot.clone()));
+        Ok(Place { address, slot })
+    }
+
+    /// The next window and line, of which the kernel is told.
+    fn address(&mut self) -> Result<Address, BuildError> {
         use std::fmt::Write;
 
-        let number = FIRST_LINE + self.count;
-        if number >= u32::from(boot::mptable::LINES) {
+        let line = FIRST_LINE + self.count;
+        if line >= u32::from(boot::mptable::LINES) {
             return Err(BuildError::Command("more devices than interrupt lines"));
         }
         let base = MMIO.start + u64::from(self.count) * WINDOW;
         self.count += 1;
-        self.vm.interrupt_on(line.irqfd(), number)?;
-        let kicks: Vec<EventFd> = virtio
-            .queue_sizes()
-            .iter()
-            .map(|_| EventFd::new(EFD_CLOEXEC).map_err(device("eventfd")))
-            .collect::<Result<_, _>>()?;
-        for (queue, kick) in (0..).zip(&kicks) {
-            self.vm.signal_on_write(kick, base + NOTIFY, queue)?;
-        }
-        let clones = kicks
-            .iter()
-            .map(|kick| kick.try_clone().map_err(device("eventfd")))
-            .collect::<Result<_, _>>()?;
-        let transport = Mmio::new(virtio, self.memory.clone(), line, kicks);
-        self.bus.add(base..base + WINDOW, Box::new(transport));
         // Writing to a string cannot fail.
-        let _ = write!(self.arguments, " virtio_mmio.device={WINDOW}@{base:#x}:{number}");
-        Ok(clones)
+        let _ = write!(self.arguments, " virtio_mmio.device={WINDOW}@{base:#x}:{line}");
+        Ok(Address { base, line })
     }
 }
 

@@ -196,7 +196,11 @@ fn command(
                 disk.grow().map_err(|error| disk_failed(slot, &error))?;
             }
         }
-        Command::PlugLink { .. } => {}
+        Command::PlugLink { slot, mac, mtu } => {
+            let result = running.plug_link(slot, mac, mtu, descriptors.collect());
+            let result = result.map_err(|error| error.to_string());
+            tell(channel, &Notice::LinkPlugged { slot, result })?;
+        }
         Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
     }
     Ok(())

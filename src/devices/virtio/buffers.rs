@@ -106,6 +106,18 @@ impl<'m> Buffers<'m> {
         }
     }
 
+    /// Puts `more` behind what there is; `false`, with nothing done, if it were more than one system call
+    /// takes.
+    #[must_use]
+    pub(crate) fn append(&mut self, more: Self) -> bool {
+        let fits = self.slices.len() + more.slices.len() <= MAX_BUFFERS;
+        if fits {
+            self.slices.extend(more.slices);
+            self.length += more.length;
+        }
+        fits
+    }
+
     /// How many bytes are left.
     pub(crate) fn len(&self) -> usize {
         self.length

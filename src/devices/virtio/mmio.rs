@@ -3,7 +3,7 @@
 use std::{
     ops::Range,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
 };
@@ -242,6 +242,57 @@ impl Registers for Mmio {
             && !CONFIG_SPACE.contains(&offset)
         {
             self.write_register(register, u32::from_le_bytes(bytes));
+        }
+    }
+}
+
+/// A place on the bus for a device that comes while the machine runs. While it is empty, a driver finds
+/// device 0, which it ignores (virtio 1.3 §4.2.2).
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Slot(Arc<Mutex<Option<Mmio>>>);
+
+impl Slot {
+    /// Puts a device there; `false` if there is one.
+    #[must_use]
+    pub(crate) fn fill(&self, device: Mmio) -> bool {
+        let mut slot = self.lock();
+        if slot.is_some() {
+            return false;
+        }
+        *slot = Some(device);
+        true
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Mmio>> {
+        // A panic ends the process (see `vmm::main`): nobody sees a poisoned lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registers for Slot {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(device) = &mut *self.lock() {
+            return device.read(offset, data);
+        }
+        data.fill(0);
+        let register: u32 = match u32::try_from(offset) {
+            Ok(VIRTIO_MMIO_MAGIC_VALUE) => MAGIC,
+            Ok(VIRTIO_MMIO_VERSION) => VERSION,
+            _ => 0,
+        };
+        if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+            *data = register.to_le_bytes();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(device) = &mut *self.lock() {
+            device.write(offset, data);
         }
     }
 }

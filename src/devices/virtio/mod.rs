@@ -10,6 +10,7 @@ pub(crate) mod console;
 pub(crate) mod fs;
 pub(crate) mod mmio;
 pub(crate) mod negotiation;
+pub(crate) mod net;
 pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod vsock;

@@ -1,8 +1,16 @@
 //! A queue as a device owns it: geometry fixed at activation, with its kick and its interrupt.
 
-use std::sync::Arc;
+use std::{
+    num::Wrapping,
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+};
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
@@ -31,7 +39,13 @@ pub(crate) struct DeviceQueue {
     kick: EventFd,
     memory: Arc<Memory>,
     interrupt: Arc<dyn Interrupt>,
+    /// Up to here the driver was told of what was used, or did not want to be.
+    announced: Wrapping<u16>,
 }
+
+/// Flags and index stand before a ring's entries (virtio 1.3 §2.7.6, §2.7.8).
+const AVAIL_RING_HEADER: u64 = 4;
+const USED_RING_HEADER: u64 = 4;
 
 impl DeviceQueue {
     /// Wraps a queue that was validated against `memory`.
@@ -43,6 +57,7 @@ impl DeviceQueue {
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
+            announced: Wrapping(queue.next_used()),
             index,
             queue,
             kick,
@@ -84,12 +99,59 @@ impl DeviceQueue {
         Ok(self.queue.add_used(&*self.memory, head, written)?)
     }
 
-    /// Interrupts the driver if it asked to be for what was used since the last call.
+    /// Gives several chains back, of which the driver sees all or none.
+    pub(crate) fn add_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let Some(((head, written), others)) = chains.split_last() else {
+            return Ok(());
+        };
+        let mut next = self.queue.next_used();
+        for (head, written) in others {
+            let place = u64::from(next % self.queue.size()) * size_of::<u64>() as u64;
+            let address = self.ring(self.queue.used_ring(), place + USED_RING_HEADER)?;
+            // The chain's head, then the length, in little-endian order.
+            let element = u64::from(*head) | u64::from(*written) << 32;
+            self.memory
+                .write_obj(element.to_le(), address)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        // The last one moves the ring's index past all of them.
+        self.queue.set_next_used(next);
+        self.add_used(*head, *written)
+    }
+
+    /// Interrupts the driver if it asked to be for what was used since the last call (virtio 1.3
+    /// §2.7.7.2).
     pub(crate) fn notify(&mut self) -> Result<(), QueueError> {
-        if self.queue.needs_notification(&*self.memory)? {
+        let used = Wrapping(self.queue.next_used());
+        let before = std::mem::replace(&mut self.announced, used);
+        if used == before {
+            return Ok(());
+        }
+        // What was used must be seen before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let wanted = if self.queue.event_idx_enabled() {
+            let event = Wrapping(self.avail(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER)?);
+            used - event - Wrapping(1) < used - before
+        } else {
+            self.avail(0)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+        };
+        if wanted {
             self.interrupt.used(self.index);
         }
         Ok(())
+    }
+
+    /// The field of the available ring at `offset`.
+    fn avail(&self, offset: u64) -> Result<u16, QueueError> {
+        let address = self.ring(self.queue.avail_ring(), offset)?;
+        let field = self.memory.load::<u16>(address, Ordering::Relaxed);
+        Ok(u16::from_le(field.map_err(virtio_queue::Error::GuestMemory)?))
+    }
+
+    fn ring(&self, base: u64, offset: u64) -> Result<GuestAddress, QueueError> {
+        let address = base.checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
+        Ok(GuestAddress(address))
     }
 
     /// Asks the driver not to kick while the queue is being worked on.

@@ -106,6 +106,8 @@ struct Wiring {
     queues: usize,
     redirects: Vec<Redirect>,
     links: Vec<Link>,
+    /// The numbers of their tap devices, which are links of the namespace too.
+    taps: Vec<u32>,
     /// Their numbers in the guest.
     indexes: Vec<u32>,
     /// What the guest was told of addresses, routes and the like.
@@ -119,10 +121,20 @@ struct Survey {
     redirects: Vec<Redirect>,
 }
 
+/// Links, by their numbers in the namespace, that need no tap device.
+struct Known {
+    /// These have one.
+    links: Vec<u32>,
+    /// These are such.
+    taps: Vec<u32>,
+}
+
 /// A link with its tap device.
 #[derive(Debug)]
 struct Wired {
     link: Link,
+    /// The number of the tap device.
+    tap: u32,
     queues: Vec<OwnedFd>,
 }
 
@@ -146,6 +158,7 @@ impl Network {
             queues,
             redirects: Vec::new(),
             links: Vec::new(),
+            taps: Vec::new(),
             indexes: Vec::new(),
             told: HashSet::new(),
         };
@@ -198,7 +211,10 @@ async fn follow(mut changes: changes::Listener, wiring: Arc<Mutex<Wiring>>, mach
 impl Wiring {
     /// Looks what is there, and passes on what is new.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
-        let known: HashSet<u32> = self.links.iter().map(|link| link.index).collect();
+        let known = Known {
+            links: self.links.iter().map(|link| link.index).collect(),
+            taps: self.taps.clone(),
+        };
         let queues = self.queues;
         let survey = namespace::within(&self.namespace, move || survey(&known, queues)).await;
         let Survey {
@@ -207,6 +223,7 @@ impl Wiring {
             redirects,
         } = survey.map_err(NetworkError::Namespace)??;
         self.redirects.extend(redirects);
+        self.taps.extend(wired.iter().map(|wired| wired.tap));
         let mut messages = Vec::new();
         if !wired.is_empty() {
             let (links, indexes) = plug(machine, self.links.len(), wired).await?;
@@ -247,7 +264,7 @@ impl Wiring {
 
 /// Looks what is in the namespace, and gives each link that is not `known` a tap device. To be called in
 /// it.
-fn survey(known: &HashSet<u32>, queues: usize) -> Result<Survey, NetworkError> {
+fn survey(known: &Known, queues: usize) -> Result<Survey, NetworkError> {
     let mut netlink = Netlink::open()?;
     let links = discovery::links(&mut netlink)?;
     if links.is_empty() {
@@ -258,8 +275,9 @@ fn survey(known: &HashSet<u32>, queues: usize) -> Result<Survey, NetworkError> {
             redirects: Vec::new(),
         });
     }
-    let new: Vec<_> = links.into_iter().filter(|link| !known.contains(&link.index)).collect();
-    let count = known.len() + new.len();
+    let new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
+    let new: Vec<_> = links.into_iter().filter(new).collect();
+    let count = known.links.len() + new.len();
     if count > LINK_SLOTS as usize {
         return Err(NetworkError::TooMany(count));
     }
@@ -292,6 +310,7 @@ fn wire(netlink: &mut Netlink, survey: &mut Survey, link: Link, queues: usize) -
     survey.redirects.push(Redirect::make(netlink, link.index, tap.index)?);
     survey.wired.push(Wired {
         link,
+        tap: tap.index,
         queues: tap.queues,
     });
     Ok(())
@@ -301,7 +320,7 @@ fn wire(netlink: &mut Netlink, survey: &mut Survey, link: Link, queues: usize) -
 async fn plug(machine: &Machine, first: usize, wired: Vec<Wired>) -> Result<(Vec<Link>, Vec<u32>), NetworkError> {
     let first = u32::try_from(first).unwrap_or(LINK_SLOTS);
     let (mut links, mut slots) = (Vec::new(), Vec::new());
-    for (slot, Wired { link, queues }) in (first..).zip(wired) {
+    for (slot, Wired { link, queues, .. }) in (first..).zip(wired) {
         let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
         let plugged = machine.plug_link(slot, link.mac, link.mtu, &descriptors).await;
         let name = || link.name.clone();

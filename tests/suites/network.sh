@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Networks of single containers, on containerd 2.1.
+source "$(dirname "$0")/../lab/test.bash"
+source "$(dirname "$0")/../cases/containers.bash"
+source "$(dirname "$0")/../cases/network.bash"
+start_containerd 2.1 busybox
+
+network_cases
+finish
