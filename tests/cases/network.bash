@@ -3,6 +3,10 @@
 
 # make_network: namespace "pod" with eth0, a link to the host that has .1 and ::1.
 make_network() {
+  # Of a case that failed.
+  local link
+  for link in host0 host1 host2 parent; do ip link del "$link" 2>/dev/null || true; done
+  ip netns del pod 2>/dev/null || true
   ip netns add pod
   ip link add host0 type veth peer name eth0 netns pod
   ip addr add 10.77.0.1/24 dev host0
@@ -34,9 +38,148 @@ container_has_the_network_of_its_namespace() {
   remove_network
 }
 
+# in_pod NAME [CTR-OPTION...] -- COMMAND...: a container in the namespace.
+in_pod() {
+  local name=$1
+  shift
+  nutshell "$name" --with-ns network:/run/netns/pod "$@"
+}
+
+# dial PORT: connects to the container, which may not listen yet, as descriptor $connection.
+dial() {
+  local try
+  for try in {1..100}; do
+    ! { exec {connection}<>"/dev/tcp/10.77.0.5/$1"; } 2>/dev/null || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "nobody listens at port $1" >&2
+  return 1
+}
+
+bytes_arrive_unharmed_in_both_directions() {
+  make_network
+  new_name
+  in_pod "$name" -d --cpus 2 -- sleep 1000
+  head -c 20M /dev/urandom >/run/tmp/sent
+  local sum received
+  sum=$(md5sum </run/tmp/sent)
+  ctr task exec --exec-id in "$name" sh -c 'nc -l -p 7000 | md5sum' >/run/tmp/received &
+  received=$!
+  dial 7000
+  cat /run/tmp/sent >&"$connection"
+  exec {connection}>&-
+  wait "$received"
+  assert_equal "$sum" "$(</run/tmp/received)"
+  ctr task exec --exec-id out "$name" sh -c 'nc -l -p 7001' </run/tmp/sent &
+  received=$!
+  dial 7001
+  assert_equal "$sum" "$(head -c 20M <&"$connection" | md5sum)"
+  exec {connection}>&-
+  wait "$received"
+  # Larger than any frame, and one that must not be cut into parts.
+  assert_contains "$(ctr task exec --exec-id large "$name" ping -c 1 -s 60000 -W 5 10.77.0.1)" "1 packets received"
+  ping -q -c 1 -W 5 -M do -s 1472 10.77.0.5 >/dev/null
+  ping -q -c 1 -W 5 -s 60000 fd77::5 >/dev/null
+  # A queue for each processor.
+  assert_equal "rx-0 rx-1 tx-0 tx-1" "$(echo $(ctr task exec --exec-id queues "$name" ls /sys/class/net/eth0/queues))"
+  remove "$name"
+  rm /run/tmp/{sent,received}
+  remove_network
+}
+
+every_link_is_there_by_its_name() {
+  make_network
+  ip link add host1 type veth peer name net1 netns pod
+  ip link set host1 mtu 9000 address 02:00:00:00:00:01 up
+  ip addr add 10.78.0.1/24 dev host1
+  ip -n pod link set net1 mtu 9000 address 02:00:00:00:00:02 up
+  ip -n pod addr add 10.78.0.5/24 dev net1
+  # Two of one parent reach each other. Named as a kernel that counts its links would.
+  ip link add parent type dummy
+  ip link set parent up
+  ip link add host2 link parent type macvlan mode bridge
+  ip addr add 10.79.0.1/24 dev host2
+  ip link set host2 up
+  ip link add eth1 netns pod link parent type macvlan mode bridge
+  ip -n pod link set eth1 up
+  ip -n pod addr add 10.79.0.5/24 dev eth1
+  ip -n pod link add down type veth peer name other
+  ip -n pod neigh add 10.78.0.9 lladdr 02:00:00:00:00:09 dev net1 nud permanent
+  local mac inside
+  mac=$(ip netns exec pod cat /sys/class/net/eth1/address)
+  new_name
+  inside=$(in_pod "$name" --rm -- sh -c 'for i in /sys/class/net/*; do echo ${i##*/} $(cat $i/address $i/mtu); done
+    ip neigh; ping -c 1 -W 5 -s 8000 10.78.0.1; ping -c 1 -W 5 10.79.0.1' || true)
+  assert_contains "$inside" "net1 02:00:00:00:00:02 9000"
+  assert_contains "$inside" "eth1 $mac 1500"
+  assert_contains "$inside" "10.78.0.9 dev net1 lladdr 02:00:00:00:00:09"
+  assert_equal 2 "$(grep -c "1 packets received" <<<"$inside")"
+  assert_equal "" "$(grep "^down" <<<"$inside" || true)"
+  ip link del host2
+  ip link del host1
+  remove_network
+  ip link del parent
+}
+
+link_that_comes_later_is_there_too() {
+  make_network
+  new_name
+  in_pod "$name" -d -- sleep 1000
+  ip link add host1 type veth peer name net1 netns pod
+  ip addr add 10.78.0.1/24 dev host1
+  ip link set host1 up
+  ip -n pod link set net1 up
+  ip -n pod addr add 10.78.0.5/24 dev net1
+  ip -n pod route add 10.79.0.0/16 via 10.78.0.1
+  local try seen
+  for try in {1..50}; do
+    seen=$(ctr task exec --exec-id "look$try" "$name" ip route)
+    [[ $seen != *10.79.0.0/16* ]] || break
+  done
+  assert_contains "$seen" "10.79.0.0/16 via 10.78.0.1 dev net1"
+  ping -q -c 1 -W 5 10.78.0.5 >/dev/null
+  remove "$name"
+  remove_network
+}
+
+namespace_is_as_before_and_can_be_used_again() {
+  make_network
+  local before try
+  before=$(tc -n pod qdisc; ip -n pod -o link)
+  for try in 1 2; do
+    new_name
+    assert_contains "$(in_pod "$name" --rm -- ping -c 1 -W 5 10.77.0.1)" "1 packets received"
+    assert_equal "$before" "$(tc -n pod qdisc; ip -n pod -o link)"
+  done
+  # A shim that was killed leaves its redirection, which the next one takes over.
+  new_name
+  in_pod "$name" -d -- sleep 1000
+  kill -9 $(pids_of shim)
+  remove "$name"
+  # ctr leaves its fifos then.
+  rm -rf /run/containerd/fifo/*
+  new_name
+  assert_contains "$(in_pod "$name" --rm -- ping -c 1 -W 5 10.77.0.1)" "1 packets received"
+  remove_network
+}
+
+more_links_than_there_is_room_for_are_an_error() {
+  make_network
+  local number
+  for number in 1 2 3 4; do ip -n pod link add "net$number" type veth peer name "other$number"; ip -n pod link set "net$number" up; done
+  new_name
+  assert_contains "$(in_pod "$name" --rm -- true 2>&1 || true)" "has 5 links that are up, and a virtual machine can have 4"
+  remove_network
+}
+
 network_cases() {
   # The mounts that the first namespace brings along stay.
   ip netns add first
   ip netns del first
   check "container has the network of its namespace" container_has_the_network_of_its_namespace
+  check "bytes arrive unharmed in both directions" bytes_arrive_unharmed_in_both_directions
+  check "every link is there by its name" every_link_is_there_by_its_name
+  check "link that comes later is there too" link_that_comes_later_is_there_too
+  check "namespace is as before and can be used again" namespace_is_as_before_and_can_be_used_again
+  check "more links than there is room for are an error" more_links_than_there_is_room_for_are_an_error
 }

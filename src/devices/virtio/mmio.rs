@@ -300,3 +300,40 @@ impl Registers for Slot {
 fn low_word(value: u64) -> u32 {
     (value & 0xffff_ffff) as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::virtio::{queue::tests::memory, rng::Rng};
+
+    fn transport() -> Mmio {
+        let line = Arc::new(Line::new(EventFd::new(0).unwrap()));
+        Mmio::new(Box::new(Rng::default()), memory(), line, vec![EventFd::new(0).unwrap()])
+    }
+
+    fn register(slot: &mut Slot, register: u32) -> u32 {
+        let mut bytes = [0xff; 4];
+        slot.read(register.into(), &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn empty_slot_is_a_device_that_drivers_ignore_until_it_is_filled_once() {
+        let mut slot = Slot::default();
+        slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_VERSION), VERSION);
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_DEVICE_ID), 0);
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_STATUS), 0);
+        let mut byte = [0xff];
+        slot.read(u64::from(VIRTIO_MMIO_CONFIG), &mut byte);
+        assert_eq!(byte, [0]);
+        assert!(slot.is_empty());
+
+        assert!(slot.fill(transport()));
+
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_DEVICE_ID), Rng::default().kind());
+        assert!(!slot.is_empty());
+        assert!(!slot.fill(transport()));
+    }
+}

@@ -8,7 +8,6 @@ use std::{
     },
 };
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
@@ -46,6 +45,9 @@ pub(crate) struct DeviceQueue {
 /// Flags and index stand before a ring's entries (virtio 1.3 §2.7.6, §2.7.8).
 const AVAIL_RING_HEADER: u64 = 4;
 const USED_RING_HEADER: u64 = 4;
+
+/// The driver needs no interrupts (VIRTQ_AVAIL_F_NO_INTERRUPT).
+const NO_INTERRUPT: u16 = 1;
 
 impl DeviceQueue {
     /// Wraps a queue that was validated against `memory`.
@@ -134,7 +136,7 @@ impl DeviceQueue {
             let event = Wrapping(self.avail(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER)?);
             used - event - Wrapping(1) < used - before
         } else {
-            self.avail(0)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+            self.avail(0)? & NO_INTERRUPT == 0
         };
         if wanted {
             self.interrupt.used(self.index);

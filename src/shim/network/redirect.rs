@@ -15,8 +15,8 @@ use super::netlink::{Netlink, NetlinkError};
 /// What the filter is called among those at the same place: late, so that others come first.
 const PRIORITY: u32 = 0x6e75;
 
-/// All protocols, as it goes over the wire.
-const PROTOCOL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
+/// All protocols (`ETH_P_ALL`), as it goes over the wire.
+const PROTOCOL: u32 = 3_u16.to_be() as u32;
 
 /// One that is in place.
 #[derive(Debug)]

@@ -190,10 +190,7 @@ fn route(found: &RouteMessage, numbers: &HashMap<u32, u32>) -> Option<Message> {
     // IPv6's own of a link that is up: the guest's kernel has it too.
     let own = route.header.address_family == AddressFamily::Inet6
         && route.header.protocol == RouteProtocol::Kernel
-        && route
-            .attributes
-            .iter()
-            .any(|attribute| *attribute == RouteAttribute::Oif(LOOPBACK));
+        && route.attributes.contains(&RouteAttribute::Oif(LOOPBACK));
     if own {
         return None;
     }

@@ -26,6 +26,9 @@ use crate::vmm::control::NET_HEADER;
 /// The kernel puts a number in place of `%d`.
 const NAME: &[u8] = b"nutshell%d\0";
 
+/// `IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR` (`linux/if_tun.h`).
+const FLAGS: libc::c_short = 0x0002 | 0x0100 | 0x1000 | 0x4000;
+
 /// A new tap device. It lives as long as a queue of it is open.
 #[derive(Debug)]
 pub(super) struct Tap {
@@ -42,9 +45,7 @@ pub(super) fn make(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
     for (place, byte) in request.ifr_name.iter_mut().zip(NAME) {
         *place = byte.cast_signed();
     }
-    // The flags all lie in the lower half, whose top bit is not among them.
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
-    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    request.ifr_ifru.ifru_flags = FLAGS;
     let header = libc::c_int::try_from(NET_HEADER).unwrap_or(libc::c_int::MAX);
     let queues = (0..queues.max(1))
         .map(|_| {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK};
+use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::tap::Tap;
@@ -10,6 +10,10 @@ use crate::devices::virtio::{
     buffers::Chain,
     queue::{DeviceQueue, QueueError},
 };
+
+/// Answers (virtio 1.3 §5.1.6.5), whose constants are wider than the field.
+const OK: u8 = 0;
+const ERR: u8 = 1;
 
 /// The queue and what it controls.
 #[derive(Debug)]
@@ -36,10 +40,10 @@ impl Control {
             self.queue.pause_kicks()?;
             while let Some(mut chain) = self.queue.pop(&memory)? {
                 let answer = match self.obey(&mut chain) {
-                    Some(()) => VIRTIO_NET_OK,
-                    None => VIRTIO_NET_ERR,
+                    Some(()) => OK,
+                    None => ERR,
                 };
-                let written = chain.writable.put(&[answer as u8]);
+                let written = chain.writable.put(&[answer]);
                 self.queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
             }
             self.queue.notify()?;

@@ -23,6 +23,10 @@ const RECEIVED: [(u32, libc::c_ulong); 6] = [
     (VIRTIO_NET_F_GUEST_USO6, 0x40),
 ];
 
+/// Requests of TUNSETQUEUE (`linux/if_tun.h`).
+const ATTACH: libc::c_short = 0x0200;
+const DETACH: libc::c_short = 0x0400;
+
 /// A queue.
 #[derive(Debug)]
 pub(super) struct Tap {
@@ -57,12 +61,7 @@ impl Tap {
         }
         // SAFETY: all zeroes is a valid value of this structure of C.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        let flag = if attached {
-            libc::IFF_ATTACH_QUEUE
-        } else {
-            libc::IFF_DETACH_QUEUE
-        };
-        request.ifr_ifru.ifru_flags = flag as libc::c_short;
+        request.ifr_ifru.ifru_flags = if attached { ATTACH } else { DETACH };
         // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is.
         check(unsafe {
             libc::ioctl(
