@@ -6,6 +6,8 @@
 //! traffic send ADDRESS BYTES       a stream to the server
 //! traffic receive ADDRESS BYTES    a stream from it
 //! ```
+//!
+//! A client prints how many microseconds it took, from the connection on.
 
 use std::{
     env,
@@ -13,6 +15,7 @@ use std::{
     net::{TcpListener, TcpStream},
     process::ExitCode,
     thread,
+    time::Instant,
 };
 
 const CHUNK: usize = 64 << 10;
@@ -75,7 +78,8 @@ fn client(what: &str, address: &str, count: u64) -> io::Result<()> {
     connection.write_all(&what.as_bytes()[..1])?;
     connection.write_all(&count.to_le_bytes())?;
     let mut byte = [7];
-    match what {
+    let from = Instant::now();
+    let done = match what {
         "echo" => {
             for _ in 0..count {
                 connection.write_all(&byte)?;
@@ -88,7 +92,9 @@ fn client(what: &str, address: &str, count: u64) -> io::Result<()> {
             connection.read_exact(&mut byte)
         }
         _ => take(&mut connection, count),
-    }
+    };
+    println!("{}", from.elapsed().as_micros());
+    done
 }
 
 fn give(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {

@@ -44,6 +44,11 @@ pub(crate) fn start(bundle: &Path, debug: bool) {
     }
 }
 
+/// Whether debug messages are logged.
+pub(super) fn says_all() -> bool {
+    log::max_level() >= LevelFilter::Debug
+}
+
 /// Logs debug messages too from now on.
 pub(super) fn enable_debug() {
     log::set_max_level(LevelFilter::Debug);

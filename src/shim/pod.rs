@@ -353,6 +353,7 @@ impl Pod {
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
+                self.machine.log_console().await;
                 // Both at once: each takes the kernel a while.
                 self.machine.kill("the shim ended it");
                 let files = self.files().take();

@@ -328,6 +328,15 @@ impl Machine {
         receiver.await.map_err(|_| ControlError::Closed)
     }
 
+    /// Puts the end of the guest's console into the log, where that is to say all.
+    pub(crate) async fn log_console(&self) {
+        if log::says_all() {
+            for line in self.console().await.lines() {
+                log::debug(&format!("console of virtual machine {}: {line}", self.pid()));
+            }
+        }
+    }
+
     /// The end of the guest's console, empty if the vmm does not send it.
     async fn console(&self) -> String {
         let (sender, receiver) = oneshot::channel();

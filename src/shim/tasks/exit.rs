@@ -171,6 +171,8 @@ impl Tasks {
         for member in members.iter().filter(|member| member.role != Role::Sandbox) {
             member.init.lifecycle.exit().await;
         }
+        // CNI takes the namespace down when it hears of the end.
+        container.pod.disconnect().await;
         self.record(container, &container.init, Exit::now(status)).await;
     }
 }
