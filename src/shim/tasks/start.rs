@@ -43,7 +43,7 @@ impl Tasks {
             return Err(TaskError::new(Kind::InvalidArgument, format!("exec id: {error}")));
         }
         takes_execs(&container)?;
-        if container.role == Role::Sandbox {
+        if container.is_sandbox() {
             return Err(TaskError::new(
                 Kind::Unimplemented,
                 "a sandbox has no process of its own in the virtual machine: exec in one of the pod's containers",
@@ -71,32 +71,47 @@ impl Tasks {
         if !exec.is_empty() {
             takes_execs(&container)?;
         }
-        process.lifecycle.begin_start()?;
-        log::debug(&format!("task {id} {exec}: start"));
         if exec.is_empty() {
             self.start_init(&container).await
         } else {
+            process.lifecycle.begin_start()?;
+            log::debug(&format!("task {id} {exec}: start"));
             self.start_exec(&container, &process, exec).await
         }
     }
 
-    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+    pub(super) async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
-        if container.role != Role::Sandbox {
-            let start = Request::StartContainer {
-                container: container.id.to_string(),
-            };
-            let agent = container.pod.machine().agent();
-            if let Err(error) = container.ask(ANSWER_LIMIT, agent.run(start)).await {
-                init.lifecycle.start_failed(None);
-                return Err(not_gone(error).during(START_CONTEXT));
+        if let Err(wrong) = init.lifecycle.begin_start() {
+            if container.is_sandbox() {
+                // A machine that did not boot has ended it: that is what its user has to know.
+                self.set_up(&container.pod).await?;
             }
+            return Err(wrong.into());
         }
-        self.events.publish(&TaskStart {
-            container_id: container.id.to_string(),
-            pid: init.pid(),
-            ..TaskStart::default()
-        });
+        log::debug(&format!("task {}: start", container.id));
+        let begun = match container.role {
+            // A pod that runs is one that takes containers.
+            Role::Sandbox(_) => self.set_up(&container.pod).await,
+            Role::Alone { .. } | Role::Member { .. } => {
+                let start = Request::StartContainer {
+                    container: container.id.to_string(),
+                };
+                let agent = container.pod.machine().agent();
+                container.ask(ANSWER_LIMIT, agent.run(start)).await
+            }
+        };
+        if let Err(error) = begun {
+            init.lifecycle.start_failed(None);
+            return Err(not_gone(error).during(START_CONTEXT));
+        }
+        if container.is_task() {
+            self.events.publish(&TaskStart {
+                container_id: container.id.to_string(),
+                pid: init.pid(),
+                ..TaskStart::default()
+            });
+        }
         init.lifecycle.started();
         log::debug(&format!("task {}: started", container.id));
         // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
