@@ -3,8 +3,9 @@
 //!
 //! Lives here: the types of a [`Plan`] and the pure translation into them. May not live here: any
 //! I/O beyond reading `config.json` and looking at what a bind mount's source is, anything that
-//! knows of ttrpc, KVM or the agent's channel. The shim calls [`plan()`] when a container is created
-//! and [`annotations`] when a shim starts.
+//! knows of ttrpc, KVM or the agent's channel. The shim calls [`plan()`] when a container is created,
+//! [`plan_pod`] when a sandbox is created that has no bundle to plan, and [`annotations`] when a shim
+//! starts.
 
 mod devices;
 mod error;
@@ -13,6 +14,7 @@ mod idmap;
 mod mounts;
 mod namespaces;
 mod plan;
+mod pod;
 mod rootfs;
 mod size;
 mod source;
@@ -22,7 +24,11 @@ mod translate;
 pub(crate) use error::PlanError;
 pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
-pub(crate) use plan::{Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, Root, Share, ShareIds, Size};
+pub(crate) use plan::{
+    Hook, Hooks, HostMount, HostNamespaces, Network, PidNamespace, Placement, Plan, Planned, PodPlan, PodShared,
+    Resolver, Root, Share, ShareIds, Size,
+};
+pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
 pub(crate) use source::{Inspect, SourceKind};
 pub(crate) use spec::annotations;

@@ -9,7 +9,10 @@ use std::path::{Component, Path, PathBuf};
 use nutshell_protocol::SHARE_PATH;
 use oci_spec::runtime::Mount;
 
-use super::{ContainerId, IdMap, Inspect, PlanError, Share, ShareIds, SourceKind, devices};
+use super::{
+    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIds, SourceKind, devices,
+    namespaces::refuse_host, plan::SHARED_MEMORY,
+};
 
 /// File systems that have no source on the host: the guest mounts its own.
 const GUEST_FILESYSTEMS: [&str; 11] = [
@@ -29,8 +32,8 @@ const GUEST_FILESYSTEMS: [&str; 11] = [
 /// Where the agent has the one tmpfs that the containers of a pod share.
 const POD_SHM: &str = "/dev/shm";
 
-/// Of a container's own `/dev/shm`: containerd's default spec (`pkg/oci`) has the same.
-const SHM_OPTIONS: [&str; 5] = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+/// Of a container's own `/dev/shm`, beside its size: containerd's default spec (`pkg/oci`) has the same.
+const SHM_OPTIONS: [&str; 4] = ["nosuid", "noexec", "nodev", "mode=1777"];
 
 #[derive(Debug, Default)]
 pub(super) struct Mounts {
@@ -44,6 +47,8 @@ pub(super) struct Translator<'a> {
     pub(super) id: &'a ContainerId,
     /// The container shares `/dev/shm` with its pod.
     pub(super) in_pod: bool,
+    /// What the host's `/dev/shm` means.
+    pub(super) host: HostNamespaces,
     /// Of the container's user namespace.
     pub(super) ids: Option<&'a IdMap>,
     pub(super) inspect: Inspect<'a>,
@@ -58,7 +63,11 @@ impl Translator<'_> {
                 self.bind(&mut mount, ids, &mut translated.shares)?;
             } else {
                 refuse_ids(&mount, ids.as_ref(), "the guest's own")?;
-                kernel(&mut mount)?;
+                if self.in_pod && is_default_shm(&mount) {
+                    set_bind(&mut mount, POD_SHM.into(), &["bind", "rw"]);
+                } else {
+                    kernel(&mut mount)?;
+                }
             }
             translated.guest.push(mount);
         }
@@ -98,9 +107,7 @@ impl Translator<'_> {
         // OCI spec, "Mounts": a relative source of a bind mount is relative to the bundle.
         let source = clean(&self.bundle.join(source));
         let destination = clean(mount.destination());
-        if destination == Path::new("/dev/shm") {
-            // A tmpfs is everybody's.
-            self.shm(mount);
+        if destination == Path::new(POD_SHM) && self.shm(mount, &source)? {
             return Ok(());
         }
         if destination == Path::new("/dev/mqueue") {
@@ -114,18 +121,45 @@ impl Translator<'_> {
             }
             None => self.share(mount, source, ids, shares),
         };
-        set_bind(mount, guest);
+        set_bind(mount, guest, &[]);
         Ok(())
     }
 
-    fn shm(&self, mount: &mut Mount) {
-        if self.in_pod {
-            set_bind(mount, POD_SHM.into());
+    /// Shared memory that somebody made on the host for this container or its pod is memory of the
+    /// guest: nobody on the host has a part in it, and processes could not share it through a file
+    /// server. `false` for a folder of another kind.
+    fn shm(&self, mount: &mut Mount, source: &Path) -> Result<bool, PlanError> {
+        let size = if source == Path::new(POD_SHM) {
+            if self.in_pod {
+                refuse_host("hostIPC", "ipc", self.host)?;
+            }
+            SHARED_MEMORY
         } else {
+            match self.look(source)? {
+                SourceKind::SharedMemory { size } => size,
+                _ => return Ok(false),
+            }
+        };
+        if self.in_pod {
+            set_bind(mount, POD_SHM.into(), &[]);
+        } else {
+            let size = format!("size={size}");
             let read_only = is_read_only(mount).then_some("ro");
-            let options: Vec<&str> = SHM_OPTIONS.into_iter().chain(read_only).collect();
+            let options: Vec<&str> = SHM_OPTIONS
+                .into_iter()
+                .chain([size.as_str()])
+                .chain(read_only)
+                .collect();
             set_kernel(mount, "tmpfs", &options);
         }
+        Ok(true)
+    }
+
+    fn look(&self, source: &Path) -> Result<SourceKind, PlanError> {
+        (self.inspect)(source).map_err(|error| PlanError::Source {
+            path: source.to_owned(),
+            source: error,
+        })
     }
 
     /// The path in the guest of a source that the guest has itself; `None` if the host's must be
@@ -134,10 +168,7 @@ impl Translator<'_> {
         if source.starts_with("/proc") || source.starts_with("/sys") {
             return Ok(Some(source.to_owned()));
         }
-        let kind = (self.inspect)(source).map_err(|error| PlanError::Source {
-            path: source.to_owned(),
-            source: error,
-        })?;
+        let kind = self.look(source)?;
         let unsupported = |reason| {
             Err(PlanError::unsupported(
                 field(mount),
@@ -146,10 +177,10 @@ impl Translator<'_> {
         };
         match kind {
             // The tmpfs of shared memory lies below /dev and is an ordinary directory all the same.
-            SourceKind::Tree if source.starts_with("/dev") && !source.starts_with("/dev/shm") => {
+            SourceKind::Tree if source.starts_with("/dev") && !source.starts_with(POD_SHM) => {
                 Ok(Some(source.to_owned()))
             }
-            SourceKind::Tree => Ok(None),
+            SourceKind::Tree | SourceKind::SharedMemory { .. } => Ok(None),
             SourceKind::Kernel => {
                 unsupported("leads to a file system of the host's kernel; name it below /proc or /sys")
             }
@@ -186,6 +217,28 @@ impl Translator<'_> {
     }
 }
 
+/// The size of a pod's shared memory, from the mounts of its sandbox: containerd's CRI makes a tmpfs
+/// on the host for it.
+pub(super) fn shared_memory(mounts: &[Mount], inspect: Inspect<'_>) -> u64 {
+    let source = mounts
+        .iter()
+        .filter(|mount| clean(mount.destination()) == Path::new(POD_SHM))
+        .find_map(|mount| mount.source().as_deref());
+    match source.map(inspect) {
+        Some(Ok(SourceKind::SharedMemory { size })) => size,
+        _ => SHARED_MEMORY,
+    }
+}
+
+/// What containerd's default spec (`pkg/oci`) has for a container that shares memory with nobody. Its
+/// CRI leaves that in place in a pod, where it leaves shared memory to the runtime.
+fn is_default_shm(mount: &Mount) -> bool {
+    clean(mount.destination()) == Path::new(POD_SHM)
+        && mount.typ().as_deref() == Some("tmpfs")
+        && mount.source().as_deref() == Some(Path::new("shm"))
+        && options(mount).any(|option| option == "size=65536k")
+}
+
 fn kernel(mount: &mut Mount) -> Result<(), PlanError> {
     let kind = match mount.typ().as_deref() {
         Some("hugetlbfs") => {
@@ -213,7 +266,11 @@ fn set_kernel(mount: &mut Mount, kind: &str, options: &[&str]) {
     mount.set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
 }
 
-fn set_bind(mount: &mut Mount, source: PathBuf) {
+/// `replaced`, if there are any, take the place of the options.
+fn set_bind(mount: &mut Mount, source: PathBuf, replaced: &[&str]) {
+    if !replaced.is_empty() {
+        mount.set_options(Some(replaced.iter().map(|option| (*option).to_owned()).collect()));
+    }
     if !options(mount).any(|option| matches!(option, "bind" | "rbind")) {
         let mut options = mount.options().clone().unwrap_or_default();
         options.push("bind".to_owned());
@@ -297,6 +354,7 @@ mod tests {
             "/run/pipe" => SourceKind::Fifo,
             "/dev/hugepages" => SourceKind::HugePages,
             "/link-to-proc" => SourceKind::Kernel,
+            "/run/containerd/sandboxes/p/shm" => SourceKind::SharedMemory { size: 1 << 20 },
             _ => SourceKind::Tree,
         })
     }
@@ -306,6 +364,7 @@ mod tests {
             bundle: Path::new("/bundle"),
             id: &"c1".parse().unwrap(),
             in_pod,
+            host: HostNamespaces::Refused,
             ids: None,
             inspect: &inspect,
         };
@@ -359,6 +418,7 @@ mod tests {
             bundle: Path::new("/bundle"),
             id: &"c1".parse().unwrap(),
             in_pod: false,
+            host: HostNamespaces::Refused,
             ids: own.as_ref(),
             inspect: &inspect,
         };
@@ -411,12 +471,55 @@ mod tests {
                            "options": ["rbind", "ro"]}]);
         let single = translate(false, spec.clone()).unwrap();
         assert_eq!(guest(&single)[0]["type"], "tmpfs");
-        let options = json!(["nosuid", "noexec", "nodev", "mode=1777", "size=65536k", "ro"]);
+        let options = json!(["nosuid", "noexec", "nodev", "mode=1777", "size=1048576", "ro"]);
         assert_eq!(guest(&single)[0]["options"], options);
         let member = translate(true, spec).unwrap();
         assert_eq!(guest(&member)[0]["type"], "bind");
         assert_eq!(guest(&member)[0]["source"], POD_SHM);
         assert_eq!((single.shares, member.shares), (vec![], vec![]));
+    }
+
+    #[test]
+    fn shared_memory_of_the_host_is_refused_in_a_pod_and_any_folder_is_a_share() {
+        let at_shm = |source| json!([{"destination": "/dev/shm", "type": "bind", "source": source}]);
+        let error = translate(true, at_shm("/dev/shm")).unwrap_err();
+        assert!(error.to_string().contains("hostIPC"), "{error}");
+        let single = translate(false, at_shm("/dev/shm")).unwrap();
+        assert_eq!(guest(&single)[0]["type"], "tmpfs");
+        for in_pod in [true, false] {
+            let volume = translate(in_pod, at_shm("/var/lib/kubelet/volume")).unwrap();
+            assert_eq!(volume.shares[0].source, Path::new("/var/lib/kubelet/volume"));
+            assert_eq!(guest(&volume)[0]["source"], "/run/nutshell/share/c1/0");
+        }
+    }
+
+    #[test]
+    fn default_shared_memory_is_the_pods_and_one_that_is_asked_for_the_containers() {
+        let tmpfs = |source, size| json!([{"destination": "/dev/shm", "type": "tmpfs", "source": source, "options": ["nosuid", size]}]);
+        let default = translate(true, tmpfs("shm", "size=65536k")).unwrap();
+        let expected = json!({"destination": "/dev/shm", "type": "bind", "source": POD_SHM, "options": ["bind", "rw"]});
+        assert_eq!(guest(&default)[0], expected);
+        for (in_pod, source, size) in [
+            (true, "shm", "size=1g"),
+            (true, "tmpfs", "size=65536k"),
+            (false, "shm", "size=65536k"),
+        ] {
+            let own = translate(in_pod, tmpfs(source, size)).unwrap();
+            assert_eq!(guest(&own)[0]["type"], "tmpfs", "{source} {size}");
+        }
+    }
+
+    #[test]
+    fn size_of_the_pods_shared_memory_is_that_of_the_hosts_tmpfs() {
+        for (source, size) in [
+            ("/run/containerd/sandboxes/p/shm", 1 << 20),
+            ("/dev/shm", SHARED_MEMORY),
+        ] {
+            let mounts = json!([{"destination": "/dev/shm", "type": "bind", "source": source}]);
+            let mounts: Vec<Mount> = serde_json::from_value(mounts).unwrap();
+            assert_eq!(shared_memory(&mounts, &inspect), size);
+        }
+        assert_eq!(shared_memory(&[], &inspect), SHARED_MEMORY);
     }
 
     #[test]

@@ -3,7 +3,73 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use serde::Deserialize;
+
 use super::IdMap;
+
+/// What a bundle is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Planned {
+    /// A container that runs in a machine.
+    Container(Box<Plan>),
+    /// The sandbox ("pause") container of a pod, which the shim answers for: nothing of it runs.
+    Sandbox(Box<PodPlan>),
+}
+
+/// What a pod needs, before any of its containers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PodPlan {
+    /// The size of its machine.
+    pub(crate) size: Size,
+    /// Its network; never the host's.
+    pub(crate) network: Network,
+    /// The cgroup path, as the spec has it; names the host cgroup of the machine.
+    pub(crate) cgroups_path: Option<String>,
+    /// Hooks that run on the host.
+    pub(crate) hooks: Hooks,
+    /// What its containers share in the guest.
+    pub(crate) shared: PodShared,
+}
+
+/// What the containers of a pod share in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PodShared {
+    /// The host name.
+    pub(crate) hostname: Option<String>,
+    /// The NIS domain name.
+    pub(crate) domainname: Option<String>,
+    /// Kernel parameters by name, in the order of their names.
+    pub(crate) sysctls: Vec<(String, String)>,
+    /// The size of `/dev/shm`, in bytes.
+    pub(crate) shared_memory: u64,
+    /// The contents of `/etc/resolv.conf`, where that is left to the runtime (the Sandbox API).
+    pub(crate) resolver: Option<Resolver>,
+}
+
+/// Who looks names up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Resolver {
+    /// Whoever does so for the host.
+    OfHost,
+    /// What `/etc/resolv.conf` is to say.
+    Says(String),
+}
+
+/// The size of a pod's `/dev/shm` where nobody says another, in bytes: containerd's (`internal/cri`,
+/// `defaultShmSize`).
+pub(crate) const SHARED_MEMORY: u64 = 64 << 20;
+
+/// What namespaces of the host (hostPID, hostIPC) mean for a pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub(crate) enum HostNamespaces {
+    /// Nothing that a machine could give: an error.
+    #[default]
+    #[serde(rename = "refuse")]
+    Refused,
+    /// The pod's: its containers share them.
+    #[serde(rename = "pod")]
+    ThePods,
+}
 
 /// What a container needs from its machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,9 +93,6 @@ pub(crate) struct Plan {
     pub(crate) console_size: Option<(u16, u16)>,
     /// The cgroup path of the spec, as it stands there; names the host cgroup of the machine.
     pub(crate) cgroups_path: Option<String>,
-    /// The spec's hostname; also in the guest's spec, where the agent gives it to the machine if the
-    /// container has no UTS namespace of its own.
-    pub(crate) hostname: Option<String>,
     /// The pid namespace that the spec asks for.
     pub(crate) pid_namespace: PidNamespace,
     /// Hooks that run on the host; the others stay in the guest's spec.
@@ -44,9 +107,6 @@ pub(crate) struct Plan {
 pub(crate) enum Placement {
     /// A pod of one: `ctr run` and its like.
     Single,
-    /// The pod's sandbox ("pause") container, which the shim answers for. Its plan has an empty spec,
-    /// no shares, and a root without mounts or directory.
-    Sandbox,
     /// A container of the pod whose sandbox has this id.
     Member {
         /// The sandbox's id.
@@ -128,13 +188,12 @@ pub(crate) enum Network {
 }
 
 /// The pid namespace that a spec asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PidNamespace {
-    /// A new one.
-    New,
-    /// The one of all the machine: none in the spec (`hostPID`), or of a member the one of the
-    /// sandbox, where the path is no `/proc/<pid>/ns/pid`.
-    Machine,
+    /// What is in the guest's spec: a new one, or none, which is the machine's.
+    Specified,
+    /// The one that containers of the pod share: hostPID, where that is accepted.
+    Pod,
     /// That of the task with this host pid: the path `/proc/<pid>/ns/pid` in the spec of a pod's
     /// member (shared with the sandbox, or an ephemeral container's target). Never opened.
     Task(u32),

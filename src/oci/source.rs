@@ -14,6 +14,11 @@ use rustix::fs::{major, minor};
 pub(crate) enum SourceKind {
     /// A directory or regular file.
     Tree,
+    /// A tmpfs that was made for shared memory: it is mounted here, under the name `shm`.
+    SharedMemory {
+        /// In bytes.
+        size: u64,
+    },
     /// A directory or file of the host's kernel: procfs, sysfs, cgroup file systems.
     Kernel,
     /// On a hugetlbfs.
@@ -60,7 +65,11 @@ impl SourceKind {
         if kind.is_fifo() {
             return Ok(Self::Fifo);
         }
-        Ok(match rustix::fs::statfs(path)?.f_type {
+        let system = rustix::fs::statfs(path)?;
+        Ok(match system.f_type {
+            libc::TMPFS_MAGIC if is_shared_memory(path)? => Self::SharedMemory {
+                size: system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs()),
+            },
             libc::HUGETLBFS_MAGIC => Self::HugePages,
             libc::PROC_SUPER_MAGIC | libc::SYSFS_MAGIC | libc::CGROUP_SUPER_MAGIC | libc::CGROUP2_SUPER_MAGIC => {
                 Self::Kernel
@@ -68,6 +77,20 @@ impl SourceKind {
             _ => Self::Tree,
         })
     }
+}
+
+/// Whether a file system named `shm` is mounted at `path`, as containerd's CRI, nerdctl and Docker
+/// mount it (proc_pid_mountinfo(5)).
+fn is_shared_memory(path: &Path) -> io::Result<bool> {
+    let path = path.canonicalize()?;
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    // The last that is mounted there is the one that is seen.
+    let last = mounts.lines().rev().find_map(|line| {
+        let (mount, system) = line.split_once(" - ")?;
+        let is_here = Path::new(mount.split(' ').nth(4)?) == path;
+        is_here.then(|| system.split(' ').nth(1) == Some("shm"))
+    });
+    Ok(last.unwrap_or(false))
 }
 
 #[cfg(test)]

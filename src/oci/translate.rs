@@ -6,8 +6,9 @@ use nutshell_protocol::CONTAINERS_PATH;
 use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::{
-    ContainerId, Hook, Hooks, HostMount, IdError, IdMap, Inspect, Placement, Plan, PlanError, Root, Sizing, devices,
-    mounts::{Mounts, Translator},
+    ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, PidNamespace, Placement, Plan,
+    PlanError, Planned, PodPlan, PodShared, Root, Size, Sizing, devices,
+    mounts::{self, Translator},
     namespaces::{self, Namespaces},
     rootfs, spec,
 };
@@ -24,93 +25,116 @@ pub(crate) fn plan(
     id: &ContainerId,
     rootfs: &[HostMount],
     sizing: &Sizing,
+    host: HostNamespaces,
     inspect: Inspect<'_>,
-) -> Result<Plan, PlanError> {
+) -> Result<Planned, PlanError> {
     let mut spec: Spec = spec::read(bundle)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
     let placement = placement(&annotations)?;
     let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
+    let Some(placement) = placement else {
+        let pod = sandbox(&mut spec, &linux, sizing.of_sandbox(&annotations)?, host, inspect)?;
+        return Ok(Planned::Sandbox(Box::new(pod)));
+    };
     refuse(&linux)?;
     let ids = user_ids(&linux)?;
-    let namespaces = namespaces::translate(linux.namespaces().as_deref().unwrap_or_default(), &placement)?;
-    let hostname = spec.hostname().clone().filter(|name| !name.is_empty());
-    let cgroups_path = linux
-        .cgroups_path()
-        .as_ref()
-        .map(|path| path.to_string_lossy().into_owned());
-
-    if placement == Placement::Sandbox {
-        return Ok(Plan {
-            size: sizing.of_sandbox(&annotations)?,
-            placement,
-            spec: Vec::new(),
-            root: Root::Share {
-                mounts: Vec::new(),
-                directory: None,
-                read_only: false,
-            },
-            shares: Vec::new(),
-            network: namespaces.network,
-            terminal: false,
-            console_size: None,
-            cgroups_path,
-            hostname,
-            pid_namespace: namespaces.pid,
-            hooks: take_host_hooks(&mut spec)?,
-            warnings: Vec::new(),
-        });
+    let Namespaces { guest, network, pid } =
+        namespaces::translate(linux.namespaces().as_deref().unwrap_or_default(), &placement, host)?;
+    if ids.is_some() && pid != PidNamespace::Specified {
+        return Err(PlanError::unsupported(
+            "linux.namespaces: user and pid",
+            "a container with a user namespace of its own cannot share the processes of others: set \
+             shareProcessNamespace to false, or hostUsers to true",
+        ));
     }
-
+    let cgroups_path = cgroups_path(&linux);
     let size = sizing.of_container(&annotations, linux.resources().as_ref())?;
     let hooks = take_host_hooks(&mut spec)?;
     let root = root(&mut spec, bundle, id, rootfs)?;
+    let in_pod = placement != Placement::Single;
     let translator = Translator {
         bundle,
         id,
-        in_pod: placement != Placement::Single,
+        in_pod,
+        host,
         ids: ids.as_ref(),
         inspect,
     };
-    let Mounts { guest, shares } = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
-    spec.set_mounts(Some(guest));
+    let mounts = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
+    spec.set_mounts(Some(mounts.guest));
     let mut warnings = Vec::new();
     let process = spec.process_mut().as_mut().ok_or(PlanError::Missing("process"))?;
     let terminal = process.terminal().unwrap_or(false);
     let console_size = console_size(process);
     strip_process(process, &mut warnings);
     strip_linux(&mut linux, id, &mut warnings)?;
-    let Namespaces { guest, network, pid } = namespaces;
     linux.set_namespaces(Some(guest));
     spec.set_linux(Some(linux))
         .set_vm(None)
         .set_windows(None)
         .set_solaris(None)
         .set_zos(None);
-    Ok(Plan {
+    if in_pod {
+        // The names are the pod's, which its sandbox has set.
+        spec.set_hostname(None).set_domainname(None);
+    }
+    Ok(Planned::Container(Box::new(Plan {
         placement,
         spec: serde_json::to_vec(&spec).map_err(PlanError::Encode)?,
         root,
-        shares,
+        shares: mounts.shares,
         network,
         size,
         terminal,
         console_size,
         cgroups_path,
-        hostname,
         pid_namespace: pid,
         hooks,
         warnings,
+    })))
+}
+
+/// What a pod's sandbox says of the pod.
+fn sandbox(
+    spec: &mut Spec,
+    linux: &Linux,
+    size: Size,
+    host: HostNamespaces,
+    inspect: Inspect<'_>,
+) -> Result<PodPlan, PlanError> {
+    let network = namespaces::of_sandbox(linux.namespaces().as_deref().unwrap_or_default(), host)?;
+    let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
+    sysctls.sort();
+    Ok(PodPlan {
+        size,
+        network,
+        cgroups_path: cgroups_path(linux),
+        hooks: take_host_hooks(spec)?,
+        shared: PodShared {
+            hostname: named(spec.hostname()).map(str::to_owned),
+            domainname: named(spec.domainname()).map(str::to_owned),
+            sysctls,
+            shared_memory: mounts::shared_memory(spec.mounts().as_deref().unwrap_or_default(), inspect),
+            // containerd has mounts for them in the spec of every container.
+            resolver: None,
+        },
     })
 }
 
+fn cgroups_path(linux: &Linux) -> Option<String> {
+    let path = linux.cgroups_path().as_ref()?;
+    Some(path.to_string_lossy().into_owned())
+}
+
 /// What containerd's CRI says of its containers (`internal/cri/annotations`).
-fn placement(annotations: &HashMap<String, String>) -> Result<Placement, PlanError> {
+/// `None` for the sandbox.
+fn placement(annotations: &HashMap<String, String>) -> Result<Option<Placement>, PlanError> {
     const TYPE: &str = "io.kubernetes.cri.container-type";
     const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
     let invalid = |name: &str, reason: String| PlanError::invalid(format!("annotation {name}"), reason);
     match annotations.get(TYPE).map(String::as_str) {
-        None => Ok(Placement::Single),
-        Some("sandbox") => Ok(Placement::Sandbox),
+        None => Ok(Some(Placement::Single)),
+        Some("sandbox") => Ok(None),
         Some("container") => {
             let sandbox = annotations
                 .get(SANDBOX)
@@ -118,9 +142,9 @@ fn placement(annotations: &HashMap<String, String>) -> Result<Placement, PlanErr
             let sandbox: ContainerId = sandbox
                 .parse()
                 .map_err(|error: IdError| invalid(SANDBOX, error.to_string()))?;
-            Ok(Placement::Member {
+            Ok(Some(Placement::Member {
                 sandbox: sandbox.to_string(),
-            })
+            }))
         }
         Some(other) => Err(invalid(
             TYPE,

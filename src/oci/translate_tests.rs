@@ -26,6 +26,20 @@ fn spec(text: &str) -> Value {
 }
 
 fn plan_of(spec: &Value) -> Result<Plan, PlanError> {
+    match planned(spec)? {
+        Planned::Container(plan) => Ok(*plan),
+        Planned::Sandbox(pod) => panic!("{pod:?}"),
+    }
+}
+
+fn pod_of(spec: &Value) -> Result<PodPlan, PlanError> {
+    match planned(spec)? {
+        Planned::Sandbox(pod) => Ok(*pod),
+        Planned::Container(plan) => panic!("{plan:?}"),
+    }
+}
+
+fn planned(spec: &Value) -> Result<Planned, PlanError> {
     let bundle = tempfile::tempdir().unwrap();
     fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
     let overlay = HostMount {
@@ -34,8 +48,21 @@ fn plan_of(spec: &Value) -> Result<Plan, PlanError> {
         target: String::new(),
         options: vec!["lowerdir=/s/1/fs".to_owned()],
     };
-    let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
-    plan(bundle.path(), &"c7".parse().unwrap(), &[overlay], &SIZING, &tree)
+    let inspect = |path: &Path| -> io::Result<SourceKind> {
+        Ok(match path.ends_with("5d4e/shm") {
+            true => SourceKind::SharedMemory { size: 128 * MIB },
+            false => SourceKind::Tree,
+        })
+    };
+    let id = "c7".parse().unwrap();
+    plan(
+        bundle.path(),
+        &id,
+        &[overlay],
+        &SIZING,
+        HostNamespaces::Refused,
+        &inspect,
+    )
 }
 
 fn guest(plan: &Plan) -> Value {
@@ -68,7 +95,7 @@ fn plain_ctr_run_is_a_pod_of_one_with_default_size_and_loopback() {
     assert_eq!(plan.network, Network::Loopback);
     assert_eq!((plan.size.memory, plan.size.vcpus), (DEFAULT_MEMORY, DEFAULT_VCPUS));
     assert_eq!(plan.cgroups_path.as_deref(), Some("/default/c1"));
-    assert_eq!(plan.pid_namespace, PidNamespace::New);
+    assert_eq!(plan.pid_namespace, PidNamespace::Specified);
     assert!(!plan.terminal);
     assert_eq!((&plan.shares[..], &plan.warnings[..]), (&[][..], &[][..]));
     assert!(matches!(&plan.root, Root::Share { mounts, .. } if mounts[0].kind == "overlay"));
@@ -141,23 +168,49 @@ fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() 
 }
 
 #[test]
-fn sandbox_has_the_pods_size_network_and_hostname_and_nothing_to_run() {
-    let plan = plan_of(&spec(CRI_SANDBOX)).unwrap();
-    assert_eq!(plan.placement, Placement::Sandbox);
-    assert_eq!((plan.size.memory, plan.size.vcpus), ((512 + 8 + 64) * MIB, 3));
-    assert_eq!(plan.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
-    assert_eq!(plan.hostname.as_deref(), Some("web-0"));
+fn sandbox_says_what_its_pod_has() {
+    let pod = pod_of(&spec(CRI_SANDBOX)).unwrap();
+    assert_eq!((pod.size.memory, pod.size.vcpus), ((512 + 8 + 64) * MIB, 3));
+    assert_eq!(pod.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
     assert_eq!(
-        plan.cgroups_path.as_deref(),
+        pod.cgroups_path.as_deref(),
         Some("kubepods-burstable-pod1b2c.slice:cri-containerd:5d4e")
     );
-    assert_eq!((plan.spec.len(), plan.shares.len()), (0, 0));
-    let nothing = Root::Share {
-        mounts: vec![],
-        directory: None,
-        read_only: false,
+    let sysctl = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let shared = PodShared {
+        hostname: Some("web-0".to_owned()),
+        domainname: None,
+        sysctls: vec![
+            sysctl("net.ipv4.ip_unprivileged_port_start", "0"),
+            sysctl("net.ipv4.ping_group_range", "0 2147483647"),
+        ],
+        shared_memory: 128 * MIB,
+        resolver: None,
     };
-    assert_eq!(plan.root, nothing);
+    assert_eq!(pod.shared, shared);
+}
+
+#[test]
+fn sandbox_in_a_namespace_of_the_host_is_refused_by_the_name_of_the_field() {
+    for (without, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
+        let mut sandbox = spec(CRI_SANDBOX);
+        let namespaces = sandbox["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != without);
+        let error = pod_of(&sandbox).unwrap_err().to_string();
+        assert!(error.starts_with(field), "{error}");
+    }
+}
+
+#[test]
+fn member_that_shares_processes_cannot_have_users_of_its_own() {
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    let mut member = with(CRI_CONTAINER, "/linux/uidMappings", mapping.clone());
+    member["linux"]["gidMappings"] = mapping;
+    let namespaces = member["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "user", "path": "/proc/4141/ns/user"}));
+    namespaces[0]["path"] = json!("/proc/4141/ns/pid");
+    let error = plan_of(&member).unwrap_err().to_string();
+    assert!(error.contains("shareProcessNamespace"), "{error}");
 }
 
 #[test]
@@ -210,11 +263,10 @@ fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
 }
 
 #[test]
-fn hostname_is_the_plans_and_stays_for_the_agent() {
-    for text in [CTR, CRI_CONTAINER] {
+fn hostname_of_a_container_alone_is_its_own_and_of_a_member_the_pods() {
+    for (text, expected) in [(CTR, json!("mine")), (CRI_CONTAINER, Value::Null)] {
         let plan = plan_of(&with(text, "/hostname", json!("mine"))).unwrap();
-        assert_eq!(guest(&plan)["hostname"], "mine");
-        assert_eq!(plan.hostname.as_deref(), Some("mine"));
+        assert_eq!(guest(&plan)["hostname"], expected);
     }
 }
 
@@ -356,7 +408,11 @@ fn root_without_mounts_is_the_directory_of_the_spec() {
     ] {
         let spec = with(CTR, "/root/path", json!(path));
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
-        let plan = plan(bundle.path(), &"c7".parse().unwrap(), &[], &SIZING, &tree).unwrap();
+        let id = "c7".parse().unwrap();
+        let planned = plan(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refused, &tree).unwrap();
+        let Planned::Container(plan) = planned else {
+            panic!("{planned:?}");
+        };
         assert!(matches!(plan.root, Root::Share { directory: Some(directory), .. } if directory == expected));
     }
 }

@@ -16,6 +16,9 @@
 //! default_vcpus = 1
 //! max_memory_mib = 8192          # else the host's memory
 //! max_vcpus = 8                  # else the host's CPUs
+//!
+//! [pod]
+//! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC mean what the pod's containers share
 //! ```
 //!
 //! A key that is not one of these is an error: a misspelt limit must not pass for none.
@@ -28,7 +31,7 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
+use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_MEMORY, Sizing};
 
 /// Where the configuration is if nothing else is named.
 const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
@@ -48,6 +51,8 @@ pub(crate) struct Configuration {
     pub(crate) ready_timeout: Duration,
     /// Sizes of machines.
     pub(crate) sizing: Sizing,
+    /// What namespaces of the host mean for a pod.
+    pub(crate) host_namespaces: HostNamespaces,
     /// Log debug messages.
     pub(crate) debug: bool,
 }
@@ -99,7 +104,12 @@ impl Configuration {
 
     fn parse(text: &str, host: &Host) -> Result<Self, String> {
         let document: Document = toml::from_str(text).map_err(|error| one_line(text, &error))?;
-        let Document { debug, guest, machine } = document;
+        let Document {
+            debug,
+            guest,
+            machine,
+            pod,
+        } = document;
         for (key, path) in [("guest.kernel", &guest.kernel), ("guest.initramfs", &guest.initramfs)] {
             if path.as_ref().is_some_and(|path| !path.is_absolute()) {
                 return Err(format!("{key} must be an absolute path"));
@@ -113,6 +123,7 @@ impl Configuration {
             kernel_arguments: guest.kernel_arguments,
             ready_timeout: Duration::from_secs(ready_timeout),
             sizing: machine.sizing(host)?,
+            host_namespaces: pod.host_namespaces,
             debug,
         })
     }
@@ -124,6 +135,13 @@ struct Document {
     debug: bool,
     guest: Guest,
     machine: Machine,
+    pod: Pod,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Pod {
+    host_namespaces: HostNamespaces,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -233,6 +251,7 @@ mod tests {
                 max_memory: 16 << 30,
                 max_vcpus: 64,
             },
+            host_namespaces: HostNamespaces::Refused,
             debug: false,
         };
         assert_eq!(configuration, expected);
@@ -258,6 +277,8 @@ mod tests {
             default_vcpus = 2
             max_memory_mib = 1024
             max_vcpus = 4
+            [pod]
+            host_namespaces = "pod"
         "#;
         let configuration = Configuration::parse(text, &HOST).unwrap();
         let expected = Configuration {
@@ -271,6 +292,7 @@ mod tests {
                 max_memory: 1 << 30,
                 max_vcpus: 4,
             },
+            host_namespaces: HostNamespaces::ThePods,
             debug: true,
         };
         assert_eq!(configuration, expected);
@@ -288,6 +310,7 @@ mod tests {
             ("[machine]\nmax_memory_mib = 18446744073709", "machine.max_memory_mib"),
             ("[guest]\nready_timeout_seconds = 0", "guest.ready_timeout_seconds"),
             ("[guest]\nkernel = \"vmlinux\"", "guest.kernel"),
+            ("[pod]\nhost_namespaces = \"host\"", "host"),
             ("debug = \"yes\"", "line 1"),
             ("[guest]\nkernel = ", "line 2"),
         ] {

@@ -138,7 +138,9 @@ mod tests {
     use oci_spec::runtime::Features;
 
     use super::*;
-    use crate::oci::{self, DEFAULT_MEMORY, DEFAULT_VCPUS, Plan, PlanError, Sizing, SourceKind};
+    use crate::oci::{
+        self, DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, Plan, PlanError, Planned, Sizing, SourceKind,
+    };
 
     /// What becomes of a container whose spec has `value` at a JSON pointer.
     fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
@@ -162,7 +164,11 @@ mod tests {
             max_vcpus: DEFAULT_VCPUS,
         };
         let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
-        oci::plan(bundle.path(), &"c1".parse().unwrap(), &[], &sizing, &tree)
+        let id = "c1".parse().unwrap();
+        match oci::plan(bundle.path(), &id, &[], &sizing, HostNamespaces::Refused, &tree)? {
+            Planned::Container(plan) => Ok(*plan),
+            Planned::Sandbox(pod) => panic!("{pod:?}"),
+        }
     }
 
     fn guest(plan: &Plan) -> Value {

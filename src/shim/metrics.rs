@@ -50,6 +50,61 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Any {
     any::<Metrics>(message.write_to_bytes().unwrap_or_default())
 }
 
+/// Adds what one container of a pod uses to what others do. Interfaces are the pod's, whoever counts
+/// them; limits of its containers say nothing of the pod.
+pub(crate) fn add(sum: &mut ContainerStats, one: ContainerStats) {
+    let ContainerStats {
+        cpu,
+        io,
+        memory,
+        memory_events,
+        network,
+        pids,
+    } = one;
+    let add = |sum: &mut u64, one: u64| *sum = sum.saturating_add(one);
+    add(&mut sum.cpu.usage_usec, cpu.usage_usec);
+    add(&mut sum.cpu.user_usec, cpu.user_usec);
+    add(&mut sum.cpu.system_usec, cpu.system_usec);
+    add(&mut sum.cpu.nr_periods, cpu.nr_periods);
+    add(&mut sum.cpu.nr_throttled, cpu.nr_throttled);
+    add(&mut sum.cpu.throttled_usec, cpu.throttled_usec);
+    for device in io {
+        match sum
+            .io
+            .iter_mut()
+            .find(|other| (other.major, other.minor) == (device.major, device.minor))
+        {
+            None => sum.io.push(device),
+            Some(other) => {
+                add(&mut other.rbytes, device.rbytes);
+                add(&mut other.wbytes, device.wbytes);
+                add(&mut other.rios, device.rios);
+                add(&mut other.wios, device.wios);
+            }
+        }
+    }
+    add(&mut sum.memory.usage, memory.usage);
+    add(&mut sum.memory.swap_usage, memory.swap_usage);
+    for (name, value) in memory.stat {
+        match sum.memory.stat.iter_mut().find(|(other, _)| *other == name) {
+            None => sum.memory.stat.push((name, value)),
+            Some((_, other)) => add(other, value),
+        }
+    }
+    (sum.memory.usage_limit, sum.memory.swap_limit) = (u64::MAX, u64::MAX);
+    add(&mut sum.memory_events.low, memory_events.low);
+    add(&mut sum.memory_events.high, memory_events.high);
+    add(&mut sum.memory_events.max, memory_events.max);
+    add(&mut sum.memory_events.oom, memory_events.oom);
+    add(&mut sum.memory_events.oom_kill, memory_events.oom_kill);
+    add(&mut sum.memory_events.oom_group_kill, memory_events.oom_group_kill);
+    add(&mut sum.pids.current, pids.current);
+    sum.pids.limit = u64::MAX;
+    if sum.network.is_empty() {
+        sum.network = network;
+    }
+}
+
 fn io(stats: &nutshell_protocol::IoStats) -> IOEntry {
     IOEntry {
         major: stats.major,

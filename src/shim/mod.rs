@@ -27,6 +27,7 @@ mod options;
 mod pod;
 mod process;
 mod record;
+mod sandbox_service;
 mod serve;
 mod service;
 pub(crate) mod share;

@@ -3,6 +3,7 @@
 
 use std::{
     fmt::Debug,
+    future::Future,
     io,
     ops::Range,
     os::fd::{AsFd, OwnedFd},
@@ -13,13 +14,14 @@ use std::{
     },
 };
 
-use nutshell_protocol::{Event, Rootfs};
+use nutshell_protocol::{Event, Rootfs, SetUpPod};
 use tokio::sync::OnceCell;
 
 use super::{
     cgroup::ControlGroup,
     child::{Child, Ended},
     configuration::Configuration,
+    error::TaskError,
     holder, log,
     machine::{Boot, BootError, Guest, LAST_WORDS, Machine, Slot, Vmm, open_disk, open_kvm},
     network::{Network, NetworkError},
@@ -27,7 +29,7 @@ use super::{
 };
 use crate::{
     guest,
-    oci::{ContainerId, Placement, Plan, Root, Share, Size},
+    oci::{ContainerId, Plan, PodPlan, Root, Share, Size},
     vmm::control::ControlError,
 };
 
@@ -118,32 +120,43 @@ pub(crate) struct Needs {
     /// Slots that are empty at first.
     free: Range<u32>,
     group: Option<ControlGroup>,
+    shared: Option<SetUpPod>,
 }
 
 impl Needs {
-    /// What `plan` needs: all of it for a container alone, room for any members for a sandbox.
+    /// What a container alone needs.
     pub(crate) fn of(plan: &Plan) -> Result<Self, BootError> {
-        let (share, disks, free) = match (&plan.placement, &plan.root) {
-            (Placement::Sandbox | Placement::Member { .. }, _) => {
-                (true, (0..MEMBER_DISKS).map(|_| Slot::Empty).collect(), 0..MEMBER_DISKS)
-            }
-            (Placement::Single, Root::Share { .. }) => (true, Vec::new(), 0..0),
-            (Placement::Single, Root::Disk { source, read_only, .. }) => {
+        let (share, disks) = match &plan.root {
+            Root::Share { .. } => (true, Vec::new()),
+            Root::Disk { source, read_only, .. } => {
                 let file = open_disk(source, *read_only)?;
                 let slot = Slot::Filled {
                     file,
                     read_only: *read_only,
                 };
-                (!plan.shares.is_empty(), vec![slot], 0..0)
+                (!plan.shares.is_empty(), vec![slot])
             }
         };
         Ok(Self {
             size: plan.size,
             share,
             disks,
-            free,
+            free: 0..0,
             group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
+            shared: None,
         })
+    }
+
+    /// What a pod needs, with room for any members, which share what `shared` says.
+    pub(crate) fn of_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
+        Self {
+            size: plan.size,
+            share: true,
+            disks: (0..MEMBER_DISKS).map(|_| Slot::Empty).collect(),
+            free: 0..MEMBER_DISKS,
+            group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
+            shared: Some(shared),
+        }
     }
 }
 
@@ -162,8 +175,9 @@ pub(crate) struct Pod {
     files: Mutex<Option<Files>>,
     group: Option<ControlGroup>,
     free_slots: Mutex<Range<u32>>,
-    /// A queue of each link for each vCPU.
-    vcpus: u8,
+    /// What its containers share, if there may be several, and whether the guest has it.
+    shared: Option<(SetUpPod, OnceCell<Result<(), TaskError>>)>,
+    size: Size,
     network: Mutex<Option<Network>>,
     end: OnceCell<()>,
 }
@@ -224,7 +238,8 @@ impl Pod {
             files: Mutex::new(files.clone()),
             group,
             free_slots: Mutex::new(needs.free),
-            vcpus: needs.size.vcpus,
+            shared: needs.shared.map(|shared| (shared, OnceCell::new())),
+            size: needs.size,
             network: Mutex::default(),
             end: OnceCell::new(),
         });
@@ -242,6 +257,23 @@ impl Pod {
     /// The machine.
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    /// The machine's size.
+    pub(crate) fn size(&self) -> Size {
+        self.size
+    }
+
+    /// Has `ask` give the guest what the pod's containers share, unless that was done: the result is
+    /// that of the first time. A container alone shares nothing.
+    pub(crate) async fn set_up<F>(&self, ask: impl FnOnce(SetUpPod) -> F) -> Result<(), TaskError>
+    where
+        F: Future<Output = Result<(), TaskError>>,
+    {
+        match &self.shared {
+            None => Ok(()),
+            Some((shared, done)) => done.get_or_init(|| ask(shared.clone())).await.clone(),
+        }
     }
 
     /// Counts a process of the host to the pod.
@@ -322,7 +354,7 @@ impl Pod {
     pub(crate) async fn connect(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let namespace =
             holder::open_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
-        let network = Network::connect(&self.machine, namespace, self.vcpus.into(), forwarding).await?;
+        let network = Network::connect(&self.machine, namespace, self.size.vcpus.into(), forwarding).await?;
         *self.network() = Some(network);
         Ok(())
     }

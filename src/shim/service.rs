@@ -26,18 +26,13 @@ use super::{
     events::{any, timestamp},
     lifecycle::Phase,
     metrics::metrics,
-    stdio,
+    sandbox_service, stdio,
     tasks::{CreateRequest, ExecRequest, Tasks},
 };
 use crate::oci::{ContainerId, HostMount};
 
 /// The names under which containerd asks for tasks (1.7 knows the second only).
 const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
-
-/// Services that containerd may ask for and that are not offered. Under its name a service without
-/// methods answers "unimplemented", from which containerd knows what to do without it; the ttrpc
-/// crate would answer "invalid argument".
-const NOT_OFFERED: [&str; 1] = ["containerd.runtime.sandbox.v1.Sandbox"];
 
 /// Everything that is served. `written` is that of the connections.
 pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
@@ -53,14 +48,8 @@ pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String,
                 .map(|service| (name.to_owned(), service)),
         );
     }
+    services.extend(sandbox_service::services(tasks, written));
     services.insert(stdio::SERVICE.to_owned(), tasks.streaming().service());
-    for name in NOT_OFFERED {
-        let service = Service {
-            methods: HashMap::new(),
-            streams: HashMap::new(),
-        };
-        services.insert(name.to_owned(), service);
-    }
     services
 }
 
@@ -70,16 +59,24 @@ struct TaskService {
 }
 
 impl TaskService {
-    /// Runs a call to its end, even if its client goes away or gives up.
     async fn finish<T, F>(&self, call: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T, TaskError>> + Send + 'static,
     {
-        let result = tokio::spawn(call(self.tasks.clone())).await;
-        let result = result.unwrap_or_else(|panic| Err(TaskError::unknown(format!("the shim failed: {panic}"))));
-        Ok(result?)
+        finish(&self.tasks, call).await
     }
+}
+
+/// Runs a call to its end, even if its client goes away or gives up.
+pub(super) async fn finish<T, F>(tasks: &Arc<Tasks>, call: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, TaskError>> + Send + 'static,
+{
+    let result = tokio::spawn(call(tasks.clone())).await;
+    let result = result.unwrap_or_else(|panic| Err(TaskError::unknown(format!("the shim failed: {panic}"))));
+    Ok(result?)
 }
 
 #[async_trait]

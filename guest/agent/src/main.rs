@@ -3,7 +3,7 @@
 //! It does what the shim asks for over one stream (see `nutshell_protocol`): creates containers with
 //! libcontainer, moves their standard streams, reaps and reports. One thread, one event loop
 //! ([`agent`]); what may block is done in forked jobs ([`job`]). `machine` is the set-up as PID 1,
-//! `container` what containers are made of, `stdio` the streams, `sys` the only unsafe code.
+//! `pod` what a pod's containers share, `container` what containers are made of, `stdio` the streams, `sys` the only unsafe code.
 //!
 //! `nutshell-agent --test-unix FOLDER` leaves the machine as it is and dials sockets in a folder
 //! instead of the host: how the tests run it.
@@ -13,6 +13,7 @@ mod connection;
 mod container;
 mod job;
 mod machine;
+mod pod;
 mod poller;
 mod reap;
 mod stdio;

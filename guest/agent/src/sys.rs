@@ -20,10 +20,21 @@ pub(crate) fn fork() -> io::Result<Option<Pid>> {
 pub(crate) fn fork_brother_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
     /// clone(2); the constant of this name in libc has too narrow a type.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    fork_brother(CLONE_INTO_CGROUP, cgroup.as_raw_fd().unsigned_abs().into())
+}
+
+/// Forks a brother: a child of the caller's parent, the first process of a new pid namespace, in a
+/// mount namespace of its own. `None` in the child.
+pub(crate) fn fork_first_brother() -> io::Result<Option<Pid>> {
+    const FLAGS: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+    fork_brother(FLAGS.unsigned_abs().into(), 0)
+}
+
+fn fork_brother(flags: u64, cgroup: u64) -> io::Result<Option<Pid>> {
     const CLONE_PARENT: u64 = libc::CLONE_PARENT.unsigned_abs() as u64;
     // With CLONE_PARENT the exit signal must be none: it is the one of the caller.
     let arguments = libc::clone_args {
-        flags: CLONE_PARENT | CLONE_INTO_CGROUP,
+        flags: flags | CLONE_PARENT,
         pidfd: 0,
         child_tid: 0,
         parent_tid: 0,
@@ -33,7 +44,7 @@ pub(crate) fn fork_brother_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid
         tls: 0,
         set_tid: 0,
         set_tid_size: 0,
-        cgroup: cgroup.as_raw_fd().unsigned_abs().into(),
+        cgroup,
     };
     // SAFETY: `arguments` outlives the call; without CLONE_VM the child has a copy of the one thread's stack.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
@@ -94,6 +105,20 @@ pub(crate) fn unblock_signals() {
 pub(crate) fn restore_sigpipe() {
     // SAFETY: SIG_DFL is a valid disposition for SIGPIPE.
     unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
+/// Has the kernel reap this process's children as they end.
+pub(crate) fn reap_by_itself() {
+    // SAFETY: SIG_IGN is a valid disposition for SIGCHLD (sigaction(2), NOTES).
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Sleeps for good.
+pub(crate) fn sleep_forever() -> ! {
+    loop {
+        // SAFETY: pause has no requirements.
+        unsafe { libc::pause() };
+    }
 }
 
 fn empty_signal_set() -> libc::sigset_t {

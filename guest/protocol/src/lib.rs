@@ -14,8 +14,8 @@ mod message;
 pub use frame::{FrameBuffer, FrameError, MAX_FRAME, encode};
 pub use message::{
     ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MemoryEvents,
-    MemoryStats, NetworkStats, PidsStats, ProcessEntry, Ready, Reply, Request, Response, Rootfs, StartExec, Stdio,
-    ToAgent,
+    MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs,
+    SetUpPod, StartExec, Stdio, ToAgent,
 };
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).

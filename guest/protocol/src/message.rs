@@ -17,6 +17,9 @@ pub struct ToAgent {
 /// What the agent is asked to do. Each has its own [`Response`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
+    /// Make ready what the containers of a pod share, once, before the first of them: [`Response::Done`].
+    /// A machine for one container is not asked.
+    SetUpPod(SetUpPod),
     /// Create a container up to, not including, its first instruction: [`Response::Created`].
     CreateContainer(CreateContainer),
     /// Run a created container's process: [`Response::Done`].
@@ -109,6 +112,41 @@ pub enum Request {
     Shutdown,
 }
 
+/// What the containers of a pod share, beside the machine's own namespaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetUpPod {
+    /// The host name.
+    pub hostname: Option<String>,
+    /// The NIS domain name.
+    pub domainname: Option<String>,
+    /// Kernel parameters and their values, the names in sysctl(8)'s form.
+    pub sysctls: Vec<(String, String)>,
+    /// The size of the one `/dev/shm`, in bytes.
+    pub shared_memory: u64,
+    /// Files that a container has where its spec mounts nothing.
+    pub files: Vec<PodFile>,
+}
+
+/// A file that is the same in all containers of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodFile {
+    /// Where containers have it: an absolute path.
+    pub destination: String,
+    /// What is in it at first.
+    pub content: Vec<u8>,
+}
+
+/// The pid namespace of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PidNamespace {
+    /// As the spec has it.
+    Specified,
+    /// The one that containers of the pod share.
+    Pod,
+    /// That of the first process of another container.
+    Container(String),
+}
+
 /// A container to create.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CreateContainer {
@@ -119,6 +157,8 @@ pub struct CreateContainer {
     pub spec: Vec<u8>,
     /// What to mount at `root.path`.
     pub rootfs: Rootfs,
+    /// Its pid namespace.
+    pub pid_namespace: PidNamespace,
     /// The standard streams of the first process.
     pub stdio: Stdio,
 }

@@ -5,7 +5,7 @@ use std::{process, sync::Arc};
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 
-use super::{ANSWER_LIMIT, Container, HINT_LIMIT, KILL_LIMIT, Role, Tasks, answered};
+use super::{ANSWER_LIMIT, Container, HINT_LIMIT, KILL_LIMIT, Tasks, WRITE_BACK_LIMIT, answered};
 use crate::shim::{
     error::{Kind, TaskError},
     lifecycle::{Exit, Phase},
@@ -83,10 +83,10 @@ impl Tasks {
         if process.exec.is_some() && process.lifecycle.phase() == Phase::Created {
             return Err(TaskError::new(Kind::FailedPrecondition, "process not started"));
         }
-        if container.role == Role::Sandbox {
+        if container.is_sandbox() {
             // It stands for a program that ends when it is told to, and ignores the rest.
             if ends_a_sandbox(signal) {
-                self.end_sandbox(container, 128 + signal).await;
+                self.end_sandbox(container, 128 + signal, WRITE_BACK_LIMIT).await;
             }
             return Ok(());
         }
@@ -122,7 +122,7 @@ impl Tasks {
             pid: container.init.pid(),
             exec: None,
         };
-        if container.role == Role::Sandbox || container.init.lifecycle.phase().exit().is_some() {
+        if container.is_sandbox() || container.init.lifecycle.phase().exit().is_some() {
             return Ok(vec![init]);
         }
         let machine = container.pod.machine();
@@ -218,7 +218,7 @@ impl Tasks {
     /// Changes a container's limits: OCI `LinuxResources` as JSON.
     pub(crate) async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), TaskError> {
         let container = self.container(id)?;
-        if container.role == Role::Sandbox {
+        if container.is_sandbox() {
             // Limits of a pod are the sum of its containers'.
             return Ok(());
         }
@@ -234,7 +234,7 @@ impl Tasks {
     /// A container's resource use.
     pub(crate) async fn stats(&self, id: &str) -> Result<ContainerStats, TaskError> {
         let container = self.container(id)?;
-        if container.role == Role::Sandbox {
+        if container.is_sandbox() {
             return Ok(ContainerStats::default());
         }
         let request = Request::Stats {
@@ -282,7 +282,7 @@ fn wrong_phase(action: &str, phase: Phase) -> TaskError {
 }
 
 fn guest_name(container: &Container, done: &str) -> Result<String, TaskError> {
-    if container.role == Role::Sandbox {
+    if container.is_sandbox() {
         let text = format!("a sandbox has no process in the virtual machine that could be {done}");
         return Err(TaskError::new(Kind::Unimplemented, text));
     }

@@ -3,6 +3,7 @@
 use std::{
     path::PathBuf,
     sync::{Arc, Mutex},
+    time::SystemTime,
 };
 
 use containerd_shim_protos::{
@@ -10,15 +11,17 @@ use containerd_shim_protos::{
     protobuf::MessageField,
     types::mount::Mount,
 };
-use nutshell_protocol::{CreateContainer, Request, Rootfs, Stdio};
+use nutshell_protocol::{CreateContainer, PidNamespace, Request, Rootfs, Stdio};
 
-use super::{CREATE_LIMIT, Container, Role, Tasks, ask, gone};
+use super::{CREATE_LIMIT, Container, Role, Tasks, Way, ask, gone};
 use crate::{
-    oci::{self, ContainerId, Hooks, HostMount, Network, Placement, Plan, PlanError, Root, SourceKind},
+    oci::{self, ContainerId, Hooks, HostMount, Network, Placement, Plan, PlanError, Planned, Root, SourceKind},
     shim::{
         error::{Kind, TaskError},
         holder::{self, Holder, Namespace},
-        hooks, log,
+        hooks,
+        lifecycle::Phase,
+        log,
         pod::{Needs, Pod, PodError},
         process::Process,
         record::Record,
@@ -27,7 +30,7 @@ use crate::{
 };
 
 /// What runc's shim says first when a container cannot be created; users search for it.
-const CONTEXT: &str = "OCI runtime create failed";
+pub(super) const CONTEXT: &str = "OCI runtime create failed";
 
 /// A container to create.
 #[derive(Debug)]
@@ -43,10 +46,11 @@ pub(crate) struct CreateRequest {
 }
 
 /// An id that no other container can have, until this is dropped.
-struct Reservation<'a> {
+pub(super) struct Reservation<'a> {
     tasks: &'a Tasks,
     id: &'a ContainerId,
-    kept: bool,
+    /// It is a container's now.
+    pub(super) kept: bool,
 }
 
 impl Drop for Reservation<'_> {
@@ -67,33 +71,15 @@ impl Tasks {
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let mut reservation = self.reserve(&request.id)?;
         log::debug(&format!("task {}: create", request.id));
-        let plan = self.plan(&request)?;
-        for warning in &plan.warnings {
-            log::warn(&format!("task {}: {warning}", request.id));
-        }
-        let container = match plan.placement.clone() {
-            Placement::Single | Placement::Sandbox => {
-                let pod = self.start_pod(&request, &plan).await.map_err(failed)?;
-                let container = match &plan.placement {
-                    Placement::Sandbox => self.sandbox(&request, plan, &pod).await,
-                    _ => self.populate(&request, plan, &pod).await,
-                };
-                match container {
-                    Ok(container) => container,
-                    Err(error) => {
-                        pod.end().await;
-                        return Err(error.during(CONTEXT));
-                    }
+        let container = match self.plan(&request)? {
+            Planned::Sandbox(plan) => self.sandbox(&request, *plan, Way::Task).await?,
+            Planned::Container(plan) => {
+                for warning in &plan.warnings {
+                    log::warn(&format!("task {}: {warning}", request.id));
                 }
-            }
-            Placement::Member { sandbox } => {
-                let pod = self.pod_of(&sandbox)?;
-                match self.populate(&request, plan, &pod).await {
-                    Ok(container) => container,
-                    Err(error) => {
-                        pod.detach(&request.id).await;
-                        return Err(error.during(CONTEXT));
-                    }
+                match plan.placement.clone() {
+                    Placement::Single => self.single(&request, *plan).await?,
+                    Placement::Member { sandbox } => self.member(&request, *plan, &sandbox).await?,
                 }
             }
         };
@@ -105,7 +91,7 @@ impl Tasks {
         Ok(container.init.pid())
     }
 
-    fn reserve<'a>(&'a self, id: &'a ContainerId) -> Result<Reservation<'a>, TaskError> {
+    pub(super) fn reserve<'a>(&'a self, id: &'a ContainerId) -> Result<Reservation<'a>, TaskError> {
         if *self.stopping.borrow() {
             return Err(TaskError::new(Kind::Unavailable, "the shim is shutting down"));
         }
@@ -119,27 +105,54 @@ impl Tasks {
         })
     }
 
-    fn plan(&self, request: &CreateRequest) -> Result<Plan, TaskError> {
+    fn plan(&self, request: &CreateRequest) -> Result<Planned, TaskError> {
         oci::plan(
             &request.bundle,
             &request.id,
             &request.rootfs,
             &self.configuration.sizing,
+            self.configuration.host_namespaces,
             &SourceKind::of,
         )
-        .map_err(|error| {
-            let kind = match error {
-                PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => {
-                    Kind::InvalidArgument
-                }
-                _ => Kind::Unknown,
-            };
-            TaskError::new(kind, error.to_string()).during(CONTEXT)
-        })
+        .map_err(|error| unplanned(&error).during(CONTEXT))
     }
 
-    async fn start_pod(self: &Arc<Self>, request: &CreateRequest, plan: &Plan) -> Result<Arc<Pod>, PodError> {
-        let needs = Needs::of(plan)?;
+    async fn single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
+        let needs = Needs::of(&plan).map_err(|error| failed(error.into()))?;
+        let pod = self.start_pod(request, needs).await.map_err(failed)?;
+        match self.populate(request, plan, PidNamespace::Specified, &pod).await {
+            Ok(container) => Ok(container),
+            Err(error) => {
+                pod.end().await;
+                Err(error.during(CONTEXT))
+            }
+        }
+    }
+
+    async fn member(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: Plan,
+        sandbox: &str,
+    ) -> Result<Arc<Container>, TaskError> {
+        let pod = self.pod_of(sandbox).map_err(|error| error.during(CONTEXT))?;
+        let pids = self
+            .pid_namespace(&pod, plan.pid_namespace)
+            .map_err(|error| error.during(CONTEXT))?;
+        match self.populate(request, plan, pids, &pod).await {
+            Ok(container) => Ok(container),
+            Err(error) => {
+                pod.detach(&request.id).await;
+                Err(error.during(CONTEXT))
+            }
+        }
+    }
+
+    pub(super) async fn start_pod(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        needs: Needs,
+    ) -> Result<Arc<Pod>, PodError> {
         let record = Record {
             cgroups: needs.groups(),
             ..Record::default()
@@ -163,42 +176,45 @@ impl Tasks {
         Ok(pod)
     }
 
+    /// The pod that a container can be created in.
     fn pod_of(&self, sandbox: &str) -> Result<Arc<Pod>, TaskError> {
-        let container = self.container(sandbox).map_err(|_| {
-            let text = format!("sandbox {sandbox} is not in this shim");
-            TaskError::new(Kind::FailedPrecondition, text).during(CONTEXT)
-        })?;
-        if container.role == Role::Sandbox {
-            Ok(container.pod.clone())
-        } else {
-            let text = format!("task {sandbox} is not a sandbox");
-            Err(TaskError::new(Kind::FailedPrecondition, text).during(CONTEXT))
+        let precondition = |text| TaskError::new(Kind::FailedPrecondition, text);
+        let container = self
+            .created(sandbox)
+            .ok_or_else(|| precondition(format!("sandbox {sandbox} is not in this shim")))?;
+        if !container.is_sandbox() {
+            return Err(precondition(format!("task {sandbox} is not a sandbox")));
+        }
+        match container.init.lifecycle.phase() {
+            Phase::Creating | Phase::Created | Phase::Starting | Phase::Running | Phase::Paused => {
+                Ok(container.pod.clone())
+            }
+            phase => Err(precondition(format!("sandbox {sandbox} is {}", phase.name()))),
         }
     }
 
-    /// A sandbox is a pid on the host. Its machine boots meanwhile, for the members to come.
-    async fn sandbox(
-        self: &Arc<Self>,
-        request: &CreateRequest,
-        plan: Plan,
-        pod: &Arc<Pod>,
-    ) -> Result<Arc<Container>, TaskError> {
-        let container = self.enter(request, Role::Sandbox, pod, plan.hooks);
-        let held = async {
-            hold(&container, &plan.network)?;
-            run_hooks(&container).await
+    /// Whose processes a container of `pod` shares: the spec has the host's pid of a task.
+    fn pid_namespace(&self, pod: &Pod, asked: oci::PidNamespace) -> Result<PidNamespace, TaskError> {
+        let pid = match asked {
+            oci::PidNamespace::Specified => return Ok(PidNamespace::Specified),
+            oci::PidNamespace::Pod => return Ok(PidNamespace::Pod),
+            oci::PidNamespace::Task(pid) => pid,
         };
-        if let Err(error) = held.await {
-            container.init.release();
-            return Err(error);
-        }
-        let (pod, limit) = (pod.clone(), self.configuration.ready_timeout);
-        tokio::spawn(async move {
-            if let Err(ending) = pod.machine().ready(limit).await {
-                log::error(&format!("the machine of a pod did not start: {ending}"));
+        let members = self.members(pod.number());
+        match members.iter().find(|member| member.init.pid() == pid) {
+            Some(sandbox) if sandbox.is_sandbox() => Ok(PidNamespace::Pod),
+            Some(target) if target.init.lifecycle.phase().exit().is_none() => {
+                Ok(PidNamespace::Container(target.id.to_string()))
             }
-        });
-        Ok(container)
+            Some(target) => {
+                let text = format!("linux.namespaces: pid: container {} has ended", target.id);
+                Err(TaskError::new(Kind::FailedPrecondition, text))
+            }
+            None => {
+                let text = format!("linux.namespaces: pid: no container of this pod has pid {pid}");
+                Err(TaskError::new(Kind::InvalidArgument, text))
+            }
+        }
     }
 
     /// Creates a container in a machine that may be booting still.
@@ -206,14 +222,13 @@ impl Tasks {
         self: &Arc<Self>,
         request: &CreateRequest,
         plan: Plan,
+        pids: PidNamespace,
         pod: &Arc<Pod>,
     ) -> Result<Arc<Container>, TaskError> {
-        let role = match (&plan.placement, &plan.root) {
-            (Placement::Single, Root::Disk { read_only, .. }) => Role::Alone {
-                writes_disk: !read_only,
-            },
-            (Placement::Single, Root::Share { .. }) => Role::Alone { writes_disk: false },
-            _ => Role::Member,
+        let writes_disk = matches!(plan.root, Root::Disk { read_only: false, .. });
+        let role = match plan.placement {
+            Placement::Single => Role::Alone { writes_disk },
+            Placement::Member { .. } => Role::Member { writes_disk },
         };
         let container = self.enter(request, role, pod, plan.hooks);
         let (root, shares) = (plan.root, plan.shares);
@@ -233,7 +248,8 @@ impl Tasks {
                 "task {}: agent {} on Linux {} is ready",
                 request.id, ready.version, ready.kernel
             ));
-            create_in_guest(request, plan.spec, rootfs, stdio, pod).await
+            self.set_up(pod).await?;
+            create_in_guest(request, plan.spec, pids, rootfs, stdio, pod).await
         };
         match created.await {
             Ok(guest_pid) => {
@@ -249,11 +265,12 @@ impl Tasks {
     }
 
     /// Enters the container into the table, where events about it find it.
-    fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>, hooks: Hooks) -> Arc<Container> {
+    pub(super) fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>, hooks: Hooks) -> Arc<Container> {
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             role,
+            created_at: SystemTime::now(),
             pod: pod.clone(),
             init: Arc::new(Process::init(request.stdio.clone())),
             execs: Mutex::default(),
@@ -288,7 +305,7 @@ async fn prepare(
 }
 
 /// Those that set up what the pid on the host stands for, mostly its network.
-async fn run_hooks(container: &Container) -> Result<(), TaskError> {
+pub(super) async fn run_hooks(container: &Container) -> Result<(), TaskError> {
     let Hooks {
         prestart,
         create_runtime,
@@ -305,6 +322,7 @@ async fn run_hooks(container: &Container) -> Result<(), TaskError> {
 async fn create_in_guest(
     request: &CreateRequest,
     spec: Vec<u8>,
+    pid_namespace: PidNamespace,
     rootfs: Rootfs,
     stdio: Stdio,
     pod: &Pod,
@@ -313,6 +331,7 @@ async fn create_in_guest(
         container: request.id.to_string(),
         spec,
         rootfs,
+        pid_namespace,
         stdio,
     });
     ask(pod, CREATE_LIMIT, pod.machine().agent().create(create))
@@ -329,7 +348,7 @@ async fn create_in_guest(
 
 /// Gives a container its pid on the host, in the network namespace that the spec asks for. Clients
 /// also find the pod's control group by it.
-fn hold(container: &Container, network: &Network) -> Result<(), TaskError> {
+pub(super) fn hold(container: &Container, network: &Network) -> Result<(), TaskError> {
     let holder = Holder::spawn(&namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("make a pid for the container: {error}")))?;
     container.pod.add(holder.pid());
@@ -353,8 +372,17 @@ fn namespace(network: &Network) -> Result<Namespace, TaskError> {
     }
 }
 
-fn failed(error: PodError) -> TaskError {
+pub(super) fn failed(error: PodError) -> TaskError {
     TaskError::unknown(error.to_string()).during(CONTEXT)
+}
+
+/// Why there is no plan, as containerd's clients tell errors apart.
+pub(super) fn unplanned(error: &PlanError) -> TaskError {
+    let kind = match error {
+        PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => Kind::InvalidArgument,
+        _ => Kind::Unknown,
+    };
+    TaskError::new(kind, error.to_string())
 }
 
 fn event(request: &CreateRequest, pid: u32) -> TaskCreate {

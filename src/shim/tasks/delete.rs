@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
 use nutshell_protocol::Request;
 
-use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks};
+use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks, WRITE_BACK_LIMIT};
 use crate::shim::{
     error::{Kind, TaskError},
     events::timestamp,
@@ -14,9 +14,6 @@ use crate::shim::{
     log,
     process::Process,
 };
-
-/// How long the guest may take to write back its disks, before the machine is ended.
-const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// What is left of a process.
 #[derive(Debug, Clone, Copy)]
@@ -98,8 +95,8 @@ impl Tasks {
     }
 
     /// Takes back everything that a container has on this host.
-    async fn forget(&self, container: &Container) {
-        if container.role != Role::Sandbox {
+    pub(super) async fn forget(&self, container: &Container) {
+        if !container.is_sandbox() {
             finish_streams(container, &container.init).await;
         }
         for exec in container.all_execs() {
@@ -109,12 +106,12 @@ impl Tasks {
         match container.role {
             Role::Alone { writes_disk } => {
                 if writes_disk {
-                    write_back(container).await;
+                    write_back(container, WRITE_BACK_LIMIT).await;
                 }
                 container.pod.end().await;
             }
-            Role::Sandbox => container.pod.end().await,
-            Role::Member => {
+            Role::Sandbox(_) => container.pod.end().await,
+            Role::Member { .. } => {
                 remove_from_guest(container).await;
                 container.pod.detach(&container.id).await;
             }
@@ -156,12 +153,10 @@ async fn remove_from_guest(container: &Container) {
     }
 }
 
-async fn write_back(container: &Container) {
+/// Has the guest end all containers and write its disks back.
+pub(super) async fn write_back(container: &Container, limit: Duration) {
     let machine = container.pod.machine();
-    if let Err(error) = container
-        .ask(WRITE_BACK_LIMIT, machine.agent().run(Request::Shutdown))
-        .await
-    {
+    if let Err(error) = container.ask(limit, machine.agent().run(Request::Shutdown)).await {
         log::error(&format!(
             "task {}: its disk may lack the last writes: {error}",
             container.id

@@ -1,7 +1,7 @@
 //! What happens by itself: processes end, the guest runs out of memory, a machine ends, somebody
 //! kills a holder.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     events::task::{TaskExit, TaskOOM},
@@ -9,7 +9,7 @@ use containerd_shim_protos::{
 };
 use nutshell_protocol::{Event, Exited};
 
-use super::{Container, DRAIN_LIMIT, KILLED, Role, Tasks};
+use super::{Container, DRAIN_LIMIT, KILLED, Role, Tasks, delete::write_back};
 use crate::shim::{
     events::timestamp,
     lifecycle::{Exit, Phase},
@@ -96,6 +96,9 @@ impl Tasks {
                 if process.exec.is_none() {
                     remember(container, exit);
                 }
+                if !container.is_task() {
+                    return;
+                }
                 self.events.publish(&TaskExit {
                     container_id: container.id.to_string(),
                     id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
@@ -136,6 +139,9 @@ impl Tasks {
         }
         if container.init.report_end() {
             self.end_execs(container).await;
+            if container.is_sandbox() {
+                container.pod.disconnect().await;
+            }
             self.record(container, &container.init, Exit::now(KILLED)).await;
         }
     }
@@ -160,15 +166,21 @@ impl Tasks {
         });
     }
 
-    /// Ends a sandbox: its machine first, with all that is left in it.
-    pub(super) async fn end_sandbox(&self, container: &Container, status: u32) {
+    /// Ends a sandbox: its machine first, with all that is left in it. The guest has `limit` to write its
+    /// disks back.
+    pub(super) async fn end_sandbox(&self, container: &Container, status: u32, limit: Duration) {
         if !container.init.report_end() {
+            container.init.lifecycle.exit().await;
             return;
+        }
+        let members = self.members(container.pod.number());
+        let writes = |member: &Arc<Container>| member.role == Role::Member { writes_disk: true };
+        if members.iter().any(writes) {
+            write_back(container, limit).await;
         }
         container.pod.machine().kill("its sandbox was stopped");
         container.pod.machine().ended().await;
-        let members = self.members(container.pod.number());
-        for member in members.iter().filter(|member| member.role != Role::Sandbox) {
+        for member in members.iter().filter(|member| !member.is_sandbox()) {
             member.init.lifecycle.exit().await;
         }
         // CNI takes the namespace down when it hears of the end.

@@ -2,8 +2,9 @@
 //! meets a machine.
 //!
 //! Lives here: what each Task call does, in the types of this crate. May not live here: protobuf and
-//! ttrpc (that is [`super::service`]), how a machine is made ([`super::pod`]). `create`, `start`,
-//! `control` and `delete` each have the calls of their name, `exit` has what happens by itself.
+//! ttrpc (those are [`super::service`] and [`super::sandbox_service`]), how a machine is made
+//! ([`super::pod`]). `create`, `start`, `control` and `delete` each have the calls of their name,
+//! `sandbox` has those of the Sandbox service, `exit` what happens by itself.
 //!
 //! All of it runs on the shim's main thread. What a call has begun is finished even if its caller
 //! goes away, so that nothing is left half-done.
@@ -12,6 +13,7 @@ mod control;
 mod create;
 mod delete;
 mod exit;
+mod sandbox;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -21,13 +23,13 @@ use std::{
     future::Future,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use nutshell_protocol::FailureKind;
 use tokio::sync::watch;
 
-pub(crate) use self::{create::CreateRequest, start::ExecRequest};
+pub(crate) use self::{create::CreateRequest, sandbox::SandboxRequest, start::ExecRequest};
 use super::{
     configuration::Configuration,
     error::{Kind, TaskError},
@@ -60,6 +62,9 @@ const KILL_LIMIT: Duration = Duration::from_secs(5);
 /// How long the agent may take for what only makes an answer richer.
 const HINT_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long the guest may take to write back its disks, before the machine is ended.
+const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
+
 /// The status of a process that was killed: 128 + SIGKILL.
 const KILLED: u32 = 137;
 
@@ -71,10 +76,23 @@ enum Role {
         /// Its root is a disk that the guest may have to write back.
         writes_disk: bool,
     },
-    /// It is the pod's sandbox: nothing of it runs in the guest.
-    Sandbox,
+    /// It is the pod's sandbox: nothing of it runs in the guest. Its first process's lifecycle is the
+    /// state of the pod.
+    Sandbox(Way),
     /// It lives in the pod of a sandbox.
-    Member,
+    Member {
+        /// Its root is a disk that the guest may have to write back.
+        writes_disk: bool,
+    },
+}
+
+/// How containerd speaks of a sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// As a container, through the Task service (`sandboxer = "podsandbox"`).
+    Task,
+    /// Through the Sandbox service (`sandboxer = "shim"`): it is no task, and events of it are none.
+    Service,
 }
 
 /// A container.
@@ -83,6 +101,7 @@ pub(crate) struct Container {
     id: ContainerId,
     bundle: PathBuf,
     role: Role,
+    created_at: SystemTime,
     pod: Arc<Pod>,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -90,6 +109,16 @@ pub(crate) struct Container {
 }
 
 impl Container {
+    /// Nothing of it runs in the guest.
+    fn is_sandbox(&self) -> bool {
+        matches!(self.role, Role::Sandbox(_))
+    }
+
+    /// The Task service knows it, and its events are told.
+    fn is_task(&self) -> bool {
+        self.role != Role::Sandbox(Way::Service)
+    }
+
     /// As its hooks know it.
     fn subject(&self) -> Subject<'_> {
         Subject {
@@ -224,13 +253,16 @@ impl Tasks {
 
     /// The container, from the moment that its creation was answered to the end of its deletion.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        let found = id
-            .parse::<ContainerId>()
-            .ok()
-            .and_then(|id| self.table().containers.get(&id).cloned());
-        found
-            .filter(|container| container.init.lifecycle.phase() != Phase::Creating)
+        self.created(id)
+            .filter(|container| container.is_task())
             .ok_or_else(|| TaskError::new(Kind::NotFound, format!("task {id} not found")))
+    }
+
+    /// As [`Self::container`], with those that are no tasks.
+    fn created(&self, id: &str) -> Option<Arc<Container>> {
+        let id = id.parse::<ContainerId>().ok()?;
+        let found = self.table().containers.get(&id).cloned();
+        found.filter(|container| container.init.lifecycle.phase() != Phase::Creating)
     }
 
     /// The process `exec` of container `id`, its first one if `exec` is empty.
@@ -240,7 +272,8 @@ impl Tasks {
         Ok((container, process))
     }
 
-    /// Ends the shim if no container is left, or anyway if `now`. False if it goes on.
+    /// Ends the shim if neither a container nor a sandbox is left, or anyway if `now`. False if it goes
+    /// on.
     pub(crate) fn shut_down(&self, now: bool) -> bool {
         let idle = self.table().taken.is_empty();
         let stop = idle || now;

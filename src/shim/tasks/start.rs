@@ -14,6 +14,7 @@ use crate::{
         hooks,
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
         log,
+        pod::Pod,
         process::Process,
         stdio,
     },
@@ -43,7 +44,7 @@ impl Tasks {
             return Err(TaskError::new(Kind::InvalidArgument, format!("exec id: {error}")));
         }
         takes_execs(&container)?;
-        if container.role == Role::Sandbox {
+        if container.is_sandbox() {
             return Err(TaskError::new(
                 Kind::Unimplemented,
                 "a sandbox has no process of its own in the virtual machine: exec in one of the pod's containers",
@@ -71,39 +72,46 @@ impl Tasks {
         if !exec.is_empty() {
             takes_execs(&container)?;
         }
-        process.lifecycle.begin_start()?;
-        log::debug(&format!("task {id} {exec}: start"));
         if exec.is_empty() {
             self.start_init(&container).await
         } else {
+            process.lifecycle.begin_start()?;
+            log::debug(&format!("task {id} {exec}: start"));
             self.start_exec(&container, &process, exec).await
         }
     }
 
-    async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+    pub(super) async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
-        if container.role != Role::Member {
+        if let Err(wrong) = init.lifecycle.begin_start() {
+            if container.is_sandbox() {
+                // A machine that did not boot has ended it: that is what its user has to know.
+                self.set_up(&container.pod).await?;
+            }
+            return Err(wrong.into());
+        }
+        log::debug(&format!("task {}: start", container.id));
+        let begun = match container.role {
+            // A pod that runs is one that takes containers.
+            Role::Sandbox(_) => self.set_up(&container.pod).await,
             // Not before: clients put links into the namespace of a container that was created.
-            if let Err(error) = self.connect_network(container).await {
-                init.lifecycle.start_failed(None);
-                return Err(error.during(START_CONTEXT));
-            }
+            Role::Alone { .. } => match self.connect_network(&container.pod, init.pid(), false).await {
+                Ok(()) => start_in_guest(container).await,
+                Err(error) => Err(error),
+            },
+            Role::Member { .. } => start_in_guest(container).await,
+        };
+        if let Err(error) = begun {
+            init.lifecycle.start_failed(None);
+            return Err(not_gone(error).during(START_CONTEXT));
         }
-        if container.role != Role::Sandbox {
-            let start = Request::StartContainer {
-                container: container.id.to_string(),
-            };
-            let agent = container.pod.machine().agent();
-            if let Err(error) = container.ask(ANSWER_LIMIT, agent.run(start)).await {
-                init.lifecycle.start_failed(None);
-                return Err(not_gone(error).during(START_CONTEXT));
-            }
+        if container.is_task() {
+            self.events.publish(&TaskStart {
+                container_id: container.id.to_string(),
+                pid: init.pid(),
+                ..TaskStart::default()
+            });
         }
-        self.events.publish(&TaskStart {
-            container_id: container.id.to_string(),
-            pid: init.pid(),
-            ..TaskStart::default()
-        });
         init.lifecycle.started();
         log::debug(&format!("task {}: started", container.id));
         // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
@@ -111,15 +119,11 @@ impl Tasks {
         Ok(init.pid())
     }
 
-    /// Gives the pod its network, when its machine has booted.
-    async fn connect_network(&self, container: &Container) -> Result<(), TaskError> {
-        let (pod, pid) = (&container.pod, container.init.pid());
+    /// Gives the machine of a pod the network of the namespace in which the process `pid` lives.
+    pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forwarding: bool) -> Result<(), TaskError> {
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-        let connected = pod
-            .machine()
-            .within(CREATE_LIMIT, pod.connect(pid, container.role == Role::Sandbox))
-            .await;
+        let connected = pod.machine().within(CREATE_LIMIT, pod.connect(pid, forwarding)).await;
         match connected {
             Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
@@ -156,6 +160,14 @@ impl Tasks {
             }
         }
     }
+}
+
+async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
+    let start = Request::StartContainer {
+        container: container.id.to_string(),
+    };
+    let agent = container.pod.machine().agent();
+    container.ask(ANSWER_LIMIT, agent.run(start)).await
 }
 
 async fn run_exec(

@@ -13,11 +13,12 @@ use std::convert::Infallible;
 use std::io;
 use std::rc::Rc;
 
-use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response};
+use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
 
 use crate::connection::{Control, ControlError, Host};
 use crate::container::Container;
 use crate::job::Job;
+use crate::pod::Pod;
 use crate::poller::{Poller, Token};
 use crate::reap::Reaper;
 use crate::stdio::Channels;
@@ -37,6 +38,8 @@ pub(crate) enum AgentError {
 /// What a job is for.
 #[derive(Debug)]
 enum Purpose {
+    /// Makes ready what the pod's containers share.
+    SetUpPod(Box<SetUpPod>),
     /// Makes a container.
     Create(Rc<str>),
     /// Runs an exec of a container.
@@ -66,6 +69,8 @@ pub(crate) struct Agent {
     control: Control,
     reaper: Reaper,
     streams: Streams,
+    /// Once it was set up.
+    pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
     errands: BTreeMap<u32, Errand>,
     /// The last number given to an event source.
@@ -86,6 +91,7 @@ impl Agent {
             control,
             reaper,
             streams: Streams::default(),
+            pod: None,
             containers: BTreeMap::new(),
             errands: BTreeMap::new(),
             last_number: 0,

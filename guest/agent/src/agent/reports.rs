@@ -10,6 +10,7 @@ use super::{Agent, AgentError, Purpose};
 use crate::container::cgroup::{Cgroup, MemoryWatch};
 use crate::container::{Stage, delete};
 use crate::job::{Context, FailureExt, Outcome};
+use crate::pod::Pod;
 use crate::poller::Token;
 use crate::stdio::Channels;
 use crate::sys;
@@ -31,6 +32,11 @@ impl Agent {
             return Ok(());
         };
         let request = errand.request;
+        if let Purpose::SetUpPod(asked) = &errand.purpose
+            && let Ok(Outcome::Process { pid }) = &result
+        {
+            self.pod = sys::pid(*pid).map(|init| Pod::new(init, asked));
+        }
         let newborn = match &result {
             Ok(Outcome::Process { pid }) => sys::pid(*pid).map(|pid| Newborn {
                 pid,
@@ -70,7 +76,7 @@ impl Agent {
                 self.reply(request, result)?;
             }
             (Purpose::Delete(name), _) => self.deleted(request, &name, result)?,
-            (Purpose::Other, _) => self.reply(request, result)?,
+            (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
         }
         if self.errands.is_empty() {
             self.reaper.forget_unclaimed();

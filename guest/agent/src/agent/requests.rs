@@ -2,17 +2,22 @@
 
 use std::collections::btree_map::Entry;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use nutshell_protocol::{CreateContainer, Failure, FailureKind, ProcessEntry, Request, Response, StartExec, ToAgent};
+use nutshell_protocol::{
+    CreateContainer, Failure, FailureKind, PidNamespace, ProcessEntry, Request, Response, SetUpPod, StartExec, ToAgent,
+};
+use rustix::fs::{Mode, OFlags};
 
 use super::{Agent, AgentError, Errand, Purpose};
 use crate::container::cgroup::Cgroup;
+use crate::container::create::Shared;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
 use crate::machine::{clock, forward, network};
+use crate::pod;
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
 use crate::sys;
@@ -37,6 +42,7 @@ impl Agent {
 
     fn answer(&mut self, id: u64, request: Request) -> Result<Answer, Failure> {
         match request {
+            Request::SetUpPod(request) => self.set_up_pod(id, request),
             Request::CreateContainer(request) => self.create(id, &request),
             Request::StartContainer { container } => self.start(id, &container),
             Request::StartExec(request) => self.exec(id, &request),
@@ -83,6 +89,18 @@ impl Agent {
         }
     }
 
+    fn set_up_pod(&mut self, id: u64, request: SetUpPod) -> Result<Answer, Failure> {
+        let under_way = |errand: &Errand| matches!(errand.purpose, Purpose::SetUpPod(_));
+        if self.pod.is_some() || self.errands.values().any(under_way) {
+            return Err(exists("the pod was set up already".to_owned()));
+        }
+        let purpose = Purpose::SetUpPod(Box::new(request.clone()));
+        self.start_job(id, purpose, None, &[], &mut || {
+            pod::set_up(&request).map(|made| (made, None))
+        })?;
+        Ok(Answer::Later)
+    }
+
     fn create(&mut self, id: u64, request: &CreateContainer) -> Result<Answer, Failure> {
         let name = &request.container;
         if self.containers.contains_key(name.as_str()) {
@@ -90,13 +108,39 @@ impl Agent {
         }
         let (channels, ends) =
             Channels::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
+        let pids = self.open_pid_namespace(&request.pid_namespace)?;
+        let pod = self.pod.clone();
+        let shared = Shared {
+            pod: pod.as_ref(),
+            pids: pids.as_ref().map(OwnedFd::as_fd),
+        };
         let container: Rc<str> = name.as_str().into();
         let purpose = Purpose::Create(Rc::clone(&container));
-        let work: Work<'_> = &mut || create::create(request, &ends);
-        self.start_job(id, purpose, Some(channels), &ends.descriptors(), work)?;
+        let work: Work<'_> = &mut || create::create(request, &shared, &ends);
+        let keep: Vec<_> = ends.descriptors().into_iter().chain(shared.pids).collect();
+        self.start_job(id, purpose, Some(channels), &keep, work)?;
         self.containers
             .insert(container, Container::new(name, request.spec.as_slice().into()));
         Ok(Answer::Later)
+    }
+
+    /// The pid namespace of others that a container is to be in.
+    fn open_pid_namespace(&mut self, namespace: &PidNamespace) -> Result<Option<OwnedFd>, Failure> {
+        let (pid, whose) = match namespace {
+            PidNamespace::Specified => return Ok(None),
+            PidNamespace::Pod => (self.pod.as_ref().map(|pod| pod.init), "the pod".to_owned()),
+            PidNamespace::Container(name) => {
+                let init = &self.container(name)?.init;
+                let pid = init.pid.filter(|_| init.ended.is_none());
+                (pid, format!("container {name}"))
+            }
+        };
+        let pid = pid.ok_or_else(|| Failure::precondition(format!("{whose} has no pid namespace to be shared")))?;
+        let path = format!("/proc/{}/ns/pid", pid.as_raw_nonzero());
+        let namespace = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        namespace
+            .map(Some)
+            .context(|| format!("open the pid namespace of {whose}"))
     }
 
     fn start(&mut self, id: u64, name: &str) -> Result<Answer, Failure> {

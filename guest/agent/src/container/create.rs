@@ -3,14 +3,14 @@
 use std::fs;
 use std::io::{IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nutshell_protocol::{CreateContainer, Failure};
-use oci_spec::runtime::Hooks;
+use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, Spec};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -20,12 +20,47 @@ use super::diagnosis::Diagnosis;
 use super::executor::{ProgramExecutor, StartHooks};
 use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, hooks, rootfs, spec, state_folder};
 use crate::job::{Context, FailureExt, Outcome};
+use crate::pod::Pod;
 use crate::stdio::ProcessEnds;
 
+/// What a container shares with others of its pod.
+#[derive(Debug)]
+pub(crate) struct Shared<'a> {
+    /// The pod, if it is of several containers.
+    pub(crate) pod: Option<&'a Pod>,
+    /// The pid namespace that it joins.
+    pub(crate) pids: Option<BorrowedFd<'a>>,
+}
+
+impl Shared<'_> {
+    fn put_into(&self, spec: &mut Spec) {
+        if let Some(pod) = self.pod {
+            pod.complete(spec);
+        }
+        if let (Some(pids), Some(linux)) = (self.pids, spec.linux_mut()) {
+            // libcontainer opens it in a process that has the descriptors of this one.
+            let mut namespace = LinuxNamespace::default();
+            namespace
+                .set_typ(LinuxNamespaceType::Pid)
+                .set_path(Some(format!("/proc/self/fd/{}", pids.as_raw_fd()).into()));
+            let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+            namespaces.retain(|other| other.typ() != LinuxNamespaceType::Pid);
+            namespaces.push(namespace);
+            linux.set_namespaces(Some(namespaces));
+        }
+    }
+}
+
 /// Makes the container. Nothing of it is left where that fails.
-pub(crate) fn create(request: &CreateContainer, stdio: &ProcessEnds) -> Result<(Outcome, Option<OwnedFd>), Failure> {
+pub(crate) fn create(
+    request: &CreateContainer,
+    shared: &Shared<'_>,
+    stdio: &ProcessEnds,
+) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let cgroup = Cgroup::of(&request.container);
-    let prepared = spec::parse(&request.spec).and_then(|spec| spec::prepare(spec, &cgroup, request.stdio.terminal))?;
+    let mut spec = spec::parse(&request.spec)?;
+    shared.put_into(&mut spec);
+    let prepared = spec::prepare(spec, &cgroup, request.stdio.terminal)?;
     let result = build(request, stdio, prepared, &cgroup);
     if result.is_err() {
         // The error that the user sees is the first one.

@@ -2,7 +2,7 @@
 //! is dropped, what libcontainer would do in its own way is taken out and done in ours.
 
 use std::collections::HashMap;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use nutshell_protocol::Failure;
 use oci_spec::runtime::{
@@ -11,7 +11,8 @@ use oci_spec::runtime::{
 };
 
 use super::cgroup::Cgroup;
-use crate::job::{Context, FailureExt};
+use crate::job::FailureExt;
+use crate::pod::settings;
 
 /// A spec that libcontainer takes, and what was taken out of it.
 #[derive(Debug)]
@@ -206,23 +207,10 @@ impl Machine {
     /// Applies the settings.
     pub(super) fn apply(&self) -> Result<(), Failure> {
         if let Some(hostname) = &self.hostname {
-            rustix::system::sethostname(hostname.as_bytes()).context(|| format!("set the host name {hostname}"))?;
+            settings::set_hostname(hostname)?;
         }
         for (name, value) in &self.sysctls {
-            // As sysctl(8) has it: in a name with a dot, "/" separates and "." is the dot.
-            let path = match name.contains('/') {
-                true => name.clone(),
-                false => name.replace('.', "/"),
-            };
-            let plain = Path::new(&path)
-                .components()
-                .all(|part| matches!(part, Component::Normal(_)));
-            if !plain {
-                return Err(Failure::invalid(format!(
-                    "sysctl {name} is no name of a kernel parameter"
-                )));
-            }
-            std::fs::write(Path::new("/proc/sys").join(path), value).context(|| format!("set sysctl {name}"))?;
+            settings::set_sysctl(name, value)?;
         }
         Ok(())
     }

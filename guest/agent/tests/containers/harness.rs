@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nutshell_protocol::{
-    AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, Request, Response,
-    Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
+    AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, PidNamespace,
+    Request, Response, Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
@@ -315,6 +315,7 @@ pub(crate) fn create_request_on(rootfs: Rootfs, id: &str, spec: &Value, stdio: S
         container: id.to_owned(),
         spec: spec.to_string().into_bytes(),
         rootfs,
+        pid_namespace: PidNamespace::Specified,
         stdio,
     })
 }

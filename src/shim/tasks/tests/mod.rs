@@ -37,7 +37,7 @@ use tokio::{net::UnixStream, sync::mpsc};
 use self::fake::{Behaviour, Fake, FakeHost};
 use super::Tasks;
 use crate::{
-    oci::Sizing,
+    oci::{HostNamespaces, Sizing},
     shim::{
         Configuration,
         connection::{self, Written},
@@ -85,6 +85,7 @@ impl Shim {
                 max_memory: 1 << 30,
                 max_vcpus: 1,
             },
+            host_namespaces: HostNamespaces::Refused,
             debug: false,
         };
         let (sender, events) = mpsc::unbounded_channel();

@@ -1,0 +1,156 @@
+//! What the containers of a pod share, beside the machine's own namespaces: a pid namespace, shared
+//! memory, a few files. `init` is the first process of that namespace, `settings` what is set in the
+//! machine's.
+//!
+//! [`set_up`] runs in a job (see [`crate::job`]); what it made is a [`Pod`] in the event loop.
+
+mod init;
+pub(crate) mod settings;
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nutshell_protocol::{Failure, SetUpPod};
+use oci_spec::runtime::{Mount, Spec};
+use rustix::mount::MountFlags;
+use rustix::process::Pid;
+
+use crate::job::{Context, Outcome};
+
+/// Where the shared files are.
+const FOLDER: &str = "/run/nutshell/pod";
+
+/// The pod's shared memory, which the machine mounted as it started.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// A pod that was set up.
+#[derive(Debug, Clone)]
+pub(crate) struct Pod {
+    /// The first process of the pid namespace that containers may share.
+    pub(crate) init: Pid,
+    /// Where containers have shared files or folders, and where those are.
+    shared: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Pod {
+    /// What `request` asked for, with the process that [`set_up`] has made.
+    pub(crate) fn new(init: Pid, request: &SetUpPod) -> Self {
+        let mut shared: Vec<_> = request
+            .files
+            .iter()
+            .enumerate()
+            .map(|(index, file)| (PathBuf::from(&file.destination), path(index)))
+            .collect();
+        if !shared.is_empty() {
+            // Whoever leaves these files to us leaves that to us too.
+            shared.push((SHARED_MEMORY.into(), SHARED_MEMORY.into()));
+        }
+        Self { init, shared }
+    }
+
+    /// Mounts what is shared wherever the spec mounts nothing.
+    pub(crate) fn complete(&self, spec: &mut Spec) {
+        let read_only = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true);
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for (destination, source) in &self.shared {
+            if mounts.iter().any(|mount| is_at(mount.destination(), destination)) {
+                continue;
+            }
+            let is_file = source != Path::new(SHARED_MEMORY);
+            let options = ["bind", if read_only && is_file { "ro" } else { "rw" }];
+            let mut mount = Mount::default();
+            mount
+                .set_destination(destination.clone())
+                .set_typ(Some("bind".to_owned()))
+                .set_source(Some(source.clone()))
+                .set_options(Some(options.map(str::to_owned).to_vec()));
+            mounts.push(mount);
+        }
+        spec.set_mounts(Some(mounts));
+    }
+}
+
+/// Whether two paths are the same, but for `/` at the end and `.`.
+fn is_at(one: &Path, other: &Path) -> bool {
+    one.components().eq(other.components())
+}
+
+fn path(index: usize) -> PathBuf {
+    Path::new(FOLDER).join(index.to_string())
+}
+
+/// Makes what the containers of the pod will share. The process that it names is the first of the pid
+/// namespace, and lives as long as the machine.
+pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
+    if let Some(name) = &request.hostname {
+        settings::set_hostname(name)?;
+    }
+    if let Some(name) = &request.domainname {
+        settings::set_domainname(name)?;
+    }
+    for (name, value) in &request.sysctls {
+        settings::set_sysctl(name, value)?;
+    }
+    resize_shared_memory(request.shared_memory)
+        .context(|| format!("give {SHARED_MEMORY} {} bytes", request.shared_memory))?;
+    fs::create_dir_all(FOLDER).context(|| format!("make {FOLDER}"))?;
+    for (index, file) in request.files.iter().enumerate() {
+        fs::write(path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;
+    }
+    let init = init::start().context(|| "start the first process of the pod's pid namespace".to_owned())?;
+    Ok(Outcome::Process {
+        pid: crate::sys::number(init),
+    })
+}
+
+fn resize_shared_memory(bytes: u64) -> io::Result<()> {
+    let options = CString::new(format!("size={bytes},mode=1777"))?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount_remount(SHARED_MEMORY, flags, options.as_c_str())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nutshell_protocol::PodFile;
+    use serde_json::{Value, json};
+
+    fn pod(files: &[&str]) -> Pod {
+        let file = |destination: &&str| PodFile {
+            destination: (*destination).to_owned(),
+            content: Vec::new(),
+        };
+        let request = SetUpPod {
+            files: files.iter().map(file).collect(),
+            ..SetUpPod::default()
+        };
+        Pod::new(Pid::INIT, &request)
+    }
+
+    fn completed(pod: &Pod, spec: Value) -> Value {
+        let mut spec: Spec = serde_json::from_value(spec).unwrap();
+        pod.complete(&mut spec);
+        serde_json::to_value(spec.mounts()).unwrap()
+    }
+
+    #[test]
+    fn shared_files_are_mounted_where_the_spec_mounts_nothing() {
+        let own = json!({"destination": "/etc/hosts/", "type": "bind", "source": "/own"});
+        let spec = json!({"ociVersion": "1.2.0", "root": {"path": "r", "readonly": true}, "mounts": [own]});
+        let mounts = completed(&pod(&["/etc/hosts", "/etc/resolv.conf"]), spec);
+        let expected = json!([
+            own,
+            {"destination": "/etc/resolv.conf", "type": "bind", "source": "/run/nutshell/pod/1", "options": ["bind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["bind", "rw"]},
+        ]);
+        assert_eq!(mounts, expected);
+    }
+
+    #[test]
+    fn pod_without_files_adds_nothing() {
+        let mounts = completed(&pod(&[]), json!({"ociVersion": "1.2.0", "mounts": []}));
+        assert_eq!(mounts, json!([]));
+    }
+}

@@ -1,0 +1,65 @@
+//! What is set in the machine's own namespaces, which all containers of a pod share.
+
+use std::path::{Component, Path};
+
+use nutshell_protocol::Failure;
+
+use crate::job::{Context, FailureExt};
+
+/// Sets the host name.
+pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
+    rustix::system::sethostname(name.as_bytes()).context(|| format!("set the host name {name}"))
+}
+
+/// Sets the NIS domain name.
+pub(crate) fn set_domainname(name: &str) -> Result<(), Failure> {
+    rustix::system::setdomainname(name.as_bytes()).context(|| format!("set the domain name {name}"))
+}
+
+/// Sets a kernel parameter, by its name in sysctl(8)'s form.
+pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
+    // As sysctl(8) has it: in a name with "/" that separates, and "." is a dot.
+    let path = match name.contains('/') {
+        true => name.to_owned(),
+        false => name.replace('.', "/"),
+    };
+    let is_name = !path.is_empty()
+        && Path::new(&path)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)));
+    if !is_name {
+        return Err(Failure::invalid(format!(
+            "sysctl {name:?} is no name of a kernel parameter"
+        )));
+    }
+    match std::fs::write(Path::new("/proc/sys").join(path), value) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Failure::invalid(format!(
+            "sysctl {name}: this kernel has no such parameter"
+        ))),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+            Err(Failure::invalid(format!("sysctl {name}: {value:?} is no value of it")))
+        }
+        result => result.context(|| format!("set sysctl {name} to {value:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nutshell_protocol::FailureKind;
+
+    #[test]
+    fn sysctl_that_cannot_be_set_is_named() {
+        for name in [
+            "",
+            "../../etc/passwd",
+            "net/../../x",
+            "/etc/passwd",
+            "no.such.parameter",
+        ] {
+            let failure = set_sysctl(name, "1").unwrap_err();
+            assert_eq!(failure.kind, FailureKind::InvalidArgument, "{name}");
+            assert!(failure.message.contains(name), "{}", failure.message);
+        }
+    }
+}
