@@ -44,7 +44,10 @@ pub(crate) fn call<C: Call>(request: &C) -> Result<C::Answer, Refused> {
             .await
             .map_err(|_| unavailable(format_args!("{}: no answer within {LIMIT:?}", C::METHOD)))?
     };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unavailable)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(unavailable)?;
     let answer = runtime.block_on(answer)?;
     C::Answer::decode(answer).map_err(unavailable)
 }

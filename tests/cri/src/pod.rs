@@ -92,6 +92,8 @@ pub(crate) struct Pod {
     /// Its control group on the host, made as a kubelet does.
     pub(crate) cgroup: PathBuf,
     present: bool,
+    /// Whether nothing but it has a network.
+    alone: bool,
 }
 
 impl Pod {
@@ -106,10 +108,7 @@ impl Pod {
     }
 
     /// The same, where it may be refused.
-    pub(crate) fn try_run(
-        handler: Handler,
-        change: impl FnOnce(&mut PodSandboxConfig),
-    ) -> Result<Self, Refused> {
+    pub(crate) fn try_run(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Result<Self, Refused> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("pod-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let cgroup = Path::new("/sys/fs/cgroup/kubepods").join(&name);
@@ -135,12 +134,17 @@ impl Pod {
         fs::create_dir(&config.log_directory).unwrap();
         fs::create_dir(&cgroup).unwrap();
         // As the kubelet's: all that containers below may be limited by.
-        fs::write(cgroup.join("cgroup.subtree_control"), "+cpu +cpuset +io +memory +pids +hugetlb").unwrap();
+        fs::write(
+            cgroup.join("cgroup.subtree_control"),
+            "+cpu +cpuset +io +memory +pids +hugetlb",
+        )
+        .unwrap();
         let mut pod = Self {
             config,
             id: String::new(),
             cgroup,
             present: false,
+            alone: true,
         };
         let request = RunPodSandboxRequest {
             config: Some(pod.config.clone()),
@@ -181,7 +185,11 @@ impl Pod {
         command: &[&str],
         change: impl FnOnce(&mut ContainerConfig),
     ) -> Result<Container, Refused> {
-        let namespaces = self.config.linux.as_ref().and_then(|linux| linux.security_context.clone());
+        let namespaces = self
+            .config
+            .linux
+            .as_ref()
+            .and_then(|linux| linux.security_context.clone());
         let mut config = ContainerConfig {
             metadata: Some(ContainerMetadata {
                 name: name.into(),
@@ -221,6 +229,12 @@ impl Pod {
         call(&request).unwrap().status.unwrap()
     }
 
+    /// Its state where containerd lists all pods.
+    pub(crate) fn listed(&self) -> Option<PodState> {
+        let pods = call(&ListPodSandboxRequest {}).unwrap().items;
+        pods.iter().find(|pod| pod.id == self.id).map(PodSandbox::state)
+    }
+
     /// Its addresses, the IPv4 one first.
     pub(crate) fn addresses(&self) -> [String; 2] {
         let network = self.status().network.unwrap();
@@ -230,15 +244,6 @@ impl Pod {
         assert!(network.ip.starts_with("10.88."), "{}", network.ip);
         assert!(second.ip.starts_with("fd00:88::"), "{}", second.ip);
         [network.ip.clone(), second.ip.clone()]
-    }
-
-    /// What containerd says of it beyond its status.
-    pub(crate) fn info(&self) -> Value {
-        let request = PodSandboxStatusRequest {
-            pod_sandbox_id: self.id.clone(),
-            verbose: true,
-        };
-        serde_json::from_str(&call(&request).unwrap().info["info"]).unwrap()
     }
 
     /// Its containers' names and states as containerd lists them, sorted.
@@ -267,6 +272,12 @@ impl Pod {
         self.end().unwrap();
     }
 
+    /// The same, while another pod is there.
+    pub(crate) fn remove_beside(mut self, _other: &Self) {
+        self.alone = false;
+        self.end().unwrap();
+    }
+
     fn end(&mut self) -> Result<(), String> {
         let mut wrong = Vec::new();
         if std::mem::take(&mut self.present) {
@@ -278,7 +289,9 @@ impl Pod {
             if let Err(refused) = call(&RemovePodSandboxRequest { pod_sandbox_id }) {
                 wrong.push(format!("remove: {refused}"));
             }
-            wrong.extend(host::left_of_networks());
+            if self.alone {
+                wrong.extend(host::left_of_networks());
+            }
         }
         if let Err(error) = fs::remove_dir_all(&self.config.log_directory) {
             wrong.push(format!("{}: {error}", self.config.log_directory));
@@ -286,7 +299,11 @@ impl Pod {
         if let Err(error) = host::remove_cgroup(&self.cgroup) {
             wrong.push(format!("{}: {error}", self.cgroup.display()));
         }
-        if wrong.is_empty() { Ok(()) } else { Err(wrong.join("\n")) }
+        if wrong.is_empty() {
+            Ok(())
+        } else {
+            Err(wrong.join("\n"))
+        }
     }
 }
 
@@ -334,7 +351,11 @@ pub(crate) fn resources(config: &mut ContainerConfig) -> &mut LinuxContainerReso
 
 /// A container's security context, to be changed.
 pub(crate) fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
-    config.linux.get_or_insert_default().security_context.get_or_insert_default()
+    config
+        .linux
+        .get_or_insert_default()
+        .security_context
+        .get_or_insert_default()
 }
 
 /// The name of an image as the interface wants it.
