@@ -43,6 +43,8 @@ NETWORK
   ip link set pods up
   ip address add 10.88.0.1/16 dev pods
   ip address add fd00:88::1/64 dev pods nodad
+  # As any distribution has it: containerd forwards ports to what it says of localhost.
+  printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
   # As a kubelet leaves them.
   mkdir -p /sys/fs/cgroup/kubepods /sys/fs/cgroup/k8s.io /run/pods
   echo "+cpu +cpuset +io +memory +pids +hugetlb" >/sys/fs/cgroup/kubepods/cgroup.subtree_control

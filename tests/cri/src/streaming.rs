@@ -45,7 +45,14 @@ impl Channels {
 
     fn send(&mut self, channel: u8, bytes: &[u8]) {
         let message = [&[channel], bytes].concat();
-        self.socket.send(Message::Binary(message.into())).unwrap();
+        if let Err(error) = self.socket.send(Message::Binary(message.into())) {
+            // Why it is closed was said before.
+            let last = std::iter::from_fn(|| self.receive()).last();
+            panic!(
+                "{error} after {:?}",
+                last.map(|(_, text)| String::from_utf8_lossy(&text).into_owned())
+            );
+        }
     }
 
     /// The next channel's bytes that are any; nothing at the end of the connection.

@@ -38,8 +38,10 @@ pub(crate) fn processes_apart(handler: Handler) {
     assert!(!processes.contains("sleep 22222"), "{processes}");
 
     // Of the pod: the network's loopback, the host's name, memory, queues.
-    left.sh("nc -l -s 127.0.0.1 -p 7777 -e echo local >/dev/null 2>&1 & \
-             until netstat -ltn | grep -q 127.0.0.1:7777; do sleep 0.1; done");
+    left.sh("nc -l -s 127.0.0.1 -p 7777 -e echo local </dev/null >/dev/null 2>&1 &");
+    // 7777 of 127.0.0.1, as the kernel lists it; 0A is a listening socket.
+    let listening = "until grep -q '0100007F:1E61 00000000:0000 0A' /proc/net/tcp; do sleep 0.1; done";
+    right.sh(listening);
     assert_eq!(right.sh("nc 127.0.0.1 7777"), "local");
     assert_eq!(right.sh("hostname"), pod.config.hostname);
     left.sh("echo shared >/dev/shm/note; touch /dev/mqueue/queue");
@@ -65,7 +67,7 @@ pub(crate) fn processes_together(handler: Handler) {
     );
     assert!(!processes.contains("    1 sleep"), "{processes}");
     // One ends the other, by its number.
-    left.sh("kill -9 $(pgrep -f '^sleep 22222')");
+    left.sh("kill -9 $(ps -o pid,args | awk '$2 == \"sleep\" && $3 == 22222 { print $1 }')");
     assert_eq!(right.wait().exit_code, 137);
     // Both ends by containerd are of one container only.
     let third = pod.start("third", &["sleep", "33333"]);

@@ -130,7 +130,8 @@ pub(crate) fn pod_without_a_running_container(handler: Handler) {
     // As kubelets do.
     pod.stop();
     assert_eq!(pod.listed(), Some(PodState::NotReady));
-    pod.create("third", &["true"], |_| ()).unwrap_err();
+    let third = pod.create("third", &["true"], |_| ());
+    third.and_then(|third| third.start()).unwrap_err();
     let id = pod.id.clone();
     pod.remove();
     call(&RemovePodSandboxRequest { pod_sandbox_id: id }).unwrap();
@@ -188,7 +189,12 @@ pub(crate) fn restarted_containerd(handler: Handler) {
     assert_eq!(pod.status().state(), PodState::Ready);
     assert_eq!((pod.addresses(), long.pid(), long.status().started_at), before);
     assert_eq!(long.sh("cat /mine"), "mine");
-    assert_eq!(short.wait().exit_code, 42);
+    let exit_code = short.wait().exit_code;
+    // containerd forgets what runc's shim knows of a container that has ended meanwhile, and says 255.
+    assert!(
+        exit_code == 42 || (exit_code == 255 && !handler.is_nutshell()),
+        "{exit_code}"
+    );
     let added = pod.start("added", &["echo", "new"]);
     assert_eq!(added.wait().exit_code, 0);
     assert_eq!(added.output("stdout"), "new\n");
