@@ -38,11 +38,11 @@ pub(crate) fn processes_apart(handler: Handler) {
     assert!(!processes.contains("sleep 22222"), "{processes}");
 
     // Of the pod: the network's loopback, the host's name, memory, queues.
-    left.sh("nc -l -s 127.0.0.1 -p 7777 -e echo local </dev/null >/dev/null 2>&1 &");
-    // 7777 of 127.0.0.1, as the kernel lists it; 0A is a listening socket.
-    let listening = "until grep -q '0100007F:1E61 00000000:0000 0A' /proc/net/tcp; do sleep 0.1; done";
-    right.sh(listening);
-    assert_eq!(right.sh("nc 127.0.0.1 7777"), "local");
+    left.sh("httpd -p 127.0.0.1:7777 -h /etc");
+    assert_eq!(
+        right.sh("wget -q -O - http://127.0.0.1:7777/hostname"),
+        pod.config.hostname
+    );
     assert_eq!(right.sh("hostname"), pod.config.hostname);
     left.sh("echo shared >/dev/shm/note; touch /dev/mqueue/queue");
     assert_eq!(right.sh("cat /dev/shm/note"), "shared");
