@@ -7,8 +7,10 @@ exec {never}<> <(:)
 # start_containerd [-c] VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
-# memory, and imports images (busybox, debian, one-binary). Returns when containerd serves, ends the
-# script where it does not. -c leaves its CRI service on. The shim under test, NUTSHELL_TEST_SHIM, is found by containerd in its PATH.
+# memory, and imports images (busybox, debian, one-binary, pause). Returns when containerd serves, ends the
+# script where it does not. -c leaves its CRI service on and imports into its namespace. The shim under test,
+# NUTSHELL_TEST_SHIM, is found by containerd in its PATH. CONTAINERD_CONFIG is appended to its configuration,
+# of version 2; or 3, where CONTAINERD_CONFIG_VERSION says so.
 start_containerd() {
   local cri='' version folder images image program
   [[ $1 != -c ]] || {
@@ -31,7 +33,8 @@ start_containerd() {
   # Folders that containerd and runc make once and keep.
   mkdir -p /run/containerd-root /run/containerd/{fifo,s,runc/default,io.containerd.runtime.v2.task/default}
   {
-    printf 'version = 2\nroot = "/run/containerd-root"\nstate = "/run/containerd"\ndisabled_plugins = ['
+    printf 'version = %s\n' "${CONTAINERD_CONFIG_VERSION:-2}"
+    printf 'root = "/run/containerd-root"\nstate = "/run/containerd"\ndisabled_plugins = ['
     printf '"%s", ' "${disabled[@]}"
     printf ']\n'
     [[ -z ${CONTAINERD_CONFIG:-} ]] || printf '%s\n' "$CONTAINERD_CONFIG"
@@ -45,7 +48,7 @@ start_containerd() {
 
   images=$("$lab/../images/build")
   for image; do
-    ctr image import --no-unpack "$images/$image.tar" >/dev/null || exit 1
+    ctr ${cri:+-n k8s.io} image import --no-unpack "$images/$image.tar" >/dev/null || exit 1
   done
 }
 

@@ -1,0 +1,62 @@
+//! What one container's end does to the others: nothing.
+
+use crate::{
+    messages::ContainerState,
+    pod::{Handler, Pod, resources},
+    wait_until,
+};
+
+pub(crate) fn end_of_one_leaves_the_others(handler: Handler) {
+    let pod = Pod::run_with(handler, |config| {
+        let limits = config.linux.get_or_insert_default().resources.get_or_insert_default();
+        limits.memory_limit_in_bytes = 512 << 20;
+    });
+    let sibling = pod.start("sibling", &["sh", "-c", "echo $$ >/mine; exec sleep 1000"]);
+    let started = sibling.status().started_at;
+    let unharmed = || {
+        let status = sibling.status();
+        assert_eq!((status.state(), status.started_at), (ContainerState::Running, started));
+        assert_eq!(sibling.sh("cat /mine"), "1");
+    };
+
+    let crashes = pod.start("crashes", &["sh", "-c", "sh -c 'kill -SEGV $$'; exit $?"]);
+    assert_eq!(crashes.wait().exit_code, 139);
+    unharmed();
+    let killed = pod.start("killed", &["sleep", "1000"]);
+    killed.stop(0);
+    let status = killed.wait();
+    assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
+    unharmed();
+    let hungry = pod.start_with("hungry", &["tail", "/dev/zero"], |config| {
+        resources(config).memory_limit_in_bytes = 32 << 20;
+    });
+    assert_eq!(hungry.wait().exit_code, 137);
+    // Two events, which may come in any order.
+    wait_until("the reason OOMKilled", || {
+        (hungry.status().reason == "OOMKilled").then_some(())
+    });
+    unharmed();
+    let missing = pod.create("missing", &["/no/such/program"], |_| ()).unwrap();
+    let message = missing.start().unwrap_err().message;
+    assert!(message.contains("no such file or directory"), "{message}");
+    unharmed();
+    pod.remove();
+}
+
+pub(crate) fn stop_is_graceful_first(handler: Handler) {
+    let pod = Pod::run(handler);
+    let script = "trap 'echo asked; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let polite = pod.start("polite", &["sh", "-c", script]);
+    let script = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.1; done";
+    let stubborn = pod.start("stubborn", &["sh", "-c", script]);
+    polite.wait_for_line("ready");
+    stubborn.wait_for_line("ready");
+    polite.stop(30);
+    assert_eq!(polite.wait().exit_code, 7);
+    stubborn.stop(1);
+    assert_eq!(stubborn.wait().exit_code, 137);
+    for container in [polite, stubborn] {
+        assert_eq!(container.output("stdout"), "ready\nasked\n");
+    }
+    pod.remove();
+}

@@ -1,0 +1,89 @@
+//! Forwarded ports.
+
+use std::{sync::Barrier, thread, time::Duration};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    pod::{Handler, Pod},
+    streaming::Forwarded,
+};
+
+/// Takes a length in 8 bytes and as many bytes; answers their SHA-256 and as many bytes of a pattern. One port for
+/// each address.
+const SERVER: &str = r#"
+import hashlib, socket, struct, sys, threading
+def exactly(connection, length):
+    parts = []
+    while length:
+        part = connection.recv(min(length, 1 << 16))
+        if not part: sys.exit()
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+def serve(connection):
+    with connection:
+        length, = struct.unpack(">Q", exactly(connection, 8))
+        connection.sendall(hashlib.sha256(exactly(connection, length)).digest())
+        connection.sendall((bytes(range(251)) * (length // 251 + 1))[:length])
+        connection.recv(1)
+def listen(family, address, port):
+    server = socket.socket(family)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6: server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    server.bind((address, port))
+    server.listen(100)
+    def accept():
+        while True: threading.Thread(target=serve, args=server.accept()[:1], daemon=True).start()
+    threading.Thread(target=accept).start()
+listen(socket.AF_INET, "127.0.0.1", 8001)
+listen(socket.AF_INET6, "::1", 8002)
+listen(socket.AF_INET, "0.0.0.0", 8003)
+print("ready", flush=True)
+"#;
+
+fn exchange(connection: &mut Forwarded, length: usize) {
+    let sent: Vec<u8> = (0_u32..)
+        .flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes())
+        .take(length)
+        .collect();
+    let expected: Vec<u8> = (0..251).cycle().take(length).collect();
+    connection.send(&(length as u64).to_be_bytes());
+    connection.send(&sent);
+    assert_eq!(connection.receive(32), Sha256::digest(&sent).as_slice());
+    assert!(connection.receive(length) == expected, "not the bytes that were sent");
+}
+
+pub(crate) fn forwarded_ports(handler: Handler) {
+    let pod = Pod::run(handler);
+    let server = pod.start_debian("server", &["python3", "-c", SERVER]);
+    server.wait_for_line("ready");
+    // Refused at once, and not by a connection that says nothing.
+    let (message, after) = Forwarded::open(&pod, 8009).failure();
+    assert!(message.contains("refused"), "{message}");
+    assert!(after < Duration::from_secs(5), "{after:?}");
+    for port in [8001, 8002, 8003] {
+        exchange(&mut Forwarded::open(&pod, port), 10 << 20);
+    }
+    pod.remove();
+}
+
+pub(crate) fn fifty_at_once(handler: Handler) {
+    const COUNT: usize = 50;
+    let pod = Pod::run(handler);
+    let server = pod.start_debian("server", &["python3", "-c", SERVER]);
+    server.wait_for_line("ready");
+    let all_open = Barrier::new(COUNT);
+    thread::scope(|scope| {
+        for number in 0..COUNT {
+            let (pod, all_open) = (&pod, &all_open);
+            scope.spawn(move || {
+                let port = [8001, 8002, 8003][number % 3];
+                let mut connection = Forwarded::open(pod, port);
+                all_open.wait();
+                exchange(&mut connection, 10_000 + number);
+            });
+        }
+    });
+    pod.remove();
+}

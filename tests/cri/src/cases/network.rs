@@ -1,0 +1,196 @@
+//! Pods on a bridge: each other, the host, names and ports.
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream, UdpSocket},
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    PATIENCE, dns,
+    messages::{DnsConfig, PortMapping, Protocol},
+    pod::{Handler, Pod},
+};
+
+/// The host's addresses on the bridge (tests/lab/pods.bash).
+const HOST: [&str; 2] = ["10.88.0.1", "fd00:88::1"];
+
+/// Echoes on port 7 of every address: bytes by TCP until their end, datagrams by UDP.
+const ECHO: &str = r#"
+import socket, threading
+def echo(connection):
+    with connection:
+        while part := connection.recv(1 << 16): connection.sendall(part)
+def tcp(server):
+    while True: threading.Thread(target=echo, args=server.accept()[:1], daemon=True).start()
+def udp(server):
+    while True: server.sendto(*server.recvfrom(1 << 16))
+for family, address in (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"):
+    for kind, serve in (socket.SOCK_STREAM, tcp), (socket.SOCK_DGRAM, udp):
+        server = socket.socket(family, kind)
+        if family == socket.AF_INET6: server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        server.bind((address, 7))
+        if kind == socket.SOCK_STREAM: server.listen(10)
+        threading.Thread(target=serve, args=(server,)).start()
+print("ready", flush=True)
+"#;
+
+/// Asks an echo at the address that is its argument, by TCP with 1 MiB and by UDP with datagrams from one byte to
+/// more than one frame holds.
+const ASK: &str = r#"
+import os, socket, sys, threading
+address = sys.argv[1], 7
+connection = socket.create_connection(address, timeout=60)
+data = os.urandom(1 << 20)
+def send():
+    connection.sendall(data)
+    connection.shutdown(socket.SHUT_WR)
+threading.Thread(target=send).start()
+received = b""
+while part := connection.recv(1 << 16): received += part
+assert received == data, len(received)
+datagrams = socket.socket(connection.family, socket.SOCK_DGRAM)
+datagrams.settimeout(2)
+for size in 1, 1400, 8000:
+    for attempt in range(5):
+        datagrams.sendto(data[:size], address)
+        try: answer = datagrams.recv(1 << 16)
+        except TimeoutError: continue
+        assert answer == data[:size], (size, len(answer))
+        break
+    else: sys.exit(f"no answer to a datagram of {size} bytes")
+"#;
+
+pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
+    let echo = Pod::run(handler);
+    let server = echo.start_debian("echo", &["python3", "-c", ECHO]);
+    let asking = Pod::run(handler);
+    let client = asking.start_debian("client", &["sleep", "1000"]);
+    let tools = asking.start("tools", &["sleep", "1000"]);
+    server.wait_for_line("ready");
+    serve_echo();
+
+    let addresses = echo.addresses();
+    assert_ne!(addresses, asking.addresses());
+    for address in addresses.iter().map(String::as_str).chain(HOST) {
+        // One that is not lost is enough.
+        tools.sh(&format!("ping -c 3 -w 10 {address}"));
+        tools.sh(&format!("ping -c 3 -w 10 -s 1472 {address}"));
+        let answer = client.exec(&["python3", "-c", ASK, address]);
+        assert_eq!(
+            answer.exit_code,
+            0,
+            "{address}: {}",
+            String::from_utf8_lossy(&answer.stderr)
+        );
+    }
+    // The other way round.
+    for address in &addresses {
+        let mut connection = TcpStream::connect((address.as_str(), 7)).unwrap();
+        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        connection.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        connection.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello");
+        assert_eq!(datagram_to(address, 7, b"hello"), b"hello");
+    }
+    // A client without a server hears that, on both sides.
+    let answer = tools.exec(&["nc", "-w", "10", HOST[0], "9"]);
+    assert_ne!(answer.exit_code, 0);
+    let refused = TcpStream::connect((addresses[0].as_str(), 9)).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
+    // What a pod sees of its network is what CNI set up.
+    let interface = tools.sh("ip address show eth0");
+    for address in asking.addresses() {
+        assert!(interface.contains(&address), "{address}: {interface}");
+    }
+    assert!(tools.sh("ip route").contains("default via 10.88.0.1 dev eth0"));
+    assert!(tools.sh("ip -6 route").contains("default via fd00:88::1 dev eth0"));
+    asking.remove_beside(&echo);
+    echo.remove();
+}
+
+/// The host's side of [`ASK`], as long as the program runs.
+fn serve_echo() {
+    for address in HOST {
+        let server = TcpListener::bind((address, 7)).unwrap();
+        thread::spawn(move || {
+            for connection in server.incoming() {
+                let mut connection = connection.unwrap();
+                thread::spawn(move || std::io::copy(&mut connection.try_clone().unwrap(), &mut connection));
+            }
+        });
+        let server = UdpSocket::bind((address, 7)).unwrap();
+        thread::spawn(move || {
+            let mut datagram = vec![0; 1 << 16];
+            while let Ok((length, client)) = server.recv_from(&mut datagram) {
+                server.send_to(&datagram[..length], client).unwrap();
+            }
+        });
+    }
+}
+
+/// The answer to a datagram, which may get lost on its way a few times.
+fn datagram_to(address: &str, port: u16, bytes: &[u8]) -> Vec<u8> {
+    let any = if address.contains(':') { "::" } else { "0.0.0.0" };
+    let socket = UdpSocket::bind((any, 0)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    let mut answer = vec![0; 1 << 16];
+    for _ in 0..5 {
+        socket.send_to(bytes, (address, port)).unwrap();
+        if let Ok(length) = socket.recv(&mut answer) {
+            answer.truncate(length);
+            return answer;
+        }
+    }
+    panic!("no answer from {address} port {port}");
+}
+
+pub(crate) fn names_are_resolved(handler: Handler) {
+    dns::serve(HOST[0]);
+    let pod = Pod::run_with(handler, |config| {
+        config.dns_config = Some(DnsConfig {
+            servers: vec![HOST[0].into()],
+            searches: vec!["cluster.test".into()],
+            options: vec!["ndots:5".into()],
+        });
+    });
+    let small = pod.start("small", &["sleep", "1000"]);
+    let large = pod.start_debian("large", &["sleep", "1000"]);
+    let address = dns::ADDRESS.to_string();
+    let answer = small.exec(&["nslookup", dns::NAME]);
+    let text = String::from_utf8_lossy(&answer.stdout);
+    assert!(text.contains(&address), "{text}");
+    let found = large.sh("getent ahostsv4 service");
+    assert!(found.starts_with(&address), "{found}");
+    assert_eq!(large.exec(&["getent", "hosts", "no-such-service"]).exit_code, 2);
+    pod.remove();
+}
+
+pub(crate) fn host_ports(handler: Handler) {
+    let pod = Pod::run_with(handler, |config| {
+        config.port_mappings = [(Protocol::Tcp, 18007), (Protocol::Udp, 18007)]
+            .map(|(protocol, host_port)| PortMapping {
+                protocol: protocol.into(),
+                container_port: 7,
+                host_port,
+                host_ip: String::new(),
+            })
+            .to_vec();
+    });
+    let server = pod.start_debian("echo", &["python3", "-c", ECHO]);
+    server.wait_for_line("ready");
+    for address in ["127.0.0.1", HOST[0]] {
+        let mut connection = TcpStream::connect((address, 18007)).unwrap();
+        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        connection.write_all(b"hello").unwrap();
+        let mut answer = [0; 5];
+        connection.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"hello");
+    }
+    assert_eq!(datagram_to(HOST[0], 18007, b"hello"), b"hello");
+    pod.remove();
+    let gone = TcpStream::connect((HOST[0], 18007)).unwrap_err();
+    assert_eq!(gone.kind(), std::io::ErrorKind::ConnectionRefused);
+}

@@ -1,0 +1,95 @@
+# A node for pods, inside the lab machine: containerd's CRI service, a bridge with pods on it. To be sourced
+# after test.bash.
+
+# start_node VERSION [IMAGE...]
+#
+# Starts containerd 2.1 or 1.7 with its CRI service, the runtime handlers `runc`, `nutshell` and, where this
+# containerd has it, `nutshell-shim` (pods by the Sandbox service), and a network of its own: the bridge `pods`,
+# 10.88.0.0/16 and fd00:88::/64, whose first addresses are the host's.
+start_node() {
+  local version=$1 program runtime programs
+  shift
+  for program in bridge host-local portmap loopback; do cp "/usr/lib/cni/$program" /run/bin/; done
+  resident bridge iptables ip6tables modprobe
+
+  # What plugins make once and keep.
+  mkdir -p /run/cni/net.d /run/cni/addresses/pods /run/netns
+  touch /run/cni/addresses/pods/lock /run/xtables.lock
+  echo 10.88.0.1 >/run/cni/addresses/pods/last_reserved_ip.0
+  echo fd00:88::1 >/run/cni/addresses/pods/last_reserved_ip.1
+  cat >/run/cni/net.d/pods.conflist <<'NETWORK'
+{
+  "cniVersion": "0.4.0",
+  "name": "pods",
+  "plugins": [
+    {
+      "type": "bridge",
+      "bridge": "pods",
+      "isGateway": true,
+      "ipMasq": false,
+      "hairpinMode": true,
+      "ipam": {
+        "type": "host-local",
+        "dataDir": "/run/cni/addresses",
+        "ranges": [[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd00:88::/64"}]],
+        "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+      }
+    },
+    {"type": "portmap", "snat": true, "capabilities": {"portMappings": true}}
+  ]
+}
+NETWORK
+  ip link add pods address 02:00:0a:58:00:01 type bridge
+  ip link set pods up
+  ip address add 10.88.0.1/16 dev pods
+  ip address add fd00:88::1/64 dev pods nodad
+  # As any distribution has it: containerd forwards ports to what it says of localhost.
+  printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
+  # As a kubelet leaves them.
+  mkdir -p /sys/fs/cgroup/kubepods /sys/fs/cgroup/k8s.io /run/pods
+  echo "+cpu +cpuset +io +memory +pids +hugetlb" >/sys/fs/cgroup/kubepods/cgroup.subtree_control
+  mkdir -p /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/containerd/runc/k8s.io
+
+  case $version in
+    1.7)
+      CONTAINERD_CONFIG_VERSION=2
+      programs='bin_dir = "/run/bin"'
+      runtime='plugins."io.containerd.grpc.v1.cri"'
+      mkdir -p /run/containerd/io.containerd.grpc.v1.cri/{containers,sandboxes}
+      CONTAINERD_CONFIG="[$runtime]
+sandbox_image = \"localhost/pause:latest\"
+enable_unprivileged_ports = true
+enable_unprivileged_icmp = true"
+      ;;
+    *)
+      CONTAINERD_CONFIG_VERSION=3
+      programs='bin_dirs = ["/run/bin"]'
+      runtime='plugins."io.containerd.cri.v1.runtime"'
+      mkdir -p /run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io
+      mkdir -p /run/containerd/io.containerd.grpc.v1.cri/{containers,sandboxes}
+      CONTAINERD_CONFIG="[plugins.\"io.containerd.cri.v1.images\".pinned_images]
+sandbox = \"localhost/pause:latest\"
+[$runtime.containerd.runtimes.nutshell-shim]
+runtime_type = \"io.containerd.nutshell.v2\"
+sandboxer = \"shim\""
+      ;;
+  esac
+  CONTAINERD_CONFIG+="
+[$runtime.cni]
+$programs
+conf_dir = \"/run/cni/net.d\"
+[$runtime.containerd.runtimes.runc]
+runtime_type = \"io.containerd.runc.v2\"
+[$runtime.containerd.runtimes.nutshell]
+runtime_type = \"io.containerd.nutshell.v2\""
+  cp "$NUTSHELL_TEST_CRI" /run/bin/cri
+  export NUTSHELL_TEST_LAB=$lab
+  start_containerd -c "$version" pause "$@"
+  cri node
+}
+
+# pod NAME CASE: runs a case of tests/cri with the runtime handler $handler, if NUTSHELL_TEST_FILTER allows.
+pod() {
+  [[ $2 == *"${NUTSHELL_TEST_FILTER:-}"* ]] || return 0
+  check "$handler: $1" cri "$2" "$handler"
+}
