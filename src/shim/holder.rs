@@ -194,8 +194,14 @@ extern "C" fn hold(orders: *mut libc::c_void) -> libc::c_int {
     let orders = unsafe { &*orders.cast::<Orders>() };
     match prepare(orders) {
         Ok(()) => {
+            // Whoever hears of it finds that it holds nothing of the shim's but the pipe, if that.
+            let report = register(orders.report);
+            if report > 0 {
+                system_call(libc::SYS_close_range, [0, report - 1, 0, 0]);
+            }
+            system_call(libc::SYS_close_range, [report + 1, usize::MAX >> 32, 0, 0]);
             say(orders.report, 0);
-            system_call(libc::SYS_close_range, [0, usize::MAX >> 32, 0, 0]);
+            system_call(libc::SYS_close_range, [report, report, 0, 0]);
             loop {
                 system_call(libc::SYS_pause, [0; 4]);
             }
@@ -313,7 +319,8 @@ mod tests {
         assert!(status.contains(&format!("\nTgid:\t{}\n", holder.pid())), "{status}");
         assert!(status.starts_with("Name:\tnutshell-holder\n"), "{status}");
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", holder.pid())).unwrap();
-        assert_eq!(descriptors.count(), 0);
+        // The pipe by which it has reported may not be closed yet.
+        assert!(descriptors.count() <= 1);
         assert_eq!(network_of(holder.pid()), network_of(std::process::id()));
     }
 
