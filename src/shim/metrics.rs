@@ -206,6 +206,33 @@ mod tests {
     }
 
     #[test]
+    fn containers_of_a_pod_are_added_up() {
+        let container = |usage, device| {
+            let mut stats = ContainerStats::default();
+            stats.cpu.usage_usec = usage;
+            stats.memory.usage = usage;
+            stats.memory.usage_limit = 5;
+            stats.memory.stat = vec![("anon".to_owned(), usage)];
+            stats.pids.current = 1;
+            stats.io = vec![nutshell_protocol::IoStats {
+                major: device,
+                rbytes: usage,
+                ..nutshell_protocol::IoStats::default()
+            }];
+            stats
+        };
+        let mut sum = ContainerStats::default();
+        for one in [container(1, 8), container(2, 8), container(4, 9)] {
+            add(&mut sum, one);
+        }
+        assert_eq!((sum.cpu.usage_usec, sum.memory.usage, sum.pids.current), (7, 7, 3));
+        assert_eq!(sum.memory.stat, [("anon".to_owned(), 7)]);
+        assert_eq!(sum.memory.usage_limit, u64::MAX);
+        let io: Vec<_> = sum.io.iter().map(|device| (device.major, device.rbytes)).collect();
+        assert_eq!(io, [(8, 3), (9, 4)]);
+    }
+
+    #[test]
     fn lines_of_memory_stat_reach_their_fields() {
         let mut stats = ContainerStats::default();
         stats.memory.usage = 1;

@@ -42,6 +42,8 @@ pub(crate) trait Host: Debug + Send + Sync + 'static {
     fn guest(&self) -> Result<Guest, BootError>;
     /// A vmm process that waits for its first command. Called on the shim's main thread.
     fn vmm(&self) -> io::Result<Vmm>;
+    /// A file server, and the socket by which the vmm reaches it. Called on the shim's main thread.
+    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError>;
 }
 
 /// This host.
@@ -82,6 +84,10 @@ impl Host for ThisHost {
             Some(vmm) => Ok(vmm),
             None => Vmm::spawn(),
         }
+    }
+
+    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError> {
+        FsProcess::spawn().map(Some)
     }
 }
 
@@ -202,8 +208,8 @@ impl Pod {
         let guest = host.guest()?;
         let vmm = host.vmm().map_err(BootError::Spawn)?;
         let group = needs.group.inspect(ControlGroup::make);
-        let files = match needs.share.then(Files::start).transpose() {
-            Ok(files) => files,
+        let files = match needs.share.then(|| Files::start(host)).transpose() {
+            Ok(files) => files.flatten(),
             Err(error) => {
                 vmm.discard().await;
                 group.inspect(ControlGroup::remove);
@@ -430,8 +436,10 @@ async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
 }
 
 impl Files {
-    fn start() -> Result<(Self, OwnedFd), ShareError> {
-        let (server, socket) = FsProcess::spawn()?;
+    fn start(host: &dyn Host) -> Result<Option<(Self, OwnedFd)>, ShareError> {
+        let Some((server, socket)) = host.file_server()? else {
+            return Ok(None);
+        };
         let child = Child::from_std(server.child()).map_err(|source| ShareError::Start {
             step: "watch the process",
             source,
@@ -440,7 +448,7 @@ impl Files {
             server: Arc::new(server),
             child: Arc::new(child),
         };
-        Ok((files, socket))
+        Ok(Some((files, socket)))
     }
 
     async fn end(self) {

@@ -2,8 +2,8 @@
 //!
 //! Lives here: starting the executable as each containerd does ([`bootstrap`]), bundles and their
 //! root file systems ([`bundle`]), Task calls ([`task`]), the service that takes events and the rules
-//! of their order ([`events`]), fifos ([`stdio`]), containers made of all that ([`container`]), and
-//! what may not be left on the host afterwards ([`host`]). May not live here: anything of the product;
+//! of their order ([`events`]), fifos ([`stdio`]), containers made of all that ([`container`]), pods
+//! in both of containerd's ways ([`pod`]), and what may not be left on the host afterwards ([`host`]). May not live here: anything of the product;
 //! no test may depend on its code. Used by the tests in `tests/direct`, which run in the lab.
 //!
 //! A test is a closure that [`with_containerd`] runs.
@@ -16,6 +16,7 @@ pub mod container;
 pub mod containerd;
 pub mod events;
 pub mod host;
+pub mod pod;
 pub mod stdio;
 pub mod task;
 

@@ -14,7 +14,7 @@ use std::{
 
 use nutshell_protocol::{
     CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, ProcessEntry, Ready, Reply, Request,
-    Response, StartExec, Stdio as Ports, ToAgent, encode,
+    Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
         child::Child,
         machine::{BootError, Guest, Vmm},
         pod::Host,
+        share::{FsProcess, ShareError},
     },
     vmm::control::{Channel, Command, ControlError, EndReason, Extent, Notice},
 };
@@ -96,6 +97,10 @@ impl Host for FakeHost {
             },
             kernel_arguments: String::new(),
         })
+    }
+
+    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError> {
+        Ok(None)
     }
 
     fn vmm(&self) -> io::Result<Vmm> {
@@ -198,16 +203,15 @@ impl Fake {
                 notify(control, &Notice::StreamClosed { port });
             }
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
-            Command::PlugLink { .. } | Command::FillDisk { .. } | Command::GrowDisk { .. } => {
-                panic!("unexpected {command:?}")
-            }
+            Command::FillDisk { .. } => assert_eq!(descriptors.len(), 1),
+            Command::PlugLink { .. } | Command::GrowDisk { .. } => panic!("unexpected {command:?}"),
         }
         self.changed.notify_all();
     }
 
     fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
-        // kvm, kernel, initramfs, agent, one disk.
-        assert_eq!(descriptors.len(), 5);
+        // kvm, kernel, initramfs, agent, and one disk unless it is for a pod.
+        assert!((4..=5).contains(&descriptors.len()));
         let agent = UnixStream::from(descriptors.remove(3));
         {
             let mut state = self.state();
@@ -259,6 +263,13 @@ impl Fake {
 
     fn answer(&self, request: Request) -> (Result<Response, Failure>, Option<Event>) {
         match request {
+            Request::SetUpPod(SetUpPod { sysctls, .. }) if sysctls.iter().any(|(name, _)| name == "no.such") => {
+                let failure = Failure {
+                    kind: FailureKind::InvalidArgument,
+                    message: "sysctl no.such: this kernel has no such parameter".to_owned(),
+                };
+                (Err(failure), None)
+            }
             Request::CreateContainer(CreateContainer {
                 container, spec, stdio, ..
             }) => {
@@ -396,6 +407,11 @@ impl Fake {
     fn port(&self, container: &str, exec: Option<&str>, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
         let key = (container.to_owned(), exec.map(str::to_owned));
         self.until(|state| state.ports.get(&key).and_then(&which))
+    }
+
+    /// All requests so far.
+    pub(super) fn requests(&self) -> Vec<Request> {
+        self.state().requests.clone()
     }
 
     /// Waits for a request that is like `wanted`.

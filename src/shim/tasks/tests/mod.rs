@@ -3,6 +3,7 @@
 mod exits;
 mod fake;
 mod lives;
+mod pods;
 mod streams;
 
 use std::{

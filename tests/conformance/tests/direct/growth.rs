@@ -1,17 +1,13 @@
 //! A shim that has served a hundred lives holds what it held after ten.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
-use containerd_shim_protos::api::Status;
 use nutshell_conformance::{
-    Containerd,
-    bundle::{Bundle, idle, spec},
-    container::Container,
-    containerd::Shim,
+    bundle::idle,
     host::{self, Usage},
+    pod::Pod,
     with_containerd,
 };
-use serde_json::Value;
 
 /// What may differ by chance: buffers that the allocator keeps, in KiB.
 const TOLERANCE: u64 = 128;
@@ -53,75 +49,46 @@ fn assert_hundred_leave_nothing(pid: u32, live: impl Fn()) {
     assert_no_growth(course[0], pid, &course);
 }
 
-/// A pod: its sandbox runs, members can be created.
-fn sandbox(containerd: &Containerd) -> Container<'_> {
-    let id = containerd.new_name("sandbox");
-    let bundle = containerd.bundle_of(&id, &in_pod(&idle(), &id, "sandbox"));
-    let shim = containerd.shim(&bundle);
-    let mut prepared = containerd.prepare_in(bundle, shim);
-    prepared.request.stdout = String::new();
-    prepared.request.stderr = String::new();
-    let sandbox = prepared.create().unwrap();
-    sandbox.start();
-    sandbox
-}
-
-fn in_pod(spec: &Value, sandbox: &str, kind: &str) -> Value {
-    let mut spec = spec.clone();
-    spec["annotations"]["io.kubernetes.cri.container-type"] = kind.into();
-    spec["annotations"]["io.kubernetes.cri.sandbox-id"] = sandbox.into();
-    spec
-}
-
-fn member<'c>(containerd: &'c Containerd, shim: &Shim, sandbox: &str, spec: &Value) -> Container<'c> {
-    let bundle: Arc<Bundle> = containerd.bundle(&in_pod(spec, sandbox, "container"));
-    let container = containerd.prepare_in(bundle, shim.clone()).create().unwrap();
-    container.start();
-    container
-}
-
-fn live(containerd: &Containerd, shim: &Shim, sandbox: &str) {
-    let container = member(containerd, shim, sandbox, &spec(&["sh", "-c", "echo out; exit 7"]));
+fn live(pod: &Pod<'_>) {
+    let container = pod.run(&pod.spec(&["sh", "-c", "echo out; exit 7"]));
     assert_eq!(container.wait(), 7);
     assert_eq!(container.stdout.all(), "out\n");
-    container.remove();
-    containerd.delete_answer(&container.bundle);
-    container.bundle.remove();
+    pod.forget(&container);
 }
 
 #[test]
 fn hundred_containers_one_after_the_other_leave_nothing_in_the_shim() {
     with_containerd(|containerd| {
-        let sandbox = sandbox(containerd);
-        assert_hundred_leave_nothing(sandbox.shim.pid, || live(containerd, &sandbox.shim, &sandbox.id));
-        sandbox.end();
+        let pod = Pod::by_task(containerd);
+        assert_hundred_leave_nothing(pod.shim.pid, || live(&pod));
+        pod.end();
     });
 }
 
 #[test]
 fn thirty_containers_at_once_live_and_leave_nothing_in_the_shim() {
     with_containerd(|containerd| {
-        let sandbox = sandbox(containerd);
+        let pod = Pod::by_task(containerd);
         let all_at_once = || {
             std::thread::scope(|scope| {
                 for _ in 0..30 {
-                    scope.spawn(|| live(containerd, &sandbox.shim, &sandbox.id));
+                    scope.spawn(|| live(&pod));
                 }
             });
         };
         // How many threads worked at once, whose stacks are kept, is chance: the most is reached soon.
-        let mut course = vec![settled(sandbox.shim.pid)];
+        let mut course = vec![settled(pod.shim.pid)];
         loop {
             all_at_once();
-            let (before, now) = (course[course.len() - 1], settled(sandbox.shim.pid));
+            let (before, now) = (course[course.len() - 1], settled(pod.shim.pid));
             course.push(now);
             if now.descriptors == before.descriptors && now.private <= before.private + TOLERANCE {
                 break;
             }
             assert!(course.len() < 6, "it grows with every thirty: {course:#?}");
         }
-        assert_eq!(sandbox.status(""), Status::RUNNING);
-        sandbox.end();
+        assert!(pod.is_ready());
+        pod.end();
     });
 }
 

@@ -13,4 +13,5 @@ mod failures;
 mod growth;
 mod kills;
 mod lives;
+mod pods;
 mod resources;
