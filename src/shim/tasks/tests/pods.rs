@@ -271,6 +271,7 @@ async fn guest_has_what_the_pod_shares_before_its_first_container() {
 async fn files_that_nobody_mounts_are_given_to_the_guest_by_the_service_only() {
     let shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
+    shim.start_sandbox("pod").await.unwrap();
     let files = shim.fake.asked(|request| match request {
         Request::SetUpPod(set_up) => Some(set_up.files.clone()),
         _ => None,
