@@ -161,7 +161,11 @@ pub(crate) fn names_are_resolved(handler: Handler) {
     let address = dns::ADDRESS.to_string();
     let answer = small.exec(&["nslookup", dns::NAME]);
     let text = String::from_utf8_lossy(&answer.stdout);
-    assert!(text.contains(&address), "{text}");
+    assert!(
+        text.contains(&address),
+        "{text}{}",
+        String::from_utf8_lossy(&answer.stderr)
+    );
     let found = large.sh("getent ahostsv4 service");
     assert!(found.starts_with(&address), "{found}");
     assert_eq!(large.exec(&["getent", "hosts", "no-such-service"]).exit_code, 2);
