@@ -127,13 +127,14 @@ pub(crate) fn updated_limits(handler: Handler) {
         *resources(config) = limits(40, 32)
     });
     assert_eq!(seen_limits(&container), format!("60000 100000\n{}", 96 << 20));
-    update(&container, limits(20, 64));
-    assert_eq!(seen_limits(&container), format!("20000 100000\n{}", 64 << 20));
+    update(&container, limits(20, 48));
+    assert_eq!(seen_limits(&container), format!("20000 100000\n{}", 48 << 20));
     assert_eq!(seen_limits(&other), format!("40000 100000\n{}", 32 << 20));
     let percent = load(&container);
     assert!((12..=28).contains(&percent), "20 % of a CPU are counted as {percent} %");
     // The new limit is one: what is beyond it is not had.
-    let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1"]);
+    update(&container, limits(100, 48));
+    let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1; exit $?"]);
     assert_eq!(answer.exit_code, 137);
     pod.remove();
 }
