@@ -406,6 +406,22 @@ async fn killed_machine_ends_the_sandbox_and_its_containers() {
 }
 
 #[tokio::test]
+async fn guest_writes_back_the_disks_of_containers_that_end_with_their_sandbox() {
+    for (options, written) in [("ro", false), ("rw", true)] {
+        let shim = Shim::start().await;
+        shim.create_sandbox("pod").await.unwrap();
+        shim.start_sandbox("pod").await.unwrap();
+        let mut request = shim.in_pod("a", "container", |_| {});
+        request.rootfs[0].options = vec![options.to_owned()];
+        shim.task.create(context::Context::default(), &request).await.unwrap();
+        shim.stop_sandbox("pod").await.unwrap();
+        let asked = shim.fake.requests().contains(&Request::Shutdown);
+        assert_eq!(asked, written, "{options}");
+        assert_eq!(shim.wait("a", "").await.unwrap(), 137);
+    }
+}
+
+#[tokio::test]
 async fn metrics_of_a_sandbox_are_asked_of_its_living_containers() {
     let shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
