@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use nutshell_protocol::{AGENT_PORT, FrameBuffer, FrameError, FromAgent, HOST_CID, ToAgent, encode};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -53,6 +54,22 @@ pub(crate) fn connected(stream: impl AsFd) -> io::Result<bool> {
         // The address is of a family that rustix does not decode, but it is there.
         Err(_) => Ok(true),
     }
+}
+
+/// How long the host may take to answer a dial. The kernel gives up by itself after two seconds
+/// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
+const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
+
+/// Waits until a stream that was dialled carries bytes.
+pub(crate) fn await_connection(stream: &OwnedFd) -> io::Result<()> {
+    if !connected(stream)? {
+        let mut answer = [PollFd::new(stream, PollFlags::OUT)];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&ANSWER_LIMIT)))?;
+        if !connected(stream)? {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+    }
+    Ok(())
 }
 
 /// Why the agent has no host any more.

@@ -105,8 +105,8 @@ pub enum Request {
     Forward {
         /// The host port of the stream.
         stream: u32,
-        /// Where something of the pod listens.
-        target: SocketAddr,
+        /// Where something of the pod may listen: the first that answers.
+        targets: Vec<SocketAddr>,
     },
     /// Write all file systems back; the machine is ended after the [`Response::Done`].
     Shutdown,

@@ -7,7 +7,7 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::{Arc, Weak},
     time::Duration,
@@ -121,7 +121,7 @@ async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) ->
     let mut stream = opened.map_err(|error| error.to_string())?;
     let request = Request::Forward {
         stream: stream.port(),
-        target,
+        targets: targets(target),
     };
     let connected = machine.within(CONNECT_LIMIT, machine.agent().run(request)).await;
     let failure = match connected {
@@ -136,6 +136,16 @@ async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) ->
     reset(connection);
     machine.close_stream(&stream).await;
     Err(failure)
+}
+
+/// Whoever dialled `localhost` meant either family. It was answered for the first that it tried, and will
+/// not try the other.
+fn targets(dialled: SocketAddr) -> Vec<SocketAddr> {
+    let other: IpAddr = match dialled.ip() {
+        IpAddr::V4(_) => Ipv6Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv4Addr::LOCALHOST.into(),
+    };
+    vec![dialled, SocketAddr::new(other, dialled.port())]
 }
 
 /// The last of its descriptors that is closed resets it.

@@ -77,10 +77,10 @@ impl Agent {
                 network::configure(&messages)?;
                 Ok(Answer::Now(Response::Done))
             }
-            Request::Forward { stream, target } => {
+            Request::Forward { stream, targets } => {
                 let stream = self.host.dial(stream).context(|| "open the stream".to_owned())?;
                 self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
-                    forward::start(&stream, target)?;
+                    forward::start(&stream, &targets)?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)

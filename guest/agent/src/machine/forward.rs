@@ -10,6 +10,7 @@ use nutshell_protocol::Failure;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
+use crate::connection::await_connection;
 use crate::job::Context;
 use crate::sys;
 
@@ -19,12 +20,13 @@ const CHUNK: usize = 64 << 10;
 /// On the loopback interface a connection is made or refused at once; a full backlog makes it wait.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
-/// Connects to `target`, and leaves a process behind that carries bytes between it and `stream`. To be
-/// called in a job.
-pub(crate) fn start(stream: &OwnedFd, target: SocketAddr) -> Result<(), Failure> {
-    let socket =
-        TcpStream::connect_timeout(&target, CONNECT_LIMIT).context(|| format!("connect to {target} in the pod"))?;
+/// Connects to the first of `targets` that answers, and leaves a process behind that carries bytes
+/// between it and `stream`. To be called in a job.
+pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Failure> {
+    let socket = connect(targets).context(|| format!("connect to {targets:?} in the pod"))?;
     let socket = OwnedFd::from(socket);
+    // The host has answered meanwhile.
+    await_connection(stream).context(|| "open the stream of a connection".to_owned())?;
     for end in [stream, &socket] {
         rustix::io::ioctl_fionbio(end, true)
             .map_err(io::Error::from)
@@ -36,6 +38,17 @@ pub(crate) fn start(stream: &OwnedFd, target: SocketAddr) -> Result<(), Failure>
     sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);
     // Whoever is at the ends sees that they are closed.
     sys::exit_now(carry(stream, &socket).is_err().into())
+}
+
+fn connect(targets: &[SocketAddr]) -> io::Result<TcpStream> {
+    let mut refusal = io::ErrorKind::InvalidInput.into();
+    for target in targets {
+        match TcpStream::connect_timeout(target, CONNECT_LIMIT) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => refusal = error,
+        }
+    }
+    Err(refusal)
 }
 
 /// Bytes of one direction that were read and not yet written.

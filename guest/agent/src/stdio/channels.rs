@@ -4,12 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nutshell_protocol::Stdio;
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 
 use super::Pump;
-use crate::connection::{Host, connected};
+use crate::connection::{Host, await_connection};
 
 /// What a process gets as descriptors 0, 1 and 2. A process with a terminal gets that instead.
 #[derive(Debug)]
@@ -38,10 +37,6 @@ impl ProcessEnds {
 
 /// What the standard streams are called in errors.
 const NAMES: [&str; 3] = ["standard input", "standard output", "standard error"];
-
-/// How long the host may take to answer a dial. The kernel gives up by itself after two seconds
-/// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
-const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
 
 /// The agent's side of a process's standard streams, before the process exists.
 #[derive(Debug)]
@@ -83,7 +78,7 @@ impl Channels {
     pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
         for (stream, name) in self.streams.iter().zip(NAMES) {
             if let Some(stream) = stream {
-                connect(stream).map_err(|error| refused(name, &error))?;
+                await_connection(stream).map_err(|error| refused(name, &error))?;
             }
         }
         let [stdin, stdout, stderr] = self.streams;
@@ -100,18 +95,6 @@ impl Channels {
             stderr.zip(error).map(|(stream, pipe)| Pump::output(pipe, stream)),
         ])
     }
-}
-
-/// Waits until a stream that was dialled carries bytes.
-fn connect(stream: &OwnedFd) -> io::Result<()> {
-    if !connected(stream)? {
-        let mut answer = [PollFd::new(stream, PollFlags::OUT)];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&ANSWER_LIMIT)))?;
-        if !connected(stream)? {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-    }
-    Ok(())
 }
 
 fn refused(name: &str, error: &io::Error) -> io::Error {
