@@ -33,24 +33,21 @@ impl Control {
         self.queue.kick()
     }
 
-    /// Answers what is there.
-    pub(super) fn serve(&mut self) -> Result<(), QueueError> {
+    /// Answers one command; `true` if there may be more. Each may take the host milliseconds, and a
+    /// guest that has always one more must not keep its worker.
+    pub(super) fn serve(&mut self) -> Result<bool, QueueError> {
         let memory = self.queue.memory();
-        loop {
-            self.queue.pause_kicks()?;
-            while let Some(mut chain) = self.queue.pop(&memory)? {
-                let answer = match self.obey(&mut chain) {
-                    Some(()) => OK,
-                    None => ERR,
-                };
-                let written = chain.writable.put(&[answer]);
-                self.queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
-            }
-            self.queue.notify()?;
-            if !self.queue.resume_kicks()? {
-                return Ok(());
-            }
-        }
+        let Some(mut chain) = self.queue.pop(&memory)? else {
+            return self.queue.resume_kicks();
+        };
+        let answer = match self.obey(&mut chain) {
+            Some(()) => OK,
+            None => ERR,
+        };
+        let written = chain.writable.put(&[answer]);
+        self.queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
+        self.queue.notify()?;
+        Ok(true)
     }
 
     /// Class and command, then what the command takes. `None` for what cannot be done.

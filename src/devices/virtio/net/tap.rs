@@ -23,6 +23,9 @@ const RECEIVED: [(u32, libc::c_ulong); 6] = [
     (VIRTIO_NET_F_GUEST_USO6, 0x40),
 ];
 
+/// The flags of both offloads of UDP.
+const USO: libc::c_ulong = 0x20 | 0x40;
+
 /// Requests of TUNSETQUEUE (`linux/if_tun.h`).
 const ATTACH: libc::c_short = 0x0200;
 const DETACH: libc::c_short = 0x0400;
@@ -45,18 +48,23 @@ impl Tap {
     /// Tells the device which packets its reader takes, by the driver's features: larger ones than the
     /// MTU, and such whose checksum is not filled in.
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
-        let flags: libc::c_ulong = RECEIVED
+        let mut flags: libc::c_ulong = RECEIVED
             .iter()
             .filter(|(feature, _)| features & 1 << feature != 0)
             .map(|(_, flag)| flag)
             .sum();
+        // The kernel takes both or none (`set_offload` in `drivers/net/tun.c`); a driver may take one, and
+        // never has to be sent such packets.
+        if flags & USO != USO {
+            flags &= !USO;
+        }
         // SAFETY: TUNSETOFFLOAD takes a number.
         check(unsafe { libc::ioctl(self.queue.as_raw_fd(), libc::TUNSETOFFLOAD as libc::Ioctl, flags) })
     }
 
     /// Whether the device puts packets into this queue.
     pub(super) fn set_attached(&self, attached: bool) -> io::Result<()> {
-        if self.attached.swap(attached, Ordering::SeqCst) == attached {
+        if self.attached.load(Ordering::SeqCst) == attached {
             return Ok(());
         }
         // SAFETY: all zeroes is a valid value of this structure of C.
@@ -69,7 +77,9 @@ impl Tap {
                 libc::TUNSETQUEUE as libc::Ioctl,
                 &raw const request,
             )
-        })
+        })?;
+        self.attached.store(attached, Ordering::SeqCst);
+        Ok(())
     }
 }
 

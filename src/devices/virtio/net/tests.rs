@@ -1,15 +1,22 @@
-//! The queues as a driver sees them, with datagrams in place of a tap device's packets.
+//! The queues as a driver sees them, with datagrams in place of a tap device's packets; in [`kernel`]
+//! with tap devices.
+
+mod kernel;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixDatagram},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::{Duration, Instant},
 };
 
 use virtio_queue::{
+    Queue, QueueT,
     desc::{RawDescriptor, split::Descriptor},
     mock::MockSplitQueue,
 };
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     control::Control,
@@ -19,7 +26,10 @@ use super::{
 };
 use crate::devices::virtio::{
     Memory,
-    queue::tests::{NEXT, WRITE, device_queue, memory},
+    queue::{
+        DeviceQueue,
+        tests::{Count, NEXT, WRITE, device_queue, memory},
+    },
 };
 
 const BUFFERS: u64 = 0x1_0000;
@@ -28,9 +38,7 @@ const BUFFERS: u64 = 0x1_0000;
 fn link() -> (Arc<Tap>, UnixDatagram) {
     let (device, network) = UnixDatagram::pair().unwrap();
     device.set_nonblocking(true).unwrap();
-    network
-        .set_read_timeout(Some(std::time::Duration::from_secs(10)))
-        .unwrap();
+    network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     (Arc::new(Tap::new(OwnedFd::from(device))), network)
 }
 
@@ -63,10 +71,10 @@ fn used(mock: &MockSplitQueue<'_, Memory>) -> Vec<(u32, u32)> {
 
 /// Waits until so many were given back.
 fn wait_for_used(mock: &MockSplitQueue<'_, Memory>, count: u16) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let deadline = Instant::now() + Duration::from_secs(10);
     while mock.used().idx().load() < count {
-        assert!(std::time::Instant::now() < deadline, "{:?}", used(mock));
-        std::thread::yield_now();
+        assert!(Instant::now() < deadline, "{:?}", used(mock));
+        thread::yield_now();
     }
 }
 
@@ -81,6 +89,20 @@ fn pair<'m>(
         receive: device_queue(receive, memory).0,
         transmit: device_queue(transmit, memory).0,
         merges: true,
+    }
+}
+
+/// Whether no worker and no control queue has the tap device any more.
+fn tap_is_free(tap: &Arc<Tap>) -> bool {
+    Arc::strong_count(tap) == 1
+}
+
+/// Waits until a worker has ended by itself.
+fn wait_for_end(tap: &Arc<Tap>) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !tap_is_free(tap) {
+        assert!(Instant::now() < deadline, "the worker goes on");
+        thread::yield_now();
     }
 }
 
@@ -160,20 +182,30 @@ fn packets_of_the_guest_go_out_and_malformed_ones_are_given_back() {
 
 #[test]
 fn queues_that_the_guest_breaks_end_the_worker_and_nothing_else() {
-    for (what, lengths, flags) in [
-        ("a buffer below the header", vec![11], WRITE),
-        ("nothing to write to", vec![64], 0),
-    ] {
+    let cases = [
+        ("a buffer below the header", true, descriptor(BUFFERS, 11, WRITE, 0)),
+        ("nothing to write to", true, descriptor(BUFFERS, 64, 0, 0)),
+        ("room without an end", true, descriptor(BUFFERS, 64, WRITE | NEXT, 0)),
+        ("room that is no memory", true, descriptor(1 << 40, 64, WRITE, 0)),
+        ("a packet without an end", false, descriptor(BUFFERS, 64, NEXT, 0)),
+        ("a packet that is no memory", false, descriptor(1 << 40, 64, 0, 0)),
+    ];
+    for (what, to_guest, broken) in cases {
         let memory = memory();
         let receive = MockSplitQueue::new(&*memory, 16);
         let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
         let (tap, network) = link();
-        offer(&receive, &lengths, flags);
+        let queue = if to_guest { &receive } else { &transmit };
+        queue.desc_table().store(0, broken).unwrap();
+        queue.avail().ring().ref_at(0).unwrap().store(0);
+        queue.avail().idx().store(1);
         network.send(&[1; 64]).unwrap();
 
-        drop(Worker::start(pair(&tap, &receive, &transmit, &memory), None).unwrap());
+        let worker = Worker::start(pair(&tap, &receive, &transmit, &memory), None).unwrap();
+        wait_for_end(&tap);
+        drop(worker);
 
-        assert_eq!(used(&receive), [], "{what}");
+        assert_eq!(used(queue), [], "{what}");
     }
 }
 
@@ -201,7 +233,7 @@ fn control_queue_refuses_what_it_does_not_know() {
         mock.avail().idx().store(1);
         let mut control = Control::new(device_queue(&mock, &memory).0, vec![link().0]);
 
-        control.serve().unwrap();
+        while control.serve().unwrap() {}
 
         assert_eq!(used(&mock), [(0, 1)], "{what}");
         assert_eq!(
@@ -219,4 +251,64 @@ fn device_needs_a_tap_device() {
 
     assert!(none.is_err());
     assert!(other.is_err());
+}
+
+#[test]
+fn packets_that_go_out_together_interrupt_the_guest_once_a_turn() {
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 256);
+    let (tap, _network) = link();
+    // Two turns of 64.
+    offer(&transmit, &[60; 100], 0);
+    let (queue, interrupts) = device_queue(&transmit, &memory);
+    let mut pair = pair(&tap, &receive, &transmit, &memory);
+    pair.transmit = queue;
+
+    let worker = Worker::start(pair, None).unwrap();
+    wait_for_used(&transmit, 100);
+    drop(worker);
+
+    assert_eq!(interrupts.used.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn control_queue_without_an_end_does_not_keep_a_worker_from_its_stop() {
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x4000), 16);
+    let (tap, _network) = link();
+    // Not a mock's, whose rings overlap.
+    let (table, available, answers) = (0x8000_u64, 0x9000_u64, 0xa000_u64);
+    memory
+        .write_obj(descriptor(BUFFERS, 4, 0, 0), GuestAddress(table))
+        .unwrap();
+    let mut queue = Queue::new(256).unwrap();
+    queue.set_size(256);
+    queue.try_set_desc_table_address(GuestAddress(table)).unwrap();
+    queue.try_set_avail_ring_address(GuestAddress(available)).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(answers)).unwrap();
+    queue.set_ready(true);
+    let kick = EventFd::new(0).unwrap();
+    kick.write(1).unwrap();
+    let queue = DeviceQueue::new(0, queue, kick, memory.clone(), Arc::new(Count::default()));
+    let control = Control::new(queue, vec![tap.clone()]);
+    // One command, again and again, as fast as the device answers.
+    let command = || {
+        let answered: u16 = memory.read_obj(GuestAddress(answers + 2)).unwrap();
+        let wanted = answered.wrapping_add(200);
+        memory.write_obj(wanted, GuestAddress(available + 2)).unwrap();
+        answered
+    };
+
+    let worker = Worker::start(pair(&tap, &receive, &transmit, &memory), Some(control)).unwrap();
+    while command() < 1000 {
+        assert!(!tap_is_free(&tap), "the worker has ended");
+    }
+    let stopped = thread::spawn(|| drop(worker));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !stopped.is_finished() {
+        assert!(Instant::now() < deadline, "the worker does not stop");
+        command();
+    }
 }

@@ -45,7 +45,7 @@ pub(super) struct Pair {
 #[derive(Debug)]
 pub(super) struct Worker {
     stop: EventFd,
-    thread: Option<thread::JoinHandle<()>>,
+    pub(super) thread: Option<thread::JoinHandle<()>>,
 }
 
 impl Worker {
@@ -111,8 +111,18 @@ struct Moving<'m> {
     transmit: DeviceQueue,
     control: Option<Control>,
     memory: &'m Memory,
-    /// The tap device is not waited for: there is no room for a packet.
-    full: bool,
+    arrival: Arrival,
+}
+
+/// Whether the tap device is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Arrival {
+    /// Until it has a packet.
+    Awaited,
+    /// No: there is no room for a packet.
+    Full,
+    /// No: it was removed, and says so for ever.
+    Gone,
 }
 
 impl<'m> Moving<'m> {
@@ -129,7 +139,7 @@ impl<'m> Moving<'m> {
             transmit: pair.transmit,
             control,
             memory,
-            full: false,
+            arrival: Arrival::Awaited,
         }
     }
 
@@ -147,7 +157,7 @@ impl<'m> Moving<'m> {
             add(Source::Control, borrow(control.kick()))?;
         }
         // Buffers may have come before the thread did.
-        let (mut receives, mut transmits) = (true, true);
+        let (mut receives, mut transmits, mut commanded) = (true, true, false);
         let mut events: Vec<epoll::Event> = Vec::with_capacity(SOURCES.len());
         loop {
             if receives {
@@ -156,8 +166,11 @@ impl<'m> Moving<'m> {
             if transmits {
                 transmits = self.transmit()?;
             }
+            if commanded && let Some(control) = &mut self.control {
+                commanded = control.serve()?;
+            }
             let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-            let busy = receives || transmits;
+            let busy = receives || transmits || commanded;
             events.clear();
             match epoll::wait(&epoll, spare_capacity(&mut events), busy.then_some(&now)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -167,19 +180,28 @@ impl<'m> Moving<'m> {
                 let number = event.data.u64();
                 match SOURCES.into_iter().find(|source| *source as u64 == number) {
                     Some(Source::Stop) => return Ok(()),
-                    Some(Source::Tap) => receives = true,
+                    Some(Source::Tap) => {
+                        // The device is no more (`tun_chr_poll`); no flag keeps epoll from saying it.
+                        let flags = event.flags;
+                        if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
+                            epoll::delete(&epoll, self.tap.as_fd()).map_err(io::Error::from)?;
+                            self.arrival = Arrival::Gone;
+                        } else {
+                            receives = true;
+                        }
+                    }
                     Some(Source::Receive) => {
                         drain(self.receive.queue.kick());
-                        receives |= self.full;
+                        receives |= self.arrival == Arrival::Full;
                     }
                     Some(Source::Transmit) => {
                         drain(self.transmit.kick());
                         transmits = true;
                     }
                     Some(Source::Control) => {
-                        if let Some(control) = &mut self.control {
+                        if let Some(control) = &self.control {
                             drain(control.kick());
-                            control.serve()?;
+                            commanded = true;
                         }
                     }
                     None => {}
@@ -190,20 +212,22 @@ impl<'m> Moving<'m> {
 
     /// Moves packets to the guest; `true` if there may be more.
     fn receive(&mut self, epoll: &std::os::fd::OwnedFd) -> Result<bool, WorkerError> {
+        if self.arrival == Arrival::Gone {
+            return Ok(false);
+        }
         let outcome = self.receive.turn(&self.tap, self.memory);
         self.receive.queue.notify()?;
         let outcome = outcome?;
-        let full = outcome == Outcome::Full;
-        if full != self.full {
-            // A guest that gives no room must not keep this thread awake.
-            let flags = if full {
-                epoll::EventFlags::empty()
-            } else {
-                epoll::EventFlags::IN
-            };
+        // A guest that gives no room must not keep this thread awake.
+        let (arrival, flags) = if outcome == Outcome::Full {
+            (Arrival::Full, epoll::EventFlags::empty())
+        } else {
+            (Arrival::Awaited, epoll::EventFlags::IN)
+        };
+        if arrival != self.arrival {
             let data = epoll::EventData::new_u64(Source::Tap as u64);
             epoll::modify(epoll, self.tap.as_fd(), data, flags).map_err(io::Error::from)?;
-            self.full = full;
+            self.arrival = arrival;
         }
         Ok(outcome == Outcome::More)
     }
@@ -259,7 +283,7 @@ impl<'m> Receive<'m> {
             match self.space.read_from(tap.as_fd(), None) {
                 Ok(length) => self.deliver(length)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing there, or the device is gone: then nothing will be.
+                // Nothing there, or the device is gone, which epoll says.
                 Err(_) => return Ok(Outcome::Empty),
             }
         }

@@ -1,0 +1,349 @@
+//! With tap devices of the kernel, each in a network namespace made for the test.
+
+use std::{
+    fs,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::thread::JoinHandleExt,
+    },
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    libc,
+    net::if_::if_nametoindex,
+    sched::{CloneFlags, unshare},
+    sys::stat::Mode,
+};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use super::*;
+use crate::devices::virtio::queue::tests::Count;
+
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+/// For local experiments (IEEE 802): the kernel has nothing to say to it.
+const ETHERTYPE: u16 = 0x88b5;
+const IPV4: u16 = 0x0800;
+
+const QUEUES: [u64; 4] = [0, 0x4000, 0x8000, 0xc000];
+
+/// Where the buffers of all queues are.
+const ROOM: u64 = 0x2_0000;
+
+/// Runs `test` in a network namespace of its own, whose kernel says nothing by itself.
+fn alone(test: impl FnOnce() + Send + 'static) {
+    let thread = thread::spawn(|| {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+        test();
+    });
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+/// Queues of a new tap device that is up, as the shim makes them.
+fn tap(count: usize) -> Vec<OwnedFd> {
+    // SAFETY: all zeroes is a valid value of this structure of C.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
+        *place = byte.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    request.ifr_ifru.ifru_flags = flags.try_into().unwrap();
+    let header: libc::c_int = worker::HEADER.try_into().unwrap();
+    let queues = (0..count).map(|_| {
+        let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let queue = open("/dev/net/tun", flags, Mode::empty()).unwrap();
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`, TUNSETVNETHDRSZ reads one `int`.
+        let results = unsafe {
+            [
+                libc::ioctl(queue.as_raw_fd(), libc::TUNSETIFF as libc::Ioctl, &raw mut request),
+                libc::ioctl(
+                    queue.as_raw_fd(),
+                    libc::TUNSETVNETHDRSZ as libc::Ioctl,
+                    &raw const header,
+                ),
+            ]
+        };
+        assert_eq!(results, [0, 0], "{}", io::Error::last_os_error());
+        queue
+    });
+    let queues = queues.collect();
+    ip("link set tap0 up");
+    queues
+}
+
+fn ip(arguments: &str) {
+    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {arguments}");
+}
+
+/// The host's side of the tap device: sends frames to the guest, receives the guest's.
+fn host(ethertype: u16) -> OwnedFd {
+    let protocol = ethertype.to_be();
+    // SAFETY: plain calls of C; the descriptor is new, and the address as long as is said.
+    unsafe {
+        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into());
+        assert!(socket >= 0, "{}", io::Error::last_os_error());
+        let mut address: libc::sockaddr_ll = std::mem::zeroed();
+        address.sll_family = libc::AF_PACKET.try_into().unwrap();
+        address.sll_protocol = protocol;
+        address.sll_ifindex = if_nametoindex("tap0").unwrap().cast_signed();
+        let length = size_of_val(&address).try_into().unwrap();
+        let bound = libc::bind(socket, (&raw const address).cast(), length);
+        assert_eq!(bound, 0, "{}", io::Error::last_os_error());
+        let timeout = libc::timeval { tv_sec: 10, tv_usec: 0 };
+        let length = size_of_val(&timeout).try_into().unwrap();
+        libc::setsockopt(
+            socket,
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            (&raw const timeout).cast(),
+            length,
+        );
+        OwnedFd::from_raw_fd(socket)
+    }
+}
+
+/// A frame to the guest.
+fn frame(ethertype: u16, payload: &[u8]) -> Vec<u8> {
+    let mut frame = MAC.to_vec();
+    frame.extend([2, 0, 0, 0, 0, 2]);
+    frame.extend(ethertype.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// A datagram of UDP from `port`.
+fn datagram(port: u16) -> Vec<u8> {
+    let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
+    packet.extend(port.to_be_bytes());
+    packet.extend([0, 9, 0, 8, 0, 0]);
+    frame(IPV4, &packet)
+}
+
+/// All queues of a driver.
+fn mocks(memory: &Memory, count: usize) -> Vec<MockSplitQueue<'_, Memory>> {
+    QUEUES[..count]
+        .iter()
+        .map(|address| MockSplitQueue::create(memory, GuestAddress(*address), 256))
+        .collect()
+}
+
+/// As a driver does that takes `features`, or all there are; the kick of each queue.
+fn activate(
+    net: &mut Net,
+    features: Option<u64>,
+    mocks: &[MockSplitQueue<'_, Memory>],
+    memory: &Arc<Memory>,
+) -> Vec<EventFd> {
+    let queues: Vec<_> = mocks.iter().map(|mock| device_queue(mock, memory).0).collect();
+    let kicks = queues.iter().map(|queue| queue.kick().try_clone().unwrap()).collect();
+    let activation = Activation {
+        memory: memory.clone(),
+        features: features.unwrap_or(net.features()),
+        queues,
+        interrupt: Arc::new(Count::default()),
+    };
+    net.activate(activation).unwrap();
+    kicks
+}
+
+/// Makes `count` more single descriptors available, each at its own place. In all 128 at most: the mock's
+/// used ring lies over the rest of its available ring.
+fn offer_more(mock: &MockSplitQueue<'_, Memory>, count: u16, length: u32, flags: u16) {
+    let start = mock.avail().idx().load();
+    for index in start..start + count {
+        let address = ROOM + u64::from(index) * u64::from(length);
+        let entry = descriptor(address, length, flags, 0);
+        mock.desc_table().store(index, entry).unwrap();
+        mock.avail().ring().ref_at(index.into()).unwrap().store(index);
+    }
+    mock.avail().idx().store(start + count);
+}
+
+/// Waits until the worker needs no processor any more: it waits for something.
+fn wait_for_rest(net: &Net) {
+    let thread = net.workers[0].thread.as_ref().unwrap();
+    let used = || {
+        let mut clock = 0;
+        // SAFETY: all zeroes is a valid value of this structure of C.
+        let mut time: libc::timespec = unsafe { std::mem::zeroed() };
+        // SAFETY: the thread was not joined yet, and both calls fill one value.
+        let results = unsafe {
+            [
+                libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock),
+                libc::clock_gettime(clock, &raw mut time),
+            ]
+        };
+        assert_eq!(results, [0, 0]);
+        (time.tv_sec, time.tv_nsec)
+    };
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut before = used();
+    loop {
+        assert!(Instant::now() < deadline, "the worker spins");
+        // Nothing tells that a thread does nothing.
+        thread::sleep(Duration::from_millis(100));
+        let now = used();
+        if now == before {
+            return;
+        }
+        before = now;
+    }
+}
+
+#[test]
+fn device_says_what_it_is_and_offers_several_pairs_only_where_it_has_them() {
+    alone(|| {
+        for pairs in [1, 2] {
+            let net = Net::new(MAC, 1450, tap(pairs)).unwrap();
+            let mut config = [0xff; 14];
+            net.read_config(0, &mut config);
+            let mut mtu = [0xff; 2];
+            net.read_config(10, &mut mtu);
+            let mut beyond = [0xff; 4];
+            net.read_config(u64::MAX, &mut beyond);
+            let low = u8::try_from(pairs).unwrap();
+            let several = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+
+            assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, low, 0, 0xaa, 0x05, 0, 0]);
+            assert_eq!(u16::from_le_bytes(mtu), 1450);
+            assert_eq!(beyond, [0; 4]);
+            assert_eq!(net.features() & several, if pairs > 1 { several } else { 0 });
+            assert_eq!(net.queue_sizes().len(), if pairs > 1 { 5 } else { 2 });
+        }
+    });
+}
+
+#[test]
+fn frames_pass_between_guest_and_kernel_until_the_device_is_reset_and_again_after_it() {
+    alone(|| {
+        let memory = memory();
+        let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
+        let host = host(ETHERTYPE);
+        for number in [1, 2] {
+            let mocks = mocks(&memory, 2);
+            offer_more(&mocks[0], 64, 2048, WRITE);
+            let kicks = activate(&mut net, None, &mocks, &memory);
+
+            let sent = frame(ETHERTYPE, &[number; 100]);
+            rustix::io::write(&host, &sent).unwrap();
+            wait_for_used(&mocks[0], 1);
+            let mut arrived = vec![0; sent.len()];
+            let start = GuestAddress(ROOM + worker::HEADER as u64);
+            memory.read_slice(&mut arrived, start).unwrap();
+            assert_eq!(arrived, sent);
+            let count: u16 = memory.read_obj(GuestAddress(ROOM + 10)).unwrap();
+            assert_eq!(count, 1);
+
+            let mut packet = vec![0; worker::HEADER];
+            packet.extend(frame(ETHERTYPE, &[number + 100; 80]));
+            memory.write_slice(&packet, GuestAddress(BUFFERS)).unwrap();
+            offer(&mocks[1], &[packet.len().try_into().unwrap()], 0);
+            kicks[1].write(1).unwrap();
+            let mut received = [0; 2000];
+            let length = rustix::io::read(&host, &mut received).unwrap();
+            assert_eq!(received[..length], packet[worker::HEADER..]);
+
+            net.reset();
+
+            // Nothing is left that could touch a queue.
+            assert_eq!(Arc::strong_count(&net.taps[0]), 1);
+        }
+    });
+}
+
+#[test]
+fn device_that_is_removed_leaves_a_worker_that_waits_and_takes_packets_for_nobody() {
+    for (what, room) in [("with room for packets", 64), ("without", 0)] {
+        alone(move || {
+            let memory = memory();
+            let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
+            let mocks = mocks(&memory, 2);
+            offer_more(&mocks[0], room, 2048, WRITE);
+            let kicks = activate(&mut net, None, &mocks, &memory);
+
+            ip("link del tap0");
+            offer_more(&mocks[1], 3, 100, 0);
+            kicks[1].write(1).unwrap();
+            wait_for_used(&mocks[1], 3);
+
+            wait_for_rest(&net);
+            net.reset();
+            assert_eq!(used(&mocks[0]), [], "{what}");
+        });
+    }
+}
+
+#[test]
+fn driver_may_take_any_offload_that_it_is_offered() {
+    alone(|| {
+        let memory = memory();
+        let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
+        let checksum = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_GUEST_CSUM;
+        for offload in [
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_GUEST_USO4,
+            VIRTIO_NET_F_GUEST_USO6,
+        ] {
+            let features = (checksum | 1 << offload) & net.features();
+            activate(&mut net, Some(features), &mocks(&memory, 2), &memory);
+            net.reset();
+        }
+    });
+}
+
+#[test]
+fn second_pair_has_packets_once_the_driver_asks_for_it() {
+    const FLOWS: u16 = 32;
+    alone(|| {
+        let memory = memory();
+        let mut net = Net::new(MAC, 1500, tap(2)).unwrap();
+        let host = host(IPV4);
+        let mut mocks = mocks(&memory, 4);
+        mocks.push(MockSplitQueue::create(&*memory, GuestAddress(BUFFERS), 16));
+        offer_more(&mocks[0], 128, 4096, WRITE);
+        offer_more(&mocks[2], 128, 4096, WRITE);
+        let kicks = activate(&mut net, None, &mocks, &memory);
+        let send = || {
+            for port in 1000..1000 + FLOWS {
+                rustix::io::write(&host, &datagram(port)).unwrap();
+            }
+        };
+
+        send();
+        wait_for_used(&mocks[0], FLOWS);
+        assert_eq!(used(&mocks[2]), []);
+
+        let place = GuestAddress(0x1_8000);
+        memory.write_slice(&[4, 0, 2, 0, 0xff], place).unwrap();
+        let table = mocks[4].desc_table();
+        table.store(0, descriptor(place.0, 4, NEXT, 1)).unwrap();
+        table.store(1, descriptor(place.0 + 4, 1, WRITE, 0)).unwrap();
+        mocks[4].avail().ring().ref_at(0).unwrap().store(0);
+        mocks[4].avail().idx().store(1);
+        kicks[4].write(1).unwrap();
+        wait_for_used(&mocks[4], 1);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(place.0 + 4)).unwrap(), 0);
+        send();
+        let both = || (mocks[0].used().idx().load() - FLOWS, mocks[2].used().idx().load());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while both().0 + both().1 < FLOWS {
+            assert!(Instant::now() < deadline, "{:?}", both());
+            thread::yield_now();
+        }
+
+        let (first, second) = both();
+        assert_eq!(first + second, FLOWS);
+        assert!(first > 0 && second > 0, "{first} and {second}");
+        net.reset();
+    });
+}
