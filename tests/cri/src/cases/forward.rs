@@ -58,11 +58,12 @@ pub(crate) fn forwarded_ports(handler: Handler) {
     let pod = Pod::run(handler);
     let server = pod.start_debian("server", &["python3", "-c", SERVER]);
     server.wait_for_line("ready");
-    // Refused at once, and not by a connection that says nothing.
+    // An end at once, and not a connection that says nothing. Where the namespace of the host has no such socket
+    // because the pod's is elsewhere, it may first have been accepted.
     let (message, after) = Forwarded::open(&pod, 8009).failure();
-    assert!(message.contains("refused"), "{message}");
+    assert!(message.contains("refused") || message.contains("reset"), "{message}");
     assert!(after < Duration::from_secs(5), "{after:?}");
-    for port in [8001, 8002, 8003] {
+    for port in [8001, 8003, 8002] {
         exchange(&mut Forwarded::open(&pod, port), 10 << 20);
     }
     pod.remove();
