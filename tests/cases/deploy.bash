@@ -149,7 +149,7 @@ containerd_runs_with_the_handler() {
   grep -i 'cri plugin' /run/containerd.log | grep -q 'io.containerd.nutshell.v2'
   ctr version
   end_containerd
-  rm -r /run/containerd
+  rm -rf /run/containerd /run/nri
   rmdir /sys/fs/cgroup/containerd
 
   node uninstall
