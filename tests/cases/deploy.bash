@@ -1,4 +1,4 @@
-# The installation on a node. To be sourced by tests/suites/deploy.sh.
+# The installation on a node. To be sourced by tests/deploy and tests/suites/deploy-*.sh.
 
 deploy=$lab/../../deploy
 work=/run/check.deploy
@@ -131,29 +131,39 @@ installed_once_and_uninstalled_without_a_trace() {
   assert_equal 2 "$(restarts)"
 }
 
-# With the executable under test, which boots a guest, and with a containerd that runs.
-containerd_runs_with_the_handler() {
-  clear_node
-  configuration default
-  sed -i "s|^root = .*|root = '/run/containerd-root'|" $config
+# forget_nutshell: for a node that start_node has made: as if nobody had ever heard of it. systemctl restarts
+# the containerd that runs.
+forget_nutshell() {
+  config=/run/containerd.toml
+  make_node
+  rm /run/bin/containerd-shim-nutshell-v2
+  awk '/^\[/ { ours = /runtimes\.nutshell/ } !ours' $config >/run/containerd.without
+  mv /run/containerd.without $config
+  echo "{ path=/run/bin/containerd ; argv[]=/run/bin/containerd --config $config ; ignore_errors=no }" \
+    >"$work/unit/ExecStart"
+  play /run/bin/systemctl "case \$1 in
+    show) cat $work/unit/\$3 ;;
+    restart) source $lab/containerd.bash && end_containerd && serve_containerd ;;
+  esac"
+  systemctl restart
+}
+
+installed_node_runs_a_pod() {
   local before said
-  before=$(tree)
+  before=$(sha256sum $config)
+  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  assert_contains "$said" 'no runtime for "nutshell" is configured'
+
   said=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
   assert_contains "$said" 'this host runs nutshell'
   cmp "$NUTSHELL_TEST_SHIM" /usr/local/bin/containerd-shim-nutshell-v2
-
-  mkdir -p /run/containerd-root /sys/fs/cgroup/containerd
-  ln -sf $config /run/containerd.toml
-  serve_containerd
-  # It writes down what its CRI plugin was told.
-  grep -i 'cri plugin' /run/containerd.log | grep -q 'io.containerd.nutshell.v2'
-  ctr version
-  end_containerd
-  rm -rf /run/containerd /run/nri
-  rmdir /sys/fs/cgroup/containerd
+  cri pods::pod_of_one nutshell
+  node status
 
   node uninstall
-  assert_equal "$before" "$(tree)"
+  assert_equal "$before" "$(sha256sum $config)"
+  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  assert_contains "$said" 'no runtime for "nutshell" is configured'
 }
 
 what_is_changed_meanwhile_survives() {
