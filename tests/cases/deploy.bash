@@ -3,7 +3,6 @@
 deploy=$lab/../../deploy
 work=/run/check.deploy
 config=/etc/containerd/config.toml
-dropin=/etc/containerd/conf.d/50-nutshell.toml
 
 # make_node: folders of our own in the place of what this machine's packages have put there.
 make_node() {
