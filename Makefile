@@ -65,6 +65,7 @@ unit: setup
 	$(CARGO) test --locked --workspace
 
 suites: build
+	tests/deploy
 	guest/agent/tests/run-in-lab
 	NUTSHELL_TEST_SHIM=$(SHIM) tests/run
 

@@ -23,6 +23,12 @@ const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
 /// The block devices that a kernel makes of files, as many as are asked for.
 const LOOP: i64 = 7;
 
+const NO_SUCH_DEVICE: &str = "the host's device does not exist in the machine: leave it out";
+
+/// containerd's CRI puts every device of the host into the spec of a privileged container without it.
+const WITHOUT_DEVICES: &str =
+    "set privileged_without_host_devices = true for this runtime in containerd's configuration";
+
 /// The path in the guest of the character device with these numbers.
 pub(super) fn character_device(major: u32, minor: u32) -> Option<&'static str> {
     CHARACTER_DEVICES
@@ -40,10 +46,13 @@ pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result
     let (known, unknown): (Vec<_>, Vec<_>) = devices.into_iter().partition(is_known);
     if let Some(device) = unknown.first() {
         if !is_privileged(linux) {
-            return Err(no_such_device(&format!("linux.devices: {}", device.path().display())));
+            return Err(PlanError::unsupported(
+                format!("linux.devices: {}", device.path().display()),
+                format!("{NO_SUCH_DEVICE}. Where it is the privilege of a container: {WITHOUT_DEVICES}"),
+            ));
         }
         warnings.push(format!(
-            "linux.devices: {} devices of the host are not in the machine",
+            "linux.devices: {} devices of the host are not in the machine. To be rid of this: {WITHOUT_DEVICES}",
             unknown.len()
         ));
     }
@@ -76,5 +85,5 @@ fn is_privileged(linux: &Linux) -> bool {
 }
 
 pub(super) fn no_such_device(field: &str) -> PlanError {
-    PlanError::unsupported(field, "the host's device does not exist in the machine: leave it out")
+    PlanError::unsupported(field, NO_SUCH_DEVICE)
 }

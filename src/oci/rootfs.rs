@@ -11,6 +11,10 @@ const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
 /// (overlayfs, native and their remote kin), the others are file systems that the guest lacks.
 const HOST_FILESYSTEMS: [&str; 5] = ["bind", "btrfs", "overlay", "xfs", "zfs"];
 
+/// Who decides on the mounts is containerd's configuration, or the client.
+const OTHER_SNAPSHOTTER: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
+    in containerd's configuration, or give ctr --snapshotter";
+
 /// `directory` is `root.path` of the spec: the root itself where the snapshotter gave no mounts.
 pub(super) fn root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, PlanError> {
     for mount in mounts {
@@ -51,11 +55,14 @@ fn check(mount: &HostMount) -> Result<(), PlanError> {
             "device" if mount.kind == "erofs" => {
                 return Err(PlanError::unsupported(
                     field(option),
-                    "merged EROFS layers are not supported yet",
+                    format!("merged EROFS layers are not supported yet. {OTHER_SNAPSHOTTER}"),
                 ));
             }
             _ if name.starts_with("X-containerd.dmverity") => {
-                return Err(PlanError::unsupported(field(option), "dm-verity is not supported yet"));
+                return Err(PlanError::unsupported(
+                    field(option),
+                    format!("dm-verity is not supported yet. {OTHER_SNAPSHOTTER}"),
+                ));
             }
             _ => {}
         }
@@ -103,7 +110,7 @@ fn is_read_only(mount: &HostMount) -> bool {
 fn unknown(mount: &HostMount) -> PlanError {
     PlanError::unsupported(
         format!("rootfs mount of type {:?}", mount.kind),
-        "not supported: use the overlayfs, native, blockfile or devmapper snapshotter",
+        format!("not supported. {OTHER_SNAPSHOTTER}"),
     )
 }
 
@@ -210,6 +217,19 @@ mod tests {
         ] {
             let error = planned(&mounts).unwrap_err();
             assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_another_snapshotter_would_do_is_an_error_that_says_where_it_is_named() {
+        for mounts in [
+            vec![mount("format/mkdir/overlay", "overlay", &[])],
+            vec![mount("ntfs", "/dev/sdb", &[])],
+            vec![mount("erofs", "/a", &["ro", "device=/b"])],
+            vec![mount("erofs", "/a", &["X-containerd.dmverity.roothash=1"])],
+        ] {
+            let error = planned(&mounts).unwrap_err().to_string();
+            assert!(error.contains("snapshotter = \"overlayfs\""), "{error}");
         }
     }
 }

@@ -165,6 +165,9 @@ fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() 
     privileged["linux"]["resources"]["devices"] = json!([{"allow": false, "access": "rwm"}]);
     let error = plan_of(&privileged).unwrap_err();
     assert!(error.to_string().contains("/dev/autofs"), "{error}");
+    for text in [error.to_string(), plan.warnings.join("\n")] {
+        assert!(text.contains("privileged_without_host_devices = true"), "{text}");
+    }
 }
 
 #[test]

@@ -33,6 +33,10 @@ const LONGEST_INPUT: u64 = 4 << 20;
 
 const OOM_SCORE_ADJ_MAX: i32 = 1000;
 
+/// Who names a configuration.
+const NAMED_BY: &str = "it is the ConfigPath in the options of this runtime in containerd's configuration, or \
+    ctr's --runtime-config-path";
+
 /// Why no shim was started. One line, which containerd shows to its user.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BootstrapError {
@@ -46,8 +50,18 @@ pub(super) enum BootstrapError {
     #[error(transparent)]
     Options(#[from] OptionsError),
     /// The configuration is relative to who knows what.
-    #[error("configuration {}: the path must be absolute", .0.display())]
+    #[error("configuration {}: the path must be absolute: {NAMED_BY}", .0.display())]
     RelativeConfiguration(PathBuf),
+    /// The configuration that somebody named is not there.
+    #[error("{0}: {NAMED_BY}: make that file readable, or name none")]
+    NamedConfiguration(#[source] ConfigurationError),
+    /// The configuration is the options section of containerd's, and cannot be used. containerd passes a
+    /// section without ConfigPath on as it is, also one that was copied from runc's.
+    #[error(
+        "the options of this runtime in containerd's configuration: {0}: they may have a ConfigPath, or what \
+         /etc/nutshell/config.toml may have, and nothing of runc's"
+    )]
+    OptionsSection(String),
     /// The configuration cannot be used.
     #[error(transparent)]
     Configuration(#[from] ConfigurationError),
@@ -223,17 +237,21 @@ impl Group {
 
 /// The configuration that the options name, checked here, where an error still reaches a user.
 fn configuration(options: &Options, bundle: &Path) -> Result<Option<PathBuf>, BootstrapError> {
-    let path = match options {
+    match options {
         Options {
             config_path: Some(path),
             ..
-        } if path.is_relative() => {
-            return Err(BootstrapError::RelativeConfiguration(path.clone()));
+        } if path.is_relative() => Err(BootstrapError::RelativeConfiguration(path.clone())),
+        Options {
+            config_path: Some(path),
+            ..
+        } => {
+            Configuration::load(Some(path)).map_err(|error| match error {
+                ConfigurationError::Unreadable { .. } => BootstrapError::NamedConfiguration(error),
+                ConfigurationError::Malformed { .. } => error.into(),
+            })?;
+            Ok(Some(path.clone()))
         }
-        Options {
-            config_path: Some(path),
-            ..
-        } => Some(path.clone()),
         Options {
             config_body: Some(body),
             ..
@@ -249,12 +267,17 @@ fn configuration(options: &Options, bundle: &Path) -> Result<Option<PathBuf>, Bo
                 file.write_all(body.as_bytes())
             };
             write().map_err(system("write the configuration into the bundle"))?;
-            Some(path)
+            Configuration::load(Some(&path)).map_err(|error| match error {
+                ConfigurationError::Malformed { reason, .. } => BootstrapError::OptionsSection(reason),
+                ConfigurationError::Unreadable { .. } => error.into(),
+            })?;
+            Ok(Some(path))
         }
-        Options { .. } => None,
-    };
-    Configuration::load(path.as_deref())?;
-    Ok(path)
+        Options { .. } => {
+            Configuration::load(None)?;
+            Ok(None)
+        }
+    }
 }
 
 /// Puts this process where the shim is to be: it inherits all of it.
@@ -457,15 +480,33 @@ mod tests {
         };
         let path = configuration(&body("debug = true"), bundle.path()).unwrap().unwrap();
         assert!(Configuration::load(Some(&path)).unwrap().debug);
-        let error = configuration(&body("debugging = true"), bundle.path()).unwrap_err();
-        assert!(error.to_string().contains("debugging"), "{error}");
         for named in ["relative.toml", "/no/such.toml"] {
             let options = Options {
                 config_path: Some(named.into()),
                 ..Options::default()
             };
-            let error = configuration(&options, bundle.path()).unwrap_err();
-            assert!(error.to_string().contains(named), "{error}");
+            let error = configuration(&options, bundle.path()).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+            assert!(error.contains("ConfigPath"), "{error}");
         }
+    }
+
+    #[test]
+    fn options_section_that_is_runcs_is_an_error_that_says_where_it_stands() {
+        let bundle = tempfile::tempdir().unwrap();
+        // As the CRI passes on what was copied from the section of runc.
+        let options = Options {
+            config_body: Some("BinaryName = \"\"\nSystemdCgroup = true\n".to_owned()),
+            ..Options::default()
+        };
+        let error = configuration(&options, bundle.path()).unwrap_err().to_string();
+        for named in [
+            "BinaryName",
+            "options of this runtime in containerd's configuration",
+            "runc",
+        ] {
+            assert!(error.contains(named), "{error}");
+        }
+        assert!(!error.contains('\n'), "{error}");
     }
 }

@@ -1,0 +1,556 @@
+# The installation on a node. To be sourced by tests/deploy and tests/suites/deploy-*.sh.
+
+deploy=$lab/../../deploy
+work=/run/check.deploy
+config=/etc/containerd/config.toml
+
+# make_node: folders of our own in the place of what this machine's packages have put there.
+make_node() {
+  mkdir -p /etc/containerd
+  mount -t tmpfs -o mode=755 tmpfs /etc/containerd
+  mount -t tmpfs -o mode=755 tmpfs /usr/local/bin
+  deploy_files
+}
+
+# Puts the players in place. unit/NAME is what systemd says of containerd's unit.
+deploy_files() {
+  mkdir -p "$work/unit" "$work/node"
+  cp "$deploy"/{node,pod,containerd-v2.toml,containerd-v3.toml} "$work/node"
+  echo process >"$work/unit/KillMode"
+  echo '{ path=/run/bin/containerd ; argv[]=/run/bin/containerd ; ignore_errors=no ; start_time=[n/a] }' \
+    >"$work/unit/ExecStart"
+  play /run/bin/systemctl "case \$1 in
+    show) cat $work/unit/\$3 2>/dev/null || echo ;;
+    restart) echo restart >>$work/restarts; [[ ! -e $work/broken ]] ;;
+    is-active) true ;;
+  esac"
+  play "$work/shim" 'case $1 in check) echo "guest kernel played" ;; -v) echo "$0 0" ;; esac'
+  export NUTSHELL_SHIM=$work/shim
+}
+
+# play FILE TEXT: makes an executable script.
+play() {
+  rm -f "$1"
+  printf '#!/bin/bash\n%s\n' "$2" >"$1"
+  chmod +x "$1"
+}
+
+use_containerd() {
+  version=$1
+  cp --remove-destination "$("$lab/containerd" "$1")/containerd" /run/bin/containerd
+}
+
+node() { "$work/node/node" "$@"; }
+
+# tree: all that an installation may touch, with content, mode and owner.
+tree() {
+  find /etc/containerd /usr/local/bin -printf '%p %y %m %u %g\n' | sort
+  find /run -maxdepth 1 -name 'nutshell*'
+  find /etc/containerd /usr/local/bin -type f -exec sha256sum {} + | sort
+}
+
+# When which file was changed.
+times() { find /etc/containerd /usr/local/bin -type f -printf '%p %T@ %C@ %i\n' | sort; }
+
+restarts() { if [[ -e $work/restarts ]]; then wc -l <"$work/restarts"; else echo 0; fi; }
+
+# clear_node: no configuration, nothing installed, no restart so far.
+clear_node() {
+  rm -rf /etc/containerd/* /usr/local/bin/* "$work/restarts" "$work/broken" /run/nutshell-restart-due
+}
+
+# The runtime plugin's name in a configuration of version $1.
+plugin() { if [[ $1 == 2 ]]; then echo io.containerd.grpc.v1.cri; else echo io.containerd.cri.v1.runtime; fi; }
+
+# own_tables VERSION: what an owner may have said.
+own_tables() {
+  printf '[plugins."%s".containerd.runtimes.runc]\n  runtime_type = "io.containerd.runc.v2"\n' "$(plugin "$1")"
+  printf '  [plugins."%s".containerd.runtimes.runc.options]\n    SystemdCgroup = true' "$(plugin "$1")"
+}
+
+# configuration KIND: puts one in place.
+configuration() {
+  local own=3
+  [[ $version != 1.7 ]] || own=2
+  case $1 in
+    default) containerd config default >$config ;;
+    nothing) ;;
+    version_only) echo "version = $own" >$config ;;
+    # No end of the last line.
+    own_settings) printf 'version = %s\n%s' "$own" "$(own_tables "$own")" >$config ;;
+    # Older than containerd. Where there is none older, one that others may not read.
+    other_version)
+      printf '# mine\nversion = 2\nimports = [ ]   # none\n\n%s\n' "$(own_tables 2)" >$config
+      chmod 600 $config
+      ;;
+  esac
+}
+
+dump() {
+  if [[ -e $config ]]; then containerd --config $config config dump; else containerd config default; fi 2>/dev/null
+}
+
+# Of everybody else's settings.
+others() { dump | awk '/^ *\[/ { ours = /runtimes\.nutshell[].]/ } !ours && NF && !/^ *imports/ { sub(/^ +/, ""); print }'; }
+
+has_handler() {
+  local dumped
+  dumped=$(dump | sed -n '/runtimes\.nutshell\]/,/^ *\[.*options\]/p' | tr "'" '"')
+  assert_contains "$dumped" 'runtime_type = "io.containerd.nutshell.v2"'
+  assert_contains "$dumped" 'pod_annotations = ["io.containerd.nutshell.*"]'
+  assert_contains "$dumped" 'container_annotations = ["io.containerd.nutshell.*"]'
+  assert_contains "$dumped" 'privileged_without_host_devices = true'
+}
+
+installed_once_and_uninstalled_without_a_trace() {
+  clear_node
+  configuration "$1"
+  local before settings once
+  before=$(tree)
+  settings=$(others)
+  assert_status 1 node status
+
+  node install
+  has_handler
+  assert_equal "$settings" "$(others)"
+  assert_equal 1 "$(restarts)"
+  node status
+  [[ $1 == nothing ]] || assert_equal "$(sed -n "s|\(.*\)  $config$|\1|p" <<<"$before")" \
+    "$(sha256sum <$config.before-nutshell | cut -d ' ' -f 1)"
+
+  once=$(times)
+  node install
+  assert_equal "$once" "$(times)"
+  assert_equal 1 "$(restarts)"
+
+  node uninstall
+  assert_equal "$before" "$(tree)"
+  assert_equal 2 "$(restarts)"
+  node uninstall
+  assert_equal 2 "$(restarts)"
+}
+
+# forget_nutshell: for a node that start_node has made: as if nobody had ever heard of it. systemctl restarts
+# the containerd that runs.
+forget_nutshell() {
+  config=/run/containerd.toml
+  make_node
+  rm /run/bin/containerd-shim-nutshell-v2
+  awk '/^\[/ { ours = /runtimes\.nutshell/ } !ours' $config >/run/containerd.without
+  mv /run/containerd.without $config
+  echo "{ path=/run/bin/containerd ; argv[]=/run/bin/containerd --config $config ; ignore_errors=no }" \
+    >"$work/unit/ExecStart"
+  play /run/bin/systemctl "case \$1 in
+    show) cat $work/unit/\$3 ;;
+    restart) source $lab/containerd.bash && end_containerd && serve_containerd ;;
+  esac"
+  systemctl restart
+}
+
+installed_node_runs_a_pod() {
+  local before said
+  before=$(sha256sum $config)
+  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  assert_contains "$said" 'no runtime for "nutshell" is configured'
+
+  said=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
+  assert_contains "$said" 'this host runs nutshell'
+  cmp "$NUTSHELL_TEST_SHIM" /usr/local/bin/containerd-shim-nutshell-v2
+  cri pods::pod_of_one nutshell
+  node status
+
+  node uninstall
+  assert_equal "$before" "$(sha256sum $config)"
+  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  assert_contains "$said" 'no runtime for "nutshell" is configured'
+}
+
+what_is_changed_meanwhile_survives() {
+  clear_node
+  configuration default
+  node install
+  printf '\n[debug2]\n' >>$config
+  sed -i '1i # first' $config
+  node install
+  has_handler
+  node uninstall
+  assert_equal "$(printf '# first\n'; containerd config default; printf '\n[debug2]')" "$(<$config)"
+}
+
+# refused NAMED: an installation fails in words that contain NAMED, and changes nothing.
+refused() {
+  local before said
+  before=$(tree)
+  if said=$(node install 2>&1); then
+    echo "installed: $said" >&2
+    return 1
+  fi
+  assert_contains "$said" "$1"
+  assert_equal "$before" "$(tree)"
+  assert_equal 0 "$(restarts)"
+}
+
+configurations_that_are_refused() {
+  clear_node
+  echo 'root = "/x"' >$config
+  refused 'no line "version = …"'
+  echo 'version = 1' >$config
+  refused 'version 1'
+  [[ $version != 1.7 ]] || { echo 'version = 3' >$config && refused 'config.toml'; }
+  echo 'version = 9' >$config
+  refused 'config.toml'
+  echo 'version = ' >$config
+  refused 'cannot read'
+  printf 'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime"]\n' >$config
+  refused 'disabled_plugins'
+  printf 'version = 2\n' >/etc/containerd/other
+  ln -sf other $config
+  refused 'symbolic link'
+  [[ $version == 1.7 ]] || {
+    rm $config
+    printf 'version = 3\nimports = [\n  "/x/*.toml",\n]\n' >$config
+    refused 'line 2: imports is more than a line'
+  }
+}
+
+imports_that_are_there_stay() {
+  clear_node
+  use_containerd 2.1
+  mkdir /etc/containerd/mine
+  printf 'version = 3\n%s\n' "$(own_tables 3)" >/etc/containerd/mine/a.toml
+  printf 'version = 3\nimports = ["/etc/containerd/mine/*.toml", ] # mine\n' >$config
+  local before settings
+  before=$(tree)
+  settings=$(others)
+  node install
+  has_handler
+  assert_equal "$settings" "$(others)"
+  node uninstall
+  assert_equal "$before" "$(tree)"
+  # No block where the drop-in's folder is imported.
+  printf 'version = 3\nimports = ["/etc/containerd/conf.d/*.toml"]\n' >$config
+  mkdir /etc/containerd/conf.d
+  before=$(tree)
+  node install
+  has_handler
+  assert_equal 2 "$(wc -l <$config)"
+  node uninstall
+  assert_equal "$before" "$(tree)"
+}
+
+imported_settings_of_1_7_are_not_lost() {
+  clear_node
+  use_containerd 1.7
+  printf 'version = 2\n%s\n' "$(own_tables 2)" >/etc/containerd/other.toml
+  printf 'version = 2\nimports = ["/etc/containerd/other.toml"]\n' >$config
+  refused 'another imported file'
+}
+
+unknown_containerd_is_named() {
+  clear_node
+  configuration version_only
+  local said
+  for said in 'containerd github.com/containerd/containerd 1.6.8 9cd3357b7fd7218e4aec3eae239db1f68a5a6ec6' \
+    'containerd github.com/containerd/containerd/v2 v2.5.0 x' 'containerd github.com/containerd/containerd 1.70.1 x' nonsense ''; do
+    play /run/bin/containerd "echo '$said'"
+    refused "\"$said\""
+  done
+  play /run/bin/containerd 'exit 1'
+  refused '/run/bin/containerd --version failed'
+  use_containerd 2.1
+}
+
+containerd_of_another_kind_is_named() {
+  clear_node
+  mv "$work/unit/ExecStart" "$work/unit/none"
+  refused 'no containerd.service'
+  mkdir -p /var/lib/rancher/k3s
+  refused 'k3s'
+  rm -r /var/lib/rancher
+  mv "$work/unit/none" "$work/unit/ExecStart"
+}
+
+node_without_kvm_is_not_changed() {
+  clear_node
+  configuration default
+  play "$work/shim" 'echo "this host does not run nutshell: /dev/kvm: played" >&2; exit 1'
+  refused '/dev/kvm: played'
+  deploy_files
+}
+
+unit_that_kills_is_refused() {
+  clear_node
+  configuration default
+  echo control-group >"$work/unit/KillMode"
+  refused 'KillMode=control-group'
+  echo process >"$work/unit/KillMode"
+}
+
+failed_restart_is_undone() {
+  clear_node
+  configuration default
+  local before said
+  before=$(tree)
+  : >"$work/broken"
+  said=$(node install 2>&1) && return 1
+  assert_contains "$said" 'did not start with the handler'
+  assert_equal "$before" "$(tree | grep -v containerd-shim-nutshell-v2)"
+  # With the handler, and without.
+  assert_equal 2 "$(restarts)"
+  rm "$work/broken"
+  node install
+  has_handler
+  node uninstall
+  assert_equal "$before" "$(tree)"
+}
+
+interrupted_restart_is_made_up_for() {
+  clear_node
+  configuration default
+  # The script dies with its restart.
+  play /run/bin/systemctl "case \$1 in show) cat $work/unit/\$3 ;; restart) kill -9 \$PPID ;; esac"
+  assert_status 137 node install
+  # What it had no time for.
+  rm -r "$TMPDIR"/nutshell-node.*
+  deploy_files
+  assert_status 1 node status
+  node install
+  assert_equal 1 "$(restarts)"
+  node status
+  node uninstall
+}
+
+# running ID: a process of the executable in BIN, which waits for its end at descriptor $living.
+running() {
+  mkfifo "$work/life"
+  /usr/local/bin/containerd-shim-nutshell-v2 -c 'read -r' shim -namespace k8s.io -id "$1" <"$work/life" &
+  shim=$!
+  exec {living}>"$work/life"
+  rm "$work/life"
+}
+
+not_running() {
+  exec {living}>&-
+  wait "$shim" || true
+}
+
+# bash plays it, for it must not be a script.
+play_shim() {
+  cp --remove-destination /bin/bash "$work/shim"
+  printf '%s' "${1:-}" >>"$work/shim"
+  # What it is told to do is a script to it, which it finds in PATH.
+  play /run/bin/check true
+}
+
+executable_is_replaced_under_a_running_one() {
+  clear_node
+  configuration default
+  play_shim
+  node install
+  running one
+  play_shim new
+  node install
+  cmp "$work/shim" /usr/local/bin/containerd-shim-nutshell-v2
+  kill -0 "$shim"
+  assert_contains "$(node status)" 'machines that run: 1'
+  assert_status 3 node uninstall
+  not_running
+  node uninstall
+  rm /run/bin/check
+  deploy_files
+}
+
+uninstall_waits_for_the_machines() {
+  clear_node
+  configuration default
+  play_shim
+  node install
+  local before said
+  before=$(tree)
+  running sandbox-7
+  said=$(node uninstall 2>&1) && return 1
+  assert_contains "$said" 'sandbox-7'
+  assert_equal "$before" "$(tree)"
+  not_running
+  node uninstall
+  rm /run/bin/check
+  deploy_files
+}
+
+folder_of_the_executable_can_be_another() {
+  local before
+  for version in 1.7 2.1; do
+    clear_node
+    use_containerd "$version"
+    configuration default
+    before=$(tree)
+    BIN=/etc/containerd/bin node install
+    assert_contains "$(dump | tr "'" '"')" 'runtime_path = "/etc/containerd/bin/containerd-shim-nutshell-v2"'
+    BIN=/etc/containerd/bin node uninstall
+    rmdir /etc/containerd/bin
+    assert_equal "$before" "$(tree)"
+  done
+}
+
+node_is_changed_from_inside_a_container() {
+  clear_node
+  configuration default
+  local before
+  before=$(tree)
+  assert_status 1 env HOST=/sys "$work/node/node" install
+  mkdir "$work/host"
+  # A mount namespace of its own, where the node's root is a folder and what lies in its place is another.
+  unshare --mount bash -c 'set -e
+    mount --rbind / "$1/host"
+    mount -t tmpfs tmpfs /etc/containerd
+    mount -t tmpfs tmpfs /usr/local/bin
+    export HOST=$1/host
+    "$1/node/node" install
+    "$1/node/node" status
+    [[ -z $(ls /etc/containerd /usr/local/bin | grep -v :) ]]' - "$work"
+  has_handler
+  [[ -x /usr/local/bin/containerd-shim-nutshell-v2 ]]
+  rmdir "$work/host"
+  node uninstall
+  assert_equal "$before" "$(tree)"
+}
+
+# play_curl LABELS: the API server. Writes down what is asked.
+play_curl() {
+  play /run/bin/curl "for last; do :; done
+    echo \"\$last\" >>$work/asked
+    while ((\$#)); do
+      [[ \$1 != --data ]] || { echo \"patch \$2\" >>$work/asked; exit; }
+      shift
+    done
+    echo '{\"metadata\":{\"labels\":{$1},\"managedFields\":[{\"f:io.containerd.nutshell/install\":{}}]}}'"
+}
+
+# start_pod: in the background, with its own sleep, which reports that it waits.
+start_pod() {
+  rm -f "$work/asked"
+  mkfifo "$work/waits"
+  play "$work/bin/sleep" "echo >$work/waits; exec /bin/sleep \"\$@\""
+  PATH=$work/bin:$PATH NODE_NAME=worker KUBERNETES_SERVICE_HOST=10.0.0.1 "$work/node/pod" &
+  pod=$!
+  read -r -t 60 <"$work/waits"
+  rm "$work/waits"
+  play "$work/bin/sleep" 'exec /bin/sleep "$@"'
+}
+
+# end_pod: as the kubelet does. Its sleep goes with its container.
+end_pod() {
+  local sleep
+  sleep=$(pgrep -P "$pod" -x sleep)
+  kill -TERM "$pod"
+  local status=0
+  wait "$pod" || status=$?
+  kill "$sleep"
+  rm -f /run/nutshell-node.ready
+  return "$status"
+}
+
+pod_labels_the_node_and_leaves_as_it_is_told() {
+  clear_node
+  configuration default
+  mkdir -p "$work/bin"
+  local before server=https://10.0.0.1:443/api/v1/nodes/worker
+  before=$(tree)
+  play_curl '"io.containerd.nutshell/install":"true"'
+  start_pod
+  assert_equal "$server
+patch {\"metadata\":{\"labels\":{\"io.containerd.nutshell/ready\":\"true\"}}}" "$(<"$work/asked")"
+  has_handler
+  # Updated, drained: all stays.
+  end_pod
+  node status
+  assert_equal 2 "$(grep -c "^$server" "$work/asked")"
+
+  start_pod
+  assert_equal 1 "$(restarts)"
+  # The API server does not answer: all stays.
+  play /run/bin/curl 'exit 22'
+  end_pod
+  node status
+
+  play_curl ''
+  start_pod
+  end_pod
+  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/asked")"
+  assert_equal "$before" "$(tree)"
+  rm -r "$work/bin" "$work/asked" /run/bin/curl
+}
+
+pod_takes_the_label_off_a_node_that_does_not_work() {
+  clear_node
+  configuration default
+  play_curl '"io.containerd.nutshell/install":"true"'
+  play "$work/shim" 'exit 1'
+  rm -f "$work/asked"
+  assert_status 1 env NODE_NAME=worker "$work/node/pod"
+  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/asked")"
+  rm -r "$work/asked" /run/bin/curl
+  deploy_files
+}
+
+manifests_agree_with_the_scripts() {
+  /usr/bin/python3 - "$deploy" <<'PYTHON'
+import os, sys
+try:
+    import yaml
+except ImportError:
+    sys.exit("python3-yaml is not installed")
+folder = sys.argv[1]
+
+def read(name):
+    with open(os.path.join(folder, name)) as file:
+        return [document for document in yaml.safe_load_all(file) if document]
+
+kustomization = read("kustomization.yaml")[0]
+objects = {}
+for name in kustomization["resources"]:
+    for document in read(name):
+        assert document["apiVersion"] and document["metadata"]["name"], name
+        objects[document["kind"]] = document
+kinds = {"RuntimeClass": "node.k8s.io/v1", "ServiceAccount": "v1", "DaemonSet": "apps/v1",
+         "ClusterRole": "rbac.authorization.k8s.io/v1", "ClusterRoleBinding": "rbac.authorization.k8s.io/v1"}
+assert {kind: document["apiVersion"] for kind, document in objects.items()} == kinds
+
+runtime = objects["RuntimeClass"]
+texts = {name: open(os.path.join(folder, name)).read() for name in ("node", "pod", "containerd-v2.toml", "containerd-v3.toml")}
+for name in ("containerd-v2.toml", "containerd-v3.toml"):
+    assert ".containerd.runtimes.%s]" % runtime["handler"] in texts[name], name
+for label, value in runtime["scheduling"]["nodeSelector"].items():
+    assert label in texts["pod"] and '"%s"' % value in texts["pod"], label
+assert runtime["overhead"]["podFixed"]["memory"] == "128Mi"
+
+daemon = objects["DaemonSet"]
+template = daemon["spec"]["template"]
+assert daemon["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+pod = template["spec"]
+assert "io.containerd.nutshell/install" in pod["nodeSelector"] and "io.containerd.nutshell/install" in texts["pod"]
+account = objects["ServiceAccount"]["metadata"]
+assert pod["serviceAccountName"] == account["name"] and daemon["metadata"]["namespace"] == account["namespace"]
+binding = objects["ClusterRoleBinding"]
+assert binding["roleRef"]["name"] == objects["ClusterRole"]["metadata"]["name"]
+assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}]
+assert pod["hostPID"] is True
+container, = pod["containers"]
+assert container["securityContext"]["privileged"] is True
+assert container["image"] == kustomization["images"][0]["name"]
+mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+environment = {variable["name"]: variable.get("value") for variable in container["env"]}
+assert environment["HOST"] == mounts["host"]
+scripts, = [volume["configMap"] for volume in pod["volumes"] if "configMap" in volume]
+generated, = kustomization["configMapGenerator"]
+assert scripts["name"] == generated["name"] and generated["namespace"] == account["namespace"]
+assert scripts["defaultMode"] == 0o755
+# All that the scripts read beside themselves is there.
+assert sorted(generated["files"]) == sorted(texts)
+assert container["command"] == [mounts["scripts"] + "/pod"]
+# The executable is where the image has it.
+dockerfile = open(os.path.join(folder, "Dockerfile")).read()
+assert "COPY --chmod=755 containerd-shim-nutshell-v2 %s\n" % environment["NUTSHELL_SHIM"] in dockerfile
+PYTHON
+}

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# How nutshell gets onto a node (deploy/) whose containerd is 2.1: up to a pod that runs. tests/deploy has what
+# takes no machine that boots guests.
+source "$(dirname "$0")/../lab/test.bash"
+source "$(dirname "$0")/../lab/pods.bash"
+source "$(dirname "$0")/../cases/deploy.bash"
+start_node 2.1 busybox
+forget_nutshell
+
+check "node that is installed runs a pod, and none after it was uninstalled" installed_node_runs_a_pod
+finish
