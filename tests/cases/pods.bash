@@ -21,6 +21,7 @@ pod_cases() {
   pod "logs are complete, also while they are rotated" streams::logs
   pod "terminals and attached streams are a client's" streams::terminals
   pod "forwarded ports carry 10 MiB both ways, IPv4 and IPv6" forward::forwarded_ports
+  pod "fifty forwarded connections at once" forward::fifty_at_once
   pod "pods reach each other and the host by TCP, UDP and ICMP" network::pods_reach_each_other_and_the_host
   pod "names are resolved as the pod says" network::names_are_resolved
   pod "ports of the host lead to the pod" network::host_ports

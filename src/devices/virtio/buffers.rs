@@ -123,6 +123,15 @@ impl<'m> Buffers<'m> {
         self.length
     }
 
+    /// The first `count` bytes, or all there are. Takes nothing off.
+    pub(crate) fn front(&self, count: usize) -> Self {
+        let mut all = Self {
+            slices: self.slices.clone(),
+            length: self.length,
+        };
+        all.split_to(count)
+    }
+
     /// Takes the first `count` bytes off, or all there are.
     pub(crate) fn split_to(&mut self, count: usize) -> Self {
         let mut front = Self::default();

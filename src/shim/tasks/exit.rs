@@ -178,6 +178,7 @@ impl Tasks {
         if members.iter().any(writes) {
             write_back(container, limit).await;
         }
+        container.pod.machine().log_console().await;
         container.pod.machine().kill("its sandbox was stopped");
         container.pod.machine().ended().await;
         for member in members.iter().filter(|member| !member.is_sandbox()) {

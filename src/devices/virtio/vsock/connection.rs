@@ -229,9 +229,9 @@ impl Connection {
             || self.unannounced() >= CREDIT_STEP
     }
 
-    /// The next packet for the guest; its payload is read straight into `room`. `None` if it turns
-    /// out that there is none.
-    pub(super) fn send(&mut self, room: &mut Buffers<'_>) -> Option<Packet> {
+    /// The next packet for the guest; its payload is read straight into `room`, which is not empty. `None`
+    /// if it turns out that there is none: then all of the room is there for another connection's.
+    pub(super) fn send(&mut self, room: &Buffers<'_>) -> Option<Packet> {
         if self.response_due {
             self.response_due = false;
             return Some(self.packet(Operation::Response, 0, 0));
@@ -241,7 +241,7 @@ impl Connection {
             && *readable
             && credit > 0
         {
-            let space = room.split_to(credit.min(MAX_PAYLOAD));
+            let space = room.front(credit.min(MAX_PAYLOAD));
             match space.read_from(descriptor.as_fd(), None) {
                 Ok(0) => self.input = Input::Ending,
                 Ok(count) => {

@@ -115,7 +115,7 @@ impl Vsock {
                 return Err(QueueError::Small(chain.writable.len()));
             }
             let mut header = chain.writable.split_to(HEADER);
-            match self.muxer.send(&mut chain.writable) {
+            match self.muxer.send(&chain.writable) {
                 Some(packet) => {
                     header.put(&packet.bytes());
                     let written = u32::try_from(HEADER).unwrap_or(0) + packet.length;

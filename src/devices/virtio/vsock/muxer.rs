@@ -199,7 +199,7 @@ impl Muxer {
     }
 
     /// The next packet for the guest, its payload read into `room`.
-    pub(crate) fn send(&mut self, room: &mut Buffers<'_>) -> Option<Packet> {
+    pub(crate) fn send(&mut self, room: &Buffers<'_>) -> Option<Packet> {
         if let Some(key) = self.resets.pop_front() {
             return Some(Packet {
                 source_cid: HOST_CID.into(),

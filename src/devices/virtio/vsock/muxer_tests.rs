@@ -82,8 +82,8 @@ impl Guest {
         self.muxer.poll().unwrap();
         let mut heard = Vec::new();
         while self.muxer.has_packet() {
-            let mut room = Buffers::over(&self.memory, TO_GUEST, 4096);
-            if let Some(packet) = self.muxer.send(&mut room) {
+            let room = Buffers::over(&self.memory, TO_GUEST, 4096);
+            if let Some(packet) = self.muxer.send(&room) {
                 let mut payload = vec![0; packet.length as usize];
                 self.memory.read_slice(&mut payload, GuestAddress(TO_GUEST)).unwrap();
                 heard.push((packet.operation.unwrap(), packet.flags, payload));
@@ -113,6 +113,31 @@ fn read_all(reader: &mut File) -> Vec<u8> {
         Err(error) => panic!("{error}"),
     }
     bytes
+}
+
+#[test]
+fn stream_with_nothing_to_say_does_not_end_the_next() {
+    let (_quiet, silence) = pipe();
+    let (input, mut writer) = io::pipe().unwrap();
+    writer.write_all(b"word").unwrap();
+    let mut guest = Guest::new();
+    let (quiet, _waits) = io::pipe().unwrap();
+    guest.muxer.open(PORT, Some(quiet.into()), Some(silence)).unwrap();
+    guest.muxer.open(PORT + 1, Some(input.into()), None).unwrap();
+
+    guest.says(Operation::Request, 0, b"");
+    let other = Packet {
+        destination_port: PORT + 1,
+        ..guest.packet(Operation::Request, 0, 0)
+    };
+    guest.sends(other, b"");
+
+    let heard = guest.hears();
+    assert_eq!(
+        heard[2..],
+        [(Operation::Payload, 0, b"word".to_vec())],
+        "after both responses"
+    );
 }
 
 #[test]
