@@ -4,14 +4,11 @@ use std::{
     io,
     os::unix::net::UnixListener as StdUnixListener,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
 };
 
-use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
+use containerd_shim_protos::ttrpc::{MessageHeader, asynchronous::transport::Listener};
 use futures_core::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -21,42 +18,51 @@ use tokio::{
 
 use super::log;
 
-/// Counts the messages that were written to a socket in full, so that the process can end after its
+/// Looks for one message among those that are written to sockets, so that the process can end after its
 /// last reply and not before.
 #[derive(Debug, Clone)]
-pub(crate) struct Written(Arc<Counts>);
+pub(crate) struct Written(Arc<watch::Sender<LastReply>>);
 
-#[derive(Debug)]
-struct Counts {
-    written: watch::Sender<u64>,
-    wanted: AtomicU64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LastReply {
+    /// Nobody has asked yet what the last one is.
+    Unknown,
+    /// The reply on this stream of ttrpc is not written yet.
+    Expected(u32),
+    /// It is.
+    Written,
 }
 
 impl Written {
-    /// Nothing was written yet.
+    /// Nothing is expected yet.
     pub(crate) fn none() -> Self {
-        Self(Arc::new(Counts {
-            written: watch::Sender::new(0),
-            wanted: AtomicU64::new(0),
-        }))
+        Self(Arc::new(watch::Sender::new(LastReply::Unknown)))
     }
 
-    /// Called by who is about to reply for the last time.
-    pub(crate) fn expect_one_more(&self) {
-        let next = *self.0.written.borrow() + 1;
-        self.0.wanted.store(next, Ordering::Relaxed);
+    /// Called by who is about to reply for the last time, to the request with this header. Others may
+    /// still reply meanwhile.
+    pub(crate) fn expect(&self, request: &MessageHeader) {
+        self.0.send_replace(LastReply::Expected(request.stream_id));
     }
 
-    /// Waits until the message that was expected is written.
-    pub(crate) async fn all(&self) {
-        let wanted = self.0.wanted.load(Ordering::Relaxed);
-        let mut written = self.0.written.subscribe();
+    /// Waits until the reply that was expected is written.
+    pub(crate) async fn last(&self) {
         // Fails only if the sender is gone, which is borrowed with `self`.
-        let _ = written.wait_for(|count| *count >= wanted).await;
+        let _ = self
+            .0
+            .subscribe()
+            .wait_for(|last| !matches!(last, LastReply::Expected(_)))
+            .await;
     }
 
-    fn count(&self) {
-        self.0.written.send_modify(|count| *count += 1);
+    fn message(&self, stream: u32) {
+        self.0.send_if_modified(|last| {
+            let expected = *last == LastReply::Expected(stream);
+            if expected {
+                *last = LastReply::Written;
+            }
+            expected
+        });
     }
 }
 
@@ -89,6 +95,7 @@ impl Stream for Accepted {
                     return Poll::Ready(Some(Ok(Connection {
                         stream,
                         written: self.written.clone(),
+                        start: Start::default(),
                     })));
                 }
                 Ok(peer) => log::warn(&format!("refused a connection of user {}", peer.uid())),
@@ -101,11 +108,35 @@ impl Stream for Accepted {
 struct Connection {
     stream: UnixStream,
     written: Written,
+    start: Start,
 }
 
 impl Connection {
     fn stream(self: Pin<&mut Self>) -> Pin<&mut UnixStream> {
         Pin::new(&mut self.get_mut().stream)
+    }
+}
+
+/// The first bytes of the message that is being written: its length and its stream's number, in network
+/// order (containerd/ttrpc PROTOCOL.md).
+#[derive(Debug, Default)]
+struct Start {
+    bytes: [u8; 8],
+    length: usize,
+}
+
+impl Start {
+    fn push(&mut self, written: &[u8]) {
+        for (place, byte) in self.bytes[self.length..].iter_mut().zip(written) {
+            *place = *byte;
+            self.length += 1;
+        }
+    }
+
+    /// The stream's number, once per message.
+    fn take(&mut self) -> Option<u32> {
+        let [_, _, _, _, stream @ ..] = self.bytes;
+        (std::mem::take(&mut self.length) == self.bytes.len()).then_some(u32::from_be_bytes(stream))
     }
 }
 
@@ -116,32 +147,65 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.stream().poll_write(context, bytes)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.stream().poll_write_vectored(context, parts)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let poll = self.as_mut().stream().poll_write(context, bytes);
+        if let Poll::Ready(Ok(count)) = poll {
+            self.start.push(&bytes[..count]);
+        }
+        poll
     }
 
     // The ttrpc crate flushes after each whole message.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let poll = self.as_mut().stream().poll_flush(context);
-        if poll.is_ready() {
-            self.written.count();
+        if poll.is_ready()
+            && let Some(stream) = self.start.take()
+        {
+            self.written.message(stream);
         }
         poll
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.stream().poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{io::AsyncWriteExt, time::timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn last_reply_is_the_one_that_was_asked_for_and_not_one_that_comes_before() {
+        let written = Written::none();
+        let (stream, _peer) = UnixStream::pair().unwrap();
+        let mut connection = Connection {
+            stream,
+            written: written.clone(),
+            start: Start::default(),
+        };
+        let mut reply = async |stream: u32| {
+            let mut message = MessageHeader::new_response(stream, 3);
+            message.length = 3;
+            // As ttrpc writes it: in two parts.
+            let bytes = [Vec::from(message), b"abc".to_vec()].concat();
+            connection.write_all(&bytes[..7]).await.unwrap();
+            connection.write_all(&bytes[7..]).await.unwrap();
+            connection.flush().await.unwrap();
+        };
+        let now = Duration::from_millis(50);
+
+        reply(1).await;
+        written.last().await;
+        written.expect(&MessageHeader::new_request(5, 0));
+        reply(3).await;
+        assert!(timeout(now, written.last()).await.is_err(), "another reply");
+        reply(5).await;
+
+        timeout(now, written.last()).await.unwrap();
     }
 }

@@ -129,10 +129,10 @@ impl Sandbox for SandboxService {
 
     async fn shutdown_sandbox(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        self.written.expect_one_more();
+        self.written.expect(&context.mh);
         let shut_down = |tasks: Arc<Tasks>| async move { tasks.shut_down_sandbox(&request.sandbox_id).await };
         finish(&self.tasks, shut_down).await?;
         Ok(ShutdownSandboxResponse::default())

@@ -78,7 +78,7 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
     tasks.stopped().await;
     // From here on a new shim may be started, and `delete` knows that this one ends by itself.
     remove(&context.socket);
-    if tokio::time::timeout(REPLY_LIMIT, written.all()).await.is_err() {
+    if tokio::time::timeout(REPLY_LIMIT, written.last()).await.is_err() {
         log::debug("nobody took the last reply");
     }
     tasks.end_all().await;

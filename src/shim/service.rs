@@ -250,8 +250,8 @@ impl Task for TaskService {
         })
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.written.expect_one_more();
+    async fn shutdown(&self, context: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.written.expect(&context.mh);
         self.tasks.shut_down(request.now);
         Ok(Empty::default())
     }

@@ -1,9 +1,10 @@
 //! Drives containerd's CRI service as a kubelet does: `cri CASE HANDLER` runs one case with one runtime
-//! handler of containerd's configuration and fails by panic, `cri node` waits until the node is ready.
+//! handler of containerd's configuration and fails by panic, `cri node` waits until the node is ready, and
+//! `cri measure ROUNDS` prints what pods cost.
 //!
 //! Lives here: the interface's messages ([`messages`]) and calls ([`client`]), pods and containers made of
-//! those ([`pod`]), streams ([`streaming`]), what the host shows of it ([`host`]), a name server ([`dns`]), and
-//! the cases ([`cases`]). May not live here: anything of the product; no test may depend on its code. Called by
+//! those ([`pod`]), streams ([`streaming`]), what the host shows of it ([`host`]), a name server ([`dns`]), what
+//! pods cost ([`measure`]), and the cases ([`cases`]). May not live here: anything of the product; no test may depend on its code. Called by
 //! tests/lab/pods.bash in the lab, which also looks whether anything is left after each case.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]
@@ -12,6 +13,7 @@ mod cases;
 mod client;
 mod dns;
 mod host;
+mod measure;
 mod messages;
 mod pod;
 mod streaming;
@@ -31,6 +33,13 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
         ["node"] => pod::wait_for_node(),
+        ["measure", rounds] => {
+            let Ok(rounds @ 1..) = rounds.parse() else {
+                eprintln!("{rounds} is no number of rounds");
+                return ExitCode::from(2);
+            };
+            measure::table(rounds);
+        }
         ["list"] => cases::CASES.iter().for_each(|(name, _)| println!("{name}")),
         [case, handler] => {
             let Some((_, case)) = cases::CASES.iter().find(|(name, _)| *name == case) else {
@@ -44,7 +53,7 @@ fn main() -> ExitCode {
             case(handler);
         }
         _ => {
-            eprintln!("usage: cri CASE HANDLER | node | list");
+            eprintln!("usage: cri CASE HANDLER | node | list | measure ROUNDS");
             return ExitCode::from(2);
         }
     }
