@@ -18,8 +18,8 @@ use tokio::{
 
 use super::log;
 
-/// Looks for one message among those that are written to sockets, so that the process can end after its
-/// last reply and not before.
+/// Follows one message among those that are written to sockets, so that the process can end after its
+/// last reply was taken and not before.
 #[derive(Debug, Clone)]
 pub(crate) struct Written(Arc<watch::Sender<LastReply>>);
 
@@ -31,6 +31,8 @@ enum LastReply {
     Expected(u32),
     /// It is.
     Written,
+    /// Who asked has closed the connection since.
+    Taken,
 }
 
 impl Written {
@@ -47,22 +49,30 @@ impl Written {
 
     /// Waits until the reply that was expected is written.
     pub(crate) async fn last(&self) {
-        // Fails only if the sender is gone, which is borrowed with `self`.
-        let _ = self
-            .0
-            .subscribe()
-            .wait_for(|last| !matches!(last, LastReply::Expected(_)))
+        self.wait(|last| !matches!(last, LastReply::Expected(_))).await;
+    }
+
+    /// Waits until who asked for it has closed the connection: a client of Go that sees the end of a
+    /// connection may report that and forget the reply before it (`Client.dispatch` of containerd/ttrpc).
+    pub(crate) async fn taken(&self) {
+        self.wait(|last| matches!(last, LastReply::Unknown | LastReply::Taken))
             .await;
     }
 
-    fn message(&self, stream: u32) {
+    async fn wait(&self, reached: impl Fn(&LastReply) -> bool) {
+        // Fails only if the sender is gone, which is borrowed with `self`.
+        let _ = self.0.subscribe().wait_for(reached).await;
+    }
+
+    /// Whether a message that was written is the one.
+    fn message(&self, stream: u32) -> bool {
         self.0.send_if_modified(|last| {
             let expected = *last == LastReply::Expected(stream);
             if expected {
                 *last = LastReply::Written;
             }
             expected
-        });
+        })
     }
 }
 
@@ -96,6 +106,7 @@ impl Stream for Accepted {
                         stream,
                         written: self.written.clone(),
                         start: Start::default(),
+                        had_last: false,
                     })));
                 }
                 Ok(peer) => log::warn(&format!("refused a connection of user {}", peer.uid())),
@@ -109,11 +120,25 @@ struct Connection {
     stream: UnixStream,
     written: Written,
     start: Start,
+    /// The last reply went out here.
+    had_last: bool,
 }
 
 impl Connection {
     fn stream(self: Pin<&mut Self>) -> Pin<&mut UnixStream> {
         Pin::new(&mut self.get_mut().stream)
+    }
+
+    fn ended(&self) {
+        if self.had_last {
+            self.written.0.send_replace(LastReply::Taken);
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.ended();
     }
 }
 
@@ -141,8 +166,17 @@ impl Start {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.stream().poll_read(context, buffer)
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let poll = self.as_mut().stream().poll_read(context, buffer);
+        if poll.is_ready() && buffer.filled().len() == before {
+            self.ended();
+        }
+        poll
     }
 }
 
@@ -161,7 +195,7 @@ impl AsyncWrite for Connection {
         if poll.is_ready()
             && let Some(stream) = self.start.take()
         {
-            self.written.message(stream);
+            self.had_last |= self.written.message(stream);
         }
         poll
     }
@@ -175,18 +209,22 @@ impl AsyncWrite for Connection {
 mod tests {
     use std::time::Duration;
 
-    use tokio::{io::AsyncWriteExt, time::timeout};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        time::timeout,
+    };
 
     use super::*;
 
     #[tokio::test]
     async fn last_reply_is_the_one_that_was_asked_for_and_not_one_that_comes_before() {
         let written = Written::none();
-        let (stream, _peer) = UnixStream::pair().unwrap();
+        let (stream, peer) = UnixStream::pair().unwrap();
         let mut connection = Connection {
             stream,
             written: written.clone(),
             start: Start::default(),
+            had_last: false,
         };
         let mut reply = async |stream: u32| {
             let mut message = MessageHeader::new_response(stream, 3);
@@ -207,5 +245,11 @@ mod tests {
         reply(5).await;
 
         timeout(now, written.last()).await.unwrap();
+        assert!(timeout(now, written.taken()).await.is_err(), "not closed");
+        drop(peer);
+        let end = connection.read(&mut [0; 8]).await;
+        timeout(now, written.taken()).await.unwrap();
+        // What was not read before is forgotten, and said so once.
+        assert!(matches!(end, Ok(0)) || end.is_err());
     }
 }

@@ -16,9 +16,10 @@ use super::{
     tasks::Tasks,
 };
 
-/// How long containerd may take to take the last events, and the last reply.
+/// How long containerd may take to take the last events, and the last reply, and to hang up then.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 const REPLY_LIMIT: Duration = Duration::from_millis(500);
+const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
 /// Why the daemon cannot serve.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +84,9 @@ async fn serve(context: ServeContext) -> Result<(), ServeError> {
     }
     tasks.end_all().await;
     events.flush(FLUSH_LIMIT).await;
+    if tokio::time::timeout(CLOSE_LIMIT, written.taken()).await.is_err() {
+        log::debug("who asked for the shutdown stays connected");
+    }
     drop(context.pid_file);
     Ok(())
 }

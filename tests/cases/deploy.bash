@@ -151,7 +151,7 @@ installed_node_runs_a_pod() {
   local before said
   before=$(sha256sum $config)
   said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
-  assert_contains "$said" 'no runtime for "nutshell" is configured'
+  assert_contains "$said" 'no runtime for'
 
   said=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
   assert_contains "$said" 'this host runs nutshell'
@@ -162,7 +162,7 @@ installed_node_runs_a_pod() {
   node uninstall
   assert_equal "$before" "$(sha256sum $config)"
   said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
-  assert_contains "$said" 'no runtime for "nutshell" is configured'
+  assert_contains "$said" 'no runtime for'
 }
 
 what_is_changed_meanwhile_survives() {

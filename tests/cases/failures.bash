@@ -112,14 +112,15 @@ full_disk_is_the_containers_error() {
 # Where the shim keeps its state there is no room: whatever comes of it, it is said, and nothing stays.
 full_state_folder_leaves_nothing() {
   new_name
-  local status=0
+  local status=0 size
+  size=$(df --output=size -B 1 /run | tail -n 1)
   # Smaller first, which is quicker to fill.
   mount -o remount,size=$(($(df --output=used -B 1 /run | tail -n 1) + (8 << 20))) /run
   dd if=/dev/zero of=/run/check.fill bs=64k >/dev/null 2>&1 || true
   within 60 ctr run --rm --snapshotter "$snapshotter" --runtime "$runtime" "localhost/$image:latest" "$name" true \
     >/dev/shm/output 2>&1 || status=$?
   rm /run/check.fill
-  mount -o remount,size=50% /run
+  mount -o "remount,size=$size" /run
   if ((status)); then
     assert_contains "$(</dev/shm/output)" "o space left on device"
   fi
