@@ -29,7 +29,7 @@ pub(crate) const MMIO: Range<u64> = 0xc000_0000..0x1_0000_0000;
 /// Both what huge pages want and what sizes are multiples of.
 pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
-pub(super) const PAGE: u64 = 4096;
+const PAGE: u64 = 4096;
 
 /// Why there is no memory.
 #[derive(Debug, thiserror::Error)]
@@ -90,22 +90,17 @@ pub(crate) fn ranges(bytes: u64) -> Vec<(u64, u64)> {
     ranges
 }
 
-/// What the guest will do with what it finds loaded.
+/// Whether the guest will write what it finds loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Only its processors look at it, and write few pages or none, as long as the guest runs: it can be the
-    /// host's page cache, shared by all guests, also where another process has the guest's memory, which
-    /// sees nothing of it.
-    Execute,
-    /// Few pages or none are written: they can be the host's page cache too, as long as no other process has
-    /// the guest's memory.
+    /// Few pages or none: they can be the host's page cache, shared by all guests.
     Read,
     /// Most pages: a mapping would cost each of them three faults and a copy, one after the other.
     Write,
 }
 
-/// Brings `extent` of `file` to guest address `address`: by mapping the whole pages where `access` allows it,
-/// else by a copy.
+/// Brings `extent` of `file` to guest address `address`: by mapping the whole pages where the memory
+/// is private and the guest mostly reads them, else by a copy.
 pub(crate) fn load(
     memory: &Memory,
     what: &'static str,
@@ -123,12 +118,7 @@ pub(crate) fn load(
         .find_region(GuestAddress(address))
         .is_some_and(|region| region.file_offset().is_none());
     let aligned = address.is_multiple_of(PAGE) && extent.offset.is_multiple_of(PAGE);
-    let mappable = match access {
-        Access::Execute => true,
-        Access::Read => private,
-        Access::Write => false,
-    };
-    let mapped = if mappable && aligned {
+    let mapped = if private && aligned && access == Access::Read {
         let whole = extent.length - extent.length % PAGE;
         map_file(memory, file, extent.offset, whole, address).map_err(failed)?;
         whole
@@ -245,8 +235,6 @@ mod tests {
     fn loaded_file_reads_the_same_in_private_and_shared_memory_and_is_not_written_back() {
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         let ways = [
-            (false, Access::Execute),
-            (true, Access::Execute),
             (false, Access::Read),
             (false, Access::Write),
             (true, Access::Read),

@@ -3,7 +3,7 @@
 //!
 //! The file is the host owner's, but a bad one must end in an error: every field is checked.
 
-use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
+use std::{fs::File, io, os::unix::fs::FileExt};
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -12,7 +12,7 @@ use crate::{
     devices::virtio::Memory,
     vmm::{
         control::Extent,
-        memory::{self, Access, MemoryError, PAGE},
+        memory::{self, Access, MemoryError},
     },
 };
 
@@ -25,16 +25,6 @@ const MAX_SEGMENTS: u16 = 64;
 const LOAD: u32 = 1;
 /// The flag of a segment that the kernel writes (`PF_W`).
 const WRITABLE: u32 = 2;
-/// The length of a section header, in bytes.
-const SECTION_HEADER: usize = 64;
-/// The most section headers that are looked at; a kernel has about thirty.
-const MAX_SECTIONS: u16 = 256;
-/// The flags of a section of instructions (`SHF_ALLOC`, `SHF_EXECINSTR`).
-const INSTRUCTIONS: u64 = 2 | 4;
-
-/// Linux frees what it has aligned the end of its instructions with, less than 2 MiB, for other uses
-/// (`mark_rodata_ro` in `arch/x86/mm/init_64.c`).
-const ALIGNMENT: u64 = 2 << 20;
 
 /// Why a kernel cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -77,13 +67,12 @@ pub(crate) fn load(memory: &Memory, file: &File, extent: Extent) -> Result<Loade
     }
     let mut headers = vec![0; PROGRAM_HEADER * usize::from(count)];
     read(file, extent, table, &mut headers)?;
-    let instructions = instructions(file, extent, &header)?;
     let mut end = 0;
     for segment in headers
         .chunks_exact(PROGRAM_HEADER)
         .filter(|segment| word(segment, 0) == LOAD)
     {
-        end = end.max(load_segment(memory, file, extent, segment, &instructions)?);
+        end = end.max(load_segment(memory, file, extent, segment)?);
     }
     if !(HIGH_MEMORY..end).contains(&entry) {
         return Err(KernelError::Format("its entry point lies outside of its segments"));
@@ -91,39 +80,8 @@ pub(crate) fn load(memory: &Memory, file: &File, extent: Extent) -> Result<Loade
     Ok(Loaded { entry, end })
 }
 
-/// Where instructions lie in the file that stay instructions, in order. A kernel may have no sections any more.
-fn instructions(file: &File, extent: Extent, header: &[u8]) -> Result<Vec<Range<u64>>, KernelError> {
-    let (table, size, count) = (long(header, 40), half(header, 58), half(header, 60));
-    if count == 0 {
-        return Ok(Vec::new());
-    }
-    if usize::from(size) != SECTION_HEADER || count > MAX_SECTIONS {
-        return Err(KernelError::Format("its section headers are not of this format"));
-    }
-    let mut headers = vec![0; SECTION_HEADER * usize::from(count)];
-    read(file, extent, table, &mut headers)?;
-    let mut found: Vec<_> = headers
-        .chunks_exact(SECTION_HEADER)
-        .filter(|section| long(section, 8) & INSTRUCTIONS == INSTRUCTIONS)
-        .filter_map(|section| {
-            let (start, length) = (long(section, 24), long(section, 32));
-            let end = start.checked_add(length)?.checked_sub(ALIGNMENT)?;
-            Some(start.checked_next_multiple_of(PAGE)?..end - end % PAGE)
-        })
-        .filter(|range| !range.is_empty())
-        .collect();
-    found.sort_by_key(|range| range.start);
-    Ok(found)
-}
-
 /// Loads one segment; returns the address behind it.
-fn load_segment(
-    memory: &Memory,
-    file: &File,
-    extent: Extent,
-    segment: &[u8],
-    instructions: &[Range<u64>],
-) -> Result<u64, KernelError> {
+fn load_segment(memory: &Memory, file: &File, extent: Extent, segment: &[u8]) -> Result<u64, KernelError> {
     let (offset, address) = (long(segment, 8), long(segment, 24));
     let (in_file, in_memory) = (long(segment, 32), long(segment, 40));
     let inside = offset.checked_add(in_file).is_some_and(|end| end <= extent.length) && in_file <= in_memory;
@@ -131,30 +89,16 @@ fn load_segment(
     let (true, Some(end)) = (inside, end) else {
         return Err(KernelError::Format("a segment lies outside of the file or of memory"));
     };
-    let writable = word(segment, 4) & WRITABLE != 0;
-    let rest = if writable { Access::Write } else { Access::Read };
-    let mut at = offset;
-    let mut load = |until: u64, access: Access| {
-        let part = Extent {
-            offset: extent.offset + at,
-            length: until - at,
-        };
-        let loaded = memory::load(memory, "kernel", file, part, address + (at - offset), access);
-        at = until;
-        loaded
+    let part = Extent {
+        offset: extent.offset + offset,
+        length: in_file,
     };
-    let behind = offset + in_file;
-    let inside = |range: &&Range<u64>| !writable && offset <= range.start && range.end <= behind;
-    let mut last = offset;
-    for range in instructions.iter().filter(inside) {
-        // Sections that lie over each other are no kernel's.
-        if range.start >= last {
-            load(range.start, rest)?;
-            load(range.end, Access::Execute)?;
-            last = range.end;
-        }
-    }
-    load(behind, rest)?;
+    let access = if word(segment, 4) & WRITABLE == 0 {
+        Access::Read
+    } else {
+        Access::Write
+    };
+    memory::load(memory, "kernel", file, part, address, access)?;
     // What follows in the segment's memory must read as zero, and fresh memory does; it must exist.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
@@ -192,8 +136,6 @@ fn long(bytes: &[u8], at: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     use super::*;
     use crate::vmm::memory::allocate;
@@ -241,50 +183,6 @@ mod tests {
             }
         );
         assert_eq!(&bytes, b"\xf4kernel!\0");
-    }
-
-    #[test]
-    fn instructions_are_mapped_in_shared_memory_too_but_for_what_the_kernel_may_free() {
-        const SIZE: usize = 5 << 20;
-        const SECTION: usize = 0x40_0000;
-        let mut content = vmlinux(0x10_0000, 0x10_0000, 0x1000, SIZE as u64);
-        content.resize(0x1000, 0);
-        content.extend((0..SIZE).map(|index| u8::try_from(index / 4096 % 255 + 1).unwrap()));
-        content[96..104].copy_from_slice(&(SIZE as u64).to_le_bytes());
-        // Readable and executable.
-        content[68] = 5;
-        let table = content.len() as u64;
-        content[40..48].copy_from_slice(&table.to_le_bytes());
-        content[58] = 64;
-        content[60] = 1;
-        let mut section = [0; 64];
-        section[8] = 6;
-        section[24..32].copy_from_slice(&0x1000_u64.to_le_bytes());
-        section[32..40].copy_from_slice(&(SECTION as u64).to_le_bytes());
-        content.extend(section);
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&content).unwrap();
-        let memory = allocate(8 << 20, true).unwrap();
-        let extent = Extent {
-            offset: 0,
-            length: content.len() as u64,
-        };
-
-        load(&memory, &file, extent).unwrap();
-
-        let mut loaded = vec![0; SIZE];
-        memory.read_slice(&mut loaded, GuestAddress(0x10_0000)).unwrap();
-        assert!(loaded == content[0x1000..][..SIZE], "what the guest sees");
-        let region = memory.find_region(GuestAddress(0x10_0000)).unwrap();
-        let mut shared = vec![0; SIZE];
-        let backing = region.file_offset().unwrap();
-        backing
-            .file()
-            .read_exact_at(&mut shared, backing.start() + 0x10_0000)
-            .unwrap();
-        let mapped = SECTION - (2 << 20);
-        assert!(shared[..mapped].iter().all(|byte| *byte == 0), "what others do not see");
-        assert!(shared[mapped..] == loaded[mapped..], "what they do see");
     }
 
     #[test]
