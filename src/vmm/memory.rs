@@ -125,12 +125,39 @@ pub(crate) fn load(
     } else {
         0
     };
-    let mut source = file.try_clone().map_err(failed)?;
-    io::Seek::seek(&mut source, io::SeekFrom::Start(extent.offset + mapped)).map_err(failed)?;
-    let rest = length - usize::try_from(mapped).map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(address + mapped), &mut source, rest)
-        .map_err(|error| failed(io::Error::other(error)))
+    copy(memory, file, extent.offset + mapped, extent.length - mapped, address + mapped).map_err(failed)
+}
+
+/// Copies `length` bytes of `file` from `offset` on to guest address `address`, where there is memory.
+fn copy(memory: &Memory, file: &File, offset: u64, length: u64, address: u64) -> io::Result<()> {
+    let region = memory.find_region(GuestAddress(address));
+    let backing = region.and_then(|region| Some((region.file_offset()?, region)));
+    let Some((backing, region)) = backing else {
+        let mut source = file.try_clone()?;
+        io::Seek::seek(&mut source, io::SeekFrom::Start(offset))?;
+        let length = usize::try_from(length).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        return memory
+            .read_exact_volatile_from(GuestAddress(address), &mut source, length)
+            .map_err(io::Error::other);
+    };
+    // By the file and not by its mapping, where the kernel would fill each page with zeroes first.
+    let inside = address - region.start_addr().0;
+    if length > region.len() - inside {
+        return Err(io::ErrorKind::OutOfMemory.into());
+    }
+    rustix::fs::seek(
+        backing.file(),
+        rustix::fs::SeekFrom::Start(backing.start() + inside),
+    )?;
+    let mut offset = offset;
+    let end = offset + length;
+    while offset < end {
+        let rest = usize::try_from(end - offset).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        if rustix::fs::sendfile(backing.file(), file, Some(&mut offset), rest)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
 }
 
 fn backing_file(bytes: u64) -> io::Result<File> {
