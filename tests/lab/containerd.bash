@@ -38,7 +38,6 @@ start_containerd() {
     printf '"%s", ' "${disabled[@]}"
     printf ']\n'
     [[ -z ${CONTAINERD_CONFIG:-} ]] || printf '%s\n' "$CONTAINERD_CONFIG"
-    [[ -z ${CONTAINERD_DEBUG:-} ]] || printf "[debug]\nlevel = \"debug\"\n"
   } >/run/containerd.toml
 
   # A control group of its own, as on a node. The group of ctr's namespace is made here, because no

@@ -84,7 +84,7 @@ runtime_type = \"io.containerd.runc.v2\"
 runtime_type = \"io.containerd.nutshell.v2\""
   # The emulated machine stands still while this one has other things to do: no boot is late.
   mkdir -p /etc/nutshell
-  printf '[guest]\nready_timeout_seconds = 60\n' >/etc/nutshell/config.toml
+  printf 'debug = true\n[guest]\nready_timeout_seconds = 60\n' >/etc/nutshell/config.toml
   cp "$NUTSHELL_TEST_CRI" /run/bin/cri
   export NUTSHELL_TEST_LAB=$lab
   start_containerd -c "$version" pause "$@"

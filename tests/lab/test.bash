@@ -19,6 +19,9 @@ case $lab:${NUTSHELL_CACHE:-}:${NUTSHELL_TEST_SHIM:-} in
   /tmp/* | *:/tmp/*) echo "project, cache or shim lies in /tmp: what tests leave there is not noticed" ;;
   *) mount -t tmpfs -o mode=1777 tmpfs /tmp && tmp=/tmp ;;
 esac
+# What a shim does, and what its guest's console had, are in containerd's log.
+mkdir -p /etc/nutshell
+echo 'debug = true' >/etc/nutshell/config.toml
 # The mount command's own folder.
 mkdir -p /run/mount
 
@@ -84,7 +87,7 @@ check() {
     failed=$((failed + 1))
     echo "FAILED  $name ($milliseconds ms, status $status)"
     sed 's/^/        /' /run/check.log
-    tail -c "+$((logged + 1))" /run/containerd.log | tail -n 40 | cut -c1-600 | sed 's/^/        containerd: /'
+    tail -c "+$((logged + 1))" /run/containerd.log | tail -n 80 | cut -c1-600 | sed 's/^/        containerd: /'
   fi
 }
 

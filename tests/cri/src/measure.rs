@@ -1,6 +1,6 @@
 //! What pods cost. In a machine with its work counted (tests/lab/lab -i) a nanosecond is an instruction.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::pod::{Handler, Pod};
 
@@ -46,6 +46,8 @@ pub(crate) fn table(rounds: usize) {
 
 /// What each part of a pod's life took.
 fn life(handler: Handler) -> [u128; WHAT.len()] {
+    // The kernel and containerd still clean up after the pod before, and nothing tells when they have done.
+    std::thread::sleep(Duration::from_secs(1));
     let mut last = Instant::now();
     let mut lap = || {
         let now = Instant::now();
