@@ -125,7 +125,14 @@ pub(crate) fn load(
     } else {
         0
     };
-    copy(memory, file, extent.offset + mapped, extent.length - mapped, address + mapped).map_err(failed)
+    copy(
+        memory,
+        file,
+        extent.offset + mapped,
+        extent.length - mapped,
+        address + mapped,
+    )
+    .map_err(failed)
 }
 
 /// Copies `length` bytes of `file` from `offset` on to guest address `address`, where there is memory.
@@ -145,10 +152,7 @@ fn copy(memory: &Memory, file: &File, offset: u64, length: u64, address: u64) ->
     if length > region.len() - inside {
         return Err(io::ErrorKind::OutOfMemory.into());
     }
-    rustix::fs::seek(
-        backing.file(),
-        rustix::fs::SeekFrom::Start(backing.start() + inside),
-    )?;
+    rustix::fs::seek(backing.file(), rustix::fs::SeekFrom::Start(backing.start() + inside))?;
     let mut offset = offset;
     let end = offset + length;
     while offset < end {
