@@ -8,6 +8,8 @@ source "$(dirname "$0")/../lab/pods.bash"
 source "$(dirname "$0")/../cases/pods.bash"
 start_node 2.1 busybox debian
 
+export NUTSHELL_TEST_PROBES=${NUTSHELL_TEST_PROBES:-60}
+
 for handler in ${NUTSHELL_TEST_HANDLERS:-nutshell}; do
   pod_cases
 done
