@@ -116,7 +116,8 @@ pub(crate) fn logs(handler: Handler) {
         call(&ReopenContainerLogRequest { container_id }).unwrap();
     }
     wait_until("lines in the log", || (read_log(&writer.log).len() > 20).then_some(()));
-    writer.sh("touch /stop");
+    // The writer may end, and all of its container with it, before the command has.
+    writer.try_exec(&["touch", "/stop"], 0).unwrap();
     assert_eq!(writer.wait().exit_code, 0);
     rotated.push(writer.log);
     let mut lines: Vec<_> = rotated
