@@ -91,7 +91,9 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
 
     let machine = Machine {
         memory: MEMORY,
+        most_memory: MEMORY,
         vcpus: 1,
+        most_vcpus: 1,
         share: false,
         disks: Vec::new(),
         kernel: image.kernel_extent,

@@ -29,7 +29,7 @@ pub(crate) use plan::{
     Resolver, Root, Share, ShareIds, Size,
 };
 pub(crate) use pod::plan_pod;
-pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, Sizing};
+pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, Limits, MAX_VCPUS, MIN_MEMORY, PodSize, Sizing};
 pub(crate) use source::{Inspect, SourceKind};
 pub(crate) use spec::annotations;
 pub(crate) use translate::plan;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::IdMap;
+use super::{IdMap, Limits, PodSize};
 
 /// What a bundle is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub(crate) enum Planned {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PodPlan {
     /// The size of its machine.
-    pub(crate) size: Size,
+    pub(crate) size: PodSize,
     /// Its network; never the host's.
     pub(crate) network: Network,
     /// The cgroup path, as the spec has it; names the host cgroup of the machine.
@@ -87,6 +87,8 @@ pub(crate) struct Plan {
     pub(crate) network: Network,
     /// The size that a machine for this container alone has.
     pub(crate) size: Size,
+    /// What it is bounded by in the machine of a pod.
+    pub(crate) limits: Limits,
     /// The first process has a terminal.
     pub(crate) terminal: bool,
     /// The terminal's first size: columns, rows.

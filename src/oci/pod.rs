@@ -402,7 +402,7 @@ mod tests {
         ]
         .concat();
         let pod = plan_of(&message, "/run/netns/x", &[]).unwrap();
-        assert_eq!((pod.size.memory, pod.size.vcpus), ((512 + 8 + 64) * MIB, 2));
+        assert_eq!((pod.size.boot.memory, pod.size.boot.vcpus), ((512 + 8 + 64) * MIB, 2));
         assert_eq!(pod.network, Network::Namespace("/run/netns/x".into()));
         assert_eq!(pod.cgroups_path.as_deref(), Some("/kubepods/podx/pod1"));
         let sysctl = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -438,7 +438,10 @@ mod tests {
             Some(("runtime.v1.PodSandboxConfig", &b""[..])),
         ] {
             let pod = plan(options).unwrap();
-            assert_eq!((pod.size.memory, pod.size.vcpus), (DEFAULT_MEMORY, DEFAULT_VCPUS));
+            assert_eq!(
+                (pod.size.boot.memory, pod.size.boot.vcpus),
+                (DEFAULT_MEMORY, DEFAULT_VCPUS)
+            );
             assert_eq!((pod.network, pod.cgroups_path), (Network::Loopback, None));
             assert_eq!(pod.shared.resolver, Some(Resolver::OfHost));
         }
@@ -454,7 +457,7 @@ mod tests {
             ("io.kubernetes.cri.sandbox-memory", "268435456"),
         ];
         let size = plan_of(&message, "", &chosen).unwrap().size;
-        assert_eq!((size.memory, size.vcpus), ((256 + 4 + 64) * MIB, 3));
+        assert_eq!((size.boot.memory, size.boot.vcpus), ((256 + 4 + 64) * MIB, 3));
     }
 
     #[test]

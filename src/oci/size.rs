@@ -8,6 +8,9 @@
 //!
 //! All is rounded up to 2 MiB. An annotation out of bounds is an error; limits above the bounds give
 //! the largest machine, as they would give all of the host without one.
+//!
+//! The machine of a pod grows while it runs, where the limits of its members come to more than what it
+//! booted with; what an annotation fixed stays as it is.
 
 use std::collections::HashMap;
 
@@ -24,6 +27,10 @@ pub(crate) const DEFAULT_VCPUS: u8 = 1;
 
 /// The most vCPUs that a machine has.
 pub(crate) const MAX_VCPUS: u8 = 64;
+
+/// The most vCPUs to which a pod's machine grows that booted with fewer: each that may come costs the guest
+/// memory and time when it boots.
+const MOST_VCPUS_OF_A_POD: u8 = 16;
 
 /// The least memory that a machine has, in bytes.
 pub(crate) const MIN_MEMORY: u64 = 128 << 20;
@@ -59,32 +66,39 @@ impl Sizing {
         annotations: &HashMap<String, String>,
         resources: Option<&LinuxResources>,
     ) -> Result<Size, PlanError> {
-        let memory = resources.and_then(|resources| resources.memory().as_ref()?.limit());
-        let cpu = resources.and_then(|resources| resources.cpu().as_ref());
-        self.size(
-            annotations,
-            &Limits {
-                memory,
-                quota: cpu.and_then(|cpu| cpu.quota()),
-                period: cpu.and_then(|cpu| cpu.period()),
-            },
-        )
+        self.size(annotations, Limits::of(resources))
     }
 
     /// The pod's limits are in annotations (containerd `internal/cri/annotations`): sums over the
     /// pod's containers, 0 for none.
-    pub(super) fn of_sandbox(&self, annotations: &HashMap<String, String>) -> Result<Size, PlanError> {
-        self.size(
-            annotations,
-            &Limits {
-                memory: number(annotations, "io.kubernetes.cri.sandbox-memory")?,
-                quota: number(annotations, "io.kubernetes.cri.sandbox-cpu-quota")?,
-                period: number(annotations, "io.kubernetes.cri.sandbox-cpu-period")?,
+    pub(super) fn of_sandbox(&self, annotations: &HashMap<String, String>) -> Result<PodSize, PlanError> {
+        let limits = Limits {
+            memory: number(annotations, "io.kubernetes.cri.sandbox-memory")?.and_then(positive),
+            cpu: cpu(
+                number(annotations, "io.kubernetes.cri.sandbox-cpu-quota")?,
+                number(annotations, "io.kubernetes.cri.sandbox-cpu-period")?,
+            ),
+        };
+        let boot = self.size(annotations, limits)?;
+        let fixed = |annotation| annotations.contains_key(annotation);
+        Ok(PodSize {
+            boot,
+            most: Size {
+                memory: if fixed(MEMORY_ANNOTATION) {
+                    boot.memory
+                } else {
+                    boot.memory.max(self.max_memory / ALIGNMENT * ALIGNMENT)
+                },
+                vcpus: if fixed(VCPUS_ANNOTATION) {
+                    boot.vcpus
+                } else {
+                    boot.vcpus.max(self.max_vcpus.min(MOST_VCPUS_OF_A_POD))
+                },
             },
-        )
+        })
     }
 
-    fn size(&self, annotations: &HashMap<String, String>, limits: &Limits) -> Result<Size, PlanError> {
+    fn size(&self, annotations: &HashMap<String, String>, limits: Limits) -> Result<Size, PlanError> {
         let memory_mib = number::<u64>(annotations, MEMORY_ANNOTATION)?
             .map(|mib| bounded(MEMORY_ANNOTATION, mib, MIN_MEMORY >> 20, self.max_memory >> 20))
             .transpose()?;
@@ -93,7 +107,7 @@ impl Sizing {
             .transpose()?;
         let memory = memory_mib
             .map(|mib| mib << 20)
-            .or_else(|| limits.memory())
+            .or_else(|| limits.machine_memory())
             .unwrap_or(self.default_memory);
         let vcpus = vcpus
             .or_else(|| limits.vcpus())
@@ -108,29 +122,110 @@ impl Sizing {
     }
 }
 
-struct Limits {
-    memory: Option<i64>,
-    quota: Option<i64>,
-    period: Option<u64>,
+/// What bounds a container, or all containers of a pod; nothing does where there is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Memory in bytes.
+    memory: Option<u64>,
+    /// Thousandths of a CPU.
+    cpu: Option<u64>,
 }
 
 impl Limits {
-    fn memory(&self) -> Option<u64> {
-        let limit = positive(self.memory)?;
+    /// Those of a spec.
+    pub(crate) fn of(resources: Option<&LinuxResources>) -> Self {
+        resources.map_or(Self::default(), |resources| Self::default().changed(resources))
+    }
+
+    /// These after a change: what `resources`, OCI `LinuxResources` as JSON, does not name stays. What cannot
+    /// be read changes nothing; whoever applies it says so.
+    pub(crate) fn updated(self, resources: &[u8]) -> Self {
+        serde_json::from_slice(resources).map_or(self, |resources| self.changed(&resources))
+    }
+
+    fn changed(self, resources: &LinuxResources) -> Self {
+        let memory = resources.memory().as_ref().and_then(|memory| memory.limit());
+        let quota = resources
+            .cpu()
+            .as_ref()
+            .and_then(|cpu| Some((cpu.quota()?, cpu.period())));
+        Self {
+            memory: memory.map_or(self.memory, positive),
+            cpu: quota.map_or(self.cpu, |(quota, period)| cpu(Some(quota), period)),
+        }
+    }
+
+    /// Of each the larger one.
+    #[must_use]
+    pub(crate) fn or_more(self, other: Self) -> Self {
+        Self {
+            memory: self.memory.max(other.memory),
+            cpu: self.cpu.max(other.cpu),
+        }
+    }
+
+    /// What containers with these limits come to together.
+    pub(crate) fn sum(limits: impl IntoIterator<Item = Self>) -> Self {
+        let add = |sum: Option<u64>, limit: Option<u64>| match (sum, limit) {
+            (Some(sum), Some(limit)) => Some(sum.saturating_add(limit)),
+            (sum, limit) => sum.or(limit),
+        };
+        limits.into_iter().fold(Self::default(), |sum, limits| Self {
+            memory: add(sum.memory, limits.memory),
+            cpu: add(sum.cpu, limits.cpu),
+        })
+    }
+
+    fn machine_memory(self) -> Option<u64> {
+        let limit = self.memory?;
         Some(limit.saturating_add(limit / 64).saturating_add(OVERHEAD))
     }
 
-    fn vcpus(&self) -> Option<u64> {
-        let period = self.period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD);
-        Some(positive(self.quota)?.div_ceil(period))
+    fn vcpus(self) -> Option<u64> {
+        Some(self.cpu?.div_ceil(1000))
+    }
+}
+
+/// What the machine of a pod boots with, and what it may come to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PodSize {
+    /// At the start, and never less.
+    pub(crate) boot: Size,
+    /// While it runs.
+    pub(crate) most: Size,
+}
+
+impl PodSize {
+    /// A machine that keeps its size.
+    pub(crate) fn fixed(size: Size) -> Self {
+        Self { boot: size, most: size }
+    }
+
+    /// The size for containers that come to these limits.
+    pub(crate) fn for_limits(&self, limits: Limits) -> Size {
+        let memory = limits.machine_memory().unwrap_or(0);
+        let vcpus = limits.vcpus().unwrap_or(0);
+        Size {
+            memory: memory
+                .clamp(self.boot.memory, self.most.memory)
+                .next_multiple_of(ALIGNMENT)
+                .min(self.most.memory),
+            vcpus: u8::try_from(vcpus)
+                .unwrap_or(u8::MAX)
+                .clamp(self.boot.vcpus, self.most.vcpus),
+        }
     }
 }
 
 /// Zero and below mean "no limit" (OCI spec, "Memory" and "CPU").
-fn positive(limit: Option<i64>) -> Option<u64> {
-    limit
-        .and_then(|limit| u64::try_from(limit).ok())
-        .filter(|limit| *limit > 0)
+fn positive(limit: i64) -> Option<u64> {
+    u64::try_from(limit).ok().filter(|limit| *limit > 0)
+}
+
+/// Thousandths of a CPU.
+fn cpu(quota: Option<i64>, period: Option<u64>) -> Option<u64> {
+    let period = period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD);
+    Some(positive(quota?)?.saturating_mul(1000).div_ceil(period))
 }
 
 fn number<T: std::str::FromStr>(annotations: &HashMap<String, String>, name: &str) -> Result<Option<T>, PlanError> {
@@ -215,9 +310,67 @@ mod tests {
             ("io.kubernetes.cri.sandbox-cpu-period", "100000"),
         ]);
         let size = SIZING.of_sandbox(&pod).unwrap();
-        assert_eq!((size.memory, size.vcpus), ((1024 + 16 + 64) * MIB, 4));
+        assert_eq!((size.boot.memory, size.boot.vcpus), ((1024 + 16 + 64) * MIB, 4));
+        assert_eq!((size.most.memory, size.most.vcpus), (8192 * MIB, 8));
         let unlimited = annotations(&[("io.kubernetes.cri.sandbox-memory", "0")]);
-        assert_eq!(SIZING.of_sandbox(&unlimited).unwrap().memory, DEFAULT_MEMORY);
+        assert_eq!(SIZING.of_sandbox(&unlimited).unwrap().boot.memory, DEFAULT_MEMORY);
+    }
+
+    #[test]
+    fn sandbox_with_an_annotation_keeps_the_size_that_it_names() {
+        let asked = annotations(&[(MEMORY_ANNOTATION, "256")]);
+        let size = SIZING.of_sandbox(&asked).unwrap();
+        assert_eq!((size.boot.memory, size.most.memory), (256 * MIB, 256 * MIB));
+        assert_eq!((size.boot.vcpus, size.most.vcpus), (1, 8));
+        let asked = annotations(&[(VCPUS_ANNOTATION, "2")]);
+        let size = SIZING.of_sandbox(&asked).unwrap();
+        assert_eq!((size.boot.vcpus, size.most.vcpus), (2, 2));
+    }
+
+    #[test]
+    fn machine_grows_to_what_its_members_come_to_and_not_below_its_boot() {
+        let of = |memory, quota| Limits::of(Some(&resources(memory, quota, 100_000)));
+        let mib = i64::try_from(MIB).unwrap();
+        let boot = Size {
+            memory: 512 * MIB,
+            vcpus: 1,
+        };
+        let most = Size {
+            memory: 2048 * MIB,
+            vcpus: 4,
+        };
+        let size = PodSize { boot, most };
+        for (members, memory, vcpus) in [
+            (vec![], 512, 1),
+            (vec![of(-1, -1)], 512, 1),
+            (vec![of(64 * mib, 50_000)], 512, 1),
+            (vec![of(512 * mib, 70_000), of(512 * mib, 70_000)], 1024 + 16 + 64, 2),
+            (vec![of(512 * mib, 100_000), of(-1, -1)], 512 + 8 + 64, 1),
+            (vec![of(i64::MAX, i64::MAX); 3], 2048, 4),
+        ] {
+            let size = size.for_limits(Limits::sum(members.clone()));
+            assert_eq!((size.memory / MIB, size.vcpus), (memory, vcpus), "{members:?}");
+        }
+        assert_eq!(PodSize::fixed(boot).for_limits(of(4096 * mib, 800_000)), boot);
+    }
+
+    #[test]
+    fn update_changes_what_it_names() {
+        let before = Limits::of(Some(&resources(1 << 30, 200_000, 100_000)));
+        for (update, memory, cpu) in [
+            (r#"{"memory": {"limit": 2147483648}}"#, Some(2 << 30), Some(2000)),
+            (
+                r#"{"cpu": {"quota": 50000, "period": 100000}}"#,
+                Some(1 << 30),
+                Some(500),
+            ),
+            (r#"{"cpu": {"shares": 2}}"#, Some(1 << 30), Some(2000)),
+            (r#"{"memory": {"limit": -1}, "cpu": {"quota": -1}}"#, None, None),
+            ("{}", Some(1 << 30), Some(2000)),
+            ("no JSON", Some(1 << 30), Some(2000)),
+        ] {
+            assert_eq!(before.updated(update.as_bytes()), Limits { memory, cpu }, "{update}");
+        }
     }
 
     #[test]

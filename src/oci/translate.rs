@@ -6,8 +6,8 @@ use nutshell_protocol::CONTAINERS_PATH;
 use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::{
-    ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, PidNamespace, Placement, Plan,
-    PlanError, Planned, PodPlan, PodShared, Root, Size, Sizing, devices,
+    ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace, Placement,
+    Plan, PlanError, Planned, PodPlan, PodShared, PodSize, Root, Sizing, devices,
     mounts::{self, Translator},
     namespaces::{self, Namespaces},
     rootfs, spec,
@@ -49,6 +49,7 @@ pub(crate) fn plan(
     }
     let cgroups_path = cgroups_path(&linux);
     let size = sizing.of_container(&annotations, linux.resources().as_ref())?;
+    let limits = Limits::of(linux.resources().as_ref());
     let hooks = take_host_hooks(&mut spec)?;
     let root = root(&mut spec, bundle, id, rootfs)?;
     let in_pod = placement != Placement::Single;
@@ -85,6 +86,7 @@ pub(crate) fn plan(
         shares: mounts.shares,
         network,
         size,
+        limits,
         terminal,
         console_size,
         cgroups_path,
@@ -98,7 +100,7 @@ pub(crate) fn plan(
 fn sandbox(
     spec: &mut Spec,
     linux: &Linux,
-    size: Size,
+    size: PodSize,
     host: HostNamespaces,
     inspect: Inspect<'_>,
 ) -> Result<PodPlan, PlanError> {

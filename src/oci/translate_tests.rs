@@ -173,7 +173,7 @@ fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() 
 #[test]
 fn sandbox_says_what_its_pod_has() {
     let pod = pod_of(&spec(CRI_SANDBOX)).unwrap();
-    assert_eq!((pod.size.memory, pod.size.vcpus), ((512 + 8 + 64) * MIB, 3));
+    assert_eq!((pod.size.boot.memory, pod.size.boot.vcpus), ((512 + 8 + 64) * MIB, 3));
     assert_eq!(pod.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
     assert_eq!(
         pod.cgroups_path.as_deref(),

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     guest,
-    oci::{ContainerId, Plan, PodPlan, Root, Share, Size},
+    oci::{ContainerId, Plan, PodPlan, PodSize, Root, Share, Size},
     vmm::control::ControlError,
 };
 
@@ -120,7 +120,7 @@ pub(crate) enum PodError {
 /// What a machine is made for.
 #[derive(Debug)]
 pub(crate) struct Needs {
-    size: Size,
+    size: PodSize,
     share: bool,
     disks: Vec<Slot>,
     /// Slots that are empty at first.
@@ -144,7 +144,7 @@ impl Needs {
             }
         };
         Ok(Self {
-            size: plan.size,
+            size: PodSize::fixed(plan.size),
             share,
             disks,
             free: 0..0,
@@ -183,7 +183,11 @@ pub(crate) struct Pod {
     free_slots: Mutex<Range<u32>>,
     /// What its containers share, if there may be several, and whether the guest has it.
     shared: Option<(SetUpPod, OnceCell<Result<(), TaskError>>)>,
-    size: Size,
+    size: PodSize,
+    /// What the machine has now.
+    current: Mutex<Size>,
+    /// Held while that changes.
+    resizing: tokio::sync::Mutex<()>,
     network: Mutex<Option<Network>>,
     end: OnceCell<()>,
 }
@@ -246,6 +250,8 @@ impl Pod {
             free_slots: Mutex::new(needs.free),
             shared: needs.shared.map(|shared| (shared, OnceCell::new())),
             size: needs.size,
+            current: Mutex::new(needs.size.boot),
+            resizing: tokio::sync::Mutex::default(),
             network: Mutex::default(),
             end: OnceCell::new(),
         });
@@ -265,9 +271,32 @@ impl Pod {
         &self.machine
     }
 
-    /// The machine's size.
-    pub(crate) fn size(&self) -> Size {
+    /// What the machine booted with and may come to have.
+    pub(crate) fn size(&self) -> PodSize {
         self.size
+    }
+
+    /// What the machine has now.
+    pub(crate) fn current_size(&self) -> Size {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `change` bring the machine to the size that `wanted` says, unless it has that; one at a time.
+    pub(crate) async fn resize<F>(
+        &self,
+        wanted: impl FnOnce() -> Size,
+        change: impl FnOnce(Size, Size) -> F,
+    ) -> Result<(), TaskError>
+    where
+        F: Future<Output = Result<(), TaskError>>,
+    {
+        let _one = self.resizing.lock().await;
+        let (now, wanted) = (self.current_size(), wanted());
+        if wanted != now {
+            change(now, wanted).await?;
+            *self.current.lock().unwrap_or_else(PoisonError::into_inner) = wanted;
+        }
+        Ok(())
     }
 
     /// Has `ask` give the guest what the pod's containers share, unless that was done: the result is
@@ -360,7 +389,7 @@ impl Pod {
     pub(crate) async fn connect(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let namespace =
             holder::open_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
-        let network = Network::connect(&self.machine, namespace, self.size.vcpus.into(), forwarding).await?;
+        let network = Network::connect(&self.machine, namespace, self.size.boot.vcpus.into(), forwarding).await?;
         *self.network() = Some(network);
         Ok(())
     }

@@ -15,7 +15,8 @@ use super::{
     boot::{self, BootError, kernel::KernelError},
     control::{self, Machine},
     end::End,
-    kvm::{KvmError, Vm},
+    growth::{Around, Growth},
+    kvm::{self, KvmError, Vm},
     memory::{self, Access, MMIO, MemoryError},
     vcpu::{self, Peripherals},
 };
@@ -23,7 +24,8 @@ use crate::devices::{
     bus::Bus,
     uart::Uart,
     virtio::{
-        Device, Handle, Memory,
+        Device, GuestMemory, Handle,
+        balloon::Balloon,
         block::{Backing, Block, Disk},
         console::{Console, Log},
         fs::Fs,
@@ -60,6 +62,9 @@ pub(crate) enum BuildError {
         /// Why.
         source: io::Error,
     },
+    /// The file server does not take the machine's memory.
+    #[error("the file server does not take more guest memory: {0}")]
+    FileServer(String),
     /// A slot that does not exist, or is taken.
     #[error("there is no empty slot {0} for a network device")]
     Slot(u32),
@@ -117,7 +122,7 @@ impl Parts {
             machine,
         };
         match descriptors.next() {
-            None if parts.machine.vcpus > 0 => Ok(parts),
+            None if parts.machine.vcpus > 0 && parts.machine.most_vcpus >= parts.machine.vcpus => Ok(parts),
             None => Err(BuildError::Command("no vCPU")),
             Some(_) => Err(BuildError::Command("a descriptor too many")),
         }
@@ -129,9 +134,13 @@ impl Parts {
 pub(crate) struct Running {
     /// KVM takes the irqfds back when its descriptor is closed, while vCPUs still run.
     vm: Vm,
-    memory: Arc<Memory>,
+    memory: GuestMemory,
+    peripherals: Arc<Peripherals>,
+    end: Arc<End>,
     /// Places for network devices.
     links: Vec<Place>,
+    growth: Growth,
+    fs: Option<Handle<Fs>>,
     pub(crate) vsock: Handle<Vsock>,
     pub(crate) vsock_receive: EventFd,
     pub(crate) vsock_transmit: EventFd,
@@ -139,21 +148,23 @@ pub(crate) struct Running {
     pub(crate) console_transmit: EventFd,
     pub(crate) rng: Handle<Rng>,
     pub(crate) rng_request: EventFd,
+    pub(crate) balloon: Handle<Balloon>,
+    pub(crate) balloon_report: EventFd,
     pub(crate) disks: Vec<Disk>,
 }
 
 /// Where a device is on the bus.
 #[derive(Debug, Clone, Copy)]
-struct Address {
-    base: u64,
-    line: u32,
+pub(super) struct Address {
+    pub(super) base: u64,
+    pub(super) line: u32,
 }
 
 /// A place for a device that comes later.
 #[derive(Debug)]
-struct Place {
-    address: Address,
-    slot: Slot,
+pub(super) struct Place {
+    pub(super) address: Address,
+    pub(super) slot: Slot,
 }
 
 impl Running {
@@ -163,40 +174,55 @@ impl Running {
         let place = place.ok_or(BuildError::Slot(slot))?;
         let net = Net::new(mac, mtu, queues).map_err(device("tap device"))?;
         let line = Arc::new(Line::new(eventfd()?));
-        let (transport, _) = connect(&self.vm, &self.memory, place.address, Box::new(net), line)?;
+        let kicks = kicks_of(&net)?;
+        let transport = connect(&self.vm, &self.memory, place.address, Box::new(net), line, kicks)?;
         if place.slot.fill(transport) {
             Ok(())
         } else {
             Err(BuildError::Slot(slot))
         }
     }
+
+    /// See [`control::Command::Resize`].
+    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8) -> Result<(), BuildError> {
+        let around = Around {
+            vm: &mut self.vm,
+            memory: &self.memory,
+            fs: self.fs.as_ref(),
+            peripherals: &self.peripherals,
+            end: &self.end,
+        };
+        self.growth.resize(bytes, vcpus, around)
+    }
+
+    /// What can be added while the machine runs.
+    pub(crate) fn growth(&self) -> &Growth {
+        &self.growth
+    }
+}
+
+/// An eventfd for each queue.
+fn kicks_of(virtio: &dyn Device) -> Result<Vec<EventFd>, BuildError> {
+    virtio.queue_sizes().iter().map(|_| eventfd()).collect()
 }
 
 /// Gives a device its interrupt line and the kick of each queue.
-fn connect(
+pub(super) fn connect(
     vm: &Vm,
-    memory: &Arc<Memory>,
+    memory: &GuestMemory,
     address: Address,
     virtio: Box<dyn Device>,
     line: Arc<Line>,
-) -> Result<(Mmio, Vec<EventFd>), BuildError> {
+    kicks: Vec<EventFd>,
+) -> Result<Mmio, BuildError> {
     vm.interrupt_on(line.irqfd(), address.line)?;
-    let kicks: Vec<EventFd> = virtio
-        .queue_sizes()
-        .iter()
-        .map(|_| eventfd())
-        .collect::<Result<_, _>>()?;
     for (queue, kick) in (0..).zip(&kicks) {
         vm.signal_on_write(kick, address.base + NOTIFY, queue)?;
     }
-    let clones = kicks
-        .iter()
-        .map(|kick| kick.try_clone().map_err(device("eventfd")))
-        .collect::<Result<_, _>>()?;
-    Ok((Mmio::new(virtio, memory.clone(), line, kicks), clones))
+    Ok(Mmio::new(virtio, memory.clone(), line, kicks))
 }
 
-fn eventfd() -> Result<EventFd, BuildError> {
+pub(super) fn eventfd() -> Result<EventFd, BuildError> {
     EventFd::new(EFD_CLOEXEC).map_err(device("eventfd"))
 }
 
@@ -212,14 +238,15 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         share,
         disks,
     } = parts;
-    let memory = Arc::new(memory::allocate(machine.memory, machine.share)?);
-    let vm = Vm::new(kvm, &memory)?;
+    let memory = GuestMemory::new(memory::allocate(machine.memory, machine.share)?);
+    let vm = Vm::new(kvm, memory.now())?;
     let mut board = Board::new(&vm, memory.clone());
 
-    // First: their names in the guest are numbers (see `link_device`).
+    // First: their names in the guest are numbers (see `slot_device`).
     let links = (0..LINK_SLOTS)
         .map(|_| board.reserve())
         .collect::<Result<Vec<_>, _>>()?;
+    let growth = Growth::new(&machine, board.reserve()?)?;
     let mut muxer = Muxer::new().map_err(device("vsock"))?;
     let agent_output = agent.try_clone().map_err(device("vsock"))?;
     muxer
@@ -231,10 +258,17 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
     let mut console_kicks = board.add(Box::new(console.clone()))?.into_iter();
     let rng = Handle::new(Rng::default());
     let mut rng_kicks = board.add(Box::new(rng.clone()))?.into_iter();
-    if let Some(socket) = share {
-        let line = Arc::new(Line::always_used(eventfd()?));
-        board.add_with_line(Box::new(Fs::new(SHARE_TAG, socket, line.clone())), line)?;
-    }
+    let balloon = Handle::new(Balloon::default());
+    let balloon_kicks = board.add(Box::new(balloon.clone()))?;
+    let fs = match share {
+        Some(socket) => {
+            let line = Arc::new(Line::always_used(eventfd()?));
+            let fs = Handle::new(Fs::new(SHARE_TAG, socket, line.clone()));
+            board.add_with_line(Box::new(fs.clone()), line)?;
+            Some(fs)
+        }
+        None => None,
+    };
     let disks = (0..)
         .zip(disks)
         .map(|(slot, backing)| {
@@ -253,22 +287,36 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         address: place,
         length: machine.initramfs.length,
     };
-    let command_line = format!("{COMMAND_LINE}{} {}", board.arguments, machine.kernel_arguments);
+    let command_line = format!(
+        "{COMMAND_LINE}{} maxcpus={} {}",
+        board.arguments, machine.vcpus, machine.kernel_arguments
+    );
     boot::write_tables(&memory, machine.memory, command_line.trim_end(), archive)?;
-    boot::mptable::write(&memory, machine.vcpus).map_err(BootError::from)?;
+    boot::mptable::write(&memory, machine.most_vcpus).map_err(BootError::from)?;
 
     let peripherals = Arc::new(Peripherals {
         bus: board.bus,
         uart: Mutex::new(Uart::new(log.clone())),
     });
-    for (index, vcpu) in vm.create_vcpus(machine.vcpus, loaded.entry)?.into_iter().enumerate() {
+    for (index, vcpu) in vm
+        .create_vcpus(0..machine.vcpus, machine.most_vcpus)?
+        .into_iter()
+        .enumerate()
+    {
+        if index == 0 {
+            kvm::set_entry(&vcpu, loaded.entry)?;
+        }
         vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device("vCPU thread"))?;
     }
     let kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
     Ok(Running {
         vm,
         memory,
+        peripherals,
+        end: end.clone(),
         links,
+        growth,
+        fs,
         vsock_receive: kick(&mut vsock_kicks)?,
         vsock_transmit: kick(&mut vsock_kicks)?,
         vsock,
@@ -277,6 +325,11 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         console,
         rng_request: kick(&mut rng_kicks)?,
         rng,
+        balloon_report: balloon_kicks
+            .into_iter()
+            .next_back()
+            .ok_or(BuildError::Command("no queue"))?,
+        balloon,
         disks,
     })
 }
@@ -285,14 +338,14 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
 /// the command line by which the kernel finds it (`virtio_mmio.device=`).
 struct Board<'v> {
     vm: &'v Vm,
-    memory: Arc<Memory>,
+    memory: GuestMemory,
     bus: Bus,
     arguments: String,
     count: u32,
 }
 
 impl<'v> Board<'v> {
-    fn new(vm: &'v Vm, memory: Arc<Memory>) -> Self {
+    fn new(vm: &'v Vm, memory: GuestMemory) -> Self {
         Self {
             vm,
             memory,
@@ -310,9 +363,14 @@ impl<'v> Board<'v> {
     /// Returns the kick of each queue.
     fn add_with_line(&mut self, virtio: Box<dyn Device>, line: Arc<Line>) -> Result<Vec<EventFd>, BuildError> {
         let address = self.address()?;
-        let (transport, kicks) = connect(self.vm, &self.memory, address, virtio, line)?;
+        let kicks = kicks_of(&*virtio)?;
+        let clones = kicks
+            .iter()
+            .map(|kick| kick.try_clone().map_err(device("eventfd")))
+            .collect::<Result<_, _>>()?;
+        let transport = connect(self.vm, &self.memory, address, virtio, line, kicks)?;
         self.bus.add(address.base..address.base + WINDOW, Box::new(transport));
-        Ok(kicks)
+        Ok(clones)
     }
 
     /// Keeps a place for a device that comes later.
@@ -339,6 +397,6 @@ impl<'v> Board<'v> {
     }
 }
 
-fn device(what: &'static str) -> impl Fn(io::Error) -> BuildError {
+pub(super) fn device(what: &'static str) -> impl Fn(io::Error) -> BuildError {
     move |source| BuildError::Device { what, source }
 }

@@ -101,6 +101,15 @@ pub(crate) enum Command {
         /// The largest packet without its link header, in bytes.
         mtu: u16,
     },
+    /// Change the machine's size, within what it was built for; [`Notice::Resized`] follows. The guest is
+    /// to look at [`nutshell_protocol::MEMORY_SLOT`] and at its processors then, and [`Notice::MemoryPlugged`]
+    /// follows.
+    Resize {
+        /// Bytes of memory beyond what it booted with, whole blocks of 2 MiB.
+        memory: u64,
+        /// The processors that there should be at least.
+        vcpus: u8,
+    },
     /// Send [`Notice::Console`].
     ReadConsole,
 }
@@ -110,8 +119,12 @@ pub(crate) enum Command {
 pub(crate) struct Machine {
     /// Guest memory in bytes, a multiple of 2 MiB.
     pub(crate) memory: u64,
+    /// How much memory it may come to have, in bytes.
+    pub(crate) most_memory: u64,
     /// How many vCPUs.
     pub(crate) vcpus: u8,
+    /// How many it may come to have.
+    pub(crate) most_vcpus: u8,
     /// There is an fs process: guest memory is shared with it.
     pub(crate) share: bool,
     /// The virtio-blk slots in order.
@@ -164,6 +177,16 @@ pub(crate) enum Notice {
         slot: u32,
         /// Why there is none.
         result: Result<(), String>,
+    },
+    /// The answer to [`Command::Resize`]: memory and processors are there for the guest to take.
+    Resized {
+        /// Why not.
+        result: Result<(), String>,
+    },
+    /// The guest has taken or given memory until it had what [`Command::Resize`] said.
+    MemoryPlugged {
+        /// Bytes beyond what it booted with.
+        bytes: u64,
     },
     /// The answer to [`Command::ReadConsole`]: the last [`CONSOLE_TAIL`] bytes of the guest's console.
     Console(Vec<u8>),

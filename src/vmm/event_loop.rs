@@ -34,9 +34,11 @@ enum Source {
     VsockTransmit,
     ConsoleTransmit,
     RngRequest,
+    BalloonReport,
+    MemoryRequest,
 }
 
-const SOURCES: [Source; 7] = [
+const SOURCES: [Source; 9] = [
     Source::Control,
     Source::End,
     Source::Streams,
@@ -44,6 +46,8 @@ const SOURCES: [Source; 7] = [
     Source::VsockTransmit,
     Source::ConsoleTransmit,
     Source::RngRequest,
+    Source::BalloonReport,
+    Source::MemoryRequest,
 ];
 
 /// Why the loop was left.
@@ -56,9 +60,9 @@ pub(crate) enum Left {
 }
 
 /// Drives the machine until it ends.
-pub(crate) fn run(running: &Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Left {
+pub(crate) fn run(running: &mut Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Left {
     let failed = |error: io::Error| Left::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
-    let epoll = match watch(running, channel, end) {
+    let epoll = match watch(&*running, channel, end) {
         Ok(epoll) => epoll,
         Err(error) => return failed(error),
     };
@@ -97,6 +101,8 @@ fn watch(running: &Running, channel: &Channel, end: &End) -> io::Result<OwnedFd>
     add(Source::VsockTransmit, borrow(&running.vsock_transmit))?;
     add(Source::ConsoleTransmit, borrow(&running.console_transmit))?;
     add(Source::RngRequest, borrow(&running.rng_request))?;
+    add(Source::BalloonReport, borrow(&running.balloon_report))?;
+    add(Source::MemoryRequest, borrow(running.growth().request()))?;
     Ok(epoll)
 }
 
@@ -105,7 +111,7 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Option<Left> {
+fn handle(source: Source, running: &mut Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Option<Left> {
     let kicked = |event: &EventFd| {
         // Readable, so it does not block; its count does not matter.
         let _ = event.read();
@@ -145,11 +151,25 @@ fn handle(source: Source, running: &Running, channel: &Channel, end: &End, log: 
             }
             None
         }
+        Source::BalloonReport => {
+            kicked(&running.balloon_report);
+            let mut balloon = running.balloon.lock();
+            // A guest that breaks its balloon keeps its pages.
+            if balloon.serve().is_err() {
+                balloon.reset();
+            }
+            None
+        }
+        Source::MemoryRequest => {
+            kicked(running.growth().request());
+            running.growth().serve();
+            tell_of_memory(running, channel).err()
+        }
     }
 }
 
 /// Takes all commands of the shim that wait.
-fn commands(running: &Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
+fn commands(running: &mut Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
     while let Some((next, descriptors)) = channel.try_receive().map_err(|_| Left::ShimGone)? {
         command(next, descriptors, running, channel, log)?;
     }
@@ -159,7 +179,7 @@ fn commands(running: &Running, channel: &Channel, log: &Arc<Log>) -> Result<(), 
 fn command(
     command: Command,
     descriptors: Vec<OwnedFd>,
-    running: &Running,
+    running: &mut Running,
     channel: &Channel,
     log: &Arc<Log>,
 ) -> Result<(), Left> {
@@ -201,6 +221,12 @@ fn command(
             let result = result.map_err(|error| error.to_string());
             tell(channel, &Notice::LinkPlugged { slot, result })?;
         }
+        Command::Resize { memory, vcpus } => {
+            drop(vsock);
+            let result = running.resize(memory, vcpus).map_err(|error| error.to_string());
+            tell(channel, &Notice::Resized { result })?;
+            tell_of_memory(running, channel)?;
+        }
         Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
     }
     Ok(())
@@ -208,6 +234,13 @@ fn command(
 
 fn disk_failed(slot: u32, error: &io::Error) -> Left {
     Left::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
+}
+
+fn tell_of_memory(running: &Running, channel: &Channel) -> Result<(), Left> {
+    running
+        .growth()
+        .settled()
+        .map_or(Ok(()), |bytes| tell(channel, &Notice::MemoryPlugged { bytes }))
 }
 
 fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), Left> {

@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
 };
 
@@ -83,6 +84,7 @@ fn not_created(error: kvm_ioctls::Error) -> KvmError {
 pub(crate) struct Vm {
     kvm: Kvm,
     vm: VmFd,
+    memory_slots: u32,
 }
 
 impl Vm {
@@ -108,7 +110,19 @@ impl Vm {
         call("placing the task segment", vm.set_tss_address(TSS))?;
         call("placing the identity map", vm.set_identity_map_address(IDENTITY_MAP))?;
         call("creating the interrupt controller", vm.create_irq_chip())?;
-        for (slot, region) in (0..).zip(memory.iter()) {
+        let mut this = Self {
+            kvm,
+            vm,
+            memory_slots: 0,
+        };
+        this.add_memory(memory)?;
+        Ok(this)
+    }
+
+    /// Gives the machine the regions of `memory` that it does not have yet: those behind the ones that
+    /// an earlier call named.
+    pub(crate) fn add_memory(&mut self, memory: &Memory) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(memory.iter()).skip(self.memory_slots as usize) {
             let host = memory
                 .get_host_address(region.start_addr())
                 .map_err(|error| KvmError::Call {
@@ -124,9 +138,10 @@ impl Vm {
             };
             // SAFETY: the range is guest memory, mapped until the process ends, and each range is
             // given once; Rust holds no reference into it.
-            call("adding memory", unsafe { vm.set_user_memory_region(region) })?;
+            call("adding memory", unsafe { self.vm.set_user_memory_region(region) })?;
+            self.memory_slots = slot + 1;
         }
-        Ok(Self { kvm, vm })
+        Ok(())
     }
 
     /// Makes a guest's 32-bit write of `value` to `address` an event of `event`, without an exit
@@ -141,23 +156,18 @@ impl Vm {
         call("adding an irqfd", self.vm.register_irqfd(event, line))
     }
 
-    /// Creates `count` processors. The first starts at `entry` in 64-bit mode as Linux wants it,
-    /// the others wait to be started by it.
-    pub(crate) fn create_vcpus(&self, count: u8, entry: u64) -> Result<Vec<VcpuFd>, KvmError> {
+    /// Creates the processors `ids` of `most`, which wait to be started by the first.
+    pub(crate) fn create_vcpus(&self, ids: Range<u8>, most: u8) -> Result<Vec<VcpuFd>, KvmError> {
         let supported = call(
             "reading CPU features",
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
         )?;
-        (0..count)
-            .map(|id| {
-                let vcpu = call("creating a processor", self.vm.create_vcpu(id.into()))?;
-                set_features(&vcpu, &supported, id, count)?;
-                if id == 0 {
-                    set_entry(&vcpu, entry)?;
-                }
-                Ok(vcpu)
-            })
-            .collect()
+        ids.map(|id| {
+            let vcpu = call("creating a processor", self.vm.create_vcpu(id.into()))?;
+            set_features(&vcpu, &supported, id, most)?;
+            Ok(vcpu)
+        })
+        .collect()
     }
 }
 
@@ -204,8 +214,16 @@ fn enable_extended_state(vcpu: &VcpuFd, parts: u64) -> Result<(), KvmError> {
     call("setting the extended state", vcpu.set_xcrs(&registers))
 }
 
-/// The state at the 64-bit entry point (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
-fn set_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
+/// Lets a processor that came while others run be reached by them: KVM finds the target of an interrupt, such
+/// as the one that starts it, in a map that it makes anew when the state of an interrupt controller is set.
+pub(crate) fn announce(vcpu: &VcpuFd) -> Result<(), KvmError> {
+    let state = call("reading a local interrupt controller", vcpu.get_lapic())?;
+    call("setting a local interrupt controller", vcpu.set_lapic(&state))
+}
+
+/// Has the first processor start at `entry` in 64-bit mode as Linux wants it
+/// (Documentation/arch/x86/boot.rst, "64-bit boot protocol").
+pub(crate) fn set_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), KvmError> {
     let mut sregs = call("reading a processor's state", vcpu.get_sregs())?;
     sregs.gdt.base = boot::GDT;
     sregs.gdt.limit = u16::try_from(size_of_val(&boot::DESCRIPTORS) - 1).unwrap_or(0);

@@ -9,6 +9,7 @@ use std::{
     io,
     ops::Range,
     os::fd::{AsFd, AsRawFd},
+    sync::Arc,
 };
 
 use rustix::{
@@ -78,6 +79,22 @@ pub(crate) fn allocate(bytes: u64, shared: bool) -> Result<Memory, MemoryError> 
         offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))
+}
+
+/// `memory`, and `length` bytes more at guest address `base`, behind all that there is. The bytes come from
+/// the same file, if there is one.
+pub(crate) fn extend(memory: &Memory, base: u64, length: u64) -> Result<Memory, MemoryError> {
+    let failed = |source: io::Error| MemoryError::Map { bytes: length, source };
+    let file = memory.iter().next().and_then(|region| region.file_offset());
+    let before: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+    if let Some(file) = file {
+        ftruncate(file.file(), before + length).map_err(|error| failed(error.into()))?;
+    }
+    let region = map_region(length, file.map(FileOffset::file), before).map_err(failed)?;
+    let region = GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
+    memory
+        .insert_region(Arc::new(region))
+        .map_err(|error| failed(io::Error::other(error)))
 }
 
 /// Where memory of this size lies: below [`MMIO`], and the rest from 4 GiB on.
@@ -291,6 +308,29 @@ mod tests {
             let mut kept = [0; 5];
             std::os::unix::fs::FileExt::read_exact_at(&file, &mut kept, 4096).unwrap();
             assert_eq!(kept, content[..5]);
+        }
+    }
+
+    #[test]
+    fn memory_that_is_added_is_of_the_same_file_and_what_was_there_stays() {
+        for shared in [false, true] {
+            let memory = allocate(2 << 20, shared).unwrap();
+            memory.write_obj(7_u8, GuestAddress(0)).unwrap();
+
+            let once = extend(&memory, 4 << 30, 2 << 20).unwrap();
+            once.write_obj(8_u8, GuestAddress(4 << 30)).unwrap();
+            let twice = extend(&once, (4 << 30) + (2 << 20), 4 << 20).unwrap();
+
+            assert_eq!(twice.read_obj::<u8>(GuestAddress(0)).unwrap(), 7);
+            assert_eq!(twice.read_obj::<u8>(GuestAddress(4 << 30)).unwrap(), 8);
+            assert!(twice.check_range(GuestAddress(4 << 30), 6 << 20));
+            assert!(!once.check_range(GuestAddress(4 << 30), 6 << 20));
+            let offsets: Vec<_> = twice
+                .iter()
+                .map(|region| region.file_offset().map(FileOffset::start))
+                .collect();
+            let expected = [0, 2 << 20, 4 << 20].map(|offset| shared.then_some(offset));
+            assert_eq!(offsets, expected);
         }
     }
 

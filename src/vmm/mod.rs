@@ -10,8 +10,9 @@ pub(crate) mod control;
 mod cpuid;
 mod end;
 mod event_loop;
+mod growth;
 mod kvm;
-mod memory;
+pub(crate) mod memory;
 mod vcpu;
 
 use std::{
@@ -88,6 +89,6 @@ fn run(channel: &Channel, log: &Arc<Log>) -> Result<Left, BuildError> {
         source,
     })?;
     let end = Arc::new(end);
-    let running: Running = build::start(Parts::parse(machine, descriptors)?, log, &end)?;
-    Ok(event_loop::run(&running, channel, &end, log))
+    let mut running: Running = build::start(Parts::parse(machine, descriptors)?, log, &end)?;
+    Ok(event_loop::run(&mut running, channel, &end, log))
 }

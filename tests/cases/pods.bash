@@ -27,4 +27,5 @@ pod_cases() {
   pod "ports of the host lead to the pod" network::host_ports
   pod "statistics are what was used" resources::statistics
   pod "limits change while a container runs" resources::updated_limits
+  pod "machine of a pod grows and shrinks with the limits of its containers" resources::resize_up
 }

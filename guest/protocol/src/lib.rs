@@ -103,10 +103,13 @@ pub fn disk_serial(slot: u32) -> String {
 /// How many network devices a machine can have.
 pub const LINK_SLOTS: u32 = 4;
 
-/// The name, on the guest's platform bus, of the virtio-mmio device that is the network device in
-/// `slot`. These stand first on the kernel's command line, which numbers them. A slot that is empty
-/// answers with the device id 0, which a driver ignores (virtio 1.3 §4.2.2); when it has been filled,
-/// the agent has the driver look again.
-pub fn link_device(slot: u32) -> String {
+/// The slot behind those for network devices: that of the device by which a machine gets more memory.
+pub const MEMORY_SLOT: u32 = LINK_SLOTS;
+
+/// The name, on the guest's platform bus, of the virtio-mmio device in `slot`. These stand first on the
+/// kernel's command line, which numbers them. A slot that is empty answers with the device id 0, which a
+/// driver ignores (virtio 1.3 §4.2.2); when it has been filled, the agent has the driver look again.
+#[must_use]
+pub fn slot_device(slot: u32) -> String {
     format!("virtio-mmio.{slot}")
 }

@@ -88,11 +88,19 @@ pub enum Request {
         /// The host's clock as this was sent: nanoseconds since the epoch.
         nanoseconds: u64,
     },
-    /// Find the network device in each of these slots (see [`crate::link_device`]), which the host has
+    /// Find the network device in each of these slots (see [`crate::slot_device`]), which the host has
     /// filled: [`Response::Links`].
     PlugLinks {
         /// The slots.
         slots: Vec<u32>,
+    },
+    /// Take the size that the machine has now: [`Response::Done`] once the processors are in use or out of
+    /// use; memory comes and goes by itself then.
+    FitMachine {
+        /// How many processors are to be in use.
+        processors: u32,
+        /// There is a device in [`crate::MEMORY_SLOT`].
+        memory: bool,
     },
     /// Pass these messages of rtnetlink(7) to the kernel, each a whole request, until one fails:
     /// [`Response::Done`].

@@ -10,13 +10,16 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
+use rustix::mm::{Advice, madvise};
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestMemoryBackend, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
 use super::Memory;
 
 /// The most buffers in a chain; also the most that one system call takes (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
+
+const PAGE: usize = 4096;
 
 /// Why a chain is refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -97,13 +100,16 @@ pub(crate) struct Buffers<'m> {
 
 impl<'m> Buffers<'m> {
     /// A range of guest memory, as a chain would name it.
-    #[cfg(test)]
-    pub(crate) fn over(memory: &'m Memory, address: u64, length: usize) -> Self {
-        let slices = GuestMemoryBackend::get_slices(memory, vm_memory::GuestAddress(address), length);
-        Self {
-            slices: slices.stop_on_error().unwrap().collect(),
-            length,
+    pub(crate) fn over(memory: &'m Memory, address: u64, length: usize) -> Result<Self, ChainError> {
+        let address = GuestAddress(address);
+        if !memory.check_range(address, length) {
+            return Err(ChainError::OutOfRange);
         }
+        let slices = GuestMemoryBackend::get_slices(memory, address, length).stop_on_error();
+        Ok(Self {
+            slices: slices.map_err(|_| ChainError::OutOfRange)?.collect(),
+            length,
+        })
     }
 
     /// Puts `more` behind what there is; `false`, with nothing done, if it were more than one system call
@@ -210,6 +216,37 @@ impl<'m> Buffers<'m> {
             None => unsafe { libc::writev(target.as_raw_fd(), vectors.as_ptr(), count) },
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Gives the whole pages among them back to the host, of which they are in `memory`; they read as zeroes
+    /// afterwards. Takes nothing off.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses; a part may be done.
+    pub(crate) fn discard(&self, memory: &Memory) -> io::Result<()> {
+        // From a file it is taken for every process that has it mapped.
+        let shared = memory
+            .iter()
+            .next()
+            .is_some_and(|region| region.file_offset().is_some());
+        let advice = if shared {
+            Advice::LinuxRemove
+        } else {
+            Advice::LinuxDontNeed
+        };
+        for slice in &self.slices {
+            let guard = slice.ptr_guard_mut();
+            let start = guard.as_ptr();
+            let skipped = start.align_offset(PAGE);
+            let length = slice.len().saturating_sub(skipped) / PAGE * PAGE;
+            if length > 0 {
+                // SAFETY: the whole pages lie in the slice, which is guest memory that stays mapped for as
+                // long as 'm and into which no Rust reference exists; what it holds is the guest's to give up.
+                unsafe { madvise(start.wrapping_add(skipped).cast(), length, advice)? };
+            }
+        }
+        Ok(())
     }
 
     fn vectors(&self) -> Vec<libc::iovec> {

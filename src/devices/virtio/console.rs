@@ -63,7 +63,7 @@ impl Console {
         let mut bytes = [0; 512];
         loop {
             queue.pause_kicks()?;
-            while let Some(mut chain) = queue.pop(&memory)? {
+            while let Some(mut chain) = queue.pop(memory)? {
                 while chain.readable.len() > 0 {
                     let count = chain.readable.len().min(bytes.len());
                     if chain.readable.take(&mut bytes[..count]) {

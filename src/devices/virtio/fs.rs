@@ -10,7 +10,7 @@ use vhost::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::GuestMemoryBackend;
 
 use super::{ActivateError, Activation, COMMON_FEATURES, Device, Memory, copy_config, mmio::Line};
 
@@ -43,6 +43,26 @@ impl Fs {
         }
     }
 
+    /// Tells the file server that guest memory is now `memory`; the guest may use all of it afterwards.
+    ///
+    /// # Errors
+    ///
+    /// The file server does not take it.
+    pub(crate) fn grow(&self, memory: &Memory) -> Result<(), String> {
+        // One that is not activated yet gets it then.
+        let Some(frontend) = &self.frontend else {
+            return Ok(());
+        };
+        frontend
+            .set_mem_table(&regions(memory)?)
+            .map_err(|error| format!("SET_MEM_TABLE: {error}"))?;
+        // It answers in order: it has mapped all of it by then.
+        frontend
+            .get_features()
+            .map(drop)
+            .map_err(|error| format!("GET_FEATURES: {error}"))
+    }
+
     /// The set-up messages of the vhost-user protocol, in the order that it demands.
     fn connect(&self, frontend: &mut Frontend, activation: &Activation) -> Result<(), String> {
         let step = |what: &'static str| move |error: vhost::Error| format!("{what}: {error}");
@@ -61,12 +81,7 @@ impl Fs {
         frontend
             .set_protocol_features(understood & VhostUserProtocolFeatures::MQ)
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
-        let regions = activation
-            .memory
-            .iter()
-            .map(VhostUserMemoryRegionInfo::from_guest_region)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(step("guest memory"))?;
+        let regions = regions(activation.memory.now())?;
         frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
         for (index, queue) in activation.queues.iter().enumerate() {
             let geometry = queue.geometry();
@@ -74,9 +89,9 @@ impl Fs {
                 queue_max_size: geometry.max_size(),
                 queue_size: geometry.size(),
                 flags: 0,
-                desc_table_addr: host_address(&activation.memory, geometry.desc_table())?,
-                used_ring_addr: host_address(&activation.memory, geometry.used_ring())?,
-                avail_ring_addr: host_address(&activation.memory, geometry.avail_ring())?,
+                desc_table_addr: ring_address(&regions, geometry.desc_table())?,
+                used_ring_addr: ring_address(&regions, geometry.used_ring())?,
+                avail_ring_addr: ring_address(&regions, geometry.avail_ring())?,
                 log_addr: None,
             };
             frontend
@@ -100,12 +115,34 @@ impl Fs {
     }
 }
 
-/// Where guest address `address` is mapped in this process, which is how vhost-user names rings.
-fn host_address(memory: &Memory, address: u64) -> Result<u64, String> {
-    memory
-        .get_host_address(GuestAddress(address))
-        .map(|pointer| pointer.addr() as u64)
-        .map_err(|error| format!("ring at {address:#x}: {error}"))
+/// Guest memory in as few regions as can be, of which the protocol takes 32: memory that grew by parts
+/// lies in one file without a gap.
+fn regions(memory: &Memory) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
+    let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
+    for region in memory.iter() {
+        let next = VhostUserMemoryRegionInfo::from_guest_region(region);
+        let next = next.map_err(|error| format!("guest memory: {error}"))?;
+        match regions.last_mut() {
+            Some(last)
+                if last.guest_phys_addr + last.memory_size == next.guest_phys_addr
+                    && last.mmap_offset + last.memory_size == next.mmap_offset =>
+            {
+                last.memory_size += next.memory_size;
+            }
+            _ => regions.push(next),
+        }
+    }
+    Ok(regions)
+}
+
+/// The name that the protocol has for guest address `address`: where its region starts in this process,
+/// and how far into that it lies.
+fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u64, String> {
+    let within = regions.iter().find_map(|region| {
+        let offset = address.checked_sub(region.guest_phys_addr)?;
+        (offset < region.memory_size).then_some(region.userspace_addr + offset)
+    });
+    within.ok_or_else(|| format!("the ring at {address:#x} is not in guest memory"))
 }
 
 impl Device for Fs {
@@ -147,5 +184,32 @@ impl Device for Fs {
 impl std::fmt::Debug for Fs {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Fs").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::memory::{allocate, extend};
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn memory_that_grew_by_parts_is_one_region_to_the_file_server() {
+        let memory = allocate(4 * MIB, true).unwrap();
+        let memory = extend(&memory, 4 << 30, 2 * MIB).unwrap();
+        let memory = extend(&memory, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
+
+        let regions = regions(&memory).unwrap();
+
+        let ranges: Vec<_> = regions
+            .iter()
+            .map(|region| (region.guest_phys_addr, region.memory_size, region.mmap_offset))
+            .collect();
+        assert_eq!(ranges, [(0, 4 * MIB, 0), (4 << 30, 8 * MIB, 4 * MIB)]);
+        let ring = ring_address(&regions, (4 << 30) + 7 * MIB).unwrap();
+        assert_eq!(ring, regions[1].userspace_addr + 7 * MIB);
+        assert!(ring_address(&regions, 4 * MIB).is_err());
+        assert!(ring_address(&regions, (4 << 30) + 8 * MIB).is_err());
     }
 }

@@ -20,7 +20,7 @@ use virtio_bindings::virtio_mmio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, Device, Interrupt, Memory,
+    Activation, Device, GuestMemory, Interrupt,
     negotiation::{Area, Negotiation, Transition},
     queue::DeviceQueue,
 };
@@ -103,7 +103,7 @@ impl Interrupt for Line {
 pub(crate) struct Mmio {
     device: Box<dyn Device>,
     negotiation: Negotiation,
-    memory: Arc<Memory>,
+    memory: GuestMemory,
     line: Arc<Line>,
     kicks: Vec<EventFd>,
     queue_select: u32,
@@ -114,7 +114,7 @@ pub(crate) struct Mmio {
 impl Mmio {
     /// Puts `device` behind the transport; `kicks` holds the eventfd of each of its queues, which
     /// KVM signals on writes of the queue's index to [`NOTIFY`].
-    pub(crate) fn new(device: Box<dyn Device>, memory: Arc<Memory>, line: Arc<Line>, kicks: Vec<EventFd>) -> Self {
+    pub(crate) fn new(device: Box<dyn Device>, memory: GuestMemory, line: Arc<Line>, kicks: Vec<EventFd>) -> Self {
         Self {
             negotiation: Negotiation::new(device.features(), &device.queue_sizes()),
             device,
@@ -142,8 +142,7 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_READY => self.negotiation.queue_ready(self.queue_select).into(),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.line.read(),
             VIRTIO_MMIO_STATUS => self.negotiation.status(),
-            // Only single fields ever change in our devices' configuration, atomically.
-            VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.device.config_generation(),
             _ => 0,
         }
     }

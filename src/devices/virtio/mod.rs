@@ -4,10 +4,12 @@
 //! device gets its queues as immutable values ([`queue::DeviceQueue`]) and the transport keeps none
 //! of them. [`negotiation`] holds the one state machine that every transport drives.
 
+pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod buffers;
 pub(crate) mod console;
 pub(crate) mod fs;
+pub(crate) mod mem;
 pub(crate) mod mmio;
 pub(crate) mod negotiation;
 pub(crate) mod net;
@@ -15,7 +17,10 @@ pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod vsock;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    ops::Deref,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+};
 
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -25,8 +30,39 @@ use vm_memory::GuestMemoryMmap;
 
 use self::queue::DeviceQueue;
 
-/// Guest memory, as every device sees it.
+/// Guest memory as it is at some time.
 pub(crate) type Memory = GuestMemoryMmap<()>;
+
+/// Guest memory, as every device sees it. It grows and never shrinks: what was memory once stays mapped
+/// until the process ends, so that no device need be stopped for it.
+#[derive(Debug, Clone)]
+pub(crate) struct GuestMemory(Arc<RwLock<&'static Memory>>);
+
+impl GuestMemory {
+    /// What a machine starts with.
+    pub(crate) fn new(memory: Memory) -> Self {
+        Self(Arc::new(RwLock::new(Box::leak(Box::new(memory)))))
+    }
+
+    /// What it is now. To be asked again for each batch of work: buffers may lie in what came since.
+    pub(crate) fn now(&self) -> &'static Memory {
+        *self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `memory`, all of what it was and more, take its place. The table of the regions before stays
+    /// allocated, a few hundred bytes: callers bound how often.
+    pub(crate) fn grow(&self, memory: Memory) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Box::leak(Box::new(memory));
+    }
+}
+
+impl Deref for GuestMemory {
+    type Target = Memory;
+
+    fn deref(&self) -> &Memory {
+        self.now()
+    }
+}
 
 /// What every device offers: the standard's version and both ring features that save exits.
 pub(crate) const COMMON_FEATURES: u64 =
@@ -61,6 +97,12 @@ pub(crate) trait Device: Send {
 
     /// Fills `data` from the device's configuration at `offset`; what lies beyond it reads as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Changes with every change of the configuration that spans several fields or a field of 64 bits
+    /// (virtio 1.3 §2.5.3).
+    fn config_generation(&self) -> u32 {
+        0
+    }
 
     /// Takes the queues and starts to work.
     ///
@@ -114,6 +156,10 @@ impl<D: Device> Device for Handle<D> {
         self.lock().read_config(offset, data);
     }
 
+    fn config_generation(&self) -> u32 {
+        self.lock().config_generation()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         self.lock().activate(activation)
     }
@@ -126,7 +172,7 @@ impl<D: Device> Device for Handle<D> {
 /// All that a device gets when its driver is ready.
 pub(crate) struct Activation {
     /// Guest memory.
-    pub(crate) memory: Arc<Memory>,
+    pub(crate) memory: GuestMemory,
     /// The features that both sides agreed on.
     pub(crate) features: u64,
     /// The queues that the driver set up, in order, without a gap.

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Interrupt, Memory,
+    GuestMemory, Interrupt, Memory,
     buffers::{Chain, ChainError},
 };
 
@@ -36,7 +36,9 @@ pub(crate) struct DeviceQueue {
     index: u16,
     queue: Queue,
     kick: EventFd,
-    memory: Arc<Memory>,
+    memory: GuestMemory,
+    /// As it was at activation, which the rings lie in.
+    rings: &'static Memory,
     interrupt: Arc<dyn Interrupt>,
     /// Up to here the driver was told of what was used, or did not want to be.
     announced: Wrapping<u16>,
@@ -55,7 +57,7 @@ impl DeviceQueue {
         index: u16,
         queue: Queue,
         kick: EventFd,
-        memory: Arc<Memory>,
+        memory: GuestMemory,
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
@@ -63,6 +65,7 @@ impl DeviceQueue {
             index,
             queue,
             kick,
+            rings: memory.now(),
             memory,
             interrupt,
         }
@@ -73,9 +76,9 @@ impl DeviceQueue {
         &self.kick
     }
 
-    /// The guest memory that the queue lies in. Chains borrow it, so callers hold the `Arc`.
-    pub(crate) fn memory(&self) -> Arc<Memory> {
-        self.memory.clone()
+    /// Guest memory as it is now, for [`Self::pop`].
+    pub(crate) fn memory(&self) -> &'static Memory {
+        self.memory.now()
     }
 
     /// The geometry, to hand to a backend in another process.
@@ -98,7 +101,7 @@ impl DeviceQueue {
 
     /// Gives a chain back to the driver, with `written` bytes in its writable buffers.
     pub(crate) fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        Ok(self.queue.add_used(&*self.memory, head, written)?)
+        Ok(self.queue.add_used(self.rings, head, written)?)
     }
 
     /// Gives several chains back, of which the driver sees all or none.
@@ -112,7 +115,7 @@ impl DeviceQueue {
             let address = self.ring(self.queue.used_ring(), place + USED_RING_HEADER)?;
             // The chain's head, then the length, in little-endian order.
             let element = u64::from(*head) | u64::from(*written) << 32;
-            self.memory
+            self.rings
                 .write_obj(element.to_le(), address)
                 .map_err(virtio_queue::Error::GuestMemory)?;
             next = next.wrapping_add(1);
@@ -147,7 +150,7 @@ impl DeviceQueue {
     /// The field of the available ring at `offset`.
     fn avail(&self, offset: u64) -> Result<u16, QueueError> {
         let address = self.ring(self.queue.avail_ring(), offset)?;
-        let field = self.memory.load::<u16>(address, Ordering::Relaxed);
+        let field = self.rings.load::<u16>(address, Ordering::Relaxed);
         Ok(u16::from_le(field.map_err(virtio_queue::Error::GuestMemory)?))
     }
 
@@ -158,12 +161,12 @@ impl DeviceQueue {
 
     /// Asks the driver not to kick while the queue is being worked on.
     pub(crate) fn pause_kicks(&mut self) -> Result<(), QueueError> {
-        Ok(self.queue.disable_notification(&*self.memory)?)
+        Ok(self.queue.disable_notification(self.rings)?)
     }
 
     /// Asks for kicks again; `true` if buffers came meanwhile and the caller must look once more.
     pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
-        Ok(self.queue.enable_notification(&*self.memory)?)
+        Ok(self.queue.enable_notification(self.rings)?)
     }
 }
 
@@ -212,19 +215,19 @@ pub(crate) mod tests {
     }
 
     /// 1 MiB of guest memory.
-    pub(crate) fn memory() -> Arc<Memory> {
-        Arc::new(Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
+    pub(crate) fn memory() -> GuestMemory {
+        GuestMemory::new(Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
     }
 
     /// The device's side of a mock queue.
-    pub(crate) fn device_queue(mock: &MockSplitQueue<'_, Memory>, memory: &Arc<Memory>) -> (DeviceQueue, Arc<Count>) {
+    pub(crate) fn device_queue(mock: &MockSplitQueue<'_, Memory>, memory: &GuestMemory) -> (DeviceQueue, Arc<Count>) {
         let count = Arc::new(Count::default());
         let queue: Queue = mock.create_queue().unwrap();
         let kick = EventFd::new(0).unwrap();
         (DeviceQueue::new(0, queue, kick, memory.clone(), count.clone()), count)
     }
 
-    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
+    pub(crate) fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
         RawDescriptor::from(Descriptor::new(address, length, flags, next))
     }
 

@@ -28,7 +28,7 @@ impl Rng {
         let memory = queue.memory();
         let mut bytes = [0; MAX_REQUEST];
         loop {
-            while let Some(mut chain) = queue.pop(&memory)? {
+            while let Some(mut chain) = queue.pop(memory)? {
                 let wanted = chain.writable.len().min(MAX_REQUEST);
                 // Without the host's generator the request goes back empty, and the guest retries.
                 let filled = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);

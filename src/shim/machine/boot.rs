@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     guest::{self, GuestError},
-    oci::Size,
+    oci::PodSize,
     vmm::control::{Command, Disk, Machine},
 };
 
@@ -72,7 +72,7 @@ pub(crate) struct Boot {
     /// KVM, kernel, initramfs.
     pub(crate) guest: Guest,
     /// Memory and vCPUs.
-    pub(crate) size: Size,
+    pub(crate) size: PodSize,
     /// The vhost-user socket of the fs process, if directories are shared.
     pub(crate) share: Option<OwnedFd>,
     /// The disk slots in order.
@@ -89,8 +89,10 @@ impl Boot {
             kernel_arguments,
         } = self.guest;
         let machine = Machine {
-            memory: self.size.memory,
-            vcpus: self.size.vcpus,
+            memory: self.size.boot.memory,
+            most_memory: self.size.most.memory,
+            vcpus: self.size.boot.vcpus,
+            most_vcpus: self.size.most.vcpus,
             share: self.share.is_some(),
             disks: self.disks.iter().map(Slot::kind).collect(),
             kernel: image.kernel_extent,
@@ -162,7 +164,7 @@ pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::control::Extent;
+    use crate::{oci::Size, vmm::control::Extent};
 
     fn null() -> File {
         File::open("/dev/null").unwrap()
@@ -181,10 +183,10 @@ mod tests {
                 },
                 kernel_arguments: String::new(),
             },
-            size: Size {
+            size: PodSize::fixed(Size {
                 memory: 2 << 20,
                 vcpus: 1,
-            },
+            }),
             share,
             disks,
         }

@@ -128,6 +128,10 @@ struct Shared {
     console: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
     /// Who waits for the answer about a slot for links.
     links: Mutex<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
+    /// Who waits for the answer about the machine's size.
+    resize: Mutex<Option<oneshot::Sender<Result<(), String>>>>,
+    /// How much memory the guest had beyond what it booted with, in bytes, when it last had what it should.
+    plugged: watch::Sender<u64>,
     /// Why it is being ended, where the shim decided so.
     verdict: Mutex<Option<String>>,
     ended: watch::Sender<Option<Arc<Ending>>>,
@@ -182,6 +186,8 @@ impl Machine {
             streams: Streams::default(),
             console: Mutex::default(),
             links: Mutex::default(),
+            resize: Mutex::default(),
+            plugged: watch::Sender::new(0),
             verdict: Mutex::default(),
             ended: watch::Sender::new(None),
         });
@@ -328,6 +334,24 @@ impl Machine {
         receiver.await.map_err(|_| ControlError::Closed)
     }
 
+    /// Changes the size of the machine, as [`Command::Resize`] says; one call at a time. Inside, why the vmm
+    /// could not. The guest has to be told.
+    pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<Result<(), String>, ControlError> {
+        let (sender, receiver) = oneshot::channel();
+        *self.shared.resize() = Some(sender);
+        self.control.send(&Command::Resize { memory, vcpus }, &[]).await?;
+        receiver.await.map_err(|_| ControlError::Closed)
+    }
+
+    /// Waits until the guest has `bytes` of memory beyond what it booted with.
+    pub(crate) async fn plugged(&self, bytes: u64) {
+        let mut plugged = self.shared.plugged.subscribe();
+        if plugged.wait_for(|plugged| *plugged == bytes).await.is_err() {
+            // The sender is borrowed with `self`.
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Puts the end of the guest's console into the log, where that is to say all.
     pub(crate) async fn log_console(&self) {
         if log::says_all() {
@@ -355,6 +379,10 @@ impl Machine {
 }
 
 impl Shared {
+    fn resize(&self) -> MutexGuard<'_, Option<oneshot::Sender<Result<(), String>>>> {
+        self.resize.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn links(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -407,6 +435,7 @@ async fn listen(
     });
     shared.streams.close_all();
     shared.links().clear();
+    shared.resize().take();
     shared.ended.send_replace(Some(Arc::new(Ending {
         reason,
         console: readable(&console),
@@ -432,6 +461,13 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
                     let _ = sender.send(result);
                 }
             }
+            Ok(Notice::Resized { result }) => {
+                if let Some(sender) = shared.resize().take() {
+                    // Whoever stopped waiting does not miss it.
+                    let _ = sender.send(result);
+                }
+            }
+            Ok(Notice::MemoryPlugged { bytes }) => drop(shared.plugged.send_replace(bytes)),
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
             Err(ControlError::Closed) => return None,
             Err(error) => {

@@ -216,19 +216,32 @@ impl Tasks {
     }
 
     /// Changes a container's limits: OCI `LinuxResources` as JSON.
-    pub(crate) async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), TaskError> {
+    pub(crate) async fn update(self: &Arc<Self>, id: &str, resources: Vec<u8>) -> Result<(), TaskError> {
         let container = self.container(id)?;
         if container.is_sandbox() {
             // Limits of a pod are the sum of its containers'.
             return Ok(());
         }
+        let before = container.limits();
+        let after = before.updated(&resources);
+        // What grows must be there first, and what shrinks must be out of use.
+        container.set_limits(before.or_more(after));
         let request = Request::Update {
             container: container.id.to_string(),
             resources,
         };
-        container
-            .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
-            .await
+        let updated = async {
+            self.fit(&container.pod).await?;
+            container
+                .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
+                .await
+        };
+        let updated = updated.await;
+        container.set_limits(if updated.is_ok() { after } else { before });
+        if after != before {
+            self.fit_later(&container.pod);
+        }
+        updated
     }
 
     /// A container's resource use.

@@ -15,7 +15,9 @@ use nutshell_protocol::{CreateContainer, PidNamespace, Request, Rootfs, Stdio};
 
 use super::{CREATE_LIMIT, Container, Role, Tasks, Way, ask, gone};
 use crate::{
-    oci::{self, ContainerId, Hooks, HostMount, Network, Placement, Plan, PlanError, Planned, Root, SourceKind},
+    oci::{
+        self, ContainerId, Hooks, HostMount, Limits, Network, Placement, Plan, PlanError, Planned, Root, SourceKind,
+    },
     shim::{
         error::{Kind, TaskError},
         holder::{self, Holder, Namespace},
@@ -230,7 +232,7 @@ impl Tasks {
             Placement::Single => Role::Alone { writes_disk },
             Placement::Member { .. } => Role::Member { writes_disk },
         };
-        let container = self.enter(request, role, pod, plan.hooks);
+        let container = self.enter(request, role, pod, plan.hooks, plan.limits);
         let (root, shares) = (plan.root, plan.shares);
         // All of this while the guest boots; both to their end, so that nothing is still under way
         // when a failure is cleaned up.
@@ -249,6 +251,10 @@ impl Tasks {
                 request.id, ready.version, ready.kernel
             ));
             self.set_up(pod).await?;
+            // Limits are no promise: a machine that cannot grow runs what fits.
+            if let Err(error) = self.fit(pod).await {
+                log::warn(&format!("task {}: {error}", request.id));
+            }
             create_in_guest(request, plan.spec, pids, rootfs, stdio, pod).await
         };
         match created.await {
@@ -265,7 +271,14 @@ impl Tasks {
     }
 
     /// Enters the container into the table, where events about it find it.
-    pub(super) fn enter(&self, request: &CreateRequest, role: Role, pod: &Arc<Pod>, hooks: Hooks) -> Arc<Container> {
+    pub(super) fn enter(
+        &self,
+        request: &CreateRequest,
+        role: Role,
+        pod: &Arc<Pod>,
+        hooks: Hooks,
+        limits: Limits,
+    ) -> Arc<Container> {
         let container = Arc::new(Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
@@ -275,6 +288,7 @@ impl Tasks {
             init: Arc::new(Process::init(request.stdio.clone())),
             execs: Mutex::default(),
             hooks,
+            limits: Mutex::new(limits),
         });
         self.table().containers.insert(request.id.clone(), container.clone());
         container

@@ -4,7 +4,7 @@
 //! Lives here: what each Task call does, in the types of this crate. May not live here: protobuf and
 //! ttrpc (those are [`super::service`] and [`super::sandbox_service`]), how a machine is made
 //! ([`super::pod`]). `create`, `start`, `control` and `delete` each have the calls of their name,
-//! `sandbox` has those of the Sandbox service, `exit` what happens by itself.
+//! `sandbox` has those of the Sandbox service, `exit` what happens by itself, `size` what becomes of limits.
 //!
 //! All of it runs on the shim's main thread. What a call has begun is finished even if its caller
 //! goes away, so that nothing is left half-done.
@@ -14,6 +14,7 @@ mod create;
 mod delete;
 mod exit;
 mod sandbox;
+mod size;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,7 @@ use super::{
     process::Process,
     stdio::{Streaming, Surroundings},
 };
-use crate::oci::{ContainerId, Hooks};
+use crate::oci::{ContainerId, Hooks, Limits};
 
 /// How long the output of a process that ended may take to reach a reader that does not read, before
 /// the end is reported, and again before the process is forgotten (containerd-contract §1.12).
@@ -106,6 +107,8 @@ pub(crate) struct Container {
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     hooks: Hooks,
+    /// What bounds it now.
+    limits: Mutex<Limits>,
 }
 
 impl Container {
@@ -131,6 +134,14 @@ impl Container {
     /// Its folder.
     pub(crate) fn bundle(&self) -> &std::path::Path {
         &self.bundle
+    }
+
+    fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_limits(&self, limits: Limits) {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {

@@ -18,7 +18,7 @@ use super::{
     create::{CONTEXT, failed, hold, run_hooks, unplanned},
 };
 use crate::{
-    oci::{self, ContainerId, PodPlan, PodShared, Resolver},
+    oci::{self, ContainerId, Limits, PodPlan, PodShared, Resolver},
     shim::{
         error::{Kind, TaskError},
         lifecycle::{Deletion, Exit, Phase},
@@ -72,7 +72,7 @@ impl Tasks {
         let shared = set_up_request(&plan.shared).map_err(|error| error.during(CONTEXT))?;
         let needs = Needs::of_pod(&plan, shared);
         let pod = self.start_pod(request, needs).await.map_err(failed)?;
-        let container = self.enter(request, Role::Sandbox(way), &pod, plan.hooks);
+        let container = self.enter(request, Role::Sandbox(way), &pod, plan.hooks, Limits::default());
         let held = async {
             hold(&container, &plan.network)?;
             run_hooks(&container).await
@@ -268,7 +268,7 @@ impl Tasks {
             .filter(|member| !member.is_sandbox())
             .map(|member| member.id.as_str());
         let containers: Vec<_> = containers.collect();
-        let size = sandbox.pod.size();
+        let size = sandbox.pod.current_size();
         HashMap::from([
             ("vmmPid".to_owned(), sandbox.pod.machine().pid().to_string()),
             ("memoryMiB".to_owned(), (size.memory >> 20).to_string()),

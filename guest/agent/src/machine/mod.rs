@@ -8,6 +8,8 @@ pub(crate) mod disk;
 pub(crate) mod forward;
 pub(crate) mod network;
 pub(crate) mod share;
+pub(crate) mod size;
+mod slot;
 
 use std::fs;
 use std::io;

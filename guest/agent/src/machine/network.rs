@@ -5,23 +5,19 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use nutshell_protocol::{Failure, link_device};
+use nutshell_protocol::Failure;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
+use super::slot;
 use crate::job::Context;
-
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio/bind";
 
 /// Has the driver look at the slot again, which was empty when the machine booted, and returns the
 /// number of the interface that it finds there.
 pub(crate) fn plug(slot: u32) -> io::Result<u32> {
-    let name = link_device(slot);
-    // The driver has made the interface when this returns.
-    fs::write(DRIVER, &name).map_err(|error| about(&error, &format!("bind {name} to its driver")))?;
-    let device = format!("/sys/bus/platform/devices/{name}");
-    let found = only(Path::new(&device), "virtio")
+    let device = slot::bind(slot)?;
+    let found = only(&device, "virtio")
         .and_then(|virtio| only(&virtio.join("net"), ""))
-        .map_err(|error| about(&error, &format!("find the interface of {name}")))?;
+        .map_err(|error| about(&error, &format!("find the interface of {}", device.display())))?;
     let index = fs::read_to_string(found.join("ifindex"))?;
     index.trim().parse().map_err(io::Error::other)
 }

@@ -267,7 +267,7 @@ fn serve(shared: &Shared, queue: &mut DeviceQueue) -> Result<(), QueueError> {
     let memory = queue.memory();
     loop {
         queue.pause_kicks()?;
-        while let Some(chain) = queue.pop(&memory)? {
+        while let Some(chain) = queue.pop(memory)? {
             let head = chain.head;
             let slot = shared.backing.read().unwrap_or_else(PoisonError::into_inner);
             let capacity = shared.capacity.load(Ordering::SeqCst);

@@ -25,7 +25,7 @@ use super::{
     *,
 };
 use crate::devices::virtio::{
-    Memory,
+    GuestMemory, Memory,
     queue::{
         DeviceQueue,
         tests::{Count, NEXT, WRITE, device_queue, memory},
@@ -82,7 +82,7 @@ fn pair<'m>(
     tap: &Arc<Tap>,
     receive: &MockSplitQueue<'m, Memory>,
     transmit: &MockSplitQueue<'m, Memory>,
-    memory: &Arc<Memory>,
+    memory: &GuestMemory,
 ) -> Pair {
     Pair {
         tap: tap.clone(),

@@ -57,9 +57,8 @@ impl Worker {
             .name("net".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                let memory = pair.receive.memory();
                 // A guest that breaks its queues goes on without a network.
-                let _ = Moving::new(pair, control, &memory).run(&stopped);
+                let _ = Moving::new(pair, control).run(&stopped);
             })?;
         Ok(Self {
             stop,
@@ -105,12 +104,11 @@ const SOURCES: [Source; 5] = [
     Source::Control,
 ];
 
-struct Moving<'m> {
+struct Moving {
     tap: Arc<Tap>,
-    receive: Receive<'m>,
+    receive: Receive,
     transmit: DeviceQueue,
     control: Option<Control>,
-    memory: &'m Memory,
     arrival: Arrival,
 }
 
@@ -125,8 +123,8 @@ enum Arrival {
     Gone,
 }
 
-impl<'m> Moving<'m> {
-    fn new(pair: Pair, control: Option<Control>, memory: &'m Memory) -> Self {
+impl Moving {
+    fn new(pair: Pair, control: Option<Control>) -> Self {
         Self {
             tap: pair.tap,
             receive: Receive {
@@ -138,7 +136,6 @@ impl<'m> Moving<'m> {
             },
             transmit: pair.transmit,
             control,
-            memory,
             arrival: Arrival::Awaited,
         }
     }
@@ -215,7 +212,7 @@ impl<'m> Moving<'m> {
         if self.arrival == Arrival::Gone {
             return Ok(false);
         }
-        let outcome = self.receive.turn(&self.tap, self.memory);
+        let outcome = self.receive.turn(&self.tap);
         self.receive.queue.notify()?;
         let outcome = outcome?;
         // A guest that gives no room must not keep this thread awake.
@@ -235,9 +232,10 @@ impl<'m> Moving<'m> {
     /// Moves packets of the guest; `true` if there are more.
     fn transmit(&mut self) -> Result<bool, WorkerError> {
         let queue = &mut self.transmit;
+        let memory = queue.memory();
         queue.pause_kicks()?;
         for _ in 0..TURN {
-            let Some(chain) = queue.pop(self.memory)? else {
+            let Some(chain) = queue.pop(memory)? else {
                 queue.notify()?;
                 return Ok(queue.resume_kicks()?);
             };
@@ -264,18 +262,19 @@ enum Outcome {
 }
 
 /// Packets on their way to the guest.
-struct Receive<'m> {
+struct Receive {
     queue: DeviceQueue,
     merges: bool,
     /// Room of chains that were taken, in their order.
-    space: Buffers<'m>,
+    space: Buffers<'static>,
     /// Those chains and how much room each has.
     chains: VecDeque<(u16, usize)>,
     used: Vec<(u16, u32)>,
 }
 
-impl<'m> Receive<'m> {
-    fn turn(&mut self, tap: &Tap, memory: &'m Memory) -> Result<Outcome, QueueError> {
+impl Receive {
+    fn turn(&mut self, tap: &Tap) -> Result<Outcome, QueueError> {
+        let memory = self.queue.memory();
         for _ in 0..TURN {
             if !self.has_room(memory)? {
                 return Ok(Outcome::Full);
@@ -291,7 +290,7 @@ impl<'m> Receive<'m> {
     }
 
     /// Takes chains until any packet fits; `false` if the guest has given too few.
-    fn has_room(&mut self, memory: &'m Memory) -> Result<bool, QueueError> {
+    fn has_room(&mut self, memory: &'static Memory) -> Result<bool, QueueError> {
         loop {
             let enough = if self.merges {
                 self.space.len() >= LARGEST

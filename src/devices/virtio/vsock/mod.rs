@@ -61,7 +61,7 @@ impl Vsock {
         let mut budget = BUDGET;
         loop {
             transmit.pause_kicks()?;
-            while let Some(mut chain) = transmit.pop(&memory)? {
+            while let Some(mut chain) = transmit.pop(memory)? {
                 let mut header = [0; HEADER];
                 if chain.readable.take(&mut header) {
                     let packet = Packet::parse(&header);
@@ -103,7 +103,7 @@ impl Vsock {
         let memory = receive.memory();
         receive.pause_kicks()?;
         while self.muxer.has_packet() {
-            let Some(mut chain) = receive.pop(&memory)? else {
+            let Some(mut chain) = receive.pop(memory)? else {
                 // Blocked on the guest's buffers: hear of the next.
                 if receive.resume_kicks()? {
                     receive.pause_kicks()?;

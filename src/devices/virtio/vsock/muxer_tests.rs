@@ -3,14 +3,13 @@
 use std::{
     fs::File,
     io::{self, Read, Write},
-    sync::Arc,
 };
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::virtio::{
-    Memory,
+    GuestMemory,
     buffers::Buffers,
     queue::tests::memory,
     vsock::{
@@ -27,7 +26,7 @@ const TO_GUEST: u64 = 0x8_0000;
 /// A muxer, and a guest that talks to it.
 struct Guest {
     muxer: Muxer,
-    memory: Arc<Memory>,
+    memory: GuestMemory,
     /// What the guest says of its own receive buffer.
     buffer: u32,
     forwarded: u32,
@@ -73,7 +72,7 @@ impl Guest {
 
     fn sends(&mut self, packet: Packet, payload: &[u8]) {
         self.memory.write_slice(payload, GuestAddress(FROM_GUEST)).unwrap();
-        let mut buffers = Buffers::over(&self.memory, FROM_GUEST, payload.len());
+        let mut buffers = Buffers::over(&self.memory, FROM_GUEST, payload.len()).unwrap();
         self.muxer.receive(&packet, &mut buffers);
     }
 
@@ -82,7 +81,7 @@ impl Guest {
         self.muxer.poll().unwrap();
         let mut heard = Vec::new();
         while self.muxer.has_packet() {
-            let room = Buffers::over(&self.memory, TO_GUEST, 4096);
+            let room = Buffers::over(&self.memory, TO_GUEST, 4096).unwrap();
             if let Some(packet) = self.muxer.send(&room) {
                 let mut payload = vec![0; packet.length as usize];
                 self.memory.read_slice(&mut payload, GuestAddress(TO_GUEST)).unwrap();

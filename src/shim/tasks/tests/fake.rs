@@ -69,6 +69,8 @@ struct State {
     /// Ports by process: container, exec.
     ports: HashMap<(String, Option<String>), Ports>,
     requests: Vec<Request>,
+    /// MiB beyond the boot, and vCPUs.
+    resizes: Vec<(u64, u8)>,
 }
 
 impl FakeHost {
@@ -204,6 +206,11 @@ impl Fake {
             }
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::FillDisk { .. } => assert_eq!(descriptors.len(), 1),
+            Command::Resize { memory, vcpus } => {
+                self.state().resizes.push((memory >> 20, vcpus));
+                notify(control, &Notice::Resized { result: Ok(()) });
+                notify(control, &Notice::MemoryPlugged { bytes: memory });
+            }
             Command::PlugLink { .. } | Command::GrowDisk { .. } => panic!("unexpected {command:?}"),
         }
         self.changed.notify_all();
@@ -407,6 +414,12 @@ impl Fake {
     fn port(&self, container: &str, exec: Option<&str>, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
         let key = (container.to_owned(), exec.map(str::to_owned));
         self.until(|state| state.ports.get(&key).and_then(&which))
+    }
+
+    /// The sizes that the machine was given while it ran, once there are `count`: MiB beyond the boot, and
+    /// vCPUs.
+    pub(super) fn resizes(&self, count: usize) -> Vec<(u64, u8)> {
+        self.until(|state| (state.resizes.len() >= count).then(|| state.resizes.clone()))
     }
 
     /// All requests so far.

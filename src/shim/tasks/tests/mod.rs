@@ -84,7 +84,7 @@ impl Shim {
                 default_memory: 64 << 20,
                 default_vcpus: 1,
                 max_memory: 1 << 30,
-                max_vcpus: 1,
+                max_vcpus: 4,
             },
             host_namespaces: HostNamespaces::Refused,
             debug: false,

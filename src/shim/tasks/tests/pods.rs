@@ -1,7 +1,7 @@
 //! Pods: their sandboxes in both of containerd's ways, and what their containers share.
 
 use containerd_shim_protos::{
-    api::ShutdownRequest,
+    api::{ShutdownRequest, UpdateTaskRequest},
     protobuf::MessageField,
     sandbox_api::{
         CreateSandboxRequest, PingRequest, SandboxMetricsRequest, SandboxStatusRequest, SandboxStatusResponse,
@@ -324,6 +324,68 @@ async fn sandbox_in_a_namespace_of_the_host_is_refused_before_anything_is_made()
     }
     assert_eq!(shim.fake.pid(), 0, "a machine was started");
     shim.no_more_events().await;
+}
+
+/// Requests about sizes and containers, by their kinds.
+fn order(requests: &[Request]) -> String {
+    let kind = |request: &Request| match request {
+        Request::FitMachine { processors, memory } => Some(format!("fit {processors} {memory}")),
+        Request::CreateContainer(_) => Some("create".to_owned()),
+        Request::Update { .. } => Some("update".to_owned()),
+        _ => None,
+    };
+    requests.iter().filter_map(kind).collect::<Vec<_>>().join(", ")
+}
+
+#[tokio::test]
+async fn machine_of_a_pod_follows_the_limits_of_its_members() {
+    let shim = Shim::start().await;
+    shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
+    let limits = |memory: u64, quota: u64| {
+        move |spec: &mut Value| {
+            spec["linux"]["resources"] = json!({
+                "memory": {"limit": memory << 20},
+                "cpu": {"quota": quota, "period": 100_000},
+            });
+        }
+    };
+    let update = async |resources: Value| {
+        let request = UpdateTaskRequest {
+            id: "c1".to_owned(),
+            resources: MessageField::some(Any {
+                value: serde_json::to_vec(&resources).unwrap(),
+                ..Any::default()
+            }),
+            ..UpdateTaskRequest::default()
+        };
+        shim.task.update(context::Context::default(), &request).await.unwrap();
+    };
+
+    // Booted with 128 MiB; a member's limit needs an overhead beside it.
+    shim.create_in_pod("small", "container", limits(32, 50_000))
+        .await
+        .unwrap();
+    assert_eq!(shim.fake.resizes(0), []);
+    shim.create_in_pod("c1", "container", limits(224, 120_000))
+        .await
+        .unwrap();
+    assert_eq!(shim.fake.resizes(1), [(256 + 4 + 64 - 128, 2)]);
+    update(json!({"memory": {"limit": 480 << 20}, "cpu": {"quota": 300_000, "period": 100_000}})).await;
+    assert_eq!(shim.fake.resizes(2)[1..], [(512 + 8 + 64 - 128, 4)]);
+    update(json!({"memory": {"limit": 480 << 20}})).await;
+    assert_eq!(shim.fake.resizes(2).len(), 2, "nothing changed");
+    assert_eq!(
+        order(&shim.fake.requests()),
+        "create, fit 2 true, create, fit 4 true, update, update"
+    );
+
+    update(json!({"memory": {"limit": 96 << 20}, "cpu": {"quota": 50_000}})).await;
+    assert_eq!(shim.fake.resizes(3)[2..], [(128 + 2 + 64 - 128, 1)]);
+    let asked = order(&shim.fake.requests());
+    assert!(
+        asked.contains("update, update, update"),
+        "shrinks before it may: {asked}"
+    );
 }
 
 #[tokio::test]

@@ -140,7 +140,7 @@ fn activate(
     net: &mut Net,
     features: Option<u64>,
     mocks: &[MockSplitQueue<'_, Memory>],
-    memory: &Arc<Memory>,
+    memory: &GuestMemory,
 ) -> Vec<EventFd> {
     let queues: Vec<_> = mocks.iter().map(|mock| device_queue(mock, memory).0).collect();
     let kicks = queues.iter().map(|queue| queue.kick().try_clone().unwrap()).collect();

@@ -1,0 +1,217 @@
+//! A machine that changes its size while it runs: memory by a virtio-mem device that is plugged when the
+//! first of it is asked for, processors by creating what the tables of [`super::boot::mptable`] have named
+//! from the start.
+//!
+//! The host's side only grows: a guest that gives memory back may take it again, up to the most that it
+//! was ever given.
+
+use std::{ops::Range, sync::Arc};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    build::{BuildError, Place, connect, device, eventfd},
+    control::Machine,
+    end::End,
+    kvm::{self, Vm},
+    memory::{self, MMIO, ranges},
+    vcpu::{self, Peripherals},
+};
+use crate::devices::virtio::{
+    Device, GuestMemory, Handle,
+    fs::Fs,
+    mem::{self, Mem},
+    mmio::Line,
+};
+
+/// What Linux adds and removes memory by, at most (x86, `probe_memory_block_size`): the region starts at a
+/// multiple of it.
+const LARGEST_MEMORY_BLOCK: u64 = 2 << 30;
+
+/// The same, for guests of less than 64 GiB.
+const MEMORY_BLOCK: u64 = 128 << 20;
+
+/// The most memory at boot for which Linux takes [`MEMORY_BLOCK`].
+const FEW: u64 = 64 << 30;
+
+/// What a machine may become.
+#[derive(Debug)]
+pub(crate) struct Growth {
+    region: Range<u64>,
+    step: u64,
+    /// How much of the region there is on the host, in bytes.
+    usable: u64,
+    place: Place,
+    device: Option<Handle<Mem>>,
+    request: EventFd,
+    vcpus: u8,
+    most_vcpus: u8,
+}
+
+/// The parts of a running machine that growth touches.
+pub(crate) struct Around<'a> {
+    pub(crate) vm: &'a mut Vm,
+    pub(crate) memory: &'a GuestMemory,
+    pub(crate) fs: Option<&'a Handle<Fs>>,
+    pub(crate) peripherals: &'a Arc<Peripherals>,
+    pub(crate) end: &'a Arc<End>,
+}
+
+impl Growth {
+    /// For a machine that boots as `machine` says; its memory device will be at `place`.
+    pub(crate) fn new(machine: &Machine, place: Place) -> Result<Self, BuildError> {
+        let boot_end = ranges(machine.memory).last().map_or(0, |(base, length)| base + length);
+        let start = boot_end.max(MMIO.end).next_multiple_of(LARGEST_MEMORY_BLOCK);
+        let step = if machine.memory < FEW {
+            MEMORY_BLOCK
+        } else {
+            LARGEST_MEMORY_BLOCK
+        };
+        let length = machine
+            .most_memory
+            .saturating_sub(machine.memory)
+            .next_multiple_of(step);
+        let end = start.checked_add(length);
+        let end = end.ok_or(BuildError::Command("more memory than there are addresses"))?;
+        Ok(Self {
+            region: start..end,
+            step,
+            usable: 0,
+            place,
+            device: None,
+            request: eventfd()?,
+            vcpus: machine.vcpus,
+            most_vcpus: machine.most_vcpus.max(machine.vcpus),
+        })
+    }
+
+    /// Readable when the guest's driver has something for [`Self::serve`].
+    pub(crate) fn request(&self) -> &EventFd {
+        &self.request
+    }
+
+    /// Lets the guest have `bytes` of memory beyond what it booted with and at least `vcpus` processors.
+    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8, mut around: Around<'_>) -> Result<(), BuildError> {
+        if !bytes.is_multiple_of(mem::BLOCK) || bytes > self.region.end - self.region.start {
+            return Err(BuildError::Command("memory that the machine cannot have"));
+        }
+        if vcpus > self.most_vcpus {
+            return Err(BuildError::Command("processors that the machine cannot have"));
+        }
+        if vcpus > self.vcpus {
+            let ids = self.vcpus..vcpus;
+            for (id, vcpu) in ids.clone().zip(around.vm.create_vcpus(ids, self.most_vcpus)?) {
+                kvm::announce(&vcpu)?;
+                vcpu::start(id.into(), vcpu, around.peripherals.clone(), around.end.clone())
+                    .map_err(device("vCPU thread"))?;
+                self.vcpus = id + 1;
+            }
+        }
+        if bytes > self.usable {
+            self.extend(bytes.next_multiple_of(self.step), &mut around)?;
+        }
+        match &self.device {
+            Some(device) => device.lock().request(bytes, self.usable),
+            None if bytes > 0 => self.plug(bytes, &around)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Puts memory there, for KVM, for every device and for the file server, before the guest may use it.
+    fn extend(&mut self, usable: u64, around: &mut Around<'_>) -> Result<(), BuildError> {
+        let base = self.region.start + self.usable;
+        let memory = memory::extend(around.memory.now(), base, usable - self.usable)?;
+        around.vm.add_memory(&memory)?;
+        // What KVM has must stay mapped, whatever follows.
+        around.memory.grow(memory.clone());
+        self.usable = usable;
+        match around.fs {
+            Some(fs) => fs.lock().grow(&memory).map_err(BuildError::FileServer),
+            None => Ok(()),
+        }
+    }
+
+    fn plug(&mut self, bytes: u64, around: &Around<'_>) -> Result<(), BuildError> {
+        let device = Handle::new(Mem::new(self.region.clone()));
+        device.lock().request(bytes, self.usable);
+        let kick = self.request.try_clone().map_err(super::build::device("eventfd"))?;
+        let line = Arc::new(Line::new(eventfd()?));
+        let address = self.place.address;
+        let transport = connect(
+            around.vm,
+            around.memory,
+            address,
+            Box::new(device.clone()),
+            line,
+            vec![kick],
+        )?;
+        if !self.place.slot.fill(transport) {
+            return Err(BuildError::Command("the slot for memory is taken"));
+        }
+        self.device = Some(device);
+        Ok(())
+    }
+
+    /// What the guest has beyond what it booted with, in bytes, if that is what it should have.
+    pub(crate) fn settled(&self) -> Option<u64> {
+        let device = self.device.as_ref().map(Handle::lock);
+        device.map_or(Some(0), |device| device.is_settled().then(|| device.size()))
+    }
+
+    /// Answers the guest's driver.
+    pub(crate) fn serve(&self) {
+        if let Some(device) = &self.device {
+            let mut device = device.lock();
+            // A guest that breaks the queue goes on with the memory that it has.
+            if device.serve().is_err() {
+                device.reset();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        devices::virtio::mmio::Slot,
+        vmm::{build::Address, control::Extent},
+    };
+
+    const GIB: u64 = 1 << 30;
+
+    fn growth(memory: u64, most_memory: u64) -> Growth {
+        let extent = Extent { offset: 0, length: 0 };
+        let machine = Machine {
+            memory,
+            most_memory,
+            vcpus: 1,
+            most_vcpus: 4,
+            share: true,
+            disks: Vec::new(),
+            kernel: extent,
+            initramfs: extent,
+            kernel_arguments: String::new(),
+        };
+        let place = Place {
+            address: Address { base: 0, line: 5 },
+            slot: Slot::default(),
+        };
+        Growth::new(&machine, place).unwrap()
+    }
+
+    #[test]
+    fn region_lies_behind_all_memory_of_the_boot_where_linux_can_add_it() {
+        let cases = [
+            (GIB / 2, GIB, 4 * GIB..4 * GIB + GIB / 2),
+            (GIB / 2, GIB / 2, 4 * GIB..4 * GIB),
+            (GIB / 2, GIB / 2 + (2 << 20), 4 * GIB..4 * GIB + MEMORY_BLOCK),
+            (3 * GIB + (2 << 20), 8 * GIB, 6 * GIB..6 * GIB + 5 * GIB),
+            (64 * GIB, 65 * GIB, 66 * GIB..68 * GIB),
+        ];
+        for (boot, most, region) in cases {
+            assert_eq!(growth(boot, most).region, region, "{boot} up to {most}");
+        }
+    }
+}
