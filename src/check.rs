@@ -96,6 +96,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         most_vcpus: 1,
         share: false,
         disks: Vec::new(),
+        free_disks: 0,
         kernel: image.kernel_extent,
         initramfs: image.initramfs_extent,
         kernel_arguments: std::env::args().nth(2).unwrap_or_default(),

@@ -28,9 +28,9 @@ pub(crate) const DEFAULT_VCPUS: u8 = 1;
 /// The most vCPUs that a machine has.
 pub(crate) const MAX_VCPUS: u8 = 64;
 
-/// The most vCPUs to which a pod's machine grows that booted with fewer: each that may come costs the guest
-/// memory and time when it boots.
-const MOST_VCPUS_OF_A_POD: u8 = 16;
+/// How many times the vCPUs that it booted with the machine of a pod may come to have: each that may come costs the
+/// guest memory and time when it boots.
+const VCPU_GROWTH: u8 = 4;
 
 /// The least memory that a machine has, in bytes.
 pub(crate) const MIN_MEMORY: u64 = 128 << 20;
@@ -92,7 +92,10 @@ impl Sizing {
                 vcpus: if fixed(VCPUS_ANNOTATION) {
                     boot.vcpus
                 } else {
-                    boot.vcpus.max(self.max_vcpus.min(MOST_VCPUS_OF_A_POD))
+                    boot.vcpus
+                        .saturating_mul(VCPU_GROWTH)
+                        .min(self.max_vcpus)
+                        .max(boot.vcpus)
                 },
             },
         })
@@ -321,7 +324,7 @@ mod tests {
         let asked = annotations(&[(MEMORY_ANNOTATION, "256")]);
         let size = SIZING.of_sandbox(&asked).unwrap();
         assert_eq!((size.boot.memory, size.most.memory), (256 * MIB, 256 * MIB));
-        assert_eq!((size.boot.vcpus, size.most.vcpus), (1, 8));
+        assert_eq!((size.boot.vcpus, size.most.vcpus), (1, 4));
         let asked = annotations(&[(VCPUS_ANNOTATION, "2")]);
         let size = SIZING.of_sandbox(&asked).unwrap();
         assert_eq!((size.boot.vcpus, size.most.vcpus), (2, 2));

@@ -23,7 +23,7 @@ use super::{
     configuration::Configuration,
     error::TaskError,
     holder, log,
-    machine::{Boot, BootError, Guest, LAST_WORDS, Machine, Slot, Vmm, open_disk, open_kvm},
+    machine::{Boot, BootError, DiskFile, Guest, LAST_WORDS, Machine, Vmm, open_disk, open_kvm},
     network::{Network, NetworkError},
     share::{FsProcess, ShareError},
 };
@@ -97,9 +97,12 @@ pub(crate) enum PodError {
     /// No machine.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The machine cannot be asked.
+    #[error("give a disk to the virtual machine: {0}")]
+    Control(#[from] ControlError),
     /// The machine does not take a disk.
     #[error("give a disk to the virtual machine: {0}")]
-    Disk(#[from] ControlError),
+    Disk(String),
     /// Every slot for a disk is taken.
     #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS}")]
     NoSlot,
@@ -122,8 +125,8 @@ pub(crate) enum PodError {
 pub(crate) struct Needs {
     size: PodSize,
     share: bool,
-    disks: Vec<Slot>,
-    /// Slots that are empty at first.
+    disks: Vec<DiskFile>,
+    /// Disk slots that are empty at first.
     free: Range<u32>,
     group: Option<ControlGroup>,
     shared: Option<SetUpPod>,
@@ -136,11 +139,11 @@ impl Needs {
             Root::Share { .. } => (true, Vec::new()),
             Root::Disk { source, read_only, .. } => {
                 let file = open_disk(source, *read_only)?;
-                let slot = Slot::Filled {
+                let disk = DiskFile {
                     file,
                     read_only: *read_only,
                 };
-                (!plan.shares.is_empty(), vec![slot])
+                (!plan.shares.is_empty(), vec![disk])
             }
         };
         Ok(Self {
@@ -158,7 +161,7 @@ impl Needs {
         Self {
             size: plan.size,
             share: true,
-            disks: (0..MEMBER_DISKS).map(|_| Slot::Empty).collect(),
+            disks: Vec::new(),
             free: 0..MEMBER_DISKS,
             group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
             shared: Some(shared),
@@ -231,6 +234,7 @@ impl Pod {
             size: needs.size,
             share,
             disks: needs.disks,
+            free_disks: needs.free.end,
         };
         let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
             Ok(machine) => machine,
@@ -379,7 +383,8 @@ impl Pod {
         };
         let slot = next.ok_or(PodError::NoSlot)?;
         let file = open_disk(source, read_only)?;
-        self.machine.fill_disk(slot, read_only, file.as_fd()).await?;
+        let plugged = self.machine.plug_disk(slot, read_only, file.as_fd()).await?;
+        plugged.map_err(PodError::Disk)?;
         Ok(slot)
     }
 

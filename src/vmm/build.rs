@@ -66,7 +66,7 @@ pub(crate) enum BuildError {
     #[error("the file server does not take more guest memory: {0}")]
     FileServer(String),
     /// A slot that does not exist, or is taken.
-    #[error("there is no empty slot {0} for a network device")]
+    #[error("there is no empty slot {0} for a device of this kind")]
     Slot(u32),
     /// The kernel cannot be loaded.
     #[error(transparent)]
@@ -88,7 +88,7 @@ pub(crate) struct Parts {
     initramfs: File,
     agent: OwnedFd,
     share: Option<UnixStream>,
-    disks: Vec<Option<Backing>>,
+    disks: Vec<Backing>,
 }
 
 impl Parts {
@@ -110,12 +110,9 @@ impl Parts {
                 .disks
                 .iter()
                 .map(|disk| {
-                    Ok(match disk {
-                        control::Disk::Empty => None,
-                        control::Disk::ReadOnly | control::Disk::ReadWrite => Some(Backing {
-                            file: next("no file of a disk")?.into(),
-                            read_only: *disk == control::Disk::ReadOnly,
-                        }),
+                    Ok(Backing {
+                        file: next("no file of a disk")?.into(),
+                        read_only: *disk == control::Disk::ReadOnly,
                     })
                 })
                 .collect::<Result<_, BuildError>>()?,
@@ -139,6 +136,8 @@ pub(crate) struct Running {
     end: Arc<End>,
     /// Places for network devices.
     links: Vec<Place>,
+    /// Places for disks, the first of which has the number of the last disk of the boot and one.
+    free_disks: Vec<Place>,
     growth: Growth,
     fs: Option<Handle<Fs>>,
     pub(crate) vsock: Handle<Vsock>,
@@ -150,6 +149,10 @@ pub(crate) struct Running {
     pub(crate) rng_request: EventFd,
     pub(crate) balloon: Handle<Balloon>,
     pub(crate) balloon_report: EventFd,
+    /// How many disks there were at boot.
+    boot_disks: usize,
+    /// How many queues a disk has.
+    queues: u16,
     pub(crate) disks: Vec<Disk>,
 }
 
@@ -173,9 +176,27 @@ impl Running {
         let place = self.links.get(slot as usize).filter(|place| place.slot.is_empty());
         let place = place.ok_or(BuildError::Slot(slot))?;
         let net = Net::new(mac, mtu, queues).map_err(device("tap device"))?;
+        self.plug(slot, place, Box::new(net))
+    }
+
+    /// Puts a disk into an empty disk slot, in the same way.
+    pub(crate) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), BuildError> {
+        // They are filled in order, so that a disk's number is its place in the table.
+        let place = (slot as usize)
+            .checked_sub(self.boot_disks)
+            .filter(|_| slot as usize == self.disks.len())
+            .and_then(|index| self.free_disks.get(index));
+        let place = place.ok_or(BuildError::Slot(slot))?;
+        let disk = Disk::new(disk_serial(slot), backing).map_err(device("disk"))?;
+        self.plug(slot, place, Box::new(Block::new(disk.clone(), self.queues)))?;
+        self.disks.push(disk);
+        Ok(())
+    }
+
+    fn plug(&self, slot: u32, place: &Place, virtio: Box<dyn Device>) -> Result<(), BuildError> {
         let line = Arc::new(Line::new(eventfd()?));
-        let kicks = kicks_of(&net)?;
-        let transport = connect(&self.vm, &self.memory, place.address, Box::new(net), line, kicks)?;
+        let kicks = kicks_of(&*virtio)?;
+        let transport = connect(&self.vm, &self.memory, place.address, virtio, line, kicks)?;
         if place.slot.fill(transport) {
             Ok(())
         } else {
@@ -247,6 +268,9 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         .map(|_| board.reserve())
         .collect::<Result<Vec<_>, _>>()?;
     let growth = Growth::new(&machine, board.reserve()?)?;
+    let free_disks = (0..machine.free_disks)
+        .map(|_| board.reserve())
+        .collect::<Result<Vec<_>, _>>()?;
     let mut muxer = Muxer::new().map_err(device("vsock"))?;
     let agent_output = agent.try_clone().map_err(device("vsock"))?;
     muxer
@@ -315,6 +339,9 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         peripherals,
         end: end.clone(),
         links,
+        free_disks,
+        boot_disks: machine.disks.len(),
+        queues: machine.vcpus.into(),
         growth,
         fs,
         vsock_receive: kick(&mut vsock_kicks)?,

@@ -51,7 +51,7 @@ pub(crate) enum Command {
     ///
     /// Descriptors: `/dev/kvm`; the guest's kernel file; the guest's initramfs file; the stream of
     /// [`nutshell_protocol::AGENT_PORT`]; if `share`, the connected vhost-user socket of the fs
-    /// process; then each disk's file or block device that is not empty.
+    /// process; then each disk's file or block device.
     Boot(Machine),
     /// Let the guest connect to host port `port`, once, and carry bytes between that connection
     /// and the descriptors: if `input`, one that is read from; if `output`, one that is written to.
@@ -76,9 +76,10 @@ pub(crate) enum Command {
         /// The host port.
         port: u32,
     },
-    /// Give the empty disk slot `slot` its backing. Descriptor: the file or block device.
-    FillDisk {
-        /// The slot.
+    /// Put a disk into disk slot `slot`, one of those that the machine keeps free; [`Notice::Plugged`] follows.
+    /// Descriptor: the file or block device.
+    PlugDisk {
+        /// The disk slot.
         slot: u32,
         /// The guest may only read.
         read_only: bool,
@@ -89,7 +90,7 @@ pub(crate) enum Command {
         slot: u32,
     },
     /// Put a network device into the empty slot `slot` (below [`nutshell_protocol::LINK_SLOTS`]);
-    /// [`Notice::LinkPlugged`] follows.
+    /// [`Notice::Plugged`] follows.
     ///
     /// Descriptors: of one tap device, a queue each, at least one. They are non-blocking, with headers of
     /// [`NET_HEADER`] bytes (`TUNSETVNETHDRSZ`) in little-endian order.
@@ -127,8 +128,10 @@ pub(crate) struct Machine {
     pub(crate) most_vcpus: u8,
     /// There is an fs process: guest memory is shared with it.
     pub(crate) share: bool,
-    /// The virtio-blk slots in order.
+    /// The disks in the first disk slots.
     pub(crate) disks: Vec<Disk>,
+    /// How many disk slots follow, for disks that come later.
+    pub(crate) free_disks: u32,
     /// The kernel within its file.
     pub(crate) kernel: Extent,
     /// The initramfs within its file.
@@ -137,11 +140,9 @@ pub(crate) struct Machine {
     pub(crate) kernel_arguments: String,
 }
 
-/// A disk slot at boot.
+/// A disk at boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Disk {
-    /// No backing yet: the guest sees a disk of size 0.
-    Empty,
     /// A descriptor follows; the guest may only read it.
     ReadOnly,
     /// A descriptor follows; the guest may read and write it.
@@ -171,9 +172,9 @@ pub(crate) enum Notice {
         /// The host port.
         port: u32,
     },
-    /// The answer to [`Command::PlugLink`]: the guest may look for the device.
-    LinkPlugged {
-        /// The slot.
+    /// The answer to [`Command::PlugLink`] and [`Command::PlugDisk`]: the guest may look for the device.
+    Plugged {
+        /// The slot on the bus ([`nutshell_protocol::slot_device`]).
         slot: u32,
         /// Why there is none.
         result: Result<(), String>,

@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use nutshell_protocol::DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -201,15 +202,13 @@ fn command(
                 .deliver()
                 .map_err(|error| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}"))))?;
         }
-        Command::FillDisk { slot, read_only } => {
-            let disk = running.disks.get(slot as usize);
-            if let (Some(disk), Some(file)) = (disk, descriptors.next()) {
-                let backing = Backing {
-                    file: file.into(),
-                    read_only,
-                };
-                disk.fill(backing).map_err(|error| disk_failed(slot, &error))?;
-            }
+        Command::PlugDisk { slot, read_only } => {
+            drop(vsock);
+            let file = descriptors.next().ok_or(Left::ShimGone)?.into();
+            let result = running.plug_disk(slot, Backing { file, read_only });
+            let result = result.map_err(|error| error.to_string());
+            let slot = DISK_SLOT.saturating_add(slot);
+            tell(channel, &Notice::Plugged { slot, result })?;
         }
         Command::GrowDisk { slot } => {
             if let Some(disk) = running.disks.get(slot as usize) {
@@ -219,7 +218,7 @@ fn command(
         Command::PlugLink { slot, mac, mtu } => {
             let result = running.plug_link(slot, mac, mtu, descriptors.collect());
             let result = result.map_err(|error| error.to_string());
-            tell(channel, &Notice::LinkPlugged { slot, result })?;
+            tell(channel, &Notice::Plugged { slot, result })?;
         }
         Command::Resize { memory, vcpus } => {
             drop(vsock);

@@ -190,6 +190,7 @@ mod tests {
             most_vcpus: 4,
             share: true,
             disks: Vec::new(),
+            free_disks: 0,
             kernel: extent,
             initramfs: extent,
             kernel_arguments: String::new(),

@@ -41,18 +41,13 @@ pub(crate) enum BootError {
     Spawn(#[source] io::Error),
 }
 
-/// A disk slot and its backing.
+/// A disk's backing.
 #[derive(Debug)]
-pub(crate) enum Slot {
-    /// To be filled later.
-    Empty,
-    /// What [`open_disk`] opened.
-    Filled {
-        /// The file or block device.
-        file: File,
-        /// The guest may only read.
-        read_only: bool,
-    },
+pub(crate) struct DiskFile {
+    /// The file or block device, which [`open_disk`] opened.
+    pub(crate) file: File,
+    /// The guest may only read.
+    pub(crate) read_only: bool,
 }
 
 /// The guest's own files and KVM: the same for every machine.
@@ -75,8 +70,10 @@ pub(crate) struct Boot {
     pub(crate) size: PodSize,
     /// The vhost-user socket of the fs process, if directories are shared.
     pub(crate) share: Option<OwnedFd>,
-    /// The disk slots in order.
-    pub(crate) disks: Vec<Slot>,
+    /// The disks in the first disk slots.
+    pub(crate) disks: Vec<DiskFile>,
+    /// How many disk slots follow, for disks that come later.
+    pub(crate) free_disks: u32,
 }
 
 impl Boot {
@@ -94,27 +91,25 @@ impl Boot {
             vcpus: self.size.boot.vcpus,
             most_vcpus: self.size.most.vcpus,
             share: self.share.is_some(),
-            disks: self.disks.iter().map(Slot::kind).collect(),
+            disks: self.disks.iter().map(DiskFile::kind).collect(),
+            free_disks: self.free_disks,
             kernel: image.kernel_extent,
             initramfs: image.initramfs_extent,
             kernel_arguments,
         };
         let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
         descriptors.extend(self.share);
-        descriptors.extend(self.disks.into_iter().filter_map(|slot| match slot {
-            Slot::Empty => None,
-            Slot::Filled { file, .. } => Some(file.into()),
-        }));
+        descriptors.extend(self.disks.into_iter().map(|disk| disk.file.into()));
         (Command::Boot(machine), descriptors)
     }
 }
 
-impl Slot {
+impl DiskFile {
     fn kind(&self) -> Disk {
-        match self {
-            Self::Empty => Disk::Empty,
-            Self::Filled { read_only: true, .. } => Disk::ReadOnly,
-            Self::Filled { read_only: false, .. } => Disk::ReadWrite,
+        if self.read_only {
+            Disk::ReadOnly
+        } else {
+            Disk::ReadWrite
         }
     }
 }
@@ -170,7 +165,7 @@ mod tests {
         File::open("/dev/null").unwrap()
     }
 
-    fn boot(share: Option<OwnedFd>, disks: Vec<Slot>) -> Boot {
+    fn boot(share: Option<OwnedFd>, disks: Vec<DiskFile>) -> Boot {
         let extent = Extent { offset: 0, length: 0 };
         Boot {
             guest: Guest {
@@ -189,16 +184,17 @@ mod tests {
             }),
             share,
             disks,
+            free_disks: 0,
         }
     }
 
     #[test]
     fn descriptors_go_with_what_names_them() {
-        let filled = |read_only| Slot::Filled {
+        let disk = |read_only| DiskFile {
             file: null(),
             read_only,
         };
-        let disks = || vec![filled(true), Slot::Empty, filled(false)];
+        let disks = || vec![disk(true), disk(false)];
         for (share, count) in [(Some(null().into()), 7), (None, 6)] {
             let shared = share.is_some();
             let (command, descriptors) = boot(share, disks()).into_command(null().into());
@@ -206,7 +202,7 @@ mod tests {
                 panic!("{command:?}");
             };
             assert_eq!(machine.share, shared);
-            assert_eq!(machine.disks, [Disk::ReadOnly, Disk::Empty, Disk::ReadWrite]);
+            assert_eq!(machine.disks, [Disk::ReadOnly, Disk::ReadWrite]);
             assert_eq!(descriptors.len(), count);
         }
     }

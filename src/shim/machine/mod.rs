@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::{Event, Ready};
+use nutshell_protocol::{DISK_SLOT, Event, Ready};
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe::Receiver,
@@ -31,7 +31,7 @@ use tokio::{
 
 pub(crate) use self::{
     agent::{Agent, AgentError},
-    boot::{Boot, BootError, Guest, Slot, open_disk, open_kvm},
+    boot::{Boot, BootError, DiskFile, Guest, open_disk, open_kvm},
     streams::Stream,
 };
 use self::{clock::Jumps, control::Control, patience::Patience, streams::Streams};
@@ -126,8 +126,8 @@ pub(crate) struct Machine {
 struct Shared {
     streams: Streams,
     console: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
-    /// Who waits for the answer about a slot for links.
-    links: Mutex<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
+    /// Who waits for the answer about a slot.
+    slots: Mutex<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
     /// Who waits for the answer about the machine's size.
     resize: Mutex<Option<oneshot::Sender<Result<(), String>>>>,
     /// How much memory the guest had beyond what it booted with, in bytes, when it last had what it should.
@@ -185,7 +185,7 @@ impl Machine {
         let shared = Arc::new(Shared {
             streams: Streams::default(),
             console: Mutex::default(),
-            links: Mutex::default(),
+            slots: Mutex::default(),
             resize: Mutex::default(),
             plugged: watch::Sender::new(0),
             verdict: Mutex::default(),
@@ -314,9 +314,15 @@ impl Machine {
         }
     }
 
-    /// Gives an empty disk slot its file.
-    pub(crate) async fn fill_disk(&self, slot: u32, read_only: bool, file: BorrowedFd<'_>) -> Result<(), ControlError> {
-        self.control.send(&Command::FillDisk { slot, read_only }, &[file]).await
+    /// Puts a disk into a disk slot that was free. Inside, why the vmm could not.
+    pub(crate) async fn plug_disk(
+        &self,
+        slot: u32,
+        read_only: bool,
+        file: BorrowedFd<'_>,
+    ) -> Result<Result<(), String>, ControlError> {
+        let command = Command::PlugDisk { slot, read_only };
+        self.plug(DISK_SLOT.saturating_add(slot), &command, &[file]).await
     }
 
     /// Puts a network device into an empty slot; `queues` are those of its tap device. Inside, why the
@@ -328,9 +334,18 @@ impl Machine {
         mtu: u16,
         queues: &[BorrowedFd<'_>],
     ) -> Result<Result<(), String>, ControlError> {
+        self.plug(slot, &Command::PlugLink { slot, mac, mtu }, queues).await
+    }
+
+    async fn plug(
+        &self,
+        slot: u32,
+        command: &Command,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Result<(), String>, ControlError> {
         let (sender, receiver) = oneshot::channel();
-        self.shared.links().insert(slot, sender);
-        self.control.send(&Command::PlugLink { slot, mac, mtu }, queues).await?;
+        self.shared.slots().insert(slot, sender);
+        self.control.send(command, descriptors).await?;
         receiver.await.map_err(|_| ControlError::Closed)
     }
 
@@ -383,8 +398,8 @@ impl Shared {
         self.resize.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn links(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
-        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slots(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -434,7 +449,7 @@ async fn listen(
         Err(error) => format!("wait for the virtual machine's process: {error}"),
     });
     shared.streams.close_all();
-    shared.links().clear();
+    shared.slots().clear();
     shared.resize().take();
     shared.ended.send_replace(Some(Arc::new(Ending {
         reason,
@@ -455,8 +470,8 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
                     let _ = sender.send(console.clone());
                 }
             }
-            Ok(Notice::LinkPlugged { slot, result }) => {
-                if let Some(sender) = shared.links().remove(&slot) {
+            Ok(Notice::Plugged { slot, result }) => {
+                if let Some(sender) = shared.slots().remove(&slot) {
                     // Whoever stopped waiting does not miss it.
                     let _ = sender.send(result);
                 }

@@ -25,7 +25,6 @@ use harness::{Agent, create_request_on, fill_root, process, shell, unique};
 /// A machine's disks, in the order of their slots, and the agent in it.
 struct Machine {
     agent: Agent,
-    monitor: PathBuf,
 }
 
 impl Machine {
@@ -37,7 +36,6 @@ impl Machine {
     /// Boots a machine with these disks and what else QEMU's options make.
     fn boot_with(disks: &[&Path], options: &[String]) -> Self {
         let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
-        let monitor = std::env::temp_dir().join(format!("monitor-{}", unique()));
         let mut command = Command::new("qemu-system-x86_64");
         let machine = "-accel kvm -cpu host -m 256 -nodefaults -no-user-config -no-reboot -display none \
             -M microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off -device vhost-vsock-device,guest-cid=3 \
@@ -48,7 +46,6 @@ impl Machine {
             .args(["-append", "console=hvc0 reboot=t panic=-1 quiet"])
             .args(["-kernel", &setting("NUTSHELL_GUEST_KERNEL")])
             .args(["-initrd", &setting("NUTSHELL_GUEST_INITRAMFS")])
-            .args(["-monitor", &format!("unix:{},server=on,wait=off", monitor.display())])
             .args(options);
         for (slot, disk) in (0..).zip(disks) {
             let serial = disk_serial(slot);
@@ -64,7 +61,6 @@ impl Machine {
         }
         Self {
             agent: Agent::boot(command),
-            monitor,
         }
     }
 
@@ -100,15 +96,6 @@ impl Machine {
             self.agent.ask(Request::DeleteContainer { container }),
             Ok(Response::Done)
         );
-    }
-
-    /// Gives a disk a size.
-    fn grow(&self, slot: u32, size: u64) {
-        let mut monitor = UnixStream::connect(&self.monitor).unwrap();
-        writeln!(monitor, "block_resize disk{slot} {size}B\nquit_monitor").unwrap();
-        let mut lines = BufReader::new(monitor).lines();
-        // The prompt after the unknown second command: the first is done.
-        while !lines.next().unwrap().unwrap().contains("unknown command") {}
     }
 }
 
@@ -195,30 +182,14 @@ fn container_sees_nothing_of_the_initramfs() {
 }
 
 #[test]
-fn disk_may_appear_after_it_is_asked_for() {
-    let grown = image();
-    let size = fs::metadata(&grown).unwrap().len();
-    let content = fs::read(&grown).unwrap();
-    File::create(&grown).unwrap();
-    let mut machine = Machine::boot(&[&image(), &grown]);
-    let request = create_request_on(disk(1, &["noatime"]), "late", &shell("exit 6"), Stdio::default());
-    let creation = machine.agent.send(request);
-    // The job waits meanwhile, and the agent does not.
-    let processes = Request::Processes {
-        container: "late".to_owned(),
-    };
-    assert_eq!(machine.agent.ask(processes), Ok(Response::Processes(vec![])));
-    fs::OpenOptions::new()
-        .write(true)
-        .open(&grown)
-        .unwrap()
-        .write_all(&content)
-        .unwrap();
-    machine.grow(1, size);
-    machine.agent.reply(creation).unwrap();
-    machine.agent.start_container("late");
-    assert_eq!(machine.agent.exit().status, 6);
-    machine.delete("late");
+fn disk_that_is_not_there_is_named() {
+    let mut machine = Machine::boot(&[&image()]);
+    let request = create_request_on(disk(1, &[]), "lost", &shell("exit 6"), Stdio::default());
+    let failure = machine.agent.ask(request).unwrap_err();
+    assert!(failure.message.contains("disk slot 1"), "{}", failure.message);
+    // The agent goes on.
+    let (status, _) = machine.run(&shell("exit 6"));
+    assert_eq!(status, 6);
 }
 
 #[test]

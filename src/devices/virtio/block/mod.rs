@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 1.3 §5.2) over a file or block device of the host.
 //!
 //! [`request`] parses and answers one request; here is the device: its configuration, one worker
-//! thread a queue, and a backing that may be absent at first and may grow while the guest runs.
+//! thread a queue, and a backing that may grow while the guest runs.
 
 pub(crate) mod request;
 
@@ -56,8 +56,7 @@ pub(crate) struct Disk {
 
 #[derive(Debug)]
 struct Shared {
-    /// `None` while the slot is empty.
-    backing: RwLock<Option<Backing>>,
+    backing: Backing,
     /// In sectors.
     capacity: AtomicU64,
     interrupt: RwLock<Option<Arc<dyn Interrupt>>>,
@@ -71,15 +70,12 @@ impl std::fmt::Debug for dyn Interrupt {
 }
 
 impl Disk {
-    /// A disk with serial `serial` on `backing`, or an empty one.
-    pub(crate) fn new(serial: String, backing: Option<Backing>) -> io::Result<Self> {
-        let capacity = match &backing {
-            Some(backing) => sectors(&backing.file)?,
-            None => 0,
-        };
+    /// A disk with serial `serial` on `backing`.
+    pub(crate) fn new(serial: String, backing: Backing) -> io::Result<Self> {
+        let capacity = sectors(&backing.file)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                backing: RwLock::new(backing),
+                backing,
                 capacity: AtomicU64::new(capacity),
                 interrupt: RwLock::new(None),
                 serial,
@@ -87,41 +83,15 @@ impl Disk {
         })
     }
 
-    /// Gives an empty disk its backing and announces its size.
-    ///
-    /// # Errors
-    ///
-    /// `AlreadyExists` if the disk is not empty.
-    pub(crate) fn fill(&self, backing: Backing) -> io::Result<()> {
-        let capacity = sectors(&backing.file)?;
-        let mut slot = self.shared.backing.write().unwrap_or_else(PoisonError::into_inner);
-        if slot.is_some() {
-            return Err(io::ErrorKind::AlreadyExists.into());
-        }
-        *slot = Some(backing);
-        drop(slot);
-        self.announce(capacity);
-        Ok(())
-    }
-
     /// Looks at the size of the backing again and announces it.
     pub(crate) fn grow(&self) -> io::Result<()> {
-        let slot = self.shared.backing.read().unwrap_or_else(PoisonError::into_inner);
-        let capacity = match &*slot {
-            Some(backing) => sectors(&backing.file)?,
-            None => 0,
-        };
-        drop(slot);
-        self.announce(capacity);
-        Ok(())
-    }
-
-    fn announce(&self, capacity: u64) {
+        let capacity = sectors(&self.shared.backing.file)?;
         self.shared.capacity.store(capacity, Ordering::SeqCst);
         let interrupt = self.shared.interrupt.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(interrupt) = &*interrupt {
             interrupt.config_changed();
         }
+        Ok(())
     }
 }
 
@@ -168,14 +138,12 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let slot = self.disk.shared.backing.read().unwrap_or_else(PoisonError::into_inner);
-        let read_only = slot.as_ref().is_some_and(|backing| backing.read_only);
         let mut features = COMMON_FEATURES | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE;
         if self.queue_sizes.len() > 1 {
             features |= 1 << VIRTIO_BLK_F_MQ;
         }
         features
-            | if read_only {
+            | if self.disk.shared.backing.read_only {
                 1 << VIRTIO_BLK_F_RO
             } else {
                 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
@@ -269,10 +237,8 @@ fn serve(shared: &Shared, queue: &mut DeviceQueue) -> Result<(), QueueError> {
         queue.pause_kicks()?;
         while let Some(chain) = queue.pop(memory)? {
             let head = chain.head;
-            let slot = shared.backing.read().unwrap_or_else(PoisonError::into_inner);
             let capacity = shared.capacity.load(Ordering::SeqCst);
-            let written = request::answer(chain, slot.as_ref(), capacity, &shared.serial);
-            drop(slot);
+            let written = request::answer(chain, &shared.backing, capacity, &shared.serial);
             queue.add_used(head, written)?;
             queue.notify()?;
         }

@@ -34,7 +34,7 @@ impl From<io::Error> for Refusal {
 }
 
 /// Carries a request out and writes its status; returns how many bytes were written in all.
-pub(super) fn answer(mut chain: Chain<'_>, backing: Option<&Backing>, capacity: u64, serial: &str) -> u32 {
+pub(super) fn answer(mut chain: Chain<'_>, backing: &Backing, capacity: u64, serial: &str) -> u32 {
     let Some(data_length) = chain.writable.len().checked_sub(1) else {
         // No room for a status: nothing can be said.
         return 0;
@@ -60,7 +60,7 @@ fn carry_out(
     header: [u8; 16],
     readable: &mut Buffers<'_>,
     writable: &mut Buffers<'_>,
-    backing: Option<&Backing>,
+    backing: &Backing,
     capacity: u64,
     serial: &str,
 ) -> Result<usize, Refusal> {
@@ -73,7 +73,6 @@ fn carry_out(
         id[..length].copy_from_slice(&serial.as_bytes()[..length]);
         return Ok(writable.put(&id));
     }
-    let backing = backing.ok_or(Refusal::Io)?;
     let writes = matches!(
         kind,
         VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
@@ -233,7 +232,7 @@ mod tests {
         let backing = Backing { file, read_only };
 
         let chain = queue.pop(&memory).unwrap().unwrap();
-        let written = answer(chain, Some(&backing), CAPACITY, "nutshell-0");
+        let written = answer(chain, &backing, CAPACITY, "nutshell-0");
 
         let mut data = vec![0; in_length as usize];
         memory.read_slice(&mut data, GuestAddress(0xb000)).unwrap();

@@ -205,7 +205,11 @@ impl Fake {
                 notify(control, &Notice::StreamClosed { port });
             }
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
-            Command::FillDisk { .. } => assert_eq!(descriptors.len(), 1),
+            Command::PlugDisk { slot, .. } => {
+                assert_eq!(descriptors.len(), 1);
+                let slot = nutshell_protocol::DISK_SLOT + slot;
+                notify(control, &Notice::Plugged { slot, result: Ok(()) });
+            }
             Command::Resize { memory, vcpus } => {
                 self.state().resizes.push((memory >> 20, vcpus));
                 notify(control, &Notice::Resized { result: Ok(()) });

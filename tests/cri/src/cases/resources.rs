@@ -139,7 +139,17 @@ pub(crate) fn updated_limits(handler: Handler) {
     pod.remove();
 }
 
-/// More than the pod was started with.
+fn processors(container: &Container) -> u32 {
+    container.sh("nproc").parse().unwrap()
+}
+
+/// What the kernel has, in MiB.
+fn memory(container: &Container) -> u64 {
+    let kib = container.sh("awk '/^MemTotal:/ { print $2 }' /proc/meminfo");
+    kib.parse::<u64>().unwrap() >> 10
+}
+
+/// More than the pod was started with, by a change and by a further container, and less again.
 pub(crate) fn resize_up(handler: Handler) {
     let pod = Pod::run_with(handler, |config| sum_of(config, limits(50, 64)));
     let container = pod.start_with("one", &["sleep", "1000"], |config| *resources(config) = limits(50, 64));
@@ -150,8 +160,29 @@ pub(crate) fn resize_up(handler: Handler) {
     let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=320M count=1"]);
     assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
     assert!(start.elapsed() < Duration::from_secs(60));
-    let cpus: u32 = container.sh("nproc").parse().unwrap();
-    assert!(cpus >= 2, "{cpus} CPUs");
+    assert!(processors(&container) >= 2);
+    assert!(memory(&container) >= 384, "{} MiB", memory(&container));
+
+    let further = pod.start_with("further", &["sleep", "1000"], |config| {
+        *resources(config) = limits(50, 512)
+    });
+    let answer = further.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=480M count=1"]);
+    assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
+    let most = memory(&further);
+    assert!(most >= 384 + 512, "{most} MiB");
+
+    if handler.is_nutshell() {
+        further.stop(0);
+        update(&container, limits(50, 64));
+        wait_until("one processor, as at the start", || {
+            (processors(&container) == 1).then_some(())
+        });
+        wait_until("less memory", || (memory(&container) < most - 256).then_some(()));
+        // And up again.
+        update(&container, limits(200, 384));
+        assert_eq!(processors(&container), 2);
+        assert!(memory(&container) >= 384, "{} MiB", memory(&container));
+    }
     assert_eq!(container.status().started_at, started);
     pod.remove();
 }
