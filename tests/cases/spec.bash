@@ -383,10 +383,10 @@ hog_of_all_memory_is_killed_and_the_others_are_not() {
 
 metrics_are_complete() {
   new_name
-  nutshell "$name" -d --memory-limit $((64 << 20)) --cpus 1 -- sh -c 'dd if=/dev/zero of=/dev/shm/file bs=1M count=8 2>/dev/null; sleep 1000'
+  nutshell "$name" -d --memory-limit $((64 << 20)) --cpus 1 -- sh -c 'dd if=/dev/zero of=/dev/shm/part bs=1M count=8 2>/dev/null; mv /dev/shm/part /dev/shm/file; exec sleep 1000'
   local try
   for try in {1..50}; do
-    [[ -z $(ctr task exec --exec-id "try$try" "$name" sh -c 'test -s /dev/shm/file && echo ready') ]] || break
+    [[ -z $(ctr task exec --exec-id "try$try" "$name" sh -c 'test -e /dev/shm/file && echo ready') ]] || break
   done
   ctr task metrics --format json "$name" >/run/tmp/metrics
   perl -MJSON::PP -e '$m = decode_json(join "", <STDIN>); 
