@@ -26,6 +26,8 @@ pod_cases() {
   pod "names are resolved as the pod says" network::names_are_resolved
   pod "ports of the host lead to the pod" network::host_ports
   pod "statistics are what was used" resources::statistics
+  [[ $handler == runc ]] ||
+    pod "machine is in the pod's group, as cgroupfs and as systemd name it" resources::group_of_both_drivers
   pod "limits change while a container runs" resources::updated_limits
   pod "machine of a pod grows and shrinks with the limits of its containers" resources::resize_up
 }

@@ -111,7 +111,6 @@ impl Pod {
     pub(crate) fn try_run(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Result<Self, Refused> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("pod-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let cgroup = Path::new("/sys/fs/cgroup/kubepods").join(&name);
         let mut config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
                 name: name.clone(),
@@ -131,6 +130,8 @@ impl Pod {
             ..Default::default()
         };
         change(&mut config);
+        let parent = &config.linux.as_ref().unwrap().cgroup_parent;
+        let cgroup = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
         fs::create_dir(&config.log_directory).unwrap();
         fs::create_dir(&cgroup).unwrap();
         // As the kubelet's: all that containers below may be limited by.

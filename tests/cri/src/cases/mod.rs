@@ -30,5 +30,5 @@ cases! {
     streams: executed_commands probes logs terminals;
     forward: forwarded_ports fifty_at_once;
     network: pods_reach_each_other_and_the_host names_are_resolved host_ports;
-    resources: statistics updated_limits resize_up;
+    resources: statistics group_of_both_drivers updated_limits resize_up;
 }
