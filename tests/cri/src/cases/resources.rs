@@ -74,28 +74,32 @@ while time.process_time() < 4: pass
 print(int(time.process_time() * 1e9), flush=True)
 time.sleep(1000)";
 
-/// Holds memory and says so.
-const KNOWN_MEMORY: &str = "dd if=/dev/zero of=/dev/shm/held bs=1M count=160 2>/dev/null; echo held; exec sleep 1000";
+/// Holds memory, much more than Python itself has, and says so.
+const KNOWN_MEMORY: &str = "import time
+held = b'x' * (320 << 20)
+print('held', flush=True)
+time.sleep(1000)";
 
 pub(crate) fn statistics(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(100, 448)));
+    let pod = Pod::run_with(handler, |config| sum_of(config, limits(140, 640)));
     let before = pod_stats(&pod);
     let busy = pod.start_with("busy", &["python3", "-c", KNOWN_LOAD], |config| {
         config.image = image(DEBIAN);
         *resources(config) = limits(90, 128);
     });
-    let holding = pod.start_with("holding", &["sh", "-c", KNOWN_MEMORY], |config| {
-        *resources(config) = limits(50, 256);
+    let holding = pod.start_with("holding", &["python3", "-c", KNOWN_MEMORY], |config| {
+        config.image = image(DEBIAN);
+        *resources(config) = limits(50, 512);
     });
     let said = |container: &Container| read_log(&container.log).first().map(|line| line.text.clone());
-    wait_until("160 MiB that are held", || said(&holding));
+    wait_until("320 MiB that are held", || said(&holding));
     let had: u64 = wait_until("4 s of CPU time", || said(&busy)).parse().unwrap();
 
     let within_5_percent = |known: u64, counted: u64| {
         assert!(counted.abs_diff(known) * 20 <= known, "{known} is counted as {counted}");
     };
     within_5_percent(had, cpu(&stats(&busy)).0);
-    within_5_percent(160 << 20, working_set(&stats(&holding)));
+    within_5_percent(320 << 20, working_set(&stats(&holding)));
     let percent = load(&holding);
     assert!(percent <= 5, "nothing is counted as {percent} % of a CPU");
 
@@ -104,7 +108,7 @@ pub(crate) fn statistics(handler: Handler) {
     let used = |stats: &LinuxPodSandboxStats| stats.cpu.clone().unwrap().usage_core_nano_seconds.unwrap().value;
     // A machine has something to do beside its containers.
     assert!(used(&after) - used(&before) >= had, "{before:?} {after:?}");
-    assert!(after.memory.unwrap().working_set_bytes.unwrap().value >= 160 << 20);
+    assert!(after.memory.unwrap().working_set_bytes.unwrap().value >= 320 << 20);
     let interface = after.network.unwrap().default_interface.unwrap();
     assert_eq!(interface.name, "eth0");
     pod.remove();
@@ -130,7 +134,7 @@ pub(crate) fn group_of_both_drivers(handler: Handler) {
         let container = pod.start("one", &["sleep", "1000"]);
         assert_eq!(container.sh("echo here"), "here");
         let group = pod.cgroup.join(place.replace("ID", &pod.id));
-        let mut roles: Vec<_> = fs::read_to_string(group.join("cgroup.procs"))
+        let members: Vec<_> = fs::read_to_string(group.join("cgroup.procs"))
             .unwrap_or_else(|error| panic!("{}: {error}: there are {:?}", group.display(), groups_at(&pod.cgroup)))
             .lines()
             .map(|pid| {
@@ -140,8 +144,14 @@ pub(crate) fn group_of_both_drivers(handler: Handler) {
                     .to_owned()
             })
             .collect();
-        roles.sort();
-        assert_eq!(roles, ["nutshell-fs", "nutshell-vmm"], "{}", group.display());
+        // The kernel adds a thread of its own for a machine.
+        for role in ["nutshell-vmm", "nutshell-fs"] {
+            assert!(
+                members.iter().any(|name| name == role),
+                "{}: {members:?}",
+                group.display()
+            );
+        }
         pod.remove();
     }
     fs::remove_dir(parents).unwrap();
