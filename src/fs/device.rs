@@ -9,6 +9,7 @@ use std::{
     mem::offset_of,
     sync::{
         Arc, OnceLock,
+        atomic::Ordering,
         mpsc::{self, Sender},
     },
     thread,
@@ -81,13 +82,7 @@ impl Backend {
     fn drain(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
         loop {
             ring.disable_notification()?;
-            let memory = self.memory.memory();
-            while let Some(chain) = pop(ring, &memory) {
-                let pending = Pending {
-                    ring: ring.clone(),
-                    memory: memory.clone(),
-                    chain,
-                };
+            while let Some(pending) = self.pop(ring)? {
                 if let Some(pending) = self.postpone(pending) {
                     pending.answer(&self.server)?;
                 }
@@ -96,6 +91,23 @@ impl Backend {
                 return Ok(());
             }
         }
+    }
+
+    /// Takes the next request.
+    fn pop(&self, ring: &VringMutex<Memory>) -> Result<Option<Pending>, RingError> {
+        let mut state = ring.get_mut();
+        let queue = state.get_queue_mut();
+        if queue.avail_idx(&*self.memory.memory(), Ordering::Acquire)?.0 == queue.next_avail() {
+            return Ok(None);
+        }
+        // After the request was seen: its buffers may lie in memory that has come just before it.
+        let memory = self.memory.memory();
+        let chain = queue.pop_descriptor_chain(memory.clone());
+        Ok(chain.map(|chain| Pending {
+            ring: ring.clone(),
+            memory,
+            chain,
+        }))
     }
 
     /// Gives a request that waits by its meaning to the second thread, and any other back.
@@ -128,10 +140,6 @@ impl Backend {
 }
 
 type RingError = virtiofsd_queue::Error;
-
-fn pop(ring: &VringMutex<Memory>, memory: &Snapshot) -> Option<DescriptorChain<Snapshot>> {
-    ring.get_mut().get_queue_mut().pop_descriptor_chain(memory.clone())
-}
 
 impl Pending {
     /// Which operation it is, if that can be told from its first descriptor.

@@ -27,18 +27,12 @@ impl Balloon {
         let Some(queue) = &mut self.reports else {
             return Ok(());
         };
-        let memory = queue.memory();
-        loop {
-            while let Some(chain) = queue.pop(memory)? {
-                // What the host does not take stays the guest's, as if it were in use.
-                let _ = chain.writable.discard(memory);
-                queue.add_used(chain.head, 0)?;
-            }
-            queue.notify()?;
-            if !queue.resume_kicks()? {
-                return Ok(());
-            }
-        }
+        let memory = queue.memory().clone();
+        queue.serve(|chain| {
+            // What the host does not take stays the guest's, as if it were in use.
+            let _ = chain.writable.discard(memory.now());
+            0
+        })
     }
 }
 

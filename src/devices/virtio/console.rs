@@ -59,24 +59,17 @@ impl Console {
         let Some(queue) = &mut self.transmit else {
             return Ok(());
         };
-        let memory = queue.memory();
         let mut bytes = [0; 512];
-        loop {
-            queue.pause_kicks()?;
-            while let Some(mut chain) = queue.pop(memory)? {
-                while chain.readable.len() > 0 {
-                    let count = chain.readable.len().min(bytes.len());
-                    if chain.readable.take(&mut bytes[..count]) {
-                        self.log.append(&bytes[..count]);
-                    }
+        queue.pause_kicks()?;
+        queue.serve(|chain| {
+            while chain.readable.len() > 0 {
+                let count = chain.readable.len().min(bytes.len());
+                if chain.readable.take(&mut bytes[..count]) {
+                    self.log.append(&bytes[..count]);
                 }
-                queue.add_used(chain.head, 0)?;
             }
-            queue.notify()?;
-            if !queue.resume_kicks()? {
-                return Ok(());
-            }
-        }
+            0
+        })
     }
 }
 

@@ -100,27 +100,21 @@ impl Mem {
     }
 
     fn serve_queue(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
-        let memory = queue.memory();
-        loop {
-            while let Some(mut chain) = queue.pop(memory)? {
-                let mut request = [0; REQUEST];
-                let (answer, state) = if chain.readable.take(&mut request) {
-                    self.answer(&request, |address, length| discard(memory, address, length))
-                } else {
-                    (Answer::Wrong, 0)
-                };
-                // struct virtio_mem_resp: type, padding, state.
-                let mut response = [0; 10];
-                response[..2].copy_from_slice(&(answer as u16).to_le_bytes());
-                response[8..].copy_from_slice(&state.to_le_bytes());
-                let written = chain.writable.put(&response);
-                queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
-            }
-            queue.notify()?;
-            if !queue.resume_kicks()? {
-                return Ok(());
-            }
-        }
+        let memory = queue.memory().clone();
+        queue.serve(|chain| {
+            let mut request = [0; REQUEST];
+            let (answer, state) = if chain.readable.take(&mut request) {
+                self.answer(&request, |address, length| discard(memory.now(), address, length))
+            } else {
+                (Answer::Wrong, 0)
+            };
+            // struct virtio_mem_resp: type, padding, state.
+            let mut response = [0; 10];
+            response[..2].copy_from_slice(&(answer as u16).to_le_bytes());
+            response[8..].copy_from_slice(&state.to_le_bytes());
+            let written = chain.writable.put(&response);
+            u32::try_from(written).unwrap_or(0)
+        })
     }
 
     /// The answer, and for [`STATE`] the state.

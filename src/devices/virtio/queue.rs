@@ -48,6 +48,9 @@ pub(crate) struct DeviceQueue {
 const AVAIL_RING_HEADER: u64 = 4;
 const USED_RING_HEADER: u64 = 4;
 
+/// How many chains [`DeviceQueue::serve`] takes at a time.
+const TURN: usize = 64;
+
 /// The driver needs no interrupts (VIRTQ_AVAIL_F_NO_INTERRUPT).
 const NO_INTERRUPT: u16 = 1;
 
@@ -76,9 +79,9 @@ impl DeviceQueue {
         &self.kick
     }
 
-    /// Guest memory as it is now, for [`Self::pop`].
-    pub(crate) fn memory(&self) -> &'static Memory {
-        self.memory.now()
+    /// Guest memory.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
     }
 
     /// The geometry, to hand to a backend in another process.
@@ -87,11 +90,35 @@ impl DeviceQueue {
     }
 
     /// Takes the next available chain.
-    pub(crate) fn pop<'m>(&mut self, memory: &'m Memory) -> Result<Option<Chain<'m>>, QueueError> {
+    pub(crate) fn pop(&mut self) -> Result<Option<Chain<'static>>, QueueError> {
+        if self.queue.avail_idx(self.rings, Ordering::Acquire)?.0 == self.queue.next_avail() {
+            return Ok(None);
+        }
+        // After the chain was seen: its buffers may lie in memory that has come just before it.
+        let memory = self.memory.now();
         let Some(chain) = self.queue.iter(memory)?.next() else {
             return Ok(None);
         };
         Ok(Some(Chain::parse(chain, memory)?))
+    }
+
+    /// Gives each available chain to `answer`, which says how many bytes it wrote, and then back to the
+    /// driver. After [`TURN`] of them the queue kicks itself: a guest that has always one more may not keep
+    /// a thread that has others to serve.
+    pub(crate) fn serve(&mut self, mut answer: impl FnMut(&mut Chain<'static>) -> u32) -> Result<(), QueueError> {
+        for _ in 0..TURN {
+            if let Some(mut chain) = self.pop()? {
+                let written = answer(&mut chain);
+                self.add_used(chain.head, written)?;
+            } else {
+                self.notify()?;
+                if !self.resume_kicks()? {
+                    return Ok(());
+                }
+            }
+        }
+        let _ = self.kick.write(1);
+        self.notify()
     }
 
     /// Puts the chain that was just popped back.
@@ -240,7 +267,7 @@ pub(crate) mod tests {
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
-        queue.pop(&memory).err()
+        queue.pop().err()
     }
 
     #[test]
@@ -311,7 +338,7 @@ pub(crate) mod tests {
         let mock = MockSplitQueue::new(&*memory, 16);
         mock.avail().idx().store(17);
         let (mut queue, _) = device_queue(&mock, &memory);
-        assert!(matches!(queue.pop(&memory), Err(QueueError::Ring(_))));
+        assert!(matches!(queue.pop(), Err(QueueError::Ring(_))));
     }
 
     #[test]
@@ -321,7 +348,52 @@ pub(crate) mod tests {
         mock.avail().ring().ref_at(0).unwrap().store(400);
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
-        assert!(queue.pop(&memory).is_err());
+        assert!(queue.pop().is_err());
+    }
+
+    #[test]
+    fn buffer_in_memory_that_came_meanwhile_is_found() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        assert!(queue.pop().unwrap().is_none());
+        let base = memory.now();
+        let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x20_0000), 0x10_0000)];
+        let grown = Memory::from_ranges(&regions).unwrap();
+        // The test's queue lies in the first region, whose content comes along.
+        let mut content = vec![0; 0x10_0000];
+        mock.desc_table().store(0, descriptor(0x20_0000, 16, 0, 0)).unwrap();
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        base.read_slice(&mut content, GuestAddress(0)).unwrap();
+        grown.write_slice(&content, GuestAddress(0)).unwrap();
+
+        memory.grow(grown);
+
+        assert_eq!(queue.pop().unwrap().unwrap().readable.len(), 16);
+    }
+
+    #[test]
+    fn guest_that_has_always_one_more_does_not_keep_the_thread() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 128);
+        for index in 0..128 {
+            mock.desc_table().store(index, descriptor(0x8000, 16, 0, 0)).unwrap();
+            mock.avail().ring().ref_at(index.into()).unwrap().store(index);
+        }
+        mock.avail().idx().store(1);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        let mut served = 0;
+
+        let outcome = queue.serve(|_| {
+            served += 1;
+            mock.avail().idx().store(served + 1);
+            0
+        });
+
+        outcome.unwrap();
+        assert_eq!(usize::from(served), TURN);
+        assert_eq!(queue.kick().read().unwrap(), 1, "it comes back by itself");
     }
 
     #[test]
@@ -344,7 +416,7 @@ pub(crate) mod tests {
         memory.write_slice(b"defgh", GuestAddress(0x9000)).unwrap();
         let (mut queue, count) = device_queue(&mock, &memory);
 
-        let mut chain = queue.pop(&memory).unwrap().unwrap();
+        let mut chain = queue.pop().unwrap().unwrap();
         let (mut start, mut rest) = ([0; 4], [0; 4]);
         assert!(chain.readable.take(&mut start) && chain.readable.take(&mut rest));
         assert!(!chain.readable.take(&mut [0]), "nothing is left");
@@ -357,6 +429,6 @@ pub(crate) mod tests {
         memory.read_slice(&mut written, GuestAddress(0xb000)).unwrap();
         assert_eq!(&written, b"456789");
         assert_eq!(count.used.load(Ordering::SeqCst), 1);
-        assert!(queue.pop(&memory).unwrap().is_none());
+        assert!(queue.pop().unwrap().is_none());
     }
 }

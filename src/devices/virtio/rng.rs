@@ -25,21 +25,14 @@ impl Rng {
         let Some(queue) = &mut self.queue else {
             return Ok(());
         };
-        let memory = queue.memory();
         let mut bytes = [0; MAX_REQUEST];
-        loop {
-            while let Some(mut chain) = queue.pop(memory)? {
-                let wanted = chain.writable.len().min(MAX_REQUEST);
-                // Without the host's generator the request goes back empty, and the guest retries.
-                let filled = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
-                let written = chain.writable.put(&bytes[..filled]);
-                queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
-            }
-            queue.notify()?;
-            if !queue.resume_kicks()? {
-                return Ok(());
-            }
-        }
+        queue.serve(|chain| {
+            let wanted = chain.writable.len().min(MAX_REQUEST);
+            // Without the host's generator the request goes back empty, and the guest retries.
+            let filled = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
+            let written = chain.writable.put(&bytes[..filled]);
+            u32::try_from(written).unwrap_or(0)
+        })
     }
 }
 

@@ -232,10 +232,9 @@ impl Drop for Worker {
 
 /// Serves all that is available on a queue.
 fn serve(shared: &Shared, queue: &mut DeviceQueue) -> Result<(), QueueError> {
-    let memory = queue.memory();
     loop {
         queue.pause_kicks()?;
-        while let Some(chain) = queue.pop(memory)? {
+        while let Some(chain) = queue.pop()? {
             let head = chain.head;
             let capacity = shared.capacity.load(Ordering::SeqCst);
             let written = request::answer(chain, &shared.backing, capacity, &shared.serial);

@@ -231,7 +231,7 @@ mod tests {
         file.write_all(&[b'x'; 4096]).unwrap();
         let backing = Backing { file, read_only };
 
-        let chain = queue.pop(&memory).unwrap().unwrap();
+        let chain = queue.pop().unwrap().unwrap();
         let written = answer(chain, &backing, CAPACITY, "nutshell-0");
 
         let mut data = vec![0; in_length as usize];

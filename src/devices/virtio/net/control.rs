@@ -36,8 +36,7 @@ impl Control {
     /// Answers one command; `true` if there may be more. Each may take the host milliseconds, and a
     /// guest that has always one more must not keep its worker.
     pub(super) fn serve(&mut self) -> Result<bool, QueueError> {
-        let memory = self.queue.memory();
-        let Some(mut chain) = self.queue.pop(memory)? else {
+        let Some(mut chain) = self.queue.pop()? else {
             return self.queue.resume_kicks();
         };
         let answer = match self.obey(&mut chain) {

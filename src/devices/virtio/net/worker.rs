@@ -14,7 +14,6 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{control::Control, tap::Tap};
 use crate::devices::virtio::{
-    Memory,
     buffers::Buffers,
     queue::{DeviceQueue, QueueError},
 };
@@ -232,10 +231,9 @@ impl Moving {
     /// Moves packets of the guest; `true` if there are more.
     fn transmit(&mut self) -> Result<bool, WorkerError> {
         let queue = &mut self.transmit;
-        let memory = queue.memory();
         queue.pause_kicks()?;
         for _ in 0..TURN {
-            let Some(chain) = queue.pop(memory)? else {
+            let Some(chain) = queue.pop()? else {
                 queue.notify()?;
                 return Ok(queue.resume_kicks()?);
             };
@@ -274,9 +272,8 @@ struct Receive {
 
 impl Receive {
     fn turn(&mut self, tap: &Tap) -> Result<Outcome, QueueError> {
-        let memory = self.queue.memory();
         for _ in 0..TURN {
-            if !self.has_room(memory)? {
+            if !self.has_room()? {
                 return Ok(Outcome::Full);
             }
             match self.space.read_from(tap.as_fd(), None) {
@@ -290,7 +287,7 @@ impl Receive {
     }
 
     /// Takes chains until any packet fits; `false` if the guest has given too few.
-    fn has_room(&mut self, memory: &'static Memory) -> Result<bool, QueueError> {
+    fn has_room(&mut self) -> Result<bool, QueueError> {
         loop {
             let enough = if self.merges {
                 self.space.len() >= LARGEST
@@ -300,7 +297,7 @@ impl Receive {
             if enough {
                 return Ok(true);
             }
-            match self.queue.pop(memory)? {
+            match self.queue.pop()? {
                 Some(chain) => {
                     let room = chain.writable.len();
                     if room < HEADER || !self.space.append(chain.writable) {

@@ -57,11 +57,10 @@ impl Vsock {
         let Some(Queues { transmit, .. }) = &mut self.queues else {
             return Ok(());
         };
-        let memory = transmit.memory();
         let mut budget = BUDGET;
         loop {
             transmit.pause_kicks()?;
-            while let Some(mut chain) = transmit.pop(memory)? {
+            while let Some(mut chain) = transmit.pop()? {
                 let mut header = [0; HEADER];
                 if chain.readable.take(&mut header) {
                     let packet = Packet::parse(&header);
@@ -100,10 +99,9 @@ impl Vsock {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());
         };
-        let memory = receive.memory();
         receive.pause_kicks()?;
         while self.muxer.has_packet() {
-            let Some(mut chain) = receive.pop(memory)? else {
+            let Some(mut chain) = receive.pop()? else {
                 // Blocked on the guest's buffers: hear of the next.
                 if receive.resume_kicks()? {
                     receive.pause_kicks()?;
