@@ -2,19 +2,20 @@
 //! shared with it, and a control group. A container that stands alone is a pod of one.
 
 use std::{
+    collections::HashMap,
     fmt::Debug,
     future::Future,
     io,
-    ops::Range,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
-use nutshell_protocol::{Event, Rootfs, SetUpPod};
+use nutshell_protocol::{Event, Request, Rootfs, SetUpPod};
 use tokio::sync::OnceCell;
 
 use super::{
@@ -33,8 +34,11 @@ use crate::{
     vmm::control::ControlError,
 };
 
-/// How many disks can be given to the members of a pod while it runs.
+/// How many disks the members of a pod can have at a time.
 const MEMBER_DISKS: u32 = 8;
+
+/// How long the guest may take to let go of a disk that nothing uses.
+const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where machines come from; the tests have another.
 pub(crate) trait Host: Debug + Send + Sync + 'static {
@@ -104,7 +108,7 @@ pub(crate) enum PodError {
     #[error("give a disk to the virtual machine: {0}")]
     Disk(String),
     /// Every slot for a disk is taken.
-    #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS}")]
+    #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS} at a time")]
     NoSlot,
     /// No shared directory.
     #[error(transparent)]
@@ -127,7 +131,7 @@ pub(crate) struct Needs {
     share: bool,
     disks: Vec<DiskFile>,
     /// Disk slots that are empty at first.
-    free: Range<u32>,
+    free: u32,
     group: Option<ControlGroup>,
     shared: Option<SetUpPod>,
 }
@@ -150,7 +154,7 @@ impl Needs {
             size: PodSize::fixed(plan.size),
             share,
             disks,
-            free: 0..0,
+            free: 0,
             group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
             shared: None,
         })
@@ -162,7 +166,7 @@ impl Needs {
             size: plan.size,
             share: true,
             disks: Vec::new(),
-            free: 0..MEMBER_DISKS,
+            free: MEMBER_DISKS,
             group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
             shared: Some(shared),
         }
@@ -183,7 +187,8 @@ pub(crate) struct Pod {
     machine: Arc<Machine>,
     files: Mutex<Option<Files>>,
     group: Option<ControlGroup>,
-    free_slots: Mutex<Range<u32>>,
+    /// Of a machine that takes disks while it runs.
+    disk_slots: Option<Mutex<DiskSlots>>,
     /// What its containers share, if there may be several, and whether the guest has it.
     shared: Option<(SetUpPod, OnceCell<Result<(), TaskError>>)>,
     size: PodSize,
@@ -193,6 +198,13 @@ pub(crate) struct Pod {
     resizing: tokio::sync::Mutex<()>,
     network: Mutex<Option<Network>>,
     end: OnceCell<()>,
+}
+
+/// The slots for disks of a pod's containers.
+#[derive(Debug)]
+struct DiskSlots {
+    free: Vec<u32>,
+    taken: HashMap<ContainerId, u32>,
 }
 
 /// The file server, and what is mounted for it.
@@ -234,7 +246,7 @@ impl Pod {
             size: needs.size,
             share,
             disks: needs.disks,
-            free_disks: needs.free.end,
+            free_disks: needs.free,
         };
         let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
             Ok(machine) => machine,
@@ -251,7 +263,12 @@ impl Pod {
             machine: Arc::new(machine),
             files: Mutex::new(files.clone()),
             group,
-            free_slots: Mutex::new(needs.free),
+            disk_slots: (needs.free > 0).then(|| {
+                Mutex::new(DiskSlots {
+                    free: (0..needs.free).rev().collect(),
+                    taken: HashMap::new(),
+                })
+            }),
             shared: needs.shared.map(|shared| (shared, OnceCell::new())),
             size: needs.size,
             current: Mutex::new(needs.size.boot),
@@ -347,7 +364,7 @@ impl Pod {
                 options,
                 read_only,
             } => {
-                let slot = self.disk(&source, read_only).await?;
+                let slot = self.plug_disk(id, &source, read_only).await?;
                 let rootfs = Rootfs::Disk {
                     slot,
                     filesystem,
@@ -372,20 +389,42 @@ impl Pod {
         Ok(rootfs)
     }
 
-    /// The slot of a disk: the one that a machine for one container booted with, or the next.
-    async fn disk(&self, source: &Path, read_only: bool) -> Result<u32, PodError> {
-        let next = {
-            let mut free = self.free_slots.lock().unwrap_or_else(PoisonError::into_inner);
-            if free.end == 0 {
-                return Ok(0);
-            }
-            free.next()
-        };
-        let slot = next.ok_or(PodError::NoSlot)?;
+    /// The slot of a container's disk: the one that a machine for one container booted with, or a free one.
+    async fn plug_disk(&self, id: &ContainerId, source: &Path, read_only: bool) -> Result<u32, PodError> {
+        let Some(slots) = &self.disk_slots else { return Ok(0) };
         let file = open_disk(source, read_only)?;
+        let slot = {
+            let mut slots = lock(slots);
+            let slot = slots.free.pop().ok_or(PodError::NoSlot)?;
+            slots.taken.insert(id.clone(), slot);
+            slot
+        };
+        // Where the machine does not take it, [`Self::detach`] follows.
         let plugged = self.machine.plug_disk(slot, read_only, file.as_fd()).await?;
         plugged.map_err(PodError::Disk)?;
         Ok(slot)
+    }
+
+    /// Takes a container's disk back, if it had one.
+    async fn unplug_disk(&self, id: &ContainerId) {
+        let Some(slots) = &self.disk_slots else { return };
+        let Some(slot) = lock(slots).taken.remove(id) else {
+            return;
+        };
+        let released = async {
+            let release = self.machine.agent().run(Request::ReleaseDisk { slot });
+            match self.machine.within(RELEASE_LIMIT, release).await {
+                Some(released) => released.map_err(|error| error.to_string())?,
+                None => return Err("the guest does not answer".to_owned()),
+            }
+            let unplugged = self.machine.unplug_disk(slot).await;
+            unplugged.map_err(|error| error.to_string())
+        };
+        match released.await {
+            Ok(()) => lock(slots).free.push(slot),
+            // The slot stays taken: a driver that has not let go would not look again.
+            Err(error) => log::warn(&format!("take the disk of {id} out of the virtual machine: {error}")),
+        }
     }
 
     /// Gives the guest the network of the namespace in which the process `pid` lives. To be called
@@ -407,8 +446,9 @@ impl Pod {
         }
     }
 
-    /// Takes back what [`Self::attach`] shared for a container that the guest has forgotten.
+    /// Takes back what [`Self::attach`] gave for a container that the guest has forgotten.
     pub(crate) async fn detach(&self, id: &ContainerId) {
+        self.unplug_disk(id).await;
         let Some(Files { server, .. }) = self.files().clone() else {
             return;
         };
@@ -451,6 +491,10 @@ impl Pod {
     fn files(&self) -> MutexGuard<'_, Option<Files>> {
         self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lock(slots: &Mutex<DiskSlots>) -> MutexGuard<'_, DiskSlots> {
+    slots.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Without its file server a machine is of no use.

@@ -2,6 +2,7 @@
 //! into types, then memory, KVM, devices, kernel and processors, in that order.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::{
     boot::{self, BootError, kernel::KernelError},
     control::{self, Machine},
+    disk_slots::DiskSlots,
     end::End,
     growth::{Around, Growth},
     kvm::{self, KvmError, Vm},
@@ -136,8 +138,7 @@ pub(crate) struct Running {
     end: Arc<End>,
     /// Places for network devices.
     links: Vec<Place>,
-    /// Places for disks, the first of which has the number of the last disk of the boot and one.
-    free_disks: Vec<Place>,
+    disk_slots: DiskSlots,
     growth: Growth,
     fs: Option<Handle<Fs>>,
     pub(crate) vsock: Handle<Vsock>,
@@ -149,11 +150,8 @@ pub(crate) struct Running {
     pub(crate) rng_request: EventFd,
     pub(crate) balloon: Handle<Balloon>,
     pub(crate) balloon_report: EventFd,
-    /// How many disks there were at boot.
-    boot_disks: usize,
-    /// How many queues a disk has.
-    queues: u16,
-    pub(crate) disks: Vec<Disk>,
+    /// Each in its disk slot.
+    pub(crate) disks: BTreeMap<u32, Disk>,
 }
 
 /// Where a device is on the bus.
@@ -176,31 +174,27 @@ impl Running {
         let place = self.links.get(slot as usize).filter(|place| place.slot.is_empty());
         let place = place.ok_or(BuildError::Slot(slot))?;
         let net = Net::new(mac, mtu, queues).map_err(device("tap device"))?;
-        self.plug(slot, place, Box::new(net))
-    }
-
-    /// Puts a disk into an empty disk slot, in the same way.
-    pub(crate) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), BuildError> {
-        // They are filled in order, so that a disk's number is its place in the table.
-        let place = (slot as usize)
-            .checked_sub(self.boot_disks)
-            .filter(|_| slot as usize == self.disks.len())
-            .and_then(|index| self.free_disks.get(index));
-        let place = place.ok_or(BuildError::Slot(slot))?;
-        let disk = Disk::new(disk_serial(slot), backing).map_err(device("disk"))?;
-        self.plug(slot, place, Box::new(Block::new(disk.clone(), self.queues)))?;
-        self.disks.push(disk);
-        Ok(())
-    }
-
-    fn plug(&self, slot: u32, place: &Place, virtio: Box<dyn Device>) -> Result<(), BuildError> {
-        let line = Arc::new(Line::new(eventfd()?));
-        let kicks = kicks_of(&*virtio)?;
-        let transport = connect(&self.vm, &self.memory, place.address, virtio, line, kicks)?;
+        let (kicks, line) = (kicks_of(&net)?, Arc::new(Line::new(eventfd()?)));
+        let transport = connect(&self.vm, &self.memory, place.address, Box::new(net), line, kicks)?;
         if place.slot.fill(transport) {
             Ok(())
         } else {
             Err(BuildError::Slot(slot))
+        }
+    }
+
+    /// Puts a disk into an empty disk slot, in the same way.
+    pub(crate) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), BuildError> {
+        let disk = Disk::new(disk_serial(slot), backing).map_err(device("disk"))?;
+        self.disk_slots.plug(slot, disk.clone(), &self.vm, &self.memory)?;
+        self.disks.insert(slot, disk);
+        Ok(())
+    }
+
+    /// Takes a disk out of its slot, which another may have then.
+    pub(crate) fn unplug_disk(&mut self, slot: u32) {
+        if self.disk_slots.unplug(slot) {
+            self.disks.remove(&slot);
         }
     }
 
@@ -216,6 +210,11 @@ impl Running {
         self.growth.resize(bytes, vcpus, around)
     }
 
+    /// The same, to change it.
+    pub(crate) fn growth_mut(&mut self) -> &mut Growth {
+        &mut self.growth
+    }
+
     /// What can be added while the machine runs.
     pub(crate) fn growth(&self) -> &Growth {
         &self.growth
@@ -223,7 +222,7 @@ impl Running {
 }
 
 /// An eventfd for each queue.
-fn kicks_of(virtio: &dyn Device) -> Result<Vec<EventFd>, BuildError> {
+pub(super) fn kicks_of(virtio: &dyn Device) -> Result<Vec<EventFd>, BuildError> {
     virtio.queue_sizes().iter().map(|_| eventfd()).collect()
 }
 
@@ -298,10 +297,11 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         .map(|(slot, backing)| {
             let disk = Disk::new(disk_serial(slot), backing).map_err(device("disk"))?;
             board.add(Box::new(Block::new(disk.clone(), machine.vcpus.into())))?;
-            Ok(disk)
+            Ok((slot, disk))
         })
-        .collect::<Result<_, BuildError>>()?;
+        .collect::<Result<BTreeMap<_, _>, BuildError>>()?;
 
+    let free_slot = disks.keys().next_back().map_or(0, |last| last + 1);
     let loaded = boot::kernel::load(&memory, &kernel, machine.kernel)?;
     let place = boot::initramfs_address(machine.memory, machine.initramfs.length)
         .filter(|address| *address >= loaded.end)
@@ -339,9 +339,7 @@ pub(crate) fn start(parts: Parts, log: &Arc<Log>, end: &Arc<End>) -> Result<Runn
         peripherals,
         end: end.clone(),
         links,
-        free_disks,
-        boot_disks: machine.disks.len(),
-        queues: machine.vcpus.into(),
+        disk_slots: DiskSlots::new(free_slot, free_disks, machine.vcpus.into()),
         growth,
         fs,
         vsock_receive: kick(&mut vsock_kicks)?,

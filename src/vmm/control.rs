@@ -84,6 +84,12 @@ pub(crate) enum Command {
         /// The guest may only read.
         read_only: bool,
     },
+    /// Take the disk out of disk slot `slot`, which the guest has let go; [`Notice::Unplugged`] follows when its
+    /// file is closed, and then the slot is free again.
+    UnplugDisk {
+        /// The disk slot.
+        slot: u32,
+    },
     /// The file behind the disk in `slot` has grown: announce its size to the guest.
     GrowDisk {
         /// The slot.
@@ -178,6 +184,11 @@ pub(crate) enum Notice {
         slot: u32,
         /// Why there is none.
         result: Result<(), String>,
+    },
+    /// The answer to [`Command::UnplugDisk`].
+    Unplugged {
+        /// The slot on the bus.
+        slot: u32,
     },
     /// The answer to [`Command::Resize`]: memory and processors are there for the guest to take.
     Resized {

@@ -210,8 +210,14 @@ fn command(
             let slot = DISK_SLOT.saturating_add(slot);
             tell(channel, &Notice::Plugged { slot, result })?;
         }
+        Command::UnplugDisk { slot } => {
+            drop(vsock);
+            running.unplug_disk(slot);
+            let slot = DISK_SLOT.saturating_add(slot);
+            tell(channel, &Notice::Unplugged { slot })?;
+        }
         Command::GrowDisk { slot } => {
-            if let Some(disk) = running.disks.get(slot as usize) {
+            if let Some(disk) = running.disks.get(&slot) {
                 disk.grow().map_err(|error| disk_failed(slot, &error))?;
             }
         }
@@ -235,10 +241,11 @@ fn disk_failed(slot: u32, error: &io::Error) -> Left {
     Left::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
 }
 
-fn tell_of_memory(running: &Running, channel: &Channel) -> Result<(), Left> {
+/// Says what memory the guest has, if that is what it should have and was not said.
+fn tell_of_memory(running: &mut Running, channel: &Channel) -> Result<(), Left> {
     running
-        .growth()
-        .settled()
+        .growth_mut()
+        .newly_settled()
         .map_or(Ok(()), |bytes| tell(channel, &Notice::MemoryPlugged { bytes }))
 }
 

@@ -41,11 +41,17 @@ pub(crate) struct Growth {
     step: u64,
     /// How much of the region there is on the host, in bytes.
     usable: u64,
+    /// How much of that the file server knows.
+    shared: u64,
+    /// What [`Self::newly_settled`] has said, since the last [`Self::resize`].
+    said: Option<u64>,
     place: Place,
     device: Option<Handle<Mem>>,
     request: EventFd,
     vcpus: u8,
     most_vcpus: u8,
+    /// How many the tables of the boot have.
+    named_vcpus: u8,
 }
 
 /// The parts of a running machine that growth touches.
@@ -77,11 +83,14 @@ impl Growth {
             region: start..end,
             step,
             usable: 0,
+            shared: 0,
+            said: None,
             place,
             device: None,
             request: eventfd()?,
             vcpus: machine.vcpus,
             most_vcpus: machine.most_vcpus.max(machine.vcpus),
+            named_vcpus: machine.most_vcpus,
         })
     }
 
@@ -98,17 +107,22 @@ impl Growth {
         if vcpus > self.most_vcpus {
             return Err(BuildError::Command("processors that the machine cannot have"));
         }
-        if vcpus > self.vcpus {
-            let ids = self.vcpus..vcpus;
-            for (id, vcpu) in ids.clone().zip(around.vm.create_vcpus(ids, self.most_vcpus)?) {
-                kvm::announce(&vcpu)?;
-                vcpu::start(id.into(), vcpu, around.peripherals.clone(), around.end.clone())
-                    .map_err(device("vCPU thread"))?;
-                self.vcpus = id + 1;
-            }
+        self.said = None;
+        while self.vcpus < vcpus {
+            self.add_processor(&mut around).inspect_err(|_| {
+                // KVM may have it by now and creates no second one of its number.
+                self.most_vcpus = self.vcpus;
+            })?;
+            self.vcpus += 1;
         }
         if bytes > self.usable {
             self.extend(bytes.next_multiple_of(self.step), &mut around)?;
+        }
+        if self.shared < self.usable {
+            if let Some(fs) = around.fs {
+                fs.lock().grow(around.memory.now()).map_err(BuildError::FileServer)?;
+            }
+            self.shared = self.usable;
         }
         match &self.device {
             Some(device) => device.lock().request(bytes, self.usable),
@@ -118,18 +132,25 @@ impl Growth {
         Ok(())
     }
 
-    /// Puts memory there, for KVM, for every device and for the file server, before the guest may use it.
+    fn add_processor(&self, around: &mut Around<'_>) -> Result<(), BuildError> {
+        let id = self.vcpus;
+        for vcpu in around.vm.create_vcpus(id..id + 1, self.named_vcpus)? {
+            kvm::announce(&vcpu)?;
+            vcpu::start(id.into(), vcpu, around.peripherals.clone(), around.end.clone())
+                .map_err(device("vCPU thread"))?;
+        }
+        Ok(())
+    }
+
+    /// Puts memory there, for KVM and for every device, before the guest may use it.
     fn extend(&mut self, usable: u64, around: &mut Around<'_>) -> Result<(), BuildError> {
         let base = self.region.start + self.usable;
         let memory = memory::extend(around.memory.now(), base, usable - self.usable)?;
         around.vm.add_memory(&memory)?;
         // What KVM has must stay mapped, whatever follows.
-        around.memory.grow(memory.clone());
+        around.memory.grow(memory);
         self.usable = usable;
-        match around.fs {
-            Some(fs) => fs.lock().grow(&memory).map_err(BuildError::FileServer),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn plug(&mut self, bytes: u64, around: &Around<'_>) -> Result<(), BuildError> {
@@ -153,10 +174,14 @@ impl Growth {
         Ok(())
     }
 
-    /// What the guest has beyond what it booted with, in bytes, if that is what it should have.
-    pub(crate) fn settled(&self) -> Option<u64> {
+    /// What the guest has beyond what it booted with, in bytes, if that is what it should have and was not
+    /// said since the last [`Self::resize`].
+    pub(crate) fn newly_settled(&mut self) -> Option<u64> {
         let device = self.device.as_ref().map(Handle::lock);
-        device.map_or(Some(0), |device| device.is_settled().then(|| device.size()))
+        let settled = device.map_or(Some(0), |device| device.is_settled().then(|| device.size()));
+        let new = settled.filter(|_| settled != self.said);
+        self.said = settled;
+        new
     }
 
     /// Answers the guest's driver.

@@ -8,6 +8,7 @@ mod boot;
 mod build;
 pub(crate) mod control;
 mod cpuid;
+mod disk_slots;
 mod end;
 mod event_loop;
 mod growth;

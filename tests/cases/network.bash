@@ -5,7 +5,7 @@
 make_network() {
   # Of a case that failed.
   local link
-  for link in host0 host1 host2 parent; do ip link del "$link" 2>/dev/null || true; done
+  for link in host0 host1 host2 host3 parent base0; do ip link del "$link" 2>/dev/null || true; done
   ip netns del pod 2>/dev/null || true
   ip netns add pod
   ip link add host0 type veth peer name eth0 netns pod
@@ -19,10 +19,16 @@ make_network() {
   ip -n pod route add default via 10.77.0.1
 }
 
-# At once: nothing may hold it.
+# Nothing may hold it: the kernel takes the other end of its link away when the last that knows it is gone.
 remove_network() {
-  ip -n pod link del eth0
   ip netns del pod
+  local try
+  for try in {1..50}; do
+    [[ -e /sys/class/net/host0 ]] || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "something holds the network namespace" >&2
+  return 1
 }
 
 container_has_the_network_of_its_namespace() {
@@ -115,10 +121,36 @@ every_link_is_there_by_its_name() {
   assert_contains "$inside" "10.78.0.9 dev net1 lladdr 02:00:00:00:00:09"
   assert_equal 2 "$(grep -c "1 packets received" <<<"$inside")"
   assert_equal "" "$(grep "^down" <<<"$inside" || true)"
-  ip link del host2
-  ip link del host1
   remove_network
+  ip link del host2
   ip link del parent
+}
+
+ipvlan_and_tap_are_links_like_others() {
+  make_network
+  # ipvlan shares its parent's address and knows its own by theirs.
+  ip link add base0 type dummy
+  ip link set base0 up
+  ip link add host3 link base0 type ipvlan mode l2
+  ip addr add 10.80.0.1/24 dev host3
+  ip link set host3 up
+  ip link add ipv1 netns pod link base0 type ipvlan mode l2
+  ip -n pod link set ipv1 up
+  ip -n pod addr add 10.80.0.5/24 dev ipv1
+  ip -n pod tuntap add tap1 mode tap
+  ip -n pod link set tap1 address 02:00:00:00:00:03 up
+  ip -n pod addr add 10.81.0.5/24 dev tap1
+  local inside
+  new_name
+  inside=$(in_pod "$name" --rm -- sh -c 'for i in /sys/class/net/*; do echo ${i##*/} $(cat $i/address $i/mtu); done
+    ip addr; ping -c 1 -W 5 10.80.0.1' || true)
+  assert_contains "$inside" "ipv1 $(</sys/class/net/base0/address) 1500"
+  assert_contains "$inside" "tap1 02:00:00:00:00:03 1500"
+  assert_contains "$inside" "10.81.0.5/24"
+  assert_contains "$inside" "1 packets received"
+  remove_network
+  ip link del host3
+  ip link del base0
 }
 
 link_that_comes_later_is_there_too() {
@@ -179,6 +211,7 @@ network_cases() {
   check "container has the network of its namespace" container_has_the_network_of_its_namespace
   check "bytes arrive unharmed in both directions" bytes_arrive_unharmed_in_both_directions
   check "every link is there by its name" every_link_is_there_by_its_name
+  check "ipvlan and tap are links like others" ipvlan_and_tap_are_links_like_others
   check "link that comes later is there too" link_that_comes_later_is_there_too
   check "namespace is as before and can be used again" namespace_is_as_before_and_can_be_used_again
   check "more links than there is room for are an error" more_links_than_there_is_room_for_are_an_error

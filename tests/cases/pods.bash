@@ -30,4 +30,12 @@ pod_cases() {
     pod "machine is in the pod's group, as cgroupfs and as systemd name it" resources::group_of_both_drivers
   pod "limits change while a container runs" resources::updated_limits
   pod "machine of a pod grows and shrinks with the limits of its containers" resources::resize_up
+  [[ $handler == runc ]] ||
+    pod "memory that comes while files are written and read is used without harm" resources::growth_under_load
+}
+
+# Where each container has a disk.
+disk_cases() {
+  pod "disks of containers come and go" disks::come_and_go
+  pod "memory that comes while files are written and read is used without harm" resources::growth_under_load
 }

@@ -4,8 +4,9 @@
 # start_node VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 with its CRI service, the runtime handlers `runc`, `nutshell` and, where this
-# containerd has it, `nutshell-shim` (pods by the Sandbox service), and a network of its own: the bridge `pods`,
-# 10.88.0.0/16 and fd00:88::/64, whose first addresses are the host's.
+# containerd has them, `nutshell-shim` (pods by the Sandbox service) and `nutshell-disk` (a disk for each
+# container), and a network of its own: the bridge `pods`, 10.88.0.0/16 and fd00:88::/64, whose first addresses
+# are the host's.
 start_node() {
   local version=$1 program runtime programs
   shift
@@ -71,7 +72,18 @@ enable_unprivileged_icmp = true"
 sandbox = \"localhost/pause:latest\"
 [$runtime.containerd.runtimes.nutshell-shim]
 runtime_type = \"io.containerd.nutshell.v2\"
-sandboxer = \"shim\""
+sandboxer = \"shim\"
+[$runtime.containerd.runtimes.nutshell-disk]
+runtime_type = \"io.containerd.nutshell.v2\"
+snapshotter = \"blockfile\"
+[plugins.\"io.containerd.snapshotter.v1.blockfile\"]
+scratch_file = \"/run/scratch.ext4\"
+root_path = \"/run/containerd-root/blockfile\"
+fs_type = \"ext4\"
+mount_options = []
+recreate_scratch = true"
+      truncate -s 64M /run/scratch.ext4
+      mkfs.ext4 -q /run/scratch.ext4
       ;;
   esac
   CONTAINERD_CONFIG+="

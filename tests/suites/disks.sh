@@ -49,8 +49,20 @@ writes_are_on_the_disk_when_the_container_is_deleted() {
   ctr container delete "$name"
 }
 
+# Folders of the host are shared beside the disk.
+volumes_are_there_too() {
+  new_name
+  mkdir /run/tmp/volume
+  echo of the host >/run/tmp/volume/file
+  assert_equal "of the host" "$(nutshell "$name" --rm --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rw \
+    -- sh -c 'cat /volume/file; echo of the guest >/volume/other')"
+  assert_equal "of the guest" "$(</run/tmp/volume/other)"
+  rm -r /run/tmp/volume
+}
+
 check "root is a disk of the guest" root_is_a_disk_of_the_guest
 check "no directory is shared" no_directory_is_shared
+check "volumes are there too" volumes_are_there_too
 check "exit status is exact" exit_status_is_exact
 check "writes are on the disk when the container is deleted" writes_are_on_the_disk_when_the_container_is_deleted
 check "command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words

@@ -94,6 +94,12 @@ pub enum Request {
         /// The slots.
         slots: Vec<u32>,
     },
+    /// Let go of the disk in this disk slot, which nothing uses any more: [`Response::Done`] once the host may
+    /// take it away.
+    ReleaseDisk {
+        /// The slot.
+        slot: u32,
+    },
     /// Take the size that the machine has now: [`Response::Done`] once the processors are in use or out of
     /// use; memory comes and goes by itself then.
     FitMachine {

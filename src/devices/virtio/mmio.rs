@@ -262,6 +262,13 @@ impl Slot {
         true
     }
 
+    /// Takes the device away, if there is one: the driver's accesses find none from now on.
+    pub(crate) fn empty(&self) {
+        let device = self.lock().take();
+        // Its workers end here, and processors that touch the slot do not wait for them.
+        drop(device);
+    }
+
     /// Whether there is none.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_none()

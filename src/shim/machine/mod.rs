@@ -131,7 +131,7 @@ struct Shared {
     /// Who waits for the answer about the machine's size.
     resize: Mutex<Option<oneshot::Sender<Result<(), String>>>>,
     /// How much memory the guest had beyond what it booted with, in bytes, when it last had what it should.
-    plugged: watch::Sender<u64>,
+    plugged: watch::Sender<Option<u64>>,
     /// Why it is being ended, where the shim decided so.
     verdict: Mutex<Option<String>>,
     ended: watch::Sender<Option<Arc<Ending>>>,
@@ -187,7 +187,7 @@ impl Machine {
             console: Mutex::default(),
             slots: Mutex::default(),
             resize: Mutex::default(),
-            plugged: watch::Sender::new(0),
+            plugged: watch::Sender::new(None),
             verdict: Mutex::default(),
             ended: watch::Sender::new(None),
         });
@@ -325,6 +325,13 @@ impl Machine {
         self.plug(DISK_SLOT.saturating_add(slot), &command, &[file]).await
     }
 
+    /// Takes a disk out of its slot, once the guest has let go of it.
+    pub(crate) async fn unplug_disk(&self, slot: u32) -> Result<(), ControlError> {
+        let command = Command::UnplugDisk { slot };
+        let unplugged = self.plug(DISK_SLOT.saturating_add(slot), &command, &[]).await?;
+        unplugged.map_err(|_| ControlError::Malformed)
+    }
+
     /// Puts a network device into an empty slot; `queues` are those of its tap device. Inside, why the
     /// vmm could not.
     pub(crate) async fn plug_link(
@@ -361,7 +368,7 @@ impl Machine {
     /// Waits until the guest has `bytes` of memory beyond what it booted with.
     pub(crate) async fn plugged(&self, bytes: u64) {
         let mut plugged = self.shared.plugged.subscribe();
-        if plugged.wait_for(|plugged| *plugged == bytes).await.is_err() {
+        if plugged.wait_for(|plugged| *plugged == Some(bytes)).await.is_err() {
             // The sender is borrowed with `self`.
             std::future::pending::<()>().await;
         }
@@ -476,13 +483,21 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
                     let _ = sender.send(result);
                 }
             }
+            Ok(Notice::Unplugged { slot }) => {
+                if let Some(sender) = shared.slots().remove(&slot) {
+                    // Whoever stopped waiting does not miss it.
+                    let _ = sender.send(Ok(()));
+                }
+            }
             Ok(Notice::Resized { result }) => {
+                // What was said before is of another size.
+                shared.plugged.send_replace(None);
                 if let Some(sender) = shared.resize().take() {
                     // Whoever stopped waiting does not miss it.
                     let _ = sender.send(result);
                 }
             }
-            Ok(Notice::MemoryPlugged { bytes }) => drop(shared.plugged.send_replace(bytes)),
+            Ok(Notice::MemoryPlugged { bytes }) => drop(shared.plugged.send_replace(Some(bytes))),
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
             Err(ControlError::Closed) => return None,
             Err(error) => {

@@ -110,7 +110,11 @@ struct Wiring {
     taps: Vec<u32>,
     /// Their numbers in the guest.
     indexes: Vec<u32>,
-    /// What the guest was told of addresses, routes and the like.
+    /// The next slot of the machine.
+    free_slot: u32,
+    /// How many of the links have their names in the guest.
+    named: usize,
+    /// What the guest was told of them, of addresses, routes and the like.
     told: HashSet<Vec<u8>>,
 }
 
@@ -160,6 +164,8 @@ impl Network {
             links: Vec::new(),
             taps: Vec::new(),
             indexes: Vec::new(),
+            free_slot: 0,
+            named: 0,
             told: HashSet::new(),
         };
         if let Err(error) = wiring.update(machine).await {
@@ -225,23 +231,56 @@ impl Wiring {
         self.redirects.extend(redirects);
         self.taps.extend(wired.iter().map(|wired| wired.tap));
         let mut messages = Vec::new();
-        if !wired.is_empty() {
-            let (links, indexes) = plug(machine, self.links.len(), wired).await?;
-            messages.extend(replica::link_messages(&links, &indexes));
-            self.links.extend(links);
-            self.indexes.extend(indexes);
-        }
-        if !self.links.is_empty() {
+        let plugged = self.plug(machine, wired).await;
+        let named = self.links.len();
+        messages.extend(replica::link_messages(
+            &self.links[self.named..],
+            &self.indexes[self.named..],
+        ));
+        if named > 0 {
             let rest = replica::messages(&found, &self.links, &self.indexes);
-            messages.extend(
-                rest.into_iter()
-                    .filter(|(_, message)| self.told.insert(message.clone())),
-            );
+            messages.extend(rest.into_iter().filter(|(_, message)| !self.told.contains(message)));
         }
         if !messages.is_empty() {
+            let told: Vec<_> = messages.iter().map(|(_, message)| message.clone()).collect();
+            // What the guest refuses may fit with the next look: a route whose address came too late.
             machine.agent().run(Request::ConfigureNetwork { messages }).await?;
+            self.told.extend(told);
         }
-        Ok(())
+        self.named = named;
+        plugged
+    }
+
+    /// Puts links into free slots of the machine and learns their numbers in the guest.
+    async fn plug(&mut self, machine: &Machine, wired: Vec<Wired>) -> Result<(), NetworkError> {
+        let mut outcome = Ok(());
+        let (mut links, mut slots) = (Vec::new(), Vec::new());
+        for Wired { link, queues, .. } in wired {
+            let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
+            let plugged = machine
+                .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
+                .await;
+            let name = || link.name.clone();
+            outcome = plugged
+                .map_err(|source| NetworkError::Control { link: name(), source })
+                .and_then(|plugged| plugged.map_err(|reason| NetworkError::Plug { link: name(), reason }));
+            if outcome.is_err() {
+                break;
+            }
+            links.push(link);
+            slots.push(self.free_slot);
+            self.free_slot += 1;
+        }
+        if !slots.is_empty() {
+            match machine.agent().request(Request::PlugLinks { slots }).await? {
+                Response::Links(indexes) if indexes.len() == links.len() => {
+                    self.links.extend(links);
+                    self.indexes.extend(indexes);
+                }
+                _ => return Err(AgentError::Unexpected.into()),
+            }
+        }
+        outcome
     }
 
     /// Removes the redirections. A link may be gone, and everything with it.
@@ -314,24 +353,4 @@ fn wire(netlink: &mut Netlink, survey: &mut Survey, link: Link, queues: usize) -
         queues: tap.queues,
     });
     Ok(())
-}
-
-/// Puts links into the machine's slots from `first` on; their numbers in the guest.
-async fn plug(machine: &Machine, first: usize, wired: Vec<Wired>) -> Result<(Vec<Link>, Vec<u32>), NetworkError> {
-    let first = u32::try_from(first).unwrap_or(LINK_SLOTS);
-    let (mut links, mut slots) = (Vec::new(), Vec::new());
-    for (slot, Wired { link, queues, .. }) in (first..).zip(wired) {
-        let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
-        let plugged = machine.plug_link(slot, link.mac, link.mtu, &descriptors).await;
-        let name = || link.name.clone();
-        plugged
-            .map_err(|source| NetworkError::Control { link: name(), source })?
-            .map_err(|reason| NetworkError::Plug { link: name(), reason })?;
-        links.push(link);
-        slots.push(slot);
-    }
-    match machine.agent().request(Request::PlugLinks { slots }).await? {
-        Response::Links(indexes) if indexes.len() == links.len() => Ok((links, indexes)),
-        _ => Err(AgentError::Unexpected.into()),
-    }
 }

@@ -222,6 +222,7 @@ impl Tasks {
             // Limits of a pod are the sum of its containers'.
             return Ok(());
         }
+        let _one = container.updating.lock().await;
         let before = container.limits();
         let after = before.updated(&resources);
         // What grows must be there first, and what shrinks must be out of use.

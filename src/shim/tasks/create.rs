@@ -49,7 +49,7 @@ pub(crate) struct CreateRequest {
 
 /// An id that no other container can have, until this is dropped.
 pub(super) struct Reservation<'a> {
-    tasks: &'a Tasks,
+    tasks: &'a Arc<Tasks>,
     id: &'a ContainerId,
     /// It is a container's now.
     pub(super) kept: bool,
@@ -58,11 +58,15 @@ pub(super) struct Reservation<'a> {
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         if !self.kept {
-            let mut table = self.tasks.table();
-            table.taken.remove(self.id);
-            if let Some(container) = table.containers.remove(self.id) {
+            let entered = {
+                let mut table = self.tasks.table();
+                table.taken.remove(self.id);
+                table.containers.remove(self.id)
+            };
+            if let Some(container) = entered {
                 container.init.lifecycle.abandoned();
                 container.init.release();
+                self.tasks.fit_without(&container);
             }
         }
     }
@@ -93,7 +97,7 @@ impl Tasks {
         Ok(container.init.pid())
     }
 
-    pub(super) fn reserve<'a>(&'a self, id: &'a ContainerId) -> Result<Reservation<'a>, TaskError> {
+    pub(super) fn reserve<'a>(self: &'a Arc<Self>, id: &'a ContainerId) -> Result<Reservation<'a>, TaskError> {
         if *self.stopping.borrow() {
             return Err(TaskError::new(Kind::Unavailable, "the shim is shutting down"));
         }
@@ -289,6 +293,7 @@ impl Tasks {
             execs: Mutex::default(),
             hooks,
             limits: Mutex::new(limits),
+            updating: tokio::sync::Mutex::default(),
         });
         self.table().containers.insert(request.id.clone(), container.clone());
         container

@@ -55,6 +55,7 @@ impl Tasks {
                 table.containers.remove(&container.id);
                 table.taken.remove(&container.id);
             }
+            self.fit_without(&container);
         } else {
             finish_streams(&container, &process).await;
             process.release();

@@ -109,6 +109,8 @@ pub(crate) struct Container {
     hooks: Hooks,
     /// What bounds it now.
     limits: Mutex<Limits>,
+    /// Held while that changes.
+    updating: tokio::sync::Mutex<()>,
 }
 
 impl Container {

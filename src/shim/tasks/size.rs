@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use nutshell_protocol::Request;
 
-use super::{ANSWER_LIMIT, Tasks, ask, gone};
+use super::{ANSWER_LIMIT, Container, Role, Tasks, ask, gone};
 use crate::{
     oci::{Limits, Size},
     shim::{error::TaskError, log, pod::Pod},
@@ -30,12 +30,19 @@ impl Tasks {
                 to.vcpus
             );
             log::debug(&what);
-            change(pod, from, to).await.map_err(|error| error.during(&what))
+            let changed = change(pod, from, to).await;
+            if changed.is_err() {
+                // A guest that was late may not have in the end what it is not accounted for.
+                if let Err(error) = ask_for(pod, to, from).await {
+                    log::info(&format!("{what}, and back again: {error}"));
+                }
+            }
+            changed.map_err(|error| error.during(&what))
         };
         pod.resize(|| self.wanted_size(pod), change).await
     }
 
-    /// The same, where nobody waits for it: a member needs less, or nothing any more.
+    /// The same, where nobody waits for it: a member needs less, or is gone.
     pub(super) fn fit_later(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
@@ -43,6 +50,13 @@ impl Tasks {
                 log::info(&error.to_string());
             }
         });
+    }
+
+    /// The same, after a container has left the table.
+    pub(super) fn fit_without(self: &Arc<Self>, container: &Container) {
+        if matches!(container.role, Role::Member { .. }) {
+            self.fit_later(&container.pod);
+        }
     }
 
     fn wanted_size(&self, pod: &Pod) -> Size {
@@ -55,27 +69,38 @@ impl Tasks {
     }
 }
 
+/// Changes the size, and waits for memory that comes.
 async fn change(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
+    ask_for(pod, from, to).await?;
+    if to.memory <= from.memory {
+        return Ok(());
+    }
     let machine = pod.machine();
-    let beyond = |size: Size| size.memory.saturating_sub(pod.size().boot.memory);
-    match machine.resize(beyond(to), to.vcpus).await {
+    machine
+        .within(PLUG_LIMIT, machine.plugged(beyond(pod, to)))
+        .await
+        .ok_or_else(|| {
+            let text = format!("the guest did not take the memory within {} s", PLUG_LIMIT.as_secs());
+            TaskError::unknown(text)
+        })
+}
+
+/// Lets the guest have what there is more, and asks for what there is less.
+async fn ask_for(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
+    let machine = pod.machine();
+    match machine.resize(beyond(pod, to), to.vcpus).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => return Err(TaskError::unknown(error)),
         Err(error) => return Err(gone(pod, &error).await),
     }
     let fit = Request::FitMachine {
         processors: to.vcpus.into(),
-        memory: beyond(from).max(beyond(to)) > 0,
+        memory: beyond(pod, from).max(beyond(pod, to)) > 0,
     };
-    ask(pod, ANSWER_LIMIT, machine.agent().run(fit)).await?;
-    if to.memory <= from.memory {
-        return Ok(());
-    }
-    machine
-        .within(PLUG_LIMIT, machine.plugged(beyond(to)))
-        .await
-        .ok_or_else(|| {
-            let text = format!("the guest did not take the memory within {} s", PLUG_LIMIT.as_secs());
-            TaskError::unknown(text)
-        })
+    ask(pod, ANSWER_LIMIT, machine.agent().run(fit)).await
+}
+
+/// The memory of a size that the machine did not boot with, in bytes.
+fn beyond(pod: &Pod, size: Size) -> u64 {
+    size.memory.saturating_sub(pod.size().boot.memory)
 }

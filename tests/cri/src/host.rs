@@ -94,7 +94,35 @@ pub(crate) fn left_of_networks() -> Vec<String> {
         .into_iter()
         .filter(|name| name.starts_with("10.") || name.starts_with("fd00"))
         .map(|name| format!("address {name} is left"));
-    namespaces.chain(links).chain(addresses).collect()
+    namespaces
+        .chain(links)
+        .chain(addresses)
+        .chain(held_namespaces())
+        .collect()
+}
+
+/// Network namespaces other than this one that a process is in or has open: they go when the last of these does.
+fn held_namespaces() -> Vec<String> {
+    let name = |path: &Path| fs::read_link(path).ok()?.to_str().map(str::to_owned);
+    let own = name(Path::new("/proc/self/ns/net"));
+    let mut held = Vec::new();
+    for process in fs::read_dir("/proc").unwrap().filter_map(Result::ok) {
+        let process = process.path();
+        let descriptors = fs::read_dir(process.join("fd")).into_iter().flatten();
+        let descriptors = descriptors.filter_map(Result::ok).map(|entry| entry.path());
+        for path in descriptors.chain([process.join("ns/net")]) {
+            let namespace = name(&path).filter(|namespace| namespace.starts_with("net:["));
+            if namespace.is_some() && namespace != own {
+                let program = fs::read_to_string(process.join("comm")).unwrap_or_default();
+                held.push(format!(
+                    "{} ({}) holds a network namespace",
+                    path.display(),
+                    program.trim()
+                ));
+            }
+        }
+    }
+    held
 }
 
 /// What a shim holds.

@@ -34,12 +34,14 @@ pub(crate) enum Handler {
     Nutshell,
     /// The product, pods by the Sandbox service.
     NutshellShim,
+    /// The product, a disk for each container.
+    NutshellDisk,
 }
 
 impl Handler {
     /// That of this name in the configuration.
     pub(crate) fn named(name: &str) -> Option<Self> {
-        [Self::Runc, Self::Nutshell, Self::NutshellShim]
+        [Self::Runc, Self::Nutshell, Self::NutshellShim, Self::NutshellDisk]
             .into_iter()
             .find(|handler| handler.name() == name)
     }
@@ -49,6 +51,7 @@ impl Handler {
             Self::Runc => "runc",
             Self::Nutshell => "nutshell",
             Self::NutshellShim => "nutshell-shim",
+            Self::NutshellDisk => "nutshell-disk",
         }
     }
 

@@ -16,7 +16,7 @@ use crate::container::create::Shared;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
-use crate::machine::{clock, forward, network, size};
+use crate::machine::{clock, disk, forward, network, size};
 use crate::pod;
 use crate::poller::Token;
 use crate::stdio::{self, Channels};
@@ -72,6 +72,13 @@ impl Agent {
                 let links = slots.iter().map(|slot| network::plug(*slot)).collect::<io::Result<_>>();
                 let links = links.context(|| "find a network device".to_owned())?;
                 Ok(Answer::Now(Response::Links(links)))
+            }
+            Request::ReleaseDisk { slot } => {
+                self.start_job(id, Purpose::Other, None, &[], &mut || {
+                    disk::release(slot).context(|| "let go of a disk".to_owned())?;
+                    Ok((Outcome::Done, None))
+                })?;
+                Ok(Answer::Later)
             }
             Request::FitMachine { processors, memory } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {

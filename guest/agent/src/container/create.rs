@@ -80,7 +80,8 @@ fn build(
     let target = bundle.join("rootfs");
     fs::create_dir_all(&target).context(|| format!("make {}", target.display()))?;
     fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
-    rootfs::mount(&request.rootfs, &target)?;
+    let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
+    rootfs::mount(&request.rootfs, mounts, &target)?;
     prepared.machine.apply()?;
     rootfs::make_working_folder(&target, &prepared.program.cwd)
         .context(|| format!("make the working folder {}", prepared.program.cwd.display()))?;

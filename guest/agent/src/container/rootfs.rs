@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use nutshell_protocol::{Failure, Rootfs, SHARE_PATH};
+use oci_spec::runtime::Mount;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
@@ -14,8 +15,18 @@ use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use crate::job::{Context, FailureExt};
 use crate::machine::{disk, share};
 
-/// Mounts `rootfs` at `target`, an empty folder.
-pub(crate) fn mount(rootfs: &Rootfs, target: &Path) -> Result<(), Failure> {
+/// Mounts `rootfs` at `target`, an empty folder. The pod's shared folders are mounted afterwards if that or
+/// `mounts` need them.
+pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<(), Failure> {
+    let shared = |mount: &Mount| {
+        mount
+            .source()
+            .as_ref()
+            .is_some_and(|source| source.starts_with(SHARE_PATH))
+    };
+    if matches!(rootfs, Rootfs::Share { .. }) || mounts.iter().any(shared) {
+        share::mount().context(|| "mount the pod's shared folders".to_owned())?;
+    }
     match rootfs {
         Rootfs::Share { path } => bind(path, target),
         Rootfs::Disk {
@@ -34,7 +45,6 @@ pub(crate) fn mount(rootfs: &Rootfs, target: &Path) -> Result<(), Failure> {
 
 /// Binds a folder of the share, which a container may have written to: no link is followed.
 fn bind(path: &str, target: &Path) -> Result<(), Failure> {
-    share::mount().context(|| "mount the pod's shared folders".to_owned())?;
     let clone = || {
         let share = rustix::fs::open(SHARE_PATH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;

@@ -22,6 +22,11 @@ pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
     })
 }
 
+/// Lets go of the disk that [`find`] found in disk slot `slot`, which was empty when the machine booted.
+pub(crate) fn release(slot: u32) -> io::Result<()> {
+    slot::release(DISK_SLOT.saturating_add(slot))
+}
+
 fn look(slot: u32, serial: &str) -> Option<PathBuf> {
     // The kernel names disks in the order of slots as a rule, and asking a disk for its serial costs
     // a request: the likely one is asked first.

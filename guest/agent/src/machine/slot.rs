@@ -13,6 +13,16 @@ pub(super) fn is_bound(slot: u32) -> bool {
     Path::new(DRIVER).join(slot_device(slot)).exists()
 }
 
+/// Has the driver forget the device in `slot`, if it knows one: the host takes it away.
+pub(super) fn release(slot: u32) -> io::Result<()> {
+    if !is_bound(slot) {
+        return Ok(());
+    }
+    let name = slot_device(slot);
+    fs::write(Path::new(DRIVER).join("unbind"), &name)
+        .map_err(|error| io::Error::new(error.kind(), format!("unbind {name} from its driver: {error}")))
+}
+
 /// Has the driver look at a slot again, which was empty when the machine booted; returns the device's folder.
 /// What the device's own driver makes of it is there by then.
 pub(super) fn bind(slot: u32) -> io::Result<PathBuf> {

@@ -11,7 +11,7 @@ use std::{
     os::fd::AsRawFd,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
 };
@@ -187,7 +187,7 @@ impl Device for Block {
 /// A thread that serves one queue; stops and is joined when dropped.
 #[derive(Debug)]
 struct Worker {
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
     kick: EventFd,
     thread: Option<thread::JoinHandle<()>>,
 }
@@ -195,7 +195,7 @@ struct Worker {
 impl Worker {
     fn start(shared: Arc<Shared>, mut queue: DeviceQueue) -> io::Result<Self> {
         let kick = queue.kick().try_clone()?;
-        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = thread::Builder::new()
             .name("block".to_owned())
@@ -203,7 +203,7 @@ impl Worker {
             .spawn(move || {
                 // Requests may have come before the thread did.
                 loop {
-                    if stopped.load(Ordering::SeqCst) || serve(&shared, &mut queue).is_err() {
+                    if stopped.load(Ordering::SeqCst) || serve(&shared, &mut queue, &stopped).is_err() {
                         // A broken queue is not served any more; the driver's requests time out.
                         return;
                     }
@@ -230,8 +230,8 @@ impl Drop for Worker {
     }
 }
 
-/// Serves all that is available on a queue.
-fn serve(shared: &Shared, queue: &mut DeviceQueue) -> Result<(), QueueError> {
+/// Serves all that is available on a queue, until it is to stop.
+fn serve(shared: &Shared, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(), QueueError> {
     loop {
         queue.pause_kicks()?;
         while let Some(chain) = queue.pop()? {
@@ -240,6 +240,9 @@ fn serve(shared: &Shared, queue: &mut DeviceQueue) -> Result<(), QueueError> {
             let written = request::answer(chain, &shared.backing, capacity, &shared.serial);
             queue.add_used(head, written)?;
             queue.notify()?;
+            if stopped.load(Ordering::SeqCst) {
+                return Ok(());
+            }
         }
         if !queue.resume_kicks()? {
             return Ok(());

@@ -39,6 +39,8 @@ pub(super) enum Behaviour {
     Silent,
     /// It boots, and answers no request.
     Deaf,
+    /// It cannot grow.
+    Full,
     /// It says of no stream that it is drained, until [`Fake::drain`].
     Slow,
 }
@@ -210,8 +212,17 @@ impl Fake {
                 let slot = nutshell_protocol::DISK_SLOT + slot;
                 notify(control, &Notice::Plugged { slot, result: Ok(()) });
             }
+            Command::UnplugDisk { slot } => {
+                let slot = nutshell_protocol::DISK_SLOT + slot;
+                notify(control, &Notice::Unplugged { slot });
+            }
             Command::Resize { memory, vcpus } => {
                 self.state().resizes.push((memory >> 20, vcpus));
+                if self.behaviour == Behaviour::Full {
+                    let result = Err("no memory".to_owned());
+                    notify(control, &Notice::Resized { result });
+                    return self.changed.notify_all();
+                }
                 notify(control, &Notice::Resized { result: Ok(()) });
                 notify(control, &Notice::MemoryPlugged { bytes: memory });
             }

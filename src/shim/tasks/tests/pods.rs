@@ -389,6 +389,60 @@ async fn machine_of_a_pod_follows_the_limits_of_its_members() {
 }
 
 #[tokio::test]
+async fn machine_has_no_more_than_before_when_a_member_is_gone_or_it_cannot_grow() {
+    let limits =
+        |memory: u64| move |spec: &mut Value| spec["linux"]["resources"]["memory"] = json!({"limit": memory << 20});
+    let shim = Shim::start().await;
+    shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
+    shim.create_in_pod("big", "container", limits(224)).await.unwrap();
+    assert_eq!(shim.fake.resizes(1), [(224 + 4 + 64 - 128, 1)]);
+    shim.delete("big", "").await.unwrap();
+    assert_eq!(
+        shim.fake.resizes(2)[1..],
+        [(0, 1)],
+        "a member that is deleted needs nothing"
+    );
+    let failing = |spec: &mut Value| {
+        limits(224)(spec);
+        spec["process"]["args"] = json!(["nosuch"]);
+    };
+    shim.create_in_pod("failing", "container", failing).await.unwrap_err();
+    assert_eq!(
+        shim.fake.resizes(4)[3..],
+        [(0, 1)],
+        "nor does one that was never created"
+    );
+
+    let shim = Shim::with(Behaviour::Full).await;
+    shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
+    shim.create_in_pod("big", "container", limits(224)).await.unwrap();
+    assert_eq!(shim.fake.resizes(2)[1..], [(0, 1)], "what failed is taken back");
+}
+
+#[tokio::test]
+async fn disk_slots_of_deleted_and_failed_members_are_free_again() {
+    let shim = Shim::start().await;
+    shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
+    for _ in 0..5 {
+        for number in 0..8 {
+            shim.create_in_pod(&format!("c{number}"), "container", |_| {})
+                .await
+                .unwrap();
+        }
+        let (_, text) = refusal(shim.create_in_pod("ninth", "container", |_| {}).await);
+        assert!(text.contains("at most 8"), "{text}");
+        for number in 0..8 {
+            shim.delete(&format!("c{number}"), "").await.unwrap();
+        }
+        for number in 0..8 {
+            let missing = |spec: &mut Value| spec["process"]["args"] = json!(["nosuch"]);
+            let failed = shim.create_in_pod(&format!("c{number}"), "container", missing).await;
+            failed.unwrap_err();
+        }
+    }
+}
+
+#[tokio::test]
 async fn processes_are_shared_with_the_sandbox_or_with_a_target() {
     let shim = Shim::start().await;
     let sandbox = shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();

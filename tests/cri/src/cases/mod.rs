@@ -1,5 +1,6 @@
 //! The cases, by what they look at. Each takes a runtime handler, makes its pods, and fails by panic.
 
+mod disks;
 mod failures;
 mod forward;
 mod namespaces;
@@ -30,5 +31,6 @@ cases! {
     streams: executed_commands probes logs terminals;
     forward: forwarded_ports fifty_at_once;
     network: pods_reach_each_other_and_the_host names_are_resolved host_ports;
-    resources: statistics group_of_both_drivers updated_limits resize_up;
+    resources: statistics group_of_both_drivers updated_limits resize_up growth_under_load;
+    disks: come_and_go;
 }

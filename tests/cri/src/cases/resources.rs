@@ -203,6 +203,12 @@ fn memory(container: &Container) -> u64 {
     kib.parse::<u64>().unwrap() >> 10
 }
 
+/// What a file of the pod's group on the host says, in MiB.
+fn on_the_host(pod: &Pod, file: &str) -> u64 {
+    let text = fs::read_to_string(pod.cgroup.join(file)).unwrap();
+    text.trim().parse::<u64>().unwrap() >> 20
+}
+
 /// More than the pod was started with, by a change and by a further container, and less again.
 pub(crate) fn resize_up(handler: Handler) {
     let pod = Pod::run_with(handler, |config| sum_of(config, limits(50, 64)));
@@ -216,6 +222,16 @@ pub(crate) fn resize_up(handler: Handler) {
     assert!(start.elapsed() < Duration::from_secs(60));
     assert!(processors(&container) >= 2);
     assert!(memory(&container) >= 384, "{} MiB", memory(&container));
+    if handler.is_nutshell() {
+        let (most, now) = (
+            || on_the_host(&pod, "memory.peak"),
+            || on_the_host(&pod, "memory.current"),
+        );
+        assert!(most() >= 320, "{} MiB", most());
+        wait_until("memory that goes back to the host", || {
+            (now() < most() - 200).then_some(())
+        });
+    }
 
     let further = pod.start_with("further", &["sleep", "1000"], |config| {
         *resources(config) = limits(50, 512)
@@ -227,16 +243,58 @@ pub(crate) fn resize_up(handler: Handler) {
 
     if handler.is_nutshell() {
         further.stop(0);
+        wait_until("less memory without it", || {
+            (memory(&container) < most - 256).then_some(())
+        });
         update(&container, limits(50, 64));
         wait_until("one processor, as at the start", || {
             (processors(&container) == 1).then_some(())
         });
-        wait_until("less memory", || (memory(&container) < most - 256).then_some(()));
         // And up again.
         update(&container, limits(200, 384));
         assert_eq!(processors(&container), 2);
         assert!(memory(&container) >= 384, "{} MiB", memory(&container));
     }
     assert_eq!(container.status().started_at, started);
+    pod.remove();
+}
+
+/// Writes and reads more than it may cache, and says where it read what it did not write.
+const WRITE_AND_READ: &str = "set -e
+round=0
+while :; do
+  round=$((round + 1))
+  for file in 0 1 2 3; do
+    dd if=/dev/urandom of=/data$file bs=1M count=3 2>/dev/null
+    sha256sum /data$file >>/sums
+  done
+  sync
+  sha256sum -c /sums >/report 2>&1 || { cat /report; exit 1; }
+  rm /sums
+  echo round $round
+done";
+
+/// Memory that comes is used at once, by files that are written and read meanwhile.
+pub(crate) fn growth_under_load(handler: Handler) {
+    let pod = Pod::run_with(handler, |config| sum_of(config, limits(100, 64)));
+    let busy = ["first", "second"].map(|name| {
+        pod.start_with(name, &["sh", "-c", WRITE_AND_READ], |config| {
+            *resources(config) = limits(50, 16)
+        })
+    });
+    let growing = pod.start_with("growing", &["sleep", "1000"], |config| {
+        *resources(config) = limits(50, 16)
+    });
+    let rounds = |container: &Container| container.output("stdout").lines().count();
+    for memory in [96, 320, 640] {
+        let before = busy.each_ref().map(rounds);
+        update(&growing, limits(50, memory));
+        for (container, before) in busy.iter().zip(before) {
+            wait_until("files that are written and read", || {
+                assert_eq!(container.status().exit_code, 0, "{}", container.output("stdout"));
+                (rounds(container) > before).then_some(())
+            });
+        }
+    }
     pod.remove();
 }

@@ -1,0 +1,97 @@
+//! Places on the bus for disks that come and go while the machine runs: those of a pod's containers.
+
+use std::{io, sync::Arc};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    build::{BuildError, Place, connect, device, eventfd, kicks_of},
+    kvm::Vm,
+};
+use crate::devices::virtio::{
+    GuestMemory,
+    block::{Block, Disk},
+    mmio::{Line, Mmio},
+};
+
+/// The places, by disk slot.
+#[derive(Debug)]
+pub(super) struct DiskSlots {
+    /// The number of the first: those below are the disks of the boot.
+    first: u32,
+    slots: Vec<DiskSlot>,
+    /// How many queues a disk has.
+    queues: u16,
+}
+
+#[derive(Debug)]
+struct DiskSlot {
+    place: Place,
+    /// What the first disk was wired with. KVM keeps it, and the next disk has it too.
+    wires: Option<Wires>,
+}
+
+#[derive(Debug)]
+struct Wires {
+    irqfd: EventFd,
+    kicks: Vec<EventFd>,
+}
+
+impl DiskSlots {
+    /// Empty ones, numbered from `first` on.
+    pub(super) fn new(first: u32, places: Vec<Place>, queues: u16) -> Self {
+        let slots = places.into_iter().map(|place| DiskSlot { place, wires: None });
+        Self {
+            first,
+            slots: slots.collect(),
+            queues,
+        }
+    }
+
+    /// Puts `disk` into the empty slot `slot`; the guest's driver finds it when it looks again.
+    pub(super) fn plug(&mut self, slot: u32, disk: Disk, vm: &Vm, memory: &GuestMemory) -> Result<(), BuildError> {
+        let queues = self.queues;
+        let free = self.slot(slot).filter(|slot| slot.place.slot.is_empty());
+        let DiskSlot { place, wires } = free.ok_or(BuildError::Slot(slot))?;
+        let block = Box::new(Block::new(disk, queues));
+        let transport = if let Some(wires) = wires {
+            let Wires { irqfd, kicks } = wires.again().map_err(device("eventfd"))?;
+            Mmio::new(block, memory.clone(), Arc::new(Line::new(irqfd)), kicks)
+        } else {
+            let first = Wires {
+                irqfd: eventfd()?,
+                kicks: kicks_of(&*block)?,
+            };
+            let Wires { irqfd, kicks } = first.again().map_err(device("eventfd"))?;
+            let line = Arc::new(Line::new(irqfd));
+            let transport = connect(vm, memory, place.address, block, line, kicks)?;
+            *wires = Some(first);
+            transport
+        };
+        if place.slot.fill(transport) {
+            Ok(())
+        } else {
+            Err(BuildError::Slot(slot))
+        }
+    }
+
+    /// Takes the disk out of `slot`; `false` where there is no such slot.
+    pub(super) fn unplug(&mut self, slot: u32) -> bool {
+        let slot = self.slot(slot);
+        slot.inspect(|slot| slot.place.slot.empty()).is_some()
+    }
+
+    fn slot(&mut self, slot: u32) -> Option<&mut DiskSlot> {
+        let index = usize::try_from(slot.checked_sub(self.first)?).ok()?;
+        self.slots.get_mut(index)
+    }
+}
+
+impl Wires {
+    fn again(&self) -> io::Result<Self> {
+        Ok(Self {
+            irqfd: self.irqfd.try_clone()?,
+            kicks: self.kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>()?,
+        })
+    }
+}
