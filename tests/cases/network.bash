@@ -195,6 +195,34 @@ namespace_is_as_before_and_can_be_used_again() {
   remove_network
 }
 
+# Network policies and the bandwidth plugin of CNI work there.
+what_polices_the_hosts_end_of_a_link_polices_the_container() {
+  make_network
+  new_name
+  in_pod "$name" -d -- sleep 1000
+  iptables -I INPUT -i host0 -p icmp --icmp-type echo-request -j DROP
+  assert_contains "$(ctr task exec --exec-id dropped "$name" ping -c 1 -W 2 10.77.0.1 || true)" "100% packet loss"
+  ctr task exec --exec-id other "$name" ping -q -c 1 -W 5 fd77::1 >/dev/null
+  iptables -D INPUT -i host0 -p icmp --icmp-type echo-request -j DROP
+  ctr task exec --exec-id let "$name" ping -q -c 1 -W 5 10.77.0.1 >/dev/null
+
+  # 16 Mbit at 4 Mbit/s, but for what the bucket holds at first.
+  tc qdisc add dev host0 root tbf rate 4mbit burst 64k latency 400ms
+  local start receiver
+  ctr task exec --exec-id slow "$name" sh -c 'nc -l -p 7000 | wc -c' >/run/tmp/received &
+  receiver=$!
+  dial 7000
+  start=${EPOCHREALTIME/./}
+  head -c 2M /dev/zero >&"$connection"
+  exec {connection}>&-
+  wait "$receiver"
+  assert_equal $((2 << 20)) "$(</run/tmp/received)"
+  ((${EPOCHREALTIME/./} - start > 3500000)) || { echo "faster than the link may be" >&2 && return 1; }
+  remove "$name"
+  rm /run/tmp/received
+  remove_network
+}
+
 more_links_than_there_is_room_for_are_an_error() {
   make_network
   local number
@@ -214,5 +242,6 @@ network_cases() {
   check "ipvlan and tap are links like others" ipvlan_and_tap_are_links_like_others
   check "link that comes later is there too" link_that_comes_later_is_there_too
   check "namespace is as before and can be used again" namespace_is_as_before_and_can_be_used_again
+  check "what polices the host's end of a link polices the container" what_polices_the_hosts_end_of_a_link_polices_the_container
   check "more links than there is room for are an error" more_links_than_there_is_room_for_are_an_error
 }

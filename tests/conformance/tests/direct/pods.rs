@@ -159,6 +159,8 @@ fn loopback_of_a_pod_leads_from_one_container_to_the_other() {
         let client = pod.run(&idle(pod));
         let script = "until nc 127.0.0.1 7000 </dev/null; do :; done";
         assert_eq!(client.output_of(script), "served\n");
+        // Nobody gave it a network.
+        assert_eq!(client.output_of("ls /sys/class/net; ip route"), "lo\n");
         pod.forget(&client);
         pod.forget(&server);
     });
@@ -397,6 +399,8 @@ fn sandbox_service_answers_in_every_state() {
         let again = sandboxes.create(&bundle, &config(containerd)).unwrap_err();
         assert_eq!(code(again), Code::ALREADY_EXISTS);
         assert_eq!(sandboxes.status(id).unwrap().state, NOT_READY);
+        sandboxes.ping(id).unwrap();
+        sandboxes.metrics(id).unwrap();
 
         let started = sandboxes.start(id).unwrap();
         assert!(host::is_alive(started.pid) && started.created_at.seconds > 0);
@@ -429,12 +433,40 @@ fn sandbox_service_answers_in_every_state() {
         assert_eq!(containerd.pids_of("nutshell-vmm"), [0_u32; 0]);
         assert_eq!(code(sandboxes.ping(id).unwrap_err()), Code::FAILED_PRECONDITION);
         assert_eq!(code(sandboxes.start(id).unwrap_err()), Code::FAILED_PRECONDITION);
+        sandboxes.metrics(id).unwrap();
 
         sandboxes.shut_down(id).unwrap();
         assert!(host::ends_within(shim.pid, PATIENCE));
         containerd.delete_answer(&bundle);
         bundle.remove();
         assert_eq!(containerd.events.all(), []);
+    });
+}
+
+#[test]
+fn sandbox_that_was_never_started_can_be_stopped_and_shut_down_by_two_at_once() {
+    with_containerd(|containerd| {
+        let (bundle, shim) = sandbox_shim(containerd);
+        let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
+        sandboxes.create(&bundle, &config(containerd)).unwrap();
+        sandboxes.stop(id).unwrap();
+        let status = sandboxes.status(id).unwrap();
+        assert!(status.state == NOT_READY && status.exited_at.is_some(), "{status:?}");
+        assert_eq!(sandboxes.wait(id).unwrap().exited_at, status.exited_at);
+        let started = sandboxes.start(id).unwrap_err();
+        assert_eq!(started.code.unwrap(), Code::FAILED_PRECONDITION);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    // The second may find the shim gone already.
+                    let answer = Sandboxes::of(&shim).shut_down(id);
+                    assert!(answer.is_ok() || host::ends_within(shim.pid, PATIENCE), "{answer:?}");
+                });
+            }
+        });
+        assert!(host::ends_within(shim.pid, PATIENCE));
+        containerd.delete_answer(&bundle);
+        bundle.remove();
     });
 }
 
