@@ -467,7 +467,7 @@ impl Pod {
             .get_or_init(|| async {
                 self.machine.log_console().await;
                 // Both at once: each takes the kernel a while.
-                self.machine.kill("the shim ended it");
+                self.machine.stop("the shim ended it");
                 let files = self.files().take();
                 if let Some(files) = &files {
                     files.child.kill();

@@ -43,9 +43,10 @@ const FIRST_LINE: u32 = 5;
 
 /// What every kernel is told. Quiet before the early console, which else prints all; a panic or
 /// halt resets at once by triple fault, which ends the machine; no probing for a timer that KVM's
-/// clock makes superfluous.
+/// clock makes superfluous. No network device that nobody asked for.
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
-                            tsc=reliable cryptomgr.notests random.trust_cpu=on";
+                            tsc=reliable cryptomgr.notests random.trust_cpu=on \
+                            dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none";
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]

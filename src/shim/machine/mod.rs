@@ -98,6 +98,8 @@ impl Vmm {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ending {
     reason: String,
+    /// Somebody wanted that.
+    asked: bool,
     console: String,
 }
 
@@ -109,6 +111,13 @@ impl fmt::Display for Ending {
         }
         Ok(())
     }
+}
+
+/// Why the shim ended a machine.
+#[derive(Debug)]
+struct Verdict {
+    reason: String,
+    asked: bool,
 }
 
 /// A running machine. It ends when [`Self::kill`] is called, when the last reference is dropped, or
@@ -133,7 +142,7 @@ struct Shared {
     /// How much memory the guest had beyond what it booted with, in bytes, when it last had what it should.
     plugged: watch::Sender<Option<u64>>,
     /// Why it is being ended, where the shim decided so.
-    verdict: Mutex<Option<String>>,
+    verdict: Mutex<Option<Verdict>>,
     ended: watch::Sender<Option<Arc<Ending>>>,
 }
 
@@ -236,6 +245,7 @@ impl Machine {
         log::debug(&format!("machine {}: waited {late:?} for the agent", self.pid()));
         Err(Arc::new(Ending {
             reason: ending.reason.clone(),
+            asked: ending.asked,
             console,
         }))
     }
@@ -264,13 +274,28 @@ impl Machine {
         }
     }
 
-    /// Ends the machine, whatever it is doing, for a reason that errors will tell.
+    /// Whether it has ended by [`Self::stop`].
+    pub(crate) fn was_stopped(&self) -> bool {
+        self.shared.ended.borrow().as_ref().is_some_and(|ending| ending.asked)
+    }
+
+    /// Ends the machine, whatever it is doing, because something is wrong, which errors will tell.
     pub(crate) fn kill(&self, reason: &str) {
-        self.shared
-            .verdict
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert_with(|| reason.to_owned());
+        self.end(reason, false);
+    }
+
+    /// Ends the machine, whatever it is doing, because somebody asked for that.
+    pub(crate) fn stop(&self, reason: &str) {
+        self.end(reason, true);
+    }
+
+    fn end(&self, reason: &str, asked: bool) {
+        let mut verdict = self.shared.verdict.lock().unwrap_or_else(PoisonError::into_inner);
+        verdict.get_or_insert_with(|| Verdict {
+            reason: reason.to_owned(),
+            asked,
+        });
+        drop(verdict);
         self.child.kill();
     }
 
@@ -451,6 +476,8 @@ async fn listen(
     let how = child.reap().await;
     let said = stderr.await.unwrap_or_default();
     let verdict = shared.verdict.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let asked = verdict.as_ref().is_some_and(|verdict| verdict.asked);
+    let verdict = verdict.map(|verdict| verdict.reason);
     let reason = verdict.or(reason).unwrap_or_else(|| match how {
         Ok(how) => died("the virtual machine's process", how, &said),
         Err(error) => format!("wait for the virtual machine's process: {error}"),
@@ -460,6 +487,7 @@ async fn listen(
     shared.resize().take();
     shared.ended.send_replace(Some(Arc::new(Ending {
         reason,
+        asked,
         console: readable(&console),
     })));
 }

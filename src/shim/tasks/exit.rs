@@ -121,7 +121,12 @@ impl Tasks {
                 .iter()
                 .any(|container| container.init.lifecycle.phase().exit().is_none())
             {
-                log::error(&format!("the virtual machine of {} ended: {ending}", names(&members)));
+                let text = format!("the virtual machine of {} ended: {ending}", names(&members));
+                if pod.machine().was_stopped() {
+                    log::debug(&text);
+                } else {
+                    log::error(&text);
+                }
             }
             for container in members {
                 let tasks = tasks.clone();
@@ -179,7 +184,7 @@ impl Tasks {
             write_back(container, limit).await;
         }
         container.pod.machine().log_console().await;
-        container.pod.machine().kill("its sandbox was stopped");
+        container.pod.machine().stop("its sandbox was stopped");
         container.pod.machine().ended().await;
         for member in members.iter().filter(|member| !member.is_sandbox()) {
             member.init.lifecycle.exit().await;

@@ -84,7 +84,9 @@ impl Tasks {
         }
         let tasks = self.clone();
         tokio::spawn(async move {
-            if let Err(error) = tasks.set_up(&pod).await {
+            if let Err(error) = tasks.set_up(&pod).await
+                && !pod.machine().was_stopped()
+            {
                 log::error(&format!("a pod cannot be used: {error}"));
             }
         });

@@ -84,7 +84,7 @@ impl Tasks {
     pub(super) async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
         if let Err(wrong) = init.lifecycle.begin_start() {
-            if container.is_sandbox() {
+            if container.is_sandbox() && !container.pod.machine().was_stopped() {
                 // A machine that did not boot has ended it: that is what its user has to know.
                 self.set_up(&container.pod).await?;
             }
