@@ -125,7 +125,7 @@ fn held_namespaces() -> Vec<String> {
     held
 }
 
-/// What a shim holds.
+/// What a process of the runtime holds: a shim, or what it has started for a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Shim {
     /// Its process.
@@ -134,18 +134,22 @@ pub(crate) struct Shim {
     pub(crate) descriptors: usize,
     /// Threads.
     pub(crate) threads: usize,
-    /// Memory that it has written and nobody else maps, in KiB.
+    /// Of a shim, memory that it has written and nobody else maps, in KiB. (The others map the guest's.)
     pub(crate) memory: u64,
 }
 
-/// The shims that run now. (Only the first 15 bytes of a process's name are there to be compared.)
+/// The shims that run now, and the processes of their machines. (Only the first 15 bytes of a process's name are
+/// there to be compared.)
 pub(crate) fn shims() -> Vec<Shim> {
     let mut found: Vec<_> = fs::read_dir("/proc")
         .unwrap()
         .filter_map(Result::ok)
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|pid| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("containerd-shim"))
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            ["containerd-shim", "nutshell-vmm", "nutshell-fs"]
+                .iter()
+                .any(|program| name.starts_with(program))
         })
         .map(shim)
         .collect();
@@ -154,16 +158,22 @@ pub(crate) fn shims() -> Vec<Shim> {
 }
 
 fn shim(pid: u32) -> Shim {
+    let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let count = |folder| fs::read_dir(format!("/proc/{pid}/{folder}")).unwrap().count();
-    let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-    let memory = memory
+    let rollup = read("smaps_rollup");
+    let memory = rollup
         .lines()
         .find_map(|line| line.strip_prefix("Private_Dirty:"))
         .unwrap();
+    let memory = memory.trim().trim_end_matches(" kB").parse().unwrap();
     Shim {
         pid,
         descriptors: count("fd"),
         threads: count("task"),
-        memory: memory.trim().trim_end_matches(" kB").parse().unwrap(),
+        memory: if read("comm").starts_with("containerd-shim") {
+            memory
+        } else {
+            0
+        },
     }
 }

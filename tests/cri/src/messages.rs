@@ -46,6 +46,8 @@ calls! {
     "RuntimeService/PortForward": PortForwardRequest => StreamResponse;
     "RuntimeService/ContainerStats": ContainerStatsRequest => ContainerStatsResponse;
     "RuntimeService/PodSandboxStats": PodSandboxStatsRequest => PodSandboxStatsResponse;
+    "RuntimeService/ListContainerStats": ListContainerStatsRequest => ListContainerStatsResponse;
+    "RuntimeService/ListPodSandboxStats": ListPodSandboxStatsRequest => ListPodSandboxStatsResponse;
     "RuntimeService/Status": StatusRequest => StatusResponse;
     "ImageService/ImageStatus": ImageStatusRequest => ImageStatusResponse;
 }
@@ -585,8 +587,17 @@ pub(crate) struct NetworkUsage {
     pub(crate) default_interface: Option<NetworkInterfaceUsage>,
 }
 
+/// Whose statistics they are, a container's or a pod's.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Attributes {
+    #[prost(string, tag = "1")]
+    pub(crate) id: String,
+}
+
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ContainerStats {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) attributes: Option<Attributes>,
     #[prost(message, optional, tag = "2")]
     pub(crate) cpu: Option<CpuUsage>,
     #[prost(message, optional, tag = "3")]
@@ -619,8 +630,30 @@ pub(crate) struct LinuxPodSandboxStats {
 
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct PodSandboxStats {
+    #[prost(message, optional, tag = "1")]
+    pub(crate) attributes: Option<Attributes>,
     #[prost(message, optional, tag = "2")]
     pub(crate) linux: Option<LinuxPodSandboxStats>,
+}
+
+/// Of all.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ListContainerStatsRequest {}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ListContainerStatsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub(crate) stats: Vec<ContainerStats>,
+}
+
+/// Of all.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ListPodSandboxStatsRequest {}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct ListPodSandboxStatsResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub(crate) stats: Vec<PodSandboxStats>,
 }
 
 #[derive(Clone, PartialEq, Message)]

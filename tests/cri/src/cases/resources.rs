@@ -11,8 +11,9 @@ use crate::{
     client::call,
     host::{groups_at, read_log},
     messages::{
-        ContainerStats, ContainerStatsRequest, LinuxContainerResources, LinuxPodSandboxStats, PodSandboxConfig,
-        PodSandboxStatsRequest, UpdateContainerResourcesRequest,
+        ContainerStats, ContainerStatsRequest, LinuxContainerResources, LinuxPodSandboxStats,
+        ListContainerStatsRequest, ListPodSandboxStatsRequest, PodSandboxConfig, PodSandboxStatsRequest,
+        UpdateContainerResourcesRequest,
     },
     pod::{Container, DEBIAN, Handler, Pod, image, resources},
     wait_until,
@@ -68,38 +69,37 @@ fn load(container: &Container) -> u64 {
     (to - from) * 100 / u64::try_from(end - start).unwrap()
 }
 
-/// Uses CPU until this process has had 4 s of it, says how much it had, and uses no more.
+/// Uses 4 s of CPU time and no more, and says how much it and what started it had then, in nanoseconds.
 const KNOWN_LOAD: &str = "import time
-while time.process_time() < 4: pass
-print(int(time.process_time() * 1e9), flush=True)
+start = time.process_time_ns()
+before = int(open('/sys/fs/cgroup/cpu.stat').readline().split()[1]) * 1000
+while time.process_time_ns() < start + 4 * 10**9: pass
+print(before + time.process_time_ns() - start, flush=True)
 time.sleep(1000)";
 
-/// Holds memory, much more than Python itself has, and says so.
-const KNOWN_MEMORY: &str = "import time
-held = b'x' * (320 << 20)
-print('held', flush=True)
-time.sleep(1000)";
+/// Holds memory, much more than a shell has beside it, and says so.
+const KNOWN_MEMORY: &str = "dd if=/dev/zero of=/dev/shm/held bs=1M count=60 2>/dev/null && echo held; exec sleep 1000";
 
 pub(crate) fn statistics(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(140, 640)));
+    let pod = Pod::run_with(handler, |config| sum_of(config, limits(140, 384)));
     let before = pod_stats(&pod);
     let busy = pod.start_with("busy", &["python3", "-c", KNOWN_LOAD], |config| {
         config.image = image(DEBIAN);
         *resources(config) = limits(90, 128);
     });
-    let holding = pod.start_with("holding", &["python3", "-c", KNOWN_MEMORY], |config| {
+    let holding = pod.start_with("holding", &["sh", "-c", KNOWN_MEMORY], |config| {
         config.image = image(DEBIAN);
-        *resources(config) = limits(50, 512);
+        *resources(config) = limits(50, 256);
     });
     let said = |container: &Container| read_log(&container.log).first().map(|line| line.text.clone());
-    wait_until("320 MiB that are held", || said(&holding));
+    wait_until("60 MiB that are held", || said(&holding));
     let had: u64 = wait_until("4 s of CPU time", || said(&busy)).parse().unwrap();
 
     let within_5_percent = |known: u64, counted: u64| {
         assert!(counted.abs_diff(known) * 20 <= known, "{known} is counted as {counted}");
     };
     within_5_percent(had, cpu(&stats(&busy)).0);
-    within_5_percent(320 << 20, working_set(&stats(&holding)));
+    within_5_percent(60 << 20, working_set(&stats(&holding)));
     let percent = load(&holding);
     assert!(percent <= 5, "nothing is counted as {percent} % of a CPU");
 
@@ -108,9 +108,35 @@ pub(crate) fn statistics(handler: Handler) {
     let used = |stats: &LinuxPodSandboxStats| stats.cpu.clone().unwrap().usage_core_nano_seconds.unwrap().value;
     // A machine has something to do beside its containers.
     assert!(used(&after) - used(&before) >= had, "{before:?} {after:?}");
-    assert!(after.memory.unwrap().working_set_bytes.unwrap().value >= 320 << 20);
-    let interface = after.network.unwrap().default_interface.unwrap();
-    assert_eq!(interface.name, "eth0");
+    assert!(after.memory.clone().unwrap().working_set_bytes.unwrap().value >= 60 << 20);
+    let sent = |stats: &LinuxPodSandboxStats| {
+        let interface = stats.network.clone().unwrap().default_interface.unwrap();
+        assert_eq!(interface.name, "eth0");
+        (interface.tx_bytes.unwrap().value, interface.rx_bytes.unwrap().value)
+    };
+    let before = sent(&after);
+    busy.sh(
+        "python3 -c \"import socket; socket.create_connection(('10.88.0.1', 9)).close()\" 2>/dev/null; \
+                bash -c 'for i in {1..100}; do printf %1000s >/dev/udp/10.88.0.1/9; done'",
+    );
+    let (sent, received) = wait_until("bytes that were sent", || {
+        let now = sent(&pod_stats(&pod));
+        (now.0 >= before.0 + 100_000).then_some((now.0 - before.0, now.1 - before.1))
+    });
+    assert!(sent < 150_000, "100 KB are counted as {sent} bytes");
+    assert!(received > 0, "nothing came back");
+
+    // As `crictl stats` and `crictl statsp` ask.
+    let listed = call(&ListContainerStatsRequest {}).unwrap().stats;
+    let listed = listed
+        .iter()
+        .find(|stats| stats.attributes.as_ref().unwrap().id == holding.id);
+    within_5_percent(60 << 20, working_set(listed.unwrap()));
+    let listed = call(&ListPodSandboxStatsRequest {}).unwrap().stats;
+    let listed = listed
+        .iter()
+        .find(|stats| stats.attributes.as_ref().unwrap().id == pod.id);
+    assert!(used(listed.unwrap().linux.as_ref().unwrap()) >= had);
     pod.remove();
 }
 
