@@ -119,6 +119,8 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     let parent = parent_from_arguments()?;
     // Best effort: a name helps whoever looks at the host, and nothing depends on it.
     let _ = rustix::thread::set_name(jail.name);
+    // The shim has switched them off for itself; the guest's memory may have them.
+    let _ = rustix::thread::disable_transparent_huge_pages(false);
 
     let confine = || -> Result<(), Failed> {
         close_all_but(jail.keep).map_err(step("close inherited descriptors"))?;

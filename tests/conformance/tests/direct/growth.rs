@@ -102,3 +102,14 @@ fn hundred_execs_leave_nothing_in_the_shim() {
         container.end();
     });
 }
+
+/// khugepaged comes when it likes, so that its work cannot be waited for; that it may not come can be seen.
+#[test]
+fn memory_of_a_shim_is_not_rounded_up_to_huge_pages() {
+    with_containerd(|containerd| {
+        let container = containerd.run(&idle());
+        let status = std::fs::read_to_string(format!("/proc/{}/status", container.shim.pid)).unwrap();
+        assert!(status.contains("THP_enabled:\t0\n"), "{status}");
+        container.end();
+    });
+}
