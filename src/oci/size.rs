@@ -10,7 +10,9 @@
 //! the largest machine, as they would give all of the host without one.
 //!
 //! The machine of a pod grows while it runs, where the limits of its members come to more than what it
-//! booted with; what an annotation fixed stays as it is.
+//! booted with; what an annotation fixed stays as it is. What its limits ask for is bounded by what the pod's
+//! control group on the host may hold: else a guest that uses its memory is ended as a whole by the host,
+//! where its own kernel would have ended one process.
 
 use std::collections::HashMap;
 
@@ -38,6 +40,12 @@ pub(crate) const MIN_MEMORY: u64 = 128 << 20;
 /// What kernel and agent need beside the containers, in bytes; 1/64 of the limit comes to it for
 /// the guest's page structs (64 bytes for each page of 4096).
 const OVERHEAD: u64 = 64 << 20;
+
+/// What a machine costs its control group on the host beside the guest's memory: private memory of vmm and file
+/// server, in bytes; and the host's page tables, which are 1/512 of the memory in KVM, vmm and file server each,
+/// and the index of its pages.
+const HOST_OVERHEAD: u64 = 8 << 20;
+const HOST_FRACTION: u64 = 128;
 
 const ALIGNMENT: u64 = 2 << 20;
 
@@ -81,10 +89,12 @@ impl Sizing {
         };
         let boot = self.size(annotations, limits)?;
         let fixed = |annotation| annotations.contains_key(annotation);
+        let exact_memory = fixed(MEMORY_ANNOTATION);
         Ok(PodSize {
             boot,
+            exact_memory,
             most: Size {
-                memory: if fixed(MEMORY_ANNOTATION) {
+                memory: if exact_memory {
                     boot.memory
                 } else {
                     boot.memory.max(self.max_memory / ALIGNMENT * ALIGNMENT)
@@ -196,27 +206,50 @@ pub(crate) struct PodSize {
     pub(crate) boot: Size,
     /// While it runs.
     pub(crate) most: Size,
+    /// An annotation says what the memory is, and no limit changes that.
+    pub(crate) exact_memory: bool,
 }
 
 impl PodSize {
     /// A machine that keeps its size.
     pub(crate) fn fixed(size: Size) -> Self {
-        Self { boot: size, most: size }
+        Self {
+            boot: size,
+            most: size,
+            exact_memory: true,
+        }
     }
 
-    /// The size for containers that come to these limits.
-    pub(crate) fn for_limits(&self, limits: Limits) -> Size {
+    /// This, booting with no more memory than fits into a control group of the host that may hold `group` bytes.
+    #[must_use]
+    pub(crate) fn booting_within(mut self, group: Option<u64>) -> Self {
+        self.boot.memory = self.boot.memory.min(self.most_within(group).max(MIN_MEMORY));
+        self
+    }
+
+    /// The size for containers that come to these limits, in a control group of the host that may hold `group`
+    /// bytes.
+    pub(crate) fn for_limits(&self, limits: Limits, group: Option<u64>) -> Size {
+        let most_memory = self.most_within(group).max(self.boot.memory);
         let memory = limits.machine_memory().unwrap_or(0);
         let vcpus = limits.vcpus().unwrap_or(0);
         Size {
             memory: memory
-                .clamp(self.boot.memory, self.most.memory)
+                .clamp(self.boot.memory, most_memory)
                 .next_multiple_of(ALIGNMENT)
-                .min(self.most.memory),
+                .min(most_memory),
             vcpus: u8::try_from(vcpus)
                 .unwrap_or(u8::MAX)
                 .clamp(self.boot.vcpus, self.most.vcpus),
         }
+    }
+
+    fn most_within(&self, group: Option<u64>) -> u64 {
+        let room = group.filter(|_| !self.exact_memory).map(|group| {
+            let machine = group.saturating_sub(group / HOST_FRACTION).saturating_sub(HOST_OVERHEAD);
+            machine / ALIGNMENT * ALIGNMENT
+        });
+        room.map_or(self.most.memory, |room| room.min(self.most.memory))
     }
 }
 
@@ -342,7 +375,11 @@ mod tests {
             memory: 2048 * MIB,
             vcpus: 4,
         };
-        let size = PodSize { boot, most };
+        let size = PodSize {
+            boot,
+            most,
+            exact_memory: false,
+        };
         for (members, memory, vcpus) in [
             (vec![], 512, 1),
             (vec![of(-1, -1)], 512, 1),
@@ -351,10 +388,39 @@ mod tests {
             (vec![of(512 * mib, 100_000), of(-1, -1)], 512 + 8 + 64, 1),
             (vec![of(i64::MAX, i64::MAX); 3], 2048, 4),
         ] {
-            let size = size.for_limits(Limits::sum(members.clone()));
+            let size = size.for_limits(Limits::sum(members.clone()), None);
             assert_eq!((size.memory / MIB, size.vcpus), (memory, vcpus), "{members:?}");
         }
-        assert_eq!(PodSize::fixed(boot).for_limits(of(4096 * mib, 800_000)), boot);
+        assert_eq!(PodSize::fixed(boot).for_limits(of(4096 * mib, 800_000), None), boot);
+    }
+
+    #[test]
+    fn machine_fits_into_its_control_group_unless_an_annotation_says_its_memory() {
+        let pod = annotations(&[("io.kubernetes.cri.sandbox-memory", "1073741824")]);
+        let size = SIZING.of_sandbox(&pod).unwrap();
+        for (group, boot) in [
+            (None, 1024 + 16 + 64),
+            (Some(u64::MAX), 1024 + 16 + 64),
+            // With the overhead of the RuntimeClass, and without.
+            (Some((1024 + 128) * MIB), 1024 + 16 + 64),
+            (Some(1024 * MIB), 1024 - 8 - 8),
+            (Some(0), MIN_MEMORY / MIB),
+        ] {
+            assert_eq!(size.booting_within(group).boot.memory / MIB, boot, "{group:?}");
+        }
+        let limits = Limits::of(Some(&resources(4 << 30, 100_000, 100_000)));
+        for (group, grown) in [
+            (None, 4096 + 64 + 64),
+            (Some((4096 + 256) * MIB), 4096 + 64 + 64),
+            (Some(4096 * MIB), 4096 - 32 - 8),
+            // It has been lowered below what the machine booted with.
+            (Some(512 * MIB), 1024 + 16 + 64),
+        ] {
+            assert_eq!(size.for_limits(limits, group).memory / MIB, grown, "{group:?}");
+        }
+        let exact = SIZING.of_sandbox(&annotations(&[(MEMORY_ANNOTATION, "512")])).unwrap();
+        assert_eq!(exact.booting_within(Some(256 * MIB)), exact);
+        assert_eq!(exact.for_limits(limits, Some(256 * MIB)).memory, 512 * MIB);
     }
 
     #[test]

@@ -41,6 +41,17 @@ impl ControlGroup {
         &self.folder
     }
 
+    /// How much memory it may hold, in bytes: the least that it or one above it may (`memory.max`, Linux
+    /// cgroup-v2.rst). `None` where nothing bounds it. A kubelet has made and limited a pod's before the pod.
+    pub(crate) fn memory_limit(&self) -> Option<u64> {
+        let limit = |folder: &Path| -> Option<u64> {
+            let text = fs::read_to_string(folder.join("memory.max")).ok()?;
+            // Else it is "max".
+            text.trim().parse().ok()
+        };
+        self.folder.ancestors().filter_map(limit).min()
+    }
+
     /// Makes it, and what is missing above it.
     pub(crate) fn make(&self) {
         if let Err(error) = fs::create_dir_all(&self.folder) {
@@ -109,6 +120,22 @@ mod tests {
         ] {
             assert_eq!(relative(path), place.map(PathBuf::from), "{path}");
         }
+    }
+
+    #[test]
+    fn memory_is_bounded_by_the_narrowest_group_of_those_above() {
+        let root = tempfile::tempdir().unwrap();
+        let group = ControlGroup {
+            folder: root.path().join("kubepods/pod/sandbox"),
+        };
+        assert_eq!(group.memory_limit(), None);
+        group.make();
+        let limit = |path: &str, text: &str| fs::write(root.path().join(path).join("memory.max"), text).unwrap();
+        limit("kubepods/pod/sandbox", "max\n");
+        assert_eq!(group.memory_limit(), None);
+        limit("kubepods/pod", "1207959552\n");
+        limit("kubepods", "8589934592\n");
+        assert_eq!(group.memory_limit(), Some(1152 << 20));
     }
 
     #[test]

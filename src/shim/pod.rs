@@ -162,12 +162,24 @@ impl Needs {
 
     /// What a pod needs, with room for any members, which share what `shared` says.
     pub(crate) fn of_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
+        let group = plan.cgroups_path.as_deref().and_then(ControlGroup::at);
+        let limit = group.as_ref().and_then(ControlGroup::memory_limit);
+        let size = plan.size.booting_within(limit);
+        if size != plan.size {
+            log::warn(&format!(
+                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB, and not {}: \
+                 give its RuntimeClass more overhead",
+                limit.unwrap_or_default() >> 20,
+                size.boot.memory >> 20,
+                plan.size.boot.memory >> 20
+            ));
+        }
         Self {
-            size: plan.size,
+            size,
             share: true,
             disks: Vec::new(),
             free: MEMBER_DISKS,
-            group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
+            group,
             shared: Some(shared),
         }
     }
@@ -295,6 +307,11 @@ impl Pod {
     /// What the machine booted with and may come to have.
     pub(crate) fn size(&self) -> PodSize {
         self.size
+    }
+
+    /// How much memory the host allows the machine and all that it costs, in bytes.
+    pub(crate) fn memory_limit(&self) -> Option<u64> {
+        self.group.as_ref().and_then(ControlGroup::memory_limit)
     }
 
     /// What the machine has now.

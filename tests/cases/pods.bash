@@ -15,6 +15,7 @@ pod_cases() {
   [[ $handler == runc ]] ||
     pod "host's namespaces are refused by name" namespaces::host_namespaces_are_refused
   pod "crash, kill, hunger and a missing program are one container's own" failures::end_of_one_leaves_the_others
+  pod "pod without overhead loses a process and not its machine" failures::pod_without_overhead_runs_out_of_memory
   pod "stop asks before it kills" failures::stop_is_graceful_first
   pod "executed commands report streams, status and a missed deadline" streams::executed_commands
   pod "a probe each second leaves the shim as it is" streams::probes

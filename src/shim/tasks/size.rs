@@ -64,8 +64,8 @@ impl Tasks {
         let present = members
             .iter()
             .filter(|member| member.init.lifecycle.phase().exit().is_none());
-        pod.size()
-            .for_limits(Limits::sum(present.map(|member| member.limits())))
+        let limits = Limits::sum(present.map(|member| member.limits()));
+        pod.size().for_limits(limits, pod.memory_limit())
     }
 }
 

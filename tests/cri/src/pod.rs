@@ -143,6 +143,12 @@ impl Pod {
             "+cpu +cpuset +io +memory +pids +hugetlb",
         )
         .unwrap();
+        // And what they may have together, where the test says what a machine costs beside them.
+        let linux = config.linux.clone().unwrap_or_default();
+        if let (Some(overhead), Some(sum)) = (linux.overhead, linux.resources) {
+            let limit = sum.memory_limit_in_bytes + overhead.memory_limit_in_bytes;
+            fs::write(cgroup.join("memory.max"), limit.to_string()).unwrap();
+        }
         let mut pod = Self {
             config,
             id: String::new(),

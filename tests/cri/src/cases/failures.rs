@@ -1,7 +1,7 @@
 //! What one container's end does to the others: nothing.
 
 use crate::{
-    messages::ContainerState,
+    messages::{ContainerState, LinuxContainerResources},
     pod::{Handler, Pod, resources},
     wait_until,
 };
@@ -40,6 +40,34 @@ pub(crate) fn end_of_one_leaves_the_others(handler: Handler) {
     let message = missing.start().unwrap_err().message;
     assert!(message.contains("no such file or directory"), "{message}");
     unharmed();
+    pod.remove();
+}
+
+/// What the host gives the pod is less than its containers may use: no overhead. Then one process has to end, and
+/// not the machine.
+pub(crate) fn pod_without_overhead_runs_out_of_memory(handler: Handler) {
+    let pod = Pod::run_with(handler, |config| {
+        let limits = config.linux.get_or_insert_default();
+        limits.overhead = Some(LinuxContainerResources::default());
+        limits.resources = Some(LinuxContainerResources {
+            memory_limit_in_bytes: 320 << 20,
+            ..Default::default()
+        });
+    });
+    let sibling = pod.start("sibling", &["sleep", "1000"]);
+    let started = sibling.status().started_at;
+    for name in ["hungry", "hungry-again"] {
+        let hungry = pod.start_with(name, &["tail", "/dev/zero"], |config| {
+            resources(config).memory_limit_in_bytes = 320 << 20;
+        });
+        assert_eq!(hungry.wait().exit_code, 137);
+        wait_until("the reason OOMKilled", || {
+            (hungry.status().reason == "OOMKilled").then_some(())
+        });
+        let status = sibling.status();
+        assert_eq!((status.state(), status.started_at), (ContainerState::Running, started));
+        assert_eq!(sibling.sh("echo well"), "well");
+    }
     pod.remove();
 }
 

@@ -27,7 +27,7 @@ cases! {
     pods: pod_of_one init_containers pod_of_five restart pod_without_a_running_container ephemeral_container
         restarted_containerd;
     namespaces: processes_apart processes_together files_and_settings host_namespaces_are_refused;
-    failures: end_of_one_leaves_the_others stop_is_graceful_first;
+    failures: end_of_one_leaves_the_others pod_without_overhead_runs_out_of_memory stop_is_graceful_first;
     streams: executed_commands probes logs terminals;
     forward: forwarded_ports fifty_at_once;
     network: pods_reach_each_other_and_the_host names_are_resolved host_ports;
