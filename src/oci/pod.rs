@@ -1,5 +1,5 @@
 //! What a pod needs where its sandbox comes without a bundle: from the `PodSandboxConfig` of
-//! Kubernetes' CRI, as containerd's `sandboxer = "shim"` passes it (containerd-contract §1.13).
+//! Kubernetes' CRI, as containerd's `sandboxer = "shim"` passes it (containerd `plugins/sandbox/controller.go`).
 //!
 //! The message is protobuf, read here by hand: the numbers of the fields are those of
 //! `k8s.io/cri-api/pkg/apis/runtime/v1/api.proto`, and all others are passed over.

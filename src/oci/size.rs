@@ -246,7 +246,9 @@ impl PodSize {
 
     fn most_within(&self, group: Option<u64>) -> u64 {
         let room = group.filter(|_| !self.exact_memory).map(|group| {
-            let machine = group.saturating_sub(group / HOST_FRACTION).saturating_sub(HOST_OVERHEAD);
+            let machine = group
+                .saturating_sub(group / HOST_FRACTION)
+                .saturating_sub(HOST_OVERHEAD);
             machine / ALIGNMENT * ALIGNMENT
         });
         room.map_or(self.most.memory, |room| room.min(self.most.memory))

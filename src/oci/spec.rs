@@ -15,7 +15,8 @@ use super::PlanError;
 const LIMIT: u64 = nutshell_protocol::MAX_FRAME as u64;
 
 /// The annotations of a bundle's spec, or none where there is no `config.json`: with
-/// `sandboxer = "shim"` containerd makes a sandbox's bundle without one (containerd-contract §1.4).
+/// `sandboxer = "shim"` containerd makes a sandbox's bundle without one (containerd
+/// `plugins/sandbox/controller.go`).
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
 //! The command line, as containerd writes it for shims made with Go's `flag` package: one or two
-//! dashes, `-name value` or `-name=value`, then the action (containerd-contract §1.2, §1.5, §1.6).
+//! dashes, `-name value` or `-name=value`, then the action (containerd `core/runtime/v2/README.md`, `pkg/shim`).
 
 use std::{ffi::OsString, path::PathBuf};
 

@@ -199,7 +199,7 @@ impl Request {
     }
 
     /// The version of the answer: containerd before 2.0 refuses 3, all take 2
-    /// (containerd-contract §0, decision A).
+    /// (containerd `core/runtime/v2/shim.go`).
     fn version(&self) -> u32 {
         if self.bootstrap { 3 } else { 2 }
     }
@@ -219,7 +219,7 @@ pub(super) enum Group {
 }
 
 impl Group {
-    /// From a spec's annotations (containerd-contract §1.4).
+    /// From a spec's annotations, as runc's shim reads them (containerd `cmd/containerd-shim-runc-v2/manager`).
     pub(super) fn of(annotations: &HashMap<String, String>) -> Option<Self> {
         let value = |name| annotations.get(name).filter(|value| !value.is_empty()).cloned();
         value("io.containerd.nutshell.v2.group")

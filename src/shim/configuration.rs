@@ -1,6 +1,6 @@
 //! What the host's owner decided: `/etc/nutshell/config.toml`, or the file or text that containerd's
-//! configuration of the runtime names (`ConfigPath` and the `options` section, containerd-contract
-//! §1.8). Everything is optional:
+//! configuration of the runtime names (`ConfigPath` and the `options` section, containerd
+//! `docs/cri/config.md`). Everything is optional:
 //!
 //! ```toml
 //! debug = false                  # log debug messages

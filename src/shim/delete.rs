@@ -1,5 +1,5 @@
 //! `delete`: clean up after a container whose shim containerd lost, or is done with
-//! (containerd-contract §1.5).
+//! (containerd `core/runtime/v2/README.md`, "delete").
 //!
 //! It may be called at any time, more than once, and with anything missing, so each step takes
 //! absence for success, and a step that fails is told on standard error, which containerd logs, and

@@ -1,5 +1,5 @@
 //! `-info` and `-v`: what this runtime is and can do. Neither needs KVM, a configuration or
-//! containerd (containerd-contract §1.6).
+//! containerd (containerd `core/runtime/v2/README.md`, `api/types/introspection.proto`).
 
 use std::io::{self, Write};
 

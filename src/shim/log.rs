@@ -2,7 +2,7 @@
 //!
 //! The fifo is opened for reading and writing, so that a containerd that goes away neither blocks
 //! the open nor breaks the pipe, and never blocks: what does not fit is dropped and counted
-//! (containerd-contract §1.7). The virtual machine must not wait for a reader of logs.
+//! (containerd `core/runtime/v2/README.md`, "Logging"). The virtual machine must not wait for a reader of logs.
 //!
 //! Libraries log through the `log` crate, the shim through the functions here; both end up in the
 //! one fifo. Before [`start`], and in the other roles, nothing is written.

@@ -1,5 +1,6 @@
 //! Resource use of a container as containerd reads it: the message of cgroup v2, whatever the host
-//! has (containerd-contract §1.14). No part of it is left out: clients read some without a check.
+//! has (github.com/containerd/cgroups `cgroup2/stats/metrics.proto`). No part of it is left out: clients
+//! read some without a check.
 
 use containerd_shim_protos::{
     cgroups_v2::metrics::{

@@ -1,5 +1,5 @@
 //! The runtime options of containerd's clients: an `Any` that is decoded by its type
-//! (containerd-contract §1.8). `ctr` and the CRI send those of the generic kind, moby and nerdctl may
+//! (containerd `api/types/runtimeoptions/v1`). `ctr` and the CRI send those of the generic kind, moby and nerdctl may
 //! send runc's.
 
 use std::path::PathBuf;

@@ -1,5 +1,6 @@
 //! The Sandbox service (`containerd.runtime.sandbox.v1`): containerd's messages to and from [`Tasks`].
-//! containerd speaks it where a runtime's `sandboxer` is `shim` (containerd-contract §1.13).
+//! containerd speaks it where a runtime's `sandboxer` is `shim` (containerd
+//! `api/runtime/sandbox/v1/sandbox.proto`).
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 

@@ -284,7 +284,7 @@ pub struct ProcessEntry {
     pub exec: Option<String>,
 }
 
-/// Why a request failed; becomes a gRPC code (containerd-contract §1.11) and the user's text.
+/// Why a request failed; becomes a gRPC code and the user's text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// The kind.

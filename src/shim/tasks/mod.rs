@@ -45,7 +45,7 @@ use super::{
 use crate::oci::{ContainerId, Hooks, Limits};
 
 /// How long the output of a process that ended may take to reach a reader that does not read, before
-/// the end is reported, and again before the process is forgotten (containerd-contract §1.12).
+/// the end is reported, and again before the process is forgotten.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the vmm may take to close streams.

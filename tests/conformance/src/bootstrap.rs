@@ -1,5 +1,4 @@
-//! `start` as each containerd calls it, and what each accepts as its answer
-//! (containerd-contract §1.2).
+//! `start` as each containerd calls it, and what each accepts as its answer.
 
 use std::path::{Path, PathBuf};
 

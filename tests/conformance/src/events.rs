@@ -1,5 +1,4 @@
-//! containerd's events service, which records what it is told, and the rules of the order of events
-//! (containerd-contract §1.10).
+//! containerd's events service, which records what it is told, and the rules of the order of events.
 
 use std::{
     collections::HashMap,

@@ -1,5 +1,5 @@
 //! Pods: a sandbox in either of containerd's ways, and containers in it with specs as its CRI writes
-//! them (containerd-contract §1.9, §1.13).
+//! them.
 
 use std::sync::Arc;
 

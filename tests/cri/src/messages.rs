@@ -1,7 +1,8 @@
 //! Messages of Kubernetes' Container Runtime Interface, version 1, as far as the tests use them.
 //!
 //! Names and numbers of fields are those of the published `api.proto` (package `runtime.v1`). A field that
-//! nobody here sets or reads is left out; protobuf skips it.
+//! nobody here sets or reads is left out; protobuf skips it. Longer than a file should be, as that one is: one
+//! interface, one place.
 
 #![allow(missing_docs, reason = "the interface's own words")]
 

@@ -1,4 +1,4 @@
-//! `start`, `-info` and `-v`: the executable as containerd runs it (contract §1.2 to §1.4, §1.6).
+//! `start`, `-info` and `-v`: the executable as containerd runs it.
 
 use std::{
     fs,

@@ -1,4 +1,4 @@
-//! Create: what it takes, what it refuses, and that a refusal leaves nothing (contract §1.11).
+//! Create: what it takes, what it refuses, and that a refusal leaves nothing.
 
 use std::fs;
 

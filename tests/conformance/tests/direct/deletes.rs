@@ -1,4 +1,4 @@
-//! `delete`: what containerd runs when it has lost a shim, or is done with it (contract §1.5).
+//! `delete`: what containerd runs when it has lost a shim, or is done with it.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The order of events (contract §1.10). Every test of this program also checks all rules of the
+//! The order of events. Every test of this program also checks all rules of the
 //! order on all events that it caused; these are about what needs a special situation.
 
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Execs, standard streams and terminals (contract §1.11, §1.12).
+//! Execs, standard streams and terminals.
 
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 use nutshell_conformance::{

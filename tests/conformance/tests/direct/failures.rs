@@ -1,4 +1,4 @@
-//! Processes of a pod that are killed under it (contract §1.5, §1.10).
+//! Processes of a pod that are killed under it.
 
 use std::time::Duration;
 

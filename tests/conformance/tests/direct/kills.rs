@@ -1,4 +1,4 @@
-//! Kill, in every phase and for every target, and a guest that does not answer (contract §1.11).
+//! Kill, in every phase and for every target, and a guest that does not answer.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The life of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown (contract §1.9, §1.11).
+//! The life of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown.
 
 use std::time::Duration;
 

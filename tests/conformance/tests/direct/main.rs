@@ -15,3 +15,4 @@ mod kills;
 mod lives;
 mod pods;
 mod resources;
+mod sandboxes;

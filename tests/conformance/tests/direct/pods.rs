@@ -1,5 +1,5 @@
 //! Pods: sandboxes in both of containerd's ways, what the containers of a pod share, and what they do
-//! not do to each other (contract §1.4, §1.9, §1.13).
+//! not do to each other.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -19,7 +19,7 @@ use rustix::{
 use serde_json::{Value, json};
 
 /// Config of a pod whose control group is one of the test's.
-fn config(containerd: &Containerd) -> Config {
+pub(super) fn config(containerd: &Containerd) -> Config {
     Config {
         hostname: "web-0".to_owned(),
         cgroup_parent: containerd.cgroups_path("").trim_end_matches('/').to_owned(),
@@ -28,7 +28,7 @@ fn config(containerd: &Containerd) -> Config {
 }
 
 /// Runs a test on a pod of each way, which it leaves without containers.
-fn on_both(test: impl Fn(&Pod<'_>)) {
+pub(super) fn on_both(test: impl Fn(&Pod<'_>)) {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         test(&pod);
@@ -39,7 +39,7 @@ fn on_both(test: impl Fn(&Pod<'_>)) {
     });
 }
 
-fn idle(pod: &Pod<'_>) -> Value {
+pub(super) fn idle(pod: &Pod<'_>) -> Value {
     pod.spec(&["sleep", "100000"])
 }
 
@@ -374,206 +374,6 @@ fn namespaces_of_the_host_mean_the_pods_where_that_is_configured() {
 }
 
 #[test]
-fn sandbox_service_answers_in_every_state() {
-    with_containerd(|containerd| {
-        let (bundle, shim) = sandbox_shim(containerd);
-        let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
-        let code = |failure: nutshell_conformance::task::Failure| failure.code.unwrap();
-        assert_eq!(code(sandboxes.start(id).unwrap_err()), Code::FAILED_PRECONDITION);
-        for answer in [
-            sandboxes.stop(id).map(drop),
-            sandboxes.wait(id).map(drop),
-            sandboxes.status(id).map(drop),
-            sandboxes.ping(id).map(drop),
-            sandboxes.metrics(id).map(drop),
-        ] {
-            assert_eq!(code(answer.unwrap_err()), Code::NOT_FOUND);
-        }
-        let platform = sandboxes.platform(id).unwrap().platform;
-        assert_eq!(
-            (platform.os.as_str(), platform.architecture.as_str()),
-            ("linux", "amd64")
-        );
-
-        sandboxes.create(&bundle, &config(containerd)).unwrap();
-        let again = sandboxes.create(&bundle, &config(containerd)).unwrap_err();
-        assert_eq!(code(again), Code::ALREADY_EXISTS);
-        assert_eq!(sandboxes.status(id).unwrap().state, NOT_READY);
-        sandboxes.ping(id).unwrap();
-        sandboxes.metrics(id).unwrap();
-
-        let started = sandboxes.start(id).unwrap();
-        assert!(host::is_alive(started.pid) && started.created_at.seconds > 0);
-        assert_eq!(code(sandboxes.start(id).unwrap_err()), Code::FAILED_PRECONDITION);
-        let status = sandboxes.status(id).unwrap();
-        assert_eq!((status.state.as_str(), status.pid), (READY, started.pid));
-        assert!(
-            status.exited_at.is_none() && status.info.contains_key("vmmPid"),
-            "{status:?}"
-        );
-        sandboxes.ping(id).unwrap();
-        let own = fs::metadata(format!("/proc/{}/ns/net", started.pid)).unwrap();
-        let hosts = fs::metadata("/proc/self/ns/net").unwrap();
-        use std::os::unix::fs::MetadataExt;
-        assert_ne!(own.ino(), hosts.ino(), "the sandbox is in the host's network");
-        // It is no task.
-        assert_eq!(code(shim.task.state(id, "").unwrap_err()), Code::NOT_FOUND);
-        assert_eq!(code(shim.task.kill(id, "", 9).unwrap_err()), Code::NOT_FOUND);
-
-        let waiting = std::thread::spawn({
-            let (sandboxes, id) = (Sandboxes::of(&shim), id.to_owned());
-            move || sandboxes.wait(&id).unwrap()
-        });
-        sandboxes.stop(id).unwrap();
-        sandboxes.stop(id).unwrap();
-        let exit = waiting.join().unwrap();
-        assert_eq!(exit, sandboxes.wait(id).unwrap());
-        let status = sandboxes.status(id).unwrap();
-        assert_eq!((status.state.as_str(), &status.exited_at), (NOT_READY, &exit.exited_at));
-        assert_eq!(containerd.pids_of("nutshell-vmm"), [0_u32; 0]);
-        assert_eq!(code(sandboxes.ping(id).unwrap_err()), Code::FAILED_PRECONDITION);
-        assert_eq!(code(sandboxes.start(id).unwrap_err()), Code::FAILED_PRECONDITION);
-        sandboxes.metrics(id).unwrap();
-
-        sandboxes.shut_down(id).unwrap();
-        assert!(host::ends_within(shim.pid, PATIENCE));
-        containerd.delete_answer(&bundle);
-        bundle.remove();
-        assert_eq!(containerd.events.all(), []);
-    });
-}
-
-#[test]
-fn sandbox_that_was_never_started_can_be_stopped_and_shut_down_by_two_at_once() {
-    with_containerd(|containerd| {
-        let (bundle, shim) = sandbox_shim(containerd);
-        let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
-        sandboxes.create(&bundle, &config(containerd)).unwrap();
-        sandboxes.stop(id).unwrap();
-        let status = sandboxes.status(id).unwrap();
-        assert!(status.state == NOT_READY && status.exited_at.is_some(), "{status:?}");
-        assert_eq!(sandboxes.wait(id).unwrap().exited_at, status.exited_at);
-        let started = sandboxes.start(id).unwrap_err();
-        assert_eq!(started.code.unwrap(), Code::FAILED_PRECONDITION);
-        std::thread::scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    // The second may find the shim gone already.
-                    let answer = Sandboxes::of(&shim).shut_down(id);
-                    assert!(answer.is_ok() || host::ends_within(shim.pid, PATIENCE), "{answer:?}");
-                });
-            }
-        });
-        assert!(host::ends_within(shim.pid, PATIENCE));
-        containerd.delete_answer(&bundle);
-        bundle.remove();
-    });
-}
-
-#[test]
-fn shim_of_a_live_sandbox_goes_on_without_containers_and_ends_with_the_sandbox() {
-    with_containerd(|containerd| {
-        let pod = Pod::by_service(containerd, &config(containerd));
-        let container = pod.run(&idle(&pod));
-        let metrics = pod.sandboxes().metrics(&pod.id).unwrap().metrics;
-        assert_eq!(metrics.id, pod.id);
-        let metrics = Metrics::parse_from_bytes(&metrics.data.value).unwrap();
-        assert_eq!(metrics.pids.current, 1);
-        assert!(metrics.memory.usage > 0);
-        pod.forget(&container);
-        pod.shim.task.shutdown(&container.id, false).unwrap();
-        assert!(!host::ends_within(pod.shim.pid, Duration::from_millis(500)) && pod.is_ready());
-
-        // Its containers go with it, whoever has forgotten to stop them.
-        let container = pod.run(&idle(&pod));
-        pod.sandboxes().shut_down(&pod.id).unwrap();
-        assert!(host::ends_within(pod.shim.pid, PATIENCE));
-        containerd.events.until(&container.id, "exit 137");
-        pod.clean(&container);
-        containerd.delete_answer(&pod.bundle);
-        pod.bundle.remove();
-    });
-}
-
-#[test]
-fn member_of_either_way_finds_the_shim_of_its_sandbox_by_itself() {
-    on_both(|pod| {
-        let container = pod.create(&idle(pod)).unwrap();
-        for caller in [Caller::V1_7(None), Caller::V2_2(None)] {
-            let answer = container.containerd().start(&container.bundle, &caller).unwrap();
-            assert_eq!(
-                (answer.address.as_str(), answer.version),
-                (pod.shim.answer.address.as_str(), 2)
-            );
-        }
-        pod.forget(&container);
-    });
-}
-
-#[test]
-fn killed_machine_ends_the_pod_and_what_is_left_can_be_removed_in_any_order() {
-    with_containerd(|containerd| {
-        let pod = Pod::by_service(containerd, &config(containerd));
-        let container = pod.run(&idle(&pod));
-        for vmm in containerd.pids_of("nutshell-vmm") {
-            host::signal(vmm, Signal::KILL);
-        }
-        assert_eq!(pod.sandboxes().wait(&pod.id).unwrap().exit_status, 137);
-        assert_eq!(pod.sandboxes().status(&pod.id).unwrap().state, NOT_READY);
-        assert_eq!(container.wait(), 137);
-        pod.forget(&container);
-        pod.end();
-
-        let pod = Pod::by_task(containerd);
-        let container = pod.run(&idle(&pod));
-        for vmm in containerd.pids_of("nutshell-vmm") {
-            host::signal(vmm, Signal::KILL);
-        }
-        containerd.events.until(&pod.id, "exit 137");
-        assert_eq!(container.wait(), 137);
-        // The sandbox first.
-        pod.shim.task.delete(&pod.id, "").unwrap();
-        pod.forget(&container);
-        pod.shim.task.shutdown(&pod.id, false).unwrap();
-        assert!(host::ends_within(pod.shim.pid, PATIENCE));
-        containerd.delete_answer(&pod.bundle);
-        pod.bundle.remove();
-    });
-}
-
-#[test]
-fn whoever_kills_the_pid_of_a_sandbox_ends_the_pod() {
-    with_containerd(|containerd| {
-        let pod = Pod::by_service(containerd, &config(containerd));
-        let container = pod.run(&idle(&pod));
-        host::signal(pod.pid, Signal::KILL);
-        assert_eq!(pod.sandboxes().wait(&pod.id).unwrap().exit_status, 137);
-        assert_eq!(container.wait(), 137);
-        pod.forget(&container);
-        pod.end();
-    });
-}
-
-#[test]
-fn killed_or_deleted_shim_of_a_sandbox_leaves_nothing() {
-    with_containerd(|containerd| {
-        for killed in [true, false] {
-            let pod = Pod::by_service(containerd, &config(containerd));
-            let container = pod.run(&idle(&pod));
-            if killed {
-                host::signal(pod.shim.pid, Signal::KILL);
-                assert!(host::ends_within(pod.shim.pid, PATIENCE));
-            }
-            // containerd asks for the sandbox only, and for each container after a restart.
-            containerd.delete_answer(&pod.bundle);
-            assert!(host::ends_within(pod.shim.pid, Duration::ZERO));
-            pod.clean(&container);
-            pod.bundle.remove();
-        }
-    });
-}
-
-#[test]
 fn container_that_runs_out_of_memory_or_crashes_does_not_touch_its_siblings() {
     on_both(|pod| {
         let sibling = pod.run(&idle(pod));
@@ -606,20 +406,5 @@ fn pod_without_containers_stays_and_takes_the_next() {
             pod.forget(&containers[index]);
         }
         assert!(pod.is_ready());
-    });
-}
-
-#[test]
-fn stopped_sandbox_ends_its_containers_and_takes_no_more() {
-    with_containerd(|containerd| {
-        let pod = Pod::by_task(containerd);
-        let container = pod.run(&idle(&pod));
-        pod.shim.task.kill(&pod.id, "", 15).unwrap();
-        assert_eq!(container.wait(), 137);
-        assert_eq!(pod.shim.task.wait(&pod.id, "").unwrap().exit_status, 143);
-        let late = pod.create(&idle(&pod)).unwrap_err();
-        assert_eq!(late.code, Some(Code::FAILED_PRECONDITION), "{late}");
-        pod.forget(&container);
-        pod.end();
     });
 }

@@ -1,4 +1,4 @@
-//! Pause, Resume, Update and Stats (contract §1.11, §1.14).
+//! Pause, Resume, Update and Stats.
 
 use std::time::Duration;
 
