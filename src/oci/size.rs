@@ -41,11 +41,11 @@ pub(crate) const MIN_MEMORY: u64 = 128 << 20;
 /// the guest's page structs (64 bytes for each page of 4096).
 const OVERHEAD: u64 = 64 << 20;
 
-/// What a machine costs its control group on the host beside the guest's memory: private memory of vmm and file
-/// server, in bytes; and the host's page tables, which are 1/512 of the memory in KVM, vmm and file server each,
-/// and the index of its pages.
-const HOST_OVERHEAD: u64 = 8 << 20;
-const HOST_FRACTION: u64 = 128;
+/// What a machine costs its control group on the host beside the guest's memory: private memory of its processes,
+/// in bytes; and KVM's page tables and the index of the memory's pages, about 1/512 of it each. The sum is that of
+/// the RuntimeClass in `deploy`.
+const HOST_OVERHEAD: u64 = 4 << 20;
+const HOST_FRACTION: u64 = 256;
 
 const ALIGNMENT: u64 = 2 << 20;
 
@@ -246,9 +246,9 @@ impl PodSize {
 
     fn most_within(&self, group: Option<u64>) -> u64 {
         let room = group.filter(|_| !self.exact_memory).map(|group| {
-            let machine = group
-                .saturating_sub(group / HOST_FRACTION)
-                .saturating_sub(HOST_OVERHEAD);
+            // What is left is the machine's and one part of HOST_FRACTION more.
+            let room = group.saturating_sub(HOST_OVERHEAD);
+            let machine = room - room.div_ceil(HOST_FRACTION + 1);
             machine / ALIGNMENT * ALIGNMENT
         });
         room.map_or(self.most.memory, |room| room.min(self.most.memory))
@@ -404,8 +404,8 @@ mod tests {
             (None, 1024 + 16 + 64),
             (Some(u64::MAX), 1024 + 16 + 64),
             // With the overhead of the RuntimeClass, and without.
-            (Some((1024 + 128) * MIB), 1024 + 16 + 64),
-            (Some(1024 * MIB), 1024 - 8 - 8),
+            (Some((1024 + 130) * MIB), 1024 + 16 + 64),
+            (Some(1024 * MIB), 1024 - 4 - 4),
             (Some(0), MIN_MEMORY / MIB),
         ] {
             assert_eq!(size.booting_within(group).boot.memory / MIB, boot, "{group:?}");
@@ -414,12 +414,16 @@ mod tests {
         for (group, grown) in [
             (None, 4096 + 64 + 64),
             (Some((4096 + 256) * MIB), 4096 + 64 + 64),
-            (Some(4096 * MIB), 4096 - 32 - 8),
+            (Some(4096 * MIB), 4096 - 4 - 16),
             // It has been lowered below what the machine booted with.
             (Some(512 * MIB), 1024 + 16 + 64),
         ] {
             assert_eq!(size.for_limits(limits, group).memory / MIB, grown, "{group:?}");
         }
+        // The largest pod that the RuntimeClass's overhead of 130 MiB is enough for.
+        let pod = annotations(&[("io.kubernetes.cri.sandbox-memory", "3221225472")]);
+        let size = SIZING.of_sandbox(&pod).unwrap();
+        assert_eq!(size.booting_within(Some((3072 + 130) * MIB)), size);
         let exact = SIZING.of_sandbox(&annotations(&[(MEMORY_ANNOTATION, "512")])).unwrap();
         assert_eq!(exact.booting_within(Some(256 * MIB)), exact);
         assert_eq!(exact.for_limits(limits, Some(256 * MIB)).memory, 512 * MIB);

@@ -522,7 +522,7 @@ for name in ("containerd-v2.toml", "containerd-v3.toml"):
     assert ".containerd.runtimes.%s]" % runtime["handler"] in texts[name], name
 for label, value in runtime["scheduling"]["nodeSelector"].items():
     assert label in texts["pod"] and '"%s"' % value in texts["pod"], label
-assert runtime["overhead"]["podFixed"]["memory"] == "128Mi"
+assert runtime["overhead"]["podFixed"]["memory"] == "130Mi"
 
 daemon = objects["DaemonSet"]
 template = daemon["spec"]["template"]
