@@ -99,7 +99,7 @@ fn descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
 /// come here; and mounts of its own that end with it, while the host's still arrive. Its 3 MiB stay
 /// that: khugepaged would round them up to whole pages of 2 MiB in each of a node's shims.
 fn detach() -> Result<(), DaemonError> {
-    // A kernel without huge pages refuses, and has none.
+    // A kernel without huge pages refuses, and has none. Hooks and logging programs inherit it; vmm and fs undo it.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
     // It fails only for the leader of a process group, which `start` does not make it.
     rustix::process::setsid().map_err(system("setsid"))?;

@@ -1,6 +1,6 @@
 //! The runtime options of containerd's clients: an `Any` that is decoded by its type
-//! (containerd `api/types/runtimeoptions/v1`). `ctr` and the CRI send those of the generic kind, moby and nerdctl may
-//! send runc's.
+//! (containerd `api/types/runtimeoptions/v1`). `ctr` and the CRI send those of the generic kind, moby and
+//! nerdctl may send runc's.
 
 use std::path::PathBuf;
 

@@ -37,7 +37,7 @@ use crate::{
 /// How many disks the members of a pod can have at a time.
 const MEMBER_DISKS: u32 = 8;
 
-/// How long the guest may take to let go of a disk that nothing uses.
+/// How long guest and vmm may take to let go of a disk that nothing uses.
 const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where machines come from; the tests have another.
@@ -430,14 +430,13 @@ impl Pod {
         };
         let released = async {
             let release = self.machine.agent().run(Request::ReleaseDisk { slot });
-            match self.machine.within(RELEASE_LIMIT, release).await {
-                Some(released) => released.map_err(|error| error.to_string())?,
-                None => return Err("the guest does not answer".to_owned()),
-            }
+            release.await.map_err(|error| error.to_string())?;
             let unplugged = self.machine.unplug_disk(slot).await;
             unplugged.map_err(|error| error.to_string())
         };
-        match released.await {
+        let released = self.machine.within(RELEASE_LIMIT, released).await;
+        let late = || Err(format!("not done within {} s", RELEASE_LIMIT.as_secs()));
+        match released.unwrap_or_else(late) {
             Ok(()) => lock(slots).free.push(slot),
             // The slot stays taken: a driver that has not let go would not look again.
             Err(error) => log::warn(&format!("take the disk of {id} out of the virtual machine: {error}")),

@@ -192,11 +192,11 @@ impl Running {
         Ok(())
     }
 
-    /// Takes a disk out of its slot, which another may have then.
-    pub(crate) fn unplug_disk(&mut self, slot: u32) {
-        if self.disk_slots.unplug(slot) {
-            self.disks.remove(&slot);
-        }
+    /// Forgets the disk in a slot; what is returned is to be emptied, and another may have the slot then.
+    pub(crate) fn forget_disk(&mut self, slot: u32) -> Option<Slot> {
+        let place = self.disk_slots.place(slot)?;
+        self.disks.remove(&slot);
+        Some(place)
     }
 
     /// See [`control::Command::Resize`].

@@ -247,6 +247,12 @@ impl Channel {
         Ok((Self { socket: left }, Self { socket: right }))
     }
 
+    /// The same end once more, for another thread to send by.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let socket = self.socket.try_clone()?;
+        Ok(Self { socket })
+    }
+
     /// Sends `message` with `descriptors`. Blocks while the socket's buffer is full unless the
     /// descriptor is non-blocking.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {

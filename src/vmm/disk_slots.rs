@@ -11,7 +11,7 @@ use super::{
 use crate::devices::virtio::{
     GuestMemory,
     block::{Block, Disk},
-    mmio::{Line, Mmio},
+    mmio::{Line, Mmio, Slot},
 };
 
 /// The places, by disk slot.
@@ -75,10 +75,9 @@ impl DiskSlots {
         }
     }
 
-    /// Takes the disk out of `slot`; `false` where there is no such slot.
-    pub(super) fn unplug(&mut self, slot: u32) -> bool {
-        let slot = self.slot(slot);
-        slot.inspect(|slot| slot.place.slot.empty()).is_some()
+    /// The place of `slot`, for its disk to be taken out; none where there is no such slot.
+    pub(super) fn place(&mut self, slot: u32) -> Option<Slot> {
+        self.slot(slot).map(|slot| slot.place.slot.clone())
     }
 
     fn slot(&mut self, slot: u32) -> Option<&mut DiskSlot> {

@@ -5,6 +5,7 @@ use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    thread,
 };
 
 use nutshell_protocol::DISK_SLOT;
@@ -20,6 +21,7 @@ use crate::devices::virtio::{
     Device,
     block::Backing,
     console::Log,
+    mmio::Slot,
     queue::QueueError,
     vsock::{Vsock, muxer::StreamNotice},
 };
@@ -212,9 +214,8 @@ fn command(
         }
         Command::UnplugDisk { slot } => {
             drop(vsock);
-            running.unplug_disk(slot);
-            let slot = DISK_SLOT.saturating_add(slot);
-            tell(channel, &Notice::Unplugged { slot })?;
+            let place = running.forget_disk(slot);
+            unplug(place, slot, channel).map_err(|error| disk_failed(slot, &error))?;
         }
         Command::GrowDisk { slot } => {
             if let Some(disk) = running.disks.get(&slot) {
@@ -235,6 +236,22 @@ fn command(
         Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
     }
     Ok(())
+}
+
+/// Takes the disk out of its place, and says so. In a thread of its own: it ends with the request that the disk is
+/// at, and how long that one takes is the guest's choice and the host's disk's.
+fn unplug(place: Option<Slot>, slot: u32, channel: &Channel) -> io::Result<()> {
+    let channel = channel.try_clone()?;
+    let slot = DISK_SLOT.saturating_add(slot);
+    let empty = move || {
+        if let Some(place) = place {
+            place.empty();
+        }
+        // The event loop sees that the shim is gone.
+        let _ = channel.send(&Notice::Unplugged { slot }, &[]);
+    };
+    let thread = thread::Builder::new().name("unplug".to_owned()).stack_size(128 << 10);
+    thread.spawn(empty).map(drop)
 }
 
 fn disk_failed(slot: u32, error: &io::Error) -> Left {
