@@ -341,6 +341,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::shim::script::write_script;
 
     /// Takes what the test lets it take, and shows every try.
     struct Scripted {
@@ -443,16 +444,9 @@ mod tests {
 
     #[tokio::test]
     async fn program_gets_the_event_on_its_standard_input() {
-        use std::os::unix::fs::PermissionsExt;
-
         let folder = tempfile::tempdir().unwrap();
         let (program, out) = (folder.path().join("publish"), folder.path().join("out"));
-        std::fs::write(
-            &program,
-            format!("#!/bin/sh\necho \"$@\" > {0}; cat >> {0}\n", out.display()),
-        )
-        .unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        write_script(&program, &format!("echo \"$@\" > {0}; cat >> {0}\n", out.display()));
         let address = "/run/containerd/containerd.sock".to_owned();
         let queue = EventQueue::start("default", Publisher { program, address });
 

@@ -28,6 +28,8 @@ mod pod;
 mod process;
 mod record;
 mod sandbox_service;
+#[cfg(test)]
+mod script;
 mod serve;
 mod service;
 pub(crate) mod share;

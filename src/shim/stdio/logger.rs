@@ -250,11 +250,12 @@ impl Words {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Write, os::unix::fs::PermissionsExt, path::Path};
+    use std::{fs::File, io::Write, path::Path};
 
     use tempfile::TempDir;
 
     use super::*;
+    use crate::shim::script::write_script;
 
     const OWNER: Owner<'_> = Owner {
         id: "c1",
@@ -264,8 +265,7 @@ mod tests {
     /// A program that is this shell script.
     fn program(folder: &TempDir, script: &str) -> Program {
         let path = folder.path().join("logger");
-        fs::write(&path, format!("#!/bin/sh\ncd {}\n{script}", folder.path().display())).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+        write_script(&path, &format!("cd {}\n{script}", folder.path().display()));
         Program {
             path,
             arguments: ["key", "value"].map(str::to_owned).into(),

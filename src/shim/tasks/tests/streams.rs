@@ -1,9 +1,6 @@
 //! Standard streams: fifos, logging programs, and streams that clients open at the shim's socket.
 
-use std::{
-    io::{ErrorKind, Read, Write},
-    os::unix::fs::PermissionsExt,
-};
+use std::io::{ErrorKind, Read, Write};
 
 use containerd_shim_protos::{
     api::{CloseIORequest, Empty},
@@ -14,7 +11,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use tokio::io::AsyncWriteExt;
 
 use super::*;
-use crate::shim::stdio::SERVICE;
+use crate::shim::{script::write_script, stdio::SERVICE};
 
 const STREAM_INIT: &str = "containerd.services.streaming.v1.StreamInit";
 const DATA: &str = "containerd.types.transfer.Data";
@@ -210,11 +207,10 @@ async fn logging_program_has_all_output_and_has_ended_when_delete_returns() {
     let log = shim.folder.path().join("log");
     let program = shim.folder.path().join("logger");
     let script = format!(
-        "#!/bin/sh\nexec >{}; exec 5>&-\necho $CONTAINER_ID: $1 $2 $(/bin/cat <&3); /bin/cat <&4; echo end",
+        "exec >{}; exec 5>&-\necho $CONTAINER_ID: $1 $2 $(/bin/cat <&3); /bin/cat <&4; echo end",
         log.display()
     );
-    fs::write(&program, script).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+    write_script(&program, &script);
     let request = CreateTaskRequest {
         stdout: format!("binary://{}?key=a+b", program.display()),
         stderr: String::new(),
@@ -254,13 +250,15 @@ async fn streamed_output_reaches_its_client_before_the_exit_is_reported() {
     let client = tokio::spawn(receive_all(stdout));
     let block: Vec<u8> = (0..1 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
     let mut output = shim.fake.take_output("c1");
+    let pipe = output.try_clone().unwrap();
     let written = block.clone();
     let writer = tokio::task::spawn_blocking(move || output.write_all(&written).unwrap());
     shim.fake.exit("c1", None, 0, [1 << 20, 0]);
 
     shim.wait("c1", "").await.unwrap();
 
-    assert!(writer.is_finished(), "reported before it was taken");
+    let left = rustix::io::ioctl_fionread(pipe).unwrap();
+    assert_eq!(left, 0, "reported before it was taken");
     writer.await.unwrap();
     shim.fake.closed_output("c1");
     shim.delete("c1", "").await.unwrap();
