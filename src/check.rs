@@ -16,12 +16,9 @@ use std::{
 use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, Ready};
 
 use crate::{
+    control::{Channel, Command, ControlError, MachineConfig, Notice},
     guest::{self, GuestError},
-    jail,
-    vmm::{
-        self,
-        control::{Channel, Command, ControlError, Machine, Notice},
-    },
+    jail, vmm,
 };
 
 /// The word that selects it.
@@ -89,14 +86,14 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         .spawn()
         .map_err(CheckError::Start)?;
 
-    let machine = Machine {
+    let machine = MachineConfig {
         memory: MEMORY,
-        most_memory: MEMORY,
+        max_memory: MEMORY,
         vcpus: 1,
-        most_vcpus: 1,
+        max_vcpus: 1,
         share: false,
         disks: Vec::new(),
-        free_disks: 0,
+        hotplug_disks: 0,
         kernel: image.kernel_extent,
         initramfs: image.initramfs_extent,
         kernel_arguments: std::env::args().nth(2).unwrap_or_default(),

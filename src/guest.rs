@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::vmm::control::Extent;
+use crate::control::Extent;
 
 include!(concat!(env!("OUT_DIR"), "/embedded_guest.rs"));
 

@@ -6,10 +6,12 @@
 //! `check` is for people: it boots a guest and says whether this host can.
 
 mod check;
+mod control;
 mod devices;
 mod fs;
 mod guest;
 mod jail;
+mod memory;
 mod oci;
 mod shim;
 mod vmm;

@@ -1,10 +1,8 @@
 //! The MMIO bus: which device answers at which guest physical address.
 
-use std::{
-    fmt,
-    ops::Range,
-    sync::{Mutex, PoisonError},
-};
+use std::{fmt, ops::Range};
+
+use parking_lot::Mutex;
 
 /// Registers that the guest reads and writes, called from vCPU threads.
 pub(crate) trait Registers: Send {
@@ -18,10 +16,10 @@ pub(crate) trait Registers: Send {
 /// Devices by address. Built before the first vCPU runs, immutable after.
 #[derive(Default)]
 pub(crate) struct Bus {
-    devices: Vec<Slot>,
+    devices: Vec<Window>,
 }
 
-struct Slot {
+struct Window {
     window: Range<u64>,
     device: Mutex<Box<dyn Registers>>,
 }
@@ -34,7 +32,7 @@ impl Bus {
                 .iter()
                 .all(|other| window.end <= other.window.start || other.window.end <= window.start)
         );
-        self.devices.push(Slot {
+        self.devices.push(Window {
             window,
             device: Mutex::new(device),
         });
@@ -53,9 +51,9 @@ impl Bus {
 
     fn with_device(&self, address: u64, access: impl FnOnce(u64, &mut dyn Registers)) {
         let found = self.devices.iter().find(|slot| slot.window.contains(&address));
-        if let Some(Slot { window, device }) = found {
+        if let Some(Window { window, device }) = found {
             // A panic on another vCPU ends the process; the lock cannot be seen poisoned.
-            let mut device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut device = device.lock();
             access(address - window.start, &mut **device);
         }
     }

@@ -3,15 +3,16 @@
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
-    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use parking_lot::Mutex;
 
 use virtiofsd::fuse::Attr;
 
 /// How many files are remembered. Files share a place by their number's last bits; who comes later
 /// has it.
-const PLACES: usize = 4096;
+const REMEMBERED_FILES: usize = 4096;
 
 /// A file that changes twice within one step of the file system's clock looks unchanged after the
 /// second time, so what was seen this close to a change proves nothing. Two seconds: FAT's step.
@@ -32,7 +33,7 @@ pub(super) struct Opened {
 impl Default for Opened {
     fn default() -> Self {
         Self {
-            places: Mutex::new(vec![Seen::default(); PLACES]),
+            places: Mutex::new(vec![Seen::default(); REMEMBERED_FILES]),
         }
     }
 }
@@ -53,8 +54,8 @@ impl Opened {
             node: if settled { node } else { 0 },
             look: look(attr),
         };
-        let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = &mut places[usize::try_from(node % PLACES as u64).expect("less than PLACES")];
+        let mut places = self.places.lock();
+        let place = &mut places[usize::try_from(node % REMEMBERED_FILES as u64).expect("less than REMEMBERED_FILES")];
         std::mem::replace(place, seen) == seen && settled
     }
 }
@@ -93,7 +94,7 @@ mod tests {
         assert!(!ask(2, &file(NOW - 100, 2)), "other size");
         assert!(!ask(2, &file(NOW - 50, 2)), "other time");
         assert!(ask(2, &file(NOW - 50, 2)), "again");
-        assert!(!ask(2 + PLACES as u64, &file(NOW - 50, 2)), "another file");
+        assert!(!ask(2 + REMEMBERED_FILES as u64, &file(NOW - 50, 2)), "another file");
         assert!(!ask(2, &file(NOW - 50, 2)), "its place was taken");
     }
 

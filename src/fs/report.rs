@@ -9,7 +9,7 @@ use std::{
 use log::{LevelFilter, Log, Metadata, Record};
 
 /// The most messages of one process.
-const MOST: u32 = 32;
+const MAX_REPORTS: u32 = 32;
 
 struct Bounded {
     said: AtomicU32,
@@ -25,7 +25,7 @@ impl Log for Bounded {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if self.said.load(Ordering::Relaxed) < MOST && self.said.fetch_add(1, Ordering::Relaxed) < MOST {
+        if self.said.load(Ordering::Relaxed) < MAX_REPORTS && self.said.fetch_add(1, Ordering::Relaxed) < MAX_REPORTS {
             eprintln!("nutshell fs: {}", record.args());
         }
     }

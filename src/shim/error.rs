@@ -2,7 +2,7 @@
 
 use containerd_shim_protos::ttrpc::{self, Code};
 
-use super::lifecycle::WrongPhase;
+use crate::shim::tasks::lifecycle::WrongPhase;
 
 /// A failed call. `NotFound` is read by containerd as "gone": it never means anything else.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

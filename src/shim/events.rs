@@ -9,9 +9,11 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     process::{Command, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use containerd_shim_protos::{
     api::ForwardRequest,
@@ -29,10 +31,7 @@ use containerd_shim_protos::{
 };
 use tokio::{net::UnixStream, sync::Notify};
 
-use super::{
-    child::{Child, Ended},
-    log,
-};
+use crate::shim::child::{Child, Ended};
 
 /// The most events that wait while containerd is away; the oldest goes first.
 const CAPACITY: usize = 2048;
@@ -127,7 +126,7 @@ impl EventQueue {
     /// Adds an event behind all others.
     pub(crate) fn publish<E: TaskEvent>(&self, event: &E) {
         let Ok(value) = event.write_to_bytes() else {
-            return log::error(&format!("{}: the event cannot be encoded", E::TOPIC));
+            return log::error!("{}: the event cannot be encoded", E::TOPIC);
         };
         let envelope = Envelope {
             timestamp: MessageField::some(timestamp(SystemTime::now())),
@@ -144,7 +143,7 @@ impl EventQueue {
             if waiting.envelopes.len() >= CAPACITY
                 && let Some(oldest) = waiting.pop()
             {
-                log::warn(&format!("containerd takes no events: dropped one of {}", oldest.topic));
+                log::warn!("containerd takes no events: dropped one of {}", oldest.topic);
             }
             waiting.envelopes.push_back(envelope);
         }
@@ -163,14 +162,14 @@ impl EventQueue {
             }
         };
         if tokio::time::timeout(limit, empty).await.is_err() {
-            log::warn("containerd did not take the last events in time");
+            log::warn!("containerd did not take the last events in time");
         }
     }
 }
 
 impl Shared {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 }
 
@@ -188,10 +187,10 @@ async fn run(shared: Arc<Shared>, mut forward: impl Forward) {
         let mut pause = RETRY.0;
         while let Err(error) = forward.forward(envelope.clone()).await {
             if pause == RETRY.0 {
-                log::warn(&format!(
+                log::warn!(
                     "forward an event of {} to containerd: {error}; trying again",
                     envelope.topic
-                ));
+                );
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(RETRY.1);
@@ -313,10 +312,10 @@ pub(crate) struct Nowhere;
 
 impl Forward for Nowhere {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
-        log::warn(&format!(
+        log::warn!(
             "containerd named no way to publish events: one of {} is lost",
             envelope.topic
-        ));
+        );
         Ok(())
     }
 }
@@ -341,7 +340,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::shim::script::write_script;
+    use crate::shim::tests::script::write_script;
 
     /// Takes what the test lets it take, and shows every try.
     struct Scripted {

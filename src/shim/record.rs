@@ -1,4 +1,4 @@
-//! What is written into a container's bundle for [`super::delete`], which may run long after the shim
+//! What is written into a container's bundle for [`crate::shim::delete`], which may run long after the shim
 //! has died: `nutshell.json`, what the host holds for the container; `exit.json`, how it ended; and
 //! `shim.pid`, which only the shim's own bundle has.
 
@@ -41,10 +41,6 @@ pub(crate) struct RecordError {
 pub(crate) struct Record {
     /// Control groups that were made for it, absolute paths, parents first.
     pub(crate) cgroups: Vec<PathBuf>,
-    /// Mount points in containerd's mount namespace, in the order of mounting.
-    pub(crate) mounts: Vec<PathBuf>,
-    /// Files and sockets outside the bundle.
-    pub(crate) files: Vec<PathBuf>,
 }
 
 impl Record {

@@ -2,16 +2,20 @@
 
 use std::{io, sync::Arc};
 
+use nutshell_protocol::disk_serial;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    build::{BuildError, Place, connect, device, eventfd, kicks_of},
+    error::{BuildError, device},
     kvm::Vm,
+    wiring::{ReservedSlot, connect, eventfd, kicks_of},
 };
-use crate::devices::virtio::{
-    GuestMemory,
-    block::{Block, Disk},
-    mmio::{Line, Mmio, Slot},
+use crate::{
+    devices::virtio::{
+        block::{Backing, Block},
+        mmio::{HotplugSlot, InterruptLine, Mmio},
+    },
+    memory::GuestMemory,
 };
 
 /// The places, by disk slot.
@@ -26,7 +30,7 @@ pub(super) struct DiskSlots {
 
 #[derive(Debug)]
 struct DiskSlot {
-    place: Place,
+    place: ReservedSlot,
     /// What the first disk was wired with. KVM keeps it, and the next disk has it too.
     wires: Option<Wires>,
 }
@@ -39,7 +43,7 @@ struct Wires {
 
 impl DiskSlots {
     /// Empty ones, numbered from `first` on.
-    pub(super) fn new(first: u32, places: Vec<Place>, queues: u16) -> Self {
+    pub(super) fn new(first: u32, places: Vec<ReservedSlot>, queues: u16) -> Self {
         let slots = places.into_iter().map(|place| DiskSlot { place, wires: None });
         Self {
             first,
@@ -48,22 +52,28 @@ impl DiskSlots {
         }
     }
 
-    /// Puts `disk` into the empty slot `slot`; the guest's driver finds it when it looks again.
-    pub(super) fn plug(&mut self, slot: u32, disk: Disk, vm: &Vm, memory: &GuestMemory) -> Result<(), BuildError> {
+    /// Puts a disk on `backing` into the empty slot `slot`; the guest's driver finds it when it looks again.
+    pub(super) fn plug(
+        &mut self,
+        slot: u32,
+        backing: Backing,
+        vm: &Vm,
+        memory: &GuestMemory,
+    ) -> Result<(), BuildError> {
         let queues = self.queues;
         let free = self.slot(slot).filter(|slot| slot.place.slot.is_empty());
         let DiskSlot { place, wires } = free.ok_or(BuildError::Slot(slot))?;
-        let block = Box::new(Block::new(disk, queues));
+        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device("disk"))?);
         let transport = if let Some(wires) = wires {
             let Wires { irqfd, kicks } = wires.again().map_err(device("eventfd"))?;
-            Mmio::new(block, memory.clone(), Arc::new(Line::new(irqfd)), kicks)
+            Mmio::new(block, memory.clone(), Arc::new(InterruptLine::new(irqfd)), kicks)
         } else {
             let first = Wires {
                 irqfd: eventfd()?,
                 kicks: kicks_of(&*block)?,
             };
             let Wires { irqfd, kicks } = first.again().map_err(device("eventfd"))?;
-            let line = Arc::new(Line::new(irqfd));
+            let line = Arc::new(InterruptLine::new(irqfd));
             let transport = connect(vm, memory, place.address, block, line, kicks)?;
             *wires = Some(first);
             transport
@@ -76,7 +86,7 @@ impl DiskSlots {
     }
 
     /// The place of `slot`, for its disk to be taken out; none where there is no such slot.
-    pub(super) fn place(&mut self, slot: u32) -> Option<Slot> {
+    pub(super) fn place(&mut self, slot: u32) -> Option<HotplugSlot> {
         self.slot(slot).map(|slot| slot.place.slot.clone())
     }
 

@@ -3,12 +3,13 @@
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
-    sync::{Mutex, PoisonError},
 };
+
+use parking_lot::Mutex;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::control::EndReason;
+use crate::control::EndReason;
 
 /// Where threads report that the machine has ended.
 #[derive(Debug)]
@@ -28,17 +29,14 @@ impl End {
 
     /// Ends the machine for `reason`, if nothing has yet.
     pub(crate) fn report(&self, reason: EndReason) {
-        self.reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(reason);
+        self.reason.lock().get_or_insert(reason);
         // A counter of single increments does not overflow.
         let _ = self.event.write(1);
     }
 
     /// The reason, once [`Self::event`] is readable.
     pub(crate) fn reason(&self) -> Option<EndReason> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.reason.lock().clone()
     }
 
     /// Readable once the machine has ended.

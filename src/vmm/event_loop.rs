@@ -12,18 +12,17 @@ use nutshell_protocol::DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{
-    build::Running,
+use super::{end::End, machine::RunningMachine};
+use crate::{
     control::{Channel, Command, EndReason, Notice},
-    end::End,
-};
-use crate::devices::virtio::{
-    Device,
-    block::Backing,
-    console::Log,
-    mmio::Slot,
-    queue::QueueError,
-    vsock::{Vsock, muxer::StreamNotice},
+    devices::virtio::{
+        Device,
+        block::Backing,
+        console::Log,
+        mmio::HotplugSlot,
+        queue::QueueError,
+        vsock::{Vsock, muxer::StreamNotice},
+    },
 };
 
 /// What an event is about; epoll's data.
@@ -55,7 +54,7 @@ const SOURCES: [Source; 9] = [
 
 /// Why the loop was left.
 #[derive(Debug)]
-pub(crate) enum Left {
+pub(crate) enum LoopExit {
     /// The machine has ended; the shim is to be told.
     Ended(EndReason),
     /// The shim is gone, or talks nonsense: there is nobody to tell.
@@ -63,8 +62,8 @@ pub(crate) enum Left {
 }
 
 /// Drives the machine until it ends.
-pub(crate) fn run(running: &mut Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Left {
-    let failed = |error: io::Error| Left::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
+pub(crate) fn run(running: &mut RunningMachine, channel: &Channel, end: &End, log: &Arc<Log>) -> LoopExit {
+    let failed = |error: io::Error| LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
     let epoll = match watch(&*running, channel, end) {
         Ok(epoll) => epoll,
         Err(error) => return failed(error),
@@ -91,7 +90,7 @@ pub(crate) fn run(running: &mut Running, channel: &Channel, end: &End, log: &Arc
     }
 }
 
-fn watch(running: &Running, channel: &Channel, end: &End) -> io::Result<OwnedFd> {
+fn watch(running: &RunningMachine, channel: &Channel, end: &End) -> io::Result<OwnedFd> {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
     let add = |source: Source, descriptor: BorrowedFd<'_>| {
         let data = epoll::EventData::new_u64(source as u64);
@@ -114,15 +113,21 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-fn handle(source: Source, running: &mut Running, channel: &Channel, end: &End, log: &Arc<Log>) -> Option<Left> {
+fn handle(
+    source: Source,
+    running: &mut RunningMachine,
+    channel: &Channel,
+    end: &End,
+    log: &Arc<Log>,
+) -> Option<LoopExit> {
     let kicked = |event: &EventFd| {
         // Readable, so it does not block; its count does not matter.
         let _ = event.read();
     };
-    let broken = |error: QueueError| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}")));
+    let broken = |error: QueueError| LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}")));
     match source {
         Source::Control => commands(running, channel, log).err(),
-        Source::End => end.reason().map(Left::Ended),
+        Source::End => end.reason().map(LoopExit::Ended),
         Source::Streams => running.vsock.lock().poll().err().map(broken),
         Source::VsockReceive => {
             kicked(&running.vsock_receive);
@@ -172,8 +177,8 @@ fn handle(source: Source, running: &mut Running, channel: &Channel, end: &End, l
 }
 
 /// Takes all commands of the shim that wait.
-fn commands(running: &mut Running, channel: &Channel, log: &Arc<Log>) -> Result<(), Left> {
-    while let Some((next, descriptors)) = channel.try_receive().map_err(|_| Left::ShimGone)? {
+fn commands(running: &mut RunningMachine, channel: &Channel, log: &Arc<Log>) -> Result<(), LoopExit> {
+    while let Some((next, descriptors)) = channel.try_receive().map_err(|_| LoopExit::ShimGone)? {
         command(next, descriptors, running, channel, log)?;
     }
     Ok(())
@@ -182,14 +187,14 @@ fn commands(running: &mut Running, channel: &Channel, log: &Arc<Log>) -> Result<
 fn command(
     command: Command,
     descriptors: Vec<OwnedFd>,
-    running: &mut Running,
+    running: &mut RunningMachine,
     channel: &Channel,
     log: &Arc<Log>,
-) -> Result<(), Left> {
+) -> Result<(), LoopExit> {
     let mut descriptors = descriptors.into_iter();
     let mut vsock = running.vsock.lock();
     match command {
-        Command::Boot(_) => return Err(Left::ShimGone),
+        Command::Boot(_) => return Err(LoopExit::ShimGone),
         Command::OpenStream { port, input, output } => {
             let input = if input { descriptors.next() } else { None };
             let output = if output { descriptors.next() } else { None };
@@ -202,11 +207,11 @@ fn command(
             vsock.muxer().close(port);
             vsock
                 .deliver()
-                .map_err(|error| Left::Ended(EndReason::DeviceFailed(format!("vsock: {error}"))))?;
+                .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}"))))?;
         }
         Command::PlugDisk { slot, read_only } => {
             drop(vsock);
-            let file = descriptors.next().ok_or(Left::ShimGone)?.into();
+            let file = descriptors.next().ok_or(LoopExit::ShimGone)?.into();
             let result = running.plug_disk(slot, Backing { file, read_only });
             let result = result.map_err(|error| error.to_string());
             let slot = DISK_SLOT.saturating_add(slot);
@@ -216,11 +221,6 @@ fn command(
             drop(vsock);
             let place = running.forget_disk(slot);
             unplug(place, slot, channel).map_err(|error| disk_failed(slot, &error))?;
-        }
-        Command::GrowDisk { slot } => {
-            if let Some(disk) = running.disks.get(&slot) {
-                disk.grow().map_err(|error| disk_failed(slot, &error))?;
-            }
         }
         Command::PlugLink { slot, mac, mtu } => {
             let result = running.plug_link(slot, mac, mtu, descriptors.collect());
@@ -240,7 +240,7 @@ fn command(
 
 /// Takes the disk out of its place, and says so. In a thread of its own: it ends with the request that the disk is
 /// at, and how long that one takes is the guest's choice and the host's disk's.
-fn unplug(place: Option<Slot>, slot: u32, channel: &Channel) -> io::Result<()> {
+fn unplug(place: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
     let channel = channel.try_clone()?;
     let slot = DISK_SLOT.saturating_add(slot);
     let empty = move || {
@@ -254,19 +254,19 @@ fn unplug(place: Option<Slot>, slot: u32, channel: &Channel) -> io::Result<()> {
     thread.spawn(empty).map(drop)
 }
 
-fn disk_failed(slot: u32, error: &io::Error) -> Left {
-    Left::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
+fn disk_failed(slot: u32, error: &io::Error) -> LoopExit {
+    LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
 }
 
 /// Says what memory the guest has, if that is what it should have and was not said.
-fn tell_of_memory(running: &mut Running, channel: &Channel) -> Result<(), Left> {
+fn tell_of_memory(running: &mut RunningMachine, channel: &Channel) -> Result<(), LoopExit> {
     running
         .growth_mut()
         .newly_settled()
         .map_or(Ok(()), |bytes| tell(channel, &Notice::MemoryPlugged { bytes }))
 }
 
-fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), Left> {
+fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), LoopExit> {
     for notice in vsock.muxer().take_notices() {
         tell(
             channel,
@@ -279,6 +279,6 @@ fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), Left> {
     Ok(())
 }
 
-fn tell(channel: &Channel, notice: &Notice) -> Result<(), Left> {
-    channel.send(notice, &[]).map_err(|_| Left::ShimGone)
+fn tell(channel: &Channel, notice: &Notice) -> Result<(), LoopExit> {
+    channel.send(notice, &[]).map_err(|_| LoopExit::ShimGone)
 }

@@ -10,18 +10,24 @@ use std::{ops::Range, sync::Arc};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    build::{BuildError, Place, connect, device, eventfd},
-    control::Machine,
     end::End,
+    error::{BuildError, device},
     kvm::{self, Vm},
-    memory::{self, MMIO, ranges},
     vcpu::{self, Peripherals},
+    wiring::{ReservedSlot, connect, eventfd},
 };
-use crate::devices::virtio::{
-    Device, GuestMemory, Handle,
-    fs::Fs,
-    mem::{self, Mem},
-    mmio::Line,
+use crate::{
+    control::MachineConfig,
+    devices::virtio::{
+        Device, Handle,
+        fs::Fs,
+        mem::{self, Mem},
+        mmio::InterruptLine,
+    },
+    memory::{
+        GuestMemory,
+        map::{self, MMIO, ranges},
+    },
 };
 
 /// What Linux adds and removes memory by, at most (x86, `probe_memory_block_size`): the region starts at a
@@ -32,7 +38,7 @@ const LARGEST_MEMORY_BLOCK: u64 = 2 << 30;
 const MEMORY_BLOCK: u64 = 128 << 20;
 
 /// The most memory at boot for which Linux takes [`MEMORY_BLOCK`].
-const FEW: u64 = 64 << 30;
+const SMALL_BLOCK_MAX_MEMORY: u64 = 64 << 30;
 
 /// What a machine may become.
 #[derive(Debug)]
@@ -45,17 +51,17 @@ pub(crate) struct Growth {
     shared: u64,
     /// What [`Self::newly_settled`] has said, since the last [`Self::resize`].
     said: Option<u64>,
-    place: Place,
+    place: ReservedSlot,
     device: Option<Handle<Mem>>,
     request: EventFd,
     vcpus: u8,
-    most_vcpus: u8,
+    max_vcpus: u8,
     /// How many the tables of the boot have.
     named_vcpus: u8,
 }
 
 /// The parts of a running machine that growth touches.
-pub(crate) struct Around<'a> {
+pub(crate) struct GrowthContext<'a> {
     pub(crate) vm: &'a mut Vm,
     pub(crate) memory: &'a GuestMemory,
     pub(crate) fs: Option<&'a Handle<Fs>>,
@@ -65,18 +71,15 @@ pub(crate) struct Around<'a> {
 
 impl Growth {
     /// For a machine that boots as `machine` says; its memory device will be at `place`.
-    pub(crate) fn new(machine: &Machine, place: Place) -> Result<Self, BuildError> {
+    pub(crate) fn new(machine: &MachineConfig, place: ReservedSlot) -> Result<Self, BuildError> {
         let boot_end = ranges(machine.memory).last().map_or(0, |(base, length)| base + length);
         let start = boot_end.max(MMIO.end).next_multiple_of(LARGEST_MEMORY_BLOCK);
-        let step = if machine.memory < FEW {
+        let step = if machine.memory < SMALL_BLOCK_MAX_MEMORY {
             MEMORY_BLOCK
         } else {
             LARGEST_MEMORY_BLOCK
         };
-        let length = machine
-            .most_memory
-            .saturating_sub(machine.memory)
-            .next_multiple_of(step);
+        let length = machine.max_memory.saturating_sub(machine.memory).next_multiple_of(step);
         let end = start.checked_add(length);
         let end = end.ok_or(BuildError::Command("more memory than there are addresses"))?;
         Ok(Self {
@@ -89,8 +92,8 @@ impl Growth {
             device: None,
             request: eventfd()?,
             vcpus: machine.vcpus,
-            most_vcpus: machine.most_vcpus.max(machine.vcpus),
-            named_vcpus: machine.most_vcpus,
+            max_vcpus: machine.max_vcpus.max(machine.vcpus),
+            named_vcpus: machine.max_vcpus,
         })
     }
 
@@ -100,68 +103,68 @@ impl Growth {
     }
 
     /// Lets the guest have `bytes` of memory beyond what it booted with and at least `vcpus` processors.
-    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8, mut around: Around<'_>) -> Result<(), BuildError> {
+    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8, mut context: GrowthContext<'_>) -> Result<(), BuildError> {
         if !bytes.is_multiple_of(mem::BLOCK) || bytes > self.region.end - self.region.start {
             return Err(BuildError::Command("memory that the machine cannot have"));
         }
-        if vcpus > self.most_vcpus {
+        if vcpus > self.max_vcpus {
             return Err(BuildError::Command("processors that the machine cannot have"));
         }
         self.said = None;
         while self.vcpus < vcpus {
-            self.add_processor(&mut around).inspect_err(|_| {
+            self.add_processor(&mut context).inspect_err(|_| {
                 // KVM may have it by now and creates no second one of its number.
-                self.most_vcpus = self.vcpus;
+                self.max_vcpus = self.vcpus;
             })?;
             self.vcpus += 1;
         }
         if bytes > self.usable {
-            self.extend(bytes.next_multiple_of(self.step), &mut around)?;
+            self.extend(bytes.next_multiple_of(self.step), &mut context)?;
         }
         if self.shared < self.usable {
-            if let Some(fs) = around.fs {
-                fs.lock().grow(around.memory.now()).map_err(BuildError::FileServer)?;
+            if let Some(fs) = context.fs {
+                fs.lock().grow(context.memory.now()).map_err(BuildError::FileServer)?;
             }
             self.shared = self.usable;
         }
         match &self.device {
             Some(device) => device.lock().request(bytes, self.usable),
-            None if bytes > 0 => self.plug(bytes, &around)?,
+            None if bytes > 0 => self.plug(bytes, &context)?,
             None => {}
         }
         Ok(())
     }
 
-    fn add_processor(&self, around: &mut Around<'_>) -> Result<(), BuildError> {
+    fn add_processor(&self, context: &mut GrowthContext<'_>) -> Result<(), BuildError> {
         let id = self.vcpus;
-        for vcpu in around.vm.create_vcpus(id..id + 1, self.named_vcpus)? {
+        for vcpu in context.vm.create_vcpus(id..id + 1, self.named_vcpus)? {
             kvm::announce(&vcpu)?;
-            vcpu::start(id.into(), vcpu, around.peripherals.clone(), around.end.clone())
+            vcpu::start(id.into(), vcpu, context.peripherals.clone(), context.end.clone())
                 .map_err(device("vCPU thread"))?;
         }
         Ok(())
     }
 
     /// Puts memory there, for KVM and for every device, before the guest may use it.
-    fn extend(&mut self, usable: u64, around: &mut Around<'_>) -> Result<(), BuildError> {
+    fn extend(&mut self, usable: u64, context: &mut GrowthContext<'_>) -> Result<(), BuildError> {
         let base = self.region.start + self.usable;
-        let memory = memory::extend(around.memory.now(), base, usable - self.usable)?;
-        around.vm.add_memory(&memory)?;
+        let memory = map::extend(context.memory.now(), base, usable - self.usable)?;
+        context.vm.add_memory(&memory)?;
         // What KVM has must stay mapped, whatever follows.
-        around.memory.grow(memory);
+        context.memory.grow(memory);
         self.usable = usable;
         Ok(())
     }
 
-    fn plug(&mut self, bytes: u64, around: &Around<'_>) -> Result<(), BuildError> {
+    fn plug(&mut self, bytes: u64, context: &GrowthContext<'_>) -> Result<(), BuildError> {
         let device = Handle::new(Mem::new(self.region.clone()));
         device.lock().request(bytes, self.usable);
-        let kick = self.request.try_clone().map_err(super::build::device("eventfd"))?;
-        let line = Arc::new(Line::new(eventfd()?));
+        let kick = self.request.try_clone().map_err(super::error::device("eventfd"))?;
+        let line = Arc::new(InterruptLine::new(eventfd()?));
         let address = self.place.address;
         let transport = connect(
-            around.vm,
-            around.memory,
+            context.vm,
+            context.memory,
             address,
             Box::new(device.clone()),
             line,
@@ -199,30 +202,27 @@ impl Growth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        devices::virtio::mmio::Slot,
-        vmm::{build::Address, control::Extent},
-    };
+    use crate::{control::Extent, devices::virtio::mmio::HotplugSlot, vmm::wiring::Address};
 
     const GIB: u64 = 1 << 30;
 
-    fn growth(memory: u64, most_memory: u64) -> Growth {
+    fn growth(memory: u64, max_memory: u64) -> Growth {
         let extent = Extent { offset: 0, length: 0 };
-        let machine = Machine {
+        let machine = MachineConfig {
             memory,
-            most_memory,
+            max_memory,
             vcpus: 1,
-            most_vcpus: 4,
+            max_vcpus: 4,
             share: true,
             disks: Vec::new(),
-            free_disks: 0,
+            hotplug_disks: 0,
             kernel: extent,
             initramfs: extent,
             kernel_arguments: String::new(),
         };
-        let place = Place {
+        let place = ReservedSlot {
             address: Address { base: 0, line: 5 },
-            slot: Slot::default(),
+            slot: HotplugSlot::default(),
         };
         Growth::new(&machine, place).unwrap()
     }

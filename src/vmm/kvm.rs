@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{boot, cpuid};
-use crate::devices::virtio::Memory;
+use crate::memory::Memory;
 
 /// Three pages that VT-x wants for real mode, in the device window, where no device is.
 const TSS: usize = 0xfffb_d000;

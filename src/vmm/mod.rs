@@ -6,15 +6,16 @@
 
 mod boot;
 mod build;
-pub(crate) mod control;
 mod cpuid;
 mod disk_slots;
 mod end;
+mod error;
 mod event_loop;
 mod growth;
 mod kvm;
-pub(crate) mod memory;
+mod machine;
 mod vcpu;
+mod wiring;
 
 use std::{
     os::fd::{FromRawFd, OwnedFd},
@@ -24,13 +25,9 @@ use std::{
 
 use rustix::thread::CapabilitySet;
 
-use self::{
-    build::{BuildError, Parts, Running},
-    control::{Channel, Command, EndReason, Notice},
-    end::End,
-    event_loop::Left,
-};
+use self::{build::BootResources, end::End, error::BuildError, event_loop::LoopExit, machine::RunningMachine};
 use crate::{
+    control::{Channel, Command, EndReason, Notice},
     devices::virtio::console::Log,
     jail::{self, Jail, Root},
 };
@@ -69,8 +66,8 @@ pub(crate) fn main() -> ExitCode {
     let log = Arc::new(Log::default());
     let reason = match confined {
         Ok(()) => match run(&channel, &log) {
-            Ok(Left::Ended(reason)) => reason,
-            Ok(Left::ShimGone) => return ExitCode::FAILURE,
+            Ok(LoopExit::Ended(reason)) => reason,
+            Ok(LoopExit::ShimGone) => return ExitCode::FAILURE,
             Err(error) => EndReason::BuildFailed(error.to_string()),
         },
         Err(error) => EndReason::BuildFailed(error.to_string()),
@@ -81,15 +78,15 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn run(channel: &Channel, log: &Arc<Log>) -> Result<Left, BuildError> {
+fn run(channel: &Channel, log: &Arc<Log>) -> Result<LoopExit, BuildError> {
     let Ok((Command::Boot(machine), descriptors)) = channel.receive() else {
-        return Ok(Left::ShimGone);
+        return Ok(LoopExit::ShimGone);
     };
     let end = End::new().map_err(|source| BuildError::Device {
         what: "eventfd",
         source,
     })?;
     let end = Arc::new(end);
-    let mut running: Running = build::start(Parts::parse(machine, descriptors)?, log, &end)?;
+    let mut running: RunningMachine = build::start(BootResources::parse(machine, descriptors)?, log, &end)?;
     Ok(event_loop::run(&mut running, channel, &end, log))
 }

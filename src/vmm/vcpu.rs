@@ -1,16 +1,15 @@
 //! A processor: one thread that runs the guest and carries its exits to the devices. All that runs
 //! here must be thought of as driven by hostile code (the guest's).
 
-use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-};
+use std::{io, sync::Arc, thread};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{control::EndReason, end::End};
+use super::end::End;
+use crate::control::EndReason;
 use crate::devices::{
     bus::Bus,
     uart::{self, Uart},
@@ -80,8 +79,8 @@ fn uart_register(port: u16) -> Option<u8> {
     u8::try_from(offset).ok()
 }
 
-fn lock(uart: &Mutex<Uart>) -> std::sync::MutexGuard<'_, Uart> {
-    uart.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
+    uart.lock()
 }
 
 /// Says in one line what KVM could not do, and names the hosts on which no guest runs at all.

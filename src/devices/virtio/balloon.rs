@@ -76,11 +76,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        devices::virtio::{
-            GuestMemory,
-            queue::tests::{NEXT, WRITE, descriptor, device_queue},
-        },
-        vmm::memory::allocate,
+        devices::virtio::queue::tests::{NEXT, WRITE, descriptor, device_queue},
+        memory::{GuestMemory, map::allocate},
     };
 
     #[test]

@@ -14,7 +14,7 @@ use rustix::mm::{Advice, madvise};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
-use super::Memory;
+use crate::memory::Memory;
 
 /// The most buffers in a chain; also the most that one system call takes (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;

@@ -1,10 +1,9 @@
 //! virtio-console (virtio 1.3 §5.3) for the guest's kernel log alone: it has no input, and of its
 //! output only the tail is kept, for error messages.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::VecDeque, sync::Arc};
+
+use parking_lot::Mutex;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
@@ -12,7 +11,7 @@ use super::{
     ActivateError, Activation, COMMON_FEATURES, Device,
     queue::{DeviceQueue, QueueError},
 };
-use crate::vmm::control::CONSOLE_TAIL;
+use crate::control::CONSOLE_TAIL;
 
 const QUEUE_SIZES: [u16; 2] = [16, 16];
 
@@ -23,7 +22,7 @@ pub(crate) struct Log(Mutex<VecDeque<u8>>);
 impl Log {
     /// Adds what the guest printed; the oldest bytes give way.
     pub(crate) fn append(&self, bytes: &[u8]) {
-        let mut tail = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tail = self.0.lock();
         let kept = &bytes[bytes.len().saturating_sub(CONSOLE_TAIL)..];
         let surplus = (tail.len() + kept.len()).saturating_sub(CONSOLE_TAIL);
         tail.drain(..surplus);
@@ -32,12 +31,7 @@ impl Log {
 
     /// What is kept.
     pub(crate) fn tail(&self) -> Vec<u8> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .copied()
-            .collect()
+        self.0.lock().iter().copied().collect()
     }
 }
 

@@ -12,7 +12,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryBackend;
 
-use super::{ActivateError, Activation, COMMON_FEATURES, Device, Memory, copy_config, mmio::Line};
+use super::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config, mmio::InterruptLine};
+use crate::memory::Memory;
 
 /// The high-priority queue and the request queue. A request's size is bounded by its queue's.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
@@ -23,14 +24,14 @@ const TAG_LENGTH: usize = 36;
 pub(crate) struct Fs {
     socket: Option<UnixStream>,
     frontend: Option<Frontend>,
-    line: Arc<Line>,
+    line: Arc<InterruptLine>,
     config: [u8; TAG_LENGTH + 4],
 }
 
 impl Fs {
     /// A file system with tag `tag`, served over the connected vhost-user `socket`. `line` must
-    /// report every interrupt as one for used buffers ([`Line::always_used`]).
-    pub(crate) fn new(tag: &str, socket: UnixStream, line: Arc<Line>) -> Self {
+    /// report every interrupt as one for used buffers ([`InterruptLine::always_used`]).
+    pub(crate) fn new(tag: &str, socket: UnixStream, line: Arc<InterruptLine>) -> Self {
         let mut config = [0; TAG_LENGTH + 4];
         let length = tag.len().min(TAG_LENGTH);
         config[..length].copy_from_slice(&tag.as_bytes()[..length]);
@@ -190,7 +191,7 @@ impl std::fmt::Debug for Fs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::memory::{allocate, extend};
+    use crate::memory::map::{allocate, extend};
 
     const MIB: u64 = 1 << 20;
 

@@ -6,11 +6,12 @@ use std::{ops::Range, sync::Arc};
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device, Interrupt, Memory,
+    ActivateError, Activation, COMMON_FEATURES, Device, Interrupt,
     buffers::Buffers,
     copy_config,
     queue::{DeviceQueue, QueueError},
 };
+use crate::memory::Memory;
 
 /// The size of a block, in bytes: a huge page.
 pub(crate) const BLOCK: u64 = 2 << 20;

@@ -3,10 +3,12 @@
 use std::{
     ops::Range,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
@@ -20,11 +22,12 @@ use virtio_bindings::virtio_mmio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, Device, GuestMemory, Interrupt,
+    Activation, Device, Interrupt,
     negotiation::{Area, Negotiation, Transition},
     queue::DeviceQueue,
 };
 use crate::devices::bus::Registers;
+use crate::memory::GuestMemory;
 
 /// How many bytes of address space a device has.
 pub(crate) const WINDOW: u64 = 0x1000;
@@ -40,12 +43,12 @@ const CONFIG_SPACE: Range<u64> = VIRTIO_MMIO_CONFIG as u64..WINDOW;
 
 /// The interrupt line of a device: a status register and an irqfd.
 #[derive(Debug)]
-pub(crate) struct Line {
+pub(crate) struct InterruptLine {
     status: AtomicU32,
     irqfd: EventFd,
 }
 
-impl Line {
+impl InterruptLine {
     /// A line that KVM raises when `irqfd` is written.
     pub(crate) fn new(irqfd: EventFd) -> Self {
         Self {
@@ -89,7 +92,7 @@ impl Line {
     }
 }
 
-impl Interrupt for Line {
+impl Interrupt for InterruptLine {
     fn used(&self, _index: u16) {
         self.raise(VIRTIO_MMIO_INT_VRING);
     }
@@ -104,7 +107,7 @@ pub(crate) struct Mmio {
     device: Box<dyn Device>,
     negotiation: Negotiation,
     memory: GuestMemory,
-    line: Arc<Line>,
+    line: Arc<InterruptLine>,
     kicks: Vec<EventFd>,
     queue_select: u32,
     device_features_select: u32,
@@ -114,7 +117,12 @@ pub(crate) struct Mmio {
 impl Mmio {
     /// Puts `device` behind the transport; `kicks` holds the eventfd of each of its queues, which
     /// KVM signals on writes of the queue's index to [`NOTIFY`].
-    pub(crate) fn new(device: Box<dyn Device>, memory: GuestMemory, line: Arc<Line>, kicks: Vec<EventFd>) -> Self {
+    pub(crate) fn new(
+        device: Box<dyn Device>,
+        memory: GuestMemory,
+        line: Arc<InterruptLine>,
+        kicks: Vec<EventFd>,
+    ) -> Self {
         Self {
             negotiation: Negotiation::new(device.features(), &device.queue_sizes()),
             device,
@@ -248,9 +256,9 @@ impl Registers for Mmio {
 /// A place on the bus for a device that comes while the machine runs. While it is empty, a driver finds
 /// device 0, which it ignores (virtio 1.3 §4.2.2).
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Slot(Arc<Mutex<Option<Mmio>>>);
+pub(crate) struct HotplugSlot(Arc<Mutex<Option<Mmio>>>);
 
-impl Slot {
+impl HotplugSlot {
     /// Puts a device there; `false` if there is one.
     #[must_use]
     pub(crate) fn fill(&self, device: Mmio) -> bool {
@@ -276,11 +284,11 @@ impl Slot {
 
     fn lock(&self) -> MutexGuard<'_, Option<Mmio>> {
         // A panic ends the process (see `vmm::main`): nobody sees a poisoned lock.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 
-impl Registers for Slot {
+impl Registers for HotplugSlot {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(device) = &mut *self.lock() {
             return device.read(offset, data);
@@ -313,11 +321,11 @@ mod tests {
     use crate::devices::virtio::{queue::tests::memory, rng::Rng};
 
     fn transport() -> Mmio {
-        let line = Arc::new(Line::new(EventFd::new(0).unwrap()));
+        let line = Arc::new(InterruptLine::new(EventFd::new(0).unwrap()));
         Mmio::new(Box::new(Rng::default()), memory(), line, vec![EventFd::new(0).unwrap()])
     }
 
-    fn register(slot: &mut Slot, register: u32) -> u32 {
+    fn register(slot: &mut HotplugSlot, register: u32) -> u32 {
         let mut bytes = [0xff; 4];
         slot.read(register.into(), &mut bytes);
         u32::from_le_bytes(bytes)
@@ -325,7 +333,7 @@ mod tests {
 
     #[test]
     fn empty_slot_is_a_device_that_drivers_ignore_until_it_is_filled_once() {
-        let mut slot = Slot::default();
+        let mut slot = HotplugSlot::default();
         slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
         assert_eq!(register(&mut slot, VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
         assert_eq!(register(&mut slot, VIRTIO_MMIO_VERSION), VERSION);

@@ -17,52 +17,16 @@ pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod vsock;
 
-use std::{
-    ops::Deref,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
-};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
+
+use self::queue::DeviceQueue;
+use crate::memory::GuestMemory;
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use vm_memory::GuestMemoryMmap;
-
-use self::queue::DeviceQueue;
-
-/// Guest memory as it is at some time.
-pub(crate) type Memory = GuestMemoryMmap<()>;
-
-/// Guest memory, as every device sees it. It grows and never shrinks: what was memory once stays mapped
-/// until the process ends, so that no device need be stopped for it.
-#[derive(Debug, Clone)]
-pub(crate) struct GuestMemory(Arc<RwLock<&'static Memory>>);
-
-impl GuestMemory {
-    /// What a machine starts with.
-    pub(crate) fn new(memory: Memory) -> Self {
-        Self(Arc::new(RwLock::new(Box::leak(Box::new(memory)))))
-    }
-
-    /// What it is now. To be asked again for each batch of work: buffers may lie in what came since.
-    pub(crate) fn now(&self) -> &'static Memory {
-        *self.0.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Has `memory`, all of what it was and more, take its place. The table of the regions before stays
-    /// allocated, a few hundred bytes: callers bound how often.
-    pub(crate) fn grow(&self, memory: Memory) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Box::leak(Box::new(memory));
-    }
-}
-
-impl Deref for GuestMemory {
-    type Target = Memory;
-
-    fn deref(&self) -> &Memory {
-        self.now()
-    }
-}
 
 /// What every device offers: the standard's version and both ring features that save exits.
 pub(crate) const COMMON_FEATURES: u64 =
@@ -129,7 +93,7 @@ impl<D> Handle<D> {
     /// Exclusive use of the device.
     pub(crate) fn lock(&self) -> MutexGuard<'_, D> {
         // A panic ends the process (see `vmm::main`): nobody sees a poisoned lock.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

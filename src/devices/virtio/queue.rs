@@ -13,9 +13,10 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    GuestMemory, Interrupt, Memory,
+    Interrupt,
     buffers::{Chain, ChainError},
 };
+use crate::memory::{GuestMemory, Memory};
 
 /// Why a queue cannot go on; its device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +50,7 @@ const AVAIL_RING_HEADER: u64 = 4;
 const USED_RING_HEADER: u64 = 4;
 
 /// How many chains [`DeviceQueue::serve`] takes at a time.
-const TURN: usize = 64;
+const MAX_CHAINS_PER_TURN: usize = 64;
 
 /// The driver needs no interrupts (VIRTQ_AVAIL_F_NO_INTERRUPT).
 const NO_INTERRUPT: u16 = 1;
@@ -103,10 +104,10 @@ impl DeviceQueue {
     }
 
     /// Gives each available chain to `answer`, which says how many bytes it wrote, and then back to the
-    /// driver. After [`TURN`] of them the queue kicks itself: a guest that has always one more may not keep
+    /// driver. After [`MAX_CHAINS_PER_TURN`] of them the queue kicks itself: a guest that has always one more may not keep
     /// a thread that has others to serve.
     pub(crate) fn serve(&mut self, mut answer: impl FnMut(&mut Chain<'static>) -> u32) -> Result<(), QueueError> {
-        for _ in 0..TURN {
+        for _ in 0..MAX_CHAINS_PER_TURN {
             if let Some(mut chain) = self.pop()? {
                 let written = answer(&mut chain);
                 self.add_used(chain.head, written)?;
@@ -392,7 +393,7 @@ pub(crate) mod tests {
         });
 
         outcome.unwrap();
-        assert_eq!(usize::from(served), TURN);
+        assert_eq!(usize::from(served), MAX_CHAINS_PER_TURN);
         assert_eq!(queue.kick().read().unwrap(), 1, "it comes back by itself");
     }
 

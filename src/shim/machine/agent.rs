@@ -8,10 +8,12 @@ use std::{
     io,
     os::unix::net::UnixStream as StdUnixStream,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use nutshell_protocol::{Event, Failure, FrameBuffer, FromAgent, Ready, Reply, Request, Response, ToAgent, encode};
 use tokio::{
@@ -164,7 +166,7 @@ impl Drop for Registration<'_> {
 
 impl Shared {
     fn pending(&self) -> MutexGuard<'_, Pending> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock()
     }
 
     async fn read(&self, mut reader: OwnedReadHalf, mut on_event: impl FnMut(Event)) -> String {

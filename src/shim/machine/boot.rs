@@ -11,9 +11,9 @@ use std::{
 };
 
 use crate::{
+    control::{Command, Disk, MachineConfig},
     guest::{self, GuestError},
     oci::PodSize,
-    vmm::control::{Command, Disk, Machine},
 };
 
 /// Why a machine cannot be started.
@@ -73,7 +73,7 @@ pub(crate) struct Boot {
     /// The disks in the first disk slots.
     pub(crate) disks: Vec<DiskFile>,
     /// How many disk slots follow, for disks that come later.
-    pub(crate) free_disks: u32,
+    pub(crate) hotplug_disks: u32,
 }
 
 impl Boot {
@@ -85,14 +85,14 @@ impl Boot {
             image,
             kernel_arguments,
         } = self.guest;
-        let machine = Machine {
+        let machine = MachineConfig {
             memory: self.size.boot.memory,
-            most_memory: self.size.most.memory,
+            max_memory: self.size.most.memory,
             vcpus: self.size.boot.vcpus,
-            most_vcpus: self.size.most.vcpus,
+            max_vcpus: self.size.most.vcpus,
             share: self.share.is_some(),
             disks: self.disks.iter().map(DiskFile::kind).collect(),
-            free_disks: self.free_disks,
+            hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
             initramfs: image.initramfs_extent,
             kernel_arguments,
@@ -159,7 +159,7 @@ pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{oci::Size, vmm::control::Extent};
+    use crate::{control::Extent, oci::Size};
 
     fn null() -> File {
         File::open("/dev/null").unwrap()
@@ -184,7 +184,7 @@ mod tests {
             }),
             share,
             disks,
-            free_disks: 0,
+            hotplug_disks: 0,
         }
     }
 

@@ -16,7 +16,6 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{Agent, AgentError};
-use crate::shim::log;
 
 /// Tells of each jump of the host's clock (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
 #[derive(Debug)]
@@ -64,9 +63,9 @@ impl Jumps {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
             match agent.run(Request::SetClock { nanoseconds }).await {
-                Ok(()) => log::debug("the guest's clock was set to the host's"),
+                Ok(()) => log::debug!("the guest's clock was set to the host's"),
                 Err(AgentError::Gone) => return Ok(()),
-                Err(error) => log::warn(&format!("set the guest's clock to the host's: {error}")),
+                Err(error) => log::warn!("set the guest's clock to the host's: {error}"),
             }
             self.next().await?;
         }

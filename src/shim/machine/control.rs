@@ -7,7 +7,7 @@ use std::{
 
 use tokio::io::unix::AsyncFd;
 
-use crate::vmm::control::{Channel, Command, ControlError, Notice};
+use crate::control::{Channel, Command, ControlError, Notice};
 
 /// The channel, registered with the runtime.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ mod agent;
 mod boot;
 mod clock;
 mod control;
-mod patience;
+mod deadline;
 mod streams;
 
 use std::{
@@ -18,9 +18,11 @@ use std::{
     io,
     os::fd::{BorrowedFd, OwnedFd},
     process::Stdio,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use nutshell_protocol::{DISK_SLOT, Event, Ready};
 use tokio::{
@@ -34,17 +36,14 @@ pub(crate) use self::{
     boot::{Boot, BootError, DiskFile, Guest, open_disk, open_kvm},
     streams::Stream,
 };
-use self::{clock::Jumps, control::Control, patience::Patience, streams::Streams};
+use self::{clock::Jumps, control::Control, deadline::RunTimeDeadline, streams::Streams};
 use super::{
     child::{Child, Ended},
-    log,
+    logging,
 };
 use crate::{
-    jail,
-    vmm::{
-        self,
-        control::{Channel, Command, ControlError, EndReason, Notice},
-    },
+    control::{Channel, Command, ControlError, EndReason, Notice},
+    jail, vmm,
 };
 
 /// How long the vmm may take to say why, once something that it serves has ended.
@@ -89,7 +88,7 @@ impl Vmm {
     pub(crate) async fn discard(self) {
         self.child.kill();
         if let Err(error) = self.child.reap().await {
-            log::warn(&format!("wait for the process of a virtual machine: {error}"));
+            log::warn!("wait for the process of a virtual machine: {error}");
         }
     }
 }
@@ -178,7 +177,7 @@ impl Machine {
         // The socket is empty: this packet need not wait. If the process is gone already, its end
         // tells more than this failure.
         if let Err(error) = control.try_send(&command, &descriptors) {
-            log::warn(&format!("boot a virtual machine: {error}"));
+            log::warn!("boot a virtual machine: {error}");
         }
         Ok((control, agent, agent_end))
     }
@@ -206,7 +205,7 @@ impl Machine {
         });
         match Jumps::watch() {
             Ok(jumps) => drop(tokio::spawn(keep_time(jumps, agent.clone(), shared.ended.subscribe()))),
-            Err(error) => log::warn(&format!("watch the host's clock: {error}")),
+            Err(error) => log::warn!("watch the host's clock: {error}"),
         }
         Self {
             agent,
@@ -229,12 +228,12 @@ impl Machine {
     /// Waits until the agent takes requests. A guest that does not get there in `limit` of time in
     /// which it could run is killed.
     pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<Ending>> {
-        let patience = Patience::with(self.pid(), limit);
+        let deadline = RunTimeDeadline::with(self.pid(), limit);
         let late = tokio::select! {
             biased;
             ready = self.agent.ready() => return Ok(ready),
             ending = self.ended() => return Err(ending),
-            late = patience.exhausted() => late,
+            late = deadline.exhausted() => late,
         };
         let console = self.console().await;
         self.kill(&format!(
@@ -242,7 +241,7 @@ impl Machine {
             limit.as_secs_f32()
         ));
         let ending = self.ended().await;
-        log::debug(&format!("machine {}: waited {late:?} for the agent", self.pid()));
+        log::debug!("machine {}: waited {late:?} for the agent", self.pid());
         Err(Arc::new(Ending {
             reason: ending.reason.clone(),
             asked: ending.asked,
@@ -252,11 +251,11 @@ impl Machine {
 
     /// Runs `future`, at most for `limit` of time in which the machine could have run: `None` then.
     pub(crate) async fn within<T>(&self, limit: Duration, future: impl Future<Output = T>) -> Option<T> {
-        let patience = Patience::with(self.pid(), limit);
+        let deadline = RunTimeDeadline::with(self.pid(), limit);
         tokio::select! {
             biased;
             output = future => Some(output),
-            _ = patience.exhausted() => None,
+            _ = deadline.exhausted() => None,
         }
     }
 
@@ -290,7 +289,7 @@ impl Machine {
     }
 
     fn end(&self, reason: &str, asked: bool) {
-        let mut verdict = self.shared.verdict.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut verdict = self.shared.verdict.lock();
         verdict.get_or_insert_with(|| Verdict {
             reason: reason.to_owned(),
             asked,
@@ -401,9 +400,9 @@ impl Machine {
 
     /// Puts the end of the guest's console into the log, where that is to say all.
     pub(crate) async fn log_console(&self) {
-        if log::says_all() {
+        if logging::debug_enabled() {
             for line in self.console().await.lines() {
-                log::debug(&format!("console of virtual machine {}: {line}", self.pid()));
+                log::debug!("console of virtual machine {}: {line}", self.pid());
             }
         }
     }
@@ -411,11 +410,7 @@ impl Machine {
     /// The end of the guest's console, empty if the vmm does not send it.
     async fn console(&self) -> String {
         let (sender, receiver) = oneshot::channel();
-        self.shared
-            .console
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(sender);
+        self.shared.console.lock().push(sender);
         let asked = async {
             self.control.send(&Command::ReadConsole, &[]).await.ok()?;
             receiver.await.ok()
@@ -427,11 +422,11 @@ impl Machine {
 
 impl Shared {
     fn resize(&self) -> MutexGuard<'_, Option<oneshot::Sender<Result<(), String>>>> {
-        self.resize.lock().unwrap_or_else(PoisonError::into_inner)
+        self.resize.lock()
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock()
     }
 }
 
@@ -447,7 +442,7 @@ async fn keep_time(jumps: Jumps, agent: Agent, mut ended: watch::Receiver<Option
         _ = ended.changed() => {}
         result = jumps.follow(&agent) => {
             if let Err(error) = result {
-                log::warn(&format!("watch the host's clock: {error}"));
+                log::warn!("watch the host's clock: {error}");
             }
         }
     }
@@ -475,7 +470,7 @@ async fn listen(
     child.kill();
     let how = child.reap().await;
     let said = stderr.await.unwrap_or_default();
-    let verdict = shared.verdict.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let verdict = shared.verdict.lock().take();
     let asked = verdict.as_ref().is_some_and(|verdict| verdict.asked);
     let verdict = verdict.map(|verdict| verdict.reason);
     let reason = verdict.or(reason).unwrap_or_else(|| match how {
@@ -499,7 +494,7 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
             Ok(Notice::Drained { port }) => shared.streams.drained(port),
             Ok(Notice::StreamClosed { port }) => shared.streams.closed(port),
             Ok(Notice::Console(console)) => {
-                let waiting = std::mem::take(&mut *shared.console.lock().unwrap_or_else(PoisonError::into_inner));
+                let waiting = std::mem::take(&mut *shared.console.lock());
                 for sender in waiting {
                     // Whoever stopped waiting does not miss it.
                     let _ = sender.send(console.clone());
@@ -529,7 +524,7 @@ async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
             Err(ControlError::Closed) => return None,
             Err(error) => {
-                log::warn(&format!("virtual machine: {error}"));
+                log::warn!("virtual machine: {error}");
                 return None;
             }
         }
@@ -563,7 +558,7 @@ async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
         let room = STDERR_LIMIT - said.len();
         let new = &bytes[..length.min(room)];
         for line in readable(new).lines() {
-            log::warn(&format!("virtual machine {pid}: {line}"));
+            log::warn!("virtual machine {pid}: {line}");
         }
         said.extend_from_slice(new);
     }

@@ -1,9 +1,8 @@
 //! The streams of a machine: which host ports are open and what became of them.
 
-use std::{
-    collections::HashMap,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::collections::HashMap;
+
+use parking_lot::{Mutex, MutexGuard};
 
 use nutshell_protocol::FIRST_STREAM_PORT;
 use tokio::sync::watch;
@@ -100,7 +99,7 @@ impl Streams {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 

@@ -18,10 +18,10 @@ use nutshell_protocol::Request;
 use tokio::{net::TcpStream, sync::Semaphore, task::JoinHandle};
 
 use super::lookup::Lookup;
-use crate::shim::{log, machine::Machine};
+use crate::shim::machine::Machine;
 
 /// How many connections a pod may have this way at a time; more wait.
-const MOST: usize = 128;
+const MAX_CONNECTIONS: usize = 128;
 
 /// How long the guest may take to connect. It gives up by itself before.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -55,7 +55,7 @@ impl Listeners {
 
     /// Forwards to `machine` until the answer is dropped.
     pub(super) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
-        let room = Arc::new(Semaphore::new(MOST));
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = self
             .sockets
             .into_iter()
@@ -101,7 +101,7 @@ async fn accept(listener: tokio::net::TcpListener, machine: Weak<Machine>, room:
                 });
             }
             // The connection is gone already, or there is no descriptor for it: then its end comes first.
-            Err(error) => log::warn(&format!("forward a port: {error}")),
+            Err(error) => log::warn!("forward a port: {error}"),
         }
     }
 }
@@ -109,7 +109,7 @@ async fn accept(listener: tokio::net::TcpListener, machine: Weak<Machine>, room:
 async fn forward(machine: &Machine, connection: TcpStream) {
     let Ok(target) = connection.local_addr() else { return };
     if let Err(error) = carry(machine, &connection, target).await {
-        log::debug(&format!("forward port {}: {error}", target.port()));
+        log::debug!("forward port {}: {error}", target.port());
         reset(&connection);
     }
 }
@@ -155,6 +155,6 @@ fn reset(connection: &TcpStream) {
         l_linger: 0,
     };
     if let Err(error) = setsockopt(&connection.as_fd(), Linger, &at_once) {
-        log::debug(&format!("reset connection {}: {error}", connection.as_raw_fd()));
+        log::debug!("reset connection {}: {error}", connection.as_raw_fd());
     }
 }

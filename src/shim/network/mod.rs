@@ -41,11 +41,8 @@ use self::{
     netlink::{Netlink, NetlinkError},
     redirect::Redirect,
 };
-use super::{
-    log,
-    machine::{AgentError, Machine},
-};
-use crate::vmm::control::ControlError;
+use super::machine::{AgentError, Machine};
+use crate::control::ControlError;
 
 /// Why a pod has no network.
 #[derive(Debug, thiserror::Error)]
@@ -176,14 +173,14 @@ impl Network {
         let forwarding = listeners
             .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
             .unwrap_or_else(|error| {
-                log::warn(&format!("connections to ports of the pod cannot be forwarded: {error}"));
+                log::warn!("connections to ports of the pod cannot be forwarded: {error}");
                 None
             });
         let wiring = Arc::new(Mutex::new(wiring));
         let follower = changes
             .listen()
             .map(|changes| tokio::spawn(follow(changes, wiring.clone(), Arc::downgrade(machine))))
-            .inspect_err(|error| log::warn(&format!("watch the pod's network: {error}")));
+            .inspect_err(|error| log::warn!("watch the pod's network: {error}"));
         Ok(Self {
             wiring,
             follower: follower.ok(),
@@ -204,12 +201,12 @@ impl Network {
 async fn follow(mut changes: changes::Listener, wiring: Arc<Mutex<Wiring>>, machine: Weak<Machine>) {
     loop {
         if let Err(error) = changes.next().await {
-            log::warn(&format!("watch the pod's network: {error}"));
+            log::warn!("watch the pod's network: {error}");
             return;
         }
         let Some(machine) = machine.upgrade() else { return };
         if let Err(error) = wiring.lock().await.update(&machine).await {
-            log::warn(&format!("the pod's network has changed: {error}"));
+            log::warn!("the pod's network has changed: {error}");
         }
     }
 }
@@ -296,7 +293,7 @@ impl Wiring {
             }
         });
         if let Err(error) = removed.await {
-            log::warn(&format!("enter the pod's network namespace: {error}"));
+            log::warn!("enter the pod's network namespace: {error}");
         }
     }
 }

@@ -16,7 +16,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 const BUFFER: usize = 64 << 10;
 
 /// How often a dump is taken again because something changed meanwhile.
-const TRIES: usize = 8;
+const MAX_DUMP_ATTEMPTS: usize = 8;
 
 /// What fails on the socket.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +69,7 @@ impl Netlink {
         what: &str,
         question: &RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
-        for _ in 0..TRIES {
+        for _ in 0..MAX_DUMP_ATTEMPTS {
             self.send(question.clone(), NLM_F_DUMP)
                 .map_err(|source| NetlinkError::new(what, source))?;
             if let Some(found) = self.collect().map_err(|source| NetlinkError::new(what, source))? {

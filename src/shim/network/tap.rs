@@ -21,7 +21,7 @@ use super::{
     discovery::Link,
     netlink::{Netlink, NetlinkError},
 };
-use crate::vmm::control::NET_HEADER;
+use crate::control::NET_HEADER;
 
 /// The kernel puts a number in place of `%d`.
 const NAME: &[u8] = b"nutshell%d\0";

@@ -12,19 +12,18 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     process::{Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
+
+use parking_lot::Mutex;
 
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::Signal;
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, task::JoinHandle};
 
-use super::place::Program;
-use crate::shim::{
-    child::{Child, Ended},
-    log,
-};
+use super::endpoint::Program;
+use crate::shim::child::{Child, Ended};
 
 /// How long a program may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);
@@ -208,9 +207,9 @@ async fn reap(child: Arc<Child>, path: PathBuf, words: Words) {
         Ok(Ended::Exited(0)) => {}
         Ok(ended) => {
             let words = words.last().await;
-            log::warn(&format!("the logging program {} {ended}: {words}", path.display()));
+            log::warn!("the logging program {} {ended}: {words}", path.display());
         }
-        Err(error) => log::error(&format!("wait for the logging program {}: {error}", path.display())),
+        Err(error) => log::error!("wait for the logging program {}: {error}", path.display()),
     }
 }
 
@@ -230,7 +229,7 @@ impl Words {
             };
             let mut bytes = [0; LAST_WORDS];
             while let Ok(count @ 1..) = stderr.read(&mut bytes).await {
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut kept = kept.lock();
                 kept.extend_from_slice(&bytes[..count]);
                 let surplus = kept.len().saturating_sub(LAST_WORDS);
                 kept.drain(..surplus);
@@ -243,7 +242,7 @@ impl Words {
     /// waited for.
     async fn last(mut self) -> String {
         let _ = tokio::time::timeout(LAST_WORDS_LIMIT, &mut self.listener).await;
-        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.last.lock();
         String::from_utf8_lossy(&last).trim().to_owned()
     }
 }
@@ -255,7 +254,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::shim::script::write_script;
+    use crate::shim::tests::script::write_script;
 
     const OWNER: Owner<'_> = Owner {
         id: "c1",

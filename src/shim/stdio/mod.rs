@@ -1,7 +1,7 @@
 //! The standard streams of a process on the host: what containerd names, opened and handed to the
 //! machine.
 //!
-//! Lives here: what a name means ([`place`]), fifos and files ([`files`]), logging programs
+//! Lives here: what a name means ([`endpoint`]), fifos and files ([`files`]), logging programs
 //! ([`logger`]), containerd's streaming scheme ([`streaming`]), and here all streams of one process. May
 //! not live here: when a process starts or ends (that is [`super::tasks`], the one caller).
 //!
@@ -14,9 +14,9 @@
 //! is no end of input, only [`Standard::close_stdin`] is (containerd `pkg/cio`, and the runc shim's
 //! `process/io.go`).
 
+mod endpoint;
 mod files;
 mod logger;
-mod place;
 mod streaming;
 
 use std::{
@@ -24,21 +24,22 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
     time::Duration,
 };
+
+use parking_lot::Mutex;
 
 use nutshell_protocol::Stdio;
 
 pub(crate) use self::streaming::{SERVICE, Streaming};
 use self::{
+    endpoint::{Endpoint, Program},
     files::Ends,
     logger::{Logger, LoggerError, Owner},
-    place::{Place, Program},
     streaming::{Relay, StreamingError},
 };
 use super::machine::{Machine, Stream};
-use crate::vmm::control::ControlError;
+use crate::control::ControlError;
 
 /// Why a process has no standard streams.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +81,7 @@ pub(crate) enum StdioError {
 
 /// What all streams of this shim have in common.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Surroundings {
+pub(crate) struct StdioContext {
     /// containerd's namespace of all containers of this shim.
     pub(crate) namespace: String,
     /// Where clients open streams.
@@ -89,7 +90,7 @@ pub(crate) struct Surroundings {
 
 /// What containerd asks for: paths or URIs, empty where there is no stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Request {
+pub(crate) struct StdioSpec {
     /// Standard input.
     pub(crate) stdin: String,
     /// Standard output, or all of a terminal's.
@@ -152,22 +153,22 @@ struct OutputStream {
     reader: Reader,
 }
 
-impl Request {
+impl StdioSpec {
     /// Opens all streams of `owner`, a container's or an exec's id. Waits only for what containerd has
     /// prepared before: the other end of a fifo may come later.
-    pub(crate) async fn open(&self, owner: &str, around: &Surroundings) -> Result<Opened, StdioError> {
-        let stdin = match Place::parse("stdin", &self.stdin)? {
-            Some(place) => Some(self.open_input(place, around).await?),
+    pub(crate) async fn open(&self, owner: &str, context: &StdioContext) -> Result<Opened, StdioError> {
+        let stdin = match Endpoint::parse("stdin", &self.stdin)? {
+            Some(endpoint) => Some(self.open_input(endpoint, context).await?),
             None => None,
         };
-        let stdout = Place::parse("stdout", &self.stdout)?;
+        let stdout = Endpoint::parse("stdout", &self.stdout)?;
         let stderr = match self.terminal {
             true => None,
-            false => Place::parse("stderr", &self.stderr)?.or_else(|| stdout.clone().filter(Place::takes_both)),
+            false => Endpoint::parse("stderr", &self.stderr)?.or_else(|| stdout.clone().filter(Endpoint::takes_both)),
         };
         let owner = Owner {
             id: owner,
-            namespace: &around.namespace,
+            namespace: &context.namespace,
         };
         let mut loggers = Vec::new();
         let mut pipes = [None, None];
@@ -182,30 +183,30 @@ impl Request {
         Ok(Opened {
             terminal: self.terminal,
             stdin,
-            stdout: open_output("stdout", stdout, stdout_pipe, around).await?,
-            stderr: open_output("stderr", stderr, stderr_pipe, around).await?,
+            stdout: open_output("stdout", stdout, stdout_pipe, context).await?,
+            stderr: open_output("stderr", stderr, stderr_pipe, context).await?,
             loggers,
         })
     }
 
-    async fn open_input(&self, place: Place, around: &Surroundings) -> Result<Input, StdioError> {
-        match place {
-            Place::Fifo(path) => {
+    async fn open_input(&self, endpoint: Endpoint, context: &StdioContext) -> Result<Input, StdioError> {
+        match endpoint {
+            Endpoint::Fifo(path) => {
                 let Ends { machine, own } = files::open_input(&path).map_err(open_error("stdin", &path))?;
                 Ok(Input {
                     machine: machine.into(),
                     writer: Writer::Fifo { _own: own },
                 })
             }
-            Place::Streaming(id) => {
-                let relay = Relay::input(&around.streaming, &id).await;
+            Endpoint::Streaming(id) => {
+                let relay = Relay::input(&context.streaming, &id).await;
                 let (relay, machine) = relay.map_err(streaming_error("stdin", &id))?;
                 Ok(Input {
                     machine,
                     writer: Writer::Relay(relay),
                 })
             }
-            Place::Log(_) | Place::Program(_) => Err(StdioError::Unsupported {
+            Endpoint::Log(_) | Endpoint::Program(_) => Err(StdioError::Unsupported {
                 stream: "stdin",
                 uri: self.stdin.clone(),
                 reason: "input comes from a fifo or a stream".to_owned(),
@@ -215,9 +216,9 @@ impl Request {
 }
 
 /// The programs to start, each with the streams that it gets: one that is named twice is started once.
-fn programs<'a>(stdout: Option<&'a Place>, stderr: Option<&'a Place>) -> Vec<(&'a Program, [bool; 2])> {
-    let program = |place: Option<&'a Place>| match place {
-        Some(Place::Program(program)) => Some(program),
+fn programs<'a>(stdout: Option<&'a Endpoint>, stderr: Option<&'a Endpoint>) -> Vec<(&'a Program, [bool; 2])> {
+    let program = |endpoint: Option<&'a Endpoint>| match endpoint {
+        Some(Endpoint::Program(program)) => Some(program),
         _ => None,
     };
     match (program(stdout), program(stderr)) {
@@ -232,24 +233,24 @@ fn programs<'a>(stdout: Option<&'a Place>, stderr: Option<&'a Place>) -> Vec<(&'
 
 async fn open_output(
     stream: &'static str,
-    place: Option<Place>,
+    endpoint: Option<Endpoint>,
     pipe: Option<OwnedFd>,
-    around: &Surroundings,
+    context: &StdioContext,
 ) -> Result<Option<Output>, StdioError> {
     let of_file = |Ends { machine, own }| Output {
         machine: machine.into(),
         reader: Reader::Own { _end: own },
     };
-    Ok(match place {
+    Ok(match endpoint {
         None => None,
-        Some(Place::Fifo(path)) => Some(of_file(files::open_output(&path).map_err(open_error(stream, &path))?)),
-        Some(Place::Log(path)) => Some(of_file(files::open_log(&path).map_err(open_error(stream, &path))?)),
-        Some(Place::Program(_)) => pipe.map(|machine| Output {
+        Some(Endpoint::Fifo(path)) => Some(of_file(files::open_output(&path).map_err(open_error(stream, &path))?)),
+        Some(Endpoint::Log(path)) => Some(of_file(files::open_log(&path).map_err(open_error(stream, &path))?)),
+        Some(Endpoint::Program(_)) => pipe.map(|machine| Output {
             machine,
             reader: Reader::Own { _end: None },
         }),
-        Some(Place::Streaming(id)) => {
-            let relay = Relay::output(&around.streaming, &id).await;
+        Some(Endpoint::Streaming(id)) => {
+            let relay = Relay::output(&context.streaming, &id).await;
             let (relay, machine) = relay.map_err(streaming_error(stream, &id))?;
             Some(Output {
                 machine,
@@ -302,7 +303,7 @@ async fn hand_over(
 impl Standard {
     /// Ends the input once what was sent before was read and no client writes any more.
     pub(crate) fn close_stdin(&self) {
-        let mut writer = self.stdin_writer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut writer = self.stdin_writer.lock();
         match &*writer {
             Some(Writer::Relay(relay)) => relay.end_input(),
             Some(Writer::Fifo { .. }) => *writer = None,
@@ -339,7 +340,7 @@ impl Standard {
     /// Closes all streams at once: readers have seen the end of the file when this returns, unless
     /// the vmm does not do it within `limit`, and logging programs have ended.
     pub(crate) async fn close(&self, machine: &Machine, limit: Duration) {
-        self.stdin_writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.stdin_writer.lock().take();
         let closing = async {
             let outputs = self.outputs().map(|output| &output.stream);
             for stream in self.stdin.iter().chain(outputs) {
@@ -352,7 +353,7 @@ impl Standard {
         };
         // A vmm that does not do it is of no use to its other containers either; its owner finds out.
         let _ = tokio::time::timeout(limit, closing).await;
-        let loggers = std::mem::take(&mut *self.loggers.lock().unwrap_or_else(PoisonError::into_inner));
+        let loggers = std::mem::take(&mut *self.loggers.lock());
         for logger in loggers {
             logger.finish().await;
         }
@@ -413,8 +414,8 @@ mod tests {
 
     use super::*;
 
-    async fn open(request: Request) -> Result<Opened, StdioError> {
-        request.open("c1", &Surroundings::default()).await
+    async fn open(request: StdioSpec) -> Result<Opened, StdioError> {
+        request.open("c1", &StdioContext::default()).await
     }
 
     fn write(output: Option<Output>, text: &str) {
@@ -426,11 +427,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("deep/er/log");
         for text in ["a", "b"] {
-            let opened = open(Request {
+            let opened = open(StdioSpec {
                 stdout: format!("file://{}", log.display()),
                 stderr: "/no/such/fifo".to_owned(),
                 terminal: true,
-                ..Request::default()
+                ..StdioSpec::default()
             });
             let opened = opened.await.unwrap();
             assert!(opened.stderr.is_none());
@@ -445,10 +446,10 @@ mod tests {
         let log = folder.path().join("log");
         let uri = format!("file://{}", log.display());
         for stderr in [uri.clone(), String::new()] {
-            let opened = open(Request {
+            let opened = open(StdioSpec {
                 stdout: uri.clone(),
                 stderr,
-                ..Request::default()
+                ..StdioSpec::default()
             });
             let opened = opened.await.unwrap();
             write(opened.stdout, "out ");
@@ -459,9 +460,9 @@ mod tests {
 
     #[test]
     fn program_that_is_named_twice_is_started_once() {
-        let place = |uri| Place::parse("stdout", uri).unwrap();
-        let [one, same] = ["binary:///a?x=y"; 2].map(place);
-        let (other, fifo) = (place("binary:///b"), place("/fifo"));
+        let endpoint = |uri| Endpoint::parse("stdout", uri).unwrap();
+        let [one, same] = ["binary:///a?x=y"; 2].map(endpoint);
+        let (other, fifo) = (endpoint("binary:///b"), endpoint("/fifo"));
         let started = |stdout, stderr| {
             let programs = programs(stdout, stderr);
             programs.into_iter().map(|(_, wanted)| wanted).collect::<Vec<_>>()
@@ -474,16 +475,16 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_opened_is_named() {
-        let error = open(Request {
+        let error = open(StdioSpec {
             stdout: "/no/such/fifo".to_owned(),
-            ..Request::default()
+            ..StdioSpec::default()
         });
         let error = error.await.unwrap_err().to_string();
         assert!(error.starts_with("open stdout /no/such/fifo: "), "{error}");
 
-        let error = open(Request {
+        let error = open(StdioSpec {
             stdin: "file:///etc/passwd".to_owned(),
-            ..Request::default()
+            ..StdioSpec::default()
         });
         let error = error.await.unwrap_err().to_string();
         assert!(error.starts_with("stdin file:///etc/passwd: "), "{error}");

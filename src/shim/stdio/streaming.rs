@@ -11,14 +11,9 @@
 //! A relay moves the bytes between a stream and a pipe, whose other end the machine has. It holds one
 //! message at most; while a client is slow or away, the pipe fills, and the process waits.
 
-use std::{
-    collections::HashMap,
-    future::Future,
-    io,
-    os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, future::Future, io, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -86,7 +81,7 @@ impl Streaming {
     }
 
     fn table(&self) -> MutexGuard<'_, HashMap<String, watch::Sender<Option<Client>>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Takes a client in; one that waits by the same id is let go.

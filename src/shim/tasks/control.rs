@@ -8,10 +8,10 @@ use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 use super::{ANSWER_LIMIT, Container, HINT_LIMIT, KILL_LIMIT, Tasks, WRITE_BACK_LIMIT, answered};
 use crate::shim::{
     error::{Kind, TaskError},
-    lifecycle::{Exit, Phase},
     machine::AgentError,
-    process::Process,
     stdio,
+    tasks::lifecycle::{Exit, Phase},
+    tasks::process::Process,
 };
 
 /// SIGKILL.
@@ -27,7 +27,7 @@ pub(crate) struct State {
     /// Where it is.
     pub(crate) phase: Phase,
     /// Its standard streams.
-    pub(crate) request: stdio::Request,
+    pub(crate) request: stdio::StdioSpec,
 }
 
 /// A process as Pids lists it.

@@ -1,10 +1,6 @@
 //! Create: a container up to, not including, its first instruction.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex},
-    time::SystemTime,
-};
+use std::{path::PathBuf, sync::Arc, time::SystemTime};
 
 use containerd_shim_protos::{
     events::task::{TaskCreate, TaskIO},
@@ -12,22 +8,22 @@ use containerd_shim_protos::{
     types::mount::Mount,
 };
 use nutshell_protocol::{CreateContainer, PidNamespace, Request, Rootfs, Stdio};
+use parking_lot::Mutex;
 
-use super::{CREATE_LIMIT, Container, Role, Tasks, Way, ask, gone};
+use super::{CREATE_LIMIT, Container, Role, SandboxApi, Tasks, ask, gone};
 use crate::{
     oci::{
         self, ContainerId, Hooks, HostMount, Limits, Network, Placement, Plan, PlanError, Planned, Root, SourceKind,
     },
     shim::{
         error::{Kind, TaskError},
-        holder::{self, Holder, Namespace},
-        hooks,
-        lifecycle::Phase,
-        log,
-        pod::{Needs, Pod, PodError},
-        process::Process,
+        pod::holder::{self, Holder, Namespace},
+        pod::{Pod, PodError, PodRequirements},
         record::Record,
         stdio,
+        tasks::hooks,
+        tasks::lifecycle::Phase,
+        tasks::process::Process,
     },
 };
 
@@ -44,7 +40,7 @@ pub(crate) struct CreateRequest {
     /// The mounts of its snapshot.
     pub(crate) rootfs: Vec<HostMount>,
     /// Its standard streams.
-    pub(crate) stdio: stdio::Request,
+    pub(crate) stdio: stdio::StdioSpec,
 }
 
 /// An id that no other container can have, until this is dropped.
@@ -76,12 +72,12 @@ impl Tasks {
     /// Creates a container and returns its pid. A failure leaves nothing.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let mut reservation = self.reserve(&request.id)?;
-        log::debug(&format!("task {}: create", request.id));
+        log::debug!("task {}: create", request.id);
         let container = match self.plan(&request)? {
-            Planned::Sandbox(plan) => self.sandbox(&request, *plan, Way::Task).await?,
+            Planned::Sandbox(plan) => self.sandbox(&request, *plan, SandboxApi::Task).await?,
             Planned::Container(plan) => {
                 for warning in &plan.warnings {
-                    log::warn(&format!("task {}: {warning}", request.id));
+                    log::warn!("task {}: {warning}", request.id);
                 }
                 match plan.placement.clone() {
                     Placement::Single => self.single(&request, *plan).await?,
@@ -92,7 +88,7 @@ impl Tasks {
         self.follow_holder(&container, &container.init);
         self.events.publish(&event(&request, container.init.pid()));
         container.init.lifecycle.created();
-        log::debug(&format!("task {}: created", request.id));
+        log::debug!("task {}: created", request.id);
         reservation.kept = true;
         Ok(container.init.pid())
     }
@@ -124,8 +120,8 @@ impl Tasks {
     }
 
     async fn single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
-        let needs = Needs::of(&plan).map_err(|error| failed(error.into()))?;
-        let pod = self.start_pod(request, needs).await.map_err(failed)?;
+        let requirements = PodRequirements::of(&plan).map_err(|error| failed(error.into()))?;
+        let pod = self.start_pod(request, requirements).await.map_err(failed)?;
         match self.populate(request, plan, PidNamespace::Specified, &pod).await {
             Ok(container) => Ok(container),
             Err(error) => {
@@ -157,27 +153,23 @@ impl Tasks {
     pub(super) async fn start_pod(
         self: &Arc<Self>,
         request: &CreateRequest,
-        needs: Needs,
+        requirements: PodRequirements,
     ) -> Result<Arc<Pod>, PodError> {
         let record = Record {
-            cgroups: needs.groups(),
+            cgroups: requirements.groups(),
             ..Record::default()
         };
         if let Err(error) = record.store(&request.bundle) {
-            log::warn(&format!("task {}: {error}", request.id));
+            log::warn!("task {}: {error}", request.id);
         }
         let tasks = Arc::downgrade(self);
-        let pod = Pod::start(self.host.as_ref(), needs, move |pod, event| {
+        let pod = Pod::start(self.launcher.as_ref(), requirements, move |pod, event| {
             if let Some(tasks) = tasks.upgrade() {
                 tasks.on_event(pod, event);
             }
         })
         .await?;
-        log::debug(&format!(
-            "task {}: virtual machine {} boots",
-            request.id,
-            pod.machine().pid()
-        ));
+        log::debug!("task {}: virtual machine {} boots", request.id, pod.machine().pid());
         self.follow_machine(&pod);
         Ok(pod)
     }
@@ -242,22 +234,24 @@ impl Tasks {
         // when a failure is cleaned up.
         let (rootfs, streams) = tokio::join!(
             pod.attach(&request.id, &request.bundle, root, shares),
-            prepare(&container, &plan.network, plan.console_size, &self.around),
+            prepare(&container, &plan.network, plan.console_size, &self.stdio),
         );
         let created = async {
-            log::debug(&format!("task {}: files and streams are in place", request.id));
+            log::debug!("task {}: files and streams are in place", request.id);
             let rootfs = rootfs.map_err(|error| TaskError::unknown(error.to_string()))?;
             let stdio = streams?;
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-            log::debug(&format!(
+            log::debug!(
                 "task {}: agent {} on Linux {} is ready",
-                request.id, ready.version, ready.kernel
-            ));
+                request.id,
+                ready.version,
+                ready.kernel
+            );
             self.set_up(pod).await?;
             // Limits are no promise: a machine that cannot grow runs what fits.
             if let Err(error) = self.fit(pod).await {
-                log::warn(&format!("task {}: {error}", request.id));
+                log::warn!("task {}: {error}", request.id);
             }
             create_in_guest(request, plan.spec, pids, rootfs, stdio, pod).await
         };
@@ -305,12 +299,12 @@ async fn prepare(
     container: &Container,
     network: &Network,
     size: Option<(u16, u16)>,
-    around: &stdio::Surroundings,
+    context: &stdio::StdioContext,
 ) -> Result<Stdio, TaskError> {
     let init = &container.init;
     let opened = init
         .request
-        .open(container.id.as_str(), around)
+        .open(container.id.as_str(), context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()))?;
     hold(container, network)?;

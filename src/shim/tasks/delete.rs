@@ -9,10 +9,9 @@ use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks, WRITE_BACK_LIMIT}
 use crate::shim::{
     error::{Kind, TaskError},
     events::timestamp,
-    hooks::{self, Subject},
-    lifecycle::{Deletion, Exit, Phase},
-    log,
-    process::Process,
+    tasks::hooks::{self, Subject},
+    tasks::lifecycle::{Deletion, Exit, Phase},
+    tasks::process::Process,
 };
 
 /// What is left of a process.
@@ -29,7 +28,7 @@ impl Tasks {
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<Deleted, TaskError> {
         let (container, process) = self.process(id, exec)?;
         let pid = process.pid();
-        log::debug(&format!("task {id} {exec}: delete"));
+        log::debug!("task {id} {exec}: delete");
         if process.lifecycle.phase() == Phase::Created {
             self.end_unstarted(&container, &process).await?;
         }
@@ -62,7 +61,7 @@ impl Tasks {
             container.execs().remove(exec);
         }
         process.lifecycle.deleted();
-        log::debug(&format!("task {id} {exec}: deleted"));
+        log::debug!("task {id} {exec}: deleted");
         Ok(Deleted { pid, exit })
     }
 
@@ -148,7 +147,7 @@ async fn remove_from_guest(container: &Container) {
     let machine = container.pod.machine();
     match container.ask(ANSWER_LIMIT, machine.agent().run(delete)).await {
         Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::FailedPrecondition) => {
-            log::warn(&format!("task {}: remove it from the guest: {error}", container.id));
+            log::warn!("task {}: remove it from the guest: {error}", container.id);
         }
         _ => {}
     }
@@ -158,9 +157,6 @@ async fn remove_from_guest(container: &Container) {
 pub(super) async fn write_back(container: &Container, limit: Duration) {
     let machine = container.pod.machine();
     if let Err(error) = container.ask(limit, machine.agent().run(Request::Shutdown)).await {
-        log::error(&format!(
-            "task {}: its disk may lack the last writes: {error}",
-            container.id
-        ));
+        log::error!("task {}: its disk may lack the last writes: {error}", container.id);
     }
 }

@@ -12,11 +12,10 @@ use nutshell_protocol::{Event, Exited};
 use super::{Container, DRAIN_LIMIT, KILLED, Role, Tasks, delete::write_back};
 use crate::shim::{
     events::timestamp,
-    lifecycle::{Exit, Phase},
-    log,
     pod::Pod,
-    process::Process,
     record,
+    tasks::lifecycle::{Exit, Phase},
+    tasks::process::Process,
 };
 
 impl Tasks {
@@ -43,7 +42,7 @@ impl Tasks {
                         let tasks = self.clone();
                         tokio::spawn(async move { tasks.ended(&container, &process, &exited).await });
                     }
-                    _ => log::debug(&format!("ignored an exit of {} {:?}", exited.container, exited.exec)),
+                    _ => log::debug!("ignored an exit of {} {:?}", exited.container, exited.exec),
                 }
             }
         }
@@ -59,10 +58,14 @@ impl Tasks {
     /// A process ended and said how much it had written: its end is known when that was delivered.
     async fn ended(&self, container: &Container, process: &Process, exited: &Exited) {
         let exit = Exit::now(exited.status.into());
-        log::debug(&format!(
+        log::debug!(
             "task {} {:?}: ended with {} after {} and {} bytes",
-            exited.container, exited.exec, exit.status, exited.stdout, exited.stderr
-        ));
+            exited.container,
+            exited.exec,
+            exit.status,
+            exited.stdout,
+            exited.stderr
+        );
         if let Some(standard) = process.standard() {
             let machine = container.pod.machine();
             standard
@@ -123,9 +126,9 @@ impl Tasks {
             {
                 let text = format!("the virtual machine of {} ended: {ending}", names(&members));
                 if pod.machine().was_stopped() {
-                    log::debug(&text);
+                    log::debug!("{text}");
                 } else {
-                    log::error(&text);
+                    log::error!("{text}");
                 }
             }
             for container in members {
@@ -159,14 +162,14 @@ impl Tasks {
             let Some(signal) = holder.signalled().await else {
                 return;
             };
-            log::info(&format!(
+            log::info!(
                 "task {}: somebody sent signal {signal} to pid {}, which stands for it",
                 container.id,
                 holder.pid()
-            ));
+            );
             // It may have ended meanwhile.
             if let Err(error) = tasks.kill_process(&container, &process, signal, false).await {
-                log::info(&format!("task {}: {error}", container.id));
+                log::info!("task {}: {error}", container.id);
             }
         });
     }
@@ -204,7 +207,7 @@ fn is_waiting_exec(process: &Process) -> bool {
 fn remember(container: &Container, exit: Exit) {
     let exit = record::Exit::new(container.init.pid(), exit.status, exit.at);
     if let Err(error) = exit.store(&container.bundle) {
-        log::warn(&format!("task {}: {error}", container.id));
+        log::warn!("task {}: {error}", container.id);
     }
 }
 

@@ -13,19 +13,23 @@ mod control;
 mod create;
 mod delete;
 mod exit;
+mod hooks;
+pub(crate) mod lifecycle;
+mod process;
 mod sandbox;
 mod size;
 mod start;
-#[cfg(test)]
-mod tests;
+mod totals;
 
 use std::{
     collections::{HashMap, HashSet},
     future::Future,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use nutshell_protocol::FailureKind;
 use tokio::sync::watch;
@@ -35,12 +39,12 @@ use super::{
     configuration::Configuration,
     error::{Kind, TaskError},
     events::EventQueue,
-    hooks::Subject,
-    lifecycle::Phase,
     machine::AgentError,
-    pod::{Host, Pod},
-    process::Process,
-    stdio::{Streaming, Surroundings},
+    pod::{Launcher, Pod},
+    stdio::{StdioContext, Streaming},
+    tasks::hooks::Subject,
+    tasks::lifecycle::Phase,
+    tasks::process::Process,
 };
 use crate::oci::{ContainerId, Hooks, Limits};
 
@@ -79,7 +83,7 @@ enum Role {
     },
     /// It is the pod's sandbox: nothing of it runs in the guest. Its first process's lifecycle is the
     /// state of the pod.
-    Sandbox(Way),
+    Sandbox(SandboxApi),
     /// It lives in the pod of a sandbox.
     Member {
         /// Its root is a disk that the guest may have to write back.
@@ -89,7 +93,7 @@ enum Role {
 
 /// How containerd speaks of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum SandboxApi {
     /// As a container, through the Task service (`sandboxer = "podsandbox"`).
     Task,
     /// Through the Sandbox service (`sandboxer = "shim"`): it is no task, and events of it are none.
@@ -121,7 +125,7 @@ impl Container {
 
     /// The Task service knows it, and its events are told.
     fn is_task(&self) -> bool {
-        self.role != Role::Sandbox(Way::Service)
+        self.role != Role::Sandbox(SandboxApi::Service)
     }
 
     /// As its hooks know it.
@@ -139,15 +143,15 @@ impl Container {
     }
 
     fn limits(&self) -> Limits {
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.limits.lock()
     }
 
     fn set_limits(&self, limits: Limits) {
-        *self.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
+        *self.limits.lock() = limits;
     }
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.execs.lock()
     }
 
     fn all_execs(&self) -> Vec<Arc<Process>> {
@@ -227,9 +231,9 @@ fn answered<T>(limit: Duration, answer: Option<Result<T, AgentError>>) -> Result
 #[derive(Debug)]
 pub(crate) struct Tasks {
     configuration: Configuration,
-    host: Box<dyn Host>,
+    launcher: Box<dyn Launcher>,
     events: EventQueue,
-    around: Surroundings,
+    stdio: StdioContext,
     table: Mutex<Table>,
     stopping: watch::Sender<bool>,
 }
@@ -245,15 +249,15 @@ impl Tasks {
     /// None yet.
     pub(crate) fn new(
         configuration: Configuration,
-        host: impl Host,
+        launcher: impl Launcher,
         events: EventQueue,
-        around: Surroundings,
+        stdio: StdioContext,
     ) -> Arc<Self> {
         Arc::new(Self {
             configuration,
-            host: Box::new(host),
+            launcher: Box::new(launcher),
             events,
-            around,
+            stdio,
             table: Mutex::default(),
             stopping: watch::Sender::new(false),
         })
@@ -261,7 +265,7 @@ impl Tasks {
 
     /// Where clients open streams.
     pub(crate) fn streaming(&self) -> &Streaming {
-        &self.around.streaming
+        &self.stdio.streaming
     }
 
     /// The container, from the moment that its creation was answered to the end of its deletion.
@@ -296,6 +300,12 @@ impl Tasks {
         stop
     }
 
+    /// The shim is to end.
+    #[cfg(test)]
+    pub(crate) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
     /// Waits until the shim is to end.
     pub(crate) async fn stopped(&self) {
         let mut stopping = self.stopping.subscribe();
@@ -317,7 +327,7 @@ impl Tasks {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 
     /// The containers of the pod with this number.

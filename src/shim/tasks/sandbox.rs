@@ -1,7 +1,7 @@
 //! The sandbox of a pod, and the calls of the Sandbox service.
 //!
 //! A sandbox is a pid on the host, in the pod's network namespace, and a machine that boots meanwhile,
-//! for the members to come. containerd creates, starts and ends it in one of two [`Way`]s; either way
+//! for the members to come. containerd creates, starts and ends it in one of two [`SandboxApi`]s; either way
 //! its state is the [`Phase`] of what its pid stands for: created, running, stopped, deleted.
 
 use std::{
@@ -14,17 +14,17 @@ use std::{
 use nutshell_protocol::{ContainerStats, PodFile, Request, SetUpPod};
 
 use super::{
-    CREATE_LIMIT, Container, CreateRequest, Role, Tasks, WRITE_BACK_LIMIT, Way, ask,
+    CREATE_LIMIT, Container, CreateRequest, Role, SandboxApi, Tasks, WRITE_BACK_LIMIT, ask,
     create::{CONTEXT, failed, hold, run_hooks, unplanned},
+    totals,
 };
 use crate::{
     oci::{self, ContainerId, Limits, PodPlan, PodShared, Resolver},
     shim::{
         error::{Kind, TaskError},
-        lifecycle::{Deletion, Exit, Phase},
-        log, metrics,
-        pod::{Needs, Pod},
+        pod::{Pod, PodRequirements},
         stdio,
+        tasks::lifecycle::{Deletion, Exit, Phase},
     },
 };
 
@@ -67,12 +67,12 @@ impl Tasks {
         self: &Arc<Self>,
         request: &CreateRequest,
         plan: PodPlan,
-        way: Way,
+        api: SandboxApi,
     ) -> Result<Arc<Container>, TaskError> {
         let shared = set_up_request(&plan.shared).map_err(|error| error.during(CONTEXT))?;
-        let needs = Needs::of_pod(&plan, shared);
-        let pod = self.start_pod(request, needs).await.map_err(failed)?;
-        let container = self.enter(request, Role::Sandbox(way), &pod, plan.hooks, Limits::default());
+        let requirements = PodRequirements::of_pod(&plan, shared);
+        let pod = self.start_pod(request, requirements).await.map_err(failed)?;
+        let container = self.enter(request, Role::Sandbox(api), &pod, plan.hooks, Limits::default());
         let held = async {
             hold(&container, &plan.network)?;
             run_hooks(&container).await
@@ -87,7 +87,7 @@ impl Tasks {
             if let Err(error) = tasks.set_up(&pod).await
                 && !pod.machine().was_stopped()
             {
-                log::error(&format!("a pod cannot be used: {error}"));
+                log::error!("a pod cannot be used: {error}");
             }
         });
         Ok(container)
@@ -122,7 +122,7 @@ impl Tasks {
             annotations,
         } = request;
         let mut reservation = self.reserve(&id)?;
-        log::debug(&format!("sandbox {id}: create"));
+        log::debug!("sandbox {id}: create");
         let plan = oci::plan_pod(
             &id,
             options
@@ -138,9 +138,9 @@ impl Tasks {
             id: id.clone(),
             bundle,
             rootfs: Vec::new(),
-            stdio: stdio::Request::default(),
+            stdio: stdio::StdioSpec::default(),
         };
-        let container = self.sandbox(&request, plan, Way::Service).await?;
+        let container = self.sandbox(&request, plan, SandboxApi::Service).await?;
         self.follow_holder(&container, &container.init);
         container.init.lifecycle.created();
         reservation.kept = true;
@@ -247,7 +247,7 @@ impl Tasks {
                 continue;
             }
             match self.stats(member.id.as_str()).await {
-                Ok(stats) => metrics::add(&mut sum, stats),
+                Ok(stats) => totals::add(&mut sum, stats),
                 // It ended meanwhile, or is still being made.
                 Err(error) if matches!(error.kind(), Kind::NotFound | Kind::FailedPrecondition) => {}
                 Err(error) => return Err(error),
@@ -259,7 +259,7 @@ impl Tasks {
     /// A sandbox of the Sandbox service.
     fn created_sandbox(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         self.created(id)
-            .filter(|container| container.role == Role::Sandbox(Way::Service))
+            .filter(|container| container.role == Role::Sandbox(SandboxApi::Service))
             .ok_or_else(|| TaskError::new(Kind::NotFound, format!("sandbox {id} not found")))
     }
 

@@ -7,7 +7,7 @@ use nutshell_protocol::Request;
 use super::{ANSWER_LIMIT, Container, Role, Tasks, ask, gone};
 use crate::{
     oci::{Limits, Size},
-    shim::{error::TaskError, log, pod::Pod},
+    shim::{error::TaskError, pod::Pod},
 };
 
 /// How long the guest may take to bring memory into use.
@@ -29,12 +29,12 @@ impl Tasks {
                 to.memory >> 20,
                 to.vcpus
             );
-            log::debug(&what);
+            log::debug!("{what}");
             let changed = change(pod, from, to).await;
             if changed.is_err() {
                 // A guest that was late may not have in the end what it is not accounted for.
                 if let Err(error) = ask_for(pod, to, from).await {
-                    log::info(&format!("{what}, and back again: {error}"));
+                    log::info!("{what}, and back again: {error}");
                 }
             }
             changed.map_err(|error| error.during(&what))
@@ -47,7 +47,7 @@ impl Tasks {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
             if let Err(error) = tasks.fit(&pod).await {
-                log::info(&error.to_string());
+                log::info!("{error}");
             }
         });
     }

@@ -10,13 +10,12 @@ use crate::{
     oci::ContainerId,
     shim::{
         error::{Kind, TaskError},
-        holder::{Holder, Namespace},
-        hooks,
-        lifecycle::{Exit, Phase, UNKNOWN_STATUS},
-        log,
         pod::Pod,
-        process::Process,
+        pod::holder::{Holder, Namespace},
         stdio,
+        tasks::hooks,
+        tasks::lifecycle::{Exit, Phase, UNKNOWN_STATUS},
+        tasks::process::Process,
     },
 };
 
@@ -32,7 +31,7 @@ pub(crate) struct ExecRequest {
     /// OCI `Process` as JSON.
     pub(crate) spec: Vec<u8>,
     /// Its standard streams.
-    pub(crate) stdio: stdio::Request,
+    pub(crate) stdio: stdio::StdioSpec,
 }
 
 impl Tasks {
@@ -76,7 +75,7 @@ impl Tasks {
             self.start_init(&container).await
         } else {
             process.lifecycle.begin_start()?;
-            log::debug(&format!("task {id} {exec}: start"));
+            log::debug!("task {id} {exec}: start");
             self.start_exec(&container, &process, exec).await
         }
     }
@@ -90,7 +89,7 @@ impl Tasks {
             }
             return Err(wrong.into());
         }
-        log::debug(&format!("task {}: start", container.id));
+        log::debug!("task {}: start", container.id);
         let begun = match container.role {
             // A pod that runs is one that takes containers.
             Role::Sandbox(_) => self.set_up(&container.pod).await,
@@ -113,7 +112,7 @@ impl Tasks {
             });
         }
         init.lifecycle.started();
-        log::debug(&format!("task {}: started", container.id));
+        log::debug!("task {}: started", container.id);
         // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
         hooks::run_all("poststart", &container.hooks.poststart, "running", container.subject()).await;
         Ok(init.pid())
@@ -139,7 +138,7 @@ impl Tasks {
         process: &Arc<Process>,
         exec: &str,
     ) -> Result<u32, TaskError> {
-        match run_exec(container, process, exec, &self.around).await {
+        match run_exec(container, process, exec, &self.stdio).await {
             Ok(guest_pid) => {
                 process.set_guest_pid(guest_pid);
                 self.follow_holder(container, process);
@@ -174,12 +173,12 @@ async fn run_exec(
     container: &Container,
     process: &Process,
     exec: &str,
-    around: &stdio::Surroundings,
+    context: &stdio::StdioContext,
 ) -> Result<u32, TaskError> {
     let machine = container.pod.machine();
     let opened = process
         .request
-        .open(exec, around)
+        .open(exec, context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
     let holder = Holder::spawn(&Namespace::Inherited)
@@ -211,7 +210,7 @@ fn takes_execs(container: &Container) -> Result<(), TaskError> {
     Err(TaskError::new(Kind::FailedPrecondition, text))
 }
 
-/// "Not found" would be read as "the task is gone": here it is something that the process needs.
+/// "Not found" would be read as "the task is gone": here it is something that the process requirements.
 fn not_gone(error: TaskError) -> TaskError {
     match error.kind() {
         Kind::NotFound => TaskError::unknown(error.to_string()),

@@ -9,10 +9,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::HIGH_MEMORY;
 use crate::{
-    devices::virtio::Memory,
-    vmm::{
-        control::Extent,
-        memory::{self, Access, MemoryError},
+    control::Extent,
+    memory::{
+        Memory,
+        map::{self, Access, MemoryError},
     },
 };
 
@@ -98,7 +98,7 @@ fn load_segment(memory: &Memory, file: &File, extent: Extent, segment: &[u8]) ->
     } else {
         Access::Write
     };
-    memory::load(memory, "kernel", file, part, address, access)?;
+    map::load(memory, "kernel", file, part, address, access)?;
     // What follows in the segment's memory must read as zero, and fresh memory does; it must exist.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
@@ -138,7 +138,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::vmm::memory::allocate;
+    use crate::memory::map::allocate;
 
     /// An ELF file with one segment of 8 bytes in the file and `in_memory` in memory.
     fn vmlinux(entry: u64, address: u64, offset: u64, in_memory: u64) -> Vec<u8> {

@@ -9,8 +9,10 @@ pub(crate) mod mptable;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
-use super::memory::{self, HUGE_PAGE};
-use crate::devices::virtio::Memory;
+use crate::memory::{
+    Memory,
+    map::{self, HUGE_PAGE},
+};
 
 /// The global descriptor table.
 pub(crate) const GDT: u64 = 0x500;
@@ -65,7 +67,7 @@ pub(crate) struct Initramfs {
 /// The address for an initramfs of `length` bytes: at the end of low memory, page-aligned, far
 /// from the kernel, which grows upwards.
 pub(crate) fn initramfs_address(memory_bytes: u64, length: u64) -> Option<u64> {
-    let (base, low) = memory::ranges(memory_bytes)[0];
+    let (base, low) = map::ranges(memory_bytes)[0];
     Some((base + low).checked_sub(length)? & !0xfff)
 }
 
@@ -135,7 +137,7 @@ fn zero_page(memory_bytes: u64, command_line_length: usize, initramfs: Initramfs
         ..boot_params::default()
     };
     let mut map = vec![(0, LOW_MEMORY_END)];
-    for (base, length) in memory::ranges(memory_bytes) {
+    for (base, length) in map::ranges(memory_bytes) {
         let start = base.max(HIGH_MEMORY);
         map.push((start, base + length - start));
     }
@@ -165,7 +167,7 @@ unsafe impl ByteValued for Params {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::memory::allocate;
+    use crate::memory::map::allocate;
 
     #[test]
     fn memory_map_names_all_memory_but_the_legacy_hole_and_the_device_window() {

@@ -5,7 +5,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::LOW_MEMORY_END;
-use crate::devices::virtio::Memory;
+use crate::memory::Memory;
 
 /// How many lines the I/O APIC of KVM has.
 pub(crate) const LINES: u8 = 24;
@@ -98,7 +98,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vmm::memory::allocate;
+    use crate::memory::map::allocate;
 
     #[test]
     fn both_structures_sum_to_zero_and_the_length_is_right() {

@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 1.3 §5.2) over a file or block device of the host.
 //!
-//! [`request`] parses and answers one request; here is the device: its configuration, one worker
-//! thread a queue, and a backing that may grow while the guest runs.
+//! [`request`] parses and answers one request; here is the device: its configuration, and one
+//! worker thread per queue.
 
 pub(crate) mod request;
 
@@ -10,8 +10,8 @@ use std::{
     io,
     os::fd::AsRawFd,
     sync::{
-        Arc, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
     thread,
 };
@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::request::SECTOR;
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device, Interrupt, copy_config,
+    ActivateError, Activation, COMMON_FEATURES, Device, copy_config,
     queue::{DeviceQueue, QueueError},
 };
 
@@ -48,76 +48,43 @@ pub(crate) struct Backing {
     pub(crate) read_only: bool,
 }
 
-/// A disk as the vmm holds it after its device went to the transport.
-#[derive(Debug, Clone)]
-pub(crate) struct Disk {
-    shared: Arc<Shared>,
-}
-
+/// What the worker threads of a device share.
 #[derive(Debug)]
-struct Shared {
+struct Disk {
     backing: Backing,
     /// In sectors.
-    capacity: AtomicU64,
-    interrupt: RwLock<Option<Arc<dyn Interrupt>>>,
+    capacity: u64,
     serial: String,
-}
-
-impl std::fmt::Debug for dyn Interrupt {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter.write_str("Interrupt")
-    }
-}
-
-impl Disk {
-    /// A disk with serial `serial` on `backing`.
-    pub(crate) fn new(serial: String, backing: Backing) -> io::Result<Self> {
-        let capacity = sectors(&backing.file)?;
-        Ok(Self {
-            shared: Arc::new(Shared {
-                backing,
-                capacity: AtomicU64::new(capacity),
-                interrupt: RwLock::new(None),
-                serial,
-            }),
-        })
-    }
-
-    /// Looks at the size of the backing again and announces it.
-    pub(crate) fn grow(&self) -> io::Result<()> {
-        let capacity = sectors(&self.shared.backing.file)?;
-        self.shared.capacity.store(capacity, Ordering::SeqCst);
-        let interrupt = self.shared.interrupt.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(interrupt) = &*interrupt {
-            interrupt.config_changed();
-        }
-        Ok(())
-    }
 }
 
 /// The device.
 #[derive(Debug)]
 pub(crate) struct Block {
-    disk: Disk,
+    disk: Arc<Disk>,
     queue_sizes: Vec<u16>,
     workers: Vec<Worker>,
 }
 
 impl Block {
-    /// A device for `disk` with `queues` queues.
-    pub(crate) fn new(disk: Disk, queues: u16) -> Self {
-        Self {
-            disk,
+    /// A device with `queues` queues for a disk with serial `serial` on `backing`.
+    pub(crate) fn new(serial: String, backing: Backing, queues: u16) -> io::Result<Self> {
+        let capacity = sectors(&backing.file)?;
+        Ok(Self {
+            disk: Arc::new(Disk {
+                backing,
+                capacity,
+                serial,
+            }),
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues.max(1))],
             workers: Vec::new(),
-        }
+        })
     }
 
     /// The configuration (virtio 1.3 §5.2.4).
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];
         let mut field = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-        field(0, &self.disk.shared.capacity.load(Ordering::SeqCst).to_le_bytes());
+        field(0, &self.disk.capacity.to_le_bytes());
         field(12, &SEG_MAX.to_le_bytes());
         field(20, &512_u32.to_le_bytes());
         field(34, &u16::try_from(self.queue_sizes.len()).unwrap_or(1).to_le_bytes());
@@ -143,7 +110,7 @@ impl Device for Block {
             features |= 1 << VIRTIO_BLK_F_MQ;
         }
         features
-            | if self.disk.shared.backing.read_only {
+            | if self.disk.backing.read_only {
                 1 << VIRTIO_BLK_F_RO
             } else {
                 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
@@ -160,27 +127,15 @@ impl Device for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |error: io::Error| ActivateError::Backend(error.to_string());
-        *self
-            .disk
-            .shared
-            .interrupt
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = Some(activation.interrupt);
         for queue in activation.queues {
             self.workers
-                .push(Worker::start(self.disk.shared.clone(), queue).map_err(failed)?);
+                .push(Worker::start(self.disk.clone(), queue).map_err(failed)?);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
         self.workers.clear();
-        *self
-            .disk
-            .shared
-            .interrupt
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -193,7 +148,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(shared: Arc<Shared>, mut queue: DeviceQueue) -> io::Result<Self> {
+    fn start(disk: Arc<Disk>, mut queue: DeviceQueue) -> io::Result<Self> {
         let kick = queue.kick().try_clone()?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -203,7 +158,7 @@ impl Worker {
             .spawn(move || {
                 // Requests may have come before the thread did.
                 loop {
-                    if stopped.load(Ordering::SeqCst) || serve(&shared, &mut queue, &stopped).is_err() {
+                    if stopped.load(Ordering::SeqCst) || serve(&disk, &mut queue, &stopped).is_err() {
                         // A broken queue is not served any more; the driver's requests time out.
                         return;
                     }
@@ -231,13 +186,12 @@ impl Drop for Worker {
 }
 
 /// Serves all that is available on a queue, until it is to stop.
-fn serve(shared: &Shared, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(), QueueError> {
+fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(), QueueError> {
     loop {
         queue.pause_kicks()?;
         while let Some(chain) = queue.pop()? {
             let head = chain.head;
-            let capacity = shared.capacity.load(Ordering::SeqCst);
-            let written = request::answer(chain, &shared.backing, capacity, &shared.serial);
+            let written = request::answer(chain, &disk.backing, disk.capacity, &disk.serial);
             queue.add_used(head, written)?;
             queue.notify()?;
             if stopped.load(Ordering::SeqCst) {

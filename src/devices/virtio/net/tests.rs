@@ -24,13 +24,11 @@ use super::{
     worker::{Pair, Worker},
     *,
 };
-use crate::devices::virtio::{
-    GuestMemory, Memory,
-    queue::{
-        DeviceQueue,
-        tests::{Count, NEXT, WRITE, device_queue, memory},
-    },
+use crate::devices::virtio::queue::{
+    DeviceQueue,
+    tests::{Count, NEXT, WRITE, device_queue, memory},
 };
+use crate::memory::{GuestMemory, Memory};
 
 const BUFFERS: u64 = 0x1_0000;
 

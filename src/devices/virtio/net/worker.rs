@@ -19,16 +19,16 @@ use crate::devices::virtio::{
 };
 
 /// The bytes before a packet (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6).
-pub(super) const HEADER: usize = crate::vmm::control::NET_HEADER as usize;
+pub(super) const HEADER: usize = crate::control::NET_HEADER as usize;
 
 /// Where the header says how many buffers the packet has.
 const NUM_BUFFERS: usize = 10;
 
 /// The largest packet: an Ethernet header before 64 KiB.
-const LARGEST: usize = HEADER + 14 + (64 << 10);
+const MAX_PACKET: usize = HEADER + 14 + (64 << 10);
 
 /// How many packets one direction moves before the other has its turn.
-const TURN: usize = 64;
+const MAX_PACKETS_PER_TURN: usize = 64;
 
 /// What a worker works on.
 #[derive(Debug)]
@@ -232,13 +232,13 @@ impl Moving {
     fn transmit(&mut self) -> Result<bool, WorkerError> {
         let queue = &mut self.transmit;
         queue.pause_kicks()?;
-        for _ in 0..TURN {
+        for _ in 0..MAX_PACKETS_PER_TURN {
             let Some(chain) = queue.pop()? else {
                 queue.notify()?;
                 return Ok(queue.resume_kicks()?);
             };
             let length = chain.readable.len();
-            if (HEADER..=LARGEST).contains(&length) && chain.writable.len() == 0 {
+            if (HEADER..=MAX_PACKET).contains(&length) && chain.writable.len() == 0 {
                 // A packet that the host cannot take is lost, as on any link.
                 let _ = chain.readable.write_to(self.tap.as_fd(), None);
             }
@@ -272,7 +272,7 @@ struct Receive {
 
 impl Receive {
     fn turn(&mut self, tap: &Tap) -> Result<Outcome, QueueError> {
-        for _ in 0..TURN {
+        for _ in 0..MAX_PACKETS_PER_TURN {
             if !self.has_room()? {
                 return Ok(Outcome::Full);
             }
@@ -290,7 +290,7 @@ impl Receive {
     fn has_room(&mut self) -> Result<bool, QueueError> {
         loop {
             let enough = if self.merges {
-                self.space.len() >= LARGEST
+                self.space.len() >= MAX_PACKET
             } else {
                 !self.chains.is_empty()
             };
@@ -320,7 +320,7 @@ impl Receive {
                 break;
             };
             let part = left.min(room);
-            // At most LARGEST.
+            // At most MAX_PACKET.
             self.used.push((head, u32::try_from(part).unwrap_or(u32::MAX)));
             left -= part;
             taken += room;

@@ -22,7 +22,7 @@ use super::{
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// How many packets of the guest are taken before others get their turn.
-const BUDGET: usize = 256;
+const MAX_PACKETS_PER_TURN: usize = 256;
 
 /// The device.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Vsock {
         let Some(Queues { transmit, .. }) = &mut self.queues else {
             return Ok(());
         };
-        let mut budget = BUDGET;
+        let mut budget = MAX_PACKETS_PER_TURN;
         loop {
             transmit.pause_kicks()?;
             while let Some(mut chain) = transmit.pop()? {

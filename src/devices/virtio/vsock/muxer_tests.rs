@@ -9,7 +9,6 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::virtio::{
-    GuestMemory,
     buffers::Buffers,
     queue::tests::memory,
     vsock::{
@@ -17,6 +16,7 @@ use crate::devices::virtio::{
         packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
     },
 };
+use crate::memory::GuestMemory;
 
 const PORT: u32 = 1024;
 const GUEST_PORT: u32 = 5000;

@@ -1,0 +1,174 @@
+//! The Sandbox service (`containerd.runtime.sandbox.v1`): containerd's messages to and from [`Tasks`].
+//! containerd speaks it where a runtime's `sandboxer` is `shim` (containerd
+//! `api/runtime/sandbox/v1/sandbox.proto`).
+
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    protobuf::MessageField,
+    sandbox_api::{
+        CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
+        SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse,
+        ShutdownSandboxRequest, ShutdownSandboxResponse, StartSandboxRequest, StartSandboxResponse, StopSandboxRequest,
+        StopSandboxResponse, WaitSandboxRequest, WaitSandboxResponse,
+    },
+    sandbox_async::{Sandbox, create_sandbox},
+    ttrpc::{
+        self,
+        asynchronous::{Service, TtrpcContext},
+    },
+    types::platform,
+};
+
+use crate::oci::ContainerId;
+use crate::shim::{
+    api::connection::Written,
+    api::metrics::metrics,
+    api::task_service::run_to_completion,
+    error::{Kind, TaskError},
+    events::timestamp,
+    tasks::{SandboxRequest, Tasks},
+};
+
+/// What is served.
+pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+    create_sandbox(Arc::new(SandboxService {
+        tasks: tasks.clone(),
+        written: written.clone(),
+    }))
+}
+
+struct SandboxService {
+    tasks: Arc<Tasks>,
+    written: Written,
+}
+
+#[async_trait]
+impl Sandbox for SandboxService {
+    async fn create_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: CreateSandboxRequest,
+    ) -> ttrpc::Result<CreateSandboxResponse> {
+        let request = sandbox_request(request)?;
+        run_to_completion(&self.tasks, |tasks| async move { tasks.create_sandbox(request).await }).await?;
+        Ok(CreateSandboxResponse::default())
+    }
+
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: StartSandboxRequest,
+    ) -> ttrpc::Result<StartSandboxResponse> {
+        let start = |tasks: Arc<Tasks>| async move { tasks.start_sandbox(&request.sandbox_id).await };
+        let (pid, created_at) = run_to_completion(&self.tasks, start).await?;
+        Ok(StartSandboxResponse {
+            pid,
+            created_at: MessageField::some(timestamp(created_at)),
+            ..StartSandboxResponse::default()
+        })
+    }
+
+    async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
+        // The guest's. Named as Go names them (OCI image spec, "Image Index": `platform`).
+        let guest = platform::Platform {
+            os: "linux".to_owned(),
+            architecture: "amd64".to_owned(),
+            ..platform::Platform::default()
+        };
+        Ok(PlatformResponse {
+            platform: MessageField::some(guest),
+            ..PlatformResponse::default()
+        })
+    }
+
+    async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
+        // None is 0 on the wire.
+        let limit = (request.timeout_secs > 0).then(|| Duration::from_secs(request.timeout_secs.into()));
+        let stop = |tasks: Arc<Tasks>| async move { tasks.stop_sandbox(&request.sandbox_id, limit).await };
+        run_to_completion(&self.tasks, stop).await?;
+        Ok(StopSandboxResponse::default())
+    }
+
+    async fn wait_sandbox(&self, _: &TtrpcContext, request: WaitSandboxRequest) -> ttrpc::Result<WaitSandboxResponse> {
+        let exit = self.tasks.wait_sandbox(&request.sandbox_id).await?;
+        Ok(WaitSandboxResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(timestamp(exit.at)),
+            ..WaitSandboxResponse::default()
+        })
+    }
+
+    async fn sandbox_status(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxStatusRequest,
+    ) -> ttrpc::Result<SandboxStatusResponse> {
+        let status = self.tasks.sandbox_status(&request.sandbox_id, request.verbose)?;
+        // containerd's CRI knows these two (`core/sandbox`).
+        let state = if status.ready {
+            "SANDBOX_READY"
+        } else {
+            "SANDBOX_NOTREADY"
+        };
+        Ok(SandboxStatusResponse {
+            sandbox_id: request.sandbox_id,
+            pid: status.pid,
+            state: state.to_owned(),
+            info: status.info,
+            created_at: MessageField::some(timestamp(status.created_at)),
+            exited_at: status.exit.map(|exit| timestamp(exit.at)).into(),
+            ..SandboxStatusResponse::default()
+        })
+    }
+
+    async fn ping_sandbox(&self, _: &TtrpcContext, request: PingRequest) -> ttrpc::Result<PingResponse> {
+        self.tasks.ping_sandbox(&request.sandbox_id)?;
+        Ok(PingResponse::default())
+    }
+
+    async fn shutdown_sandbox(
+        &self,
+        context: &TtrpcContext,
+        request: ShutdownSandboxRequest,
+    ) -> ttrpc::Result<ShutdownSandboxResponse> {
+        self.written.expect(&context.mh);
+        let shut_down = |tasks: Arc<Tasks>| async move { tasks.shut_down_sandbox(&request.sandbox_id).await };
+        run_to_completion(&self.tasks, shut_down).await?;
+        Ok(ShutdownSandboxResponse::default())
+    }
+
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        request: SandboxMetricsRequest,
+    ) -> ttrpc::Result<SandboxMetricsResponse> {
+        let stats = self.tasks.sandbox_metrics(&request.sandbox_id).await?;
+        let mut response = SandboxMetricsResponse::default();
+        let metric = response.metrics.mut_or_insert_default();
+        metric.id = request.sandbox_id;
+        metric.timestamp = MessageField::some(timestamp(std::time::SystemTime::now()));
+        metric.data = MessageField::some(metrics(&stats));
+        Ok(response)
+    }
+}
+
+fn sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, TaskError> {
+    let invalid = |text: String| TaskError::new(Kind::InvalidArgument, text);
+    let id: ContainerId = request
+        .sandbox_id
+        .parse()
+        .map_err(|error| invalid(format!("sandbox id: {error}")))?;
+    let bundle = PathBuf::from(request.bundle_path);
+    if !bundle.is_absolute() {
+        return Err(invalid(format!("bundle {} is not an absolute path", bundle.display())));
+    }
+    Ok(SandboxRequest {
+        id,
+        bundle,
+        options: request.options.into_option().map(|any| (any.type_url, any.value)),
+        network: request.netns_path,
+        annotations: request.annotations,
+    })
+}

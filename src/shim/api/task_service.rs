@@ -1,0 +1,314 @@
+//! The Task service: containerd's messages to and from [`Tasks`]. One set of methods serves version 3
+//! and, under its other name, version 2 of the API: their messages are the same.
+
+use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc, time::SystemTime};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{
+    api::{
+        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+        DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+        ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+        StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+    },
+    protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::timestamp::Timestamp},
+    shim::oci::ProcessDetails,
+    shim_async::{Task, create_task},
+    ttrpc::{
+        self,
+        asynchronous::{Service, TtrpcContext},
+    },
+};
+
+use crate::oci::{ContainerId, HostMount};
+use crate::shim::{
+    api::connection::Written,
+    api::metrics::metrics,
+    api::sandbox_service,
+    error::{Kind, TaskError},
+    events::{any, timestamp},
+    stdio,
+    tasks::lifecycle::Phase,
+    tasks::{CreateRequest, ExecRequest, Tasks},
+};
+
+/// The names under which containerd asks for tasks (1.7 knows the second only).
+const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
+
+/// Everything that is served. `written` is that of the connections.
+pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+    let mut services = HashMap::new();
+    for name in TASK_SERVICES {
+        let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService {
+            tasks: tasks.clone(),
+            written: written.clone(),
+        });
+        services.extend(
+            create_task(service)
+                .into_values()
+                .map(|service| (name.to_owned(), service)),
+        );
+    }
+    services.extend(sandbox_service::services(tasks, written));
+    services.insert(stdio::SERVICE.to_owned(), tasks.streaming().service());
+    services
+}
+
+struct TaskService {
+    tasks: Arc<Tasks>,
+    written: Written,
+}
+
+impl TaskService {
+    async fn run_to_completion<T, F>(&self, call: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, TaskError>> + Send + 'static,
+    {
+        run_to_completion(&self.tasks, call).await
+    }
+}
+
+/// Runs a call to its end, even if its client goes away or gives up.
+pub(crate) async fn run_to_completion<T, F>(tasks: &Arc<Tasks>, call: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, TaskError>> + Send + 'static,
+{
+    let result = tokio::spawn(call(tasks.clone())).await;
+    let result = result.unwrap_or_else(|panic| Err(TaskError::unknown(format!("the shim failed: {panic}"))));
+    Ok(result?)
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let request = create_request(request)?;
+        let pid = self
+            .run_to_completion(|tasks| async move { tasks.create(request).await })
+            .await?;
+        Ok(CreateTaskResponse {
+            pid,
+            ..CreateTaskResponse::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let start = |tasks: Arc<Tasks>| async move { tasks.start(&request.id, &request.exec_id).await };
+        Ok(StartResponse {
+            pid: self.run_to_completion(start).await?,
+            ..StartResponse::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let state = self.tasks.state(&request.id, &request.exec_id)?;
+        let exit = state.phase.exit();
+        Ok(StateResponse {
+            id: request.id,
+            bundle: state.container.bundle().display().to_string(),
+            pid: state.pid,
+            status: EnumOrUnknown::new(status(state.phase)),
+            stdin: state.request.stdin,
+            stdout: state.request.stdout,
+            stderr: state.request.stderr,
+            terminal: state.request.terminal,
+            exit_status: exit.map_or(0, |exit| exit.status),
+            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            exec_id: request.exec_id,
+            ..StateResponse::default()
+        })
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let delete = |tasks: Arc<Tasks>| async move { tasks.delete(&request.id, &request.exec_id).await };
+        let deleted = self.run_to_completion(delete).await?;
+        Ok(DeleteResponse {
+            pid: deleted.pid,
+            exit_status: deleted.exit.status,
+            exited_at: moment(deleted.exit.at),
+            ..DeleteResponse::default()
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let mut processes = Vec::new();
+        for listed in self.tasks.pids(&request.id).await? {
+            let mut process = ProcessInfo {
+                pid: listed.pid,
+                ..ProcessInfo::default()
+            };
+            if let Some(exec_id) = listed.exec {
+                let details = ProcessDetails {
+                    exec_id,
+                    ..ProcessDetails::default()
+                };
+                let details = details.write_to_bytes().map_err(|error| unknown(&error))?;
+                process.info = MessageField::some(any::<ProcessDetails>(details));
+            }
+            processes.push(process);
+        }
+        Ok(PidsResponse {
+            processes,
+            ..PidsResponse::default()
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.run_to_completion(|tasks| async move { tasks.pause(&request.id).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.run_to_completion(|tasks| async move { tasks.resume(&request.id).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let text = "checkpoints of a virtual machine are not supported";
+        Err(TaskError::new(Kind::Unimplemented, text).into())
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let KillRequest {
+            id,
+            exec_id,
+            signal,
+            all,
+            ..
+        } = request;
+        self.run_to_completion(|tasks| async move { tasks.kill(&id, &exec_id, signal, all).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let exec = ExecRequest {
+            exec: request.exec_id,
+            spec: request.spec.unwrap_or_default().value,
+            stdio: stdio::StdioSpec {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+        };
+        self.tasks.exec(&request.id, exec)?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let ResizePtyRequest {
+            id,
+            exec_id,
+            width,
+            height,
+            ..
+        } = request;
+        self.run_to_completion(|tasks| async move { tasks.resize(&id, &exec_id, width, height).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin {
+            self.tasks.close_stdin(&request.id, &request.exec_id)?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = request.resources.unwrap_or_default().value;
+        self.run_to_completion(|tasks| async move { tasks.update(&request.id, resources).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self.tasks.wait(&request.id, &request.exec_id).await?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: moment(exit.at),
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.tasks.stats(&request.id).await?;
+        Ok(StatsResponse {
+            stats: MessageField::some(metrics(&stats)),
+            ..StatsResponse::default()
+        })
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let (shim_pid, task_pid) = self.tasks.connect(&request.id);
+        Ok(ConnectResponse {
+            shim_pid,
+            task_pid,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..ConnectResponse::default()
+        })
+    }
+
+    async fn shutdown(&self, context: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.written.expect(&context.mh);
+        self.tasks.shut_down(request.now);
+        Ok(Empty::default())
+    }
+}
+
+fn create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskError> {
+    let invalid = |text: String| TaskError::new(Kind::InvalidArgument, text);
+    if !request.checkpoint.is_empty() {
+        let text = "a container cannot be restored from a checkpoint into a virtual machine";
+        return Err(TaskError::new(Kind::Unimplemented, text));
+    }
+    let id: ContainerId = request
+        .id
+        .parse()
+        .map_err(|error| invalid(format!("task id: {error}")))?;
+    let bundle = PathBuf::from(request.bundle);
+    if !bundle.is_absolute() {
+        return Err(invalid(format!("bundle {} is not an absolute path", bundle.display())));
+    }
+    Ok(CreateRequest {
+        id,
+        bundle,
+        rootfs: request
+            .rootfs
+            .into_iter()
+            .map(|mount| HostMount {
+                kind: mount.type_,
+                source: mount.source,
+                target: mount.target,
+                options: mount.options,
+            })
+            .collect(),
+        stdio: stdio::StdioSpec {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        },
+    })
+}
+
+fn status(phase: Phase) -> Status {
+    match phase {
+        Phase::Creating | Phase::Created => Status::CREATED,
+        Phase::Starting | Phase::Running => Status::RUNNING,
+        Phase::Paused => Status::PAUSED,
+        Phase::Stopped(_) | Phase::Deleting(_) | Phase::Deleted(_) => Status::STOPPED,
+    }
+}
+
+fn moment(at: SystemTime) -> MessageField<Timestamp> {
+    MessageField::some(timestamp(at))
+}
+
+fn unknown(error: &impl std::error::Error) -> ttrpc::Error {
+    TaskError::unknown(error.to_string()).into()
+}

@@ -1,0 +1,271 @@
+//! `-info` and `-v`: what this runtime is and can do. Neither needs KVM, a configuration or
+//! containerd (containerd `core/runtime/v2/README.md`, `api/types/introspection.proto`).
+
+use std::io::{self, Write};
+
+use containerd_shim_protos::{
+    protobuf::{self, Message, MessageField, well_known_types::any::Any},
+    types::introspection::{RuntimeInfo, RuntimeVersion},
+};
+use nutshell_protocol::MOUNT_OPTIONS;
+use serde_json::{Value, json};
+
+const NAME: &str = "io.containerd.nutshell.v2";
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// Prints containerd's `RuntimeInfo`.
+pub(crate) fn print_info() -> io::Result<()> {
+    io::stdout().write_all(&info().write_to_bytes()?)
+}
+
+/// Prints the version for people.
+pub(crate) fn print_version() -> io::Result<()> {
+    writeln!(
+        io::stdout(),
+        "containerd-shim-nutshell-v2 {}",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+fn info() -> RuntimeInfo {
+    RuntimeInfo {
+        name: NAME.to_owned(),
+        version: MessageField::some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..RuntimeVersion::default()
+        }),
+        features: MessageField::some(Any {
+            type_url: FEATURES.to_owned(),
+            value: features().to_string().into_bytes(),
+            special_fields: protobuf::SpecialFields::default(),
+        }),
+        ..RuntimeInfo::default()
+    }
+}
+
+/// Those of a host's side run here (`hooks`), the others in the guest.
+const HOOKS: [&str; 6] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+    "poststop",
+];
+
+const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"];
+
+/// All that Linux has.
+const CAPABILITIES: [&str; 41] = [
+    "CAP_AUDIT_CONTROL",
+    "CAP_AUDIT_READ",
+    "CAP_AUDIT_WRITE",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_KILL",
+    "CAP_LEASE",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_MAC_ADMIN",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MKNOD",
+    "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_RAW",
+    "CAP_PERFMON",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYSLOG",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_NICE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_WAKE_ALARM",
+];
+
+/// The OCI features of a container in a machine (OCI spec, `features-linux.md`). The kubelet relies on
+/// some, and the tests below hold the list against what a plan takes. Ids are mapped by the host, as
+/// far as its file systems can: that is what `idmap` says of every runtime.
+fn features() -> Value {
+    json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.1",
+        "hooks": HOOKS,
+        "mountOptions": MOUNT_OPTIONS.to_vec(),
+        "linux": {
+            "namespaces": NAMESPACES,
+            "capabilities": CAPABILITIES.to_vec(),
+            "cgroup": {"v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false},
+            "seccomp": {
+                "enabled": true,
+                "actions": [
+                    "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_PROCESS",
+                    "SCMP_ACT_KILL_THREAD", "SCMP_ACT_LOG", "SCMP_ACT_TRACE", "SCMP_ACT_TRAP",
+                ],
+                "archs": ["SCMP_ARCH_X86", "SCMP_ARCH_X86_64", "SCMP_ARCH_X32"],
+            },
+            "apparmor": {"enabled": false},
+            "selinux": {"enabled": false},
+            "intelRdt": {"enabled": false},
+            "memoryPolicy": {},
+            "mountExtensions": {"idmap": {"enabled": true}},
+            "netDevices": {"enabled": false},
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use oci_spec::runtime::Features;
+
+    use super::*;
+    use crate::oci::{
+        self, DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, Plan, PlanError, Planned, Sizing, SourceKind,
+    };
+
+    /// What becomes of a container whose spec has `value` at a JSON pointer.
+    fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
+        let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        let mut spec = json!({
+            "ociVersion": "1.2.0",
+            "process": {"args": ["x"], "cwd": "/", "user": {"uid": 0, "gid": 0}, "capabilities": {}},
+            "root": {"path": "rootfs"},
+            "mounts": [],
+            "hooks": {},
+            "linux": {"namespaces": [{"type": "user"}], "uidMappings": mapping, "gidMappings": mapping},
+        });
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        spec.pointer_mut(parent).unwrap()[name] = value;
+        let bundle = tempfile::tempdir().unwrap();
+        fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
+        let sizing = Sizing {
+            default_memory: DEFAULT_MEMORY,
+            default_vcpus: DEFAULT_VCPUS,
+            max_memory: DEFAULT_MEMORY,
+            max_vcpus: DEFAULT_VCPUS,
+        };
+        let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
+        let id = "c1".parse().unwrap();
+        match oci::plan(bundle.path(), &id, &[], &sizing, HostNamespaces::Refused, &tree)? {
+            Planned::Container(plan) => Ok(*plan),
+            Planned::Sandbox(pod) => panic!("{pod:?}"),
+        }
+    }
+
+    fn guest(plan: &Plan) -> Value {
+        serde_json::from_slice(&plan.spec).unwrap()
+    }
+
+    #[test]
+    fn features_are_the_oci_specs() {
+        let bytes = info().write_to_bytes().unwrap();
+        let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
+        assert_eq!(info.name, NAME);
+        assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
+        let features: Features = serde_json::from_slice(&info.features.value).unwrap();
+        let linux = features.linux().as_ref().unwrap();
+        assert_eq!(linux.namespaces().as_ref().unwrap().len(), NAMESPACES.len());
+        assert_eq!(linux.seccomp().as_ref().unwrap().enabled(), &Some(true));
+    }
+
+    #[test]
+    fn every_namespace_that_is_named_reaches_the_guest_or_the_network() {
+        for kind in NAMESPACES {
+            let mut namespaces = vec![json!({"type": "user"})];
+            if kind != "user" {
+                namespaces.push(json!({"type": kind}));
+            }
+            let plan = plan("/linux/namespaces", json!(namespaces)).unwrap();
+            let kept = guest(&plan)["linux"]["namespaces"].to_string();
+            let network = plan.network == oci::Network::Loopback;
+            assert!(
+                kept.contains(&format!("\"{kind}\"")) || (kind == "network" && network),
+                "{kind}: {kept}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_hook_that_is_named_runs_on_one_side() {
+        for moment in HOOKS {
+            let plan = plan(&format!("/hooks/{moment}"), json!([{"path": "/bin/hook"}])).unwrap();
+            let oci::Hooks {
+                prestart,
+                create_runtime,
+                poststart,
+                poststop,
+            } = &plan.hooks;
+            let host = [prestart, create_runtime, poststart, poststop]
+                .map(Vec::len)
+                .iter()
+                .sum::<usize>();
+            let kept = guest(&plan)["hooks"][moment].as_array().map_or(0, Vec::len);
+            assert_eq!(host + kept, 1, "{moment}");
+        }
+    }
+
+    #[test]
+    fn mount_options_are_named_if_and_only_if_a_mount_may_have_them() {
+        let planned = |option: &str| {
+            let mount = json!([{"destination": "/a", "type": "bind", "source": "/a", "options": ["rbind", option]}]);
+            plan("/mounts", mount)
+        };
+        for option in MOUNT_OPTIONS {
+            assert!(planned(option).is_ok(), "{option}");
+        }
+        for option in ["shared", "rshared"] {
+            assert!(planned(option).is_err() && !MOUNT_OPTIONS.contains(&option), "{option}");
+        }
+    }
+
+    #[test]
+    fn every_capability_that_is_named_reaches_the_guest() {
+        let plan = plan("/process/capabilities/bounding", json!(CAPABILITIES.to_vec())).unwrap();
+        let mut kept: Vec<String> =
+            serde_json::from_value(guest(&plan)["process"]["capabilities"]["bounding"].clone()).unwrap();
+        kept.sort();
+        assert_eq!(kept, CAPABILITIES);
+    }
+
+    #[test]
+    fn what_is_not_enabled_is_refused_or_warned_of_and_idmap_is_done() {
+        let linux = &features()["linux"];
+        for (feature, pointer, value) in [
+            ("apparmor", "/process/apparmorProfile", json!("p")),
+            ("selinux", "/process/selinuxLabel", json!("l")),
+            ("intelRdt", "/linux/intelRdt", json!({"closID": "x"})),
+            ("netDevices", "/linux/netDevices", json!({"eth0": {}})),
+        ] {
+            assert_eq!(linux[feature]["enabled"], false, "{feature}");
+            let field = pointer.trim_start_matches('/').replace('/', ".");
+            let said = match plan(pointer, value) {
+                Ok(plan) => plan.warnings.join("\n"),
+                Err(error) => error.to_string(),
+            };
+            assert!(said.contains(&field), "{said}");
+        }
+        let mapping = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
+        let mount = json!([{"destination": "/a", "type": "bind", "source": "/a", "uidMappings": mapping, "gidMappings": mapping}]);
+        let enabled = plan("/mounts", mount).is_ok_and(|plan| plan.shares[0].ids.is_some());
+        assert_eq!(linux["mountExtensions"]["idmap"]["enabled"], enabled);
+    }
+}

@@ -1,0 +1,489 @@
+//! A vmm and an agent that do what a test says: a thread that speaks the control protocol and one
+//! that speaks the agent's, behind a real child process that can be killed.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{self, Read, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    process::{Command as Program, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    thread,
+    time::Duration,
+};
+
+use nutshell_protocol::{
+    CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, ProcessEntry, Ready, Reply, Request,
+    Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
+};
+
+use crate::{
+    control::{Channel, Command, ControlError, EndReason, Extent, Notice},
+    guest::Image,
+    shim::{
+        child::Child,
+        machine::{BootError, Guest, Vmm},
+        pod::Launcher,
+        share::{FsProcess, ShareError},
+    },
+};
+
+/// What a fake machine does on its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Behaviour {
+    /// Everything that is asked.
+    Obliging,
+    /// It cannot be built.
+    Unbuildable,
+    /// Its agent never greets.
+    Silent,
+    /// It boots, and answers no request.
+    Deaf,
+    /// It cannot grow.
+    Full,
+    /// It says of no stream that it is drained, until [`Fake::drain`].
+    Slow,
+}
+
+/// A host with fake machines.
+#[derive(Debug, Clone)]
+pub(super) struct FakeLauncher {
+    pub(super) fake: Arc<Fake>,
+}
+
+/// All that the fake machines of a host know.
+#[derive(Debug)]
+pub(super) struct Fake {
+    behaviour: Behaviour,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    agent: Option<UnixStream>,
+    control: Option<Arc<Channel>>,
+    pid: u32,
+    /// What the streams were opened with, by port.
+    inputs: HashMap<u32, File>,
+    outputs: HashMap<u32, File>,
+    undrained: Vec<u32>,
+    /// Ports by process: container, exec.
+    ports: HashMap<(String, Option<String>), Ports>,
+    requests: Vec<Request>,
+    /// MiB beyond the boot, and vCPUs.
+    resizes: Vec<(u64, u8)>,
+}
+
+impl FakeLauncher {
+    pub(super) fn new(behaviour: Behaviour) -> Self {
+        Self {
+            fake: Arc::new(Fake {
+                behaviour,
+                state: Mutex::default(),
+                changed: Condvar::new(),
+            }),
+        }
+    }
+}
+
+impl Launcher for FakeLauncher {
+    fn guest(&self) -> Result<Guest, BootError> {
+        let null = || File::open("/dev/null").unwrap();
+        let extent = Extent { offset: 0, length: 0 };
+        Ok(Guest {
+            kvm: null().into(),
+            image: Image {
+                kernel: null(),
+                kernel_extent: extent,
+                initramfs: null(),
+                initramfs_extent: extent,
+            },
+            kernel_arguments: String::new(),
+        })
+    }
+
+    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError> {
+        Ok(None)
+    }
+
+    fn vmm(&self) -> io::Result<Vmm> {
+        let (control, theirs) = Channel::pair().unwrap();
+        let (stderr, writer) = io::pipe()?;
+        // Its end is the machine's: it lives until it is killed.
+        let child = Program::new("cat").stdin(Stdio::piped()).stderr(writer).spawn()?;
+        let pid = child.id();
+        let watched = Child::from_std(&child)?;
+        self.fake.state().pid = pid;
+        let fake = self.fake.clone();
+        thread::spawn(move || {
+            fake.run(Arc::new(theirs), pid);
+            // Holds the child's standard input open until here.
+            drop(child);
+        });
+        Ok(Vmm {
+            child: watched,
+            control,
+            stderr: stderr.into(),
+        })
+    }
+}
+
+impl Fake {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// Waits until `ready` says that it has what it wants.
+    fn until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut state = self.state();
+        loop {
+            if let Some(value) = ready(&mut state) {
+                return value;
+            }
+            let (next, timeout) = self.changed.wait_timeout(state, Duration::from_secs(20)).unwrap();
+            assert!(
+                !timeout.timed_out(),
+                "the fake machine waits for what does not come: {next:?}"
+            );
+            state = next;
+        }
+    }
+
+    /// The vmm: serves the control channel until the shim closes it, or the process is killed.
+    fn run(self: &Arc<Self>, control: Arc<Channel>, pid: u32) {
+        // The channel of a killed process is closed by the kernel; here a thread must do it.
+        let dying = control.clone();
+        thread::spawn(move || {
+            let process = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+            if let Ok(pidfd) = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) {
+                let mut poll = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
+                rustix::event::poll(&mut poll, None).unwrap();
+            }
+            shut_down(&dying);
+        });
+        loop {
+            match control.receive::<Command>() {
+                Ok((command, descriptors)) => self.obey(&control, command, descriptors),
+                Err(ControlError::Closed | ControlError::Socket(_)) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let mut state = self.state();
+        if let Some(agent) = state.agent.take() {
+            let _ = agent.shutdown(std::net::Shutdown::Both);
+        }
+        state.inputs.clear();
+        state.outputs.clear();
+    }
+
+    fn obey(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
+        match command {
+            Command::Boot(_) => self.boot(control, descriptors),
+            Command::OpenStream { port, input, output } => {
+                let mut files = descriptors.into_iter().map(File::from);
+                let mut state = self.state();
+                if input {
+                    state.inputs.insert(port, files.next().unwrap());
+                }
+                if output {
+                    state.outputs.insert(port, files.next().unwrap());
+                }
+                assert!(files.next().is_none());
+            }
+            Command::Drain { port, .. } => {
+                if self.behaviour == Behaviour::Slow {
+                    self.state().undrained.push(port);
+                } else {
+                    notify(control, &Notice::Drained { port });
+                }
+            }
+            Command::CloseStream { port } => {
+                {
+                    let mut state = self.state();
+                    state.inputs.remove(&port);
+                    state.outputs.remove(&port);
+                }
+                notify(control, &Notice::StreamClosed { port });
+            }
+            Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
+            Command::PlugDisk { slot, .. } => {
+                assert_eq!(descriptors.len(), 1);
+                let slot = nutshell_protocol::DISK_SLOT + slot;
+                notify(control, &Notice::Plugged { slot, result: Ok(()) });
+            }
+            Command::UnplugDisk { slot } => {
+                let slot = nutshell_protocol::DISK_SLOT + slot;
+                notify(control, &Notice::Unplugged { slot });
+            }
+            Command::Resize { memory, vcpus } => {
+                self.state().resizes.push((memory >> 20, vcpus));
+                if self.behaviour == Behaviour::Full {
+                    let result = Err("no memory".to_owned());
+                    notify(control, &Notice::Resized { result });
+                    return self.changed.notify_all();
+                }
+                notify(control, &Notice::Resized { result: Ok(()) });
+                notify(control, &Notice::MemoryPlugged { bytes: memory });
+            }
+            Command::PlugLink { .. } => panic!("unexpected {command:?}"),
+        }
+        self.changed.notify_all();
+    }
+
+    fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
+        // kvm, kernel, initramfs, agent, and one disk unless it is for a pod.
+        assert!((4..=5).contains(&descriptors.len()));
+        let agent = UnixStream::from(descriptors.remove(3));
+        {
+            let mut state = self.state();
+            state.control = Some(control.clone());
+            state.agent = Some(agent.try_clone().unwrap());
+        }
+        match self.behaviour {
+            Behaviour::Unbuildable => notify(
+                control,
+                &Notice::Ended {
+                    reason: EndReason::BuildFailed("KVM_CREATE_VM: no memory".to_owned()),
+                    console: b"\x1b[31mnothing yet\r\n".to_vec(),
+                },
+            ),
+            Behaviour::Silent => {}
+            _ => {
+                self.send(&FromAgent::Ready(Ready {
+                    version: "0".to_owned(),
+                    kernel: "0".to_owned(),
+                }));
+                let fake = self.clone();
+                thread::spawn(move || fake.serve(agent));
+            }
+        }
+    }
+
+    /// The agent: answers what the shim asks.
+    fn serve(&self, mut stream: UnixStream) {
+        let mut buffer = FrameBuffer::default();
+        let mut bytes = [0; 4096];
+        loop {
+            while let Some(ToAgent { id, request }) = buffer.next().unwrap() {
+                self.state().requests.push(request.clone());
+                self.changed.notify_all();
+                if self.behaviour != Behaviour::Deaf || matches!(request, Request::CreateContainer(_)) {
+                    let (result, event) = self.answer(request);
+                    self.send(&FromAgent::Reply(Reply { id, result }));
+                    if let Some(event) = event {
+                        self.send(&FromAgent::Event(event));
+                    }
+                }
+            }
+            match stream.read(&mut bytes) {
+                Ok(length @ 1..) => buffer.push(&bytes[..length]),
+                _ => return,
+            }
+        }
+    }
+
+    fn answer(&self, request: Request) -> (Result<Response, Failure>, Option<Event>) {
+        match request {
+            Request::SetUpPod(SetUpPod { sysctls, .. }) if sysctls.iter().any(|(name, _)| name == "no.such") => {
+                let failure = Failure {
+                    kind: FailureKind::InvalidArgument,
+                    message: "sysctl no.such: this kernel has no such parameter".to_owned(),
+                };
+                (Err(failure), None)
+            }
+            Request::CreateContainer(CreateContainer {
+                container, spec, stdio, ..
+            }) => {
+                if let Some(failure) = missing_program(&spec) {
+                    return (Err(failure), None);
+                }
+                self.state().ports.insert((container, None), stdio);
+                (Ok(Response::Created { pid: 1000 }), None)
+            }
+            Request::StartExec(StartExec {
+                container,
+                exec,
+                process,
+                stdio,
+            }) => {
+                if let Some(failure) = missing_program(&process) {
+                    return (Err(failure), None);
+                }
+                self.state().ports.insert((container, Some(exec)), stdio);
+                (Ok(Response::Created { pid: 2000 }), None)
+            }
+            Request::Signal {
+                container,
+                exec,
+                signal: signal @ (9 | 15),
+                ..
+            } => {
+                let status = 128 + u8::try_from(signal).unwrap();
+                (
+                    Ok(Response::Done),
+                    Some(exit(&container, exec.as_deref(), status, [0, 0])),
+                )
+            }
+            Request::Processes { .. } => (
+                Ok(Response::Processes(vec![
+                    ProcessEntry { pid: 1000, exec: None },
+                    ProcessEntry {
+                        pid: 2000,
+                        exec: Some("e1".to_owned()),
+                    },
+                    ProcessEntry { pid: 3000, exec: None },
+                ])),
+                None,
+            ),
+            Request::DeleteContainer { container } => {
+                self.close_outputs(&container);
+                (Ok(Response::Done), None)
+            }
+            Request::Stats { .. } => (Ok(Response::Stats(Box::default())), None),
+            _ => (Ok(Response::Done), None),
+        }
+    }
+
+    fn send(&self, message: &FromAgent) {
+        let frame = encode(message).unwrap();
+        // The shim may have ended the machine.
+        if let Some(agent) = &mut self.state().agent {
+            let _ = agent.write_all(&frame);
+        }
+    }
+
+    /// What is left of a container is killed: its output ends.
+    fn close_outputs(&self, container: &str) {
+        let (control, closed) = {
+            let mut state = self.state();
+            let ports = state
+                .ports
+                .get(&(container.to_owned(), None))
+                .cloned()
+                .unwrap_or_default();
+            let ports: Vec<_> = ports.stdout.into_iter().chain(ports.stderr).collect();
+            let closed: Vec<_> = ports
+                .into_iter()
+                .filter(|port| state.outputs.remove(port).is_some())
+                .collect();
+            (state.control.clone().unwrap(), closed)
+        };
+        for port in closed {
+            notify(&control, &Notice::StreamClosed { port });
+        }
+    }
+
+    /// Ends a process, which wrote so much to standard output and error.
+    pub(super) fn exit(&self, container: &str, exec: Option<&str>, status: u8, written: [u64; 2]) {
+        self.send(&FromAgent::Event(exit(container, exec, status, written)));
+    }
+
+    /// Says that a container ran out of memory.
+    pub(super) fn out_of_memory(&self, container: &str) {
+        self.send(&FromAgent::Event(Event::OutOfMemory {
+            container: container.to_owned(),
+        }));
+    }
+
+    /// Says of a stream that waits for it that it is drained.
+    pub(super) fn drain(&self) {
+        let port = self.until(|state| state.undrained.pop());
+        let control = self.state().control.clone().unwrap();
+        notify(&control, &Notice::Drained { port });
+    }
+
+    /// Writes to standard output of a process, and closes it.
+    pub(super) fn write_and_close(&self, container: &str, text: &str) {
+        let mut output = self.take_output(container);
+        output.write_all(text.as_bytes()).unwrap();
+        drop(output);
+        self.closed_output(container);
+    }
+
+    /// Takes the standard output of a process; [`Self::closed_output`] is to follow.
+    pub(super) fn take_output(&self, container: &str) -> File {
+        let port = self.port(container, None, |ports| ports.stdout);
+        self.until(|state| state.outputs.remove(&port))
+    }
+
+    /// Says that the standard output of a process was closed.
+    pub(super) fn closed_output(&self, container: &str) {
+        let port = self.port(container, None, |ports| ports.stdout);
+        let control = self.state().control.clone().unwrap();
+        notify(&control, &Notice::StreamClosed { port });
+    }
+
+    /// Takes the input of a container's first process.
+    pub(super) fn take_input(&self, container: &str) -> File {
+        let port = self.port(container, None, |ports| ports.stdin);
+        self.until(|state| state.inputs.remove(&port))
+    }
+
+    /// Takes the input of an exec.
+    pub(super) fn take_exec_input(&self, container: &str, exec: &str) -> File {
+        let port = self.port(container, Some(exec), |ports| ports.stdin);
+        self.until(|state| state.inputs.remove(&port))
+    }
+
+    fn port(&self, container: &str, exec: Option<&str>, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
+        let key = (container.to_owned(), exec.map(str::to_owned));
+        self.until(|state| state.ports.get(&key).and_then(&which))
+    }
+
+    /// The sizes that the machine was given while it ran, once there are `count`: MiB beyond the boot, and
+    /// vCPUs.
+    pub(super) fn resizes(&self, count: usize) -> Vec<(u64, u8)> {
+        self.until(|state| (state.resizes.len() >= count).then(|| state.resizes.clone()))
+    }
+
+    /// All requests so far.
+    pub(super) fn requests(&self) -> Vec<Request> {
+        self.state().requests.clone()
+    }
+
+    /// Waits for a request that is like `wanted`.
+    pub(super) fn asked<T>(&self, wanted: impl Fn(&Request) -> Option<T>) -> T {
+        self.until(|state| state.requests.iter().find_map(&wanted))
+    }
+
+    /// Kills the process of the newest machine.
+    pub(super) fn kill(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid().cast_signed()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+
+    /// The pid of the newest machine.
+    pub(super) fn pid(&self) -> u32 {
+        self.state().pid
+    }
+}
+
+fn exit(container: &str, exec: Option<&str>, status: u8, [stdout, stderr]: [u64; 2]) -> Event {
+    Event::Exited(Exited {
+        container: container.to_owned(),
+        exec: exec.map(str::to_owned),
+        status,
+        exited_at: 0,
+        stdout,
+        stderr,
+    })
+}
+
+fn missing_program(spec: &[u8]) -> Option<Failure> {
+    let missing = String::from_utf8_lossy(spec).contains("nosuch");
+    missing.then(|| Failure {
+        kind: FailureKind::NotFound,
+        message: "exec: \"nosuch\": executable file not found in $PATH".to_owned(),
+    })
+}
+
+fn notify(control: &Channel, notice: &Notice) {
+    // The shim may have ended the machine.
+    let _ = control.send(notice, &[]);
+}
+
+fn shut_down(control: &Channel) {
+    use std::os::fd::AsFd;
+    let _ = rustix::net::shutdown(control.as_fd(), rustix::net::Shutdown::Both);
+}

@@ -1,0 +1,304 @@
+//! The Task service from containerd's side, on machines that are fake (see [`fake`]).
+
+mod exits;
+mod fake;
+mod lives;
+mod pods;
+pub(super) mod script;
+mod streams;
+
+use std::{
+    fs::{self, File},
+    os::unix::net::UnixListener,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use containerd_shim_protos::{
+    api::{
+        CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, StateRequest,
+        StateResponse, Status, WaitRequest,
+    },
+    events::task::{TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit},
+    protobuf::{Message, well_known_types::any::Any},
+    shim::event::Envelope,
+    shim_async::{Client, TaskClient},
+    ttrpc::{
+        self, Code,
+        asynchronous::{Server, transport::Socket},
+        context,
+    },
+    types::mount::Mount,
+};
+use nix::{sys::stat::Mode, unistd::mkfifo};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::{net::UnixStream, sync::mpsc};
+
+use self::fake::{Behaviour, Fake, FakeLauncher};
+use crate::{
+    oci::{HostNamespaces, Sizing},
+    shim::{
+        api::connection::{self, Written},
+        api::task_service::services,
+        configuration::Configuration,
+        events::{EventQueue, Forward},
+        stdio::{StdioContext, read_next},
+        tasks::Tasks,
+    },
+};
+
+/// A shim that serves, and everything around it.
+struct Shim {
+    folder: TempDir,
+    fake: Arc<Fake>,
+    tasks: Arc<Tasks>,
+    client: Client,
+    task: TaskClient,
+    events: mpsc::UnboundedReceiver<Envelope>,
+    queue: EventQueue,
+    _server: Server,
+}
+
+struct Recorder(mpsc::UnboundedSender<Envelope>);
+
+impl Forward for Recorder {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+        self.0.send(envelope).map_err(|error| error.to_string())
+    }
+}
+
+impl Shim {
+    async fn start() -> Self {
+        Self::with(Behaviour::Obliging).await
+    }
+
+    async fn with(behaviour: Behaviour) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("disk"), [0; 512]).unwrap();
+        let configuration = Configuration {
+            kernel: None,
+            initramfs: None,
+            kernel_arguments: String::new(),
+            ready_timeout: Duration::from_millis(300),
+            sizing: Sizing {
+                default_memory: 64 << 20,
+                default_vcpus: 1,
+                max_memory: 1 << 30,
+                max_vcpus: 4,
+            },
+            host_namespaces: HostNamespaces::Refused,
+            debug: false,
+        };
+        let (sender, events) = mpsc::unbounded_channel();
+        let host = FakeLauncher::new(behaviour);
+        let fake = host.fake.clone();
+        let queue = EventQueue::start("default", Recorder(sender));
+        let tasks = Tasks::new(configuration, host, queue.clone(), StdioContext::default());
+        let socket = folder.path().join("socket");
+        let written = Written::none();
+        let listener = connection::listener(UnixListener::bind(&socket).unwrap(), written.clone()).unwrap();
+        let mut server = Server::new()
+            .add_listener(listener)
+            .register_service(services(&tasks, &written));
+        server.start().await.unwrap();
+        let client = connect(&socket).await;
+        Self {
+            folder,
+            fake,
+            tasks,
+            task: TaskClient::new(client.clone()),
+            client,
+            events,
+            queue,
+            _server: server,
+        }
+    }
+
+    /// A request to create `id`, with a bundle and fifos of its own.
+    fn request(&self, id: &str) -> CreateTaskRequest {
+        let bundle = self.folder.path().join(id);
+        if !bundle.exists() {
+            fs::create_dir(&bundle).unwrap();
+            for name in ["in", "out", "err"] {
+                mkfifo(&bundle.join(name), Mode::S_IRWXU).unwrap();
+            }
+        }
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
+            "root": { "path": "rootfs" },
+            "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "network" }] },
+        });
+        fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        let path = |name| bundle.join(name).display().to_string();
+        CreateTaskRequest {
+            id: id.to_owned(),
+            bundle: bundle.display().to_string(),
+            rootfs: vec![Mount {
+                type_: "ext4".to_owned(),
+                source: self.folder.path().join("disk").display().to_string(),
+                options: vec!["ro".to_owned()],
+                ..Mount::default()
+            }],
+            stdin: path("in"),
+            stdout: path("out"),
+            stderr: path("err"),
+            ..CreateTaskRequest::default()
+        }
+    }
+
+    async fn create(&self, id: &str) -> u32 {
+        let request = self.request(id);
+        self.task
+            .create(context::Context::default(), &request)
+            .await
+            .unwrap()
+            .pid
+    }
+
+    async fn start_task(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
+        let request = StartRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..StartRequest::default()
+        };
+        let response = self.task.start(context::Context::default(), &request).await?;
+        Ok(response.pid)
+    }
+
+    async fn run(&self, id: &str) -> u32 {
+        let pid = self.create(id).await;
+        assert_eq!(self.start_task(id, "").await.unwrap(), pid);
+        pid
+    }
+
+    async fn exec(&self, id: &str, exec_id: &str, program: &str) -> ttrpc::Result<()> {
+        let request = ExecProcessRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            spec: Some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned(),
+                value: json!({ "args": [program], "cwd": "/" }).to_string().into_bytes(),
+                ..Any::default()
+            })
+            .into(),
+            ..ExecProcessRequest::default()
+        };
+        self.task.exec(context::Context::default(), &request).await?;
+        Ok(())
+    }
+
+    async fn state(&self, id: &str, exec_id: &str) -> ttrpc::Result<StateResponse> {
+        let request = StateRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..StateRequest::default()
+        };
+        self.task.state(context::Context::default(), &request).await
+    }
+
+    async fn status(&self, id: &str) -> Status {
+        self.state(id, "").await.unwrap().status.unwrap()
+    }
+
+    async fn wait(&self, id: &str, exec_id: &str) -> ttrpc::Result<u32> {
+        let request = WaitRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..WaitRequest::default()
+        };
+        let response = self.task.wait(context::Context::default(), &request).await?;
+        Ok(response.exit_status)
+    }
+
+    async fn kill(&self, id: &str, exec_id: &str, signal: u32) -> ttrpc::Result<()> {
+        let request = KillRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal,
+            ..KillRequest::default()
+        };
+        self.task.kill(context::Context::default(), &request).await?;
+        Ok(())
+    }
+
+    async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<DeleteResponse> {
+        let request = DeleteRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..DeleteRequest::default()
+        };
+        self.task.delete(context::Context::default(), &request).await
+    }
+
+    /// The next events, each as its topic with what tells it from others of the topic.
+    async fn events(&mut self, count: usize) -> Vec<String> {
+        let mut seen = Vec::new();
+        for _ in 0..count {
+            let next = tokio::time::timeout(Duration::from_secs(20), self.events.recv());
+            seen.push(shorten(&next.await.expect("an event").unwrap()));
+        }
+        seen
+    }
+
+    /// That no further event was published.
+    async fn no_more_events(&mut self) {
+        self.queue.flush(Duration::from_secs(20)).await;
+        let left: Vec<_> = std::iter::from_fn(|| self.events.try_recv().ok())
+            .map(|event| shorten(&event))
+            .collect();
+        assert_eq!(left, Vec::<String>::new());
+    }
+}
+
+async fn connect(socket: &Path) -> Client {
+    Client::new(Socket::from(UnixStream::connect(socket).await.unwrap()))
+}
+
+fn shorten(envelope: &Envelope) -> String {
+    let value = &envelope.event.value;
+    let detail = match envelope.topic.as_str() {
+        "/tasks/exit" => {
+            let exit = TaskExit::parse_from_bytes(value).unwrap();
+            assert!(exit.pid > 0 && exit.exited_at.is_some());
+            format!(" {} {}", exit.id, exit.exit_status)
+        }
+        "/tasks/delete" => {
+            let delete = TaskDelete::parse_from_bytes(value).unwrap();
+            format!(" {} {}", delete.container_id, delete.exit_status)
+        }
+        "/tasks/exec-added" => format!(" {}", TaskExecAdded::parse_from_bytes(value).unwrap().exec_id),
+        "/tasks/exec-started" => {
+            let started = TaskExecStarted::parse_from_bytes(value).unwrap();
+            assert!(started.pid > 0);
+            format!(" {}", started.exec_id)
+        }
+        _ => String::new(),
+    };
+    format!("{}{detail}", envelope.topic.trim_start_matches("/tasks/"))
+}
+
+/// The code and text of a call that failed.
+fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+    match result.unwrap_err() {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
+        other => panic!("{other}"),
+    }
+}
+
+fn process_exists(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Opens the reader of a fifo, as containerd does before it creates a task.
+fn reader(shim: &Shim, id: &str) -> File {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = shim.folder.path().join(id).join("out");
+    File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .unwrap()
+}
