@@ -17,7 +17,7 @@ use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, Ready};
 
 use crate::{
     control::{Channel, Command, ControlError, MachineConfig, Notice},
-    guest::{self, GuestError},
+    guest_image::{self, GuestImageError},
     jail, vmm,
 };
 
@@ -36,7 +36,7 @@ enum CheckError {
     #[error("/dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
     Kvm(#[source] io::Error),
     #[error(transparent)]
-    Guest(#[from] GuestError),
+    Guest(#[from] GuestImageError),
     #[error("starting the machine: {0}")]
     Start(#[source] io::Error),
     #[error(transparent)]
@@ -75,7 +75,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         .write(true)
         .open("/dev/kvm")
         .map_err(CheckError::Kvm)?;
-    let image = guest::image(None, None)?;
+    let image = guest_image::open(None, None)?;
 
     let (channel, theirs) = Channel::pair()?;
     let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;

@@ -9,7 +9,7 @@ mod check;
 mod control;
 mod devices;
 mod fs;
-mod guest;
+mod guest_image;
 mod jail;
 mod memory;
 mod oci;

@@ -12,7 +12,7 @@ use std::{
 
 use crate::{
     control::{Command, Disk, MachineConfig},
-    guest::{self, GuestError},
+    guest_image::{GuestImage, GuestImageError},
     oci::PodSize,
 };
 
@@ -32,7 +32,7 @@ pub(crate) enum BootError {
     },
     /// Kernel or initramfs.
     #[error(transparent)]
-    Guest(#[from] GuestError),
+    Guest(#[from] GuestImageError),
     /// KVM.
     #[error("/dev/kvm: {0}")]
     Kvm(String),
@@ -56,7 +56,7 @@ pub(crate) struct Guest {
     /// `/dev/kvm`.
     pub(crate) kvm: OwnedFd,
     /// Kernel and initramfs.
-    pub(crate) image: guest::Image,
+    pub(crate) image: GuestImage,
     /// Words added to the kernel's command line.
     pub(crate) kernel_arguments: String,
 }
@@ -170,7 +170,7 @@ mod tests {
         Boot {
             guest: Guest {
                 kvm: null().into(),
-                image: guest::Image {
+                image: GuestImage {
                     kernel: null(),
                     kernel_extent: extent,
                     initramfs: null(),

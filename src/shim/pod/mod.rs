@@ -34,7 +34,7 @@ use crate::shim::{
 };
 use crate::{
     control::ControlError,
-    guest,
+    guest_image,
     oci::{ContainerId, Plan, PodPlan, PodSize, Root, Share, Size},
 };
 
@@ -79,7 +79,7 @@ impl Launcher for HostLauncher {
     fn guest(&self) -> Result<Guest, BootError> {
         Ok(Guest {
             kvm: open_kvm()?,
-            image: guest::image(
+            image: guest_image::open(
                 self.configuration.kernel.as_deref(),
                 self.configuration.initramfs.as_deref(),
             )?,

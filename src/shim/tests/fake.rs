@@ -19,7 +19,7 @@ use nutshell_protocol::{
 
 use crate::{
     control::{Channel, Command, ControlError, EndReason, Extent, Notice},
-    guest::Image,
+    guest_image::GuestImage,
     shim::{
         child::Child,
         machine::{BootError, Guest, Vmm},
@@ -93,7 +93,7 @@ impl Launcher for FakeLauncher {
         let extent = Extent { offset: 0, length: 0 };
         Ok(Guest {
             kvm: null().into(),
-            image: Image {
+            image: GuestImage {
                 kernel: null(),
                 kernel_extent: extent,
                 initramfs: null(),

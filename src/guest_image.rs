@@ -17,7 +17,7 @@ struct PageAligned<T: ?Sized>(T);
 
 /// Why there is no guest.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum GuestError {
+pub(crate) enum GuestImageError {
     /// Built without a guest, and none configured.
     #[error(
         "this executable was built without a guest {0}: build it with `make build`, or name one in the configuration"
@@ -40,7 +40,7 @@ pub(crate) enum GuestError {
 
 /// The files that a machine boots from.
 #[derive(Debug)]
-pub(crate) struct Image {
+pub(crate) struct GuestImage {
     /// Holds an uncompressed ELF `vmlinux`.
     pub(crate) kernel: File,
     /// Where in it.
@@ -52,10 +52,10 @@ pub(crate) struct Image {
 }
 
 /// Opens the guest: the files named, or what is embedded.
-pub(crate) fn image(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Image, GuestError> {
-    let (kernel, kernel_extent) = part("kernel", kernel, &KERNEL.0)?;
-    let (initramfs, initramfs_extent) = part("initramfs", initramfs, &INITRAMFS.0)?;
-    Ok(Image {
+pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<GuestImage, GuestImageError> {
+    let (kernel, kernel_extent) = open_part("kernel", kernel, &KERNEL.0)?;
+    let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, &INITRAMFS.0)?;
+    Ok(GuestImage {
         kernel,
         kernel_extent,
         initramfs,
@@ -63,15 +63,19 @@ pub(crate) fn image(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<I
     })
 }
 
-fn part(what: &'static str, configured: Option<&Path>, embedded: &'static [u8]) -> Result<(File, Extent), GuestError> {
+fn open_part(
+    what: &'static str,
+    configured: Option<&Path>,
+    embedded: &'static [u8],
+) -> Result<(File, Extent), GuestImageError> {
     let path = configured.unwrap_or(Path::new("/proc/self/exe"));
-    let unreadable = |source| GuestError::Unreadable {
+    let unreadable = |source| GuestImageError::Unreadable {
         what,
         path: path.to_owned(),
         source,
     };
     if configured.is_none() && embedded.is_empty() {
-        return Err(GuestError::NotEmbedded(what));
+        return Err(GuestImageError::NotEmbedded(what));
     }
     let file = File::open(path).map_err(unreadable)?;
     let extent = if configured.is_none() {
@@ -90,9 +94,9 @@ fn part(what: &'static str, configured: Option<&Path>, embedded: &'static [u8]) 
 
 /// Where in this executable's file `embedded` lies, from the mapping that holds its address
 /// (proc_pid_maps(5)): the loader may have put the segment anywhere.
-fn file_offset(embedded: &'static [u8]) -> Result<u64, GuestError> {
+fn file_offset(embedded: &'static [u8]) -> Result<u64, GuestImageError> {
     let address = embedded.as_ptr().addr() as u64;
-    let maps = fs::read_to_string("/proc/self/maps").map_err(|_| GuestError::NotMapped)?;
+    let maps = fs::read_to_string("/proc/self/maps").map_err(|_| GuestImageError::NotMapped)?;
     maps.lines()
         .find_map(|line| {
             let mut fields = line.split_ascii_whitespace();
@@ -103,7 +107,7 @@ fn file_offset(embedded: &'static [u8]) -> Result<u64, GuestError> {
             (start..end.ok()?).contains(&address).then_some(())?;
             Some(offset.ok()? + (address - start))
         })
-        .ok_or(GuestError::NotMapped)
+        .ok_or(GuestImageError::NotMapped)
 }
 
 #[cfg(test)]
@@ -128,7 +132,7 @@ mod tests {
 
     #[test]
     fn missing_configured_kernel_is_named_in_the_error() {
-        let error = image(Some(Path::new("/no/such/vmlinux")), None).unwrap_err();
+        let error = open(Some(Path::new("/no/such/vmlinux")), None).unwrap_err();
         assert!(error.to_string().contains("/no/such/vmlinux"), "{error}");
     }
 }
