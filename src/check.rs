@@ -80,7 +80,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
     let (channel, theirs) = Channel::pair()?;
     let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
     let started = Instant::now();
-    let mut child = jail::command(vmm::ROLE)
+    let mut child = jail::build_command(vmm::ROLE)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .spawn()

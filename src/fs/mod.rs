@@ -107,9 +107,9 @@ fn run() -> Result<(), FsError> {
         root: Root::Namespace(namespace.as_fd()),
         capabilities: CAPABILITIES,
         keep: &[listener.as_fd(), namespace.as_fd(), own_descriptors.as_fd()],
-        descriptors: DESCRIPTORS,
-        descriptor_table: 4096,
-        threads: 8,
+        max_descriptors: DESCRIPTORS,
+        descriptor_table_size: 4096,
+        max_threads: 8,
     })?;
     drop(namespace);
 

@@ -1,7 +1,7 @@
 //! Confinement of the roles that serve a guest: what `vmm` and `fs` do first, while they have one
 //! thread and have read nothing that a guest wrote.
 //!
-//! Lives here: how a child is started ([`command`]) and how it gives up everything it does not need
+//! Lives here: how a child is started ([`build_command`]) and how it gives up everything it does not need
 //! ([`enter`]). May not live here: what the child does afterwards. Called by the shim, which starts
 //! the children, and by `main` of [`crate::vmm`] and [`crate::fs`].
 
@@ -58,10 +58,10 @@ pub(crate) enum JailError {
 }
 
 /// What failed, and why.
-pub(crate) type Failed = (&'static str, io::Error);
+pub(crate) type FailedStep = (&'static str, io::Error);
 
 /// Names the step that an error happened in.
-pub(crate) fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Failed {
+pub(crate) fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> FailedStep {
     move |error| (step, error.into())
 }
 
@@ -79,12 +79,12 @@ pub(crate) struct Jail<'a> {
     /// Descriptors that stay open beside 0, 1 and 2.
     pub(crate) keep: &'a [BorrowedFd<'a>],
     /// The most descriptors that it may have; fewer where the shim may neither have nor allow as many.
-    pub(crate) descriptors: u32,
+    pub(crate) max_descriptors: u32,
     /// For how many descriptors the kernel's table is made at once: growing the table of a process
     /// with several threads waits for an RCU grace period, in the middle of a guest's request.
-    pub(crate) descriptor_table: u32,
+    pub(crate) descriptor_table_size: u32,
     /// The most threads that it may have.
-    pub(crate) threads: u32,
+    pub(crate) max_threads: u32,
 }
 
 /// What a jailed process sees as `/`.
@@ -100,7 +100,7 @@ pub(crate) enum Root<'a> {
 ///
 /// To be spawned from a thread that lives as long as the shim: the kernel kills the child when the
 /// thread that started it ends (`PR_SET_PDEATHSIG`, prctl(2)).
-pub(crate) fn command(role: &str) -> Command {
+pub(crate) fn build_command(role: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(format!("nutshell-{role}"))
@@ -111,7 +111,7 @@ pub(crate) fn command(role: &str) -> Command {
 }
 
 /// Gives up all that `jail` does not name. To be called once, first thing, as root, with one thread,
-/// in a process that [`command`] started; descriptors that are not named are closed.
+/// in a process that [`build_command`] started; descriptors that are not named are closed.
 ///
 /// After it the process has ids of its own, no way to another file system, network, IPC or host
 /// name, cannot gain privileges by any exec, leaves no core dump, and dies with its parent.
@@ -122,10 +122,10 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     // The shim has switched them off for itself; the guest's memory may have them.
     let _ = rustix::thread::disable_transparent_huge_pages(false);
 
-    let confine = || -> Result<(), Failed> {
+    let confine = || -> Result<(), FailedStep> {
         close_all_but(jail.keep).map_err(step("close inherited descriptors"))?;
         limit(jail).map_err(step("set resource limits"))?;
-        grow_descriptor_table(jail.descriptor_table).map_err(step("grow the descriptor table"))?;
+        grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
         isolate(jail)?;
         drop_privileges(jail.capabilities)?;
         // The place of Landlock (deny every path, scope signals and abstract sockets) and of the
@@ -140,7 +140,7 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     die_with(parent, jail.role)
 }
 
-/// The pid of the shim, as [`command`] wrote it.
+/// The pid of the shim, as [`build_command`] wrote it.
 fn parent_from_arguments() -> Result<u32, JailError> {
     env::args_os()
         .nth(2)
@@ -164,8 +164,8 @@ fn close_all_but(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
 fn limit(jail: &Jail<'_>) -> io::Result<()> {
     for (resource, most) in [
         (Resource::Core, 0),
-        (Resource::Nofile, jail.descriptors),
-        (Resource::Nproc, jail.threads),
+        (Resource::Nofile, jail.max_descriptors),
+        (Resource::Nproc, jail.max_threads),
     ] {
         let both = |most| Rlimit {
             current: Some(most),
@@ -192,7 +192,7 @@ fn grow_descriptor_table(size: u32) -> io::Result<()> {
     Ok(())
 }
 
-fn isolate(jail: &Jail<'_>) -> Result<(), Failed> {
+fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
         .map_err(step("unshare network, IPC and host name"))?;
     match jail.root {
@@ -209,7 +209,7 @@ fn isolate(jail: &Jail<'_>) -> Result<(), Failed> {
 }
 
 /// Leaves `kept` and no other capability, and an id of the process's own (see [`FIRST_ID`]).
-fn drop_privileges(kept: CapabilitySet) -> Result<(), Failed> {
+fn drop_privileges(kept: CapabilitySet) -> Result<(), FailedStep> {
     // Bounding set and securebits need CAP_SETPCAP, so they come before the other sets.
     clear_bounding_set().map_err(step("clear the bounding set"))?;
     // Capabilities follow from the sets alone, not from user ids: whoever has uid 0 or takes it

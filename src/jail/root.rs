@@ -10,7 +10,7 @@ use rustix::{
     },
 };
 
-use super::{Failed, step};
+use super::{FailedStep, step};
 
 /// What can be done with the new root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(crate) enum Access {
 
 /// Replaces the root of the calling thread's mount namespace, which must be its own, with an empty
 /// tmpfs, and unmounts everything else in it. The current directory is the new root then.
-pub(crate) fn pivot_into_empty(access: Access) -> Result<(), Failed> {
+pub(crate) fn pivot_into_empty(access: Access) -> Result<(), FailedStep> {
     // Else the mounts and unmounts below would show in the namespace that this one was copied from.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
         .map_err(step("make mounts private"))?;

@@ -11,7 +11,7 @@ use std::{
 use super::*;
 use crate::fs::CAPABILITIES;
 
-/// Before the test harness: this very executable is what [`command`] starts, so where the first
+/// Before the test harness: this very executable is what [`build_command`] starts, so where the first
 /// argument is a role, the role runs, with one thread, as it would in the real executable.
 #[used]
 // SAFETY: an entry of .init_array is called once with the C runtime and std's arguments ready.
@@ -37,9 +37,9 @@ fn prisoner(capabilities: CapabilitySet) {
         root: Root::Empty,
         capabilities,
         keep: &[kept.as_fd()],
-        descriptors: 1024,
-        descriptor_table: 256,
-        threads: 4,
+        max_descriptors: 1024,
+        descriptor_table_size: 256,
+        max_threads: 4,
     });
     match entered {
         Ok(()) => println!("jailed"),
@@ -71,7 +71,7 @@ struct Prisoner {
 
 impl Prisoner {
     fn start(role: &str) -> Self {
-        Self::from(&mut command(role))
+        Self::from(&mut build_command(role))
     }
 
     fn from(command: &mut Command) -> Self {

@@ -56,9 +56,9 @@ pub(crate) fn main() -> ExitCode {
         root: Root::Empty,
         capabilities: CapabilitySet::empty(),
         keep: &[],
-        descriptors: DESCRIPTORS,
-        descriptor_table: DESCRIPTOR_TABLE,
-        threads: THREADS,
+        max_descriptors: DESCRIPTORS,
+        descriptor_table_size: DESCRIPTOR_TABLE,
+        max_threads: THREADS,
     });
     // SAFETY: the shim started this process with its end of the control channel on descriptor 0,
     // which nothing else in this process uses.

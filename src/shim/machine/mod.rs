@@ -72,7 +72,7 @@ impl Vmm {
     pub(crate) fn spawn() -> io::Result<Self> {
         let (control, theirs) = Channel::pair().map_err(io::Error::other)?;
         let (stderr, writer) = io::pipe()?;
-        let child = jail::command(vmm::ROLE)
+        let child = jail::build_command(vmm::ROLE)
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .stderr(writer)

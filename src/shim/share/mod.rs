@@ -37,7 +37,7 @@ use rustix::{
 
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
-    jail::{self, Failed, root::Access, step, syscalls::mount_setattr},
+    jail::{self, FailedStep, root::Access, step, syscalls::mount_setattr},
     oci::{HostMount, Share},
 };
 
@@ -119,7 +119,7 @@ impl FsProcess {
             .try_clone()
             .map_err(step("duplicate the namespace"))
             .map_err(start)?;
-        let child = jail::command(ROLE)
+        let child = jail::build_command(ROLE)
             .stdin(OwnedFd::from(listener))
             .stdout(inherited)
             .stderr(Stdio::inherit())
@@ -198,7 +198,7 @@ impl FsProcess {
 
     /// Moves the detached `mount` to `path` of the tree. The calling thread ends up in the file
     /// server's mount namespace.
-    fn attach_detached(&self, mount: &OwnedFd, path: &str, owned: bool, read_only: bool) -> Result<(), Failed> {
+    fn attach_detached(&self, mount: &OwnedFd, path: &str, owned: bool, read_only: bool) -> Result<(), FailedStep> {
         let path = relative(path).map_err(step("check its path"))?;
         restrict(mount.as_fd(), read_only).map_err(step("set its mount options"))?;
         let is_directory = is_directory(rustix::fs::fstat(mount).map_err(step("look at it"))?);
@@ -298,7 +298,7 @@ struct Prepared {
 }
 
 /// Makes the namespace, with the calling thread in it.
-fn prepare() -> Result<Prepared, Failed> {
+fn prepare() -> Result<Prepared, FailedStep> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
     let namespace = File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
     jail::root::pivot_into_empty(Access::ReadWrite)?;
@@ -389,7 +389,7 @@ fn is_directory(status: Stat) -> bool {
     FileType::from_raw_mode(status.st_mode) == FileType::Directory
 }
 
-fn attach_error(what: &Path, path: &str) -> impl Fn(Failed) -> ShareError {
+fn attach_error(what: &Path, path: &str) -> impl Fn(FailedStep) -> ShareError {
     let (what, path) = (what.to_owned(), path.to_owned());
     move |(step, source)| ShareError::Attach {
         what: what.clone(),
