@@ -31,7 +31,7 @@ impl IdMap {
     /// # Errors
     ///
     /// What is wrong, where only one list has anything, or a range is empty or too long.
-    pub(crate) fn of_spec(
+    pub(crate) fn from_spec(
         uids: Option<&[LinuxIdMapping]>,
         gids: Option<&[LinuxIdMapping]>,
     ) -> Result<Option<Self>, String> {
@@ -51,7 +51,7 @@ impl IdMap {
     /// # Errors
     ///
     /// What is wrong with them.
-    pub(crate) fn of_options(options: &[String]) -> Result<Option<Self>, String> {
+    pub(crate) fn from_options(options: &[String]) -> Result<Option<Self>, String> {
         let ranges = |key: &str| {
             let text = options.iter().find_map(|option| option.strip_prefix(key));
             let parsed: Result<Vec<_>, _> = text.into_iter().flat_map(|text| text.split(',')).map(parse).collect();
@@ -118,11 +118,11 @@ mod tests {
 
     #[test]
     fn options_of_a_mount_are_parsed() {
-        let map = IdMap::of_options(&options(&["ro", "uidmap=0:1000:10,10:5000:1", "gidmap=0:7:1"]));
+        let map = IdMap::from_options(&options(&["ro", "uidmap=0:1000:10,10:5000:1", "gidmap=0:7:1"]));
         let map = map.unwrap().unwrap();
         assert_eq!(map.uids.to_string(), "0 1000 10\n10 5000 1\n");
         assert_eq!((map.gids.to_string(), map.uids.count()), ("0 7 1\n".to_owned(), 2));
-        assert_eq!(IdMap::of_options(&options(&["lowerdir=/a"])), Ok(None));
+        assert_eq!(IdMap::from_options(&options(&["lowerdir=/a"])), Ok(None));
     }
 
     #[test]
@@ -136,7 +136,7 @@ mod tests {
             &["uidmap=0:4294967295:2", "gidmap=0:1:1"],
             &["uidmap=", "gidmap=0:1:1"],
         ] {
-            assert!(IdMap::of_options(&options(text)).is_err(), "{text:?}");
+            assert!(IdMap::from_options(&options(text)).is_err(), "{text:?}");
         }
     }
 
@@ -144,9 +144,9 @@ mod tests {
     fn mapping_of_a_spec_needs_users_and_groups() {
         let mapping: Vec<LinuxIdMapping> =
             serde_json::from_value(serde_json::json!([{"containerID": 0, "hostID": 9, "size": 2}])).unwrap();
-        let map = IdMap::of_spec(Some(&mapping), Some(&mapping)).unwrap().unwrap();
+        let map = IdMap::from_spec(Some(&mapping), Some(&mapping)).unwrap().unwrap();
         assert_eq!(map.uids.to_string(), "0 9 2\n");
-        assert_eq!(IdMap::of_spec(None, Some(&[])), Ok(None));
-        assert!(IdMap::of_spec(Some(&mapping), None).is_err());
+        assert_eq!(IdMap::from_spec(None, Some(&[])), Ok(None));
+        assert!(IdMap::from_spec(Some(&mapping), None).is_err());
     }
 }

@@ -25,8 +25,8 @@ pub(crate) use error::PlanError;
 pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use plan::{
-    Hook, Hooks, HostMount, HostNamespaces, Network, PidNamespace, Placement, Plan, Planned, PodPlan, PodShared,
-    Resolver, Root, Share, ShareIds, Size,
+    BundlePlan, Hook, Hooks, HostMount, HostNamespaces, Network, PidNamespace, Placement, Plan, PodPlan, PodShared,
+    ResolvConf, Root, Share, ShareIdMap, Size,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, Limits, MAX_VCPUS, MIN_MEMORY, PodSize, Sizing};

@@ -10,8 +10,8 @@ use nutshell_protocol::SHARE_PATH;
 use oci_spec::runtime::Mount;
 
 use super::{
-    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIds, SourceKind, devices,
-    namespaces::refuse_host, plan::SHARED_MEMORY,
+    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIdMap, SourceKind, devices,
+    namespaces::refuse_host, plan::DEFAULT_SHM_SIZE,
 };
 
 /// File systems that have no source on the host: the guest mounts its own.
@@ -75,9 +75,9 @@ impl Translator<'_> {
     }
 
     /// The mapping that a mount asks for, which the host does: the guest's mount is a plain one.
-    fn take_ids(&self, mount: &mut Mount) -> Result<Option<ShareIds>, PlanError> {
+    fn take_ids(&self, mount: &mut Mount) -> Result<Option<ShareIdMap>, PlanError> {
         let invalid = |mount: &Mount, reason: String| PlanError::invalid(field(mount), reason);
-        let own = IdMap::of_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
+        let own = IdMap::from_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
             .map_err(|reason| invalid(mount, reason))?;
         let wanted = options(mount).any(|option| matches!(option, "idmap" | "ridmap"));
         let map = match (own, wanted) {
@@ -95,10 +95,10 @@ impl Translator<'_> {
             .set_options(Some(options))
             .set_uid_mappings(None)
             .set_gid_mappings(None);
-        Ok(Some(ShareIds { map, recursive }))
+        Ok(Some(ShareIdMap { map, recursive }))
     }
 
-    fn bind(&self, mount: &mut Mount, ids: Option<ShareIds>, shares: &mut Vec<Share>) -> Result<(), PlanError> {
+    fn bind(&self, mount: &mut Mount, ids: Option<ShareIdMap>, shares: &mut Vec<Share>) -> Result<(), PlanError> {
         refuse_propagation_to_the_host(mount)?;
         let source = mount
             .source()
@@ -133,7 +133,7 @@ impl Translator<'_> {
             if self.in_pod {
                 refuse_host("hostIPC", "ipc", self.host)?;
             }
-            SHARED_MEMORY
+            DEFAULT_SHM_SIZE
         } else {
             match self.look(source)? {
                 SourceKind::SharedMemory { size } => size,
@@ -203,7 +203,7 @@ impl Translator<'_> {
         }
     }
 
-    fn share(&self, mount: &Mount, source: PathBuf, ids: Option<ShareIds>, shares: &mut Vec<Share>) -> PathBuf {
+    fn share(&self, mount: &Mount, source: PathBuf, ids: Option<ShareIdMap>, shares: &mut Vec<Share>) -> PathBuf {
         let path = format!("{}/{}", self.id, shares.len());
         let guest = Path::new(SHARE_PATH).join(&path);
         shares.push(Share {
@@ -211,7 +211,7 @@ impl Translator<'_> {
             path,
             read_only: is_read_only(mount),
             recursive: options(mount).any(|option| option == "rbind"),
-            ids,
+            id_map: ids,
         });
         guest
     }
@@ -226,7 +226,7 @@ pub(super) fn shared_memory(mounts: &[Mount], inspect: Inspect<'_>) -> u64 {
         .find_map(|mount| mount.source().as_deref());
     match source.map(inspect) {
         Some(Ok(SourceKind::SharedMemory { size })) => size,
-        _ => SHARED_MEMORY,
+        _ => DEFAULT_SHM_SIZE,
     }
 }
 
@@ -280,7 +280,7 @@ fn set_bind(mount: &mut Mount, source: PathBuf, replaced: &[&str]) {
     mount.set_source(Some(source));
 }
 
-fn refuse_ids(mount: &Mount, ids: Option<&ShareIds>, whose: &str) -> Result<(), PlanError> {
+fn refuse_ids(mount: &Mount, ids: Option<&ShareIdMap>, whose: &str) -> Result<(), PlanError> {
     match ids {
         None => Ok(()),
         Some(_) => {
@@ -364,7 +364,7 @@ mod tests {
             bundle: Path::new("/bundle"),
             id: &"c1".parse().unwrap(),
             in_pod,
-            host: HostNamespaces::Refused,
+            host: HostNamespaces::Refuse,
             ids: None,
             inspect: &inspect,
         };
@@ -392,7 +392,7 @@ mod tests {
             path: path.to_owned(),
             read_only,
             recursive,
-            ids: None,
+            id_map: None,
         };
         let shares = [
             share("/srv/data", "c1/0", false, true),
@@ -413,12 +413,12 @@ mod tests {
     #[test]
     fn id_mapped_mounts_are_the_hosts_matter() {
         let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
-        let own = IdMap::of_options(&["uidmap=0:7:1".to_owned(), "gidmap=0:7:1".to_owned()]).unwrap();
+        let own = IdMap::from_options(&["uidmap=0:7:1".to_owned(), "gidmap=0:7:1".to_owned()]).unwrap();
         let translator = Translator {
             bundle: Path::new("/bundle"),
             id: &"c1".parse().unwrap(),
             in_pod: false,
-            host: HostNamespaces::Refused,
+            host: HostNamespaces::Refuse,
             ids: own.as_ref(),
             inspect: &inspect,
         };
@@ -432,7 +432,7 @@ mod tests {
         let ids: Vec<_> = translated
             .shares
             .iter()
-            .map(|share| share.ids.as_ref().unwrap())
+            .map(|share| share.id_map.as_ref().unwrap())
             .collect();
         assert_eq!(
             (ids[0].map.uids.to_string().as_str(), ids[0].recursive),
@@ -513,13 +513,13 @@ mod tests {
     fn size_of_the_pods_shared_memory_is_that_of_the_hosts_tmpfs() {
         for (source, size) in [
             ("/run/containerd/sandboxes/p/shm", 1 << 20),
-            ("/dev/shm", SHARED_MEMORY),
+            ("/dev/shm", DEFAULT_SHM_SIZE),
         ] {
             let mounts = json!([{"destination": "/dev/shm", "type": "bind", "source": source}]);
             let mounts: Vec<Mount> = serde_json::from_value(mounts).unwrap();
             assert_eq!(shared_memory(&mounts, &inspect), size);
         }
-        assert_eq!(shared_memory(&[], &inspect), SHARED_MEMORY);
+        assert_eq!(shared_memory(&[], &inspect), DEFAULT_SHM_SIZE);
     }
 
     #[test]

@@ -43,8 +43,8 @@ pub(super) fn of_sandbox(namespaces: &[LinuxNamespace], host: HostNamespaces) ->
 /// Refuses a namespace of the host, unless that is to mean the pod's.
 pub(super) fn refuse_host(field: &str, kind: &str, host: HostNamespaces) -> Result<(), PlanError> {
     match host {
-        HostNamespaces::ThePods => Ok(()),
-        HostNamespaces::Refused => Err(PlanError::unsupported(
+        HostNamespaces::Pod => Ok(()),
+        HostNamespaces::Refuse => Err(PlanError::unsupported(
             format!("{field} (linux.namespaces: no {kind})"),
             "a virtual machine has no part in its host's; with `host_namespaces = \"pod\"` in section [pod] of the \
              configuration it means the pod's own",
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn single_has_all_of_its_own_but_the_network() {
-        let translated = translate(&namespaces(&ALL), &Placement::Single, HostNamespaces::Refused).unwrap();
+        let translated = translate(&namespaces(&ALL), &Placement::Single, HostNamespaces::Refuse).unwrap();
         assert_eq!(kept(&translated), ["pid", "ipc", "uts", "mnt", "cgroup"]);
         assert_eq!(translated.network, Network::Loopback);
         assert_eq!(translated.pid, PidNamespace::Specified);
@@ -187,7 +187,7 @@ mod tests {
             ("mount", ""),
             ("network", "/proc/41/ns/net"),
         ]);
-        let translated = translate(&spec, &member(), HostNamespaces::Refused).unwrap();
+        let translated = translate(&spec, &member(), HostNamespaces::Refuse).unwrap();
         assert_eq!(kept(&translated), ["pid", "mnt"]);
         assert_eq!(translated.network, Network::Namespace("/proc/41/ns/net".into()));
     }
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn user_namespace_of_a_member_is_made_from_the_pods_mapping() {
         let spec = [("user", "/proc/41/ns/user"), ("pid", ""), ("ipc", "/proc/41/ns/ipc")];
-        let translated = translate(&namespaces(&spec), &member(), HostNamespaces::Refused).unwrap();
+        let translated = translate(&namespaces(&spec), &member(), HostNamespaces::Refuse).unwrap();
         assert_eq!(kept(&translated), ["user", "pid", "mnt"]);
         assert_eq!(translated.guest[0].path(), &None);
     }
@@ -207,14 +207,14 @@ mod tests {
             ("/proc/41/ns/pid", PidNamespace::Task(41)),
         ] {
             let spec = namespaces(&[("pid", path), ("ipc", "")]);
-            let translated = translate(&spec, &member(), HostNamespaces::Refused).unwrap();
+            let translated = translate(&spec, &member(), HostNamespaces::Refuse).unwrap();
             assert_eq!(translated.pid, expected, "{path}");
             let has_own = kept(&translated).contains(&"pid".to_owned());
             assert_eq!(has_own, expected == PidNamespace::Specified);
         }
         for path in ["/run/pid", "/proc/self/ns/pid", "/proc/41/ns/net"] {
             let spec = namespaces(&[("pid", path), ("ipc", "")]);
-            let error = translate(&spec, &member(), HostNamespaces::Refused).unwrap_err();
+            let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().contains(path), "{error}");
         }
     }
@@ -223,21 +223,21 @@ mod tests {
     fn namespaces_of_the_host_are_refused_or_mean_the_pods() {
         for (spec, field) in [(vec![("ipc", "")], "hostPID"), (vec![("pid", "")], "hostIPC")] {
             let mut spec = namespaces(&spec);
-            let error = translate(&spec, &member(), HostNamespaces::Refused).unwrap_err();
+            let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().starts_with(field), "{error}");
-            translate(&spec, &member(), HostNamespaces::ThePods).unwrap();
+            translate(&spec, &member(), HostNamespaces::Pod).unwrap();
             spec.extend(namespaces(&[("network", "/run/netns/x")]));
-            let error = of_sandbox(&spec, HostNamespaces::Refused).unwrap_err();
+            let error = of_sandbox(&spec, HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().starts_with(field), "{error}");
-            of_sandbox(&spec, HostNamespaces::ThePods).unwrap();
+            of_sandbox(&spec, HostNamespaces::Pod).unwrap();
         }
-        let translated = translate(&namespaces(&[("ipc", "")]), &member(), HostNamespaces::ThePods).unwrap();
+        let translated = translate(&namespaces(&[("ipc", "")]), &member(), HostNamespaces::Pod).unwrap();
         assert_eq!(translated.pid, PidNamespace::Pod);
     }
 
     #[test]
     fn sandbox_has_a_network_of_its_own_whatever_is_configured() {
-        for host in [HostNamespaces::Refused, HostNamespaces::ThePods] {
+        for host in [HostNamespaces::Refuse, HostNamespaces::Pod] {
             let network = |path| of_sandbox(&namespaces(&[("pid", ""), ("ipc", ""), ("network", path)]), host);
             assert_eq!(network("").unwrap(), Network::Loopback);
             assert_eq!(
@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn no_network_namespace_means_the_hosts_network_and_no_mount_namespace_gets_one() {
-        let translated = translate(&[], &Placement::Single, HostNamespaces::Refused).unwrap();
+        let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
         assert_eq!(translated.network, Network::Host);
         assert_eq!(kept(&translated), ["mnt"]);
     }
@@ -267,10 +267,10 @@ mod tests {
             (vec![("cgroup", "/x")], "cgroup"),
             (vec![("pid", ""), ("pid", "")], "twice"),
         ] {
-            let error = translate(&namespaces(&spec), &Placement::Single, HostNamespaces::Refused).unwrap_err();
+            let error = translate(&namespaces(&spec), &Placement::Single, HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().contains(named), "{error}");
         }
         let mount = namespaces(&[("mount", "/proc/1/ns/mnt")]);
-        assert!(translate(&mount, &member(), HostNamespaces::ThePods).is_err());
+        assert!(translate(&mount, &member(), HostNamespaces::Pod).is_err());
     }
 }

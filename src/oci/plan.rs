@@ -9,7 +9,7 @@ use super::{IdMap, Limits, PodSize};
 
 /// What a bundle is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Planned {
+pub(crate) enum BundlePlan {
     /// A container that runs in a machine.
     Container(Box<Plan>),
     /// The sandbox ("pause") container of a pod, which the shim answers for: nothing of it runs.
@@ -41,23 +41,23 @@ pub(crate) struct PodShared {
     /// Kernel parameters by name, in the order of their names.
     pub(crate) sysctls: Vec<(String, String)>,
     /// The size of `/dev/shm`, in bytes.
-    pub(crate) shared_memory: u64,
+    pub(crate) shm_size: u64,
     /// The contents of `/etc/resolv.conf`, where that is left to the runtime (the Sandbox API).
-    pub(crate) resolver: Option<Resolver>,
+    pub(crate) resolv_conf: Option<ResolvConf>,
 }
 
 /// Who looks names up.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Resolver {
+pub(crate) enum ResolvConf {
     /// Whoever does so for the host.
-    OfHost,
+    Host,
     /// What `/etc/resolv.conf` is to say.
-    Says(String),
+    Contents(String),
 }
 
 /// The size of a pod's `/dev/shm` where nobody says another, in bytes: containerd's (`internal/cri`,
 /// `defaultShmSize`).
-pub(crate) const SHARED_MEMORY: u64 = 64 << 20;
+pub(crate) const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 
 /// What namespaces of the host (hostPID, hostIPC) mean for a pod.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -65,10 +65,10 @@ pub(crate) enum HostNamespaces {
     /// Nothing that a machine could give: an error.
     #[default]
     #[serde(rename = "refuse")]
-    Refused,
+    Refuse,
     /// The pod's: its containers share them.
     #[serde(rename = "pod")]
-    ThePods,
+    Pod,
 }
 
 /// What a container needs from its machine.
@@ -166,12 +166,12 @@ pub(crate) struct Share {
     /// Mounts below the source are shared too (`rbind`).
     pub(crate) recursive: bool,
     /// Which ids of its files the guest sees as which.
-    pub(crate) ids: Option<ShareIds>,
+    pub(crate) id_map: Option<ShareIdMap>,
 }
 
 /// An id-mapped share (OCI spec, "Mounts": `uidMappings`, `gidMappings`, `idmap`, `ridmap`).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ShareIds {
+pub(crate) struct ShareIdMap {
     /// The mapping.
     pub(crate) map: IdMap,
     /// It holds for the mounts below the source too.

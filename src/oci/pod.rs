@@ -7,9 +7,9 @@
 use std::{collections::HashMap, path::Path};
 
 use super::{
-    ContainerId, Hooks, HostNamespaces, Network, PlanError, PodPlan, PodShared, Resolver, Sizing,
+    ContainerId, Hooks, HostNamespaces, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
     namespaces::{HOST_NETWORK, refuse_host},
-    plan::SHARED_MEMORY,
+    plan::DEFAULT_SHM_SIZE,
 };
 
 /// The name of the message.
@@ -68,8 +68,12 @@ pub(crate) fn plan_pod(
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
             domainname: None,
             sysctls: config.sysctls.into_iter().collect(),
-            shared_memory: SHARED_MEMORY,
-            resolver: Some(config.dns.map_or(Resolver::OfHost, |dns| Resolver::Says(dns.file()))),
+            shm_size: DEFAULT_SHM_SIZE,
+            resolv_conf: Some(
+                config
+                    .dns
+                    .map_or(ResolvConf::Host, |dns| ResolvConf::Contents(dns.file())),
+            ),
         },
     })
 }
@@ -369,7 +373,7 @@ mod tests {
             network,
             &annotations.collect(),
             &SIZING,
-            HostNamespaces::Refused,
+            HostNamespaces::Refuse,
         )
     }
 
@@ -414,8 +418,8 @@ mod tests {
                 sysctl("kernel.shm_rmid_forced", "1"),
                 sysctl("net.core.somaxconn", "1024"),
             ],
-            shared_memory: 64 * MIB,
-            resolver: Some(Resolver::Says(file.to_owned())),
+            shm_size: 64 * MIB,
+            resolv_conf: Some(ResolvConf::Contents(file.to_owned())),
         };
         assert_eq!(pod.shared, shared);
     }
@@ -429,7 +433,7 @@ mod tests {
                 "",
                 &HashMap::new(),
                 &SIZING,
-                HostNamespaces::Refused,
+                HostNamespaces::Refuse,
             )
         };
         for options in [
@@ -443,7 +447,7 @@ mod tests {
                 (DEFAULT_MEMORY, DEFAULT_VCPUS)
             );
             assert_eq!((pod.network, pod.cgroups_path), (Network::Loopback, None));
-            assert_eq!(pod.shared.resolver, Some(Resolver::OfHost));
+            assert_eq!(pod.shared.resolv_conf, Some(ResolvConf::Host));
         }
         let other = plan(Some(("runtime.v1.Other", &b""[..]))).unwrap_err();
         assert!(other.to_string().contains("runtime.v1.Other"), "{other}");

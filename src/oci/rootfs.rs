@@ -50,7 +50,7 @@ fn check(mount: &HostMount) -> Result<(), PlanError> {
                     let reason = "ids of the host's files are mapped by overlay and bind mounts only";
                     return Err(PlanError::unsupported(field(option), reason));
                 }
-                IdMap::of_options(&mount.options).map_err(|reason| PlanError::invalid(field(option), reason))?;
+                IdMap::from_options(&mount.options).map_err(|reason| PlanError::invalid(field(option), reason))?;
             }
             "device" if mount.kind == "erofs" => {
                 return Err(PlanError::unsupported(

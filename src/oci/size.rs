@@ -74,7 +74,7 @@ impl Sizing {
         annotations: &HashMap<String, String>,
         resources: Option<&LinuxResources>,
     ) -> Result<Size, PlanError> {
-        self.size(annotations, Limits::of(resources))
+        self.size(annotations, Limits::from_resources(resources))
     }
 
     /// The pod's limits are in annotations (containerd `internal/cri/annotations`): sums over the
@@ -93,7 +93,7 @@ impl Sizing {
         Ok(PodSize {
             boot,
             exact_memory,
-            most: Size {
+            max: Size {
                 memory: if exact_memory {
                     boot.memory
                 } else {
@@ -146,13 +146,13 @@ pub(crate) struct Limits {
 
 impl Limits {
     /// Those of a spec.
-    pub(crate) fn of(resources: Option<&LinuxResources>) -> Self {
+    pub(crate) fn from_resources(resources: Option<&LinuxResources>) -> Self {
         resources.map_or(Self::default(), |resources| Self::default().changed(resources))
     }
 
     /// These after a change: what `resources`, OCI `LinuxResources` as JSON, does not name stays. What cannot
     /// be read changes nothing; whoever applies it says so.
-    pub(crate) fn updated(self, resources: &[u8]) -> Self {
+    pub(crate) fn with_update(self, resources: &[u8]) -> Self {
         serde_json::from_slice(resources).map_or(self, |resources| self.changed(&resources))
     }
 
@@ -170,7 +170,7 @@ impl Limits {
 
     /// Of each the larger one.
     #[must_use]
-    pub(crate) fn or_more(self, other: Self) -> Self {
+    pub(crate) fn max(self, other: Self) -> Self {
         Self {
             memory: self.memory.max(other.memory),
             cpu: self.cpu.max(other.cpu),
@@ -205,7 +205,7 @@ pub(crate) struct PodSize {
     /// At the start, and never less.
     pub(crate) boot: Size,
     /// While it runs.
-    pub(crate) most: Size,
+    pub(crate) max: Size,
     /// An annotation says what the memory is, and no limit changes that.
     pub(crate) exact_memory: bool,
 }
@@ -215,21 +215,21 @@ impl PodSize {
     pub(crate) fn fixed(size: Size) -> Self {
         Self {
             boot: size,
-            most: size,
+            max: size,
             exact_memory: true,
         }
     }
 
     /// This, booting with no more memory than fits into a control group of the host that may hold `group` bytes.
     #[must_use]
-    pub(crate) fn booting_within(mut self, group: Option<u64>) -> Self {
+    pub(crate) fn bound_boot_memory(mut self, group: Option<u64>) -> Self {
         self.boot.memory = self.boot.memory.min(self.most_within(group).max(MIN_MEMORY));
         self
     }
 
     /// The size for containers that come to these limits, in a control group of the host that may hold `group`
     /// bytes.
-    pub(crate) fn for_limits(&self, limits: Limits, group: Option<u64>) -> Size {
+    pub(crate) fn size_for(&self, limits: Limits, group: Option<u64>) -> Size {
         let most_memory = self.most_within(group).max(self.boot.memory);
         let memory = limits.machine_memory().unwrap_or(0);
         let vcpus = limits.vcpus().unwrap_or(0);
@@ -240,7 +240,7 @@ impl PodSize {
                 .min(most_memory),
             vcpus: u8::try_from(vcpus)
                 .unwrap_or(u8::MAX)
-                .clamp(self.boot.vcpus, self.most.vcpus),
+                .clamp(self.boot.vcpus, self.max.vcpus),
         }
     }
 
@@ -251,7 +251,7 @@ impl PodSize {
             let machine = room - room.div_ceil(HOST_FRACTION + 1);
             machine / ALIGNMENT * ALIGNMENT
         });
-        room.map_or(self.most.memory, |room| room.min(self.most.memory))
+        room.map_or(self.max.memory, |room| room.min(self.max.memory))
     }
 }
 
@@ -349,7 +349,7 @@ mod tests {
         ]);
         let size = SIZING.of_sandbox(&pod).unwrap();
         assert_eq!((size.boot.memory, size.boot.vcpus), ((1024 + 16 + 64) * MIB, 4));
-        assert_eq!((size.most.memory, size.most.vcpus), (8192 * MIB, 8));
+        assert_eq!((size.max.memory, size.max.vcpus), (8192 * MIB, 8));
         let unlimited = annotations(&[("io.kubernetes.cri.sandbox-memory", "0")]);
         assert_eq!(SIZING.of_sandbox(&unlimited).unwrap().boot.memory, DEFAULT_MEMORY);
     }
@@ -358,28 +358,28 @@ mod tests {
     fn sandbox_with_an_annotation_keeps_the_size_that_it_names() {
         let asked = annotations(&[(MEMORY_ANNOTATION, "256")]);
         let size = SIZING.of_sandbox(&asked).unwrap();
-        assert_eq!((size.boot.memory, size.most.memory), (256 * MIB, 256 * MIB));
-        assert_eq!((size.boot.vcpus, size.most.vcpus), (1, 4));
+        assert_eq!((size.boot.memory, size.max.memory), (256 * MIB, 256 * MIB));
+        assert_eq!((size.boot.vcpus, size.max.vcpus), (1, 4));
         let asked = annotations(&[(VCPUS_ANNOTATION, "2")]);
         let size = SIZING.of_sandbox(&asked).unwrap();
-        assert_eq!((size.boot.vcpus, size.most.vcpus), (2, 2));
+        assert_eq!((size.boot.vcpus, size.max.vcpus), (2, 2));
     }
 
     #[test]
     fn machine_grows_to_what_its_members_come_to_and_not_below_its_boot() {
-        let of = |memory, quota| Limits::of(Some(&resources(memory, quota, 100_000)));
+        let of = |memory, quota| Limits::from_resources(Some(&resources(memory, quota, 100_000)));
         let mib = i64::try_from(MIB).unwrap();
         let boot = Size {
             memory: 512 * MIB,
             vcpus: 1,
         };
-        let most = Size {
+        let max = Size {
             memory: 2048 * MIB,
             vcpus: 4,
         };
         let size = PodSize {
             boot,
-            most,
+            max,
             exact_memory: false,
         };
         for (members, memory, vcpus) in [
@@ -390,10 +390,10 @@ mod tests {
             (vec![of(512 * mib, 100_000), of(-1, -1)], 512 + 8 + 64, 1),
             (vec![of(i64::MAX, i64::MAX); 3], 2048, 4),
         ] {
-            let size = size.for_limits(Limits::sum(members.clone()), None);
+            let size = size.size_for(Limits::sum(members.clone()), None);
             assert_eq!((size.memory / MIB, size.vcpus), (memory, vcpus), "{members:?}");
         }
-        assert_eq!(PodSize::fixed(boot).for_limits(of(4096 * mib, 800_000), None), boot);
+        assert_eq!(PodSize::fixed(boot).size_for(of(4096 * mib, 800_000), None), boot);
     }
 
     #[test]
@@ -408,9 +408,9 @@ mod tests {
             (Some(1024 * MIB), 1024 - 4 - 4),
             (Some(0), MIN_MEMORY / MIB),
         ] {
-            assert_eq!(size.booting_within(group).boot.memory / MIB, boot, "{group:?}");
+            assert_eq!(size.bound_boot_memory(group).boot.memory / MIB, boot, "{group:?}");
         }
-        let limits = Limits::of(Some(&resources(4 << 30, 100_000, 100_000)));
+        let limits = Limits::from_resources(Some(&resources(4 << 30, 100_000, 100_000)));
         for (group, grown) in [
             (None, 4096 + 64 + 64),
             (Some((4096 + 256) * MIB), 4096 + 64 + 64),
@@ -418,20 +418,20 @@ mod tests {
             // It has been lowered below what the machine booted with.
             (Some(512 * MIB), 1024 + 16 + 64),
         ] {
-            assert_eq!(size.for_limits(limits, group).memory / MIB, grown, "{group:?}");
+            assert_eq!(size.size_for(limits, group).memory / MIB, grown, "{group:?}");
         }
         // The largest pod that the RuntimeClass's overhead of 130 MiB is enough for.
         let pod = annotations(&[("io.kubernetes.cri.sandbox-memory", "3221225472")]);
         let size = SIZING.of_sandbox(&pod).unwrap();
-        assert_eq!(size.booting_within(Some((3072 + 130) * MIB)), size);
+        assert_eq!(size.bound_boot_memory(Some((3072 + 130) * MIB)), size);
         let exact = SIZING.of_sandbox(&annotations(&[(MEMORY_ANNOTATION, "512")])).unwrap();
-        assert_eq!(exact.booting_within(Some(256 * MIB)), exact);
-        assert_eq!(exact.for_limits(limits, Some(256 * MIB)).memory, 512 * MIB);
+        assert_eq!(exact.bound_boot_memory(Some(256 * MIB)), exact);
+        assert_eq!(exact.size_for(limits, Some(256 * MIB)).memory, 512 * MIB);
     }
 
     #[test]
     fn update_changes_what_it_names() {
-        let before = Limits::of(Some(&resources(1 << 30, 200_000, 100_000)));
+        let before = Limits::from_resources(Some(&resources(1 << 30, 200_000, 100_000)));
         for (update, memory, cpu) in [
             (r#"{"memory": {"limit": 2147483648}}"#, Some(2 << 30), Some(2000)),
             (
@@ -444,7 +444,11 @@ mod tests {
             ("{}", Some(1 << 30), Some(2000)),
             ("no JSON", Some(1 << 30), Some(2000)),
         ] {
-            assert_eq!(before.updated(update.as_bytes()), Limits { memory, cpu }, "{update}");
+            assert_eq!(
+                before.with_update(update.as_bytes()),
+                Limits { memory, cpu },
+                "{update}"
+            );
         }
     }
 

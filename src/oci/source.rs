@@ -47,7 +47,7 @@ impl SourceKind {
     /// # Errors
     ///
     /// As stat(2) and statfs(2): mostly that nothing is there.
-    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+    pub(crate) fn inspect(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::metadata(path)?;
         let kind = metadata.file_type();
         if kind.is_char_device() {
@@ -115,9 +115,9 @@ mod tests {
             (&link, SourceKind::Kernel),
             (Path::new("/dev/null"), SourceKind::Character { major: 1, minor: 3 }),
         ] {
-            assert_eq!(SourceKind::of(path).unwrap(), kind, "{}", path.display());
+            assert_eq!(SourceKind::inspect(path).unwrap(), kind, "{}", path.display());
         }
-        let missing = SourceKind::of(&directory.path().join("missing")).unwrap_err();
+        let missing = SourceKind::inspect(&directory.path().join("missing")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 }

@@ -6,8 +6,8 @@ use nutshell_protocol::CONTAINERS_PATH;
 use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
 
 use super::{
-    ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace, Placement,
-    Plan, PlanError, Planned, PodPlan, PodShared, PodSize, Root, Sizing, devices,
+    BundlePlan, ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace,
+    Placement, Plan, PlanError, PodPlan, PodShared, PodSize, Root, Sizing, devices,
     mounts::{self, Translator},
     namespaces::{self, Namespaces},
     rootfs, spec,
@@ -27,14 +27,14 @@ pub(crate) fn plan(
     sizing: &Sizing,
     host: HostNamespaces,
     inspect: Inspect<'_>,
-) -> Result<Planned, PlanError> {
+) -> Result<BundlePlan, PlanError> {
     let mut spec: Spec = spec::read(bundle)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
     let placement = placement(&annotations)?;
     let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
     let Some(placement) = placement else {
         let pod = sandbox(&mut spec, &linux, sizing.of_sandbox(&annotations)?, host, inspect)?;
-        return Ok(Planned::Sandbox(Box::new(pod)));
+        return Ok(BundlePlan::Sandbox(Box::new(pod)));
     };
     refuse(&linux)?;
     let ids = user_ids(&linux)?;
@@ -49,7 +49,7 @@ pub(crate) fn plan(
     }
     let cgroups_path = cgroups_path(&linux);
     let size = sizing.of_container(&annotations, linux.resources().as_ref())?;
-    let limits = Limits::of(linux.resources().as_ref());
+    let limits = Limits::from_resources(linux.resources().as_ref());
     let hooks = take_host_hooks(&mut spec)?;
     let root = root(&mut spec, bundle, id, rootfs)?;
     let in_pod = placement != Placement::Single;
@@ -79,7 +79,7 @@ pub(crate) fn plan(
         // The names are the pod's, which its sandbox has set.
         spec.set_hostname(None).set_domainname(None);
     }
-    Ok(Planned::Container(Box::new(Plan {
+    Ok(BundlePlan::Container(Box::new(Plan {
         placement,
         spec: serde_json::to_vec(&spec).map_err(PlanError::Encode)?,
         root,
@@ -116,9 +116,9 @@ fn sandbox(
             hostname: named(spec.hostname()).map(str::to_owned),
             domainname: named(spec.domainname()).map(str::to_owned),
             sysctls,
-            shared_memory: mounts::shared_memory(spec.mounts().as_deref().unwrap_or_default(), inspect),
+            shm_size: mounts::shared_memory(spec.mounts().as_deref().unwrap_or_default(), inspect),
             // containerd has mounts for them in the spec of every container.
-            resolver: None,
+            resolv_conf: None,
         },
     })
 }
@@ -190,7 +190,7 @@ fn user_ids(linux: &Linux) -> Result<Option<IdMap>, PlanError> {
     let has_namespace = namespaces
         .iter()
         .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
-    let map = IdMap::of_spec(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref())
+    let map = IdMap::from_spec(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref())
         .map_err(|reason| PlanError::invalid(FIELD, reason))?;
     match &map {
         None if has_namespace => Err(PlanError::invalid(FIELD, "a user namespace needs mappings")),

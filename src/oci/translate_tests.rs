@@ -27,19 +27,19 @@ fn spec(text: &str) -> Value {
 
 fn plan_of(spec: &Value) -> Result<Plan, PlanError> {
     match planned(spec)? {
-        Planned::Container(plan) => Ok(*plan),
-        Planned::Sandbox(pod) => panic!("{pod:?}"),
+        BundlePlan::Container(plan) => Ok(*plan),
+        BundlePlan::Sandbox(pod) => panic!("{pod:?}"),
     }
 }
 
 fn pod_of(spec: &Value) -> Result<PodPlan, PlanError> {
     match planned(spec)? {
-        Planned::Sandbox(pod) => Ok(*pod),
-        Planned::Container(plan) => panic!("{plan:?}"),
+        BundlePlan::Sandbox(pod) => Ok(*pod),
+        BundlePlan::Container(plan) => panic!("{plan:?}"),
     }
 }
 
-fn planned(spec: &Value) -> Result<Planned, PlanError> {
+fn planned(spec: &Value) -> Result<BundlePlan, PlanError> {
     let bundle = tempfile::tempdir().unwrap();
     fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
     let overlay = HostMount {
@@ -60,7 +60,7 @@ fn planned(spec: &Value) -> Result<Planned, PlanError> {
         &id,
         &[overlay],
         &SIZING,
-        HostNamespaces::Refused,
+        HostNamespaces::Refuse,
         &inspect,
     )
 }
@@ -187,8 +187,8 @@ fn sandbox_says_what_its_pod_has() {
             sysctl("net.ipv4.ip_unprivileged_port_start", "0"),
             sysctl("net.ipv4.ping_group_range", "0 2147483647"),
         ],
-        shared_memory: 128 * MIB,
-        resolver: None,
+        shm_size: 128 * MIB,
+        resolv_conf: None,
     };
     assert_eq!(pod.shared, shared);
 }
@@ -227,7 +227,7 @@ fn member_shares_the_pods_namespaces_and_its_volumes_in_order() {
         path: format!("c7/{index}"),
         read_only,
         recursive: true,
-        ids: None,
+        id_map: None,
     };
     let shares = [
         share("etc-hosts", 0, false),
@@ -412,8 +412,8 @@ fn root_without_mounts_is_the_directory_of_the_spec() {
         let spec = with(CTR, "/root/path", json!(path));
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
         let id = "c7".parse().unwrap();
-        let planned = plan(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refused, &tree).unwrap();
-        let Planned::Container(plan) = planned else {
+        let planned = plan(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refuse, &tree).unwrap();
+        let BundlePlan::Container(plan) = planned else {
             panic!("{planned:?}");
         };
         assert!(matches!(plan.root, Root::Share { directory: Some(directory), .. } if directory == expected));

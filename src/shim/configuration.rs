@@ -251,7 +251,7 @@ mod tests {
                 max_memory: 16 << 30,
                 max_vcpus: 64,
             },
-            host_namespaces: HostNamespaces::Refused,
+            host_namespaces: HostNamespaces::Refuse,
             debug: false,
         };
         assert_eq!(configuration, expected);
@@ -292,7 +292,7 @@ mod tests {
                 max_memory: 1 << 30,
                 max_vcpus: 4,
             },
-            host_namespaces: HostNamespaces::ThePods,
+            host_namespaces: HostNamespaces::Pod,
             debug: true,
         };
         assert_eq!(configuration, expected);

@@ -39,7 +39,7 @@ pub(crate) fn serve() -> Served {
             path: "c/0".to_owned(),
             read_only: false,
             recursive: false,
-            ids: None,
+            id_map: None,
         })
         .unwrap();
     let mount = HostMount {

@@ -139,7 +139,7 @@ mod tests {
 
     use super::*;
     use crate::oci::{
-        self, DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, Plan, PlanError, Planned, Sizing, SourceKind,
+        self, BundlePlan, DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, Plan, PlanError, Sizing, SourceKind,
     };
 
     /// What becomes of a container whose spec has `value` at a JSON pointer.
@@ -165,9 +165,9 @@ mod tests {
         };
         let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
         let id = "c1".parse().unwrap();
-        match oci::plan(bundle.path(), &id, &[], &sizing, HostNamespaces::Refused, &tree)? {
-            Planned::Container(plan) => Ok(*plan),
-            Planned::Sandbox(pod) => panic!("{pod:?}"),
+        match oci::plan(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &tree)? {
+            BundlePlan::Container(plan) => Ok(*plan),
+            BundlePlan::Sandbox(pod) => panic!("{pod:?}"),
         }
     }
 
@@ -265,7 +265,7 @@ mod tests {
         }
         let mapping = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
         let mount = json!([{"destination": "/a", "type": "bind", "source": "/a", "uidMappings": mapping, "gidMappings": mapping}]);
-        let enabled = plan("/mounts", mount).is_ok_and(|plan| plan.shares[0].ids.is_some());
+        let enabled = plan("/mounts", mount).is_ok_and(|plan| plan.shares[0].id_map.is_some());
         assert_eq!(linux["mountExtensions"]["idmap"]["enabled"], enabled);
     }
 }

@@ -87,9 +87,9 @@ impl Boot {
         } = self.guest;
         let machine = MachineConfig {
             memory: self.size.boot.memory,
-            max_memory: self.size.most.memory,
+            max_memory: self.size.max.memory,
             vcpus: self.size.boot.vcpus,
-            max_vcpus: self.size.most.vcpus,
+            max_vcpus: self.size.max.vcpus,
             share: self.share.is_some(),
             disks: self.disks.iter().map(DiskFile::kind).collect(),
             hotplug_disks: self.hotplug_disks,

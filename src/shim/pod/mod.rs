@@ -168,7 +168,7 @@ impl PodRequirements {
     pub(crate) fn of_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
         let group = plan.cgroups_path.as_deref().and_then(ControlGroup::at);
         let limit = group.as_ref().and_then(ControlGroup::memory_limit);
-        let size = plan.size.booting_within(limit);
+        let size = plan.size.bound_boot_memory(limit);
         if size != plan.size {
             log::warn!(
                 "the pod's control group may hold {} MiB: its virtual machine gets {} MiB, and not {}: \

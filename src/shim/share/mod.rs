@@ -169,7 +169,7 @@ impl FsProcess {
         in_thread(|| {
             clone_tree(&share.source, share.recursive)
                 .map_err(step("open it"))
-                .and_then(|mount| match &share.ids {
+                .and_then(|mount| match &share.id_map {
                     None => Ok(mount),
                     Some(ids) => idmap::apply(mount.as_fd(), &ids.map, ids.recursive)
                         .map(|()| mount)

@@ -174,7 +174,7 @@ impl Options {
 
     /// Takes the mapping of ids out, which is no file system's option.
     fn take_ids(&mut self) -> io::Result<Option<IdMap>> {
-        let map = IdMap::of_options(&self.data).map_err(io::Error::other)?;
+        let map = IdMap::from_options(&self.data).map_err(io::Error::other)?;
         self.data
             .retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
         Ok(map)

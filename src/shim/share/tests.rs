@@ -28,7 +28,7 @@ fn share(source: &Path, path: &str) -> Share {
         path: path.to_owned(),
         read_only: false,
         recursive: false,
-        ids: None,
+        id_map: None,
     }
 }
 
@@ -146,7 +146,7 @@ fn overlay_with_more_layers_than_a_page_holds_is_shared() {
 
 fn ids() -> crate::oci::IdMap {
     let options = ["uidmap=0:100000:65536", "gidmap=0:200000:65536"].map(str::to_owned);
-    crate::oci::IdMap::of_options(&options).unwrap().unwrap()
+    crate::oci::IdMap::from_options(&options).unwrap().unwrap()
 }
 
 /// The owner of `path` as the guest sees it.
@@ -188,12 +188,12 @@ fn ids_of_a_share_are_mapped_both_ways() {
     mount_tmpfs(directory.path());
     fs::write(directory.path().join("file"), "").unwrap();
     let (process, mut client) = start();
-    let ids = crate::oci::ShareIds {
+    let ids = crate::oci::ShareIdMap {
         map: ids(),
         recursive: false,
     };
     let share = Share {
-        ids: Some(ids),
+        id_map: Some(ids),
         ..share(directory.path(), "c/0")
     };
     process.attach(&share).unwrap();

@@ -224,9 +224,9 @@ impl Tasks {
         }
         let _one = container.updating.lock().await;
         let before = container.limits();
-        let after = before.updated(&resources);
+        let after = before.with_update(&resources);
         // What grows must be there first, and what shrinks must be out of use.
-        container.set_limits(before.or_more(after));
+        container.set_limits(before.max(after));
         let request = Request::Update {
             container: container.id.to_string(),
             resources,

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::{CREATE_LIMIT, Container, Role, SandboxApi, Tasks, ask, gone};
 use crate::{
     oci::{
-        self, ContainerId, Hooks, HostMount, Limits, Network, Placement, Plan, PlanError, Planned, Root, SourceKind,
+        self, BundlePlan, ContainerId, Hooks, HostMount, Limits, Network, Placement, Plan, PlanError, Root, SourceKind,
     },
     shim::{
         error::{Kind, TaskError},
@@ -74,8 +74,8 @@ impl Tasks {
         let mut reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
         let container = match self.plan(&request)? {
-            Planned::Sandbox(plan) => self.sandbox(&request, *plan, SandboxApi::Task).await?,
-            Planned::Container(plan) => {
+            BundlePlan::Sandbox(plan) => self.sandbox(&request, *plan, SandboxApi::Task).await?,
+            BundlePlan::Container(plan) => {
                 for warning in &plan.warnings {
                     log::warn!("task {}: {warning}", request.id);
                 }
@@ -107,14 +107,14 @@ impl Tasks {
         })
     }
 
-    fn plan(&self, request: &CreateRequest) -> Result<Planned, TaskError> {
+    fn plan(&self, request: &CreateRequest) -> Result<BundlePlan, TaskError> {
         oci::plan(
             &request.bundle,
             &request.id,
             &request.rootfs,
             &self.configuration.sizing,
             self.configuration.host_namespaces,
-            &SourceKind::of,
+            &SourceKind::inspect,
         )
         .map_err(|error| unplanned(&error).during(CONTEXT))
     }

@@ -19,7 +19,7 @@ use super::{
     totals,
 };
 use crate::{
-    oci::{self, ContainerId, Limits, PodPlan, PodShared, Resolver},
+    oci::{self, ContainerId, Limits, PodPlan, PodShared, ResolvConf},
     shim::{
         error::{Kind, TaskError},
         pod::{Pod, PodRequirements},
@@ -282,7 +282,7 @@ impl Tasks {
 
 /// What the agent is asked for.
 fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
-    let files = match &shared.resolver {
+    let files = match &shared.resolv_conf {
         None => Vec::new(),
         Some(resolver) => files(shared.hostname.as_deref(), resolver)?,
     };
@@ -290,18 +290,18 @@ fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
         hostname: shared.hostname.clone(),
         domainname: shared.domainname.clone(),
         sysctls: shared.sysctls.clone(),
-        shared_memory: shared.shared_memory,
+        shared_memory: shared.shm_size,
         files,
     })
 }
 
 /// What containerd's CRI makes for pods whose sandboxes are its own (`internal/cri/server/podsandbox`,
 /// `setupSandboxFiles`).
-fn files(hostname: Option<&str>, resolver: &Resolver) -> Result<Vec<PodFile>, TaskError> {
+fn files(hostname: Option<&str>, resolver: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
     const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
     let resolver = match resolver {
-        Resolver::Says(text) => text.clone().into_bytes(),
-        Resolver::OfHost => match std::fs::read(HOSTS_RESOLVER) {
+        ResolvConf::Contents(text) => text.clone().into_bytes(),
+        ResolvConf::Host => match std::fs::read(HOSTS_RESOLVER) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(TaskError::unknown(format!("read {HOSTS_RESOLVER}: {error}"))),

@@ -65,7 +65,7 @@ impl Tasks {
             .iter()
             .filter(|member| member.init.lifecycle.phase().exit().is_none());
         let limits = Limits::sum(present.map(|member| member.limits()));
-        pod.size().for_limits(limits, pod.memory_limit())
+        pod.size().size_for(limits, pod.memory_limit())
     }
 }
 

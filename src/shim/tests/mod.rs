@@ -88,7 +88,7 @@ impl Shim {
                 max_memory: 1 << 30,
                 max_vcpus: 4,
             },
-            host_namespaces: HostNamespaces::Refused,
+            host_namespaces: HostNamespaces::Refuse,
             debug: false,
         };
         let (sender, events) = mpsc::unbounded_channel();
