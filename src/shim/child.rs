@@ -15,7 +15,7 @@ pub(crate) struct Child {
 
 /// How a child ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Ended {
+pub(crate) enum WaitStatus {
     /// It returned this status.
     Exited(i32),
     /// This signal killed it.
@@ -55,7 +55,7 @@ impl Child {
     }
 
     /// Waits for its end and leaves it a zombie: its pid still names it.
-    pub(crate) async fn ended(&self) -> io::Result<Ended> {
+    pub(crate) async fn wait(&self) -> io::Result<WaitStatus> {
         loop {
             let mut ready = self.descriptor.readable().await?;
             if let Some(ended) = self.poll(WaitIdOptions::NOWAIT)? {
@@ -66,8 +66,8 @@ impl Child {
     }
 
     /// Waits for its end and frees its pid. To be called once.
-    pub(crate) async fn reap(&self) -> io::Result<Ended> {
-        let ended = self.ended().await?;
+    pub(crate) async fn reap(&self) -> io::Result<WaitStatus> {
+        let ended = self.wait().await?;
         self.poll(WaitIdOptions::empty())?;
         Ok(ended)
     }
@@ -84,7 +84,7 @@ impl Child {
         self.descriptor.get_ref().as_fd()
     }
 
-    fn poll(&self, options: WaitIdOptions) -> io::Result<Option<Ended>> {
+    fn poll(&self, options: WaitIdOptions) -> io::Result<Option<WaitStatus>> {
         let status = rustix::process::waitid(
             WaitId::PidFd(self.fd()),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG | options,
@@ -99,14 +99,14 @@ impl Drop for Child {
     }
 }
 
-fn how(status: &WaitIdStatus) -> Ended {
+fn how(status: &WaitIdStatus) -> WaitStatus {
     match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => Ended::Exited(code),
-        (None, signal) => Ended::Killed(signal.unwrap_or_default()),
+        (Some(code), _) => WaitStatus::Exited(code),
+        (None, signal) => WaitStatus::Killed(signal.unwrap_or_default()),
     }
 }
 
-impl std::fmt::Display for Ended {
+impl std::fmt::Display for WaitStatus {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Exited(code) => write!(formatter, "exited with status {code}"),
@@ -127,10 +127,13 @@ mod tests {
 
     #[tokio::test]
     async fn status_and_signal_are_told_apart() {
-        assert_eq!(child("sh", &["-c", "exit 3"]).reap().await.unwrap(), Ended::Exited(3));
+        assert_eq!(
+            child("sh", &["-c", "exit 3"]).reap().await.unwrap(),
+            WaitStatus::Exited(3)
+        );
         let sleeper = child("sleep", &["1000"]);
         sleeper.signal(Signal::TERM);
-        assert_eq!(sleeper.reap().await.unwrap(), Ended::Killed(15));
+        assert_eq!(sleeper.reap().await.unwrap(), WaitStatus::Killed(15));
     }
 
     #[tokio::test]
@@ -138,7 +141,7 @@ mod tests {
         let child = child("true", &[]);
         let proc = format!("/proc/{}", child.pid());
 
-        child.ended().await.unwrap();
+        child.wait().await.unwrap();
         assert!(std::fs::exists(&proc).unwrap());
 
         child.reap().await.unwrap();

@@ -31,7 +31,7 @@ use containerd_shim_protos::{
 };
 use tokio::{net::UnixStream, sync::Notify};
 
-use crate::shim::child::{Child, Ended};
+use crate::shim::child::{Child, WaitStatus};
 
 /// The most events that wait while containerd is away; the oldest goes first.
 const CAPACITY: usize = 2048;
@@ -132,7 +132,7 @@ impl EventQueue {
             timestamp: MessageField::some(timestamp(SystemTime::now())),
             namespace: self.shared.namespace.clone(),
             topic: E::TOPIC.to_owned(),
-            event: MessageField::some(any::<E>(value)),
+            event: MessageField::some(pack_any::<E>(value)),
             ..Envelope::default()
         };
         {
@@ -295,7 +295,7 @@ impl Forward for Publisher {
         writer.write_all(&event).map_err(failed)?;
         drop(writer);
         match tokio::time::timeout(FORWARD_TIMEOUT, child.reap()).await {
-            Ok(Ok(Ended::Exited(0))) => Ok(()),
+            Ok(Ok(WaitStatus::Exited(0))) => Ok(()),
             Ok(Ok(how)) => Err(format!("{} {how}", self.program.display())),
             Ok(Err(error)) => Err(failed(error)),
             Err(_) => {
@@ -321,7 +321,7 @@ impl Forward for Nowhere {
 }
 
 /// A message in containerd's envelope: its type's full name without a prefix.
-pub(crate) fn any<M: MessageFull>(value: Vec<u8>) -> Any {
+pub(crate) fn pack_any<M: MessageFull>(value: Vec<u8>) -> Any {
     Any {
         type_url: M::descriptor().full_name().to_owned(),
         value,
@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn type_names_have_no_prefix() {
-        assert_eq!(any::<TaskExit>(Vec::new()).type_url, "containerd.events.TaskExit");
+        assert_eq!(pack_any::<TaskExit>(Vec::new()).type_url, "containerd.events.TaskExit");
     }
 
     #[tokio::test]

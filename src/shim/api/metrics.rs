@@ -10,7 +10,7 @@ use containerd_shim_protos::{
 };
 use nutshell_protocol::ContainerStats;
 
-use crate::shim::events::any;
+use crate::shim::events::pack_any;
 
 /// The message in its envelope.
 pub(crate) fn metrics(stats: &ContainerStats) -> Any {
@@ -48,7 +48,7 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Any {
         ..Metrics::default()
     };
     // A message without required fields cannot fail to encode into memory.
-    any::<Metrics>(message.write_to_bytes().unwrap_or_default())
+    pack_any::<Metrics>(message.write_to_bytes().unwrap_or_default())
 }
 
 fn io(stats: &nutshell_protocol::IoStats) -> IOEntry {

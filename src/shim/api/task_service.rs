@@ -26,7 +26,7 @@ use crate::shim::{
     api::metrics::metrics,
     api::sandbox_service,
     error::{Kind, TaskError},
-    events::{any, timestamp},
+    events::{pack_any, timestamp},
     stdio,
     tasks::lifecycle::Phase,
     tasks::{CreateRequest, ExecRequest, Tasks},
@@ -144,7 +144,7 @@ impl Task for TaskService {
                     ..ProcessDetails::default()
                 };
                 let details = details.write_to_bytes().map_err(|error| unknown(&error))?;
-                process.info = MessageField::some(any::<ProcessDetails>(details));
+                process.info = MessageField::some(pack_any::<ProcessDetails>(details));
             }
             processes.push(process);
         }

@@ -38,7 +38,7 @@ pub(crate) use self::{
 };
 use self::{clock::Jumps, control::Control, deadline::RunTimeDeadline, streams::Streams};
 use super::{
-    child::{Child, Ended},
+    child::{Child, WaitStatus},
     logging,
 };
 use crate::{
@@ -540,7 +540,7 @@ fn describe(reason: &EndReason) -> String {
     }
 }
 
-fn died(what: &str, how: Ended, said: &str) -> String {
+fn died(what: &str, how: WaitStatus, said: &str) -> String {
     match said.trim() {
         "" => format!("{what} {how}"),
         said => format!("{what} {how}: {said}"),

@@ -19,7 +19,7 @@ use nix::libc;
 use nix::sys::signal::{SigSet, SigmaskHow};
 use rustix::process::{Pid, Signal, WaitOptions};
 
-use crate::shim::child::{Child, Ended};
+use crate::shim::child::{Child, WaitStatus};
 
 /// The network namespace that a holder lives in.
 #[derive(Debug)]
@@ -128,14 +128,14 @@ impl Holder {
     /// Waits until somebody else kills the holder, and says with which signal; its pid stays taken.
     /// `None` once it was released.
     pub(crate) async fn signalled(&self) -> Option<u32> {
-        let ended = self.child.ended().await;
+        let ended = self.child.wait().await;
         if self.released.load(Ordering::Relaxed) {
             return None;
         }
         match ended {
-            Ok(Ended::Killed(signal)) => Some(signal.unsigned_abs()),
+            Ok(WaitStatus::Killed(signal)) => Some(signal.unsigned_abs()),
             // It never exits by itself; whatever made it do so is treated as a kill.
-            Ok(Ended::Exited(_)) | Err(_) => Some(libc::SIGKILL.unsigned_abs()),
+            Ok(WaitStatus::Exited(_)) | Err(_) => Some(libc::SIGKILL.unsigned_abs()),
         }
     }
 

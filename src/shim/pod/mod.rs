@@ -25,7 +25,7 @@ use tokio::sync::OnceCell;
 
 use self::cgroup::ControlGroup;
 use crate::shim::{
-    child::{Child, Ended},
+    child::{Child, WaitStatus},
     configuration::Configuration,
     error::TaskError,
     machine::{Boot, BootError, DiskFile, Guest, LAST_WORDS, Machine, Vmm, open_disk, open_kvm},
@@ -519,10 +519,10 @@ fn lock(slots: &Mutex<DiskSlots>) -> MutexGuard<'_, DiskSlots> {
 
 /// Without its file server a machine is of no use.
 async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
-    let (Ok(how), Some(pod)) = (child.ended().await, pod.upgrade()) else {
+    let (Ok(how), Some(pod)) = (child.wait().await, pod.upgrade()) else {
         return;
     };
-    if how == Ended::Exited(0) {
+    if how == WaitStatus::Exited(0) {
         // It ends so when the vmm hangs up: then the vmm has more to say about why.
         let ended = pod.machine.ended();
         if tokio::time::timeout(LAST_WORDS, ended).await.is_ok() {

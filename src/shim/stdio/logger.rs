@@ -23,7 +23,7 @@ use rustix::process::Signal;
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, task::JoinHandle};
 
 use super::endpoint::Program;
-use crate::shim::child::{Child, Ended};
+use crate::shim::child::{Child, WaitStatus};
 
 /// How long a program may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(10);
@@ -180,9 +180,9 @@ async fn wait_until_ready(program: &Program, child: &Child, ready: PipeReader) -
         Err(_) => Err(format!("was not ready within {} s", READY_LIMIT.as_secs())),
         Ok(Err(error)) => Err(text(error)),
         Ok(Ok(1..)) => Ok(()),
-        Ok(Ok(0)) if is_exiting(child) => match child.ended().await {
+        Ok(Ok(0)) if is_exiting(child) => match child.wait().await {
             // It may have left another process to do the work.
-            Ok(Ended::Exited(0)) if !program.must_say_ready => Ok(()),
+            Ok(WaitStatus::Exited(0)) if !program.must_say_ready => Ok(()),
             Ok(ended) => Err(ended.to_string()),
             Err(error) => Err(text(error)),
         },
@@ -204,7 +204,7 @@ fn is_exiting(child: &Child) -> bool {
 
 async fn reap(child: Arc<Child>, path: PathBuf, words: Words) {
     match child.reap().await {
-        Ok(Ended::Exited(0)) => {}
+        Ok(WaitStatus::Exited(0)) => {}
         Ok(ended) => {
             let words = words.last().await;
             log::warn!("the logging program {} {ended}: {words}", path.display());

@@ -11,7 +11,7 @@
 //! Of each fifo the shim keeps an end of its own. Of standard output and error the reading one:
 //! a reader that goes away (containerd restarts) is no error for the process, which waits for the
 //! next reader as it would for a slow one. Of standard input the writing one: a client that detaches
-//! is no end of input, only [`Standard::close_stdin`] is (containerd `pkg/cio`, and the runc shim's
+//! is no end of input, only [`StandardStreams::close_stdin`] is (containerd `pkg/cio`, and the runc shim's
 //! `process/io.go`).
 
 mod endpoint;
@@ -103,7 +103,7 @@ pub(crate) struct StdioSpec {
 
 /// Streams that are open and not yet the machine's.
 #[derive(Debug)]
-pub(crate) struct Opened {
+pub(crate) struct OpenedStreams {
     terminal: bool,
     stdin: Option<Input>,
     stdout: Option<Output>,
@@ -139,7 +139,7 @@ enum Reader {
 
 /// The streams of a process in a machine.
 #[derive(Debug, Default)]
-pub(crate) struct Standard {
+pub(crate) struct StandardStreams {
     stdin: Option<Stream>,
     stdin_writer: Mutex<Option<Writer>>,
     stdout: Option<OutputStream>,
@@ -156,7 +156,7 @@ struct OutputStream {
 impl StdioSpec {
     /// Opens all streams of `owner`, a container's or an exec's id. Waits only for what containerd has
     /// prepared before: the other end of a fifo may come later.
-    pub(crate) async fn open(&self, owner: &str, context: &StdioContext) -> Result<Opened, StdioError> {
+    pub(crate) async fn open(&self, owner: &str, context: &StdioContext) -> Result<OpenedStreams, StdioError> {
         let stdin = match Endpoint::parse("stdin", &self.stdin)? {
             Some(endpoint) => Some(self.open_input(endpoint, context).await?),
             None => None,
@@ -180,7 +180,7 @@ impl StdioSpec {
             }
         }
         let [stdout_pipe, stderr_pipe] = pipes;
-        Ok(Opened {
+        Ok(OpenedStreams {
             terminal: self.terminal,
             stdin,
             stdout: open_output("stdout", stdout, stdout_pipe, context).await?,
@@ -260,21 +260,21 @@ async fn open_output(
     })
 }
 
-impl Opened {
+impl OpenedStreams {
     /// Hands the streams to `machine`; the second value is for the agent.
     pub(crate) async fn connect(
         self,
         machine: &Machine,
         size: Option<(u16, u16)>,
-    ) -> Result<(Standard, Stdio), ControlError> {
+    ) -> Result<(StandardStreams, Stdio), ControlError> {
         let mut stdio = Stdio {
             terminal: self.terminal,
             size,
             ..Stdio::default()
         };
-        let mut standard = Standard {
+        let mut standard = StandardStreams {
             loggers: Mutex::new(self.loggers),
-            ..Standard::default()
+            ..StandardStreams::default()
         };
         if let Some(input) = self.stdin {
             let stream = machine.open_stream(Some(input.machine.as_fd()), None).await?;
@@ -300,7 +300,7 @@ async fn hand_over(
     Ok((Some(OutputStream { stream, reader }), Some(port)))
 }
 
-impl Standard {
+impl StandardStreams {
     /// Ends the input once what was sent before was read and no client writes any more.
     pub(crate) fn close_stdin(&self) {
         let mut writer = self.stdin_writer.lock();
@@ -414,7 +414,7 @@ mod tests {
 
     use super::*;
 
-    async fn open(request: StdioSpec) -> Result<Opened, StdioError> {
+    async fn open(request: StdioSpec) -> Result<OpenedStreams, StdioError> {
         request.open("c1", &StdioContext::default()).await
     }
 

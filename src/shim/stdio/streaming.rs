@@ -37,7 +37,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::shim::events::any;
+use crate::shim::events::pack_any;
 
 /// The name of the service (containerd `api/services/streaming/v1`).
 pub(crate) const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
@@ -115,7 +115,7 @@ impl StreamHandler for Streaming {
         let (done, finished) = oneshot::channel();
         let (sender, receiver) = stream.split();
         // The answer comes first: nothing else may overtake it.
-        sender.send(&any::<Empty>(Vec::new())).await?;
+        sender.send(&pack_any::<Empty>(Vec::new())).await?;
         self.offer(
             init.value,
             Client {

@@ -308,11 +308,11 @@ async fn prepare(
         .await
         .map_err(|error| TaskError::unknown(error.to_string()))?;
     hold(container, network)?;
-    let (standard, stdio) = match opened.connect(container.pod.machine(), size).await {
+    let (streams, stdio) = match opened.connect(container.pod.machine(), size).await {
         Ok(connected) => connected,
         Err(error) => return Err(gone(&container.pod, &error).await),
     };
-    init.set_standard(standard);
+    init.set_streams(streams);
     run_hooks(container).await?;
     Ok(stdio)
 }

@@ -127,13 +127,13 @@ impl Tasks {
 /// Waits until readers have all output, and closes the streams. Whoever still holds an output open
 /// (a grandchild in a pid namespace of its own) has had its time then.
 async fn finish_streams(container: &Container, process: &Process) {
-    let Some(standard) = process.standard() else { return };
+    let Some(streams) = process.streams() else { return };
     let machine = container.pod.machine();
-    if !standard.finished(Duration::ZERO).await {
+    if !streams.finished(Duration::ZERO).await {
         if process.exec.is_none() {
             remove_from_guest(container).await;
         }
-        standard.finished(DRAIN_LIMIT).await;
+        streams.finished(DRAIN_LIMIT).await;
     }
     process.close_streams(machine).await;
 }

@@ -66,9 +66,9 @@ impl Tasks {
             exited.stdout,
             exited.stderr
         );
-        if let Some(standard) = process.standard() {
+        if let Some(streams) = process.streams() {
             let machine = container.pod.machine();
-            standard
+            streams
                 .drained(machine, exited.stdout, exited.stderr, DRAIN_LIMIT)
                 .await;
         }

@@ -16,7 +16,7 @@ use rustix::{
 use serde_json::json;
 
 use crate::oci::{self, ContainerId, Hook};
-use crate::shim::child::{Child, Ended};
+use crate::shim::child::{Child, WaitStatus};
 
 /// How much of either of a failed hook's outputs goes into its error, in bytes.
 const OUTPUT_LIMIT: u64 = 1024;
@@ -134,9 +134,9 @@ async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> 
         },
     };
     let how = match ended.map_err(text)? {
-        Ended::Exited(0) => return Ok(()),
-        Ended::Exited(status) => format!("exit status {status}"),
-        Ended::Killed(signal) => format!("signal: {}", signal_name(signal)),
+        WaitStatus::Exited(0) => return Ok(()),
+        WaitStatus::Exited(status) => format!("exit status {status}"),
+        WaitStatus::Killed(signal) => format!("signal: {}", signal_name(signal)),
     };
     let (stdout, stderr) = (output(stdout).map_err(text)?, output(stderr).map_err(text)?);
     Err(format!("{how}, stdout: {stdout}, stderr: {stderr}"))

@@ -10,7 +10,7 @@ use parking_lot::{Mutex, MutexGuard};
 use crate::shim::{
     machine::Machine,
     pod::holder::Holder,
-    stdio::{Standard, StdioSpec},
+    stdio::{StandardStreams, StdioSpec},
     tasks::lifecycle::Lifecycle,
 };
 
@@ -24,7 +24,7 @@ pub(crate) struct Process {
     /// Where it is.
     pub(crate) lifecycle: Lifecycle,
     state: Mutex<State>,
-    standard: OnceLock<Standard>,
+    streams: OnceLock<StandardStreams>,
     pid: AtomicU32,
     guest_pid: AtomicU32,
     ended: AtomicBool,
@@ -60,7 +60,7 @@ impl Process {
             request,
             lifecycle,
             state: Mutex::new(state),
-            standard: OnceLock::new(),
+            streams: OnceLock::new(),
             pid: AtomicU32::new(0),
             guest_pid: AtomicU32::new(0),
             ended: AtomicBool::new(false),
@@ -102,24 +102,24 @@ impl Process {
     }
 
     /// Its streams, once the machine has them.
-    pub(crate) fn standard(&self) -> Option<&Standard> {
-        self.standard.get()
+    pub(crate) fn streams(&self) -> Option<&StandardStreams> {
+        self.streams.get()
     }
 
     /// Its streams are the machine's now.
-    pub(crate) fn set_standard(&self, standard: Standard) {
+    pub(crate) fn set_streams(&self, streams: StandardStreams) {
         if self.state().stdin_closed {
-            standard.close_stdin();
+            streams.close_stdin();
         }
         // Once in a life: a start is begun once.
-        let _ = self.standard.set(standard);
+        let _ = self.streams.set(streams);
     }
 
     /// Closes the shim's end of standard input, now or as soon as there is one.
     pub(crate) fn close_stdin(&self) {
         self.state().stdin_closed = true;
-        if let Some(standard) = self.standard() {
-            standard.close_stdin();
+        if let Some(streams) = self.streams() {
+            streams.close_stdin();
         }
     }
 
@@ -145,8 +145,8 @@ impl Process {
 
     /// Closes what is open of its streams.
     pub(crate) async fn close_streams(&self, machine: &Machine) {
-        if let Some(standard) = self.standard() {
-            standard.close(machine, crate::shim::tasks::CLOSE_LIMIT).await;
+        if let Some(streams) = self.streams() {
+            streams.close(machine, crate::shim::tasks::CLOSE_LIMIT).await;
         }
     }
 

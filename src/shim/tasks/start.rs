@@ -184,11 +184,11 @@ async fn run_exec(
     let holder = Holder::spawn(&Namespace::Inherited)
         .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;
     process.hold(Arc::new(holder));
-    let (standard, stdio) = match opened.connect(machine, process.size()).await {
+    let (streams, stdio) = match opened.connect(machine, process.size()).await {
         Ok(connected) => connected,
         Err(error) => return Err(gone(&container.pod, &error).await.during(EXEC_CONTEXT)),
     };
-    process.set_standard(standard);
+    process.set_streams(streams);
     let start = Request::StartExec(StartExec {
         container: container.id.to_string(),
         exec: exec.to_owned(),
