@@ -49,11 +49,6 @@ impl Device for Balloon {
         QUEUE_SIZES.to_vec()
     }
 
-    // No page is asked for.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let reporting = activation.features & REPORTING != 0;
         // Without the feature a driver sets up the first two only.

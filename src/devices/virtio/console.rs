@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device,
+    ActivateError, Activation, Device,
     queue::{DeviceQueue, QueueError},
 };
 use crate::control::CONSOLE_TAIL;
@@ -72,16 +72,8 @@ impl Device for Console {
         VIRTIO_ID_CONSOLE
     }
 
-    fn features(&self) -> u64 {
-        COMMON_FEATURES
-    }
-
     fn queue_sizes(&self) -> Vec<u16> {
         QUEUE_SIZES.to_vec()
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryBackend;
 
-use super::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config, mmio::InterruptLine};
+use super::{ActivateError, Activation, Device, copy_config, mmio::InterruptLine};
 use crate::memory::Memory;
 
 /// The high-priority queue and the request queue. A request's size is bounded by its queue's.
@@ -149,10 +149,6 @@ fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u
 impl Device for Fs {
     fn kind(&self) -> u32 {
         VIRTIO_ID_FS
-    }
-
-    fn features(&self) -> u64 {
-        COMMON_FEATURES
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

@@ -54,13 +54,18 @@ pub(crate) trait Device: Send {
     fn kind(&self) -> u32;
 
     /// The features offered, [`COMMON_FEATURES`] included.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        COMMON_FEATURES
+    }
 
     /// The largest size of each queue, a power of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Fills `data` from the device's configuration at `offset`; what lies beyond it reads as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Fills `data` from the device's configuration at `offset`; bytes beyond its end read as zero. The default is a
+    /// device without a configuration.
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
 
     /// Changes with every change of the configuration that spans several fields or a field of 64 bits
     /// (virtio 1.3 §2.5.3).

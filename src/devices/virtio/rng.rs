@@ -4,7 +4,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device,
+    ActivateError, Activation, Device,
     queue::{DeviceQueue, QueueError},
 };
 
@@ -41,16 +41,8 @@ impl Device for Rng {
         VIRTIO_ID_RNG
     }
 
-    fn features(&self) -> u64 {
-        COMMON_FEATURES
-    }
-
     fn queue_sizes(&self) -> Vec<u16> {
         QUEUE_SIZES.to_vec()
-    }
-
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {

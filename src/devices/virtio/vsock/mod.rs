@@ -15,7 +15,7 @@ use self::{
     packet::{HEADER, Packet},
 };
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device, copy_config,
+    ActivateError, Activation, Device, copy_config,
     queue::{DeviceQueue, QueueError},
 };
 
@@ -129,10 +129,6 @@ impl Vsock {
 impl Device for Vsock {
     fn kind(&self) -> u32 {
         VIRTIO_ID_VSOCK
-    }
-
-    fn features(&self) -> u64 {
-        COMMON_FEATURES
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
