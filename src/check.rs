@@ -91,7 +91,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         max_memory: MEMORY,
         vcpus: 1,
         max_vcpus: 1,
-        share: false,
+        file_server: false,
         disks: Vec::new(),
         hotplug_disks: 0,
         kernel: image.kernel_extent,

@@ -72,7 +72,7 @@ impl BootResources {
             kernel: next("no kernel")?.into(),
             initramfs: next("no initramfs")?.into(),
             agent: next("no stream for the agent")?,
-            share: if machine.share {
+            share: if machine.file_server {
                 Some(next("no file server")?.into())
             } else {
                 None
@@ -83,7 +83,7 @@ impl BootResources {
                 .map(|disk| {
                     Ok(Backing {
                         file: next("no file of a disk")?.into(),
-                        read_only: *disk == control::Disk::ReadOnly,
+                        read_only: *disk == control::DiskAccess::ReadOnly,
                     })
                 })
                 .collect::<Result<_, BuildError>>()?,
@@ -109,7 +109,7 @@ pub(crate) fn start(parts: BootResources, log: &Arc<Log>, end: &Arc<End>) -> Res
         share,
         disks,
     } = parts;
-    let memory = GuestMemory::new(map::allocate(machine.memory, machine.share)?);
+    let memory = GuestMemory::new(map::allocate(machine.memory, machine.file_server)?);
     let vm = Vm::new(kvm, memory.now())?;
     let mut board = Board::new(&vm, memory.clone());
 

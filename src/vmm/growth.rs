@@ -213,7 +213,7 @@ mod tests {
             max_memory,
             vcpus: 1,
             max_vcpus: 4,
-            share: true,
+            file_server: true,
             disks: Vec::new(),
             hotplug_disks: 0,
             kernel: extent,

@@ -11,11 +11,11 @@ use super::{
     ActivateError, Activation, Device,
     queue::{DeviceQueue, QueueError},
 };
-use crate::control::CONSOLE_TAIL;
+use crate::control::MAX_CONSOLE_TAIL;
 
 const QUEUE_SIZES: [u16; 2] = [16, 16];
 
-/// The last [`CONSOLE_TAIL`] bytes of what the guest printed, from all its consoles.
+/// The last [`MAX_CONSOLE_TAIL`] bytes of what the guest printed, from all its consoles.
 #[derive(Debug, Default)]
 pub(crate) struct Log(Mutex<VecDeque<u8>>);
 
@@ -23,8 +23,8 @@ impl Log {
     /// Adds what the guest printed; the oldest bytes give way.
     pub(crate) fn append(&self, bytes: &[u8]) {
         let mut tail = self.0.lock();
-        let kept = &bytes[bytes.len().saturating_sub(CONSOLE_TAIL)..];
-        let surplus = (tail.len() + kept.len()).saturating_sub(CONSOLE_TAIL);
+        let kept = &bytes[bytes.len().saturating_sub(MAX_CONSOLE_TAIL)..];
+        let surplus = (tail.len() + kept.len()).saturating_sub(MAX_CONSOLE_TAIL);
         tail.drain(..surplus);
         tail.extend(kept);
     }
@@ -96,12 +96,12 @@ mod tests {
     #[test]
     fn log_keeps_the_tail_and_never_grows_over_its_limit() {
         let log = Log::default();
-        log.append(&vec![b'a'; CONSOLE_TAIL]);
+        log.append(&vec![b'a'; MAX_CONSOLE_TAIL]);
         log.append(b"the end");
-        log.append(&vec![b'b'; 3 * CONSOLE_TAIL]);
+        log.append(&vec![b'b'; 3 * MAX_CONSOLE_TAIL]);
         log.append(b"last words");
         let tail = log.tail();
-        assert_eq!(tail.len(), CONSOLE_TAIL);
+        assert_eq!(tail.len(), MAX_CONSOLE_TAIL);
         assert!(tail.ends_with(b"blast words"));
     }
 }

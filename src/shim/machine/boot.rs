@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    control::{Command, Disk, MachineConfig},
+    control::{Command, DiskAccess, MachineConfig},
     guest_image::{GuestImage, GuestImageError},
     oci::PodSize,
 };
@@ -24,7 +24,7 @@ pub(crate) enum BootError {
     Descriptors(#[source] io::Error),
     /// A disk.
     #[error("open the disk {}: {source}", path.display())]
-    Disk {
+    DiskAccess {
         /// The file or device.
         path: PathBuf,
         /// Why.
@@ -90,7 +90,7 @@ impl Boot {
             max_memory: self.size.max.memory,
             vcpus: self.size.boot.vcpus,
             max_vcpus: self.size.max.vcpus,
-            share: self.share.is_some(),
+            file_server: self.share.is_some(),
             disks: self.disks.iter().map(DiskFile::kind).collect(),
             hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
@@ -105,11 +105,11 @@ impl Boot {
 }
 
 impl DiskFile {
-    fn kind(&self) -> Disk {
+    fn kind(&self) -> DiskAccess {
         if self.read_only {
-            Disk::ReadOnly
+            DiskAccess::ReadOnly
         } else {
-            Disk::ReadWrite
+            DiskAccess::ReadWrite
         }
     }
 }
@@ -150,7 +150,7 @@ pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError>
         rustix::fs::fcntl_setfl(file.as_fd(), flags)?;
         Ok(file)
     };
-    open().map_err(|source| BootError::Disk {
+    open().map_err(|source| BootError::DiskAccess {
         path: path.to_owned(),
         source,
     })
@@ -201,8 +201,8 @@ mod tests {
             let Command::Boot(machine) = command else {
                 panic!("{command:?}");
             };
-            assert_eq!(machine.share, shared);
-            assert_eq!(machine.disks, [Disk::ReadOnly, Disk::ReadWrite]);
+            assert_eq!(machine.file_server, shared);
+            assert_eq!(machine.disks, [DiskAccess::ReadOnly, DiskAccess::ReadWrite]);
             assert_eq!(descriptors.len(), count);
         }
     }

@@ -21,7 +21,7 @@ use super::{
     discovery::Link,
     netlink::{Netlink, NetlinkError},
 };
-use crate::control::NET_HEADER;
+use crate::control::VNET_HEADER_SIZE;
 
 /// The kernel puts a number in place of `%d`.
 const NAME: &[u8] = b"nutshell%d\0";
@@ -46,7 +46,7 @@ pub(super) fn make(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
         *place = byte.cast_signed();
     }
     request.ifr_ifru.ifru_flags = FLAGS;
-    let header = libc::c_int::try_from(NET_HEADER).unwrap_or(libc::c_int::MAX);
+    let header = libc::c_int::try_from(VNET_HEADER_SIZE).unwrap_or(libc::c_int::MAX);
     let queues = (0..queues.max(1))
         .map(|_| {
             let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;

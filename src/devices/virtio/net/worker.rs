@@ -19,7 +19,7 @@ use crate::devices::virtio::{
 };
 
 /// The bytes before a packet (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6).
-pub(super) const HEADER: usize = crate::control::NET_HEADER as usize;
+pub(super) const HEADER: usize = crate::control::VNET_HEADER_SIZE as usize;
 
 /// Where the header says how many buffers the packet has.
 const NUM_BUFFERS: usize = 10;

@@ -1,0 +1,206 @@
+//! The socket: a `SOCK_SEQPACKET` socketpair, one message per packet, file descriptors beside it (`SCM_RIGHTS`). The vmm
+//! has its end on descriptor 0.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+    },
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// The largest packet, in bytes; a console's tail is the largest part.
+const MAX_PACKET: usize = 64 << 10;
+
+/// The most descriptors in one packet (the kernel's limit is 253).
+const MAX_DESCRIPTORS: usize = 64;
+
+/// What goes wrong on the channel.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ControlError {
+    /// The other process is gone.
+    #[error("the other end of the control channel is gone")]
+    Closed,
+    /// The packet is no message of this executable.
+    #[error("a malformed packet came over the control channel")]
+    Malformed,
+    /// The socket failed.
+    #[error("control channel: {0}")]
+    Socket(#[source] io::Error),
+}
+
+/// One end of the channel. Close-on-exec.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    socket: OwnedFd,
+}
+
+impl Channel {
+    /// Both ends of a new channel.
+    pub(crate) fn pair() -> Result<(Self, Self), ControlError> {
+        let (left, right) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+            .map_err(|error| ControlError::Socket(error.into()))?;
+        Ok((Self { socket: left }, Self { socket: right }))
+    }
+
+    /// The same end once more, for another thread to send by.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        let socket = self.socket.try_clone()?;
+        Ok(Self { socket })
+    }
+
+    /// Sends `message` with `descriptors`. Blocks while the socket's buffer is full unless the
+    /// descriptor is non-blocking.
+    pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+        let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
+        if packet.len() > MAX_PACKET || descriptors.len() > MAX_DESCRIPTORS {
+            return Err(ControlError::Malformed);
+        }
+        let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        sendmsg::<()>(
+            self.socket.as_raw_fd(),
+            &[io::IoSlice::new(&packet)],
+            if raw.is_empty() { &[] } else { &rights },
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map_err(|error| match error {
+            Errno::EPIPE | Errno::ECONNRESET => ControlError::Closed,
+            error => ControlError::Socket(error.into()),
+        })?;
+        Ok(())
+    }
+
+    /// Receives one message and its descriptors, all close-on-exec. Blocks unless the descriptor
+    /// is non-blocking ([`ControlError::Socket`] with `WouldBlock` then).
+    pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
+        match self.receive_packet(MsgFlags::empty()) {
+            // The kernel says once that the other end closed before it had read all that was sent to
+            // it, and says it before it hands out what that end had sent: its last word.
+            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                self.receive_packet(MsgFlags::empty())
+            }
+            other => other,
+        }
+    }
+
+    /// As [`Self::receive`], but `None` at once if there is no message.
+    pub(crate) fn try_receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
+        match self.receive_packet(MsgFlags::MSG_DONTWAIT) {
+            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn receive_packet<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<(T, Vec<OwnedFd>), ControlError> {
+        let mut packet = vec![0; MAX_PACKET];
+        let mut ancillary = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
+        let mut vectors = [io::IoSliceMut::new(&mut packet)];
+        let received = recvmsg::<()>(
+            self.socket.as_raw_fd(),
+            &mut vectors,
+            Some(&mut ancillary),
+            MsgFlags::MSG_CMSG_CLOEXEC | flags,
+        )
+        .map_err(|error| ControlError::Socket(error.into()))?;
+        let mut descriptors = Vec::new();
+        for message in received.cmsgs().map_err(|error| ControlError::Socket(error.into()))? {
+            if let ControlMessageOwned::ScmRights(raw) = message {
+                // SAFETY: the kernel has just installed these descriptors for this process, and
+                // nothing else knows their numbers yet.
+                descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        let (length, truncated) = (
+            received.bytes,
+            received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC),
+        );
+        if length == 0 {
+            return Err(ControlError::Closed);
+        }
+        if truncated {
+            return Err(ControlError::Malformed);
+        }
+        let message = postcard::from_bytes(&packet[..length]).map_err(|_| ControlError::Malformed)?;
+        Ok((message, descriptors))
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Channel {
+    fn from(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.socket
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Read, os::fd::AsFd};
+
+    use super::*;
+    use crate::control::{Command, Notice};
+
+    #[test]
+    fn descriptor_sent_with_a_command_is_the_same_file() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let command = Command::OpenStream {
+            port: 1024,
+            input: true,
+            output: false,
+        };
+        shim.send(&command, &[reader.as_fd()]).unwrap();
+        drop((reader, shim));
+
+        let (received, mut descriptors) = vmm.receive::<Command>().unwrap();
+
+        assert!(matches!(received, Command::OpenStream { port: 1024, .. }));
+        io::Write::write_all(&mut { writer }, b"x").unwrap();
+        let mut bytes = Vec::new();
+        File::from(descriptors.remove(0)).read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"x");
+        assert!(matches!(vmm.receive::<Command>(), Err(ControlError::Closed)));
+    }
+
+    #[test]
+    fn last_word_arrives_though_its_sender_left_commands_unread() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        shim.send(&Command::ReadConsole, &[]).unwrap();
+        vmm.send(&Notice::Drained { port: 7 }, &[]).unwrap();
+        drop(vmm);
+
+        let last = shim.receive::<Notice>();
+
+        assert!(matches!(last, Ok((Notice::Drained { port: 7 }, _))), "{last:?}");
+        assert!(matches!(shim.receive::<Notice>(), Err(ControlError::Closed)));
+    }
+
+    #[test]
+    fn garbage_is_malformed_and_not_a_panic() {
+        let (shim, vmm) = Channel::pair().unwrap();
+        nix::sys::socket::send(
+            std::os::fd::AsRawFd::as_raw_fd(&shim.as_fd()),
+            &[0xff; 9],
+            MsgFlags::empty(),
+        )
+        .unwrap();
+        assert!(matches!(vmm.receive::<Command>(), Err(ControlError::Malformed)));
+    }
+}
