@@ -14,13 +14,13 @@ use tempfile::TempDir;
 
 use crate::{
     oci::{HostMount, Share},
-    shim::share::FsProcess,
+    shim::share::FileServer,
 };
 
 /// A file server with one shared directory as `c/0`, and one as the root file system `c/rootfs` that
 /// belongs to the guest.
 pub(crate) struct Served {
-    pub(crate) process: FsProcess,
+    pub(crate) process: FileServer,
     pub(crate) client: Client,
     pub(crate) directory: TempDir,
     pub(crate) rootfs: TempDir,
@@ -32,7 +32,7 @@ pub(crate) fn serve() -> Served {
         "the file server is started by root: run these tests as root"
     );
     let [directory, rootfs, place] = std::array::from_fn(|_| TempDir::new().unwrap());
-    let (process, socket) = FsProcess::spawn().unwrap();
+    let (process, socket) = FileServer::spawn().unwrap();
     process
         .attach(&Share {
             source: directory.path().to_owned(),

@@ -18,7 +18,7 @@ use crate::shim::{
     configuration::Configuration,
     events::{Containerd, EventQueue, Nowhere, Publisher},
     pod::HostLauncher,
-    stdio::{StdioContext, Streaming},
+    stdio::{StdioContext, StreamRegistry},
     tasks::Tasks,
 };
 
@@ -94,7 +94,7 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
     };
     let stdio = StdioContext {
         namespace: context.namespace,
-        streaming: Streaming::default(),
+        streaming: StreamRegistry::default(),
     };
     let tasks = Tasks::new(context.configuration, host, events.clone(), stdio);
     let written = Written::none();

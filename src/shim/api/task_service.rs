@@ -50,7 +50,7 @@ pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String,
         );
     }
     services.extend(sandbox_service::services(tasks, written));
-    services.insert(stdio::SERVICE.to_owned(), tasks.streaming().service());
+    services.insert(stdio::STREAMING_SERVICE.to_owned(), tasks.streaming().ttrpc_service());
     services
 }
 

@@ -52,7 +52,7 @@ pub(crate) struct DiskFile {
 
 /// The guest's own files and KVM: the same for every machine.
 #[derive(Debug)]
-pub(crate) struct Guest {
+pub(crate) struct GuestResources {
     /// `/dev/kvm`.
     pub(crate) kvm: OwnedFd,
     /// Kernel and initramfs.
@@ -65,7 +65,7 @@ pub(crate) struct Guest {
 #[derive(Debug)]
 pub(crate) struct Boot {
     /// KVM, kernel, initramfs.
-    pub(crate) guest: Guest,
+    pub(crate) guest: GuestResources,
     /// Memory and vCPUs.
     pub(crate) size: PodSize,
     /// The vhost-user socket of the fs process, if directories are shared.
@@ -80,7 +80,7 @@ impl Boot {
     /// The command, and the descriptors in the order that it documents. `agent` is the stream of
     /// [`nutshell_protocol::AGENT_PORT`].
     pub(super) fn into_command(self, agent: OwnedFd) -> (Command, Vec<OwnedFd>) {
-        let Guest {
+        let GuestResources {
             kvm,
             image,
             kernel_arguments,
@@ -168,7 +168,7 @@ mod tests {
     fn boot(share: Option<OwnedFd>, disks: Vec<DiskFile>) -> Boot {
         let extent = Extent { offset: 0, length: 0 };
         Boot {
-            guest: Guest {
+            guest: GuestResources {
                 kvm: null().into(),
                 image: GuestImage {
                     kernel: null(),

@@ -33,7 +33,7 @@ use tokio::{
 
 pub(crate) use self::{
     agent::{Agent, AgentError},
-    boot::{Boot, BootError, DiskFile, Guest, open_disk, open_kvm},
+    boot::{Boot, BootError, DiskFile, GuestResources, open_disk, open_kvm},
     streams::Stream,
 };
 use self::{clock::Jumps, control::Control, deadline::RunTimeDeadline, streams::Streams};
@@ -57,7 +57,7 @@ const STDERR_LIMIT: usize = 16 << 10;
 
 /// A vmm process that was started and waits for its first command.
 #[derive(Debug)]
-pub(crate) struct Vmm {
+pub(crate) struct VmmProcess {
     /// The process.
     pub(crate) child: Child,
     /// The shim's end.
@@ -66,7 +66,7 @@ pub(crate) struct Vmm {
     pub(crate) stderr: OwnedFd,
 }
 
-impl Vmm {
+impl VmmProcess {
     /// Starts the process. To be called on the shim's main thread, with whose end the kernel kills
     /// it. Needs the runtime.
     pub(crate) fn spawn() -> io::Result<Self> {
@@ -149,11 +149,11 @@ impl Machine {
     /// Tells `vmm` to build the machine and to boot it. Returns before it has; [`Self::ready`]
     /// follows. `on_event` gets the agent's events in order, and does not block.
     pub(crate) async fn start(
-        vmm: Vmm,
+        vmm: VmmProcess,
         boot: Boot,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, BootError> {
-        let Vmm { child, control, stderr } = vmm;
+        let VmmProcess { child, control, stderr } = vmm;
         match Self::speak(control, boot, on_event) {
             Ok((control, agent, agent_end)) => Ok(Self::watch(child, stderr, control, agent, agent_end)),
             Err(error) => {
@@ -390,7 +390,7 @@ impl Machine {
     }
 
     /// Waits until the guest has `bytes` of memory beyond what it booted with.
-    pub(crate) async fn plugged(&self, bytes: u64) {
+    pub(crate) async fn memory_plugged(&self, bytes: u64) {
         let mut plugged = self.shared.plugged.subscribe();
         if plugged.wait_for(|plugged| *plugged == Some(bytes)).await.is_err() {
             // The sender is borrowed with `self`.

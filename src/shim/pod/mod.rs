@@ -2,7 +2,7 @@
 //! shared with it, and a control group. A container that stands alone is a pod of one.
 
 mod cgroup;
-pub(crate) mod holder;
+mod pid_holder;
 
 use std::{
     collections::HashMap,
@@ -24,13 +24,14 @@ use nutshell_protocol::{Event, Request, Rootfs, SetUpPod};
 use tokio::sync::OnceCell;
 
 use self::cgroup::ControlGroup;
+pub(crate) use self::pid_holder::{NetworkNamespace, PidHolder, open_network_namespace};
 use crate::shim::{
     child::{Child, WaitStatus},
     configuration::Configuration,
     error::TaskError,
-    machine::{Boot, BootError, DiskFile, Guest, LAST_WORDS, Machine, Vmm, open_disk, open_kvm},
+    machine::{Boot, BootError, DiskFile, GuestResources, LAST_WORDS, Machine, VmmProcess, open_disk, open_kvm},
     network::{Network, NetworkError},
-    share::{FsProcess, ShareError},
+    share::{FileServer, ShareError},
 };
 use crate::{
     control::ControlError,
@@ -47,11 +48,11 @@ const RELEASE_LIMIT: Duration = Duration::from_secs(10);
 /// Where machines come from; the tests have another.
 pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     /// KVM and the guest's files.
-    fn guest(&self) -> Result<Guest, BootError>;
+    fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
     /// A vmm process that waits for its first command. Called on the shim's main thread.
-    fn vmm(&self) -> io::Result<Vmm>;
+    fn spawn_vmm(&self) -> io::Result<VmmProcess>;
     /// A file server, and the socket by which the vmm reaches it. Called on the shim's main thread.
-    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError>;
+    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
 }
 
 /// This host.
@@ -59,13 +60,13 @@ pub(crate) trait Launcher: Debug + Send + Sync + 'static {
 pub(crate) struct HostLauncher {
     configuration: Configuration,
     /// Started before anybody asked: the first machine need not wait for it.
-    early: Mutex<Option<Vmm>>,
+    early: Mutex<Option<VmmProcess>>,
 }
 
 impl HostLauncher {
     /// Starts a first vmm process already. To be called on the shim's main thread; needs the runtime.
     pub(crate) fn new(configuration: Configuration) -> Self {
-        let early = Vmm::spawn()
+        let early = VmmProcess::spawn()
             .inspect_err(|error| log::warn!("start the process of a virtual machine early: {error}"))
             .ok();
         Self {
@@ -76,8 +77,8 @@ impl HostLauncher {
 }
 
 impl Launcher for HostLauncher {
-    fn guest(&self) -> Result<Guest, BootError> {
-        Ok(Guest {
+    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
+        Ok(GuestResources {
             kvm: open_kvm()?,
             image: guest_image::open(
                 self.configuration.kernel.as_deref(),
@@ -87,15 +88,15 @@ impl Launcher for HostLauncher {
         })
     }
 
-    fn vmm(&self) -> io::Result<Vmm> {
+    fn spawn_vmm(&self) -> io::Result<VmmProcess> {
         match self.early.lock().take() {
             Some(vmm) => Ok(vmm),
-            None => Vmm::spawn(),
+            None => VmmProcess::spawn(),
         }
     }
 
-    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError> {
-        FsProcess::spawn().map(Some)
+    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
+        FileServer::spawn().map(Some)
     }
 }
 
@@ -142,7 +143,7 @@ pub(crate) struct PodRequirements {
 
 impl PodRequirements {
     /// What a container alone requirements.
-    pub(crate) fn of(plan: &Plan) -> Result<Self, BootError> {
+    pub(crate) fn for_container(plan: &Plan) -> Result<Self, BootError> {
         let (share, disks) = match &plan.root {
             Root::Share { .. } => (true, Vec::new()),
             Root::Disk { source, read_only, .. } => {
@@ -165,7 +166,7 @@ impl PodRequirements {
     }
 
     /// What a pod requirements, with room for any members, which share what `shared` says.
-    pub(crate) fn of_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
+    pub(crate) fn for_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
         let group = plan.cgroups_path.as_deref().and_then(ControlGroup::at);
         let limit = group.as_ref().and_then(ControlGroup::memory_limit);
         let size = plan.size.bound_boot_memory(limit);
@@ -226,7 +227,7 @@ struct DiskSlots {
 /// The file server, and what is mounted for it.
 #[derive(Debug, Clone)]
 struct Files {
-    server: Arc<FsProcess>,
+    server: Arc<FileServer>,
     child: Arc<Child>,
 }
 
@@ -240,8 +241,8 @@ impl Pod {
     ) -> Result<Arc<Self>, PodError> {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
-        let guest = launcher.guest()?;
-        let vmm = launcher.vmm().map_err(BootError::Spawn)?;
+        let guest = launcher.open_guest_resources()?;
+        let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
         let group = requirements.group.inspect(ControlGroup::make);
         let files = match requirements.share.then(|| Files::start(launcher)).transpose() {
             Ok(files) => files.flatten(),
@@ -354,7 +355,7 @@ impl Pod {
     }
 
     /// Counts a process of the host to the pod.
-    pub(crate) fn add(&self, pid: u32) {
+    pub(crate) fn add_process(&self, pid: u32) {
         if let Some(group) = &self.group {
             group.add(pid);
         }
@@ -450,16 +451,16 @@ impl Pod {
     /// Gives the guest the network of the namespace in which the process `pid` lives. To be called
     /// once; what appears there later is passed on by itself. `forwarding`: connections to the loopback
     /// interface of the namespace are the guest's too.
-    pub(crate) async fn connect(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
+    pub(crate) async fn connect_network(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let namespace =
-            holder::open_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
+            open_network_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
         let network = Network::connect(&self.machine, namespace, self.size.boot.vcpus.into(), forwarding).await?;
         *self.network() = Some(network);
         Ok(())
     }
 
     /// Lets the network namespace go.
-    pub(crate) async fn disconnect(&self) {
+    pub(crate) async fn disconnect_network(&self) {
         let network = self.network().take();
         if let Some(network) = network {
             network.disconnect().await;
@@ -496,7 +497,7 @@ impl Pod {
                 if let Some(files) = files {
                     files.end().await;
                 }
-                self.disconnect().await;
+                self.disconnect_network().await;
                 if let Some(group) = &self.group {
                     group.remove();
                 }
@@ -535,7 +536,7 @@ async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
 
 impl Files {
     fn start(launcher: &dyn Launcher) -> Result<Option<(Self, OwnedFd)>, ShareError> {
-        let Some((server, socket)) = launcher.file_server()? else {
+        let Some((server, socket)) = launcher.spawn_file_server()? else {
             return Ok(None);
         };
         let child = Child::from_std(server.child()).map_err(|source| ShareError::Start {

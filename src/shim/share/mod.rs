@@ -94,7 +94,7 @@ pub(crate) enum ShareError {
 /// A pod's file server and its tree. Dropping it does not end the process: that ends when the vmm
 /// closes the connection, when the thread that started it ends, or when it is killed.
 #[derive(Debug)]
-pub(crate) struct FsProcess {
+pub(crate) struct FileServer {
     child: Child,
     namespace: OwnedFd,
     /// The tree's tmpfs, as a mount that can be written and that nobody else has.
@@ -103,7 +103,7 @@ pub(crate) struct FsProcess {
     root: OwnedFd,
 }
 
-impl FsProcess {
+impl FileServer {
     /// Starts the file server with an empty tree, and returns the socket by which the vmm reaches
     /// it. To be called on a thread that lives as long as the shim.
     pub(crate) fn spawn() -> Result<(Self, OwnedFd), ShareError> {

@@ -13,12 +13,12 @@ use tempfile::TempDir;
 use super::*;
 use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
 
-fn start() -> (FsProcess, Client) {
+fn start() -> (FileServer, Client) {
     assert!(
         rustix::process::geteuid().is_root(),
         "mounts are made by root: run these tests as root"
     );
-    let (process, socket) = FsProcess::spawn().unwrap();
+    let (process, socket) = FileServer::spawn().unwrap();
     (process, Client::connect(socket))
 }
 

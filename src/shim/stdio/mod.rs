@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 
 use nutshell_protocol::Stdio;
 
-pub(crate) use self::streaming::{SERVICE, Streaming};
+pub(crate) use self::streaming::{STREAMING_SERVICE, StreamRegistry};
 use self::{
     endpoint::{Endpoint, Program},
     files::Ends,
@@ -85,7 +85,7 @@ pub(crate) struct StdioContext {
     /// containerd's namespace of all containers of this shim.
     pub(crate) namespace: String,
     /// Where clients open streams.
-    pub(crate) streaming: Streaming,
+    pub(crate) streaming: StreamRegistry,
 }
 
 /// What containerd asks for: paths or URIs, empty where there is no stream.

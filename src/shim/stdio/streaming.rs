@@ -40,7 +40,7 @@ use tokio::{
 use crate::shim::events::pack_any;
 
 /// The name of the service (containerd `api/services/streaming/v1`).
-pub(crate) const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
+pub(crate) const STREAMING_SERVICE: &str = "containerd.services.streaming.v1.Streaming";
 
 /// How long a client may take to open a stream that a task is created with: it does before.
 const OPEN_LIMIT: Duration = Duration::from_secs(10);
@@ -68,11 +68,11 @@ pub(crate) enum StreamingError {
 
 /// The streams that clients have opened and no relay has taken. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Streaming(Arc<Mutex<HashMap<String, watch::Sender<Option<Client>>>>>);
+pub(crate) struct StreamRegistry(Arc<Mutex<HashMap<String, watch::Sender<Option<Client>>>>>);
 
-impl Streaming {
-    /// The service under [`SERVICE`].
-    pub(crate) fn service(&self) -> Service {
+impl StreamRegistry {
+    /// The service under [`STREAMING_SERVICE`].
+    pub(crate) fn ttrpc_service(&self) -> Service {
         let handler: Arc<dyn StreamHandler + Send + Sync> = Arc::new(self.clone());
         Service {
             methods: HashMap::new(),
@@ -101,7 +101,7 @@ impl Streaming {
 }
 
 #[async_trait]
-impl StreamHandler for Streaming {
+impl StreamHandler for StreamRegistry {
     /// Takes a client in, and returns when nobody needs it any more: that closes the stream.
     async fn handler(&self, _: TtrpcContext, stream: StreamInner) -> ttrpc::Result<Option<ttrpc::Response>> {
         let mut stream = ServerStream::<Any, Any>::new(stream);
@@ -141,7 +141,7 @@ struct Client {
 /// The clients of one stream. Its entry ends with it.
 #[derive(Debug)]
 struct Clients {
-    streaming: Streaming,
+    streaming: StreamRegistry,
     id: String,
     offers: watch::Receiver<Option<Client>>,
 }
@@ -189,7 +189,7 @@ pub(super) struct Relay {
 
 impl Relay {
     /// From what the machine writes into the pipe to the clients of the stream `id`.
-    pub(super) async fn output(streaming: &Streaming, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
+    pub(super) async fn output(streaming: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
         let (writer, reader) = pipe::pipe()?;
         let machine = writer.into_blocking_fd()?;
         let relay = Self::start(streaming, id, |clients, first, delivered, _| {
@@ -199,7 +199,7 @@ impl Relay {
     }
 
     /// From the clients of the stream `id` to the pipe that the machine reads.
-    pub(super) async fn input(streaming: &Streaming, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
+    pub(super) async fn input(streaming: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
         let (writer, reader) = pipe::pipe()?;
         let machine = reader.into_blocking_fd()?;
         let relay = Self::start(streaming, id, |clients, first, delivered, ending| async move {
@@ -210,7 +210,7 @@ impl Relay {
     }
 
     async fn start<F>(
-        streaming: &Streaming,
+        streaming: &StreamRegistry,
         id: &str,
         relay: impl FnOnce(Clients, Client, watch::Sender<u64>, watch::Receiver<bool>) -> F,
     ) -> Result<Self, StreamingError>
@@ -419,7 +419,7 @@ mod tests {
     // What a client sees of it is in the tests of [`crate::shim::tasks`].
     #[tokio::test(start_paused = true)]
     async fn stream_that_nobody_opens_is_an_error_and_leaves_nothing() {
-        let streaming = Streaming::default();
+        let streaming = StreamRegistry::default();
         let error = Relay::output(&streaming, "c1-stdout").await.map(drop).unwrap_err();
         assert_eq!(
             error.to_string(),

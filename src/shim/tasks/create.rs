@@ -17,8 +17,7 @@ use crate::{
     },
     shim::{
         error::{Kind, TaskError},
-        pod::holder::{self, Holder, Namespace},
-        pod::{Pod, PodError, PodRequirements},
+        pod::{NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace},
         record::Record,
         stdio,
         tasks::hooks,
@@ -120,7 +119,7 @@ impl Tasks {
     }
 
     async fn single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
-        let requirements = PodRequirements::of(&plan).map_err(|error| failed(error.into()))?;
+        let requirements = PodRequirements::for_container(&plan).map_err(|error| failed(error.into()))?;
         let pod = self.start_pod(request, requirements).await.map_err(failed)?;
         match self.populate(request, plan, PidNamespace::Specified, &pod).await {
             Ok(container) => Ok(container),
@@ -362,21 +361,21 @@ async fn create_in_guest(
 /// Gives a container its pid on the host, in the network namespace that the spec asks for. Clients
 /// also find the pod's control group by it.
 pub(super) fn hold(container: &Container, network: &Network) -> Result<(), TaskError> {
-    let holder = Holder::spawn(&namespace(network)?)
+    let holder = PidHolder::spawn(&namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("make a pid for the container: {error}")))?;
-    container.pod.add(holder.pid());
+    container.pod.add_process(holder.pid());
     container.init.hold(Arc::new(holder));
     Ok(())
 }
 
-fn namespace(network: &Network) -> Result<Namespace, TaskError> {
+fn namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
     const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
         give the container a network namespace";
     match network {
         Network::Host => Err(TaskError::new(Kind::InvalidArgument, HOST)),
-        Network::Loopback => Ok(Namespace::New),
-        Network::Namespace(path) => match holder::open_namespace(path) {
-            Ok(namespace) => Ok(Namespace::Join(namespace)),
+        Network::Loopback => Ok(NetworkNamespace::New),
+        Network::Namespace(path) => match open_network_namespace(path) {
+            Ok(namespace) => Ok(NetworkNamespace::Join(namespace)),
             Err(error) => {
                 let text = format!("open the network namespace {}: {error}", path.display());
                 Err(TaskError::unknown(text))

@@ -148,7 +148,7 @@ impl Tasks {
         if container.init.report_end() {
             self.end_execs(container).await;
             if container.is_sandbox() {
-                container.pod.disconnect().await;
+                container.pod.disconnect_network().await;
             }
             self.record(container, &container.init, Exit::now(KILLED)).await;
         }
@@ -193,7 +193,7 @@ impl Tasks {
             member.init.lifecycle.exit().await;
         }
         // CNI takes the namespace down when it hears of the end.
-        container.pod.disconnect().await;
+        container.pod.disconnect_network().await;
         self.record(container, &container.init, Exit::now(status)).await;
     }
 }

@@ -41,7 +41,7 @@ use super::{
     events::EventQueue,
     machine::AgentError,
     pod::{Launcher, Pod},
-    stdio::{StdioContext, Streaming},
+    stdio::{StdioContext, StreamRegistry},
     tasks::hooks::Subject,
     tasks::lifecycle::Phase,
     tasks::process::Process,
@@ -264,7 +264,7 @@ impl Tasks {
     }
 
     /// Where clients open streams.
-    pub(crate) fn streaming(&self) -> &Streaming {
+    pub(crate) fn streaming(&self) -> &StreamRegistry {
         &self.stdio.streaming
     }
 

@@ -9,7 +9,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crate::shim::{
     machine::Machine,
-    pod::holder::Holder,
+    pod::PidHolder,
     stdio::{StandardStreams, StdioSpec},
     tasks::lifecycle::Lifecycle,
 };
@@ -32,7 +32,7 @@ pub(crate) struct Process {
 
 #[derive(Debug, Default)]
 struct State {
-    holder: Option<Arc<Holder>>,
+    holder: Option<Arc<PidHolder>>,
     /// OCI `Process` as JSON, of an exec that was not started yet.
     spec: Vec<u8>,
     size: Option<(u16, u16)>,
@@ -73,13 +73,13 @@ impl Process {
     }
 
     /// Gives it its pid on the host.
-    pub(crate) fn hold(&self, holder: Arc<Holder>) {
+    pub(crate) fn hold(&self, holder: Arc<PidHolder>) {
         self.pid.store(holder.pid(), Ordering::Relaxed);
         self.state().holder = Some(holder);
     }
 
     /// What holds its pid on the host.
-    pub(crate) fn holder(&self) -> Option<Arc<Holder>> {
+    pub(crate) fn holder(&self) -> Option<Arc<PidHolder>> {
         self.state().holder.clone()
     }
 

@@ -70,7 +70,7 @@ impl Tasks {
         api: SandboxApi,
     ) -> Result<Arc<Container>, TaskError> {
         let shared = set_up_request(&plan.shared).map_err(|error| error.during(CONTEXT))?;
-        let requirements = PodRequirements::of_pod(&plan, shared);
+        let requirements = PodRequirements::for_pod(&plan, shared);
         let pod = self.start_pod(request, requirements).await.map_err(failed)?;
         let container = self.enter(request, Role::Sandbox(api), &pod, plan.hooks, Limits::default());
         let held = async {

@@ -77,7 +77,7 @@ async fn change(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
     }
     let machine = pod.machine();
     machine
-        .within(PLUG_LIMIT, machine.plugged(beyond(pod, to)))
+        .within(PLUG_LIMIT, machine.memory_plugged(beyond(pod, to)))
         .await
         .ok_or_else(|| {
             let text = format!("the guest did not take the memory within {} s", PLUG_LIMIT.as_secs());

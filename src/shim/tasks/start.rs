@@ -11,7 +11,7 @@ use crate::{
     shim::{
         error::{Kind, TaskError},
         pod::Pod,
-        pod::holder::{Holder, Namespace},
+        pod::{NetworkNamespace, PidHolder},
         stdio,
         tasks::hooks,
         tasks::lifecycle::{Exit, Phase, UNKNOWN_STATUS},
@@ -122,7 +122,10 @@ impl Tasks {
     pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forwarding: bool) -> Result<(), TaskError> {
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-        let connected = pod.machine().within(CREATE_LIMIT, pod.connect(pid, forwarding)).await;
+        let connected = pod
+            .machine()
+            .within(CREATE_LIMIT, pod.connect_network(pid, forwarding))
+            .await;
         match connected {
             Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
@@ -181,7 +184,7 @@ async fn run_exec(
         .open(exec, context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
-    let holder = Holder::spawn(&Namespace::Inherited)
+    let holder = PidHolder::spawn(&NetworkNamespace::Inherited)
         .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;
     process.hold(Arc::new(holder));
     let (streams, stdio) = match opened.connect(machine, process.size()).await {

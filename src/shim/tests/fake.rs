@@ -22,9 +22,9 @@ use crate::{
     guest_image::GuestImage,
     shim::{
         child::Child,
-        machine::{BootError, Guest, Vmm},
+        machine::{BootError, GuestResources, VmmProcess},
         pod::Launcher,
-        share::{FsProcess, ShareError},
+        share::{FileServer, ShareError},
     },
 };
 
@@ -88,10 +88,10 @@ impl FakeLauncher {
 }
 
 impl Launcher for FakeLauncher {
-    fn guest(&self) -> Result<Guest, BootError> {
+    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
         let null = || File::open("/dev/null").unwrap();
         let extent = Extent { offset: 0, length: 0 };
-        Ok(Guest {
+        Ok(GuestResources {
             kvm: null().into(),
             image: GuestImage {
                 kernel: null(),
@@ -103,11 +103,11 @@ impl Launcher for FakeLauncher {
         })
     }
 
-    fn file_server(&self) -> Result<Option<(FsProcess, OwnedFd)>, ShareError> {
+    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
         Ok(None)
     }
 
-    fn vmm(&self) -> io::Result<Vmm> {
+    fn spawn_vmm(&self) -> io::Result<VmmProcess> {
         let (control, theirs) = Channel::pair().unwrap();
         let (stderr, writer) = io::pipe()?;
         // Its end is the machine's: it lives until it is killed.
@@ -121,7 +121,7 @@ impl Launcher for FakeLauncher {
             // Holds the child's standard input open until here.
             drop(child);
         });
-        Ok(Vmm {
+        Ok(VmmProcess {
             child: watched,
             control,
             stderr: stderr.into(),

@@ -11,7 +11,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use tokio::io::AsyncWriteExt;
 
 use super::*;
-use crate::shim::{stdio::SERVICE, tests::script::write_script};
+use crate::shim::{stdio::STREAMING_SERVICE, tests::script::write_script};
 
 const STREAM_INIT: &str = "containerd.services.streaming.v1.StreamInit";
 const DATA: &str = "containerd.types.transfer.Data";
@@ -31,7 +31,7 @@ impl Shim {
     async fn open(&self, id: &str) -> ClientStream<Any, Any> {
         let client = connect(&self.folder.path().join("socket")).await;
         let request = RawRequest {
-            service: SERVICE.to_owned(),
+            service: STREAMING_SERVICE.to_owned(),
             method: "Stream".to_owned(),
             ..RawRequest::default()
         };
@@ -272,7 +272,7 @@ async fn client_that_reads_nothing_holds_the_writer_up() {
     let _stdin = shim.open("c1-stdin").await;
     let mut stdout = UnixStream::connect(shim.folder.path().join("socket")).await.unwrap();
     let request = RawRequest {
-        service: SERVICE.to_owned(),
+        service: STREAMING_SERVICE.to_owned(),
         method: "Stream".to_owned(),
         ..RawRequest::default()
     };

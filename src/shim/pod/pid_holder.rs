@@ -5,7 +5,7 @@
 //! can be: it shares the shim's memory (so no page table is copied and nothing is executed), has no
 //! descriptor, and sleeps. Each init and each exec has one, so that no pid that is ever reported
 //! names somebody else's process. Whoever kills a holder means the process it stands for:
-//! [`Holder::signalled`] tells.
+//! [`PidHolder::signalled`] tells.
 
 use std::{
     fs::File,
@@ -23,7 +23,7 @@ use crate::shim::child::{Child, WaitStatus};
 
 /// The network namespace that a holder lives in.
 #[derive(Debug)]
-pub(crate) enum Namespace {
+pub(crate) enum NetworkNamespace {
     /// The shim's.
     Inherited,
     /// One of its own.
@@ -34,7 +34,7 @@ pub(crate) enum Namespace {
 
 /// A sleeping process.
 #[derive(Debug)]
-pub(crate) struct Holder {
+pub(crate) struct PidHolder {
     child: Child,
     released: AtomicBool,
     /// What the process runs on and reads; freed after it has ended.
@@ -59,10 +59,10 @@ struct Orders {
     report: RawFd,
 }
 
-impl Holder {
+impl PidHolder {
     /// Starts a holder. To be called on a thread that lives as long as the shim: the kernel kills
     /// the holder with the thread that made it. Needs the runtime.
-    pub(crate) fn spawn(namespace: &Namespace) -> io::Result<Self> {
+    pub(crate) fn spawn(namespace: &NetworkNamespace) -> io::Result<Self> {
         let (mut report, reporter) = io::pipe()?;
         let mut memory = Box::new(Memory {
             stack: [0; STACK],
@@ -70,22 +70,22 @@ impl Holder {
                 // Pids fit in a pid_t: they come from one.
                 parent: rustix::process::getpid().as_raw_nonzero().get(),
                 namespace: match namespace {
-                    Namespace::Join(namespace) => namespace.as_raw_fd(),
-                    Namespace::Inherited | Namespace::New => -1,
+                    NetworkNamespace::Join(namespace) => namespace.as_raw_fd(),
+                    NetworkNamespace::Inherited | NetworkNamespace::New => -1,
                 },
                 report: reporter.as_raw_fd(),
             },
         });
         let flags = match namespace {
-            Namespace::New => libc::CLONE_VM | libc::CLONE_NEWNET,
-            Namespace::Inherited | Namespace::Join(_) => libc::CLONE_VM,
+            NetworkNamespace::New => libc::CLONE_VM | libc::CLONE_NEWNET,
+            NetworkNamespace::Inherited | NetworkNamespace::Join(_) => libc::CLONE_VM,
         };
         let child = {
             // A handler of the shim must not run in the holder, on the shim's memory.
             let _blocked = SignalsBlocked::all()?;
             let top = memory.stack.as_mut_ptr_range().end;
             // SAFETY: `hold` uses only `stack` and `orders`, both in `memory`, which is boxed and freed, by
-            // `Holder` and the error path below, only after the process was reaped. It shares this address
+            // `PidHolder` and the error path below, only after the process was reaped. It shares this address
             // space, but makes nothing but system calls and does not return to Rust code (see `hold`).
             let pid = unsafe {
                 libc::clone(
@@ -147,14 +147,14 @@ impl Holder {
     }
 }
 
-impl Drop for Holder {
+impl Drop for PidHolder {
     fn drop(&mut self) {
         self.release();
     }
 }
 
 /// Opens a network namespace by its path (`/proc/<pid>/ns/net` or where CNI bound it).
-pub(crate) fn open_namespace(path: &std::path::Path) -> io::Result<OwnedFd> {
+pub(crate) fn open_network_namespace(path: &std::path::Path) -> io::Result<OwnedFd> {
     let file = File::open(path)?;
     if namespace_type(file.as_fd()) == Some(libc::CLONE_NEWNET) {
         Ok(file.into())
@@ -190,7 +190,7 @@ impl Drop for SignalsBlocked {
 /// The life of a holder. It shares all memory with the shim, the thread-local storage of the thread
 /// that made it included, so it makes plain system calls and nothing else: no allocation, no `errno`.
 extern "C" fn hold(orders: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: `Holder::spawn` passes its `Orders`, which outlive this process, and does not write them.
+    // SAFETY: `PidHolder::spawn` passes its `Orders`, which outlive this process, and does not write them.
     let orders = unsafe { &*orders.cast::<Orders>() };
     match prepare(orders) {
         Ok(()) => {
@@ -309,7 +309,7 @@ mod tests {
 
     #[tokio::test]
     async fn holder_is_a_process_of_its_own_without_descriptors() {
-        let holder = Holder::spawn(&Namespace::Inherited).unwrap();
+        let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
         let status = std::fs::read_to_string(format!("/proc/{}/status", holder.pid())).unwrap();
 
         assert!(
@@ -326,26 +326,26 @@ mod tests {
 
     #[tokio::test]
     async fn new_and_joined_network_namespaces_are_in_place_when_spawn_returns() {
-        let first = Holder::spawn(&Namespace::New).unwrap();
+        let first = PidHolder::spawn(&NetworkNamespace::New).unwrap();
         assert_ne!(network_of(first.pid()), network_of(std::process::id()));
 
-        let namespace = open_namespace(Path::new(&format!("/proc/{}/ns/net", first.pid()))).unwrap();
-        let second = Holder::spawn(&Namespace::Join(namespace)).unwrap();
+        let namespace = open_network_namespace(Path::new(&format!("/proc/{}/ns/net", first.pid()))).unwrap();
+        let second = PidHolder::spawn(&NetworkNamespace::Join(namespace)).unwrap();
         assert_eq!(network_of(second.pid()), network_of(first.pid()));
     }
 
     #[test]
     fn only_a_network_namespace_is_opened_as_one() {
         for path in ["/proc/self/ns/mnt", "/dev/null", "/no/such/file"] {
-            assert!(open_namespace(Path::new(path)).is_err(), "{path}");
+            assert!(open_network_namespace(Path::new(path)).is_err(), "{path}");
         }
-        open_namespace(Path::new("/proc/self/ns/net")).unwrap();
+        open_network_namespace(Path::new("/proc/self/ns/net")).unwrap();
     }
 
     #[tokio::test]
     async fn signals_that_kill_are_seen_and_others_are_not_felt() {
         for (signal, number) in [(Signal::TERM, 15), (Signal::KILL, 9)] {
-            let holder = Holder::spawn(&Namespace::Inherited).unwrap();
+            let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
             holder.child.signal(Signal::HUP);
             holder.child.signal(Signal::INT);
             holder.child.signal(signal);
@@ -356,7 +356,7 @@ mod tests {
 
     #[tokio::test]
     async fn released_holder_is_gone_and_was_not_killed_by_anybody() {
-        let holder = Holder::spawn(&Namespace::Inherited).unwrap();
+        let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
         let proc = format!("/proc/{}", holder.pid());
         holder.release();
         assert!(!std::fs::exists(proc).unwrap());
@@ -366,7 +366,7 @@ mod tests {
     #[tokio::test]
     async fn failure_to_join_is_reported_with_its_errno() {
         let not_a_namespace = File::open("/dev/null").unwrap();
-        let error = Holder::spawn(&Namespace::Join(not_a_namespace.into())).unwrap_err();
+        let error = PidHolder::spawn(&NetworkNamespace::Join(not_a_namespace.into())).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     }
 }
