@@ -5,11 +5,11 @@ use std::{
     io::{ErrorKind, Read},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    process::Command,
     sync::OnceLock,
 };
 
 use containerd_shim_protos::types::mount::Mount;
+pub use nutshell_test_spec::process;
 use serde_json::{Value, json};
 
 use crate::stdio::make_fifo;
@@ -75,39 +75,14 @@ pub fn idle() -> Value {
     spec(&["sleep", "100000"])
 }
 
-/// The spec of a container.
+/// The spec of a container that runs `args`: it can read its control group, and has no limits.
 pub fn spec(args: &[&str]) -> Value {
-    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
-    let namespaces = ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind}));
-    json!({
-        "ociVersion": "1.2.0",
-        "process": process(args),
-        "root": {"path": "rootfs"},
-        "hostname": "guest",
-        "mounts": [
-            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
-            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-            mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
-            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-            mount("/sys/fs/cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"]),
-            mount("/run", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        ],
-        "linux": {"namespaces": namespaces, "resources": {}},
-    })
-}
-
-/// A process of a spec, or of an exec.
-pub fn process(args: &[&str]) -> Value {
-    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_MKNOD"];
-    json!({
-        "args": args,
-        "cwd": "/",
-        "env": ["PATH=/bin", "TERM=xterm"],
-        "user": {"uid": 0, "gid": 0},
-        "noNewPrivileges": true,
-        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-    })
+    let mut spec = nutshell_test_spec::spec(args);
+    let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
+    let cgroup = nutshell_test_spec::mount("/sys/fs/cgroup", "cgroup", &options);
+    spec["mounts"].as_array_mut().unwrap().push(cgroup);
+    spec["linux"]["resources"] = json!({});
+    spec
 }
 
 /// A mount of a snapshot.
@@ -125,7 +100,7 @@ pub fn bind() -> Vec<Mount> {
     vec![mount("bind", rootfs().to_str().unwrap(), &["rbind", "rw"])]
 }
 
-/// Busybox, unpacked once.
+/// The root file system that the containers of this run share: busybox, unpacked once.
 pub fn rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
@@ -135,17 +110,8 @@ pub fn rootfs() -> &'static Path {
     })
 }
 
-/// Puts a busybox root file system into a folder.
+/// Makes a busybox root file system in a folder, with a file `/not-executable`.
 pub fn fill_root(root: &Path) {
-    for folder in "bin dev etc proc run sys tmp".split(' ') {
-        fs::create_dir_all(root.join(folder)).unwrap();
-    }
-    fs::copy("/usr/bin/busybox", root.join("bin/busybox")).unwrap();
-    let installed = Command::new("chroot")
-        .arg(root)
-        .args(["/bin/busybox", "--install", "-s", "/bin"])
-        .status();
-    assert!(installed.unwrap().success());
-    fs::write(root.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\n").unwrap();
+    nutshell_test_spec::fill_root(root);
     fs::write(root.join("not-executable"), "#!/bin/sh\n").unwrap();
 }

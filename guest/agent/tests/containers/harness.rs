@@ -1,4 +1,4 @@
-//! A stand-in for the shim, and containers' specs to begin with.
+//! A stand-in for the shim.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -19,6 +19,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
 use serde_json::{Value, json};
 use vsock::{VMADDR_CID_ANY, VsockListener};
+
+pub(crate) use nutshell_test_spec::{fill_root, process, shell, spec};
 
 /// Longer than anything takes on a machine emulated in software: reaching it is a failure.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -336,58 +338,6 @@ pub(crate) fn assert_nothing_left(id: &str) {
     );
 }
 
-/// What `ctr run` asks for, roughly, with a shell script as process.
-pub(crate) fn shell(script: &str) -> Value {
-    spec(&["/bin/sh", "-c", script])
-}
-
-/// What `ctr run` asks for, roughly.
-pub(crate) fn spec(args: &[&str]) -> Value {
-    let mount = |destination: &str, kind: &str, options: &[&str]| json!({"destination": destination, "type": kind, "source": kind, "options": options});
-    let namespaces = ["pid", "ipc", "uts", "mount", "network", "cgroup"].map(|kind| json!({"type": kind}));
-    json!({
-        "ociVersion": "1.2.0",
-        "process": process(args),
-        "root": {"path": ""},
-        "hostname": "guest",
-        "mounts": [
-            mount("/proc", "proc", &["nosuid", "noexec", "nodev"]),
-            mount("/dev", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-            mount("/dev/pts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-            mount("/dev/shm", "tmpfs", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
-            mount("/dev/mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-            mount("/sys", "sysfs", &["nosuid", "noexec", "nodev", "ro"]),
-            mount("/run", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        ],
-        "linux": {
-            "namespaces": namespaces,
-            "maskedPaths": ["/proc/kcore", "/proc/keys", "/sys/firmware"],
-            "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
-        },
-    })
-}
-
-/// A process as containerd describes one.
-pub(crate) fn process(args: &[&str]) -> Value {
-    let capabilities = [
-        "CAP_CHOWN",
-        "CAP_DAC_OVERRIDE",
-        "CAP_FOWNER",
-        "CAP_KILL",
-        "CAP_MKNOD",
-        "CAP_NET_RAW",
-    ];
-    json!({
-        "args": args,
-        "cwd": "/",
-        "env": ["PATH=/bin", "TERM=xterm"],
-        "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
-        "noNewPrivileges": true,
-        "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
-    })
-}
-
 /// Puts a busybox root file system into the share, which is a tmpfs here.
 fn prepare_share() {
     static ONCE: Once = Once::new();
@@ -407,22 +357,4 @@ fn prepare_share() {
         assert!(mounted.success());
         fill_root(&Path::new(SHARE_PATH).join("busybox"));
     });
-}
-
-/// Puts a busybox root file system into a folder.
-pub(crate) fn fill_root(root: &Path) {
-    for folder in "bin etc proc sys dev root run tmp var".split(' ') {
-        fs::create_dir_all(root.join(folder)).unwrap();
-    }
-    fs::copy("/usr/bin/busybox", root.join("bin/busybox")).unwrap();
-    let installed = Command::new("chroot")
-        .arg(root)
-        .args(["/bin/busybox", "--install", "-s", "/bin"])
-        .status();
-    assert!(installed.unwrap().success());
-    fs::write(
-        root.join("etc/passwd"),
-        "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/var:/bin/sh\n",
-    )
-    .unwrap();
 }
