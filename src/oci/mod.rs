@@ -3,8 +3,8 @@
 //!
 //! Lives here: the types of a [`Plan`] and the pure translation into them. May not live here: any
 //! I/O beyond reading `config.json` and looking at what a bind mount's source is, anything that
-//! knows of ttrpc, KVM or the agent's channel. The shim calls [`plan()`] when a container is created,
-//! [`plan_pod`] when a sandbox is created that has no bundle to plan, and [`annotations`] when a shim
+//! knows of ttrpc, KVM or the agent's channel. The shim calls [`plan_bundle`] when a container is created,
+//! [`plan_pod`] when a sandbox is created that has no bundle to plan, and [`read_annotations`] when a shim
 //! starts.
 
 mod devices;
@@ -31,5 +31,5 @@ pub(crate) use plan::{
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, Limits, MAX_VCPUS, MIN_MEMORY, PodSize, Sizing};
 pub(crate) use source::{Inspect, SourceKind};
-pub(crate) use spec::annotations;
-pub(crate) use translate::plan;
+pub(crate) use spec::read_annotations;
+pub(crate) use translate::plan_bundle;

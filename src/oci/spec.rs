@@ -21,7 +21,7 @@ const LIMIT: u64 = nutshell_protocol::MAX_FRAME as u64;
 /// # Errors
 ///
 /// If there is a `config.json` that cannot be read.
-pub(crate) fn annotations(bundle: &Path) -> Result<HashMap<String, String>, PlanError> {
+pub(crate) fn read_annotations(bundle: &Path) -> Result<HashMap<String, String>, PlanError> {
     #[derive(Deserialize)]
     struct Annotated {
         annotations: Option<HashMap<String, String>>,
@@ -54,12 +54,12 @@ mod tests {
     #[test]
     fn annotations_are_read_without_a_whole_spec_and_absence_is_no_error() {
         let bundle = tempfile::tempdir().unwrap();
-        assert_eq!(annotations(bundle.path()).unwrap(), HashMap::new());
+        assert_eq!(read_annotations(bundle.path()).unwrap(), HashMap::new());
         let config = bundle.path().join("config.json");
         std::fs::write(&config, r#"{"mounts": [], "annotations": {"a": "b"}}"#).unwrap();
-        assert_eq!(annotations(bundle.path()).unwrap()["a"], "b");
+        assert_eq!(read_annotations(bundle.path()).unwrap()["a"], "b");
         std::fs::write(&config, r#"{"annotations": null}"#).unwrap();
-        assert_eq!(annotations(bundle.path()).unwrap(), HashMap::new());
+        assert_eq!(read_annotations(bundle.path()).unwrap(), HashMap::new());
     }
 
     #[test]
@@ -68,7 +68,7 @@ mod tests {
         let config = bundle.path().join("config.json");
         assert!(matches!(read::<Spec>(bundle.path()), Err(PlanError::Unreadable { .. })));
         std::fs::write(&config, "{").unwrap();
-        let error = annotations(bundle.path()).unwrap_err();
+        let error = read_annotations(bundle.path()).unwrap_err();
         assert!(error.to_string().contains("config.json"), "{error}");
         let huge = format!(
             "{{\"ociVersion\": \"{}\"}}",

@@ -20,7 +20,7 @@ use super::{
 /// # Errors
 ///
 /// [`PlanError`], naming the field, where the spec is malformed or asks for what a machine cannot do.
-pub(crate) fn plan(
+pub(crate) fn plan_bundle(
     bundle: &Path,
     id: &ContainerId,
     rootfs: &[HostMount],

@@ -55,7 +55,7 @@ fn planned(spec: &Value) -> Result<BundlePlan, PlanError> {
         })
     };
     let id = "c7".parse().unwrap();
-    plan(
+    plan_bundle(
         bundle.path(),
         &id,
         &[overlay],
@@ -412,7 +412,7 @@ fn root_without_mounts_is_the_directory_of_the_spec() {
         let spec = with(CTR, "/root/path", json!(path));
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
         let id = "c7".parse().unwrap();
-        let planned = plan(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refuse, &tree).unwrap();
+        let planned = plan_bundle(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refuse, &tree).unwrap();
         let BundlePlan::Container(plan) = planned else {
             panic!("{planned:?}");
         };

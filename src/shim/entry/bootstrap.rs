@@ -94,7 +94,7 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
     let bundle = env::current_dir().map_err(system("find the bundle"))?;
     let request = StartRequest::parse(&input()?, target)?;
     let configuration = configuration(&request.options, &bundle)?;
-    let group = Group::of(&oci::annotations(&bundle)?).map_or(target.id.to_string(), Group::into_key);
+    let group = Group::of(&oci::read_annotations(&bundle)?).map_or(target.id.to_string(), Group::into_key);
     let socket = socket::path(
         request.socket_directory.as_deref(),
         &target.address,

@@ -116,7 +116,7 @@ fn end_shim(bundle: &Path) {
 /// Another bundle whose container is in the same named group. A pod's sandbox takes its members with
 /// it; of a named group the first started has no such right.
 fn other_member(bundle: &Path) -> Option<PathBuf> {
-    let annotations = oci::annotations(bundle).ok()?;
+    let annotations = oci::read_annotations(bundle).ok()?;
     let Some(Group::Named(_)) = Group::of(&annotations) else {
         return None;
     };

@@ -165,7 +165,7 @@ mod tests {
         };
         let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
         let id = "c1".parse().unwrap();
-        match oci::plan(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &tree)? {
+        match oci::plan_bundle(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &tree)? {
             BundlePlan::Container(plan) => Ok(*plan),
             BundlePlan::Sandbox(pod) => panic!("{pod:?}"),
         }

@@ -107,7 +107,7 @@ impl Tasks {
     }
 
     fn plan(&self, request: &CreateRequest) -> Result<BundlePlan, TaskError> {
-        oci::plan(
+        oci::plan_bundle(
             &request.bundle,
             &request.id,
             &request.rootfs,

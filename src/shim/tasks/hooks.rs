@@ -79,7 +79,7 @@ pub(crate) async fn run_all(moment: &'static str, hooks: &[Hook], status: &str, 
 /// OCI spec, "State".
 fn state(status: &str, subject: Subject<'_>) -> String {
     // A spec that was planned can be read; without annotations a hook gets the rest.
-    let annotations = oci::annotations(subject.bundle).unwrap_or_default();
+    let annotations = oci::read_annotations(subject.bundle).unwrap_or_default();
     let mut state = json!({
         "ociVersion": "1.2.0",
         "id": subject.id.as_str(),
