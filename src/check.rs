@@ -39,6 +39,8 @@ enum CheckError {
     Guest(#[from] GuestImageError),
     #[error("starting the machine: {0}")]
     Start(#[source] io::Error),
+    #[error("cannot print the guest's console: {0}")]
+    Print(#[source] io::Error),
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error("the agent in the guest said what nobody understands: {0}")]
@@ -80,11 +82,14 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
     let (channel, theirs) = Channel::pair()?;
     let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
     let started = Instant::now();
-    let mut child = jail::build_command(vmm::ROLE)
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .spawn()
-        .map_err(CheckError::Start)?;
+    // Every return below ends the vmm.
+    let _vmm = KillOnDrop(
+        jail::build_command(vmm::ROLE)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(CheckError::Start)?,
+    );
 
     let machine = MachineConfig {
         memory: MEMORY,
@@ -107,14 +112,23 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
     channel.send(&Command::Boot(machine), &descriptors)?;
     drop(agent_theirs);
 
-    let ready = wait(&agent, &channel);
+    let ready = wait(&agent, &channel)?;
     let took = started.elapsed();
-    if ready.is_ok() && std::env::args().nth(2).is_some() {
+    if std::env::args().nth(2).is_some() {
         print_console(&channel)?;
     }
-    // Whatever came of it, the machine goes, and is waited for so that nothing is left.
-    end(&mut child).map_err(CheckError::Start)?;
-    Ok((ready?, took))
+    Ok((ready, took))
+}
+
+/// Kills and reaps the child process when it is dropped.
+struct KillOnDrop(Child);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        // Both fail only for a child that was reaped already, and nothing else reaps this one.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Waits for the agent's first message. The stream ends when the machine does.
@@ -141,7 +155,7 @@ fn print_console(channel: &Channel) -> Result<(), CheckError> {
     loop {
         if let (Notice::Console(tail), _) = channel.receive()? {
             print!("{}", String::from_utf8_lossy(&tail));
-            return Ok(());
+            return io::stdout().flush().map_err(CheckError::Print);
         }
     }
 }
@@ -167,8 +181,20 @@ fn ended(channel: &Channel) -> CheckError {
     }
 }
 
-fn end(child: &mut Child) -> io::Result<()> {
-    io::stdout().flush()?;
-    child.kill()?;
-    child.wait().map(drop)
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, process};
+
+    use super::*;
+
+    #[test]
+    fn dropped_child_is_killed_and_reaped() {
+        let child = process::Command::new("sleep").arg("600").spawn().unwrap();
+        let entry = format!("/proc/{}", child.id());
+        assert!(Path::new(&entry).exists());
+
+        drop(KillOnDrop(child));
+
+        assert!(!Path::new(&entry).exists(), "a zombie would still have its entry");
+    }
 }
