@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nutshell_linux::bpf::Instruction;
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::process::Pid;
 
@@ -249,66 +250,6 @@ pub(crate) fn loopback_up(socket: impl AsFd) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).map(drop)
 }
 
-/// One instruction of a BPF program: `struct bpf_insn` of `linux/bpf.h`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(crate) struct BpfInstruction {
-    /// What it does.
-    pub(crate) code: u8,
-    /// The destination register in the low, the source register in the high four bits.
-    pub(crate) registers: u8,
-    /// Of a jump or a memory access.
-    pub(crate) offset: i16,
-    /// The constant operand.
-    pub(crate) immediate: i32,
-}
-
-impl BpfInstruction {
-    const fn new(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Self {
-        Self {
-            code,
-            registers: to | (from << 4),
-            offset,
-            immediate,
-        }
-    }
-
-    /// `to = *(u32 *)(from + offset)`
-    pub(crate) const fn load_word(to: u8, from: u8, offset: i16) -> Self {
-        Self::new(0x61, to, from, offset, 0)
-    }
-
-    /// `to = from`, 32 bits
-    pub(crate) const fn copy(to: u8, from: u8) -> Self {
-        Self::new(0xbc, to, from, 0, 0)
-    }
-
-    /// `to = value`, 32 bits
-    pub(crate) const fn set(to: u8, value: i32) -> Self {
-        Self::new(0xb4, to, 0, 0, value)
-    }
-
-    /// `to &= mask`, 32 bits
-    pub(crate) const fn and(to: u8, mask: i32) -> Self {
-        Self::new(0x54, to, 0, 0, mask)
-    }
-
-    /// `to >>= bits`, 32 bits
-    pub(crate) const fn shift_right(to: u8, bits: i32) -> Self {
-        Self::new(0x74, to, 0, 0, bits)
-    }
-
-    /// Jumps over `over` instructions if the 32 bits of `register` are not `value`.
-    pub(crate) const fn jump_if_not(register: u8, value: i32, over: i16) -> Self {
-        Self::new(0x56, register, 0, over, value)
-    }
-
-    /// Ends the program with the verdict in register 0.
-    pub(crate) const fn exit() -> Self {
-        Self::new(0x95, 0, 0, 0, 0)
-    }
-}
-
 /// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used; what is missing counts as zero (bpf(2)).
 #[repr(C)]
 struct BpfLoad {
@@ -331,7 +272,7 @@ struct BpfAttach {
 }
 
 /// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
-pub(crate) fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
+pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     const PROG_LOAD: libc::c_int = 5;
     const CGROUP_DEVICE: u32 = 15;
     let attributes = BpfLoad {

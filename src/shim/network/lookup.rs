@@ -10,42 +10,10 @@ use std::{
 };
 
 use nix::libc;
+use nutshell_linux::bpf::Instruction;
 
 /// What may listen: a socket for each family.
 const FAMILIES: u32 = 2;
-
-/// An instruction (Linux, `Documentation/bpf/standardization/instruction-set.rst`).
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    /// Destination in the lower half, source in the upper.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-const fn instruction(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Instruction {
-    Instruction {
-        code,
-        registers: destination | source << 4,
-        offset,
-        immediate,
-    }
-}
-
-const LOAD_WORD: u8 = 0x61;
-const STORE_WORD: u8 = 0x63;
-const LOAD_MAP: u8 = 0x18;
-const MOVE: u8 = 0xbf;
-const MOVE_IMMEDIATE: u8 = 0xb7;
-const ADD_IMMEDIATE: u8 = 0x07;
-const AND_IMMEDIATE: u8 = 0x57;
-const JUMP: u8 = 0x05;
-const JUMP_EQUAL: u8 = 0x15;
-const JUMP_NOT_EQUAL: u8 = 0x55;
-const CALL: u8 = 0x85;
-const EXIT: u8 = 0x95;
 
 // Fields of `struct bpf_sk_lookup`.
 const FAMILY: i16 = 8;
@@ -68,45 +36,46 @@ const fn program(map: RawFd) -> [Instruction; 36] {
     const fn pass(from: i16) -> i16 {
         33 - from
     }
+    let [load_map, load_map_end] = Instruction::load_map(1, map);
     [
-        instruction(MOVE, 6, 1, 0, 0),
-        instruction(LOAD_WORD, 2, 6, PROTOCOL, 0),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(2), libc::IPPROTO_TCP),
-        instruction(LOAD_WORD, 3, 6, FAMILY, 0),
-        instruction(JUMP_EQUAL, 3, 0, 11, libc::AF_INET),
-        instruction(JUMP_NOT_EQUAL, 3, 0, pass(5), libc::AF_INET6),
-        instruction(LOAD_WORD, 2, 6, LOCAL_IP6, 0),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(7), 0),
-        instruction(LOAD_WORD, 2, 6, LOCAL_IP6 + 4, 0),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(9), 0),
-        instruction(LOAD_WORD, 2, 6, LOCAL_IP6 + 8, 0),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(11), 0),
-        instruction(LOAD_WORD, 2, 6, LOCAL_IP6 + 12, 0),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(13), LAST_WORD_OF_LOOPBACK),
-        instruction(MOVE_IMMEDIATE, 4, 0, 0, 1),
-        instruction(JUMP, 0, 0, 4, 0),
+        Instruction::copy64(6, 1),
+        Instruction::load32(2, 6, PROTOCOL),
+        Instruction::jump_if_not_equal64(2, libc::IPPROTO_TCP, pass(2)),
+        Instruction::load32(3, 6, FAMILY),
+        Instruction::jump_if_equal64(3, libc::AF_INET, 11),
+        Instruction::jump_if_not_equal64(3, libc::AF_INET6, pass(5)),
+        Instruction::load32(2, 6, LOCAL_IP6),
+        Instruction::jump_if_not_equal64(2, 0, pass(7)),
+        Instruction::load32(2, 6, LOCAL_IP6 + 4),
+        Instruction::jump_if_not_equal64(2, 0, pass(9)),
+        Instruction::load32(2, 6, LOCAL_IP6 + 8),
+        Instruction::jump_if_not_equal64(2, 0, pass(11)),
+        Instruction::load32(2, 6, LOCAL_IP6 + 12),
+        Instruction::jump_if_not_equal64(2, LAST_WORD_OF_LOOPBACK, pass(13)),
+        Instruction::set64(4, 1),
+        Instruction::jump(4),
         // IPv4.
-        instruction(LOAD_WORD, 2, 6, LOCAL_IP4, 0),
-        instruction(AND_IMMEDIATE, 2, 0, 0, 0xff),
-        instruction(JUMP_NOT_EQUAL, 2, 0, pass(18), 127),
-        instruction(MOVE_IMMEDIATE, 4, 0, 0, 0),
+        Instruction::load32(2, 6, LOCAL_IP4),
+        Instruction::and64(2, 0xff),
+        Instruction::jump_if_not_equal64(2, 127, pass(18)),
+        Instruction::set64(4, 0),
         // The socket of the index in register 4.
-        instruction(STORE_WORD, 10, 4, -4, 0),
-        instruction(LOAD_MAP, 1, 1, 0, map),
-        instruction(0, 0, 0, 0, 0),
-        instruction(MOVE, 2, 10, 0, 0),
-        instruction(ADD_IMMEDIATE, 2, 0, 0, -4),
-        instruction(CALL, 0, 0, 0, MAP_LOOKUP),
-        instruction(JUMP_EQUAL, 0, 0, pass(26), 0),
-        instruction(MOVE, 7, 0, 0, 0),
-        instruction(MOVE, 1, 6, 0, 0),
-        instruction(MOVE, 2, 7, 0, 0),
-        instruction(MOVE_IMMEDIATE, 3, 0, 0, 0),
-        instruction(CALL, 0, 0, 0, ASSIGN),
-        instruction(MOVE, 1, 7, 0, 0),
-        instruction(CALL, 0, 0, 0, RELEASE),
-        instruction(MOVE_IMMEDIATE, 0, 0, 0, 1),
-        instruction(EXIT, 0, 0, 0, 0),
+        Instruction::store32(10, -4, 4),
+        load_map,
+        load_map_end,
+        Instruction::copy64(2, 10),
+        Instruction::add64(2, -4),
+        Instruction::call(MAP_LOOKUP),
+        Instruction::jump_if_equal64(0, 0, pass(26)),
+        Instruction::copy64(7, 0),
+        Instruction::copy64(1, 6),
+        Instruction::copy64(2, 7),
+        Instruction::set64(3, 0),
+        Instruction::call(ASSIGN),
+        Instruction::copy64(1, 7),
+        Instruction::call(RELEASE),
+        Instruction::set64(0, 1),
+        Instruction::exit(),
     ]
 }
 

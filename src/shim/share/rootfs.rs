@@ -11,6 +11,7 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, unshare};
+use nutshell_linux::mount_options;
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
     mount::{
@@ -146,11 +147,11 @@ impl Options {
             match option.as_str() {
                 "bind" => parsed.bind = Some(Bind::Single),
                 "rbind" => parsed.bind = Some(Bind::Recursive),
-                name => match flag(name) {
-                    Some((flags, true)) => parsed.flags.insert(flags),
-                    Some((flags, false)) => parsed.flags.remove(flags),
-                    None => parsed.data.push(name.to_owned()),
-                },
+                name => {
+                    if !mount_options::apply(name, &mut parsed.flags) {
+                        parsed.data.push(name.to_owned());
+                    }
+                }
             }
         }
         parsed
@@ -260,34 +261,6 @@ fn common_directory<'a>(layers: &[&'a Path]) -> &'a Path {
         .first()
         .and_then(|layer| layer.ancestors().skip(1).find(|directory| holds_all(directory)))
         .unwrap_or(Path::new("/"))
-}
-
-fn flag(name: &str) -> Option<(MountFlags, bool)> {
-    Some(match name {
-        "ro" => (MountFlags::RDONLY, true),
-        "rw" => (MountFlags::RDONLY, false),
-        "nosuid" => (MountFlags::NOSUID, true),
-        "suid" => (MountFlags::NOSUID, false),
-        "nodev" => (MountFlags::NODEV, true),
-        "dev" => (MountFlags::NODEV, false),
-        "noexec" => (MountFlags::NOEXEC, true),
-        "exec" => (MountFlags::NOEXEC, false),
-        "sync" => (MountFlags::SYNCHRONOUS, true),
-        "async" => (MountFlags::SYNCHRONOUS, false),
-        "dirsync" => (MountFlags::DIRSYNC, true),
-        "noatime" => (MountFlags::NOATIME, true),
-        "atime" => (MountFlags::NOATIME, false),
-        "nodiratime" => (MountFlags::NODIRATIME, true),
-        "diratime" => (MountFlags::NODIRATIME, false),
-        "relatime" => (MountFlags::RELATIME, true),
-        "norelatime" => (MountFlags::RELATIME, false),
-        "strictatime" => (MountFlags::STRICTATIME, true),
-        "nostrictatime" => (MountFlags::STRICTATIME, false),
-        "lazytime" => (MountFlags::LAZYTIME, true),
-        "nolazytime" => (MountFlags::LAZYTIME, false),
-        "defaults" => (MountFlags::empty(), true),
-        _ => return None,
-    })
 }
 
 #[cfg(test)]

@@ -1,25 +1,17 @@
 //! Hooks of a spec that run on the host (OCI spec, "POSIX-platform Hooks"): each in turn, with the
 //! container's state on its standard input. What fails is told in runc's words.
 
-use std::{
-    fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::process::CommandExt,
-    path::Path,
-    process::Command,
-};
+use std::{io, os::unix::process::CommandExt, path::Path, process::Command};
 
-use rustix::{
-    fs::MemfdFlags,
-    process::{Pid, Signal},
+use nutshell_linux::{
+    go_text::{error_text, signal_name},
+    hook::{memory_file, output},
 };
+use rustix::process::{Pid, Signal};
 use serde_json::json;
 
 use crate::oci::{self, ContainerId, Hook};
 use crate::shim::child::{Child, WaitStatus};
-
-/// How much of either of a failed hook's outputs goes into its error, in bytes.
-const OUTPUT_LIMIT: u64 = 1024;
 
 /// A hook that failed.
 #[derive(Debug, thiserror::Error)]
@@ -94,7 +86,7 @@ fn state(status: &str, subject: Subject<'_>) -> String {
 }
 
 async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> {
-    // Files in memory, not pipes: nobody has to wait for a hook that does not read.
+    let text = |error: io::Error| error_text(&error);
     let stdin = memory_file(state).map_err(text)?;
     let stdout = memory_file("").map_err(text)?;
     let stderr = memory_file("").map_err(text)?;
@@ -140,39 +132,6 @@ async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> 
     };
     let (stdout, stderr) = (output(stdout).map_err(text)?, output(stderr).map_err(text)?);
     Err(format!("{how}, stdout: {stdout}, stderr: {stderr}"))
-}
-
-/// An error as Go has it: without its number, in small letters.
-fn text(error: io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or(&text).to_lowercase()
-}
-
-/// A signal as Go names it.
-fn signal_name(signal: i32) -> String {
-    match signal {
-        libc::SIGHUP => "hangup".to_owned(),
-        libc::SIGINT => "interrupt".to_owned(),
-        libc::SIGABRT => "aborted".to_owned(),
-        libc::SIGKILL => "killed".to_owned(),
-        libc::SIGSEGV => "segmentation fault".to_owned(),
-        libc::SIGTERM => "terminated".to_owned(),
-        other => format!("signal {other}"),
-    }
-}
-
-fn output(mut file: File) -> io::Result<String> {
-    let mut said = Vec::new();
-    file.seek(SeekFrom::Start(0))?;
-    file.take(OUTPUT_LIMIT).read_to_end(&mut said)?;
-    Ok(String::from_utf8_lossy(&said).trim().to_owned())
-}
-
-fn memory_file(text: &str) -> io::Result<File> {
-    let mut file = File::from(rustix::fs::memfd_create("hook", MemfdFlags::CLOEXEC)?);
-    file.write_all(text.as_bytes())?;
-    file.seek(SeekFrom::Start(0))?;
-    Ok(file)
 }
 
 #[cfg(test)]

@@ -7,10 +7,11 @@
 use std::fs::File;
 use std::io;
 
+use nutshell_linux::bpf::Instruction;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use super::cgroup::Cgroup;
-use crate::sys::{self, BpfInstruction};
+use crate::sys;
 
 /// Access bits of the program's context, as in `BPF_DEVCG_ACC_*`.
 const MKNOD: i32 = 1;
@@ -115,7 +116,7 @@ fn is_unconfined(rules: &[Rule]) -> bool {
 
 /// A program that looks for the last rule that covers what is asked for, and denies where there is
 /// none.
-fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<BpfInstruction> {
+fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruction> {
     // Registers of the verdict, the context, and of what is unpacked from it.
     const VERDICT: u8 = 0;
     const CONTEXT: u8 = 1;
@@ -124,12 +125,12 @@ fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<BpfInstr
     const MAJOR: u8 = 4;
     const MINOR: u8 = 5;
     let mut program = vec![
-        BpfInstruction::load_word(KIND, CONTEXT, 0),
-        BpfInstruction::copy(ACCESS, KIND),
-        BpfInstruction::and(KIND, 0xffff),
-        BpfInstruction::shift_right(ACCESS, 16),
-        BpfInstruction::load_word(MAJOR, CONTEXT, 4),
-        BpfInstruction::load_word(MINOR, CONTEXT, 8),
+        Instruction::load32(KIND, CONTEXT, 0),
+        Instruction::copy32(ACCESS, KIND),
+        Instruction::and32(KIND, 0xffff),
+        Instruction::shift_right32(ACCESS, 16),
+        Instruction::load32(MAJOR, CONTEXT, 4),
+        Instruction::load32(MINOR, CONTEXT, 8),
     ];
     for rule in rules.rev() {
         let numbers = [(KIND, rule.kind), (MAJOR, rule.major), (MINOR, rule.minor)];
@@ -141,17 +142,17 @@ fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<BpfInstr
         let mut rest = i16::try_from(checks.len()).unwrap_or(0) + 3 + 2;
         for (register, value) in checks {
             rest -= 1;
-            program.push(BpfInstruction::jump_if_not(register, value, rest));
+            program.push(Instruction::jump_if_not_equal32(register, value, rest));
         }
         program.extend([
-            BpfInstruction::copy(CONTEXT, ACCESS),
-            BpfInstruction::and(CONTEXT, !rule.access & (MKNOD | READ | WRITE)),
-            BpfInstruction::jump_if_not(CONTEXT, 0, 2),
-            BpfInstruction::set(VERDICT, i32::from(rule.allow)),
-            BpfInstruction::exit(),
+            Instruction::copy32(CONTEXT, ACCESS),
+            Instruction::and32(CONTEXT, !rule.access & (MKNOD | READ | WRITE)),
+            Instruction::jump_if_not_equal32(CONTEXT, 0, 2),
+            Instruction::set32(VERDICT, i32::from(rule.allow)),
+            Instruction::exit(),
         ]);
     }
-    program.extend([BpfInstruction::set(VERDICT, 0), BpfInstruction::exit()]);
+    program.extend([Instruction::set32(VERDICT, 0), Instruction::exit()]);
     program
 }
 
@@ -171,7 +172,7 @@ mod tests {
         let mut registers = [0_i32; 6];
         let mut at = 0_usize;
         loop {
-            let BpfInstruction {
+            let Instruction {
                 code,
                 registers: pair,
                 offset,

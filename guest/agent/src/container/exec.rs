@@ -13,6 +13,7 @@ use std::path::Path;
 
 use libcontainer::capabilities;
 use libcontainer::syscall::syscall::SyscallType;
+use nutshell_linux::go_text::error_text;
 use nutshell_protocol::{Failure, StartExec};
 use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec};
 use rustix::fs::{Mode, OFlags};
@@ -22,7 +23,7 @@ use rustix::process::{Gid, Pid, Uid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::cgroup::{self, Cgroup};
-use super::executor::{Resolved, error_text};
+use super::executor::Resolved;
 use super::scheduling;
 use super::spec::{self, Program};
 use crate::job::{Context, FailureExt, Outcome};

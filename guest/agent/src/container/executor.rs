@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use nutshell_linux::go_text::error_text;
 use oci_spec::runtime::{Hook, Spec};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -206,17 +207,6 @@ fn executable(path: &Path) -> Result<(), Errno> {
         return Err(Errno::ISDIR);
     }
     rustix::fs::accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
-}
-
-/// An error without the number that the standard library appends, and in small letters as Go has it.
-pub(super) fn error_text(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or(&text);
-    let mut characters = text.chars();
-    match characters.next() {
-        Some(first) => first.to_lowercase().chain(characters).collect(),
-        None => String::new(),
-    }
 }
 
 fn c_string(text: String) -> Result<CString, String> {

@@ -7,24 +7,20 @@
 //! for the latter, and is given the agent itself to run ([`run_in_rootfs`]).
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
+use nutshell_linux::go_text::{error_text, signal_name};
+use nutshell_linux::hook::{memory_file, output};
 use oci_spec::runtime::{Hook, HookBuilder};
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::MemfdFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::diagnosis::Writer;
-use super::executor::error_text;
-
-/// How much of either of a failed hook's outputs goes into its error, in bytes.
-const OUTPUT_LIMIT: u64 = 1024;
 
 /// The agent's first argument where it is to run `createContainer` hooks.
 pub(crate) const FLAG: &str = "--create-container-hooks";
@@ -92,7 +88,6 @@ pub(super) fn run(moment: &str, hooks: &[Hook], state: &str) -> Result<(), Strin
 
 fn run_one(hook: &Hook, state: &str) -> Result<(), String> {
     let text = |error: io::Error| error_text(&error);
-    // Files in memory, not pipes: nobody has to wait for a hook that does not read.
     let stdin = memory_file(state).map_err(text)?;
     let stdout = memory_file("").map_err(text)?;
     let stderr = memory_file("").map_err(text)?;
@@ -151,33 +146,6 @@ fn ends_within(child: &Child, limit: Duration) -> io::Result<bool> {
 
 fn pid_of(child: &Child) -> io::Result<Pid> {
     Ok(Pid::from_raw(child.id().cast_signed()).ok_or(io::ErrorKind::InvalidInput)?)
-}
-
-/// A signal as Go names it.
-fn signal_name(signal: i32) -> String {
-    match signal {
-        libc::SIGHUP => "hangup".to_owned(),
-        libc::SIGINT => "interrupt".to_owned(),
-        libc::SIGABRT => "aborted".to_owned(),
-        libc::SIGKILL => "killed".to_owned(),
-        libc::SIGSEGV => "segmentation fault".to_owned(),
-        libc::SIGTERM => "terminated".to_owned(),
-        other => format!("signal {other}"),
-    }
-}
-
-fn memory_file(text: &str) -> io::Result<File> {
-    let mut file = File::from(rustix::fs::memfd_create("hook", MemfdFlags::CLOEXEC)?);
-    file.write_all(text.as_bytes())?;
-    file.seek(SeekFrom::Start(0))?;
-    Ok(file)
-}
-
-fn output(mut file: File) -> io::Result<String> {
-    let mut said = Vec::new();
-    file.seek(SeekFrom::Start(0))?;
-    file.take(OUTPUT_LIMIT).read_to_end(&mut said)?;
-    Ok(String::from_utf8_lossy(&said).trim().to_owned())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
+use nutshell_linux::mount_options;
 use nutshell_protocol::{Failure, Rootfs, SHARE_PATH};
 use oci_spec::runtime::Mount;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
@@ -35,7 +36,7 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<
             options,
         } => {
             let device = disk::find(*slot).context(|| format!("disk slot {slot}"))?;
-            let (flags, data) = mount_options(options);
+            let (flags, data) = split_options(options);
             let data = CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs holds a NUL"))?;
             rustix::mount::mount(&device, target, filesystem.as_str(), flags, data.as_c_str())
                 .context(|| format!("mount {} ({filesystem}) as rootfs", device.display()))
@@ -106,33 +107,13 @@ pub(crate) fn unmount(target: &Path) -> io::Result<()> {
 }
 
 /// Splits options as fstab has them into mount(2)'s flags and the file system's own.
-fn mount_options(options: &[String]) -> (MountFlags, String) {
+fn split_options(options: &[String]) -> (MountFlags, String) {
     let mut flags = MountFlags::empty();
     let mut data = Vec::new();
     for option in options {
-        match option.as_str() {
-            "ro" => flags |= MountFlags::RDONLY,
-            "rw" => flags -= MountFlags::RDONLY,
-            "nosuid" => flags |= MountFlags::NOSUID,
-            "suid" => flags -= MountFlags::NOSUID,
-            "nodev" => flags |= MountFlags::NODEV,
-            "dev" => flags -= MountFlags::NODEV,
-            "noexec" => flags |= MountFlags::NOEXEC,
-            "exec" => flags -= MountFlags::NOEXEC,
-            "sync" => flags |= MountFlags::SYNCHRONOUS,
-            "async" => flags -= MountFlags::SYNCHRONOUS,
-            "dirsync" => flags |= MountFlags::DIRSYNC,
-            "noatime" => flags |= MountFlags::NOATIME,
-            "atime" => flags -= MountFlags::NOATIME,
-            "nodiratime" => flags |= MountFlags::NODIRATIME,
-            "diratime" => flags -= MountFlags::NODIRATIME,
-            "relatime" => flags |= MountFlags::RELATIME,
-            "norelatime" => flags -= MountFlags::RELATIME,
-            "strictatime" => flags |= MountFlags::STRICTATIME,
-            "lazytime" => flags |= MountFlags::LAZYTIME,
-            "silent" => flags |= MountFlags::SILENT,
-            "defaults" | "loud" | "loop" | "" => {}
-            other => data.push(other),
+        // The disk is a block device already: there is no loop device to set up.
+        if !option.is_empty() && option != "loop" && !mount_options::apply(option, &mut flags) {
+            data.push(option.as_str());
         }
     }
     (flags, data.join(","))
@@ -161,8 +142,18 @@ mod tests {
 
     #[test]
     fn options_split_into_flags_and_the_rest() {
-        let options = ["ro", "noatime", "discard", "nodev", "dev", "data=ordered"].map(str::to_owned);
-        let (flags, data) = mount_options(&options);
+        let options = [
+            "ro",
+            "noatime",
+            "discard",
+            "nodev",
+            "dev",
+            "loop",
+            "nolazytime",
+            "data=ordered",
+        ]
+        .map(str::to_owned);
+        let (flags, data) = split_options(&options);
         assert_eq!(flags, MountFlags::RDONLY | MountFlags::NOATIME);
         assert_eq!(data, "discard,data=ordered");
     }

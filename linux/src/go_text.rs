@@ -1,0 +1,48 @@
+//! Errors and signals in the words of Go's standard library. runc is written in Go, so these are the texts that
+//! users know and search for.
+
+use std::io;
+
+/// Formats an error as Go's `syscall.Errno` does: without the number that Rust's standard library appends, and
+/// beginning with a small letter.
+#[must_use]
+pub fn error_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text);
+    let mut characters = text.chars();
+    match characters.next() {
+        Some(first) => first.to_lowercase().chain(characters).collect(),
+        None => String::new(),
+    }
+}
+
+/// Names a signal as Go's `syscall.Signal` does. Signals that rarely end a process have only a number.
+#[must_use]
+pub fn signal_name(signal: i32) -> String {
+    match signal {
+        libc::SIGHUP => "hangup".to_owned(),
+        libc::SIGINT => "interrupt".to_owned(),
+        libc::SIGABRT => "aborted".to_owned(),
+        libc::SIGKILL => "killed".to_owned(),
+        libc::SIGSEGV => "segmentation fault".to_owned(),
+        libc::SIGTERM => "terminated".to_owned(),
+        other => format!("signal {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_has_no_number_and_begins_with_a_small_letter() {
+        let error = io::Error::from_raw_os_error(libc::ENOENT);
+        assert_eq!(error_text(&error), "no such file or directory");
+    }
+
+    #[test]
+    fn signal_is_named_as_go_names_it() {
+        assert_eq!(signal_name(libc::SIGKILL), "killed");
+        assert_eq!(signal_name(libc::SIGUSR1), "signal 10");
+    }
+}
