@@ -24,7 +24,7 @@ pub(crate) enum BootError {
     Descriptors(#[source] io::Error),
     /// A disk.
     #[error("open the disk {}: {source}", path.display())]
-    DiskAccess {
+    Disk {
         /// The file or device.
         path: PathBuf,
         /// Why.
@@ -150,7 +150,7 @@ pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError>
         rustix::fs::fcntl_setfl(file.as_fd(), flags)?;
         Ok(file)
     };
-    open().map_err(|source| BootError::DiskAccess {
+    open().map_err(|source| BootError::Disk {
         path: path.to_owned(),
         source,
     })
