@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::memory::Extent;
+
 /// The bytes before each packet of a tap device (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6).
 pub(crate) const VNET_HEADER_SIZE: u32 = 12;
 
@@ -114,15 +116,6 @@ pub(crate) enum DiskAccess {
     ReadOnly,
     /// A descriptor follows; the guest may read and write it.
     ReadWrite,
-}
-
-/// A part of a file, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Extent {
-    /// Where it starts; page-aligned for the kernel, so that it can be mapped.
-    pub(crate) offset: u64,
-    /// How long it is.
-    pub(crate) length: u64,
 }
 
 /// What the vmm tells the shim.

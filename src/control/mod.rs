@@ -13,5 +13,6 @@ mod message;
 
 pub(crate) use self::{
     channel::{Channel, ControlError},
-    message::{Command, DiskAccess, EndReason, Extent, MAX_CONSOLE_TAIL, MachineConfig, Notice, VNET_HEADER_SIZE},
+    message::{Command, DiskAccess, EndReason, MAX_CONSOLE_TAIL, MachineConfig, Notice, VNET_HEADER_SIZE},
 };
+pub(crate) use crate::memory::Extent;

@@ -37,10 +37,7 @@ use crate::{
             vsock::{Vsock, muxer::Muxer},
         },
     },
-    memory::{
-        GuestMemory,
-        map::{self, Access},
-    },
+    memory::{ExpectedAccess, GuestMemory, allocate, load_file},
 };
 
 /// What every kernel is told. Quiet before the early console, which else prints all; a panic or
@@ -109,8 +106,8 @@ pub(crate) fn start(parts: BootResources, log: &Arc<Log>, end: &Arc<End>) -> Res
         share,
         disks,
     } = parts;
-    let memory = GuestMemory::new(map::allocate(machine.memory, machine.file_server)?);
-    let vm = Vm::new(kvm, memory.now())?;
+    let memory = GuestMemory::new(allocate(machine.memory, machine.file_server)?);
+    let vm = Vm::new(kvm, memory.regions())?;
     let mut board = Board::new(&vm, memory.clone());
 
     // First: their names in the guest are numbers (see `slot_device`).
@@ -154,7 +151,14 @@ pub(crate) fn start(parts: BootResources, log: &Arc<Log>, end: &Arc<End>) -> Res
     let place = boot::initramfs_address(machine.memory, machine.initramfs.length)
         .filter(|address| *address >= loaded.end)
         .ok_or(BuildError::Command("the initramfs does not fit into guest memory"))?;
-    map::load(&memory, "initramfs", &initramfs, machine.initramfs, place, Access::Read)?;
+    load_file(
+        &memory,
+        "initramfs",
+        &initramfs,
+        machine.initramfs,
+        place,
+        ExpectedAccess::ReadMostly,
+    )?;
     let archive = boot::Initramfs {
         address: place,
         length: machine.initramfs.length,

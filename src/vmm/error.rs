@@ -6,7 +6,7 @@ use super::{
     boot::{BootError, kernel::KernelError},
     kvm::KvmError,
 };
-use crate::memory::map::MemoryError;
+use crate::memory::MemoryError;
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]

@@ -24,10 +24,7 @@ use crate::{
         mem::{self, Mem},
         mmio::InterruptLine,
     },
-    memory::{
-        GuestMemory,
-        map::{self, MMIO, ranges},
-    },
+    memory::{DEVICE_WINDOW, GuestMemory, add_region, ram_ranges},
 };
 
 /// What Linux adds and removes memory by, at most (x86, `probe_memory_block_size`): the region starts at a
@@ -72,8 +69,10 @@ pub(crate) struct GrowthContext<'a> {
 impl Growth {
     /// For a machine that boots as `machine` says; its memory device will be at `place`.
     pub(crate) fn new(machine: &MachineConfig, place: ReservedSlot) -> Result<Self, BuildError> {
-        let boot_end = ranges(machine.memory).last().map_or(0, |(base, length)| base + length);
-        let start = boot_end.max(MMIO.end).next_multiple_of(LARGEST_MEMORY_BLOCK);
+        let boot_end = ram_ranges(machine.memory)
+            .last()
+            .map_or(0, |(base, length)| base + length);
+        let start = boot_end.max(DEVICE_WINDOW.end).next_multiple_of(LARGEST_MEMORY_BLOCK);
         let step = if machine.memory < SMALL_BLOCK_MAX_MEMORY {
             MEMORY_BLOCK
         } else {
@@ -123,7 +122,9 @@ impl Growth {
         }
         if self.shared < self.usable {
             if let Some(fs) = context.fs {
-                fs.lock().grow(context.memory.now()).map_err(BuildError::FileServer)?;
+                fs.lock()
+                    .grow(context.memory.regions())
+                    .map_err(BuildError::FileServer)?;
             }
             self.shared = self.usable;
         }
@@ -148,7 +149,7 @@ impl Growth {
     /// Puts memory there, for KVM and for every device, before the guest may use it.
     fn extend(&mut self, usable: u64, context: &mut GrowthContext<'_>) -> Result<(), BuildError> {
         let base = self.region.start + self.usable;
-        let memory = map::extend(context.memory.now(), base, usable - self.usable)?;
+        let memory = add_region(context.memory.regions(), base, usable - self.usable)?;
         context.vm.add_memory(&memory)?;
         // What KVM has must stay mapped, whatever follows.
         context.memory.grow(memory);

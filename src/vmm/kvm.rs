@@ -16,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{boot, cpuid};
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 /// Three pages that VT-x wants for real mode, in the device window, where no device is.
 const TSS: usize = 0xfffb_d000;
@@ -89,7 +89,7 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Creates the machine with the interrupt controller and `memory`.
-    pub(crate) fn new(device: OwnedFd, memory: &Memory) -> Result<Self, KvmError> {
+    pub(crate) fn new(device: OwnedFd, memory: &MemoryRegions) -> Result<Self, KvmError> {
         // SAFETY: the shim opened this descriptor on /dev/kvm, and it is owned here alone.
         let kvm = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         if i64::from(kvm.get_api_version()) != i64::from(KVM_API_VERSION) {
@@ -121,7 +121,7 @@ impl Vm {
 
     /// Gives the machine the regions of `memory` that it does not have yet: those behind the ones that
     /// an earlier call named.
-    pub(crate) fn add_memory(&mut self, memory: &Memory) -> Result<(), KvmError> {
+    pub(crate) fn add_memory(&mut self, memory: &MemoryRegions) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(memory.iter()).skip(self.memory_slots as usize) {
             let host = memory
                 .get_host_address(region.start_addr())

@@ -18,7 +18,7 @@ use crate::{
             mmio::{HotplugSlot, InterruptLine, Mmio, NOTIFY, WINDOW},
         },
     },
-    memory::{GuestMemory, map::MMIO},
+    memory::{DEVICE_WINDOW, GuestMemory},
 };
 
 /// The first interrupt line given to a device: lower ones are those of the PC's first devices.
@@ -122,7 +122,7 @@ impl<'v> Board<'v> {
         if line >= u32::from(boot::mptable::LINES) {
             return Err(BuildError::Command("more devices than interrupt lines"));
         }
-        let base = MMIO.start + u64::from(self.count) * WINDOW;
+        let base = DEVICE_WINDOW.start + u64::from(self.count) * WINDOW;
         self.count += 1;
         // Writing to a string cannot fail.
         let _ = write!(self.arguments, " virtio_mmio.device={WINDOW}@{base:#x}:{line}");

@@ -30,7 +30,7 @@ impl Balloon {
         let memory = queue.memory().clone();
         queue.serve(|chain| {
             // What the host does not take stays the guest's, as if it were in use.
-            let _ = chain.writable.discard(memory.now());
+            let _ = chain.writable.discard(memory.regions());
             0
         })
     }
@@ -72,14 +72,14 @@ mod tests {
     use super::*;
     use crate::{
         devices::virtio::queue::tests::{NEXT, WRITE, descriptor, device_queue},
-        memory::{GuestMemory, map::allocate},
+        memory::{GuestMemory, allocate},
     };
 
     #[test]
     fn reported_pages_go_back_to_the_host_and_nothing_beside_them() {
         for shared in [false, true] {
             let memory = GuestMemory::new(allocate(2 << 20, shared).unwrap());
-            let mock = MockSplitQueue::new(memory.now(), 16);
+            let mock = MockSplitQueue::new(memory.regions(), 16);
             memory.write_slice(&[7; 64 << 10], GuestAddress(0x1_0000)).unwrap();
             // Whole pages; half a page before one, and half of the next.
             let table = mock.desc_table();
@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn report_of_what_is_no_memory_breaks_the_queue_and_nothing_else() {
         let memory = GuestMemory::new(allocate(2 << 20, true).unwrap());
-        let mock = MockSplitQueue::new(memory.now(), 16);
+        let mock = MockSplitQueue::new(memory.regions(), 16);
         mock.desc_table()
             .store(0, descriptor(4 << 20, 0x1000, WRITE, 0))
             .unwrap();

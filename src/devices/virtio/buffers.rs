@@ -14,7 +14,7 @@ use rustix::mm::{Advice, madvise};
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
 
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 /// The most buffers in a chain; also the most that one system call takes (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
@@ -52,7 +52,10 @@ pub(crate) struct Chain<'m> {
 
 impl<'m> Chain<'m> {
     /// Parses what the driver made available.
-    pub(crate) fn parse(chain: DescriptorChain<&'m Memory>, memory: &'m Memory) -> Result<Self, ChainError> {
+    pub(crate) fn parse(
+        chain: DescriptorChain<&'m MemoryRegions>,
+        memory: &'m MemoryRegions,
+    ) -> Result<Self, ChainError> {
         let head = chain.head_index();
         let (mut readable, mut writable) = (Buffers::default(), Buffers::default());
         let mut ended = false;
@@ -100,7 +103,7 @@ pub(crate) struct Buffers<'m> {
 
 impl<'m> Buffers<'m> {
     /// A range of guest memory, as a chain would name it.
-    pub(crate) fn over(memory: &'m Memory, address: u64, length: usize) -> Result<Self, ChainError> {
+    pub(crate) fn over(memory: &'m MemoryRegions, address: u64, length: usize) -> Result<Self, ChainError> {
         let address = GuestAddress(address);
         if !memory.check_range(address, length) {
             return Err(ChainError::OutOfRange);
@@ -224,7 +227,7 @@ impl<'m> Buffers<'m> {
     /// # Errors
     ///
     /// The host refuses; a part may be done.
-    pub(crate) fn discard(&self, memory: &Memory) -> io::Result<()> {
+    pub(crate) fn discard(&self, memory: &MemoryRegions) -> io::Result<()> {
         // From a file it is taken for every process that has it mapped.
         let shared = memory
             .iter()

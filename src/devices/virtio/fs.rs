@@ -13,7 +13,7 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemoryBackend;
 
 use super::{ActivateError, Activation, Device, copy_config, mmio::InterruptLine};
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 /// The high-priority queue and the request queue. A request's size is bounded by its queue's.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
@@ -49,7 +49,7 @@ impl Fs {
     /// # Errors
     ///
     /// The file server does not take it.
-    pub(crate) fn grow(&self, memory: &Memory) -> Result<(), String> {
+    pub(crate) fn grow(&self, memory: &MemoryRegions) -> Result<(), String> {
         // One that is not activated yet gets it then.
         let Some(frontend) = &self.frontend else {
             return Ok(());
@@ -82,7 +82,7 @@ impl Fs {
         frontend
             .set_protocol_features(understood & VhostUserProtocolFeatures::MQ)
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
-        let regions = regions(activation.memory.now())?;
+        let regions = regions(activation.memory.regions())?;
         frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
         for (index, queue) in activation.queues.iter().enumerate() {
             let geometry = queue.geometry();
@@ -118,7 +118,7 @@ impl Fs {
 
 /// Guest memory in as few regions as can be, of which the protocol takes 32: memory that grew by parts
 /// lies in one file without a gap.
-fn regions(memory: &Memory) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
+fn regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
     let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
     for region in memory.iter() {
         let next = VhostUserMemoryRegionInfo::from_guest_region(region);
@@ -187,15 +187,15 @@ impl std::fmt::Debug for Fs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::map::{allocate, extend};
+    use crate::memory::{add_region, allocate};
 
     const MIB: u64 = 1 << 20;
 
     #[test]
     fn memory_that_grew_by_parts_is_one_region_to_the_file_server() {
         let memory = allocate(4 * MIB, true).unwrap();
-        let memory = extend(&memory, 4 << 30, 2 * MIB).unwrap();
-        let memory = extend(&memory, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
+        let memory = add_region(&memory, 4 << 30, 2 * MIB).unwrap();
+        let memory = add_region(&memory, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
 
         let regions = regions(&memory).unwrap();
 

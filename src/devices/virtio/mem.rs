@@ -11,7 +11,7 @@ use super::{
     copy_config,
     queue::{DeviceQueue, QueueError},
 };
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 /// The size of a block, in bytes: a huge page.
 pub(crate) const BLOCK: u64 = 2 << 20;
@@ -105,7 +105,7 @@ impl Mem {
         queue.serve(|chain| {
             let mut request = [0; REQUEST];
             let (answer, state) = if chain.readable.take(&mut request) {
-                self.answer(&request, |address, length| discard(memory.now(), address, length))
+                self.answer(&request, |address, length| discard(memory.regions(), address, length))
             } else {
                 (Answer::Wrong, 0)
             };
@@ -172,7 +172,7 @@ impl Mem {
 }
 
 /// Gives memory back to the host; `false` if it does not take it.
-fn discard(memory: &Memory, address: u64, length: u64) -> bool {
+fn discard(memory: &MemoryRegions, address: u64, length: u64) -> bool {
     let buffers = usize::try_from(length).map(|length| Buffers::over(memory, address, length));
     matches!(buffers, Ok(Ok(buffers)) if buffers.discard(memory).is_ok())
 }

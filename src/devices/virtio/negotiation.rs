@@ -13,7 +13,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
 const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
@@ -159,7 +159,7 @@ impl Negotiation {
     }
 
     /// Takes a write to the status register.
-    pub(crate) fn write_status(&mut self, value: u32, memory: &Memory) -> Transition {
+    pub(crate) fn write_status(&mut self, value: u32, memory: &MemoryRegions) -> Transition {
         if value == 0 {
             let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
             *self = Self::new(self.offered, &sizes);
@@ -215,7 +215,7 @@ impl Negotiation {
     }
 
     /// The ready queues as values, or `None` if one is not valid or they leave a gap.
-    fn build_queues(&self, memory: &Memory) -> Option<Vec<Queue>> {
+    fn build_queues(&self, memory: &MemoryRegions) -> Option<Vec<Queue>> {
         let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let count = self.queues.iter().take_while(|queue| queue.ready).count();
         let gap = self.queues[count..].iter().any(|queue| queue.ready);
@@ -249,11 +249,11 @@ mod tests {
 
     const UP_TO_FEATURES: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 
-    fn memory() -> Memory {
-        Memory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap()
+    fn memory() -> MemoryRegions {
+        MemoryRegions::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap()
     }
 
-    fn configured(memory: &Memory) -> Negotiation {
+    fn configured(memory: &MemoryRegions) -> Negotiation {
         let mut state = Negotiation::new(COMMON_FEATURES, &[256, 256]);
         for status in [ACKNOWLEDGE, ACKNOWLEDGE | DRIVER] {
             assert_eq!(state.write_status(status, memory), Transition::None);

@@ -16,7 +16,7 @@ use super::{
     Interrupt,
     buffers::{Chain, ChainError},
 };
-use crate::memory::{GuestMemory, Memory};
+use crate::memory::{GuestMemory, MemoryRegions};
 
 /// Why a queue cannot go on; its device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +39,7 @@ pub(crate) struct DeviceQueue {
     kick: EventFd,
     memory: GuestMemory,
     /// As it was at activation, which the rings lie in.
-    rings: &'static Memory,
+    rings: &'static MemoryRegions,
     interrupt: Arc<dyn Interrupt>,
     /// Up to here the driver was told of what was used, or did not want to be.
     announced: Wrapping<u16>,
@@ -69,7 +69,7 @@ impl DeviceQueue {
             index,
             queue,
             kick,
-            rings: memory.now(),
+            rings: memory.regions(),
             memory,
             interrupt,
         }
@@ -96,7 +96,7 @@ impl DeviceQueue {
             return Ok(None);
         }
         // After the chain was seen: its buffers may lie in memory that has come just before it.
-        let memory = self.memory.now();
+        let memory = self.memory.regions();
         let Some(chain) = self.queue.iter(memory)?.next() else {
             return Ok(None);
         };
@@ -244,11 +244,14 @@ pub(crate) mod tests {
 
     /// 1 MiB of guest memory.
     pub(crate) fn memory() -> GuestMemory {
-        GuestMemory::new(Memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
+        GuestMemory::new(MemoryRegions::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
     }
 
     /// The device's side of a mock queue.
-    pub(crate) fn device_queue(mock: &MockSplitQueue<'_, Memory>, memory: &GuestMemory) -> (DeviceQueue, Arc<Count>) {
+    pub(crate) fn device_queue(
+        mock: &MockSplitQueue<'_, MemoryRegions>,
+        memory: &GuestMemory,
+    ) -> (DeviceQueue, Arc<Count>) {
         let count = Arc::new(Count::default());
         let queue: Queue = mock.create_queue().unwrap();
         let kick = EventFd::new(0).unwrap();
@@ -358,9 +361,9 @@ pub(crate) mod tests {
         let mock = MockSplitQueue::new(&*memory, 16);
         let (mut queue, _) = device_queue(&mock, &memory);
         assert!(queue.pop().unwrap().is_none());
-        let base = memory.now();
+        let base = memory.regions();
         let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x20_0000), 0x10_0000)];
-        let grown = Memory::from_ranges(&regions).unwrap();
+        let grown = MemoryRegions::from_ranges(&regions).unwrap();
         // The test's queue lies in the first region, whose content comes along.
         let mut content = vec![0; 0x10_0000];
         mock.desc_table().store(0, descriptor(0x20_0000, 16, 0, 0)).unwrap();

@@ -10,10 +10,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::HIGH_MEMORY;
 use crate::{
     control::Extent,
-    memory::{
-        Memory,
-        map::{self, Access, MemoryError},
-    },
+    memory::{ExpectedAccess, MemoryError, MemoryRegions, load_file},
 };
 
 /// The length of an ELF file header, in bytes.
@@ -50,7 +47,7 @@ pub(crate) struct Loaded {
 }
 
 /// Loads the kernel that lies at `extent` of `file`.
-pub(crate) fn load(memory: &Memory, file: &File, extent: Extent) -> Result<Loaded, KernelError> {
+pub(crate) fn load(memory: &MemoryRegions, file: &File, extent: Extent) -> Result<Loaded, KernelError> {
     let mut header = [0; FILE_HEADER];
     read(file, extent, 0, &mut header)?;
     if header[..6] != *b"\x7fELF\x02\x01" || half(&header, 18) != 62 {
@@ -81,7 +78,7 @@ pub(crate) fn load(memory: &Memory, file: &File, extent: Extent) -> Result<Loade
 }
 
 /// Loads one segment; returns the address behind it.
-fn load_segment(memory: &Memory, file: &File, extent: Extent, segment: &[u8]) -> Result<u64, KernelError> {
+fn load_segment(memory: &MemoryRegions, file: &File, extent: Extent, segment: &[u8]) -> Result<u64, KernelError> {
     let (offset, address) = (long(segment, 8), long(segment, 24));
     let (in_file, in_memory) = (long(segment, 32), long(segment, 40));
     let inside = offset.checked_add(in_file).is_some_and(|end| end <= extent.length) && in_file <= in_memory;
@@ -94,11 +91,11 @@ fn load_segment(memory: &Memory, file: &File, extent: Extent, segment: &[u8]) ->
         length: in_file,
     };
     let access = if word(segment, 4) & WRITABLE == 0 {
-        Access::Read
+        ExpectedAccess::ReadMostly
     } else {
-        Access::Write
+        ExpectedAccess::WriteMostly
     };
-    map::load(memory, "kernel", file, part, address, access)?;
+    load_file(memory, "kernel", file, part, address, access)?;
     // What follows in the segment's memory must read as zero, and fresh memory does; it must exist.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
@@ -138,7 +135,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::memory::map::allocate;
+    use crate::memory::allocate;
 
     /// An ELF file with one segment of 8 bytes in the file and `in_memory` in memory.
     fn vmlinux(entry: u64, address: u64, offset: u64, in_memory: u64) -> Vec<u8> {

@@ -9,10 +9,7 @@ pub(crate) mod mptable;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};
 
-use crate::memory::{
-    Memory,
-    map::{self, HUGE_PAGE},
-};
+use crate::memory::{HUGE_PAGE_SIZE, MemoryRegions, ram_ranges};
 
 /// The global descriptor table.
 pub(crate) const GDT: u64 = 0x500;
@@ -67,13 +64,13 @@ pub(crate) struct Initramfs {
 /// The address for an initramfs of `length` bytes: at the end of low memory, page-aligned, far
 /// from the kernel, which grows upwards.
 pub(crate) fn initramfs_address(memory_bytes: u64, length: u64) -> Option<u64> {
-    let (base, low) = map::ranges(memory_bytes)[0];
+    let (base, low) = ram_ranges(memory_bytes)[0];
     Some((base + low).checked_sub(length)? & !0xfff)
 }
 
 /// Writes everything but the kernel, the initramfs and the MP table.
 pub(crate) fn write_tables(
-    memory: &Memory,
+    memory: &MemoryRegions,
     memory_bytes: u64,
     command_line: &str,
     initramfs: Initramfs,
@@ -93,7 +90,7 @@ pub(crate) fn write_tables(
 
 /// Identity-maps the first GiB with 2 MiB pages, which covers all that the kernel reads before it
 /// makes tables of its own.
-fn write_page_tables(memory: &Memory) -> Result<(), GuestMemoryError> {
+fn write_page_tables(memory: &MemoryRegions) -> Result<(), GuestMemoryError> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const HUGE: u64 = 1 << 7;
     let (pointers, directory) = (PAGE_TABLES + 0x1000, PAGE_TABLES + 0x2000);
@@ -101,13 +98,13 @@ fn write_page_tables(memory: &Memory) -> Result<(), GuestMemoryError> {
     memory.write_obj(directory | PRESENT_WRITABLE, GuestAddress(pointers))?;
     let mut entries = [0_u64; 512];
     for (entry, page) in entries.iter_mut().zip(0..) {
-        *entry = (page * HUGE_PAGE) | PRESENT_WRITABLE | HUGE;
+        *entry = (page * HUGE_PAGE_SIZE) | PRESENT_WRITABLE | HUGE;
     }
     memory.write_slice(&bytes_of(&entries), GuestAddress(directory))
 }
 
 /// Gives the guest's generator its entropy before the first user asks, without a driver.
-fn write_seed(memory: &Memory) -> Result<(), BootError> {
+fn write_seed(memory: &MemoryRegions) -> Result<(), BootError> {
     let mut seed = [0; SEED_LENGTH];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| BootError::Seed(error.into()))?;
@@ -137,7 +134,7 @@ fn zero_page(memory_bytes: u64, command_line_length: usize, initramfs: Initramfs
         ..boot_params::default()
     };
     let mut map = vec![(0, LOW_MEMORY_END)];
-    for (base, length) in map::ranges(memory_bytes) {
+    for (base, length) in ram_ranges(memory_bytes) {
         let start = base.max(HIGH_MEMORY);
         map.push((start, base + length - start));
     }
@@ -167,7 +164,7 @@ unsafe impl ByteValued for Params {}
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::map::allocate;
+    use crate::memory::allocate;
 
     #[test]
     fn memory_map_names_all_memory_but_the_legacy_hole_and_the_device_window() {

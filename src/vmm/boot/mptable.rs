@@ -5,7 +5,7 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::LOW_MEMORY_END;
-use crate::memory::Memory;
+use crate::memory::MemoryRegions;
 
 /// How many lines the I/O APIC of KVM has.
 pub(crate) const LINES: u8 = 24;
@@ -28,7 +28,7 @@ const NMI: u8 = 1;
 const EXTERNAL: u8 = 3;
 
 /// Writes the table for `vcpus` processors, whose APIC ids are 0 and up.
-pub(crate) fn write(memory: &Memory, vcpus: u8) -> Result<(), GuestMemoryError> {
+pub(crate) fn write(memory: &MemoryRegions, vcpus: u8) -> Result<(), GuestMemoryError> {
     let pointer = LOW_MEMORY_END;
     let table = pointer + 16;
     memory.write_slice(&floating_pointer(table), GuestAddress(pointer))?;
@@ -98,7 +98,7 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::map::allocate;
+    use crate::memory::allocate;
 
     #[test]
     fn both_structures_sum_to_zero_and_the_length_is_right() {

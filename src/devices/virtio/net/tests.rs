@@ -28,7 +28,7 @@ use crate::devices::virtio::queue::{
     DeviceQueue,
     tests::{Count, NEXT, WRITE, device_queue, memory},
 };
-use crate::memory::{GuestMemory, Memory};
+use crate::memory::{GuestMemory, MemoryRegions};
 
 const BUFFERS: u64 = 0x1_0000;
 
@@ -45,7 +45,7 @@ fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor
 }
 
 /// Makes single descriptors available, `lengths` long, one after the other from [`BUFFERS`] on.
-fn offer(mock: &MockSplitQueue<'_, Memory>, lengths: &[u32], flags: u16) {
+fn offer(mock: &MockSplitQueue<'_, MemoryRegions>, lengths: &[u32], flags: u16) {
     let mut address = BUFFERS;
     for (index, length) in (0..).zip(lengths) {
         mock.desc_table()
@@ -58,7 +58,7 @@ fn offer(mock: &MockSplitQueue<'_, Memory>, lengths: &[u32], flags: u16) {
 }
 
 /// Heads and lengths of what was given back.
-fn used(mock: &MockSplitQueue<'_, Memory>) -> Vec<(u32, u32)> {
+fn used(mock: &MockSplitQueue<'_, MemoryRegions>) -> Vec<(u32, u32)> {
     (0..mock.used().idx().load())
         .map(|index| {
             let element = mock.used().ring().ref_at(index.into()).unwrap().load();
@@ -68,7 +68,7 @@ fn used(mock: &MockSplitQueue<'_, Memory>) -> Vec<(u32, u32)> {
 }
 
 /// Waits until so many were given back.
-fn wait_for_used(mock: &MockSplitQueue<'_, Memory>, count: u16) {
+fn wait_for_used(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while mock.used().idx().load() < count {
         assert!(Instant::now() < deadline, "{:?}", used(mock));
@@ -78,8 +78,8 @@ fn wait_for_used(mock: &MockSplitQueue<'_, Memory>, count: u16) {
 
 fn pair<'m>(
     tap: &Arc<Tap>,
-    receive: &MockSplitQueue<'m, Memory>,
-    transmit: &MockSplitQueue<'m, Memory>,
+    receive: &MockSplitQueue<'m, MemoryRegions>,
+    transmit: &MockSplitQueue<'m, MemoryRegions>,
     memory: &GuestMemory,
 ) -> Pair {
     Pair {

@@ -128,7 +128,7 @@ fn datagram(port: u16) -> Vec<u8> {
 }
 
 /// All queues of a driver.
-fn mocks(memory: &Memory, count: usize) -> Vec<MockSplitQueue<'_, Memory>> {
+fn mocks(memory: &MemoryRegions, count: usize) -> Vec<MockSplitQueue<'_, MemoryRegions>> {
     QUEUES[..count]
         .iter()
         .map(|address| MockSplitQueue::create(memory, GuestAddress(*address), 256))
@@ -139,7 +139,7 @@ fn mocks(memory: &Memory, count: usize) -> Vec<MockSplitQueue<'_, Memory>> {
 fn activate(
     net: &mut Net,
     features: Option<u64>,
-    mocks: &[MockSplitQueue<'_, Memory>],
+    mocks: &[MockSplitQueue<'_, MemoryRegions>],
     memory: &GuestMemory,
 ) -> Vec<EventFd> {
     let queues: Vec<_> = mocks.iter().map(|mock| device_queue(mock, memory).0).collect();
@@ -156,7 +156,7 @@ fn activate(
 
 /// Makes `count` more single descriptors available, each at its own place. In all 128 at most: the mock's
 /// used ring lies over the rest of its available ring.
-fn offer_more(mock: &MockSplitQueue<'_, Memory>, count: u16, length: u32, flags: u16) {
+fn offer_more(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16, length: u32, flags: u16) {
     let start = mock.avail().idx().load();
     for index in start..start + count {
         let address = ROOM + u64::from(index) * u64::from(length);

@@ -1,0 +1,40 @@
+//! The table of memory regions, which grows while devices use it.
+
+use std::{ops::Deref, sync::Arc};
+
+use parking_lot::RwLock;
+use vm_memory::GuestMemoryMmap;
+
+/// The regions of guest memory at one point in time.
+pub(crate) type MemoryRegions = GuestMemoryMmap<()>;
+
+/// Guest memory, shared by all devices. It grows and never shrinks: a region stays mapped until the process ends, so
+/// growth does not have to stop any device.
+#[derive(Debug, Clone)]
+pub(crate) struct GuestMemory(Arc<RwLock<&'static MemoryRegions>>);
+
+impl GuestMemory {
+    /// The memory that a machine boots with.
+    pub(crate) fn new(regions: MemoryRegions) -> Self {
+        Self(Arc::new(RwLock::new(Box::leak(Box::new(regions)))))
+    }
+
+    /// The current regions. Call it again for each batch of work: buffers may lie in memory that was added since.
+    pub(crate) fn regions(&self) -> &'static MemoryRegions {
+        *self.0.read()
+    }
+
+    /// Replaces the regions by `regions`, which must contain all of the current ones. The old table is leaked, a few
+    /// hundred bytes: callers must bound the number of calls.
+    pub(crate) fn grow(&self, regions: MemoryRegions) {
+        *self.0.write() = Box::leak(Box::new(regions));
+    }
+}
+
+impl Deref for GuestMemory {
+    type Target = MemoryRegions;
+
+    fn deref(&self) -> &MemoryRegions {
+        self.regions()
+    }
+}
