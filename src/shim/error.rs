@@ -2,8 +2,6 @@
 
 use containerd_shim_protos::ttrpc::{self, Code};
 
-use crate::shim::tasks::lifecycle::WrongPhase;
-
 /// A failed call. `NotFound` is read by containerd as "gone": it never means anything else.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -56,12 +54,6 @@ impl TaskError {
             message: format!("{context}: {}", self.message),
             ..self
         }
-    }
-}
-
-impl From<WrongPhase> for TaskError {
-    fn from(wrong: WrongPhase) -> Self {
-        Self::new(Kind::FailedPrecondition, wrong.to_string())
     }
 }
 

@@ -21,18 +21,16 @@ use containerd_shim_protos::{
     types::platform,
 };
 
+use super::{completion::run_to_completion, connection::Written, metrics::metrics};
 use crate::oci::ContainerId;
 use crate::shim::{
-    api::connection::Written,
-    api::metrics::metrics,
-    api::task_service::run_to_completion,
     error::{Kind, TaskError},
     events::timestamp,
     tasks::{SandboxRequest, Tasks},
 };
 
 /// What is served.
-pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+pub(super) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
     create_sandbox(Arc::new(SandboxService {
         tasks: tasks.clone(),
         written: written.clone(),

@@ -11,10 +11,12 @@ use std::{
 use containerd_shim_protos::ttrpc::{self, asynchronous::Server};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
+use super::{
+    connection::{self, Written},
+    services::services,
+};
 use crate::oci::ContainerId;
 use crate::shim::{
-    api::connection::{self, Written},
-    api::task_service::services,
     configuration::Configuration,
     events::{Containerd, EventQueue, Nowhere, Publisher},
     pod::HostLauncher,

@@ -20,11 +20,9 @@ use containerd_shim_protos::{
     },
 };
 
+use super::{completion::run_to_completion, connection::Written, metrics::metrics};
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
-    api::connection::Written,
-    api::metrics::metrics,
-    api::sandbox_service,
     error::{Kind, TaskError},
     events::{pack_any, timestamp},
     stdio,
@@ -35,8 +33,8 @@ use crate::shim::{
 /// The names under which containerd asks for tasks (1.7 knows the second only).
 const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 
-/// Everything that is served. `written` is that of the connections.
-pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+/// The Task service under each of its names.
+pub(super) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in TASK_SERVICES {
         let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService {
@@ -49,8 +47,6 @@ pub(crate) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String,
                 .map(|service| (name.to_owned(), service)),
         );
     }
-    services.extend(sandbox_service::services(tasks, written));
-    services.insert(stdio::STREAMING_SERVICE.to_owned(), tasks.streaming().ttrpc_service());
     services
 }
 
@@ -67,17 +63,6 @@ impl TaskService {
     {
         run_to_completion(&self.tasks, call).await
     }
-}
-
-/// Runs a call to its end, even if its client goes away or gives up.
-pub(crate) async fn run_to_completion<T, F>(tasks: &Arc<Tasks>, call: impl FnOnce(Arc<Tasks>) -> F) -> ttrpc::Result<T>
-where
-    T: Send + 'static,
-    F: Future<Output = Result<T, TaskError>> + Send + 'static,
-{
-    let result = tokio::spawn(call(tasks.clone())).await;
-    let result = result.unwrap_or_else(|panic| Err(TaskError::unknown(format!("the shim failed: {panic}"))));
-    Ok(result?)
 }
 
 #[async_trait]

@@ -8,6 +8,8 @@ use std::time::SystemTime;
 
 use tokio::sync::watch;
 
+use crate::shim::error::{Kind, TaskError};
+
 /// The status of a process that has none: what containerd calls unknown (`UnknownExitStatus`).
 pub(crate) const UNKNOWN_STATUS: u32 = 255;
 
@@ -78,6 +80,12 @@ impl Phase {
 pub(crate) struct WrongPhase {
     action: &'static str,
     phase: Phase,
+}
+
+impl From<WrongPhase> for TaskError {
+    fn from(wrong: WrongPhase) -> Self {
+        Self::new(Kind::FailedPrecondition, wrong.to_string())
+    }
 }
 
 /// Who may delete.

@@ -41,7 +41,7 @@ use crate::{
     oci::{HostNamespaces, Sizing},
     shim::{
         api::connection::{self, Written},
-        api::task_service::services,
+        api::services::services,
         configuration::Configuration,
         events::{EventQueue, Forward},
         stdio::{StdioContext, read_next},
