@@ -25,7 +25,7 @@ use super::{completion::run_to_completion, connection::Written, metrics::metrics
 use crate::oci::ContainerId;
 use crate::shim::{
     error::{Kind, TaskError},
-    events::timestamp,
+    events::to_timestamp,
     tasks::{SandboxRequest, Tasks},
 };
 
@@ -63,7 +63,7 @@ impl Sandbox for SandboxService {
         let (pid, created_at) = run_to_completion(&self.tasks, start).await?;
         Ok(StartSandboxResponse {
             pid,
-            created_at: MessageField::some(timestamp(created_at)),
+            created_at: MessageField::some(to_timestamp(created_at)),
             ..StartSandboxResponse::default()
         })
     }
@@ -93,7 +93,7 @@ impl Sandbox for SandboxService {
         let exit = self.tasks.wait_sandbox(&request.sandbox_id).await?;
         Ok(WaitSandboxResponse {
             exit_status: exit.status,
-            exited_at: MessageField::some(timestamp(exit.at)),
+            exited_at: MessageField::some(to_timestamp(exit.at)),
             ..WaitSandboxResponse::default()
         })
     }
@@ -115,8 +115,8 @@ impl Sandbox for SandboxService {
             pid: status.pid,
             state: state.to_owned(),
             info: status.info,
-            created_at: MessageField::some(timestamp(status.created_at)),
-            exited_at: status.exit.map(|exit| timestamp(exit.at)).into(),
+            created_at: MessageField::some(to_timestamp(status.created_at)),
+            exited_at: status.exit.map(|exit| to_timestamp(exit.at)).into(),
             ..SandboxStatusResponse::default()
         })
     }
@@ -146,7 +146,7 @@ impl Sandbox for SandboxService {
         let mut response = SandboxMetricsResponse::default();
         let metric = response.metrics.mut_or_insert_default();
         metric.id = request.sandbox_id;
-        metric.timestamp = MessageField::some(timestamp(std::time::SystemTime::now()));
+        metric.timestamp = MessageField::some(to_timestamp(std::time::SystemTime::now()));
         metric.data = MessageField::some(metrics(&stats));
         Ok(response)
     }

@@ -18,7 +18,7 @@ use super::{
 use crate::oci::ContainerId;
 use crate::shim::{
     configuration::Configuration,
-    events::{Containerd, EventQueue, Nowhere, Publisher},
+    events::{BinaryForwarder, EventQueue, NoForwarder, TtrpcForwarder},
     pod::HostLauncher,
     stdio::{StdioContext, StreamRegistry},
     tasks::Tasks,
@@ -87,12 +87,12 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
     outlive_signals()?;
     let host = HostLauncher::new(context.configuration.clone());
     let events = match (&context.ttrpc_address, context.publish_binary) {
-        (Some(socket), _) => EventQueue::start(&context.namespace, Containerd::at(socket)),
+        (Some(socket), _) => EventQueue::start(&context.namespace, TtrpcForwarder::new(socket)),
         (None, Some(program)) => {
             let address = context.address;
-            EventQueue::start(&context.namespace, Publisher { program, address })
+            EventQueue::start(&context.namespace, BinaryForwarder { program, address })
         }
-        (None, None) => EventQueue::start(&context.namespace, Nowhere),
+        (None, None) => EventQueue::start(&context.namespace, NoForwarder),
     };
     let stdio = StdioContext {
         namespace: context.namespace,

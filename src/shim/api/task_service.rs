@@ -24,7 +24,7 @@ use super::{completion::run_to_completion, connection::Written, metrics::metrics
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
     error::{Kind, TaskError},
-    events::{pack_any, timestamp},
+    events::{pack_any, to_timestamp},
     stdio,
     tasks::lifecycle::Phase,
     tasks::{CreateRequest, ExecRequest, Tasks},
@@ -99,7 +99,7 @@ impl Task for TaskService {
             stderr: state.request.stderr,
             terminal: state.request.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+            exited_at: exit.map(|exit| to_timestamp(exit.at)).into(),
             exec_id: request.exec_id,
             ..StateResponse::default()
         })
@@ -291,7 +291,7 @@ fn status(phase: Phase) -> Status {
 }
 
 fn moment(at: SystemTime) -> MessageField<Timestamp> {
-    MessageField::some(timestamp(at))
+    MessageField::some(to_timestamp(at))
 }
 
 fn unknown(error: &impl std::error::Error) -> ttrpc::Error {

@@ -8,7 +8,7 @@ use nutshell_protocol::Request;
 use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks, WRITE_BACK_LIMIT};
 use crate::shim::{
     error::{Kind, TaskError},
-    events::timestamp,
+    events::to_timestamp,
     tasks::hooks::{self, Subject},
     tasks::lifecycle::{Deletion, Exit, Phase},
     tasks::process::Process,
@@ -46,7 +46,7 @@ impl Tasks {
                 container_id: id.to_owned(),
                 pid,
                 exit_status: exit.status,
-                exited_at: MessageField::some(timestamp(exit.at)),
+                exited_at: MessageField::some(to_timestamp(exit.at)),
                 ..TaskDelete::default()
             });
             {

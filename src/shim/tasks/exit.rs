@@ -11,7 +11,7 @@ use nutshell_protocol::{Event, Exited};
 
 use super::{Container, DRAIN_LIMIT, KILLED, Role, Tasks, delete::write_back};
 use crate::shim::{
-    events::timestamp,
+    events::to_timestamp,
     pod::Pod,
     record,
     tasks::lifecycle::{Exit, Phase},
@@ -107,7 +107,7 @@ impl Tasks {
                     id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
                     pid: process.pid(),
                     exit_status: exit.status,
-                    exited_at: MessageField::some(timestamp(exit.at)),
+                    exited_at: MessageField::some(to_timestamp(exit.at)),
                     ..TaskExit::default()
                 });
             })

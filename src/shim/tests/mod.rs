@@ -43,7 +43,7 @@ use crate::{
         api::connection::{self, Written},
         api::services::services,
         configuration::Configuration,
-        events::{EventQueue, Forward},
+        events::{EventQueue, Forwarder},
         stdio::{StdioContext, read_next},
         tasks::Tasks,
     },
@@ -63,7 +63,7 @@ struct Shim {
 
 struct Recorder(mpsc::UnboundedSender<Envelope>);
 
-impl Forward for Recorder {
+impl Forwarder for Recorder {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
         self.0.send(envelope).map_err(|error| error.to_string())
     }

@@ -1,0 +1,81 @@
+//! Delivery by `containerd publish`.
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use containerd_shim_protos::{protobuf::Message, shim::event::Envelope};
+
+use super::forwarder::{FORWARD_LIMIT, Forwarder};
+use crate::shim::child::{Child, WaitStatus};
+
+/// Runs containerd's executable once per event. Used when containerd passes no ttrpc address.
+#[derive(Debug)]
+pub(crate) struct BinaryForwarder {
+    /// containerd's executable.
+    pub(crate) program: PathBuf,
+    /// The path of containerd's gRPC socket.
+    pub(crate) address: String,
+}
+
+impl Forwarder for BinaryForwarder {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+        let failed = |error: io::Error| format!("{}: {error}", self.program.display());
+        let event = envelope.event.write_to_bytes().map_err(|error| error.to_string())?;
+        let (reader, mut writer) = io::pipe().map_err(failed)?;
+        let child = Command::new(&self.program)
+            .args(["--address", &self.address, "publish", "--topic", &envelope.topic])
+            .args(["--namespace", &envelope.namespace])
+            .stdin(reader)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .and_then(|child| Child::from_std(&child))
+            .map_err(failed)?;
+        // An event is far smaller than a pipe's buffer, so this does not block.
+        writer.write_all(&event).map_err(failed)?;
+        drop(writer);
+        match tokio::time::timeout(FORWARD_LIMIT, child.reap()).await {
+            Ok(Ok(WaitStatus::Exited(0))) => Ok(()),
+            Ok(Ok(status)) => Err(format!("{} {status}", self.program.display())),
+            Ok(Err(error)) => Err(failed(error)),
+            Err(_) => {
+                child.kill_and_reap();
+                Err(format!(
+                    "{} did not exit within {} s",
+                    self.program.display(),
+                    FORWARD_LIMIT.as_secs()
+                ))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use containerd_shim_protos::{events::task::TaskStart, protobuf::well_known_types::any::Any};
+
+    use super::*;
+    use crate::shim::{events::EventQueue, tests::script::write_script};
+
+    #[tokio::test]
+    async fn program_gets_the_event_on_its_standard_input() {
+        let folder = tempfile::tempdir().unwrap();
+        let (program, out) = (folder.path().join("publish"), folder.path().join("out"));
+        write_script(&program, &format!("echo \"$@\" > {0}; cat >> {0}\n", out.display()));
+        let address = "/run/containerd/containerd.sock".to_owned();
+        let queue = EventQueue::start("default", BinaryForwarder { program, address });
+
+        queue.publish(&TaskStart::default());
+        queue.flush(Duration::from_secs(20)).await;
+
+        let text = std::fs::read(out).unwrap();
+        let expected = b"--address /run/containerd/containerd.sock publish --topic /tasks/start --namespace default\n";
+        let event = Any::parse_from_bytes(text.strip_prefix(expected).unwrap()).unwrap();
+        assert_eq!(event.type_url, "containerd.events.TaskStart");
+    }
+}

@@ -1,0 +1,274 @@
+//! One queue of events, delivered in order.
+//!
+//! Publishing never blocks. One tokio task delivers the oldest event until containerd has it, then the next.
+//! While containerd is away, events stay in the queue and keep their order. The queue is bounded: when it is
+//! full, the oldest event is dropped.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use containerd_shim_protos::{protobuf::MessageField, shim::event::Envelope};
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::Notify;
+
+use super::{
+    forwarder::Forwarder,
+    message::{TaskEvent, pack_any, to_timestamp},
+};
+
+/// Maximum number of events in the queue. Beyond it the oldest is dropped.
+const CAPACITY: usize = 2048;
+
+/// Number of queued events from which [`TaskEvent::OPTIONAL`] ones are not added any more.
+const OPTIONAL_CAPACITY: usize = 256;
+
+/// Delay before the first retry of an event. It doubles with each retry.
+const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
+
+/// Maximum delay between two retries.
+const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// A handle of the queue. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct EventQueue {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    namespace: String,
+    pending: Mutex<Pending>,
+    /// Signalled when an event was added.
+    added: Notify,
+    /// Signalled when the queue has become empty.
+    emptied: Notify,
+}
+
+/// Events that containerd does not have yet.
+#[derive(Debug, Default)]
+struct Pending {
+    envelopes: VecDeque<Envelope>,
+    /// Number of events that were ever removed from the front.
+    removed: u64,
+}
+
+impl Pending {
+    fn pop(&mut self) -> Option<Envelope> {
+        self.removed += 1;
+        self.envelopes.pop_front()
+    }
+}
+
+impl EventQueue {
+    /// Creates a queue for events of containerd's namespace `namespace`, and spawns the task that delivers
+    /// them.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub(crate) fn start(namespace: &str, forwarder: impl Forwarder) -> Self {
+        let shared = Arc::new(Shared {
+            namespace: namespace.to_owned(),
+            pending: Mutex::default(),
+            added: Notify::new(),
+            emptied: Notify::new(),
+        });
+        tokio::spawn(deliver(shared.clone(), forwarder));
+        Self { shared }
+    }
+
+    /// Appends an event.
+    pub(crate) fn publish<E: TaskEvent>(&self, event: &E) {
+        let Ok(value) = event.write_to_bytes() else {
+            return log::error!("{}: the event cannot be encoded", E::TOPIC);
+        };
+        let envelope = Envelope {
+            timestamp: MessageField::some(to_timestamp(SystemTime::now())),
+            namespace: self.shared.namespace.clone(),
+            topic: E::TOPIC.to_owned(),
+            event: MessageField::some(pack_any::<E>(value)),
+            ..Envelope::default()
+        };
+        {
+            let mut pending = self.shared.pending();
+            if E::OPTIONAL && pending.envelopes.len() >= OPTIONAL_CAPACITY {
+                return;
+            }
+            if pending.envelopes.len() >= CAPACITY
+                && let Some(oldest) = pending.pop()
+            {
+                log::warn!(
+                    "containerd accepts no events and the queue is full: dropped an event of {}",
+                    oldest.topic
+                );
+            }
+            pending.envelopes.push_back(envelope);
+        }
+        self.shared.added.notify_one();
+    }
+
+    /// Waits until containerd has every event, for at most `limit`.
+    pub(crate) async fn flush(&self, limit: Duration) {
+        let empty = async {
+            loop {
+                let emptied = self.shared.emptied.notified();
+                if self.shared.pending().envelopes.is_empty() {
+                    return;
+                }
+                emptied.await;
+            }
+        };
+        if tokio::time::timeout(limit, empty).await.is_err() {
+            log::warn!(
+                "containerd did not accept the last events within {} s",
+                limit.as_secs_f64()
+            );
+        }
+    }
+}
+
+impl Shared {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock()
+    }
+}
+
+/// Delivers events one by one, each until it succeeds.
+async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
+    loop {
+        let (next, removed) = {
+            let pending = shared.pending();
+            (pending.envelopes.front().cloned(), pending.removed)
+        };
+        let Some(envelope) = next else {
+            shared.emptied.notify_waiters();
+            shared.added.notified().await;
+            continue;
+        };
+        let mut delay = MIN_RETRY_DELAY;
+        while let Err(error) = forwarder.forward(envelope.clone()).await {
+            if delay == MIN_RETRY_DELAY {
+                log::warn!(
+                    "forward an event of {} to containerd: {error}; trying again",
+                    envelope.topic
+                );
+            }
+            tokio::time::sleep(delay).await;
+            delay = (delay * 2).min(MAX_RETRY_DELAY);
+        }
+        let mut pending = shared.pending();
+        // A full queue may have dropped this event meanwhile: then the front is another one.
+        if pending.removed == removed {
+            pending.pop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::{
+        events::task::{TaskExit, TaskOOM, TaskStart},
+        protobuf::Message,
+    };
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// Reports every attempt, and answers it with the next result that the test provides.
+    struct ScriptedForwarder {
+        results: mpsc::UnboundedReceiver<Result<(), String>>,
+        attempts: mpsc::UnboundedSender<String>,
+    }
+
+    impl Forwarder for ScriptedForwarder {
+        async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+            let event = TaskStart::parse_from_bytes(&envelope.event.value).unwrap();
+            self.attempts.send(event.container_id).unwrap();
+            match self.results.recv().await {
+                Some(result) => result,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    type Results = mpsc::UnboundedSender<Result<(), String>>;
+
+    fn queue() -> (EventQueue, Results, mpsc::UnboundedReceiver<String>) {
+        let (result, results) = mpsc::unbounded_channel();
+        let (attempts, attempted) = mpsc::unbounded_channel();
+        let queue = EventQueue::start("default", ScriptedForwarder { results, attempts });
+        (queue, result, attempted)
+    }
+
+    fn start_event(id: &str) -> TaskStart {
+        TaskStart {
+            container_id: id.to_owned(),
+            ..TaskStart::default()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failed_event_is_retried_before_the_next_one() {
+        let (queue, results, mut attempted) = queue();
+        for id in ["a", "b", "c"] {
+            queue.publish(&start_event(id));
+        }
+        for result in [Ok(()), Err("away".to_owned()), Err("away".to_owned()), Ok(()), Ok(())] {
+            results.send(result).unwrap();
+        }
+
+        let mut order = Vec::new();
+        for _ in 0..5 {
+            order.push(attempted.recv().await.unwrap());
+        }
+
+        assert_eq!(order, ["a", "b", "b", "b", "c"]);
+        queue.flush(Duration::from_secs(1)).await;
+        assert!(queue.shared.pending().envelopes.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn full_queue_drops_the_oldest_event() {
+        let (queue, results, mut attempted) = queue();
+        for number in 0..CAPACITY + 10 {
+            queue.publish(&start_event(&number.to_string()));
+        }
+        assert_eq!(queue.shared.pending().envelopes.len(), CAPACITY);
+        results.send(Ok(())).unwrap();
+        assert_eq!(attempted.recv().await.unwrap(), "10");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn event_dropped_during_its_delivery_removes_no_other_event() {
+        let (queue, results, mut attempted) = queue();
+        queue.publish(&start_event("first"));
+        assert_eq!(attempted.recv().await.unwrap(), "first");
+        for number in 0..CAPACITY {
+            queue.publish(&start_event(&number.to_string()));
+        }
+        results.send(Ok(())).unwrap();
+        assert_eq!(attempted.recv().await.unwrap(), "0");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn flood_of_optional_events_leaves_room_for_exits() {
+        let (queue, _results, _attempted) = queue();
+        for _ in 0..CAPACITY * 2 {
+            queue.publish(&TaskOOM::default());
+        }
+        assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY);
+        queue.publish(&TaskExit::default());
+        assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY + 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn flush_gives_up_at_its_limit() {
+        let (queue, _results, _attempted) = queue();
+        queue.publish(&start_event("a"));
+        queue.flush(Duration::from_secs(2)).await;
+        assert_eq!(queue.shared.pending().envelopes.len(), 1);
+    }
+}
