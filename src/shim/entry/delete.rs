@@ -31,12 +31,9 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
+use super::{group::Group, socket};
 use crate::oci;
-use crate::shim::{
-    entry::bootstrap::Group,
-    entry::socket,
-    record::{Exit, Record, Shim},
-};
+use crate::shim::record::{Exit, Record, Shim};
 
 /// How long a shim may take to end that has given up its socket, and so ends by itself.
 const GRACE: Duration = Duration::from_millis(1500);
@@ -117,7 +114,7 @@ fn end_shim(bundle: &Path) {
 /// it; of a named group the first started has no such right.
 fn other_member(bundle: &Path) -> Option<PathBuf> {
     let annotations = oci::read_annotations(bundle).ok()?;
-    let Some(Group::Named(_)) = Group::of(&annotations) else {
+    let Some(Group::Named(_)) = Group::from_annotations(&annotations) else {
         return None;
     };
     let address = fs::read(bundle.join("address")).ok()?;

@@ -7,11 +7,14 @@
 
 mod arguments;
 mod bootstrap;
+mod configuration_source;
 mod daemon;
 mod delete;
+mod group;
 mod info;
 mod options;
 mod socket;
+mod start_request;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,56 @@
+//! Which containers share one shim.
+
+use std::collections::HashMap;
+
+/// A group of containers that one shim serves.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Group {
+    /// A pod, by the id of its sandbox. The sandbox's container is created first and deleted last.
+    Pod(String),
+    /// A group with a name that the user chose. All members are equal.
+    Named(String),
+}
+
+impl Group {
+    /// Reads the group from the annotations of a spec, as runc's shim does (containerd
+    /// `cmd/containerd-shim-runc-v2/manager`). `None` if the container has a shim to itself.
+    pub(super) fn from_annotations(annotations: &HashMap<String, String>) -> Option<Self> {
+        let value = |name| annotations.get(name).filter(|value| !value.is_empty()).cloned();
+        value("io.containerd.nutshell.v2.group")
+            .or_else(|| value("io.containerd.runc.v2.group"))
+            .map(Self::Named)
+            .or_else(|| value("io.kubernetes.cri.sandbox-id").map(Self::Pod))
+    }
+
+    /// The group's key, which is part of the name of its shim's socket.
+    pub(super) fn into_key(self) -> String {
+        match self {
+            Self::Pod(key) | Self::Named(key) => key,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_annotation_takes_precedence_over_runcs_and_the_pods() {
+        let ours = ("io.containerd.nutshell.v2.group", "a");
+        let runcs = ("io.containerd.runc.v2.group", "b");
+        let pods = ("io.kubernetes.cri.sandbox-id", "c");
+        let named = |name: &str| Some(Group::Named(name.to_owned()));
+        for (annotations, group) in [
+            (vec![ours, runcs, pods], named("a")),
+            (vec![pods, runcs], named("b")),
+            (vec![pods], Some(Group::Pod("c".to_owned()))),
+            (vec![(pods.0, "")], None),
+            (vec![("other", "x")], None),
+        ] {
+            let annotations = annotations
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+            assert_eq!(Group::from_annotations(&annotations.collect()), group);
+        }
+    }
+}
