@@ -7,6 +7,7 @@
 //! [`plan_pod`] when a sandbox is created that has no bundle to plan, and [`read_annotations`] when a shim
 //! starts.
 
+mod cri;
 mod devices;
 mod error;
 mod id;

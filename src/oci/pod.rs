@@ -1,29 +1,32 @@
-//! What a pod needs where its sandbox comes without a bundle: from the `PodSandboxConfig` of
-//! Kubernetes' CRI, as containerd's `sandboxer = "shim"` passes it (containerd `plugins/sandbox/controller.go`).
-//!
-//! The message is protobuf, read here by hand: the numbers of the fields are those of
-//! `k8s.io/cri-api/pkg/apis/runtime/v1/api.proto`, and all others are passed over.
+//! Plans the pod of a sandbox that has no bundle, from CRI's `PodSandboxConfig`. With `sandboxer = "shim"` containerd
+//! passes that message as the options of CreateSandbox (containerd `plugins/sandbox/controller.go`).
 
 use std::{collections::HashMap, path::Path};
 
+use prost::Message;
+
 use super::{
     ContainerId, Hooks, HostNamespaces, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
+    cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig},
     namespaces::{HOST_NETWORK, refuse_host},
     plan::DEFAULT_SHM_SIZE,
 };
 
-/// The name of the message.
-const NAME: &str = "runtime.v1.PodSandboxConfig";
+/// The type of the message, as the end of the type URL of the options.
+const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 
-/// What annotations of a pod are for this runtime; the others of a `PodSandboxConfig` are anybody's.
+/// The annotations that are taken from a `PodSandboxConfig` start with this. Any other could be one that only
+/// containerd may set, and a pod's author can write anything there.
 const OWN_ANNOTATIONS: &str = "io.containerd.nutshell.";
 
-/// Plans the pod of the sandbox `id`. `options` are a type and a message; `annotations` are those that
-/// containerd has chosen for the runtime; an empty `network` is a new one.
+/// Plans the pod of the sandbox `id`.
+///
+/// `options` are a type URL and an encoded message, `annotations` those that containerd passes to the runtime. An
+/// empty `network` asks for a new network namespace, any other is the path of one.
 ///
 /// # Errors
 ///
-/// [`PlanError`], naming the field, where the message is malformed or asks for what a machine cannot do.
+/// [`PlanError`] with the name of the field, if the message is malformed or asks for what a machine cannot do.
 pub(crate) fn plan_pod(
     id: &ContainerId,
     options: Option<(&str, &[u8])>,
@@ -32,54 +35,85 @@ pub(crate) fn plan_pod(
     sizing: &Sizing,
     host: HostNamespaces,
 ) -> Result<PodPlan, PlanError> {
-    let config = match options {
-        Some((name, message)) if name.ends_with(NAME) => Config::parse(message)
-            .map_err(|_| PlanError::invalid("options", format!("this is no {NAME}: the message is broken off")))?,
-        Some((name, _)) if !name.is_empty() => {
-            return Err(PlanError::unsupported("options", format!("{name} is no {NAME}")));
-        }
-        _ => Config::default(),
-    };
-    if config.namespaces.network == NODE {
-        return Err(PlanError::unsupported("hostNetwork", HOST_NETWORK));
-    }
-    if config.namespaces.pid == NODE {
-        refuse_host("hostPID", "pid", host)?;
-    }
-    if config.namespaces.ipc == NODE {
-        refuse_host("hostIPC", "ipc", host)?;
-    }
-    let network = match network {
-        "" => Network::Loopback,
-        path if Path::new(path).is_absolute() => Network::Namespace(path.into()),
-        path => {
-            return Err(PlanError::invalid(
-                "netns_path",
-                format!("{path:?} is no absolute path"),
-            ));
-        }
-    };
+    let config = decode(options)?;
+    let linux = config.linux.unwrap_or_default();
+    let namespaces = linux.security_context.unwrap_or_default().namespace_options;
+    refuse_host_namespaces(&namespaces.unwrap_or_default(), host)?;
+    let network = parse_network(network)?;
+    let mut size_annotations: HashMap<_, _> = config
+        .annotations
+        .into_iter()
+        .filter(|(name, _)| name.starts_with(OWN_ANNOTATIONS))
+        .collect();
+    size_annotations.extend(annotations.clone());
+    size_annotations.extend(linux.resources.iter().flat_map(limit_annotations));
     Ok(PodPlan {
-        size: sizing.of_sandbox(&config.annotations_and(annotations))?,
+        size: sizing.of_sandbox(&size_annotations)?,
         network,
-        cgroups_path: cgroups_path(&config.cgroup_parent, id),
+        cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         hooks: Hooks::default(),
         shared: PodShared {
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
             domainname: None,
-            sysctls: config.sysctls.into_iter().collect(),
+            sysctls: linux.sysctls.into_iter().collect(),
             shm_size: DEFAULT_SHM_SIZE,
             resolv_conf: Some(
                 config
-                    .dns
-                    .map_or(ResolvConf::Host, |dns| ResolvConf::Contents(dns.file())),
+                    .dns_config
+                    .map_or(ResolvConf::Host, |dns| ResolvConf::Contents(resolv_conf(&dns))),
             ),
         },
     })
 }
 
-/// As containerd's CRI makes it for its own sandboxes (`internal/cri/server/podsandbox`): below the
-/// pod's group, in systemd's form if that is a slice.
+fn decode(options: Option<(&str, &[u8])>) -> Result<PodSandboxConfig, PlanError> {
+    match options {
+        None | Some(("", _)) => Ok(PodSandboxConfig::default()),
+        Some((kind, message)) if kind.ends_with(CONFIG_TYPE) => PodSandboxConfig::decode(message)
+            .map_err(|error| PlanError::invalid("options", format!("not a valid {CONFIG_TYPE}: {error}"))),
+        Some((kind, _)) => Err(PlanError::unsupported(
+            "options",
+            format!("{kind} is not supported: {CONFIG_TYPE} is expected"),
+        )),
+    }
+}
+
+fn refuse_host_namespaces(namespaces: &NamespaceOption, host: HostNamespaces) -> Result<(), PlanError> {
+    if namespaces.network() == NamespaceMode::Node {
+        return Err(PlanError::unsupported("hostNetwork", HOST_NETWORK));
+    }
+    if namespaces.pid() == NamespaceMode::Node {
+        refuse_host("hostPID", "pid", host)?;
+    }
+    if namespaces.ipc() == NamespaceMode::Node {
+        refuse_host("hostIPC", "ipc", host)?;
+    }
+    Ok(())
+}
+
+fn parse_network(path: &str) -> Result<Network, PlanError> {
+    match path {
+        "" => Ok(Network::Loopback),
+        path if Path::new(path).is_absolute() => Ok(Network::Namespace(path.into())),
+        path => Err(PlanError::invalid(
+            "netns_path",
+            format!("{path:?} is not an absolute path"),
+        )),
+    }
+}
+
+/// The limits of a pod as containerd's CRI writes them into the bundle of a sandbox.
+fn limit_annotations(resources: &LinuxContainerResources) -> [(String, String); 3] {
+    [
+        ("sandbox-cpu-period", resources.cpu_period),
+        ("sandbox-cpu-quota", resources.cpu_quota),
+        ("sandbox-memory", resources.memory_limit_in_bytes),
+    ]
+    .map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.to_string()))
+}
+
+/// The cgroup of a sandbox below that of its pod, in systemd's form if that is a slice: as containerd's CRI names it
+/// (`internal/cri/server/podsandbox`).
 fn cgroups_path(parent: &str, id: &ContainerId) -> Option<String> {
     let slice = Path::new(parent).file_name()?.to_str()?;
     Some(match slice.ends_with(".slice") {
@@ -88,234 +122,17 @@ fn cgroups_path(parent: &str, id: &ContainerId) -> Option<String> {
     })
 }
 
-/// `NamespaceMode` of a namespace of the host.
-const NODE: u64 = 2;
-
-/// `PodSandboxConfig`, as far as it is used.
-#[derive(Debug, Default)]
-struct Config {
-    hostname: String,
-    dns: Option<Dns>,
-    annotations: HashMap<String, String>,
-    cgroup_parent: String,
-    namespaces: Namespaces,
-    sysctls: std::collections::BTreeMap<String, String>,
-    resources: Option<Resources>,
-}
-
-/// `DNSConfig`.
-#[derive(Debug, Default)]
-struct Dns {
-    servers: Vec<String>,
-    searches: Vec<String>,
-    options: Vec<String>,
-}
-
-/// `NamespaceOption`: each a `NamespaceMode`.
-#[derive(Debug, Default)]
-struct Namespaces {
-    network: u64,
-    pid: u64,
-    ipc: u64,
-}
-
-/// `LinuxContainerResources`: the sum of the limits of the pod's containers.
-#[derive(Debug, Default)]
-struct Resources {
-    cpu_period: i64,
-    cpu_quota: i64,
-    memory_limit: i64,
-}
-
-impl Config {
-    fn parse(message: &[u8]) -> Result<Self, Broken> {
-        let mut config = Self::default();
-        for field in fields(message) {
-            match field? {
-                (2, Value::Bytes(hostname)) => config.hostname = text(hostname)?,
-                (4, Value::Bytes(dns)) => config.dns.get_or_insert_default().parse(dns)?,
-                (7, Value::Bytes(entry)) => config.annotations.extend([map_entry(entry)?]),
-                (8, Value::Bytes(linux)) => config.parse_linux(linux)?,
-                _ => {}
-            }
-        }
-        Ok(config)
+/// The contents of `/etc/resolv.conf` (resolv.conf(5)).
+fn resolv_conf(dns: &DnsConfig) -> String {
+    let mut lines = Vec::new();
+    if !dns.searches.is_empty() {
+        lines.push(format!("search {}\n", dns.searches.join(" ")));
     }
-
-    /// `LinuxPodSandboxConfig`.
-    fn parse_linux(&mut self, message: &[u8]) -> Result<(), Broken> {
-        for field in fields(message) {
-            match field? {
-                (1, Value::Bytes(parent)) => self.cgroup_parent = text(parent)?,
-                (2, Value::Bytes(security)) => self.parse_security(security)?,
-                (3, Value::Bytes(entry)) => self.sysctls.extend([map_entry(entry)?]),
-                (5, Value::Bytes(resources)) => self.resources.get_or_insert_default().parse(resources)?,
-                _ => {}
-            }
-        }
-        Ok(())
+    lines.extend(dns.servers.iter().map(|server| format!("nameserver {server}\n")));
+    if !dns.options.is_empty() {
+        lines.push(format!("options {}\n", dns.options.join(" ")));
     }
-
-    /// `LinuxSandboxSecurityContext`.
-    fn parse_security(&mut self, message: &[u8]) -> Result<(), Broken> {
-        for field in fields(message) {
-            if let (1, Value::Bytes(namespaces)) = field? {
-                for field in fields(namespaces) {
-                    match field? {
-                        (1, Value::Number(mode)) => self.namespaces.network = mode,
-                        (2, Value::Number(mode)) => self.namespaces.pid = mode,
-                        (3, Value::Number(mode)) => self.namespaces.ipc = mode,
-                        _ => {}
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// All that bear on the size of the machine, with the sums of limits in the form that a sandbox's
-    /// bundle has them in.
-    fn annotations_and(&self, chosen: &HashMap<String, String>) -> HashMap<String, String> {
-        let own = self
-            .annotations
-            .iter()
-            .filter(|(name, _)| name.starts_with(OWN_ANNOTATIONS));
-        let mut all: HashMap<_, _> = own
-            .chain(chosen)
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect();
-        if let Some(resources) = &self.resources {
-            for (name, value) in [("period", resources.cpu_period), ("quota", resources.cpu_quota)] {
-                all.insert(format!("io.kubernetes.cri.sandbox-cpu-{name}"), value.to_string());
-            }
-            all.insert(
-                "io.kubernetes.cri.sandbox-memory".to_owned(),
-                resources.memory_limit.to_string(),
-            );
-        }
-        all
-    }
-}
-
-impl Dns {
-    fn parse(&mut self, message: &[u8]) -> Result<(), Broken> {
-        for field in fields(message) {
-            match field? {
-                (1, Value::Bytes(server)) => self.servers.push(text(server)?),
-                (2, Value::Bytes(search)) => self.searches.push(text(search)?),
-                (3, Value::Bytes(option)) => self.options.push(text(option)?),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// `/etc/resolv.conf` (resolv.conf(5)).
-    fn file(&self) -> String {
-        let mut lines = Vec::new();
-        if !self.searches.is_empty() {
-            lines.push(format!("search {}\n", self.searches.join(" ")));
-        }
-        lines.extend(self.servers.iter().map(|server| format!("nameserver {server}\n")));
-        if !self.options.is_empty() {
-            lines.push(format!("options {}\n", self.options.join(" ")));
-        }
-        lines.concat()
-    }
-}
-
-impl Resources {
-    fn parse(&mut self, message: &[u8]) -> Result<(), Broken> {
-        for field in fields(message) {
-            match field? {
-                (1, Value::Number(period)) => self.cpu_period = period.cast_signed(),
-                (2, Value::Number(quota)) => self.cpu_quota = quota.cast_signed(),
-                (4, Value::Number(limit)) => self.memory_limit = limit.cast_signed(),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The bytes are no protobuf message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Broken;
-
-/// The value of a field, as far as its wire type tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Value<'a> {
-    /// A number of any integer type, in two's complement.
-    Number(u64),
-    /// Text, bytes or a message.
-    Bytes(&'a [u8]),
-    /// What nothing here has: numbers of fixed length.
-    Other,
-}
-
-/// The fields of a message in their order, up to the first that is broken
-/// (protobuf.dev/programming-guides/encoding).
-fn fields(mut message: &[u8]) -> impl Iterator<Item = Result<(u64, Value<'_>), Broken>> {
-    std::iter::from_fn(move || {
-        if message.is_empty() {
-            return None;
-        }
-        let field = take_field(&mut message);
-        if field.is_none() {
-            message = &[];
-        }
-        Some(field.ok_or(Broken))
-    })
-}
-
-fn take_field<'a>(rest: &mut &'a [u8]) -> Option<(u64, Value<'a>)> {
-    let tag = take_number(rest)?;
-    let value = match tag & 7 {
-        0 => Value::Number(take_number(rest)?),
-        1 => take_bytes(rest, 8).map(|_| Value::Other)?,
-        2 => {
-            let length = take_number(rest)?;
-            Value::Bytes(take_bytes(rest, length)?)
-        }
-        5 => take_bytes(rest, 4).map(|_| Value::Other)?,
-        _ => return None,
-    };
-    Some((tag >> 3, value))
-}
-
-fn take_number(rest: &mut &[u8]) -> Option<u64> {
-    let mut number = 0;
-    for shift in (0..64).step_by(7) {
-        let (byte, after) = rest.split_first()?;
-        *rest = after;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(number);
-        }
-    }
-    None
-}
-
-fn take_bytes<'a>(rest: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
-    let (bytes, after) = rest.split_at_checked(usize::try_from(length).ok()?)?;
-    *rest = after;
-    Some(bytes)
-}
-
-fn text(bytes: &[u8]) -> Result<String, Broken> {
-    String::from_utf8(bytes.to_vec()).map_err(|_| Broken)
-}
-
-fn map_entry(message: &[u8]) -> Result<(String, String), Broken> {
-    let mut entry = (String::new(), String::new());
-    for field in fields(message) {
-        match field? {
-            (1, Value::Bytes(key)) => entry.0 = text(key)?,
-            (2, Value::Bytes(value)) => entry.1 = text(value)?,
-            _ => {}
-        }
-    }
-    Ok(entry)
+    lines.concat()
 }
 
 #[cfg(test)]
@@ -494,16 +311,35 @@ mod tests {
     }
 
     #[test]
+    fn unknown_fields_of_any_type_are_skipped() {
+        let unknown = [
+            number(15, 7),
+            field(15, b"x"),
+            vec![15 << 3 | 1, 0, 0, 0, 0, 0, 0, 0, 0],
+            vec![15 << 3 | 5, 0, 0, 0, 0],
+            vec![15 << 3 | 3, 1 << 3, 0, 15 << 3 | 4],
+        ]
+        .concat();
+        let linux = [field(1, b"/pod"), unknown.clone()].concat();
+        let message = [unknown, field(8, &linux), field(2, b"web-0")].concat();
+
+        let pod = plan_of(&message, "", &[]).unwrap();
+
+        assert_eq!(pod.shared.hostname.as_deref(), Some("web-0"));
+        assert_eq!(pod.cgroups_path.as_deref(), Some("/pod/pod1"));
+    }
+
+    #[test]
     fn broken_messages_are_errors_wherever_they_end() {
         let message = [
             field(2, b"web-0"),
             field(8, &[field(3, &entry("a", "b")), number(4, -1)].concat()),
         ]
         .concat();
-        Config::parse(&message).unwrap();
+        PodSandboxConfig::decode(&message[..]).unwrap();
         let whole = [7, message.len()];
         for length in (0..message.len()).filter(|length| !whole.contains(length) && *length > 0) {
-            assert!(Config::parse(&message[..length]).is_err(), "{length} bytes");
+            assert!(PodSandboxConfig::decode(&message[..length]).is_err(), "{length} bytes");
         }
         for broken in [
             &[0xff; 11][..],
@@ -511,9 +347,12 @@ mod tests {
             &[0x12, 2, 0xff, 0xfe],
             &[0x12, 0xff, 0xff, 0xff, 0xff, 0x0f],
         ] {
-            assert!(Config::parse(broken).is_err(), "{broken:?}");
+            assert!(PodSandboxConfig::decode(broken).is_err(), "{broken:?}");
         }
-        assert!(plan_of(&[0x12], "", &[]).is_err());
+        let nested_groups = [15 << 3 | 3; 10_000];
+        assert!(PodSandboxConfig::decode(&nested_groups[..]).is_err());
+        let error = plan_of(&[0x12], "", &[]).unwrap_err().to_string();
+        assert!(error.starts_with("options: "), "{error}");
         assert!(plan_of(b"", "run/netns", &[]).is_err());
     }
 }
