@@ -58,7 +58,7 @@ pub(crate) enum Command {
         /// The disk slot.
         slot: u32,
     },
-    /// Put a network device into the empty slot `slot` (below [`nutshell_protocol::LINK_SLOTS`]);
+    /// Put a network device into the empty slot `slot` (below [`nutshell_protocol::NETWORK_SLOTS`]);
     /// [`Notice::Plugged`] follows.
     ///
     /// Descriptors: of one tap device, a queue each, at least one. They are non-blocking, with headers of
@@ -134,7 +134,7 @@ pub(crate) enum Notice {
     },
     /// The answer to [`Command::PlugLink`] and [`Command::PlugDisk`]: the guest may look for the device.
     Plugged {
-        /// The slot on the bus ([`nutshell_protocol::slot_device`]).
+        /// The slot on the bus ([`nutshell_protocol::slot_device_name`]).
         slot: u32,
         /// Why there is none.
         result: Result<(), String>,

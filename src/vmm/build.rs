@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use nutshell_protocol::{AGENT_PORT, LINK_SLOTS, SHARE_TAG, disk_serial};
+use nutshell_protocol::{AGENT_PORT, NETWORK_SLOTS, SHARE_TAG, disk_serial};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -110,8 +110,8 @@ pub(crate) fn start(parts: BootResources, log: &Arc<Log>, end: &Arc<End>) -> Res
     let vm = Vm::new(kvm, memory.regions())?;
     let mut board = Board::new(&vm, memory.clone());
 
-    // First: their names in the guest are numbers (see `slot_device`).
-    let links = (0..LINK_SLOTS)
+    // First: their names in the guest are numbers (see `slot_device_name`).
+    let links = (0..NETWORK_SLOTS)
         .map(|_| board.reserve())
         .collect::<Result<Vec<_>, _>>()?;
     let growth = Growth::new(&machine, board.reserve()?)?;

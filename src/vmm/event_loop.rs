@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use nutshell_protocol::DISK_SLOT;
+use nutshell_protocol::FIRST_DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -214,7 +214,7 @@ fn command(
             let file = descriptors.next().ok_or(LoopExit::ShimGone)?.into();
             let result = running.plug_disk(slot, Backing { file, read_only });
             let result = result.map_err(|error| error.to_string());
-            let slot = DISK_SLOT.saturating_add(slot);
+            let slot = FIRST_DISK_SLOT.saturating_add(slot);
             tell(channel, &Notice::Plugged { slot, result })?;
         }
         Command::UnplugDisk { slot } => {
@@ -242,7 +242,7 @@ fn command(
 /// at, and how long that one takes is the guest's choice and the host's disk's.
 fn unplug(place: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
     let channel = channel.try_clone()?;
-    let slot = DISK_SLOT.saturating_add(slot);
+    let slot = FIRST_DISK_SLOT.saturating_add(slot);
     let empty = move || {
         if let Some(place) = place {
             place.empty();

@@ -101,18 +101,18 @@ pub fn disk_serial(slot: u32) -> String {
 }
 
 /// How many network devices a machine can have.
-pub const LINK_SLOTS: u32 = 4;
+pub const NETWORK_SLOTS: u32 = 4;
 
 /// The slot behind those for network devices: that of the device by which a machine gets more memory.
-pub const MEMORY_SLOT: u32 = LINK_SLOTS;
+pub const MEMORY_SLOT: u32 = NETWORK_SLOTS;
 
-/// The first slot for disks that come while a machine runs: the disk in disk slot n is in slot `DISK_SLOT` + n.
-pub const DISK_SLOT: u32 = MEMORY_SLOT + 1;
+/// The first slot for disks that come while a machine runs: the disk in disk slot n is in slot `FIRST_DISK_SLOT` + n.
+pub const FIRST_DISK_SLOT: u32 = MEMORY_SLOT + 1;
 
 /// The name, on the guest's platform bus, of the virtio-mmio device in `slot`. These stand first on the
 /// kernel's command line, which numbers them. A slot that is empty answers with the device id 0, which a
 /// driver ignores (virtio 1.3 §4.2.2); when it has been filled, the agent has the driver look again.
 #[must_use]
-pub fn slot_device(slot: u32) -> String {
+pub fn slot_device_name(slot: u32) -> String {
     format!("virtio-mmio.{slot}")
 }

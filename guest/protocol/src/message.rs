@@ -88,9 +88,9 @@ pub enum Request {
         /// The host's clock as this was sent: nanoseconds since the epoch.
         nanoseconds: u64,
     },
-    /// Find the network device in each of these slots (see [`crate::slot_device`]), which the host has
-    /// filled: [`Response::Links`].
-    PlugLinks {
+    /// Find the network device in each of these slots (see [`crate::slot_device_name`]), which the host has
+    /// filled: [`Response::InterfaceIndexes`].
+    ProbeNetworkDevices {
         /// The slots.
         slots: Vec<u32>,
     },
@@ -102,11 +102,11 @@ pub enum Request {
     },
     /// Take the size that the machine has now: [`Response::Done`] once the processors are in use or out of
     /// use; memory comes and goes by itself then.
-    FitMachine {
+    ResizeMachine {
         /// How many processors are to be in use.
-        processors: u32,
+        vcpus: u32,
         /// There is a device in [`crate::MEMORY_SLOT`].
-        memory: bool,
+        has_memory_device: bool,
     },
     /// Pass these messages of rtnetlink(7) to the kernel, each a whole request, until one fails:
     /// [`Response::Done`].
@@ -116,9 +116,9 @@ pub enum Request {
     },
     /// Connect to a port of the machine's loopback interface and carry bytes between that connection and
     /// the stream: [`Response::Done`] once both are there.
-    Forward {
+    ForwardConnection {
         /// The host port of the stream.
-        stream: u32,
+        stream_port: u32,
         /// Where something of the pod may listen: the first that answers.
         targets: Vec<SocketAddr>,
     },
@@ -136,7 +136,7 @@ pub struct SetUpPod {
     /// Kernel parameters and their values, the names in sysctl(8)'s form.
     pub sysctls: Vec<(String, String)>,
     /// The size of the one `/dev/shm`, in bytes.
-    pub shared_memory: u64,
+    pub shm_size: u64,
     /// Files that a container has where its spec mounts nothing.
     pub files: Vec<PodFile>,
 }
@@ -270,7 +270,7 @@ pub enum Response {
     /// The processes of a container.
     Processes(Vec<ProcessEntry>),
     /// The kernel's index of the network interface in each slot that was asked for.
-    Links(Vec<u32>),
+    InterfaceIndexes(Vec<u32>),
     /// The resource use of a container.
     Stats(Box<ContainerStats>),
 }
@@ -337,9 +337,9 @@ pub struct Exited {
     pub exited_at: u64,
     /// How many bytes the process and its children had written to standard output when it ended:
     /// the exit is reported to containerd once the host delivered that many.
-    pub stdout: u64,
+    pub stdout_bytes: u64,
     /// The same for standard error.
-    pub stderr: u64,
+    pub stderr_bytes: u64,
 }
 
 /// Resource use of a container, from its cgroup (v2). Fields are named as in the cgroup's files.

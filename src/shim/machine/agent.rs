@@ -264,8 +264,8 @@ mod tests {
             exec: None,
             status: 0,
             exited_at: 0,
-            stdout: 0,
-            stderr: 0,
+            stdout_bytes: 0,
+            stderr_bytes: 0,
         }))
     }
 

@@ -24,7 +24,7 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
-use nutshell_protocol::{DISK_SLOT, Event, Ready};
+use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready};
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe::Receiver,
@@ -346,13 +346,13 @@ impl Machine {
         file: BorrowedFd<'_>,
     ) -> Result<Result<(), String>, ControlError> {
         let command = Command::PlugDisk { slot, read_only };
-        self.plug(DISK_SLOT.saturating_add(slot), &command, &[file]).await
+        self.plug(FIRST_DISK_SLOT.saturating_add(slot), &command, &[file]).await
     }
 
     /// Takes a disk out of its slot, once the guest has let go of it.
     pub(crate) async fn unplug_disk(&self, slot: u32) -> Result<(), ControlError> {
         let command = Command::UnplugDisk { slot };
-        let unplugged = self.plug(DISK_SLOT.saturating_add(slot), &command, &[]).await?;
+        let unplugged = self.plug(FIRST_DISK_SLOT.saturating_add(slot), &command, &[]).await?;
         unplugged.map_err(|_| ControlError::Malformed)
     }
 

@@ -119,8 +119,8 @@ async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) ->
     let descriptor = connection.as_fd();
     let opened = machine.open_stream(Some(descriptor), Some(descriptor)).await;
     let mut stream = opened.map_err(|error| error.to_string())?;
-    let request = Request::Forward {
-        stream: stream.port(),
+    let request = Request::ForwardConnection {
+        stream_port: stream.port(),
         targets: targets(target),
     };
     let connected = machine.within(CONNECT_LIMIT, machine.agent().run(request)).await;

@@ -31,7 +31,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use nutshell_protocol::{LINK_SLOTS, Request, Response};
+use nutshell_protocol::{NETWORK_SLOTS, Request, Response};
 use tokio::{sync::Mutex, task::JoinHandle};
 
 use self::{
@@ -64,7 +64,7 @@ pub(crate) enum NetworkError {
         source: io::Error,
     },
     /// More links than a machine can have.
-    #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {LINK_SLOTS}")]
+    #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {NETWORK_SLOTS}")]
     TooMany(usize),
     /// The vmm cannot be told.
     #[error("give {link} to the virtual machine: {source}")]
@@ -269,8 +269,8 @@ impl Wiring {
             self.free_slot += 1;
         }
         if !slots.is_empty() {
-            match machine.agent().request(Request::PlugLinks { slots }).await? {
-                Response::Links(indexes) if indexes.len() == links.len() => {
+            match machine.agent().request(Request::ProbeNetworkDevices { slots }).await? {
+                Response::InterfaceIndexes(indexes) if indexes.len() == links.len() => {
                     self.links.extend(links);
                     self.indexes.extend(indexes);
                 }
@@ -314,7 +314,7 @@ fn survey(known: &Known, queues: usize) -> Result<Survey, NetworkError> {
     let new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
     let new: Vec<_> = links.into_iter().filter(new).collect();
     let count = known.links.len() + new.len();
-    if count > LINK_SLOTS as usize {
+    if count > NETWORK_SLOTS as usize {
         return Err(NetworkError::TooMany(count));
     }
     let mut survey = Survey {

@@ -63,13 +63,13 @@ impl Tasks {
             exited.container,
             exited.exec,
             exit.status,
-            exited.stdout,
-            exited.stderr
+            exited.stdout_bytes,
+            exited.stderr_bytes
         );
         if let Some(streams) = process.streams() {
             let machine = container.pod.machine();
             streams
-                .drained(machine, exited.stdout, exited.stderr, DRAIN_LIMIT)
+                .drained(machine, exited.stdout_bytes, exited.stderr_bytes, DRAIN_LIMIT)
                 .await;
         }
         if process.exec.is_none() {

@@ -290,7 +290,7 @@ fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
         hostname: shared.hostname.clone(),
         domainname: shared.domainname.clone(),
         sysctls: shared.sysctls.clone(),
-        shared_memory: shared.shm_size,
+        shm_size: shared.shm_size,
         files,
     })
 }

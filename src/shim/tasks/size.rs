@@ -93,9 +93,9 @@ async fn ask_for(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
         Ok(Err(error)) => return Err(TaskError::unknown(error)),
         Err(error) => return Err(gone(pod, &error).await),
     }
-    let fit = Request::FitMachine {
-        processors: to.vcpus.into(),
-        memory: beyond(pod, from).max(beyond(pod, to)) > 0,
+    let fit = Request::ResizeMachine {
+        vcpus: to.vcpus.into(),
+        has_memory_device: beyond(pod, from).max(beyond(pod, to)) > 0,
     };
     ask(pod, ANSWER_LIMIT, machine.agent().run(fit)).await
 }

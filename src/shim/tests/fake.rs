@@ -209,11 +209,11 @@ impl Fake {
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {
                 assert_eq!(descriptors.len(), 1);
-                let slot = nutshell_protocol::DISK_SLOT + slot;
+                let slot = nutshell_protocol::FIRST_DISK_SLOT + slot;
                 notify(control, &Notice::Plugged { slot, result: Ok(()) });
             }
             Command::UnplugDisk { slot } => {
-                let slot = nutshell_protocol::DISK_SLOT + slot;
+                let slot = nutshell_protocol::FIRST_DISK_SLOT + slot;
                 notify(control, &Notice::Unplugged { slot });
             }
             Command::Resize { memory, vcpus } => {
@@ -459,14 +459,14 @@ impl Fake {
     }
 }
 
-fn exit(container: &str, exec: Option<&str>, status: u8, [stdout, stderr]: [u64; 2]) -> Event {
+fn exit(container: &str, exec: Option<&str>, status: u8, [stdout_bytes, stderr_bytes]: [u64; 2]) -> Event {
     Event::Exited(Exited {
         container: container.to_owned(),
         exec: exec.map(str::to_owned),
         status,
         exited_at: 0,
-        stdout,
-        stderr,
+        stdout_bytes,
+        stderr_bytes,
     })
 }
 

@@ -255,7 +255,7 @@ async fn guest_has_what_the_pod_shares_before_its_first_container() {
         hostname: Some("web-0".to_owned()),
         domainname: Some("example".to_owned()),
         sysctls: vec![pair("kernel.shmmax", "9"), pair("net.core.somaxconn", "7")],
-        shared_memory: 64 << 20,
+        shm_size: 64 << 20,
         files: Vec::new(),
     };
     let kinds: Vec<_> = requests
@@ -329,7 +329,10 @@ async fn sandbox_in_a_namespace_of_the_host_is_refused_before_anything_is_made()
 /// Requests about sizes and containers, by their kinds.
 fn order(requests: &[Request]) -> String {
     let kind = |request: &Request| match request {
-        Request::FitMachine { processors, memory } => Some(format!("fit {processors} {memory}")),
+        Request::ResizeMachine {
+            vcpus,
+            has_memory_device,
+        } => Some(format!("fit {vcpus} {has_memory_device}")),
         Request::CreateContainer(_) => Some("create".to_owned()),
         Request::Update { .. } => Some("update".to_owned()),
         _ => None,

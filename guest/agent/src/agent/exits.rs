@@ -115,7 +115,7 @@ impl Agent {
     }
 
     fn report(&mut self, name: &Rc<str>, exec: Option<String>, process: &mut Process) -> Result<(), AgentError> {
-        let Some((ending, [stdout, stderr])) = process.ended.take() else {
+        let Some((ending, [stdout_bytes, stderr_bytes])) = process.ended.take() else {
             return Ok(());
         };
         for pump in process.pumps.into_iter().flatten() {
@@ -127,8 +127,8 @@ impl Agent {
             exec,
             status: ending.status,
             exited_at: ending.at,
-            stdout,
-            stderr,
+            stdout_bytes,
+            stderr_bytes,
         }))
     }
 

@@ -68,10 +68,10 @@ impl Agent {
                 clock::set(nanoseconds).context(|| "set the clock".to_owned())?;
                 Ok(Answer::Now(Response::Done))
             }
-            Request::PlugLinks { slots } => {
+            Request::ProbeNetworkDevices { slots } => {
                 let links = slots.iter().map(|slot| network::plug(*slot)).collect::<io::Result<_>>();
                 let links = links.context(|| "find a network device".to_owned())?;
-                Ok(Answer::Now(Response::Links(links)))
+                Ok(Answer::Now(Response::InterfaceIndexes(links)))
             }
             Request::ReleaseDisk { slot } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
@@ -80,9 +80,12 @@ impl Agent {
                 })?;
                 Ok(Answer::Later)
             }
-            Request::FitMachine { processors, memory } => {
+            Request::ResizeMachine {
+                vcpus,
+                has_memory_device,
+            } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
-                    size::fit(processors, memory)?;
+                    size::fit(vcpus, has_memory_device)?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)
@@ -91,8 +94,8 @@ impl Agent {
                 network::configure(&messages)?;
                 Ok(Answer::Now(Response::Done))
             }
-            Request::Forward { stream, targets } => {
-                let stream = self.host.dial(stream).context(|| "open the stream".to_owned())?;
+            Request::ForwardConnection { stream_port, targets } => {
+                let stream = self.host.dial(stream_port).context(|| "open the stream".to_owned())?;
                 self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
                     forward::start(&stream, &targets)?;
                     Ok((Outcome::Done, None))

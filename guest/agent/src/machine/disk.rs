@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nutshell_protocol::{DISK_SLOT, disk_serial};
+use nutshell_protocol::{FIRST_DISK_SLOT, disk_serial};
 
 use super::slot;
 
@@ -15,7 +15,7 @@ pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
     if let Some(device) = look(slot, &serial) {
         return Ok(device);
     }
-    slot::bind(DISK_SLOT.saturating_add(slot))?;
+    slot::bind(FIRST_DISK_SLOT.saturating_add(slot))?;
     look(slot, &serial).ok_or_else(|| {
         let text = format!("no disk has the serial {serial}");
         io::Error::new(io::ErrorKind::NotFound, text)
@@ -24,7 +24,7 @@ pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
 
 /// Lets go of the disk that [`find`] found in disk slot `slot`, which was empty when the machine booted.
 pub(crate) fn release(slot: u32) -> io::Result<()> {
-    slot::release(DISK_SLOT.saturating_add(slot))
+    slot::release(FIRST_DISK_SLOT.saturating_add(slot))
 }
 
 fn look(slot: u32, serial: &str) -> Option<PathBuf> {

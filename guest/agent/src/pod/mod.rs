@@ -93,8 +93,7 @@ pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     for (name, value) in &request.sysctls {
         settings::set_sysctl(name, value)?;
     }
-    resize_shared_memory(request.shared_memory)
-        .context(|| format!("give {SHARED_MEMORY} {} bytes", request.shared_memory))?;
+    resize_shared_memory(request.shm_size).context(|| format!("give {SHARED_MEMORY} {} bytes", request.shm_size))?;
     fs::create_dir_all(FOLDER).context(|| format!("make {FOLDER}"))?;
     for (index, file) in request.files.iter().enumerate() {
         fs::write(path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;

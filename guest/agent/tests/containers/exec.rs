@@ -41,7 +41,7 @@ fn run(agent: &mut Agent, id: &str, process: &Value) -> (u8, String) {
         (exited.container.as_str(), exited.exec.as_deref()),
         (id, Some(exec.as_str()))
     );
-    assert_eq!(exited.stdout, text.len() as u64);
+    assert_eq!(exited.stdout_bytes, text.len() as u64);
     (exited.status, text)
 }
 

@@ -24,8 +24,8 @@ fn output_of_a_container_arrives_whole_with_its_count() {
     let (exited, text) = agent.run(&shell("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"));
     assert_eq!(text.lines().count(), 2000);
     assert!(text.ends_with("line 1999\n"));
-    assert_eq!(exited.stdout, text.len() as u64);
-    assert_eq!(exited.stderr, 0);
+    assert_eq!(exited.stdout_bytes, text.len() as u64);
+    assert_eq!(exited.stderr_bytes, 0);
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn grandchild_that_holds_the_output_does_not_hold_the_exit_up() {
     agent.start_container(id);
     agent.exec(id, "parent", &process, stdio).unwrap();
     let exited = agent.exit();
-    assert_eq!((exited.status, exited.stdout), (4, 6));
+    assert_eq!((exited.status, exited.stdout_bytes), (4, 6));
     let mut text = String::new();
     output.accept().read_to_string(&mut text).unwrap();
     assert_eq!(text, "early\nlate\n");

@@ -102,7 +102,7 @@ fn burst_at_the_end_of_a_process_arrives_whole_on_both_streams() {
     });
     let exited = agent.exit();
     assert_eq!(
-        (exited.status, exited.stdout, exited.stderr),
+        (exited.status, exited.stdout_bytes, exited.stderr_bytes),
         (0, BURST as u64, BURST as u64)
     );
     assert_eq!(readers.map(|reader| reader.join().unwrap()), [BURST, BURST]);
@@ -132,7 +132,11 @@ fn host_that_reads_nothing_holds_the_process_up_and_hears_of_its_end() {
     assert_eq!(agent.kill(id, 9), Ok(Response::Done));
     let exited = agent.exit();
     assert_eq!((exited.exec.as_deref(), exited.status), (Some("unread"), 137));
-    assert!(exited.stdout < 1 << 20, "{} bytes were taken", exited.stdout);
+    assert!(
+        exited.stdout_bytes < 1 << 20,
+        "{} bytes were taken",
+        exited.stdout_bytes
+    );
     assert_eq!(agent.exit().status, 137);
     agent.delete(id);
     drop(unread);
@@ -146,7 +150,7 @@ fn grandchild_with_the_output_does_not_delay_the_exit_and_is_heard_later() {
     let script = "while ! test -p /tmp/go; do :; done; (read line </tmp/go; echo later) & echo first";
     let (_, mut output) = exec(&mut agent, id, "parent", script, false);
     let exited = agent.exit();
-    assert_eq!((exited.exec.as_deref(), exited.stdout), (Some("parent"), 6));
+    assert_eq!((exited.exec.as_deref(), exited.stdout_bytes), (Some("parent"), 6));
     assert_eq!(read_until(&mut output, "first\n"), "first\n");
     exec(&mut agent, id, "go", "echo >/tmp/go", false);
     assert_eq!(read_all(&mut output), "later\n");
@@ -199,7 +203,7 @@ fn terminal_has_its_size_and_echoes() {
         assert!(text.contains(expected), "{text:?} lacks {expected:?}");
     }
     let exited = agent.exit();
-    assert_eq!((exited.status, exited.stdout), (0, text.len() as u64));
+    assert_eq!((exited.status, exited.stdout_bytes), (0, text.len() as u64));
     agent.delete(id);
 }
 

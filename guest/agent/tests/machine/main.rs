@@ -85,7 +85,7 @@ impl Machine {
         let mut text = String::new();
         output.read_to_string(&mut text).unwrap();
         let exited = self.agent.exit();
-        assert_eq!(exited.stdout, text.len() as u64);
+        assert_eq!(exited.stdout_bytes, text.len() as u64);
         self.delete(id);
         (exited.status, text)
     }
@@ -263,7 +263,7 @@ fn exec_and_terminal_work_over_vsock() {
     output.read_to_string(&mut text).unwrap();
     assert!(text.contains("24 80\r\n"), "{text:?}");
     let exited = machine.agent.exit();
-    assert_eq!((exited.status, exited.stdout), (9, text.len() as u64));
+    assert_eq!((exited.status, exited.stdout_bytes), (9, text.len() as u64));
     machine.agent.kill("c", 9).unwrap();
     assert_eq!(machine.agent.exit().status, 137);
     machine.delete("c");
@@ -296,7 +296,7 @@ fn input_and_output_hold_back_over_vsock() {
         received.len()
     );
     let exited = machine.agent.exit();
-    assert_eq!((exited.status, exited.stdout), (0, SIZE as u64));
+    assert_eq!((exited.status, exited.stdout_bytes), (0, SIZE as u64));
     machine.delete("cat");
 }
 
