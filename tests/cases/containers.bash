@@ -56,7 +56,7 @@ remove() {
   ctr container delete "$1"
 }
 
-guest_kernel_answers() {
+uname_reports_the_guests_kernel() {
   new_name
   local release
   release=$(nutshell "$name" --rm -- uname -r)
@@ -110,7 +110,7 @@ wait_for_output() {
   return 1
 }
 
-detached_container_is_listed_executed_in_killed_and_deleted() {
+detached_container_can_be_listed_entered_killed_and_deleted() {
   new_name
   nutshell "$name" -d -- sleep 1000
   assert_contains "$(ctr task ls)" RUNNING
@@ -124,7 +124,7 @@ detached_container_is_listed_executed_in_killed_and_deleted() {
   ctr container delete "$name"
 }
 
-executed_process_killed_by_a_signal_reports_128_and_its_number() {
+exec_killed_by_a_signal_reports_128_plus_its_number() {
   new_name
   nutshell "$name" -d -- sleep 1000
   assert_status 143 ctr task exec --exec-id term "$name" sh -c 'kill -TERM $$'
@@ -132,7 +132,7 @@ executed_process_killed_by_a_signal_reports_128_and_its_number() {
   remove "$name"
 }
 
-command_that_does_not_exist_fails_in_runcs_words() {
+missing_command_fails_with_runcs_error_text() {
   new_name
   local output
   ! output=$(nutshell "$name" --rm -- no-such-command 2>&1) || return 1
@@ -147,7 +147,7 @@ command_that_does_not_exist_fails_in_runcs_words() {
   remove "$name"
 }
 
-terminal_is_one() {
+process_with_a_terminal_has_a_tty_on_all_streams() {
   new_name
   # script(1) gives ctr the terminal that it wants.
   script -qec "ctr run --rm --tty --snapshotter $snapshotter --runtime $runtime localhost/$image:latest $name \
@@ -156,7 +156,7 @@ terminal_is_one() {
   rm /run/tmp/out
 }
 
-stdin_comes_back_unharmed() {
+stdin_and_stdout_arrive_unchanged() {
   new_name
   head -c $((100 << 20)) /dev/urandom >/run/tmp/in
   nutshell "$name" --rm -- cat </run/tmp/in >/run/tmp/out
@@ -164,7 +164,7 @@ stdin_comes_back_unharmed() {
   rm /run/tmp/in /run/tmp/out
 }
 
-twenty_start_together() {
+twenty_containers_start_concurrently() {
   local number clients=() failed=0
   for number in {1..20}; do
     nutshell "together-$BASHPID-$number" --rm -- sh -c "echo $number; exit $number" >"/run/tmp/out.$number" 2>&1 &
@@ -178,7 +178,7 @@ twenty_start_together() {
   return "$failed"
 }
 
-settings_of_the_process_reach_it() {
+settings_of_ctr_run_apply_to_the_process() {
   new_name
   local output
   output=$(nutshell "$name" --rm --env A=b --cwd /tmp --user 1234:5678 --hostname shell --read-only \
@@ -189,7 +189,7 @@ settings_of_the_process_reach_it() {
   assert_contains "$output" "$((64 << 20))"
 }
 
-machine_processes_are_confined() {
+vmm_and_fs_processes_are_confined() {
   new_name
   nutshell "$name" -d -- sleep 1000
   local shim vmm fs
@@ -251,7 +251,7 @@ killed_process_ends_the_container() {
 }
 
 # The guest's kernel panics, as it also does when its first process, the agent, ends.
-panicking_guest_ends_the_container() {
+guest_kernel_panic_ends_the_container() {
   new_name
   nutshell "$name" -d --privileged --memory-limit $((32 << 20)) -- \
     sh -c 'echo 2 >/proc/sys/vm/panic_on_oom && exec tail /dev/zero'
@@ -279,7 +279,7 @@ boot_fails() {
   rm /run/tmp/nutshell.toml
 }
 
-machine_that_cannot_boot_says_why() {
+boot_failure_is_reported_with_its_cause() {
   boot_fails /run/tmp/no-such-file "/run/tmp/no-such-file"
   # What ctr and containerd take by themselves here.
   local overhead=$took
@@ -306,7 +306,7 @@ print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))
 }
 
 # An image of one program, without a shell, a library or a folder.
-one_binary_runs() {
+single_binary_runs() {
   new_name
   assert_status 42 nutshell "$name" --rm -- /one-binary 42 a b >/run/tmp/out
   assert_equal $'a\nb' "$(</run/tmp/out)"
@@ -315,49 +315,49 @@ one_binary_runs() {
 
 # The essentials, on another snapshotter or image.
 some_cases() {
-  check "$1: the guest's kernel answers" guest_kernel_answers
+  check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
   check "$1: exit status is exact" exit_status_is_exact
   check "$1: killed init reports 137" killed_init_reports_137
   check "$1: terminated init reports 143" terminated_init_reports_143
-  check "$1: detached container is listed, executed in, killed and deleted" \
-    detached_container_is_listed_executed_in_killed_and_deleted
+  check "$1: detached container can be listed, entered by exec, killed and deleted" \
+    detached_container_can_be_listed_entered_killed_and_deleted
 }
 
 all_cases() {
-  check "$1: the guest's kernel answers" guest_kernel_answers
+  check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
   check "$1: exit status is exact" exit_status_is_exact
   check "$1: killed init reports 137" killed_init_reports_137
   check "$1: terminated init reports 143" terminated_init_reports_143
-  check "$1: detached container is listed, executed in, killed and deleted" \
-    detached_container_is_listed_executed_in_killed_and_deleted
-  check "$1: executed process killed by a signal reports 128 and its number" \
-    executed_process_killed_by_a_signal_reports_128_and_its_number
-  check "$1: command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words
-  check "$1: settings of the process reach it" settings_of_the_process_reach_it
+  check "$1: detached container can be listed, entered by exec, killed and deleted" \
+    detached_container_can_be_listed_entered_killed_and_deleted
+  check "$1: exec killed by a signal reports 128 plus the signal's number" \
+    exec_killed_by_a_signal_reports_128_plus_its_number
+  check "$1: missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
+  check "$1: settings of ctr run apply to the process" settings_of_ctr_run_apply_to_the_process
 }
 
 # Every case, on every snapshotter that needs no set-up, with images of no distribution and of one.
 every_case() {
   all_cases "overlayfs"
-  check "terminal is one" terminal_is_one
-  check "100 MiB of stdin come back unharmed" stdin_comes_back_unharmed
-  check "vmm and fs are confined" machine_processes_are_confined
+  check "process with a terminal has a tty on all streams" process_with_a_terminal_has_a_tty_on_all_streams
+  check "100 MiB through stdin and stdout arrive unchanged" stdin_and_stdout_arrive_unchanged
+  check "vmm and fs processes are confined" vmm_and_fs_processes_are_confined
   local process
   for process in shim vmm fs; do
     check "killed $process ends the container" killed_process_ends_the_container "$process"
   done
-  check "panicking guest ends the container" panicking_guest_ends_the_container
-  check "machine that cannot boot says why" machine_that_cannot_boot_says_why
-  check "twenty start together" twenty_start_together
+  check "guest kernel panic ends the container" guest_kernel_panic_ends_the_container
+  check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause
+  check "twenty containers start concurrently" twenty_containers_start_concurrently
   snapshotter=native
   some_cases "native"
   snapshotter=overlayfs image=debian
   some_cases "debian"
-  check "python of the debian image runs" python_runs
+  check "python3 of the debian image runs" python_runs
   snapshotter=native
   some_cases "debian, native"
   snapshotter=overlayfs image=one-binary
-  check "one binary is an image" one_binary_runs
+  check "image with a single binary runs" single_binary_runs
 }

@@ -102,7 +102,7 @@ has_handler() {
   assert_contains "$dumped" 'privileged_without_host_devices = true'
 }
 
-installed_once_and_uninstalled_without_a_trace() {
+second_install_changes_nothing_and_uninstall_restores_the_node() {
   clear_node
   configuration "$1"
   local before settings once
@@ -147,25 +147,25 @@ forget_nutshell() {
   systemctl restart
 }
 
-installed_node_runs_a_pod() {
+pod_runs_after_the_install_only() {
   local before said
   before=$(sha256sum $config)
-  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  said=$(cri pods::run_to_completion nutshell 2>&1) && return 1
   assert_contains "$said" 'no runtime for'
 
   said=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
   assert_contains "$said" 'this host runs nutshell'
   cmp "$NUTSHELL_TEST_SHIM" /usr/local/bin/containerd-shim-nutshell-v2
-  cri pods::pod_of_one nutshell
+  cri pods::run_to_completion nutshell
   node status
 
   node uninstall
   assert_equal "$before" "$(sha256sum $config)"
-  said=$(cri pods::pod_of_one nutshell 2>&1) && return 1
+  said=$(cri pods::run_to_completion nutshell 2>&1) && return 1
   assert_contains "$said" 'no runtime for'
 }
 
-what_is_changed_meanwhile_survives() {
+changes_after_the_install_survive_the_uninstall() {
   clear_node
   configuration default
   node install
@@ -190,7 +190,7 @@ refused() {
   assert_equal 0 "$(restarts)"
 }
 
-configurations_that_are_refused() {
+unsupported_configuration_is_refused() {
   clear_node
   echo 'root = "/x"' >$config
   refused 'no line "version = …"'
@@ -213,7 +213,7 @@ configurations_that_are_refused() {
   }
 }
 
-imports_that_are_there_stay() {
+existing_imports_are_kept() {
   clear_node
   use_containerd 2.1
   mkdir /etc/containerd/mine
@@ -238,7 +238,7 @@ imports_that_are_there_stay() {
   assert_equal "$before" "$(tree)"
 }
 
-imported_settings_of_1_7_are_not_lost() {
+import_in_1_7_is_refused() {
   clear_node
   use_containerd 1.7
   printf 'version = 2\n%s\n' "$(own_tables 2)" >/etc/containerd/other.toml
@@ -246,7 +246,7 @@ imported_settings_of_1_7_are_not_lost() {
   refused 'another imported file'
 }
 
-unknown_containerd_is_named() {
+unknown_containerd_version_is_named() {
   clear_node
   configuration version_only
   local said
@@ -260,7 +260,7 @@ unknown_containerd_is_named() {
   use_containerd 2.1
 }
 
-containerd_of_another_kind_is_named() {
+missing_service_and_k3s_are_named() {
   clear_node
   mv "$work/unit/ExecStart" "$work/unit/none"
   refused 'no containerd.service'
@@ -278,7 +278,7 @@ node_without_kvm_is_not_changed() {
   deploy_files
 }
 
-unit_that_kills_is_refused() {
+unit_that_kills_its_containers_is_refused() {
   clear_node
   configuration default
   echo control-group >"$work/unit/KillMode"
@@ -286,7 +286,7 @@ unit_that_kills_is_refused() {
   echo process >"$work/unit/KillMode"
 }
 
-failed_restart_is_undone() {
+failed_restart_restores_the_configuration() {
   clear_node
   configuration default
   local before said
@@ -304,7 +304,7 @@ failed_restart_is_undone() {
   assert_equal "$before" "$(tree)"
 }
 
-interrupted_restart_is_made_up_for() {
+interrupted_restart_is_repeated() {
   clear_node
   configuration default
   # The script dies with its restart.
@@ -342,7 +342,7 @@ play_shim() {
   play /run/bin/check true
 }
 
-executable_is_replaced_under_a_running_one() {
+running_executable_can_be_replaced() {
   clear_node
   configuration default
   play_shim
@@ -360,7 +360,7 @@ executable_is_replaced_under_a_running_one() {
   deploy_files
 }
 
-uninstall_waits_for_the_machines() {
+uninstall_is_refused_while_a_machine_runs() {
   clear_node
   configuration default
   play_shim
@@ -377,7 +377,7 @@ uninstall_waits_for_the_machines() {
   deploy_files
 }
 
-folder_of_the_executable_can_be_another() {
+bin_sets_the_folder_of_the_executable() {
   local before
   for version in 1.7 2.1; do
     clear_node
@@ -392,7 +392,7 @@ folder_of_the_executable_can_be_another() {
   done
 }
 
-node_is_changed_from_inside_a_container() {
+install_works_from_inside_a_container() {
   clear_node
   configuration default
   local before
@@ -450,7 +450,7 @@ end_pod() {
   return "$status"
 }
 
-pod_labels_the_node_and_leaves_as_it_is_told() {
+pod_labels_the_node_and_uninstalls_without_the_install_label() {
   clear_node
   configuration default
   mkdir -p "$work/bin"
@@ -481,7 +481,7 @@ patch {\"metadata\":{\"labels\":{\"io.containerd.nutshell/ready\":\"true\"}}}" "
   rm -r "$work/bin" "$work/asked" /run/bin/curl
 }
 
-pod_takes_the_label_off_a_node_that_does_not_work() {
+pod_removes_the_ready_label_from_a_node_that_fails() {
   clear_node
   configuration default
   play_curl '"io.containerd.nutshell/install":"true"'
@@ -493,7 +493,7 @@ pod_takes_the_label_off_a_node_that_does_not_work() {
   deploy_files
 }
 
-manifests_agree_with_the_scripts() {
+manifests_are_consistent_with_the_scripts() {
   /usr/bin/python3 - "$deploy" <<'PYTHON'
 import os, sys
 try:

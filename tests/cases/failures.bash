@@ -21,7 +21,7 @@ within() {
   timeout -s KILL "$@"
 }
 
-container_survives_a_killed_containerd() {
+container_survives_when_containerd_is_killed() {
   new_name
   nutshell "$name" -d -- sleep 1000
   local pid
@@ -37,7 +37,7 @@ container_survives_a_killed_containerd() {
   ctr container delete "$name"
 }
 
-exit_while_containerd_is_away_is_reported_afterwards() {
+exit_while_containerd_is_down_is_reported_after_its_restart() {
   new_name
   mkdir /run/tmp/shared
   nutshell "$name" -d --mount type=bind,src=/run/tmp/shared,dst=/shared,options=rbind:rw -- \
@@ -53,7 +53,7 @@ exit_while_containerd_is_away_is_reported_afterwards() {
 }
 
 # Its shim ends while nobody is there to hear of it: containerd finds that out, and asks `delete`.
-shim_killed_while_containerd_is_away_is_cleaned_up_afterwards() {
+shim_killed_while_containerd_is_down_is_cleaned_up_after_its_restart() {
   new_name
   nutshell "$name" -d -- sleep 1000
   local shim
@@ -67,7 +67,7 @@ shim_killed_while_containerd_is_away_is_cleaned_up_afterwards() {
 }
 
 # A guest that hangs answers nothing any more. What does not need it answers as ever, and SIGKILL ends it.
-hanging_guest_is_listed_and_killed() {
+hung_guest_can_be_listed_and_killed() {
   new_name
   nutshell "$name" -d -- sleep 1000
   kill -STOP "$(pids_of vmm)"
@@ -87,7 +87,7 @@ missing_kvm_is_named() {
   assert_contains "$output" /dev/kvm
 }
 
-device_that_is_no_kvm_is_named() {
+device_that_is_not_kvm_is_named() {
   new_name
   local output
   mount --bind /dev/null /dev/kvm
@@ -98,7 +98,7 @@ device_that_is_no_kvm_is_named() {
 
 # The container's writable layer lies on a file system without room: an error of the program that writes,
 # and of nobody else.
-full_disk_is_the_containers_error() {
+full_disk_fails_only_the_process_that_writes() {
   new_name
   mkdir /run/tmp/small
   mount -t tmpfs -o size=1M tmpfs /run/tmp/small
@@ -110,7 +110,7 @@ full_disk_is_the_containers_error() {
 }
 
 # Where the shim keeps its state there is no room: whatever comes of it, it is said, and nothing stays.
-full_state_folder_leaves_nothing() {
+full_state_folder_is_reported_and_leaves_nothing() {
   new_name
   local status=0 size
   size=$(df --output=size -B 1 /run | tail -n 1)
@@ -131,13 +131,13 @@ full_state_folder_leaves_nothing() {
 }
 
 failure_cases() {
-  check "container survives a killed containerd" container_survives_a_killed_containerd
-  check "exit while containerd is away is reported afterwards" exit_while_containerd_is_away_is_reported_afterwards
-  check "shim killed while containerd is away is cleaned up afterwards" \
-    shim_killed_while_containerd_is_away_is_cleaned_up_afterwards
-  check "hanging guest is listed and killed" hanging_guest_is_listed_and_killed
-  check "missing /dev/kvm is named" missing_kvm_is_named
-  check "/dev/kvm that is none is named" device_that_is_no_kvm_is_named
-  check "full disk is the container's error" full_disk_is_the_containers_error
-  check "full state folder leaves nothing" full_state_folder_leaves_nothing
+  check "container survives when containerd is killed" container_survives_when_containerd_is_killed
+  check "exit while containerd is down is reported after its restart" exit_while_containerd_is_down_is_reported_after_its_restart
+  check "shim killed while containerd is down is cleaned up after its restart" \
+    shim_killed_while_containerd_is_down_is_cleaned_up_after_its_restart
+  check "container of a hung guest can be listed and killed" hung_guest_can_be_listed_and_killed
+  check "missing /dev/kvm is named in the error" missing_kvm_is_named
+  check "/dev/kvm that is not KVM is named in the error" device_that_is_not_kvm_is_named
+  check "full disk fails only the process that writes" full_disk_fails_only_the_process_that_writes
+  check "full state folder is reported and nothing is left behind" full_state_folder_is_reported_and_leaves_nothing
 }

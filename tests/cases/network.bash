@@ -31,7 +31,7 @@ remove_network() {
   return 1
 }
 
-container_has_the_network_of_its_namespace() {
+container_has_the_addresses_and_routes_of_its_namespace() {
   make_network
   new_name
   local inside
@@ -62,7 +62,7 @@ dial() {
   return 1
 }
 
-bytes_arrive_unharmed_in_both_directions() {
+data_arrives_unchanged_in_both_directions() {
   make_network
   new_name
   in_pod "$name" -d --cpus 2 -- sleep 1000
@@ -93,7 +93,7 @@ bytes_arrive_unharmed_in_both_directions() {
   remove_network
 }
 
-every_link_is_there_by_its_name() {
+every_link_appears_under_its_name() {
   make_network
   ip link add host1 type veth peer name net1 netns pod
   ip link set host1 mtu 9000 address 02:00:00:00:00:01 up
@@ -126,7 +126,7 @@ every_link_is_there_by_its_name() {
   ip link del parent
 }
 
-ipvlan_and_tap_are_links_like_others() {
+ipvlan_and_tap_links_work_like_veth() {
   make_network
   # ipvlan shares its parent's address and knows its own by theirs.
   ip link add base0 type dummy
@@ -153,7 +153,7 @@ ipvlan_and_tap_are_links_like_others() {
   ip link del base0
 }
 
-link_that_comes_later_is_there_too() {
+link_added_to_a_running_container_appears_in_it() {
   make_network
   new_name
   in_pod "$name" -d -- sleep 1000
@@ -174,7 +174,7 @@ link_that_comes_later_is_there_too() {
   remove_network
 }
 
-namespace_is_as_before_and_can_be_used_again() {
+namespace_is_restored_and_can_be_reused() {
   make_network
   local before try
   before=$(tc -n pod qdisc; ip -n pod -o link)
@@ -196,7 +196,7 @@ namespace_is_as_before_and_can_be_used_again() {
 }
 
 # Network policies and the bandwidth plugin of CNI work there.
-what_polices_the_hosts_end_of_a_link_polices_the_container() {
+firewall_rules_and_rate_limits_at_the_hosts_end_apply() {
   make_network
   new_name
   in_pod "$name" -d -- sleep 1000
@@ -223,7 +223,7 @@ what_polices_the_hosts_end_of_a_link_polices_the_container() {
   remove_network
 }
 
-more_links_than_there_is_room_for_are_an_error() {
+more_links_than_a_machine_can_have_are_an_error() {
   make_network
   local number
   for number in 1 2 3 4; do ip -n pod link add "net$number" type veth peer name "other$number"; ip -n pod link set "net$number" up; done
@@ -236,12 +236,12 @@ network_cases() {
   # The mounts that the first namespace brings along stay.
   ip netns add first
   ip netns del first
-  check "container has the network of its namespace" container_has_the_network_of_its_namespace
-  check "bytes arrive unharmed in both directions" bytes_arrive_unharmed_in_both_directions
-  check "every link is there by its name" every_link_is_there_by_its_name
-  check "ipvlan and tap are links like others" ipvlan_and_tap_are_links_like_others
-  check "link that comes later is there too" link_that_comes_later_is_there_too
-  check "namespace is as before and can be used again" namespace_is_as_before_and_can_be_used_again
-  check "what polices the host's end of a link polices the container" what_polices_the_hosts_end_of_a_link_polices_the_container
-  check "more links than there is room for are an error" more_links_than_there_is_room_for_are_an_error
+  check "container has the addresses and routes of its network namespace" container_has_the_addresses_and_routes_of_its_namespace
+  check "data arrives unchanged in both directions" data_arrives_unchanged_in_both_directions
+  check "every link of the namespace appears under its name" every_link_appears_under_its_name
+  check "ipvlan and tap links work like veth" ipvlan_and_tap_links_work_like_veth
+  check "link added to a running container appears in it" link_added_to_a_running_container_appears_in_it
+  check "network namespace is restored and can be reused" namespace_is_restored_and_can_be_reused
+  check "firewall rules and rate limits at the host's end of a link apply" firewall_rules_and_rate_limits_at_the_hosts_end_apply
+  check "more links than a machine can have are an error" more_links_than_a_machine_can_have_are_an_error
 }

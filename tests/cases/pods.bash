@@ -2,41 +2,41 @@
 # sourced after lab/pods.bash. The cases are in tests/cri/src/cases.
 
 pod_cases() {
-  pod "pod of one container runs it to its end" pods::pod_of_one
-  pod "init containers run one after the other, then the others together" pods::init_containers
-  pod "five containers of a pod go in any order" pods::pod_of_five
-  pod "container is started again under its name" pods::restart
-  pod "pod without a running container is ready until it is stopped" pods::pod_without_a_running_container
-  pod "ephemeral container joins the processes of another" pods::ephemeral_container
-  pod "pods survive a killed containerd" pods::restarted_containerd
-  pod "containers share network, names, memory and queues, and not processes" namespaces::processes_apart
-  pod "containers share processes where the pod says so" namespaces::processes_together
-  pod "files and settings of the pod are in its containers" namespaces::files_and_settings
+  pod "pod with one container runs it to completion" pods::run_to_completion
+  pod "init containers run in sequence, then the other containers together" pods::init_containers
+  pod "five containers of a pod can be removed in any order" pods::removal_in_any_order
+  pod "container can be restarted under its name" pods::restart
+  pod "pod without a running container stays ready until it is stopped" pods::pod_without_a_running_container
+  pod "ephemeral container shares the processes of its target" pods::ephemeral_container
+  pod "pod survives when containerd is killed" pods::restarted_containerd
+  pod "containers share network, host name, /dev/shm and message queues, but not processes" namespaces::separate_processes
+  pod "containers share processes with shareProcessNamespace" namespaces::shared_processes
+  pod "containers have the pod's host name, DNS settings and sysctls" namespaces::files_and_settings
   [[ $handler == runc ]] ||
-    pod "host's namespaces are refused by name" namespaces::host_namespaces_are_refused
-  pod "crash, kill, hunger and a missing program are one container's own" failures::end_of_one_leaves_the_others
-  pod "pod without overhead loses a process and not its machine" failures::pod_without_overhead_runs_out_of_memory
-  pod "stop asks before it kills" failures::stop_is_graceful_first
-  pod "executed commands report streams, status and a missed deadline" streams::executed_commands
-  pod "a probe each second leaves the shim as it is" streams::probes
-  pod "logs are complete, also while they are rotated" streams::logs
-  pod "terminals and attached streams are a client's" streams::terminals
-  pod "forwarded ports carry 10 MiB both ways, IPv4 and IPv6" forward::forwarded_ports
-  pod "fifty forwarded connections at once" forward::fifty_at_once
+    pod "hostNetwork, hostPID and hostIPC are refused by name" namespaces::host_namespaces_are_refused
+  pod "crash, kill, out of memory and a missing program affect one container only" failures::failures_affect_one_container_only
+  pod "pod without overhead that runs out of memory loses a process and not its machine" failures::pod_without_overhead_runs_out_of_memory
+  pod "stop sends SIGTERM before SIGKILL" failures::stop_sends_sigterm_first
+  pod "execs report output, exit status and a missed deadline" streams::executed_commands
+  pod "one probe a second does not grow the shim" streams::probes
+  pod "logs are complete while they are rotated" streams::logs
+  pod "clients can attach to streams and resize terminals" streams::terminals
+  pod "forwarded ports carry 10 MiB in both directions over IPv4 and IPv6" forward::forwarded_ports
+  pod "fifty forwarded connections work concurrently" forward::fifty_connections
   pod "pods reach each other and the host by TCP, UDP and ICMP" network::pods_reach_each_other_and_the_host
-  pod "names are resolved as the pod says" network::names_are_resolved
-  pod "ports of the host lead to the pod" network::host_ports
-  pod "statistics are what was used" resources::statistics
+  pod "names resolve with the pod's DNS settings" network::names_are_resolved
+  pod "host ports reach the pod" network::host_ports
+  pod "statistics match what was used" resources::statistics
   [[ $handler == runc ]] ||
-    pod "machine is in the pod's group, as cgroupfs and as systemd name it" resources::group_of_both_drivers
-  pod "limits change while a container runs" resources::updated_limits
-  pod "machine of a pod grows and shrinks with the limits of its containers" resources::resize_up
+    pod "machine is in the pod's cgroup with the cgroupfs and the systemd driver" resources::cgroup_of_both_drivers
+  pod "limits of a running container can be changed" resources::updated_limits
+  pod "machine grows and shrinks with the limits of its containers" resources::machine_resize
   [[ $handler == runc ]] ||
-    pod "memory that comes while files are written and read is used without harm" resources::growth_under_load
+    pod "memory added during file I/O does not corrupt files" resources::growth_under_load
 }
 
 # Where each container has a disk.
 disk_cases() {
-  pod "disks of containers come and go" disks::come_and_go
-  pod "memory that comes while files are written and read is used without harm" resources::growth_under_load
+  pod "disks of containers are attached and detached while the pod runs" disks::attach_and_detach
+  pod "memory added during file I/O does not corrupt files" resources::growth_under_load
 }

@@ -47,7 +47,7 @@ fails_with() {
 hook='sub hook { my $script = shift; +{path => "/bin/sh", args => ["sh", "-c", $script], env => ["PATH=/bin:/usr/bin"], @_} }'
 
 # What each hook wrote of its state, in the order in which they ran.
-host_hooks_run_in_order_with_the_state() {
+host_hooks_run_in_order_and_receive_the_state() {
   new_name
   write_spec "$hook"'
     for my $moment (qw(prestart createRuntime poststart poststop)) {
@@ -76,7 +76,7 @@ jq_state() {
     <"/run/tmp/state.$1"
 }
 
-failing_host_hook_is_the_error_of_create() {
+failing_host_hook_fails_create() {
   new_name
   write_spec "$hook"'$spec->{hooks}{createRuntime} = [hook("exit 0"), hook("echo no network >&2; echo half; exit 3")]' true
   fails_with 'error running createRuntime hook #1: exit status 3, stdout: half, stderr: no network' run_spec
@@ -107,7 +107,7 @@ start"
   assert_contains "$output" '"status":"creating"'
 }
 
-failing_guest_hook_is_the_error_of_create_or_start() {
+failing_guest_hook_fails_create_or_start() {
   new_name
   write_spec "$hook"'$spec->{hooks}{createContainer} = [hook("echo out; echo broken >&2; exit 4")]' true
   fails_with 'error running createContainer hook #0: exit status 4, stdout: out, stderr: broken' run_spec
@@ -156,7 +156,7 @@ terminal_has_the_size_of_the_spec() {
   remove "$name"
 }
 
-namespaces_of_the_spec_are_new() {
+cgroup_and_time_namespaces_are_created() {
   new_name
   write_spec '
     push @{$spec->{linux}{namespaces}}, {type => "cgroup"}, {type => "time"};
@@ -168,7 +168,7 @@ namespaces_of_the_spec_are_new() {
   ((${output##*$'\n'} >= 864000)) || { echo "uptime: $output" >&2; return 1; }
 }
 
-devices_of_the_guest_are_there_and_others_refused() {
+devices_of_the_guest_are_available_and_others_refused() {
   new_name
   local output node made=()
   # The nodes say which device is meant; the lab's kernel has not all of them.
@@ -221,7 +221,7 @@ mounts_are_id_mapped() {
   rmdir /run/tmp/volume
 }
 
-id_mapping_that_the_file_system_cannot_do_is_named() {
+mount_that_cannot_be_id_mapped_is_named() {
   new_name
   local map='[{containerID => 0, hostID => 100000, size => 65536}]'
   # No overlay can be id-mapped, only the layers below it, and here everything lies on one.
@@ -230,7 +230,7 @@ id_mapping_that_the_file_system_cannot_do_is_named() {
   fails_with "share /usr/share with the machine" run_spec
 }
 
-fields_that_cannot_be_honoured_are_named() {
+unsupported_fields_are_named() {
   local change field
   while read -r field change; do
     new_name
@@ -249,7 +249,7 @@ IN
   done
 }
 
-machine_has_the_size_that_was_asked_for() {
+machine_has_the_requested_cpus_and_memory() {
   local cpus output total
   # More than this machine has.
   printf '[machine]\nmax_vcpus = 4\n' >/run/tmp/nutshell.toml
@@ -264,7 +264,7 @@ machine_has_the_size_that_was_asked_for() {
   rm /run/tmp/nutshell.toml
 }
 
-shared_memory_has_the_size_that_was_asked_for() {
+dev_shm_has_the_requested_size() {
   new_name
   assert_equal 65536 "$(nutshell "$name" --rm -- df -k /dev/shm | awk 'NR == 2 { print $2 }')"
   new_name
@@ -273,7 +273,7 @@ shared_memory_has_the_size_that_was_asked_for() {
   assert_equal 12348 "$(run_spec | awk 'NR == 2 { print $2 }')"
 }
 
-kernel_log_needs_the_capability() {
+kernel_log_requires_cap_syslog() {
   new_name
   fails_with "klogctl: Operation not permitted" nutshell "$name" --rm -- dmesg
   new_name
@@ -301,7 +301,7 @@ ask_clock() {
     printf STDERR "the quickest answer took %.3f ms\n", $best * 1000;' "$tolerance" <&"$1" >&"$2"
 }
 
-clock_is_the_hosts() {
+guest_clock_follows_the_hosts_clock() {
   new_name
   coproc nutshell "$name" --rm -- python3 -c "$clock"
   local client=$COPROC_PID in=${COPROC[1]} out=${COPROC[0]}
@@ -326,13 +326,13 @@ clock_is_the_hosts() {
   wait "$client"
 }
 
-entropy_is_there_at_once() {
+entropy_is_available_at_once() {
   new_name
   assert_equal "16 16" "$(nutshell "$name" --rm -- python3 -c \
     'import os; print(len(os.getrandom(16, os.GRND_NONBLOCK)), len(os.getrandom(16, os.GRND_NONBLOCK | os.GRND_RANDOM)))')"
 }
 
-programs_of_a_distribution_find_names_and_no_locale() {
+names_resolve_and_a_missing_locale_is_no_error() {
   new_name
   local output
   output=$(nutshell "$name" --rm -- sh -c 'getent passwd root | cut -d: -f1,3-; getent group root | cut -d: -f1,3-; locale 2>&1 | head -n 1; printf "b\na\n" | LC_ALL=en_US.UTF-8 sort 2>&1 | tail -n 1')
@@ -356,7 +356,7 @@ orphans_are_reaped() {
 }
 
 # events_of COMMAND...: runs it and leaves containerd's events meanwhile in /run/tmp/out.
-memory_hog_is_killed_with_an_event_before_its_exit() {
+oom_event_precedes_the_exit() {
   new_name
   # A pod of one whose first process lives on: an event of the container, not of its end.
   nutshell "$name" -d --memory-limit $((32 << 20)) -- sh -c 'while ! test -e /tmp/go; do sleep 0.1; done; exec tail /dev/zero'
@@ -372,7 +372,7 @@ memory_hog_is_killed_with_an_event_before_its_exit() {
 }
 
 # No limit but the machine's own memory: the machine lives on, its other processes are unharmed.
-hog_of_all_memory_is_killed_and_the_others_are_not() {
+process_that_uses_all_memory_is_killed_alone() {
   new_name
   nutshell "$name" -d -- sleep 1000
   assert_status 137 ctr task exec --exec-id hog "$name" sh -c 'echo 1000 >/proc/self/oom_score_adj; exec tail /dev/zero'

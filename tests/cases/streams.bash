@@ -41,7 +41,7 @@ logging_program_of_an_exec_gets_its_streams() {
   remove_logger
 }
 
-logging_program_that_fails_is_the_reason_why_there_is_no_container() {
+failure_of_the_logging_program_fails_the_create() {
   local output
   new_name
   write_logger 'echo no room in the log >&2; exit 3'
@@ -53,7 +53,7 @@ logging_program_that_fails_is_the_reason_why_there_is_no_container() {
   remove_logger
 }
 
-file_gets_both_streams() {
+log_file_gets_both_streams() {
   new_name
   nutshell "$name" --rm --log-uri file:///run/tmp/deep/log -- sh -c 'echo first; echo second >&2; echo third'
   # Two streams have no order between them.
@@ -74,13 +74,13 @@ assert_burst_arrived() {
   rm /run/tmp/out /run/tmp/err
 }
 
-burst_at_the_end_arrives() {
+output_just_before_the_exit_arrives_in_full() {
   new_name
   nutshell "$name" --rm -- sh -c "$burst" >/run/tmp/out 2>/run/tmp/err
   assert_burst_arrived
 }
 
-burst_at_the_end_of_an_exec_arrives_and_its_input_comes_back() {
+output_of_an_exec_just_before_its_exit_arrives_in_full() {
   new_name
   nutshell "$name" -d -- sleep 1000
   ctr task exec --exec-id burst "$name" sh -c "$burst" >/run/tmp/out 2>/run/tmp/err
@@ -92,7 +92,7 @@ burst_at_the_end_of_an_exec_arrives_and_its_input_comes_back() {
   remove "$name"
 }
 
-end_of_input_reaches_the_process_after_the_last_byte() {
+end_of_stdin_reaches_the_process_after_the_last_byte() {
   new_name
   # ctr forgets to close an input that ends before the task is created.
   { wait_for_output ready && printf 'one\ntwo'; } | nutshell "$name" --rm -- sh -c 'echo ready; cat; echo; echo end' >/run/tmp/out
@@ -100,7 +100,7 @@ end_of_input_reaches_the_process_after_the_last_byte() {
   rm /run/tmp/out
 }
 
-client_that_detaches_does_not_end_the_input() {
+detach_of_a_client_does_not_close_stdin() {
   new_name
   mkfifo /run/tmp/in
   local in client word
@@ -123,7 +123,7 @@ client_that_detaches_does_not_end_the_input() {
 }
 
 # Nobody reads from a detached container: what it can write is bounded, and so is the time that its end takes.
-reader_that_reads_nothing_holds_the_process_up() {
+client_that_does_not_read_blocks_the_process() {
   new_name
   nutshell "$name" -d -- sh -c 'text=$(head -c 1023 /dev/zero | tr "\0" x); count=0
     while echo "$text"; do count=$((count + 1)); echo "$count" >/dev/shm/count; done'
@@ -143,7 +143,7 @@ reader_that_reads_nothing_holds_the_process_up() {
   ctr container delete "$name"
 }
 
-grandchild_with_the_output_does_not_delay_the_exit() {
+grandchild_that_keeps_stdout_open_does_not_delay_the_exit() {
   new_name
   nutshell "$name" -d -- sh -c 'mkfifo /dev/shm/go; sleep 1000'
   listen "$name"
@@ -196,7 +196,7 @@ terminal_is_resized_and_interrupted() {
   rm /run/tmp/out
 }
 
-last_words_on_a_terminal_arrive() {
+output_just_before_the_exit_arrives_on_a_terminal() {
   new_name
   local in client
   on_terminal 'seq 100000'
@@ -208,16 +208,16 @@ last_words_on_a_terminal_arrive() {
 stream_cases() {
   check "logging program gets both streams and its arguments" logging_program_gets_both_streams_and_its_arguments
   check "logging program of an exec gets its streams" logging_program_of_an_exec_gets_its_streams
-  check "logging program that fails is the reason why there is no container" \
-    logging_program_that_fails_is_the_reason_why_there_is_no_container
-  check "file gets both streams" file_gets_both_streams
-  check "burst at the end arrives" burst_at_the_end_arrives
-  check "burst at the end of an exec arrives and its input comes back" \
-    burst_at_the_end_of_an_exec_arrives_and_its_input_comes_back
-  check "end of input reaches the process after the last byte" end_of_input_reaches_the_process_after_the_last_byte
-  check "client that detaches does not end the input" client_that_detaches_does_not_end_the_input
-  check "reader that reads nothing holds the process up" reader_that_reads_nothing_holds_the_process_up
-  check "grandchild with the output does not delay the exit" grandchild_with_the_output_does_not_delay_the_exit
+  check "failure of the logging program fails the create" \
+    failure_of_the_logging_program_fails_the_create
+  check "log file gets both streams" log_file_gets_both_streams
+  check "output written just before the exit arrives in full" output_just_before_the_exit_arrives_in_full
+  check "exec's output written just before the exit arrives in full and its input is unchanged" \
+    output_of_an_exec_just_before_its_exit_arrives_in_full
+  check "end of stdin reaches the process after the last byte" end_of_stdin_reaches_the_process_after_the_last_byte
+  check "detach of a client does not close stdin" detach_of_a_client_does_not_close_stdin
+  check "client that does not read blocks the process, which can still be killed" client_that_does_not_read_blocks_the_process
+  check "grandchild that keeps stdout open does not delay the exit" grandchild_that_keeps_stdout_open_does_not_delay_the_exit
   check "terminal is resized and interrupted" terminal_is_resized_and_interrupted
-  check "last words on a terminal arrive" last_words_on_a_terminal_arrive
+  check "output written just before the exit arrives on a terminal" output_just_before_the_exit_arrives_on_a_terminal
 }

@@ -7,5 +7,5 @@ source "$(dirname "$0")/../cases/deploy.bash"
 start_node 1.7 busybox
 forget_nutshell
 
-check "node that is installed runs a pod, and none after it was uninstalled" installed_node_runs_a_pod
+check "pod runs after the install and not after the uninstall" pod_runs_after_the_install_only
 finish

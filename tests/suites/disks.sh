@@ -15,14 +15,14 @@ CONTAINERD_CONFIG='[plugins."io.containerd.snapshotter.v1.blockfile"]
 start_containerd 2.1 busybox
 snapshotter=blockfile
 
-root_is_a_disk_of_the_guest() {
+root_is_an_ext4_disk_of_the_guest() {
   new_name
   local output
   output=$(nutshell "$name" --rm -- sh -c 'grep " / " /proc/mounts; ls /sys/block')
   assert_contains "$output" "/dev/vda / ext4 rw"
 }
 
-no_directory_is_shared() {
+no_fs_process_runs() {
   new_name
   nutshell "$name" -d -- sleep 1000
   assert_equal "" "$(pids_of fs)"
@@ -30,7 +30,7 @@ no_directory_is_shared() {
 }
 
 # A container that is stopped in order leaves its file system clean and its last writes on it.
-writes_are_on_the_disk_when_the_container_is_deleted() {
+writes_are_on_the_disk_after_the_delete() {
   new_name
   nutshell "$name" -d -- sh -c 'dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; sha256sum </data >/sum; sleep 1000'
   local try file
@@ -50,7 +50,7 @@ writes_are_on_the_disk_when_the_container_is_deleted() {
 }
 
 # Folders of the host are shared beside the disk.
-volumes_are_there_too() {
+bind_mounts_work_beside_a_disk() {
   new_name
   mkdir /run/tmp/volume
   echo of the host >/run/tmp/volume/file
@@ -60,11 +60,11 @@ volumes_are_there_too() {
   rm -r /run/tmp/volume
 }
 
-check "root is a disk of the guest" root_is_a_disk_of_the_guest
-check "no directory is shared" no_directory_is_shared
-check "volumes are there too" volumes_are_there_too
+check "root is an ext4 disk of the guest" root_is_an_ext4_disk_of_the_guest
+check "no fs process runs" no_fs_process_runs
+check "bind mounts work beside a disk" bind_mounts_work_beside_a_disk
 check "exit status is exact" exit_status_is_exact
-check "writes are on the disk when the container is deleted" writes_are_on_the_disk_when_the_container_is_deleted
-check "command that does not exist fails in runc's words" command_that_does_not_exist_fails_in_runcs_words
+check "writes are on the disk after the delete" writes_are_on_the_disk_after_the_delete
+check "missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
 rm /run/scratch.ext4
 finish

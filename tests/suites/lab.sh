@@ -9,8 +9,8 @@ runc_reports_output_and_exit_status() {
   assert_equal $'a\nb' "$(ctr run --rm localhost/one-binary:latest runc /one-binary 0 a b)"
 }
 
-# leftover_is_noticed CREATE REMOVE: two command lines.
-leftover_is_noticed() {
+# leftover_is_detected CREATE REMOVE: two command lines.
+leftover_is_detected() {
   host_state /run/check.without
   eval "$1"
   host_state /run/check.with
@@ -24,12 +24,12 @@ for version in 1.7 2.1; do
   [[ $version == 2.1 ]] || stop_containerd
 done
 
-check "a process is noticed" leftover_is_noticed 'sleep 600 & child=$!' 'kill $child; wait $child || true'
-check "a mount is noticed" leftover_is_noticed 'mount -t tmpfs none /tmp' 'umount /tmp'
-check "a socket or fifo is noticed" leftover_is_noticed 'mkfifo /run/containerd/s/x' 'rm /run/containerd/s/x'
-check "a temporary file is noticed" leftover_is_noticed 'touch /tmp/x' 'rm /tmp/x'
-check "a link is noticed" leftover_is_noticed 'ip tuntap add tap0 mode tap' 'ip link del tap0'
-check "a control group is noticed" leftover_is_noticed 'mkdir /sys/fs/cgroup/x' 'rmdir /sys/fs/cgroup/x'
-check "a loop device is noticed" leftover_is_noticed \
+check "leftover process is detected" leftover_is_detected 'sleep 600 & child=$!' 'kill $child; wait $child || true'
+check "leftover mount is detected" leftover_is_detected 'mount -t tmpfs none /tmp' 'umount /tmp'
+check "leftover fifo is detected" leftover_is_detected 'mkfifo /run/containerd/s/x' 'rm /run/containerd/s/x'
+check "leftover temporary file is detected" leftover_is_detected 'touch /tmp/x' 'rm /tmp/x'
+check "leftover network link is detected" leftover_is_detected 'ip tuntap add tap0 mode tap' 'ip link del tap0'
+check "leftover cgroup is detected" leftover_is_detected 'mkdir /sys/fs/cgroup/x' 'rmdir /sys/fs/cgroup/x'
+check "leftover loop device is detected" leftover_is_detected \
   'truncate -s 1M /run/last; loop=$(losetup -f --show /run/last)' 'losetup -d $loop; rm /run/last'
 finish

@@ -6,27 +6,27 @@ source "$(dirname "$0")/../cases/spec.bash"
 start_containerd 2.1 busybox debian
 prepare_specs
 
-check "hooks of the host run in order with the state" host_hooks_run_in_order_with_the_state
-check "failing hook of the host is the error of Create" failing_host_hook_is_the_error_of_create
-check "hooks of the guest run in the container" guest_hooks_run_in_the_container
-check "failing hook of the guest is the error of Create or Start" failing_guest_hook_is_the_error_of_create_or_start
+check "host hooks run in order and receive the state" host_hooks_run_in_order_and_receive_the_state
+check "failing host hook fails Create" failing_host_hook_fails_create
+check "guest hooks run in the container" guest_hooks_run_in_the_container
+check "failing guest hook fails Create or Start" failing_guest_hook_fails_create_or_start
 check "process has the settings of the spec" process_has_the_settings_of_the_spec
 check "terminal has the size of the spec" terminal_has_the_size_of_the_spec
-check "namespaces of the spec are new" namespaces_of_the_spec_are_new
-check "devices of the guest are there and others refused" devices_of_the_guest_are_there_and_others_refused
+check "cgroup and time namespaces of the spec are created" cgroup_and_time_namespaces_are_created
+check "devices of the guest are available and others are refused" devices_of_the_guest_are_available_and_others_refused
 check "user namespace maps root" user_namespace_maps_root
 check "mounts are id-mapped" mounts_are_id_mapped
-check "id mapping that the file system cannot do is named" id_mapping_that_the_file_system_cannot_do_is_named
-check "fields that cannot be honoured are named" fields_that_cannot_be_honoured_are_named
-check "machine has the size that was asked for" machine_has_the_size_that_was_asked_for
-check "shared memory has the size that was asked for" shared_memory_has_the_size_that_was_asked_for
-check "kernel log needs the capability" kernel_log_needs_the_capability
+check "mount that cannot be id-mapped is named in the error" mount_that_cannot_be_id_mapped_is_named
+check "unsupported fields are named in an error or a warning" unsupported_fields_are_named
+check "machine has the requested CPUs and memory" machine_has_the_requested_cpus_and_memory
+check "/dev/shm has the requested size" dev_shm_has_the_requested_size
+check "kernel log requires CAP_SYSLOG" kernel_log_requires_cap_syslog
 check "orphans are reaped" orphans_are_reaped
-check "memory hog is killed with an event before its exit" memory_hog_is_killed_with_an_event_before_its_exit
-check "hog of all memory is killed and the others are not" hog_of_all_memory_is_killed_and_the_others_are_not
+check "oom event precedes the exit of the killed container" oom_event_precedes_the_exit
+check "process that uses all memory of the machine is killed alone" process_that_uses_all_memory_is_killed_alone
 check "metrics are complete" metrics_are_complete
 image=debian
-check "clock is the host's" clock_is_the_hosts
-check "entropy is there at once" entropy_is_there_at_once
-check "programs of a distribution find names and no locale" programs_of_a_distribution_find_names_and_no_locale
+check "guest clock follows the host's clock" guest_clock_follows_the_hosts_clock
+check "entropy is available at once" entropy_is_available_at_once
+check "user and group names resolve and a missing locale is no error" names_resolve_and_a_missing_locale_is_no_error
 finish

@@ -65,7 +65,7 @@ fn runc_options() -> Any {
 }
 
 #[test]
-fn every_containerd_accepts_the_answer_and_can_connect_at_once() {
+fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
     with_containerd(|containerd| {
         let directory = containerd.folder().join("s");
         let newest = |options, socket_directory| Caller::V2_3 {
@@ -114,7 +114,7 @@ fn every_containerd_accepts_the_answer_and_can_connect_at_once() {
 }
 
 #[test]
-fn longest_namespace_and_id_have_a_socket() {
+fn longest_namespace_and_id_get_a_socket() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle_of(&"i".repeat(76), &idle());
         let namespace = "n".repeat(76);
@@ -127,7 +127,7 @@ fn longest_namespace_and_id_have_a_socket() {
 }
 
 #[test]
-fn shim_is_a_little_likelier_to_be_killed_for_memory_than_its_parent_and_has_its_own_session() {
+fn shim_has_its_parents_oom_score_plus_one_and_its_own_session() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         let shim = containerd.shim(&bundle);
@@ -145,7 +145,7 @@ fn shim_is_a_little_likelier_to_be_killed_for_memory_than_its_parent_and_has_its
 }
 
 #[test]
-fn shim_outlives_the_signals_that_end_daemons() {
+fn shim_ignores_termination_signals() {
     with_containerd(|containerd| {
         use rustix::process::Signal;
         let bundle = containerd.bundle(&idle());
@@ -159,7 +159,7 @@ fn shim_outlives_the_signals_that_end_daemons() {
 }
 
 #[test]
-fn starts_of_one_container_find_the_same_shim() {
+fn repeated_and_concurrent_starts_return_the_same_shim() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         let first = containerd.start(&bundle, &Caller::newest()).unwrap();
@@ -176,7 +176,7 @@ fn starts_of_one_container_find_the_same_shim() {
 }
 
 #[test]
-fn members_of_a_group_get_the_address_of_its_shim() {
+fn containers_of_a_group_get_the_address_of_one_shim() {
     with_containerd(|containerd| {
         for annotation in [
             "io.containerd.nutshell.v2.group",
@@ -213,7 +213,7 @@ fn bundle_without_a_spec_gets_a_shim() {
 }
 
 #[test]
-fn start_that_fails_says_why_in_one_line() {
+fn failing_start_reports_the_cause_in_one_line() {
     with_containerd(|containerd| {
         let generic = |path: &str| {
             let length = u8::try_from(path.len()).unwrap();
@@ -253,7 +253,7 @@ fn start_that_fails_says_why_in_one_line() {
 }
 
 #[test]
-fn info_needs_no_environment_and_states_the_features() {
+fn info_reports_the_features_without_environment() {
     let run = |arguments: &[&str]| {
         let mut command = Command::new(executable());
         Outcome::of(
@@ -287,7 +287,7 @@ fn info_needs_no_environment_and_states_the_features() {
 }
 
 #[test]
-fn container_of_every_containerd_lives_and_ends() {
+fn container_runs_to_completion_under_every_containerd_version() {
     with_containerd(|containerd| {
         for (caller, service) in [
             (Caller::V1_7(None), V2),

@@ -10,7 +10,7 @@ use nutshell_conformance::{
 };
 
 #[test]
-fn instant_exit_comes_after_the_start() {
+fn immediate_exit_is_reported_after_the_start() {
     with_containerd(|containerd| {
         let container = containerd.run(&spec(&["true"]));
         assert_eq!(container.wait(), 0);
@@ -32,7 +32,7 @@ fn instant_exit_comes_after_the_start() {
 }
 
 #[test]
-fn execs_that_run_end_before_the_first_process() {
+fn exits_of_running_execs_precede_the_exit_of_the_container() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let execs: Vec<_> = (0..5).map(|_| container.exec(&["sleep", "1000"])).collect();
@@ -52,7 +52,7 @@ fn execs_that_run_end_before_the_first_process() {
 }
 
 #[test]
-fn exit_is_announced_once_however_many_kill() {
+fn concurrent_kills_cause_one_exit_event() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {
@@ -70,7 +70,7 @@ fn exit_is_announced_once_however_many_kill() {
 }
 
 #[test]
-fn events_wait_for_a_containerd_that_is_away() {
+fn events_are_kept_while_containerd_is_down() {
     with_containerd(|containerd| {
         let container = containerd.run(&shell("trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done"));
         container.stdout.with("ready");
@@ -104,7 +104,7 @@ fn events_wait_for_a_containerd_that_is_away() {
 }
 
 #[test]
-fn last_events_are_told_before_the_shim_ends() {
+fn pending_events_are_sent_before_the_shim_ends() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let id = container.id.clone();

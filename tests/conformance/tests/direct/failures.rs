@@ -7,7 +7,7 @@ use nutshell_conformance::{PATIENCE, bundle::idle, host, with_containerd};
 use rustix::process::Signal;
 
 #[test]
-fn killed_vmm_or_file_server_ends_all_processes_and_the_shim_goes_on_serving() {
+fn killed_vmm_or_fs_ends_all_processes_and_the_shim_keeps_serving() {
     with_containerd(|containerd| {
         for name in ["nutshell-vmm", "nutshell-fs"] {
             let container = containerd.run(&idle());
@@ -44,7 +44,7 @@ fn killed_vmm_or_file_server_ends_all_processes_and_the_shim_goes_on_serving() {
 }
 
 #[test]
-fn killed_machine_of_a_created_container_ends_it() {
+fn killed_vmm_ends_a_created_container() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         for vmm in containerd.pids_of("nutshell-vmm") {
@@ -58,7 +58,7 @@ fn killed_machine_of_a_created_container_ends_it() {
 }
 
 #[test]
-fn killed_shim_takes_its_processes_along_and_a_new_one_can_be_started() {
+fn killed_shim_ends_its_processes_and_a_new_shim_can_be_started() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         host::signal(container.shim.pid, Signal::KILL);

@@ -57,7 +57,7 @@ fn live(pod: &Pod<'_>) {
 }
 
 #[test]
-fn hundred_containers_one_after_the_other_leave_nothing_in_the_shim() {
+fn hundred_containers_in_sequence_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         assert_hundred_leave_nothing(pod.shim.pid, || live(&pod));
@@ -66,7 +66,7 @@ fn hundred_containers_one_after_the_other_leave_nothing_in_the_shim() {
 }
 
 #[test]
-fn thirty_containers_at_once_live_and_leave_nothing_in_the_shim() {
+fn thirty_concurrent_containers_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         let all_at_once = || {
@@ -93,7 +93,7 @@ fn thirty_containers_at_once_live_and_leave_nothing_in_the_shim() {
 }
 
 #[test]
-fn hundred_execs_leave_nothing_in_the_shim() {
+fn hundred_execs_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         assert_hundred_leave_nothing(container.shim.pid, || {
@@ -105,7 +105,7 @@ fn hundred_execs_leave_nothing_in_the_shim() {
 
 /// khugepaged comes when it likes, so that its work cannot be waited for; that it may not come can be seen.
 #[test]
-fn memory_of_a_shim_is_not_rounded_up_to_huge_pages() {
+fn shim_does_not_use_transparent_huge_pages() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let status = std::fs::read_to_string(format!("/proc/{}/status", container.shim.pid)).unwrap();

@@ -5,14 +5,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panic")]
 
 mod bootstrap;
-mod creates;
-mod deletes;
+mod create;
+mod delete;
 mod events;
-mod execs;
+mod exec;
 mod failures;
 mod growth;
-mod kills;
-mod lives;
+mod kill;
+mod lifecycle;
 mod pods;
 mod resources;
 mod sandboxes;

@@ -75,7 +75,7 @@ impl Drop for SharedMemory {
 }
 
 #[test]
-fn settings_of_the_sandbox_are_those_of_all_its_containers() {
+fn containers_have_the_host_name_and_sysctls_of_their_sandbox() {
     with_containerd(|containerd| {
         let pod = Pod::by_task_with(containerd, &Caller::newest(), |spec| {
             spec["hostname"] = json!("web-0");
@@ -108,7 +108,7 @@ fn settings_of_the_sandbox_are_those_of_all_its_containers() {
 }
 
 #[test]
-fn setting_that_the_guest_does_not_have_is_named_and_the_pod_does_not_start() {
+fn unknown_sysctl_is_named_and_the_pod_does_not_start() {
     with_containerd(|containerd| {
         let sandbox = create_sandbox_task(containerd, &Caller::newest(), |spec| {
             spec["linux"]["sysctl"] = json!({"net.ipv4.no_such_setting": "1"});
@@ -136,7 +136,7 @@ fn setting_that_the_guest_does_not_have_is_named_and_the_pod_does_not_start() {
 }
 
 #[test]
-fn containers_of_a_pod_share_its_namespaces_and_have_their_own_processes() {
+fn containers_of_a_pod_share_namespaces_except_pid_and_mount() {
     on_both(|pod| {
         let containers = [pod.run(&idle(pod)), pod.run(&idle(pod))];
         let [one, other] = [&containers[0], &containers[1]].map(|container| {
@@ -153,7 +153,7 @@ fn containers_of_a_pod_share_its_namespaces_and_have_their_own_processes() {
 }
 
 #[test]
-fn loopback_of_a_pod_leads_from_one_container_to_the_other() {
+fn containers_of_a_pod_reach_each_other_over_loopback() {
     on_both(|pod| {
         let server = pod.run(&pod.shell("while :; do echo served | nc -l -p 7000; done"));
         let client = pod.run(&idle(pod));
@@ -167,7 +167,7 @@ fn loopback_of_a_pod_leads_from_one_container_to_the_other() {
 }
 
 #[test]
-fn shared_memory_is_one_for_all_containers_and_has_the_size_of_the_hosts() {
+fn containers_of_a_pod_share_dev_shm_with_the_size_of_the_hosts_tmpfs() {
     with_containerd(|containerd| {
         let memory = SharedMemory::mount(containerd);
         let pod = Pod::by_task_with(containerd, &Caller::newest(), |spec| memory.put_into(spec));
@@ -195,7 +195,7 @@ fn shared_memory_is_one_for_all_containers_and_has_the_size_of_the_hosts() {
 }
 
 #[test]
-fn files_and_shared_memory_that_nobody_else_makes_are_made() {
+fn sandbox_service_provides_etc_files_and_dev_shm() {
     with_containerd(|containerd| {
         let config = Config {
             dns: vec!["10.96.0.10".to_owned()],
@@ -246,7 +246,7 @@ fn files_and_shared_memory_that_nobody_else_makes_are_made() {
 }
 
 #[test]
-fn containers_that_share_their_processes_see_each_other_and_end_alone() {
+fn containers_with_a_shared_pid_namespace_see_each_other_and_end_separately() {
     on_both(|pod| {
         let mut spec = pod.shell("setsid sleep 1001 & sleep 1002 & exec sleep 1003");
         share_pids(&mut spec, pod.pid);
@@ -318,7 +318,7 @@ fn ephemeral_container_sees_the_processes_of_its_target_only() {
 }
 
 #[test]
-fn namespaces_of_the_host_are_refused_by_name_and_leave_nothing() {
+fn host_namespaces_are_refused_by_name_and_leave_nothing() {
     with_containerd(|containerd| {
         for (kind, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
             let failure = create_sandbox_task(containerd, &Caller::newest(), |spec| {
@@ -354,7 +354,7 @@ fn namespaces_of_the_host_are_refused_by_name_and_leave_nothing() {
 }
 
 #[test]
-fn namespaces_of_the_host_mean_the_pods_where_that_is_configured() {
+fn host_namespaces_are_the_pods_if_so_configured() {
     with_containerd(|containerd| {
         let caller = configured("[guest]\nready_timeout_seconds = 60\n[pod]\nhost_namespaces = \"pod\"\n");
         let pod = Pod::by_task_with(containerd, &caller, |spec| {
@@ -374,7 +374,7 @@ fn namespaces_of_the_host_mean_the_pods_where_that_is_configured() {
 }
 
 #[test]
-fn container_that_runs_out_of_memory_or_crashes_does_not_touch_its_siblings() {
+fn out_of_memory_or_crash_of_a_container_does_not_affect_its_siblings() {
     on_both(|pod| {
         let sibling = pod.run(&idle(pod));
         let mut greedy = pod.shell("x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done");
@@ -392,7 +392,7 @@ fn container_that_runs_out_of_memory_or_crashes_does_not_touch_its_siblings() {
 }
 
 #[test]
-fn pod_without_containers_stays_and_takes_the_next() {
+fn pod_without_containers_stays_ready_for_the_next() {
     on_both(|pod| {
         for status in [0, 3, 0] {
             // As the kubelet restarts one: a new id each time.

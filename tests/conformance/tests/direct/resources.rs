@@ -51,7 +51,7 @@ fn paused_container_makes_no_progress_until_it_is_resumed() {
 }
 
 #[test]
-fn update_changes_the_limits_of_the_living_container() {
+fn update_changes_the_limits_of_a_running_container() {
     with_containerd(|containerd| {
         let mut spec = idle();
         spec["linux"]["resources"] = json!({
@@ -102,7 +102,7 @@ fn assert_complete(stats: &Metrics, phase: &str) {
 }
 
 #[test]
-fn stats_are_complete_and_sane_from_create_to_delete() {
+fn stats_are_complete_and_plausible_from_create_to_delete() {
     with_containerd(|containerd| {
         let mut spec =
             shell("read line </dev/null; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; exec sleep 1000");
@@ -137,7 +137,7 @@ fn stats_are_complete_and_sane_from_create_to_delete() {
 }
 
 #[test]
-fn out_of_memory_is_announced_before_the_exit_and_counted_until_delete() {
+fn oom_event_precedes_the_exit_and_is_counted_until_delete() {
     with_containerd(|containerd| {
         let mut spec = shell("exec tail /dev/zero");
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
@@ -155,7 +155,7 @@ fn out_of_memory_is_announced_before_the_exit_and_counted_until_delete() {
 }
 
 #[test]
-fn exec_that_is_killed_for_memory_leaves_its_container() {
+fn out_of_memory_in_an_exec_does_not_end_its_container() {
     with_containerd(|containerd| {
         let mut spec = idle();
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});

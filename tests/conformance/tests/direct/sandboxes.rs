@@ -85,7 +85,7 @@ fn sandbox_service_answers_in_every_state() {
 }
 
 #[test]
-fn sandbox_that_was_never_started_can_be_stopped_and_shut_down_by_two_at_once() {
+fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
     with_containerd(|containerd| {
         let (bundle, shim) = sandbox_shim(containerd);
         let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
@@ -112,7 +112,7 @@ fn sandbox_that_was_never_started_can_be_stopped_and_shut_down_by_two_at_once() 
 }
 
 #[test]
-fn shim_of_a_live_sandbox_goes_on_without_containers_and_ends_with_the_sandbox() {
+fn shim_stays_while_its_sandbox_lives_and_ends_with_it() {
     with_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
@@ -137,7 +137,7 @@ fn shim_of_a_live_sandbox_goes_on_without_containers_and_ends_with_the_sandbox()
 }
 
 #[test]
-fn member_of_either_way_finds_the_shim_of_its_sandbox_by_itself() {
+fn start_of_a_pod_member_returns_the_address_of_its_sandbox() {
     on_both(|pod| {
         let container = pod.create(&idle(pod)).unwrap();
         for caller in [Caller::V1_7(None), Caller::V2_2(None)] {
@@ -152,7 +152,7 @@ fn member_of_either_way_finds_the_shim_of_its_sandbox_by_itself() {
 }
 
 #[test]
-fn killed_machine_ends_the_pod_and_what_is_left_can_be_removed_in_any_order() {
+fn killed_vmm_ends_the_pod_and_the_rest_can_be_removed_in_any_order() {
     with_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
@@ -183,7 +183,7 @@ fn killed_machine_ends_the_pod_and_what_is_left_can_be_removed_in_any_order() {
 }
 
 #[test]
-fn whoever_kills_the_pid_of_a_sandbox_ends_the_pod() {
+fn kill_of_the_sandbox_pid_ends_the_pod() {
     with_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
@@ -196,7 +196,7 @@ fn whoever_kills_the_pid_of_a_sandbox_ends_the_pod() {
 }
 
 #[test]
-fn killed_or_deleted_shim_of_a_sandbox_leaves_nothing() {
+fn delete_of_a_sandbox_with_or_without_a_shim_leaves_nothing() {
     with_containerd(|containerd| {
         for killed in [true, false] {
             let pod = Pod::by_service(containerd, &config(containerd));
@@ -215,7 +215,7 @@ fn killed_or_deleted_shim_of_a_sandbox_leaves_nothing() {
 }
 
 #[test]
-fn stopped_sandbox_ends_its_containers_and_takes_no_more() {
+fn stopped_sandbox_ends_its_containers_and_refuses_new_ones() {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         let container = pod.run(&idle(&pod));

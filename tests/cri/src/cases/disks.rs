@@ -7,7 +7,7 @@ use crate::{
 
 /// More containers, one after the other, than there is room for at a time; each finds a disk of its own, and one
 /// that stays keeps what it has.
-pub(crate) fn come_and_go(handler: Handler) {
+pub(crate) fn attach_and_detach(handler: Handler) {
     let pod = Pod::run(handler);
     let stays = pod.start("stays", &["sleep", "1000"]);
     let root = stays.sh("awk '$2 == \"/\" { print $1, $3 }' /proc/mounts");

@@ -6,7 +6,7 @@ use crate::{
     wait_until,
 };
 
-pub(crate) fn end_of_one_leaves_the_others(handler: Handler) {
+pub(crate) fn failures_affect_one_container_only(handler: Handler) {
     let pod = Pod::run_with(handler, |config| {
         let limits = config.linux.get_or_insert_default().resources.get_or_insert_default();
         limits.memory_limit_in_bytes = 512 << 20;
@@ -71,7 +71,7 @@ pub(crate) fn pod_without_overhead_runs_out_of_memory(handler: Handler) {
     pod.remove();
 }
 
-pub(crate) fn stop_is_graceful_first(handler: Handler) {
+pub(crate) fn stop_sends_sigterm_first(handler: Handler) {
     let pod = Pod::run(handler);
     let script = "trap 'echo asked; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
     let polite = pod.start("polite", &["sh", "-c", script]);

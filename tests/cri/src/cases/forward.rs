@@ -68,7 +68,7 @@ pub(crate) fn forwarded_ports(handler: Handler) {
     pod.remove();
 }
 
-pub(crate) fn fifty_at_once(handler: Handler) {
+pub(crate) fn fifty_connections(handler: Handler) {
     let pod = Pod::run(handler);
     let server = pod.start_debian("server", &["python3", "-c", SERVER]);
     server.wait_for_line("ready");

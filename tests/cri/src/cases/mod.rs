@@ -24,13 +24,13 @@ macro_rules! cases {
 }
 
 cases! {
-    pods: pod_of_one init_containers pod_of_five restart pod_without_a_running_container ephemeral_container
+    pods: run_to_completion init_containers removal_in_any_order restart pod_without_a_running_container ephemeral_container
         restarted_containerd;
-    namespaces: processes_apart processes_together files_and_settings host_namespaces_are_refused;
-    failures: end_of_one_leaves_the_others pod_without_overhead_runs_out_of_memory stop_is_graceful_first;
+    namespaces: separate_processes shared_processes files_and_settings host_namespaces_are_refused;
+    failures: failures_affect_one_container_only pod_without_overhead_runs_out_of_memory stop_sends_sigterm_first;
     streams: executed_commands probes logs terminals;
-    forward: forwarded_ports fifty_at_once;
+    forward: forwarded_ports fifty_connections;
     network: pods_reach_each_other_and_the_host names_are_resolved host_ports;
-    resources: statistics group_of_both_drivers updated_limits resize_up growth_under_load;
-    disks: come_and_go;
+    resources: statistics cgroup_of_both_drivers updated_limits machine_resize growth_under_load;
+    disks: attach_and_detach;
 }

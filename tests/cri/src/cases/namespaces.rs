@@ -28,7 +28,7 @@ fn assert_shared(left: &Container, right: &Container, shared: &[&str]) {
     }
 }
 
-pub(crate) fn processes_apart(handler: Handler) {
+pub(crate) fn separate_processes(handler: Handler) {
     let pod = Pod::run(handler);
     let left = pod.start("left", &["sleep", "11111"]);
     let right = pod.start("right", &["sleep", "22222"]);
@@ -55,7 +55,7 @@ pub(crate) fn processes_apart(handler: Handler) {
     pod.remove();
 }
 
-pub(crate) fn processes_together(handler: Handler) {
+pub(crate) fn shared_processes(handler: Handler) {
     let pod = Pod::run_with(handler, share_processes);
     let left = pod.start("left", &["sleep", "11111"]);
     let right = pod.start("right", &["sleep", "22222"]);

@@ -11,7 +11,7 @@ use crate::{
     wait_until,
 };
 
-pub(crate) fn pod_of_one(handler: Handler) {
+pub(crate) fn run_to_completion(handler: Handler) {
     let pod = Pod::run(handler);
     assert_eq!(pod.status().state(), PodState::Ready);
     let container = pod.start("one", &["sh", "-c", "echo hello; exit 42"]);
@@ -63,7 +63,7 @@ pub(crate) fn init_containers(handler: Handler) {
     pod.remove();
 }
 
-pub(crate) fn pod_of_five(handler: Handler) {
+pub(crate) fn removal_in_any_order(handler: Handler) {
     let pod = Pod::run(handler);
     let mut containers: Vec<_> = ["a", "b", "c", "d", "e"]
         .iter()

@@ -142,7 +142,7 @@ pub(crate) fn statistics(handler: Handler) {
 
 /// As a kubelet names a pod's group with the cgroupfs and with the systemd driver, and where below it containerd
 /// wants the sandbox.
-pub(crate) fn group_of_both_drivers(handler: Handler) {
+pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
     let parents = Path::new("/sys/fs/cgroup/kubepods.slice");
     fs::create_dir(parents).unwrap();
     fs::write(
@@ -236,7 +236,7 @@ fn on_the_host(pod: &Pod, file: &str) -> u64 {
 }
 
 /// More than the pod was started with, by a change and by a further container, and less again.
-pub(crate) fn resize_up(handler: Handler) {
+pub(crate) fn machine_resize(handler: Handler) {
     let pod = Pod::run_with(handler, |config| sum_of(config, limits(50, 64)));
     let container = pod.start_with("one", &["sleep", "1000"], |config| *resources(config) = limits(50, 64));
     let started = container.status().started_at;

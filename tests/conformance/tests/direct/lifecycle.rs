@@ -21,7 +21,7 @@ fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
 }
 
 #[test]
-fn state_tells_everything_in_every_phase() {
+fn state_reports_every_field_in_every_phase() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done"));
         let assert_state = |task: &Task, status: Status| {
@@ -128,7 +128,7 @@ fn unknown_container_or_exec_is_not_found_by_any_method() {
 }
 
 #[test]
-fn what_is_not_offered_is_unimplemented() {
+fn unsupported_methods_are_unimplemented() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         for (service, method) in [
@@ -163,7 +163,7 @@ fn what_is_not_offered_is_unimplemented() {
 }
 
 #[test]
-fn what_a_phase_does_not_allow_fails_and_changes_nothing() {
+fn call_in_the_wrong_phase_fails_and_changes_nothing() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"));
         let task = container.task();
@@ -203,7 +203,7 @@ fn what_a_phase_does_not_allow_fails_and_changes_nothing() {
 }
 
 #[test]
-fn created_container_that_is_killed_or_deleted_was_never_started() {
+fn killed_or_deleted_created_container_has_an_exit_and_no_start() {
     with_containerd(|containerd| {
         for kill in [true, false] {
             let container = containerd.create(&idle());
@@ -231,7 +231,7 @@ fn created_container_that_is_killed_or_deleted_was_never_started() {
 }
 
 #[test]
-fn all_who_wait_learn_the_exit_whenever_they_ask() {
+fn every_wait_before_and_after_the_exit_returns_it() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("sleep 1; exit 42"));
         let other = Task::connect(&container.shim.answer.address, V2);
@@ -297,7 +297,7 @@ fn pids_lists_each_process_once_and_names_the_execs() {
 }
 
 #[test]
-fn task_pid_is_in_the_network_namespace_and_control_group_of_the_container() {
+fn task_pid_is_in_the_network_namespace_and_cgroup_of_the_container() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
@@ -309,7 +309,7 @@ fn task_pid_is_in_the_network_namespace_and_control_group_of_the_container() {
 }
 
 #[test]
-fn shutdown_does_nothing_while_a_container_is_there_and_ends_the_shim_after() {
+fn shutdown_ends_the_shim_only_after_the_last_delete() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         for _ in 0..2 {
@@ -340,7 +340,7 @@ fn forced_shutdown_ends_the_shim_with_its_containers() {
 }
 
 #[test]
-fn calls_at_the_same_time_do_not_disturb_each_other() {
+fn concurrent_calls_do_not_interfere() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {

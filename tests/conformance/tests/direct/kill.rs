@@ -11,7 +11,7 @@ use nutshell_conformance::{
 use rustix::process::Signal;
 
 #[test]
-fn container_is_killed_in_every_phase_and_not_after_it() {
+fn kill_works_in_every_phase_and_is_not_found_after_the_exit() {
     with_containerd(|containerd| {
         for (phase, signal, status) in [
             ("created", SIGKILL, 137),
@@ -40,7 +40,7 @@ fn container_is_killed_in_every_phase_and_not_after_it() {
 }
 
 #[test]
-fn signals_reach_the_process_as_they_are() {
+fn signals_reach_the_process_unchanged() {
     with_containerd(|containerd| {
         // The first process of a pid namespace gets no signal that it does not handle.
         let script = "for signal in HUP USR1 USR2 RTMIN+3 34 64; do trap \"echo got $signal\" $signal; done
@@ -66,7 +66,7 @@ fn signals_reach_the_process_as_they_are() {
 }
 
 #[test]
-fn kill_of_an_exec_hits_only_the_exec() {
+fn kill_of_an_exec_affects_only_the_exec() {
     with_containerd(|containerd| {
         let container = containerd.run(&shell("trap 'echo init' USR1; echo ready; while :; do sleep 0.1; done"));
         container.stdout.with("ready");
@@ -95,7 +95,7 @@ fn kill_of_an_exec_hits_only_the_exec() {
 }
 
 #[test]
-fn kill_of_all_reaches_every_process() {
+fn kill_all_reaches_every_process() {
     with_containerd(|containerd| {
         let trap =
             |name: &str| format!("trap 'echo {name} got it' USR1; echo {name} ready; while :; do sleep 0.1; done");
@@ -116,7 +116,7 @@ fn kill_of_all_reaches_every_process() {
 }
 
 #[test]
-fn kill_of_the_pid_on_the_host_is_meant_for_the_process() {
+fn signal_to_the_host_pid_reaches_the_process() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&["sleep", "1000"]);
@@ -129,7 +129,7 @@ fn kill_of_the_pid_on_the_host_is_meant_for_the_process() {
 }
 
 #[test]
-fn hung_guest_keeps_nobody_waiting_and_can_be_killed() {
+fn hung_guest_does_not_delay_calls_and_can_be_killed() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&["sleep", "1000"]);

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 const LIMIT: Duration = Duration::from_secs(5);
 
 #[test]
-fn container_that_nobody_knows_was_killed() {
+fn delete_of_an_unknown_container_reports_137() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         for removed in [false, true] {
@@ -29,7 +29,7 @@ fn container_that_nobody_knows_was_killed() {
 }
 
 #[test]
-fn living_container_is_ended_with_its_shim_in_time_and_again_is_no_error() {
+fn delete_ends_a_running_container_and_its_shim_in_time_and_is_repeatable() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         for _ in 0..2 {
@@ -45,7 +45,7 @@ fn living_container_is_ended_with_its_shim_in_time_and_again_is_no_error() {
 }
 
 #[test]
-fn deletes_at_the_same_time_all_succeed() {
+fn concurrent_deletes_all_succeed() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {
@@ -58,7 +58,7 @@ fn deletes_at_the_same_time_all_succeed() {
 }
 
 #[test]
-fn killed_shim_leaves_no_process_and_its_container_was_killed() {
+fn delete_after_a_kill_of_the_shim_leaves_no_process_and_reports_137() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         host::signal(container.shim.pid, Signal::KILL);
@@ -71,7 +71,7 @@ fn killed_shim_leaves_no_process_and_its_container_was_killed() {
 }
 
 #[test]
-fn exit_that_was_known_survives_the_shim() {
+fn delete_after_a_kill_of_the_shim_reports_the_recorded_exit() {
     with_containerd(|containerd| {
         let container = containerd.run(&shell("exit 42"));
         let exit = container.task().wait(&container.id, "").unwrap();
@@ -88,7 +88,7 @@ fn exit_that_was_known_survives_the_shim() {
 }
 
 #[test]
-fn container_in_a_hung_guest_is_ended_in_time() {
+fn delete_ends_the_container_of_a_hung_guest_in_time() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         for vmm in containerd.pids_of("nutshell-vmm") {
@@ -102,7 +102,7 @@ fn container_in_a_hung_guest_is_ended_in_time() {
 }
 
 #[test]
-fn member_of_a_group_is_deleted_without_the_others() {
+fn delete_of_a_group_member_leaves_the_others_running() {
     with_containerd(|containerd| {
         let mut spec = idle();
         spec["annotations"]["io.containerd.runc.v2.group"] = containerd.new_name("group").into();

@@ -10,7 +10,7 @@ use nutshell_conformance::{
 };
 
 #[test]
-fn exec_lives_as_a_container_does() {
+fn exec_goes_through_all_states_and_events() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&[
@@ -85,7 +85,7 @@ fn exec_id_is_unique_in_its_container_until_it_is_deleted() {
 }
 
 #[test]
-fn exec_that_cannot_run_fails_in_runcs_words_and_is_deleted_as_usual() {
+fn exec_that_cannot_run_fails_with_runcs_error_text_and_can_be_deleted() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         for (command, reason) in [
@@ -131,7 +131,7 @@ fn exec_ends_with_its_container() {
 }
 
 #[test]
-fn close_of_stdin_ends_the_input_after_all_of_it_and_may_be_repeated() {
+fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
     with_containerd(|containerd| {
         let fifo = containerd.fifo("stdin");
         make_fifo(&fifo);
@@ -160,7 +160,7 @@ fn close_of_stdin_ends_the_input_after_all_of_it_and_may_be_repeated() {
 }
 
 #[test]
-fn close_of_an_execs_stdin_before_its_start_is_remembered() {
+fn close_io_before_the_start_of_an_exec_takes_effect() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let fifo = containerd.fifo("stdin");
@@ -184,7 +184,7 @@ fn size_becomes(container: &Container<'_>, wanted: &str) {
 }
 
 #[test]
-fn terminal_has_the_size_of_the_spec_then_of_the_last_resize() {
+fn terminal_has_the_size_of_the_last_resize_before_and_after_the_start() {
     with_containerd(|containerd| {
         let mut spec = shell("stty size; trap 'stty size' WINCH; echo ready; while :; do sleep 0.1; done");
         spec["process"]["terminal"] = true.into();
@@ -221,7 +221,7 @@ fn terminal_has_the_size_of_the_spec_then_of_the_last_resize() {
 }
 
 #[test]
-fn resize_without_a_terminal_does_nothing() {
+fn resize_without_a_terminal_is_a_no_op() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         container.task().resize(&container.id, "", 80, 24).unwrap();

@@ -11,7 +11,7 @@ use nutshell_conformance::{
 use serde_json::{Value, json};
 
 #[test]
-fn refused_create_says_why_leaves_nothing_and_announces_nothing() {
+fn refused_create_reports_the_cause_leaves_nothing_and_sends_no_event() {
     let with = |pointer: &str, value: Value| {
         let mut spec = idle();
         *spec.pointer_mut(pointer).unwrap() = value;
@@ -54,7 +54,7 @@ fn refused_create_says_why_leaves_nothing_and_announces_nothing() {
 }
 
 #[test]
-fn malformed_request_is_refused_before_anything_is_made() {
+fn malformed_request_is_refused_without_side_effects() {
     with_containerd(|containerd| {
         let prepared = containerd.prepare(&idle());
         type Change = fn(&mut Prepared<'_>);
@@ -96,7 +96,7 @@ fn malformed_request_is_refused_before_anything_is_made() {
 }
 
 #[test]
-fn id_that_is_taken_already_exists_and_its_container_is_unharmed() {
+fn duplicate_id_is_already_exists_and_leaves_the_container_running() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let again = containerd.prepare_in(container.bundle.clone(), container.shim.clone());
@@ -110,7 +110,7 @@ fn id_that_is_taken_already_exists_and_its_container_is_unharmed() {
 }
 
 #[test]
-fn root_file_systems_of_all_kinds_are_the_containers() {
+fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
     with_containerd(|containerd| {
         let root = bundle::rootfs().to_str().unwrap();
         let upper = |part: &str| {
