@@ -14,7 +14,7 @@ use super::{Agent, AgentError, Errand, Purpose};
 use crate::container::cgroup::Cgroup;
 use crate::container::create::Shared;
 use crate::container::exec::{self, Target};
-use crate::container::{Container, Process, Stage, create, delete, freeze, limits, stats};
+use crate::container::{Container, Process, Stage, create, delete, freeze, limits, start, stats};
 use crate::job::{Context, FailureExt, Job, Outcome, Work};
 use crate::machine::{clock, disk, forward, network, size};
 use crate::pod;
@@ -165,11 +165,11 @@ impl Agent {
         if container.stage != Stage::Created {
             return Err(wrong_stage(name, container.stage));
         }
-        if create::has_start_hooks(name) {
+        if start::has_start_hooks(name) {
             container.stage = Stage::Running;
-            return self.run_job(id, Purpose::Other, &mut || create::start_with_hooks(name));
+            return self.run_job(id, Purpose::Other, &mut || start::start_with_hooks(name));
         }
-        create::start(name).context(|| format!("start container {name}"))?;
+        start::start(name).context(|| format!("start container {name}"))?;
         container.stage = Stage::Running;
         Ok(Answer::Now(Response::Done))
     }

@@ -11,14 +11,12 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nutshell_protocol::{CreateContainer, Failure};
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, Spec};
-use rustix::event::{PollFd, PollFlags};
-use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 
 use super::diagnosis::Diagnosis;
-use super::executor::{ProgramExecutor, StartHooks};
-use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, hooks, rootfs, spec, state_folder};
+use super::executor::ProgramExecutor;
+use super::start::StartHooks;
+use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, hooks, rootfs, spec};
 use crate::job::{Context, FailureExt, Outcome};
 use crate::pod::Pod;
 use crate::stdio::ProcessEnds;
@@ -155,10 +153,6 @@ fn write_config(bundle: &Path, spec: &oci_spec::runtime::Spec) -> Result<(), Fai
         .context(|| format!("write {}", path.display()))
 }
 
-/// The named pipe in the bundle through which the first process says why it cannot start, if it has
-/// hooks to run. It ends without a word when the program is executed.
-pub(super) const STARTING: &str = "starting";
-
 /// The socket in the bundle over which libcontainer hands the terminal out.
 const CONSOLE: &str = "console.sock";
 
@@ -188,44 +182,4 @@ fn receive_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
     receive()
         .context(|| "receive the terminal".to_owned())?
         .ok_or_else(|| Failure::internal("libcontainer sent no terminal"))
-}
-
-/// Whether the start of a created container must be watched: it runs hooks first.
-pub(crate) fn has_start_hooks(id: &str) -> bool {
-    bundle(id).join(STARTING).exists()
-}
-
-/// Lets the first process of a created container run its hooks and its program, and hears whether
-/// they do.
-pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
-    // Before it may write. Without a writer this does not wait.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let words =
-        rustix::fs::open(bundle(id).join(STARTING), flags, Mode::empty()).context(|| "open a pipe".to_owned())?;
-    start(id).context(|| format!("start container {id}"))?;
-    let mut reason = Vec::new();
-    let mut hear = || -> std::io::Result<()> {
-        loop {
-            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], None))?;
-            let mut bytes = [0; 1024];
-            match rustix::io::read(&words, &mut bytes) {
-                Ok(0) => return Ok(()),
-                Ok(read) => reason.extend_from_slice(&bytes[..read]),
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    };
-    hear().context(|| "hear of the process".to_owned())?;
-    match String::from_utf8_lossy(&reason) {
-        reason if reason.is_empty() => Ok(()),
-        reason => Err(Failure::internal(reason)),
-    }
-}
-
-/// Lets the first process of a created container run.
-pub(crate) fn start(id: &str) -> std::io::Result<()> {
-    let socket = state_folder(id).join(libcontainer::notify_socket::NOTIFY_FILE);
-    let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);
-    notify.notify_container_start().map_err(std::io::Error::other)
 }

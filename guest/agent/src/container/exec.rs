@@ -23,9 +23,8 @@ use rustix::process::{Gid, Pid, Uid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::cgroup::{self, Cgroup};
-use super::executor::Resolved;
-use super::scheduling;
-use super::spec::{self, Program};
+use super::program::{Program, Resolved};
+use super::{scheduling, spec};
 use crate::job::{Context, FailureExt, Outcome};
 use crate::stdio::{self, ProcessEnds};
 use crate::sys;

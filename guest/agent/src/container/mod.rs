@@ -14,9 +14,11 @@ mod executor;
 pub(crate) mod freeze;
 pub(crate) mod hooks;
 pub(crate) mod limits;
+mod program;
 mod rootfs;
 mod scheduling;
 mod spec;
+pub(crate) mod start;
 pub(crate) mod stats;
 
 use std::collections::BTreeMap;

@@ -2,7 +2,7 @@
 //! is dropped, what libcontainer would do in its own way is taken out and done in ours.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nutshell_protocol::Failure;
 use oci_spec::runtime::{
@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 };
 
 use super::cgroup::Cgroup;
+use super::program::Program;
 use crate::job::FailureExt;
 use crate::pod::settings;
 
@@ -48,35 +49,6 @@ pub(super) struct Machine {
     pub(super) hostname: Option<String>,
     /// Its kernel parameters, by their names in sysctl(8)'s form.
     pub(super) sysctls: Vec<(String, String)>,
-}
-
-/// What is executed.
-#[derive(Debug, Clone)]
-pub(super) struct Program {
-    /// Arguments; the first names the executable.
-    pub(super) args: Vec<String>,
-    /// Environment as it came.
-    pub(super) env: Vec<String>,
-    /// Working folder.
-    pub(super) cwd: PathBuf,
-    /// User id inside of the container.
-    pub(super) uid: u32,
-}
-
-impl Program {
-    /// What `process` executes.
-    pub(super) fn of(process: &Process) -> Result<Self, Failure> {
-        let args = process.args().clone().unwrap_or_default();
-        if args.is_empty() {
-            return Err(Failure::invalid("process.args must not be empty"));
-        }
-        Ok(Self {
-            args,
-            env: process.env().clone().unwrap_or_default(),
-            cwd: process.cwd().clone(),
-            uid: process.user().uid(),
-        })
-    }
 }
 
 /// Reads a spec.
