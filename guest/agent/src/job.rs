@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nutshell_protocol::{Failure, FailureKind, FrameBuffer, encode};
+use nutshell_protocol::{Failure, FrameBuffer, encode};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
@@ -13,6 +13,7 @@ use rustix::net::{
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
+use crate::failure::FailureExt;
 use crate::sys;
 
 /// What a job made.
@@ -123,58 +124,10 @@ fn report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<
     Ok(())
 }
 
-/// Short ways to say what failed.
-pub(crate) trait FailureExt {
-    /// Something that should have worked.
-    fn internal(message: impl Into<String>) -> Failure {
-        Failure {
-            kind: FailureKind::Internal,
-            message: message.into(),
-        }
-    }
-
-    /// What was asked for cannot be.
-    fn invalid(message: impl Into<String>) -> Failure {
-        Failure {
-            kind: FailureKind::InvalidArgument,
-            message: message.into(),
-        }
-    }
-
-    /// What was named is not there.
-    fn not_found(message: impl Into<String>) -> Failure {
-        Failure {
-            kind: FailureKind::NotFound,
-            message: message.into(),
-        }
-    }
-
-    /// Not in this state.
-    fn precondition(message: impl Into<String>) -> Failure {
-        Failure {
-            kind: FailureKind::FailedPrecondition,
-            message: message.into(),
-        }
-    }
-}
-
-impl FailureExt for Failure {}
-
-/// Says what was being done when an error came up.
-pub(crate) trait Context<T> {
-    /// `Failure::internal("<what>: <error>")`.
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
-}
-
-impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
-    fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
-        self.map_err(|error| Failure::internal(format!("{}: {error}", what())))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nutshell_protocol::FailureKind;
     use rustix::event::{PollFd, PollFlags, poll};
 
     fn finished(job: &Job) -> Report {

@@ -11,6 +11,7 @@
 mod agent;
 mod connection;
 mod container;
+mod failure;
 mod job;
 mod machine;
 mod pod;

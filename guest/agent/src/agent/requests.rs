@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use nutshell_protocol::{
-    CreateContainer, Failure, FailureKind, PidNamespace, ProcessEntry, Request, Response, SetUpPod, StartExec, ToAgent,
+    CreateContainer, Failure, PidNamespace, ProcessEntry, Request, Response, SetUpPod, StartExec, ToAgent,
 };
 use rustix::fs::{Mode, OFlags};
 
@@ -15,7 +15,8 @@ use crate::container::cgroup::Cgroup;
 use crate::container::create::Shared;
 use crate::container::exec::{self, Target};
 use crate::container::{Container, Process, Stage, create, delete, freeze, limits, start, stats};
-use crate::job::{Context, FailureExt, Job, Outcome, Work};
+use crate::failure::{Context, FailureExt};
+use crate::job::{Job, Outcome, Work};
 use crate::machine::{clock, disk, forward, network, size};
 use crate::pod;
 use crate::poller::Token;
@@ -109,7 +110,7 @@ impl Agent {
     fn set_up_pod(&mut self, id: u64, request: SetUpPod) -> Result<Answer, Failure> {
         let under_way = |errand: &Errand| matches!(errand.purpose, Purpose::SetUpPod(_));
         if self.pod.is_some() || self.errands.values().any(under_way) {
-            return Err(exists("the pod was set up already".to_owned()));
+            return Err(Failure::exists("the pod was set up already"));
         }
         let purpose = Purpose::SetUpPod(Box::new(request.clone()));
         self.start_job(id, purpose, None, &[], &mut || {
@@ -121,7 +122,7 @@ impl Agent {
     fn create(&mut self, id: u64, request: &CreateContainer) -> Result<Answer, Failure> {
         let name = &request.container;
         if self.containers.contains_key(name.as_str()) {
-            return Err(exists(format!("container {name} exists")));
+            return Err(Failure::exists(format!("container {name} exists")));
         }
         let (channels, ends) =
             Channels::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
@@ -184,7 +185,10 @@ impl Agent {
             return Err(Failure::precondition(format!("container {name} is paused")));
         }
         let Entry::Vacant(slot) = container.execs.entry(request.exec.clone()) else {
-            return Err(exists(format!("exec {} of container {name} exists", request.exec)));
+            return Err(Failure::exists(format!(
+                "exec {} of container {name} exists",
+                request.exec
+            )));
         };
         let (Some(init), Some(pidfd)) = (container.init.pid, &container.pidfd) else {
             return Err(Failure::internal(format!("container {name} has no first process")));
@@ -381,13 +385,6 @@ impl Agent {
         };
         self.errands.insert(number, errand);
         Ok(())
-    }
-}
-
-fn exists(message: String) -> Failure {
-    Failure {
-        kind: FailureKind::AlreadyExists,
-        message,
     }
 }
 

@@ -17,7 +17,8 @@ use super::diagnosis::Diagnosis;
 use super::executor::ProgramExecutor;
 use super::start::StartHooks;
 use super::{STATE_PATH, bundle, cgroup::Cgroup, delete, devices, hooks, rootfs, spec};
-use crate::job::{Context, FailureExt, Outcome};
+use crate::failure::{Context, FailureExt};
+use crate::job::Outcome;
 use crate::pod::Pod;
 use crate::stdio::ProcessEnds;
 

@@ -9,7 +9,7 @@ use nutshell_protocol::Failure;
 
 use super::cgroup::{self, Cgroup};
 use super::{bundle, rootfs, state_folder};
-use crate::job::Context;
+use crate::failure::Context;
 
 /// How long killed processes may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);

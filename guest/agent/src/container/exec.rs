@@ -25,7 +25,8 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use super::cgroup::{self, Cgroup};
 use super::program::{Program, Resolved};
 use super::{scheduling, spec};
-use crate::job::{Context, FailureExt, Outcome};
+use crate::failure::{Context, FailureExt};
+use crate::job::Outcome;
 use crate::stdio::{self, ProcessEnds};
 use crate::sys;
 

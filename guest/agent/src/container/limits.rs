@@ -7,7 +7,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::cgroup::{Cgroup, ROOT};
 use super::spec::clean_resources;
-use crate::job::{Context, FailureExt};
+use crate::failure::{Context, FailureExt};
 
 /// Applies OCI `LinuxResources`; what they do not name stays as it is.
 pub(crate) fn update(cgroup: &Cgroup, resources: &[u8]) -> Result<(), Failure> {

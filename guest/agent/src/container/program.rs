@@ -11,7 +11,7 @@ use oci_spec::runtime::Process;
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::job::FailureExt;
+use crate::failure::FailureExt;
 use crate::sys;
 
 /// What is executed.

@@ -13,7 +13,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use crate::job::{Context, FailureExt};
+use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
 
 /// Mounts `rootfs` at `target`, an empty folder. The pod's shared folders are mounted afterwards if that or

@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 
 use super::cgroup::Cgroup;
 use super::program::Program;
-use crate::job::FailureExt;
+use crate::failure::FailureExt;
 use crate::pod::settings;
 
 /// A spec that libcontainer takes, and what was taken out of it.

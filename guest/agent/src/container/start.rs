@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::{bundle, hooks, state_folder};
-use crate::job::{Context, FailureExt};
+use crate::failure::{Context, FailureExt};
 
 /// The named pipe in the bundle through which the first process says why it cannot start, if it has
 /// hooks to run. It ends without a word when the program is executed.

@@ -11,7 +11,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::connection::await_connection;
-use crate::job::Context;
+use crate::failure::Context;
 use crate::sys;
 
 /// How much moves at once.

@@ -9,7 +9,7 @@ use nutshell_protocol::Failure;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::slot;
-use crate::job::Context;
+use crate::failure::Context;
 
 /// Has the driver look at the slot again, which was empty when the machine booted, and returns the
 /// number of the interface that it finds there.

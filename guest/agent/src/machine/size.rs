@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nutshell_protocol::{Failure, MEMORY_SLOT};
 
 use super::slot;
-use crate::job::Context;
+use crate::failure::Context;
 
 const PROCESSORS: &str = "/sys/devices/system/cpu";
 

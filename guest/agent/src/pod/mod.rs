@@ -17,7 +17,8 @@ use oci_spec::runtime::{Mount, Spec};
 use rustix::mount::MountFlags;
 use rustix::process::Pid;
 
-use crate::job::{Context, Outcome};
+use crate::failure::Context;
+use crate::job::Outcome;
 
 /// Where the shared files are.
 const FOLDER: &str = "/run/nutshell/pod";

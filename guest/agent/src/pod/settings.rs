@@ -4,7 +4,7 @@ use std::path::{Component, Path};
 
 use nutshell_protocol::Failure;
 
-use crate::job::{Context, FailureExt};
+use crate::failure::{Context, FailureExt};
 
 /// Sets the host name.
 pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
