@@ -9,6 +9,7 @@
 //! instead of the host: how the tests run it.
 
 mod agent;
+mod cgroup;
 mod connection;
 mod container;
 mod failure;

@@ -7,7 +7,7 @@ use nutshell_protocol::{Failure, Response};
 use rustix::process::{Pid, PidfdFlags};
 
 use super::{Agent, AgentError, Purpose};
-use crate::container::cgroup::{Cgroup, MemoryWatch};
+use crate::cgroup::{Cgroup, MemoryWatch};
 use crate::container::{Stage, delete};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;

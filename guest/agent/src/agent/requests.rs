@@ -11,10 +11,10 @@ use nutshell_protocol::{
 use rustix::fs::{Mode, OFlags};
 
 use super::{Agent, AgentError, Errand, Purpose};
-use crate::container::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, freeze, limits, stats};
 use crate::container::create::Shared;
 use crate::container::exec::{self, Target};
-use crate::container::{Container, Process, Stage, create, delete, freeze, limits, start, stats};
+use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, Outcome, Work};
 use crate::machine::{clock, disk, forward, network, size};

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use nutshell_protocol::Failure;
 
-use super::cgroup::{self, Cgroup};
 use super::{bundle, rootfs, state_folder};
+use crate::cgroup::{self, Cgroup};
 use crate::failure::Context;
 
 /// How long killed processes may take to end.

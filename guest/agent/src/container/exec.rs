@@ -22,9 +22,9 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, Uid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use super::cgroup::{self, Cgroup};
 use super::program::{Program, Resolved};
 use super::{scheduling, spec};
+use crate::cgroup::{self, Cgroup};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
 use crate::stdio::{self, ProcessEnds};

@@ -4,22 +4,17 @@
 //! jobs (see [`crate::job`]) and may block; the rest is quick and runs in the loop. Nothing here
 //! talks to the host.
 
-pub(crate) mod cgroup;
 pub(crate) mod create;
 pub(crate) mod delete;
-mod devices;
 mod diagnosis;
 pub(crate) mod exec;
 mod executor;
-pub(crate) mod freeze;
 pub(crate) mod hooks;
-pub(crate) mod limits;
 mod program;
 mod rootfs;
 mod scheduling;
 mod spec;
 pub(crate) mod start;
-pub(crate) mod stats;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -29,8 +24,8 @@ use std::rc::Rc;
 use nutshell_protocol::CONTAINERS_PATH;
 use rustix::process::Pid;
 
+use crate::cgroup::{Cgroup, MemoryWatch};
 use crate::reap::Ending;
-use cgroup::Cgroup;
 
 /// Where libcontainer keeps what it knows of containers.
 const STATE_PATH: &str = "/run/nutshell/state";
@@ -74,7 +69,7 @@ pub(crate) struct Container {
     /// Further processes that have not ended, by exec id.
     pub(crate) execs: BTreeMap<String, Process>,
     /// Its out-of-memory watch.
-    pub(crate) memory: Option<cgroup::MemoryWatch>,
+    pub(crate) memory: Option<MemoryWatch>,
     /// A pidfd of its first process, once that exists.
     pub(crate) pidfd: Option<OwnedFd>,
     /// Its processes are frozen.

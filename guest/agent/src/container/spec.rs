@@ -2,16 +2,13 @@
 //! is dropped, what libcontainer would do in its own way is taken out and done in ours.
 
 use std::collections::HashMap;
-use std::path::Path;
 
 use nutshell_protocol::Failure;
-use oci_spec::runtime::{
-    Hook, Linux, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount,
-    Process, Spec,
-};
+use oci_spec::runtime::{Hook, Linux, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::cgroup::Cgroup;
 use super::program::Program;
+use crate::cgroup::Cgroup;
+use crate::cgroup::limits::clean_resources;
 use crate::failure::FailureExt;
 use crate::pod::settings;
 
@@ -200,35 +197,6 @@ pub(super) fn clean_process(process: &mut Process, terminal: bool) {
     }
 }
 
-/// Drops limits on what is the host's (its CPUs by number, its devices, its page sizes) and what only
-/// version 1 of cgroups knows. Device rules are applied by the agent itself.
-pub(super) fn clean_resources(mut resources: LinuxResources) -> LinuxResources {
-    resources.set_devices(None);
-    resources.set_block_io(None);
-    resources.set_network(None);
-    resources.set_rdma(None);
-    if let Some(mut cpu) = resources.cpu().clone() {
-        cpu.set_cpus(None);
-        cpu.set_mems(None);
-        cpu.set_realtime_period(None);
-        cpu.set_realtime_runtime(None);
-        resources.set_cpu(Some(cpu));
-    }
-    if let Some(limits) = resources.hugepage_limits().clone() {
-        let known = limits.into_iter().filter(is_known_page_size).collect();
-        resources.set_hugepage_limits(Some(known));
-    }
-    resources
-}
-
-fn is_known_page_size(limit: &LinuxHugepageLimit) -> bool {
-    let size = limit.page_size();
-    let kilobytes = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)]
-        .iter()
-        .find_map(|(unit, factor)| size.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*factor));
-    kilobytes.is_some_and(|size| Path::new(&format!("/sys/kernel/mm/hugepages/hugepages-{size}kB")).exists())
-}
-
 /// A user's id outside of the container's user namespace.
 pub(super) fn outer_uid(linux: &Linux, uid: u32) -> u32 {
     let mapped = linux.uid_mappings().iter().flatten().find_map(|map| {
@@ -243,6 +211,7 @@ pub(super) fn outer_uid(linux: &Linux, uid: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn spec(json: serde_json::Value) -> Spec {
         parse(json.to_string().as_bytes()).unwrap()

@@ -20,7 +20,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit};
 use rustix::system::RebootCommand;
 
-use crate::container::cgroup;
+use crate::cgroup;
 use crate::sys;
 
 /// A step of the set-up that failed.

@@ -10,7 +10,7 @@ use std::io;
 use nutshell_linux::bpf::Instruction;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
-use super::cgroup::Cgroup;
+use super::Cgroup;
 use crate::sys;
 
 /// Access bits of the program's context, as in `BPF_DEVCG_ACC_*`.
@@ -69,7 +69,7 @@ const ALWAYS: [Rule; 10] = {
 
 /// Confines the processes of `cgroup` to what `rules` allow. The last rule that matches decides; no
 /// rule at all means no confinement.
-pub(super) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
+pub(crate) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
     let rules: Vec<Rule> = rules.iter().filter_map(parse).collect();
     if is_unconfined(&rules) {
         return Ok(());

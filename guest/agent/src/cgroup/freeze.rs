@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::time::Duration;
 
-use super::cgroup::Cgroup;
+use super::Cgroup;
 
 /// How long processes may take to stop: one that is in the middle of a system call may be late.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -14,7 +14,7 @@ pub(crate) fn set(cgroup: &Cgroup, frozen: bool) -> io::Result<()> {
     let events = File::open(cgroup.file("cgroup.events"))?;
     let write = |frozen: bool| fs::write(cgroup.file("cgroup.freeze"), if frozen { "1" } else { "0" });
     write(frozen)?;
-    if super::cgroup::wait_for_event(&events, "frozen", u64::from(frozen), PATIENCE)? {
+    if super::wait_for_event(&events, "frozen", u64::from(frozen), PATIENCE)? {
         return Ok(());
     }
     // As it was before: a failed request changes nothing.

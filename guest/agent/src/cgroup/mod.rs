@@ -1,4 +1,12 @@
-//! The cgroup (v2) of a container.
+//! The cgroup (v2) of a container: its processes, limits, device rules, freezer and counters.
+//!
+//! Jobs and the event loop call this; `machine` delegates the controllers. What libcontainer does with the
+//! cgroup when it creates a container is not here.
+
+pub(crate) mod devices;
+pub(crate) mod freeze;
+pub(crate) mod limits;
+pub(crate) mod stats;
 
 use std::fs::{self, File};
 use std::io;

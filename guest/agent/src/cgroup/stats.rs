@@ -6,7 +6,7 @@ use std::path::Path;
 use nutshell_protocol::{ContainerStats, CpuStats, IoStats, MemoryEvents, MemoryStats, NetworkStats, PidsStats};
 use rustix::process::Pid;
 
-use super::cgroup::Cgroup;
+use super::Cgroup;
 
 /// Reads everything. A file that is not there (a controller that the kernel lacks) counts as zeros;
 /// `init` is the process whose network interfaces are counted.
