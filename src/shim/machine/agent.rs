@@ -1,7 +1,7 @@
-//! The shim's end of the stream to the guest's agent: requests and their replies, events.
+//! The client of the guest's agent: sends requests, and receives replies and events on the same stream.
 //!
-//! Every byte that arrives is hostile: frames are bounded, a reply without a request is ignored, and
-//! what breaks the framing ends the stream, and with it the machine.
+//! Every received byte is treated as hostile: the size of a frame is bounded, a reply to no request is ignored, and
+//! a violation of the framing ends the stream, and with it the machine.
 
 use std::{
     collections::HashMap,
@@ -13,9 +13,8 @@ use std::{
     },
 };
 
-use parking_lot::{Mutex, MutexGuard};
-
 use nutshell_protocol::{Event, Failure, FrameBuffer, FromAgent, Ready, Reply, Request, Response, ToAgent, encode};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -25,16 +24,16 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
 };
 
-/// How many requests may wait to be written; more wait with their callers.
-const WRITE_QUEUE: usize = 16;
+/// How many frames may be queued for writing. Further callers wait.
+const MAX_QUEUED_FRAMES: usize = 16;
 
-/// How much is read at a time, in bytes. Most messages are far smaller.
+/// The size of the read buffer, in bytes. Most messages are far smaller.
 const READ_SIZE: usize = 4 << 10;
 
 /// Why a request has no response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum AgentError {
-    /// The agent refused or failed.
+    /// The agent reports a failure.
     #[error("{}", .0.message)]
     Failed(Failure),
     /// The stream to the agent has ended.
@@ -43,12 +42,12 @@ pub(crate) enum AgentError {
     /// The request is larger than the protocol allows.
     #[error("the request is too large: {0}")]
     TooLarge(String),
-    /// The agent answered something else than what was asked.
-    #[error("the agent of the virtual machine answered something else than what was asked")]
+    /// The response is of another kind than the request.
+    #[error("the agent of the virtual machine sent an unexpected kind of response")]
     Unexpected,
 }
 
-/// A client of the agent. Clones speak on the same stream.
+/// The client. Clones share one stream.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent {
     shared: Arc<Shared>,
@@ -62,19 +61,19 @@ struct Shared {
     ready: watch::Sender<Option<Ready>>,
 }
 
-/// Who waits for which reply; `None` once the stream has ended.
+/// The callers that wait for replies, by request id; `None` once the stream has ended.
 type Pending = Option<HashMap<u64, oneshot::Sender<Result<Response, Failure>>>>;
 
 impl Agent {
-    /// Speaks on `stream`. `on_event` gets each event, in order, and does not block. The second
-    /// value completes when the stream has ended, with what was wrong with it. Needs the runtime.
+    /// Starts a client on `stream`. `on_event` gets each event in order, and must not block. The returned future
+    /// completes with a reason when the stream has ended. Needs the runtime.
     pub(crate) fn start(
         stream: StdUnixStream,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> io::Result<(Self, impl Future<Output = String> + Send + 'static)> {
         stream.set_nonblocking(true)?;
         let (reader, writer) = UnixStream::from_std(stream)?.into_split();
-        let (frames, queue) = mpsc::channel(WRITE_QUEUE);
+        let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
         let shared = Arc::new(Shared {
             last_id: AtomicU64::new(0),
             frames,
@@ -87,9 +86,9 @@ impl Agent {
             let shared = shared.clone();
             async move {
                 let reason = shared.read(reader, on_event).await;
-                // Whoever still waits learns by the dropped sender.
+                // Dropping the senders fails the requests that still wait.
                 shared.pending().take();
-                // Nobody listens where the machine was given up before.
+                // The receiver is gone if the machine's start failed.
                 let _ = ended.send(reason);
             }
         });
@@ -97,7 +96,7 @@ impl Agent {
         Ok((Self { shared }, end))
     }
 
-    /// Waits for the agent's greeting.
+    /// Waits for the agent's [`Ready`] message.
     pub(crate) async fn ready(&self) -> Ready {
         let mut receiver = self.shared.ready.subscribe();
         loop {
@@ -105,14 +104,14 @@ impl Agent {
                 return ready;
             }
             if receiver.changed().await.is_err() {
-                // The sender is borrowed with `self`.
+                // Cannot happen: `self` keeps the sender alive.
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    /// Sends a request and waits for its response. The request is sent whole even if the caller
-    /// stops waiting.
+    /// Sends a request and waits for its response. If the caller drops the future, a request that is queued is still
+    /// sent as a whole.
     pub(crate) async fn request(&self, request: Request) -> Result<Response, AgentError> {
         let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         let frame = encode(&ToAgent { id, request }).map_err(|error| AgentError::TooLarge(error.to_string()))?;
@@ -122,7 +121,7 @@ impl Agent {
             .as_mut()
             .ok_or(AgentError::Gone)?
             .insert(id, sender);
-        let _forgotten_afterwards = Registration {
+        let _registration = Registration {
             shared: &self.shared,
             id,
         };
@@ -133,7 +132,7 @@ impl Agent {
         }
     }
 
-    /// A request whose response carries nothing.
+    /// Sends a request whose response is [`Response::Done`].
     pub(crate) async fn run(&self, request: Request) -> Result<(), AgentError> {
         match self.request(request).await? {
             Response::Done => Ok(()),
@@ -141,7 +140,7 @@ impl Agent {
         }
     }
 
-    /// A request that creates a process: its pid in the guest.
+    /// Sends a request that creates a process. Returns the process's pid in the guest.
     pub(crate) async fn create(&self, request: Request) -> Result<u32, AgentError> {
         match self.request(request).await? {
             Response::Created { pid } => Ok(pid),
@@ -150,7 +149,7 @@ impl Agent {
     }
 }
 
-/// Forgets a request whose caller stopped waiting.
+/// Removes a request from the pending ones when its caller stops waiting.
 struct Registration<'a> {
     shared: &'a Shared,
     id: u64,
@@ -182,7 +181,7 @@ impl Shared {
                 match buffer.next() {
                     Ok(Some(message)) => self.dispatch(message, &mut on_event),
                     Ok(None) => break,
-                    Err(error) => return format!("the agent sent no message of this protocol: {error}"),
+                    Err(error) => return format!("the agent violated the protocol: {error}"),
                 }
             }
         }
@@ -196,7 +195,7 @@ impl Shared {
             FromAgent::Reply(Reply { id, result }) => {
                 let waiting = self.pending().as_mut().and_then(|pending| pending.remove(&id));
                 if let Some(waiting) = waiting {
-                    // Whoever stopped waiting does not miss it.
+                    // The receiver may have timed out.
                     let _ = waiting.send(result);
                 }
             }
@@ -208,32 +207,32 @@ impl Shared {
 async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) {
     while let Some(frame) = frames.recv().await {
         if writer.write_all(&frame).await.is_err() {
-            // The reader sees the same end and reports it.
+            // The reader sees the same failure and reports it.
             return;
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::io::{Read, Write};
 
     use nutshell_protocol::{Exited, FailureKind};
 
     use super::*;
 
-    /// The agent's side of the stream, on the test's own thread or another.
-    struct Peer {
+    /// The agent's end of the stream, with blocking calls.
+    pub(in crate::shim::machine) struct Peer {
         stream: StdUnixStream,
         buffer: FrameBuffer,
     }
 
     impl Peer {
-        fn send(&mut self, message: &FromAgent) {
+        pub(in crate::shim::machine) fn send(&mut self, message: &FromAgent) {
             self.stream.write_all(&encode(message).unwrap()).unwrap();
         }
 
-        fn receive(&mut self) -> ToAgent {
+        pub(in crate::shim::machine) fn receive(&mut self) -> ToAgent {
             loop {
                 if let Some(message) = self.buffer.next().unwrap() {
                     return message;
@@ -246,7 +245,8 @@ mod tests {
         }
     }
 
-    fn pair() -> (StdUnixStream, Peer) {
+    /// A stream for [`Agent::start`], and its other end.
+    pub(in crate::shim::machine) fn connect() -> (StdUnixStream, Peer) {
         let (ours, stream) = StdUnixStream::pair().unwrap();
         let buffer = FrameBuffer::default();
         (ours, Peer { stream, buffer })
@@ -270,8 +270,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn replies_reach_their_requests_in_any_order() {
-        let (stream, mut peer) = pair();
+    async fn replies_are_matched_to_requests_in_any_order() {
+        let (stream, mut peer) = connect();
         let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
         let answering = tokio::task::spawn_blocking(move || {
             let requests = [peer.receive(), peer.receive()];
@@ -283,7 +283,7 @@ mod tests {
                         message: "no such container".to_owned(),
                     }),
                 };
-                // One for nobody before each.
+                // A reply to no request must not disturb the others.
                 peer.send(&FromAgent::Reply(Reply {
                     id: id + 1000,
                     result: Ok(Response::Done),
@@ -301,8 +301,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn greeting_and_events_arrive_in_order() {
-        let (stream, mut peer) = pair();
+    async fn ready_message_and_events_arrive_in_order() {
+        let (stream, mut peer) = connect();
         let (seen, mut events) = mpsc::unbounded_channel();
         let (agent, _end) = Agent::start(stream, move |event| seen.send(event).unwrap()).unwrap();
         peer.send(&FromAgent::Ready(Ready {
@@ -324,8 +324,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn end_of_the_stream_fails_what_waits_and_what_comes_after() {
-        let (stream, mut peer) = pair();
+    async fn end_of_stream_fails_pending_and_later_requests() {
+        let (stream, mut peer) = connect();
         let (agent, end) = Agent::start(stream, |_| {}).unwrap();
         let closing = tokio::task::spawn_blocking(move || drop(peer.receive()));
 
@@ -339,16 +339,16 @@ mod tests {
     #[tokio::test]
     async fn garbage_and_oversized_frames_end_the_stream() {
         for bytes in [&[2, 0, 0, 0, 0xff, 0xff][..], &[0xff, 0xff, 0xff, 0xff][..]] {
-            let (stream, mut peer) = pair();
+            let (stream, mut peer) = connect();
             let (_agent, end) = Agent::start(stream, |_| {}).unwrap();
             peer.stream.write_all(bytes).unwrap();
-            assert!(end.await.contains("no message of this protocol"));
+            assert!(end.await.contains("violated the protocol"));
         }
     }
 
     #[tokio::test]
-    async fn request_that_nobody_waits_for_is_forgotten() {
-        let (stream, mut peer) = pair();
+    async fn cancelled_request_is_removed_from_pending() {
+        let (stream, mut peer) = connect();
         let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
         let request = tokio::spawn({
             let agent = agent.clone();
@@ -369,8 +369,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn answer_of_another_kind_is_an_error() {
-        let (stream, mut peer) = pair();
+    async fn response_of_another_kind_is_an_error() {
+        let (stream, mut peer) = connect();
         let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
         let answering = tokio::task::spawn_blocking(move || {
             let id = peer.receive().id;

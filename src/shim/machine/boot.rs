@@ -1,4 +1,4 @@
-//! What a machine boots with: every host resource, opened by the shim.
+//! The host resources that a machine boots with. The shim opens all of them; the vmm opens none.
 
 use std::{
     fs::{File, OpenOptions},
@@ -19,66 +19,54 @@ use crate::{
 /// Why a machine cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BootError {
-    /// The machine's channels.
+    /// The control channel or the agent's stream.
     #[error("make the channels of a virtual machine: {0}")]
     Descriptors(#[source] io::Error),
-    /// A disk.
     #[error("open the disk {}: {source}", path.display())]
-    Disk {
-        /// The file or device.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// Kernel or initramfs.
+    Disk { path: PathBuf, source: io::Error },
     #[error(transparent)]
-    Guest(#[from] GuestImageError),
-    /// KVM.
+    GuestImage(#[from] GuestImageError),
+    /// `/dev/kvm` cannot be opened: the cause, and a remedy if one is known.
     #[error("/dev/kvm: {0}")]
     Kvm(String),
-    /// The vmm process cannot be started.
     #[error("start the process of a virtual machine: {0}")]
     Spawn(#[source] io::Error),
 }
 
-/// A disk's backing.
+/// The file or block device behind a disk.
 #[derive(Debug)]
 pub(crate) struct DiskFile {
-    /// The file or block device, which [`open_disk`] opened.
+    /// From [`open_disk`].
     pub(crate) file: File,
-    /// The guest may only read.
     pub(crate) read_only: bool,
 }
 
-/// The guest's own files and KVM: the same for every machine.
+/// The resources that are the same for every machine of this host.
 #[derive(Debug)]
 pub(crate) struct GuestResources {
     /// `/dev/kvm`.
     pub(crate) kvm: OwnedFd,
-    /// Kernel and initramfs.
     pub(crate) image: GuestImage,
-    /// Words added to the kernel's command line.
+    /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
 }
 
-/// All that a machine boots with.
+/// The machine to boot, with its resources.
 #[derive(Debug)]
-pub(crate) struct Boot {
-    /// KVM, kernel, initramfs.
+pub(crate) struct BootRequest {
     pub(crate) guest: GuestResources,
-    /// Memory and vCPUs.
     pub(crate) size: PodSize,
-    /// The vhost-user socket of the fs process, if directories are shared.
-    pub(crate) share: Option<OwnedFd>,
+    /// The vhost-user socket of the file server; `None` if no directories are shared.
+    pub(crate) file_server: Option<OwnedFd>,
     /// The disks in the first disk slots.
     pub(crate) disks: Vec<DiskFile>,
-    /// How many disk slots follow, for disks that come later.
+    /// How many empty disk slots follow, for hot-plugged disks.
     pub(crate) hotplug_disks: u32,
 }
 
-impl Boot {
-    /// The command, and the descriptors in the order that it documents. `agent` is the stream of
-    /// [`nutshell_protocol::AGENT_PORT`].
+impl BootRequest {
+    /// The command, and its descriptors in the order that [`Command::Boot`] documents. `agent` is the guest's end of
+    /// the stream on [`nutshell_protocol::AGENT_PORT`].
     pub(super) fn into_command(self, agent: OwnedFd) -> (Command, Vec<OwnedFd>) {
         let GuestResources {
             kvm,
@@ -90,22 +78,22 @@ impl Boot {
             max_memory: self.size.max.memory,
             vcpus: self.size.boot.vcpus,
             max_vcpus: self.size.max.vcpus,
-            file_server: self.share.is_some(),
-            disks: self.disks.iter().map(DiskFile::kind).collect(),
+            file_server: self.file_server.is_some(),
+            disks: self.disks.iter().map(DiskFile::access).collect(),
             hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
             initramfs: image.initramfs_extent,
             kernel_arguments,
         };
         let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
-        descriptors.extend(self.share);
+        descriptors.extend(self.file_server);
         descriptors.extend(self.disks.into_iter().map(|disk| disk.file.into()));
         (Command::Boot(machine), descriptors)
     }
 }
 
 impl DiskFile {
-    fn kind(&self) -> DiskAccess {
+    fn access(&self) -> DiskAccess {
         if self.read_only {
             DiskAccess::ReadOnly
         } else {
@@ -114,7 +102,7 @@ impl DiskFile {
     }
 }
 
-/// Opens `/dev/kvm`, or says what to do.
+/// Opens `/dev/kvm`. The error names a remedy if one is known.
 pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(kvm) => Ok(kvm.into()),
@@ -133,10 +121,10 @@ pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
     }
 }
 
-/// Opens the file or block device behind a disk; nothing else is one.
+/// Opens the regular file or block device behind a disk. Any other file is an error.
 pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError> {
     let open = || {
-        // Without O_NONBLOCK a fifo would hold the shim.
+        // Without O_NONBLOCK, opening a fifo would block the shim.
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
@@ -165,9 +153,9 @@ mod tests {
         File::open("/dev/null").unwrap()
     }
 
-    fn boot(share: Option<OwnedFd>, disks: Vec<DiskFile>) -> Boot {
+    fn boot_request(file_server: Option<OwnedFd>, disks: Vec<DiskFile>) -> BootRequest {
         let extent = Extent { offset: 0, length: 0 };
-        Boot {
+        BootRequest {
             guest: GuestResources {
                 kvm: null().into(),
                 image: GuestImage {
@@ -182,33 +170,33 @@ mod tests {
                 memory: 2 << 20,
                 vcpus: 1,
             }),
-            share,
+            file_server,
             disks,
             hotplug_disks: 0,
         }
     }
 
     #[test]
-    fn descriptors_go_with_what_names_them() {
+    fn boot_command_announces_the_descriptors_that_go_with_it() {
         let disk = |read_only| DiskFile {
             file: null(),
             read_only,
         };
         let disks = || vec![disk(true), disk(false)];
-        for (share, count) in [(Some(null().into()), 7), (None, 6)] {
-            let shared = share.is_some();
-            let (command, descriptors) = boot(share, disks()).into_command(null().into());
+        for (file_server, count) in [(Some(null().into()), 7), (None, 6)] {
+            let has_file_server = file_server.is_some();
+            let (command, descriptors) = boot_request(file_server, disks()).into_command(null().into());
             let Command::Boot(machine) = command else {
                 panic!("{command:?}");
             };
-            assert_eq!(machine.file_server, shared);
+            assert_eq!(machine.file_server, has_file_server);
             assert_eq!(machine.disks, [DiskAccess::ReadOnly, DiskAccess::ReadWrite]);
             assert_eq!(descriptors.len(), count);
         }
     }
 
     #[test]
-    fn only_files_and_block_devices_are_disks() {
+    fn only_regular_files_and_block_devices_open_as_disks() {
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -1,8 +1,9 @@
-//! Keeps a guest's clock with the host's: from the start, since a kernel counts its first moments by
-//! ticks and misses some, and where the host's jumps, because it was set or the host was suspended. In
-//! between KVM's clock runs as the host's does.
+//! Keeps the guest's clock equal to the host's. It is set once at the start, because a booting kernel counts its first
+//! moments by timer ticks and misses some, and again after each jump of the host's clock: when it was set, or when the
+//! host was suspended. In between KVM's clock runs at the host's rate.
 
 use std::{
+    future::Future,
     io,
     os::fd::OwnedFd,
     time::{SystemTime, UNIX_EPOCH},
@@ -15,17 +16,18 @@ use rustix::{
 };
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Agent, AgentError};
+use super::agent::{Agent, AgentError};
 
-/// Tells of each jump of the host's clock (timerfd_create(2), `TFD_TIMER_CANCEL_ON_SET`).
+/// Reports jumps of the host's clock: a timer that the kernel cancels when the clock is set (timerfd_create(2),
+/// `TFD_TIMER_CANCEL_ON_SET`).
 #[derive(Debug)]
-pub(super) struct Jumps(AsyncFd<OwnedFd>);
+pub(super) struct ClockJumps(AsyncFd<OwnedFd>);
 
-impl Jumps {
-    /// From now on. Needs the runtime.
+impl ClockJumps {
+    /// Watches from now on. Needs the runtime.
     pub(super) fn watch() -> io::Result<Self> {
         let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        // It expires in a time that no clock shows: only a jump of the clock ends the wait.
+        // Centuries away, so that only a jump makes the timer readable.
         let never = Itimerspec {
             it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },
             it_value: Timespec {
@@ -38,13 +40,13 @@ impl Jumps {
             TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET,
             &never,
         )?;
-        // SAFETY: an `OwnedFd` is open and stays the same descriptor for as long as it is owned, and
-        // `AsyncFd` owns it from here on.
+        // SAFETY: an `OwnedFd` stays open and the same descriptor while it is owned, and `AsyncFd` owns it from here on.
         let timer = unsafe { AsyncFd::register_with_interest(timer, Interest::READABLE) }?;
         Ok(Self(timer))
     }
 
-    async fn next(&self) -> io::Result<()> {
+    /// Waits for the next jump.
+    pub(super) async fn next(&self) -> io::Result<()> {
         loop {
             let mut ready = self.0.readable().await?;
             match rustix::io::read(self.0.get_ref(), &mut [0; 8]) {
@@ -55,31 +57,97 @@ impl Jumps {
             }
         }
     }
+}
 
-    /// Has the guest's clock follow until the agent is gone.
-    pub(super) async fn follow(self, agent: &Agent) -> io::Result<()> {
-        agent.ready().await;
-        loop {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-            match agent.run(Request::SetClock { nanoseconds }).await {
-                Ok(()) => log::debug!("the guest's clock was set to the host's"),
-                Err(AgentError::Gone) => return Ok(()),
-                Err(error) => log::warn!("set the guest's clock to the host's: {error}"),
-            }
-            self.next().await?;
+/// Sets the guest's clock as soon as the agent is ready, and after each completion of `next_jump`. Returns when the
+/// agent is gone, or with the error of `next_jump`.
+pub(super) async fn follow_host_clock<F>(agent: &Agent, next_jump: impl Fn() -> F) -> io::Result<()>
+where
+    F: Future<Output = io::Result<()>>,
+{
+    agent.ready().await;
+    loop {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        match agent.run(Request::SetClock { nanoseconds }).await {
+            Ok(()) => log::debug!("the guest's clock was set to the host's"),
+            Err(AgentError::Gone) => return Ok(()),
+            Err(error) => log::warn!("set the guest's clock to the host's: {error}"),
         }
+        next_jump().await?;
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::fd::AsRawFd, time::Duration};
+
+    use nutshell_protocol::{FromAgent, Ready, Reply, Response, ToAgent};
+    use tokio::sync::{Mutex, mpsc};
+
     use super::*;
+    use crate::shim::machine::agent::tests::connect;
+
+    fn host_clock() -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        u64::try_from(now.as_nanos()).unwrap()
+    }
 
     #[tokio::test]
-    async fn no_jump_is_seen_while_there_is_none() {
-        let jumps = Jumps::watch().unwrap();
-        let wait = tokio::time::timeout(std::time::Duration::from_millis(50), jumps.next());
+    async fn guest_clock_is_set_at_start_and_after_each_jump_only() {
+        let (stream, mut peer) = connect();
+        let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
+        peer.send(&FromAgent::Ready(Ready {
+            version: "1".to_owned(),
+            kernel: "6.12".to_owned(),
+        }));
+        let (report, mut settings) = mpsc::unbounded_channel();
+        let answering = tokio::task::spawn_blocking(move || {
+            for _ in 0..2 {
+                let ToAgent { id, request } = peer.receive();
+                let Request::SetClock { nanoseconds } = request else {
+                    panic!("{request:?}");
+                };
+                let result = Ok(Response::Done);
+                peer.send(&FromAgent::Reply(Reply { id, result }));
+                report.send(nanoseconds).unwrap();
+            }
+            // Held open, so that the agent is not gone.
+            peer
+        });
+        let (jump, jumps) = mpsc::unbounded_channel();
+        let jumps = Mutex::new(jumps);
+        let next_jump = || async { jumps.lock().await.recv().await.ok_or(io::ErrorKind::BrokenPipe.into()) };
+        let start = host_clock();
+
+        let test = async {
+            let first = settings.recv().await.unwrap();
+            let early = tokio::time::timeout(Duration::from_millis(50), settings.recv()).await;
+            assert!(early.is_err(), "set without a jump");
+            let between = host_clock();
+            jump.send(()).unwrap();
+            let second = settings.recv().await.unwrap();
+            assert!(start <= first && first <= between, "{start} {first} {between}");
+            assert!(between <= second && second <= host_clock(), "{between} {second}");
+        };
+        tokio::select! {
+            () = test => {}
+            result = follow_host_clock(&agent, next_jump) => panic!("{result:?}"),
+        }
+        drop(answering.await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn timer_is_cancelled_by_clock_settings_and_does_not_expire() {
+        let jumps = ClockJumps::watch().unwrap();
+
+        let wait = tokio::time::timeout(Duration::from_millis(50), jumps.next());
         assert!(wait.await.is_err());
+
+        // A test must not set the host's clock, but the kernel shows how the timer is armed (proc_pid_fdinfo(5)).
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", jumps.0.get_ref().as_raw_fd())).unwrap();
+        assert!(info.contains(&format!("clockid: {}\n", libc::CLOCK_REALTIME)), "{info}");
+        let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
+        assert!(info.contains(&format!("settime flags: 0{flags:o}\n")), "{info}");
     }
 }

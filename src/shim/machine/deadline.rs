@@ -1,62 +1,63 @@
-//! Deadlines for a machine, in time in which it could have run. Where many machines start at once,
-//! each waits for a CPU most of the time: that time is the host's fault and not counted.
+//! Deadlines that count only the time in which the vmm process could run. When many machines start at once, each waits
+//! for a CPU most of the time; that is the host's load and not the guest's fault.
 
 use std::{fs, time::Duration};
 
 use tokio::time::Instant;
 
-/// However long a machine had to wait for a CPU, no deadline is extended beyond this multiple: some
-/// minutes for a boot, in which even twenty machines on a busy laptop come up.
+/// A deadline expires after this multiple of its limit, however long the process has waited for a CPU: some minutes for
+/// a boot, enough for twenty machines that start at once on a busy laptop.
 const MAX_EXTENSION_FACTOR: u32 = 30;
 
-/// A deadline that moves.
+/// A deadline for a process that is extended by the time in which its threads waited for a CPU.
 #[derive(Debug)]
 pub(super) struct RunTimeDeadline<W = fn(u32) -> Duration> {
     limit: Duration,
     start: Instant,
     pid: u32,
-    /// How long the process had waited for a CPU when the deadline was set.
-    waited: Duration,
-    waited_now: W,
+    /// The process's run queue wait at `start`.
+    wait_at_start: Duration,
+    /// Returns the total run queue wait of a process.
+    run_queue_wait: W,
 }
 
 impl RunTimeDeadline {
-    /// `limit` from now, for the process `pid`.
-    pub(super) fn with(pid: u32, limit: Duration) -> Self {
-        Self::measured(pid, limit, run_queue_wait)
+    /// A deadline for the process `pid`, `limit` of run time from now.
+    pub(super) fn new(pid: u32, limit: Duration) -> Self {
+        Self::with_wait_source(pid, limit, run_queue_wait)
     }
 }
 
 impl<W: Fn(u32) -> Duration> RunTimeDeadline<W> {
-    fn measured(pid: u32, limit: Duration, waited_now: W) -> Self {
+    fn with_wait_source(pid: u32, limit: Duration, run_queue_wait: W) -> Self {
         Self {
             limit,
             start: Instant::now(),
             pid,
-            waited: waited_now(pid),
-            waited_now,
+            wait_at_start: run_queue_wait(pid),
+            run_queue_wait,
         }
     }
 
-    /// Waits until the process had its time. Returns how long that took.
-    pub(super) async fn exhausted(&self) -> Duration {
-        let mut wait = self.limit;
+    /// Waits until the deadline has passed. Returns the time since it was set.
+    pub(super) async fn expired(&self) -> Duration {
+        let mut sleep = self.limit;
         loop {
-            tokio::time::sleep(wait).await;
+            tokio::time::sleep(sleep).await;
             let elapsed = self.start.elapsed();
-            let starved = (self.waited_now)(self.pid).saturating_sub(self.waited);
-            let ran = elapsed.saturating_sub(starved);
-            // Not less than a tenth: a process that got nearly all of its time is not asked often.
-            wait = self.limit.saturating_sub(ran).max(self.limit / 10);
+            let waited = (self.run_queue_wait)(self.pid).saturating_sub(self.wait_at_start);
+            let ran = elapsed.saturating_sub(waited);
             if ran >= self.limit || elapsed >= self.limit * MAX_EXTENSION_FACTOR {
                 return elapsed;
             }
+            // At least a tenth of the limit: there is no need to poll often near the end.
+            sleep = self.limit.saturating_sub(ran).max(self.limit / 10);
         }
     }
 }
 
-/// How long the threads of a process together were runnable and did not run: the second field of
-/// each `schedstat` (kernel, `Documentation/scheduler/sched-stats.rst`). Zero if that is not known.
+/// How long the threads of a process were runnable without running, in total: the second field of each thread's
+/// `schedstat` (kernel, `Documentation/scheduler/sched-stats.rst`). Zero if the process or the file does not exist.
 fn run_queue_wait(pid: u32) -> Duration {
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Duration::ZERO;
@@ -70,38 +71,88 @@ fn run_queue_wait(pid: u32) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::{
+        process::{Child, Command},
+        sync::atomic::{AtomicU64, Ordering},
+        thread,
+    };
+
+    use nix::{
+        sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+        unistd::Pid,
+    };
 
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(10);
 
     #[tokio::test(start_paused = true)]
-    async fn process_that_could_run_has_its_limit_and_no_more() {
-        let deadline = RunTimeDeadline::measured(0, LIMIT, |_| Duration::from_secs(3));
-        assert_eq!(deadline.exhausted().await.as_secs(), 10);
+    async fn process_that_never_waits_has_exactly_its_limit() {
+        let deadline = RunTimeDeadline::with_wait_source(0, LIMIT, |_| Duration::from_secs(3));
+        assert_eq!(deadline.expired().await.as_secs(), 10);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn time_in_the_run_queue_is_given_back() {
+    async fn run_queue_wait_extends_the_deadline() {
         let start = Instant::now();
-        // Starved half of the time for the first 20 seconds.
+        // Waits half of the time for the first 20 seconds.
         let waited = move |_| start.elapsed().min(Duration::from_secs(20)) / 2;
-        let elapsed = RunTimeDeadline::measured(0, LIMIT, waited).exhausted().await;
+        let elapsed = RunTimeDeadline::with_wait_source(0, LIMIT, waited).expired().await;
         assert!((20..=21).contains(&elapsed.as_secs()), "{elapsed:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn patience_ends_even_for_a_process_that_never_runs() {
+    async fn deadline_expires_even_for_a_process_that_never_runs() {
         let seconds = AtomicU64::new(0);
         let waited = |_| Duration::from_secs(seconds.fetch_add(1000, Ordering::Relaxed));
-        let elapsed = RunTimeDeadline::measured(0, LIMIT, waited).exhausted().await;
-        let most = u64::from(MAX_EXTENSION_FACTOR) * LIMIT.as_secs();
-        assert!((most..=most + 1).contains(&elapsed.as_secs()), "{elapsed:?}");
+        let elapsed = RunTimeDeadline::with_wait_source(0, LIMIT, waited).expired().await;
+        let max = u64::from(MAX_EXTENSION_FACTOR) * LIMIT.as_secs();
+        assert!((max..=max + 1).contains(&elapsed.as_secs()), "{elapsed:?}");
+    }
+
+    /// A process that never sleeps. Dropped, it is killed.
+    struct BusyLoop(Child);
+
+    impl BusyLoop {
+        fn spawn_on(cpu: usize) -> Self {
+            let child = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+            let busy = Self(child);
+            let mut cpus = CpuSet::new();
+            cpus.set(cpu).unwrap();
+            sched_setaffinity(Pid::from_raw(busy.pid().cast_signed()), &cpus).unwrap();
+            busy
+        }
+
+        fn pid(&self) -> u32 {
+            self.0.id()
+        }
+    }
+
+    impl Drop for BusyLoop {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
     }
 
     #[test]
-    fn run_queue_wait_of_nobody_is_zero() {
+    fn run_queue_wait_grows_while_another_process_has_the_cpu() {
+        let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let cpu = (0..CpuSet::count()).find(|cpu| allowed.is_set(*cpu).unwrap()).unwrap();
+        let busy = [BusyLoop::spawn_on(cpu), BusyLoop::spawn_on(cpu)];
+
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        while busy
+            .iter()
+            .any(|busy| run_queue_wait(busy.pid()) < Duration::from_millis(20))
+        {
+            assert!(std::time::Instant::now() < deadline, "no wait was measured");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    #[test]
+    fn run_queue_wait_of_an_unknown_process_is_zero() {
         assert_eq!(run_queue_wait(u32::MAX), Duration::ZERO);
     }
 }

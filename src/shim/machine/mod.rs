@@ -1,310 +1,227 @@
-//! The machine of a pod, as the shim sees it: a vmm process behind a control channel, and the agent
-//! in its guest.
+//! The virtual machine of a pod as the shim sees it: a vmm process behind a control channel, and the agent in its guest.
 //!
-//! Lives here: starting the process, its streams, its end. May not live here: what a container is;
-//! whoever uses a machine asks the [`Agent`] for that. Used by [`super::pod`].
+//! What lives here: the start of the process; the machine's streams, disks, links and size; its end. What may not live
+//! here: the notion of a container. Callers send requests to the [`Agent`] for that. [`super::pod`] owns the machine;
+//! `network`, `stdio` and `tasks` use it.
 
 mod agent;
+mod async_channel;
 mod boot;
 mod clock;
-mod control;
+mod console;
 mod deadline;
+mod exit;
+mod monitor;
 mod streams;
+mod vmm;
 
 use std::{
-    collections::HashMap,
-    fmt,
     future::Future,
     io,
-    os::fd::{BorrowedFd, OwnedFd},
-    process::Stdio,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     sync::Arc,
     time::Duration,
 };
 
-use parking_lot::{Mutex, MutexGuard};
-
 use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready};
-use tokio::{
-    io::AsyncReadExt,
-    net::unix::pipe::Receiver,
-    sync::{oneshot, watch},
-};
+use tokio::sync::oneshot;
 
 pub(crate) use self::{
     agent::{Agent, AgentError},
-    boot::{Boot, BootError, DiskFile, GuestResources, open_disk, open_kvm},
-    streams::Stream,
+    boot::{BootError, BootRequest, DiskFile, GuestResources, open_disk, open_kvm},
+    exit::MachineExit,
+    monitor::FINAL_NOTICE_TIMEOUT,
+    streams::GuestStream,
+    vmm::{VmmError, VmmProcess},
 };
-use self::{clock::Jumps, control::Control, deadline::RunTimeDeadline, streams::Streams};
-use super::{
-    child::{Child, WaitStatus},
-    logging,
+use self::{
+    async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::RunTimeDeadline,
+    exit::EndRequest, monitor::MachineState,
 };
-use crate::{
-    control::{Channel, Command, ControlError, EndReason, Notice},
-    jail, vmm,
-};
-
-/// How long the vmm may take to say why, once something that it serves has ended.
-pub(crate) const LAST_WORDS: Duration = Duration::from_secs(1);
+use super::{child::Child, logging};
+use crate::control::{Channel, Command, ControlError};
 
 /// How long the vmm may take to send the guest's console.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How much of what a vmm writes to its standard error is logged, in bytes: it may be a guest's.
-const STDERR_LIMIT: usize = 16 << 10;
-
-/// A vmm process that was started and waits for its first command.
-#[derive(Debug)]
-pub(crate) struct VmmProcess {
-    /// The process.
-    pub(crate) child: Child,
-    /// The shim's end.
-    pub(crate) control: Channel,
-    /// What the process writes to its standard error.
-    pub(crate) stderr: OwnedFd,
-}
-
-impl VmmProcess {
-    /// Starts the process. To be called on the shim's main thread, with whose end the kernel kills
-    /// it. Needs the runtime.
-    pub(crate) fn spawn() -> io::Result<Self> {
-        let (control, theirs) = Channel::pair().map_err(io::Error::other)?;
-        let (stderr, writer) = io::pipe()?;
-        let child = jail::build_command(vmm::ROLE)
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(writer)
-            .spawn()?;
-        Ok(Self {
-            child: Child::from_std(&child)?,
-            control,
-            stderr: stderr.into(),
-        })
-    }
-
-    /// Ends the process of a machine that is not to be.
-    pub(crate) async fn discard(self) {
-        self.child.kill();
-        if let Err(error) = self.child.reap().await {
-            log::warn!("wait for the process of a virtual machine: {error}");
-        }
-    }
-}
-
-/// Why and with what last words a machine ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Ending {
-    reason: String,
-    /// Somebody wanted that.
-    asked: bool,
-    console: String,
-}
-
-impl fmt::Display for Ending {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.reason)?;
-        if !self.console.is_empty() {
-            write!(formatter, "; the end of the guest's console:\n{}", self.console)?;
-        }
-        Ok(())
-    }
-}
-
-/// Why the shim ended a machine.
-#[derive(Debug)]
-struct Verdict {
-    reason: String,
-    asked: bool,
-}
-
-/// A running machine. It ends when [`Self::kill`] is called, when the last reference is dropped, or
-/// by itself; [`Self::ended`] tells.
+/// A running machine. It ends by itself, on [`Self::kill`] or [`Self::stop`], and when the last reference is dropped;
+/// [`Self::ended`] reports the end.
 #[derive(Debug)]
 pub(crate) struct Machine {
     agent: Agent,
     child: Arc<Child>,
-    control: Arc<Control>,
-    shared: Arc<Shared>,
-}
-
-/// What the task that listens to the vmm keeps up to date.
-#[derive(Debug)]
-struct Shared {
-    streams: Streams,
-    console: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
-    /// Who waits for the answer about a slot.
-    slots: Mutex<HashMap<u32, oneshot::Sender<Result<(), String>>>>,
-    /// Who waits for the answer about the machine's size.
-    resize: Mutex<Option<oneshot::Sender<Result<(), String>>>>,
-    /// How much memory the guest had beyond what it booted with, in bytes, when it last had what it should.
-    plugged: watch::Sender<Option<u64>>,
-    /// Why it is being ended, where the shim decided so.
-    verdict: Mutex<Option<Verdict>>,
-    ended: watch::Sender<Option<Arc<Ending>>>,
+    control: Arc<AsyncChannel>,
+    state: Arc<MachineState>,
 }
 
 impl Machine {
-    /// Tells `vmm` to build the machine and to boot it. Returns before it has; [`Self::ready`]
-    /// follows. `on_event` gets the agent's events in order, and does not block.
+    /// Sends `boot` to `vmm` and returns before the machine has booted; [`Self::ready`] waits for that. `on_event` gets
+    /// the agent's events in order, and must not block.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError::Descriptors`]; the process is reaped then. If the vmm cannot build the machine, [`Self::ended`]
+    /// reports it.
     pub(crate) async fn start(
         vmm: VmmProcess,
-        boot: Boot,
+        boot: BootRequest,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, BootError> {
         let VmmProcess { child, control, stderr } = vmm;
-        match Self::speak(control, boot, on_event) {
-            Ok((control, agent, agent_end)) => Ok(Self::watch(child, stderr, control, agent, agent_end)),
+        match Self::open_channels(control, boot, on_event) {
+            Ok((control, agent, agent_end)) => Ok(Self::spawn_monitor(child, stderr, control, agent, agent_end)),
             Err(error) => {
                 child.kill();
-                // Its parent's error is the one that counts.
+                // The first error is the one to report.
                 let _ = child.reap().await;
                 Err(BootError::Descriptors(error))
             }
         }
     }
 
-    fn speak(
+    fn open_channels(
         control: Channel,
-        boot: Boot,
+        boot: BootRequest,
         on_event: impl FnMut(Event) + Send + 'static,
-    ) -> io::Result<(Arc<Control>, Agent, impl Future<Output = String> + Send + 'static)> {
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-        let control = Arc::new(Control::new(control)?);
-        let (agent, agent_end) = Agent::start(ours, on_event)?;
-        let (command, descriptors) = boot.into_command(theirs.into());
-        // The socket is empty: this packet need not wait. If the process is gone already, its end
-        // tells more than this failure.
+    ) -> io::Result<(Arc<AsyncChannel>, Agent, impl Future<Output = String> + Send + 'static)> {
+        let (shim_end, guest_end) = UnixStream::pair()?;
+        let control = Arc::new(AsyncChannel::new(control)?);
+        let (agent, agent_end) = Agent::start(shim_end, on_event)?;
+        let (command, descriptors) = boot.into_command(guest_end.into());
+        // The socket is empty, so there is room for this packet. If the process is gone already, its exit status and
+        // standard error explain more than this failure.
         if let Err(error) = control.try_send(&command, &descriptors) {
             log::warn!("boot a virtual machine: {error}");
         }
         Ok((control, agent, agent_end))
     }
 
-    fn watch(
+    fn spawn_monitor(
         child: Child,
         stderr: OwnedFd,
-        control: Arc<Control>,
+        control: Arc<AsyncChannel>,
         agent: Agent,
         agent_end: impl Future<Output = String> + Send + 'static,
     ) -> Self {
         let child = Arc::new(child);
-        let shared = Arc::new(Shared {
-            streams: Streams::default(),
-            console: Mutex::default(),
-            slots: Mutex::default(),
-            resize: Mutex::default(),
-            plugged: watch::Sender::new(None),
-            verdict: Mutex::default(),
-            ended: watch::Sender::new(None),
-        });
+        let state = Arc::new(MachineState::new());
         tokio::spawn({
-            let (child, control, shared) = (child.clone(), control.clone(), shared.clone());
-            async move { listen(&shared, &control, &child, stderr, agent_end).await }
+            let (child, control, state) = (child.clone(), control.clone(), state.clone());
+            async move { monitor::run(&state, &control, &child, stderr, agent_end).await }
         });
-        match Jumps::watch() {
-            Ok(jumps) => drop(tokio::spawn(keep_time(jumps, agent.clone(), shared.ended.subscribe()))),
+        match ClockJumps::watch() {
+            Ok(jumps) => {
+                let (agent, mut exit) = (agent.clone(), state.exit.subscribe());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        _ = exit.changed() => {}
+                        result = clock::follow_host_clock(&agent, || jumps.next()) => if let Err(error) = result {
+                            log::warn!("watch the host's clock: {error}");
+                        }
+                    }
+                });
+            }
             Err(error) => log::warn!("watch the host's clock: {error}"),
         }
         Self {
             agent,
             child,
             control,
-            shared,
+            state,
         }
     }
 
-    /// Speaks with the guest.
+    /// The client of the guest's agent.
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
     }
 
-    /// The vmm's pid.
+    /// The vmm's pid on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.child.pid()
     }
 
-    /// Waits until the agent takes requests. A guest that does not get there in `limit` of time in
-    /// which it could run is killed.
-    pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<Ending>> {
-        let deadline = RunTimeDeadline::with(self.pid(), limit);
-        let late = tokio::select! {
+    /// Waits until the agent accepts requests. Kills a guest that does not get there within `limit` of run time (see
+    /// [`RunTimeDeadline`]).
+    pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<MachineExit>> {
+        let deadline = RunTimeDeadline::new(self.pid(), limit);
+        let elapsed = tokio::select! {
             biased;
             ready = self.agent.ready() => return Ok(ready),
-            ending = self.ended() => return Err(ending),
-            late = deadline.exhausted() => late,
+            exit = self.ended() => return Err(exit),
+            elapsed = deadline.expired() => elapsed,
         };
-        let console = self.console().await;
+        let console = self.read_console().await;
         self.kill(&format!(
             "the guest did not become ready within {} s",
             limit.as_secs_f32()
         ));
-        let ending = self.ended().await;
-        log::debug!("machine {}: waited {late:?} for the agent", self.pid());
-        Err(Arc::new(Ending {
-            reason: ending.reason.clone(),
-            asked: ending.asked,
+        let exit = self.ended().await;
+        log::debug!("machine {}: waited {elapsed:?} for the agent", self.pid());
+        Err(Arc::new(MachineExit {
+            reason: exit.reason.clone(),
+            requested: exit.requested,
             console,
         }))
     }
 
-    /// Runs `future`, at most for `limit` of time in which the machine could have run: `None` then.
+    /// Runs `future` for at most `limit` of the machine's run time (see [`RunTimeDeadline`]); `None` if it takes longer.
     pub(crate) async fn within<T>(&self, limit: Duration, future: impl Future<Output = T>) -> Option<T> {
-        let deadline = RunTimeDeadline::with(self.pid(), limit);
+        let deadline = RunTimeDeadline::new(self.pid(), limit);
         tokio::select! {
             biased;
             output = future => Some(output),
-            _ = deadline.exhausted() => None,
+            _ = deadline.expired() => None,
         }
     }
 
-    /// Waits for the machine's end: the process is gone then.
-    pub(crate) async fn ended(&self) -> Arc<Ending> {
-        let mut receiver = self.shared.ended.subscribe();
+    /// Waits for the machine's end. The process has been reaped then.
+    pub(crate) async fn ended(&self) -> Arc<MachineExit> {
+        let mut receiver = self.state.exit.subscribe();
         loop {
-            if let Some(ending) = receiver.borrow_and_update().clone() {
-                return ending;
+            if let Some(exit) = receiver.borrow_and_update().clone() {
+                return exit;
             }
             if receiver.changed().await.is_err() {
-                // The sender is borrowed with `self`.
+                // Cannot happen: `self` keeps the sender alive.
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    /// Whether it has ended by [`Self::stop`].
+    /// Whether it has ended because of [`Self::stop`].
     pub(crate) fn was_stopped(&self) -> bool {
-        self.shared.ended.borrow().as_ref().is_some_and(|ending| ending.asked)
+        self.state.exit.borrow().as_ref().is_some_and(|exit| exit.requested)
     }
 
-    /// Ends the machine, whatever it is doing, because something is wrong, which errors will tell.
+    /// Ends the machine at once because of a failure. `reason` appears in the errors of the calls that fail with it.
     pub(crate) fn kill(&self, reason: &str) {
         self.end(reason, false);
     }
 
-    /// Ends the machine, whatever it is doing, because somebody asked for that.
+    /// Ends the machine at once because a client or the shim is done with it.
     pub(crate) fn stop(&self, reason: &str) {
         self.end(reason, true);
     }
 
-    fn end(&self, reason: &str, asked: bool) {
-        let mut verdict = self.shared.verdict.lock();
-        verdict.get_or_insert_with(|| Verdict {
+    fn end(&self, reason: &str, requested: bool) {
+        self.state.end_request.lock().get_or_insert_with(|| EndRequest {
             reason: reason.to_owned(),
-            asked,
+            requested,
         });
-        drop(verdict);
         self.child.kill();
     }
 
-    /// Lets the guest open one stream: its bytes come from `input` and go to `output`.
+    /// Lets the guest open one stream, whose bytes come from `input` and go to `output`.
     pub(crate) async fn open_stream(
         &self,
         input: Option<BorrowedFd<'_>>,
         output: Option<BorrowedFd<'_>>,
-    ) -> Result<Stream, ControlError> {
-        let stream = self.shared.streams.add();
+    ) -> Result<GuestStream, ControlError> {
+        let stream = self.state.streams.open();
         let command = Command::OpenStream {
             port: stream.port(),
             input: input.is_some(),
@@ -315,118 +232,104 @@ impl Machine {
         Ok(stream)
     }
 
-    /// Waits until `bytes` in all were delivered to the output of `stream`, or it is closed.
-    pub(crate) async fn drained(&self, stream: &mut Stream, bytes: u64) {
+    /// Waits until `bytes`, counted from the opening of `stream`, were written to its output, or it is closed.
+    pub(crate) async fn drain_stream(&self, stream: &mut GuestStream, bytes: u64) {
         if bytes == 0 || stream.is_closed() {
             return;
         }
         let port = stream.port();
-        // A vmm that is gone has closed all streams.
+        // If this fails the vmm is gone, and with it all streams.
         if self.control.send(&Command::Drain { port, bytes }, &[]).await.is_ok() {
             stream.drained().await;
         }
     }
 
-    /// Closes a stream at once, whatever is in flight.
-    pub(crate) async fn close_stream(&self, stream: &Stream) {
+    /// Closes a stream at once. Bytes in flight are lost.
+    pub(crate) async fn close_stream(&self, stream: &GuestStream) {
         if !stream.is_closed() {
-            // A vmm that is gone has closed all streams.
-            let _ = self
-                .control
-                .send(&Command::CloseStream { port: stream.port() }, &[])
-                .await;
+            let command = Command::CloseStream { port: stream.port() };
+            // If this fails the vmm is gone, and with it all streams.
+            let _ = self.control.send(&command, &[]).await;
         }
     }
 
-    /// Puts a disk into a disk slot that was free. Inside, why the vmm could not.
-    pub(crate) async fn plug_disk(
-        &self,
-        slot: u32,
-        read_only: bool,
-        file: BorrowedFd<'_>,
-    ) -> Result<Result<(), String>, ControlError> {
+    /// Puts a disk into the free disk slot `slot`.
+    pub(crate) async fn plug_disk(&self, slot: u32, read_only: bool, file: BorrowedFd<'_>) -> Result<(), VmmError> {
         let command = Command::PlugDisk { slot, read_only };
-        self.plug(FIRST_DISK_SLOT.saturating_add(slot), &command, &[file]).await
+        self.change_slot(FIRST_DISK_SLOT.saturating_add(slot), &command, &[file])
+            .await
     }
 
-    /// Takes a disk out of its slot, once the guest has let go of it.
-    pub(crate) async fn unplug_disk(&self, slot: u32) -> Result<(), ControlError> {
+    /// Takes the disk out of disk slot `slot`. The guest must have released it.
+    pub(crate) async fn unplug_disk(&self, slot: u32) -> Result<(), VmmError> {
         let command = Command::UnplugDisk { slot };
-        let unplugged = self.plug(FIRST_DISK_SLOT.saturating_add(slot), &command, &[]).await?;
-        unplugged.map_err(|_| ControlError::Malformed)
+        self.change_slot(FIRST_DISK_SLOT.saturating_add(slot), &command, &[])
+            .await
     }
 
-    /// Puts a network device into an empty slot; `queues` are those of its tap device. Inside, why the
-    /// vmm could not.
+    /// Puts a network device into the empty slot `slot`. `queues` are the descriptors of its tap device, one a queue.
     pub(crate) async fn plug_link(
         &self,
         slot: u32,
         mac: [u8; 6],
         mtu: u16,
         queues: &[BorrowedFd<'_>],
-    ) -> Result<Result<(), String>, ControlError> {
-        self.plug(slot, &Command::PlugLink { slot, mac, mtu }, queues).await
+    ) -> Result<(), VmmError> {
+        self.change_slot(slot, &Command::PlugLink { slot, mac, mtu }, queues)
+            .await
     }
 
-    async fn plug(
-        &self,
-        slot: u32,
-        command: &Command,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Result<(), String>, ControlError> {
+    async fn change_slot(&self, slot: u32, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
-        self.shared.slots().insert(slot, sender);
+        self.state.slot_requests.lock().insert(slot, sender);
         self.control.send(command, descriptors).await?;
-        receiver.await.map_err(|_| ControlError::Closed)
+        let result = receiver.await.map_err(|_| ControlError::Closed)?;
+        result.map_err(VmmError::Refused)
     }
 
-    /// Changes the size of the machine, as [`Command::Resize`] says; one call at a time. Inside, why the vmm
-    /// could not. The guest has to be told.
-    pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<Result<(), String>, ControlError> {
+    /// Changes the size of the machine: `memory` in bytes beyond what it booted with, and the least number of vCPUs
+    /// (see [`Command::Resize`]). One call at a time. The guest uses the difference after `Request::ResizeMachine`.
+    pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
-        *self.shared.resize() = Some(sender);
+        *self.state.resize_request.lock() = Some(sender);
         self.control.send(&Command::Resize { memory, vcpus }, &[]).await?;
-        receiver.await.map_err(|_| ControlError::Closed)
+        let result = receiver.await.map_err(|_| ControlError::Closed)?;
+        result.map_err(VmmError::Refused)
     }
 
-    /// Waits until the guest has `bytes` of memory beyond what it booted with.
+    /// Waits until the guest has exactly `bytes` of memory beyond what it booted with.
     pub(crate) async fn memory_plugged(&self, bytes: u64) {
-        let mut plugged = self.shared.plugged.subscribe();
+        let mut plugged = self.state.plugged_memory.subscribe();
         if plugged.wait_for(|plugged| *plugged == Some(bytes)).await.is_err() {
-            // The sender is borrowed with `self`.
+            // Cannot happen: `self` keeps the sender alive.
             std::future::pending::<()>().await;
         }
     }
 
-    /// Puts the end of the guest's console into the log, where that is to say all.
+    /// Logs the tail of the guest's console, at debug level.
     pub(crate) async fn log_console(&self) {
         if logging::debug_enabled() {
-            for line in self.console().await.lines() {
+            for line in self.read_console().await.lines() {
                 log::debug!("console of virtual machine {}: {line}", self.pid());
             }
         }
     }
 
-    /// The end of the guest's console, empty if the vmm does not send it.
-    async fn console(&self) -> String {
+    /// The tail of the guest's console, empty if the vmm does not send it within [`CONSOLE_TIMEOUT`].
+    async fn read_console(&self) -> String {
         let (sender, receiver) = oneshot::channel();
-        self.shared.console.lock().push(sender);
-        let asked = async {
+        self.state.console_requests.lock().push(sender);
+        let answer = async {
             self.control.send(&Command::ReadConsole, &[]).await.ok()?;
             receiver.await.ok()
         };
-        let console = tokio::time::timeout(CONSOLE_TIMEOUT, asked).await;
-        console.ok().flatten().as_deref().map(readable).unwrap_or_default()
-    }
-}
-
-impl Shared {
-    fn resize(&self) -> MutexGuard<'_, Option<oneshot::Sender<Result<(), String>>>> {
-        self.resize.lock()
-    }
-
-    fn slots(&self) -> MutexGuard<'_, HashMap<u32, oneshot::Sender<Result<(), String>>>> {
-        self.slots.lock()
+        let console = tokio::time::timeout(CONSOLE_TIMEOUT, answer).await;
+        console
+            .ok()
+            .flatten()
+            .as_deref()
+            .map(printable_tail)
+            .unwrap_or_default()
     }
 }
 
@@ -434,144 +337,4 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.child.kill();
     }
-}
-
-/// Has the guest's clock follow the host's until the machine ends.
-async fn keep_time(jumps: Jumps, agent: Agent, mut ended: watch::Receiver<Option<Arc<Ending>>>) {
-    tokio::select! {
-        _ = ended.changed() => {}
-        result = jumps.follow(&agent) => {
-            if let Err(error) = result {
-                log::warn!("watch the host's clock: {error}");
-            }
-        }
-    }
-}
-
-/// Follows the machine to its end.
-async fn listen(
-    shared: &Shared,
-    control: &Control,
-    child: &Child,
-    stderr: OwnedFd,
-    agent_end: impl Future<Output = String>,
-) {
-    let stderr = tokio::spawn(log_stderr(stderr, child.pid()));
-    let agent_gone = async {
-        let reason = agent_end.await;
-        tokio::time::sleep(LAST_WORDS).await;
-        reason
-    };
-    let (reason, console) = tokio::select! {
-        biased;
-        last = notices(shared, control) => last.map_or((None, Vec::new()), |(reason, console)| (Some(describe(&reason)), console)),
-        reason = agent_gone => (Some(reason), Vec::new()),
-    };
-    child.kill();
-    let how = child.reap().await;
-    let said = stderr.await.unwrap_or_default();
-    let verdict = shared.verdict.lock().take();
-    let asked = verdict.as_ref().is_some_and(|verdict| verdict.asked);
-    let verdict = verdict.map(|verdict| verdict.reason);
-    let reason = verdict.or(reason).unwrap_or_else(|| match how {
-        Ok(how) => died("the virtual machine's process", how, &said),
-        Err(error) => format!("wait for the virtual machine's process: {error}"),
-    });
-    shared.streams.close_all();
-    shared.slots().clear();
-    shared.resize().take();
-    shared.ended.send_replace(Some(Arc::new(Ending {
-        reason,
-        asked,
-        console: readable(&console),
-    })));
-}
-
-/// Hears the vmm out. `None` if it ends without a word.
-async fn notices(shared: &Shared, control: &Control) -> Option<(EndReason, Vec<u8>)> {
-    loop {
-        match control.receive().await {
-            Ok(Notice::Drained { port }) => shared.streams.drained(port),
-            Ok(Notice::StreamClosed { port }) => shared.streams.closed(port),
-            Ok(Notice::Console(console)) => {
-                let waiting = std::mem::take(&mut *shared.console.lock());
-                for sender in waiting {
-                    // Whoever stopped waiting does not miss it.
-                    let _ = sender.send(console.clone());
-                }
-            }
-            Ok(Notice::Plugged { slot, result }) => {
-                if let Some(sender) = shared.slots().remove(&slot) {
-                    // Whoever stopped waiting does not miss it.
-                    let _ = sender.send(result);
-                }
-            }
-            Ok(Notice::Unplugged { slot }) => {
-                if let Some(sender) = shared.slots().remove(&slot) {
-                    // Whoever stopped waiting does not miss it.
-                    let _ = sender.send(Ok(()));
-                }
-            }
-            Ok(Notice::Resized { result }) => {
-                // What was said before is of another size.
-                shared.plugged.send_replace(None);
-                if let Some(sender) = shared.resize().take() {
-                    // Whoever stopped waiting does not miss it.
-                    let _ = sender.send(result);
-                }
-            }
-            Ok(Notice::MemoryPlugged { bytes }) => drop(shared.plugged.send_replace(Some(bytes))),
-            Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
-            Err(ControlError::Closed) => return None,
-            Err(error) => {
-                log::warn!("virtual machine: {error}");
-                return None;
-            }
-        }
-    }
-}
-
-fn describe(reason: &EndReason) -> String {
-    match reason {
-        EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {text}"),
-        EndReason::GuestReset => "the guest reset itself: its kernel or its agent gave up".to_owned(),
-        EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {text}"),
-        EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {text}"),
-    }
-}
-
-fn died(what: &str, how: WaitStatus, said: &str) -> String {
-    match said.trim() {
-        "" => format!("{what} {how}"),
-        said => format!("{what} {how}: {said}"),
-    }
-}
-
-/// Logs what the process says, and returns it, both cut at a limit.
-async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
-    let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
-        return String::new();
-    };
-    let mut said = Vec::new();
-    let mut bytes = [0; 1024];
-    while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
-        let room = STDERR_LIMIT - said.len();
-        let new = &bytes[..length.min(room)];
-        for line in readable(new).lines() {
-            log::warn!("virtual machine {pid}: {line}");
-        }
-        said.extend_from_slice(new);
-    }
-    readable(&said)
-}
-
-/// The last lines of what a guest wrote, without what a terminal would obey.
-fn readable(bytes: &[u8]) -> String {
-    const LINES: usize = 24;
-    let text: String = String::from_utf8_lossy(bytes)
-        .chars()
-        .filter(|character| !character.is_control() || *character == '\n')
-        .collect();
-    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(LINES)..].join("\n")
 }

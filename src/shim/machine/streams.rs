@@ -1,105 +1,109 @@
-//! The streams of a machine: which host ports are open and what became of them.
+//! The byte streams between host and guest: which host ports are open, and the state of each.
 
 use std::collections::HashMap;
 
-use parking_lot::{Mutex, MutexGuard};
-
 use nutshell_protocol::FIRST_STREAM_PORT;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
-/// What became of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
+enum StreamState {
     Open,
-    /// What was asked to be drained was delivered.
+    /// The bytes of the last `Command::Drain` were written.
     Drained,
     Closed,
 }
 
-/// One stream of a process. Clones are the same stream.
+/// A handle to one stream. Clones refer to the same stream.
 #[derive(Debug, Clone)]
-pub(crate) struct Stream {
+pub(crate) struct GuestStream {
     port: u32,
-    phase: watch::Receiver<Phase>,
+    state: watch::Receiver<StreamState>,
 }
 
-impl Stream {
+impl GuestStream {
     /// The host port that the guest connects to.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }
 
-    /// Nothing more will come out of it.
+    /// Whether no more bytes will come out of it.
     pub(crate) fn is_closed(&self) -> bool {
-        *self.phase.borrow() == Phase::Closed
+        *self.state.borrow() == StreamState::Closed
     }
 
     /// Waits until it is closed.
     pub(crate) async fn closed(&mut self) {
-        self.reaches(|phase| phase == Phase::Closed).await;
+        self.wait_for(|state| state == StreamState::Closed).await;
     }
 
-    /// Waits until what was asked to be drained was delivered, or it is closed.
+    /// Waits until the bytes of the last `Command::Drain` were written, or it is closed.
     pub(super) async fn drained(&mut self) {
-        self.reaches(|phase| phase != Phase::Open).await;
+        self.wait_for(|state| state != StreamState::Open).await;
     }
 
-    async fn reaches(&mut self, wanted: impl Fn(Phase) -> bool) {
-        // An error means that the machine is forgotten: then all is closed.
-        let _ = self.phase.wait_for(|phase| wanted(*phase)).await;
+    async fn wait_for(&mut self, is_reached: impl Fn(StreamState) -> bool) {
+        // An error means that the machine was dropped, and with it all streams.
+        let _ = self.state.wait_for(|state| is_reached(*state)).await;
     }
 }
 
 /// All streams of a machine.
 #[derive(Debug, Default)]
-pub(super) struct Streams {
-    table: Mutex<Table>,
+pub(super) struct StreamTable {
+    inner: Mutex<Inner>,
 }
 
 #[derive(Debug, Default)]
-struct Table {
-    /// How many there ever were: no port is used twice.
+struct Inner {
+    /// How many streams were ever opened: no port is used twice.
     opened: u32,
-    /// The machine is gone.
-    over: bool,
-    open: HashMap<u32, watch::Sender<Phase>>,
+    /// The machine has ended.
+    ended: bool,
+    open: HashMap<u32, watch::Sender<StreamState>>,
 }
 
-impl Streams {
-    /// A new stream, closed from the start if the machine is gone.
-    pub(super) fn add(&self) -> Stream {
-        let mut table = self.table();
-        let port = FIRST_STREAM_PORT.saturating_add(table.opened);
-        table.opened = table.opened.saturating_add(1);
-        let (sender, phase) = watch::channel(if table.over { Phase::Closed } else { Phase::Open });
-        if !table.over {
-            table.open.insert(port, sender);
+impl StreamTable {
+    /// A new stream. It is closed already if the machine has ended.
+    pub(super) fn open(&self) -> GuestStream {
+        let mut inner = self.lock();
+        let port = FIRST_STREAM_PORT.saturating_add(inner.opened);
+        inner.opened = inner.opened.saturating_add(1);
+        let state = if inner.ended {
+            StreamState::Closed
+        } else {
+            StreamState::Open
+        };
+        let (sender, state) = watch::channel(state);
+        if !inner.ended {
+            inner.open.insert(port, sender);
         }
-        Stream { port, phase }
+        GuestStream { port, state }
     }
 
-    pub(super) fn drained(&self, port: u32) {
-        if let Some(stream) = self.table().open.get(&port) {
-            stream.send_replace(Phase::Drained);
+    pub(super) fn mark_drained(&self, port: u32) {
+        if let Some(stream) = self.lock().open.get(&port) {
+            stream.send_replace(StreamState::Drained);
         }
     }
 
-    pub(super) fn closed(&self, port: u32) {
-        if let Some(stream) = self.table().open.remove(&port) {
-            stream.send_replace(Phase::Closed);
+    pub(super) fn mark_closed(&self, port: u32) {
+        if let Some(stream) = self.lock().open.remove(&port) {
+            stream.send_replace(StreamState::Closed);
         }
     }
 
+    /// Closes the open streams and all that are opened later: the machine has ended.
     pub(super) fn close_all(&self) {
-        let mut table = self.table();
-        table.over = true;
-        for (_, stream) in table.open.drain() {
-            stream.send_replace(Phase::Closed);
+        let mut inner = self.lock();
+        inner.ended = true;
+        for (_, stream) in inner.open.drain() {
+            stream.send_replace(StreamState::Closed);
         }
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock()
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock()
     }
 }
 
@@ -108,41 +112,41 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn drained_stream_still_waits_for_its_end() {
-        let streams = Streams::default();
-        let (mut first, second) = (streams.add(), streams.add());
+    async fn drained_stream_is_open_until_it_is_closed() {
+        let streams = StreamTable::default();
+        let (mut first, second) = (streams.open(), streams.open());
         assert_eq!(
             (first.port(), second.port()),
             (FIRST_STREAM_PORT, FIRST_STREAM_PORT + 1)
         );
 
-        streams.drained(first.port());
+        streams.mark_drained(first.port());
         first.drained().await;
         assert!(!first.is_closed());
-        streams.closed(first.port());
+        streams.mark_closed(first.port());
         first.closed().await;
         assert!(!second.is_closed());
     }
 
     #[tokio::test]
-    async fn end_of_the_machine_closes_streams_of_before_and_after() {
-        let streams = Streams::default();
-        let mut before = streams.add();
+    async fn end_of_machine_closes_open_and_later_streams() {
+        let streams = StreamTable::default();
+        let mut before = streams.open();
         streams.close_all();
         before.drained().await;
         before.closed().await;
-        assert!(streams.add().is_closed());
+        assert!(streams.open().is_closed());
     }
 
     #[test]
     fn notices_about_unknown_ports_change_nothing() {
-        let streams = Streams::default();
-        let stream = streams.add();
-        streams.drained(7);
-        streams.closed(7);
-        streams.closed(stream.port());
-        streams.closed(stream.port());
+        let streams = StreamTable::default();
+        let stream = streams.open();
+        streams.mark_drained(7);
+        streams.mark_closed(7);
+        streams.mark_closed(stream.port());
+        streams.mark_closed(stream.port());
         assert!(stream.is_closed());
-        assert!(streams.table().open.is_empty());
+        assert!(streams.lock().open.is_empty());
     }
 }

@@ -41,8 +41,7 @@ use self::{
     netlink::{Netlink, NetlinkError},
     redirect::Redirect,
 };
-use super::machine::{AgentError, Machine};
-use crate::control::ControlError;
+use super::machine::{AgentError, Machine, VmmError};
 
 /// Why a pod has no network.
 #[derive(Debug, thiserror::Error)]
@@ -66,22 +65,9 @@ pub(crate) enum NetworkError {
     /// More links than a machine can have.
     #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {NETWORK_SLOTS}")]
     TooMany(usize),
-    /// The vmm cannot be told.
+    /// The vmm cannot plug the link's device.
     #[error("give {link} to the virtual machine: {source}")]
-    Control {
-        /// The link.
-        link: String,
-        /// Why.
-        source: ControlError,
-    },
-    /// The machine cannot have the link.
-    #[error("give {link} to the virtual machine: {reason}")]
-    Plug {
-        /// The link.
-        link: String,
-        /// Why.
-        reason: String,
-    },
+    Plug { link: String, source: VmmError },
     /// The guest cannot be told.
     #[error("set the guest's network up: {0}")]
     Guest(#[from] AgentError),
@@ -257,10 +243,10 @@ impl Wiring {
             let plugged = machine
                 .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
                 .await;
-            let name = || link.name.clone();
-            outcome = plugged
-                .map_err(|source| NetworkError::Control { link: name(), source })
-                .and_then(|plugged| plugged.map_err(|reason| NetworkError::Plug { link: name(), reason }));
+            outcome = plugged.map_err(|source| NetworkError::Plug {
+                link: link.name.clone(),
+                source,
+            });
             if outcome.is_err() {
                 break;
             }

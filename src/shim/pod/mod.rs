@@ -29,12 +29,14 @@ use crate::shim::{
     child::{Child, WaitStatus},
     configuration::Configuration,
     error::TaskError,
-    machine::{Boot, BootError, DiskFile, GuestResources, LAST_WORDS, Machine, VmmProcess, open_disk, open_kvm},
+    machine::{
+        BootError, BootRequest, DiskFile, FINAL_NOTICE_TIMEOUT, GuestResources, Machine, VmmError, VmmProcess,
+        open_disk, open_kvm,
+    },
     network::{Network, NetworkError},
     share::{FileServer, ShareError},
 };
 use crate::{
-    control::ControlError,
     guest_image,
     oci::{ContainerId, Plan, PodPlan, PodSize, Root, Share, Size},
 };
@@ -106,12 +108,9 @@ pub(crate) enum PodError {
     /// No machine.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// The machine cannot be asked.
+    /// The vmm cannot plug a disk.
     #[error("give a disk to the virtual machine: {0}")]
-    Control(#[from] ControlError),
-    /// The machine does not take a disk.
-    #[error("give a disk to the virtual machine: {0}")]
-    Disk(String),
+    Disk(#[from] VmmError),
     /// Every slot for a disk is taken.
     #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS} at a time")]
     NoSlot,
@@ -258,10 +257,10 @@ impl Pod {
             group.add(vmm.child.pid());
             files.iter().for_each(|files| group.add(files.child.pid()));
         }
-        let boot = Boot {
+        let boot = BootRequest {
             guest,
             size: requirements.size,
-            share,
+            file_server: share,
             disks: requirements.disks,
             hotplug_disks: requirements.free,
         };
@@ -422,8 +421,7 @@ impl Pod {
             slot
         };
         // Where the machine does not take it, [`Self::detach`] follows.
-        let plugged = self.machine.plug_disk(slot, read_only, file.as_fd()).await?;
-        plugged.map_err(PodError::Disk)?;
+        self.machine.plug_disk(slot, read_only, file.as_fd()).await?;
         Ok(slot)
     }
 
@@ -526,7 +524,7 @@ async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
     if how == WaitStatus::Exited(0) {
         // It ends so when the vmm hangs up: then the vmm has more to say about why.
         let ended = pod.machine.ended();
-        if tokio::time::timeout(LAST_WORDS, ended).await.is_ok() {
+        if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, ended).await.is_ok() {
             return;
         }
     }

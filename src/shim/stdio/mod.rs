@@ -38,7 +38,7 @@ use self::{
     logger::{Logger, LoggerError, Owner},
     streaming::{Relay, StreamingError},
 };
-use super::machine::{Machine, Stream};
+use super::machine::{GuestStream, Machine};
 use crate::control::ControlError;
 
 /// Why a process has no standard streams.
@@ -140,7 +140,7 @@ enum Reader {
 /// The streams of a process in a machine.
 #[derive(Debug, Default)]
 pub(crate) struct StandardStreams {
-    stdin: Option<Stream>,
+    stdin: Option<GuestStream>,
     stdin_writer: Mutex<Option<Writer>>,
     stdout: Option<OutputStream>,
     stderr: Option<OutputStream>,
@@ -149,7 +149,7 @@ pub(crate) struct StandardStreams {
 
 #[derive(Debug)]
 struct OutputStream {
-    stream: Stream,
+    stream: GuestStream,
     reader: Reader,
 }
 
@@ -316,7 +316,7 @@ impl StandardStreams {
     pub(crate) async fn drained(&self, machine: &Machine, stdout: u64, stderr: u64, limit: Duration) {
         let drain = async |output: &Option<OutputStream>, bytes| {
             if let Some(output) = output {
-                machine.drained(&mut output.stream.clone(), bytes).await;
+                machine.drain_stream(&mut output.stream.clone(), bytes).await;
                 if let Reader::Relay(relay) = &output.reader {
                     relay.delivered(bytes).await;
                 }

@@ -7,7 +7,7 @@ use nutshell_protocol::Request;
 use super::{ANSWER_LIMIT, Container, Role, Tasks, ask, gone};
 use crate::{
     oci::{Limits, Size},
-    shim::{error::TaskError, pod::Pod},
+    shim::{error::TaskError, machine::VmmError, pod::Pod},
 };
 
 /// How long the guest may take to bring memory into use.
@@ -89,9 +89,9 @@ async fn change(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
 async fn ask_for(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
     let machine = pod.machine();
     match machine.resize(beyond(pod, to), to.vcpus).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => return Err(TaskError::unknown(error)),
-        Err(error) => return Err(gone(pod, &error).await),
+        Ok(()) => {}
+        Err(VmmError::Refused(reason)) => return Err(TaskError::unknown(reason)),
+        Err(VmmError::Channel(error)) => return Err(gone(pod, &error).await),
     }
     let fit = Request::ResizeMachine {
         vcpus: to.vcpus.into(),

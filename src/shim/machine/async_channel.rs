@@ -1,4 +1,4 @@
-//! The shim's end of the control channel, without blocking.
+//! The shim's end of the control channel, without blocking calls.
 
 use std::{
     io,
@@ -9,54 +9,56 @@ use tokio::io::unix::AsyncFd;
 
 use crate::control::{Channel, Command, ControlError, Notice};
 
-/// The channel, registered with the runtime.
+/// A [`Channel`] that is registered with the runtime.
 #[derive(Debug)]
-pub(super) struct Control(AsyncFd<Registered>);
+pub(super) struct AsyncChannel(AsyncFd<RawChannel>);
 
+/// Gives `AsyncFd` the raw descriptor that it asks for.
 #[derive(Debug)]
-struct Registered(Channel);
+struct RawChannel(Channel);
 
-impl AsRawFd for Registered {
+impl AsRawFd for RawChannel {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_fd().as_raw_fd()
     }
 }
 
-impl Control {
+impl AsyncChannel {
+    /// Makes `channel` non-blocking and registers it. Needs the runtime.
     pub(super) fn new(channel: Channel) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&channel, true)?;
-        // SAFETY: a `Channel` owns its descriptor, which is the same from its first to its last moment,
-        // and `AsyncFd` owns the channel from here on.
-        Ok(Self(unsafe { AsyncFd::register(Registered(channel)) }?))
+        // SAFETY: a `Channel` owns its descriptor, which stays open and the same until it is dropped, and `AsyncFd`
+        // owns the channel from here on.
+        Ok(Self(unsafe { AsyncFd::register(RawChannel(channel)) }?))
     }
 
-    /// Sends a command if there is room for it.
+    /// Sends a command if the socket has room for it; [`ControlError::Socket`] with `WouldBlock` otherwise.
     pub(super) fn try_send(&self, command: &Command, descriptors: &[impl AsFd]) -> Result<(), ControlError> {
         let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         self.0.get_ref().0.send(command, &descriptors)
     }
 
-    /// Sends a command, after the vmm has taken enough of the ones before.
+    /// Sends a command, and waits for room before that.
     pub(super) async fn send(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         loop {
             match self.try_send(command, descriptors) {
-                Err(error) if would_block(&error) => {}
+                Err(error) if is_would_block(&error) => {}
                 result => return result,
             }
             let mut ready = self.0.writable().await.map_err(ControlError::Socket)?;
             match self.try_send(command, descriptors) {
-                Err(error) if would_block(&error) => ready.clear_ready(),
+                Err(error) if is_would_block(&error) => ready.clear_ready(),
                 result => return result,
             }
         }
     }
 
-    /// Receives the next notice. The vmm sends no descriptors: what comes nevertheless is closed.
+    /// Receives the next notice. The vmm sends no descriptors; unexpected ones are closed.
     pub(super) async fn receive(&self) -> Result<Notice, ControlError> {
         loop {
             let mut ready = self.0.readable().await.map_err(ControlError::Socket)?;
             match self.0.get_ref().0.receive() {
-                Err(error) if would_block(&error) => ready.clear_ready(),
+                Err(error) if is_would_block(&error) => ready.clear_ready(),
                 Ok((notice, _)) => return Ok(notice),
                 Err(error) => return Err(error),
             }
@@ -64,6 +66,6 @@ impl Control {
     }
 }
 
-fn would_block(error: &ControlError) -> bool {
+fn is_would_block(error: &ControlError) -> bool {
     matches!(error, ControlError::Socket(error) if error.kind() == io::ErrorKind::WouldBlock)
 }

@@ -1,0 +1,51 @@
+//! Why a machine ended.
+
+use std::fmt;
+
+use crate::{control::EndReason, shim::child::WaitStatus};
+
+/// Why a machine ended, and the tail of its guest's console.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MachineExit {
+    pub(super) reason: String,
+    /// The shim stopped it on request; the end is no failure.
+    pub(super) requested: bool,
+    /// Empty if the vmm did not send it.
+    pub(super) console: String,
+}
+
+impl fmt::Display for MachineExit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.reason)?;
+        if !self.console.is_empty() {
+            write!(formatter, "; the end of the guest's console:\n{}", self.console)?;
+        }
+        Ok(())
+    }
+}
+
+/// The shim's decision to end a machine.
+#[derive(Debug)]
+pub(super) struct EndRequest {
+    pub(super) reason: String,
+    /// See [`MachineExit::requested`].
+    pub(super) requested: bool,
+}
+
+/// The text for a reason that the vmm reported.
+pub(super) fn describe_end(reason: &EndReason) -> String {
+    match reason {
+        EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {text}"),
+        EndReason::GuestReset => "the guest reset itself: its kernel or its agent gave up".to_owned(),
+        EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {text}"),
+        EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {text}"),
+    }
+}
+
+/// The text for a vmm that ended without reporting a reason.
+pub(super) fn describe_death(status: WaitStatus, stderr: &str) -> String {
+    match stderr.trim() {
+        "" => format!("the virtual machine's process {status}"),
+        stderr => format!("the virtual machine's process {status}: {stderr}"),
+    }
+}

@@ -1,0 +1,141 @@
+//! The task that receives the vmm's notices and follows a machine to its end, and the state that it shares with
+//! [`Machine`](super::Machine).
+
+use std::{collections::HashMap, future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::sync::{oneshot, watch};
+
+use super::{
+    async_channel::AsyncChannel,
+    console::printable_tail,
+    exit::{EndRequest, MachineExit, describe_death, describe_end},
+    streams::StreamTable,
+    vmm::log_stderr,
+};
+use crate::{
+    control::{ControlError, EndReason, Notice},
+    shim::child::Child,
+};
+
+/// How long the vmm may take to report why it ends, once the agent or the file server that it serves has ended.
+pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Receives the vmm's answer to one request: `Err` is its reason for refusing.
+type AnswerSender = oneshot::Sender<Result<(), String>>;
+
+/// What [`run`] keeps up to date. A dropped sender means that the machine has ended.
+#[derive(Debug)]
+pub(super) struct MachineState {
+    pub(super) streams: StreamTable,
+    /// Callers that wait for the console.
+    pub(super) console_requests: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
+    /// Callers that plug or unplug a device, by slot on the bus.
+    pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
+    /// The caller that changes the machine's size.
+    pub(super) resize_request: Mutex<Option<AnswerSender>>,
+    /// The guest's memory in bytes beyond what it booted with, at the last time that it had reached the requested size;
+    /// `None` from a change of that size until the guest has followed.
+    pub(super) plugged_memory: watch::Sender<Option<u64>>,
+    /// The first decision of the shim to end the machine.
+    pub(super) end_request: Mutex<Option<EndRequest>>,
+    /// Set once, when the process is gone.
+    pub(super) exit: watch::Sender<Option<Arc<MachineExit>>>,
+}
+
+impl MachineState {
+    pub(super) fn new() -> Self {
+        Self {
+            streams: StreamTable::default(),
+            console_requests: Mutex::default(),
+            slot_requests: Mutex::default(),
+            resize_request: Mutex::default(),
+            plugged_memory: watch::Sender::new(None),
+            end_request: Mutex::default(),
+            exit: watch::Sender::new(None),
+        }
+    }
+}
+
+/// Follows the machine to its end, kills and reaps its process, and publishes the reason. `agent_end` completes with a
+/// reason when the stream to the agent has ended.
+pub(super) async fn run(
+    state: &MachineState,
+    control: &AsyncChannel,
+    child: &Child,
+    stderr: OwnedFd,
+    agent_end: impl Future<Output = String>,
+) {
+    let stderr = tokio::spawn(log_stderr(stderr, child.pid()));
+    let agent_gone = async {
+        let reason = agent_end.await;
+        tokio::time::sleep(FINAL_NOTICE_TIMEOUT).await;
+        reason
+    };
+    let (reported, console) = tokio::select! {
+        biased;
+        ended = receive_notices(state, control) => match ended {
+            Some((reason, console)) => (Some(describe_end(&reason)), console),
+            None => (None, Vec::new()),
+        },
+        reason = agent_gone => (Some(reason), Vec::new()),
+    };
+    child.kill();
+    let status = child.reap().await;
+    let stderr = stderr.await.unwrap_or_default();
+    let end_request = state.end_request.lock().take();
+    let requested = end_request.as_ref().is_some_and(|request| request.requested);
+    let reason = end_request
+        .map(|request| request.reason)
+        .or(reported)
+        .unwrap_or_else(|| match status {
+            Ok(status) => describe_death(status, &stderr),
+            Err(error) => format!("wait for the virtual machine's process: {error}"),
+        });
+    state.streams.close_all();
+    state.slot_requests.lock().clear();
+    state.resize_request.lock().take();
+    state.exit.send_replace(Some(Arc::new(MachineExit {
+        reason,
+        requested,
+        console: printable_tail(&console),
+    })));
+}
+
+/// Handles notices until the last one. `None` if the channel ends without [`Notice::Ended`].
+async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option<(EndReason, Vec<u8>)> {
+    loop {
+        // Where an answer is sent on, its receiver may have timed out.
+        match control.receive().await {
+            Ok(Notice::Drained { port }) => state.streams.mark_drained(port),
+            Ok(Notice::StreamClosed { port }) => state.streams.mark_closed(port),
+            Ok(Notice::Console(console)) => {
+                let waiting = std::mem::take(&mut *state.console_requests.lock());
+                for sender in waiting {
+                    let _ = sender.send(console.clone());
+                }
+            }
+            Ok(Notice::Plugged { slot, result }) => answer(state.slot_requests.lock().remove(&slot), result),
+            Ok(Notice::Unplugged { slot }) => answer(state.slot_requests.lock().remove(&slot), Ok(())),
+            Ok(Notice::Resized { result }) => {
+                // An earlier value belongs to another size.
+                state.plugged_memory.send_replace(None);
+                answer(state.resize_request.lock().take(), result);
+            }
+            Ok(Notice::MemoryPlugged { bytes }) => drop(state.plugged_memory.send_replace(Some(bytes))),
+            Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
+            Err(ControlError::Closed) => return None,
+            Err(error) => {
+                log::warn!("virtual machine: {error}");
+                return None;
+            }
+        }
+    }
+}
+
+fn answer(request: Option<AnswerSender>, result: Result<(), String>) {
+    if let Some(sender) = request {
+        // The receiver may have timed out.
+        let _ = sender.send(result);
+    }
+}

@@ -1,0 +1,82 @@
+//! The vmm process: its start, and what it writes to standard error.
+
+use std::{io, os::fd::OwnedFd, process::Stdio};
+
+use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver};
+
+use super::console::printable_tail;
+use crate::{
+    control::{Channel, ControlError},
+    jail,
+    shim::child::Child,
+    vmm,
+};
+
+/// How much of a vmm's standard error is logged, in bytes. A guest that has taken over its vmm writes there too.
+const MAX_LOGGED_STDERR: usize = 16 << 10;
+
+/// A vmm process that waits for its first command.
+#[derive(Debug)]
+pub(crate) struct VmmProcess {
+    pub(crate) child: Child,
+    /// The shim's end of the control channel.
+    pub(crate) control: Channel,
+    /// The reading end of the process's standard error.
+    pub(crate) stderr: OwnedFd,
+}
+
+/// Why a request to the vmm failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmmError {
+    /// The vmm is gone, or does not follow the protocol.
+    #[error(transparent)]
+    Channel(#[from] ControlError),
+    /// The vmm reports that it cannot do it. The machine goes on as before.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl VmmProcess {
+    /// Starts the process. Call it on the shim's main thread: the kernel kills the process when the thread that
+    /// started it ends. Needs the runtime.
+    pub(crate) fn spawn() -> io::Result<Self> {
+        let (control, vmm_end) = Channel::pair().map_err(io::Error::other)?;
+        let (stderr, writer) = io::pipe()?;
+        let child = jail::build_command(vmm::ROLE)
+            .stdin(OwnedFd::from(vmm_end))
+            .stdout(Stdio::null())
+            .stderr(writer)
+            .spawn()?;
+        Ok(Self {
+            child: Child::from_std(&child)?,
+            control,
+            stderr: stderr.into(),
+        })
+    }
+
+    /// Kills a process whose machine will not be started, and reaps it.
+    pub(crate) async fn discard(self) {
+        self.child.kill();
+        if let Err(error) = self.child.reap().await {
+            log::warn!("wait for the process of a virtual machine: {error}");
+        }
+    }
+}
+
+/// Logs the standard error of the vmm `pid` until its end, and returns it. Both are cut at [`MAX_LOGGED_STDERR`].
+pub(super) async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
+    let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
+        return String::new();
+    };
+    let mut kept = Vec::new();
+    let mut bytes = [0; 1024];
+    while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
+        let room = MAX_LOGGED_STDERR - kept.len();
+        let new = &bytes[..length.min(room)];
+        for line in printable_tail(new).lines() {
+            log::warn!("virtual machine {pid}: {line}");
+        }
+        kept.extend_from_slice(new);
+    }
+    printable_tail(&kept)
+}
