@@ -1,0 +1,61 @@
+//! The layers of the executable: imports point from a higher layer to a lower one (ARCHITECTURE.md).
+
+use std::collections::BTreeSet;
+
+use crate::{imports::Import, modules::Crate};
+
+/// From the top down. Modules of one layer do not import each other.
+pub(crate) const LAYERS: [&[&str]; 15] = [
+    &[""],
+    &["check", "shim::entry"],
+    &["shim::api"],
+    &["shim::tasks"],
+    &["shim::pod"],
+    &["shim::network", "shim::share", "shim::stdio"],
+    &["shim::machine"],
+    &["shim"],
+    &["guest"],
+    &["vmm"],
+    &["devices", "fs", "oci"],
+    &["memory"],
+    &["control"],
+    &["jail"],
+    &[],
+];
+
+/// A line for each import that does not point downwards, and for each module that has no layer.
+pub(crate) fn findings(source: &Crate, imports: &BTreeSet<Import>) -> Vec<String> {
+    let mut lines = Vec::new();
+    for path in source.modules.keys() {
+        if layer(path).is_none() {
+            lines.push(format!("{} has no layer: add it to tests/structure", path.join("::")));
+        }
+    }
+    for import in imports {
+        let (Some(from), Some(to)) = (layer(&import.from), layer(&import.to)) else {
+            continue;
+        };
+        // A folder's own module gathers what lies below it.
+        let gathers = import.to.starts_with(&import.from);
+        if from.1 != to.1 && from.0 >= to.0 && !gathers {
+            lines.push(format!(
+                "{} imports {} from {}, which is not below it",
+                import.from.join("::"),
+                import.name,
+                import.to.join("::")
+            ));
+        }
+    }
+    lines
+}
+
+/// The number of a module's layer, counted from the top, and the module that has it.
+fn layer(path: &[String]) -> Option<(usize, String)> {
+    (0..=path.len()).rev().find_map(|length| {
+        let name = path[..length].join("::");
+        // Only the root itself is in the root's layer.
+        (length > 0 || path.is_empty()).then_some(())?;
+        let number = LAYERS.iter().position(|names| names.contains(&name.as_str()))?;
+        Some((number, name))
+    })
+}

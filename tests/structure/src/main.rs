@@ -1,0 +1,69 @@
+//! Checks the shape of the source tree, as `make lint` does:
+//!
+//! - no import circle between the files of a crate, and none between the modules of a folder;
+//! - no import from a lower layer of the executable into a higher one ([`layers::LAYERS`]);
+//! - no source file over [`sizes::MAX_LINES`] lines, no folder over [`sizes::MAX_FILES`] source files;
+//! - every folder's module opens with its documentation.
+//!
+//! Prints each finding on a line and exits with 1 if there is one. Unit tests are not checked for imports:
+//! they may build what they test on anything.
+
+mod circles;
+mod imports;
+mod layers;
+mod modules;
+mod sizes;
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use self::modules::{Crate, SourceError};
+
+/// The crates whose imports are checked, by the file that is their root.
+const ROOTS: [&str; 7] = [
+    "src/main.rs",
+    "guest/agent/src/main.rs",
+    "guest/protocol/src/lib.rs",
+    "tests/conformance/src/lib.rs",
+    "tests/conformance/tests/direct/main.rs",
+    "tests/cri/src/main.rs",
+    "tests/structure/src/main.rs",
+];
+
+fn main() -> ExitCode {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    match findings(&top) {
+        Ok(findings) if findings.is_empty() => ExitCode::SUCCESS,
+        Ok(findings) => {
+            for finding in &findings {
+                println!("{finding}");
+            }
+            eprintln!("structure: {} findings", findings.len());
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("structure: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn findings(top: &Path) -> Result<Vec<String>, SourceError> {
+    let mut findings = sizes::findings(top)?;
+    for root in ROOTS.map(PathBuf::from) {
+        if !top.join(&root).exists() {
+            return Err(SourceError::missing(root));
+        }
+        let source = Crate::load(top, &root)?;
+        let imports = imports::of(&source);
+        findings.extend(circles::between_files(&source, &imports));
+        findings.extend(circles::between_modules(&source, &imports));
+        if root == Path::new("src/main.rs") {
+            findings.extend(layers::findings(&source, &imports));
+        }
+    }
+    Ok(findings.into_iter().collect::<BTreeSet<_>>().into_iter().collect())
+}
