@@ -1,11 +1,5 @@
-# make run      sets everything up and runs a container in its own VM
-# make test     everything that CI runs: lint, unit tests, end-to-end suites
-# make build    the one executable, guest kernel and initramfs inside
-# make install  copies it to $(DESTDIR)$(PREFIX)/bin
-# make bench    work counted side by side with runc and QEMU (docs/BENCHMARKS.md)
-# make lint, make unit, make suites, make setup, make clean
-#
-# Downloads and guest kernels are kept in $NUTSHELL_CACHE (~/.cache/nutshell); `make clean` leaves them.
+# `make help` lists the targets. Downloads, guest kernels and the lab are kept in $NUTSHELL_CACHE
+# (~/.cache/nutshell), which `make clean` leaves.
 
 PREFIX ?= /usr/local
 DESTDIR ?=
@@ -16,10 +10,16 @@ export CARGO_TARGET_DIR NUTSHELL_CACHE
 
 NAME := containerd-shim-nutshell-v2
 TARGET := x86_64-unknown-linux-gnu
-SHIM := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
+# The executable as cargo links it, and with the guest inside.
+LINKED := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
+SHIM := $(CARGO_TARGET_DIR)/nutshell/$(NAME)
 AGENT := $(CARGO_TARGET_DIR)/$(TARGET)/guest/nutshell-agent
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
+KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
+
+PHASE := tools/phase
+MAKE_PHASES := $(MAKE) --no-print-directory
 
 # The executable is to run where these libraries are not installed.
 export LIBSECCOMP_LINK_TYPE := static
@@ -27,50 +27,75 @@ export LIBCAPNG_LINK_TYPE := static
 export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
-.PHONY: build setup agent install run test lint unit suites bench clean
+.PHONY: help build setup kernel agent executable install run run-container test lint unit suites soak bench dist clean
 
-# Static, so that it runs on any distribution, and starts without a dynamic linker.
-build: agent
-	kernel=$$(guest/kernel/build) && \
-	NUTSHELL_GUEST_KERNEL=$$kernel NUTSHELL_GUEST_INITRAMFS=$(INITRAMFS) RUSTFLAGS='-C target-feature=+crt-static' \
-	$(CARGO) build --locked --release -p nutshell --target $(TARGET)
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' Makefile | expand -t 20
 
-agent: setup
-	RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
-	$(CARGO) build --locked --profile guest -p nutshell-agent --target $(TARGET)
-	mkdir -p $(dir $(INITRAMFS))
-	guest/image/build $(AGENT) $(INITRAMFS)
+run: ## set everything up, then run a container in its own VM
+	@$(PHASE) -p "make run" $(MAKE_PHASES) build run-container
 
-setup:
-	@tests/lab/need $(PACKAGES)
+build: setup ## build the one executable, guest kernel and initramfs inside
+	@$(PHASE) -p "make build" $(PHASE) "guest kernel and Rust, side by side" "8 minutes, seconds when built before" \
+		$(MAKE_PHASES) -j$(shell nproc) kernel executable
+	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) $(SHIM)
 
-# Installs what `make build` built, so that it can be run as another user than the build.
-install:
-	@test -x $(SHIM) || { echo "$(SHIM) is not there: run \`make build\` first" >&2; exit 1; }
+install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
+	@test -x $(SHIM) || { echo "$(SHIM) does not exist: run \`make build\` first" >&2; exit 1; }
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/$(NAME)
 
-run: build
-	@tests/lab/first-run $(SHIM)
+test: ## run everything that CI runs: lint, unit tests, end-to-end suites
+	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
 
-test: lint unit suites
+lint: setup ## check formatting, clippy, licences, structure
+	@$(PHASE) "lint: format" "" $(MAKE_PHASES) lint-format
+	@$(PHASE) "lint: structure" "1 minute, seconds when built before" $(CARGO) run --locked --quiet -p nutshell-structure
+	@$(PHASE) "lint: clippy" "2 minutes" $(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(PHASE) "lint: licences" "3 minutes, a second when built before" tests/lab/deny check bans licenses sources
+	@$(PHASE) "lint: names of tests" "" tests/conformance/names
 
-lint: setup
-	$(CARGO) fmt --all --check
-	rustfmt --edition 2024 --check tests/images/*.rs
-	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	tests/lab/deny check bans licenses sources
-	tests/conformance/names
+lint-format:
+	@$(CARGO) fmt --all --check
+	@rustfmt --edition 2024 --check tests/images/*.rs
 
-unit: setup
-	$(CARGO) test --locked --workspace
+unit: setup ## run the unit tests
+	@$(PHASE) "unit tests" "3 minutes" $(CARGO) test --locked --workspace
 
-suites: build
-	tests/deploy
-	guest/agent/tests/run-in-lab
-	NUTSHELL_TEST_SHIM=$(SHIM) tests/run
+suites: build ## run the end-to-end suites in the lab
+	@$(PHASE) "deploy tests" "1 minute" tests/deploy
+	@$(PHASE) "agent's tests in the lab" "4 minutes" guest/agent/tests/run-in-lab
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "20 minutes" tests/run
 
-bench: build
-	NUTSHELL_TEST_SHIM=$(SHIM) benches/run
+bench: build ## count work side by side with runc and QEMU (docs/BENCHMARKS.md)
+	@NUTSHELL_TEST_SHIM=$(SHIM) benches/run
 
-clean:
+dist: build ## make a release: executable, SBOM, checksums, source offer
+	@$(PHASE) "dist" "1 minute" tools/dist $(SHIM)
+
+setup: ## install the Debian packages that a build needs
+	@tools/rust
+	@tests/lab/need $(PACKAGES)
+
+clean: ## remove what was built here
 	$(CARGO) clean
+
+# The three that follow share the job slots of the make that runs them (+).
+# Static, so that it runs on any distribution, and starts without a dynamic linker.
+executable: agent
+	@echo "Rust: building the executable" >&2
+	+@RUSTFLAGS='-C target-feature=+crt-static' \
+		$(CARGO) build --quiet --locked --release -p nutshell --target $(TARGET)
+
+agent: setup
+	@echo "Rust: building the agent" >&2
+	+@RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
+		$(CARGO) build --quiet --locked --profile guest -p nutshell-agent --target $(TARGET)
+	@mkdir -p $(dir $(INITRAMFS))
+	@guest/image/build $(AGENT) $(INITRAMFS)
+
+kernel: setup
+	@mkdir -p $(dir $(KERNEL_PATH))
+	+@guest/kernel/build >$(KERNEL_PATH).new && mv $(KERNEL_PATH).new $(KERNEL_PATH)
+
+run-container: build
+	@$(PHASE) "first container" "1 minute" tests/lab/first-run $(SHIM)

@@ -1,39 +1,48 @@
-//! The guest's kernel and initramfs: embedded in this executable, or files that the host's
-//! configuration names. The shim opens them; the vmm maps what it is handed.
+//! The guest's kernel and initramfs: sections of this executable, or files that the host's configuration
+//! names. The shim opens them; the vmm maps what it is handed.
+//!
+//! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and
+//! the executable are built side by side. They are not loaded: only their place in the file counts.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io,
     path::{Path, PathBuf},
 };
 
+use object::{
+    Endianness,
+    elf::FileHeader64,
+    read::{
+        ReadCache,
+        elf::{FileHeader, SectionHeader},
+    },
+};
+
 use crate::control::Extent;
 
-include!(concat!(env!("OUT_DIR"), "/embedded_guest.rs"));
+/// The file of this executable.
+const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
-/// Page alignment lets the vmm map the kernel straight from this executable's file.
-#[repr(C, align(4096))]
-struct PageAligned<T: ?Sized>(T);
+/// The sections of the executable that hold the guest, aligned to pages in the file: the vmm maps the kernel
+/// from there.
+const KERNEL_SECTION: &str = ".nutshell.kernel";
+const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
-/// Why there is no guest.
+/// Why there is no guest image.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestImageError {
-    /// Built without a guest, and none configured.
     #[error(
-        "this executable was built without a guest {0}: build it with `make build`, or name one in the configuration"
+        "this executable carries no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
     )]
     NotEmbedded(&'static str),
-    /// The executable's own file cannot be found in its mappings.
-    #[error("cannot find the embedded guest in /proc/self/maps")]
-    NotMapped,
-    /// A file cannot be read.
+    #[error("read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]
+    Executable(#[from] object::Error),
     #[error("guest {what} {}: {source}", path.display())]
     Unreadable {
         /// `kernel` or `initramfs`.
         what: &'static str,
-        /// The file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
 }
@@ -43,18 +52,18 @@ pub(crate) enum GuestImageError {
 pub(crate) struct GuestImage {
     /// Holds an uncompressed ELF `vmlinux`.
     pub(crate) kernel: File,
-    /// Where in it.
+    /// The part of that file that is the kernel.
     pub(crate) kernel_extent: Extent,
     /// Holds a cpio archive.
     pub(crate) initramfs: File,
-    /// Where in it.
+    /// The part of that file that is the archive.
     pub(crate) initramfs_extent: Extent,
 }
 
-/// Opens the guest: the files named, or what is embedded.
+/// Opens the guest image: the files named, or the sections of this executable.
 pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<GuestImage, GuestImageError> {
-    let (kernel, kernel_extent) = open_part("kernel", kernel, &KERNEL.0)?;
-    let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, &INITRAMFS.0)?;
+    let (kernel, kernel_extent) = open_part("kernel", kernel, KERNEL_SECTION)?;
+    let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, INITRAMFS_SECTION)?;
     Ok(GuestImage {
         kernel,
         kernel_extent,
@@ -63,26 +72,16 @@ pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Gu
     })
 }
 
-fn open_part(
-    what: &'static str,
-    configured: Option<&Path>,
-    embedded: &'static [u8],
-) -> Result<(File, Extent), GuestImageError> {
-    let path = configured.unwrap_or(Path::new("/proc/self/exe"));
+fn open_part(what: &'static str, configured: Option<&Path>, section: &str) -> Result<(File, Extent), GuestImageError> {
+    let path = configured.unwrap_or(Path::new(OWN_EXECUTABLE));
     let unreadable = |source| GuestImageError::Unreadable {
         what,
         path: path.to_owned(),
         source,
     };
-    if configured.is_none() && embedded.is_empty() {
-        return Err(GuestImageError::NotEmbedded(what));
-    }
     let file = File::open(path).map_err(unreadable)?;
     let extent = if configured.is_none() {
-        Extent {
-            offset: file_offset(embedded)?,
-            length: embedded.len() as u64,
-        }
+        find_section(&file, section)?.ok_or(GuestImageError::NotEmbedded(what))?
     } else {
         Extent {
             offset: 0,
@@ -92,22 +91,15 @@ fn open_part(
     Ok((file, extent))
 }
 
-/// Where in this executable's file `embedded` lies, from the mapping that holds its address
-/// (proc_pid_maps(5)): the loader may have put the segment anywhere.
-fn file_offset(embedded: &'static [u8]) -> Result<u64, GuestImageError> {
-    let address = embedded.as_ptr().addr() as u64;
-    let maps = fs::read_to_string("/proc/self/maps").map_err(|_| GuestImageError::NotMapped)?;
-    maps.lines()
-        .find_map(|line| {
-            let mut fields = line.split_ascii_whitespace();
-            let (start, end) = fields.next()?.split_once('-')?;
-            let offset = fields.nth(1)?;
-            let [start, end, offset] = [start, end, offset].map(|hex| u64::from_str_radix(hex, 16));
-            let start = start.ok()?;
-            (start..end.ok()?).contains(&address).then_some(())?;
-            Some(offset.ok()? + (address - start))
-        })
-        .ok_or(GuestImageError::NotMapped)
+/// The bytes of a section of an ELF file.
+fn find_section(file: &File, name: &str) -> Result<Option<Extent>, object::Error> {
+    let cache = ReadCache::new(file);
+    let header = FileHeader64::<Endianness>::parse(&cache)?;
+    let endian = header.endian()?;
+    let sections = header.sections(endian, &cache)?;
+    let found = sections.section_by_name(endian, name.as_bytes());
+    let range = found.and_then(|(_, section)| section.file_range(endian));
+    Ok(range.map(|(offset, length)| Extent { offset, length }))
 }
 
 #[cfg(test)]
@@ -116,18 +108,23 @@ mod tests {
 
     use super::*;
 
-    static MARKER: &PageAligned<[u8]> = &PageAligned(*b"a page-aligned static to find again in the file");
+    #[used]
+    #[unsafe(link_section = ".nutshell.test")]
+    static MARKER: [u8; 32] = *b"a section to find in this file..";
 
     #[test]
-    fn static_is_found_in_the_executables_file_at_a_page_boundary() {
-        let offset = file_offset(&MARKER.0).unwrap();
-        let mut bytes = vec![0; MARKER.0.len()];
-        File::open("/proc/self/exe")
-            .unwrap()
-            .read_exact_at(&mut bytes, offset)
-            .unwrap();
-        assert_eq!(bytes, &MARKER.0);
-        assert_eq!(offset % 4096, 0);
+    fn section_is_found_by_name_in_the_executables_file() {
+        let file = File::open(OWN_EXECUTABLE).unwrap();
+        let extent = find_section(&file, ".nutshell.test").unwrap().unwrap();
+        let mut bytes = [0; 32];
+        file.read_exact_at(&mut bytes, extent.offset).unwrap();
+        assert_eq!((bytes, extent.length), (MARKER, 32));
+    }
+
+    #[test]
+    fn executable_without_a_guest_says_how_to_get_one() {
+        let error = open(None, None).unwrap_err();
+        assert!(error.to_string().contains("make build"), "{error}");
     }
 
     #[test]

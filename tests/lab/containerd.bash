@@ -46,7 +46,8 @@ start_containerd() {
   : >/run/containerd.log
   serve_containerd || exit 1
 
-  images=$("$lab/../images/build")
+  (($#)) || return 0
+  images=$("$lab/../images/build" "$@")
   for image; do
     ctr ${cri:+-n k8s.io} image import --no-unpack "$images/$image.tar" >/dev/null || exit 1
   done
