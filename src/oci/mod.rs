@@ -7,11 +7,13 @@
 //! [`plan_pod`] when a sandbox is created that has no bundle to plan, and [`read_annotations`] when a shim
 //! starts.
 
+mod annotations;
 mod cri;
 mod devices;
 mod error;
 mod id;
 mod idmap;
+mod limits;
 mod mounts;
 mod namespaces;
 mod plan;
@@ -22,15 +24,16 @@ mod source;
 mod spec;
 mod translate;
 
+pub(crate) use annotations::read_annotations;
 pub(crate) use error::PlanError;
 pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
+pub(crate) use limits::Limits;
 pub(crate) use plan::{
     BundlePlan, Hook, Hooks, HostMount, HostNamespaces, Network, PidNamespace, Placement, Plan, PodPlan, PodShared,
-    ResolvConf, Root, Share, ShareIdMap, Size,
+    ResolvConf, Root, Share, ShareIdMap,
 };
 pub(crate) use pod::plan_pod;
-pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, Limits, MAX_VCPUS, MIN_MEMORY, PodSize, Sizing};
+pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};
 pub(crate) use source::{Inspect, SourceKind};
-pub(crate) use spec::read_annotations;
 pub(crate) use translate::plan_bundle;

@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::{IdMap, Limits, PodSize};
+use super::{IdMap, Limits, PodSize, Size};
 
 /// What a bundle is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -225,13 +225,4 @@ pub(crate) struct Hook {
     pub(crate) environment: Vec<String>,
     /// After which it is killed and has failed.
     pub(crate) timeout: Option<Duration>,
-}
-
-/// The size of a machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Size {
-    /// Guest memory in bytes, a multiple of 2 MiB, overhead included.
-    pub(crate) memory: u64,
-    /// vCPUs.
-    pub(crate) vcpus: u8,
 }

@@ -6,7 +6,7 @@ use std::{collections::HashMap, path::Path};
 use prost::Message;
 
 use super::{
-    ContainerId, Hooks, HostNamespaces, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
+    ContainerId, Hooks, HostNamespaces, Limits, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
     cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig},
     namespaces::{HOST_NETWORK, refuse_host},
     plan::DEFAULT_SHM_SIZE,
@@ -40,15 +40,18 @@ pub(crate) fn plan_pod(
     let namespaces = linux.security_context.unwrap_or_default().namespace_options;
     refuse_host_namespaces(&namespaces.unwrap_or_default(), host)?;
     let network = parse_network(network)?;
+    let limits = match &linux.resources {
+        Some(resources) => parse_limits(resources)?,
+        None => Limits::from_annotations(annotations)?,
+    };
     let mut size_annotations: HashMap<_, _> = config
         .annotations
         .into_iter()
         .filter(|(name, _)| name.starts_with(OWN_ANNOTATIONS))
         .collect();
     size_annotations.extend(annotations.clone());
-    size_annotations.extend(linux.resources.iter().flat_map(limit_annotations));
     Ok(PodPlan {
-        size: sizing.of_sandbox(&size_annotations)?,
+        size: sizing.size_for_pod(&size_annotations, limits)?,
         network,
         cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         hooks: Hooks::default(),
@@ -102,14 +105,14 @@ fn parse_network(path: &str) -> Result<Network, PlanError> {
     }
 }
 
-/// The limits of a pod as containerd's CRI writes them into the bundle of a sandbox.
-fn limit_annotations(resources: &LinuxContainerResources) -> [(String, String); 3] {
-    [
-        ("sandbox-cpu-period", resources.cpu_period),
-        ("sandbox-cpu-quota", resources.cpu_quota),
-        ("sandbox-memory", resources.memory_limit_in_bytes),
-    ]
-    .map(|(name, value)| (format!("io.kubernetes.cri.{name}"), value.to_string()))
+fn parse_limits(resources: &LinuxContainerResources) -> Result<Limits, PlanError> {
+    let period = u64::try_from(resources.cpu_period)
+        .map_err(|_| PlanError::invalid("linux.resources.cpu_period", "the period is negative"))?;
+    Ok(Limits::new(
+        Some(resources.memory_limit_in_bytes),
+        Some(resources.cpu_quota),
+        Some(period),
+    ))
 }
 
 /// The cgroup of a sandbox below that of its pod, in systemd's form if that is a slice: as containerd's CRI names it
@@ -279,6 +282,13 @@ mod tests {
         ];
         let size = plan_of(&message, "", &chosen).unwrap().size;
         assert_eq!((size.boot.memory, size.boot.vcpus), ((256 + 4 + 64) * MIB, 3));
+    }
+
+    #[test]
+    fn negative_cpu_period_is_an_error() {
+        let resources = number(1, -5);
+        let error = plan_of(&field(8, &field(5, &resources)), "", &[]).unwrap_err();
+        assert!(error.to_string().contains("cpu_period"), "{error}");
     }
 
     #[test]

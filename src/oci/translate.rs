@@ -33,7 +33,8 @@ pub(crate) fn plan_bundle(
     let placement = placement(&annotations)?;
     let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
     let Some(placement) = placement else {
-        let pod = sandbox(&mut spec, &linux, sizing.of_sandbox(&annotations)?, host, inspect)?;
+        let size = sizing.size_for_pod(&annotations, Limits::from_annotations(&annotations)?)?;
+        let pod = sandbox(&mut spec, &linux, size, host, inspect)?;
         return Ok(BundlePlan::Sandbox(Box::new(pod)));
     };
     refuse(&linux)?;
@@ -48,8 +49,8 @@ pub(crate) fn plan_bundle(
         ));
     }
     let cgroups_path = cgroups_path(&linux);
-    let size = sizing.of_container(&annotations, linux.resources().as_ref())?;
     let limits = Limits::from_resources(linux.resources().as_ref());
+    let size = sizing.size_for_container(&annotations, limits)?;
     let hooks = take_host_hooks(&mut spec)?;
     let root = root(&mut spec, bundle, id, rootfs)?;
     let in_pod = placement != Placement::Single;
