@@ -209,7 +209,7 @@ unsupported_configuration_is_refused() {
   [[ $version == 1.7 ]] || {
     rm $config
     printf 'version = 3\nimports = [\n  "/x/*.toml",\n]\n' >$config
-    refused 'line 2: imports is more than a line'
+    refused 'line 2: imports spans several lines'
   }
 }
 
@@ -352,7 +352,7 @@ running_executable_can_be_replaced() {
   node install
   cmp "$work/shim" /usr/local/bin/containerd-shim-nutshell-v2
   kill -0 "$shim"
-  assert_contains "$(node status)" 'machines that run: 1'
+  assert_contains "$(node status)" 'running machines: 1'
   assert_status 3 node uninstall
   not_running
   node uninstall
