@@ -1,0 +1,72 @@
+//! Loads and attaches BPF programs that confine a cgroup's access to devices.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use nutshell_linux::bpf::Instruction;
+
+use super::check;
+
+/// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used; what is missing counts as zero (bpf(2)).
+#[repr(C)]
+struct BpfLoad {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+}
+
+/// `union bpf_attr` for BPF_PROG_ATTACH, as far as it is used.
+#[repr(C)]
+struct BpfAttach {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
+pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
+    const PROG_LOAD: libc::c_int = 5;
+    const CGROUP_DEVICE: u32 = 15;
+    let attributes = BpfLoad {
+        kind: CGROUP_DEVICE,
+        count: u32::try_from(program.len()).map_err(io::Error::other)?,
+        instructions: program.as_ptr().addr() as u64,
+        license: c"".as_ptr().addr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+    };
+    // SAFETY: the attributes, and the instructions and string that they point to, outlive the call.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<BpfLoad>()) };
+    let fd = check(i32::try_from(fd).unwrap_or(-1))?;
+    // SAFETY: the kernel just gave this descriptor to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches a program of [`load_device_program`] to a cgroup, whose folder is open.
+pub(crate) fn attach_device_program(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
+    const PROG_ATTACH: libc::c_int = 8;
+    const CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+    let attributes = BpfAttach {
+        target: cgroup.as_fd().as_raw_fd().unsigned_abs(),
+        program: program.as_fd().as_raw_fd().unsigned_abs(),
+        kind: CGROUP_DEVICE,
+        flags: ALLOW_MULTI,
+    };
+    // SAFETY: the attributes outlive the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            PROG_ATTACH,
+            &raw const attributes,
+            size_of::<BpfAttach>(),
+        )
+    };
+    check(i32::try_from(result).unwrap_or(-1)).map(drop)
+}
