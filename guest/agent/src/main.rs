@@ -17,7 +17,7 @@ mod job;
 mod machine;
 mod pod;
 mod poller;
-mod reap;
+mod reaper;
 mod stdio;
 mod sys;
 

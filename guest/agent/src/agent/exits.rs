@@ -7,7 +7,7 @@ use rustix::process::Pid;
 
 use super::{Agent, AgentError, Errand, Purpose};
 use crate::container::{Process, Stage};
-use crate::reap::Ending;
+use crate::reaper::Ending;
 
 /// How many bytes the host may leave unread before repeated news of the same kind is left out.
 const BACKLOG: usize = 1 << 20;

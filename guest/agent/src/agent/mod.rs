@@ -20,7 +20,7 @@ use crate::container::Container;
 use crate::job::Job;
 use crate::pod::Pod;
 use crate::poller::{Poller, Token};
-use crate::reap::Reaper;
+use crate::reaper::Reaper;
 use crate::stdio::Channels;
 use streams::Streams;
 

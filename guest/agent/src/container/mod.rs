@@ -25,7 +25,7 @@ use nutshell_protocol::CONTAINERS_PATH;
 use rustix::process::Pid;
 
 use crate::cgroup::{Cgroup, MemoryWatch};
-use crate::reap::Ending;
+use crate::reaper::Ending;
 
 /// Where libcontainer keeps what it knows of containers.
 const STATE_PATH: &str = "/run/nutshell/state";

@@ -10,7 +10,7 @@ use super::program::Program;
 use crate::cgroup::Cgroup;
 use crate::cgroup::limits::clean_resources;
 use crate::failure::FailureExt;
-use crate::pod::settings;
+use crate::machine::settings;
 
 /// A spec that libcontainer takes, and what was taken out of it.
 #[derive(Debug)]

@@ -5,7 +5,6 @@
 //! [`set_up`] runs in a job (see [`crate::job`]); what it made is a [`Pod`] in the event loop.
 
 mod init;
-pub(crate) mod settings;
 
 use std::ffi::CString;
 use std::fs;
@@ -19,6 +18,7 @@ use rustix::process::Pid;
 
 use crate::failure::Context;
 use crate::job::Outcome;
+use crate::machine::settings;
 
 /// Where the shared files are.
 const FOLDER: &str = "/run/nutshell/pod";

@@ -1,0 +1,122 @@
+//! Prepares the guest once, before the agent connects to the host: mounts, limits, cgroup controllers, the
+//! loopback interface.
+
+use std::fs;
+use std::io;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::{Resource, Rlimit};
+
+use crate::cgroup;
+use crate::sys;
+
+/// A step of the set-up that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{step}: {source}")]
+pub(crate) struct SetupError {
+    step: &'static str,
+    source: io::Error,
+}
+
+trait Step<T> {
+    fn step(self, step: &'static str) -> Result<T, SetupError>;
+}
+
+impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
+    fn step(self, step: &'static str) -> Result<T, SetupError> {
+        self.map_err(|source| SetupError {
+            step,
+            source: source.into(),
+        })
+    }
+}
+
+/// Turns the kernel's bare initramfs into a place where containers can be made.
+pub(crate) fn set_up() -> Result<(), SetupError> {
+    replace_root()?;
+    open_standard_streams().step("open /dev/console")?;
+    fs::write("/proc/self/oom_score_adj", "-1000").step("write oom_score_adj")?;
+    raise_limits()?;
+    cgroup::delegate_controllers().step("delegate cgroup controllers")?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None).step("open a socket")?;
+    sys::loopback_up(socket).step("bring lo up")
+}
+
+/// Moves to a root that containers can leave.
+///
+/// pivot_root(2) refuses the initramfs, the root of all mounts, which cannot be unmounted. So a tmpfs
+/// is moved over it: a container pivots away from that one and unmounts it, and neither a chroot nor
+/// a `..` leads below it, because the tmpfs covers the very root of the mount tree.
+fn replace_root() -> Result<(), SetupError> {
+    const NEW: &str = "/new";
+    const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+    make_folder(NEW)?;
+    rustix::mount::mount(
+        "tmpfs",
+        NEW,
+        "tmpfs",
+        MountFlags::NOSUID | MountFlags::NODEV,
+        c"mode=755",
+    )
+    .step("mount the root")?;
+    rustix::process::chdir(NEW).step("enter the root")?;
+    rustix::mount::mount_move(".", "/").step("move the root")?;
+    rustix::process::chroot(".").step("change the root")?;
+    let mounts = [
+        ("/proc", "proc", PLAIN, c""),
+        ("/sys", "sysfs", PLAIN, c""),
+        ("/sys/fs/cgroup", "cgroup2", PLAIN, c"nsdelegate,memory_recursiveprot"),
+        ("/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=755"),
+        (
+            "/dev/pts",
+            "devpts",
+            MountFlags::NOSUID | MountFlags::NOEXEC,
+            c"gid=5,mode=620,ptmxmode=666",
+        ),
+        ("/dev/shm", "tmpfs", PLAIN, c"mode=1777"),
+        ("/dev/mqueue", "mqueue", PLAIN, c""),
+    ];
+    for (target, kind, flags, data) in mounts {
+        if target != "/sys/fs/cgroup" {
+            make_folder(target)?;
+        }
+        rustix::mount::mount(kind, target, kind, flags, data).step(target)?;
+    }
+    make_folder("/run")?;
+    make_folder("/run/nutshell")?;
+    make_folder("/tmp")
+}
+
+fn make_folder(path: &'static str) -> Result<(), SetupError> {
+    match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
+        Err(rustix::io::Errno::EXIST) => Ok(()),
+        result => result.step(path),
+    }
+}
+
+/// The kernel leaves the standard streams closed if it has no console: then they are `/dev/null`.
+fn open_standard_streams() -> io::Result<()> {
+    loop {
+        let null = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty())?;
+        let number = std::os::fd::AsRawFd::as_raw_fd(&null);
+        if number > 2 {
+            return Ok(());
+        }
+        // It has become a standard stream, for good.
+        let _ = std::os::fd::IntoRawFd::into_raw_fd(null);
+    }
+}
+
+/// Containers inherit these unless their spec sets them: what a service manager gives containerd.
+fn raise_limits() -> Result<(), SetupError> {
+    const FILES: u64 = 1 << 20;
+    let both = |limit| Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    rustix::process::setrlimit(Resource::Nofile, both(Some(FILES))).step("raise RLIMIT_NOFILE")?;
+    rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")
+}
