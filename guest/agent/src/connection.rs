@@ -13,15 +13,15 @@ use crate::sys::VsockAddress;
 
 /// Where the host listens.
 #[derive(Debug, Clone)]
-pub(crate) enum Host {
+pub(crate) enum HostAddress {
     /// The machine's virtio-vsock device.
     Vsock,
     /// Sockets `<folder>/<port>`: how tests stand in for a host.
     Unix(PathBuf),
 }
 
-impl Host {
-    /// Opens a stream that does not block. It may still be on its way: see [`connected`].
+impl HostAddress {
+    /// Opens a stream that does not block. It may still be on its way: see [`is_connected`].
     pub(crate) fn dial(&self, port: u32) -> io::Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (socket, result) = match self {
@@ -46,7 +46,7 @@ impl Host {
 }
 
 /// Whether a dialled stream carries bytes yet; an error if the host refused it.
-pub(crate) fn connected(stream: impl AsFd) -> io::Result<bool> {
+pub(crate) fn is_connected(stream: impl AsFd) -> io::Result<bool> {
     rustix::net::sockopt::socket_error(&stream)??;
     match rustix::net::getpeername(&stream) {
         Ok(_) => Ok(true),
@@ -58,14 +58,14 @@ pub(crate) fn connected(stream: impl AsFd) -> io::Result<bool> {
 
 /// How long the host may take to answer a dial. The kernel gives up by itself after two seconds
 /// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
-const ANSWER_LIMIT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
+const CONNECT_TIMEOUT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
 
 /// Waits until a stream that was dialled carries bytes.
 pub(crate) fn await_connection(stream: &OwnedFd) -> io::Result<()> {
-    if !connected(stream)? {
+    if !is_connected(stream)? {
         let mut answer = [PollFd::new(stream, PollFlags::OUT)];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&ANSWER_LIMIT)))?;
-        if !connected(stream)? {
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&CONNECT_TIMEOUT)))?;
+        if !is_connected(stream)? {
             return Err(io::ErrorKind::TimedOut.into());
         }
     }
@@ -88,18 +88,18 @@ pub(crate) enum ControlError {
 
 /// The control stream.
 #[derive(Debug)]
-pub(crate) struct Control {
+pub(crate) struct ControlStream {
     stream: OwnedFd,
     incoming: FrameBuffer,
     outgoing: Vec<u8>,
 }
 
 /// How much is read from the control stream at once.
-const READ: usize = 16 << 10;
+const READ_SIZE: usize = 16 << 10;
 
-impl Control {
+impl ControlStream {
     /// Dials the host and waits until it takes the call.
-    pub(crate) fn dial(host: &Host) -> io::Result<Self> {
+    pub(crate) fn dial(host: &HostAddress) -> io::Result<Self> {
         let stream = host.dial(AGENT_PORT)?;
         let mut ready = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::OUT)];
         rustix::io::retry_on_intr(|| rustix::event::poll(&mut ready, None))?;
@@ -117,7 +117,7 @@ impl Control {
             if let Some(message) = self.incoming.next()? {
                 return Ok(Some(message));
             }
-            let mut bytes = [0; READ];
+            let mut bytes = [0; READ_SIZE];
             match rustix::io::read(&self.stream, &mut bytes) {
                 Ok(0) | Err(Errno::CONNRESET) => return Err(ControlError::Closed),
                 Ok(read) => self.incoming.push(&bytes[..read]),
@@ -156,7 +156,7 @@ impl Control {
     }
 }
 
-impl AsFd for Control {
+impl AsFd for ControlStream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }

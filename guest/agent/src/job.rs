@@ -40,14 +40,14 @@ pub(crate) struct Job {
 }
 
 /// The longest report; one with a longer message is cut by the job.
-const LONGEST_REPORT: usize = 64 << 10;
+const MAX_REPORT_SIZE: usize = 64 << 10;
 
 /// A job's work: what it made, and the terminal that goes with it.
-pub(crate) type Work<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
+pub(crate) type JobWork<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
 
 impl Job {
     /// Forks, does `work` in the child with no descriptor but the standard ones and `keep`.
-    pub(crate) fn start(keep: &[BorrowedFd<'_>], work: Work<'_>) -> io::Result<Self> {
+    pub(crate) fn start(keep: &[BorrowedFd<'_>], work: JobWork<'_>) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -62,15 +62,15 @@ impl Job {
         sys::close_all_but(&kept);
         sys::unblock_signals();
         let status = match work() {
-            Ok((outcome, terminal)) => report(&theirs, &Ok(outcome), terminal.as_ref()),
-            Err(failure) => report(&theirs, &Err(failure), None),
+            Ok((outcome, terminal)) => send_report(&theirs, &Ok(outcome), terminal.as_ref()),
+            Err(failure) => send_report(&theirs, &Err(failure), None),
         };
         sys::exit_now(i32::from(status.is_err()))
     }
 
     /// The report, or `None` while there is none. A job that ended without one failed.
-    pub(crate) fn report(&self) -> Option<Report> {
-        let mut bytes = vec![0; LONGEST_REPORT];
+    pub(crate) fn receive_report(&self) -> Option<Report> {
+        let mut bytes = vec![0; MAX_REPORT_SIZE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
@@ -104,10 +104,10 @@ impl AsFd for Job {
     }
 }
 
-fn report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<&OwnedFd>) -> io::Result<()> {
+fn send_report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<&OwnedFd>) -> io::Result<()> {
     let mut frame = encode(result).map_err(io::Error::other)?;
-    if let (true, Err(failure)) = (frame.len() > LONGEST_REPORT, result) {
-        let message = failure.message.chars().take(LONGEST_REPORT / 8).collect();
+    if let (true, Err(failure)) = (frame.len() > MAX_REPORT_SIZE, result) {
+        let message = failure.message.chars().take(MAX_REPORT_SIZE / 8).collect();
         frame = encode(&Err::<Outcome, _>(Failure {
             message,
             kind: failure.kind,
@@ -132,7 +132,7 @@ mod tests {
 
     fn finished(job: &Job) -> Report {
         poll(&mut [PollFd::new(job, PollFlags::IN)], None).unwrap();
-        let report = job.report().expect("poll said that there is a report");
+        let report = job.receive_report().expect("poll said that there is a report");
         rustix::process::waitpid(Some(job.pid), rustix::process::WaitOptions::empty()).unwrap();
         report
     }
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn long_failure_is_cut_to_fit() {
-        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(LONGEST_REPORT * 2)))).unwrap();
-        assert_eq!(finished(&job).0.unwrap_err().message.len(), LONGEST_REPORT / 8);
+        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(MAX_REPORT_SIZE * 2)))).unwrap();
+        assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_SIZE / 8);
     }
 }

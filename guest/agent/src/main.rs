@@ -24,19 +24,19 @@ mod sys;
 use std::process::ExitCode;
 
 use agent::{Agent, AgentError};
-use connection::{ControlError, Host};
+use connection::{ControlError, HostAddress};
 use container::hooks;
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
-        [flag, arguments @ ..] if flag == hooks::FLAG => hooks::run_in_rootfs(arguments),
-        [flag, folder] if flag == "--test-unix" => serve_test(&Host::Unix(folder.into())),
+        [flag, arguments @ ..] if flag == hooks::HOOKS_FLAG => hooks::run_in_rootfs(arguments),
+        [flag, folder] if flag == "--test-unix" => serve_test(&HostAddress::Unix(folder.into())),
         _ if rustix::process::getpid().is_init() => {
             let Err(error) = serve_machine();
             // The host reads the console's last lines when a guest ends without being asked to.
             eprintln!("nutshell-agent: {error}");
-            machine::end()
+            machine::reboot()
         }
         _ => {
             eprintln!("nutshell-agent: runs as PID 1 of a nutshell machine, or with --test-unix FOLDER");
@@ -47,10 +47,10 @@ fn main() -> ExitCode {
 
 fn serve_machine() -> Result<std::convert::Infallible, Box<dyn std::error::Error>> {
     machine::set_up()?;
-    Ok(Agent::connect(Host::Vsock)?.serve()?)
+    Ok(Agent::connect(HostAddress::Vsock)?.serve()?)
 }
 
-fn serve_test(host: &Host) -> ExitCode {
+fn serve_test(host: &HostAddress) -> ExitCode {
     let served = sys::become_subreaper()
         .map_err(AgentError::from)
         .and_then(|()| Agent::connect(host.clone())?.serve());

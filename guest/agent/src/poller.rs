@@ -47,7 +47,7 @@ impl Token {
 }
 
 /// How many events are taken from the kernel at once.
-const BATCH: usize = 32;
+const MAX_EVENTS_PER_WAIT: usize = 32;
 
 /// An epoll instance.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ impl Poller {
 
     /// Waits until something happens, or just looks where `block` is not set.
     pub(crate) fn wait(&self, block: bool) -> io::Result<Vec<Token>> {
-        let mut events = Vec::with_capacity(BATCH);
+        let mut events = Vec::with_capacity(MAX_EVENTS_PER_WAIT);
         let timeout = (!block).then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
         match epoll::wait(
             &self.epoll,

@@ -12,16 +12,16 @@ use crate::sys;
 
 /// How and when a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ending {
+pub(crate) struct ProcessExit {
     /// 0–255; 128 + n for a process killed by signal n.
     pub(crate) status: u8,
     /// The signal that killed it.
     pub(crate) signal: Option<u32>,
     /// Nanoseconds since the epoch.
-    pub(crate) at: u64,
+    pub(crate) exited_at: u64,
 }
 
-impl Ending {
+impl ProcessExit {
     fn now(status: WaitStatus) -> Self {
         let signal = status
             .terminating_signal()
@@ -36,7 +36,7 @@ impl Ending {
         Self {
             status: u8::try_from(number & 0xff).unwrap_or(u8::MAX),
             signal,
-            at: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
+            exited_at: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
         }
     }
 }
@@ -47,26 +47,26 @@ pub(crate) struct Reaper {
     signals: OwnedFd,
     /// Ends of processes that nobody has claimed: a process can end before the job that made it says
     /// so. Kept while a job is on its way.
-    unclaimed: HashMap<Pid, Ending>,
+    unclaimed: HashMap<Pid, ProcessExit>,
 }
 
 impl Reaper {
     /// Blocks SIGCHLD for this process from now on.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
-            signals: sys::child_signals()?,
+            signals: sys::open_child_signals()?,
             unclaimed: HashMap::new(),
         })
     }
 
     /// Everything that has ended since the last call.
-    pub(crate) fn reap(&mut self) -> io::Result<Vec<(Pid, Ending)>> {
+    pub(crate) fn reap(&mut self) -> io::Result<Vec<(Pid, ProcessExit)>> {
         let mut record = [0; 128];
         while let Ok(1..) = rustix::io::read(&self.signals, &mut record) {}
         let mut ended = Vec::new();
         loop {
             match rustix::process::wait(WaitOptions::NOHANG) {
-                Ok(Some((pid, status))) => ended.push((pid, Ending::now(status))),
+                Ok(Some((pid, status))) => ended.push((pid, ProcessExit::now(status))),
                 Ok(None) | Err(Errno::CHILD) => return Ok(ended),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -75,20 +75,20 @@ impl Reaper {
     }
 
     /// Remembers the end of a process that may still be claimed.
-    pub(crate) fn keep(&mut self, pid: Pid, ending: Ending) {
-        self.unclaimed.insert(pid, ending);
+    pub(crate) fn keep_unclaimed(&mut self, pid: Pid, exit: ProcessExit) {
+        self.unclaimed.insert(pid, exit);
     }
 
     /// How `pid`, which a job has just named, ended; `None` if it lives.
-    pub(crate) fn claim(&mut self, pid: Pid) -> Option<Ending> {
-        let ending = self.unclaimed.remove(&pid)?;
+    pub(crate) fn claim(&mut self, pid: Pid) -> Option<ProcessExit> {
+        let exit = self.unclaimed.remove(&pid)?;
         // The number may have been used again by now: a living child is the one that is meant.
         let lives = rustix::process::waitid(
             rustix::process::WaitId::Pid(pid),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT,
         )
         .is_ok();
-        (!lives).then_some(ending)
+        (!lives).then_some(exit)
     }
 
     /// Forgets what nobody can claim any more.
@@ -107,7 +107,7 @@ impl AsFd for Reaper {
 mod tests {
     use super::*;
 
-    fn ending_of(script: &str) -> Ending {
+    fn exit_of(script: &str) -> ProcessExit {
         let mut child = std::process::Command::new("/bin/sh")
             .args(["-c", script])
             .spawn()
@@ -118,7 +118,7 @@ mod tests {
             .unwrap();
         // The pid was reaped behind its back: this only clears its state.
         let _ = child.try_wait();
-        Ending::now(status)
+        ProcessExit::now(status)
     }
 
     #[test]
@@ -129,8 +129,8 @@ mod tests {
             ("kill -KILL $$", 137, Some(9)),
             ("kill -TERM $$", 143, Some(15)),
         ] {
-            let ending = ending_of(script);
-            assert_eq!((ending.status, ending.signal), (status, signal), "{script}");
+            let exit = exit_of(script);
+            assert_eq!((exit.status, exit.signal), (status, signal), "{script}");
         }
     }
 }

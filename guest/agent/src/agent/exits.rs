@@ -5,26 +5,26 @@ use std::rc::Rc;
 use nutshell_protocol::{Event, Exited, Response};
 use rustix::process::Pid;
 
-use super::{Agent, AgentError, Errand, Purpose};
+use super::{Agent, AgentError, PendingJob, Purpose};
 use crate::container::{Process, Stage};
-use crate::reaper::Ending;
+use crate::reaper::ProcessExit;
 
 /// How many bytes the host may leave unread before repeated news of the same kind is left out.
-const BACKLOG: usize = 1 << 20;
+const MAX_BACKLOG: usize = 1 << 20;
 
 impl Agent {
-    pub(super) fn take_exits(&mut self) -> Result<(), AgentError> {
-        for (pid, ending) in self.reaper.reap()? {
-            if !self.ended(pid, ending)? && !self.errands.is_empty() {
-                self.reaper.keep(pid, ending);
+    pub(super) fn handle_exits(&mut self) -> Result<(), AgentError> {
+        for (pid, exit) in self.reaper.reap()? {
+            if !self.record_exit(pid, exit)? && !self.pending_jobs.is_empty() {
+                self.reaper.keep_unclaimed(pid, exit);
             }
         }
         Ok(())
     }
 
     /// Records the end of one of the containers' processes. `false` if it is none of them.
-    pub(super) fn ended(&mut self, pid: Pid, ending: Ending) -> Result<bool, AgentError> {
-        let Some((name, exec)) = self.find(pid) else {
+    pub(super) fn record_exit(&mut self, pid: Pid, exit: ProcessExit) -> Result<bool, AgentError> {
+        let Some((name, exec)) = self.find_process(pid) else {
             return Ok(false);
         };
         if exec.is_none() {
@@ -38,22 +38,25 @@ impl Agent {
             return Ok(false);
         };
         let [_, stdout, stderr] = process.pumps;
-        let mut ending = ending;
-        if let (Some(blamed), Some(_)) = (process.blamed, ending.signal) {
-            ending.status = u8::try_from(128 + blamed).unwrap_or(u8::MAX);
+        let mut exit = exit;
+        if let (Some(reported_signal), Some(_)) = (process.reported_signal, exit.signal) {
+            exit.status = u8::try_from(128 + reported_signal).unwrap_or(u8::MAX);
         }
-        process.ended = Some((ending, [self.streams.written(stdout), self.streams.written(stderr)]));
-        if ending.status != 0 {
-            self.report_kills(&name)?;
+        process.exit = Some((
+            exit,
+            [self.streams.bytes_written(stdout), self.streams.bytes_written(stderr)],
+        ));
+        if exit.status != 0 {
+            self.report_oom_kills(&name)?;
         }
         self.report_exits(&name)?;
         Ok(true)
     }
 
     /// Whose process has this pid.
-    fn find(&self, pid: Pid) -> Option<(Rc<str>, Option<String>)> {
+    fn find_process(&self, pid: Pid) -> Option<(Rc<str>, Option<String>)> {
         self.containers.iter().find_map(|(name, container)| {
-            let is_meant = |process: &Process| process.pid == Some(pid) && process.ended.is_none();
+            let is_meant = |process: &Process| process.pid == Some(pid) && process.exit.is_none();
             if is_meant(&container.init) {
                 return Some((Rc::clone(name), None));
             }
@@ -65,7 +68,7 @@ impl Agent {
     /// A container ends with its first process. Those in its pid namespace are dead already, others
     /// must not outlive it, and none may be added.
     fn end_container(&mut self, name: &str) {
-        self.break_off(name);
+        self.kill_jobs(name);
         if let Some(container) = self.containers.get_mut(name) {
             if container.stage != Stage::Deleting {
                 container.stage = Stage::Stopped;
@@ -82,31 +85,32 @@ impl Agent {
             let Some(container) = self.containers.get_mut(name) else {
                 return Ok(());
             };
-            let ended = container.execs.iter().find(|(_, process)| process.ended.is_some());
+            let ended = container.execs.iter().find(|(_, process)| process.exit.is_some());
             if let Some(exec) = ended.map(|(exec, _)| exec.clone()) {
                 if let Some(mut process) = container.execs.remove(&exec) {
-                    self.report(name, Some(exec), &mut process)?;
+                    self.report_exit(name, Some(exec), &mut process)?;
                 }
-            } else if container.execs.is_empty() && container.init.ended.is_some() {
+            } else if container.execs.is_empty() && container.init.exit.is_some() {
                 let mut process = std::mem::take(&mut container.init);
-                self.report(name, None, &mut process)?;
+                self.report_exit(name, None, &mut process)?;
             } else {
                 break;
             }
         }
-        self.forget_removed(name)
+        self.finish_deletion(name)
     }
 
     /// Answers the deletion of a container when the last of its processes was told of.
-    fn forget_removed(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
+    fn finish_deletion(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         let Some(container) = self.containers.get(name) else {
             return Ok(());
         };
-        let is_made = |errand: &Errand| matches!(&errand.purpose, Purpose::Create(made) if made == name);
-        let lives = container.init.pid.is_some() || !container.execs.is_empty() || self.errands.values().any(is_made);
-        match container.removed.filter(|_| !lives) {
+        let is_made = |pending: &PendingJob| matches!(&pending.purpose, Purpose::Create(made) if made == name);
+        let lives =
+            container.init.pid.is_some() || !container.execs.is_empty() || self.pending_jobs.values().any(is_made);
+        match container.deletion.filter(|_| !lives) {
             Some(request) => {
-                self.streams.end_all(name);
+                self.streams.remove_container(name);
                 self.containers.remove(name);
                 self.reply(request, Ok(Response::Done))
             }
@@ -114,41 +118,41 @@ impl Agent {
         }
     }
 
-    fn report(&mut self, name: &Rc<str>, exec: Option<String>, process: &mut Process) -> Result<(), AgentError> {
-        let Some((ending, [stdout_bytes, stderr_bytes])) = process.ended.take() else {
+    fn report_exit(&mut self, name: &Rc<str>, exec: Option<String>, process: &mut Process) -> Result<(), AgentError> {
+        let Some((exit, [stdout_bytes, stderr_bytes])) = process.exit.take() else {
             return Ok(());
         };
         for pump in process.pumps.into_iter().flatten() {
-            self.streams.turn(pump);
-            self.streams.release(pump);
+            self.streams.transfer(pump);
+            self.streams.detach(pump);
         }
         self.event(Event::Exited(Exited {
             container: name.to_string(),
             exec,
-            status: ending.status,
-            exited_at: ending.at,
+            status: exit.status,
+            exited_at: exit.exited_at,
             stdout_bytes,
             stderr_bytes,
         }))
     }
 
-    pub(super) fn take_memory_event(&mut self, number: u32) -> Result<(), AgentError> {
+    pub(super) fn handle_memory_event(&mut self, number: u32) -> Result<(), AgentError> {
         let meant = self.containers.iter().find_map(|(name, container)| {
-            let watch = container.memory.as_ref()?;
-            (watch.number == number).then(|| Rc::clone(name))
+            let watch = container.memory_watch.as_ref()?;
+            (watch.source_number == number).then(|| Rc::clone(name))
         });
         match meant {
-            Some(name) => self.report_kills(&name),
+            Some(name) => self.report_oom_kills(&name),
             None => Ok(()),
         }
     }
 
-    fn report_kills(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
+    fn report_oom_kills(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         let watch = self
             .containers
             .get_mut(name)
-            .and_then(|container| container.memory.as_mut());
-        if watch.is_some_and(|watch| watch.killed_again()) && self.control.backlog() < BACKLOG {
+            .and_then(|container| container.memory_watch.as_mut());
+        if watch.is_some_and(|watch| watch.has_new_kills()) && self.control.backlog() < MAX_BACKLOG {
             self.event(Event::OutOfMemory {
                 container: name.to_string(),
             })?;

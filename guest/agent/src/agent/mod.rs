@@ -15,13 +15,13 @@ use std::rc::Rc;
 
 use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
 
-use crate::connection::{Control, ControlError, Host};
+use crate::connection::{ControlError, ControlStream, HostAddress};
 use crate::container::Container;
 use crate::job::Job;
 use crate::pod::Pod;
 use crate::poller::{Poller, Token};
 use crate::reaper::Reaper;
-use crate::stdio::Channels;
+use crate::stdio::AgentEnds;
 use streams::Streams;
 
 /// Why the agent cannot go on.
@@ -54,34 +54,34 @@ enum Purpose {
 
 /// A job that the host waits for.
 #[derive(Debug)]
-struct Errand {
+struct PendingJob {
     job: Job,
     request: u64,
     purpose: Purpose,
-    channels: Option<Channels>,
+    agent_ends: Option<AgentEnds>,
 }
 
 /// The agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
     poller: Poller,
-    host: Host,
-    control: Control,
+    host: HostAddress,
+    control: ControlStream,
     reaper: Reaper,
     streams: Streams,
     /// Once it was set up.
     pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
-    errands: BTreeMap<u32, Errand>,
+    pending_jobs: BTreeMap<u32, PendingJob>,
     /// The last number given to an event source.
-    last_number: u32,
+    last_source_number: u32,
 }
 
 impl Agent {
     /// Dials the host and greets it.
-    pub(crate) fn connect(host: Host) -> Result<Self, AgentError> {
+    pub(crate) fn connect(host: HostAddress) -> Result<Self, AgentError> {
         let reaper = Reaper::new()?;
-        let control = Control::dial(&host)?;
+        let control = ControlStream::dial(&host)?;
         let poller = Poller::new()?;
         poller.watch_changes(&control, Token::Control)?;
         poller.watch_input(&reaper, Token::Signals)?;
@@ -93,8 +93,8 @@ impl Agent {
             streams: Streams::default(),
             pod: None,
             containers: BTreeMap::new(),
-            errands: BTreeMap::new(),
-            last_number: 0,
+            pending_jobs: BTreeMap::new(),
+            last_source_number: 0,
         };
         agent.send(&FromAgent::Ready(Ready {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -107,20 +107,20 @@ impl Agent {
     pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
         loop {
             let tokens = self.poller.wait(!self.streams.has_more())?;
-            self.streams.move_on();
+            self.streams.transfer_ready();
             for token in tokens {
                 match token {
-                    Token::Control => self.take_requests()?,
-                    Token::Signals => self.take_exits()?,
-                    Token::Job(number) => self.take_report(number)?,
-                    Token::Pump(number) => self.streams.turn(number),
-                    Token::Memory(number) => self.take_memory_event(number)?,
+                    Token::Control => self.handle_requests()?,
+                    Token::Signals => self.handle_exits()?,
+                    Token::Job(number) => self.handle_report(number)?,
+                    Token::Pump(number) => self.streams.transfer(number),
+                    Token::Memory(number) => self.handle_memory_event(number)?,
                 }
             }
         }
     }
 
-    fn take_requests(&mut self) -> Result<(), AgentError> {
+    fn handle_requests(&mut self) -> Result<(), AgentError> {
         self.control.flush()?;
         while let Some(message) = self.control.next()? {
             self.handle(message)?;
@@ -140,8 +140,8 @@ impl Agent {
         self.send(&FromAgent::Event(event))
     }
 
-    fn next_number(&mut self) -> u32 {
-        self.last_number = self.last_number.wrapping_add(1);
-        self.last_number
+    fn next_source_number(&mut self) -> u32 {
+        self.last_source_number = self.last_source_number.wrapping_add(1);
+        self.last_source_number
     }
 }

@@ -13,44 +13,48 @@ use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
 use crate::pod::Pod;
 use crate::poller::Token;
-use crate::stdio::Channels;
+use crate::stdio::AgentEnds;
 use crate::sys;
 
 /// A process that a job has made.
-struct Newborn {
+struct NewProcess {
     pid: Pid,
-    channels: Option<Channels>,
+    agent_ends: Option<AgentEnds>,
     terminal: Option<OwnedFd>,
 }
 
 impl Agent {
     /// Hears what became of a job and tells the host.
-    pub(super) fn take_report(&mut self, number: u32) -> Result<(), AgentError> {
-        let Some((result, terminal)) = self.errands.get(&number).and_then(|errand| errand.job.report()) else {
+    pub(super) fn handle_report(&mut self, number: u32) -> Result<(), AgentError> {
+        let Some((result, terminal)) = self
+            .pending_jobs
+            .get(&number)
+            .and_then(|pending| pending.job.receive_report())
+        else {
             return Ok(());
         };
-        let Some(errand) = self.errands.remove(&number) else {
+        let Some(pending) = self.pending_jobs.remove(&number) else {
             return Ok(());
         };
-        let request = errand.request;
-        if let Purpose::SetUpPod(asked) = &errand.purpose
+        let request = pending.request;
+        if let Purpose::SetUpPod(asked) = &pending.purpose
             && let Ok(Outcome::Process { pid }) = &result
         {
-            self.pod = sys::pid(*pid).map(|init| Pod::new(init, asked));
+            self.pod = sys::to_pid(*pid).map(|init| Pod::new(init, asked));
         }
-        let newborn = match &result {
-            Ok(Outcome::Process { pid }) => sys::pid(*pid).map(|pid| Newborn {
+        let new_process = match &result {
+            Ok(Outcome::Process { pid }) => sys::to_pid(*pid).map(|pid| NewProcess {
                 pid,
-                channels: errand.channels,
+                agent_ends: pending.agent_ends,
                 terminal,
             }),
             _ => None,
         };
         let result = result.map(|_| Response::Done);
-        match (errand.purpose, newborn) {
-            (Purpose::Create(name), newborn) => match self.containers.get(&name).map(|container| container.stage) {
-                Some(Stage::Creating) => match newborn {
-                    Some(newborn) => self.created(request, &name, newborn)?,
+        match (pending.purpose, new_process) {
+            (Purpose::Create(name), new_process) => match self.containers.get(&name).map(|container| container.stage) {
+                Some(Stage::Creating) => match new_process {
+                    Some(new_process) => self.created(request, &name, new_process)?,
                     None => {
                         self.containers.remove(&name);
                         self.reply(request, result)?;
@@ -62,7 +66,7 @@ impl Agent {
                     self.report_exits(&name)?;
                 }
             },
-            (Purpose::Exec(name, exec), Some(newborn)) => self.entered(request, &name, &exec, newborn)?,
+            (Purpose::Exec(name, exec), Some(new_process)) => self.exec_started(request, &name, &exec, new_process)?,
             (Purpose::Exec(name, exec), None) => {
                 if let Ok(container) = self.container(&name) {
                     container.execs.remove(&exec);
@@ -79,56 +83,63 @@ impl Agent {
             (Purpose::Delete(name), _) => self.deleted(request, &name, result)?,
             (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
         }
-        if self.errands.is_empty() {
+        if self.pending_jobs.is_empty() {
             self.reaper.forget_unclaimed();
         }
         Ok(())
     }
 
-    fn created(&mut self, request: u64, name: &Rc<str>, newborn: Newborn) -> Result<(), AgentError> {
-        let pid = newborn.pid;
-        if let Err(failure) = self.adopt(name, newborn) {
-            return self.undo(request, name, failure);
+    fn created(&mut self, request: u64, name: &Rc<str>, new_process: NewProcess) -> Result<(), AgentError> {
+        let pid = new_process.pid;
+        if let Err(failure) = self.adopt(name, new_process) {
+            return self.discard(request, name, failure);
         }
-        self.reply(request, Ok(Response::Created { pid: sys::number(pid) }))?;
-        self.claim(pid)
+        self.reply(request, Ok(Response::Created { pid: sys::raw_pid(pid) }))?;
+        self.record_early_exit(pid)
     }
 
     /// Takes a created container over. What it needs of the kernel may be refused: containers that
     /// run as root use the same allowances as the agent.
-    fn adopt(&mut self, name: &Rc<str>, newborn: Newborn) -> Result<(), Failure> {
-        let number = self.next_number();
-        let memory = MemoryWatch::open(&Cgroup::of(name), number).context(|| "open memory.events".to_owned())?;
-        let pidfd = rustix::process::pidfd_open(newborn.pid, PidfdFlags::empty());
+    fn adopt(&mut self, name: &Rc<str>, new_process: NewProcess) -> Result<(), Failure> {
+        let number = self.next_source_number();
+        let memory =
+            MemoryWatch::open(&Cgroup::of_container(name), number).context(|| "open memory.events".to_owned())?;
+        let pidfd = rustix::process::pidfd_open(new_process.pid, PidfdFlags::empty());
         self.poller
             .watch_cgroup_file(memory.as_fd(), Token::Memory(number))
             .context(|| "watch memory.events".to_owned())?;
         if let Ok(container) = self.container(name) {
-            container.memory = Some(memory);
+            container.memory_watch = Some(memory);
             // It fails where the process has ended already: then nothing will enter the container.
             container.pidfd = pidfd.ok();
         }
-        let pumps = self.start_pumps(name, newborn.channels, newborn.terminal.as_ref())?;
+        let pumps = self.start_pumps(name, new_process.agent_ends, new_process.terminal.as_ref())?;
         let container = self.container(name)?;
         container.stage = Stage::Created;
-        container.init.pid = Some(newborn.pid);
+        container.init.pid = Some(new_process.pid);
         container.init.pumps = pumps;
-        container.init.terminal = newborn.terminal;
+        container.init.terminal = new_process.terminal;
         Ok(())
     }
 
     /// Removes a container that could not be taken over, and then says why.
-    fn undo(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
-        self.streams.end_all(name);
+    fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
+        self.streams.remove_container(name);
         self.containers.remove(name);
         // In the loop, for once: nobody could be told of a job's end.
         let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
     }
 
-    fn entered(&mut self, request: u64, name: &Rc<str>, exec: &str, newborn: Newborn) -> Result<(), AgentError> {
-        let (pid, terminal) = (newborn.pid, newborn.terminal);
-        let pumps = match self.start_pumps(name, newborn.channels, terminal.as_ref()) {
+    fn exec_started(
+        &mut self,
+        request: u64,
+        name: &Rc<str>,
+        exec: &str,
+        new_process: NewProcess,
+    ) -> Result<(), AgentError> {
+        let (pid, terminal) = (new_process.pid, new_process.terminal);
+        let pumps = match self.start_pumps(name, new_process.agent_ends, terminal.as_ref()) {
             Ok(pumps) => pumps,
             Err(failure) => {
                 // Its end is nobody's business: it never was an exec of the container.
@@ -149,14 +160,14 @@ impl Agent {
             process.pumps = pumps;
             process.terminal = terminal;
         }
-        self.reply(request, Ok(Response::Created { pid: sys::number(pid) }))?;
-        self.claim(pid)
+        self.reply(request, Ok(Response::Created { pid: sys::raw_pid(pid) }))?;
+        self.record_early_exit(pid)
     }
 
     /// A process may have ended before its job said that it exists.
-    fn claim(&mut self, pid: Pid) -> Result<(), AgentError> {
+    fn record_early_exit(&mut self, pid: Pid) -> Result<(), AgentError> {
         match self.reaper.claim(pid) {
-            Some(ending) => self.ended(pid, ending).map(drop),
+            Some(exit) => self.record_exit(pid, exit).map(drop),
             None => Ok(()),
         }
     }
@@ -170,7 +181,7 @@ impl Agent {
             return self.reply(request, result);
         }
         match self.container(name) {
-            Ok(container) => container.removed = Some(request),
+            Ok(container) => container.deletion = Some(request),
             Err(_) => return self.reply(request, result),
         }
         self.report_exits(name)
@@ -179,17 +190,19 @@ impl Agent {
     fn start_pumps(
         &mut self,
         container: &Rc<str>,
-        channels: Option<Channels>,
+        agent_ends: Option<AgentEnds>,
         terminal: Option<&OwnedFd>,
     ) -> Result<[Option<u32>; 3], Failure> {
         let mut numbers = [None; 3];
-        let Some(channels) = channels else { return Ok(numbers) };
-        let pumps = channels
+        let Some(agent_ends) = agent_ends else {
+            return Ok(numbers);
+        };
+        let pumps = agent_ends
             .into_pumps(terminal)
             .context(|| "open the standard streams".to_owned())?;
         for (number, pump) in numbers.iter_mut().zip(pumps) {
             if let Some(pump) = pump {
-                let given = self.next_number();
+                let given = self.next_source_number();
                 self.streams
                     .add(&self.poller, given, pump, container)
                     .context(|| "watch the standard streams".to_owned())?;
@@ -200,13 +213,13 @@ impl Agent {
     }
 
     /// Ends the jobs that make or enter a container which is to end, and tells those who wait.
-    pub(super) fn break_off(&mut self, name: &str) {
-        for errand in self.errands.values() {
-            if let Purpose::Create(container) | Purpose::Exec(container, _) = &errand.purpose
+    pub(super) fn kill_jobs(&mut self, name: &str) {
+        for pending in self.pending_jobs.values() {
+            if let Purpose::Create(container) | Purpose::Exec(container, _) = &pending.purpose
                 && **container == *name
             {
                 // The report that it does not make any more is one of failure.
-                let _ = sys::kill(errand.job.pid, libc::SIGKILL.unsigned_abs());
+                let _ = sys::kill(pending.job.pid, libc::SIGKILL.unsigned_abs());
             }
         }
     }

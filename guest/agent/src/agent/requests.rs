@@ -10,17 +10,17 @@ use nutshell_protocol::{
 };
 use rustix::fs::{Mode, OFlags};
 
-use super::{Agent, AgentError, Errand, Purpose};
+use super::{Agent, AgentError, PendingJob, Purpose};
 use crate::cgroup::{Cgroup, freeze, limits, stats};
-use crate::container::create::Shared;
-use crate::container::exec::{self, Target};
+use crate::container::create::PodContext;
+use crate::container::exec::{self, TargetContainer};
 use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
-use crate::job::{Job, Outcome, Work};
+use crate::job::{Job, JobWork, Outcome};
 use crate::machine::{clock, disk, forward, network, size};
 use crate::pod;
 use crate::poller::Token;
-use crate::stdio::{self, Channels};
+use crate::stdio::{self, AgentEnds};
 use crate::sys;
 
 /// What became of a request for now.
@@ -70,7 +70,10 @@ impl Agent {
                 Ok(Answer::Now(Response::Done))
             }
             Request::ProbeNetworkDevices { slots } => {
-                let links = slots.iter().map(|slot| network::plug(*slot)).collect::<io::Result<_>>();
+                let links = slots
+                    .iter()
+                    .map(|slot| network::probe(*slot))
+                    .collect::<io::Result<_>>();
                 let links = links.context(|| "find a network device".to_owned())?;
                 Ok(Answer::Now(Response::InterfaceIndexes(links)))
             }
@@ -86,7 +89,7 @@ impl Agent {
                 has_memory_device,
             } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
-                    size::fit(vcpus, has_memory_device)?;
+                    size::resize(vcpus, has_memory_device)?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)
@@ -108,8 +111,8 @@ impl Agent {
     }
 
     fn set_up_pod(&mut self, id: u64, request: SetUpPod) -> Result<Answer, Failure> {
-        let under_way = |errand: &Errand| matches!(errand.purpose, Purpose::SetUpPod(_));
-        if self.pod.is_some() || self.errands.values().any(under_way) {
+        let under_way = |pending: &PendingJob| matches!(pending.purpose, Purpose::SetUpPod(_));
+        if self.pod.is_some() || self.pending_jobs.values().any(under_way) {
             return Err(Failure::exists("the pod was set up already"));
         }
         let purpose = Purpose::SetUpPod(Box::new(request.clone()));
@@ -124,19 +127,19 @@ impl Agent {
         if self.containers.contains_key(name.as_str()) {
             return Err(Failure::exists(format!("container {name} exists")));
         }
-        let (channels, ends) =
-            Channels::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
+        let (agent_ends, ends) =
+            AgentEnds::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
         let pids = self.open_pid_namespace(&request.pid_namespace)?;
         let pod = self.pod.clone();
-        let shared = Shared {
+        let shared = PodContext {
             pod: pod.as_ref(),
-            pids: pids.as_ref().map(OwnedFd::as_fd),
+            pid_namespace: pids.as_ref().map(OwnedFd::as_fd),
         };
         let container: Rc<str> = name.as_str().into();
         let purpose = Purpose::Create(Rc::clone(&container));
-        let work: Work<'_> = &mut || create::create(request, &shared, &ends);
-        let keep: Vec<_> = ends.descriptors().into_iter().chain(shared.pids).collect();
-        self.start_job(id, purpose, Some(channels), &keep, work)?;
+        let work: JobWork<'_> = &mut || create::create(request, &shared, &ends);
+        let keep: Vec<_> = ends.descriptors().into_iter().chain(shared.pid_namespace).collect();
+        self.start_job(id, purpose, Some(agent_ends), &keep, work)?;
         self.containers
             .insert(container, Container::new(name, request.spec.as_slice().into()));
         Ok(Answer::Later)
@@ -149,7 +152,7 @@ impl Agent {
             PidNamespace::Pod => (self.pod.as_ref().map(|pod| pod.init), "the pod".to_owned()),
             PidNamespace::Container(name) => {
                 let init = &self.container(name)?.init;
-                let pid = init.pid.filter(|_| init.ended.is_none());
+                let pid = init.pid.filter(|_| init.exit.is_none());
                 (pid, format!("container {name}"))
             }
         };
@@ -197,10 +200,10 @@ impl Agent {
         let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
         slot.insert(Process::default());
 
-        let started = Channels::open(&self.host, &request.stdio)
+        let started = AgentEnds::open(&self.host, &request.stdio)
             .context(|| "open the standard streams".to_owned())
-            .and_then(|(channels, ends)| {
-                let target = Target {
+            .and_then(|(agent_ends, ends)| {
+                let target = TargetContainer {
                     spec: &spec,
                     init,
                     pidfd: pidfd.as_fd(),
@@ -208,11 +211,11 @@ impl Agent {
                 };
                 let [stdin, stdout, stderr] = ends.descriptors();
                 let purpose = Purpose::Exec(name.as_str().into(), request.exec.clone());
-                let work: Work<'_> = &mut || exec::exec(request, &target, &ends);
+                let work: JobWork<'_> = &mut || exec::exec(request, &target, &ends);
                 self.start_job(
                     id,
                     purpose,
-                    Some(channels),
+                    Some(agent_ends),
                     &[stdin, stdout, stderr, pidfd.as_fd()],
                     work,
                 )
@@ -229,8 +232,8 @@ impl Agent {
             return Err(Failure::invalid(format!("there is no signal {signal}")));
         }
         let container = self.container(name)?;
-        let waits = exec.is_none() && container.stage == Stage::Created;
-        if all && !waits {
+        let not_started = exec.is_none() && container.stage == Stage::Created;
+        if all && !not_started {
             let sent = send_to_all(&container.cgroup, signal).context(|| format!("signal container {name}"))?;
             return if sent {
                 Ok(Answer::Now(Response::Done))
@@ -239,11 +242,11 @@ impl Agent {
             };
         }
         let process = container.process(exec).ok_or_else(finished)?;
-        let pid = process.pid.filter(|_| process.ended.is_none()).ok_or_else(finished)?;
+        let pid = process.pid.filter(|_| process.exit.is_none()).ok_or_else(finished)?;
         let mut sent = signal;
-        if waits && ends_a_process(signal) {
+        if not_started && ends_a_process(signal) {
             // It is still the agent's code, and first of its pid namespace: it would ignore the signal.
-            process.blamed = Some(signal);
+            process.reported_signal = Some(signal);
             sent = KILL;
         }
         sys::kill(pid, sent).context(|| format!("signal container {name}"))?;
@@ -259,7 +262,7 @@ impl Agent {
             ))
         })?;
         if let Some(terminal) = &process.terminal {
-            stdio::resize(terminal, width, height).context(|| "resize the terminal".to_owned())?;
+            stdio::resize_terminal(terminal, width, height).context(|| "resize the terminal".to_owned())?;
         }
         Ok(Answer::Now(Response::Done))
     }
@@ -268,7 +271,7 @@ impl Agent {
         let container = self.container(name)?;
         let pids = container.cgroup.processes();
         let entry = |pid| ProcessEntry {
-            pid: sys::number(pid),
+            pid: sys::raw_pid(pid),
             exec: container
                 .execs
                 .iter()
@@ -279,13 +282,13 @@ impl Agent {
     }
 
     fn stats(&mut self, name: &str) -> Result<Answer, Failure> {
-        let container = self.made_container(name)?;
+        let container = self.created_container(name)?;
         let stats = stats::read(&container.cgroup, container.init.pid);
         Ok(Answer::Now(Response::Stats(Box::new(stats))))
     }
 
     fn update(&mut self, id: u64, name: &str, resources: &[u8]) -> Result<Answer, Failure> {
-        let cgroup = self.made_container(name)?.cgroup.clone();
+        let cgroup = self.created_container(name)?.cgroup.clone();
         self.run_job(id, Purpose::Other, &mut || limits::update(&cgroup, resources))
     }
 
@@ -302,7 +305,7 @@ impl Agent {
         }
         let cgroup = container.cgroup.clone();
         self.run_job(id, Purpose::Freeze(name.as_str().into(), frozen), &mut || {
-            freeze::set(&cgroup, frozen)
+            freeze::set_frozen(&cgroup, frozen)
                 .context(|| format!("{} container {name}", if frozen { "pause" } else { "resume" }))
         })
     }
@@ -313,7 +316,7 @@ impl Agent {
             return Err(wrong_stage(name, container.stage));
         }
         container.stage = Stage::Deleting;
-        self.break_off(name);
+        self.kill_jobs(name);
         let started = self.run_job(id, Purpose::Delete(name.into()), &mut || delete::remove_all(name));
         if started.is_err() {
             self.container(name)?.stage = Stage::Stopped;
@@ -324,7 +327,7 @@ impl Agent {
     fn shut_down(&mut self, id: u64) -> Result<Answer, Failure> {
         let names: Vec<_> = self.containers.keys().cloned().collect();
         for name in &names {
-            self.break_off(name);
+            self.kill_jobs(name);
         }
         self.run_job(id, Purpose::Other, &mut || {
             for name in &names {
@@ -343,7 +346,7 @@ impl Agent {
     }
 
     /// A container whose creation is over.
-    fn made_container(&mut self, name: &str) -> Result<&mut Container, Failure> {
+    fn created_container(&mut self, name: &str) -> Result<&mut Container, Failure> {
         let container = self.container(name)?;
         match container.stage {
             Stage::Creating => Err(wrong_stage(name, container.stage)),
@@ -368,22 +371,22 @@ impl Agent {
         &mut self,
         request: u64,
         purpose: Purpose,
-        channels: Option<Channels>,
+        agent_ends: Option<AgentEnds>,
         keep: &[BorrowedFd<'_>],
-        work: Work<'_>,
+        work: JobWork<'_>,
     ) -> Result<(), Failure> {
         let job = Job::start(keep, work).context(|| "start a job".to_owned())?;
-        let number = self.next_number();
+        let number = self.next_source_number();
         self.poller
             .watch_input(&job, Token::Job(number))
             .context(|| "watch a job".to_owned())?;
-        let errand = Errand {
+        let pending = PendingJob {
             job,
             request,
             purpose,
-            channels,
+            agent_ends,
         };
-        self.errands.insert(number, errand);
+        self.pending_jobs.insert(number, pending);
         Ok(())
     }
 }

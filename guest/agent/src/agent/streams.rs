@@ -8,19 +8,19 @@ use crate::poller::{Poller, Token};
 use crate::stdio::{Progress, Pump};
 
 #[derive(Debug)]
-struct Entry {
+struct RunningPump {
     pump: Pump,
     container: Rc<str>,
     /// No process's record knows it any more: it goes when it ends.
-    orphan: bool,
+    detached: bool,
 }
 
 /// The pumps of all processes.
 #[derive(Debug, Default)]
 pub(super) struct Streams {
-    pumps: BTreeMap<u32, Entry>,
+    pumps: BTreeMap<u32, RunningPump>,
     /// Those that stopped for others' sake and have more to move.
-    more: BTreeSet<u32>,
+    ready: BTreeSet<u32>,
 }
 
 impl Streams {
@@ -29,10 +29,10 @@ impl Streams {
         for end in pump.descriptors().into_iter().flatten() {
             poller.watch_changes(end, Token::Pump(number))?;
         }
-        let entry = Entry {
+        let entry = RunningPump {
             pump,
             container: Rc::clone(container),
-            orphan: false,
+            detached: false,
         };
         // The poller tells at once what is ready already.
         self.pumps.insert(number, entry);
@@ -40,17 +40,17 @@ impl Streams {
     }
 
     /// Moves what pump `number` can move.
-    pub(super) fn turn(&mut self, number: u32) {
-        self.more.remove(&number);
+    pub(super) fn transfer(&mut self, number: u32) {
+        self.ready.remove(&number);
         let Some(entry) = self.pumps.get_mut(&number) else {
             return;
         };
-        match entry.pump.turn() {
+        match entry.pump.transfer() {
             Progress::Waiting => {}
             Progress::More => {
-                self.more.insert(number);
+                self.ready.insert(number);
             }
-            Progress::Ended if entry.orphan => {
+            Progress::Ended if entry.detached => {
                 self.pumps.remove(&number);
             }
             Progress::Ended => {}
@@ -59,35 +59,35 @@ impl Streams {
 
     /// Whether any pump could go on right now.
     pub(super) fn has_more(&self) -> bool {
-        !self.more.is_empty()
+        !self.ready.is_empty()
     }
 
     /// Gives each pump that could go on its turn.
-    pub(super) fn move_on(&mut self) {
-        for number in std::mem::take(&mut self.more) {
-            self.turn(number);
+    pub(super) fn transfer_ready(&mut self) {
+        for number in std::mem::take(&mut self.ready) {
+            self.transfer(number);
         }
     }
 
     /// How many bytes went into the source of pump `number` so far.
-    pub(super) fn written(&mut self, number: Option<u32>) -> u64 {
+    pub(super) fn bytes_written(&mut self, number: Option<u32>) -> u64 {
         let entry = number.and_then(|number| self.pumps.get_mut(&number));
-        entry.map_or(0, |entry| entry.pump.written())
+        entry.map_or(0, |entry| entry.pump.bytes_written())
     }
 
     /// The process of this pump has been reported: the pump goes on by itself until its end.
-    pub(super) fn release(&mut self, number: u32) {
+    pub(super) fn detach(&mut self, number: u32) {
         let Some(entry) = self.pumps.get_mut(&number) else {
             return;
         };
-        entry.orphan = true;
-        if entry.pump.ended() {
+        entry.detached = true;
+        if entry.pump.is_ended() {
             self.pumps.remove(&number);
         }
     }
 
     /// Ends every pump of a container.
-    pub(super) fn end_all(&mut self, container: &str) {
+    pub(super) fn remove_container(&mut self, container: &str) {
         self.pumps.retain(|_, entry| &*entry.container != container);
     }
 }

@@ -51,7 +51,7 @@ impl Rule {
 
 /// What every container may do, whatever its spec says: make any node, and open what is in every
 /// container's `/dev`. The same as runc's.
-const ALWAYS: [Rule; 10] = {
+const ALWAYS_ALLOWED: [Rule; 10] = {
     const ANY: i32 = MKNOD | READ | WRITE;
     [
         Rule::allowed(BLOCK, None, None, MKNOD),
@@ -74,7 +74,7 @@ pub(crate) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Resul
     if is_unconfined(&rules) {
         return Ok(());
     }
-    let program = sys::load_device_program(&compile(rules.iter().chain(&ALWAYS)))?;
+    let program = sys::load_device_program(&compile(rules.iter().chain(&ALWAYS_ALLOWED)))?;
     sys::attach_device_program(&program, &File::open(cgroup.path())?)
 }
 
@@ -167,7 +167,7 @@ mod tests {
 
     /// What the kernel would make of the program: enough of an interpreter for what `compile` emits.
     fn verdict(rules: &[Rule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
-        let program = compile(rules.iter().chain(&ALWAYS));
+        let program = compile(rules.iter().chain(&ALWAYS_ALLOWED));
         let context = [kind | (access << 16), major, minor];
         let mut registers = [0_i32; 6];
         let mut at = 0_usize;

@@ -33,7 +33,7 @@ impl Cgroup {
     /// All lie side by side, whatever path a spec asks for: those above would be the host's (a pod's
     /// slice), which have no limits here, and each costs every container's creation. The prefix keeps
     /// an id such as `cpu.max` apart from the files of the root.
-    pub(crate) fn of(container: &str) -> Self {
+    pub(crate) fn of_container(container: &str) -> Self {
         Self::at(&format!("/container-{container}"))
     }
 
@@ -45,7 +45,7 @@ impl Cgroup {
     }
 
     /// Its path below the root, as specs have it.
-    pub(crate) fn specified(&self) -> PathBuf {
+    pub(crate) fn spec_path(&self) -> PathBuf {
         Path::new("/").join(self.path.strip_prefix(ROOT).unwrap_or(&self.path))
     }
 
@@ -129,7 +129,7 @@ pub(crate) fn delegate_controllers() -> io::Result<()> {
 pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, patience: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + patience;
     loop {
-        let text = read_again(events)?;
+        let text = read_from_start(events)?;
         let found = text
             .lines()
             .find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
@@ -146,7 +146,7 @@ pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, patience: Dur
 }
 
 /// What is in a small cgroup file now.
-fn read_again(file: &File) -> io::Result<String> {
+fn read_from_start(file: &File) -> io::Result<String> {
     let mut bytes = [0; 512];
     let read = file.read_at(&mut bytes, 0)?;
     Ok(String::from_utf8_lossy(&bytes[..read]).into_owned())
@@ -168,25 +168,25 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
 pub(crate) struct MemoryWatch {
     file: File,
     /// The number that its events carry.
-    pub(crate) number: u32,
-    seen: u64,
+    pub(crate) source_number: u32,
+    seen_kills: u64,
 }
 
 impl MemoryWatch {
     /// Starts watching from zero kills.
-    pub(crate) fn open(cgroup: &Cgroup, number: u32) -> io::Result<Self> {
+    pub(crate) fn open(cgroup: &Cgroup, source_number: u32) -> io::Result<Self> {
         Ok(Self {
             file: File::open(cgroup.file("memory.events"))?,
-            number,
-            seen: 0,
+            source_number,
+            seen_kills: 0,
         })
     }
 
     /// Whether the kernel has killed for want of memory since the last call.
-    pub(crate) fn killed_again(&mut self) -> bool {
-        let kills = oom_kills(&read_again(&self.file).unwrap_or_default());
-        let again = kills > self.seen;
-        self.seen = self.seen.max(kills);
+    pub(crate) fn has_new_kills(&mut self) -> bool {
+        let kills = oom_kills(&read_from_start(&self.file).unwrap_or_default());
+        let again = kills > self.seen_kills;
+        self.seen_kills = self.seen_kills.max(kills);
         again
     }
 }
@@ -211,9 +211,9 @@ mod tests {
 
     #[test]
     fn cgroup_of_a_container_is_no_file_of_the_root() {
-        let cgroup = Cgroup::of("cpu.max");
+        let cgroup = Cgroup::of_container("cpu.max");
         assert_eq!(cgroup.path(), Path::new("/sys/fs/cgroup/container-cpu.max"));
-        assert_eq!(cgroup.specified(), Path::new("/container-cpu.max"));
+        assert_eq!(cgroup.spec_path(), Path::new("/container-cpu.max"));
     }
 
     #[test]

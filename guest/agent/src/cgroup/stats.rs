@@ -28,7 +28,7 @@ pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
         },
         memory_events: memory_events(&file("memory.events")),
         network: network.map_or_else(Vec::new, |path| {
-            interfaces(&fs::read_to_string(Path::new(&path)).unwrap_or_default())
+            network_interfaces(&fs::read_to_string(Path::new(&path)).unwrap_or_default())
         }),
         pids: PidsStats {
             current: number("pids.current"),
@@ -111,7 +111,7 @@ fn memory_events(text: &str) -> MemoryEvents {
 }
 
 /// `/proc/<pid>/net/dev`: two lines of headings, then `name: 8 numbers received, 8 numbers sent`.
-fn interfaces(text: &str) -> Vec<NetworkStats> {
+fn network_interfaces(text: &str) -> Vec<NetworkStats> {
     let interface = |line: &str| {
         let (name, counters) = line.split_once(':')?;
         let counters: Vec<u64> = counters.split_whitespace().map(parse_number).collect();
@@ -171,7 +171,7 @@ mod tests {
     fn interfaces_are_read_without_the_loopback() {
         let text = "Inter-|   Receive |  Transmit\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n\
                     eth0: 10 2 3 4 5 6 7 8 90 10 11 12 13 14 15 16\n";
-        let found = interfaces(text);
+        let found = network_interfaces(text);
         assert_eq!(found.len(), 1);
         let eth0 = &found[0];
         assert_eq!((eth0.name.as_str(), eth0.rx_bytes, eth0.rx_dropped), ("eth0", 10, 4));

@@ -16,7 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use super::diagnosis::Diagnosis;
 use super::executor::ProgramExecutor;
 use super::start::StartHooks;
-use super::{STATE_PATH, bundle, delete, hooks, rootfs, spec};
+use super::{STATE_PATH, bundle_path, delete, hooks, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
@@ -25,19 +25,19 @@ use crate::stdio::ProcessEnds;
 
 /// What a container shares with others of its pod.
 #[derive(Debug)]
-pub(crate) struct Shared<'a> {
+pub(crate) struct PodContext<'a> {
     /// The pod, if it is of several containers.
     pub(crate) pod: Option<&'a Pod>,
     /// The pid namespace that it joins.
-    pub(crate) pids: Option<BorrowedFd<'a>>,
+    pub(crate) pid_namespace: Option<BorrowedFd<'a>>,
 }
 
-impl Shared<'_> {
-    fn put_into(&self, spec: &mut Spec) {
+impl PodContext<'_> {
+    fn apply_to(&self, spec: &mut Spec) {
         if let Some(pod) = self.pod {
-            pod.complete(spec);
+            pod.add_shared_mounts(spec);
         }
-        if let (Some(pids), Some(linux)) = (self.pids, spec.linux_mut()) {
+        if let (Some(pids), Some(linux)) = (self.pid_namespace, spec.linux_mut()) {
             // libcontainer opens it in a process that has the descriptors of this one.
             let mut namespace = LinuxNamespace::default();
             namespace
@@ -54,12 +54,12 @@ impl Shared<'_> {
 /// Makes the container. Nothing of it is left where that fails.
 pub(crate) fn create(
     request: &CreateContainer,
-    shared: &Shared<'_>,
+    shared: &PodContext<'_>,
     stdio: &ProcessEnds,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
-    let cgroup = Cgroup::of(&request.container);
+    let cgroup = Cgroup::of_container(&request.container);
     let mut spec = spec::parse(&request.spec)?;
-    shared.put_into(&mut spec);
+    shared.apply_to(&mut spec);
     let prepared = spec::prepare(spec, &cgroup, request.stdio.terminal)?;
     let result = build(request, stdio, prepared, &cgroup);
     if result.is_err() {
@@ -76,17 +76,17 @@ fn build(
     cgroup: &Cgroup,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let id = &request.container;
-    let bundle = bundle(id);
+    let bundle = bundle_path(id);
     let target = bundle.join("rootfs");
     fs::create_dir_all(&target).context(|| format!("make {}", target.display()))?;
     fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
     let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
     rootfs::mount(&request.rootfs, mounts, &target)?;
-    prepared.machine.apply()?;
-    rootfs::make_working_folder(&target, &prepared.program.cwd)
+    prepared.machine_settings.apply()?;
+    rootfs::create_working_directory(&target, &prepared.program.cwd)
         .context(|| format!("make the working folder {}", prepared.program.cwd.display()))?;
     stdio
-        .give_to(prepared.outer_uid)
+        .set_owner(prepared.outer_uid)
         .context(|| "hand the standard streams over".to_owned())?;
     cgroup
         .create()
@@ -99,8 +99,8 @@ fn build(
     let diagnosis = Diagnosis::listen().context(|| "open a pipe".to_owned())?;
     let hooks = prepared.hooks;
     if !hooks.create_container.is_empty() {
-        let stand_in = hooks::stand_in(&hooks.create_container, &target, &diagnosis.writer());
-        let hook = stand_in.map_err(Failure::internal)?;
+        let agent_as_hook = hooks::agent_as_hook(&hooks.create_container, &target, &diagnosis.writer());
+        let hook = agent_as_hook.map_err(Failure::internal)?;
         let mut only = Hooks::default();
         only.set_create_container(Some(vec![hook]));
         prepared.spec.set_hooks(Some(only));
@@ -116,7 +116,7 @@ fn build(
     let streams = |error| Failure::internal(format!("standard streams: {error}"));
     let built = ContainerBuilder::new(id.clone(), SyscallType::Linux)
         .with_executor(executor)
-        .with_console_socket(console.is_some().then(|| bundle.join(CONSOLE)))
+        .with_console_socket(console.is_some().then(|| bundle.join(CONSOLE_SOCKET)))
         .with_stdin(stdin.map_err(streams)?)
         .with_stdout(stdout.map_err(streams)?)
         .with_stderr(stderr.map_err(streams)?)
@@ -138,7 +138,7 @@ fn build(
     devices::confine(cgroup, &prepared.devices).context(|| "apply the device rules".to_owned())?;
     let terminal = console.map(|listener| receive_terminal(&listener)).transpose()?;
     if let Some(terminal) = &terminal {
-        crate::stdio::prepare_terminal(terminal, request.stdio.size, prepared.outer_uid)
+        crate::stdio::set_up_terminal(terminal, request.stdio.size, prepared.outer_uid)
             .context(|| "set the terminal up".to_owned())?;
     }
     let outcome = Outcome::Process {
@@ -156,12 +156,12 @@ fn write_config(bundle: &Path, spec: &oci_spec::runtime::Spec) -> Result<(), Fai
 }
 
 /// The socket in the bundle over which libcontainer hands the terminal out.
-const CONSOLE: &str = "console.sock";
+const CONSOLE_SOCKET: &str = "console.sock";
 
 fn console_listener(bundle: &Path) -> Result<UnixListener, Failure> {
     // Entered because the whole path may be too long for a socket's address.
     rustix::process::chdir(bundle).context(|| format!("enter {}", bundle.display()))?;
-    let listener = UnixListener::bind(CONSOLE).context(|| format!("bind {CONSOLE}"));
+    let listener = UnixListener::bind(CONSOLE_SOCKET).context(|| format!("bind {CONSOLE_SOCKET}"));
     rustix::process::chdir("/").context(|| "enter /".to_owned())?;
     listener
 }

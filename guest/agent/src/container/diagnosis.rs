@@ -16,33 +16,33 @@ use tracing_core::subscriber::Interest;
 use tracing_core::{Dispatch, Event, Level, LevelFilter, Metadata, Subscriber};
 
 /// Begins a cause that is in its final words.
-const VERBATIM: char = '\u{1}';
+const VERBATIM_MARK: char = '\u{1}';
 
 /// What libcontainer logs before the errno where the process's folder cannot be entered.
 const CHDIR_FAILED: &str = "failed to chdir: ";
 
 /// Ends a cause.
-const END: char = '\u{2}';
+const CAUSE_END: char = '\u{2}';
 
 /// Where the processes of one creation write why they fail.
 #[derive(Debug)]
 pub(crate) struct Diagnosis {
     causes: OwnedFd,
-    writer: Writer,
+    writer: CauseWriter,
 }
 
 impl Diagnosis {
     /// Listens to this process and those that it forks from now on.
     pub(crate) fn listen() -> io::Result<Self> {
         let (causes, pipe) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        let writer = Writer(std::sync::Arc::new(pipe));
+        let writer = CauseWriter(std::sync::Arc::new(pipe));
         let dispatch = Dispatch::new(ErrorLog(writer.clone()));
         tracing_core::dispatcher::set_global_default(dispatch).map_err(io::Error::other)?;
         Ok(Self { causes, writer })
     }
 
     /// For those who know the final words themselves.
-    pub(crate) fn writer(&self) -> Writer {
+    pub(crate) fn writer(&self) -> CauseWriter {
         self.writer.clone()
     }
 
@@ -53,10 +53,10 @@ impl Diagnosis {
         // The writers' copies in other processes may live on: what is there now is all that counts.
         let _ = File::from(self.causes).read_to_end(&mut text);
         let text = String::from_utf8_lossy(&text);
-        let mut causes = text.split(END).filter(|cause| !cause.is_empty());
-        let verbatim = causes.clone().find_map(|cause| cause.strip_prefix(VERBATIM));
+        let mut causes = text.split(CAUSE_END).filter(|cause| !cause.is_empty());
+        let verbatim = causes.clone().find_map(|cause| cause.strip_prefix(VERBATIM_MARK));
         let Some(cause) = verbatim.or_else(|| causes.next()) else {
-            return chain(error);
+            return error_chain(error);
         };
         match cause.strip_prefix(CHDIR_FAILED) {
             Some(errno) => format!(
@@ -80,7 +80,7 @@ fn errno_text(name: &str) -> &str {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -95,24 +95,26 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// Writes causes.
 #[derive(Debug, Clone)]
-pub(crate) struct Writer(std::sync::Arc<OwnedFd>);
+pub(crate) struct CauseWriter(std::sync::Arc<OwnedFd>);
 
-impl Writer {
+impl CauseWriter {
     /// Writes the user's final words.
-    pub(crate) fn say(&self, words: &str) {
-        self.write(&format!("{VERBATIM}{words}{END}"));
+    pub(crate) fn write_verbatim(&self, words: &str) {
+        self.write(&format!("{VERBATIM_MARK}{words}{CAUSE_END}"));
     }
 
     /// The descriptor's number, for a program that a process of this creation executes and that
-    /// calls [`Self::inherited`]. The container's own program never gets it: libcontainer closes all.
-    pub(crate) fn inherit(&self) -> io::Result<i32> {
+    /// calls [`Self::from_inherited`]. The container's own program never gets it: libcontainer closes all.
+    pub(crate) fn share_with_programs(&self) -> io::Result<i32> {
         rustix::io::fcntl_setfd(&*self.0, FdFlags::empty())?;
         Ok(self.0.as_raw_fd())
     }
 
-    /// What [`Self::inherit`] passed on as descriptor `number`.
-    pub(crate) fn inherited(number: i32) -> Option<Self> {
-        Some(Self(std::sync::Arc::new(crate::sys::inherited_descriptor(number)?)))
+    /// What [`Self::share_with_programs`] passed on as descriptor `number`.
+    pub(crate) fn from_inherited(number: i32) -> Option<Self> {
+        Some(Self(std::sync::Arc::new(crate::sys::take_inherited_descriptor(
+            number,
+        )?)))
     }
 
     fn write(&self, text: &str) {
@@ -122,7 +124,7 @@ impl Writer {
 }
 
 /// Writes each logged error as "message: value: value".
-struct ErrorLog(Writer);
+struct ErrorLog(CauseWriter);
 
 impl Subscriber for ErrorLog {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
@@ -146,7 +148,7 @@ impl Subscriber for ErrorLog {
     }
 
     fn event(&self, event: &Event<'_>) {
-        let mut line = Line::default();
+        let mut line = LogLine::default();
         event.record(&mut line);
         self.0.write(&line.finish());
     }
@@ -158,18 +160,18 @@ impl Subscriber for ErrorLog {
 }
 
 #[derive(Default)]
-struct Line {
+struct LogLine {
     message: String,
     values: String,
 }
 
-impl Line {
+impl LogLine {
     fn finish(self) -> String {
-        format!("{}{}{END}", self.message, self.values)
+        format!("{}{}{CAUSE_END}", self.message, self.values)
     }
 }
 
-impl Visit for Line {
+impl Visit for LogLine {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         let _ = if field.name() == "message" {
             write!(self.message, "{value:?}")

@@ -22,7 +22,7 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, Uid};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use super::program::{Program, Resolved};
+use super::program::{Program, ResolvedProgram};
 use super::{scheduling, spec};
 use crate::cgroup::{self, Cgroup};
 use crate::failure::{Context, FailureExt};
@@ -32,7 +32,7 @@ use crate::sys;
 
 /// The container that is entered.
 #[derive(Debug)]
-pub(crate) struct Target<'a> {
+pub(crate) struct TargetContainer<'a> {
     /// Its spec as it came.
     pub(crate) spec: &'a [u8],
     /// Its first process.
@@ -46,21 +46,21 @@ pub(crate) struct Target<'a> {
 /// Runs the process.
 pub(crate) fn exec(
     request: &StartExec,
-    target: &Target<'_>,
+    target: &TargetContainer<'_>,
     ends: &ProcessEnds,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let spec = spec::parse(target.spec)?;
     let mut process: Process = serde_json::from_slice(&request.process)
         .map_err(|error| Failure::invalid(format!("the exec's process cannot be read: {error}")))?;
     spec::clean_process(&mut process, request.stdio.terminal);
-    let plan = Plan::new(&spec, process)?;
-    ends.give_to(plan.outer_uid)
+    let settings = ProcessSettings::new(&spec, process)?;
+    ends.set_owner(settings.outer_uid)
         .context(|| "hand the standard streams over".to_owned())?;
-    fs::write("/proc/self/oom_score_adj", plan.oom_score.to_string())
-        .context(|| format!("set oom_score_adj to {}", plan.oom_score))?;
-    let home = open_folder(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
+    fs::write("/proc/self/oom_score_adj", settings.oom_score.to_string())
+        .context(|| format!("set oom_score_adj to {}", settings.oom_score))?;
+    let home = open_directory(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
     // Where a container made cgroups below its own, no process may be beside them.
-    let refuge = cgroup::of_process(target.init).and_then(|cgroup| open_folder(cgroup.path()));
+    let refuge = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
 
     sys::set_undumpable().context(|| "hide the agent's memory".to_owned())?;
     let mut kinds = ThreadNameSpaceType::MOUNT
@@ -68,7 +68,7 @@ pub(crate) fn exec(
         | ThreadNameSpaceType::NETWORK
         | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
         | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
-    if plan.has_time_namespace {
+    if settings.has_time_namespace {
         kinds |= ThreadNameSpaceType::TIME;
     }
     move_into_thread_name_spaces(target.pidfd, kinds).context(|| "enter the container's namespaces".to_owned())?;
@@ -76,17 +76,17 @@ pub(crate) fn exec(
     let terminal = request
         .stdio
         .terminal
-        .then(|| open_terminal(request.stdio.size, plan.outer_uid))
+        .then(|| open_terminal(request.stdio.size, settings.outer_uid))
         .transpose();
     let terminal = terminal.context(|| "open a terminal of the container".to_owned())?;
     let slave = terminal.as_ref().map(|(_, slave)| slave);
     let (words, saying) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(|| "open a pipe".to_owned())?;
-    let born = match (sys::fork_brother_into(home.as_fd()), &refuge) {
-        (Err(error), Ok(refuge)) if error.raw_os_error() == Some(libc::EBUSY) => sys::fork_brother_into(refuge.as_fd()),
+    let born = match (sys::fork_sibling_into(home.as_fd()), &refuge) {
+        (Err(error), Ok(refuge)) if error.raw_os_error() == Some(libc::EBUSY) => sys::fork_sibling_into(refuge.as_fd()),
         (result, _) => result,
     };
     let Some(pid) = born.context(|| "fork".to_owned())? else {
-        let Err(reason) = become_program(&plan, target.pidfd, ends, slave, &saying);
+        let Err(reason) = become_program(&settings, target.pidfd, ends, slave, &saying);
         let _ = rustix::io::write(&saying, reason.as_bytes());
         sys::exit_now(255)
     };
@@ -98,11 +98,11 @@ pub(crate) fn exec(
     if !reason.is_empty() {
         return Err(Failure::internal(reason));
     }
-    let outcome = Outcome::Process { pid: sys::number(pid) };
+    let outcome = Outcome::Process { pid: sys::raw_pid(pid) };
     Ok((outcome, terminal.map(|(master, _)| master)))
 }
 
-fn open_folder(path: &Path) -> io::Result<OwnedFd> {
+fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(
         path,
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -112,7 +112,7 @@ fn open_folder(path: &Path) -> io::Result<OwnedFd> {
 
 /// What the process is to be.
 #[derive(Debug)]
-struct Plan {
+struct ProcessSettings {
     process: Process,
     program: Program,
     capabilities: Option<LinuxCapabilities>,
@@ -124,7 +124,7 @@ struct Plan {
     has_time_namespace: bool,
 }
 
-impl Plan {
+impl ProcessSettings {
     /// What the process does not say is as in the container's own.
     fn new(spec: &Spec, process: Process) -> Result<Self, Failure> {
         let program = Program::of(&process)?;
@@ -174,25 +174,25 @@ fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, Own
         return Err(io::Error::other("/dev/pts/ptmx of the container is no terminal device"));
     }
     rustix::pty::unlockpt(&master)?;
-    let slave = stdio::prepare_terminal(&master, size, uid)?;
+    let slave = stdio::set_up_terminal(&master, size, uid)?;
     Ok((master, slave))
 }
 
 /// Turns the new process into the program, in the order in which each step still has the privilege
 /// that it needs.
 fn become_program(
-    plan: &Plan,
+    settings: &ProcessSettings,
     container: BorrowedFd<'_>,
     ends: &ProcessEnds,
     terminal: Option<&OwnedFd>,
     saying: &OwnedFd,
 ) -> Result<Infallible, String> {
     let syscall = SyscallType::Linux.create_syscall();
-    let user = plan.process.user();
-    rustix::process::setsid().say(|| "setsid".to_owned())?;
+    let user = settings.process.user();
+    rustix::process::setsid().describe(|| "setsid".to_owned())?;
     let [stdin, stdout, stderr] = match terminal {
         Some(terminal) => {
-            sys::set_controlling_terminal(terminal).say(|| "set the controlling terminal".to_owned())?;
+            sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
             [terminal.as_fd(); 3]
         }
         None => ends.descriptors(),
@@ -200,68 +200,70 @@ fn become_program(
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
-        .say(|| "set the standard streams".to_owned())?;
+        .describe(|| "set the standard streams".to_owned())?;
     // Not before it was born into the cgroup: from inside of the namespace the way there is closed.
     move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
-        .say(|| "enter the container's cgroup namespace".to_owned())?;
-    if plan.has_user_namespace {
+        .describe(|| "enter the container's cgroup namespace".to_owned())?;
+    if settings.has_user_namespace {
         move_into_thread_name_spaces(container, ThreadNameSpaceType::USER)
-            .say(|| "enter the container's user namespace".to_owned())?;
+            .describe(|| "enter the container's user namespace".to_owned())?;
         set_ids(0, 0)?;
     }
     // No path of the container may lead through a descriptor of ours (`/proc/self/fd/…`).
     sys::close_all_but(&[saying.as_fd()]);
 
-    if let Some(priority) = plan.process.io_priority() {
-        scheduling::set_io_priority(priority).say(|| "set the io priority".to_owned())?;
+    if let Some(priority) = settings.process.io_priority() {
+        scheduling::set_io_priority(priority).describe(|| "set the io priority".to_owned())?;
     }
-    if let Some(scheduler) = plan.process.scheduler() {
-        scheduling::set_scheduler(scheduler).say(|| "set the scheduler".to_owned())?;
+    if let Some(scheduler) = settings.process.scheduler() {
+        scheduling::set_scheduler(scheduler).describe(|| "set the scheduler".to_owned())?;
     }
-    for limit in plan.process.rlimits().iter().flatten() {
+    for limit in settings.process.rlimits().iter().flatten() {
         syscall
             .set_rlimit(limit)
-            .say(|| format!("set rlimit {}", limit.typ()))?;
+            .describe(|| format!("set rlimit {}", limit.typ()))?;
     }
-    if plan.process.no_new_privileges() == Some(true) {
-        rustix::thread::set_no_new_privs(true).say(|| "set no_new_privs".to_owned())?;
+    if settings.process.no_new_privileges() == Some(true) {
+        rustix::thread::set_no_new_privs(true).describe(|| "set no_new_privs".to_owned())?;
     }
-    if let Some(umask) = plan.umask {
+    if let Some(umask) = settings.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
     }
     // As root first, then as the user, who may have access where root has none (a FUSE mount).
-    let entered = enter(&plan.program.cwd);
+    let entered = enter_directory(&settings.program.cwd);
     let groups: Vec<_> = user
         .additional_gids()
         .iter()
         .flatten()
         .map(|gid| Gid::from_raw(*gid))
         .collect();
-    rustix::thread::set_thread_groups(&groups).say(|| "set the additional groups".to_owned())?;
+    rustix::thread::set_thread_groups(&groups).describe(|| "set the additional groups".to_owned())?;
     set_ids(user.uid(), user.gid())?;
-    let filter_late = plan.process.no_new_privileges() == Some(true);
+    let filter_late = settings.process.no_new_privileges() == Some(true);
     if !filter_late {
-        load_filter(plan)?;
+        load_filter(settings)?;
     }
-    capabilities::reset_effective(&*syscall).say(|| "set the capabilities".to_owned())?;
-    if let Some(wanted) = &plan.capabilities {
-        capabilities::drop_privileges(wanted, &*syscall).say(|| "set the capabilities".to_owned())?;
+    capabilities::reset_effective(&*syscall).describe(|| "set the capabilities".to_owned())?;
+    if let Some(wanted) = &settings.capabilities {
+        capabilities::drop_privileges(wanted, &*syscall).describe(|| "set the capabilities".to_owned())?;
     }
-    entered.or_else(|_| enter(&plan.program.cwd)).map_err(|error| {
-        let error = error_text(&error.into());
-        format!(
-            "chdir to cwd ({:?}) set in config.json failed: {error}",
-            plan.program.cwd
-        )
-    })?;
-    let found = Resolved::find(&plan.program)?;
+    entered
+        .or_else(|_| enter_directory(&settings.program.cwd))
+        .map_err(|error| {
+            let error = error_text(&error.into());
+            format!(
+                "chdir to cwd ({:?}) set in config.json failed: {error}",
+                settings.program.cwd
+            )
+        })?;
+    let found = ResolvedProgram::find(&settings.program)?;
     if filter_late {
-        load_filter(plan)?;
+        load_filter(settings)?;
     }
     Err(found.execute())
 }
 
-fn enter(cwd: &Path) -> Result<(), Errno> {
+fn enter_directory(cwd: &Path) -> Result<(), Errno> {
     rustix::process::chdir(cwd)?;
     // The kernel marks a folder outside of the root by a path that does not begin with "/".
     let inside = rustix::process::getcwd(Vec::new())?.as_bytes().starts_with(b"/");
@@ -275,23 +277,23 @@ fn set_ids(uid: u32, gid: u32) -> Result<(), String> {
         .and_then(|()| rustix::thread::set_thread_res_gid(group, group, group))
         .and_then(|()| rustix::thread::set_thread_res_uid(user, user, user))
         .and_then(|()| rustix::thread::set_keep_capabilities(false))
-        .say(|| format!("become user {uid}:{gid}"))
+        .describe(|| format!("become user {uid}:{gid}"))
 }
 
-fn load_filter(plan: &Plan) -> Result<(), String> {
-    let Some(filter) = &plan.seccomp else { return Ok(()) };
+fn load_filter(settings: &ProcessSettings) -> Result<(), String> {
+    let Some(filter) = &settings.seccomp else { return Ok(()) };
     libcontainer::seccomp::initialize_seccomp(filter)
-        .say(|| "load the system call filter".to_owned())
+        .describe(|| "load the system call filter".to_owned())
         .map(drop)
 }
 
 /// Says in words what failed.
-trait Say<T> {
-    fn say(self, what: impl FnOnce() -> String) -> Result<T, String>;
+trait Describe<T> {
+    fn describe(self, what: impl FnOnce() -> String) -> Result<T, String>;
 }
 
-impl<T, E: std::fmt::Display> Say<T> for Result<T, E> {
-    fn say(self, what: impl FnOnce() -> String) -> Result<T, String> {
+impl<T, E: std::fmt::Display> Describe<T> for Result<T, E> {
+    fn describe(self, what: impl FnOnce() -> String) -> Result<T, String> {
         self.map_err(|error| format!("{}: {error}", what()))
     }
 }

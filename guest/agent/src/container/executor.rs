@@ -7,8 +7,8 @@ use std::io::Write;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
 
-use super::diagnosis::Writer;
-use super::program::{Program, Resolved};
+use super::diagnosis::CauseWriter;
+use super::program::{Program, ResolvedProgram};
 use super::start::StartHooks;
 use crate::sys;
 
@@ -17,13 +17,13 @@ use crate::sys;
 pub(super) struct ProgramExecutor {
     program: Program,
     start: Option<StartHooks>,
-    found: RefCell<Option<Resolved>>,
-    causes: Writer,
+    found: RefCell<Option<ResolvedProgram>>,
+    causes: CauseWriter,
 }
 
 impl ProgramExecutor {
     /// For `program`, after the hooks `start`; why it cannot run goes to `causes`.
-    pub(super) fn new(program: Program, start: Option<StartHooks>, causes: Writer) -> Self {
+    pub(super) fn new(program: Program, start: Option<StartHooks>, causes: CauseWriter) -> Self {
         Self {
             program,
             start,
@@ -35,13 +35,13 @@ impl ProgramExecutor {
 
 impl Executor for ProgramExecutor {
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
-        match Resolved::find(&self.program) {
+        match ResolvedProgram::find(&self.program) {
             Ok(found) => {
                 *self.found.borrow_mut() = Some(found);
                 Ok(())
             }
             Err(words) => {
-                self.causes.say(&words);
+                self.causes.write_verbatim(&words);
                 Err(ExecutorValidationError::ArgValidationError(words))
             }
         }
@@ -61,7 +61,7 @@ impl Executor for ProgramExecutor {
                 Ok(()) => found.execute(),
                 Err(words) => words,
             };
-            start.say(&words);
+            start.report(&words);
             sys::exit_now(1);
         }
         let words = found.execute();

@@ -20,21 +20,23 @@ use oci_spec::runtime::{Hook, HookBuilder};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-use super::diagnosis::Writer;
+use super::diagnosis::CauseWriter;
 
 /// The agent's first argument where it is to run `createContainer` hooks.
-pub(crate) const FLAG: &str = "--create-container-hooks";
+pub(crate) const HOOKS_FLAG: &str = "--create-container-hooks";
 
 /// Stands in for all of `hooks`: the agent, told what to run where, and where to say what went wrong.
-pub(super) fn stand_in(hooks: &[Hook], rootfs: &Path, words: &Writer) -> Result<Hook, String> {
+pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, words: &CauseWriter) -> Result<Hook, String> {
     let list = serde_json::to_string(hooks).map_err(|error| format!("encode the createContainer hooks: {error}"))?;
-    let words = words.inherit().map_err(|error| format!("share a pipe: {error}"))?;
+    let words = words
+        .share_with_programs()
+        .map_err(|error| format!("share a pipe: {error}"))?;
     HookBuilder::default()
         .path("/proc/self/exe")
         .args(
             [
                 "nutshell-agent",
-                FLAG,
+                HOOKS_FLAG,
                 &list,
                 &rootfs.to_string_lossy(),
                 &words.to_string(),
@@ -46,7 +48,7 @@ pub(super) fn stand_in(hooks: &[Hook], rootfs: &Path, words: &Writer) -> Result<
         .map_err(|error| error.to_string())
 }
 
-/// Runs what [`stand_in`] says: `arguments` are those behind [`FLAG`]. The container's state is on
+/// Runs what [`agent_as_hook`] says: `arguments` are those behind [`HOOKS_FLAG`]. The container's state is on
 /// standard input.
 pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
     let [list, rootfs, words] = arguments else {
@@ -54,7 +56,7 @@ pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
     };
     let Some(words) = words
         .to_str()
-        .and_then(|number| Writer::inherited(number.parse().ok()?))
+        .and_then(|number| CauseWriter::from_inherited(number.parse().ok()?))
     else {
         return ExitCode::from(2);
     };
@@ -72,7 +74,7 @@ pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
     match enter().and_then(|(hooks, state)| run("createContainer", &hooks, &state)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(reason) => {
-            words.say(&reason);
+            words.write_verbatim(&reason);
             ExitCode::FAILURE
         }
     }
@@ -109,7 +111,7 @@ fn run_one(hook: &Hook, state: &str) -> Result<(), String> {
         .spawn()
         .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), error_text(&error)))?;
     let limit = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
-    let status = wait(&mut child, limit.map(Duration::from_secs))?;
+    let status = wait_with_timeout(&mut child, limit.map(Duration::from_secs))?;
     if status.success() {
         return Ok(());
     }
@@ -122,9 +124,9 @@ fn run_one(hook: &Hook, state: &str) -> Result<(), String> {
 }
 
 /// Waits for the child's end, and kills it where that takes longer than `limit`.
-fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String> {
+fn wait_with_timeout(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String> {
     if let Some(limit) = limit
-        && !ends_within(child, limit).map_err(|error| error_text(&error))?
+        && !has_ended_within(child, limit).map_err(|error| error_text(&error))?
     {
         // With all that it has started. It may have ended in this moment: the result is the same.
         let _ = pid_of(child).map(|group| rustix::process::kill_process_group(group, Signal::KILL));
@@ -137,7 +139,7 @@ fn wait(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String
     child.wait().map_err(|error| error_text(&error))
 }
 
-fn ends_within(child: &Child, limit: Duration) -> io::Result<bool> {
+fn has_ended_within(child: &Child, limit: Duration) -> io::Result<bool> {
     let pidfd = rustix::process::pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
     let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
     let mut poll = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];

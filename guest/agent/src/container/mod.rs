@@ -25,18 +25,18 @@ use nutshell_protocol::CONTAINERS_PATH;
 use rustix::process::Pid;
 
 use crate::cgroup::{Cgroup, MemoryWatch};
-use crate::reaper::Ending;
+use crate::reaper::ProcessExit;
 
 /// Where libcontainer keeps what it knows of containers.
 const STATE_PATH: &str = "/run/nutshell/state";
 
 /// A container's folder: its bundle.
-fn bundle(id: &str) -> PathBuf {
+fn bundle_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_PATH).join(id)
 }
 
 /// libcontainer's folder for a container.
-fn state_folder(id: &str) -> PathBuf {
+fn state_path(id: &str) -> PathBuf {
     Path::new(STATE_PATH).join(id)
 }
 
@@ -69,13 +69,13 @@ pub(crate) struct Container {
     /// Further processes that have not ended, by exec id.
     pub(crate) execs: BTreeMap<String, Process>,
     /// Its out-of-memory watch.
-    pub(crate) memory: Option<MemoryWatch>,
+    pub(crate) memory_watch: Option<MemoryWatch>,
     /// A pidfd of its first process, once that exists.
     pub(crate) pidfd: Option<OwnedFd>,
     /// Its processes are frozen.
     pub(crate) paused: bool,
     /// It is removed, but for its last processes' ends; the request that waits for them.
-    pub(crate) removed: Option<u64>,
+    pub(crate) deletion: Option<u64>,
 }
 
 impl Container {
@@ -84,13 +84,13 @@ impl Container {
         Self {
             stage: Stage::Creating,
             spec,
-            cgroup: Cgroup::of(id),
+            cgroup: Cgroup::of_container(id),
             init: Process::default(),
             execs: BTreeMap::new(),
-            memory: None,
+            memory_watch: None,
             pidfd: None,
             paused: false,
-            removed: None,
+            deletion: None,
         }
     }
 
@@ -113,7 +113,7 @@ pub(crate) struct Process {
     /// Its terminal.
     pub(crate) terminal: Option<OwnedFd>,
     /// How it ended, and how much it had written then, until that is reported.
-    pub(crate) ended: Option<(Ending, [u64; 2])>,
-    /// The signal that is to be blamed for its end (it ignored that one, and was killed).
-    pub(crate) blamed: Option<u32>,
+    pub(crate) exit: Option<(ProcessExit, [u64; 2])>,
+    /// The signal that is to be reported_signal for its end (it ignored that one, and was killed).
+    pub(crate) reported_signal: Option<u32>,
 }

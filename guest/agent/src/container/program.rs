@@ -48,23 +48,23 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// A program that was found, ready for execve(2).
 #[derive(Debug, Clone)]
-pub(super) struct Resolved {
+pub(super) struct ResolvedProgram {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
 }
 
-impl Resolved {
+impl ResolvedProgram {
     /// Finds the executable and the home folder. To be called as the user and in the file system of
     /// the container, with its working folder entered.
     pub(super) fn find(program: &Program) -> Result<Self, String> {
-        let mut env = last_of_each(&program.env);
+        let mut env = deduplicate_env(&program.env);
         if !env
             .iter()
             .any(|entry| entry.starts_with("HOME=") && entry.len() > "HOME=".len())
         {
             env.retain(|entry| !entry.starts_with("HOME="));
-            env.push(format!("HOME={}", home(program.uid)));
+            env.push(format!("HOME={}", find_home(program.uid)));
         }
         let search = env
             .iter()
@@ -89,7 +89,7 @@ impl Resolved {
 }
 
 /// The entries of an environment; of those with one name, the last.
-fn last_of_each(env: &[String]) -> Vec<String> {
+fn deduplicate_env(env: &[String]) -> Vec<String> {
     let mut names = BTreeSet::new();
     let mut kept: Vec<String> = env
         .iter()
@@ -108,7 +108,7 @@ fn last_of_each(env: &[String]) -> Vec<String> {
 /// Finds an executable as Go's `exec.LookPath` does, and says why not in its words.
 fn look_up(name: &str, search: &str) -> Result<PathBuf, String> {
     if name.contains('/') {
-        return match executable(Path::new(name)) {
+        return match check_executable(Path::new(name)) {
             Ok(()) => Ok(PathBuf::from(name)),
             Err(Errno::NOENT) => Err(format!("exec: {name:?}: stat {name}: no such file or directory")),
             Err(Errno::NOTDIR) => Err(format!("exec: {name:?}: stat {name}: not a directory")),
@@ -118,11 +118,11 @@ fn look_up(name: &str, search: &str) -> Result<PathBuf, String> {
     search
         .split(':')
         .map(|folder| Path::new(if folder.is_empty() { "." } else { folder }).join(name))
-        .find(|path| !name.is_empty() && executable(path).is_ok())
+        .find(|path| !name.is_empty() && check_executable(path).is_ok())
         .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
 }
 
-fn executable(path: &Path) -> Result<(), Errno> {
+fn check_executable(path: &Path) -> Result<(), Errno> {
     let metadata = rustix::fs::stat(path)?;
     if FileType::from_raw_mode(metadata.st_mode) == FileType::Directory {
         return Err(Errno::ISDIR);
@@ -140,7 +140,7 @@ const PASSWD_LIMIT: u64 = 4 << 20;
 /// A user's home folder according to the container's `/etc/passwd`, else `/`.
 ///
 /// Read by hand: the C library would load modules from the container's files for it.
-fn home(uid: u32) -> String {
+fn find_home(uid: u32) -> String {
     // Not blocking: the file may be anything, such as a fifo.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut text = Vec::new();
@@ -151,10 +151,12 @@ fn home(uid: u32) -> String {
             let _ = std::fs::File::from(file).take(PASSWD_LIMIT).read_to_end(&mut text);
         }
     }
-    home_in(&String::from_utf8_lossy(&text), uid).unwrap_or("/").to_owned()
+    home_in_passwd(&String::from_utf8_lossy(&text), uid)
+        .unwrap_or("/")
+        .to_owned()
 }
 
-fn home_in(passwd: &str, uid: u32) -> Option<&str> {
+fn home_in_passwd(passwd: &str, uid: u32) -> Option<&str> {
     passwd.lines().find_map(|line| {
         let mut fields = line.split(':').skip(2);
         let found: u32 = fields.next()?.parse().ok()?;
@@ -170,17 +172,17 @@ mod tests {
     #[test]
     fn home_is_the_sixth_field() {
         let passwd = "root:x:0:0:root:/root:/bin/sh\n#comment\nshort:x:7\nweb:x:33:33::/srv:/bin/false\nbad:x:9:9:::\n";
-        assert_eq!(home_in(passwd, 0), Some("/root"));
-        assert_eq!(home_in(passwd, 33), Some("/srv"));
-        assert_eq!(home_in(passwd, 9), None);
-        assert_eq!(home_in(passwd, 7), None);
-        assert_eq!(home_in("", 0), None);
+        assert_eq!(home_in_passwd(passwd, 0), Some("/root"));
+        assert_eq!(home_in_passwd(passwd, 33), Some("/srv"));
+        assert_eq!(home_in_passwd(passwd, 9), None);
+        assert_eq!(home_in_passwd(passwd, 7), None);
+        assert_eq!(home_in_passwd("", 0), None);
     }
 
     #[test]
     fn last_entry_of_a_name_counts_and_order_stays() {
         let env = ["A=1", "B=2", "A=3", "junk", "=x", "C="].map(str::to_owned);
-        assert_eq!(last_of_each(&env), ["B=2", "A=3", "C="]);
+        assert_eq!(deduplicate_env(&env), ["B=2", "A=3", "C="]);
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<
         share::mount().context(|| "mount the pod's shared folders".to_owned())?;
     }
     match rootfs {
-        Rootfs::Share { path } => bind(path, target),
+        Rootfs::Share { path } => bind_from_share(path, target),
         Rootfs::Disk {
             slot,
             filesystem,
@@ -45,7 +45,7 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<
 }
 
 /// Binds a folder of the share, which a container may have written to: no link is followed.
-fn bind(path: &str, target: &Path) -> Result<(), Failure> {
+fn bind_from_share(path: &str, target: &Path) -> Result<(), Failure> {
     let clone = || {
         let share = rustix::fs::open(SHARE_PATH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -63,7 +63,7 @@ fn bind(path: &str, target: &Path) -> Result<(), Failure> {
 
 /// Makes a process's working folder in the rootfs where it is missing, as runc does: images may name
 /// one that they do not have.
-pub(crate) fn make_working_folder(rootfs: &Path, cwd: &Path) -> io::Result<()> {
+pub(crate) fn create_working_directory(rootfs: &Path, cwd: &Path) -> io::Result<()> {
     let open = |folder: &OwnedFd, path: &Path| {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         rustix::fs::openat2(folder, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
@@ -131,7 +131,7 @@ mod tests {
         std::os::unix::fs::symlink("/real", rootfs.join("link")).unwrap();
         std::os::unix::fs::symlink("../../../..", rootfs.join("up")).unwrap();
         for cwd in ["/srv/app", "/link/a/b", "/up/c"] {
-            make_working_folder(&rootfs, Path::new(cwd)).unwrap();
+            create_working_directory(&rootfs, Path::new(cwd)).unwrap();
         }
         for made in ["srv/app", "real/a/b", "c"] {
             assert!(rootfs.join(made).is_dir(), "{made}");

@@ -27,7 +27,7 @@ pub(super) struct Prepared {
     pub(super) hooks: GuestHooks,
     /// What the spec sets in a namespace that it does not get for its own: the machine's, which is
     /// the pod's.
-    pub(super) machine: Machine,
+    pub(super) machine_settings: MachineSettings,
 }
 
 /// Hooks that run in the container's namespaces (OCI config.md, "POSIX-platform Hooks").
@@ -41,7 +41,7 @@ pub(super) struct GuestHooks {
 
 /// Settings of the machine.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Machine {
+pub(super) struct MachineSettings {
     /// Its host name.
     pub(super) hostname: Option<String>,
     /// Its kernel parameters, by their names in sysctl(8)'s form.
@@ -69,7 +69,7 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
     let Some(mut linux) = spec.linux().clone() else {
         return Err(Failure::invalid("the OCI spec has no linux section"));
     };
-    linux.set_cgroups_path(Some(cgroup.specified()));
+    linux.set_cgroups_path(Some(cgroup.spec_path()));
     linux.set_mount_label(None);
     linux.set_intel_rdt(None);
     let devices = linux
@@ -84,9 +84,9 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
     if !namespaces.contains(&LinuxNamespaceType::Mount) {
         return Err(Failure::invalid("the OCI spec gives the container no mount namespace"));
     }
-    let mut machine = Machine::default();
+    let mut machine_settings = MachineSettings::default();
     if !namespaces.contains(&LinuxNamespaceType::Uts) {
-        machine.hostname = spec.hostname().clone();
+        machine_settings.hostname = spec.hostname().clone();
         spec.set_hostname(None);
         spec.set_domainname(None);
     }
@@ -94,13 +94,13 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         let (machines, own) = sysctls
             .into_iter()
             .partition(|(name, _)| namespace_of_sysctl(name).is_some_and(|namespace| !namespaces.contains(&namespace)));
-        machine.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
+        machine_settings.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
         linux.set_sysctl(Some(own));
     }
     let hooks = take_hooks(&mut spec, &program);
     if namespaces.contains(&LinuxNamespaceType::User) {
         for mount in spec.mounts_mut().iter_mut().flatten() {
-            bind_where_not_owned(mount, &namespaces);
+            bind_if_not_owned(mount, &namespaces);
         }
     }
     let outer_uid = outer_uid(&linux, program.uid);
@@ -111,13 +111,13 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         outer_uid,
         devices,
         hooks,
-        machine,
+        machine_settings,
     })
 }
 
 /// The machine's own in place of a file system that shows a namespace of the machine: a user namespace
 /// may mount only what shows namespaces that belong to it.
-fn bind_where_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
+fn bind_if_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
     let (shows, machines) = match mount.typ().as_deref() {
         Some("sysfs") => (LinuxNamespaceType::Network, "/sys"),
         Some("mqueue") => (LinuxNamespaceType::Ipc, "/dev/mqueue"),
@@ -172,7 +172,7 @@ fn namespace_of_sysctl(name: &str) -> Option<LinuxNamespaceType> {
     }
 }
 
-impl Machine {
+impl MachineSettings {
     /// Applies the settings.
     pub(super) fn apply(&self) -> Result<(), Failure> {
         if let Some(hostname) = &self.hostname {
@@ -230,7 +230,7 @@ mod tests {
                     "hugepageLimits": [{"pageSize": "3GB", "limit": 0}],
                     "devices": [{"allow": false, "access": "rwm"}]}}
         }));
-        let prepared = prepare(spec, &Cgroup::of("id"), true).unwrap();
+        let prepared = prepare(spec, &Cgroup::of_container("id"), true).unwrap();
         let process = prepared.spec.process().as_ref().unwrap();
         assert_eq!(process.apparmor_profile(), &None);
         assert_eq!(process.selinux_label(), &None);
@@ -244,11 +244,11 @@ mod tests {
         assert_eq!(resources.cpu().as_ref().unwrap().shares(), Some(2));
         assert_eq!(resources.hugepage_limits(), &Some(vec![]));
         assert_eq!(prepared.spec.hostname(), &None, "there is no namespace for it");
-        let machine = Machine {
+        let machine_settings = MachineSettings {
             hostname: Some("h".to_owned()),
             sysctls: vec![("net.ipv4.ip_forward".to_owned(), "1".to_owned())],
         };
-        assert_eq!(prepared.machine, machine);
+        assert_eq!(prepared.machine_settings, machine_settings);
         assert_eq!(linux.sysctl().as_ref().unwrap().len(), 1, "there is an ipc namespace");
         assert_eq!(prepared.devices.len(), 1);
         assert_eq!(prepared.program.env, ["A=b"]);
@@ -265,7 +265,7 @@ mod tests {
             "mounts": [mount("sysfs"), mount("mqueue"), mount("proc"), mount("tmpfs")],
             "linux": {"namespaces": [{"type": "mount"}, {"type": "user"}, {"type": "pid"}], "uidMappings": map, "gidMappings": map}
         }));
-        let prepared = prepare(spec, &Cgroup::of("id"), false).unwrap();
+        let prepared = prepare(spec, &Cgroup::of_container("id"), false).unwrap();
         let mounts: Vec<_> = prepared.spec.mounts().iter().flatten().collect();
         let kinds: Vec<_> = mounts.iter().map(|mount| mount.typ().as_deref().unwrap()).collect();
         assert_eq!(kinds, ["bind", "bind", "proc", "tmpfs"]);
@@ -291,7 +291,7 @@ mod tests {
         let spec = spec(serde_json::json!({"ociVersion": "1.2.0", "linux": {},
             "process": {"args": [], "cwd": "/", "user": {"uid": 0, "gid": 0}}}));
         assert_eq!(
-            prepare(spec, &Cgroup::of("id"), false).unwrap_err().kind,
+            prepare(spec, &Cgroup::of_container("id"), false).unwrap_err().kind,
             nutshell_protocol::FailureKind::InvalidArgument
         );
     }

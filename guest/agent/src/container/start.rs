@@ -12,12 +12,12 @@ use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::{bundle, hooks, state_folder};
+use super::{bundle_path, hooks, state_path};
 use crate::failure::{Context, FailureExt};
 
 /// The named pipe in the bundle through which the first process says why it cannot start, if it has
 /// hooks to run. It ends without a word when the program is executed.
-const STARTING: &str = "starting";
+const START_PIPE: &str = "starting";
 
 /// What a container's first process runs before its program, and where it says that one failed.
 #[derive(Debug, Clone)]
@@ -31,7 +31,7 @@ pub(super) struct StartHooks {
 impl StartHooks {
     /// Makes the pipe in the `bundle` that the start will listen to.
     pub(super) fn new(id: &str, bundle: &Path, spec: &Spec, hooks: Vec<Hook>) -> io::Result<Self> {
-        let pipe = bundle.join(STARTING);
+        let pipe = bundle.join(START_PIPE);
         rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
         // For reading too, as nobody listens yet.
         let words = rustix::fs::open(&pipe, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
@@ -55,7 +55,7 @@ impl StartHooks {
         hooks::run("startContainer", &self.hooks, &state.to_string())
     }
 
-    pub(super) fn say(&self, words: &str) {
+    pub(super) fn report(&self, words: &str) {
         // Nobody may be listening: the process ends all the same.
         let _ = rustix::io::write(&*self.words, words.as_bytes());
     }
@@ -63,7 +63,7 @@ impl StartHooks {
 
 /// Whether the start of a created container must be watched: it runs hooks first.
 pub(crate) fn has_start_hooks(id: &str) -> bool {
-    bundle(id).join(STARTING).exists()
+    bundle_path(id).join(START_PIPE).exists()
 }
 
 /// Lets the first process of a created container run its hooks and its program, and hears whether
@@ -71,8 +71,8 @@ pub(crate) fn has_start_hooks(id: &str) -> bool {
 pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
     // Before it may write. Without a writer this does not wait.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let words =
-        rustix::fs::open(bundle(id).join(STARTING), flags, Mode::empty()).context(|| "open a pipe".to_owned())?;
+    let words = rustix::fs::open(bundle_path(id).join(START_PIPE), flags, Mode::empty())
+        .context(|| "open a pipe".to_owned())?;
     start(id).context(|| format!("start container {id}"))?;
     let mut reason = Vec::new();
     let mut hear = || -> std::io::Result<()> {
@@ -96,7 +96,7 @@ pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
 
 /// Lets the first process of a created container run.
 pub(crate) fn start(id: &str) -> std::io::Result<()> {
-    let socket = state_folder(id).join(libcontainer::notify_socket::NOTIFY_FILE);
+    let socket = state_path(id).join(libcontainer::notify_socket::NOTIFY_FILE);
     let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);
     notify.notify_container_start().map_err(std::io::Error::other)
 }

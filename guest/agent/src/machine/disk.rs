@@ -12,11 +12,11 @@ use super::slot;
 /// its driver has yet to look.
 pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
     let serial = disk_serial(slot);
-    if let Some(device) = look(slot, &serial) {
+    if let Some(device) = find_by_serial(slot, &serial) {
         return Ok(device);
     }
     slot::bind(FIRST_DISK_SLOT.saturating_add(slot))?;
-    look(slot, &serial).ok_or_else(|| {
+    find_by_serial(slot, &serial).ok_or_else(|| {
         let text = format!("no disk has the serial {serial}");
         io::Error::new(io::ErrorKind::NotFound, text)
     })
@@ -24,10 +24,10 @@ pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
 
 /// Lets go of the disk that [`find`] found in disk slot `slot`, which was empty when the machine booted.
 pub(crate) fn release(slot: u32) -> io::Result<()> {
-    slot::release(FIRST_DISK_SLOT.saturating_add(slot))
+    slot::unbind(FIRST_DISK_SLOT.saturating_add(slot))
 }
 
-fn look(slot: u32, serial: &str) -> Option<PathBuf> {
+fn find_by_serial(slot: u32, serial: &str) -> Option<PathBuf> {
     // The kernel names disks in the order of slots as a rule, and asking a disk for its serial costs
     // a request: the likely one is asked first.
     let likely = u8::try_from(slot)
@@ -41,11 +41,11 @@ fn look(slot: u32, serial: &str) -> Option<PathBuf> {
     let name = likely
         .into_iter()
         .chain(all())
-        .find(|name| serial_of(name).as_deref() == Some(serial))?;
+        .find(|name| read_serial(name).as_deref() == Some(serial))?;
     Some(Path::new("/dev").join(name))
 }
 
-fn serial_of(name: &str) -> Option<String> {
+fn read_serial(name: &str) -> Option<String> {
     let serial = fs::read_to_string(Path::new("/sys/block").join(name).join("serial")).ok()?;
     Some(serial.trim_end_matches(['\n', '\0']).to_owned())
 }

@@ -15,10 +15,10 @@ use crate::failure::Context;
 use crate::sys;
 
 /// How much moves at once.
-const CHUNK: usize = 64 << 10;
+const BUFFER_SIZE: usize = 64 << 10;
 
 /// On the loopback interface a connection is made or refused at once; a full backlog makes it wait.
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connects to the first of `targets` that answers, and leaves a process behind that carries bytes
 /// between it and `stream`. To be called in a job.
@@ -37,13 +37,13 @@ pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Fail
     }
     sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);
     // Whoever is at the ends sees that they are closed.
-    sys::exit_now(carry(stream, &socket).is_err().into())
+    sys::exit_now(relay(stream, &socket).is_err().into())
 }
 
 fn connect(targets: &[SocketAddr]) -> io::Result<TcpStream> {
     let mut refusal = io::ErrorKind::InvalidInput.into();
     for target in targets {
-        match TcpStream::connect_timeout(target, CONNECT_LIMIT) {
+        match TcpStream::connect_timeout(target, CONNECT_TIMEOUT) {
             Ok(socket) => return Ok(socket),
             Err(error) => refusal = error,
         }
@@ -58,15 +58,15 @@ struct Direction<'a> {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
-    state: State,
+    state: DirectionState,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum DirectionState {
     Open,
     /// All was read; what is held still goes out.
-    Ending,
-    Ended,
+    Draining,
+    Closed,
 }
 
 impl<'a> Direction<'a> {
@@ -74,30 +74,30 @@ impl<'a> Direction<'a> {
         Self {
             from: from.as_fd(),
             to: to.as_fd(),
-            bytes: vec![0; CHUNK].into_boxed_slice(),
+            bytes: vec![0; BUFFER_SIZE].into_boxed_slice(),
             start: 0,
             end: 0,
-            state: State::Open,
+            state: DirectionState::Open,
         }
     }
 
-    fn holds(&self) -> bool {
+    fn has_data(&self) -> bool {
         self.start < self.end
     }
 
     /// Moves what can be moved now.
-    fn turn(&mut self) -> io::Result<()> {
-        while self.state != State::Ended {
-            let moved = if self.holds() {
+    fn transfer(&mut self) -> io::Result<()> {
+        while self.state != DirectionState::Closed {
+            let moved = if self.has_data() {
                 rustix::io::write(self.to, &self.bytes[self.start..self.end]).map(|count| self.start += count)
-            } else if self.state == State::Ending {
-                self.state = State::Ended;
+            } else if self.state == DirectionState::Draining {
+                self.state = DirectionState::Closed;
                 rustix::net::shutdown(self.to, rustix::net::Shutdown::Write)
             } else {
                 rustix::io::read(self.from, &mut self.bytes[..]).map(|count| {
                     (self.start, self.end) = (0, count);
                     if count == 0 {
-                        self.state = State::Ending;
+                        self.state = DirectionState::Draining;
                     }
                 })
             };
@@ -112,18 +112,18 @@ impl<'a> Direction<'a> {
 }
 
 /// Until both directions have ended, or one has failed.
-fn carry(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
+fn relay(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
     let (mut inward, mut outward) = (Direction::new(stream, socket), Direction::new(socket, stream));
     loop {
-        inward.turn()?;
-        outward.turn()?;
-        if inward.state == State::Ended && outward.state == State::Ended {
+        inward.transfer()?;
+        outward.transfer()?;
+        if inward.state == DirectionState::Closed && outward.state == DirectionState::Closed {
             return Ok(());
         }
         let interest = |reads: &Direction<'_>, writes: &Direction<'_>| {
             let mut flags = PollFlags::empty();
-            flags.set(PollFlags::IN, reads.state == State::Open && !reads.holds());
-            flags.set(PollFlags::OUT, writes.holds());
+            flags.set(PollFlags::IN, reads.state == DirectionState::Open && !reads.has_data());
+            flags.set(PollFlags::OUT, writes.has_data());
             flags
         };
         let mut ends = [

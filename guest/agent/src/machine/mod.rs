@@ -1,4 +1,4 @@
-//! The guest as a whole, which PID 1 looks after: `setup` prepares it at boot, [`end`] resets it. The rest is
+//! The guest as a whole, which PID 1 looks after: `setup` prepares it at boot, [`reboot`] resets it. The rest is
 //! for requests of the host: its clock, size, disks, share and network, and the settings of the namespaces that
 //! all of a pod's containers share.
 //!
@@ -21,7 +21,7 @@ use rustix::system::RebootCommand;
 use crate::sys;
 
 /// Ends the machine: by a reset, which the machine has no other end than.
-pub(crate) fn end() -> ! {
+pub(crate) fn reboot() -> ! {
     let error = rustix::system::reboot(RebootCommand::Restart);
     eprintln!("nutshell-agent: reboot: {error:?}");
     // The kernel panics at the end of PID 1, and resets after a panic.

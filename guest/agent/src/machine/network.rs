@@ -13,17 +13,17 @@ use crate::failure::Context;
 
 /// Has the driver look at the slot again, which was empty when the machine booted, and returns the
 /// number of the interface that it finds there.
-pub(crate) fn plug(slot: u32) -> io::Result<u32> {
+pub(crate) fn probe(slot: u32) -> io::Result<u32> {
     let device = slot::bind(slot)?;
-    let found = only(&device, "virtio")
-        .and_then(|virtio| only(&virtio.join("net"), ""))
-        .map_err(|error| about(&error, &format!("find the interface of {}", device.display())))?;
+    let found = find_entry(&device, "virtio")
+        .and_then(|virtio| find_entry(&virtio.join("net"), ""))
+        .map_err(|error| with_step(&error, &format!("find the interface of {}", device.display())))?;
     let index = fs::read_to_string(found.join("ifindex"))?;
     index.trim().parse().map_err(io::Error::other)
 }
 
 /// The one entry of a folder whose name begins so.
-fn only(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
+fn find_entry(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(prefix) {
@@ -33,7 +33,7 @@ fn only(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
     Err(io::ErrorKind::NotFound.into())
 }
 
-fn about(error: &io::Error, what: &str) -> io::Error {
+fn with_step(error: &io::Error, what: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{what}: {error}"))
 }
 
@@ -45,7 +45,7 @@ pub(crate) fn configure(messages: &[(String, Vec<u8>)]) -> Result<(), Failure> {
     let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).map_err(io::Error::from);
     let socket = socket.context(|| "open a netlink socket".to_owned())?;
     for (what, message) in messages {
-        match ask(&socket, message) {
+        match send_request(&socket, message) {
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::EXIST.raw_os_error()) => {}
             answer => answer.context(|| what.clone())?,
         }
@@ -54,7 +54,7 @@ pub(crate) fn configure(messages: &[(String, Vec<u8>)]) -> Result<(), Failure> {
 }
 
 /// One request, which asks for an acknowledgement (netlink(7)): `struct nlmsghdr`, then the error.
-fn ask(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
+fn send_request(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
     const HEADER: usize = 16;
     rustix::net::send(socket.as_fd(), message, SendFlags::empty())?;
     let mut answer = [0; 4096];

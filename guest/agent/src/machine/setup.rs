@@ -42,7 +42,7 @@ pub(crate) fn set_up() -> Result<(), SetupError> {
     cgroup::delegate_controllers().step("delegate cgroup controllers")?;
     let flags = SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None).step("open a socket")?;
-    sys::loopback_up(socket).step("bring lo up")
+    sys::bring_loopback_up(socket).step("bring lo up")
 }
 
 /// Moves to a root that containers can leave.
@@ -51,24 +51,29 @@ pub(crate) fn set_up() -> Result<(), SetupError> {
 /// is moved over it: a container pivots away from that one and unmounts it, and neither a chroot nor
 /// a `..` leads below it, because the tmpfs covers the very root of the mount tree.
 fn replace_root() -> Result<(), SetupError> {
-    const NEW: &str = "/new";
-    const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
-    make_folder(NEW)?;
+    const NEW_ROOT: &str = "/new";
+    const RESTRICTED: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+    create_directory(NEW_ROOT)?;
     rustix::mount::mount(
         "tmpfs",
-        NEW,
+        NEW_ROOT,
         "tmpfs",
         MountFlags::NOSUID | MountFlags::NODEV,
         c"mode=755",
     )
     .step("mount the root")?;
-    rustix::process::chdir(NEW).step("enter the root")?;
+    rustix::process::chdir(NEW_ROOT).step("enter the root")?;
     rustix::mount::mount_move(".", "/").step("move the root")?;
     rustix::process::chroot(".").step("change the root")?;
     let mounts = [
-        ("/proc", "proc", PLAIN, c""),
-        ("/sys", "sysfs", PLAIN, c""),
-        ("/sys/fs/cgroup", "cgroup2", PLAIN, c"nsdelegate,memory_recursiveprot"),
+        ("/proc", "proc", RESTRICTED, c""),
+        ("/sys", "sysfs", RESTRICTED, c""),
+        (
+            "/sys/fs/cgroup",
+            "cgroup2",
+            RESTRICTED,
+            c"nsdelegate,memory_recursiveprot",
+        ),
         ("/dev", "devtmpfs", MountFlags::NOSUID | MountFlags::NOEXEC, c"mode=755"),
         (
             "/dev/pts",
@@ -76,21 +81,21 @@ fn replace_root() -> Result<(), SetupError> {
             MountFlags::NOSUID | MountFlags::NOEXEC,
             c"gid=5,mode=620,ptmxmode=666",
         ),
-        ("/dev/shm", "tmpfs", PLAIN, c"mode=1777"),
-        ("/dev/mqueue", "mqueue", PLAIN, c""),
+        ("/dev/shm", "tmpfs", RESTRICTED, c"mode=1777"),
+        ("/dev/mqueue", "mqueue", RESTRICTED, c""),
     ];
     for (target, kind, flags, data) in mounts {
         if target != "/sys/fs/cgroup" {
-            make_folder(target)?;
+            create_directory(target)?;
         }
         rustix::mount::mount(kind, target, kind, flags, data).step(target)?;
     }
-    make_folder("/run")?;
-    make_folder("/run/nutshell")?;
-    make_folder("/tmp")
+    create_directory("/run")?;
+    create_directory("/run/nutshell")?;
+    create_directory("/tmp")
 }
 
-fn make_folder(path: &'static str) -> Result<(), SetupError> {
+fn create_directory(path: &'static str) -> Result<(), SetupError> {
     match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
         Err(rustix::io::Errno::EXIST) => Ok(()),
         result => result.step(path),
@@ -112,11 +117,11 @@ fn open_standard_streams() -> io::Result<()> {
 
 /// Containers inherit these unless their spec sets them: what a service manager gives containerd.
 fn raise_limits() -> Result<(), SetupError> {
-    const FILES: u64 = 1 << 20;
+    const MAX_OPEN_FILES: u64 = 1 << 20;
     let both = |limit| Rlimit {
         current: limit,
         maximum: limit,
     };
-    rustix::process::setrlimit(Resource::Nofile, both(Some(FILES))).step("raise RLIMIT_NOFILE")?;
+    rustix::process::setrlimit(Resource::Nofile, both(Some(MAX_OPEN_FILES))).step("raise RLIMIT_NOFILE")?;
     rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")
 }

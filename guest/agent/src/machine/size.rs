@@ -10,28 +10,28 @@ use nutshell_protocol::{Failure, MEMORY_SLOT};
 use super::slot;
 use crate::failure::Context;
 
-const PROCESSORS: &str = "/sys/devices/system/cpu";
+const CPU_DIRECTORY: &str = "/sys/devices/system/cpu";
 
 /// Added memory is for everything, or for what can be moved away again, as the kernel sees fit: three parts of
 /// the second for one of what cannot be moved (`Documentation/admin-guide/mm/memory-hotplug.rst`).
-const POLICY: [(&str, &str); 2] = [
+const ONLINE_POLICY: [(&str, &str); 2] = [
     ("/sys/devices/system/memory/auto_online_blocks", "online"),
     ("/sys/module/memory_hotplug/parameters/online_policy", "auto-movable"),
 ];
 
 /// Has the kernel use `processors` of the processors, and look at the device for memory if there is one.
-pub(crate) fn fit(processors: u32, memory: bool) -> Result<(), Failure> {
-    if memory && !slot::is_bound(MEMORY_SLOT) {
-        for (file, value) in POLICY {
+pub(crate) fn resize(vcpus: u32, has_memory_device: bool) -> Result<(), Failure> {
+    if has_memory_device && !slot::is_bound(MEMORY_SLOT) {
+        for (file, value) in ONLINE_POLICY {
             fs::write(file, value).context(|| format!("write {value} to {file}"))?;
         }
         slot::bind(MEMORY_SLOT).context(|| "find the device for memory".to_owned())?;
     }
-    use_processors(Path::new(PROCESSORS), processors).context(|| format!("have {processors} processors in use"))
+    set_online_vcpus(Path::new(CPU_DIRECTORY), vcpus).context(|| format!("have {vcpus} processors in use"))
 }
 
 /// The first one is always in use, and has no switch.
-fn use_processors(folder: &Path, count: u32) -> io::Result<()> {
+fn set_online_vcpus(folder: &Path, count: u32) -> io::Result<()> {
     let switches: Vec<PathBuf> = (1_u32..)
         .map(|number| folder.join(format!("cpu{number}/online")))
         .take_while(|switch| switch.exists())
@@ -67,7 +67,7 @@ mod tests {
         for (count, expected) in [(1, "0 0 0"), (2, "1 0 0"), (4, "1 1 1")] {
             let folder = processors(&["1\n", "0\n", "0\n"]);
 
-            use_processors(folder.path(), count).unwrap();
+            set_online_vcpus(folder.path(), count).unwrap();
 
             let states: Vec<_> = (1..4)
                 .map(|number| fs::read_to_string(folder.path().join(format!("cpu{number}/online"))).unwrap())
@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn more_processors_than_there_are_is_an_error() {
         let folder = processors(&["0"]);
-        let error = use_processors(folder.path(), 3).unwrap_err();
+        let error = set_online_vcpus(folder.path(), 3).unwrap_err();
         assert_eq!(error.to_string(), "there are 2");
     }
 }

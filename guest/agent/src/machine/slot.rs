@@ -14,7 +14,7 @@ pub(super) fn is_bound(slot: u32) -> bool {
 }
 
 /// Has the driver forget the device in `slot`, if it knows one: the host takes it away.
-pub(super) fn release(slot: u32) -> io::Result<()> {
+pub(super) fn unbind(slot: u32) -> io::Result<()> {
     if !is_bound(slot) {
         return Ok(());
     }

@@ -16,18 +16,18 @@ use rustix::process::{Gid, Pid, Uid};
 use crate::sys;
 
 /// Whoever has no other user (as images for "pause" have it).
-const NOBODY: u32 = 65535;
+const NOBODY_ID: u32 = 65535;
 
 /// What the process says when it is hidden.
-const HIDDEN: &str = "hidden";
+const READY_MESSAGE: &str = "hidden";
 
 /// Starts the process as a brother of the caller.
 pub(super) fn start() -> io::Result<Pid> {
     let (words, saying) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
-    let Some(pid) = sys::fork_first_brother()? else {
-        let hidden = hide();
+    let Some(pid) = sys::fork_pid_namespace_init()? else {
+        let hidden = isolate();
         let said = match &hidden {
-            Ok(()) => HIDDEN.to_owned(),
+            Ok(()) => READY_MESSAGE.to_owned(),
             Err(error) => error.to_string(),
         };
         // Nobody is there to be told of a failure.
@@ -42,23 +42,23 @@ pub(super) fn start() -> io::Result<Pid> {
     let mut said = String::new();
     File::from(words).read_to_string(&mut said)?;
     match said.as_str() {
-        HIDDEN => Ok(pid),
+        READY_MESSAGE => Ok(pid),
         "" => Err(io::Error::other("it ended without a word")),
         reason => Err(io::Error::other(reason.to_owned())),
     }
 }
 
-fn hide() -> io::Result<()> {
-    sys::reap_by_itself();
+fn isolate() -> io::Result<()> {
+    sys::auto_reap_children();
     sys::set_undumpable()?;
     rustix::thread::set_name(c"pod")?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     rustix::stdio::dup2_stdin(&null)?;
     rustix::stdio::dup2_stdout(&null)?;
     rustix::stdio::dup2_stderr(&null)?;
-    leave_the_root(Path::new("/tmp"))?;
+    enter_empty_root(Path::new("/tmp"))?;
     rustix::thread::set_no_new_privs(true)?;
-    let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+    let (user, group) = (Uid::from_raw(NOBODY_ID), Gid::from_raw(NOBODY_ID));
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_gid(group, group, group)?;
     rustix::thread::set_thread_res_uid(user, user, user)?;
@@ -67,7 +67,7 @@ fn hide() -> io::Result<()> {
 }
 
 /// Moves to an empty root that nothing can be written to. The mount namespace is this process's own.
-fn leave_the_root(folder: &Path) -> io::Result<()> {
+fn enter_empty_root(folder: &Path) -> io::Result<()> {
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     rustix::mount::mount("tmpfs", folder, "tmpfs", MountFlags::RDONLY, c"size=0,mode=755")?;
     rustix::process::chdir(folder)?;

@@ -21,10 +21,10 @@ use crate::job::Outcome;
 use crate::machine::settings;
 
 /// Where the shared files are.
-const FOLDER: &str = "/run/nutshell/pod";
+const FILES_DIRECTORY: &str = "/run/nutshell/pod";
 
 /// The pod's shared memory, which the machine mounted as it started.
-const SHARED_MEMORY: &str = "/dev/shm";
+const SHM_PATH: &str = "/dev/shm";
 
 /// A pod that was set up.
 #[derive(Debug, Clone)]
@@ -42,24 +42,27 @@ impl Pod {
             .files
             .iter()
             .enumerate()
-            .map(|(index, file)| (PathBuf::from(&file.destination), path(index)))
+            .map(|(index, file)| (PathBuf::from(&file.destination), file_path(index)))
             .collect();
         if !shared.is_empty() {
             // Whoever leaves these files to us leaves that to us too.
-            shared.push((SHARED_MEMORY.into(), SHARED_MEMORY.into()));
+            shared.push((SHM_PATH.into(), SHM_PATH.into()));
         }
         Self { init, shared }
     }
 
     /// Mounts what is shared wherever the spec mounts nothing.
-    pub(crate) fn complete(&self, spec: &mut Spec) {
+    pub(crate) fn add_shared_mounts(&self, spec: &mut Spec) {
         let read_only = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true);
         let mut mounts = spec.mounts().clone().unwrap_or_default();
         for (destination, source) in &self.shared {
-            if mounts.iter().any(|mount| is_at(mount.destination(), destination)) {
+            if mounts
+                .iter()
+                .any(|mount| is_same_path(mount.destination(), destination))
+            {
                 continue;
             }
-            let is_file = source != Path::new(SHARED_MEMORY);
+            let is_file = source != Path::new(SHM_PATH);
             let options = ["bind", if read_only && is_file { "ro" } else { "rw" }];
             let mut mount = Mount::default();
             mount
@@ -74,12 +77,12 @@ impl Pod {
 }
 
 /// Whether two paths are the same, but for `/` at the end and `.`.
-fn is_at(one: &Path, other: &Path) -> bool {
+fn is_same_path(one: &Path, other: &Path) -> bool {
     one.components().eq(other.components())
 }
 
-fn path(index: usize) -> PathBuf {
-    Path::new(FOLDER).join(index.to_string())
+fn file_path(index: usize) -> PathBuf {
+    Path::new(FILES_DIRECTORY).join(index.to_string())
 }
 
 /// Makes what the containers of the pod will share. The process that it names is the first of the pid
@@ -94,21 +97,21 @@ pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     for (name, value) in &request.sysctls {
         settings::set_sysctl(name, value)?;
     }
-    resize_shared_memory(request.shm_size).context(|| format!("give {SHARED_MEMORY} {} bytes", request.shm_size))?;
-    fs::create_dir_all(FOLDER).context(|| format!("make {FOLDER}"))?;
+    resize_shm(request.shm_size).context(|| format!("give {SHM_PATH} {} bytes", request.shm_size))?;
+    fs::create_dir_all(FILES_DIRECTORY).context(|| format!("make {FILES_DIRECTORY}"))?;
     for (index, file) in request.files.iter().enumerate() {
-        fs::write(path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;
+        fs::write(file_path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;
     }
     let init = init::start().context(|| "start the first process of the pod's pid namespace".to_owned())?;
     Ok(Outcome::Process {
-        pid: crate::sys::number(init),
+        pid: crate::sys::raw_pid(init),
     })
 }
 
-fn resize_shared_memory(bytes: u64) -> io::Result<()> {
+fn resize_shm(bytes: u64) -> io::Result<()> {
     let options = CString::new(format!("size={bytes},mode=1777"))?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    Ok(rustix::mount::mount_remount(SHARED_MEMORY, flags, options.as_c_str())?)
+    Ok(rustix::mount::mount_remount(SHM_PATH, flags, options.as_c_str())?)
 }
 
 #[cfg(test)]
@@ -131,7 +134,7 @@ mod tests {
 
     fn completed(pod: &Pod, spec: Value) -> Value {
         let mut spec: Spec = serde_json::from_value(spec).unwrap();
-        pod.complete(&mut spec);
+        pod.add_shared_mounts(&mut spec);
         serde_json::to_value(spec.mounts()).unwrap()
     }
 

@@ -10,13 +10,15 @@ mod scheduling;
 mod signals;
 
 pub(crate) use device_program::{attach_device_program, load_device_program};
-pub(crate) use network::{VsockAddress, loopback_up};
+pub(crate) use network::{VsockAddress, bring_loopback_up};
 pub(crate) use process::{
-    become_subreaper, close_all_but, execve, exit_now, fork, fork_brother_into, fork_first_brother,
-    inherited_descriptor, number, pid, set_controlling_terminal, set_undumpable,
+    become_subreaper, close_all_but, execve, exit_now, fork, fork_pid_namespace_init, fork_sibling_into, raw_pid,
+    set_controlling_terminal, set_undumpable, take_inherited_descriptor, to_pid,
 };
 pub(crate) use scheduling::{SchedulingAttributes, set_io_priority, set_scheduling};
-pub(crate) use signals::{child_signals, kill, reap_by_itself, restore_sigpipe, sleep_forever, unblock_signals};
+pub(crate) use signals::{
+    auto_reap_children, kill, open_child_signals, restore_sigpipe, sleep_forever, unblock_signals,
+};
 
 use std::io;
 

@@ -8,7 +8,7 @@ use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use super::check;
 
 /// Brings the loopback interface up.
-pub(crate) fn loopback_up(socket: impl AsFd) -> io::Result<()> {
+pub(crate) fn bring_loopback_up(socket: impl AsFd) -> io::Result<()> {
     // SAFETY: an all-zero `ifreq` is a valid one.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {

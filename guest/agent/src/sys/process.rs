@@ -18,20 +18,20 @@ pub(crate) fn fork() -> io::Result<Option<Pid>> {
 /// Forks a brother: a child of the caller's parent, born in `cgroup`. `None` in the child.
 ///
 /// The child joins the pid namespace that the caller set for its children.
-pub(crate) fn fork_brother_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
+pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
     /// clone(2); the constant of this name in libc has too narrow a type.
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-    fork_brother(CLONE_INTO_CGROUP, cgroup.as_raw_fd().unsigned_abs().into())
+    fork_sibling(CLONE_INTO_CGROUP, cgroup.as_raw_fd().unsigned_abs().into())
 }
 
 /// Forks a brother: a child of the caller's parent, the first process of a new pid namespace, in a
 /// mount namespace of its own. `None` in the child.
-pub(crate) fn fork_first_brother() -> io::Result<Option<Pid>> {
+pub(crate) fn fork_pid_namespace_init() -> io::Result<Option<Pid>> {
     const FLAGS: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
-    fork_brother(FLAGS.unsigned_abs().into(), 0)
+    fork_sibling(FLAGS.unsigned_abs().into(), 0)
 }
 
-fn fork_brother(flags: u64, cgroup: u64) -> io::Result<Option<Pid>> {
+fn fork_sibling(flags: u64, cgroup: u64) -> io::Result<Option<Pid>> {
     const CLONE_PARENT: u64 = libc::CLONE_PARENT.unsigned_abs() as u64;
     // With CLONE_PARENT the exit signal must be none: it is the one of the caller.
     let arguments = libc::clone_args {
@@ -75,17 +75,17 @@ pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Erro
 }
 
 /// The process that a number means.
-pub(crate) fn pid(number: u32) -> Option<Pid> {
+pub(crate) fn to_pid(number: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(number).ok()?)
 }
 
 /// The number of a process.
-pub(crate) fn number(pid: Pid) -> u32 {
+pub(crate) fn raw_pid(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get().unsigned_abs()
 }
 
 /// A descriptor that the program which executed this one left open, to be called once for a number.
-pub(crate) fn inherited_descriptor(number: i32) -> Option<OwnedFd> {
+pub(crate) fn take_inherited_descriptor(number: i32) -> Option<OwnedFd> {
     // SAFETY: F_GETFD takes no argument and fails for a number that is no open descriptor.
     let open = number > 2 && check(unsafe { libc::fcntl(number, libc::F_GETFD) }).is_ok();
     // SAFETY: it is open, and nobody else in this process owns what came from another.

@@ -15,7 +15,7 @@ pub(crate) fn kill(pid: Pid, signal: u32) -> io::Result<()> {
 }
 
 /// Blocks SIGCHLD and makes it readable from the returned descriptor, which does not block.
-pub(crate) fn child_signals() -> io::Result<OwnedFd> {
+pub(crate) fn open_child_signals() -> io::Result<OwnedFd> {
     let mut set = empty_signal_set();
     // SAFETY: `set` is an initialised signal set and SIGCHLD a signal.
     unsafe { libc::sigaddset(&raw mut set, libc::SIGCHLD) };
@@ -41,7 +41,7 @@ pub(crate) fn restore_sigpipe() {
 }
 
 /// Has the kernel reap this process's children as they end.
-pub(crate) fn reap_by_itself() {
+pub(crate) fn auto_reap_children() {
     // SAFETY: SIG_IGN is a valid disposition for SIGCHLD (sigaction(2), NOTES).
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }

@@ -8,7 +8,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 
 use super::Pump;
-use crate::connection::{Host, await_connection};
+use crate::connection::{HostAddress, await_connection};
 
 /// What a process gets as descriptors 0, 1 and 2. A process with a terminal gets that instead.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl ProcessEnds {
 
     /// Makes `uid` the owner of the pipes: a process that is not root may then open its own
     /// `/dev/stdout` again.
-    pub(crate) fn give_to(&self, uid: u32) -> io::Result<()> {
+    pub(crate) fn set_owner(&self, uid: u32) -> io::Result<()> {
         for (end, _) in self.ends.iter().zip(self.pipes).filter(|(_, pipe)| *pipe) {
             rustix::fs::fchown(end, Some(rustix::fs::Uid::from_raw(uid)), None)?;
         }
@@ -36,21 +36,21 @@ impl ProcessEnds {
 }
 
 /// What the standard streams are called in errors.
-const NAMES: [&str; 3] = ["standard input", "standard output", "standard error"];
+const STREAM_NAMES: [&str; 3] = ["standard input", "standard output", "standard error"];
 
 /// The agent's side of a process's standard streams, before the process exists.
 #[derive(Debug)]
-pub(crate) struct Channels {
+pub(crate) struct AgentEnds {
     /// The streams to the host: standard input, output and error.
     streams: [Option<OwnedFd>; 3],
     /// Our ends of the process's pipes; none with a terminal.
     pipes: [Option<OwnedFd>; 3],
 }
 
-impl Channels {
+impl AgentEnds {
     /// Dials the host's streams and makes what a process is connected to.
-    pub(crate) fn open(host: &Host, stdio: &Stdio) -> io::Result<(Self, ProcessEnds)> {
-        let mut channels = Self {
+    pub(crate) fn open(host: &HostAddress, stdio: &Stdio) -> io::Result<(Self, ProcessEnds)> {
+        let mut agent_ends = Self {
             streams: [None, None, None],
             pipes: [None, None, None],
         };
@@ -59,24 +59,24 @@ impl Channels {
         let mut pipes = [false; 3];
         for (index, port) in [stdio.stdin, stdio.stdout, stdio.stderr].into_iter().enumerate() {
             let Some(port) = port else { continue };
-            channels.streams[index] = Some(host.dial(port).map_err(|error| refused(NAMES[index], &error))?);
+            agent_ends.streams[index] = Some(host.dial(port).map_err(|error| refused(STREAM_NAMES[index], &error))?);
             if stdio.terminal {
                 continue;
             }
             let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
             let (ours, theirs) = if index == 0 { (writer, reader) } else { (reader, writer) };
             rustix::io::ioctl_fionbio(&ours, true)?;
-            channels.pipes[index] = Some(ours);
+            agent_ends.pipes[index] = Some(ours);
             ends[index] = theirs;
             pipes[index] = true;
         }
-        Ok((channels, ProcessEnds { ends, pipes }))
+        Ok((agent_ends, ProcessEnds { ends, pipes }))
     }
 
     /// The pumps of a process without terminal, or those of `terminal`. The host has answered long ago,
     /// while the process was made; a stream that it refused is an error.
     pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
-        for (stream, name) in self.streams.iter().zip(NAMES) {
+        for (stream, name) in self.streams.iter().zip(STREAM_NAMES) {
             if let Some(stream) = stream {
                 await_connection(stream).map_err(|error| refused(name, &error))?;
             }
@@ -84,9 +84,11 @@ impl Channels {
         let [stdin, stdout, stderr] = self.streams;
         if let Some(terminal) = terminal {
             rustix::io::ioctl_fionbio(terminal, true)?;
-            let keyboard = stdin.map(|stream| Ok::<_, io::Error>(Pump::keyboard(stream, terminal.try_clone()?)));
-            let screen = stdout.map(|stream| Ok::<_, io::Error>(Pump::screen(terminal.try_clone()?, stream)));
-            return Ok([keyboard.transpose()?, screen.transpose()?, None]);
+            let terminal_input =
+                stdin.map(|stream| Ok::<_, io::Error>(Pump::terminal_input(stream, terminal.try_clone()?)));
+            let terminal_output =
+                stdout.map(|stream| Ok::<_, io::Error>(Pump::terminal_output(terminal.try_clone()?, stream)));
+            return Ok([terminal_input.transpose()?, terminal_output.transpose()?, None]);
         }
         let [input, output, error] = self.pipes;
         Ok([
@@ -120,17 +122,17 @@ mod tests {
     /// A host that listens on some ports.
     struct Listening {
         folder: PathBuf,
-        host: Host,
+        host: HostAddress,
         _listeners: Vec<UnixListener>,
     }
 
     impl Listening {
         fn on(test: &str, ports: &[u32]) -> Self {
-            let folder = std::env::temp_dir().join(format!("channels-{test}-{}", std::process::id()));
+            let folder = std::env::temp_dir().join(format!("agent_ends-{test}-{}", std::process::id()));
             fs::create_dir(&folder).unwrap();
             let bind = |port: &u32| UnixListener::bind(folder.join(port.to_string())).unwrap();
             Self {
-                host: Host::Unix(folder.clone()),
+                host: HostAddress::Unix(folder.clone()),
                 _listeners: ports.iter().map(bind).collect(),
                 folder,
             }
@@ -146,7 +148,7 @@ mod tests {
     #[test]
     fn stream_that_nobody_listens_for_is_named() {
         let listening = Listening::on("missing", &[1024, 1026]);
-        let error = Channels::open(&listening.host, &ALL).unwrap_err().to_string();
+        let error = AgentEnds::open(&listening.host, &ALL).unwrap_err().to_string();
         assert!(
             error.starts_with("the host refused the stream of standard output: "),
             "{error}"
@@ -156,17 +158,17 @@ mod tests {
     #[test]
     fn stream_that_is_refused_after_the_dial_is_an_error() {
         let listening = Listening::on("refused", &[1024, 1025, 1026]);
-        let (mut channels, _ends) = Channels::open(&listening.host, &ALL).unwrap();
+        let (mut agent_ends, _ends) = AgentEnds::open(&listening.host, &ALL).unwrap();
         // What a socket is whose connection was refused, once its error was taken: not connected.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        channels.streams[2] = Some(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap());
-        let error = channels.into_pumps(None).unwrap_err().to_string();
+        agent_ends.streams[2] = Some(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap());
+        let error = agent_ends.into_pumps(None).unwrap_err().to_string();
         assert!(
             error.starts_with("the host refused the stream of standard error: "),
             "{error}"
         );
 
-        let (channels, _ends) = Channels::open(&listening.host, &ALL).unwrap();
-        assert!(channels.into_pumps(None).unwrap().iter().all(Option::is_some));
+        let (agent_ends, _ends) = AgentEnds::open(&listening.host, &ALL).unwrap();
+        assert!(agent_ends.into_pumps(None).unwrap().iter().all(Option::is_some));
     }
 }
