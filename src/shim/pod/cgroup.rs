@@ -1,30 +1,29 @@
-//! The host's control group of a pod: what its machine costs is counted and limited where the
-//! container's own processes would be. The shim itself stays outside.
+//! The pod's control group on the host. The processes of the machine are counted and limited there, where runc would
+//! put the processes of the containers. The shim itself stays outside.
 
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
 };
 
-/// Where cgroup v2 is mounted on every host that has no other.
-const ROOT: &str = "/sys/fs/cgroup";
+/// The mount point of cgroup v2 on a host without cgroup v1.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// A control group for a pod.
+/// A control group, which may not exist yet.
 #[derive(Debug)]
-pub(crate) struct ControlGroup {
-    folder: PathBuf,
+pub(super) struct ControlGroup {
+    path: PathBuf,
 }
 
 impl ControlGroup {
-    /// The group that `linux.cgroupsPath` names, below the host's cgroup v2; not made yet. `None`
-    /// where the host has none, or the path is no path below it: the machine then stays in the
-    /// shim's group.
-    pub(crate) fn at(path: &str) -> Option<Self> {
-        if !Path::new(ROOT).join("cgroup.controllers").exists() {
+    /// The group for the value of `linux.cgroupsPath`. `None` if the host has no cgroup v2, or the value does not name a
+    /// group below its root: the machine then stays in the shim's group.
+    pub(super) fn from_cgroups_path(path: &str) -> Option<Self> {
+        if !Path::new(CGROUP_ROOT).join("cgroup.controllers").exists() {
             return None;
         }
-        let group = relative(path).map(|path| Self {
-            folder: Path::new(ROOT).join(path),
+        let group = relative_path(path).map(|path| Self {
+            path: Path::new(CGROUP_ROOT).join(path),
         });
         if group.is_none() {
             log::warn!("linux.cgroupsPath {path:?} cannot be used: the machine stays in the shim's control group");
@@ -32,50 +31,51 @@ impl ControlGroup {
         group
     }
 
-    /// Its folder.
-    pub(crate) fn folder(&self) -> &Path {
-        &self.folder
+    /// Its absolute path.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// How much memory it may hold, in bytes: the least that it or one above it may (`memory.max`, Linux
-    /// cgroup-v2.rst). `None` where nothing bounds it. A kubelet has made and limited a pod's before the pod.
-    pub(crate) fn memory_limit(&self) -> Option<u64> {
+    /// How much memory it may hold, in bytes: the smallest `memory.max` of the group and its ancestors (kernel,
+    /// `Documentation/admin-guide/cgroup-v2.rst`). `None` means unlimited. The kubelet creates and limits the parent of
+    /// a pod's group before it creates the pod.
+    pub(super) fn memory_limit(&self) -> Option<u64> {
         let limit = |folder: &Path| -> Option<u64> {
             let text = fs::read_to_string(folder.join("memory.max")).ok()?;
-            // Else it is "max".
+            // "max" means unlimited and does not parse.
             text.trim().parse().ok()
         };
-        self.folder.ancestors().filter_map(limit).min()
+        self.path.ancestors().filter_map(limit).min()
     }
 
-    /// Makes it, and what is missing above it.
-    pub(crate) fn make(&self) {
-        if let Err(error) = fs::create_dir_all(&self.folder) {
-            log::warn!("make control group {}: {error}", self.folder.display());
+    /// Creates it with its ancestors. A failure is logged.
+    pub(super) fn create(&self) {
+        if let Err(error) = fs::create_dir_all(&self.path) {
+            log::warn!("create control group {}: {error}", self.path.display());
         }
     }
 
-    /// Moves a process into it.
-    pub(crate) fn add(&self, pid: u32) {
-        if let Err(error) = fs::write(self.folder.join("cgroup.procs"), pid.to_string()) {
-            log::warn!("move process {pid} to {}: {error}", self.folder.display());
+    /// Moves a process into it. A failure is logged.
+    pub(super) fn add_process(&self, pid: u32) {
+        if let Err(error) = fs::write(self.path.join("cgroup.procs"), pid.to_string()) {
+            log::warn!("move process {pid} to {}: {error}", self.path.display());
         }
     }
 
-    /// Removes it; nobody may be in it any more.
-    pub(crate) fn remove(&self) {
-        match fs::remove_dir(&self.folder) {
+    /// Removes it, but not its ancestors. Fails, and logs that, while it has processes.
+    pub(super) fn remove(&self) {
+        match fs::remove_dir(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                log::warn!("remove control group {}: {error}", self.folder.display());
+                log::warn!("remove control group {}: {error}", self.path.display());
             }
             _ => {}
         }
     }
 }
 
-/// Where `linux.cgroupsPath` is below the root. With the systemd driver it is `slice:prefix:name`,
-/// and `a-b.slice` lies in `a.slice` (systemd.slice(5)).
-fn relative(path: &str) -> Option<PathBuf> {
+/// The path below the root for a `linux.cgroupsPath`. With the systemd driver the value is `slice:prefix:name`, and
+/// `a-b.slice` lies in `a.slice` (systemd.slice(5)). `None` if it would leave the root, or is of neither form.
+fn relative_path(path: &str) -> Option<PathBuf> {
     let relative = match *path.split(':').collect::<Vec<_>>() {
         [path] => PathBuf::from(path.trim_start_matches('/')),
         [slice, prefix, name] => {
@@ -88,8 +88,8 @@ fn relative(path: &str) -> Option<PathBuf> {
         }
         _ => return None,
     };
-    let plain = relative.components().all(|part| matches!(part, Component::Normal(_)));
-    (plain && relative != Path::new("")).then_some(relative)
+    let stays_below = relative.components().all(|part| matches!(part, Component::Normal(_)));
+    (stays_below && relative != Path::new("")).then_some(relative)
 }
 
 #[cfg(test)]
@@ -97,8 +97,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_of_both_drivers_are_placed_and_others_refused() {
-        for (path, place) in [
+    fn cgroups_paths_of_both_drivers_are_resolved_and_others_refused() {
+        for (path, expected) in [
             ("/default/a", Some("default/a")),
             ("kubepods/burstable/podx/y", Some("kubepods/burstable/podx/y")),
             ("system.slice:nerdctl:abc", Some("system.slice/nerdctl-abc.scope")),
@@ -114,18 +114,18 @@ mod tests {
             ("notaslice:b:c", None),
             ("a.slice:b:../../c", None),
         ] {
-            assert_eq!(relative(path), place.map(PathBuf::from), "{path}");
+            assert_eq!(relative_path(path), expected.map(PathBuf::from), "{path}");
         }
     }
 
     #[test]
-    fn memory_is_bounded_by_the_narrowest_group_of_those_above() {
+    fn memory_limit_is_the_smallest_of_the_group_and_its_ancestors() {
         let root = tempfile::tempdir().unwrap();
         let group = ControlGroup {
-            folder: root.path().join("kubepods/pod/sandbox"),
+            path: root.path().join("kubepods/pod/sandbox"),
         };
         assert_eq!(group.memory_limit(), None);
-        group.make();
+        group.create();
         let limit = |path: &str, text: &str| fs::write(root.path().join(path).join("memory.max"), text).unwrap();
         limit("kubepods/pod/sandbox", "max\n");
         assert_eq!(group.memory_limit(), None);
@@ -135,12 +135,12 @@ mod tests {
     }
 
     #[test]
-    fn removal_leaves_the_groups_above() {
+    fn removal_keeps_the_ancestors() {
         let root = tempfile::tempdir().unwrap();
         let group = ControlGroup {
-            folder: root.path().join("default/a"),
+            path: root.path().join("default/a"),
         };
-        group.make();
+        group.create();
         assert!(root.path().join("default/a").is_dir());
         group.remove();
         group.remove();

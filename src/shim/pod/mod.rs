@@ -1,329 +1,167 @@
-//! What the containers of a pod share on the host: a machine, a file server where directories are
-//! shared with it, and a control group. A container that stands alone is a pod of one.
+//! The resources that the containers of a pod share on the host: a machine, a file server if directories are shared
+//! with the guest, a control group, and the pod's network. A container that stands alone is a pod of one.
+//!
+//! What lives here: the start and the end of these resources, and what containers attach to them. What may not live
+//! here: the state of containers and processes. [`super::tasks`] calls it.
 
 mod cgroup;
+mod disk_slots;
+mod error;
+mod file_server;
+mod launcher;
 mod pid_holder;
+mod requirements;
 
 use std::{
-    collections::HashMap,
-    fmt::Debug,
     future::Future,
-    io,
-    os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
+use nutshell_protocol::{Event, Rootfs, SetUpPod};
 use parking_lot::{Mutex, MutexGuard};
-
-use nutshell_protocol::{Event, Request, Rootfs, SetUpPod};
 use tokio::sync::OnceCell;
 
-use self::cgroup::ControlGroup;
-pub(crate) use self::pid_holder::{NetworkNamespace, PidHolder, open_network_namespace};
-use crate::shim::{
-    child::{Child, WaitStatus},
-    configuration::Configuration,
-    error::TaskError,
-    machine::{
-        BootError, BootRequest, DiskFile, FINAL_NOTICE_TIMEOUT, GuestResources, Machine, VmmError, VmmProcess,
-        open_disk, open_kvm,
-    },
-    network::{Network, NetworkError},
-    share::{FileServer, ShareError},
+use self::{cgroup::ControlGroup, disk_slots::DiskSlots, file_server::RunningFileServer};
+pub(crate) use self::{
+    error::PodError,
+    launcher::{HostLauncher, Launcher},
+    pid_holder::{NetworkNamespace, PidHolder, open_network_namespace},
+    requirements::PodRequirements,
 };
 use crate::{
-    guest_image,
-    oci::{ContainerId, Plan, PodPlan, PodSize, Root, Share, Size},
+    oci::{ContainerId, PodSize, Root, Share, Size},
+    shim::{
+        error::TaskError,
+        machine::{BootError, BootRequest, Machine},
+        network::{Network, NetworkError},
+    },
 };
 
-/// How many disks the members of a pod can have at a time.
-const MEMBER_DISKS: u32 = 8;
+/// The disk slot of a container whose machine booted with its disk.
+const BOOT_DISK_SLOT: u32 = 0;
 
-/// How long guest and vmm may take to let go of a disk that nothing uses.
-const RELEASE_LIMIT: Duration = Duration::from_secs(10);
-
-/// Where machines come from; the tests have another.
-pub(crate) trait Launcher: Debug + Send + Sync + 'static {
-    /// KVM and the guest's files.
-    fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
-    /// A vmm process that waits for its first command. Called on the shim's main thread.
-    fn spawn_vmm(&self) -> io::Result<VmmProcess>;
-    /// A file server, and the socket by which the vmm reaches it. Called on the shim's main thread.
-    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
-}
-
-/// This host.
-#[derive(Debug)]
-pub(crate) struct HostLauncher {
-    configuration: Configuration,
-    /// Started before anybody asked: the first machine need not wait for it.
-    early: Mutex<Option<VmmProcess>>,
-}
-
-impl HostLauncher {
-    /// Starts a first vmm process already. To be called on the shim's main thread; needs the runtime.
-    pub(crate) fn new(configuration: Configuration) -> Self {
-        let early = VmmProcess::spawn()
-            .inspect_err(|error| log::warn!("start the process of a virtual machine early: {error}"))
-            .ok();
-        Self {
-            configuration,
-            early: Mutex::new(early),
-        }
-    }
-}
-
-impl Launcher for HostLauncher {
-    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
-        Ok(GuestResources {
-            kvm: open_kvm()?,
-            image: guest_image::open(
-                self.configuration.kernel.as_deref(),
-                self.configuration.initramfs.as_deref(),
-            )?,
-            kernel_arguments: self.configuration.kernel_arguments.clone(),
-        })
-    }
-
-    fn spawn_vmm(&self) -> io::Result<VmmProcess> {
-        match self.early.lock().take() {
-            Some(vmm) => Ok(vmm),
-            None => VmmProcess::spawn(),
-        }
-    }
-
-    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
-        FileServer::spawn().map(Some)
-    }
-}
-
-/// Why a pod cannot be started, or cannot take a container.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum PodError {
-    /// No machine.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// The vmm cannot plug a disk.
-    #[error("give a disk to the virtual machine: {0}")]
-    Disk(#[from] VmmError),
-    /// Every slot for a disk is taken.
-    #[error("the pod's virtual machine has no slot left for another disk: at most {MEMBER_DISKS} at a time")]
-    NoSlot,
-    /// No shared directory.
-    #[error(transparent)]
-    Share(#[from] ShareError),
-    /// No network.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// The machine has no file server.
-    #[error("the virtual machine shares no directories with its host")]
-    NotShared,
-    /// The shim itself failed.
-    #[error("the shim failed: {0}")]
-    Shim(String),
-}
-
-/// What a machine is made for.
-#[derive(Debug)]
-pub(crate) struct PodRequirements {
-    size: PodSize,
-    share: bool,
-    disks: Vec<DiskFile>,
-    /// Disk slots that are empty at first.
-    free: u32,
-    group: Option<ControlGroup>,
-    shared: Option<SetUpPod>,
-}
-
-impl PodRequirements {
-    /// What a container alone requirements.
-    pub(crate) fn for_container(plan: &Plan) -> Result<Self, BootError> {
-        let (share, disks) = match &plan.root {
-            Root::Share { .. } => (true, Vec::new()),
-            Root::Disk { source, read_only, .. } => {
-                let file = open_disk(source, *read_only)?;
-                let disk = DiskFile {
-                    file,
-                    read_only: *read_only,
-                };
-                (!plan.shares.is_empty(), vec![disk])
-            }
-        };
-        Ok(Self {
-            size: PodSize::fixed(plan.size),
-            share,
-            disks,
-            free: 0,
-            group: plan.cgroups_path.as_deref().and_then(ControlGroup::at),
-            shared: None,
-        })
-    }
-
-    /// What a pod requirements, with room for any members, which share what `shared` says.
-    pub(crate) fn for_pod(plan: &PodPlan, shared: SetUpPod) -> Self {
-        let group = plan.cgroups_path.as_deref().and_then(ControlGroup::at);
-        let limit = group.as_ref().and_then(ControlGroup::memory_limit);
-        let size = plan.size.bound_boot_memory(limit);
-        if size != plan.size {
-            log::warn!(
-                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB, and not {}: \
-                 give its RuntimeClass more overhead",
-                limit.unwrap_or_default() >> 20,
-                size.boot.memory >> 20,
-                plan.size.boot.memory >> 20
-            );
-        }
-        Self {
-            size,
-            share: true,
-            disks: Vec::new(),
-            free: MEMBER_DISKS,
-            group,
-            shared: Some(shared),
-        }
-    }
-}
-
-impl PodRequirements {
-    /// The control groups that will be made.
-    pub(crate) fn groups(&self) -> Vec<PathBuf> {
-        self.group.iter().map(|group| group.folder().to_owned()).collect()
-    }
-}
-
-/// A pod.
+/// A running pod.
 #[derive(Debug)]
 pub(crate) struct Pod {
     number: u64,
     machine: Arc<Machine>,
-    files: Mutex<Option<Files>>,
-    group: Option<ControlGroup>,
-    /// Of a machine that takes disks while it runs.
-    disk_slots: Option<Mutex<DiskSlots>>,
-    /// What its containers share, if there may be several, and whether the guest has it.
-    shared: Option<(SetUpPod, OnceCell<Result<(), TaskError>>)>,
+    /// `None` without shared directories, and after the end.
+    file_server: Mutex<Option<RunningFileServer>>,
+    cgroup: Option<ControlGroup>,
+    /// `None` if the machine has no slots for hot-plugged disks.
+    disk_slots: Option<DiskSlots>,
+    /// `None` for a container alone.
+    set_up: Option<SetUp>,
     size: PodSize,
-    /// What the machine has now.
-    current: Mutex<Size>,
-    /// Held while that changes.
+    current_size: Mutex<Size>,
+    /// Serializes changes of the size.
     resizing: tokio::sync::Mutex<()>,
     network: Mutex<Option<Network>>,
     end: OnceCell<()>,
 }
 
-/// The slots for disks of a pod's containers.
+/// The settings that several containers share, and the result of applying them.
 #[derive(Debug)]
-struct DiskSlots {
-    free: Vec<u32>,
-    taken: HashMap<ContainerId, u32>,
-}
-
-/// The file server, and what is mounted for it.
-#[derive(Debug, Clone)]
-struct Files {
-    server: Arc<FileServer>,
-    child: Arc<Child>,
+struct SetUp {
+    request: SetUpPod,
+    result: OnceCell<Result<(), TaskError>>,
 }
 
 impl Pod {
-    /// Starts a machine and returns before it has booted. `on_event` gets the pod's number with each
-    /// event of the agent, and does not block. To be called on the shim's main thread.
+    /// Starts a machine and returns before it has booted. `on_event` gets the pod's number with each event of the
+    /// agent, and must not block. Call it on the shim's main thread.
     pub(crate) async fn start(
         launcher: &dyn Launcher,
         requirements: PodRequirements,
         mut on_event: impl FnMut(u64, Event) + Send + 'static,
     ) -> Result<Arc<Self>, PodError> {
-        static NUMBERS: AtomicU64 = AtomicU64::new(0);
-        let number = NUMBERS.fetch_add(1, Ordering::Relaxed);
+        static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let guest = launcher.open_guest_resources()?;
         let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
-        let group = requirements.group.inspect(ControlGroup::make);
-        let files = match requirements.share.then(|| Files::start(launcher)).transpose() {
-            Ok(files) => files.flatten(),
+        let cgroup = requirements.cgroup.inspect(ControlGroup::create);
+        let started = requirements.file_server.then(|| RunningFileServer::start(launcher));
+        let (file_server, socket) = match started.transpose() {
+            Ok(started) => started.flatten().unzip(),
             Err(error) => {
                 vmm.discard().await;
-                group.inspect(ControlGroup::remove);
+                cgroup.inspect(ControlGroup::remove);
                 return Err(error.into());
             }
         };
-        let (files, share) = files.unzip();
-        if let Some(group) = &group {
-            // Before there is any guest memory to count.
-            group.add(vmm.child.pid());
-            files.iter().for_each(|files| group.add(files.child.pid()));
+        if let Some(cgroup) = &cgroup {
+            // Before the machine boots, so that all of its memory is counted.
+            cgroup.add_process(vmm.child.pid());
+            file_server.iter().for_each(|server| cgroup.add_process(server.pid()));
         }
         let boot = BootRequest {
             guest,
             size: requirements.size,
-            file_server: share,
+            file_server: socket,
             disks: requirements.disks,
-            hotplug_disks: requirements.free,
+            hotplug_disks: requirements.hotplug_disks,
         };
         let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
-            Ok(machine) => machine,
+            Ok(machine) => Arc::new(machine),
             Err(error) => {
-                if let Some(files) = files {
-                    files.end().await;
+                if let Some(server) = file_server {
+                    server.end().await;
                 }
-                group.inspect(ControlGroup::remove);
+                cgroup.inspect(ControlGroup::remove);
                 return Err(error.into());
             }
         };
-        let pod = Arc::new(Self {
+        if let Some(server) = &file_server {
+            server.kill_machine_at_exit(Arc::downgrade(&machine));
+        }
+        Ok(Arc::new(Self {
             number,
-            machine: Arc::new(machine),
-            files: Mutex::new(files.clone()),
-            group,
-            disk_slots: (requirements.free > 0).then(|| {
-                Mutex::new(DiskSlots {
-                    free: (0..requirements.free).rev().collect(),
-                    taken: HashMap::new(),
-                })
+            machine,
+            file_server: Mutex::new(file_server),
+            cgroup,
+            disk_slots: (requirements.hotplug_disks > 0).then(|| DiskSlots::new(requirements.hotplug_disks)),
+            set_up: requirements.set_up_request.map(|request| SetUp {
+                request,
+                result: OnceCell::new(),
             }),
-            shared: requirements.shared.map(|shared| (shared, OnceCell::new())),
             size: requirements.size,
-            current: Mutex::new(requirements.size.boot),
+            current_size: Mutex::new(requirements.size.boot),
             resizing: tokio::sync::Mutex::default(),
             network: Mutex::default(),
             end: OnceCell::new(),
-        });
-        if let Some(Files { child, .. }) = files {
-            tokio::spawn(follow_files(child, Arc::downgrade(&pod)));
-        }
-        Ok(pod)
+        }))
     }
 
-    /// Tells the pods of this shim apart.
+    /// Identifies the pod within this shim.
     pub(crate) fn number(&self) -> u64 {
         self.number
     }
 
-    /// The machine.
     pub(crate) fn machine(&self) -> &Machine {
         &self.machine
     }
 
-    /// What the machine booted with and may come to have.
+    /// The size at boot and the largest possible one.
     pub(crate) fn size(&self) -> PodSize {
         self.size
     }
 
-    /// How much memory the host allows the machine and all that it costs, in bytes.
+    /// How much memory the pod's control group allows the machine and its processes, in bytes. `None` means unlimited.
     pub(crate) fn memory_limit(&self) -> Option<u64> {
-        self.group.as_ref().and_then(ControlGroup::memory_limit)
+        self.cgroup.as_ref().and_then(ControlGroup::memory_limit)
     }
 
-    /// What the machine has now.
+    /// The present size of the machine.
     pub(crate) fn current_size(&self) -> Size {
-        *self.current.lock()
+        *self.current_size.lock()
     }
 
-    /// Has `change` bring the machine to the size that `wanted` says, unless it has that; one at a time.
+    /// Calls `change` with the present size and that of `wanted` unless they are equal, and records the new size if it
+    /// succeeds. Concurrent calls run one after the other.
     pub(crate) async fn resize<F>(
         &self,
         wanted: impl FnOnce() -> Size,
@@ -332,36 +170,36 @@ impl Pod {
     where
         F: Future<Output = Result<(), TaskError>>,
     {
-        let _one = self.resizing.lock().await;
-        let (now, wanted) = (self.current_size(), wanted());
-        if wanted != now {
-            change(now, wanted).await?;
-            *self.current.lock() = wanted;
+        let _guard = self.resizing.lock().await;
+        let (current, wanted) = (self.current_size(), wanted());
+        if wanted != current {
+            change(current, wanted).await?;
+            *self.current_size.lock() = wanted;
         }
         Ok(())
     }
 
-    /// Has `ask` give the guest what the pod's containers share, unless that was done: the result is
-    /// that of the first time. A container alone shares nothing.
-    pub(crate) async fn set_up<F>(&self, ask: impl FnOnce(SetUpPod) -> F) -> Result<(), TaskError>
+    /// Calls `send` with the settings that the pod's containers share, once: later calls return the first result. A
+    /// container alone has no such settings, and this is a no-op.
+    pub(crate) async fn set_up<F>(&self, send: impl FnOnce(SetUpPod) -> F) -> Result<(), TaskError>
     where
         F: Future<Output = Result<(), TaskError>>,
     {
-        match &self.shared {
+        match &self.set_up {
             None => Ok(()),
-            Some((shared, done)) => done.get_or_init(|| ask(shared.clone())).await.clone(),
+            Some(SetUp { request, result }) => result.get_or_init(|| send(request.clone())).await.clone(),
         }
     }
 
-    /// Counts a process of the host to the pod.
+    /// Moves a process of the host into the pod's control group.
     pub(crate) fn add_process(&self, pid: u32) {
-        if let Some(group) = &self.group {
-            group.add(pid);
+        if let Some(cgroup) = &self.cgroup {
+            cgroup.add_process(pid);
         }
     }
 
-    /// Gives the machine what the container `id` needs of the host's files; says where the guest
-    /// finds its root.
+    /// Makes the files of the container `id` available to the guest: its root file system and its shared directories.
+    /// Returns where the guest finds the root. After a failure call [`Self::detach`].
     pub(crate) async fn attach(
         &self,
         id: &ContainerId,
@@ -370,7 +208,7 @@ impl Pod {
         shares: Vec<Share>,
     ) -> Result<Rootfs, PodError> {
         let path = format!("{id}/rootfs");
-        let (rootfs, mounts) = match root {
+        let (rootfs, shared_root) = match root {
             Root::Share {
                 mounts,
                 directory,
@@ -385,7 +223,10 @@ impl Pod {
                 options,
                 read_only,
             } => {
-                let slot = self.plug_disk(id, &source, read_only).await?;
+                let slot = match &self.disk_slots {
+                    Some(slots) => slots.plug(&self.machine, id, &source, read_only).await?,
+                    None => BOOT_DISK_SLOT,
+                };
                 let rootfs = Rootfs::Disk {
                     slot,
                     filesystem,
@@ -394,164 +235,80 @@ impl Pod {
                 (rootfs, None)
             }
         };
-        if mounts.is_none() && shares.is_empty() {
+        if shared_root.is_none() && shares.is_empty() {
             return Ok(rootfs);
         }
-        let server = self.files().as_ref().ok_or(PodError::NotShared)?.server.clone();
-        let place = bundle.join("rootfs");
-        // A file system that hangs must not hang the shim.
-        let attached = tokio::task::spawn_blocking(move || {
-            if let Some((mounts, directory, read_only)) = mounts {
-                server.attach_rootfs(&mounts, directory.as_deref(), &place, &path, read_only)?;
+        let file_server = self.file_server().clone().ok_or(PodError::NotShared)?;
+        let bundle_rootfs = bundle.join("rootfs");
+        let attach = file_server.run(move |server| {
+            if let Some((mounts, directory, read_only)) = shared_root {
+                server.attach_rootfs(&mounts, directory.as_deref(), &bundle_rootfs, &path, read_only)?;
             }
             shares.iter().try_for_each(|share| server.attach(share))
         });
-        attached.await.map_err(|error| PodError::Shim(error.to_string()))??;
+        attach.await?;
         Ok(rootfs)
     }
 
-    /// The slot of a container's disk: the one that a machine for one container booted with, or a free one.
-    async fn plug_disk(&self, id: &ContainerId, source: &Path, read_only: bool) -> Result<u32, PodError> {
-        let Some(slots) = &self.disk_slots else { return Ok(0) };
-        let file = open_disk(source, read_only)?;
-        let slot = {
-            let mut slots = lock(slots);
-            let slot = slots.free.pop().ok_or(PodError::NoSlot)?;
-            slots.taken.insert(id.clone(), slot);
-            slot
-        };
-        // Where the machine does not take it, [`Self::detach`] follows.
-        self.machine.plug_disk(slot, read_only, file.as_fd()).await?;
-        Ok(slot)
-    }
-
-    /// Takes a container's disk back, if it had one.
-    async fn unplug_disk(&self, id: &ContainerId) {
-        let Some(slots) = &self.disk_slots else { return };
-        let Some(slot) = lock(slots).taken.remove(id) else {
+    /// Undoes [`Self::attach`] for a container that the guest has deleted.
+    pub(crate) async fn detach(&self, id: &ContainerId) {
+        if let Some(slots) = &self.disk_slots {
+            slots.unplug(&self.machine, id).await;
+        }
+        let Some(file_server) = self.file_server().clone() else {
             return;
         };
-        let released = async {
-            let release = self.machine.agent().run(Request::ReleaseDisk { slot });
-            release.await.map_err(|error| error.to_string())?;
-            let unplugged = self.machine.unplug_disk(slot).await;
-            unplugged.map_err(|error| error.to_string())
-        };
-        let released = self.machine.within(RELEASE_LIMIT, released).await;
-        let late = || Err(format!("not done within {} s", RELEASE_LIMIT.as_secs()));
-        match released.unwrap_or_else(late) {
-            Ok(()) => lock(slots).free.push(slot),
-            // The slot stays taken: a driver that has not let go would not look again.
-            Err(error) => log::warn!("take the disk of {id} out of the virtual machine: {error}"),
+        let path = id.to_string();
+        if let Err(error) = file_server.run(move |server| server.detach(&path)).await {
+            log::warn!("container {id}: {error}");
         }
     }
 
-    /// Gives the guest the network of the namespace in which the process `pid` lives. To be called
-    /// once; what appears there later is passed on by itself. `forwarding`: connections to the loopback
-    /// interface of the namespace are the guest's too.
+    /// Connects the guest to the network namespace of the process `pid`; later changes in the namespace follow
+    /// automatically. With `forwarding`, connections to the namespace's loopback interface go to the guest too. Call it
+    /// once.
     pub(crate) async fn connect_network(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
-        let namespace =
-            open_network_namespace(Path::new(&format!("/proc/{pid}/ns/net"))).map_err(NetworkError::Namespace)?;
-        let network = Network::connect(&self.machine, namespace, self.size.boot.vcpus.into(), forwarding).await?;
-        *self.network() = Some(network);
+        let path = format!("/proc/{pid}/ns/net");
+        let namespace = open_network_namespace(Path::new(&path)).map_err(NetworkError::Namespace)?;
+        let queues = self.size.boot.vcpus.into();
+        let network = Network::connect(&self.machine, namespace, queues, forwarding).await?;
+        *self.network.lock() = Some(network);
         Ok(())
     }
 
-    /// Lets the network namespace go.
+    /// Removes what [`Self::connect_network`] made in the network namespace, and releases the namespace.
     pub(crate) async fn disconnect_network(&self) {
-        let network = self.network().take();
+        let network = self.network.lock().take();
         if let Some(network) = network {
             network.disconnect().await;
         }
     }
 
-    /// Takes back what [`Self::attach`] gave for a container that the guest has forgotten.
-    pub(crate) async fn detach(&self, id: &ContainerId) {
-        self.unplug_disk(id).await;
-        let Some(Files { server, .. }) = self.files().clone() else {
-            return;
-        };
-        let path = id.to_string();
-        match tokio::task::spawn_blocking(move || server.detach(&path)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => log::warn!("{error}"),
-            Err(error) => log::warn!("stop sharing the files of {id}: {error}"),
-        }
-    }
-
-    /// Ends the machine and all that belongs to it. Nothing of it is left afterwards, once every pid
-    /// that was added has ended.
+    /// Ends the machine and releases all resources of the pod. The control group is removed only if all processes of
+    /// [`Self::add_process`] have ended before.
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
                 self.machine.log_console().await;
-                // Both at once: each takes the kernel a while.
+                // Kill both before waiting: the kernel needs a while for each.
                 self.machine.stop("the shim ended it");
-                let files = self.files().take();
-                if let Some(files) = &files {
-                    files.child.kill();
+                let file_server = self.file_server().take();
+                if let Some(server) = &file_server {
+                    server.kill();
                 }
                 self.machine.ended().await;
-                if let Some(files) = files {
-                    files.end().await;
+                if let Some(server) = file_server {
+                    server.end().await;
                 }
                 self.disconnect_network().await;
-                if let Some(group) = &self.group {
-                    group.remove();
+                if let Some(cgroup) = &self.cgroup {
+                    cgroup.remove();
                 }
             })
             .await;
     }
 
-    fn network(&self) -> MutexGuard<'_, Option<Network>> {
-        self.network.lock()
-    }
-
-    fn files(&self) -> MutexGuard<'_, Option<Files>> {
-        self.files.lock()
-    }
-}
-
-fn lock(slots: &Mutex<DiskSlots>) -> MutexGuard<'_, DiskSlots> {
-    slots.lock()
-}
-
-/// Without its file server a machine is of no use.
-async fn follow_files(child: Arc<Child>, pod: Weak<Pod>) {
-    let (Ok(how), Some(pod)) = (child.wait().await, pod.upgrade()) else {
-        return;
-    };
-    if how == WaitStatus::Exited(0) {
-        // It ends so when the vmm hangs up: then the vmm has more to say about why.
-        let ended = pod.machine.ended();
-        if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, ended).await.is_ok() {
-            return;
-        }
-    }
-    pod.machine
-        .kill(&format!("the file server of the virtual machine {how}"));
-}
-
-impl Files {
-    fn start(launcher: &dyn Launcher) -> Result<Option<(Self, OwnedFd)>, ShareError> {
-        let Some((server, socket)) = launcher.spawn_file_server()? else {
-            return Ok(None);
-        };
-        let child = Child::from_std(server.child()).map_err(|source| ShareError::Start {
-            step: "watch the process",
-            source,
-        })?;
-        let files = Self {
-            server: Arc::new(server),
-            child: Arc::new(child),
-        };
-        Ok(Some((files, socket)))
-    }
-
-    async fn end(self) {
-        self.child.kill();
-        if let Err(error) = self.child.reap().await {
-            log::warn!("wait for the file server: {error}");
-        }
+    fn file_server(&self) -> MutexGuard<'_, Option<RunningFileServer>> {
+        self.file_server.lock()
     }
 }

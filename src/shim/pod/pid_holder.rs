@@ -1,11 +1,10 @@
-//! The pid on the host of a process that runs in the guest.
+//! Processes that hold a pid on the host for a process in the guest.
 //!
-//! containerd and its clients want a live pid for each task, whose `/proc/<pid>/ns/net` is the
-//! network namespace of the container and which `ps` knows. A holder is the smallest process that
-//! can be: it shares the shim's memory (so no page table is copied and nothing is executed), has no
-//! descriptor, and sleeps. Each init and each exec has one, so that no pid that is ever reported
-//! names somebody else's process. Whoever kills a holder means the process it stands for:
-//! [`PidHolder::signalled`] tells.
+//! containerd and its clients expect each task to have a live pid, which `ps` lists and whose `/proc/<pid>/ns/net` is
+//! the container's network namespace. A holder is the smallest such process: it shares the shim's memory, so that no
+//! page table is copied and nothing is executed; it has no descriptors; and it sleeps. Each init process and each exec
+//! has one, so that a reported pid never names an unrelated process. A signal that kills a holder is meant for the
+//! process in the guest: [`PidHolder::signalled`] reports it.
 
 use std::{
     fs::File,
@@ -21,53 +20,54 @@ use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::shim::child::{Child, WaitStatus};
 
-/// The network namespace that a holder lives in.
+/// The network namespace that a holder runs in.
 #[derive(Debug)]
 pub(crate) enum NetworkNamespace {
-    /// The shim's.
+    /// That of the shim.
     Inherited,
-    /// One of its own.
+    /// A new one.
     New,
-    /// This one.
+    /// An existing one, from [`open_network_namespace`].
     Join(OwnedFd),
 }
 
-/// A sleeping process.
+/// A sleeping process. Dropped, it is killed and reaped.
 #[derive(Debug)]
 pub(crate) struct PidHolder {
     child: Child,
     released: AtomicBool,
-    /// What the process runs on and reads; freed after it has ended.
-    _memory: Box<Memory>,
+    /// Must outlive the process.
+    _memory: Box<HolderMemory>,
 }
 
-/// Room for the process: its stack and what it is told.
+/// The memory that the process uses.
 #[derive(Debug)]
 #[repr(C, align(16))]
-struct Memory {
-    stack: [u8; STACK],
-    orders: Orders,
+struct HolderMemory {
+    stack: [u8; STACK_SIZE],
+    parameters: HolderParameters,
 }
 
-/// `hold` needs a few hundred bytes in a build without optimization.
-const STACK: usize = 8 << 10;
+/// In bytes. [`run_holder`] needs a few hundred of them in a build without optimization.
+const STACK_SIZE: usize = 8 << 10;
 
 #[derive(Debug)]
-struct Orders {
+struct HolderParameters {
     parent: libc::pid_t,
+    /// The network namespace to join; negative for none.
     namespace: RawFd,
+    /// The pipe for the result: one byte, an errno or 0.
     report: RawFd,
 }
 
 impl PidHolder {
-    /// Starts a holder. To be called on a thread that lives as long as the shim: the kernel kills
-    /// the holder with the thread that made it. Needs the runtime.
+    /// Starts a holder. It is in its namespace, and has its name and its signal mask, when this returns. Call it on a
+    /// thread that lives as long as the shim: the kernel kills the holder when that thread ends. Needs the runtime.
     pub(crate) fn spawn(namespace: &NetworkNamespace) -> io::Result<Self> {
         let (mut report, reporter) = io::pipe()?;
-        let mut memory = Box::new(Memory {
-            stack: [0; STACK],
-            orders: Orders {
-                // Pids fit in a pid_t: they come from one.
+        let mut memory = Box::new(HolderMemory {
+            stack: [0; STACK_SIZE],
+            parameters: HolderParameters {
                 parent: rustix::process::getpid().as_raw_nonzero().get(),
                 namespace: match namespace {
                     NetworkNamespace::Join(namespace) => namespace.as_raw_fd(),
@@ -81,18 +81,18 @@ impl PidHolder {
             NetworkNamespace::Inherited | NetworkNamespace::Join(_) => libc::CLONE_VM,
         };
         let child = {
-            // A handler of the shim must not run in the holder, on the shim's memory.
+            // A signal handler of the shim must not run in the holder, which shares the shim's memory.
             let _blocked = SignalsBlocked::all()?;
             let top = memory.stack.as_mut_ptr_range().end;
-            // SAFETY: `hold` uses only `stack` and `orders`, both in `memory`, which is boxed and freed, by
-            // `PidHolder` and the error path below, only after the process was reaped. It shares this address
-            // space, but makes nothing but system calls and does not return to Rust code (see `hold`).
+            // SAFETY: `run_holder` uses only `stack` and `parameters`, both in `memory`. The box is freed only after the
+            // process was reaped, by `PidHolder` or by the error path below. The process shares this address space, but
+            // makes nothing but system calls and does not return to Rust code (see `run_holder`).
             let pid = unsafe {
                 libc::clone(
-                    hold,
+                    run_holder,
                     top.cast(),
                     flags | libc::SIGCHLD,
-                    ptr::from_mut(&mut memory.orders).cast(),
+                    ptr::from_mut(&mut memory.parameters).cast(),
                 )
             };
             if pid < 0 {
@@ -101,7 +101,7 @@ impl PidHolder {
             Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidData)?
         };
         let child = Child::new(child).inspect_err(|_| {
-            // Before `memory` is freed. Neither can fail for a child that was not waited for.
+            // Before `memory` is freed. Neither call can fail for a child that was not reaped.
             let _ = rustix::process::kill_process(child, Signal::KILL);
             let _ = rustix::process::waitpid(Some(child), WaitOptions::empty());
         })?;
@@ -111,22 +111,22 @@ impl PidHolder {
             _memory: memory,
         };
         drop(reporter);
-        // Its word is one byte, an errno or 0; no byte means that it was killed at once.
-        let mut word = [0];
-        report.read_exact(&mut word)?;
-        match word[0] {
+        // The end of the pipe without a byte means that the process was killed at once.
+        let mut result = [0];
+        report.read_exact(&mut result)?;
+        match result[0] {
             0 => Ok(holder),
             errno => Err(io::Error::from_raw_os_error(i32::from(errno))),
         }
     }
 
-    /// Its pid on the host.
+    /// The pid that it holds.
     pub(crate) fn pid(&self) -> u32 {
         self.child.pid()
     }
 
-    /// Waits until somebody else kills the holder, and says with which signal; its pid stays taken.
-    /// `None` once it was released.
+    /// Waits until another process kills the holder, and returns the signal. The pid stays taken until
+    /// [`Self::release`]; `None` after that.
     pub(crate) async fn signalled(&self) -> Option<u32> {
         let ended = self.child.wait().await;
         if self.released.load(Ordering::Relaxed) {
@@ -134,12 +134,12 @@ impl PidHolder {
         }
         match ended {
             Ok(WaitStatus::Killed(signal)) => Some(signal.unsigned_abs()),
-            // It never exits by itself; whatever made it do so is treated as a kill.
+            // A holder never exits by itself.
             Ok(WaitStatus::Exited(_)) | Err(_) => Some(libc::SIGKILL.unsigned_abs()),
         }
     }
 
-    /// Ends the process and frees its pid.
+    /// Kills and reaps the process, which frees its pid.
     pub(crate) fn release(&self) {
         if !self.released.swap(true, Ordering::Relaxed) {
             self.child.kill_and_reap();
@@ -153,7 +153,8 @@ impl Drop for PidHolder {
     }
 }
 
-/// Opens a network namespace by its path (`/proc/<pid>/ns/net` or where CNI bound it).
+/// Opens a network namespace by its path: `/proc/<pid>/ns/net`, or a file that it is bound to. Any other file is an
+/// error.
 pub(crate) fn open_network_namespace(path: &std::path::Path) -> io::Result<OwnedFd> {
     let file = File::open(path)?;
     if namespace_type(file.as_fd()) == Some(libc::CLONE_NEWNET) {
@@ -165,13 +166,12 @@ pub(crate) fn open_network_namespace(path: &std::path::Path) -> io::Result<Owned
 
 fn namespace_type(file: BorrowedFd<'_>) -> Option<libc::c_int> {
     const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
-    // SAFETY: NS_GET_NSTYPE takes no argument and writes no memory; on other files it fails
-    // (ioctl_ns(2)).
+    // SAFETY: NS_GET_NSTYPE takes no argument and writes no memory; on other files it fails (ioctl_ns(2)).
     let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
     (kind >= 0).then_some(kind)
 }
 
-/// All signals, blocked on this thread while it lives.
+/// Blocks all signals on this thread until it is dropped.
 struct SignalsBlocked(SigSet);
 
 impl SignalsBlocked {
@@ -182,54 +182,54 @@ impl SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        // Cannot fail for a mask that the kernel returned before (sigprocmask(2)).
+        // Cannot fail for a mask that the kernel returned (sigprocmask(2)).
         let _ = self.0.thread_set_mask();
     }
 }
 
-/// The life of a holder. It shares all memory with the shim, the thread-local storage of the thread
-/// that made it included, so it makes plain system calls and nothing else: no allocation, no `errno`.
-extern "C" fn hold(orders: *mut libc::c_void) -> libc::c_int {
-    // SAFETY: `PidHolder::spawn` passes its `Orders`, which outlive this process, and does not write them.
-    let orders = unsafe { &*orders.cast::<Orders>() };
-    match prepare(orders) {
+/// The main function of a holder. It shares all memory with the shim, including the thread-local storage of the thread
+/// that started it. So it makes plain system calls and nothing else: no allocation, no `errno`.
+extern "C" fn run_holder(parameters: *mut libc::c_void) -> libc::c_int {
+    // SAFETY: `PidHolder::spawn` passes its `HolderParameters`, which outlive this process and are not written.
+    let parameters = unsafe { &*parameters.cast::<HolderParameters>() };
+    match prepare(parameters) {
         Ok(()) => {
-            // Whoever hears of it finds that it holds nothing of the shim's but the pipe, if that.
-            let report = register(orders.report);
+            // All descriptors of the shim but the pipe are closed before the report, and the pipe after it.
+            let report = register(parameters.report);
             if report > 0 {
                 system_call(libc::SYS_close_range, [0, report - 1, 0, 0]);
             }
             system_call(libc::SYS_close_range, [report + 1, usize::MAX >> 32, 0, 0]);
-            say(orders.report, 0);
+            report_errno(parameters.report, 0);
             system_call(libc::SYS_close_range, [report, report, 0, 0]);
             loop {
                 system_call(libc::SYS_pause, [0; 4]);
             }
         }
         Err(errno) => {
-            say(orders.report, errno);
+            report_errno(parameters.report, errno);
             1
         }
     }
 }
 
-fn prepare(orders: &Orders) -> Result<(), u8> {
+fn prepare(parameters: &HolderParameters) -> Result<(), u8> {
     check(system_call(
         libc::SYS_prctl,
         [register(libc::PR_SET_PDEATHSIG), register(libc::SIGKILL), 0, 0],
     ))?;
-    if system_call(libc::SYS_getppid, [0; 4]) != i64::from(orders.parent) {
+    if system_call(libc::SYS_getppid, [0; 4]) != i64::from(parameters.parent) {
         return Err(ERRNO_ORPHANED);
     }
     let name = c"nutshell-holder".as_ptr().addr();
     check(system_call(libc::SYS_prctl, [register(libc::PR_SET_NAME), name, 0, 0]))?;
-    if orders.namespace >= 0 {
+    if parameters.namespace >= 0 {
         check(system_call(
             libc::SYS_setns,
-            [register(orders.namespace), register(libc::CLONE_NEWNET), 0, 0],
+            [register(parameters.namespace), register(libc::CLONE_NEWNET), 0, 0],
         ))?;
     }
-    // SIGTERM ends the holder as SIGKILL does; nothing else reaches it.
+    // SIGTERM and SIGKILL kill the holder; all other signals are blocked.
     let default_action = [0_usize; 4];
     check(system_call(
         libc::SYS_rt_sigaction,
@@ -252,13 +252,13 @@ fn prepare(orders: &Orders) -> Result<(), u8> {
     ))
 }
 
-/// The size of the kernel's signal set (rt_sigaction(2)).
+/// The size of the kernel's signal set, in bytes (rt_sigaction(2)).
 const SIGNAL_SET_BYTES: usize = 8;
 
-/// ESRCH: the shim died before its death could have killed the holder.
+/// ESRCH: the shim died before PR_SET_PDEATHSIG was in effect.
 const ERRNO_ORPHANED: u8 = 3;
 
-fn say(report: RawFd, errno: u8) {
+fn report_errno(report: RawFd, errno: u8) {
     system_call(libc::SYS_write, [register(report), ptr::from_ref(&errno).addr(), 1, 0]);
 }
 
@@ -270,17 +270,17 @@ fn check(result: i64) -> Result<(), u8> {
     }
 }
 
-/// A non-negative C integer as a register holds it.
+/// A non-negative C integer as a system call argument.
 fn register(value: libc::c_int) -> usize {
     value.unsigned_abs() as usize
 }
 
-/// One system call with at most four arguments. Returns what the kernel does: a negative errno on
-/// failure. Only for the calls above, whose pointers are to living values of the right size.
+/// Makes a system call with at most four arguments. Returns the kernel's result: a negative errno on failure. Only for
+/// the calls above, whose pointers are to live values of the right size.
 fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
     let result;
-    // SAFETY: the x86-64 system call convention: number and result in rax, rcx and r11 clobbered.
-    // The calls that are made write no memory of this process.
+    // SAFETY: the x86-64 system call convention: number and result in rax, rcx and r11 clobbered. The calls made here
+    // write no memory of this process.
     unsafe {
         std::arch::asm!(
             "syscall",
@@ -303,12 +303,12 @@ mod tests {
 
     use super::*;
 
-    fn network_of(pid: u32) -> u64 {
+    fn network_namespace_of(pid: u32) -> u64 {
         std::fs::metadata(format!("/proc/{pid}/ns/net")).unwrap().ino()
     }
 
     #[tokio::test]
-    async fn holder_is_a_process_of_its_own_without_descriptors() {
+    async fn holder_is_a_separate_process_without_descriptors() {
         let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
         let status = std::fs::read_to_string(format!("/proc/{}/status", holder.pid())).unwrap();
 
@@ -319,19 +319,25 @@ mod tests {
         assert!(status.contains(&format!("\nTgid:\t{}\n", holder.pid())), "{status}");
         assert!(status.starts_with("Name:\tnutshell-holder\n"), "{status}");
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", holder.pid())).unwrap();
-        // The pipe by which it has reported may not be closed yet.
+        // It closes the pipe only after it has reported.
         assert!(descriptors.count() <= 1);
-        assert_eq!(network_of(holder.pid()), network_of(std::process::id()));
+        assert_eq!(
+            network_namespace_of(holder.pid()),
+            network_namespace_of(std::process::id())
+        );
     }
 
     #[tokio::test]
     async fn new_and_joined_network_namespaces_are_in_place_when_spawn_returns() {
         let first = PidHolder::spawn(&NetworkNamespace::New).unwrap();
-        assert_ne!(network_of(first.pid()), network_of(std::process::id()));
+        assert_ne!(
+            network_namespace_of(first.pid()),
+            network_namespace_of(std::process::id())
+        );
 
         let namespace = open_network_namespace(Path::new(&format!("/proc/{}/ns/net", first.pid()))).unwrap();
         let second = PidHolder::spawn(&NetworkNamespace::Join(namespace)).unwrap();
-        assert_eq!(network_of(second.pid()), network_of(first.pid()));
+        assert_eq!(network_namespace_of(second.pid()), network_namespace_of(first.pid()));
     }
 
     #[test]
@@ -343,7 +349,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn signals_that_kill_are_seen_and_others_are_not_felt() {
+    async fn term_and_kill_end_a_holder_and_other_signals_do_not() {
         for (signal, number) in [(Signal::TERM, 15), (Signal::KILL, 9)] {
             let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
             holder.child.signal(Signal::HUP);
@@ -355,7 +361,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn released_holder_is_gone_and_was_not_killed_by_anybody() {
+    async fn released_holder_is_reaped_and_reports_no_signal() {
         let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
         let proc = format!("/proc/{}", holder.pid());
         holder.release();

@@ -155,7 +155,7 @@ impl Tasks {
         requirements: PodRequirements,
     ) -> Result<Arc<Pod>, PodError> {
         let record = Record {
-            cgroups: requirements.groups(),
+            cgroups: requirements.cgroup_paths(),
             ..Record::default()
         };
         if let Err(error) = record.store(&request.bundle) {

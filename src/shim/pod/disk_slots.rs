@@ -1,0 +1,81 @@
+//! The hot-plugged disks of a pod's containers.
+
+use std::{collections::HashMap, os::fd::AsFd, path::Path, time::Duration};
+
+use nutshell_protocol::Request;
+use parking_lot::{Mutex, MutexGuard};
+
+use super::error::PodError;
+use crate::{
+    oci::ContainerId,
+    shim::machine::{Machine, open_disk},
+};
+
+/// How many disks the containers of a pod can have at a time.
+pub(super) const MAX_MEMBER_DISKS: u32 = 8;
+
+/// How long guest and vmm may take to release a disk that no container uses any more, in run time of the machine.
+const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The disk slots of a machine, at most one disk a container.
+#[derive(Debug)]
+pub(super) struct DiskSlots(Mutex<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    free: Vec<u32>,
+    taken: HashMap<ContainerId, u32>,
+}
+
+impl DiskSlots {
+    /// `count` free slots, numbered from 0.
+    pub(super) fn new(count: u32) -> Self {
+        Self(Mutex::new(Inner {
+            free: (0..count).rev().collect(),
+            taken: HashMap::new(),
+        }))
+    }
+
+    /// Opens the disk of the container `id` and puts it into a free slot, whose number it returns. After a failure call
+    /// [`Self::unplug`] as well: the slot may be taken.
+    pub(super) async fn plug(
+        &self,
+        machine: &Machine,
+        id: &ContainerId,
+        source: &Path,
+        read_only: bool,
+    ) -> Result<u32, PodError> {
+        let file = open_disk(source, read_only)?;
+        let slot = {
+            let mut inner = self.lock();
+            let slot = inner.free.pop().ok_or(PodError::NoSlot)?;
+            inner.taken.insert(id.clone(), slot);
+            slot
+        };
+        machine.plug_disk(slot, read_only, file.as_fd()).await?;
+        Ok(slot)
+    }
+
+    /// Takes the disk of the container `id` out of the machine, if it has one.
+    pub(super) async fn unplug(&self, machine: &Machine, id: &ContainerId) {
+        let Some(slot) = self.lock().taken.remove(id) else {
+            return;
+        };
+        let release = async {
+            let released = machine.agent().run(Request::ReleaseDisk { slot }).await;
+            released.map_err(|error| error.to_string())?;
+            let unplugged = machine.unplug_disk(slot).await;
+            unplugged.map_err(|error| error.to_string())
+        };
+        let released = machine.within(DISK_RELEASE_TIMEOUT, release).await;
+        match released.unwrap_or_else(|| Err(format!("not done within {} s", DISK_RELEASE_TIMEOUT.as_secs()))) {
+            Ok(()) => self.lock().free.push(slot),
+            // The slot stays taken: a guest that still uses the old disk would not look for a new one in it.
+            Err(error) => log::warn!("take the disk of {id} out of the virtual machine: {error}"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock()
+    }
+}

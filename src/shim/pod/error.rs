@@ -1,0 +1,31 @@
+//! The failures of a pod.
+
+use super::disk_slots::MAX_MEMBER_DISKS;
+use crate::shim::{
+    machine::{BootError, VmmError},
+    network::NetworkError,
+    share::ShareError,
+};
+
+/// Why a pod cannot be started, or cannot take a container.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PodError {
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The vmm cannot plug a disk.
+    #[error("give a disk to the virtual machine: {0}")]
+    Disk(#[from] VmmError),
+    /// Every disk slot is taken.
+    #[error("the pod's virtual machine has no slot left for another disk: at most {MAX_MEMBER_DISKS} at a time")]
+    NoSlot,
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The machine was started without a file server.
+    #[error("the virtual machine shares no directories with its host")]
+    NotShared,
+    /// A task of the shim panicked.
+    #[error("the shim failed: {0}")]
+    Shim(String),
+}

@@ -1,0 +1,70 @@
+//! Where the processes and files of a pod come from. The tests have their own launcher.
+
+use std::{fmt::Debug, io, os::fd::OwnedFd};
+
+use parking_lot::Mutex;
+
+use crate::{
+    guest_image,
+    shim::{
+        configuration::Configuration,
+        machine::{BootError, GuestResources, VmmProcess, open_kvm},
+        share::{FileServer, ShareError},
+    },
+};
+
+/// Starts the processes of a pod. All methods are called on the shim's main thread: the kernel kills a child when the
+/// thread that started it ends.
+pub(crate) trait Launcher: Debug + Send + Sync + 'static {
+    /// Opens KVM and the guest's files.
+    fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
+    /// Starts a vmm process, which waits for its first command.
+    fn spawn_vmm(&self) -> io::Result<VmmProcess>;
+    /// Starts a file server, and returns it with the socket that the vmm connects by. `None` if this launcher has none.
+    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
+}
+
+/// Launches on this host.
+#[derive(Debug)]
+pub(crate) struct HostLauncher {
+    configuration: Configuration,
+    /// Started in advance, so that the first machine does not wait for a process.
+    spare_vmm: Mutex<Option<VmmProcess>>,
+}
+
+impl HostLauncher {
+    /// Starts a first vmm process at once. Call it on the shim's main thread. Needs the runtime.
+    pub(crate) fn new(configuration: Configuration) -> Self {
+        let vmm = VmmProcess::spawn()
+            .inspect_err(|error| log::warn!("start the process of a virtual machine in advance: {error}"))
+            .ok();
+        Self {
+            configuration,
+            spare_vmm: Mutex::new(vmm),
+        }
+    }
+}
+
+impl Launcher for HostLauncher {
+    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
+        Ok(GuestResources {
+            kvm: open_kvm()?,
+            image: guest_image::open(
+                self.configuration.kernel.as_deref(),
+                self.configuration.initramfs.as_deref(),
+            )?,
+            kernel_arguments: self.configuration.kernel_arguments.clone(),
+        })
+    }
+
+    fn spawn_vmm(&self) -> io::Result<VmmProcess> {
+        match self.spare_vmm.lock().take() {
+            Some(vmm) => Ok(vmm),
+            None => VmmProcess::spawn(),
+        }
+    }
+
+    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
+        FileServer::spawn().map(Some)
+    }
+}

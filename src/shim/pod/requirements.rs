@@ -1,0 +1,79 @@
+//! What a pod needs from the host, derived from the plan of its container or sandbox.
+
+use std::path::PathBuf;
+
+use nutshell_protocol::SetUpPod;
+
+use super::{cgroup::ControlGroup, disk_slots::MAX_MEMBER_DISKS};
+use crate::{
+    oci::{Plan, PodPlan, PodSize, Root},
+    shim::machine::{BootError, DiskFile, open_disk},
+};
+
+/// The resources that [`Pod::start`](super::Pod::start) takes or starts.
+#[derive(Debug)]
+pub(crate) struct PodRequirements {
+    pub(super) size: PodSize,
+    pub(super) file_server: bool,
+    /// Disks that the machine boots with.
+    pub(super) disks: Vec<DiskFile>,
+    /// How many disk slots are empty at boot.
+    pub(super) hotplug_disks: u32,
+    pub(super) cgroup: Option<ControlGroup>,
+    /// The settings that several containers share; `None` for a container alone.
+    pub(super) set_up_request: Option<SetUpPod>,
+}
+
+impl PodRequirements {
+    /// For a machine with one container.
+    pub(crate) fn for_container(plan: &Plan) -> Result<Self, BootError> {
+        let (file_server, disks) = match &plan.root {
+            Root::Share { .. } => (true, Vec::new()),
+            Root::Disk { source, read_only, .. } => {
+                let disk = DiskFile {
+                    file: open_disk(source, *read_only)?,
+                    read_only: *read_only,
+                };
+                (!plan.shares.is_empty(), vec![disk])
+            }
+        };
+        Ok(Self {
+            size: PodSize::fixed(plan.size),
+            file_server,
+            disks,
+            hotplug_disks: 0,
+            cgroup: plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path),
+            set_up_request: None,
+        })
+    }
+
+    /// For a machine that any number of containers may join. `set_up_request` has the settings that they share. Boot
+    /// memory is cut to what the pod's control group may hold.
+    pub(crate) fn for_pod(plan: &PodPlan, set_up_request: SetUpPod) -> Self {
+        let cgroup = plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path);
+        let limit = cgroup.as_ref().and_then(ControlGroup::memory_limit);
+        let size = plan.size.bound_boot_memory(limit);
+        if size != plan.size {
+            log::warn!(
+                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB, and not {}: \
+                 give its RuntimeClass more overhead",
+                limit.unwrap_or_default() >> 20,
+                size.boot.memory >> 20,
+                plan.size.boot.memory >> 20
+            );
+        }
+        Self {
+            size,
+            file_server: true,
+            disks: Vec::new(),
+            hotplug_disks: MAX_MEMBER_DISKS,
+            cgroup,
+            set_up_request: Some(set_up_request),
+        }
+    }
+
+    /// The control groups that [`Pod::start`](super::Pod::start) will create, as absolute paths.
+    pub(crate) fn cgroup_paths(&self) -> Vec<PathBuf> {
+        self.cgroup.iter().map(|cgroup| cgroup.path().to_owned()).collect()
+    }
+}
