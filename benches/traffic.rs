@@ -1,13 +1,13 @@
-//! Traffic to measure a network by, both ends.
+//! A TCP server and client for network measurements.
 //!
 //! ```text
 //! traffic serve ADDRESS
-//! traffic echo ADDRESS COUNT       a byte there and back, COUNT times
-//! traffic send ADDRESS BYTES       a stream to the server
-//! traffic receive ADDRESS BYTES    a stream from it
+//! traffic echo ADDRESS COUNT       sends one byte and receives it back, COUNT times
+//! traffic send ADDRESS BYTES       sends a stream to the server
+//! traffic receive ADDRESS BYTES    receives a stream from the server
 //! ```
 //!
-//! A client prints how many microseconds it took, from the connection on.
+//! The client prints how many microseconds the transfer took, without the time to connect.
 
 use std::{
     env,
@@ -18,6 +18,7 @@ use std::{
     time::Instant,
 };
 
+/// Bytes of one read or write of a stream.
 const CHUNK: usize = 64 << 10;
 
 fn main() -> ExitCode {
@@ -25,8 +26,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["serve", address] => serve(address),
-        [what, address, count] => match (count.parse(), what) {
-            (Ok(count), "echo" | "send" | "receive") => client(what, address, count),
+        [operation, address, count] => match (count.parse(), operation) {
+            (Ok(count), "echo" | "send" | "receive") => run_client(operation, address, count),
             _ => return ExitCode::from(2),
         },
         _ => return ExitCode::from(2),
@@ -40,22 +41,23 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a client wants is its first byte, how much of it the next eight.
+/// Serves clients until the process is killed. A client sends the first letter of its operation and the count as 8 bytes,
+/// little-endian.
 fn serve(address: &str) -> io::Result<()> {
     for connection in TcpListener::bind(address)?.incoming() {
         let connection = connection?;
-        thread::spawn(move || answer(connection));
+        thread::spawn(move || serve_client(connection));
     }
     Ok(())
 }
 
-fn answer(mut connection: TcpStream) -> io::Result<()> {
+fn serve_client(mut connection: TcpStream) -> io::Result<()> {
     connection.set_nodelay(true)?;
-    let (mut what, mut count) = ([0], [0; 8]);
-    connection.read_exact(&mut what)?;
+    let (mut operation, mut count) = ([0], [0; 8]);
+    connection.read_exact(&mut operation)?;
     connection.read_exact(&mut count)?;
     let count = u64::from_le_bytes(count);
-    match what[0] {
+    match operation[0] {
         b'e' => {
             let mut byte = [0];
             for _ in 0..count {
@@ -65,21 +67,22 @@ fn answer(mut connection: TcpStream) -> io::Result<()> {
             Ok(())
         }
         b's' => {
-            take(&mut connection, count)?;
+            receive(&mut connection, count)?;
+            // The client measures until this confirmation.
             connection.write_all(b".")
         }
-        _ => give(&mut connection, count),
+        _ => send(&mut connection, count),
     }
 }
 
-fn client(what: &str, address: &str, count: u64) -> io::Result<()> {
+fn run_client(operation: &str, address: &str, count: u64) -> io::Result<()> {
     let mut connection = TcpStream::connect(address)?;
     connection.set_nodelay(true)?;
-    connection.write_all(&what.as_bytes()[..1])?;
+    connection.write_all(&operation.as_bytes()[..1])?;
     connection.write_all(&count.to_le_bytes())?;
     let mut byte = [7];
-    let from = Instant::now();
-    let done = match what {
+    let start = Instant::now();
+    let result = match operation {
         "echo" => {
             for _ in 0..count {
                 connection.write_all(&byte)?;
@@ -88,16 +91,16 @@ fn client(what: &str, address: &str, count: u64) -> io::Result<()> {
             Ok(())
         }
         "send" => {
-            give(&mut connection, count)?;
+            send(&mut connection, count)?;
             connection.read_exact(&mut byte)
         }
-        _ => take(&mut connection, count),
+        _ => receive(&mut connection, count),
     };
-    println!("{}", from.elapsed().as_micros());
-    done
+    println!("{}", start.elapsed().as_micros());
+    result
 }
 
-fn give(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {
+fn send(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {
     let chunk = vec![0; CHUNK];
     while left > 0 {
         let part = chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -107,7 +110,7 @@ fn give(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {
     Ok(())
 }
 
-fn take(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {
+fn receive(connection: &mut TcpStream, mut left: u64) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     while left > 0 {
         let part = connection.read(&mut chunk)?;

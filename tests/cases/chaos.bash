@@ -1,22 +1,21 @@
-# Chaos: a random one of the processes that make a container is killed at a random moment of its life.
-# Whatever the calls answer, none of them hangs, and nothing is left. To be sourced after
-# cases/failures.bash.
+# Chaos: kills a random process of a container, or containerd, at a random moment of the container's life. The calls
+# may fail, but none may hang, and nothing may be left on the host. Sourced after cases/failures.bash.
 
-# How long a call may take, in seconds.
+# Time limit of a call in seconds.
 CALL_LIMIT=10
 
-# call MOMENT COMMAND...: says that the moment has come, and runs it. Its answer does not matter.
+# call MOMENT COMMAND...: announces MOMENT and runs the command. The command may fail, but not reach the time limit.
 call() {
   local moment=$1 status=0 from=$SECONDS
   shift
   echo "$moment" >>/run/tmp/moments
   timeout -s KILL "$CALL_LIMIT" "$@" >>/run/tmp/calls 2>&1 || status=$?
   echo "$moment: status $status after $((SECONDS - from)) s: $*" >>/run/tmp/calls
-  # The status of a program that was killed is also what some of these print.
+  # The time decides, not the status: some of these commands also exit with the status of a killed program.
   ((SECONDS - from < CALL_LIMIT)) || echo "$moment took $CALL_LIMIT s: $*" >>/run/tmp/hung
 }
 
-# A container's life, each step whatever came of the one before.
+# live NAME: the life of a container. Each step runs even if the previous one failed.
 live() {
   call container ctr container create --snapshotter "$snapshotter" --runtime "$runtime" \
     "localhost/$image:latest" "$1" sleep 1000
@@ -32,7 +31,7 @@ live() {
   echo end >>/run/tmp/moments
 }
 
-# victim WHAT NAME: the pids to kill.
+# victim WHAT NAME: prints the pids to kill. init is the process of container NAME.
 victim() {
   case $1 in
     containerd) cat /run/containerd.pid ;;
@@ -41,7 +40,7 @@ victim() {
   esac
 }
 
-# round NUMBER WHAT MOMENT MILLISECONDS: kills WHAT so long after MOMENT.
+# round NUMBER WHAT MOMENT MILLISECONDS: kills WHAT this long after MOMENT.
 round() {
   local what=$2 moment=$3 delay=$4 pid killed=
   name=chaos-$1
@@ -60,26 +59,26 @@ round() {
     serve_containerd
   fi
   wait "$life"
-  # What a user does who finds the container in whatever state.
+  # A user cleans up like this, in any state of the container.
   call cleanup ctr task delete --force "$name"
   call cleanup ctr container delete "$name"
   [[ ! -e /run/tmp/hung ]] || {
     cat /run/tmp/hung /run/tmp/calls
     return 1
   }
-  # ctr leaves its fifos where the shim was killed.
+  # ctr leaves its fifos if the shim was killed.
   rm -rf /run/containerd/fifo/* /run/tmp/moments /run/tmp/calls
 }
 
-# chaos_cases ROUNDS SEED
+# chaos_cases ROUNDS SEED: prints the seed, which replays the run.
 chaos_cases() {
   local whats=(shim vmm fs containerd init) moments=(start start exec kill delete) number what moment delay
   RANDOM=$2
   echo "chaos: $1 rounds, NUTSHELL_TEST_SEED=$2"
   for ((number = 1; number <= $1; number++)); do
     what=${whats[RANDOM % 5]} moment=${moments[RANDOM % 5]} delay=$((RANDOM % 500))
-    # Most of a container's start is its machine's.
+    # Start takes longest, because it boots the machine.
     [[ $moment != start ]] || delay=$((delay * 8))
-    check "chaos $number: $what dies $delay ms into $moment" round "$number" "$what" "$moment" "$delay"
+    check "chaos $number: $what is killed $delay ms into $moment" round "$number" "$what" "$moment" "$delay"
   done
 }

@@ -1,13 +1,13 @@
-# What a single container does, on whatever containerd and snapshotter the suite has started. To be
-# sourced by tests/suites/*.sh, after tests/lab/test.bash.
+# Single containers, on the containerd that the suite has started. Sourced by tests/suites/*.sh, after
+# tests/lab/test.bash.
 #
-# $snapshotter and $image (a name below localhost/) say what the cases run on.
+# The cases use the snapshotter $snapshotter and the image localhost/$image.
 
 snapshotter=overlayfs
 image=busybox
 serial=0
 
-# nutshell NAME [CTR-OPTION...] -- COMMAND...: `ctr run` of a new container.
+# nutshell NAME [CTR-OPTION...] -- COMMAND...: runs a new container with `ctr run`.
 nutshell() {
   local name=$1 options=()
   shift
@@ -19,13 +19,13 @@ nutshell() {
   ctr run --snapshotter "$snapshotter" --runtime "$runtime" "${options[@]}" "localhost/$image:latest" "$name" "$@"
 }
 
-# A name that no other case has.
+# Sets $name to a container name that no other case uses.
 new_name() {
   serial=$((serial + 1))
   name=case-$BASHPID-$serial
 }
 
-# wait_for_task NAME STATUS: returns once `ctr task ls` shows it. Bounded by tries, each a round trip.
+# wait_for_task NAME STATUS: waits until `ctr task ls` shows this status. Limited to 100 tries.
 wait_for_task() {
   local try
   for try in {1..100}; do
@@ -37,7 +37,7 @@ wait_for_task() {
   return 1
 }
 
-# The pids of nutshell's processes whose name is $1 (vmm, fs) or, for shim, the executable's.
+# pids_of shim|vmm|fs: prints the pids of these processes of nutshell.
 pids_of() {
   local stat pid rest name
   case $1 in
@@ -50,7 +50,7 @@ pids_of() {
   done
 }
 
-# remove NAME: deletes a task and its container, whatever state they are in.
+# remove NAME: deletes a task, in any state, and its container.
 remove() {
   ctr task delete --force "$1" >/dev/null 2>&1 || true
   ctr container delete "$1"
@@ -98,7 +98,7 @@ terminated_init_reports_143() {
   rm /run/tmp/out
 }
 
-# wait_for_output TEXT: until /run/tmp/out has it.
+# wait_for_output PATTERN: waits until /run/tmp/out has a line that matches.
 wait_for_output() {
   local try
   for try in {1..300}; do
@@ -119,7 +119,7 @@ detached_container_can_be_listed_entered_killed_and_deleted() {
   assert_status 7 ctr task exec --exec-id two "$name" sh -c 'exit 7'
   ctr task kill --signal SIGKILL "$name"
   wait_for_task "$name" STOPPED
-  # ctr says the status of what it deletes and exits with 0.
+  # ctr prints the exit status of the task and exits with 0.
   assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 137"
   ctr container delete "$name"
 }
@@ -149,7 +149,7 @@ missing_command_fails_with_runcs_error_text() {
 
 process_with_a_terminal_has_a_tty_on_all_streams() {
   new_name
-  # script(1) gives ctr the terminal that it wants.
+  # ctr needs a terminal, which script(1) provides.
   script -qec "ctr run --rm --tty --snapshotter $snapshotter --runtime $runtime localhost/$image:latest $name \
     sh -c 'test -t 0 && test -t 1 && test -t 2 && stty size && tty'" /dev/null </dev/null >/run/tmp/out
   assert_contains "$(</run/tmp/out)" /dev/pts/
@@ -217,8 +217,8 @@ vmm_and_fs_processes_are_confined() {
   remove "$name"
 }
 
-# listen NAME: writes containerd's events to /run/tmp/out and returns once they arrive, which a change
-# to container NAME proves. Sets listener.
+# listen NAME: writes containerd's events to /run/tmp/out in the background and sets $listener to the process. Returns
+# when events arrive: it changes a label of container NAME until it sees the event.
 listen() {
   ctr events >/run/tmp/out &
   listener=$!
@@ -231,7 +231,7 @@ listen() {
   return 1
 }
 
-# killed_process_ends_the_container WHAT
+# killed_process_ends_the_container shim|vmm|fs
 killed_process_ends_the_container() {
   new_name
   nutshell "$name" -d -- sleep 1000
@@ -246,11 +246,11 @@ killed_process_ends_the_container() {
   assert_equal 1 "$(grep -c /tasks/exit /run/tmp/out)"
   rm /run/tmp/out
   remove "$name"
-  # ctr removes the fifos that it made when it deletes a task, and containerd has none any more.
+  # ctr removes its fifos when it deletes the task, and containerd has no task without a shim.
   [[ $1 != shim ]] || rm -r /run/containerd/fifo/*
 }
 
-# The guest's kernel panics, as it also does when its first process, the agent, ends.
+# The end of PID 1, the agent, panics the guest's kernel as well.
 guest_kernel_panic_ends_the_container() {
   new_name
   nutshell "$name" -d --privileged --memory-limit $((32 << 20)) -- \
@@ -260,14 +260,15 @@ guest_kernel_panic_ends_the_container() {
   ctr container delete "$name"
 }
 
-# kernel_of CODE FILE: an ELF kernel whose whole text is CODE, in perl's escapes.
+# kernel_of CODE FILE: writes an ELF kernel with the machine code CODE, a string with perl's escapes.
 kernel_of() {
   perl -e 'my $code = eval "\"$ARGV[0]\"";
     print pack("A4C12SSLQQQLSSSSSS", "\x7fELF", 2, 1, 1, (0) x 9, 2, 62, 1, 0x100000, 64, 0, 0, 64, 56, 1, 0, 0, 0),
       pack("LLQQQQQQ", 1, 7, 4096, 0x100000, 0x100000, length $code, length $code, 4096), "\0" x (4096 - 120), $code' "$1" >"$2"
 }
 
-# boot_fails KERNEL REASON: says why. Sets took, in milliseconds.
+# boot_fails KERNEL TEXT: asserts that a container with this guest kernel fails with an error that contains TEXT.
+# Sets $took to the milliseconds until then.
 boot_fails() {
   new_name
   printf '[guest]\nkernel = "%s"\n' "$1" >/run/tmp/nutshell.toml
@@ -281,19 +282,20 @@ boot_fails() {
 
 boot_failure_is_reported_with_its_cause() {
   boot_fails /run/tmp/no-such-file "/run/tmp/no-such-file"
-  # What ctr and containerd take by themselves here.
+  # This kernel fails at once: the time is that of ctr and containerd.
   local overhead=$took
   echo "no kernel" >/run/tmp/kernel
   boot_fails /run/tmp/kernel "not an uncompressed x86-64 ELF vmlinux"
+  # ud2, then a jump to itself.
   kernel_of '\x0f\x0b' /run/tmp/kernel
   boot_fails /run/tmp/kernel "the guest reset itself"
   kernel_of '\xeb\xfe' /run/tmp/kernel
   boot_fails /run/tmp/kernel "did not become ready"
-  ((took - overhead <= 10000)) || { echo "took $took ms, of which ctr and containerd $overhead" >&2; return 1; }
+  ((took - overhead <= 10000)) || { echo "took $took ms, of which ctr and containerd took $overhead ms" >&2; return 1; }
   rm /run/tmp/kernel
 }
 
-# What a program of a real distribution needs: a dynamic linker, threads, entropy, files.
+# Python needs a dynamic linker, threads, entropy and files.
 python_runs() {
   new_name
   assert_equal "6 16 1" "$(nutshell "$name" --rm -- python3 -c '
@@ -305,7 +307,6 @@ threads = [threading.Thread(target=results.append, args=[number]) for number in 
 print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
 }
 
-# An image of one program, without a shell, a library or a folder.
 single_binary_runs() {
   new_name
   assert_status 42 nutshell "$name" --rm -- /one-binary 42 a b >/run/tmp/out
@@ -313,7 +314,7 @@ single_binary_runs() {
   rm /run/tmp/out
 }
 
-# The essentials, on another snapshotter or image.
+# some_cases LABEL: the basic cases, to be repeated with another snapshotter or image.
 some_cases() {
   check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
@@ -324,6 +325,7 @@ some_cases() {
     detached_container_can_be_listed_entered_killed_and_deleted
 }
 
+# all_cases LABEL: the basic cases, and those that depend on the image's user and file settings.
 all_cases() {
   check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
@@ -338,7 +340,7 @@ all_cases() {
   check "$1: settings of ctr run apply to the process" settings_of_ctr_run_apply_to_the_process
 }
 
-# Every case, on every snapshotter that needs no set-up, with images of no distribution and of one.
+# Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one program.
 every_case() {
   all_cases "overlayfs"
   check "process with a terminal has a tty on all streams" process_with_a_terminal_has_a_tty_on_all_streams

@@ -1,35 +1,36 @@
-# The installation on a node. To be sourced by tests/deploy and tests/suites/deploy-*.sh.
+# Installation on a node. Sourced by tests/deploy and tests/suites/deploy-*.sh.
 
 deploy=$lab/../../deploy
 work=/run/check.deploy
 config=/etc/containerd/config.toml
 
-# make_node: folders of our own in the place of what this machine's packages have put there.
+# make_node: mounts empty folders over those that this machine's packages have filled.
 make_node() {
   mkdir -p /etc/containerd
   mount -t tmpfs -o mode=755 tmpfs /etc/containerd
   mount -t tmpfs -o mode=755 tmpfs /usr/local/bin
-  deploy_files
+  set_up_stubs
 }
 
-# Puts the players in place. unit/NAME is what systemd says of containerd's unit.
-deploy_files() {
+# Installs the scripts under test and the stubs of systemctl and the executable. $work/unit/NAME is the property NAME of
+# containerd's unit.
+set_up_stubs() {
   mkdir -p "$work/unit" "$work/node"
   cp "$deploy"/{node,pod,containerd-v2.toml,containerd-v3.toml} "$work/node"
   echo process >"$work/unit/KillMode"
   echo '{ path=/run/bin/containerd ; argv[]=/run/bin/containerd ; ignore_errors=no ; start_time=[n/a] }' \
     >"$work/unit/ExecStart"
-  play /run/bin/systemctl "case \$1 in
+  write_stub /run/bin/systemctl "case \$1 in
     show) cat $work/unit/\$3 2>/dev/null || echo ;;
     restart) echo restart >>$work/restarts; [[ ! -e $work/broken ]] ;;
     is-active) true ;;
   esac"
-  play "$work/shim" 'case $1 in check) echo "guest kernel played" ;; -v) echo "$0 0" ;; esac'
+  write_stub "$work/shim" 'case $1 in check) echo "guest kernel stub" ;; -v) echo "$0 0" ;; esac'
   export NUTSHELL_SHIM=$work/shim
 }
 
-# play FILE TEXT: makes an executable script.
-play() {
+# write_stub FILE SCRIPT: writes an executable bash script.
+write_stub() {
   rm -f "$1"
   printf '#!/bin/bash\n%s\n' "$2" >"$1"
   chmod +x "$1"
@@ -42,33 +43,34 @@ use_containerd() {
 
 node() { "$work/node/node" "$@"; }
 
-# tree: all that an installation may touch, with content, mode and owner.
+# tree: prints all files that an installation may change, with content, mode and owner.
 tree() {
   find /etc/containerd /usr/local/bin -printf '%p %y %m %u %g\n' | sort
   find /run -maxdepth 1 -name 'nutshell*'
   find /etc/containerd /usr/local/bin -type f -exec sha256sum {} + | sort
 }
 
-# When which file was changed.
+# times: prints when each file was changed.
 times() { find /etc/containerd /usr/local/bin -type f -printf '%p %T@ %C@ %i\n' | sort; }
 
+# restarts: prints how often containerd was restarted.
 restarts() { if [[ -e $work/restarts ]]; then wc -l <"$work/restarts"; else echo 0; fi; }
 
-# clear_node: no configuration, nothing installed, no restart so far.
+# clear_node: deletes configuration, installed files and the count of restarts.
 clear_node() {
   rm -rf /etc/containerd/* /usr/local/bin/* "$work/restarts" "$work/broken" /run/nutshell-restart-due
 }
 
-# The runtime plugin's name in a configuration of version $1.
+# plugin VERSION: prints the name of the runtime plugin in a configuration of this version.
 plugin() { if [[ $1 == 2 ]]; then echo io.containerd.grpc.v1.cri; else echo io.containerd.cri.v1.runtime; fi; }
 
-# own_tables VERSION: what an owner may have said.
+# own_tables VERSION: prints settings of an administrator.
 own_tables() {
   printf '[plugins."%s".containerd.runtimes.runc]\n  runtime_type = "io.containerd.runc.v2"\n' "$(plugin "$1")"
   printf '  [plugins."%s".containerd.runtimes.runc.options]\n    SystemdCgroup = true' "$(plugin "$1")"
 }
 
-# configuration KIND: puts one in place.
+# configuration KIND: writes containerd's configuration.
 configuration() {
   local own=3
   [[ $version != 1.7 ]] || own=2
@@ -76,9 +78,9 @@ configuration() {
     default) containerd config default >$config ;;
     nothing) ;;
     version_only) echo "version = $own" >$config ;;
-    # No end of the last line.
+    # The last line has no newline.
     own_settings) printf 'version = %s\n%s' "$own" "$(own_tables "$own")" >$config ;;
-    # Older than containerd. Where there is none older, one that others may not read.
+    # An older configuration version than containerd's, if there is one; readable only by root.
     other_version)
       printf '# mine\nversion = 2\nimports = [ ]   # none\n\n%s\n' "$(own_tables 2)" >$config
       chmod 600 $config
@@ -86,11 +88,12 @@ configuration() {
   esac
 }
 
+# dump: prints containerd's effective configuration.
 dump() {
   if [[ -e $config ]]; then containerd --config $config config dump; else containerd config default; fi 2>/dev/null
 }
 
-# Of everybody else's settings.
+# others: prints all effective settings except nutshell's.
 others() { dump | awk '/^ *\[/ { ours = /runtimes\.nutshell[].]/ } !ours && NF && !/^ *imports/ { sub(/^ +/, ""); print }'; }
 
 has_handler() {
@@ -130,8 +133,7 @@ second_install_changes_nothing_and_uninstall_restores_the_node() {
   assert_equal 2 "$(restarts)"
 }
 
-# forget_nutshell: for a node that start_node has made: as if nobody had ever heard of it. systemctl restarts
-# the containerd that runs.
+# forget_nutshell: removes nutshell from a node of start_node. The systemctl stub restarts the running containerd.
 forget_nutshell() {
   config=/run/containerd.toml
   make_node
@@ -140,7 +142,7 @@ forget_nutshell() {
   mv /run/containerd.without $config
   echo "{ path=/run/bin/containerd ; argv[]=/run/bin/containerd --config $config ; ignore_errors=no }" \
     >"$work/unit/ExecStart"
-  play /run/bin/systemctl "case \$1 in
+  write_stub /run/bin/systemctl "case \$1 in
     show) cat $work/unit/\$3 ;;
     restart) source $lab/containerd.bash && end_containerd && serve_containerd ;;
   esac"
@@ -148,21 +150,21 @@ forget_nutshell() {
 }
 
 pod_runs_after_the_install_only() {
-  local before said
+  local before output
   before=$(sha256sum $config)
-  said=$(cri pods::run_to_completion nutshell 2>&1) && return 1
-  assert_contains "$said" 'no runtime for'
+  output=$(cri pods::run_to_completion nutshell 2>&1) && return 1
+  assert_contains "$output" 'no runtime for'
 
-  said=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
-  assert_contains "$said" 'this host runs nutshell'
+  output=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
+  assert_contains "$output" 'this host runs nutshell'
   cmp "$NUTSHELL_TEST_SHIM" /usr/local/bin/containerd-shim-nutshell-v2
   cri pods::run_to_completion nutshell
   node status
 
   node uninstall
   assert_equal "$before" "$(sha256sum $config)"
-  said=$(cri pods::run_to_completion nutshell 2>&1) && return 1
-  assert_contains "$said" 'no runtime for'
+  output=$(cri pods::run_to_completion nutshell 2>&1) && return 1
+  assert_contains "$output" 'no runtime for'
 }
 
 changes_after_the_install_survive_the_uninstall() {
@@ -177,15 +179,15 @@ changes_after_the_install_survive_the_uninstall() {
   assert_equal "$(printf '# first\n'; containerd config default; printf '\n[debug2]')" "$(<$config)"
 }
 
-# refused NAMED: an installation fails in words that contain NAMED, and changes nothing.
+# refused TEXT: asserts that an installation fails with an error that contains TEXT, and changes nothing.
 refused() {
-  local before said
+  local before output
   before=$(tree)
-  if said=$(node install 2>&1); then
-    echo "installed: $said" >&2
+  if output=$(node install 2>&1); then
+    echo "installed: $output" >&2
     return 1
   fi
-  assert_contains "$said" "$1"
+  assert_contains "$output" "$1"
   assert_equal "$before" "$(tree)"
   assert_equal 0 "$(restarts)"
 }
@@ -227,7 +229,7 @@ existing_imports_are_kept() {
   assert_equal "$settings" "$(others)"
   node uninstall
   assert_equal "$before" "$(tree)"
-  # No block where the drop-in's folder is imported.
+  # If the drop-in's folder is already imported, config.toml does not change.
   printf 'version = 3\nimports = ["/etc/containerd/conf.d/*.toml"]\n' >$config
   mkdir /etc/containerd/conf.d
   before=$(tree)
@@ -249,13 +251,13 @@ import_in_1_7_is_refused() {
 unknown_containerd_version_is_named() {
   clear_node
   configuration version_only
-  local said
-  for said in 'containerd github.com/containerd/containerd 1.6.8 9cd3357b7fd7218e4aec3eae239db1f68a5a6ec6' \
+  local version_line
+  for version_line in 'containerd github.com/containerd/containerd 1.6.8 9cd3357b7fd7218e4aec3eae239db1f68a5a6ec6' \
     'containerd github.com/containerd/containerd/v2 v2.5.0 x' 'containerd github.com/containerd/containerd 1.70.1 x' nonsense ''; do
-    play /run/bin/containerd "echo '$said'"
-    refused "\"$said\""
+    write_stub /run/bin/containerd "echo '$version_line'"
+    refused "\"$version_line\""
   done
-  play /run/bin/containerd 'exit 1'
+  write_stub /run/bin/containerd 'exit 1'
   refused '/run/bin/containerd --version failed'
   use_containerd 2.1
 }
@@ -273,9 +275,9 @@ missing_service_and_k3s_are_named() {
 node_without_kvm_is_not_changed() {
   clear_node
   configuration default
-  play "$work/shim" 'echo "this host does not run nutshell: /dev/kvm: played" >&2; exit 1'
-  refused '/dev/kvm: played'
-  deploy_files
+  write_stub "$work/shim" 'echo "this host does not run nutshell: /dev/kvm: stub" >&2; exit 1'
+  refused '/dev/kvm: stub'
+  set_up_stubs
 }
 
 unit_that_kills_its_containers_is_refused() {
@@ -289,13 +291,13 @@ unit_that_kills_its_containers_is_refused() {
 failed_restart_restores_the_configuration() {
   clear_node
   configuration default
-  local before said
+  local before output
   before=$(tree)
   : >"$work/broken"
-  said=$(node install 2>&1) && return 1
-  assert_contains "$said" 'did not start with the handler'
+  output=$(node install 2>&1) && return 1
+  assert_contains "$output" 'did not start with the handler'
   assert_equal "$before" "$(tree | grep -v containerd-shim-nutshell-v2)"
-  # With the handler, and without.
+  # One restart with the handler, one without.
   assert_equal 2 "$(restarts)"
   rm "$work/broken"
   node install
@@ -307,12 +309,12 @@ failed_restart_restores_the_configuration() {
 interrupted_restart_is_repeated() {
   clear_node
   configuration default
-  # The script dies with its restart.
-  play /run/bin/systemctl "case \$1 in show) cat $work/unit/\$3 ;; restart) kill -9 \$PPID ;; esac"
+  # The restart kills the script.
+  write_stub /run/bin/systemctl "case \$1 in show) cat $work/unit/\$3 ;; restart) kill -9 \$PPID ;; esac"
   assert_status 137 node install
-  # What it had no time for.
+  # The killed script has left its temporary folder.
   rm -r "$TMPDIR"/nutshell-node.*
-  deploy_files
+  set_up_stubs
   assert_status 1 node status
   node install
   assert_equal 1 "$(restarts)"
@@ -320,61 +322,62 @@ interrupted_restart_is_repeated() {
   node uninstall
 }
 
-# running ID: a process of the executable in BIN, which waits for its end at descriptor $living.
-running() {
-  mkfifo "$work/life"
-  /usr/local/bin/containerd-shim-nutshell-v2 -c 'read -r' shim -namespace k8s.io -id "$1" <"$work/life" &
+# start_shim ID: starts the installed executable as the shim of sandbox ID. It runs until descriptor $alive is closed.
+start_shim() {
+  mkfifo "$work/alive"
+  /usr/local/bin/containerd-shim-nutshell-v2 -c 'read -r' shim -namespace k8s.io -id "$1" <"$work/alive" &
   shim=$!
-  exec {living}>"$work/life"
-  rm "$work/life"
+  exec {alive}>"$work/alive"
+  rm "$work/alive"
 }
 
-not_running() {
-  exec {living}>&-
+stop_shim() {
+  exec {alive}>&-
   wait "$shim" || true
 }
 
-# bash plays it, for it must not be a script.
-play_shim() {
+# write_shim_stub [SUFFIX]: makes a copy of bash the executable. A script would not do: /proc/PID/exe of its process is
+# the interpreter. SUFFIX is appended to the copy, so that its content differs.
+write_shim_stub() {
   cp --remove-destination /bin/bash "$work/shim"
   printf '%s' "${1:-}" >>"$work/shim"
-  # What it is told to do is a script to it, which it finds in PATH.
-  play /run/bin/check true
+  # bash takes the action `check` as the name of a script, which it finds in PATH.
+  write_stub /run/bin/check true
 }
 
 running_executable_can_be_replaced() {
   clear_node
   configuration default
-  play_shim
+  write_shim_stub
   node install
-  running one
-  play_shim new
+  start_shim one
+  write_shim_stub new
   node install
   cmp "$work/shim" /usr/local/bin/containerd-shim-nutshell-v2
   kill -0 "$shim"
   assert_contains "$(node status)" 'running machines: 1'
   assert_status 3 node uninstall
-  not_running
+  stop_shim
   node uninstall
   rm /run/bin/check
-  deploy_files
+  set_up_stubs
 }
 
 uninstall_is_refused_while_a_machine_runs() {
   clear_node
   configuration default
-  play_shim
+  write_shim_stub
   node install
-  local before said
+  local before output
   before=$(tree)
-  running sandbox-7
-  said=$(node uninstall 2>&1) && return 1
-  assert_contains "$said" 'sandbox-7'
+  start_shim sandbox-7
+  output=$(node uninstall 2>&1) && return 1
+  assert_contains "$output" 'sandbox-7'
   assert_equal "$before" "$(tree)"
-  not_running
+  stop_shim
   node uninstall
   rm /run/bin/check
-  deploy_files
+  set_up_stubs
 }
 
 bin_sets_the_folder_of_the_executable() {
@@ -399,7 +402,7 @@ install_works_from_inside_a_container() {
   before=$(tree)
   assert_status 1 env HOST=/sys "$work/node/node" install
   mkdir "$work/host"
-  # A mount namespace of its own, where the node's root is a folder and what lies in its place is another.
+  # In a separate mount namespace the node's root is a folder, and the paths at the root belong to the container.
   unshare --mount bash -c 'set -e
     mount --rbind / "$1/host"
     mount -t tmpfs tmpfs /etc/containerd
@@ -415,30 +418,30 @@ install_works_from_inside_a_container() {
   assert_equal "$before" "$(tree)"
 }
 
-# play_curl LABELS: the API server. Writes down what is asked.
-play_curl() {
-  play /run/bin/curl "for last; do :; done
-    echo \"\$last\" >>$work/asked
+# write_curl_stub LABELS: the API server, whose node has these labels. Records the requests in $work/requests.
+write_curl_stub() {
+  write_stub /run/bin/curl "for last; do :; done
+    echo \"\$last\" >>$work/requests
     while ((\$#)); do
-      [[ \$1 != --data ]] || { echo \"patch \$2\" >>$work/asked; exit; }
+      [[ \$1 != --data ]] || { echo \"patch \$2\" >>$work/requests; exit; }
       shift
     done
     echo '{\"metadata\":{\"labels\":{$1},\"managedFields\":[{\"f:io.containerd.nutshell/install\":{}}]}}'"
 }
 
-# start_pod: in the background, with its own sleep, which reports that it waits.
+# start_pod: starts the script `pod` in the background and returns when it waits. A stub of sleep reports that.
 start_pod() {
-  rm -f "$work/asked"
+  rm -f "$work/requests"
   mkfifo "$work/waits"
-  play "$work/bin/sleep" "echo >$work/waits; exec /bin/sleep \"\$@\""
+  write_stub "$work/bin/sleep" "echo >$work/waits; exec /bin/sleep \"\$@\""
   PATH=$work/bin:$PATH NODE_NAME=worker KUBERNETES_SERVICE_HOST=10.0.0.1 "$work/node/pod" &
   pod=$!
   read -r -t 60 <"$work/waits"
   rm "$work/waits"
-  play "$work/bin/sleep" 'exec /bin/sleep "$@"'
+  write_stub "$work/bin/sleep" 'exec /bin/sleep "$@"'
 }
 
-# end_pod: as the kubelet does. Its sleep goes with its container.
+# end_pod: ends the script as the kubelet does, with its sleep, which ends with the container.
 end_pod() {
   local sleep
   sleep=$(pgrep -P "$pod" -x sleep)
@@ -456,41 +459,41 @@ pod_labels_the_node_and_uninstalls_without_the_install_label() {
   mkdir -p "$work/bin"
   local before server=https://10.0.0.1:443/api/v1/nodes/worker
   before=$(tree)
-  play_curl '"io.containerd.nutshell/install":"true"'
+  write_curl_stub '"io.containerd.nutshell/install":"true"'
   start_pod
   assert_equal "$server
-patch {\"metadata\":{\"labels\":{\"io.containerd.nutshell/ready\":\"true\"}}}" "$(<"$work/asked")"
+patch {\"metadata\":{\"labels\":{\"io.containerd.nutshell/ready\":\"true\"}}}" "$(<"$work/requests")"
   has_handler
-  # Updated, drained: all stays.
+  # The pod is updated or the node is drained: the installation stays.
   end_pod
   node status
-  assert_equal 2 "$(grep -c "^$server" "$work/asked")"
+  assert_equal 2 "$(grep -c "^$server" "$work/requests")"
 
   start_pod
   assert_equal 1 "$(restarts)"
-  # The API server does not answer: all stays.
-  play /run/bin/curl 'exit 22'
+  # The API server does not answer: the installation stays.
+  write_stub /run/bin/curl 'exit 22'
   end_pod
   node status
 
-  play_curl ''
+  write_curl_stub ''
   start_pod
   end_pod
-  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/asked")"
+  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/requests")"
   assert_equal "$before" "$(tree)"
-  rm -r "$work/bin" "$work/asked" /run/bin/curl
+  rm -r "$work/bin" "$work/requests" /run/bin/curl
 }
 
 pod_removes_the_ready_label_from_a_node_that_fails() {
   clear_node
   configuration default
-  play_curl '"io.containerd.nutshell/install":"true"'
-  play "$work/shim" 'exit 1'
-  rm -f "$work/asked"
+  write_curl_stub '"io.containerd.nutshell/install":"true"'
+  write_stub "$work/shim" 'exit 1'
+  rm -f "$work/requests"
   assert_status 1 env NODE_NAME=worker "$work/node/pod"
-  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/asked")"
-  rm -r "$work/asked" /run/bin/curl
-  deploy_files
+  assert_equal 'patch {"metadata":{"labels":{"io.containerd.nutshell/ready":null}}}' "$(tail -n 1 "$work/requests")"
+  rm -r "$work/requests" /run/bin/curl
+  set_up_stubs
 }
 
 manifests_are_consistent_with_the_scripts() {
@@ -546,10 +549,10 @@ scripts, = [volume["configMap"] for volume in pod["volumes"] if "configMap" in v
 generated, = kustomization["configMapGenerator"]
 assert scripts["name"] == generated["name"] and generated["namespace"] == account["namespace"]
 assert scripts["defaultMode"] == 0o755
-# All that the scripts read beside themselves is there.
+# The ConfigMap has every file that the scripts read.
 assert sorted(generated["files"]) == sorted(texts)
 assert container["command"] == [mounts["scripts"] + "/pod"]
-# The executable is where the image has it.
+# The image has the executable at the path that the script uses.
 dockerfile = open(os.path.join(folder, "Dockerfile")).read()
 assert "COPY --chmod=755 containerd-shim-nutshell-v2 %s\n" % environment["NUTSHELL_SHIM"] in dockerfile
 PYTHON

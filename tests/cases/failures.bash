@@ -1,11 +1,11 @@
-# What happens to containers when something around them fails. To be sourced after cases/containers.bash.
+# Failures around containers: containerd, shim, guest, /dev/kvm, disks. Sourced after cases/containers.bash.
 
-# pid_of NAME: a task's pid as containerd has it.
+# pid_of NAME: prints the pid that containerd has for a task.
 pid_of() {
   ctr task ls | awk -v name="$1" '$1 == name { print $2 }'
 }
 
-# wait_for_file FILE: until it is there. Bounded by tries.
+# wait_for_file FILE: waits until it exists. Limited to 300 tries.
 wait_for_file() {
   local try
   for try in {1..300}; do
@@ -16,7 +16,7 @@ wait_for_file() {
   return 1
 }
 
-# within SECONDS COMMAND...: runs it, and kills it where it takes longer.
+# within SECONDS COMMAND...: runs it, and kills it if it takes longer.
 within() {
   timeout -s KILL "$@"
 }
@@ -41,7 +41,7 @@ exit_while_containerd_is_down_is_reported_after_its_restart() {
   new_name
   mkdir /run/tmp/shared
   nutshell "$name" -d --mount type=bind,src=/run/tmp/shared,dst=/shared,options=rbind:rw -- \
-    sh -c 'while [ ! -e /shared/go ]; do sleep 0.1; done; echo last words; touch /shared/gone; exit 42'
+    sh -c 'while [ ! -e /shared/go ]; do sleep 0.1; done; echo last output; touch /shared/gone; exit 42'
   end_containerd KILL
   touch /run/tmp/shared/go
   wait_for_file /run/tmp/shared/gone
@@ -52,7 +52,7 @@ exit_while_containerd_is_down_is_reported_after_its_restart() {
   rm -r /run/tmp/shared
 }
 
-# Its shim ends while nobody is there to hear of it: containerd finds that out, and asks `delete`.
+# containerd finds at its start that the shim is gone, and calls `delete`.
 shim_killed_while_containerd_is_down_is_cleaned_up_after_its_restart() {
   new_name
   nutshell "$name" -d -- sleep 1000
@@ -66,7 +66,7 @@ shim_killed_while_containerd_is_down_is_cleaned_up_after_its_restart() {
   rm -rf /run/containerd/fifo/*
 }
 
-# A guest that hangs answers nothing any more. What does not need it answers as ever, and SIGKILL ends it.
+# A hung guest answers no request. Calls that do not need the guest still work, and SIGKILL ends it.
 hung_guest_can_be_listed_and_killed() {
   new_name
   nutshell "$name" -d -- sleep 1000
@@ -96,8 +96,7 @@ device_that_is_not_kvm_is_named() {
   assert_contains "$output" /dev/kvm
 }
 
-# The container's writable layer lies on a file system without room: an error of the program that writes,
-# and of nobody else.
+# The file system of a bind mount is full: only the program that writes to it gets an error.
 full_disk_fails_only_the_process_that_writes() {
   new_name
   mkdir /run/tmp/small
@@ -109,12 +108,13 @@ full_disk_fails_only_the_process_that_writes() {
   rmdir /run/tmp/small
 }
 
-# Where the shim keeps its state there is no room: whatever comes of it, it is said, and nothing stays.
+# The file system of the shim's state folder is full. The container may start or fail; if it fails, the error names the
+# cause, and nothing is left.
 full_state_folder_is_reported_and_leaves_nothing() {
   new_name
   local status=0 size
   size=$(df --output=size -B 1 /run | tail -n 1)
-  # Smaller first, which is quicker to fill.
+  # A smaller file system is faster to fill.
   mount -o remount,size=$(($(df --output=used -B 1 /run | tail -n 1) + (8 << 20))) /run
   dd if=/dev/zero of=/run/check.fill bs=64k >/dev/null 2>&1 || true
   within 60 ctr run --rm --snapshotter "$snapshotter" --runtime "$runtime" "localhost/$image:latest" "$name" true \

@@ -1,9 +1,9 @@
-# Networks of single containers: what is in the network namespace that they are given. To be sourced
-# by tests/suites/*.sh, after tests/cases/containers.bash.
+# Network of single containers: they have the links, addresses and routes of their network namespace on the host.
+# Sourced by tests/suites/*.sh, after tests/cases/containers.bash.
 
-# make_network: namespace "pod" with eth0, a link to the host that has .1 and ::1.
+# make_network: creates the network namespace "pod" with eth0, whose peer host0 has the addresses .1 and ::1.
 make_network() {
-  # Of a case that failed.
+  # Left by a case that failed.
   local link
   for link in host0 host1 host2 host3 parent base0; do ip link del "$link" 2>/dev/null || true; done
   ip netns del pod 2>/dev/null || true
@@ -19,7 +19,8 @@ make_network() {
   ip -n pod route add default via 10.77.0.1
 }
 
-# Nothing may hold it: the kernel takes the other end of its link away when the last that knows it is gone.
+# remove_network: deletes the namespace and asserts that no process holds it. The kernel removes host0 with the last
+# reference to the namespace.
 remove_network() {
   ip netns del pod
   local try
@@ -27,7 +28,7 @@ remove_network() {
     [[ -e /sys/class/net/host0 ]] || return 0
     read -r -t 0.1 -u "$never" || true
   done
-  echo "something holds the network namespace" >&2
+  echo "a process holds the network namespace" >&2
   return 1
 }
 
@@ -44,21 +45,21 @@ container_has_the_addresses_and_routes_of_its_namespace() {
   remove_network
 }
 
-# in_pod NAME [CTR-OPTION...] -- COMMAND...: a container in the namespace.
+# in_pod NAME [CTR-OPTION...] -- COMMAND...: runs a container in the network namespace.
 in_pod() {
   local name=$1
   shift
   nutshell "$name" --with-ns network:/run/netns/pod "$@"
 }
 
-# dial PORT: connects to the container, which may not listen yet, as descriptor $connection.
+# dial PORT: connects descriptor $connection to the container, and retries until the container listens.
 dial() {
   local try
   for try in {1..100}; do
     ! { exec {connection}<>"/dev/tcp/10.77.0.5/$1"; } 2>/dev/null || return 0
     read -r -t 0.1 -u "$never" || true
   done
-  echo "nobody listens at port $1" >&2
+  echo "the container does not listen on port $1" >&2
   return 1
 }
 
@@ -82,11 +83,11 @@ data_arrives_unchanged_in_both_directions() {
   assert_equal "$sum" "$(head -c 20M <&"$connection" | md5sum)"
   exec {connection}>&-
   wait "$received"
-  # Larger than any frame, and one that must not be cut into parts.
+  # Packets larger than a frame, and one with the largest size that needs no fragments.
   assert_contains "$(ctr task exec --exec-id large "$name" ping -c 1 -s 60000 -W 5 10.77.0.1)" "1 packets received"
   ping -q -c 1 -W 5 -M do -s 1472 10.77.0.5 >/dev/null
   ping -q -c 1 -W 5 -s 60000 fd77::5 >/dev/null
-  # A queue for each processor.
+  # One queue for each vCPU.
   assert_equal "rx-0 rx-1 tx-0 tx-1" "$(echo $(ctr task exec --exec-id queues "$name" ls /sys/class/net/eth0/queues))"
   remove "$name"
   rm /run/tmp/{sent,received}
@@ -100,7 +101,7 @@ every_link_appears_under_its_name() {
   ip addr add 10.78.0.1/24 dev host1
   ip -n pod link set net1 mtu 9000 address 02:00:00:00:00:02 up
   ip -n pod addr add 10.78.0.5/24 dev net1
-  # Two of one parent reach each other. Named as a kernel that counts its links would.
+  # Two macvlan links of one parent reach each other. The guest's kernel also assigns the name eth1.
   ip link add parent type dummy
   ip link set parent up
   ip link add host2 link parent type macvlan mode bridge
@@ -128,7 +129,7 @@ every_link_appears_under_its_name() {
 
 ipvlan_and_tap_links_work_like_veth() {
   make_network
-  # ipvlan shares its parent's address and knows its own by theirs.
+  # ipvlan links share the MAC address of their parent; the kernel distinguishes them by IP address.
   ip link add base0 type dummy
   ip link set base0 up
   ip link add host3 link base0 type ipvlan mode l2
@@ -183,19 +184,19 @@ namespace_is_restored_and_can_be_reused() {
     assert_contains "$(in_pod "$name" --rm -- ping -c 1 -W 5 10.77.0.1)" "1 packets received"
     assert_equal "$before" "$(tc -n pod qdisc; ip -n pod -o link)"
   done
-  # A shim that was killed leaves its redirection, which the next one takes over.
+  # A killed shim leaves its tc redirection, which the next shim replaces.
   new_name
   in_pod "$name" -d -- sleep 1000
   kill -9 $(pids_of shim)
   remove "$name"
-  # ctr leaves its fifos then.
+  # ctr leaves its fifos if the shim was killed.
   rm -rf /run/containerd/fifo/*
   new_name
   assert_contains "$(in_pod "$name" --rm -- ping -c 1 -W 5 10.77.0.1)" "1 packets received"
   remove_network
 }
 
-# Network policies and the bandwidth plugin of CNI work there.
+# Network policies and CNI's bandwidth plugin work at the host's end.
 firewall_rules_and_rate_limits_at_the_hosts_end_apply() {
   make_network
   new_name
@@ -206,7 +207,7 @@ firewall_rules_and_rate_limits_at_the_hosts_end_apply() {
   iptables -D INPUT -i host0 -p icmp --icmp-type echo-request -j DROP
   ctr task exec --exec-id let "$name" ping -q -c 1 -W 5 10.77.0.1 >/dev/null
 
-  # 16 Mbit at 4 Mbit/s, but for what the bucket holds at first.
+  # 16 Mbit at 4 Mbit/s take 4 s, minus the initial content of the token bucket.
   tc qdisc add dev host0 root tbf rate 4mbit burst 64k latency 400ms
   local start receiver
   ctr task exec --exec-id slow "$name" sh -c 'nc -l -p 7000 | wc -c' >/run/tmp/received &
@@ -217,7 +218,7 @@ firewall_rules_and_rate_limits_at_the_hosts_end_apply() {
   exec {connection}>&-
   wait "$receiver"
   assert_equal $((2 << 20)) "$(</run/tmp/received)"
-  ((${EPOCHREALTIME/./} - start > 3500000)) || { echo "faster than the link may be" >&2 && return 1; }
+  ((${EPOCHREALTIME/./} - start > 3500000)) || { echo "the transfer was faster than the rate limit" >&2 && return 1; }
   remove "$name"
   rm /run/tmp/received
   remove_network
@@ -233,7 +234,7 @@ more_links_than_a_machine_can_have_are_an_error() {
 }
 
 network_cases() {
-  # The mounts that the first namespace brings along stay.
+  # The first namespace creates mounts that stay: they must exist before the first check.
   ip netns add first
   ip netns del first
   check "container has the addresses and routes of its network namespace" container_has_the_addresses_and_routes_of_its_namespace

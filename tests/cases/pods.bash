@@ -1,5 +1,5 @@
-# Pods as a kubelet has them: what a pod's containers share, what they are spared, and how they are reached. To be
-# sourced after lab/pods.bash. The cases are in tests/cri/src/cases.
+# Pods as a kubelet creates them: life cycle, namespaces, failures, streams, network, resources. The cases are in
+# tests/cri/src/cases. Sourced after lab/pods.bash.
 
 pod_cases() {
   pod "pod with one container runs it to completion" pods::run_to_completion
@@ -35,7 +35,7 @@ pod_cases() {
     pod "memory added during file I/O does not corrupt files" resources::growth_under_load
 }
 
-# Where each container has a disk.
+# With a runtime handler that gives each container a disk.
 disk_cases() {
   pod "disks of containers are attached and detached while the pod runs" disks::attach_and_detach
   pod "memory added during file I/O does not corrupt files" resources::growth_under_load

@@ -1,9 +1,9 @@
-# What an OCI spec asks for and what users expect inside, end to end. To be sourced after containers.bash
-# and a call of start_containerd; then prepare_specs once.
+# Settings of the OCI spec, and the environment that users expect in a container. Sourced after containers.bash. A suite
+# calls start_containerd and then prepare_specs.
 #
-# Options that `ctr run` has no flag for come from a config.json: its default one, changed by perl.
+# Settings that `ctr run` has no flag for come from a config.json: ctr's default, changed by perl.
 
-# Makes a root file system and a spec to begin with.
+# prepare_specs: creates the root file system $root and the default spec.
 prepare_specs() {
   root=/run/tmp/rootfs
   mkdir -p $root/{bin,dev,etc,proc,root,run,sys,tmp,data}
@@ -14,7 +14,7 @@ prepare_specs() {
   ctr oci spec >/run/tmp/default.json
 }
 
-# write_spec CHANGE COMMAND...: writes /run/tmp/config.json. CHANGE is perl that changes $spec.
+# write_spec CHANGE COMMAND...: writes /run/tmp/config.json for container $name. CHANGE is perl code that changes $spec.
 write_spec() {
   local change=$1
   shift
@@ -27,7 +27,7 @@ write_spec() {
     "$change" "$name" "$root" "$@"
 }
 
-# run_spec [CTR-OPTION...]: runs $name from the config.json that was written.
+# run_spec [CTR-OPTION...]: runs container $name with the config.json of write_spec.
 run_spec() {
   local status=0
   ctr run --rm --runtime "$runtime" --config /run/tmp/config.json "$@" "$name" || status=$?
@@ -35,7 +35,7 @@ run_spec() {
   return "$status"
 }
 
-# fails_with TEXT COMMAND...
+# fails_with TEXT COMMAND...: asserts that the command fails with an error that contains TEXT.
 fails_with() {
   local text=$1 output
   shift
@@ -43,10 +43,10 @@ fails_with() {
   assert_contains "$output" "$text"
 }
 
-# A hook of a spec, as perl: hook SCRIPT [more fields].
+# A perl function that returns a hook of a spec: hook SCRIPT, FIELD => VALUE...
 hook='sub hook { my $script = shift; +{path => "/bin/sh", args => ["sh", "-c", $script], env => ["PATH=/bin:/usr/bin"], @_} }'
 
-# What each hook wrote of its state, in the order in which they ran.
+# Each hook writes the state that it receives to a file, and its name to /run/tmp/order.
 host_hooks_run_in_order_and_receive_the_state() {
   new_name
   write_spec "$hook"'
@@ -64,13 +64,14 @@ host_hooks_run_in_order_and_receive_the_state() {
   local moment status
   for moment in prestart:creating createRuntime:creating poststart:running poststop:stopped; do
     status=${moment#*:}
-    assert_equal "$name $status blue true" "$(jq_state "${moment%:*}")"
+    assert_equal "$name $status blue true" "$(hook_state "${moment%:*}")"
   done
   rm /run/tmp/order /run/tmp/state.*
 }
 
-# jq_state MOMENT: id, status, an annotation, and whether the bundle is this container's.
-jq_state() {
+# hook_state MOMENT: prints id, status and an annotation of the state that the hook received, and whether its bundle is
+# this container's.
+hook_state() {
   perl -MJSON::PP -e '$state = decode_json(<STDIN>);
     print join " ", @$state{qw(id status)}, $state->{annotations}{colour}, $state->{bundle} =~ m{/\Q$state->{id}\E$} ? "true" : "false"' \
     <"/run/tmp/state.$1"
@@ -89,7 +90,7 @@ failing_host_hook_fails_create() {
   ! pgrep -f 'sleep 1000'
 }
 
-# In the container's namespaces, so their programs are the image's.
+# These hooks run in the container's namespaces, so their programs are the image's.
 guest_hooks_run_in_the_container() {
   new_name
   write_spec "$hook"'
@@ -149,7 +150,7 @@ touch: /x: Read-only file system" "$(run_spec || true)"
 terminal_has_the_size_of_the_spec() {
   new_name
   write_spec '$spec->{process}{terminal} = true; $spec->{process}{consoleSize} = {height => 33, width => 77}' sleep 1000
-  # Detached, so that ctr does not tell the size of the terminal that script(1) gives it.
+  # Detached: otherwise ctr would resize the terminal to that of script(1).
   script -qec "ctr run -d --tty --runtime $runtime --config /run/tmp/config.json $name" /dev/null </dev/null
   assert_equal "33 77" "$(ctr task exec --exec-id one "$name" stty -F /dev/console size)"
   rm /run/tmp/config.json
@@ -171,7 +172,7 @@ cgroup_and_time_namespaces_are_created() {
 devices_of_the_guest_are_available_and_others_refused() {
   new_name
   local output node made=()
-  # The nodes say which device is meant; the lab's kernel has not all of them.
+  # ctr reads the device numbers from nodes on the host; the lab's kernel does not have all of them.
   for node in fuse:10:229 net/tun:10:200 loop-control:10:237; do
     IFS=: read -r node major minor <<<"$node"
     [[ -e /dev/$node ]] || { mkdir -p "$(dirname "/dev/$node")"; mknod "/dev/$node" c "$major" "$minor"; made+=("/dev/$node"); }
@@ -199,7 +200,7 @@ user_namespace_maps_root() {
   remove "$name"
 }
 
-# The host maps the mount, where its file system can: ext4 here.
+# The host maps the mount, if the file system supports it, as ext4 does.
 mounts_are_id_mapped() {
   truncate -s 16M /run/tmp/disk
   mkfs.ext4 -q /run/tmp/disk
@@ -224,7 +225,7 @@ mounts_are_id_mapped() {
 mount_that_cannot_be_id_mapped_is_named() {
   new_name
   local map='[{containerID => 0, hostID => 100000, size => 65536}]'
-  # No overlay can be id-mapped, only the layers below it, and here everything lies on one.
+  # An overlay cannot be id-mapped, only its layers, and the lab's root is an overlay.
   write_spec 'push @{$spec->{mounts}}, {destination => "/data", type => "bind", source => "/usr/share", options => ["rbind"],
       uidMappings => '"$map"', gidMappings => '"$map"'}' true
   fails_with "share /usr/share with the machine" run_spec
@@ -251,7 +252,7 @@ IN
 
 machine_has_the_requested_cpus_and_memory() {
   local cpus output total
-  # More than this machine has.
+  # More vCPUs than the lab machine has CPUs.
   printf '[machine]\nmax_vcpus = 4\n' >/run/tmp/nutshell.toml
   for cpus in 1 2 4; do
     new_name
@@ -280,13 +281,13 @@ kernel_log_requires_cap_syslog() {
   assert_contains "$(nutshell "$name" --rm --cap-add CAP_SYSLOG -- dmesg)" "Linux version"
 }
 
-# Answers each line with its clock, in seconds.
+# Answers each line of input with the time in seconds.
 clock='import sys, time
 for line in sys.stdin: print(repr(time.time()), flush=True)'
 
-# ask_clock IN OUT: the guest's clock lies within 1 ms of what the host's says before and after the question.
-# KVM hands a host's clock on to the microsecond where that is driven by the TSC. In the emulated lab it
-# is not, and the guest is told the time by a message.
+# ask_clock IN OUT: asserts that the guest's clock is within 1 ms of the host's clock before and after the question.
+# With a TSC clocksource on the host, KVM gives the host's clock to the guest with a precision of microseconds. The
+# emulated lab has another clocksource: there the guest gets the time by a message, and the tolerance is 25 ms.
 ask_clock() {
   local tolerance=0.025
   [[ $(</sys/devices/system/clocksource/clocksource0/current_clocksource) != tsc ]] || tolerance=0.001
@@ -306,15 +307,15 @@ guest_clock_follows_the_hosts_clock() {
   coproc nutshell "$name" --rm -- python3 -c "$clock"
   local client=$COPROC_PID in=${COPROC[1]} out=${COPROC[0]}
   ask_clock "$out" "$in"
-  # As if the host had slept.
+  # Simulates a suspend of the host.
   local vmm
   vmm=$(pids_of vmm)
   kill -STOP "$vmm"
   read -r -t 3 -u "$never" || true
   kill -CONT "$vmm"
   ask_clock "$out" "$in"
-  # As it is after a suspend that KVM's clock does not count: the host's has jumped. The guest hears
-  # of that when it happens, but after the fact.
+  # Simulates a suspend that KVM's clock does not count: the host's clock jumps. The guest is informed after the jump,
+  # hence the retries.
   date -s '+100 seconds' >/dev/null
   local try
   for try in {1..50}; do
@@ -339,7 +340,7 @@ names_resolve_and_a_missing_locale_is_no_error() {
   assert_equal "root:0:0:root:/root:/bin/bash root:0: LANG= b" "$(echo $output)"
 }
 
-# Orphans of executed processes belong to the container's first process, which waits for them here.
+# Orphans of execs become children of the container's first process, a shell, which reaps them.
 orphans_are_reaped() {
   new_name
   nutshell "$name" -d -- sh -c 'while :; do sleep 0.1; done'
@@ -355,10 +356,9 @@ orphans_are_reaped() {
   remove "$name"
 }
 
-# events_of COMMAND...: runs it and leaves containerd's events meanwhile in /run/tmp/out.
 oom_event_precedes_the_exit() {
   new_name
-  # A pod of one whose first process lives on: an event of the container, not of its end.
+  # The memory is used up only after `listen` has seen events.
   nutshell "$name" -d --memory-limit $((32 << 20)) -- sh -c 'while ! test -e /tmp/go; do sleep 0.1; done; exec tail /dev/zero'
   listen "$name"
   ctr task exec --exec-id go "$name" touch /tmp/go
@@ -371,7 +371,7 @@ oom_event_precedes_the_exit() {
   remove "$name"
 }
 
-# No limit but the machine's own memory: the machine lives on, its other processes are unharmed.
+# The only limit is the machine's memory: the machine and its other processes continue to run.
 process_that_uses_all_memory_is_killed_alone() {
   new_name
   nutshell "$name" -d -- sleep 1000

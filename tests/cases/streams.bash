@@ -1,12 +1,12 @@
-# Standard streams as a client of containerd has them: fifos, files, logging programs, terminals. To be
-# sourced by tests/suites/*.sh, after tests/cases/containers.bash.
+# Standard streams of a client of containerd: fifos, files, logging programs, terminals. Sourced by tests/suites/*.sh,
+# after tests/cases/containers.bash.
 
-# A logging program in /run/tmp/logger: it writes what it is started with to /run/tmp/log.who, its streams to
-# /run/tmp/log.out and /run/tmp/log.err. The script $1 runs before it says that it is ready.
+# write_logger [SCRIPT]: writes the logging program /run/tmp/logger. It writes its environment and arguments to
+# /run/tmp/log.start and its streams to /run/tmp/log.out and /run/tmp/log.err. SCRIPT runs before it reports ready.
 write_logger() {
   cat >/run/tmp/logger <<LOGGER
 #!/bin/bash
-echo "\$CONTAINER_NAMESPACE \$CONTAINER_ID \$*" >/run/tmp/log.who
+echo "\$CONTAINER_NAMESPACE \$CONTAINER_ID \$*" >/run/tmp/log.start
 ${1:-}
 exec 5>&-
 /bin/cat <&3 >/run/tmp/log.out &
@@ -17,14 +17,14 @@ LOGGER
 }
 
 remove_logger() {
-  rm -f /run/tmp/logger /run/tmp/log.{who,out,err}
+  rm -f /run/tmp/logger /run/tmp/log.{start,out,err}
 }
 
 logging_program_gets_both_streams_and_its_arguments() {
   new_name
   write_logger
   nutshell "$name" --rm --log-uri 'binary:///run/tmp/logger?first=a%20b&second' -- sh -c 'echo out; echo err >&2'
-  assert_equal "default $name first a b second" "$(sed 's/ $//' /run/tmp/log.who)"
+  assert_equal "default $name first a b second" "$(sed 's/ $//' /run/tmp/log.start)"
   assert_equal out "$(</run/tmp/log.out)"
   assert_equal err "$(</run/tmp/log.err)"
   remove_logger
@@ -35,7 +35,7 @@ logging_program_of_an_exec_gets_its_streams() {
   write_logger 'echo ready >&5'
   nutshell "$name" -d -- sleep 1000
   ctr task exec --exec-id logged --log-uri 'binary-v2:///run/tmp/logger' "$name" sh -c 'echo out; echo err >&2'
-  assert_equal "default logged" "$(sed 's/ $//' /run/tmp/log.who)"
+  assert_equal "default logged" "$(sed 's/ $//' /run/tmp/log.start)"
   assert_equal "out err" "$(</run/tmp/log.out) $(</run/tmp/log.err)"
   remove "$name"
   remove_logger
@@ -56,18 +56,18 @@ failure_of_the_logging_program_fails_the_create() {
 log_file_gets_both_streams() {
   new_name
   nutshell "$name" --rm --log-uri file:///run/tmp/deep/log -- sh -c 'echo first; echo second >&2; echo third'
-  # Two streams have no order between them.
+  # There is no order between two streams.
   assert_equal "first second third" "$(sort /run/tmp/deep/log | xargs)"
   rm -r /run/tmp/deep
 }
 
-# What a process writes just before its end to each stream: 205 times 40 KiB, more than 8 MiB.
-words='text=$(seq -w 8192); for turn in $(seq 205); do echo "$text"; done'
-burst="$words; { $words; } >&2"
+# Just before its exit, a process writes this to each stream: 205 times 40 KiB, more than 8 MiB.
+write_text='text=$(seq -w 8192); for turn in $(seq 205); do echo "$text"; done'
+burst="$write_text; { $write_text; } >&2"
 
 assert_burst_arrived() {
   local expected
-  expected=$(eval "$words" | sha256sum)
+  expected=$(eval "$write_text" | sha256sum)
   assert_equal $((205 * 40960)) "$(stat -c %s /run/tmp/out)"
   assert_equal "$expected" "$(sha256sum </run/tmp/out)"
   assert_equal "$expected" "$(sha256sum </run/tmp/err)"
@@ -94,7 +94,7 @@ output_of_an_exec_just_before_its_exit_arrives_in_full() {
 
 end_of_stdin_reaches_the_process_after_the_last_byte() {
   new_name
-  # ctr forgets to close an input that ends before the task is created.
+  # ctr does not close an input that ends before the task is created.
   { wait_for_output ready && printf 'one\ntwo'; } | nutshell "$name" --rm -- sh -c 'echo ready; cat; echo; echo end' >/run/tmp/out
   assert_equal "ready one two end" "$(xargs </run/tmp/out)"
   rm /run/tmp/out
@@ -111,7 +111,7 @@ detach_of_a_client_does_not_close_stdin() {
     client=$!
     echo "$word" >&"$in"
     wait_for_output "got $word"
-    # Not by a signal that it would pass on.
+    # SIGKILL: ctr forwards other signals to the task.
     kill -9 "$client"
     wait "$client" || true
     ! grep end /run/tmp/out || return 1
@@ -122,7 +122,7 @@ detach_of_a_client_does_not_close_stdin() {
   remove "$name"
 }
 
-# Nobody reads from a detached container: what it can write is bounded, and so is the time that its end takes.
+# A detached container has no reader: the amount that it can write is limited, and so is the time that its end takes.
 client_that_does_not_read_blocks_the_process() {
   new_name
   nutshell "$name" -d -- sh -c 'text=$(head -c 1023 /dev/zero | tr "\0" x); count=0
@@ -134,7 +134,7 @@ client_that_does_not_read_blocks_the_process() {
     [[ -z $after || $after != "$before" ]] || break
   done
   [[ -n $after && $after == "$before" ]]
-  ((after > 63 && after < 1024)) || { echo "$after KiB were taken" >&2; return 1; }
+  ((after > 63 && after < 1024)) || { echo "$after KiB were accepted" >&2; return 1; }
   from=$SECONDS
   ctr task kill --signal SIGKILL "$name"
   wait_for_task "$name" STOPPED
@@ -147,22 +147,22 @@ grandchild_that_keeps_stdout_open_does_not_delay_the_exit() {
   new_name
   nutshell "$name" -d -- sh -c 'mkfifo /dev/shm/go; sleep 1000'
   listen "$name"
-  ctr task exec --exec-id parent "$name" sh -c '(read -r line </dev/shm/go; echo later) & echo first' >/run/tmp/said &
+  ctr task exec --exec-id parent "$name" sh -c '(read -r line </dev/shm/go; echo later) & echo first' >/run/tmp/exec.out &
   local client=$!
   wait_for_output '/tasks/exit.*"id":"parent"'
-  # containerd's client deletes the exec now, and that waits for the rest of the output, for a while.
+  # ctr now deletes the exec, which waits a limited time for the rest of the output.
   ctr task exec --exec-id go "$name" sh -c 'echo >/dev/shm/go'
   wait "$client"
-  assert_equal "first later" "$(xargs </run/tmp/said)"
+  assert_equal "first later" "$(xargs </run/tmp/exec.out)"
   kill "$listener"
   wait "$listener" || true
-  rm /run/tmp/out /run/tmp/said
+  rm /run/tmp/out /run/tmp/exec.out
   remove "$name"
 }
 
-# on_terminal COMMAND: begins a container whose terminal is that of a script(1); its input is fifo $in. Its status
-# is printed after its output, and a line of input ends the script: one that is not asked to stay gives its
-# terminal 10 ms for what the terminal has yet to pass on, which a busy machine does not keep.
+# on_terminal COMMAND: starts a container on the terminal of a script(1) in the background; descriptor $in writes to the
+# terminal. After the container's output the script prints its status, and then waits for a line of input: without
+# that, script(1) would give the terminal only 10 ms to pass on the rest of its output, too little on a busy machine.
 on_terminal() {
   mkfifo /run/tmp/in
   exec {in}<>/run/tmp/in
@@ -171,7 +171,7 @@ on_terminal() {
   client=$!
 }
 
-# end_of_terminal STATUS: waits for the end of what on_terminal began, whose output is then in /run/tmp/out.
+# end_of_terminal STATUS: waits for the end of the container of on_terminal. Its output is then in /run/tmp/out.
 end_of_terminal() {
   wait_for_output "^status $1"
   echo >&"$in"

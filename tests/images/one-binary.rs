@@ -1,6 +1,6 @@
-//! The smallest image there is: one static program, no shell, no library, no folder.
+//! The program of an image that contains only one static program: no shell, no library, no folder.
 //!
-//! `one-binary STATUS [ARG...]` prints each argument in a line of its own and ends with STATUS.
+//! `one-binary STATUS [ARG...]` prints each argument on a separate line and exits with STATUS.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,5 @@
-//! The container that holds a pod's namespaces under runtimes that need one: it waits until it is killed, and
-//! never has a child that nobody waits for.
+//! The sandbox container of a pod, for runtimes that need a process to hold the pod's namespaces. It waits until it is
+//! killed. It ignores SIGCHLD, so that orphans that it inherits never become zombies.
 
 unsafe extern "C" {
     fn signal(number: i32, action: usize) -> usize;
@@ -8,7 +8,7 @@ unsafe extern "C" {
 fn main() {
     const SIGCHLD: i32 = 17;
     const IGNORE: usize = 1;
-    // SAFETY: the C library's function, with constants of Linux; there is no other thread.
+    // SAFETY: `signal` of the C library with the signature that it has on Linux; there is no other thread.
     unsafe { signal(SIGCHLD, IGNORE) };
     loop {
         std::thread::park();

@@ -1,16 +1,20 @@
-# A containerd for tests, inside the lab machine: start_containerd, end_containerd,
-# serve_containerd, stop_containerd. To be sourced.
+# A containerd for tests, inside the lab machine: start_containerd, serve_containerd, end_containerd,
+# stop_containerd. Sourced by test.bash, by first-container and by the measurements in benches/.
 
 lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# A descriptor that never becomes readable: `read -t SECONDS -u "$never"` waits without starting a process.
 exec {never}<> <(:)
 
 # start_containerd [-c] VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
-# memory, and imports images (busybox, debian, one-binary, pause). Returns when containerd serves, ends the
-# script where it does not. -c leaves its CRI service on and imports into its namespace. The shim under test,
-# NUTSHELL_TEST_SHIM, is found by containerd in its PATH. CONTAINERD_CONFIG is appended to its configuration,
-# of version 2; or 3, where CONTAINERD_CONFIG_VERSION says so.
+# memory, and imports images (busybox, debian, one-binary, pause). Returns when containerd serves, and exits if
+# it does not start.
+#
+#   -c  enables the CRI service and imports the images into its namespace
+#
+# The shim under test, NUTSHELL_TEST_SHIM, is copied to the PATH of containerd. CONTAINERD_CONFIG is appended to
+# the configuration, whose version is CONTAINERD_CONFIG_VERSION, 2 if not set.
 start_containerd() {
   local cri='' version folder images image program
   [[ $1 != -c ]] || {
@@ -25,12 +29,12 @@ start_containerd() {
   done
   resident runc
 
-  # Not enabled: what no test touches and start-up would pay for.
+  # Plugins that no test uses slow down the start.
   local disabled=(io.containerd.snapshotter.v1.{btrfs,zfs,aufs} io.containerd.internal.v1.opt
     io.containerd.nri.v1.nri io.containerd.tracing.processor.v1.otlp io.containerd.internal.v1.tracing)
   [[ -n $cri ]] || disabled+=(io.containerd.grpc.v1.cri io.containerd.cri.v1.{images,runtime}
     io.containerd.podsandbox.controller.v1.podsandbox io.containerd.sandbox.controller.v1.podsandbox)
-  # Folders that containerd and runc make once and keep.
+  # containerd and runc create these folders and never remove them: host_state must list them from the start.
   mkdir -p /run/containerd-root /run/containerd/{fifo,s,runc/default,io.containerd.runtime.v2.task/default}
   {
     printf 'version = %s\n' "${CONTAINERD_CONFIG_VERSION:-2}"
@@ -40,8 +44,8 @@ start_containerd() {
     [[ -z ${CONTAINERD_CONFIG:-} ]] || printf '%s\n' "$CONTAINERD_CONFIG"
   } >/run/containerd.toml
 
-  # A control group of its own, as on a node. The group of ctr's namespace is made here, because no
-  # runtime removes a parent that it shares with others.
+  # containerd has a cgroup, as on a node. The cgroup of ctr's namespace is created here, because no runtime
+  # removes a parent that it shares with others.
   mkdir -p /sys/fs/cgroup/containerd /sys/fs/cgroup/default
   : >/run/containerd.log
   serve_containerd || exit 1
@@ -53,8 +57,7 @@ start_containerd() {
   done
 }
 
-# Starts containerd with what start_containerd has set up, also again after it was killed. Returns when
-# it serves.
+# Starts containerd with the setup of start_containerd, also after it was killed. Returns when it serves.
 serve_containerd() {
   local from pid
   from=$(stat -c %s /run/containerd.log)
@@ -64,7 +67,7 @@ serve_containerd() {
   ) >>/run/containerd.log 2>&1 &
   pid=$!
   echo "$pid" >/run/containerd.pid
-  # Whoever kills it says so.
+  # Otherwise bash reports its end by a signal, which tests cause on purpose.
   disown "$pid"
   grep -q -m 1 'containerd successfully booted' \
     < <(tail -c "+$((from + 1))" -f --pid="$pid" /run/containerd.log) || {
@@ -74,17 +77,17 @@ serve_containerd() {
   }
 }
 
-# end_containerd [SIGNAL]: ends containerd by SIGNAL, TERM if none is given, and nothing else.
+# end_containerd [SIGNAL]: ends only the containerd process, by SIGNAL, TERM if none is given.
 end_containerd() {
   local pid
   pid=$(</run/containerd.pid)
   kill "-${1:-TERM}" "$pid"
-  # It may be the child of a shell that is gone.
+  # `wait` is not possible: it may be the child of a shell that has ended.
   while [[ -e /proc/$pid ]]; do read -r -t 0.05 -u "$never" || true; done
   rm /run/containerd.pid
 }
 
-# Ends it and forgets all that it had: images, snapshots, state.
+# Ends containerd and deletes its images, snapshots and state.
 stop_containerd() {
   [[ -e /run/containerd.pid ]] || return 0
   end_containerd

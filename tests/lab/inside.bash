@@ -1,13 +1,13 @@
-# What every script in the lab machine finds: a place of its own in memory, and two functions for
-# measuring work. Sourced by the machine's first process.
+# The environment of every script in the lab machine: folders in memory, and two functions for measurements.
+# Sourced by the machine's first process.
 
 export LAB=1 TMPDIR=/run/tmp PATH=/run/bin:$PATH LD_LIBRARY_PATH=/run/lib
 mkdir -p -m 1777 /run/tmp
 mkdir -p /run/bin /run/lib
 
-# resident PROGRAM...: copies programs and their libraries into memory, first in the search paths.
-# Reading over 9p is slow, and under -i worse than slow: the machine idles meanwhile, and an idle
-# moment counts as all the time up to the next timer.
+# resident PROGRAM...: copies programs and their libraries into memory, where the search paths find them first.
+# Reads over 9p are slow. With `lab -i` they also falsify measurements: the machine is idle during a read, and idle
+# time counts up to the next timer.
 resident() {
   local program file library
   for program; do
@@ -23,8 +23,8 @@ resident() {
   hash -r
 }
 
-# timed COMMAND...: runs it with its output in /run/last and prints how many microseconds it took:
-# under -i, thousands of instructions. Starts no other process.
+# timed COMMAND...: runs it with its output in /run/last and prints how many microseconds it took, which are
+# thousands of instructions with `lab -i`. Starts no other process.
 timed() {
   local from=$EPOCHREALTIME to status=0
   "$@" >/run/last 2>&1 || status=$?
@@ -38,7 +38,7 @@ timed() {
 }
 export -f resident timed
 
-# Under -i also what any process touches: the dynamic linker, /etc and the common tools.
+# With `lab -i` also the files that all processes read: the dynamic linker, /etc and common tools.
 if [[ -n ${LAB_COUNTED:-} ]]; then
   linker=$(realpath /lib64/ld-linux-x86-64.so.2)
   cp "$linker" /run/linker

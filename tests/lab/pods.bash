@@ -1,19 +1,18 @@
-# A node for pods, inside the lab machine: containerd's CRI service, a bridge with pods on it. To be sourced
-# after test.bash.
+# A node for pods, inside the lab machine: containerd with its CRI service, and a bridge for the pods. Sourced after
+# test.bash.
 
 # start_node VERSION [IMAGE...]
 #
-# Starts containerd 2.1 or 1.7 with its CRI service, the runtime handlers `runc`, `nutshell` and, where this
-# containerd has them, `nutshell-shim` (pods by the Sandbox service) and `nutshell-disk` (a disk for each
-# container), and a network of its own: the bridge `pods`, 10.88.0.0/16 and fd00:88::/64, whose first addresses
-# are the host's.
+# Starts containerd 2.1 or 1.7 with its CRI service and the runtime handlers `runc` and `nutshell`; 2.1 also with
+# `nutshell-shim` (pods by the Sandbox service) and `nutshell-disk` (a disk for each container). The pod network is
+# the bridge `pods` with 10.88.0.0/16 and fd00:88::/64; the host has the first address of each.
 start_node() {
   local version=$1 program runtime programs
   shift
   for program in bridge host-local portmap loopback; do cp "/usr/lib/cni/$program" /run/bin/; done
   resident bridge iptables ip6tables modprobe
 
-  # What plugins make once and keep.
+  # CNI plugins create these and never remove them.
   mkdir -p /run/cni/net.d /run/cni/addresses/pods /run/netns
   touch /run/cni/addresses/pods/lock /run/xtables.lock
   echo 10.88.0.1 >/run/cni/addresses/pods/last_reserved_ip.0
@@ -44,9 +43,9 @@ NETWORK
   ip link set pods up
   ip address add 10.88.0.1/16 dev pods
   ip address add fd00:88::1/64 dev pods nodad
-  # As any distribution has it: containerd forwards ports to what it says of localhost.
+  # As on any distribution: containerd resolves localhost when it forwards ports.
   printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
-  # As a kubelet leaves them.
+  # As a kubelet creates them.
   mkdir -p /sys/fs/cgroup/kubepods /sys/fs/cgroup/k8s.io /run/pods
   echo "+cpu +cpuset +io +memory +pids +hugetlb" >/sys/fs/cgroup/kubepods/cgroup.subtree_control
   mkdir -p /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/containerd/runc/k8s.io
@@ -94,7 +93,7 @@ conf_dir = \"/run/cni/net.d\"
 runtime_type = \"io.containerd.runc.v2\"
 [$runtime.containerd.runtimes.nutshell]
 runtime_type = \"io.containerd.nutshell.v2\""
-  # The emulated machine stands still while this one has other things to do: no boot is late.
+  # The emulated machine makes no progress while its host is busy: a boot may take long.
   mkdir -p /etc/nutshell
   printf 'debug = true\n[guest]\nready_timeout_seconds = 60\n' >/etc/nutshell/config.toml
   cp "$NUTSHELL_TEST_CRI" /run/bin/cri
@@ -103,10 +102,10 @@ runtime_type = \"io.containerd.nutshell.v2\""
   cri node
 }
 
-# pod NAME CASE: runs a case of tests/cri with the runtime handler $handler, if NUTSHELL_TEST_FILTER allows.
+# pod NAME CASE: runs a case of tests/cri with the runtime handler $handler, if CASE contains NUTSHELL_TEST_FILTER.
 pod() {
   [[ $2 == *"${NUTSHELL_TEST_FILTER:-}"* ]] || return 0
-  # What ended it was a case's failure, not that of all that follow.
+  # If the previous case killed containerd, the next cases must not fail for that.
   [[ -e /proc/$(</run/containerd.pid) ]] || serve_containerd
   check "$handler: $1" cri "$2" "$handler"
 }

@@ -1,5 +1,5 @@
-# What a suite is written with: check, assert_nothing_left and some assertions. To be sourced by
-# tests/suites/*.sh, which run in the lab machine (tests/run).
+# The test framework of suites: check, finish, assertions. Sourced by tests/suites/*.sh, which run in the lab
+# machine (tests/run), and by tests/deploy.
 #
 #   source "$(dirname "$0")/../lab/test.bash"
 #   start_containerd 2.1 busybox
@@ -14,22 +14,22 @@ runtime=io.containerd.nutshell.v2
 passed=0
 failed=0
 
-# The host's /tmp would show through, and change meanwhile.
+# Without a separate /tmp the one of the lab's host would be visible, and it changes during the tests.
 case $lab:${NUTSHELL_CACHE:-}:${NUTSHELL_TEST_SHIM:-} in
-  /tmp/* | *:/tmp/*) echo "project, cache or shim lies in /tmp: what tests leave there is not noticed" ;;
+  /tmp/* | *:/tmp/*) echo "project, cache or shim are in /tmp: files that tests leave there are not detected" ;;
   *) mount -t tmpfs -o mode=1777 tmpfs /tmp && tmp=/tmp ;;
 esac
-# What a shim does, and what its guest's console had, are in containerd's log.
+# The shim's debug log and the guest's console go to containerd's log.
 mkdir -p /etc/nutshell
 echo 'debug = true' >/etc/nutshell/config.toml
-# The mount command's own folder.
+# The mount command creates this folder and never removes it.
 mkdir -p /run/mount
 
-# host_state FILE: writes all that a container can leave behind on the host, a sorted line each. Starts
-# no process before it has listed the processes.
+# host_state FILE: writes everything that a container can leave behind on the host, one sorted line each. Lists the
+# processes before it starts any.
 host_state() {
   local stat pid rest file containerd=
-  # It may have been started again.
+  # containerd may have been restarted.
   [[ ! -e /run/containerd.pid ]] || containerd=$(</run/containerd.pid)
   {
     for stat in /proc/[0-9]*/stat; do
@@ -48,8 +48,8 @@ host_state() {
   sort -o "$1" /run/check.state
 }
 
-# assert_nothing_left BEFORE: compares the host with BEFORE, a file that host_state wrote. containerd
-# ends a shim after it has answered its client and announces no end of that, hence the second looks.
+# assert_nothing_left BEFORE: fails if the host has anything that is not in BEFORE, a file of host_state. Retries for
+# 10 s: containerd ends a shim after it has answered its client, and sends no event about that.
 assert_nothing_left() {
   local deadline=$((SECONDS + 10))
   while
@@ -65,8 +65,8 @@ assert_nothing_left() {
   done
 }
 
-# check NAME COMMAND [ARG...]: runs a test, usually a function, with errexit on, and then asserts that
-# nothing is left. Prints one line, and what the test wrote where it failed.
+# check NAME COMMAND [ARG...]: runs a test, usually a function, with errexit, and then asserts that nothing is left
+# on the host. Prints one line; if the test failed, also its output and containerd's log.
 check() {
   local name=$1 status=0 from=$EPOCHREALTIME to milliseconds logged
   shift
@@ -91,7 +91,7 @@ check() {
   fi
 }
 
-# finish: reports to tests/run; the last command of every suite.
+# finish: reports the result to tests/run. The last command of every suite.
 finish() {
   stop_containerd
   echo "$passed $failed" >/out/result

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Single containers on containerd 1.7, which starts shims in the older way.
+# Single containers on containerd 1.7, which starts shims with the older protocol.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 start_containerd 1.7 busybox debian one-binary

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Single containers on containerd 2.1: every snapshotter that needs no set-up, every way to end.
+# Single containers on containerd 2.1.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 start_containerd 2.1 busybox debian one-binary

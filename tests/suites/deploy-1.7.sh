@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# How nutshell gets onto a node (deploy/) whose containerd is 1.7: up to a pod that runs. tests/deploy has what
-# takes no machine that boots guests.
+# Installation on a node (deploy/) with containerd 1.7, up to a running pod. tests/deploy has the tests that need no
+# virtual machine.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../lab/pods.bash"
 source "$(dirname "$0")/../cases/deploy.bash"

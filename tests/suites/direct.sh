@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# The shim without any containerd: a program (tests/conformance) that is containerd to it, and checks
-# each line of the contract that docs/CONFORMANCE.md names.
+# The shim without a containerd: the test program of tests/conformance takes containerd's part and checks the
+# requirements in docs/CONFORMANCE.md.
 #
-# NUTSHELL_TEST_DIRECT names the program, built by tests/conformance/build. NUTSHELL_TEST_FILTER, if
-# set, chooses tests by a part of their names.
+# Environment:
+#   NUTSHELL_TEST_DIRECT  the test program, set by tests/run (tests/conformance/build builds it)
+#   NUTSHELL_TEST_FILTER  runs only the tests whose name contains it
 source "$(dirname "$0")/../lab/test.bash"
 
 cp "$NUTSHELL_TEST_DIRECT" /run/bin/direct
 cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
 export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
 resident sh
-# The emulated machine stands still while this one has other things to do: no boot is late.
+# The emulated machine makes no progress while its host is busy: a boot may take long.
 mkdir -p /etc/nutshell
 printf '[guest]\nready_timeout_seconds = 60\n' >/etc/nutshell/config.toml
-# Folders that containerd, or the host's owner, makes once and keeps.
+# Folders that containerd or the administrator creates and never removes.
 mkdir -p -m 700 /run/containerd/s
 mkdir -p /sys/fs/cgroup/conformance /run/tmp/conformance
 
-# Beside what each test asserts of its own: nothing is left on the host by all of them.
+# Each test asserts that it leaves nothing. This asserts it once more for all of them together.
 host_state /run/check.before
 arguments=(--test-threads=2)
 [[ -z ${NUTSHELL_TEST_FILTER:-} ]] || arguments+=("$NUTSHELL_TEST_FILTER")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Root file systems on disks: containerd's blockfile snapshotter gives an ext4 image file, which the guest
-# gets as a virtio-blk device and mounts itself.
+# Root file systems on disks, on containerd 2.1: containerd's blockfile snapshotter provides an ext4 image file, which
+# the guest gets as a virtio-blk device and mounts itself.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 
@@ -29,7 +29,7 @@ no_fs_process_runs() {
   remove "$name"
 }
 
-# A container that is stopped in order leaves its file system clean and its last writes on it.
+# After an orderly stop the file system is clean and contains the last writes.
 writes_are_on_the_disk_after_the_delete() {
   new_name
   nutshell "$name" -d -- sh -c 'dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; sha256sum </data >/sum; sleep 1000'
@@ -49,7 +49,6 @@ writes_are_on_the_disk_after_the_delete() {
   ctr container delete "$name"
 }
 
-# Folders of the host are shared beside the disk.
 bind_mounts_work_beside_a_disk() {
   new_name
   mkdir /run/tmp/volume

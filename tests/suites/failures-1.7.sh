@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What happens when something around the containers fails, and chaos: random kills at random moments.
-# On containerd 1.7.
+# Failures around containers, and chaos: random kills at random moments. On containerd 1.7.
 #
-# NUTSHELL_TEST_ROUNDS is the number of chaos rounds, 8 if not set; NUTSHELL_TEST_SEED replays a run.
+# Environment:
+#   NUTSHELL_TEST_ROUNDS  number of chaos rounds, default 8
+#   NUTSHELL_TEST_SEED    seed of the chaos, which a run prints; default: random
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/failures.bash"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The lab itself: containerd runs containers with runc (so that a failure elsewhere is ours), and
-# whatever a container may leave behind is noticed.
+# The lab itself: containerd runs containers with runc, so that failures of other suites are nutshell's, and `check`
+# detects everything that a container may leave behind.
 source "$(dirname "$0")/../lab/test.bash"
 
 runc_reports_output_and_exit_status() {
@@ -9,7 +9,7 @@ runc_reports_output_and_exit_status() {
   assert_equal $'a\nb' "$(ctr run --rm localhost/one-binary:latest runc /one-binary 0 a b)"
 }
 
-# leftover_is_detected CREATE REMOVE: two command lines.
+# leftover_is_detected CREATE REMOVE: command lines that create something on the host and remove it.
 leftover_is_detected() {
   host_state /run/check.without
   eval "$1"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Networks of single containers, on containerd 2.1.
+# Network of single containers, on containerd 2.1.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/network.bash"

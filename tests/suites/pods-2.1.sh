@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Pods as a kubelet has them, by a pause container, on containerd 2.1.
+# Pods as a kubelet creates them, with a pause container, on containerd 2.1.
 #
-# NUTSHELL_TEST_HANDLERS, if set, are other runtime handlers (tests/lab/pods.bash); NUTSHELL_TEST_FILTER chooses
-# cases by a part of their names.
+# Environment:
+#   NUTSHELL_TEST_HANDLERS  runtime handlers (tests/lab/pods.bash), default nutshell
+#   NUTSHELL_TEST_FILTER    runs only the cases whose name contains it, such as `network::`
+#   NUTSHELL_TEST_PROBES    seconds of the probe test, default 60
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../lab/pods.bash"
 source "$(dirname "$0")/../cases/pods.bash"

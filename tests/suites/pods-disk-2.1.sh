@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Pods whose containers have a disk each, by containerd's blockfile snapshotter, on containerd 2.1.
+# Pods whose containers each have a disk, from containerd's blockfile snapshotter, on containerd 2.1.
 #
-# NUTSHELL_TEST_FILTER chooses cases by a part of their names.
+# Environment:
+#   NUTSHELL_TEST_FILTER  runs only the cases whose name contains it
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../lab/pods.bash"
 source "$(dirname "$0")/../cases/pods.bash"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What an OCI spec asks for and what users expect inside, on containerd 2.1.
+# Settings of the OCI spec, and the environment that users expect in a container, on containerd 2.1.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/spec.bash"
