@@ -8,7 +8,7 @@ use oci_spec::runtime::{Hook as SpecHook, Linux, LinuxNamespaceType, LinuxResour
 use super::{
     BundlePlan, ContainerId, Hook, Hooks, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace,
     Placement, Plan, PlanError, PodPlan, PodShared, PodSize, Root, Sizing, devices,
-    mounts::{self, Translator},
+    mounts::{self, MountTranslator},
     namespaces::{self, Namespaces},
     rootfs, spec,
 };
@@ -54,12 +54,12 @@ pub(crate) fn plan_bundle(
     let hooks = take_host_hooks(&mut spec)?;
     let root = root(&mut spec, bundle, id, rootfs)?;
     let in_pod = placement != Placement::Single;
-    let translator = Translator {
+    let translator = MountTranslator {
         bundle,
         id,
         in_pod,
         host,
-        ids: ids.as_ref(),
+        id_map: ids.as_ref(),
         inspect,
     };
     let mounts = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
@@ -117,7 +117,7 @@ fn sandbox(
             hostname: named(spec.hostname()).map(str::to_owned),
             domainname: named(spec.domainname()).map(str::to_owned),
             sysctls,
-            shm_size: mounts::shared_memory(spec.mounts().as_deref().unwrap_or_default(), inspect),
+            shm_size: mounts::pod_shm_size(spec.mounts().as_deref().unwrap_or_default(), inspect),
             // containerd has mounts for them in the spec of every container.
             resolv_conf: None,
         },
@@ -335,7 +335,7 @@ fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -
     let huge = resources.hugepage_limits_mut().take().unwrap_or_default();
     if let Some(limit) = huge.iter().find(|limit| limit.limit() > 0) {
         let field = format!("linux.resources.hugepageLimits: {}", limit.page_size());
-        return Err(PlanError::unsupported(field, "huge pages are not supported yet"));
+        return Err(PlanError::unsupported(field, "huge pages are not supported"));
     }
     if let Some(memory) = resources.memory_mut() {
         // Zero is "not set" to containerd's clients, and no limit to libcontainer.

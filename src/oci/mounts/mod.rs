@@ -1,0 +1,275 @@
+//! Translates the mounts of a spec for the guest.
+//!
+//! A machine has its own kernel file systems, and it sees a directory or file of the host only through the pod's file
+//! server. So the source of a bind mount becomes a [`Share`], or the same path in the guest, or an error.
+//!
+//! Lives here: the translation of mounts, with shared memory in [`shm`] and access to one mount of a spec in
+//! [`spec_mount`]. May not live here: the root file system (`rootfs`), and mounting. Called by `translate`.
+
+mod shm;
+mod spec_mount;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use nutshell_protocol::SHARE_PATH;
+use oci_spec::runtime::Mount;
+
+pub(super) use self::shm::pod_shm_size;
+use self::{
+    shm::SHM_PATH,
+    spec_mount::{field_name, is_bind, is_read_only, normalize, options, set_bind, set_filesystem},
+};
+use super::{
+    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIdMap, SourceKind, devices,
+    namespaces::refuse_host, plan::DEFAULT_SHM_SIZE,
+};
+
+/// File systems without a source on the host: the guest mounts its own.
+const GUEST_FILESYSTEMS: [&str; 11] = [
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "debugfs",
+    "devpts",
+    "mqueue",
+    "proc",
+    "securityfs",
+    "sysfs",
+    "tmpfs",
+    "tracefs",
+];
+
+/// The mounts of a container.
+#[derive(Debug, Default)]
+pub(super) struct Mounts {
+    /// For the guest's spec.
+    pub(super) guest: Vec<Mount>,
+    /// The directories and files of the host that `guest` refers to.
+    pub(super) shares: Vec<Share>,
+}
+
+/// Translates the mounts of one container.
+pub(super) struct MountTranslator<'a> {
+    pub(super) bundle: &'a Path,
+    pub(super) id: &'a ContainerId,
+    /// The container shares `/dev/shm` with its pod.
+    pub(super) in_pod: bool,
+    /// The meaning of a bind mount of the host's `/dev/shm`.
+    pub(super) host: HostNamespaces,
+    /// The mapping of the container's user namespace.
+    pub(super) id_map: Option<&'a IdMap>,
+    pub(super) inspect: Inspect<'a>,
+}
+
+impl MountTranslator<'_> {
+    pub(super) fn translate(&self, mounts: Vec<Mount>) -> Result<Mounts, PlanError> {
+        let mut translated = Mounts::default();
+        for mut mount in mounts {
+            let id_map = self.take_id_map(&mut mount)?;
+            if is_bind(&mount) {
+                self.translate_bind(&mut mount, id_map, &mut translated.shares)?;
+            } else {
+                refuse_id_map(&mount, id_map.as_ref())?;
+                if self.in_pod && shm::is_default(&mount) {
+                    shm::bind_pod_shm(&mut mount);
+                } else {
+                    translate_filesystem(&mut mount)?;
+                }
+            }
+            translated.guest.push(mount);
+        }
+        Ok(translated)
+    }
+
+    /// Takes the id mapping out of a mount: the host maps the ids, and the guest mounts the result as it is.
+    fn take_id_map(&self, mount: &mut Mount) -> Result<Option<ShareIdMap>, PlanError> {
+        let invalid = |mount: &Mount, reason: String| PlanError::invalid(field_name(mount), reason);
+        let own = IdMap::from_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
+            .map_err(|reason| invalid(mount, reason))?;
+        let is_requested = options(mount).any(|option| matches!(option, "idmap" | "ridmap"));
+        let map = match (own, is_requested) {
+            (None, false) => return Ok(None),
+            (Some(map), _) => map,
+            (None, true) => self.id_map.cloned().ok_or_else(|| {
+                let reason = "idmap needs a mapping: set uidMappings and gidMappings of the mount, or give the container \
+                              a user namespace";
+                invalid(mount, reason.to_owned())
+            })?,
+        };
+        let recursive = options(mount).any(|option| option == "ridmap");
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.retain(|option| !matches!(option.as_str(), "idmap" | "ridmap"));
+        mount
+            .set_options(Some(options))
+            .set_uid_mappings(None)
+            .set_gid_mappings(None);
+        Ok(Some(ShareIdMap { map, recursive }))
+    }
+
+    fn translate_bind(
+        &self,
+        mount: &mut Mount,
+        id_map: Option<ShareIdMap>,
+        shares: &mut Vec<Share>,
+    ) -> Result<(), PlanError> {
+        refuse_shared_propagation(mount)?;
+        let source = mount
+            .source()
+            .as_deref()
+            .ok_or_else(|| PlanError::invalid(field_name(mount), "a bind mount needs a source"))?;
+        // OCI spec, "Mounts": a relative source of a bind mount is relative to the bundle.
+        let source = normalize(&self.bundle.join(source));
+        let destination = normalize(mount.destination());
+        if destination == Path::new(SHM_PATH)
+            && let Some(size) = self.shm_size(&source)?
+        {
+            if self.in_pod {
+                set_bind(mount, SHM_PATH.into());
+            } else {
+                shm::mount_private_shm(mount, size);
+            }
+            return Ok(());
+        }
+        if destination == Path::new("/dev/mqueue") {
+            set_filesystem(mount, "mqueue", &["nosuid", "noexec", "nodev"]);
+            return Ok(());
+        }
+        let guest_source = match self.find_in_guest(mount, &source)? {
+            Some(path) => {
+                refuse_id_map(mount, id_map.as_ref())?;
+                path
+            }
+            None => self.add_share(mount, source, id_map, shares),
+        };
+        set_bind(mount, guest_source);
+        Ok(())
+    }
+
+    /// The size in bytes of the shared memory that containerd, or the host itself, has at `source`. `None` if it is a
+    /// directory of another kind.
+    fn shm_size(&self, source: &Path) -> Result<Option<u64>, PlanError> {
+        if source == Path::new(SHM_PATH) {
+            if self.in_pod {
+                refuse_host("hostIPC", "ipc", self.host)?;
+            }
+            return Ok(Some(DEFAULT_SHM_SIZE));
+        }
+        match self.inspect(source)? {
+            SourceKind::SharedMemory { size } => Ok(Some(size)),
+            _ => Ok(None),
+        }
+    }
+
+    fn inspect(&self, source: &Path) -> Result<SourceKind, PlanError> {
+        (self.inspect)(source).map_err(|error| PlanError::Source {
+            path: source.to_owned(),
+            source: error,
+        })
+    }
+
+    /// The path in the guest if the guest itself has what is at `source`; `None` if the host's must be shared.
+    fn find_in_guest(&self, mount: &Mount, source: &Path) -> Result<Option<PathBuf>, PlanError> {
+        if source.starts_with("/proc") || source.starts_with("/sys") {
+            return Ok(Some(source.to_owned()));
+        }
+        let unsupported = |reason| {
+            Err(PlanError::unsupported(
+                field_name(mount),
+                format!("{} {reason}", source.display()),
+            ))
+        };
+        let no_such_device = || devices::no_such_device(&format!("{}: {}", field_name(mount), source.display()));
+        match self.inspect(source)? {
+            // Directories below /dev/shm are ordinary ones, and the guest does not have them.
+            SourceKind::Tree if source.starts_with("/dev") && !source.starts_with(SHM_PATH) => {
+                Ok(Some(source.to_owned()))
+            }
+            SourceKind::Tree | SourceKind::SharedMemory { .. } => Ok(None),
+            SourceKind::Kernel => {
+                unsupported("is on a file system of the host's kernel: use its path below /proc or /sys")
+            }
+            SourceKind::HugePages => unsupported("is on a hugetlbfs: huge pages are not supported"),
+            SourceKind::Character { major, minor } => match devices::character_device(major, minor) {
+                Some(path) => Ok(Some(path.into())),
+                None => Err(no_such_device()),
+            },
+            SourceKind::Block => Err(no_such_device()),
+            SourceKind::Socket => unsupported("is a socket: a machine cannot use sockets of the host"),
+            SourceKind::Fifo => unsupported("is a named pipe: a machine cannot use named pipes of the host"),
+        }
+    }
+
+    /// Shares `source` and returns its path in the guest.
+    fn add_share(
+        &self,
+        mount: &Mount,
+        source: PathBuf,
+        id_map: Option<ShareIdMap>,
+        shares: &mut Vec<Share>,
+    ) -> PathBuf {
+        let path = format!("{}/{}", self.id, shares.len());
+        let guest_source = Path::new(SHARE_PATH).join(&path);
+        shares.push(Share {
+            source,
+            path,
+            read_only: is_read_only(mount),
+            recursive: options(mount).any(|option| option == "rbind"),
+            id_map,
+        });
+        guest_source
+    }
+}
+
+/// Translates a mount that is no bind mount.
+fn translate_filesystem(mount: &mut Mount) -> Result<(), PlanError> {
+    let kind = match mount.typ().as_deref() {
+        Some("hugetlbfs") => {
+            return Err(PlanError::unsupported(
+                field_name(mount),
+                "huge pages are not supported",
+            ));
+        }
+        // The guest has cgroup v2 only, which libcontainer mounts for type "cgroup".
+        Some("cgroup2") => "cgroup".to_owned(),
+        Some(kind) if GUEST_FILESYSTEMS.contains(&kind) => kind.to_owned(),
+        Some(kind) => {
+            let reason =
+                format!("a machine does not mount file systems of type {kind:?}: mount it on the host and bind it");
+            return Err(PlanError::unsupported(field_name(mount), reason));
+        }
+        None => {
+            let reason = "the mount has neither a type nor the option \"bind\"";
+            return Err(PlanError::invalid(field_name(mount), reason));
+        }
+    };
+    if mount.source().is_none() {
+        mount.set_source(Some(kind.as_str().into()));
+    }
+    mount.set_typ(Some(kind));
+    Ok(())
+}
+
+fn refuse_id_map(mount: &Mount, id_map: Option<&ShareIdMap>) -> Result<(), PlanError> {
+    match id_map {
+        None => Ok(()),
+        Some(_) => Err(PlanError::unsupported(
+            field_name(mount),
+            "ids can be mapped only in directories and files of the host, and this is the guest's own",
+        )),
+    }
+}
+
+fn refuse_shared_propagation(mount: &Mount) -> Result<(), PlanError> {
+    match options(mount).find(|option| matches!(*option, "shared" | "rshared")) {
+        None => Ok(()),
+        Some(option) => Err(PlanError::unsupported(
+            field_name(mount),
+            format!(
+                "mounts made in a machine do not reach its host: use another propagation than {option:?} (Kubernetes: \
+                 \"Bidirectional\")"
+            ),
+        )),
+    }
+}

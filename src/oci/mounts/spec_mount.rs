@@ -1,0 +1,63 @@
+//! Reads and rewrites one mount of a spec.
+
+use std::path::{Component, Path, PathBuf};
+
+use oci_spec::runtime::Mount;
+
+/// The mount's name in errors.
+pub(super) fn field_name(mount: &Mount) -> String {
+    format!("mount {}", mount.destination().display())
+}
+
+pub(super) fn options(mount: &Mount) -> impl Iterator<Item = &str> {
+    mount.options().iter().flatten().map(String::as_str)
+}
+
+pub(super) fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || options(mount).any(|option| matches!(option, "bind" | "rbind"))
+}
+
+/// The last of contradicting options wins, as with mount(8).
+pub(super) fn is_read_only(mount: &Mount) -> bool {
+    options(mount)
+        .filter(|option| matches!(*option, "ro" | "rro" | "rw"))
+        .last()
+        .is_some_and(|option| option != "rw")
+}
+
+/// Turns `mount` into a bind mount of `source` with the options that it has.
+pub(super) fn set_bind(mount: &mut Mount, source: PathBuf) {
+    if !options(mount).any(|option| matches!(option, "bind" | "rbind")) {
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.push("bind".to_owned());
+        mount.set_options(Some(options));
+    }
+    mount.set_typ(Some("bind".to_owned()));
+    mount.set_source(Some(source));
+}
+
+/// Turns `mount` into a file system of type `kind` that needs no source.
+pub(super) fn set_filesystem(mount: &mut Mount, kind: &str, options: &[&str]) {
+    mount.set_typ(Some(kind.to_owned()));
+    mount.set_source(Some(kind.into()));
+    set_options(mount, options);
+}
+
+pub(super) fn set_options(mount: &mut Mount, options: &[&str]) {
+    mount.set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
+}
+
+/// Makes a path absolute and resolves `.` and `..` by its text alone, so that its prefix shows where it lies.
+pub(super) fn normalize(path: &Path) -> PathBuf {
+    let mut normalized = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::ParentDir => {
+                normalized.pop();
+            }
+            Component::Normal(name) => normalized.push(name),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    normalized
+}
