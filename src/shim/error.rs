@@ -1,54 +1,53 @@
-//! What a Task call fails with: a gRPC code that containerd understands, and one line for the user.
+//! The error of a call: a gRPC code, which containerd and its clients evaluate, and one line for the user.
 
 use containerd_shim_protos::ttrpc::{self, Code};
 
-/// A failed call. `NotFound` is read by containerd as "gone": it never means anything else.
+/// A failed call of the Task or Sandbox service.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct TaskError {
-    kind: Kind,
+    code: ErrorCode,
     message: String,
 }
 
-/// The kinds of failure that containerd and its clients tell apart.
+/// The gRPC codes that the shim returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
-    /// The id is taken.
+pub(crate) enum ErrorCode {
+    /// The id is in use.
     AlreadyExists,
-    /// Not in this state.
+    /// The state of the container or process does not allow the call.
     FailedPrecondition,
-    /// What was asked makes no sense.
+    /// The request or the spec is wrong.
     InvalidArgument,
-    /// It is gone, or never was.
+    /// The container or process does not exist. containerd concludes that it is gone, so this code is used for
+    /// nothing else.
     NotFound,
-    /// The machine does not answer.
+    /// The machine has ended or does not answer, or the shim is shutting down.
     Unavailable,
-    /// Not offered.
+    /// Not supported.
     Unimplemented,
-    /// Anything else, as runc's shim reports all of its failures.
+    /// Any other error. runc's shim reports all of its errors with this code.
     Unknown,
 }
 
 impl TaskError {
-    /// A failure of a kind, with its text.
-    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
-            kind,
+            code,
             message: message.into(),
         }
     }
 
-    /// Anything that has no code of its own.
+    /// An error with [`ErrorCode::Unknown`].
     pub(crate) fn unknown(message: impl Into<String>) -> Self {
-        Self::new(Kind::Unknown, message)
+        Self::new(ErrorCode::Unknown, message)
     }
 
-    /// The kind.
-    pub(crate) fn kind(&self) -> Kind {
-        self.kind
+    pub(crate) fn code(&self) -> ErrorCode {
+        self.code
     }
 
-    /// The same failure, with what was tried before its text.
+    /// The same error with `context:` before its text.
     pub(crate) fn during(self, context: &str) -> Self {
         Self {
             message: format!("{context}: {}", self.message),
@@ -59,14 +58,14 @@ impl TaskError {
 
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
-        let code = match error.kind {
-            Kind::AlreadyExists => Code::ALREADY_EXISTS,
-            Kind::FailedPrecondition => Code::FAILED_PRECONDITION,
-            Kind::InvalidArgument => Code::INVALID_ARGUMENT,
-            Kind::NotFound => Code::NOT_FOUND,
-            Kind::Unavailable => Code::UNAVAILABLE,
-            Kind::Unimplemented => Code::UNIMPLEMENTED,
-            Kind::Unknown => Code::UNKNOWN,
+        let code = match error.code {
+            ErrorCode::AlreadyExists => Code::ALREADY_EXISTS,
+            ErrorCode::FailedPrecondition => Code::FAILED_PRECONDITION,
+            ErrorCode::InvalidArgument => Code::INVALID_ARGUMENT,
+            ErrorCode::NotFound => Code::NOT_FOUND,
+            ErrorCode::Unavailable => Code::UNAVAILABLE,
+            ErrorCode::Unimplemented => Code::UNIMPLEMENTED,
+            ErrorCode::Unknown => Code::UNKNOWN,
         };
         Self::RpcStatus(ttrpc::get_status(code, error.message))
     }

@@ -38,12 +38,12 @@ pub(crate) struct RecordError {
 /// namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub(crate) struct Record {
+pub(crate) struct ResourceRecord {
     /// Control groups that were made for it, absolute paths, parents first.
     pub(crate) cgroups: Vec<PathBuf>,
 }
 
-impl Record {
+impl ResourceRecord {
     /// Writes the record into `bundle`, replacing an earlier one as a whole.
     pub(crate) fn store(&self, bundle: &Path) -> Result<(), RecordError> {
         store(bundle, RECORD, self)
@@ -57,7 +57,7 @@ impl Record {
 
 /// How a container's first process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Exit {
+pub(crate) struct ExitRecord {
     /// The host pid that stood for it.
     pub(crate) pid: u32,
     /// 0–255.
@@ -66,7 +66,7 @@ pub(crate) struct Exit {
     exited_at: u64,
 }
 
-impl Exit {
+impl ExitRecord {
     /// The end of the process with host pid `pid` at `exited_at`.
     pub(crate) fn new(pid: u32, status: u32, exited_at: SystemTime) -> Self {
         let since_epoch = exited_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -130,23 +130,23 @@ impl PidFile {
 
 /// Who `shim.pid` of a bundle speaks of.
 #[derive(Debug)]
-pub(crate) enum Shim {
+pub(crate) enum ShimStatus {
     /// There is no such file: the shim was started for another container, or never.
-    Elsewhere,
+    NoPidFile,
     /// It has died.
     Dead,
     /// It lives; `None` if it was started this moment and its pid is not written yet.
     Alive(Option<Pid>),
 }
 
-impl Shim {
+impl ShimStatus {
     /// Looks at `bundle`.
-    pub(crate) fn of(bundle: &Path) -> Result<Self, RecordError> {
+    pub(crate) fn read(bundle: &Path) -> Result<Self, RecordError> {
         let path = bundle.join(PID);
         let look = || {
             let file = match File::open(&path) {
                 Ok(file) => file,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::Elsewhere),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::NoPidFile),
                 Err(error) => return Err(error),
             };
             match flock(&file, FlockOperation::NonBlockingLockShared) {
@@ -213,18 +213,17 @@ mod tests {
     #[test]
     fn what_is_stored_is_loaded_and_absence_is_no_error() {
         let bundle = tempfile::tempdir().unwrap();
-        assert_eq!(Record::load(bundle.path()).unwrap(), None);
-        assert_eq!(Exit::load(bundle.path()).unwrap(), None);
-        let record = Record {
+        assert_eq!(ResourceRecord::load(bundle.path()).unwrap(), None);
+        assert_eq!(ExitRecord::load(bundle.path()).unwrap(), None);
+        let record = ResourceRecord {
             cgroups: vec!["/sys/fs/cgroup/x".into()],
-            ..Record::default()
         };
         record.store(bundle.path()).unwrap();
-        assert_eq!(Record::load(bundle.path()).unwrap(), Some(record));
+        assert_eq!(ResourceRecord::load(bundle.path()).unwrap(), Some(record));
         let at = SystemTime::UNIX_EPOCH + Duration::new(7, 9);
-        let exit = Exit::new(41, 137, at);
+        let exit = ExitRecord::new(41, 137, at);
         exit.store(bundle.path()).unwrap();
-        let loaded = Exit::load(bundle.path()).unwrap().unwrap();
+        let loaded = ExitRecord::load(bundle.path()).unwrap().unwrap();
         assert_eq!((loaded, loaded.exited_at()), (exit, at));
     }
 
@@ -232,25 +231,33 @@ mod tests {
     fn torn_record_is_an_error_that_names_it() {
         let bundle = tempfile::tempdir().unwrap();
         fs::write(bundle.path().join(RECORD), "{\"cgroups\": [").unwrap();
-        let error = Record::load(bundle.path()).unwrap_err();
+        let error = ResourceRecord::load(bundle.path()).unwrap_err();
         assert!(error.to_string().contains(RECORD), "{error}");
     }
 
     #[test]
     fn lock_of_the_pid_file_tells_the_living_from_the_dead() {
         let bundle = tempfile::tempdir().unwrap();
-        assert!(matches!(Shim::of(bundle.path()).unwrap(), Shim::Elsewhere));
+        assert!(matches!(
+            ShimStatus::read(bundle.path()).unwrap(),
+            ShimStatus::NoPidFile
+        ));
         let pid_file = PidFile::create(bundle.path()).unwrap();
-        assert!(matches!(Shim::of(bundle.path()).unwrap(), Shim::Alive(None)));
+        assert!(matches!(
+            ShimStatus::read(bundle.path()).unwrap(),
+            ShimStatus::Alive(None)
+        ));
         assert!(PidFile::create(bundle.path()).is_err());
         pid_file.write(4141).unwrap();
         let shared = pid_file.share().unwrap();
         drop(pid_file);
-        assert!(matches!(Shim::of(bundle.path()).unwrap(), Shim::Alive(Some(pid)) if pid.as_raw_pid() == 4141));
+        assert!(
+            matches!(ShimStatus::read(bundle.path()).unwrap(), ShimStatus::Alive(Some(pid)) if pid.as_raw_pid() == 4141)
+        );
         drop(shared);
         // A process that another test forks has a copy of the lock until it executes.
         flock(File::open(bundle.path().join(PID)).unwrap(), FlockOperation::LockShared).unwrap();
-        assert!(matches!(Shim::of(bundle.path()).unwrap(), Shim::Dead));
+        assert!(matches!(ShimStatus::read(bundle.path()).unwrap(), ShimStatus::Dead));
     }
 
     #[test]
@@ -258,9 +265,12 @@ mod tests {
         let (bundle, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let pid_file = PidFile::create(bundle.path()).unwrap();
         pid_file.write(4141).unwrap();
-        Shim::hand_over(bundle.path(), other.path()).unwrap();
-        Shim::hand_over(bundle.path(), other.path()).unwrap();
+        ShimStatus::hand_over(bundle.path(), other.path()).unwrap();
+        ShimStatus::hand_over(bundle.path(), other.path()).unwrap();
         bundle.close().unwrap();
-        assert!(matches!(Shim::of(other.path()).unwrap(), Shim::Alive(Some(_))));
+        assert!(matches!(
+            ShimStatus::read(other.path()).unwrap(),
+            ShimStatus::Alive(Some(_))
+        ));
     }
 }

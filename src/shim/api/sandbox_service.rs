@@ -24,7 +24,7 @@ use containerd_shim_protos::{
 use super::{completion::run_to_completion, connection::Written, metrics::metrics};
 use crate::oci::ContainerId;
 use crate::shim::{
-    error::{Kind, TaskError},
+    error::{ErrorCode, TaskError},
     events::to_timestamp,
     tasks::{SandboxRequest, Tasks},
 };
@@ -153,7 +153,7 @@ impl Sandbox for SandboxService {
 }
 
 fn sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, TaskError> {
-    let invalid = |text: String| TaskError::new(Kind::InvalidArgument, text);
+    let invalid = |text: String| TaskError::new(ErrorCode::InvalidArgument, text);
     let id: ContainerId = request
         .sandbox_id
         .parse()

@@ -23,11 +23,10 @@ use containerd_shim_protos::{
 use super::{completion::run_to_completion, connection::Written, metrics::metrics};
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
-    error::{Kind, TaskError},
+    error::{ErrorCode, TaskError},
     events::{pack_any, to_timestamp},
     stdio,
-    tasks::lifecycle::Phase,
-    tasks::{CreateRequest, ExecRequest, Tasks},
+    tasks::{CreateRequest, ExecRequest, Phase, Tasks},
 };
 
 /// The names under which containerd asks for tasks (1.7 knows the second only).
@@ -94,10 +93,10 @@ impl Task for TaskService {
             bundle: state.container.bundle().display().to_string(),
             pid: state.pid,
             status: EnumOrUnknown::new(status(state.phase)),
-            stdin: state.request.stdin,
-            stdout: state.request.stdout,
-            stderr: state.request.stderr,
-            terminal: state.request.terminal,
+            stdin: state.stdio_spec.stdin,
+            stdout: state.stdio_spec.stdout,
+            stderr: state.stdio_spec.stderr,
+            terminal: state.stdio_spec.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
             exited_at: exit.map(|exit| to_timestamp(exit.at)).into(),
             exec_id: request.exec_id,
@@ -153,7 +152,7 @@ impl Task for TaskService {
 
     async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let text = "checkpoints of a virtual machine are not supported";
-        Err(TaskError::new(Kind::Unimplemented, text).into())
+        Err(TaskError::new(ErrorCode::Unimplemented, text).into())
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
@@ -246,10 +245,10 @@ impl Task for TaskService {
 }
 
 fn create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskError> {
-    let invalid = |text: String| TaskError::new(Kind::InvalidArgument, text);
+    let invalid = |text: String| TaskError::new(ErrorCode::InvalidArgument, text);
     if !request.checkpoint.is_empty() {
         let text = "a container cannot be restored from a checkpoint into a virtual machine";
-        return Err(TaskError::new(Kind::Unimplemented, text));
+        return Err(TaskError::new(ErrorCode::Unimplemented, text));
     }
     let id: ContainerId = request
         .id

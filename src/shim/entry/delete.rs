@@ -6,7 +6,7 @@
 //! does not keep the next from being tried. containerd gives it 5 seconds.
 //!
 //! Children of a shim die with it, and so do mounts in its own mount namespace: what is left is in
-//! the bundle's [`Record`].
+//! the bundle's [`ResourceRecord`].
 
 use std::{
     fmt::Display,
@@ -33,16 +33,16 @@ use rustix::{
 
 use super::{group::Group, socket};
 use crate::oci;
-use crate::shim::record::{Exit, Record, Shim};
+use crate::shim::{
+    record::{ExitRecord, ResourceRecord, ShimStatus},
+    tasks::SIGKILL_STATUS,
+};
 
 /// How long a shim may take to end that has given up its socket, and so ends by itself.
 const GRACE: Duration = Duration::from_millis(1500);
 
 /// How long a killed process, or the last one of a cgroup, may take to be gone.
 const DEATH: Duration = Duration::from_millis(1000);
-
-/// What runc's shim reports for a container that it had to kill: 128 + SIGKILL.
-const KILLED: u32 = 137;
 
 /// Cleans up after a container, whose bundle is the current directory if none is named,
 /// and prints containerd's `DeleteResponse`.
@@ -60,14 +60,14 @@ fn clean(bundle: &Path) -> DeleteResponse {
     if let Some(socket) = shims_socket(bundle) {
         tell(socket::remove_stale(&socket));
     }
-    let record = tell(Record::load(bundle)).flatten().unwrap_or_default();
+    let record = tell(ResourceRecord::load(bundle)).flatten().unwrap_or_default();
     // Where containerd's own mounts, or a crash, left one.
     tell(detach(&bundle.join("rootfs")));
     for cgroup in record.cgroups.iter().rev() {
         tell(remove_cgroup(cgroup));
     }
-    let exit = tell(Exit::load(bundle)).flatten();
-    response(exit.unwrap_or_else(|| Exit::new(0, KILLED, SystemTime::now())))
+    let exit = tell(ExitRecord::load(bundle)).flatten();
+    response(exit.unwrap_or_else(|| ExitRecord::new(0, SIGKILL_STATUS, SystemTime::now())))
 }
 
 /// Says what went wrong, in one line, and goes on.
@@ -75,7 +75,7 @@ fn tell<T, E: Display>(result: Result<T, E>) -> Option<T> {
     result.map_err(|error| eprintln!("delete: {error}")).ok()
 }
 
-fn response(exit: Exit) -> DeleteResponse {
+fn response(exit: ExitRecord) -> DeleteResponse {
     let since_epoch = exit
         .exited_at()
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -94,11 +94,11 @@ fn response(exit: Exit) -> DeleteResponse {
 
 /// Ends the shim if this is the bundle that it was started for, and nobody else needs it.
 fn end_shim(bundle: &Path) {
-    let Some(Shim::Alive(pid)) = tell(Shim::of(bundle)) else {
+    let Some(ShimStatus::Alive(pid)) = tell(ShimStatus::read(bundle)) else {
         return;
     };
     if let Some(other) = other_member(bundle) {
-        tell(Shim::hand_over(bundle, &other));
+        tell(ShimStatus::hand_over(bundle, &other));
         return;
     }
     match pid {
@@ -134,7 +134,7 @@ fn kill(bundle: &Path, pid: Pid) -> io::Result<()> {
         Err(error) => return Err(error.into()),
     };
     // The lock was held when the pid was read and still is: nobody else has the pid meanwhile.
-    if !matches!(Shim::of(bundle), Ok(Shim::Alive(_))) {
+    if !matches!(ShimStatus::read(bundle), Ok(ShimStatus::Alive(_))) {
         return Ok(());
     }
     let ending = shims_socket(bundle).is_some_and(|socket| !socket.exists());
@@ -262,7 +262,7 @@ mod tests {
     fn exit_that_was_recorded_is_reported() {
         let bundle = tempfile::tempdir().unwrap();
         let at = SystemTime::UNIX_EPOCH + Duration::new(5, 6);
-        Exit::new(41, 3, at).store(bundle.path()).unwrap();
+        ExitRecord::new(41, 3, at).store(bundle.path()).unwrap();
         let response = clean(bundle.path());
         assert_eq!((response.pid, response.exit_status), (41, 3));
         assert_eq!((response.exited_at.seconds, response.exited_at.nanos), (5, 6));
@@ -271,7 +271,7 @@ mod tests {
     #[test]
     fn recorded_cgroups_outside_cgroupfs_are_refused_and_a_second_delete_is_no_error() {
         let bundle = tempfile::tempdir().unwrap();
-        let record = Record {
+        let record = ResourceRecord {
             cgroups: vec!["/sys/fs/cgroup/no-such-cgroup".into(), "/etc".into()],
         };
         record.store(bundle.path()).unwrap();
@@ -290,7 +290,7 @@ mod tests {
         clean(&bundle);
         assert!(!shim.wait().unwrap().success());
         await_release(&bundle);
-        assert!(matches!(Shim::of(&bundle).unwrap(), Shim::Dead));
+        assert!(matches!(ShimStatus::read(&bundle).unwrap(), ShimStatus::Dead));
     }
 
     #[test]
@@ -300,7 +300,10 @@ mod tests {
         let member = bundle(directory.path(), "c1", "unix:///s");
         let mut shim = shim(&sandbox);
         clean(&member);
-        assert!(matches!(Shim::of(&sandbox).unwrap(), Shim::Alive(Some(_))));
+        assert!(matches!(
+            ShimStatus::read(&sandbox).unwrap(),
+            ShimStatus::Alive(Some(_))
+        ));
         shim.kill().unwrap();
         shim.wait().unwrap();
     }
@@ -317,7 +320,10 @@ mod tests {
         let mut shim = shim(&members[0]);
         clean(&members[0]);
         fs::remove_dir_all(&members[0]).unwrap();
-        assert!(matches!(Shim::of(&members[1]).unwrap(), Shim::Alive(Some(_))));
+        assert!(matches!(
+            ShimStatus::read(&members[1]).unwrap(),
+            ShimStatus::Alive(Some(_))
+        ));
         fs::write(directory.path().join("socket"), "").unwrap();
         clean(&members[1]);
         assert!(!shim.wait().unwrap().success());

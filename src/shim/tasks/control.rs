@@ -1,74 +1,80 @@
-//! Kill and the other calls about a process that exists.
+//! Kill, and the other calls of the Task service for a process that exists.
 
 use std::{process, sync::Arc};
 
 use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
 use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 
-use super::{ANSWER_LIMIT, Container, HINT_LIMIT, KILL_LIMIT, Tasks, WRITE_BACK_LIMIT, answered};
+use super::{
+    agent_call::check_response,
+    container::{
+        Container,
+        lifecycle::{Exit, Phase},
+        process::Process,
+    },
+    limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
+    table::Tasks,
+};
 use crate::shim::{
-    error::{Kind, TaskError},
+    error::{ErrorCode, TaskError},
     machine::AgentError,
-    stdio,
-    tasks::lifecycle::{Exit, Phase},
-    tasks::process::Process,
+    stdio::StdioSpec,
 };
 
-/// SIGKILL.
+/// SIGKILL in the type of containerd's requests.
 pub(super) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
-/// What State answers.
+/// The response to State.
 #[derive(Debug)]
-pub(crate) struct State {
-    /// The container.
+pub(crate) struct ProcessState {
     pub(crate) container: Arc<Container>,
     /// The pid on this host, 0 for an exec that was not started.
     pub(crate) pid: u32,
-    /// Where it is.
     pub(crate) phase: Phase,
-    /// Its standard streams.
-    pub(crate) request: stdio::StdioSpec,
+    /// Its standard streams as containerd named them.
+    pub(crate) stdio_spec: StdioSpec,
 }
 
-/// A process as Pids lists it.
+/// A process in the response to Pids.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Listed {
-    /// For processes that containerd started, the pid on this host; for others that in the guest.
+pub(crate) struct ListedProcess {
+    /// The pid on this host if containerd started the process, else the pid in the guest.
     pub(crate) pid: u32,
-    /// The exec as which it was started.
+    /// Its exec id, if containerd started it with Exec.
     pub(crate) exec: Option<String>,
 }
 
 impl Tasks {
-    /// Where a process is. Never waits.
-    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<State, TaskError> {
+    /// State. Never waits.
+    pub(crate) fn state(&self, id: &str, exec: &str) -> Result<ProcessState, TaskError> {
         let (container, process) = self.process(id, exec)?;
-        Ok(State {
+        Ok(ProcessState {
             pid: process.pid(),
             phase: process.lifecycle.phase(),
-            request: process.request.clone(),
+            stdio_spec: process.stdio_spec.clone(),
             container,
         })
     }
 
-    /// The pids of shim and task; 0 for a task that is not here. Never waits.
+    /// Connect: the pids of shim and task, 0 for an unknown task. Never waits.
     pub(crate) fn connect(&self, id: &str) -> (u32, u32) {
         let task = self.container(id).map_or(0, |container| container.init.pid());
         (process::id(), task)
     }
 
-    /// Waits for the end of a process.
+    /// Wait: returns when the process has ended.
     pub(crate) async fn wait(&self, id: &str, exec: &str) -> Result<Exit, TaskError> {
         let (_, process) = self.process(id, exec)?;
-        Ok(process.lifecycle.exit().await)
+        Ok(process.lifecycle.wait_exit().await)
     }
 
-    /// Sends a signal to a process, or to all of its container.
+    /// Kill: sends a signal to a process, or to all processes of its container.
     pub(crate) async fn kill(self: &Arc<Self>, id: &str, exec: &str, signal: u32, all: bool) -> Result<(), TaskError> {
         let (container, process) = self.process(id, exec)?;
         self.kill_process(&container, &process, signal, all).await
     }
 
+    /// [`Self::kill`] of a process that was looked up before.
     pub(super) async fn kill_process(
         self: &Arc<Self>,
         container: &Arc<Container>,
@@ -76,16 +82,16 @@ impl Tasks {
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
-        let finished = || Err(TaskError::new(Kind::NotFound, "process already finished"));
+        let finished = || Err(TaskError::new(ErrorCode::NotFound, "process already finished"));
         if process.lifecycle.phase().exit().is_some() {
             return finished();
         }
         if process.exec.is_some() && process.lifecycle.phase() == Phase::Created {
-            return Err(TaskError::new(Kind::FailedPrecondition, "process not started"));
+            return Err(TaskError::new(ErrorCode::FailedPrecondition, "process not started"));
         }
         if container.is_sandbox() {
-            // It stands for a program that ends when it is told to, and ignores the rest.
-            if ends_a_sandbox(signal) {
+            // Like the pause program: it ends on a terminating signal and ignores others.
+            if is_terminating(signal) {
                 self.end_sandbox(container, 128 + signal, WRITE_BACK_LIMIT).await;
             }
             return Ok(());
@@ -98,7 +104,7 @@ impl Tasks {
             all,
         };
         match machine.within(KILL_LIMIT, machine.agent().run(request)).await {
-            // A guest that does not even kill is of no use any more; its end ends the process.
+            // The guest hangs. The end of its machine ends the process.
             None if signal == SIGKILL => {
                 machine.kill(&format!(
                     "the guest did not kill a process within {} s",
@@ -111,14 +117,14 @@ impl Tasks {
                 machine.ended().await;
                 finished()
             }
-            answer => answered(KILL_LIMIT, answer),
+            response => check_response(KILL_LIMIT, response),
         }
     }
 
-    /// The processes of a container, at least its first one.
-    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<Listed>, TaskError> {
+    /// Pids: the processes of a container, at least its first one.
+    pub(crate) async fn pids(&self, id: &str) -> Result<Vec<ListedProcess>, TaskError> {
         let container = self.container(id)?;
-        let init = Listed {
+        let init = ListedProcess {
             pid: container.init.pid(),
             exec: None,
         };
@@ -129,15 +135,14 @@ impl Tasks {
         let request = Request::Processes {
             container: container.id.to_string(),
         };
-        let asked = machine.agent().request(request);
-        // containerd takes a task without processes for a leak: a guest that hangs must not have one.
-        match tokio::time::timeout(HINT_LIMIT, asked).await {
-            Ok(Ok(Response::Processes(entries))) if !entries.is_empty() => Ok(list(&container, entries)),
+        let response = machine.agent().request(request);
+        match tokio::time::timeout(PIDS_LIMIT, response).await {
+            Ok(Ok(Response::Processes(entries))) if !entries.is_empty() => Ok(with_host_pids(&container, entries)),
             _ => Ok(vec![init]),
         }
     }
 
-    /// Freezes a container's processes.
+    /// Pause: freezes a container's processes.
     pub(crate) async fn pause(&self, id: &str) -> Result<(), TaskError> {
         let container = self.container(id)?;
         match container.init.lifecycle.phase() {
@@ -145,20 +150,20 @@ impl Tasks {
             phase => return Err(wrong_phase("pause", phase)),
         }
         let request = Request::Pause {
-            container: guest_name(&container, "paused")?,
+            container: guest_id(&container, "paused")?,
         };
         container
-            .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
+            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
             .await?;
         self.events.publish(&TaskPaused {
             container_id: id.to_owned(),
             ..TaskPaused::default()
         });
-        container.init.lifecycle.paused();
+        container.init.lifecycle.mark_paused();
         Ok(())
     }
 
-    /// Thaws a container's processes.
+    /// Resume: thaws a container's processes.
     pub(crate) async fn resume(&self, id: &str) -> Result<(), TaskError> {
         let container = self.container(id)?;
         match container.init.lifecycle.phase() {
@@ -166,86 +171,87 @@ impl Tasks {
             phase => return Err(wrong_phase("resume", phase)),
         }
         let request = Request::Resume {
-            container: guest_name(&container, "resumed")?,
+            container: guest_id(&container, "resumed")?,
         };
         container
-            .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
+            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
             .await?;
         self.events.publish(&TaskResumed {
             container_id: id.to_owned(),
             ..TaskResumed::default()
         });
-        container.init.lifecycle.resumed();
+        container.init.lifecycle.mark_resumed();
         Ok(())
     }
 
-    /// Sets a terminal's size, now or for the start to come.
+    /// ResizePty: sets the size of a terminal in cells, or the size with which it will be created. No-op for a
+    /// process without a terminal and for one that has ended.
     pub(crate) async fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Result<(), TaskError> {
         let (container, process) = self.process(id, exec)?;
         let cells = |count| u16::try_from(count).unwrap_or(u16::MAX);
         let (width, height) = (cells(width), cells(height));
         let phase = process.lifecycle.phase();
-        if !process.request.terminal || phase.exit().is_some() {
+        if !process.stdio_spec.terminal || phase.exit().is_some() {
             return Ok(());
         }
         if process.exec.is_some() && phase == Phase::Created {
-            process.set_size((width, height));
+            process.set_terminal_size((width, height));
             return Ok(());
         }
         let request = Request::Resize {
-            container: guest_name(&container, "resized")?,
+            container: guest_id(&container, "resized")?,
             exec: process.exec.clone(),
             width,
             height,
         };
         match container
-            .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
+            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
             .await
         {
-            // It ended meanwhile.
-            Err(error) if error.kind() == Kind::NotFound => Ok(()),
-            answer => answer,
+            // The process ended meanwhile.
+            Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
+            response => response,
         }
     }
 
-    /// Ends a process's standard input.
+    /// CloseIO: ends a process's standard input.
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<(), TaskError> {
         let (_, process) = self.process(id, exec)?;
         process.close_stdin();
         Ok(())
     }
 
-    /// Changes a container's limits: OCI `LinuxResources` as JSON.
+    /// Update: changes a container's limits. `resources` is an OCI `LinuxResources` as JSON.
     pub(crate) async fn update(self: &Arc<Self>, id: &str, resources: Vec<u8>) -> Result<(), TaskError> {
         let container = self.container(id)?;
         if container.is_sandbox() {
-            // Limits of a pod are the sum of its containers'.
+            // The limits of a pod are the sum of its containers' limits.
             return Ok(());
         }
-        let _one = container.updating.lock().await;
+        let _lock = container.update_lock.lock().await;
         let before = container.limits();
         let after = before.with_update(&resources);
-        // What grows must be there first, and what shrinks must be out of use.
+        // The machine grows before the limits in the guest do, and shrinks after them.
         container.set_limits(before.max(after));
         let request = Request::Update {
             container: container.id.to_string(),
             resources,
         };
         let updated = async {
-            self.fit(&container.pod).await?;
+            self.resize_to_limits(&container.pod).await?;
             container
-                .ask(ANSWER_LIMIT, container.pod.machine().agent().run(request))
+                .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
                 .await
         };
         let updated = updated.await;
         container.set_limits(if updated.is_ok() { after } else { before });
         if after != before {
-            self.fit_later(&container.pod);
+            self.resize_in_background(&container.pod);
         }
         updated
     }
 
-    /// A container's resource use.
+    /// Stats: a container's resource use. Empty for a sandbox.
     pub(crate) async fn stats(&self, id: &str) -> Result<ContainerStats, TaskError> {
         let container = self.container(id)?;
         if container.is_sandbox() {
@@ -254,17 +260,18 @@ impl Tasks {
         let request = Request::Stats {
             container: container.id.to_string(),
         };
-        let answer = async {
+        let response = async {
             match container.pod.machine().agent().request(request).await? {
                 Response::Stats(stats) => Ok(*stats),
                 _ => Err(AgentError::Unexpected),
             }
         };
-        container.ask(ANSWER_LIMIT, answer).await
+        container.call_agent(REQUEST_LIMIT, response).await
     }
 }
 
-fn list(container: &Container, entries: Vec<ProcessEntry>) -> Vec<Listed> {
+/// Replaces the guest pids of the processes that containerd started by their host pids.
+fn with_host_pids(container: &Container, entries: Vec<ProcessEntry>) -> Vec<ListedProcess> {
     entries
         .into_iter()
         .map(|entry| {
@@ -274,7 +281,7 @@ fn list(container: &Container, entries: Vec<ProcessEntry>) -> Vec<Listed> {
                 None if entry.pid == container.init.guest_pid() => Some(container.init.clone()),
                 None => None,
             };
-            Listed {
+            ListedProcess {
                 pid: started.map_or(entry.pid, |process| process.pid()),
                 exec,
             }
@@ -282,23 +289,25 @@ fn list(container: &Container, entries: Vec<ProcessEntry>) -> Vec<Listed> {
         .collect()
 }
 
-fn ends_a_sandbox(signal: u32) -> bool {
+fn is_terminating(signal: u32) -> bool {
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGKILL, libc::SIGTERM]
         .iter()
-        .any(|ending| ending.unsigned_abs() == signal)
+        .any(|terminating| terminating.unsigned_abs() == signal)
 }
 
 fn wrong_phase(action: &str, phase: Phase) -> TaskError {
     TaskError::new(
-        Kind::FailedPrecondition,
+        ErrorCode::FailedPrecondition,
         format!("cannot {action} a {} container", phase.name()),
     )
 }
 
-fn guest_name(container: &Container, done: &str) -> Result<String, TaskError> {
+/// The container's id for a request to the agent. Fails for a sandbox, which has no process there that could be
+/// `participle`.
+fn guest_id(container: &Container, participle: &str) -> Result<String, TaskError> {
     if container.is_sandbox() {
-        let text = format!("a sandbox has no process in the virtual machine that could be {done}");
-        return Err(TaskError::new(Kind::Unimplemented, text));
+        let text = format!("a sandbox has no process in the virtual machine that could be {participle}");
+        return Err(TaskError::new(ErrorCode::Unimplemented, text));
     }
     Ok(container.id.to_string())
 }

@@ -1,30 +1,36 @@
-//! Delete: forget a process that has ended, with everything that it has on this host.
+//! Delete: frees everything that a process which has ended holds on this host.
 
 use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
 use nutshell_protocol::Request;
 
-use super::{ANSWER_LIMIT, Container, DRAIN_LIMIT, Role, Tasks, WRITE_BACK_LIMIT};
+use super::{
+    container::{
+        Container, Role,
+        hooks::{self, HookContainer},
+        lifecycle::{Deletion, Exit, Phase},
+        process::Process,
+    },
+    control::SIGKILL,
+    limits::{DRAIN_LIMIT, EXIT_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
+    table::Tasks,
+};
 use crate::shim::{
-    error::{Kind, TaskError},
+    error::{ErrorCode, TaskError},
     events::to_timestamp,
-    tasks::hooks::{self, Subject},
-    tasks::lifecycle::{Deletion, Exit, Phase},
-    tasks::process::Process,
 };
 
-/// What is left of a process.
+/// The response to Delete.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deleted {
-    /// The pid that it had on this host.
+    /// The pid that the process had on this host.
     pub(crate) pid: u32,
-    /// How it ended.
     pub(crate) exit: Exit,
 }
 
 impl Tasks {
-    /// Deletes the container `id`, or its exec `exec`.
+    /// Deletes the container `id`, or its exec `exec` if that is not empty.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Result<Deleted, TaskError> {
         let (container, process) = self.process(id, exec)?;
         let pid = process.pid();
@@ -34,14 +40,14 @@ impl Tasks {
         }
         let exit = match process.lifecycle.begin_deletion()? {
             Deletion::Begun(exit) => exit,
-            // The same call again, because its client gave up waiting.
-            Deletion::UnderWay => {
-                let exit = process.lifecycle.deletion().await;
+            // A client repeats a call after its timeout.
+            Deletion::InProgress => {
+                let exit = process.lifecycle.wait_deleted().await;
                 return Ok(Deleted { pid, exit });
             }
         };
         if exec.is_empty() {
-            self.forget(&container).await;
+            self.free_resources(&container).await;
             self.events.publish(&TaskDelete {
                 container_id: id.to_owned(),
                 pid,
@@ -49,64 +55,57 @@ impl Tasks {
                 exited_at: MessageField::some(to_timestamp(exit.at)),
                 ..TaskDelete::default()
             });
-            {
-                let mut table = self.table();
-                table.containers.remove(&container.id);
-                table.taken.remove(&container.id);
-            }
-            self.fit_without(&container);
+            self.remove(&container.id);
+            self.resize_without(&container);
         } else {
             finish_streams(&container, &process).await;
-            process.release();
+            process.release_pid();
             container.execs().remove(exec);
         }
-        process.lifecycle.deleted();
+        process.lifecycle.mark_deleted();
         log::debug!("task {id} {exec}: deleted");
         Ok(Deleted { pid, exit })
     }
 
-    /// A container that was never started is killed; an exec that was never started is just dropped.
+    /// Ends a process that was never started: a container is killed, an exec is marked as ended.
     async fn end_unstarted(
         self: &Arc<Self>,
         container: &Arc<Container>,
         process: &Arc<Process>,
     ) -> Result<(), TaskError> {
         if process.exec.is_some() {
-            // Nobody can have seen it run: nothing is announced.
-            process.lifecycle.exited(Exit::now(0), || {}).await;
+            // It never ran, so there is no exit to announce.
+            process.lifecycle.record_exit(Exit::now(0), || {}).await;
             return Ok(());
         }
-        match self
-            .kill_process(container, process, super::control::SIGKILL, true)
-            .await
-        {
-            Err(error) if error.kind() != Kind::NotFound => return Err(error),
+        match self.kill_process(container, process, SIGKILL, true).await {
+            Err(error) if error.code() != ErrorCode::NotFound => return Err(error),
             _ => {}
         }
-        let ended = tokio::time::timeout(DRAIN_LIMIT, process.lifecycle.exit());
-        if ended.await.is_err() {
+        let exit = tokio::time::timeout(EXIT_LIMIT, process.lifecycle.wait_exit());
+        if exit.await.is_err() {
             container
                 .pod
                 .machine()
                 .kill("the guest did not report the end of a container that was killed");
-            process.lifecycle.exit().await;
+            process.lifecycle.wait_exit().await;
         }
         Ok(())
     }
 
-    /// Takes back everything that a container has on this host.
-    pub(super) async fn forget(&self, container: &Container) {
+    /// Frees everything that a container holds on this host and in the guest, and runs its poststop hooks.
+    pub(super) async fn free_resources(&self, container: &Container) {
         if !container.is_sandbox() {
             finish_streams(container, &container.init).await;
         }
         for exec in container.all_execs() {
-            exec.release();
+            exec.release_pid();
         }
-        container.init.release();
+        container.init.release_pid();
         match container.role {
-            Role::Alone { writes_disk } => {
+            Role::Single { writes_disk } => {
                 if writes_disk {
-                    write_back(container, WRITE_BACK_LIMIT).await;
+                    container.write_back_disks(WRITE_BACK_LIMIT).await;
                 }
                 container.pod.end().await;
             }
@@ -116,16 +115,16 @@ impl Tasks {
                 container.pod.detach(&container.id).await;
             }
         }
-        let subject = Subject {
+        let hook_container = HookContainer {
             pid: 0,
-            ..container.subject()
+            ..container.hook_container()
         };
-        hooks::run_all("poststop", &container.hooks.poststop, "stopped", subject).await;
+        hooks::run_all("poststop", &container.hooks.poststop, "stopped", hook_container).await;
     }
 }
 
-/// Waits until readers have all output, and closes the streams. Whoever still holds an output open
-/// (a grandchild in a pid namespace of its own) has had its time then.
+/// Waits until readers have all output, and closes the streams. A process that still has an output open, such as a
+/// grandchild in another pid namespace, loses it.
 async fn finish_streams(container: &Container, process: &Process) {
     let Some(streams) = process.streams() else { return };
     let machine = container.pod.machine();
@@ -138,25 +137,16 @@ async fn finish_streams(container: &Container, process: &Process) {
     process.close_streams(machine).await;
 }
 
-/// Has the guest kill what is left of a container and forget it. Once it is forgotten, a second call
-/// changes nothing.
+/// Makes the guest kill the remaining processes of a container and delete it. A second call is a no-op.
 async fn remove_from_guest(container: &Container) {
     let delete = Request::DeleteContainer {
         container: container.id.to_string(),
     };
     let machine = container.pod.machine();
-    match container.ask(ANSWER_LIMIT, machine.agent().run(delete)).await {
-        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::FailedPrecondition) => {
+    match container.call_agent(REQUEST_LIMIT, machine.agent().run(delete)).await {
+        Err(error) if !matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {
             log::warn!("task {}: remove it from the guest: {error}", container.id);
         }
         _ => {}
-    }
-}
-
-/// Has the guest end all containers and write its disks back.
-pub(super) async fn write_back(container: &Container, limit: Duration) {
-    let machine = container.pod.machine();
-    if let Err(error) = container.ask(limit, machine.agent().run(Request::Shutdown)).await {
-        log::error!("task {}: its disk may lack the last writes: {error}", container.id);
     }
 }

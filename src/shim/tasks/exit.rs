@@ -1,5 +1,4 @@
-//! What happens by itself: processes end, the guest runs out of memory, a machine ends, somebody
-//! kills a holder.
+//! Unsolicited events: a process exits, the guest runs out of memory, a machine ends, a pid holder is killed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,22 +8,24 @@ use containerd_shim_protos::{
 };
 use nutshell_protocol::{Event, Exited};
 
-use super::{Container, DRAIN_LIMIT, KILLED, Role, Tasks, delete::write_back};
-use crate::shim::{
-    events::to_timestamp,
-    pod::Pod,
-    record,
-    tasks::lifecycle::{Exit, Phase},
-    tasks::process::Process,
+use super::{
+    container::{
+        Container, Role,
+        lifecycle::{Exit, SIGKILL_STATUS},
+        process::Process,
+    },
+    limits::DRAIN_LIMIT,
+    table::Tasks,
 };
+use crate::shim::{events::to_timestamp, pod::Pod, record::ExitRecord};
 
 impl Tasks {
-    /// Takes an event of the agent of a pod. Does not block; what it starts is bounded by the number
-    /// of processes that containerd started.
+    /// Handles an event of the agent of a pod. Does not block. It spawns at most one task for each process that
+    /// containerd started, whatever the agent sends.
     pub(super) fn on_event(self: &Arc<Self>, pod: u64, event: Event) {
         match event {
             Event::OutOfMemory { container } => {
-                if self.of_pod(pod, &container).is_some() {
+                if self.container_in_pod(pod, &container).is_some() {
                     self.events.publish(&TaskOOM {
                         container_id: container,
                         ..TaskOOM::default()
@@ -32,15 +33,15 @@ impl Tasks {
                 }
             }
             Event::Exited(exited) => {
-                let process = self.of_pod(pod, &exited.container).and_then(|container| {
+                let process = self.container_in_pod(pod, &exited.container).and_then(|container| {
                     let process = container.process(exited.exec.as_deref().unwrap_or_default()).ok()?;
                     Some((container, process))
                 });
                 match process {
-                    // One that was not begun to start cannot have ended, and none ends twice.
-                    Some((container, process)) if !is_waiting_exec(&process) && process.report_end() => {
+                    // A process that was not started cannot exit, and no process exits twice.
+                    Some((container, process)) if !process.is_unstarted_exec() && process.try_claim_exit() => {
                         let tasks = self.clone();
-                        tokio::spawn(async move { tasks.ended(&container, &process, &exited).await });
+                        tokio::spawn(async move { tasks.on_exit(&container, &process, &exited).await });
                     }
                     _ => log::debug!("ignored an exit of {} {:?}", exited.container, exited.exec),
                 }
@@ -48,15 +49,8 @@ impl Tasks {
         }
     }
 
-    /// The container if it belongs to the pod: an agent has no say in others.
-    fn of_pod(&self, pod: u64, id: &str) -> Option<Arc<Container>> {
-        let id = id.parse().ok()?;
-        let container = self.table().containers.get(&id).cloned()?;
-        (container.pod.number() == pod).then_some(container)
-    }
-
-    /// A process ended and said how much it had written: its end is known when that was delivered.
-    async fn ended(&self, container: &Container, process: &Process, exited: &Exited) {
+    /// Records an exit that the agent reported, after the output that the process had written by then was delivered.
+    async fn on_exit(&self, container: &Container, process: &Process, exited: &Exited) {
         let exit = Exit::now(exited.status.into());
         log::debug!(
             "task {} {:?}: ended with {} after {} and {} bytes",
@@ -75,29 +69,29 @@ impl Tasks {
         if process.exec.is_none() {
             self.end_execs(container).await;
         }
-        self.record(container, process, exit).await;
+        self.record_exit(container, process, exit).await;
     }
 
-    /// The execs of a container end before its first process. The agent has said so of each, and
-    /// each had its time for its output; whoever is not recorded then is recorded as killed.
+    /// Waits until the exits of all execs are recorded, because they must precede that of the first process. The agent
+    /// has reported all of them. An exec whose output is not delivered in time is recorded as killed.
     async fn end_execs(&self, container: &Container) {
         for exec in container.all_execs() {
-            if !is_waiting_exec(&exec) {
-                let recorded = tokio::time::timeout(DRAIN_LIMIT, exec.lifecycle.exit()).await;
+            if !exec.is_unstarted_exec() {
+                let recorded = tokio::time::timeout(DRAIN_LIMIT, exec.lifecycle.wait_exit()).await;
                 if recorded.is_err() {
-                    self.record(container, &exec, Exit::now(KILLED)).await;
+                    self.record_exit(container, &exec, Exit::now(SIGKILL_STATUS)).await;
                 }
             }
         }
     }
 
     /// Records and announces an exit.
-    pub(super) async fn record(&self, container: &Container, process: &Process, exit: Exit) {
+    pub(super) async fn record_exit(&self, container: &Container, process: &Process, exit: Exit) {
         process
             .lifecycle
-            .exited(exit, || {
+            .record_exit(exit, || {
                 if process.exec.is_none() {
-                    remember(container, exit);
+                    store_exit(container, exit);
                 }
                 if !container.is_task() {
                     return;
@@ -114,8 +108,8 @@ impl Tasks {
             .await;
     }
 
-    /// When the machine ends, so does every process in it that has not ended before.
-    pub(super) fn follow_machine(self: &Arc<Self>, pod: &Arc<Pod>) {
+    /// Ends all processes of a pod when its machine ends.
+    pub(super) fn watch_machine(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
             let ending = pod.machine().ended().await;
@@ -124,7 +118,7 @@ impl Tasks {
                 .iter()
                 .any(|container| container.init.lifecycle.phase().exit().is_none())
             {
-                let text = format!("the virtual machine of {} ended: {ending}", names(&members));
+                let text = format!("the virtual machine of {} ended: {ending}", join_ids(&members));
                 if pod.machine().was_stopped() {
                     log::debug!("{text}");
                 } else {
@@ -133,85 +127,81 @@ impl Tasks {
             }
             for container in members {
                 let tasks = tasks.clone();
-                tokio::spawn(async move { tasks.lost(&container).await });
+                tokio::spawn(async move { tasks.end_lost_container(&container).await });
             }
         });
     }
 
-    /// Ends the processes of a container whose machine is gone, but for those whose end is known.
-    async fn lost(&self, container: &Container) {
+    /// Records the exits of a container whose machine has ended, except those that the agent reported before.
+    async fn end_lost_container(&self, container: &Container) {
         for exec in container.all_execs() {
-            if !is_waiting_exec(&exec) && exec.report_end() {
-                self.record(container, &exec, Exit::now(KILLED)).await;
+            if !exec.is_unstarted_exec() && exec.try_claim_exit() {
+                self.record_exit(container, &exec, Exit::now(SIGKILL_STATUS)).await;
             }
         }
-        if container.init.report_end() {
+        if container.init.try_claim_exit() {
             self.end_execs(container).await;
             if container.is_sandbox() {
                 container.pod.disconnect_network().await;
             }
-            self.record(container, &container.init, Exit::now(KILLED)).await;
+            self.record_exit(container, &container.init, Exit::now(SIGKILL_STATUS))
+                .await;
         }
     }
 
-    /// A signal that kills a holder is meant for the process that it stands for.
-    pub(super) fn follow_holder(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
-        let Some(holder) = process.holder() else { return };
+    /// Passes a signal that kills a process's pid holder on to the process.
+    pub(super) fn watch_pid_holder(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
+        let Some(holder) = process.pid_holder() else { return };
         let (tasks, container, process) = (self.clone(), container.clone(), process.clone());
         tokio::spawn(async move {
             let Some(signal) = holder.signalled().await else {
                 return;
             };
             log::info!(
-                "task {}: somebody sent signal {signal} to pid {}, which stands for it",
+                "task {}: its host pid {} received signal {signal}; the signal goes to the process in the guest",
                 container.id,
                 holder.pid()
             );
-            // It may have ended meanwhile.
+            // The process may have ended meanwhile.
             if let Err(error) = tasks.kill_process(&container, &process, signal, false).await {
                 log::info!("task {}: {error}", container.id);
             }
         });
     }
 
-    /// Ends a sandbox: its machine first, with all that is left in it. The guest has `limit` to write its
-    /// disks back.
+    /// Ends a sandbox: first its machine with all processes in it, then the sandbox itself, with `status`. The guest
+    /// has `limit` to write its disks back.
     pub(super) async fn end_sandbox(&self, container: &Container, status: u32, limit: Duration) {
-        if !container.init.report_end() {
-            container.init.lifecycle.exit().await;
+        if !container.init.try_claim_exit() {
+            container.init.lifecycle.wait_exit().await;
             return;
         }
         let members = self.members(container.pod.number());
         let writes = |member: &Arc<Container>| member.role == Role::Member { writes_disk: true };
         if members.iter().any(writes) {
-            write_back(container, limit).await;
+            container.write_back_disks(limit).await;
         }
         container.pod.machine().log_console().await;
         container.pod.machine().stop("its sandbox was stopped");
         container.pod.machine().ended().await;
         for member in members.iter().filter(|member| !member.is_sandbox()) {
-            member.init.lifecycle.exit().await;
+            member.init.lifecycle.wait_exit().await;
         }
-        // CNI takes the namespace down when it hears of the end.
+        // Before the exit is announced, because CNI then removes the network namespace.
         container.pod.disconnect_network().await;
-        self.record(container, &container.init, Exit::now(status)).await;
+        self.record_exit(container, &container.init, Exit::now(status)).await;
     }
 }
 
-/// An exec that was added and not started: nothing of it can end.
-fn is_waiting_exec(process: &Process) -> bool {
-    process.exec.is_some() && process.lifecycle.phase() == Phase::Created
-}
-
-/// For `delete`, should the shim die before containerd has heard of the exit.
-fn remember(container: &Container, exit: Exit) {
-    let exit = record::Exit::new(container.init.pid(), exit.status, exit.at);
-    if let Err(error) = exit.store(&container.bundle) {
+/// Stores the exit in the bundle, for the `delete` action in case the shim dies before containerd has the event.
+fn store_exit(container: &Container, exit: Exit) {
+    let record = ExitRecord::new(container.init.pid(), exit.status, exit.at);
+    if let Err(error) = record.store(&container.bundle) {
         log::warn!("task {}: {error}", container.id);
     }
 }
 
-fn names(containers: &[Arc<Container>]) -> String {
-    let names: Vec<_> = containers.iter().map(|container| container.id.as_str()).collect();
-    names.join(", ")
+fn join_ids(containers: &[Arc<Container>]) -> String {
+    let ids: Vec<_> = containers.iter().map(|container| container.id.as_str()).collect();
+    ids.join(", ")
 }

@@ -1,64 +1,67 @@
-//! The size of a pod's machine follows the limits of the containers in it.
+//! The size of a pod's machine follows the limits of its containers.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use nutshell_protocol::Request;
 
-use super::{ANSWER_LIMIT, Container, Role, Tasks, ask, gone};
+use super::{
+    agent_call::{call_agent, machine_ended},
+    container::{Container, Role},
+    limits::{PLUG_LIMIT, REQUEST_LIMIT},
+    table::Tasks,
+};
 use crate::{
     oci::{Limits, Size},
     shim::{error::TaskError, machine::VmmError, pod::Pod},
 };
 
-/// How long the guest may take to bring memory into use.
-const PLUG_LIMIT: Duration = Duration::from_secs(10);
-
 impl Tasks {
-    /// Gives the machine of `pod` the size that its members come to. What grows is there for the guest's
-    /// processes afterwards; what shrinks goes when the guest can spare it.
+    /// Resizes the machine of `pod` to the sum of its containers' limits. Additional memory and vCPUs are usable
+    /// when this returns. Memory that is removed goes later, when the guest has freed it.
     ///
     /// # Errors
     ///
-    /// The machine cannot grow; it goes on with what it has.
-    pub(super) async fn fit(&self, pod: &Pod) -> Result<(), TaskError> {
+    /// The machine cannot grow. It keeps its size.
+    pub(super) async fn resize_to_limits(&self, pod: &Pod) -> Result<(), TaskError> {
         let change = |from: Size, to: Size| async move {
-            let what = format!(
+            let action = format!(
                 "change the virtual machine from {} MiB and {} vCPUs to {} MiB and {}",
                 from.memory >> 20,
                 from.vcpus,
                 to.memory >> 20,
                 to.vcpus
             );
-            log::debug!("{what}");
-            let changed = change(pod, from, to).await;
-            if changed.is_err() {
-                // A guest that was late may not have in the end what it is not accounted for.
-                if let Err(error) = ask_for(pod, to, from).await {
-                    log::info!("{what}, and back again: {error}");
+            log::debug!("{action}");
+            let resized = resize(pod, from, to).await;
+            if resized.is_err() {
+                // A slow guest could complete the change later and use more than the pod is accounted for.
+                if let Err(error) = request_size(pod, to, from).await {
+                    log::info!("{action}, and back again: {error}");
                 }
             }
-            changed.map_err(|error| error.during(&what))
+            resized.map_err(|error| error.during(&action))
         };
         pod.resize(|| self.wanted_size(pod), change).await
     }
 
-    /// The same, where nobody waits for it: a member needs less, or is gone.
-    pub(super) fn fit_later(self: &Arc<Self>, pod: &Arc<Pod>) {
+    /// [`Self::resize_to_limits`] in the background, after a container needs less.
+    pub(super) fn resize_in_background(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
-            if let Err(error) = tasks.fit(&pod).await {
+            if let Err(error) = tasks.resize_to_limits(&pod).await {
                 log::info!("{error}");
             }
         });
     }
 
-    /// The same, after a container has left the table.
-    pub(super) fn fit_without(self: &Arc<Self>, container: &Container) {
+    /// [`Self::resize_in_background`] after `container` was removed from the table. No-op unless it shared its pod.
+    pub(super) fn resize_without(self: &Arc<Self>, container: &Container) {
         if matches!(container.role, Role::Member { .. }) {
-            self.fit_later(&container.pod);
+            self.resize_in_background(&container.pod);
         }
     }
 
+    /// The size for all containers of a pod that have not ended.
     fn wanted_size(&self, pod: &Pod) -> Size {
         let members = self.members(pod.number());
         let present = members
@@ -69,15 +72,15 @@ impl Tasks {
     }
 }
 
-/// Changes the size, and waits for memory that comes.
-async fn change(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
-    ask_for(pod, from, to).await?;
+/// Changes the size, and waits until the guest uses additional memory.
+async fn resize(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
+    request_size(pod, from, to).await?;
     if to.memory <= from.memory {
         return Ok(());
     }
     let machine = pod.machine();
     machine
-        .within(PLUG_LIMIT, machine.memory_plugged(beyond(pod, to)))
+        .within(PLUG_LIMIT, machine.memory_plugged(hotplugged_memory(pod, to)))
         .await
         .ok_or_else(|| {
             let text = format!("the guest did not take the memory within {} s", PLUG_LIMIT.as_secs());
@@ -85,22 +88,22 @@ async fn change(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
         })
 }
 
-/// Lets the guest have what there is more, and asks for what there is less.
-async fn ask_for(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
+/// Offers the guest additional memory and vCPUs, and asks for the return of excess ones.
+async fn request_size(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
     let machine = pod.machine();
-    match machine.resize(beyond(pod, to), to.vcpus).await {
+    match machine.resize(hotplugged_memory(pod, to), to.vcpus).await {
         Ok(()) => {}
         Err(VmmError::Refused(reason)) => return Err(TaskError::unknown(reason)),
-        Err(VmmError::Channel(error)) => return Err(gone(pod, &error).await),
+        Err(VmmError::Channel(error)) => return Err(machine_ended(pod, &error).await),
     }
-    let fit = Request::ResizeMachine {
+    let request = Request::ResizeMachine {
         vcpus: to.vcpus.into(),
-        has_memory_device: beyond(pod, from).max(beyond(pod, to)) > 0,
+        has_memory_device: hotplugged_memory(pod, from).max(hotplugged_memory(pod, to)) > 0,
     };
-    ask(pod, ANSWER_LIMIT, machine.agent().run(fit)).await
+    call_agent(pod, REQUEST_LIMIT, machine.agent().run(request)).await
 }
 
-/// The memory of a size that the machine did not boot with, in bytes.
-fn beyond(pod: &Pod, size: Size) -> u64 {
+/// The memory of a size beyond what the machine booted with, in bytes.
+fn hotplugged_memory(pod: &Pod, size: Size) -> u64 {
     size.memory.saturating_sub(pod.size().boot.memory)
 }

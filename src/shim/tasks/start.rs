@@ -1,25 +1,30 @@
-//! Start, and Exec, which adds a process to be started.
+//! Start, and Exec, which adds a process to be started later.
 
 use std::sync::Arc;
 
 use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use nutshell_protocol::{Request, StartExec};
 
-use super::{ANSWER_LIMIT, CREATE_LIMIT, Container, Role, Tasks, gone};
+use super::{
+    agent_call::machine_ended,
+    container::{
+        Container, Role, hooks,
+        lifecycle::{Exit, Phase, UNKNOWN_STATUS},
+        process::Process,
+    },
+    limits::{CREATE_LIMIT, REQUEST_LIMIT},
+    table::Tasks,
+};
 use crate::{
     oci::ContainerId,
     shim::{
-        error::{Kind, TaskError},
-        pod::Pod,
+        error::{ErrorCode, TaskError},
         pod::{NetworkNamespace, PidHolder},
-        stdio,
-        tasks::hooks,
-        tasks::lifecycle::{Exit, Phase, UNKNOWN_STATUS},
-        tasks::process::Process,
+        stdio::{StdioContext, StdioSpec},
     },
 };
 
-/// What runc's shim says first; users search for it.
+/// Beginnings of the error texts of a failed Start. They are those of runc's shim, because users search for them.
 const START_CONTEXT: &str = "OCI runtime start failed";
 const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
 
@@ -31,30 +36,30 @@ pub(crate) struct ExecRequest {
     /// OCI `Process` as JSON.
     pub(crate) spec: Vec<u8>,
     /// Its standard streams.
-    pub(crate) stdio: stdio::StdioSpec,
+    pub(crate) stdio: StdioSpec,
 }
 
 impl Tasks {
-    /// Adds a process to the container `id`, to be started.
+    /// Adds a process to the container `id`. Start starts it.
     pub(crate) fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
         let container = self.container(id)?;
-        // The guest gets the id: it must be one path component.
+        // The id is sent to the guest, where it must be one path component.
         if let Err(error) = request.exec.parse::<ContainerId>() {
-            return Err(TaskError::new(Kind::InvalidArgument, format!("exec id: {error}")));
+            return Err(TaskError::new(ErrorCode::InvalidArgument, format!("exec id: {error}")));
         }
-        takes_execs(&container)?;
+        check_accepts_execs(&container)?;
         if container.is_sandbox() {
             return Err(TaskError::new(
-                Kind::Unimplemented,
-                "a sandbox has no process of its own in the virtual machine: exec in one of the pod's containers",
+                ErrorCode::Unimplemented,
+                "a sandbox has no process in the virtual machine: exec in one of the pod's containers",
             ));
         }
         let mut execs = container.execs();
         if execs.contains_key(&request.exec) {
             let text = format!("exec {} of task {id} already exists", request.exec);
-            return Err(TaskError::new(Kind::AlreadyExists, text));
+            return Err(TaskError::new(ErrorCode::AlreadyExists, text));
         }
-        let process = Process::exec(request.exec.clone(), request.stdio, request.spec);
+        let process = Process::new_exec(request.exec.clone(), request.stdio, request.spec);
         execs.insert(request.exec.clone(), Arc::new(process));
         drop(execs);
         self.events.publish(&TaskExecAdded {
@@ -65,11 +70,11 @@ impl Tasks {
         Ok(())
     }
 
-    /// Starts the container `id`, or its exec `exec`, and returns the process's pid.
+    /// Starts the container `id`, or its exec `exec` if that is not empty, and returns the process's pid.
     pub(crate) async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, TaskError> {
         let (container, process) = self.process(id, exec)?;
         if !exec.is_empty() {
-            takes_execs(&container)?;
+            check_accepts_execs(&container)?;
         }
         if exec.is_empty() {
             self.start_init(&container).await
@@ -80,29 +85,30 @@ impl Tasks {
         }
     }
 
+    /// Starts the first process of a container, or a sandbox, and returns its pid.
     pub(super) async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
         if let Err(wrong) = init.lifecycle.begin_start() {
             if container.is_sandbox() && !container.pod.machine().was_stopped() {
-                // A machine that did not boot has ended it: that is what its user has to know.
-                self.set_up(&container.pod).await?;
+                // If the sandbox ended because its machine did not boot, the user needs that reason.
+                self.set_up_pod(&container.pod).await?;
             }
             return Err(wrong.into());
         }
         log::debug!("task {}: start", container.id);
-        let begun = match container.role {
-            // A pod that runs is one that takes containers.
-            Role::Sandbox(_) => self.set_up(&container.pod).await,
-            // Not before: clients put links into the namespace of a container that was created.
-            Role::Alone { .. } => match self.connect_network(&container.pod, init.pid(), false).await {
+        let started = match container.role {
+            // A running sandbox must accept containers.
+            Role::Sandbox(_) => self.set_up_pod(&container.pod).await,
+            // Not at Create: clients add network interfaces to the namespace of a created container.
+            Role::Single { .. } => match self.connect_network(&container.pod, init.pid(), false).await {
                 Ok(()) => start_in_guest(container).await,
                 Err(error) => Err(error),
             },
             Role::Member { .. } => start_in_guest(container).await,
         };
-        if let Err(error) = begun {
-            init.lifecycle.start_failed(None);
-            return Err(not_gone(error).during(START_CONTEXT));
+        if let Err(error) = started {
+            init.lifecycle.mark_start_failed(None);
+            return Err(replace_not_found(error).during(START_CONTEXT));
         }
         if container.is_task() {
             self.events.publish(&TaskStart {
@@ -111,28 +117,12 @@ impl Tasks {
                 ..TaskStart::default()
             });
         }
-        init.lifecycle.started();
+        init.lifecycle.mark_started();
         log::debug!("task {}: started", container.id);
-        // It runs: a hook that fails is no reason to end it (OCI spec, "Lifecycle", step 10).
-        hooks::run_all("poststart", &container.hooks.poststart, "running", container.subject()).await;
+        // The failure of a poststart hook does not end the container (OCI spec, "Lifecycle", step 10).
+        let hooks = &container.hooks.poststart;
+        hooks::run_all("poststart", hooks, "running", container.hook_container()).await;
         Ok(init.pid())
-    }
-
-    /// Gives the machine of a pod the network of the namespace in which the process `pid` lives.
-    pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forwarding: bool) -> Result<(), TaskError> {
-        let ready = pod.machine().ready(self.configuration.ready_timeout).await;
-        ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-        let connected = pod
-            .machine()
-            .within(CREATE_LIMIT, pod.connect_network(pid, forwarding))
-            .await;
-        match connected {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
-            None => Err(TaskError::unknown(
-                "the virtual machine did not take its network in time",
-            )),
-        }
     }
 
     async fn start_exec(
@@ -141,24 +131,24 @@ impl Tasks {
         process: &Arc<Process>,
         exec: &str,
     ) -> Result<u32, TaskError> {
-        match run_exec(container, process, exec, &self.stdio).await {
+        match start_exec_in_guest(container, process, exec, &self.stdio).await {
             Ok(guest_pid) => {
                 process.set_guest_pid(guest_pid);
-                self.follow_holder(container, process);
+                self.watch_pid_holder(container, process);
                 self.events.publish(&TaskExecStarted {
                     container_id: container.id.to_string(),
                     exec_id: exec.to_owned(),
                     pid: process.pid(),
                     ..TaskExecStarted::default()
                 });
-                process.lifecycle.started();
+                process.lifecycle.mark_started();
                 Ok(process.pid())
             }
             Err(error) => {
                 process.close_streams(container.pod.machine()).await;
-                process.release();
-                process.lifecycle.start_failed(Some(Exit::now(UNKNOWN_STATUS)));
-                Err(not_gone(error))
+                process.release_pid();
+                process.lifecycle.mark_start_failed(Some(Exit::now(UNKNOWN_STATUS)));
+                Err(replace_not_found(error))
             }
         }
     }
@@ -169,27 +159,28 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
         container: container.id.to_string(),
     };
     let agent = container.pod.machine().agent();
-    container.ask(ANSWER_LIMIT, agent.run(start)).await
+    container.call_agent(REQUEST_LIMIT, agent.run(start)).await
 }
 
-async fn run_exec(
+/// Opens the streams of an exec, creates its host pid and starts it. Returns its pid in the guest.
+async fn start_exec_in_guest(
     container: &Container,
     process: &Process,
     exec: &str,
-    context: &stdio::StdioContext,
+    context: &StdioContext,
 ) -> Result<u32, TaskError> {
     let machine = container.pod.machine();
     let opened = process
-        .request
+        .stdio_spec
         .open(exec, context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
     let holder = PidHolder::spawn(&NetworkNamespace::Inherited)
-        .map_err(|error| TaskError::unknown(format!("make a pid for the process: {error}")))?;
-    process.hold(Arc::new(holder));
-    let (streams, stdio) = match opened.connect(machine, process.size()).await {
+        .map_err(|error| TaskError::unknown(format!("create the host process of the exec: {error}")))?;
+    process.set_pid_holder(Arc::new(holder));
+    let (streams, stdio) = match opened.connect(machine, process.terminal_size()).await {
         Ok(connected) => connected,
-        Err(error) => return Err(gone(&container.pod, &error).await.during(EXEC_CONTEXT)),
+        Err(error) => return Err(machine_ended(&container.pod, &error).await.during(EXEC_CONTEXT)),
     };
     process.set_streams(streams);
     let start = Request::StartExec(StartExec {
@@ -199,24 +190,26 @@ async fn run_exec(
         stdio,
     });
     container
-        .ask(CREATE_LIMIT, machine.agent().create(start))
+        .call_agent(CREATE_LIMIT, machine.agent().create(start))
         .await
         .map_err(|error| error.during(EXEC_CONTEXT))
 }
 
-fn takes_execs(container: &Container) -> Result<(), TaskError> {
+/// Fails if the container is paused or has ended.
+fn check_accepts_execs(container: &Container) -> Result<(), TaskError> {
     let state = match container.init.lifecycle.phase() {
         Phase::Creating | Phase::Created | Phase::Starting | Phase::Running => return Ok(()),
         phase => phase.name(),
     };
     let text = format!("cannot exec in a {state} container");
-    Err(TaskError::new(Kind::FailedPrecondition, text))
+    Err(TaskError::new(ErrorCode::FailedPrecondition, text))
 }
 
-/// "Not found" would be read as "the task is gone": here it is something that the process requirements.
-fn not_gone(error: TaskError) -> TaskError {
-    match error.kind() {
-        Kind::NotFound => TaskError::unknown(error.to_string()),
+/// Replaces `NOT_FOUND`, which containerd would take for a task that is gone. Here something that the process needs is
+/// missing.
+fn replace_not_found(error: TaskError) -> TaskError {
+    match error.code() {
+        ErrorCode::NotFound => TaskError::unknown(error.to_string()),
         _ => error,
     }
 }

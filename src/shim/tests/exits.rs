@@ -102,7 +102,9 @@ async fn exit_is_recorded_in_the_bundle() {
     let pid = shim.run("c1").await;
     shim.fake.exit("c1", None, 42, [0, 0]);
     shim.wait("c1", "").await.unwrap();
-    let exit = record::Exit::load(&shim.folder.path().join("c1")).unwrap().unwrap();
+    let exit = record::ExitRecord::load(&shim.folder.path().join("c1"))
+        .unwrap()
+        .unwrap();
     assert_eq!((exit.pid, exit.status), (pid, 42));
 }
 

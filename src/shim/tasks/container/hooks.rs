@@ -1,5 +1,5 @@
-//! Hooks of a spec that run on the host (OCI spec, "POSIX-platform Hooks"): each in turn, with the
-//! container's state on its standard input. What fails is told in runc's words.
+//! Hooks of a spec that run on the host (OCI spec, "POSIX-platform Hooks"): one after the other, with the
+//! container's state on standard input. Error texts are runc's, because users search for them.
 
 use std::{io, os::unix::process::CommandExt, path::Path, process::Command};
 
@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::oci::{self, ContainerId, Hook};
 use crate::shim::child::{Child, WaitStatus};
 
-/// A hook that failed.
+/// A hook that failed. `moment` is its name in the spec, `index` its position under that name.
 #[derive(Debug, thiserror::Error)]
 #[error("error running {moment} hook #{index}: {reason}")]
 pub(crate) struct HookError {
@@ -22,70 +22,72 @@ pub(crate) struct HookError {
     reason: String,
 }
 
-/// The container that hooks are told of.
+/// What the hooks of a container get to know of it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Subject<'a> {
-    /// Its id.
+pub(crate) struct HookContainer<'a> {
     pub(crate) id: &'a ContainerId,
-    /// Its folder, in which the hooks run.
+    /// Its bundle's folder, in which the hooks run.
     pub(crate) bundle: &'a Path,
-    /// Its pid on the host, whose network namespace is the container's; 0 if it has none any more.
+    /// Its pid on the host, which is in the container's network namespace; 0 after it was freed.
     pub(crate) pid: u32,
 }
 
-/// Runs `hooks` in their order up to the first that fails. `moment` is their name in the spec,
-/// `status` the container's.
+/// Runs `hooks` in order. `moment` is their name in the spec, `status` that of the container (OCI spec, "State").
+///
+/// # Errors
+///
+/// The first hook that fails. Later hooks do not run then.
 pub(crate) async fn run(
     moment: &'static str,
     hooks: &[Hook],
     status: &str,
-    subject: Subject<'_>,
+    container: HookContainer<'_>,
 ) -> Result<(), HookError> {
     if hooks.is_empty() {
         return Ok(());
     }
-    let state = state(status, subject);
+    let state = encode_state(status, container);
     for (index, hook) in hooks.iter().enumerate() {
-        run_one(hook, &state, subject.bundle)
+        run_hook(hook, &state, container.bundle)
             .await
             .map_err(|reason| HookError { moment, index, reason })?;
     }
     Ok(())
 }
 
-/// Runs all of `hooks` in their order and logs which failed: those for which a container's life goes
-/// on as if they had not (OCI spec, "Lifecycle", poststart and poststop).
-pub(crate) async fn run_all(moment: &'static str, hooks: &[Hook], status: &str, subject: Subject<'_>) {
+/// Runs all of `hooks` in order and logs failures. For poststart and poststop, whose failures must not affect the
+/// container (OCI spec, "Lifecycle").
+pub(crate) async fn run_all(moment: &'static str, hooks: &[Hook], status: &str, container: HookContainer<'_>) {
     if hooks.is_empty() {
         return;
     }
-    let state = state(status, subject);
+    let state = encode_state(status, container);
     for (index, hook) in hooks.iter().enumerate() {
-        if let Err(reason) = run_one(hook, &state, subject.bundle).await {
+        if let Err(reason) = run_hook(hook, &state, container.bundle).await {
             let error = HookError { moment, index, reason };
-            log::warn!("task {}: {error}", subject.id);
+            log::warn!("task {}: {error}", container.id);
         }
     }
 }
 
-/// OCI spec, "State".
-fn state(status: &str, subject: Subject<'_>) -> String {
-    // A spec that was planned can be read; without annotations a hook gets the rest.
-    let annotations = oci::read_annotations(subject.bundle).unwrap_or_default();
+/// The container's state as JSON (OCI spec, "State").
+fn encode_state(status: &str, container: HookContainer<'_>) -> String {
+    // The spec was read before, when the container was planned. If it is gone, hooks get no annotations.
+    let annotations = oci::read_annotations(container.bundle).unwrap_or_default();
     let mut state = json!({
         "ociVersion": "1.2.0",
-        "id": subject.id.as_str(),
+        "id": container.id.as_str(),
         "status": status,
-        "bundle": subject.bundle,
+        "bundle": container.bundle,
         "annotations": annotations,
     });
-    if subject.pid > 0 {
-        state["pid"] = json!(subject.pid);
+    if container.pid > 0 {
+        state["pid"] = json!(container.pid);
     }
     state.to_string()
 }
 
-async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> {
+async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> {
     let text = |error: io::Error| error_text(&error);
     let stdin = memory_file(state).map_err(text)?;
     let stdout = memory_file("").map_err(text)?;
@@ -113,7 +115,8 @@ async fn run_one(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String> 
         Some(limit) => match tokio::time::timeout(limit, child.reap()).await {
             Ok(ended) => ended,
             Err(_) => {
-                // With all that it has started: the group has its number until it is reaped.
+                // Kills the processes that the hook started too. The group's id is not reused before the hook is
+                // reaped.
                 if let Some(group) = i32::try_from(child.pid()).ok().and_then(Pid::from_raw) {
                     let _ = rustix::process::kill_process_group(group, Signal::KILL);
                 }
@@ -151,12 +154,12 @@ mod tests {
 
     async fn run_in(bundle: &Path, hooks: &[Hook]) -> Result<(), String> {
         let id = "c1".parse().unwrap();
-        let subject = Subject {
+        let container = HookContainer {
             id: &id,
             bundle,
             pid: 7,
         };
-        let result = run("createRuntime", hooks, "creating", subject).await;
+        let result = run("createRuntime", hooks, "creating", container).await;
         result.map_err(|error| error.to_string())
     }
 
@@ -193,7 +196,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn failure_names_the_hook_and_stops_the_rest() {
+    async fn failure_names_the_hook_and_stops_the_later_ones() {
         let bundle = tempfile::tempdir().unwrap();
         for (script, expected) in [
             (
@@ -224,10 +227,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn hooks_that_must_all_run_do_although_one_fails() {
+    async fn failing_poststop_hook_does_not_stop_the_next() {
         let bundle = tempfile::tempdir().unwrap();
         let id = "c1".parse().unwrap();
-        let subject = Subject {
+        let container = HookContainer {
             id: &id,
             bundle: bundle.path(),
             pid: 0,
@@ -236,14 +239,14 @@ mod tests {
             "poststop",
             &[shell("exit 1"), shell("touch second")],
             "stopped",
-            subject,
+            container,
         )
         .await;
         assert!(bundle.path().join("second").exists());
     }
 
     #[tokio::test]
-    async fn hook_over_its_time_is_killed() {
+    async fn hook_that_exceeds_its_timeout_is_killed_with_its_children() {
         let bundle = tempfile::tempdir().unwrap();
         let hook = Hook {
             timeout: Some(Duration::from_secs(1)),
@@ -255,7 +258,7 @@ mod tests {
             "error running createRuntime hook #0: hook ran past specified timeout of 1.0s"
         );
         let pid = std::fs::read_to_string(bundle.path().join("pid")).unwrap();
-        // Whoever inherits it reaps it in its own time.
+        // It may still be a zombie, until its new parent reaps it.
         let state = std::fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"));
         assert!(!state.is_ok_and(|state| state.contains(") S ")));
     }

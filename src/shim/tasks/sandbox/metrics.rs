@@ -2,9 +2,34 @@
 
 use nutshell_protocol::ContainerStats;
 
-/// Adds what one container of a pod uses to what others do. Interfaces are the pod's, whoever counts
-/// them; limits of its containers say nothing of the pod.
-pub(crate) fn add(sum: &mut ContainerStats, one: ContainerStats) {
+use crate::shim::{
+    error::{ErrorCode, TaskError},
+    tasks::table::Tasks,
+};
+
+impl Tasks {
+    /// SandboxMetrics: what all containers of the pod use together.
+    pub(crate) async fn sandbox_metrics(&self, id: &str) -> Result<ContainerStats, TaskError> {
+        let sandbox = self.find_sandbox(id)?;
+        let mut sum = ContainerStats::default();
+        for member in self.members(sandbox.pod.number()) {
+            if member.is_sandbox() || member.init.lifecycle.phase().exit().is_some() {
+                continue;
+            }
+            match self.stats(member.id.as_str()).await {
+                Ok(stats) => add(&mut sum, stats),
+                // It ended meanwhile, or its creation is still in progress.
+                Err(error) if matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(sum)
+    }
+}
+
+/// Adds the resource use of one container of a pod to `sum`. Network interfaces belong to the pod, so they are taken
+/// from one container. Limits of containers do not add up to one of the pod, so the sum is unlimited.
+fn add(sum: &mut ContainerStats, one: ContainerStats) {
     let ContainerStats {
         cpu,
         io,
@@ -62,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn containers_of_a_pod_are_added_up() {
+    fn usage_of_containers_is_added_and_limits_are_not() {
         let container = |usage, device| {
             let mut stats = ContainerStats::default();
             stats.cpu.usage_usec = usage;

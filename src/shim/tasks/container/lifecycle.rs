@@ -1,29 +1,32 @@
-//! The states of a process and the only ways between them: created → running → (paused) → stopped →
-//! deleted. The init of a container and every exec have one [`Lifecycle`] each.
+//! The states of a process and the transitions between them: creating → created → starting → running → (paused) →
+//! stopped → deleting → deleted. The first process of a container and every exec have one [`Lifecycle`] each.
 //!
-//! Answers what containerd asks for at any moment, and keeps two promises: an exit is recorded once,
-//! and never while a start is under way, so that the start is always announced first.
+//! The state can be read at any moment without waiting. Two guarantees hold: an exit is recorded once, and it is
+//! never recorded while a start is in progress, so that containerd sees the start first.
 
 use std::time::SystemTime;
 
 use tokio::sync::watch;
 
-use crate::shim::error::{Kind, TaskError};
+use crate::shim::error::{ErrorCode, TaskError};
 
-/// The status of a process that has none: what containerd calls unknown (`UnknownExitStatus`).
+/// Status of a process without an exit status (`UnknownExitStatus` of containerd).
 pub(crate) const UNKNOWN_STATUS: u32 = 255;
+
+/// Status of a process that was killed by SIGKILL: 128 + 9.
+pub(crate) const SIGKILL_STATUS: u32 = 128 + libc::SIGKILL.unsigned_abs();
 
 /// How and when a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
-    /// 0–255; 128 + n for a process killed by signal n.
+    /// 0 to 255; 128 + n for a process killed by signal n.
     pub(crate) status: u32,
-    /// Host clock.
+    /// By the host's clock.
     pub(crate) at: SystemTime,
 }
 
 impl Exit {
-    /// An exit of this moment.
+    /// An exit at the current time.
     pub(crate) fn now(status: u32) -> Self {
         Self {
             status,
@@ -32,29 +35,27 @@ impl Exit {
     }
 }
 
-/// Where a process is.
+/// The state of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// It is being made; nobody knows of it yet.
+    /// Its creation is in progress. Calls do not find it yet.
     Creating,
     /// It exists and has not run its first instruction.
     Created,
-    /// A start is under way.
+    /// Its start is in progress.
     Starting,
-    /// It runs.
     Running,
     /// It is frozen.
     Paused,
-    /// It has ended.
     Stopped(Exit),
-    /// It has ended and is being forgotten.
+    /// Its deletion is in progress.
     Deleting(Exit),
-    /// It is forgotten; only those who waited still see it.
+    /// Only calls that were waiting for it still see it.
     Deleted(Exit),
 }
 
 impl Phase {
-    /// The exit, once there is one.
+    /// The exit, if the process has ended.
     pub(crate) fn exit(self) -> Option<Exit> {
         match self {
             Self::Creating | Self::Created | Self::Starting | Self::Running | Self::Paused => None,
@@ -62,7 +63,7 @@ impl Phase {
         }
     }
 
-    /// As it stands in error texts.
+    /// The name of the phase in error texts.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Creating | Self::Created => "created",
@@ -74,7 +75,7 @@ impl Phase {
     }
 }
 
-/// What was asked for is not possible where the process is.
+/// The phase of the process does not allow the action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("cannot {action} a {} process", phase.name())]
 pub(crate) struct WrongPhase {
@@ -84,89 +85,91 @@ pub(crate) struct WrongPhase {
 
 impl From<WrongPhase> for TaskError {
     fn from(wrong: WrongPhase) -> Self {
-        Self::new(Kind::FailedPrecondition, wrong.to_string())
+        Self::new(ErrorCode::FailedPrecondition, wrong.to_string())
     }
 }
 
-/// Who may delete.
+/// Which caller deletes the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deletion {
-    /// The caller, who calls [`Lifecycle::deleted`] afterwards.
+    /// This one. It calls [`Lifecycle::mark_deleted`] when it is done.
     Begun(Exit),
-    /// Somebody else is at it: the caller waits for [`Lifecycle::deletion`].
-    UnderWay,
+    /// An earlier one. Wait for it with [`Lifecycle::wait_deleted`].
+    InProgress,
 }
 
-/// The state of one process.
+/// The state of one process, to read, to change and to wait for.
 #[derive(Debug)]
 pub(crate) struct Lifecycle {
     phase: watch::Sender<Phase>,
 }
 
 impl Lifecycle {
-    /// Of the first process of a container that is being made.
+    /// For the first process of a container, whose creation has begun.
     pub(crate) fn creating() -> Self {
         Self {
             phase: watch::Sender::new(Phase::Creating),
         }
     }
 
-    /// Of an exec, which exists as soon as it was added.
-    pub(crate) fn added() -> Self {
+    /// For an exec, which exists as soon as it is added.
+    pub(crate) fn created() -> Self {
         Self {
             phase: watch::Sender::new(Phase::Created),
         }
     }
 
     /// Creating → created.
-    pub(crate) fn created(&self) {
-        self.step(|phase| matches!(phase, Phase::Creating).then_some(Phase::Created));
+    pub(crate) fn mark_created(&self) {
+        self.transition(|phase| matches!(phase, Phase::Creating).then_some(Phase::Created));
     }
 
-    /// Creating → deleted: it came to nothing.
-    pub(crate) fn abandoned(&self) {
-        self.step(|phase| matches!(phase, Phase::Creating).then(|| Phase::Deleted(Exit::now(UNKNOWN_STATUS))));
+    /// Creating → deleted: the creation failed.
+    pub(crate) fn abandon(&self) {
+        self.transition(|phase| matches!(phase, Phase::Creating).then(|| Phase::Deleted(Exit::now(UNKNOWN_STATUS))));
     }
 
-    /// Where the process is now.
+    /// The current phase.
     pub(crate) fn phase(&self) -> Phase {
         *self.phase.borrow()
     }
 
-    /// Created → starting. [`Self::started`] or [`Self::start_failed`] follows.
+    /// Created → starting. [`Self::mark_started`] or [`Self::mark_start_failed`] must follow.
     pub(crate) fn begin_start(&self) -> Result<(), WrongPhase> {
-        self.change("start", |phase| match phase {
+        self.try_transition("start", |phase| match phase {
             Phase::Created => Ok(Phase::Starting),
             other => Err(other),
         })
     }
 
     /// Starting → running.
-    pub(crate) fn started(&self) {
-        self.step(|phase| matches!(phase, Phase::Starting).then_some(Phase::Running));
+    pub(crate) fn mark_started(&self) {
+        self.transition(|phase| matches!(phase, Phase::Starting).then_some(Phase::Running));
     }
 
-    /// Starting → stopped if there is an exit (an exec that could not run is over), else → created.
-    pub(crate) fn start_failed(&self, exit: Option<Exit>) {
-        self.step(|phase| matches!(phase, Phase::Starting).then_some(exit.map_or(Phase::Created, Phase::Stopped)));
+    /// Starting → stopped if there is an `exit` (an exec cannot be started again), else → created.
+    pub(crate) fn mark_start_failed(&self, exit: Option<Exit>) {
+        self.transition(|phase| {
+            matches!(phase, Phase::Starting).then_some(exit.map_or(Phase::Created, Phase::Stopped))
+        });
     }
 
-    /// Running → paused; without effect on a process that ended meanwhile.
-    pub(crate) fn paused(&self) {
-        self.step(|phase| matches!(phase, Phase::Running).then_some(Phase::Paused));
+    /// Running → paused. No-op for a process that has ended meanwhile.
+    pub(crate) fn mark_paused(&self) {
+        self.transition(|phase| matches!(phase, Phase::Running).then_some(Phase::Paused));
     }
 
-    /// Paused → running; without effect on a process that ended meanwhile.
-    pub(crate) fn resumed(&self) {
-        self.step(|phase| matches!(phase, Phase::Paused).then_some(Phase::Running));
+    /// Paused → running. No-op for a process that has ended meanwhile.
+    pub(crate) fn mark_resumed(&self) {
+        self.transition(|phase| matches!(phase, Phase::Paused).then_some(Phase::Running));
     }
 
-    /// Created, running or paused → stopped. Waits while a creation or start is under way. Runs
-    /// `announce` before anybody sees the exit, unless one was recorded before: that one stands.
-    pub(crate) async fn exited(&self, exit: Exit, announce: impl FnOnce()) {
+    /// Created, running or paused → stopped. Waits while a creation or start is in progress. Runs `announce` before
+    /// the exit becomes visible. If an exit was recorded before, that one stands and `announce` does not run.
+    pub(crate) async fn record_exit(&self, exit: Exit, announce: impl FnOnce()) {
         let mut announce = Some(announce);
         loop {
-            let done = self.step(|phase| match phase {
+            let done = self.transition(|phase| match phase {
                 Phase::Created | Phase::Running | Phase::Paused => {
                     if let Some(announce) = announce.take() {
                         announce();
@@ -178,15 +181,19 @@ impl Lifecycle {
             if done || self.phase().exit().is_some() {
                 return;
             }
-            self.reaches(|phase| !matches!(phase, Phase::Creating | Phase::Starting))
+            self.wait_for(|phase| !matches!(phase, Phase::Creating | Phase::Starting))
                 .await;
         }
     }
 
-    /// Stopped → deleting, where the process has ended.
+    /// Stopped → deleting.
+    ///
+    /// # Errors
+    ///
+    /// The process has not ended.
     pub(crate) fn begin_deletion(&self) -> Result<Deletion, WrongPhase> {
         let mut begun = None;
-        let refused = self.change("delete", |phase| match phase {
+        let refused = self.try_transition("delete", |phase| match phase {
             Phase::Stopped(exit) => {
                 begun = Some(exit);
                 Ok(Phase::Deleting(exit))
@@ -203,43 +210,44 @@ impl Lifecycle {
             {
                 Err(wrong)
             }
-            (None, _) => Ok(Deletion::UnderWay),
+            (None, _) => Ok(Deletion::InProgress),
         }
     }
 
     /// Deleting → deleted.
-    pub(crate) fn deleted(&self) {
-        self.step(|phase| match phase {
+    pub(crate) fn mark_deleted(&self) {
+        self.transition(|phase| match phase {
             Phase::Deleting(exit) => Some(Phase::Deleted(exit)),
             _ => None,
         });
     }
 
-    /// Waits for the process's end.
-    pub(crate) async fn exit(&self) -> Exit {
+    /// Waits until the process has ended.
+    pub(crate) async fn wait_exit(&self) -> Exit {
         loop {
-            if let Some(exit) = self.reaches(|phase| phase.exit().is_some()).await.exit() {
+            if let Some(exit) = self.wait_for(|phase| phase.exit().is_some()).await.exit() {
                 return exit;
             }
         }
     }
 
-    /// Waits for the end of the deletion.
-    pub(crate) async fn deletion(&self) -> Exit {
-        self.reaches(|phase| matches!(phase, Phase::Deleted(_))).await;
-        self.exit().await
+    /// Waits until the process is deleted.
+    pub(crate) async fn wait_deleted(&self) -> Exit {
+        self.wait_for(|phase| matches!(phase, Phase::Deleted(_))).await;
+        self.wait_exit().await
     }
 
-    async fn reaches(&self, wanted: impl Fn(Phase) -> bool) -> Phase {
+    async fn wait_for(&self, condition: impl Fn(Phase) -> bool) -> Phase {
         let mut receiver = self.phase.subscribe();
-        match receiver.wait_for(|phase| wanted(*phase)).await {
+        match receiver.wait_for(|phase| condition(*phase)).await {
             Ok(phase) => *phase,
-            // The sender is `self`, which is borrowed here.
+            // The sender is a field of `self`, which is borrowed.
             Err(_) => self.phase(),
         }
     }
 
-    fn step(&self, next: impl FnOnce(Phase) -> Option<Phase>) -> bool {
+    /// Enters the phase that `next` returns for the current one. Returns whether there was one.
+    fn transition(&self, next: impl FnOnce(Phase) -> Option<Phase>) -> bool {
         self.phase.send_if_modified(|phase| match next(*phase) {
             Some(next) => {
                 *phase = next;
@@ -249,9 +257,14 @@ impl Lifecycle {
         })
     }
 
-    fn change(&self, action: &'static str, next: impl FnOnce(Phase) -> Result<Phase, Phase>) -> Result<(), WrongPhase> {
+    /// Like [`Self::transition`]; `next` returns the current phase as an error if it does not allow `action`.
+    fn try_transition(
+        &self,
+        action: &'static str,
+        next: impl FnOnce(Phase) -> Result<Phase, Phase>,
+    ) -> Result<(), WrongPhase> {
         let mut refused = None;
-        self.step(|phase| next(phase).map_err(|phase| refused = Some(phase)).ok());
+        self.transition(|phase| next(phase).map_err(|phase| refused = Some(phase)).ok());
         refused.map_or(Ok(()), |phase| Err(WrongPhase { action, phase }))
     }
 }
@@ -290,8 +303,8 @@ mod tests {
         }
     }
 
-    /// Where `step` leads from each phase, in the order of [`all`].
-    fn table(step: impl Fn(&Lifecycle)) -> [Phase; 8] {
+    /// The phase after `step` for each phase of [`all`].
+    fn phases_after(step: impl Fn(&Lifecycle)) -> [Phase; 8] {
         all().map(|phase| {
             let lifecycle = at(phase);
             step(&lifecycle);
@@ -300,12 +313,12 @@ mod tests {
     }
 
     #[test]
-    fn every_step_changes_only_the_phases_it_is_for() {
+    fn transitions_change_only_the_phases_that_allow_them() {
         use Phase::{Created, Creating, Deleted, Deleting, Paused, Running, Starting, Stopped};
         let (stopped, deleting, deleted) = (Stopped(EXIT), Deleting(EXIT), Deleted(EXIT));
 
         assert_eq!(
-            table(|lifecycle| {
+            phases_after(|lifecycle| {
                 let _ = lifecycle.begin_start();
             }),
             [
@@ -313,19 +326,19 @@ mod tests {
             ]
         );
         assert_eq!(
-            table(Lifecycle::created),
+            phases_after(Lifecycle::mark_created),
             [Created, Created, Starting, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
-            table(Lifecycle::started),
+            phases_after(Lifecycle::mark_started),
             [Creating, Created, Running, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
-            table(|lifecycle| lifecycle.start_failed(None)),
+            phases_after(|lifecycle| lifecycle.mark_start_failed(None)),
             [Creating, Created, Created, Running, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
-            table(|lifecycle| lifecycle.start_failed(Some(LATER))),
+            phases_after(|lifecycle| lifecycle.mark_start_failed(Some(LATER))),
             [
                 Creating,
                 Created,
@@ -338,17 +351,17 @@ mod tests {
             ]
         );
         assert_eq!(
-            table(Lifecycle::paused),
+            phases_after(Lifecycle::mark_paused),
             [Creating, Created, Starting, Paused, Paused, stopped, deleting, deleted]
         );
         assert_eq!(
-            table(Lifecycle::resumed),
+            phases_after(Lifecycle::mark_resumed),
             [
                 Creating, Created, Starting, Running, Running, stopped, deleting, deleted
             ]
         );
         assert_eq!(
-            table(|lifecycle| {
+            phases_after(|lifecycle| {
                 let _ = lifecycle.begin_deletion();
             }),
             [
@@ -356,13 +369,13 @@ mod tests {
             ]
         );
         assert_eq!(
-            table(Lifecycle::deleted),
+            phases_after(Lifecycle::mark_deleted),
             [Creating, Created, Starting, Running, Paused, stopped, deleted, deleted]
         );
     }
 
     #[test]
-    fn refusals_say_what_cannot_be_done_to_what() {
+    fn refused_transition_names_action_and_phase() {
         assert_eq!(
             at(Phase::Running).begin_start().unwrap_err().to_string(),
             "cannot start a running process"
@@ -377,38 +390,38 @@ mod tests {
         );
     }
 
-    /// Records `exit` and says whether it was announced.
-    async fn exited(lifecycle: &Lifecycle, exit: Exit) -> bool {
+    /// Records `exit`, and returns whether it was announced.
+    async fn record_exit(lifecycle: &Lifecycle, exit: Exit) -> bool {
         let mut announced = false;
-        lifecycle.exited(exit, || announced = true).await;
+        lifecycle.record_exit(exit, || announced = true).await;
         announced
     }
 
     #[tokio::test]
-    async fn exit_is_recorded_once_from_every_phase_that_has_none() {
+    async fn exit_is_recorded_once_in_every_phase_without_an_exit() {
         for phase in [Phase::Created, Phase::Running, Phase::Paused] {
             let lifecycle = at(phase);
-            assert!(exited(&lifecycle, EXIT).await);
-            assert!(!exited(&lifecycle, LATER).await);
+            assert!(record_exit(&lifecycle, EXIT).await);
+            assert!(!record_exit(&lifecycle, LATER).await);
             assert_eq!(lifecycle.phase(), Phase::Stopped(EXIT));
         }
         for phase in [Phase::Stopped(EXIT), Phase::Deleting(EXIT), Phase::Deleted(EXIT)] {
             let lifecycle = at(phase);
-            assert!(!exited(&lifecycle, LATER).await);
+            assert!(!record_exit(&lifecycle, LATER).await);
             assert_eq!(lifecycle.phase(), phase);
         }
     }
 
     #[tokio::test]
-    async fn exit_waits_for_the_creation_or_start_under_way() {
+    async fn exit_waits_for_a_creation_or_start_in_progress() {
         for (phase, settle) in [
-            (Phase::Creating, Lifecycle::created as fn(&Lifecycle)),
-            (Phase::Starting, Lifecycle::started),
+            (Phase::Creating, Lifecycle::mark_created as fn(&Lifecycle)),
+            (Phase::Starting, Lifecycle::mark_started),
         ] {
             let lifecycle = Arc::new(at(phase));
             let recorded = tokio::spawn({
                 let lifecycle = lifecycle.clone();
-                async move { exited(&lifecycle, EXIT).await }
+                async move { record_exit(&lifecycle, EXIT).await }
             });
             tokio::task::yield_now().await;
             assert_eq!(lifecycle.phase(), phase);
@@ -421,33 +434,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn exit_of_what_came_to_nothing_is_not_announced() {
+    async fn exit_of_an_abandoned_creation_is_not_announced() {
         let lifecycle = Lifecycle::creating();
-        lifecycle.abandoned();
-        assert!(!exited(&lifecycle, EXIT).await);
-        assert_eq!(lifecycle.exit().await.status, UNKNOWN_STATUS);
+        lifecycle.abandon();
+        assert!(!record_exit(&lifecycle, EXIT).await);
+        assert_eq!(lifecycle.wait_exit().await.status, UNKNOWN_STATUS);
     }
 
     #[tokio::test]
-    async fn all_who_wait_get_the_exit_before_and_after_it_happened() {
-        let lifecycle = Arc::new(Lifecycle::added());
+    async fn all_waiters_get_the_exit_before_and_after_it_happened() {
+        let lifecycle = Arc::new(Lifecycle::created());
         let waiters: Vec<_> = (0..3)
             .map(|_| {
                 let lifecycle = lifecycle.clone();
-                tokio::spawn(async move { lifecycle.exit().await })
+                tokio::spawn(async move { lifecycle.wait_exit().await })
             })
             .collect();
-        exited(&lifecycle, EXIT).await;
+        record_exit(&lifecycle, EXIT).await;
         for waiter in waiters {
             assert_eq!(waiter.await.unwrap(), EXIT);
         }
-        assert_eq!(lifecycle.exit().await, EXIT);
+        assert_eq!(lifecycle.wait_exit().await, EXIT);
     }
 
     #[test]
-    fn only_one_of_two_deletes_is_begun() {
+    fn second_of_two_deletions_is_in_progress() {
         let lifecycle = at(Phase::Stopped(EXIT));
         assert_eq!(lifecycle.begin_deletion(), Ok(Deletion::Begun(EXIT)));
-        assert_eq!(lifecycle.begin_deletion(), Ok(Deletion::UnderWay));
+        assert_eq!(lifecycle.begin_deletion(), Ok(Deletion::InProgress));
     }
 }

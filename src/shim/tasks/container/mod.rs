@@ -1,0 +1,178 @@
+//! One container: its place in a pod, its processes and its limits.
+//!
+//! What lives here: the state of a container and of its processes, and the hooks of its spec. What may not live
+//! here: the table of all containers, and the calls that act on several of them. The other files of
+//! [`tasks`](super) call it.
+
+pub(super) mod hooks;
+pub(super) mod lifecycle;
+pub(super) mod process;
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use nutshell_protocol::Request;
+use parking_lot::{Mutex, MutexGuard};
+
+use self::{hooks::HookContainer, process::Process};
+use super::agent_call::call_agent;
+use crate::{
+    oci::{ContainerId, Hooks, Limits},
+    shim::{
+        error::{ErrorCode, TaskError},
+        machine::AgentError,
+        pod::Pod,
+        stdio::StdioSpec,
+    },
+};
+
+/// The relation of a container to its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It is the only container of the pod.
+    Single {
+        /// Its root is a disk that the guest may have to write back.
+        writes_disk: bool,
+    },
+    /// It is the pod's sandbox, which has no process in the guest. The lifecycle of its first process is the state
+    /// of the pod.
+    Sandbox(SandboxApi),
+    /// It lives in the pod of a sandbox.
+    Member {
+        /// Its root is a disk that the guest may have to write back.
+        writes_disk: bool,
+    },
+}
+
+/// Which API created the sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SandboxApi {
+    /// The Task service, as a container (`sandboxer = "podsandbox"`).
+    Task,
+    /// The Sandbox service (`sandboxer = "shim"`). The sandbox is no task, and has no task events.
+    Service,
+}
+
+/// A container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(super) id: ContainerId,
+    pub(super) bundle: PathBuf,
+    pub(super) role: Role,
+    pub(super) created_at: SystemTime,
+    pub(super) pod: Arc<Pod>,
+    /// Its first process.
+    pub(super) init: Arc<Process>,
+    execs: Mutex<HashMap<String, Arc<Process>>>,
+    pub(super) hooks: Hooks,
+    limits: Mutex<Limits>,
+    /// Held by a call that changes `limits`.
+    pub(super) update_lock: tokio::sync::Mutex<()>,
+}
+
+impl Container {
+    /// A container whose creation has begun.
+    pub(super) fn new(
+        id: ContainerId,
+        bundle: PathBuf,
+        role: Role,
+        pod: Arc<Pod>,
+        stdio: StdioSpec,
+        hooks: Hooks,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            id,
+            bundle,
+            role,
+            created_at: SystemTime::now(),
+            pod,
+            init: Arc::new(Process::new_init(stdio)),
+            execs: Mutex::default(),
+            hooks,
+            limits: Mutex::new(limits),
+            update_lock: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Whether it is a sandbox, which has no process in the guest.
+    pub(super) fn is_sandbox(&self) -> bool {
+        matches!(self.role, Role::Sandbox(_))
+    }
+
+    /// Whether the Task service knows it, and its events are published.
+    pub(super) fn is_task(&self) -> bool {
+        self.role != Role::Sandbox(SandboxApi::Service)
+    }
+
+    /// What its hooks get to know of it.
+    pub(super) fn hook_container(&self) -> HookContainer<'_> {
+        HookContainer {
+            id: &self.id,
+            bundle: &self.bundle,
+            pid: self.init.pid(),
+        }
+    }
+
+    /// Its bundle's folder.
+    pub(crate) fn bundle(&self) -> &Path {
+        &self.bundle
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        *self.limits.lock()
+    }
+
+    pub(super) fn set_limits(&self, limits: Limits) {
+        *self.limits.lock() = limits;
+    }
+
+    /// Its execs by id, locked.
+    pub(super) fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
+        self.execs.lock()
+    }
+
+    /// A copy of the list of its execs, for use across an `await`.
+    pub(super) fn all_execs(&self) -> Vec<Arc<Process>> {
+        self.execs().values().cloned().collect()
+    }
+
+    /// The container's first process, or its exec `exec` if that is not empty.
+    ///
+    /// # Errors
+    ///
+    /// `NOT_FOUND`.
+    pub(super) fn process(&self, exec: &str) -> Result<Arc<Process>, TaskError> {
+        if exec.is_empty() {
+            return Ok(self.init.clone());
+        }
+        self.execs().get(exec).cloned().ok_or_else(|| {
+            TaskError::new(
+                ErrorCode::NotFound,
+                format!("exec {exec} of task {} not found", self.id),
+            )
+        })
+    }
+
+    /// [`call_agent`] of its pod.
+    pub(super) async fn call_agent<T>(
+        &self,
+        limit: Duration,
+        response: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<T, TaskError> {
+        call_agent(&self.pod, limit, response).await
+    }
+
+    /// Makes the guest end all containers of the pod and write its disks back.
+    pub(super) async fn write_back_disks(&self, limit: Duration) {
+        let agent = self.pod.machine().agent();
+        if let Err(error) = self.call_agent(limit, agent.run(Request::Shutdown)).await {
+            log::error!("task {}: its disk may lack the last writes: {error}", self.id);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Steps in the guest that precede its first container: what the pod's containers share, and the network.
+
+use nutshell_protocol::Request;
+
+use super::{agent_call::call_agent, limits::CREATE_LIMIT, table::Tasks};
+use crate::shim::{error::TaskError, pod::Pod};
+
+impl Tasks {
+    /// Waits until the guest of a pod is ready and has what the pod's containers share. Does so once: later calls
+    /// return the result of the first. Returns at once for the pod of a single container, which shares nothing.
+    pub(super) async fn set_up_pod(&self, pod: &Pod) -> Result<(), TaskError> {
+        pod.set_up(|request| async {
+            let ready = pod.machine().ready(self.configuration.ready_timeout).await;
+            ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
+            // The pod's sysctls may name network interfaces, which CNI has created before the sandbox.
+            let members = self.members(pod.number());
+            if let Some(sandbox) = members.iter().find(|member| member.is_sandbox()) {
+                self.connect_network(pod, sandbox.init.pid(), true).await?;
+            }
+            let response = pod.machine().agent().run(Request::SetUpPod(request));
+            call_agent(pod, CREATE_LIMIT, response)
+                .await
+                .map_err(|error| error.during("set up the pod"))
+        })
+        .await
+    }
+
+    /// Connects the machine of a pod to the network namespace of the process `pid`. With `forward_loopback`, connections
+    /// to the namespace's loopback interface are forwarded to the guest.
+    pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forward_loopback: bool) -> Result<(), TaskError> {
+        let ready = pod.machine().ready(self.configuration.ready_timeout).await;
+        ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
+        let connected = pod
+            .machine()
+            .within(CREATE_LIMIT, pod.connect_network(pid, forward_loopback))
+            .await;
+        match connected {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
+            None => Err(TaskError::unknown(format!(
+                "the virtual machine did not take its network within {} s",
+                CREATE_LIMIT.as_secs()
+            ))),
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Steps on the host that the creation of a container and of a sandbox have in common: the pod, the pid on the
+//! host, the hooks.
+
+use std::{path::Path, sync::Arc};
+
+use super::{
+    container::{Container, hooks},
+    table::Tasks,
+};
+use crate::{
+    oci::{ContainerId, Hooks, Network, PlanError},
+    shim::{
+        error::{ErrorCode, TaskError},
+        pod::{NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace},
+        record::ResourceRecord,
+    },
+};
+
+/// Starts the error text of a failed creation. It is that of runc's shim, because users search for it.
+pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
+
+impl Tasks {
+    /// Starts a pod for the container or sandbox `id`. Returns before its machine has booted.
+    pub(super) async fn start_pod(
+        self: &Arc<Self>,
+        id: &ContainerId,
+        bundle: &Path,
+        requirements: PodRequirements,
+    ) -> Result<Arc<Pod>, TaskError> {
+        let record = ResourceRecord {
+            cgroups: requirements.cgroup_paths(),
+        };
+        if let Err(error) = record.store(bundle) {
+            log::warn!("task {id}: {error}");
+        }
+        let tasks = Arc::downgrade(self);
+        let pod = Pod::start(self.launcher.as_ref(), requirements, move |pod, event| {
+            if let Some(tasks) = tasks.upgrade() {
+                tasks.on_event(pod, event);
+            }
+        })
+        .await
+        .map_err(create_error)?;
+        log::debug!("task {id}: virtual machine {} boots", pod.machine().pid());
+        self.watch_machine(&pod);
+        Ok(pod)
+    }
+}
+
+/// The error of a creation whose pod failed.
+pub(super) fn create_error(error: PodError) -> TaskError {
+    TaskError::unknown(error.to_string()).during(CREATE_CONTEXT)
+}
+
+/// The error of a creation whose plan failed: `INVALID_ARGUMENT` if the request or the spec is wrong.
+pub(super) fn plan_error(error: &PlanError) -> TaskError {
+    let code = match error {
+        PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => ErrorCode::InvalidArgument,
+        _ => ErrorCode::Unknown,
+    };
+    TaskError::new(code, error.to_string()).during(CREATE_CONTEXT)
+}
+
+/// Gives a container its pid on the host, in the network namespace that the spec asks for. The pid joins the pod's
+/// control group, because clients find the group by the pid.
+pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
+    let holder = PidHolder::spawn(&network_namespace(network)?)
+        .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;
+    container.pod.add_process(holder.pid());
+    container.init.set_pid_holder(Arc::new(holder));
+    Ok(())
+}
+
+fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
+    const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
+        give the container a network namespace";
+    match network {
+        Network::Host => Err(TaskError::new(ErrorCode::InvalidArgument, HOST)),
+        Network::Loopback => Ok(NetworkNamespace::New),
+        Network::Namespace(path) => match open_network_namespace(path) {
+            Ok(namespace) => Ok(NetworkNamespace::Join(namespace)),
+            Err(error) => {
+                let text = format!("open the network namespace {}: {error}", path.display());
+                Err(TaskError::unknown(text))
+            }
+        },
+    }
+}
+
+/// Runs the hooks that set up the namespaces of the host pid, mostly the network.
+pub(super) async fn run_create_hooks(container: &Container) -> Result<(), TaskError> {
+    let Hooks {
+        prestart,
+        create_runtime,
+        ..
+    } = &container.hooks;
+    for (moment, hooks) in [("prestart", prestart), ("createRuntime", create_runtime)] {
+        hooks::run(moment, hooks, "creating", container.hook_container())
+            .await
+            .map_err(|error| TaskError::unknown(error.to_string()))?;
+    }
+    Ok(())
+}

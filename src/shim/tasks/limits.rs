@@ -1,0 +1,40 @@
+//! The time limits of calls and of what happens between them.
+//!
+//! Limits for the agent count only time in which the machine could run (see
+//! [`Machine::within`](crate::shim::machine::Machine::within)), except [`PIDS_LIMIT`]. All others are plain
+//! elapsed time.
+
+use std::time::Duration;
+
+/// Delivery of a process's output to its readers, before the exit is reported, and again before its streams are
+/// closed. A reader that does not read must not hide an exit.
+pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// From the kill of a process to the record of its exit, which waits for its output.
+pub(super) const EXIT_LIMIT: Duration = DRAIN_LIMIT;
+
+/// Closing of a process's streams by the vmm, which copies no more data then.
+pub(super) const CLOSE_STREAMS_LIMIT: Duration = Duration::from_secs(2);
+
+/// From a broken connection to the machine until the reason for its end is known.
+pub(super) const END_REASON_LIMIT: Duration = Duration::from_secs(2);
+
+/// A request that the agent answers without waiting for anything.
+pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
+/// them wait for guest or host kernel.
+pub(super) const CREATE_LIMIT: Duration = Duration::from_secs(30);
+
+/// A signal. A guest that does not deliver SIGKILL in this time is ended with its machine.
+pub(super) const KILL_LIMIT: Duration = Duration::from_secs(5);
+
+/// The list of processes. Without an answer the shim returns the container's first process only: containerd takes
+/// a task without processes for leaked, so a guest that hangs must not delay it.
+pub(super) const PIDS_LIMIT: Duration = Duration::from_secs(2);
+
+/// Write-back of the guest's disks before its machine is ended.
+pub(super) const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
+
+/// From a resize until the guest uses the additional memory.
+pub(super) const PLUG_LIMIT: Duration = Duration::from_secs(10);
