@@ -1,6 +1,6 @@
 //! The error of a call: a gRPC code, which containerd and its clients evaluate, and one line for the user.
 
-use containerd_shim_protos::ttrpc::{self, Code};
+use containerd_shim::protos::ttrpc::{self, Code};
 
 /// A failed call of the Task or Sandbox service.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc};
 
-use containerd_shim_protos::ttrpc;
+use containerd_shim::protos::ttrpc;
 
 use crate::shim::{error::TaskError, tasks::Tasks};
 

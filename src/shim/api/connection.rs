@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use containerd_shim_protos::ttrpc::{MessageHeader, asynchronous::transport::Listener};
+use containerd_shim::protos::ttrpc::{MessageHeader, asynchronous::transport::Listener};
 use futures_core::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},

@@ -2,15 +2,16 @@
 //! has (github.com/containerd/cgroups `cgroup2/stats/metrics.proto`). No part of it is left out: clients
 //! read some without a check.
 
-use containerd_shim_protos::{
-    cgroups_v2::metrics::{
-        CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat, RdmaStat,
+use containerd_shim::{
+    protos::{
+        cgroups_v2::metrics::{
+            CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat, RdmaStat,
+        },
+        protobuf::{MessageField, well_known_types::any::Any},
     },
-    protobuf::{Message, MessageField, well_known_types::any::Any},
+    util::convert_to_any,
 };
 use nutshell_protocol::ContainerStats;
-
-use crate::shim::events::pack_any;
 
 /// The message in its envelope.
 pub(crate) fn metrics(stats: &ContainerStats) -> Any {
@@ -48,7 +49,7 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Any {
         ..Metrics::default()
     };
     // A message without required fields cannot fail to encode into memory.
-    pack_any::<Metrics>(message.write_to_bytes().unwrap_or_default())
+    convert_to_any(Box::new(message)).unwrap_or_default()
 }
 
 fn io(stats: &nutshell_protocol::IoStats) -> IOEntry {
@@ -136,6 +137,8 @@ fn field<'a>(memory: &'a mut MemoryStat, name: &str) -> Option<&'a mut u64> {
 
 #[cfg(test)]
 mod tests {
+    use containerd_shim::protos::protobuf::Message;
+
     use super::*;
 
     fn decoded(stats: &ContainerStats) -> Metrics {

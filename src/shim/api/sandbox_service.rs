@@ -5,7 +5,7 @@
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     protobuf::MessageField,
     sandbox_api::{
         CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,

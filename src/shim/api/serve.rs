@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::ttrpc::{self, asynchronous::Server};
+use containerd_shim::protos::ttrpc::{self, asynchronous::Server};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use super::{

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use containerd_shim_protos::ttrpc::asynchronous::Service;
+use containerd_shim::protos::ttrpc::asynchronous::Service;
 
 use super::{connection::Written, sandbox_service, task_service};
 use crate::shim::{stdio, tasks::Tasks};

@@ -4,27 +4,31 @@
 use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc, time::SystemTime};
 
 use async_trait::async_trait;
-use containerd_shim_protos::{
-    api::{
-        CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
-        DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
-        ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
-        StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+use containerd_shim::{
+    protos::{
+        api::{
+            CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+            CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+            PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest,
+            StartResponse, StateRequest, StateResponse, StatsRequest, StatsResponse, Status, UpdateTaskRequest,
+            WaitRequest, WaitResponse,
+        },
+        protobuf::{EnumOrUnknown, MessageField, well_known_types::timestamp::Timestamp},
+        shim::oci::ProcessDetails,
+        shim_async::{Task, create_task},
+        ttrpc::{
+            self,
+            asynchronous::{Service, TtrpcContext},
+        },
     },
-    protobuf::{EnumOrUnknown, Message, MessageField, well_known_types::timestamp::Timestamp},
-    shim::oci::ProcessDetails,
-    shim_async::{Task, create_task},
-    ttrpc::{
-        self,
-        asynchronous::{Service, TtrpcContext},
-    },
+    util::convert_to_any,
 };
 
 use super::{completion::run_to_completion, connection::Written, metrics::metrics};
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    events::{pack_any, to_timestamp},
+    events::to_timestamp,
     stdio,
     tasks::{CreateRequest, ExecRequest, Phase, Tasks},
 };
@@ -127,8 +131,8 @@ impl Task for TaskService {
                     exec_id,
                     ..ProcessDetails::default()
                 };
-                let details = details.write_to_bytes().map_err(|error| unknown(&error))?;
-                process.info = MessageField::some(pack_any::<ProcessDetails>(details));
+                let details = convert_to_any(Box::new(details)).map_err(|error| unknown(&error))?;
+                process.info = MessageField::some(details);
             }
             processes.push(process);
         }

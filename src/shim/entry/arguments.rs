@@ -1,9 +1,14 @@
-//! The command line, as containerd writes it for shims made with Go's `flag` package: one or two
-//! dashes, `-name value` or `-name=value`, then the action (containerd `core/runtime/v2/README.md`, `pkg/shim`).
+//! The command line, as containerd writes it for shims made with Go's `flag` package (containerd
+//! `core/runtime/v2/README.md`, `pkg/shim`), parsed by `containerd-shim` and checked here.
 
 use std::{ffi::OsString, path::PathBuf};
 
+use containerd_shim::Flags;
+
 use crate::oci::{ContainerId, IdError};
+
+/// The environment variable by which `start` names the configuration to the shim, unless that is the default one.
+pub(crate) const CONFIGURATION_VARIABLE: &str = "NUTSHELL_CONFIGURATION";
 
 /// What the shim is asked to do.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,172 +45,75 @@ pub(crate) struct Target {
 pub(crate) struct Serve {
     /// The path of the socket that is passed.
     pub(crate) socket: PathBuf,
-    /// The configuration to use instead of the default one.
-    pub(crate) configuration: Option<PathBuf>,
 }
 
-/// What is wrong with the command line.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+/// Why a command line is rejected.
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum ArgumentsError {
-    /// Not Unicode.
-    #[error("argument {0:?} is not valid UTF-8")]
-    NotUnicode(OsString),
-    /// No flag of a shim.
-    #[error("flag provided but not defined: -{0}")]
-    Unknown(String),
-    /// The last argument is a flag that needs one more.
-    #[error("flag needs an argument: -{0}")]
-    NoValue(String),
-    /// A flag that is on or off has another value.
-    #[error("invalid boolean value {value:?} for -{flag}")]
-    NotBoolean {
-        /// The flag.
-        flag: String,
-        /// Its value.
-        value: String,
+    #[error("{source}: in the arguments {arguments:?}")]
+    Flags {
+        arguments: Vec<OsString>,
+        source: containerd_shim::Error,
     },
-    /// An action that needs a flag came without.
     #[error("-{0} is required")]
     Missing(&'static str),
-    /// An action of nobody.
-    #[error("unknown action {0:?}: start, delete or none")]
-    Action(String),
-    /// The id is none.
+    #[error("unknown action {0:?}: use start, delete or none")]
+    UnknownAction(String),
     #[error("-id: {0}")]
     Id(#[from] IdError),
 }
 
 /// Parses the arguments after the program's name.
 pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Action, ArgumentsError> {
-    let mut arguments = arguments.map(|argument| argument.into_string().map_err(ArgumentsError::NotUnicode));
-    let mut flags = Flags::default();
-    let action = loop {
-        let Some(argument) = arguments.next().transpose()? else {
-            break None;
-        };
-        if argument == "--" {
-            break arguments.next().transpose()?;
-        }
-        let Some(flag) = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-')) else {
-            break Some(argument);
-        };
-        let (name, value) = match flag.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (flag, None),
-        };
-        if let Some(switch) = flags.switch(name) {
-            *switch = boolean(name, value)?;
-        } else if let Some(text) = flags.text(name) {
-            let next = || {
-                arguments
-                    .next()
-                    .unwrap_or_else(|| Err(ArgumentsError::NoValue(name.to_owned())))
-            };
-            *text = value.map_or_else(next, Ok)?;
-        } else {
-            return Err(ArgumentsError::Unknown(name.to_owned()));
-        }
+    let arguments: Vec<_> = arguments.collect();
+    let flags = match containerd_shim::parse(&arguments) {
+        Ok(flags) => flags,
+        Err(source) => return Err(ArgumentsError::Flags { arguments, source }),
     };
-    flags.action(action.as_deref())
-}
-
-fn boolean(flag: &str, value: Option<String>) -> Result<bool, ArgumentsError> {
-    match value.as_deref() {
-        None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
-        Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Ok(false),
-        Some(value) => Err(ArgumentsError::NotBoolean {
-            flag: flag.to_owned(),
-            value: value.to_owned(),
-        }),
+    if flags.version {
+        return Ok(Action::Version);
+    }
+    if flags.info {
+        return Ok(Action::Info);
+    }
+    match flags.action.as_str() {
+        "start" => Ok(Action::Start(target(flags)?)),
+        "delete" => Ok(Action::Delete(path(flags.bundle))),
+        "" => {
+            let socket = path(flags.socket.clone()).ok_or(ArgumentsError::Missing("socket"));
+            Ok(Action::Serve(target(flags)?, Serve { socket: socket? }))
+        }
+        other => Err(ArgumentsError::UnknownAction(other.to_owned())),
     }
 }
 
-#[derive(Default)]
-struct Flags {
-    debug: bool,
-    version: bool,
-    info: bool,
-    id: String,
-    namespace: String,
-    address: String,
-    publish_binary: String,
-    bundle: String,
-    socket: String,
-    configuration: String,
+fn target(flags: Flags) -> Result<Target, ArgumentsError> {
+    if flags.namespace.is_empty() {
+        return Err(ArgumentsError::Missing("namespace"));
+    }
+    if flags.id.is_empty() {
+        return Err(ArgumentsError::Missing("id"));
+    }
+    Ok(Target {
+        id: flags.id.parse()?,
+        namespace: flags.namespace,
+        address: flags.address,
+        publish_binary: path(flags.publish_binary),
+        debug: flags.debug,
+    })
 }
 
-impl Flags {
-    fn switch(&mut self, name: &str) -> Option<&mut bool> {
-        match name {
-            "debug" => Some(&mut self.debug),
-            "v" | "version" => Some(&mut self.version),
-            "info" => Some(&mut self.info),
-            _ => None,
-        }
-    }
-
-    fn text(&mut self, name: &str) -> Option<&mut String> {
-        match name {
-            "id" => Some(&mut self.id),
-            "namespace" => Some(&mut self.namespace),
-            "address" => Some(&mut self.address),
-            "publish-binary" => Some(&mut self.publish_binary),
-            "bundle" => Some(&mut self.bundle),
-            "socket" => Some(&mut self.socket),
-            "configuration" => Some(&mut self.configuration),
-            _ => None,
-        }
-    }
-
-    fn action(self, action: Option<&str>) -> Result<Action, ArgumentsError> {
-        if self.version {
-            return Ok(Action::Version);
-        }
-        if self.info {
-            return Ok(Action::Info);
-        }
-        let path = |text: &str| (!text.is_empty()).then(|| PathBuf::from(text));
-        let bundle = path(&self.bundle);
-        let serve = path(&self.socket).map(|socket| Serve {
-            socket,
-            configuration: path(&self.configuration),
-        });
-        match action {
-            Some("start") => Ok(Action::Start(self.target()?)),
-            Some("delete") => Ok(Action::Delete(bundle)),
-            None => Ok(Action::Serve(
-                self.target()?,
-                serve.ok_or(ArgumentsError::Missing("socket"))?,
-            )),
-            Some(other) => Err(ArgumentsError::Action(other.to_owned())),
-        }
-    }
-
-    fn target(self) -> Result<Target, ArgumentsError> {
-        if self.namespace.is_empty() {
-            return Err(ArgumentsError::Missing("namespace"));
-        }
-        if self.id.is_empty() {
-            return Err(ArgumentsError::Missing("id"));
-        }
-        Ok(Target {
-            id: self.id.parse()?,
-            namespace: self.namespace,
-            address: self.address,
-            publish_binary: Some(self.publish_binary)
-                .filter(|path| !path.is_empty())
-                .map(PathBuf::from),
-            debug: self.debug,
-        })
-    }
+/// An empty path is no path.
+fn path(text: String) -> Option<PathBuf> {
+    (!text.is_empty()).then(|| PathBuf::from(text))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parsed(line: &str) -> Result<Action, ArgumentsError> {
-        parse(line.split_whitespace().map(OsString::from))
+    fn parsed(line: &str) -> Result<Action, String> {
+        parse(line.split_whitespace().map(OsString::from)).map_err(|error| error.to_string())
     }
 
     fn target() -> Target {
@@ -248,9 +156,8 @@ mod tests {
         assert_eq!(parsed(&format!("{CONTAINERD} delete")), Ok(Action::Delete(None)));
         let serve = Serve {
             socket: "/run/s/1".into(),
-            configuration: Some("/etc/n.toml".into()),
         };
-        let line = format!("{CONTAINERD} -socket /run/s/1 -configuration /etc/n.toml");
+        let line = format!("{CONTAINERD} -socket /run/s/1");
         assert_eq!(parsed(&line), Ok(Action::Serve(target(), serve)));
     }
 
@@ -279,7 +186,7 @@ mod tests {
             ("-namespace n -id c1", "-socket"),
         ] {
             let error = parsed(line).unwrap_err();
-            assert!(error.to_string().contains(named), "{line}: {error}");
+            assert!(error.contains(named), "{line}: {error}");
         }
     }
 }

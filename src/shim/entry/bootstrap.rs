@@ -15,7 +15,7 @@ use std::{
 use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
 
 use super::{
-    arguments::Target,
+    arguments::{CONFIGURATION_VARIABLE, Target},
     configuration_source::{ConfigurationSourceError, select_configuration},
     group::Group,
     options::Options,
@@ -141,9 +141,10 @@ fn shim_command(
         shim.arg("-debug");
     }
     shim.arg("-socket").arg(socket);
-    if let Some(configuration) = configuration {
-        shim.arg("-configuration").arg(configuration);
-    }
+    match configuration {
+        Some(configuration) => shim.env(CONFIGURATION_VARIABLE, configuration),
+        None => shim.env_remove(CONFIGURATION_VARIABLE),
+    };
     if let Some(address) = &request.ttrpc_address {
         shim.env("TTRPC_ADDRESS", address);
     }

@@ -8,6 +8,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixListener,
     },
+    path::Path,
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -21,7 +22,7 @@ use rustix::{
 use crate::shim::{
     api::ServeContext,
     configuration::{Configuration, ConfigurationError},
-    entry::arguments::{Serve, Target},
+    entry::arguments::{CONFIGURATION_VARIABLE, Serve, Target},
     logging,
 };
 
@@ -57,7 +58,7 @@ pub(crate) fn become_shim(target: Target, serve: Serve) -> Result<ServeContext, 
     let (listener, pid_file) = descriptors()?;
     logging::start(&bundle, target.debug);
     log_panics();
-    let configuration = Configuration::load(serve.configuration.as_deref())?;
+    let configuration = Configuration::load(env::var_os(CONFIGURATION_VARIABLE).as_deref().map(Path::new))?;
     if configuration.debug {
         logging::enable_debug();
     }

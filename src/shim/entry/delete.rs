@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::DeleteResponse,
     protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp},
 };

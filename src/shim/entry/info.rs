@@ -3,7 +3,7 @@
 
 use std::io::{self, Write};
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     protobuf::{self, Message, MessageField, well_known_types::any::Any},
     types::introspection::{RuntimeInfo, RuntimeVersion},
 };

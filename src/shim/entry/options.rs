@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     protobuf::{self, CodedInputStream, Message, well_known_types::any::Any},
     shim::oci,
 };

@@ -5,7 +5,7 @@ use std::{
     path::PathBuf,
 };
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     bootstrap_api::{BootstrapParams, LogLevel},
     protobuf::{Enum, Message, well_known_types::any::Any},
 };
@@ -132,7 +132,7 @@ fn parse_any(bytes: &[u8]) -> Option<Any> {
 mod tests {
     use std::path::Path;
 
-    use containerd_shim_protos::{
+    use containerd_shim::protos::{
         bootstrap_api::Extension,
         protobuf::{EnumOrUnknown, MessageField},
     };

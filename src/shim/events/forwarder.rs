@@ -2,7 +2,7 @@
 
 use std::{future::Future, time::Duration};
 
-use containerd_shim_protos::shim::event::Envelope;
+use containerd_shim::protos::shim::event::Envelope;
 
 /// Limit for the delivery of one event. containerd answers at once unless it hangs.
 pub(super) const FORWARD_LIMIT: Duration = Duration::from_secs(5);

@@ -14,9 +14,6 @@ mod ttrpc;
 #[cfg(test)]
 pub(crate) use self::forwarder::Forwarder;
 pub(crate) use self::{
-    forwarder::NoForwarder,
-    message::{pack_any, to_timestamp},
-    publish_binary::BinaryForwarder,
-    queue::EventQueue,
+    forwarder::NoForwarder, message::to_timestamp, publish_binary::BinaryForwarder, queue::EventQueue,
     ttrpc::TtrpcForwarder,
 };

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use containerd_shim_protos::{protobuf::Message, shim::event::Envelope};
+use containerd_shim::protos::{protobuf::Message, shim::event::Envelope};
 
 use super::forwarder::{FORWARD_LIMIT, Forwarder};
 use crate::shim::child::{Child, WaitStatus};
@@ -57,7 +57,7 @@ impl Forwarder for BinaryForwarder {
 mod tests {
     use std::time::Duration;
 
-    use containerd_shim_protos::{events::task::TaskStart, protobuf::well_known_types::any::Any};
+    use containerd_shim::protos::{events::task::TaskStart, protobuf::well_known_types::any::Any};
 
     use super::*;
     use crate::shim::{events::EventQueue, tests::script::write_script};
@@ -70,7 +70,7 @@ mod tests {
         let address = "/run/containerd/containerd.sock".to_owned();
         let queue = EventQueue::start("default", BinaryForwarder { program, address });
 
-        queue.publish(&TaskStart::default());
+        queue.publish(TaskStart::default());
         queue.flush(Duration::from_secs(20)).await;
 
         let text = std::fs::read(out).unwrap();

@@ -10,19 +10,23 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use containerd_shim_protos::{protobuf::MessageField, shim::event::Envelope};
+use containerd_shim::{
+    event::Event,
+    protos::{protobuf::MessageField, shim::event::Envelope},
+    util::convert_to_any,
+};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use super::{
     forwarder::Forwarder,
-    message::{TaskEvent, pack_any, to_timestamp},
+    message::{is_optional, to_timestamp},
 };
 
 /// Maximum number of events in the queue. Beyond it the oldest is dropped.
 const CAPACITY: usize = 2048;
 
-/// Number of queued events from which [`TaskEvent::OPTIONAL`] ones are not added any more.
+/// Number of queued events from which optional ones ([`is_optional`]) are not added any more.
 const OPTIONAL_CAPACITY: usize = 256;
 
 /// Delay before the first retry of an event. It doubles with each retry.
@@ -81,20 +85,22 @@ impl EventQueue {
     }
 
     /// Appends an event.
-    pub(crate) fn publish<E: TaskEvent>(&self, event: &E) {
-        let Ok(value) = event.write_to_bytes() else {
-            return log::error!("{}: the event cannot be encoded", E::TOPIC);
+    pub(crate) fn publish(&self, event: impl Event) {
+        let topic = event.topic();
+        let event = match convert_to_any(Box::new(event)) {
+            Ok(event) => event,
+            Err(error) => return log::error!("encode an event of {topic}: {error}"),
         };
         let envelope = Envelope {
             timestamp: MessageField::some(to_timestamp(SystemTime::now())),
             namespace: self.shared.namespace.clone(),
-            topic: E::TOPIC.to_owned(),
-            event: MessageField::some(pack_any::<E>(value)),
+            topic,
+            event: MessageField::some(event),
             ..Envelope::default()
         };
         {
             let mut pending = self.shared.pending();
-            if E::OPTIONAL && pending.envelopes.len() >= OPTIONAL_CAPACITY {
+            if is_optional(&envelope.topic) && pending.envelopes.len() >= OPTIONAL_CAPACITY {
                 return;
             }
             if pending.envelopes.len() >= CAPACITY
@@ -169,7 +175,7 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
 
 #[cfg(test)]
 mod tests {
-    use containerd_shim_protos::{
+    use containerd_shim::protos::{
         events::task::{TaskExit, TaskOOM, TaskStart},
         protobuf::Message,
     };
@@ -214,7 +220,7 @@ mod tests {
     async fn failed_event_is_retried_before_the_next_one() {
         let (queue, results, mut attempted) = queue();
         for id in ["a", "b", "c"] {
-            queue.publish(&start_event(id));
+            queue.publish(start_event(id));
         }
         for result in [Ok(()), Err("away".to_owned()), Err("away".to_owned()), Ok(()), Ok(())] {
             results.send(result).unwrap();
@@ -234,7 +240,7 @@ mod tests {
     async fn full_queue_drops_the_oldest_event() {
         let (queue, results, mut attempted) = queue();
         for number in 0..CAPACITY + 10 {
-            queue.publish(&start_event(&number.to_string()));
+            queue.publish(start_event(&number.to_string()));
         }
         assert_eq!(queue.shared.pending().envelopes.len(), CAPACITY);
         results.send(Ok(())).unwrap();
@@ -244,10 +250,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn event_dropped_during_its_delivery_removes_no_other_event() {
         let (queue, results, mut attempted) = queue();
-        queue.publish(&start_event("first"));
+        queue.publish(start_event("first"));
         assert_eq!(attempted.recv().await.unwrap(), "first");
         for number in 0..CAPACITY {
-            queue.publish(&start_event(&number.to_string()));
+            queue.publish(start_event(&number.to_string()));
         }
         results.send(Ok(())).unwrap();
         assert_eq!(attempted.recv().await.unwrap(), "0");
@@ -257,17 +263,17 @@ mod tests {
     async fn flood_of_optional_events_leaves_room_for_exits() {
         let (queue, _results, _attempted) = queue();
         for _ in 0..CAPACITY * 2 {
-            queue.publish(&TaskOOM::default());
+            queue.publish(TaskOOM::default());
         }
         assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY);
-        queue.publish(&TaskExit::default());
+        queue.publish(TaskExit::default());
         assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY + 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn flush_gives_up_at_its_limit() {
         let (queue, _results, _attempted) = queue();
-        queue.publish(&start_event("a"));
+        queue.publish(start_event("a"));
         queue.flush(Duration::from_secs(2)).await;
         assert_eq!(queue.shared.pending().envelopes.len(), 1);
     }

@@ -1,6 +1,6 @@
 //! Delivery to containerd's events service by ttrpc.
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::ForwardRequest,
     protobuf::MessageField,
     shim::event::Envelope,
@@ -78,7 +78,7 @@ impl Forwarder for TtrpcForwarder {
 mod tests {
     use std::sync::Arc;
 
-    use containerd_shim_protos::{
+    use containerd_shim::protos::{
         api::Empty,
         events::task::TaskStart,
         protobuf::Message,
@@ -127,7 +127,7 @@ mod tests {
         };
         let queue = EventQueue::start("k8s.io", TtrpcForwarder::new(&address));
 
-        queue.publish(&start_event("before"));
+        queue.publish(start_event("before"));
         let mut server = serve().await;
         let envelope = received.recv().await.unwrap();
         assert_eq!(envelope.topic, "/tasks/start");
@@ -136,7 +136,7 @@ mod tests {
 
         server.shutdown().await.unwrap();
         drop(server);
-        queue.publish(&start_event("between"));
+        queue.publish(start_event("between"));
         let _server = serve().await;
         let event = TaskStart::parse_from_bytes(&received.recv().await.unwrap().event.value).unwrap();
         assert_eq!(event.container_id, "between");

@@ -16,19 +16,22 @@ use std::{collections::HashMap, future::Future, io, os::fd::OwnedFd, sync::Arc, 
 use parking_lot::{Mutex, MutexGuard};
 
 use async_trait::async_trait;
-use containerd_shim_protos::{
-    protobuf::{
-        Message,
-        well_known_types::{
-            any::Any,
-            empty::Empty,
-            wrappers::{BytesValue, Int32Value, StringValue},
+use containerd_shim::{
+    protos::{
+        protobuf::{
+            Message,
+            well_known_types::{
+                any::Any,
+                empty::Empty,
+                wrappers::{BytesValue, Int32Value, StringValue},
+            },
+        },
+        ttrpc::{
+            self,
+            asynchronous::{SSReceiver, SSSender, ServerStream, Service, StreamHandler, StreamInner, TtrpcContext},
         },
     },
-    ttrpc::{
-        self,
-        asynchronous::{SSReceiver, SSSender, ServerStream, Service, StreamHandler, StreamInner, TtrpcContext},
-    },
+    util::convert_to_any,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -36,8 +39,6 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
-
-use crate::shim::events::pack_any;
 
 /// The name of the service (containerd `api/services/streaming/v1`).
 pub(crate) const STREAMING_SERVICE: &str = "containerd.services.streaming.v1.Streaming";
@@ -115,7 +116,9 @@ impl StreamHandler for StreamRegistry {
         let (done, finished) = oneshot::channel();
         let (sender, receiver) = stream.split();
         // The answer comes first: nothing else may overtake it.
-        sender.send(&pack_any::<Empty>(Vec::new())).await?;
+        let answer = convert_to_any(Box::new(Empty::default()))
+            .map_err(|error| ttrpc::Error::Others(format!("encode the answer to StreamInit: {error}")))?;
+        sender.send(&answer).await?;
         self.offer(
             init.value,
             Client {
@@ -408,7 +411,7 @@ fn packed(type_url: &str, message: &impl Message) -> Any {
     }
 }
 
-fn message<M: Message>(any: &Any) -> Result<M, containerd_shim_protos::protobuf::Error> {
+fn message<M: Message>(any: &Any) -> Result<M, containerd_shim::protos::protobuf::Error> {
     M::parse_from_bytes(&any.value)
 }
 

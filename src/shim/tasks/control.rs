@@ -2,7 +2,7 @@
 
 use std::{process, sync::Arc};
 
-use containerd_shim_protos::events::task::{TaskPaused, TaskResumed};
+use containerd_shim::protos::events::task::{TaskPaused, TaskResumed};
 use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 
 use super::{
@@ -155,7 +155,7 @@ impl Tasks {
         container
             .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
             .await?;
-        self.events.publish(&TaskPaused {
+        self.events.publish(TaskPaused {
             container_id: id.to_owned(),
             ..TaskPaused::default()
         });
@@ -176,7 +176,7 @@ impl Tasks {
         container
             .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
             .await?;
-        self.events.publish(&TaskResumed {
+        self.events.publish(TaskResumed {
             container_id: id.to_owned(),
             ..TaskResumed::default()
         });

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     events::task::{TaskCreate, TaskIO},
     protobuf::MessageField,
     types::mount::Mount,
@@ -59,7 +59,7 @@ impl Tasks {
             }
         };
         self.watch_pid_holder(&container, &container.init);
-        self.events.publish(&create_event(&request, container.init.pid()));
+        self.events.publish(create_event(&request, container.init.pid()));
         container.init.lifecycle.mark_created();
         log::debug!("task {}: created", request.id);
         reservation.keep();

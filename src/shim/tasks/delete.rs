@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use containerd_shim_protos::{events::task::TaskDelete, protobuf::MessageField};
+use containerd_shim::protos::{events::task::TaskDelete, protobuf::MessageField};
 use nutshell_protocol::Request;
 
 use super::{
@@ -48,7 +48,7 @@ impl Tasks {
         };
         if exec.is_empty() {
             self.free_resources(&container).await;
-            self.events.publish(&TaskDelete {
+            self.events.publish(TaskDelete {
                 container_id: id.to_owned(),
                 pid,
                 exit_status: exit.status,

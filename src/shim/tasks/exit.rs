@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     events::task::{TaskExit, TaskOOM},
     protobuf::MessageField,
 };
@@ -26,7 +26,7 @@ impl Tasks {
         match event {
             Event::OutOfMemory { container } => {
                 if self.container_in_pod(pod, &container).is_some() {
-                    self.events.publish(&TaskOOM {
+                    self.events.publish(TaskOOM {
                         container_id: container,
                         ..TaskOOM::default()
                     });
@@ -96,7 +96,7 @@ impl Tasks {
                 if !container.is_task() {
                     return;
                 }
-                self.events.publish(&TaskExit {
+                self.events.publish(TaskExit {
                     container_id: container.id.to_string(),
                     id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
                     pid: process.pid(),

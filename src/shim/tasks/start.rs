@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use containerd_shim_protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
+use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use nutshell_protocol::{Request, StartExec};
 
 use super::{
@@ -62,7 +62,7 @@ impl Tasks {
         let process = Process::new_exec(request.exec.clone(), request.stdio, request.spec);
         execs.insert(request.exec.clone(), Arc::new(process));
         drop(execs);
-        self.events.publish(&TaskExecAdded {
+        self.events.publish(TaskExecAdded {
             container_id: id.to_owned(),
             exec_id: request.exec,
             ..TaskExecAdded::default()
@@ -111,7 +111,7 @@ impl Tasks {
             return Err(replace_not_found(error).during(START_CONTEXT));
         }
         if container.is_task() {
-            self.events.publish(&TaskStart {
+            self.events.publish(TaskStart {
                 container_id: container.id.to_string(),
                 pid: init.pid(),
                 ..TaskStart::default()
@@ -135,7 +135,7 @@ impl Tasks {
             Ok(guest_pid) => {
                 process.set_guest_pid(guest_pid);
                 self.watch_pid_holder(container, process);
-                self.events.publish(&TaskExecStarted {
+                self.events.publish(TaskExecStarted {
                     container_id: container.id.to_string(),
                     exec_id: exec.to_owned(),
                     pid: process.pid(),

@@ -1,6 +1,6 @@
 //! Ends: of processes, of machines, expected or not.
 
-use containerd_shim_protos::api::{PidsRequest, StatsRequest};
+use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::Request;
 
 use super::*;

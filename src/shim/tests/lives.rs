@@ -1,6 +1,6 @@
 //! Lives of containers and execs, call by call.
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::{CheckpointTaskRequest, ConnectRequest, PidsRequest, ShutdownRequest, StatsRequest, UpdateTaskRequest},
     protobuf::{EnumOrUnknown, Message},
     shim::oci::ProcessDetails,

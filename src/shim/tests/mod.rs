@@ -15,7 +15,7 @@ use std::{
     time::Duration,
 };
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::{
         CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, StateRequest,
         StateResponse, Status, WaitRequest,

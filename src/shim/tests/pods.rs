@@ -1,6 +1,6 @@
 //! Pods: their sandboxes in both of containerd's ways, and what their containers share.
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::{ShutdownRequest, UpdateTaskRequest},
     protobuf::MessageField,
     sandbox_api::{

@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 
-use containerd_shim_protos::{
+use containerd_shim::protos::{
     api::{CloseIORequest, Empty},
     protobuf::well_known_types::wrappers::{BytesValue, Int32Value, StringValue},
     ttrpc::{Request as RawRequest, asynchronous::ClientStream},
