@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::{imports::Import, modules::Crate};
 
 /// From the top down. Modules of one layer do not import each other.
-pub(crate) const LAYERS: [&[&str]; 15] = [
+pub(crate) const LAYERS: [&[&str]; 14] = [
     &[""],
     &["check", "shim::entry"],
     &["shim::api"],
@@ -14,13 +14,12 @@ pub(crate) const LAYERS: [&[&str]; 15] = [
     &["shim::network", "shim::share", "shim::stdio"],
     &["shim::machine"],
     &["shim"],
-    &["guest"],
+    &["guest_image"],
     &["vmm"],
     &["devices", "fs", "oci"],
-    &["memory"],
     &["control"],
+    &["memory"],
     &["jail"],
-    &[],
 ];
 
 /// A line for each import that does not point downwards, and for each module that has no layer.
