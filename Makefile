@@ -37,7 +37,7 @@ run: ## set everything up, then run a container in its own VM
 	@$(PHASE) -p "make run" $(MAKE_PHASES) PARTS=first-run-parts build run-container
 
 build: setup ## build the one executable, guest kernel and initramfs inside
-	@$(PHASE) "build" "8 minutes on two cores, seconds when little changed" \
+	@$(PHASE) "build (its parts side by side)" "8 minutes on two cores, seconds when little changed" \
 		$(MAKE_PHASES) -j$(shell nproc) kernel executable $(PARTS)
 	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) $(SHIM)
 
@@ -83,24 +83,22 @@ clean: ## remove what was built here
 # The three that follow share the job slots of the make that runs them (+).
 # Static, so that it runs on any distribution, and starts without a dynamic linker.
 executable: agent
-	@echo "Rust: building the executable" >&2
-	+@RUSTFLAGS='-C target-feature=+crt-static' \
+	+@RUSTFLAGS='-C target-feature=+crt-static' $(PHASE) "build: executable" "3 minutes" \
 		$(CARGO) build --quiet --locked --release -p nutshell --target $(TARGET)
 
 agent: setup
-	@echo "Rust: building the agent" >&2
-	+@RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' \
+	+@RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' $(PHASE) "build: guest agent" "2 minutes" \
 		$(CARGO) build --quiet --locked --profile guest -p nutshell-agent --target $(TARGET)
 	@mkdir -p $(dir $(INITRAMFS))
 	@guest/image/build $(AGENT) $(INITRAMFS)
 
 kernel: setup
 	@mkdir -p $(dir $(KERNEL_PATH))
-	+@guest/kernel/build >$(KERNEL_PATH).new && mv $(KERNEL_PATH).new $(KERNEL_PATH)
+	+@$(PHASE) "build: guest kernel" "6 minutes" guest/kernel/build >$(KERNEL_PATH).new && mv $(KERNEL_PATH).new $(KERNEL_PATH)
 
 # What the first container needs, fetched while the executable is built.
 first-run-parts:
-	@tests/lab/first-run -p
+	@$(PHASE) "build: downloads for the first run" "1 minute" tests/lab/first-run -p
 
 run-container:
 	@$(PHASE) "first container" "1 minute" tests/lab/first-run $(SHIM)
