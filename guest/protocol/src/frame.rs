@@ -1,42 +1,43 @@
-//! Frames: a little-endian `u32` length, then that many bytes of postcard.
+//! Framing: each message is a little-endian `u32` length, followed by that many bytes of postcard.
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The largest body of a frame, in bytes. An OCI spec of a busy pod stays far below.
+/// The largest body of a frame, in bytes. The OCI spec of a large pod is far smaller.
 pub const MAX_FRAME: usize = 4 << 20;
 
-const PREFIX: usize = size_of::<u32>();
+const PREFIX_SIZE: usize = size_of::<u32>();
 
-/// What is wrong with a frame.
+/// Why a frame could not be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// The body is not a message of this version.
-    #[error("the frame holds no message of this version: {0}")]
+    /// The body is not a message of the expected type. Shim and agent may be of different versions.
+    #[error("the frame does not contain a message of this protocol version: {0}")]
     Malformed(#[source] postcard::Error),
     /// The body is longer than [`MAX_FRAME`].
-    #[error("the frame's body of {0} bytes is over the limit of {MAX_FRAME}")]
+    #[error("the frame's body of {0} bytes exceeds the limit of {MAX_FRAME} bytes")]
     TooLong(usize),
 }
 
-/// Encodes `message` as one frame, prefix included.
+/// Encodes `message` as one frame, including its length prefix.
 ///
 /// # Errors
 ///
-/// [`FrameError::TooLong`] if the body would exceed [`MAX_FRAME`].
+/// [`FrameError::TooLong`] if the body would exceed [`MAX_FRAME`]; [`FrameError::Malformed`] if `message` cannot
+/// be serialized.
 pub fn encode(message: &impl Serialize) -> Result<Vec<u8>, FrameError> {
-    let mut frame = postcard::to_extend(message, vec![0; PREFIX]).map_err(FrameError::Malformed)?;
-    let body = frame.len() - PREFIX;
+    let mut frame = postcard::to_extend(message, vec![0; PREFIX_SIZE]).map_err(FrameError::Malformed)?;
+    let body = frame.len() - PREFIX_SIZE;
     let length = u32::try_from(body)
         .ok()
         .filter(|_| body <= MAX_FRAME)
         .ok_or(FrameError::TooLong(body))?;
-    frame[..PREFIX].copy_from_slice(&length.to_le_bytes());
+    frame[..PREFIX_SIZE].copy_from_slice(&length.to_le_bytes());
     Ok(frame)
 }
 
-/// Collects bytes of a stream and yields whole messages.
+/// Reassembles messages from the bytes of a stream.
 ///
-/// Holds at most one incomplete frame plus what the caller pushed since the last [`Self::next`].
+/// If the caller takes all messages after each push, it holds at most one incomplete frame plus the last push.
 #[derive(Debug, Default)]
 pub struct FrameBuffer {
     bytes: Vec<u8>,
@@ -44,7 +45,7 @@ pub struct FrameBuffer {
 }
 
 impl FrameBuffer {
-    /// Appends bytes read from the stream.
+    /// Appends bytes that were read from the stream.
     pub fn push(&mut self, bytes: &[u8]) {
         if self.start > 0 {
             self.bytes.drain(..self.start);
@@ -53,18 +54,16 @@ impl FrameBuffer {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The next whole message, or `None` until more bytes arrive.
+    /// Removes and returns the next complete message, or `None` if more bytes are needed.
     ///
     /// # Errors
     ///
-    /// The stream is beyond repair after an error: the caller must end it.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "the type of message is the caller's choice each time"
-    )]
+    /// [`FrameError::TooLong`] as soon as a length prefix exceeds [`MAX_FRAME`]; [`FrameError::Malformed`] if the
+    /// body is not a `T`. The stream is out of sync after an error, so the caller must close it.
+    #[expect(clippy::should_implement_trait, reason = "each call chooses the type of its message")]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let pending = &self.bytes[self.start..];
-        let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX>() else {
+        let Some((prefix, rest)) = pending.split_first_chunk::<PREFIX_SIZE>() else {
             return Ok(None);
         };
         let length = u32::from_le_bytes(*prefix) as usize;
@@ -75,7 +74,7 @@ impl FrameBuffer {
             return Ok(None);
         };
         let message = postcard::from_bytes(body).map_err(FrameError::Malformed)?;
-        self.start += PREFIX + length;
+        self.start += PREFIX_SIZE + length;
         Ok(Some(message))
     }
 }
@@ -85,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn message_split_at_every_byte_arrives_whole() {
+    fn message_split_at_any_byte_is_reassembled() {
         let frame = encode(&("hello", 7_u32)).unwrap();
         for split in 0..frame.len() {
             let mut buffer = FrameBuffer::default();
@@ -108,14 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn oversized_length_is_refused_before_its_body_is_buffered() {
+    fn oversized_length_is_refused_before_its_body_arrives() {
         let mut buffer = FrameBuffer::default();
         buffer.push(&u32::MAX.to_le_bytes());
         assert!(matches!(buffer.next::<u32>(), Err(FrameError::TooLong(_))));
     }
 
     #[test]
-    fn garbage_is_an_error_and_not_a_panic() {
+    fn garbage_is_an_error_not_a_panic() {
         let mut buffer = FrameBuffer::default();
         buffer.push(&[3, 0, 0, 0, 0xff, 0xff, 0xff]);
         assert!(matches!(buffer.next::<String>(), Err(FrameError::Malformed(_))));

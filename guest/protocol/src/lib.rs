@@ -1,12 +1,12 @@
-//! The messages that the shim and the guest's agent exchange, and their framing.
+//! The messages between the shim and the guest's agent, and their framing.
 //!
-//! One stream carries everything: the agent dials [`AGENT_PORT`] on the host once it is ready and
-//! sends [`FromAgent::Ready`]; from then on the shim sends [`ToAgent`] requests and the agent
-//! answers each with one [`FromAgent::Reply`] of the same id, in any order, and reports events as
-//! they happen. Standard streams of processes are streams of their own (see [`Stdio`]).
+//! All messages share one vsock connection, the control stream. When the agent is ready, it connects to
+//! [`AGENT_PORT`] on the host and sends [`FromAgent::Ready`]. After that the shim sends [`ToAgent`] requests. The
+//! agent answers each with one [`FromAgent::Reply`] of the same id, in any order, and sends events as they happen.
+//! Each standard stream of a process has a separate connection (see [`Stdio`]).
 //!
-//! The shim treats every byte that arrives here as hostile: frames are bounded by [`MAX_FRAME`],
-//! decoding never panics, and no string of the agent names anything on the host.
+//! The shim treats every byte from the agent as hostile: frames are at most [`MAX_FRAME`] bytes long, decoding
+//! never panics, and no string from the agent is used as a name of anything on the host.
 
 mod frame;
 mod message;
@@ -21,27 +21,30 @@ pub use message::{
 /// The host's vsock context id (virtio 1.3 §5.10.4).
 pub const HOST_CID: u32 = 2;
 
-/// The guest's vsock context id. Each machine has a transport of its own, so one number serves all.
+/// The guest's vsock context id. The vsock devices of two machines are not connected, so all machines use the
+/// same id.
 pub const GUEST_CID: u32 = 3;
 
-/// The host port that the agent dials when it is ready.
+/// The host's vsock port for the control stream. The agent connects to it when it is ready.
 pub const AGENT_PORT: u32 = 1;
 
-/// The first host port that the shim gives to a standard stream; lower ones are reserved.
+/// The first host port that the shim assigns to a stream other than the control stream. Lower ports are reserved.
 pub const FIRST_STREAM_PORT: u32 = 1024;
 
-/// The tag of the virtio-fs device that carries the pod's shared directories.
+/// The tag of the virtio-fs device that serves the pod's shared directories (virtio 1.3 §5.11.4).
 pub const SHARE_TAG: &str = "nutshell";
 
-/// Where the agent mounts [`SHARE_TAG`] in the guest.
+/// Where the agent mounts the virtio-fs device [`SHARE_TAG`] in the guest.
 pub const SHARE_PATH: &str = "/run/nutshell/share";
 
-/// The folder in the guest below which each container has `<id>/rootfs`.
+/// The guest directory that contains the bundle of each container, `<id>`, and in it the mount point of its root
+/// file system, `<id>/rootfs`.
 pub const CONTAINERS_PATH: &str = "/run/nutshell/containers";
 
-/// The options of mounts that a container's mounts may have, beside those of the file systems
-/// themselves (OCI config.md, "Linux mount options"). The shim announces them, the agent does them.
-/// Mounts of a guest do not reach its host, hence no `shared`.
+/// The mount options that a container's spec may use, in addition to those of each file system (OCI config.md,
+/// "Linux mount options"). The shim announces them in its feature list; the agent applies them.
+///
+/// `shared` and `rshared` are missing because mounts in a guest do not propagate to its host.
 pub const MOUNT_OPTIONS: [&str; 48] = [
     "async",
     "atime",
@@ -93,25 +96,27 @@ pub const MOUNT_OPTIONS: [&str; 48] = [
     "unbindable",
 ];
 
-/// The serial that the virtio-blk device in disk slot `slot` reports, by which the agent finds it
-/// (virtio 1.3 §5.2.6: at most 20 bytes).
+/// Returns the serial of the virtio-blk device in disk slot `slot`, by which the agent finds the disk. It is at most
+/// 20 bytes long, as virtio 1.3 §5.2.6 requires.
 #[must_use]
 pub fn disk_serial(slot: u32) -> String {
     format!("nutshell-{slot}")
 }
 
-/// How many network devices a machine can have.
+/// How many slots for network devices a machine has. They are the bus slots from 0.
 pub const NETWORK_SLOTS: u32 = 4;
 
-/// The slot behind those for network devices: that of the device by which a machine gets more memory.
+/// The bus slot of the virtio-mem device, which adds memory to a running machine.
 pub const MEMORY_SLOT: u32 = NETWORK_SLOTS;
 
-/// The first slot for disks that come while a machine runs: the disk in disk slot n is in slot `FIRST_DISK_SLOT` + n.
+/// The first bus slot for disks that are added to a running machine: disk slot n is bus slot `FIRST_DISK_SLOT` + n.
 pub const FIRST_DISK_SLOT: u32 = MEMORY_SLOT + 1;
 
-/// The name, on the guest's platform bus, of the virtio-mmio device in `slot`. These stand first on the
-/// kernel's command line, which numbers them. A slot that is empty answers with the device id 0, which a
-/// driver ignores (virtio 1.3 §4.2.2); when it has been filled, the agent has the driver look again.
+/// Returns the name of the virtio-mmio device in bus slot `slot`, on the guest's platform bus.
+///
+/// The kernel numbers these devices in the order of its command line, where the slots come first. An empty slot
+/// reports device id 0, which a driver ignores (virtio 1.3 §4.2.2). After the host has filled a slot, the agent
+/// binds the driver to it again.
 #[must_use]
 pub fn slot_device_name(slot: u32) -> String {
     format!("virtio-mmio.{slot}")

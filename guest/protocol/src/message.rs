@@ -1,35 +1,35 @@
-//! What is said. Ids of containers and execs are containerd's own and are checked by the shim to
-//! be single path components before they are sent.
+//! The messages. Ids of containers and execs are containerd's; the shim ensures that each is a single path
+//! component before it sends them.
 
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-/// What the shim sends.
+/// A message from the shim to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ToAgent {
-    /// Chosen by the shim, returned in the [`Reply`].
+    /// Chosen by the shim; the [`Reply`] repeats it.
     pub id: u64,
-    /// What to do.
+    /// The request.
     pub request: Request,
 }
 
-/// What the agent is asked to do. Each has its own [`Response`].
+/// An operation that the agent performs. Each documents the [`Response`] of its success.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
-    /// Make ready what the containers of a pod share, once, before the first of them: [`Response::Done`].
-    /// A machine for one container is not asked.
+    /// Prepare what the containers of a pod share: [`Response::Done`]. Sent once, before the pod's first container
+    /// is created. Not sent to a machine that runs a single container.
     SetUpPod(SetUpPod),
-    /// Create a container up to, not including, its first instruction: [`Response::Created`].
+    /// Create a container, whose program does not run yet: [`Response::Created`].
     CreateContainer(CreateContainer),
-    /// Run a created container's process: [`Response::Done`].
+    /// Run the `startContainer` hooks and the program of a created container: [`Response::Done`].
     StartContainer {
         /// The container.
         container: String,
     },
-    /// Run a further process in a running container: [`Response::Created`].
+    /// Run an additional process in a container: [`Response::Created`].
     StartExec(StartExec),
-    /// Send a signal: [`Response::Done`]. NotFound if the process has ended.
+    /// Send a signal: [`Response::Done`]. Fails with [`FailureKind::NotFound`] if the process has ended.
     Signal {
         /// The container.
         container: String,
@@ -37,10 +37,10 @@ pub enum Request {
         exec: Option<String>,
         /// A Linux signal number, real-time ones included.
         signal: u32,
-        /// Every process of the container, not just the one named.
+        /// Signal every process of the container, not only the one that `exec` names.
         all: bool,
     },
-    /// Set a terminal's size: [`Response::Done`], also where there is no terminal.
+    /// Set the size of a process's terminal: [`Response::Done`]. No effect on a process without a terminal.
     Resize {
         /// The container.
         container: String,
@@ -51,21 +51,21 @@ pub enum Request {
         /// Rows.
         height: u16,
     },
-    /// The container's processes: [`Response::Processes`].
+    /// List the container's processes: [`Response::Processes`].
     Processes {
         /// The container.
         container: String,
     },
-    /// The container's resource use: [`Response::Stats`].
+    /// Read the container's resource usage: [`Response::Stats`].
     Stats {
         /// The container.
         container: String,
     },
-    /// Change the container's limits: [`Response::Done`].
+    /// Change the container's resource limits: [`Response::Done`].
     Update {
         /// The container.
         container: String,
-        /// OCI `LinuxResources` as JSON.
+        /// OCI `LinuxResources` as JSON. Limits that it does not name stay as they are.
         resources: Vec<u8>,
     },
     /// Freeze the container's processes: [`Response::Done`].
@@ -78,86 +78,85 @@ pub enum Request {
         /// The container.
         container: String,
     },
-    /// Kill what is left of the container, unmount its rootfs, forget it: [`Response::Done`].
+    /// Kill the container's remaining processes, unmount its root file system and remove all of its state:
+    /// [`Response::Done`].
     DeleteContainer {
         /// The container.
         container: String,
     },
-    /// Set the guest's clock, at the start and where the host's has jumped: [`Response::Done`].
+    /// Set the guest's clock: [`Response::Done`]. Sent at boot and when the host's clock has jumped.
     SetClock {
-        /// The host's clock as this was sent: nanoseconds since the epoch.
+        /// The host's clock at the time of sending, in nanoseconds since the epoch.
         nanoseconds: u64,
     },
-    /// Find the network device in each of these slots (see [`crate::slot_device_name`]), which the host has
-    /// filled: [`Response::InterfaceIndexes`].
+    /// Bind the drivers of network devices that the host has added: [`Response::InterfaceIndexes`].
     ProbeNetworkDevices {
-        /// The slots.
+        /// The bus slots of the devices (see [`crate::slot_device_name`]).
         slots: Vec<u32>,
     },
-    /// Let go of the disk in this disk slot, which nothing uses any more: [`Response::Done`] once the host may
-    /// take it away.
+    /// Unbind the driver of an unused disk: [`Response::Done`]. After that the host may remove the disk.
     ReleaseDisk {
-        /// The slot.
+        /// The disk slot.
         slot: u32,
     },
-    /// Take the size that the machine has now: [`Response::Done`] once the processors are in use or out of
-    /// use; memory comes and goes by itself then.
+    /// Adapt the guest to the machine's new size: [`Response::Done`] once the vCPUs are online or offline. Memory
+    /// is plugged and unplugged by the virtio-mem driver afterwards.
     ResizeMachine {
-        /// How many processors are to be in use.
+        /// How many vCPUs are to be online.
         vcpus: u32,
-        /// There is a device in [`crate::MEMORY_SLOT`].
+        /// Whether there is a virtio-mem device in [`crate::MEMORY_SLOT`].
         has_memory_device: bool,
     },
-    /// Pass these messages of rtnetlink(7) to the kernel, each a whole request, until one fails:
-    /// [`Response::Done`].
+    /// Send rtnetlink(7) requests to the kernel, in order, until one fails: [`Response::Done`]. A request for an
+    /// object that exists (`EEXIST`) counts as success.
     ConfigureNetwork {
-        /// What each is for, in words for an error, and the message with its header.
+        /// For each request its purpose, for an error text, and the netlink message including its header.
         messages: Vec<(String, Vec<u8>)>,
     },
-    /// Connect to a port of the machine's loopback interface and carry bytes between that connection and
-    /// the stream: [`Response::Done`] once both are there.
+    /// Connect to a TCP port of the pod and relay bytes between that connection and a stream to the host:
+    /// [`Response::Done`] once both are connected.
     ForwardConnection {
-        /// The host port of the stream.
+        /// The host's vsock port, to which the agent connects the stream.
         stream_port: u32,
-        /// Where something of the pod may listen: the first that answers.
+        /// Addresses on the guest's loopback interface. The agent connects to the first that accepts.
         targets: Vec<SocketAddr>,
     },
-    /// Write all file systems back; the machine is ended after the [`Response::Done`].
+    /// Remove all containers and write back all file systems: [`Response::Done`]. The shim then ends the machine.
     Shutdown,
 }
 
-/// What the containers of a pod share, beside the machine's own namespaces.
+/// Settings that the containers of a pod share. The agent applies them to the machine's own namespaces.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SetUpPod {
     /// The host name.
     pub hostname: Option<String>,
     /// The NIS domain name.
     pub domainname: Option<String>,
-    /// Kernel parameters and their values, the names in sysctl(8)'s form.
+    /// Kernel parameters as names, in the form of sysctl(8), and values.
     pub sysctls: Vec<(String, String)>,
-    /// The size of the one `/dev/shm`, in bytes.
+    /// The size of the pod's `/dev/shm`, in bytes.
     pub shm_size: u64,
-    /// Files that a container has where its spec mounts nothing.
+    /// Files that the agent bind-mounts into each container, unless its spec mounts something at the same path.
     pub files: Vec<PodFile>,
 }
 
-/// A file that is the same in all containers of a pod.
+/// A file that all containers of a pod share.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodFile {
-    /// Where containers have it: an absolute path.
+    /// Its absolute path in the containers.
     pub destination: String,
-    /// What is in it at first.
+    /// Its initial content.
     pub content: Vec<u8>,
 }
 
-/// The pid namespace of a container.
+/// Selects the pid namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PidNamespace {
-    /// As the spec has it.
+    /// As the OCI spec says.
     Specified,
-    /// The one that containers of the pod share.
+    /// The pod's shared pid namespace.
     Pod,
-    /// That of the first process of another container.
+    /// The pid namespace of the container with this id.
     Container(String),
 }
 
@@ -167,79 +166,78 @@ pub struct CreateContainer {
     /// containerd's id of the container.
     pub container: String,
     /// The OCI runtime spec as JSON, already translated for the guest: `root.path` is
-    /// `<CONTAINERS_PATH>/<id>/rootfs`, sources of bind mounts are guest paths.
+    /// `<CONTAINERS_PATH>/<id>/rootfs`, and the sources of bind mounts are guest paths.
     pub spec: Vec<u8>,
-    /// What to mount at `root.path`.
+    /// The file system to mount at `root.path`.
     pub rootfs: Rootfs,
-    /// Its pid namespace.
+    /// The pid namespace of the container.
     pub pid_namespace: PidNamespace,
-    /// The standard streams of the first process.
+    /// The standard streams of the container's first process.
     pub stdio: Stdio,
 }
 
 /// Where a container's root file system comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rootfs {
-    /// A directory below [`crate::SHARE_PATH`], bound to `root.path`.
+    /// A directory below [`crate::SHARE_PATH`], which the agent bind-mounts.
     Share {
-        /// Relative to the share, without `..`.
+        /// The path relative to [`crate::SHARE_PATH`], without `..`.
         path: String,
     },
-    /// A file system on the virtio-blk device in a slot (see [`crate::disk_serial`]).
+    /// A file system on a virtio-blk device (see [`crate::disk_serial`]).
     Disk {
-        /// The slot.
+        /// The disk slot.
         slot: u32,
-        /// The file system's type, as `mount(2)` takes it.
+        /// The file system type, as for mount(2).
         filesystem: String,
-        /// Mount options as fstab has them (`ro`, `noatime`, `discard` …).
+        /// Mount options in the form of fstab(5), such as `ro`, `noatime` or `discard`.
         options: Vec<String>,
     },
 }
 
-/// The standard streams of a process: host ports that the agent dials, one stream each.
+/// The standard streams of a process. Each is a connection of its own, from the agent to a vsock port of the host.
 ///
-/// The stream of standard input only carries bytes to the guest, the others only from it. The side
-/// that has no more to say shuts its direction down; the agent closes a stream after it saw, or
-/// sent, that end.
+/// Standard input carries bytes only to the guest, the other streams only to the host. The sender shuts down its
+/// direction at the end of its data. The agent closes a stream after it has received or sent that shutdown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stdio {
-    /// Standard input; `/dev/null` if `None`.
+    /// The host port of standard input; `None` means `/dev/null`.
     pub stdin: Option<u32>,
-    /// Standard output, or all of a terminal's output; `/dev/null` if `None`.
+    /// The host port of standard output, or of the terminal's output; `None` means `/dev/null`.
     pub stdout: Option<u32>,
-    /// Standard error; `None` with a terminal.
+    /// The host port of standard error; `None` means `/dev/null`. Always `None` with a terminal.
     pub stderr: Option<u32>,
-    /// The process gets a pseudo-terminal of the guest as controlling terminal.
+    /// Whether the process has a pseudo-terminal as its controlling terminal.
     pub terminal: bool,
-    /// The terminal's first size: columns, rows.
+    /// The terminal's initial size: columns, rows.
     pub size: Option<(u16, u16)>,
 }
 
-/// A process to run in a running container.
+/// A process to run in an existing container.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartExec {
     /// The container.
     pub container: String,
-    /// containerd's id of the exec, unique in its container.
+    /// containerd's id of the exec, unique within its container.
     pub exec: String,
     /// OCI `Process` as JSON.
     pub process: Vec<u8>,
-    /// Its standard streams.
+    /// The standard streams of the process.
     pub stdio: Stdio,
 }
 
-/// What the agent sends.
+/// A message from the agent to the shim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromAgent {
-    /// The first message: the agent takes requests.
+    /// The first message: the agent accepts requests.
     Ready(Ready),
-    /// The answer to a request.
+    /// The result of a request.
     Reply(Reply),
-    /// Something happened.
+    /// An event in the guest.
     Event(Event),
 }
 
-/// The agent's greeting.
+/// Versions of the guest, sent when the agent is ready.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
     /// The agent's version.
@@ -248,118 +246,118 @@ pub struct Ready {
     pub kernel: String,
 }
 
-/// The answer to the request with the same id.
+/// The result of a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Reply {
     /// The request's id.
     pub id: u64,
-    /// What came of it.
+    /// The response to a successful request, or the cause of its failure.
     pub result: Result<Response, Failure>,
 }
 
-/// What came of a request.
+/// The result of a successful request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Response {
-    /// It is done.
+    /// The request has completed; there is no further result.
     Done,
-    /// The process exists; its pid in the guest.
+    /// The process exists.
     Created {
-        /// In the guest's first pid namespace.
+        /// Its pid in the guest's initial pid namespace.
         pid: u32,
     },
     /// The processes of a container.
     Processes(Vec<ProcessEntry>),
-    /// The kernel's index of the network interface in each slot that was asked for.
+    /// The kernel's index of the network interface in each requested slot, in the order of the request.
     InterfaceIndexes(Vec<u32>),
-    /// The resource use of a container.
+    /// The resource usage of a container.
     Stats(Box<ContainerStats>),
 }
 
 /// A process of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessEntry {
-    /// In the guest's first pid namespace.
+    /// Its pid in the guest's initial pid namespace.
     pub pid: u32,
-    /// Set if it was started as an exec.
+    /// The exec's id, or `None` for a process that is not the first process of an exec.
     pub exec: Option<String>,
 }
 
-/// Why a request failed; becomes a gRPC code and the user's text.
+/// Why a request failed. The shim turns it into a gRPC status.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// The kind.
+    /// The kind of failure, which selects the gRPC code.
     pub kind: FailureKind,
-    /// What failed, on what, in runc's words where users search for those.
+    /// The error text for the user. It uses runc's words where users search for them.
     pub message: String,
 }
 
-/// The kinds of failure that callers tell apart.
+/// The kinds of failure that callers distinguish, named after gRPC codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FailureKind {
-    /// A container or exec of that id exists.
+    /// A container or exec with this id exists already, or the pod was set up already.
     AlreadyExists,
-    /// Not in this state.
+    /// The state of the container does not allow the request.
     FailedPrecondition,
-    /// Anything else.
+    /// Any other failure.
     Internal,
-    /// The spec asks for what cannot be.
+    /// The request or its OCI spec is invalid.
     InvalidArgument,
-    /// No such container, exec or process.
+    /// The container, exec or process does not exist.
     NotFound,
-    /// The guest does not offer it.
+    /// The guest does not support the request.
     Unimplemented,
 }
 
-/// Something happened without being asked for.
+/// An event that is not the result of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
-    /// A process ended. Sent once per process, after every exec's of its container for a first
-    /// process, and after the [`Response::Created`] of the process.
+    /// A process has ended. Sent once for each process, after its [`Response::Created`]. The event of a container's
+    /// first process follows those of all its execs.
     Exited(Exited),
-    /// The kernel killed a process of the container for want of memory. Sent before the
-    /// [`Event::Exited`] that it explains.
+    /// The kernel killed a process of the container because the container was out of memory. Sent before the
+    /// [`Event::Exited`] that this explains, if there is one.
     OutOfMemory {
         /// The container.
         container: String,
     },
 }
 
-/// How a process ended.
+/// The exit of a process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exited {
     /// The container.
     pub container: String,
     /// The exec, or `None` for the container's first process.
     pub exec: Option<String>,
-    /// 0–255; 128 + n for a process killed by signal n.
+    /// The exit status, 0 to 255: 128 + n for a process that signal n killed.
     pub status: u8,
-    /// Nanoseconds since the epoch, guest clock.
+    /// The time of the exit by the guest's clock, in nanoseconds since the epoch.
     pub exited_at: u64,
-    /// How many bytes the process and its children had written to standard output when it ended:
-    /// the exit is reported to containerd once the host delivered that many.
+    /// How many bytes the process and its children had written to standard output when it ended. The shim reports
+    /// the exit to containerd after it has delivered that many bytes.
     pub stdout_bytes: u64,
-    /// The same for standard error.
+    /// Like `stdout_bytes`, for standard error.
     pub stderr_bytes: u64,
 }
 
-/// Resource use of a container, from its cgroup (v2). Fields are named as in the cgroup's files.
+/// The resource usage of a container, from the files of its cgroup (v2), after which the fields are named.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerStats {
     /// `cpu.stat`.
     pub cpu: CpuStats,
-    /// `io.stat`, by device.
+    /// `io.stat`, one entry for each device.
     pub io: Vec<IoStats>,
-    /// `memory.*`.
+    /// `memory.stat`, `memory.current`, `memory.max` and the same for swap.
     pub memory: MemoryStats,
     /// `memory.events`.
     pub memory_events: MemoryEvents,
-    /// The network interfaces that the container sees, without `lo`.
+    /// The interfaces in the container's network namespace, except `lo`.
     pub network: Vec<NetworkStats>,
-    /// `pids.*`.
+    /// `pids.current` and `pids.max`.
     pub pids: PidsStats,
 }
 
-/// `cpu.stat`; times in microseconds.
+/// The counters of `cpu.stat`. Times are in microseconds.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named as in cpu.stat")]
 pub struct CpuStats {
@@ -371,7 +369,7 @@ pub struct CpuStats {
     pub throttled_usec: u64,
 }
 
-/// `io.stat` of one device.
+/// The counters of one device in `io.stat`: bytes and operations, read and written.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named as in io.stat")]
 pub struct IoStats {
@@ -383,22 +381,22 @@ pub struct IoStats {
     pub wios: u64,
 }
 
-/// `memory.stat`, `memory.current`, `memory.max` and the swap pair; bytes but for the fault counts.
+/// The memory usage of a container, in bytes. Some values of `memory.stat` are counts of events.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryStats {
     /// `memory.current`.
     pub usage: u64,
-    /// `memory.max`; `u64::MAX` for `max`.
+    /// `memory.max`; `u64::MAX` means unlimited.
     pub usage_limit: u64,
     /// `memory.swap.current`.
     pub swap_usage: u64,
-    /// `memory.swap.max`; `u64::MAX` for `max`.
+    /// `memory.swap.max`; `u64::MAX` means unlimited.
     pub swap_limit: u64,
-    /// Every line of `memory.stat`, in its order.
+    /// The lines of `memory.stat`, in their order.
     pub stat: Vec<(String, u64)>,
 }
 
-/// `memory.events`.
+/// The counters of `memory.events`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named as in memory.events")]
 pub struct MemoryEvents {
@@ -410,7 +408,7 @@ pub struct MemoryEvents {
     pub oom_group_kill: u64,
 }
 
-/// Counters of one network interface.
+/// The counters of one network interface: bytes and packets.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named as in /proc/net/dev")]
 pub struct NetworkStats {
@@ -425,7 +423,7 @@ pub struct NetworkStats {
     pub tx_dropped: u64,
 }
 
-/// `pids.current` and `pids.max` (`u64::MAX` for `max`).
+/// The number of processes and threads, and its limit; a limit of `u64::MAX` means unlimited.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named as in the cgroup's files")]
 pub struct PidsStats {
