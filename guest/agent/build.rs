@@ -1,5 +1,5 @@
-//! Links the agent without the tables for unwinding and backtraces, which nothing reads: the guest
-//! profile aborts at a panic, and the file is unpacked into every guest's memory.
+//! Links the agent without its tables for unwinding and backtraces. The guest profile aborts on panic, so nothing
+//! reads them, and each guest has the whole file in memory.
 
 use std::env;
 
@@ -7,9 +7,9 @@ fn main() {
     println!("cargo::rerun-if-changed=link.ld");
     let features = env::var("CARGO_CFG_TARGET_FEATURE").unwrap_or_default();
     let is_static = features.split(',').any(|feature| feature == "crt-static");
-    // That of the guest profile too: the name here is that of the profile at the bottom.
-    let is_released = env::var("PROFILE").is_ok_and(|profile| profile == "release");
-    if let (true, true, Ok(folder)) = (is_static, is_released, env::var("CARGO_MANIFEST_DIR")) {
-        println!("cargo::rustc-link-arg-bins=-Wl,-T,{folder}/link.ld,--no-eh-frame-hdr");
+    // Cargo reports the root of a profile's `inherits` chain, so this covers the guest profile.
+    let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
+    if let (true, true, Ok(directory)) = (is_static, is_release, env::var("CARGO_MANIFEST_DIR")) {
+        println!("cargo::rustc-link-arg-bins=-Wl,-T,{directory}/link.ld,--no-eh-frame-hdr");
     }
 }

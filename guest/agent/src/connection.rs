@@ -1,4 +1,5 @@
-//! The way to the host: one control stream, and a stream for each standard stream of a process.
+//! Connections to the host: the control stream, and one stream for each standard stream of a process and each
+//! forwarded connection.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,17 +12,17 @@ use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketT
 
 use crate::sys::VsockAddress;
 
-/// Where the host listens.
+/// The address at which the host listens.
 #[derive(Debug, Clone)]
 pub(crate) enum HostAddress {
-    /// The machine's virtio-vsock device.
+    /// Vsock ports of the host.
     Vsock,
-    /// Sockets `<folder>/<port>`: how tests stand in for a host.
+    /// Unix sockets `<directory>/<port>`, for tests.
     Unix(PathBuf),
 }
 
 impl HostAddress {
-    /// Opens a stream that does not block. It may still be on its way: see [`is_connected`].
+    /// Starts to connect to a port, without blocking. See [`is_connected`] for the result.
     pub(crate) fn dial(&self, port: u32) -> io::Result<OwnedFd> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (socket, result) = match self {
@@ -31,9 +32,9 @@ impl HostAddress {
                 let result = rustix::net::connect(&socket, &address);
                 (socket, result)
             }
-            Self::Unix(folder) => {
+            Self::Unix(directory) => {
                 let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-                let address = SocketAddrUnix::new(folder.join(port.to_string()))?;
+                let address = SocketAddrUnix::new(directory.join(port.to_string()))?;
                 let result = rustix::net::connect(&socket, &address);
                 (socket, result)
             }
@@ -45,26 +46,26 @@ impl HostAddress {
     }
 }
 
-/// Whether a dialled stream carries bytes yet; an error if the host refused it.
+/// Whether a stream is connected. Fails if the host refused the connection.
 pub(crate) fn is_connected(stream: impl AsFd) -> io::Result<bool> {
     rustix::net::sockopt::socket_error(&stream)??;
     match rustix::net::getpeername(&stream) {
         Ok(_) => Ok(true),
         Err(Errno::NOTCONN) => Ok(false),
-        // The address is of a family that rustix does not decode, but it is there.
+        // There is a peer address, of a family that rustix does not decode.
         Err(_) => Ok(true),
     }
 }
 
-/// How long the host may take to answer a dial. The kernel gives up by itself after two seconds
+/// How long the host may take to accept a connection. For vsock the kernel's own limit is two seconds
 /// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
 const CONNECT_TIMEOUT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
 
-/// Waits until a stream that was dialled carries bytes.
+/// Waits until a stream is connected.
 pub(crate) fn await_connection(stream: &OwnedFd) -> io::Result<()> {
     if !is_connected(stream)? {
-        let mut answer = [PollFd::new(stream, PollFlags::OUT)];
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut answer, Some(&CONNECT_TIMEOUT)))?;
+        let mut poll_fds = [PollFd::new(stream, PollFlags::OUT)];
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll_fds, Some(&CONNECT_TIMEOUT)))?;
         if !is_connected(stream)? {
             return Err(io::ErrorKind::TimedOut.into());
         }
@@ -72,21 +73,21 @@ pub(crate) fn await_connection(stream: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Why the agent has no host any more.
+/// Why the control stream cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ControlError {
-    /// The stream ended.
+    /// The host closed it.
     #[error("the host closed the control stream")]
     Closed,
-    /// What arrived is no message.
-    #[error("the host sent what is no request: {0}")]
+    /// The host sent something that is not a request.
+    #[error("the host sent an invalid request: {0}")]
     Frame(#[from] FrameError),
-    /// The stream broke.
-    #[error("the control stream broke: {0}")]
+    /// Reading or writing failed.
+    #[error("the control stream failed: {0}")]
     Stream(#[from] io::Error),
 }
 
-/// The control stream.
+/// The control stream, which carries the messages of `nutshell_protocol`.
 #[derive(Debug)]
 pub(crate) struct ControlStream {
     stream: OwnedFd,
@@ -94,11 +95,11 @@ pub(crate) struct ControlStream {
     outgoing: Vec<u8>,
 }
 
-/// How much is read from the control stream at once.
+/// How many bytes one read of the control stream takes at most.
 const READ_SIZE: usize = 16 << 10;
 
 impl ControlStream {
-    /// Dials the host and waits until it takes the call.
+    /// Connects to the host, and waits until it accepts.
     pub(crate) fn dial(host: &HostAddress) -> io::Result<Self> {
         let stream = host.dial(AGENT_PORT)?;
         let mut ready = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::OUT)];
@@ -111,7 +112,7 @@ impl ControlStream {
         })
     }
 
-    /// The next request, or `None` until more arrives.
+    /// Returns the next request, or `None` if none has arrived completely.
     pub(crate) fn next(&mut self) -> Result<Option<ToAgent>, ControlError> {
         loop {
             if let Some(message) = self.incoming.next()? {
@@ -128,13 +129,13 @@ impl ControlStream {
         }
     }
 
-    /// Queues a message and sends what the stream takes.
+    /// Queues a message, and sends as much of the queue as the stream accepts.
     pub(crate) fn send(&mut self, message: &FromAgent) -> Result<(), ControlError> {
         self.outgoing.extend(encode(message)?);
         self.flush()
     }
 
-    /// Sends what is queued, as far as the stream takes it.
+    /// Sends as much of the queue as the stream accepts.
     pub(crate) fn flush(&mut self) -> Result<(), ControlError> {
         let mut sent = 0;
         while sent < self.outgoing.len() {
@@ -150,7 +151,7 @@ impl ControlStream {
         Ok(())
     }
 
-    /// How many bytes the host has not taken yet.
+    /// How many bytes are queued.
     pub(crate) fn backlog(&self) -> usize {
         self.outgoing.len()
     }

@@ -1,5 +1,7 @@
-//! Jobs: forked copies of the agent that do what may take long, hang on a container's files or touch
-//! what a container controls, while the event loop goes on. A job reports once and ends.
+//! Jobs: forked copies of the agent for work that may take long, that may hang on a container's files, or that
+//! touches what a container controls. Meanwhile the event loop continues. A job sends one report and ends.
+//!
+//! The event loop starts jobs and receives their reports. The work itself is not here.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -16,37 +18,35 @@ use serde::{Deserialize, Serialize};
 use crate::failure::FailureExt;
 use crate::sys;
 
-/// What a job made.
+/// The result of a successful job.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {
-    /// What was asked for.
+    /// The work is done; there is no process.
     Done,
-    /// A process, child of the agent.
-    Process {
-        /// Its pid.
-        pid: u32,
-    },
+    /// The job has created a process, which is a child of the agent.
+    Process { pid: u32 },
 }
 
-/// What a job answers: what it made, and the descriptor of the process's terminal if it has one.
+/// A job's report: its result, and the master of the new process's terminal if it has one.
 pub(crate) type Report = (Result<Outcome, Failure>, Option<OwnedFd>);
 
-/// A job on its way.
+/// A running job.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// The process that does it.
+    /// The forked process.
     pub(crate) pid: Pid,
     socket: OwnedFd,
 }
 
-/// The longest report; one with a longer message is cut by the job.
+/// The largest report, in bytes. A job truncates a longer error text.
 const MAX_REPORT_SIZE: usize = 64 << 10;
 
-/// A job's work: what it made, and the terminal that goes with it.
+/// A job's work. It returns the parts of a [`Report`].
 pub(crate) type JobWork<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
 
 impl Job {
-    /// Forks, does `work` in the child with no descriptor but the standard ones and `keep`.
+    /// Forks and runs `work` in the child. The child keeps the standard descriptors and those in `keep`, and closes
+    /// all others.
     pub(crate) fn start(keep: &[BorrowedFd<'_>], work: JobWork<'_>) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -68,7 +68,7 @@ impl Job {
         sys::exit_now(i32::from(status.is_err()))
     }
 
-    /// The report, or `None` while there is none. A job that ended without one failed.
+    /// Receives the report, or returns `None` if it has not arrived. A job that ended without a report has failed.
     pub(crate) fn receive_report(&self) -> Option<Report> {
         let mut bytes = vec![0; MAX_REPORT_SIZE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -92,7 +92,7 @@ impl Job {
         frame.push(&bytes[..length]);
         let result = match frame.next() {
             Ok(Some(result)) => result,
-            _ => Err(Failure::internal("the agent's job sent a broken report")),
+            _ => Err(Failure::internal("the agent's job sent a malformed report")),
         };
         Some((result, terminal))
     }
@@ -132,13 +132,13 @@ mod tests {
 
     fn finished(job: &Job) -> Report {
         poll(&mut [PollFd::new(job, PollFlags::IN)], None).unwrap();
-        let report = job.receive_report().expect("poll said that there is a report");
+        let report = job.receive_report().expect("poll returned, so there is a report");
         rustix::process::waitpid(Some(job.pid), rustix::process::WaitOptions::empty()).unwrap();
         report
     }
 
     #[test]
-    fn job_reports_what_it_made_with_its_terminal() {
+    fn job_reports_its_process_with_the_terminal() {
         let job = Job::start(&[], &mut || {
             let outcome = Outcome::Process { pid: 7 };
             let (terminal, _) = rustix::pipe::pipe().map_err(|error| Failure::internal(error.to_string()))?;
@@ -151,13 +151,13 @@ mod tests {
     }
 
     #[test]
-    fn job_that_dies_is_a_failure() {
+    fn job_that_ends_without_a_report_is_a_failure() {
         let job = Job::start(&[], &mut || sys::exit_now(9)).unwrap();
         assert_eq!(finished(&job).0.unwrap_err().kind, FailureKind::Internal);
     }
 
     #[test]
-    fn job_holds_none_of_the_agents_descriptors() {
+    fn job_closes_the_agents_descriptors() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let (blocked_reader, blocked_writer) = rustix::pipe::pipe().unwrap();
         let job = Job::start(&[blocked_reader.as_fd()], &mut || {
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn long_failure_is_cut_to_fit() {
+    fn long_failure_is_truncated() {
         let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(MAX_REPORT_SIZE * 2)))).unwrap();
         assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_SIZE / 8);
     }

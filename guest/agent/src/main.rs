@@ -1,12 +1,15 @@
 //! The guest agent: PID 1 of nutshell's microVM.
 //!
-//! It does what the shim asks for over one stream (see `nutshell_protocol`): creates containers with
-//! libcontainer, moves their standard streams, reaps and reports. One thread, one event loop
-//! ([`agent`]); what may block is done in forked jobs ([`job`]). `machine` is the set-up as PID 1,
-//! `pod` what a pod's containers share, `container` what containers are made of, `stdio` the streams, `sys` the only unsafe code.
+//! It serves the shim's requests over one stream (see `nutshell_protocol`): it creates containers with
+//! libcontainer, relays their standard streams, reaps processes and reports their exits.
 //!
-//! `nutshell-agent --test-unix FOLDER` leaves the machine as it is and dials sockets in a folder
-//! instead of the host: how the tests run it.
+//! The agent has one thread and one event loop ([`agent`]). Operations that may block run in forked jobs ([`job`]).
+//! Imports point downwards in this order: [`agent`]; [`container`] (create, start, exec, delete) and [`pod`] (what
+//! the containers of a pod share); [`machine`] (the guest as a whole) and [`cgroup`]; [`stdio`] (standard
+//! streams); [`job`], [`connection`] (vsock), [`poller`], [`reaper`]; [`failure`] and [`sys`] (all unsafe code).
+//!
+//! `nutshell-agent --test-unix DIRECTORY` does not set up the machine and connects to Unix sockets in a directory
+//! instead of to the host. The tests run it this way.
 
 mod agent;
 mod cgroup;
@@ -31,15 +34,15 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match arguments.as_slice() {
         [flag, arguments @ ..] if flag == hooks::HOOKS_FLAG => hooks::run_in_rootfs(arguments),
-        [flag, folder] if flag == "--test-unix" => serve_test(&HostAddress::Unix(folder.into())),
+        [flag, directory] if flag == "--test-unix" => serve_test(&HostAddress::Unix(directory.into())),
         _ if rustix::process::getpid().is_init() => {
             let Err(error) = serve_machine();
-            // The host reads the console's last lines when a guest ends without being asked to.
+            // The host logs the last lines of the console if a guest ends unexpectedly.
             eprintln!("nutshell-agent: {error}");
             machine::reboot()
         }
         _ => {
-            eprintln!("nutshell-agent: runs as PID 1 of a nutshell machine, or with --test-unix FOLDER");
+            eprintln!("nutshell-agent: run this as PID 1 of a nutshell machine, or with --test-unix DIRECTORY");
             ExitCode::from(2)
         }
     }

@@ -1,22 +1,22 @@
-//! What the event loop waits for, and who is meant by an event.
+//! Waits for events with epoll(7), and identifies their sources.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{Timespec, epoll};
 
-/// Who is meant by an event. Numbers are never used twice, so a late event finds nobody.
+/// Identifies the source of an event. Source numbers are not reused, so a late event of a removed source is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Token {
-    /// The stream to the host.
+    /// The control stream to the host.
     Control,
-    /// A child ended.
+    /// SIGCHLD: a child has ended.
     Signals,
-    /// A job reports.
+    /// A job has sent its report.
     Job(u32),
-    /// A pump's source or sink is ready.
+    /// The source or sink of a pump is ready.
     Pump(u32),
-    /// The memory events of a container changed.
+    /// The `memory.events` of a container's cgroup have changed.
     Memory(u32),
 }
 
@@ -46,7 +46,7 @@ impl Token {
     }
 }
 
-/// How many events are taken from the kernel at once.
+/// How many events one call of epoll_wait(2) returns at most.
 const MAX_EVENTS_PER_WAIT: usize = 32;
 
 /// An epoll instance.
@@ -56,21 +56,21 @@ pub(crate) struct Poller {
 }
 
 impl Poller {
-    /// An instance that waits for nothing yet.
+    /// Creates an instance without sources.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         })
     }
 
-    /// Reports each change of readiness, in either direction, once: the one who hears of it goes on
-    /// until the descriptor would block.
+    /// Reports each change of readiness, for reading or writing, once (edge-triggered). The receiver of the event
+    /// must read and write until the descriptor would block.
     pub(crate) fn watch_changes(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
         let changes = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP;
         self.add(fd, token, changes | epoll::EventFlags::ET)
     }
 
-    /// Reports as long as there is something to read.
+    /// Reports as long as there is data to read (level-triggered).
     pub(crate) fn watch_input(&self, fd: impl AsFd, token: Token) -> io::Result<()> {
         self.add(fd, token, epoll::EventFlags::IN)
     }
@@ -84,7 +84,7 @@ impl Poller {
         Ok(epoll::add(&self.epoll, fd, token.encode(), flags)?)
     }
 
-    /// Waits until something happens, or just looks where `block` is not set.
+    /// Waits for events if `block` is true; otherwise returns those that are pending. May return none.
     pub(crate) fn wait(&self, block: bool) -> io::Result<Vec<Token>> {
         let mut events = Vec::with_capacity(MAX_EVENTS_PER_WAIT);
         let timeout = (!block).then_some(Timespec { tv_sec: 0, tv_nsec: 0 });
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_token_survives_the_kernel() {
+    fn tokens_are_decoded_as_they_were_encoded() {
         for token in [
             Token::Control,
             Token::Signals,

@@ -1,4 +1,4 @@
-//! Reaps every child, and never loses how one of ours ended.
+//! Reaps all children, and keeps the exit status of those that a job has yet to report.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,11 +13,11 @@ use crate::sys;
 /// How and when a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct ProcessExit {
-    /// 0–255; 128 + n for a process killed by signal n.
+    /// The exit status, 0 to 255: 128 + n for a process that signal n killed.
     pub(crate) status: u8,
-    /// The signal that killed it.
+    /// The signal that killed the process.
     pub(crate) signal: Option<u32>,
-    /// Nanoseconds since the epoch.
+    /// The time of the exit, in nanoseconds since the epoch.
     pub(crate) exited_at: u64,
 }
 
@@ -41,12 +41,12 @@ impl ProcessExit {
     }
 }
 
-/// Waits for children.
+/// Reaps children, which SIGCHLD announces.
 #[derive(Debug)]
 pub(crate) struct Reaper {
     signals: OwnedFd,
-    /// Ends of processes that nobody has claimed: a process can end before the job that made it says
-    /// so. Kept while a job is on its way.
+    /// Exits of unknown processes. A process may end before the job that created it has reported its pid, so these
+    /// are kept as long as any job is running.
     unclaimed: HashMap<Pid, ProcessExit>,
 }
 
@@ -59,7 +59,7 @@ impl Reaper {
         })
     }
 
-    /// Everything that has ended since the last call.
+    /// Reaps the children that have ended since the last call.
     pub(crate) fn reap(&mut self) -> io::Result<Vec<(Pid, ProcessExit)>> {
         let mut record = [0; 128];
         while let Ok(1..) = rustix::io::read(&self.signals, &mut record) {}
@@ -74,24 +74,24 @@ impl Reaper {
         }
     }
 
-    /// Remembers the end of a process that may still be claimed.
+    /// Keeps the exit of a process that a job may still report.
     pub(crate) fn keep_unclaimed(&mut self, pid: Pid, exit: ProcessExit) {
         self.unclaimed.insert(pid, exit);
     }
 
-    /// How `pid`, which a job has just named, ended; `None` if it lives.
+    /// Returns the exit of `pid`, which a job has just reported, or `None` if that process is alive.
     pub(crate) fn claim(&mut self, pid: Pid) -> Option<ProcessExit> {
         let exit = self.unclaimed.remove(&pid)?;
-        // The number may have been used again by now: a living child is the one that is meant.
-        let lives = rustix::process::waitid(
+        // The kernel may have reused the pid. If it is a child that has not been reaped, the job means that child.
+        let is_child = rustix::process::waitid(
             rustix::process::WaitId::Pid(pid),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT,
         )
         .is_ok();
-        (!lives).then_some(exit)
+        (!is_child).then_some(exit)
     }
 
-    /// Forgets what nobody can claim any more.
+    /// Drops the kept exits, once no job is running.
     pub(crate) fn forget_unclaimed(&mut self) {
         self.unclaimed.clear();
     }
@@ -116,13 +116,13 @@ mod tests {
         let (_, status) = rustix::process::waitpid(Some(pid), WaitOptions::empty())
             .unwrap()
             .unwrap();
-        // The pid was reaped behind its back: this only clears its state.
+        // The process is reaped already; this only updates the state of `Child`.
         let _ = child.try_wait();
         ProcessExit::now(status)
     }
 
     #[test]
-    fn status_follows_the_shells_convention() {
+    fn status_of_a_killed_process_is_128_plus_the_signal() {
         for (script, status, signal) in [
             ("exit 0", 0, None),
             ("exit 200", 200, None),

@@ -314,8 +314,8 @@ pub enum Event {
     /// A process has ended. Sent once for each process, after its [`Response::Created`]. The event of a container's
     /// first process follows those of all its execs.
     Exited(Exited),
-    /// The kernel killed a process of the container because the container was out of memory. Sent before the
-    /// [`Event::Exited`] that this explains, if there is one.
+    /// The kernel's out-of-memory killer killed a process of the container. Sent before the [`Event::Exited`] that
+    /// this explains, if there is one.
     OutOfMemory {
         /// The container.
         container: String,

@@ -1,5 +1,5 @@
-//! A process's shares of CPU and disk as its spec asks for them (OCI config.md, "scheduler" and
-//! "ioPriority"). libcontainer does the same for a container's first process.
+//! Applies the scheduling settings of an exec's process (OCI config.md, "scheduler" and "ioPriority"). libcontainer
+//! does the same for the first process of a container.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use oci_spec::runtime::{IOPriorityClass, LinuxIOPriority, LinuxSchedulerFlag, Li
 
 use crate::sys::{self, SchedulingAttributes};
 
-/// Sets the calling process's (ioprio_set(2)).
+/// Sets the I/O priority of the calling process (ioprio_set(2)).
 pub(super) fn set_io_priority(priority: &LinuxIOPriority) -> io::Result<()> {
     const CLASS_SHIFT: u32 = 13;
     let class = match priority.class() {
@@ -22,7 +22,7 @@ pub(super) fn set_io_priority(priority: &LinuxIOPriority) -> io::Result<()> {
     sys::set_io_priority(class << CLASS_SHIFT | level)
 }
 
-/// Sets the calling process's (sched_setattr(2)).
+/// Sets the scheduling policy of the calling process (sched_setattr(2)).
 pub(super) fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
     let policy = match scheduler.policy() {
         LinuxSchedulerPolicy::SchedOther => 0,
@@ -51,6 +51,5 @@ pub(super) fn set_scheduler(scheduler: &Scheduler) -> io::Result<()> {
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
         period: scheduler.period().unwrap_or(0),
-        ..SchedulingAttributes::default()
     })
 }

@@ -1,4 +1,4 @@
-//! Loads and attaches BPF programs that confine a cgroup's access to devices.
+//! Loads and attaches the BPF programs that restrict a cgroup's access to devices (bpf(2)).
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -7,11 +7,11 @@ use nutshell_linux::bpf::Instruction;
 
 use super::check;
 
-/// `union bpf_attr` for BPF_PROG_LOAD, as far as it is used; what is missing counts as zero (bpf(2)).
+/// The first fields of `union bpf_attr` for BPF_PROG_LOAD. The kernel takes the missing ones as zero (bpf(2)).
 #[repr(C)]
 struct BpfLoad {
-    kind: u32,
-    count: u32,
+    program_type: u32,
+    instruction_count: u32,
     instructions: u64,
     license: u64,
     log_level: u32,
@@ -19,22 +19,22 @@ struct BpfLoad {
     log: u64,
 }
 
-/// `union bpf_attr` for BPF_PROG_ATTACH, as far as it is used.
+/// The first fields of `union bpf_attr` for BPF_PROG_ATTACH.
 #[repr(C)]
 struct BpfAttach {
     target: u32,
     program: u32,
-    kind: u32,
+    attach_type: u32,
     flags: u32,
 }
 
-/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE.
+/// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE, and returns its descriptor.
 pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     const PROG_LOAD: libc::c_int = 5;
     const CGROUP_DEVICE: u32 = 15;
     let attributes = BpfLoad {
-        kind: CGROUP_DEVICE,
-        count: u32::try_from(program.len()).map_err(io::Error::other)?,
+        program_type: CGROUP_DEVICE,
+        instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
         instructions: program.as_ptr().addr() as u64,
         license: c"".as_ptr().addr() as u64,
         log_level: 0,
@@ -44,11 +44,11 @@ pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd
     // SAFETY: the attributes, and the instructions and string that they point to, outlive the call.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<BpfLoad>()) };
     let fd = check(i32::try_from(fd).unwrap_or(-1))?;
-    // SAFETY: the kernel just gave this descriptor to us alone.
+    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Attaches a program of [`load_device_program`] to a cgroup, whose folder is open.
+/// Attaches a program of [`load_device_program`] to the cgroup whose directory is `cgroup`.
 pub(crate) fn attach_device_program(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
     const PROG_ATTACH: libc::c_int = 8;
     const CGROUP_DEVICE: u32 = 6;
@@ -56,7 +56,7 @@ pub(crate) fn attach_device_program(program: impl AsFd, cgroup: impl AsFd) -> io
     let attributes = BpfAttach {
         target: cgroup.as_fd().as_raw_fd().unsigned_abs(),
         program: program.as_fd().as_raw_fd().unsigned_abs(),
-        kind: CGROUP_DEVICE,
+        attach_type: CGROUP_DEVICE,
         flags: ALLOW_MULTI,
     };
     // SAFETY: the attributes outlive the call.

@@ -1,7 +1,7 @@
-//! The system calls that rustix has no safe form of, and all of the agent's `unsafe` code.
+//! Safe wrappers of system calls that rustix does not wrap. All of the agent's `unsafe` code is here.
 //!
-//! A function here makes one system call, or the few that belong together. What to call when is up to the
-//! callers, which are all over the agent.
+//! Each function makes one system call or a fixed sequence of them; policy belongs to the callers. Every module of
+//! the agent may call this.
 
 mod device_program;
 mod network;
@@ -22,6 +22,7 @@ pub(crate) use signals::{
 
 use std::io;
 
+/// Turns the result of a libc function into an error if it is negative.
 fn check(result: i32) -> io::Result<i32> {
     if result < 0 {
         Err(io::Error::last_os_error())

@@ -1,4 +1,4 @@
-//! The loopback interface, and addresses of AF_VSOCK.
+//! The loopback interface and AF_VSOCK addresses.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -7,9 +7,9 @@ use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 
 use super::check;
 
-/// Brings the loopback interface up.
+/// Brings the loopback interface up. `socket` is any socket of the network namespace.
 pub(crate) fn bring_loopback_up(socket: impl AsFd) -> io::Result<()> {
-    // SAFETY: an all-zero `ifreq` is a valid one.
+    // SAFETY: an `ifreq` may be all zeros.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
         *to = from.cast_signed();
@@ -19,7 +19,7 @@ pub(crate) fn bring_loopback_up(socket: impl AsFd) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).map(drop)
 }
 
-/// An address of AF_VSOCK (virtio 1.3 §5.10.4).
+/// An AF_VSOCK address (vsock(7)).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct VsockAddress {
     /// The context id.
@@ -28,10 +28,10 @@ pub(crate) struct VsockAddress {
     pub(crate) port: u32,
 }
 
-// SAFETY: the closure gets a pointer to a whole, initialised `sockaddr_vm` that lives through the call.
+// SAFETY: the closure gets a pointer to an initialised `sockaddr_vm` and its size; it outlives the call.
 unsafe impl SocketAddrArg for VsockAddress {
     unsafe fn with_sockaddr<R>(&self, f: impl FnOnce(*const SocketAddrOpaque, SocketAddrLen) -> R) -> R {
-        // SAFETY: an all-zero `sockaddr_vm` is a valid one.
+        // SAFETY: a `sockaddr_vm` may be all zeros.
         let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
         address.svm_family = libc::sa_family_t::try_from(libc::AF_VSOCK).unwrap_or_default();
         address.svm_cid = self.cid;

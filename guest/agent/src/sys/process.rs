@@ -1,4 +1,4 @@
-//! Processes: fork, execute, end; their descriptors and properties.
+//! Processes: fork, exec and exit, pids, descriptors, and process attributes.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -8,24 +8,25 @@ use rustix::process::Pid;
 
 use super::check;
 
-/// Forks. `None` in the child, which must end by [`exit_now`] and never return to the event loop.
+/// Forks. Returns `None` in the child, which must end with [`exit_now`] and must not return to the event loop.
 pub(crate) fn fork() -> io::Result<Option<Pid>> {
-    // SAFETY: the agent has one thread, so the child may call anything.
+    // SAFETY: the agent has one thread, so the child may call any function.
     let pid = check(unsafe { libc::fork() })?;
     Ok(Pid::from_raw(pid))
 }
 
-/// Forks a brother: a child of the caller's parent, born in `cgroup`. `None` in the child.
+/// Forks a sibling: the new process is a child of the caller's parent, and starts in `cgroup`, an open directory.
+/// Returns `None` in the new process.
 ///
-/// The child joins the pid namespace that the caller set for its children.
+/// The new process joins the pid namespace that the caller has set for its children.
 pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid>> {
-    /// clone(2); the constant of this name in libc has too narrow a type.
+    /// Defined here because libc's constant has a type of 32 bits, which cannot hold it (clone(2)).
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     fork_sibling(CLONE_INTO_CGROUP, cgroup.as_raw_fd().unsigned_abs().into())
 }
 
-/// Forks a brother: a child of the caller's parent, the first process of a new pid namespace, in a
-/// mount namespace of its own. `None` in the child.
+/// Forks a sibling: the new process is a child of the caller's parent, pid 1 of a new pid namespace, and has a new
+/// mount namespace. Returns `None` in the new process.
 pub(crate) fn fork_pid_namespace_init() -> io::Result<Option<Pid>> {
     const FLAGS: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS;
     fork_sibling(FLAGS.unsigned_abs().into(), 0)
@@ -33,7 +34,7 @@ pub(crate) fn fork_pid_namespace_init() -> io::Result<Option<Pid>> {
 
 fn fork_sibling(flags: u64, cgroup: u64) -> io::Result<Option<Pid>> {
     const CLONE_PARENT: u64 = libc::CLONE_PARENT.unsigned_abs() as u64;
-    // With CLONE_PARENT the exit signal must be none: it is the one of the caller.
+    // CLONE_PARENT requires an exit signal of 0: the new process uses the caller's.
     let arguments = libc::clone_args {
         flags: flags | CLONE_PARENT,
         pidfd: 0,
@@ -47,19 +48,19 @@ fn fork_sibling(flags: u64, cgroup: u64) -> io::Result<Option<Pid>> {
         set_tid_size: 0,
         cgroup,
     };
-    // SAFETY: `arguments` outlives the call; without CLONE_VM the child has a copy of the one thread's stack.
+    // SAFETY: `arguments` outlives the call. Without CLONE_VM the child gets a copy of the only thread's stack.
     let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
     let pid = check(i32::try_from(pid).unwrap_or(-1))?;
     Ok(Pid::from_raw(pid))
 }
 
-/// Ends the process without running anything that the agent registered to run at its end.
+/// Ends the process without running exit handlers (_exit(2)).
 pub(crate) fn exit_now(status: i32) -> ! {
-    // SAFETY: `_exit` has no requirements.
+    // SAFETY: _exit takes an integer.
     unsafe { libc::_exit(status) }
 }
 
-/// Becomes another program. Returns only where that fails.
+/// Executes a program in place of this one. Returns only on failure.
 pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
         strings
@@ -74,22 +75,23 @@ pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Erro
     io::Error::last_os_error()
 }
 
-/// The process that a number means.
+/// Converts the number of a process to a [`Pid`]; `None` if it is 0 or too large.
 pub(crate) fn to_pid(number: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(number).ok()?)
 }
 
-/// The number of a process.
+/// Returns the number of a process.
 pub(crate) fn raw_pid(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get().unsigned_abs()
 }
 
-/// A descriptor that the program which executed this one left open, to be called once for a number.
+/// Takes ownership of a descriptor that this program inherited through execve(2); `None` if it is not open. Call
+/// this at most once for each number.
 pub(crate) fn take_inherited_descriptor(number: i32) -> Option<OwnedFd> {
-    // SAFETY: F_GETFD takes no argument and fails for a number that is no open descriptor.
-    let open = number > 2 && check(unsafe { libc::fcntl(number, libc::F_GETFD) }).is_ok();
-    // SAFETY: it is open, and nobody else in this process owns what came from another.
-    open.then(|| unsafe { OwnedFd::from_raw_fd(number) })
+    // SAFETY: F_GETFD takes no argument, and fails for a number that is not an open descriptor.
+    let is_open = number > 2 && check(unsafe { libc::fcntl(number, libc::F_GETFD) }).is_ok();
+    // SAFETY: the descriptor is open, and as it was inherited, nothing else in this process owns it.
+    is_open.then(|| unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Closes every descriptor above standard error that is not in `keep`.
@@ -107,23 +109,25 @@ pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) {
 }
 
 fn close_range(first: u32, last: u32) {
-    // SAFETY: only called in a forked child that never touches the owners of these descriptors again.
+    // SAFETY: called only in a forked child, which does not use the owners of these descriptors any more.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
-/// Makes the memory of this process unreadable for processes of containers that it is about to join.
+/// Makes the memory of this process unreadable for other processes. Call this before joining the namespaces of a
+/// container (PR_SET_DUMPABLE of prctl(2)).
 pub(crate) fn set_undumpable() -> io::Result<()> {
     // SAFETY: PR_SET_DUMPABLE takes an integer.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
-/// Inherits the children of descendants that end, as PID 1 would (only of use where we are not).
+/// Makes this process the parent of its orphaned descendants, as PID 1 is without this call
+/// (PR_SET_CHILD_SUBREAPER of prctl(2)).
 pub(crate) fn become_subreaper() -> io::Result<()> {
     // SAFETY: PR_SET_CHILD_SUBREAPER takes an integer.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }).map(drop)
 }
 
-/// Makes `terminal` the controlling terminal of this process, which leads its session.
+/// Makes `terminal` the controlling terminal of this process, which must be a session leader (TIOCSCTTY).
 pub(crate) fn set_controlling_terminal(terminal: impl AsFd) -> io::Result<()> {
     // SAFETY: TIOCSCTTY takes an integer.
     check(unsafe { libc::ioctl(terminal.as_fd().as_raw_fd(), libc::TIOCSCTTY, 0) }).map(drop)
