@@ -1,4 +1,4 @@
-//! What ends, and in which order the host hears of it.
+//! Exits of processes and out-of-memory kills, and the order in which the host receives them.
 
 use std::rc::Rc;
 
@@ -9,7 +9,7 @@ use super::{Agent, AgentError, PendingJob, Purpose};
 use crate::container::{Process, Stage};
 use crate::reaper::ProcessExit;
 
-/// How many bytes the host may leave unread before repeated news of the same kind is left out.
+/// The agent drops out-of-memory events while more than this many bytes are queued for the host.
 const MAX_BACKLOG: usize = 1 << 20;
 
 impl Agent {
@@ -22,8 +22,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Records the end of one of the containers' processes. `false` if it is none of them.
-    pub(super) fn record_exit(&mut self, pid: Pid, exit: ProcessExit) -> Result<bool, AgentError> {
+    /// Records the exit of a container's process. Returns `false` if the process belongs to no container.
+    pub(super) fn record_exit(&mut self, pid: Pid, mut exit: ProcessExit) -> Result<bool, AgentError> {
         let Some((name, exec)) = self.find_process(pid) else {
             return Ok(false);
         };
@@ -38,7 +38,6 @@ impl Agent {
             return Ok(false);
         };
         let [_, stdout, stderr] = process.pumps;
-        let mut exit = exit;
         if let (Some(reported_signal), Some(_)) = (process.reported_signal, exit.signal) {
             exit.status = u8::try_from(128 + reported_signal).unwrap_or(u8::MAX);
         }
@@ -53,20 +52,20 @@ impl Agent {
         Ok(true)
     }
 
-    /// Whose process has this pid.
+    /// Finds the container, and the exec if it is one, whose running process has this pid.
     fn find_process(&self, pid: Pid) -> Option<(Rc<str>, Option<String>)> {
         self.containers.iter().find_map(|(name, container)| {
-            let is_meant = |process: &Process| process.pid == Some(pid) && process.exit.is_none();
-            if is_meant(&container.init) {
+            let is_match = |process: &Process| process.pid == Some(pid) && process.exit.is_none();
+            if is_match(&container.init) {
                 return Some((Rc::clone(name), None));
             }
-            let exec = container.execs.iter().find(|(_, process)| is_meant(process));
+            let exec = container.execs.iter().find(|(_, process)| is_match(process));
             exec.map(|(exec, _)| (Rc::clone(name), Some(exec.clone())))
         })
     }
 
-    /// A container ends with its first process. Those in its pid namespace are dead already, others
-    /// must not outlive it, and none may be added.
+    /// Stops a container, whose first process has ended. The kernel has killed the processes in the container's pid
+    /// namespace; this kills those outside of it, and the jobs that would add processes.
     fn end_container(&mut self, name: &str) {
         self.kill_jobs(name);
         if let Some(container) = self.containers.get_mut(name) {
@@ -74,12 +73,12 @@ impl Agent {
                 container.stage = Stage::Stopped;
             }
             container.paused = false;
-            // It may be gone, if the container is being removed.
+            // Fails if the job that deletes the container has removed the cgroup.
             let _ = container.cgroup.kill();
         }
     }
 
-    /// Tells of every end that may be told: those of execs, then that of the first process.
+    /// Reports recorded exits: those of execs, and that of the first process once no exec is left.
     pub(super) fn report_exits(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         loop {
             let Some(container) = self.containers.get_mut(name) else {
@@ -97,18 +96,20 @@ impl Agent {
                 break;
             }
         }
-        self.finish_deletion(name)
+        self.forget_if_deleted(name)
     }
 
-    /// Answers the deletion of a container when the last of its processes was told of.
-    fn finish_deletion(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
+    /// Removes a container that a job has deleted, and replies to the request, once the exits of all its processes
+    /// have been reported.
+    fn forget_if_deleted(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         let Some(container) = self.containers.get(name) else {
             return Ok(());
         };
-        let is_made = |pending: &PendingJob| matches!(&pending.purpose, Purpose::Create(made) if made == name);
-        let lives =
-            container.init.pid.is_some() || !container.execs.is_empty() || self.pending_jobs.values().any(is_made);
-        match container.deletion.filter(|_| !lives) {
+        let is_creation =
+            |pending: &PendingJob| matches!(&pending.purpose, Purpose::Create(container) if container == name);
+        let has_processes =
+            container.init.pid.is_some() || !container.execs.is_empty() || self.pending_jobs.values().any(is_creation);
+        match container.deletion.filter(|_| !has_processes) {
             Some(request) => {
                 self.streams.remove_container(name);
                 self.containers.remove(name);
@@ -137,11 +138,11 @@ impl Agent {
     }
 
     pub(super) fn handle_memory_event(&mut self, number: u32) -> Result<(), AgentError> {
-        let meant = self.containers.iter().find_map(|(name, container)| {
+        let name = self.containers.iter().find_map(|(name, container)| {
             let watch = container.memory_watch.as_ref()?;
             (watch.source_number == number).then(|| Rc::clone(name))
         });
-        match meant {
+        match name {
             Some(name) => self.report_oom_kills(&name),
             None => Ok(()),
         }

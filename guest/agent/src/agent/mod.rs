@@ -1,7 +1,8 @@
-//! The event loop: who waits for what, and the state of it all.
+//! The event loop and its state: the containers, the running jobs, the streams.
 //!
-//! `requests` takes what the host asks for, `reports` what jobs have done, `exits` tells what ends,
-//! `streams` has the pumps. The first three are parts of [`Agent`]; the loop is the only caller.
+//! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all
+//! three are parts of [`Agent`]. `streams` holds the pumps. Nothing here may block: work that can is a job. Only
+//! `main` calls this.
 
 mod exits;
 mod reports;
@@ -24,38 +25,39 @@ use crate::reaper::Reaper;
 use crate::stdio::AgentEnds;
 use streams::Streams;
 
-/// Why the agent cannot go on.
+/// Why the event loop ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
-    /// The way to the host is gone.
+    /// The control stream to the host failed or was closed.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The kernel refuses what the loop is made of.
-    #[error("the event loop cannot go on: {0}")]
+    /// A system call of the loop itself failed.
+    #[error("the event loop failed: {0}")]
     System(#[from] io::Error),
 }
 
-/// What a job is for.
+/// The purpose of a job, which decides how its report is handled.
 #[derive(Debug)]
 enum Purpose {
-    /// Makes ready what the pod's containers share.
+    /// Sets up what the pod's containers share.
     SetUpPod(Box<SetUpPod>),
-    /// Makes a container.
+    /// Creates the container.
     Create(Rc<str>),
-    /// Runs an exec of a container.
+    /// Starts the exec in the container.
     Exec(Rc<str>, String),
-    /// Freezes a container, or thaws it.
+    /// Freezes the container if `true`, thaws it if `false`.
     Freeze(Rc<str>, bool),
-    /// Removes a container.
+    /// Deletes the container.
     Delete(Rc<str>),
-    /// Its reply is all that there is to it.
+    /// The report only becomes a reply; it changes no state.
     Other,
 }
 
-/// A job that the host waits for.
+/// A running job, whose report becomes the reply to a request.
 #[derive(Debug)]
 struct PendingJob {
     job: Job,
+    /// The id of the request.
     request: u64,
     purpose: Purpose,
     agent_ends: Option<AgentEnds>,
@@ -69,16 +71,17 @@ pub(crate) struct Agent {
     control: ControlStream,
     reaper: Reaper,
     streams: Streams,
-    /// Once it was set up.
+    /// `None` until the pod has been set up.
     pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
+    /// By the source number of the job.
     pending_jobs: BTreeMap<u32, PendingJob>,
-    /// The last number given to an event source.
+    /// The number most recently assigned to an event source.
     last_source_number: u32,
 }
 
 impl Agent {
-    /// Dials the host and greets it.
+    /// Connects to the host, and reports that the agent is ready.
     pub(crate) fn connect(host: HostAddress) -> Result<Self, AgentError> {
         let reaper = Reaper::new()?;
         let control = ControlStream::dial(&host)?;
@@ -103,7 +106,7 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Serves until the host is gone.
+    /// Runs the event loop until the host closes the control stream or an error occurs.
     pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
         loop {
             let tokens = self.poller.wait(!self.streams.has_more())?;

@@ -1,4 +1,4 @@
-//! What jobs report, and what follows from it.
+//! Handles the reports of jobs: updates the state, and replies to the request that started the job.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -16,7 +16,7 @@ use crate::poller::Token;
 use crate::stdio::AgentEnds;
 use crate::sys;
 
-/// A process that a job has made.
+/// A process that a job has created.
 struct NewProcess {
     pid: Pid,
     agent_ends: Option<AgentEnds>,
@@ -24,7 +24,7 @@ struct NewProcess {
 }
 
 impl Agent {
-    /// Hears what became of a job and tells the host.
+    /// Receives the report of job `number`, and replies to its request.
     pub(super) fn handle_report(&mut self, number: u32) -> Result<(), AgentError> {
         let Some((result, terminal)) = self
             .pending_jobs
@@ -37,10 +37,10 @@ impl Agent {
             return Ok(());
         };
         let request = pending.request;
-        if let Purpose::SetUpPod(asked) = &pending.purpose
+        if let Purpose::SetUpPod(settings) = &pending.purpose
             && let Ok(Outcome::Process { pid }) = &result
         {
-            self.pod = sys::to_pid(*pid).map(|init| Pod::new(init, asked));
+            self.pod = sys::to_pid(*pid).map(|init| Pod::new(init, settings));
         }
         let new_process = match &result {
             Ok(Outcome::Process { pid }) => sys::to_pid(*pid).map(|pid| NewProcess {
@@ -54,19 +54,19 @@ impl Agent {
         match (pending.purpose, new_process) {
             (Purpose::Create(name), new_process) => match self.containers.get(&name).map(|container| container.stage) {
                 Some(Stage::Creating) => match new_process {
-                    Some(new_process) => self.created(request, &name, new_process)?,
+                    Some(new_process) => self.finish_create(request, &name, new_process)?,
                     None => {
                         self.containers.remove(&name);
                         self.reply(request, result)?;
                     }
                 },
-                // It is being removed, with whatever the job has made.
+                // The container is being deleted, together with the process that the job may have created.
                 _ => {
                     self.reply(request, Err(Failure::internal(format!("container {name} was deleted"))))?;
                     self.report_exits(&name)?;
                 }
             },
-            (Purpose::Exec(name, exec), Some(new_process)) => self.exec_started(request, &name, &exec, new_process)?,
+            (Purpose::Exec(name, exec), Some(new_process)) => self.finish_exec(request, &name, &exec, new_process)?,
             (Purpose::Exec(name, exec), None) => {
                 if let Ok(container) = self.container(&name) {
                     container.execs.remove(&exec);
@@ -80,7 +80,7 @@ impl Agent {
                 }
                 self.reply(request, result)?;
             }
-            (Purpose::Delete(name), _) => self.deleted(request, &name, result)?,
+            (Purpose::Delete(name), _) => self.finish_delete(request, &name, result)?,
             (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
         }
         if self.pending_jobs.is_empty() {
@@ -89,7 +89,7 @@ impl Agent {
         Ok(())
     }
 
-    fn created(&mut self, request: u64, name: &Rc<str>, new_process: NewProcess) -> Result<(), AgentError> {
+    fn finish_create(&mut self, request: u64, name: &Rc<str>, new_process: NewProcess) -> Result<(), AgentError> {
         let pid = new_process.pid;
         if let Err(failure) = self.adopt(name, new_process) {
             return self.discard(request, name, failure);
@@ -98,8 +98,8 @@ impl Agent {
         self.record_early_exit(pid)
     }
 
-    /// Takes a created container over. What it needs of the kernel may be refused: containers that
-    /// run as root use the same allowances as the agent.
+    /// Adds the new process, its streams and its out-of-memory watch to a container's record. System calls may
+    /// fail here: containers that run as root share the agent's per-user limits (such as that of epoll watches).
     fn adopt(&mut self, name: &Rc<str>, new_process: NewProcess) -> Result<(), Failure> {
         let number = self.next_source_number();
         let memory =
@@ -110,7 +110,7 @@ impl Agent {
             .context(|| "watch memory.events".to_owned())?;
         if let Ok(container) = self.container(name) {
             container.memory_watch = Some(memory);
-            // It fails where the process has ended already: then nothing will enter the container.
+            // Fails if the process has ended already. Then the container cannot run execs.
             container.pidfd = pidfd.ok();
         }
         let pumps = self.start_pumps(name, new_process.agent_ends, new_process.terminal.as_ref())?;
@@ -122,16 +122,16 @@ impl Agent {
         Ok(())
     }
 
-    /// Removes a container that could not be taken over, and then says why.
+    /// Deletes a container whose process could not be adopted, and replies with the failure.
     fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
         self.streams.remove_container(name);
         self.containers.remove(name);
-        // In the loop, for once: nobody could be told of a job's end.
+        // This blocks the loop. As a job it would have no request to reply to. The user needs the first error.
         let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
     }
 
-    fn exec_started(
+    fn finish_exec(
         &mut self,
         request: u64,
         name: &Rc<str>,
@@ -142,7 +142,7 @@ impl Agent {
         let pumps = match self.start_pumps(name, new_process.agent_ends, terminal.as_ref()) {
             Ok(pumps) => pumps,
             Err(failure) => {
-                // Its end is nobody's business: it never was an exec of the container.
+                // Its exit is not reported, because the exec was not created.
                 let _ = sys::kill(pid, libc::SIGKILL.unsigned_abs());
                 if let Ok(container) = self.container(name) {
                     container.execs.remove(exec);
@@ -164,7 +164,7 @@ impl Agent {
         self.record_early_exit(pid)
     }
 
-    /// A process may have ended before its job said that it exists.
+    /// Records the exit of a process that ended before its job reported it.
     fn record_early_exit(&mut self, pid: Pid) -> Result<(), AgentError> {
         match self.reaper.claim(pid) {
             Some(exit) => self.record_exit(pid, exit).map(drop),
@@ -172,10 +172,15 @@ impl Agent {
         }
     }
 
-    fn deleted(&mut self, request: u64, name: &Rc<str>, result: Result<Response, Failure>) -> Result<(), AgentError> {
+    fn finish_delete(
+        &mut self,
+        request: u64,
+        name: &Rc<str>,
+        result: Result<Response, Failure>,
+    ) -> Result<(), AgentError> {
         if result.is_err() {
             if let Ok(container) = self.container(name) {
-                // So that it can be tried again.
+                // A later request may try again.
                 container.stage = Stage::Stopped;
             }
             return self.reply(request, result);
@@ -202,23 +207,23 @@ impl Agent {
             .context(|| "open the standard streams".to_owned())?;
         for (number, pump) in numbers.iter_mut().zip(pumps) {
             if let Some(pump) = pump {
-                let given = self.next_source_number();
+                let source_number = self.next_source_number();
                 self.streams
-                    .add(&self.poller, given, pump, container)
+                    .add(&self.poller, source_number, pump, container)
                     .context(|| "watch the standard streams".to_owned())?;
-                *number = Some(given);
+                *number = Some(source_number);
             }
         }
         Ok(numbers)
     }
 
-    /// Ends the jobs that make or enter a container which is to end, and tells those who wait.
+    /// Kills the jobs that create a container or an exec in it. Their requests fail.
     pub(super) fn kill_jobs(&mut self, name: &str) {
         for pending in self.pending_jobs.values() {
             if let Purpose::Create(container) | Purpose::Exec(container, _) = &pending.purpose
                 && **container == *name
             {
-                // The report that it does not make any more is one of failure.
+                // The loop takes the missing report for a failure.
                 let _ = sys::kill(pending.job.pid, libc::SIGKILL.unsigned_abs());
             }
         }

@@ -1,4 +1,4 @@
-//! What the host asks for. What may take long becomes a job; `reports` hears of its end.
+//! Handles the requests of the host. Work that may take long becomes a job, and `reports` handles its result.
 
 use std::collections::btree_map::Entry;
 use std::io;
@@ -23,11 +23,11 @@ use crate::poller::Token;
 use crate::stdio::{self, AgentEnds};
 use crate::sys;
 
-/// What became of a request for now.
+/// How a request is answered.
 enum Answer {
-    /// The reply.
+    /// Immediately, with this response.
     Now(Response),
-    /// A job will tell.
+    /// When the report of a job arrives.
     Later,
 }
 
@@ -70,16 +70,16 @@ impl Agent {
                 Ok(Answer::Now(Response::Done))
             }
             Request::ProbeNetworkDevices { slots } => {
-                let links = slots
+                let indexes = slots
                     .iter()
                     .map(|slot| network::probe(*slot))
                     .collect::<io::Result<_>>();
-                let links = links.context(|| "find a network device".to_owned())?;
-                Ok(Answer::Now(Response::InterfaceIndexes(links)))
+                let indexes = indexes.context(|| "probe a network device".to_owned())?;
+                Ok(Answer::Now(Response::InterfaceIndexes(indexes)))
             }
             Request::ReleaseDisk { slot } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
-                    disk::release(slot).context(|| "let go of a disk".to_owned())?;
+                    disk::release(slot).context(|| "release a disk".to_owned())?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)
@@ -99,7 +99,10 @@ impl Agent {
                 Ok(Answer::Now(Response::Done))
             }
             Request::ForwardConnection { stream_port, targets } => {
-                let stream = self.host.dial(stream_port).context(|| "open the stream".to_owned())?;
+                let stream = self
+                    .host
+                    .dial(stream_port)
+                    .context(|| "connect the stream to the host".to_owned())?;
                 self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
                     forward::start(&stream, &targets)?;
                     Ok((Outcome::Done, None))
@@ -111,13 +114,13 @@ impl Agent {
     }
 
     fn set_up_pod(&mut self, id: u64, request: SetUpPod) -> Result<Answer, Failure> {
-        let under_way = |pending: &PendingJob| matches!(pending.purpose, Purpose::SetUpPod(_));
-        if self.pod.is_some() || self.pending_jobs.values().any(under_way) {
-            return Err(Failure::exists("the pod was set up already"));
+        let is_running = |pending: &PendingJob| matches!(pending.purpose, Purpose::SetUpPod(_));
+        if self.pod.is_some() || self.pending_jobs.values().any(is_running) {
+            return Err(Failure::exists("the pod is set up already"));
         }
         let purpose = Purpose::SetUpPod(Box::new(request.clone()));
         self.start_job(id, purpose, None, &[], &mut || {
-            pod::set_up(&request).map(|made| (made, None))
+            pod::set_up(&request).map(|outcome| (outcome, None))
         })?;
         Ok(Answer::Later)
     }
@@ -127,25 +130,29 @@ impl Agent {
         if self.containers.contains_key(name.as_str()) {
             return Err(Failure::exists(format!("container {name} exists")));
         }
-        let (agent_ends, ends) =
+        let (agent_ends, process_ends) =
             AgentEnds::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
-        let pids = self.open_pid_namespace(&request.pid_namespace)?;
+        let pid_namespace = self.open_pid_namespace(&request.pid_namespace)?;
         let pod = self.pod.clone();
-        let shared = PodContext {
+        let pod_context = PodContext {
             pod: pod.as_ref(),
-            pid_namespace: pids.as_ref().map(OwnedFd::as_fd),
+            pid_namespace: pid_namespace.as_ref().map(OwnedFd::as_fd),
         };
         let container: Rc<str> = name.as_str().into();
         let purpose = Purpose::Create(Rc::clone(&container));
-        let work: JobWork<'_> = &mut || create::create(request, &shared, &ends);
-        let keep: Vec<_> = ends.descriptors().into_iter().chain(shared.pid_namespace).collect();
+        let work: JobWork<'_> = &mut || create::create(request, &pod_context, &process_ends);
+        let keep: Vec<_> = process_ends
+            .descriptors()
+            .into_iter()
+            .chain(pod_context.pid_namespace)
+            .collect();
         self.start_job(id, purpose, Some(agent_ends), &keep, work)?;
         self.containers
             .insert(container, Container::new(name, request.spec.as_slice().into()));
         Ok(Answer::Later)
     }
 
-    /// The pid namespace of others that a container is to be in.
+    /// Opens the pid namespace that a container shares. `None` means that its spec decides.
     fn open_pid_namespace(&mut self, namespace: &PidNamespace) -> Result<Option<OwnedFd>, Failure> {
         let (pid, whose) = match namespace {
             PidNamespace::Specified => return Ok(None),
@@ -156,7 +163,7 @@ impl Agent {
                 (pid, format!("container {name}"))
             }
         };
-        let pid = pid.ok_or_else(|| Failure::precondition(format!("{whose} has no pid namespace to be shared")))?;
+        let pid = pid.ok_or_else(|| Failure::precondition(format!("{whose} has no pid namespace to share")))?;
         let path = format!("/proc/{}/ns/pid", pid.as_raw_nonzero());
         let namespace = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         namespace
@@ -196,22 +203,22 @@ impl Agent {
         let (Some(init), Some(pidfd)) = (container.init.pid, &container.pidfd) else {
             return Err(Failure::internal(format!("container {name} has no first process")));
         };
-        let pidfd = pidfd.try_clone().context(|| "copy a descriptor".to_owned())?;
+        let pidfd = pidfd.try_clone().context(|| "duplicate a pidfd".to_owned())?;
         let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
         slot.insert(Process::default());
 
         let started = AgentEnds::open(&self.host, &request.stdio)
             .context(|| "open the standard streams".to_owned())
-            .and_then(|(agent_ends, ends)| {
+            .and_then(|(agent_ends, process_ends)| {
                 let target = TargetContainer {
                     spec: &spec,
                     init,
                     pidfd: pidfd.as_fd(),
                     cgroup: &cgroup,
                 };
-                let [stdin, stdout, stderr] = ends.descriptors();
+                let [stdin, stdout, stderr] = process_ends.descriptors();
                 let purpose = Purpose::Exec(name.as_str().into(), request.exec.clone());
-                let work: JobWork<'_> = &mut || exec::exec(request, &target, &ends);
+                let work: JobWork<'_> = &mut || exec::exec(request, &target, &process_ends);
                 self.start_job(
                     id,
                     purpose,
@@ -234,7 +241,7 @@ impl Agent {
         let container = self.container(name)?;
         let not_started = exec.is_none() && container.stage == Stage::Created;
         if all && !not_started {
-            let sent = send_to_all(&container.cgroup, signal).context(|| format!("signal container {name}"))?;
+            let sent = signal_all(&container.cgroup, signal).context(|| format!("signal container {name}"))?;
             return if sent {
                 Ok(Answer::Now(Response::Done))
             } else {
@@ -244,8 +251,8 @@ impl Agent {
         let process = container.process(exec).ok_or_else(finished)?;
         let pid = process.pid.filter(|_| process.exit.is_none()).ok_or_else(finished)?;
         let mut sent = signal;
-        if not_started && ends_a_process(signal) {
-            // It is still the agent's code, and first of its pid namespace: it would ignore the signal.
+        if not_started && terminates_by_default(signal) {
+            // The process still runs the agent's code as pid 1 of its namespace, so it would ignore the signal.
             process.reported_signal = Some(signal);
             sent = KILL;
         }
@@ -257,7 +264,7 @@ impl Agent {
         let container = self.container(name)?;
         let process = container.process(exec).ok_or_else(|| {
             Failure::not_found(format!(
-                "exec {} of container {name} is not there",
+                "exec {} of container {name} does not exist",
                 exec.unwrap_or_default()
             ))
         })?;
@@ -296,12 +303,12 @@ impl Agent {
         let container = self.container(&name)?;
         let stage = container.stage;
         if !matches!(stage, Stage::Created | Stage::Running) || container.paused == frozen {
-            let now = if container.paused {
+            let state = if container.paused {
                 "paused".to_owned()
             } else {
                 format!("{stage:?}").to_lowercase()
             };
-            return Err(Failure::precondition(format!("container {name} is {now}")));
+            return Err(Failure::precondition(format!("container {name} is {state}")));
         }
         let cgroup = container.cgroup.clone();
         self.run_job(id, Purpose::Freeze(name.as_str().into(), frozen), &mut || {
@@ -331,7 +338,7 @@ impl Agent {
         }
         self.run_job(id, Purpose::Other, &mut || {
             for name in &names {
-                // The next one's files matter as much, and nothing could be done about this one.
+                // Continue after an error: the remaining containers must release their file systems, too.
                 let _ = delete::remove_all(name);
             }
             rustix::fs::sync();
@@ -342,10 +349,10 @@ impl Agent {
     pub(super) fn container(&mut self, name: &str) -> Result<&mut Container, Failure> {
         self.containers
             .get_mut(name)
-            .ok_or_else(|| Failure::not_found(format!("container {name} is not there")))
+            .ok_or_else(|| Failure::not_found(format!("container {name} does not exist")))
     }
 
-    /// A container whose creation is over.
+    /// Returns a container that has been created.
     fn created_container(&mut self, name: &str) -> Result<&mut Container, Failure> {
         let container = self.container(name)?;
         match container.stage {
@@ -401,8 +408,8 @@ const LAST_SIGNAL: u32 = 64;
 /// SIGKILL.
 const KILL: u32 = libc::SIGKILL.unsigned_abs();
 
-/// Whether a signal ends a process that does nothing about it (signal(7)).
-fn ends_a_process(signal: u32) -> bool {
+/// Whether the default action of a signal terminates the process (signal(7)).
+fn terminates_by_default(signal: u32) -> bool {
     const OTHERS: [i32; 8] = [
         libc::SIGCHLD,
         libc::SIGCONT,
@@ -416,11 +423,11 @@ fn ends_a_process(signal: u32) -> bool {
     signal != 0 && !OTHERS.iter().any(|other| other.unsigned_abs() == signal)
 }
 
-/// `false` if there is no process.
-fn send_to_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<bool> {
+/// Signals every process of a cgroup. Returns `false` if there is none.
+fn signal_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<bool> {
     let processes = cgroup.processes();
     if signal == KILL && !processes.is_empty() {
-        // Those too that are born meanwhile.
+        // This also kills processes that fork meanwhile.
         cgroup.kill()?;
         return Ok(true);
     }
@@ -438,8 +445,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signals_that_end_a_process_are_told_from_those_that_do_not() {
-        for (signal, ends) in [
+    fn signals_that_terminate_by_default_are_known() {
+        for (signal, expected) in [
             (15, true),
             (9, true),
             (1, true),
@@ -448,7 +455,7 @@ mod tests {
             (19, false),
             (0, false),
         ] {
-            assert_eq!(ends_a_process(signal), ends, "signal {signal}");
+            assert_eq!(terminates_by_default(signal), expected, "signal {signal}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The pumps of all processes.
+//! The pumps of all processes, by source number.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,7 +11,7 @@ use crate::stdio::{Progress, Pump};
 struct RunningPump {
     pump: Pump,
     container: Rc<str>,
-    /// No process's record knows it any more: it goes when it ends.
+    /// The exit of the process has been reported. The pump is removed when it ends.
     detached: bool,
 }
 
@@ -19,12 +19,12 @@ struct RunningPump {
 #[derive(Debug, Default)]
 pub(super) struct Streams {
     pumps: BTreeMap<u32, RunningPump>,
-    /// Those that stopped for others' sake and have more to move.
+    /// Pumps that used up their turn and have more data to move.
     ready: BTreeSet<u32>,
 }
 
 impl Streams {
-    /// Begins to move what a pump of `container` is for.
+    /// Adds a pump of `container`, and watches its descriptors.
     pub(super) fn add(&mut self, poller: &Poller, number: u32, pump: Pump, container: &Rc<str>) -> io::Result<()> {
         for end in pump.descriptors().into_iter().flatten() {
             poller.watch_changes(end, Token::Pump(number))?;
@@ -34,12 +34,12 @@ impl Streams {
             container: Rc::clone(container),
             detached: false,
         };
-        // The poller tells at once what is ready already.
+        // No first transfer is needed: epoll reports descriptors that are ready already.
         self.pumps.insert(number, entry);
         Ok(())
     }
 
-    /// Moves what pump `number` can move.
+    /// Gives pump `number` a turn. Does nothing if the pump does not exist any more.
     pub(super) fn transfer(&mut self, number: u32) {
         self.ready.remove(&number);
         let Some(entry) = self.pumps.get_mut(&number) else {
@@ -57,25 +57,25 @@ impl Streams {
         }
     }
 
-    /// Whether any pump could go on right now.
+    /// Whether any pump has more data to move without waiting.
     pub(super) fn has_more(&self) -> bool {
         !self.ready.is_empty()
     }
 
-    /// Gives each pump that could go on its turn.
+    /// Gives a turn to each pump that has more data to move without waiting.
     pub(super) fn transfer_ready(&mut self) {
         for number in std::mem::take(&mut self.ready) {
             self.transfer(number);
         }
     }
 
-    /// How many bytes went into the source of pump `number` so far.
+    /// How many bytes have been written into the source of pump `number`. 0 if there is no such pump.
     pub(super) fn bytes_written(&mut self, number: Option<u32>) -> u64 {
         let entry = number.and_then(|number| self.pumps.get_mut(&number));
         entry.map_or(0, |entry| entry.pump.bytes_written())
     }
 
-    /// The process of this pump has been reported: the pump goes on by itself until its end.
+    /// Detaches a pump from its process, whose exit is reported. The pump runs until it ends and is removed then.
     pub(super) fn detach(&mut self, number: u32) {
         let Some(entry) = self.pumps.get_mut(&number) else {
             return;
@@ -86,7 +86,7 @@ impl Streams {
         }
     }
 
-    /// Ends every pump of a container.
+    /// Removes all pumps of a container.
     pub(super) fn remove_container(&mut self, container: &str) {
         self.pumps.retain(|_, entry| &*entry.container != container);
     }
