@@ -1,4 +1,4 @@
-//! The job that makes a container, up to its first process waiting for its start.
+//! The job that creates a container. At its end the container's first process waits for the start request.
 
 use std::fs;
 use std::io::{IoSliceMut, Write};
@@ -23,12 +23,12 @@ use crate::job::Outcome;
 use crate::pod::Pod;
 use crate::stdio::ProcessEnds;
 
-/// What a container shares with others of its pod.
+/// What a container shares with the other containers of its pod.
 #[derive(Debug)]
 pub(crate) struct PodContext<'a> {
-    /// The pod, if it is of several containers.
+    /// The pod, unless the machine runs a single container.
     pub(crate) pod: Option<&'a Pod>,
-    /// The pid namespace that it joins.
+    /// The pid namespace that the container joins, unless its spec decides.
     pub(crate) pid_namespace: Option<BorrowedFd<'a>>,
 }
 
@@ -37,12 +37,12 @@ impl PodContext<'_> {
         if let Some(pod) = self.pod {
             pod.add_shared_mounts(spec);
         }
-        if let (Some(pids), Some(linux)) = (self.pid_namespace, spec.linux_mut()) {
-            // libcontainer opens it in a process that has the descriptors of this one.
+        if let (Some(pid_namespace), Some(linux)) = (self.pid_namespace, spec.linux_mut()) {
+            // libcontainer opens this path in a process that has inherited the descriptor.
             let mut namespace = LinuxNamespace::default();
             namespace
                 .set_typ(LinuxNamespaceType::Pid)
-                .set_path(Some(format!("/proc/self/fd/{}", pids.as_raw_fd()).into()));
+                .set_path(Some(format!("/proc/self/fd/{}", pid_namespace.as_raw_fd()).into()));
             let mut namespaces = linux.namespaces().clone().unwrap_or_default();
             namespaces.retain(|other| other.typ() != LinuxNamespaceType::Pid);
             namespaces.push(namespace);
@@ -51,19 +51,19 @@ impl PodContext<'_> {
     }
 }
 
-/// Makes the container. Nothing of it is left where that fails.
+/// Creates the container, and removes what exists of it if that fails.
 pub(crate) fn create(
     request: &CreateContainer,
-    shared: &PodContext<'_>,
+    pod_context: &PodContext<'_>,
     stdio: &ProcessEnds,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let cgroup = Cgroup::of_container(&request.container);
     let mut spec = spec::parse(&request.spec)?;
-    shared.apply_to(&mut spec);
+    pod_context.apply_to(&mut spec);
     let prepared = spec::prepare(spec, &cgroup, request.stdio.terminal)?;
     let result = build(request, stdio, prepared, &cgroup);
     if result.is_err() {
-        // The error that the user sees is the first one.
+        // The first error is the one to report.
         let _ = delete::remove_all(&request.container);
     }
     result
@@ -77,30 +77,30 @@ fn build(
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let id = &request.container;
     let bundle = bundle_path(id);
-    let target = bundle.join("rootfs");
-    fs::create_dir_all(&target).context(|| format!("make {}", target.display()))?;
-    fs::create_dir_all(STATE_PATH).context(|| format!("make {STATE_PATH}"))?;
+    let rootfs = bundle.join("rootfs");
+    fs::create_dir_all(&rootfs).context(|| format!("create {}", rootfs.display()))?;
+    fs::create_dir_all(STATE_PATH).context(|| format!("create {STATE_PATH}"))?;
     let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
-    rootfs::mount(&request.rootfs, mounts, &target)?;
+    rootfs::mount(&request.rootfs, mounts, &rootfs)?;
     prepared.machine_settings.apply()?;
-    rootfs::create_working_directory(&target, &prepared.program.cwd)
-        .context(|| format!("make the working folder {}", prepared.program.cwd.display()))?;
+    rootfs::create_working_directory(&rootfs, &prepared.program.cwd)
+        .context(|| format!("create the working directory {}", prepared.program.cwd.display()))?;
     stdio
         .set_owner(prepared.outer_uid)
-        .context(|| "hand the standard streams over".to_owned())?;
+        .context(|| "set the owner of the standard streams".to_owned())?;
     cgroup
         .create()
-        .context(|| format!("make cgroup {}", cgroup.path().display()))?;
-    // The agent's own score, which children inherit, would make the container immune.
+        .context(|| format!("create cgroup {}", cgroup.path().display()))?;
+    // Children inherit the agent's score, which would exempt the container from the out-of-memory killer.
     fs::write("/proc/self/oom_score_adj", "0").context(|| "reset oom_score_adj".to_owned())?;
 
     let console = request.stdio.terminal.then(|| console_listener(&bundle)).transpose()?;
     let cwd = prepared.program.cwd.clone();
-    let diagnosis = Diagnosis::listen().context(|| "open a pipe".to_owned())?;
+    let diagnosis = Diagnosis::listen().context(|| "open the pipe for causes".to_owned())?;
     let hooks = prepared.hooks;
     if !hooks.create_container.is_empty() {
-        let agent_as_hook = hooks::agent_as_hook(&hooks.create_container, &target, &diagnosis.writer());
-        let hook = agent_as_hook.map_err(Failure::internal)?;
+        let hook = hooks::agent_as_hook(&hooks.create_container, &rootfs, &diagnosis.writer());
+        let hook = hook.map_err(Failure::internal)?;
         let mut only = Hooks::default();
         only.set_create_container(Some(vec![hook]));
         prepared.spec.set_hooks(Some(only));
@@ -108,38 +108,38 @@ fn build(
     let start = (!hooks.start_container.is_empty())
         .then(|| StartHooks::new(id, &bundle, &prepared.spec, hooks.start_container))
         .transpose()
-        .context(|| "open a pipe".to_owned())?;
-    // libcontainer reads it again.
+        .context(|| "create the start pipe".to_owned())?;
+    // libcontainer reads the spec from this file.
     write_config(&bundle, &prepared.spec)?;
     let executor = ProgramExecutor::new(prepared.program, start, diagnosis.writer());
     let [stdin, stdout, stderr] = [0, 1, 2].map(|index| stdio.ends[index].try_clone());
-    let streams = |error| Failure::internal(format!("standard streams: {error}"));
+    let failed = |error| Failure::internal(format!("duplicate the standard streams: {error}"));
     let built = ContainerBuilder::new(id.clone(), SyscallType::Linux)
         .with_executor(executor)
         .with_console_socket(console.is_some().then(|| bundle.join(CONSOLE_SOCKET)))
-        .with_stdin(stdin.map_err(streams)?)
-        .with_stdout(stdout.map_err(streams)?)
-        .with_stderr(stderr.map_err(streams)?)
+        .with_stdin(stdin.map_err(failed)?)
+        .with_stdout(stdout.map_err(failed)?)
+        .with_stderr(stderr.map_err(failed)?)
         .with_root_path(STATE_PATH)
         .and_then(|builder| {
             builder
                 .as_init(&bundle)
                 .with_systemd(false)
                 .with_detach(true)
-                // The agent is to be the parent, not this job.
+                // Makes the agent the parent of the process, not this job.
                 .as_sibling(true)
                 .build()
         });
     let container = built.map_err(|error| Failure::internal(diagnosis.explain(&error, &cwd)))?;
     let pid = container
         .pid()
-        .ok_or_else(|| Failure::internal("libcontainer made no process"))?;
-    // Not before: the rules are for the container's program, not for the mounts that it is given.
+        .ok_or_else(|| Failure::internal("libcontainer created no process"))?;
+    // Applied only now: the rules restrict the container's program, but not the mounts of its creation.
     devices::confine(cgroup, &prepared.devices).context(|| "apply the device rules".to_owned())?;
     let terminal = console.map(|listener| receive_terminal(&listener)).transpose()?;
     if let Some(terminal) = &terminal {
         crate::stdio::set_up_terminal(terminal, request.stdio.size, prepared.outer_uid)
-            .context(|| "set the terminal up".to_owned())?;
+            .context(|| "set up the terminal".to_owned())?;
     }
     let outcome = Outcome::Process {
         pid: pid.as_raw().unsigned_abs(),
@@ -155,18 +155,18 @@ fn write_config(bundle: &Path, spec: &oci_spec::runtime::Spec) -> Result<(), Fai
         .context(|| format!("write {}", path.display()))
 }
 
-/// The socket in the bundle over which libcontainer hands the terminal out.
+/// The socket in the bundle through which libcontainer passes the master of the terminal.
 const CONSOLE_SOCKET: &str = "console.sock";
 
 fn console_listener(bundle: &Path) -> Result<UnixListener, Failure> {
-    // Entered because the whole path may be too long for a socket's address.
-    rustix::process::chdir(bundle).context(|| format!("enter {}", bundle.display()))?;
+    // A relative path, because the absolute one may be too long for the address of a socket.
+    rustix::process::chdir(bundle).context(|| format!("change to {}", bundle.display()))?;
     let listener = UnixListener::bind(CONSOLE_SOCKET).context(|| format!("bind {CONSOLE_SOCKET}"));
-    rustix::process::chdir("/").context(|| "enter /".to_owned())?;
+    rustix::process::chdir("/").context(|| "change to /".to_owned())?;
     listener
 }
 
-/// Takes the terminal, which libcontainer has sent before it was done.
+/// Receives the master of the terminal, which libcontainer sent before `build` returned.
 fn receive_terminal(listener: &UnixListener) -> Result<OwnedFd, Failure> {
     let receive = || {
         let (stream, _) = listener.accept()?;

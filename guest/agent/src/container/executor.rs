@@ -1,4 +1,5 @@
-//! From a process that is ready to be the container's to its program.
+//! Implements libcontainer's `Executor`: after libcontainer has prepared a container's first process, that process
+//! runs the `startContainer` hooks and executes the program.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -12,22 +13,23 @@ use super::program::{Program, ResolvedProgram};
 use super::start::StartHooks;
 use crate::sys;
 
-/// Runs a container's first process.
+/// Executes the program of a container's first process.
 #[derive(Debug, Clone)]
 pub(super) struct ProgramExecutor {
     program: Program,
     start: Option<StartHooks>,
-    found: RefCell<Option<ResolvedProgram>>,
+    resolved: RefCell<Option<ResolvedProgram>>,
     causes: CauseWriter,
 }
 
 impl ProgramExecutor {
-    /// For `program`, after the hooks `start`; why it cannot run goes to `causes`.
+    /// Creates an executor that runs the hooks `start`, then `program`. An executable that cannot be found is reported
+    /// to `causes`.
     pub(super) fn new(program: Program, start: Option<StartHooks>, causes: CauseWriter) -> Self {
         Self {
             program,
             start,
-            found: RefCell::new(None),
+            resolved: RefCell::new(None),
             causes,
         }
     }
@@ -36,37 +38,37 @@ impl ProgramExecutor {
 impl Executor for ProgramExecutor {
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
         match ResolvedProgram::find(&self.program) {
-            Ok(found) => {
-                *self.found.borrow_mut() = Some(found);
+            Ok(resolved) => {
+                *self.resolved.borrow_mut() = Some(resolved);
                 Ok(())
             }
-            Err(words) => {
-                self.causes.write_verbatim(&words);
-                Err(ExecutorValidationError::ArgValidationError(words))
+            Err(error) => {
+                self.causes.write_verbatim(&error);
+                Err(ExecutorValidationError::ArgValidationError(error))
             }
         }
     }
 
     fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // The environment goes to execve(2), where its order is kept.
+        // execve(2) gets the environment as a list, which keeps its order.
         Ok(())
     }
 
     fn exec(&self, _: &Spec) -> Result<(), ExecutorError> {
-        let Some(found) = self.found.borrow().clone() else {
+        let Some(resolved) = self.resolved.borrow().clone() else {
             return Err(ExecutorError::InvalidArg);
         };
         if let Some(start) = &self.start {
-            let words = match start.run() {
-                Ok(()) => found.execute(),
-                Err(words) => words,
+            let error = match start.run() {
+                Ok(()) => resolved.execute(),
+                Err(error) => error,
             };
-            start.report(&words);
+            start.report(&error);
             sys::exit_now(1);
         }
-        let words = found.execute();
-        // The container was created and started: only its own output is left to say it.
-        let _ = writeln!(std::io::stderr(), "{words}");
+        let error = resolved.execute();
+        // The start request has succeeded already, so the error can only go to the container's standard error.
+        let _ = writeln!(std::io::stderr(), "{error}");
         sys::exit_now(255);
     }
 }

@@ -1,8 +1,8 @@
-//! What the agent knows of a container, and the jobs that make, enter and remove one.
+//! Containers: the event loop's records of them, and the jobs that create, start, enter and delete one.
 //!
-//! [`Container`] and [`Process`] are the event loop's records. `create`, `exec` and `delete` run in
-//! jobs (see [`crate::job`]) and may block; the rest is quick and runs in the loop. Nothing here
-//! talks to the host.
+//! [`Container`] and [`Process`] are the records. `create`, `exec`, `delete` and a start with hooks run in jobs (see
+//! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. Nothing here
+//! sends to the host.
 
 pub(crate) mod create;
 pub(crate) mod delete;
@@ -27,59 +27,59 @@ use rustix::process::Pid;
 use crate::cgroup::{Cgroup, MemoryWatch};
 use crate::reaper::ProcessExit;
 
-/// Where libcontainer keeps what it knows of containers.
+/// The directory in which libcontainer keeps the state of containers.
 const STATE_PATH: &str = "/run/nutshell/state";
 
-/// A container's folder: its bundle.
+/// The bundle directory of a container.
 fn bundle_path(id: &str) -> PathBuf {
     Path::new(CONTAINERS_PATH).join(id)
 }
 
-/// libcontainer's folder for a container.
+/// The directory in which libcontainer keeps the state of one container.
 fn state_path(id: &str) -> PathBuf {
     Path::new(STATE_PATH).join(id)
 }
 
-/// Where in its life a container is.
+/// The lifecycle stage of a container. Error texts contain its name in small letters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// A job makes it.
+    /// A job is creating it.
     Creating,
-    /// Its first process waits for its start.
+    /// Its first process waits for the start request.
     Created,
-    /// Its first process runs.
+    /// Its first process has been started.
     Running,
     /// Its first process has ended.
     Stopped,
-    /// A job removes it.
+    /// A job is deleting it, or has deleted it while its last processes end.
     Deleting,
 }
 
-/// A container.
+/// The record of a container.
 #[derive(Debug)]
 pub(crate) struct Container {
-    /// Where in its life it is.
     pub(crate) stage: Stage,
-    /// The OCI spec as it came.
+    /// The OCI spec as received, in JSON.
     pub(crate) spec: Rc<[u8]>,
-    /// Its cgroup; a job makes it.
+    /// Its cgroup, which the creating job makes.
     pub(crate) cgroup: Cgroup,
     /// Its first process.
     pub(crate) init: Process,
-    /// Further processes that have not ended, by exec id.
+    /// Execs whose exits have not been reported, by id.
     pub(crate) execs: BTreeMap<String, Process>,
-    /// Its out-of-memory watch.
+    /// The watch for out-of-memory kills, once the container is created.
     pub(crate) memory_watch: Option<MemoryWatch>,
-    /// A pidfd of its first process, once that exists.
+    /// A pidfd of its first process, once the container is created.
     pub(crate) pidfd: Option<OwnedFd>,
-    /// Its processes are frozen.
+    /// Whether its processes are frozen.
     pub(crate) paused: bool,
-    /// It is removed, but for its last processes' ends; the request that waits for them.
+    /// The id of the delete request, once the job has deleted the container and only exits of its processes are
+    /// missing.
     pub(crate) deletion: Option<u64>,
 }
 
 impl Container {
-    /// A container that a job is making.
+    /// Returns the record of a container that a job is creating.
     pub(crate) fn new(id: &str, spec: Rc<[u8]>) -> Self {
         Self {
             stage: Stage::Creating,
@@ -94,7 +94,7 @@ impl Container {
         }
     }
 
-    /// The first process or an exec.
+    /// Returns the record of an exec, or of the first process if `exec` is `None`.
     pub(crate) fn process(&mut self, exec: Option<&str>) -> Option<&mut Process> {
         match exec {
             None => Some(&mut self.init),
@@ -103,17 +103,17 @@ impl Container {
     }
 }
 
-/// A process of a container.
+/// The record of a container's process.
 #[derive(Debug, Default)]
 pub(crate) struct Process {
-    /// Known once it exists.
+    /// `None` until a job has reported it.
     pub(crate) pid: Option<Pid>,
-    /// The pumps of its standard streams.
+    /// The source numbers of the pumps of its standard input, output and error.
     pub(crate) pumps: [Option<u32>; 3],
-    /// Its terminal.
+    /// The master of its terminal.
     pub(crate) terminal: Option<OwnedFd>,
-    /// How it ended, and how much it had written then, until that is reported.
+    /// Its exit, and how many bytes it had written to standard output and error by then, until that is reported.
     pub(crate) exit: Option<(ProcessExit, [u64; 2])>,
-    /// The signal that is to be reported_signal for its end (it ignored that one, and was killed).
+    /// The signal to report as the cause of its exit, if it was sent SIGKILL instead because it ignored that signal.
     pub(crate) reported_signal: Option<u32>,
 }

@@ -1,4 +1,4 @@
-//! The program of a process: what its spec asks for, and the executable that this is in the container.
+//! The program of a container's process: what the spec says, and the executable that it is in the container.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -14,21 +14,21 @@ use rustix::io::Errno;
 use crate::failure::FailureExt;
 use crate::sys;
 
-/// What is executed.
+/// The program that a spec asks for.
 #[derive(Debug, Clone)]
 pub(super) struct Program {
-    /// Arguments; the first names the executable.
+    /// The arguments; the first names the executable.
     pub(super) args: Vec<String>,
-    /// Environment as it came.
+    /// The environment as received.
     pub(super) env: Vec<String>,
-    /// Working folder.
+    /// The working directory.
     pub(super) cwd: PathBuf,
-    /// User id inside of the container.
+    /// The user id inside the container.
     pub(super) uid: u32,
 }
 
 impl Program {
-    /// What `process` executes.
+    /// Returns the program of `process`.
     pub(super) fn of(process: &Process) -> Result<Self, Failure> {
         let args = process.args().clone().unwrap_or_default();
         if args.is_empty() {
@@ -43,10 +43,10 @@ impl Program {
     }
 }
 
-/// Where executables are looked for if the environment has no PATH.
+/// The search path for executables if the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// A program that was found, ready for execve(2).
+/// A program whose executable has been found: the arguments of execve(2).
 #[derive(Debug, Clone)]
 pub(super) struct ResolvedProgram {
     path: CString,
@@ -55,8 +55,8 @@ pub(super) struct ResolvedProgram {
 }
 
 impl ResolvedProgram {
-    /// Finds the executable and the home folder. To be called as the user and in the file system of
-    /// the container, with its working folder entered.
+    /// Finds the executable and the home directory. Call this as the container's user, in the container's root file
+    /// system and in the working directory of the process. The error is the text for the user.
     pub(super) fn find(program: &Program) -> Result<Self, String> {
         let mut env = deduplicate_env(&program.env);
         if !env
@@ -79,7 +79,7 @@ impl ResolvedProgram {
         })
     }
 
-    /// Becomes the program. Returns only where that fails, with the reason.
+    /// Executes the program. Returns only on failure, with the error text.
     pub(super) fn execute(&self) -> String {
         sys::restore_sigpipe();
         let error = sys::execve(&self.path, &self.args, &self.env);
@@ -88,7 +88,7 @@ impl ResolvedProgram {
     }
 }
 
-/// The entries of an environment; of those with one name, the last.
+/// Returns the entries of an environment in their order. Of several entries with one name it keeps the last.
 fn deduplicate_env(env: &[String]) -> Vec<String> {
     let mut names = BTreeSet::new();
     let mut kept: Vec<String> = env
@@ -105,7 +105,7 @@ fn deduplicate_env(env: &[String]) -> Vec<String> {
     kept
 }
 
-/// Finds an executable as Go's `exec.LookPath` does, and says why not in its words.
+/// Finds an executable as Go's `exec.LookPath` does, with the same error texts.
 fn look_up(name: &str, search: &str) -> Result<PathBuf, String> {
     if name.contains('/') {
         return match check_executable(Path::new(name)) {
@@ -117,7 +117,7 @@ fn look_up(name: &str, search: &str) -> Result<PathBuf, String> {
     }
     search
         .split(':')
-        .map(|folder| Path::new(if folder.is_empty() { "." } else { folder }).join(name))
+        .map(|directory| Path::new(if directory.is_empty() { "." } else { directory }).join(name))
         .find(|path| !name.is_empty() && check_executable(path).is_ok())
         .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
 }
@@ -134,20 +134,20 @@ fn c_string(text: String) -> Result<CString, String> {
     CString::new(text).map_err(|error| format!("{error} in the process's arguments or environment"))
 }
 
-/// The most that is read of `/etc/passwd`.
+/// How many bytes of `/etc/passwd` are read at most.
 const PASSWD_LIMIT: u64 = 4 << 20;
 
-/// A user's home folder according to the container's `/etc/passwd`, else `/`.
+/// Returns a user's home directory from the container's `/etc/passwd`, or `/` if it has no entry there.
 ///
-/// Read by hand: the C library would load modules from the container's files for it.
+/// This does not use the C library, which would load name service modules from the container's file system.
 fn find_home(uid: u32) -> String {
-    // Not blocking: the file may be anything, such as a fifo.
+    // O_NONBLOCK: the file belongs to the container and may be a FIFO.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let mut text = Vec::new();
     if let Ok(file) = rustix::fs::open("/etc/passwd", flags, Mode::empty()) {
-        let regular =
+        let is_regular =
             rustix::fs::fstat(&file).is_ok_and(|file| FileType::from_raw_mode(file.st_mode) == FileType::RegularFile);
-        if regular {
+        if is_regular {
             let _ = std::fs::File::from(file).take(PASSWD_LIMIT).read_to_end(&mut text);
         }
     }
@@ -180,13 +180,13 @@ mod tests {
     }
 
     #[test]
-    fn last_entry_of_a_name_counts_and_order_stays() {
+    fn last_entry_of_a_name_is_kept_in_order() {
         let env = ["A=1", "B=2", "A=3", "junk", "=x", "C="].map(str::to_owned);
         assert_eq!(deduplicate_env(&env), ["B=2", "A=3", "C="]);
     }
 
     #[test]
-    fn lookup_fails_in_the_words_that_users_search_for() {
+    fn lookup_fails_with_gos_error_texts() {
         for (name, words) in [
             ("nosuch", r#"exec: "nosuch": executable file not found in $PATH"#),
             ("", r#"exec: "": executable file not found in $PATH"#),
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn lookup_goes_through_the_path_in_order() {
+    fn lookup_searches_the_path_in_order() {
         assert_eq!(look_up("sh", "/nowhere:/bin").unwrap(), Path::new("/bin/sh"));
         assert_eq!(look_up("/bin/sh", "").unwrap(), Path::new("/bin/sh"));
     }

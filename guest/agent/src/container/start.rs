@@ -15,26 +15,26 @@ use serde_json::{Value, json};
 use super::{bundle_path, hooks, state_path};
 use crate::failure::{Context, FailureExt};
 
-/// The named pipe in the bundle through which the first process says why it cannot start, if it has
-/// hooks to run. It ends without a word when the program is executed.
+/// A FIFO in the bundle of a container with `startContainer` hooks. Its first process writes there why it cannot
+/// start, or closes it by executing the program.
 const START_PIPE: &str = "starting";
 
-/// What a container's first process runs before its program, and where it says that one failed.
+/// The `startContainer` hooks, which the first process runs before its program, and the FIFO for their errors.
 #[derive(Debug, Clone)]
 pub(super) struct StartHooks {
     hooks: Vec<Hook>,
-    /// OCI spec, "State", but for the pid.
+    /// The container's state without the pid (OCI runtime spec, "State").
     state: Value,
-    words: Arc<OwnedFd>,
+    pipe: Arc<OwnedFd>,
 }
 
 impl StartHooks {
-    /// Makes the pipe in the `bundle` that the start will listen to.
+    /// Creates the FIFO in `bundle`, from which [`start_with_hooks`] reads.
     pub(super) fn new(id: &str, bundle: &Path, spec: &Spec, hooks: Vec<Hook>) -> io::Result<Self> {
-        let pipe = bundle.join(START_PIPE);
-        rustix::fs::mknodat(CWD, &pipe, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
-        // For reading too, as nobody listens yet.
-        let words = rustix::fs::open(&pipe, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let path = bundle.join(START_PIPE);
+        rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
+        // Opened for reading, too: opening a FIFO only for writing would wait for a reader.
+        let pipe = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let state = json!({
             "ociVersion": spec.version(),
             "id": id,
@@ -45,56 +45,58 @@ impl StartHooks {
         Ok(Self {
             hooks,
             state,
-            words: Arc::new(words),
+            pipe: Arc::new(pipe),
         })
     }
 
+    /// Runs the hooks, up to the first that fails. The error is the text for the user.
     pub(super) fn run(&self) -> Result<(), String> {
         let mut state = self.state.clone();
         state["pid"] = json!(std::process::id());
         hooks::run("startContainer", &self.hooks, &state.to_string())
     }
 
-    pub(super) fn report(&self, words: &str) {
-        // Nobody may be listening: the process ends all the same.
-        let _ = rustix::io::write(&*self.words, words.as_bytes());
+    /// Reports an error to the job that starts the container.
+    pub(super) fn report(&self, error: &str) {
+        // The job may be gone. The process ends in any case.
+        let _ = rustix::io::write(&*self.pipe, error.as_bytes());
     }
 }
 
-/// Whether the start of a created container must be watched: it runs hooks first.
+/// Whether a created container has `startContainer` hooks, so that it must be started with [`start_with_hooks`].
 pub(crate) fn has_start_hooks(id: &str) -> bool {
     bundle_path(id).join(START_PIPE).exists()
 }
 
-/// Lets the first process of a created container run its hooks and its program, and hears whether
-/// they do.
+/// Starts a created container that has `startContainer` hooks, and waits until its first process executes the
+/// program or fails.
 pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
-    // Before it may write. Without a writer this does not wait.
+    // Opened before the process may write. With O_NONBLOCK this does not wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let words = rustix::fs::open(bundle_path(id).join(START_PIPE), flags, Mode::empty())
-        .context(|| "open a pipe".to_owned())?;
+    let pipe = rustix::fs::open(bundle_path(id).join(START_PIPE), flags, Mode::empty())
+        .context(|| "open the start pipe".to_owned())?;
     start(id).context(|| format!("start container {id}"))?;
-    let mut reason = Vec::new();
-    let mut hear = || -> std::io::Result<()> {
+    let mut error_text = Vec::new();
+    let mut read_all = || -> std::io::Result<()> {
         loop {
-            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&words, PollFlags::IN)], None))?;
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&pipe, PollFlags::IN)], None))?;
             let mut bytes = [0; 1024];
-            match rustix::io::read(&words, &mut bytes) {
+            match rustix::io::read(&pipe, &mut bytes) {
                 Ok(0) => return Ok(()),
-                Ok(read) => reason.extend_from_slice(&bytes[..read]),
+                Ok(read) => error_text.extend_from_slice(&bytes[..read]),
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
     };
-    hear().context(|| "hear of the process".to_owned())?;
-    match String::from_utf8_lossy(&reason) {
-        reason if reason.is_empty() => Ok(()),
-        reason => Err(Failure::internal(reason)),
+    read_all().context(|| "wait for the container's first process".to_owned())?;
+    match String::from_utf8_lossy(&error_text) {
+        text if text.is_empty() => Ok(()),
+        text => Err(Failure::internal(text)),
     }
 }
 
-/// Lets the first process of a created container run.
+/// Starts a created container without waiting for it.
 pub(crate) fn start(id: &str) -> std::io::Result<()> {
     let socket = state_path(id).join(libcontainer::notify_socket::NOTIFY_FILE);
     let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);
