@@ -1,8 +1,8 @@
-//! Which devices a container may open: the spec's rules as a BPF program on its cgroup.
+//! Restricts a container's access to devices: compiles the spec's rules to a BPF program and attaches it to the cgroup.
 //!
-//! A container may have the capability to make device nodes, and a pod's machine has disks with the
-//! files of its other containers: without the rules any node could be made and opened.
-//! The program is of type BPF_PROG_TYPE_CGROUP_DEVICE (cgroup v2, "Device controller").
+//! The machine of a pod has disks with the files of several containers. Without the program, a container with the
+//! capability to create device nodes could open the disks of the others. The program is of type
+//! BPF_PROG_TYPE_CGROUP_DEVICE (cgroup v2, "Device controller").
 
 use std::fs::File;
 use std::io;
@@ -13,16 +13,16 @@ use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 use super::Cgroup;
 use crate::sys;
 
-/// Access bits of the program's context, as in `BPF_DEVCG_ACC_*`.
+/// Access bits in the program's context: `BPF_DEVCG_ACC_*` of `linux/bpf.h`.
 const MKNOD: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
 
-/// Device kinds of the program's context, as in `BPF_DEVCG_DEV_*`.
+/// Device types in the program's context: `BPF_DEVCG_DEV_*` of `linux/bpf.h`.
 const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
 
-/// One rule. What is `None` matches anything.
+/// One device rule. `None` matches any value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -49,8 +49,8 @@ impl Rule {
     }
 }
 
-/// What every container may do, whatever its spec says: make any node, and open what is in every
-/// container's `/dev`. The same as runc's.
+/// Rules that every container has, as with runc: it may create any device node, and open those that are in every
+/// container's `/dev`.
 const ALWAYS_ALLOWED: [Rule; 10] = {
     const ANY: i32 = MKNOD | READ | WRITE;
     [
@@ -67,8 +67,8 @@ const ALWAYS_ALLOWED: [Rule; 10] = {
     ]
 };
 
-/// Confines the processes of `cgroup` to what `rules` allow. The last rule that matches decides; no
-/// rule at all means no confinement.
+/// Restricts the processes of `cgroup` to the devices that `rules` and [`ALWAYS_ALLOWED`] allow. The last matching rule
+/// decides. Without rules there is no restriction.
 pub(crate) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
     let rules: Vec<Rule> = rules.iter().filter_map(parse).collect();
     if is_unconfined(&rules) {
@@ -78,7 +78,7 @@ pub(crate) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Resul
     sys::attach_device_program(&program, &File::open(cgroup.path())?)
 }
 
-/// `None` for a rule that says nothing about devices.
+/// Converts a rule of the spec. Returns `None` for one that matches no device.
 fn parse(rule: &LinuxDeviceCgroup) -> Option<Rule> {
     let kind = match rule.typ().unwrap_or_default() {
         LinuxDeviceType::A => None,
@@ -105,7 +105,8 @@ fn parse(rule: &LinuxDeviceCgroup) -> Option<Rule> {
     })
 }
 
-/// Whether the last rule about everything allows it, and no later one forbids anything.
+/// Whether the rules allow every access: there are none, or the last rule that matches everything allows it and no later
+/// rule denies anything.
 fn is_unconfined(rules: &[Rule]) -> bool {
     let from = rules.iter().rposition(|rule| rule.matches_everything());
     match from {
@@ -114,10 +115,11 @@ fn is_unconfined(rules: &[Rule]) -> bool {
     }
 }
 
-/// A program that looks for the last rule that covers what is asked for, and denies where there is
-/// none.
+/// Compiles rules to a program that applies the last matching rule, and denies the access if none matches.
+///
+/// Its context is `struct bpf_cgroup_dev_ctx` of `linux/bpf.h`: type (low half) and access (high half), major, minor.
 fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruction> {
-    // Registers of the verdict, the context, and of what is unpacked from it.
+    // Registers: the result, the context, and the values from the context.
     const VERDICT: u8 = 0;
     const CONTEXT: u8 = 1;
     const KIND: u8 = 2;
@@ -138,7 +140,7 @@ fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruct
             .into_iter()
             .filter_map(|(register, value)| Some((register, value?)))
             .collect();
-        // What is left of the rule behind each of its checks; a failed check jumps over that.
+        // How many instructions of the rule follow a check. A failed check jumps over them.
         let mut rest = i16::try_from(checks.len()).unwrap_or(0) + 3 + 2;
         for (register, value) in checks {
             rest -= 1;
@@ -165,7 +167,7 @@ mod tests {
         rules.iter().filter_map(parse).collect()
     }
 
-    /// What the kernel would make of the program: enough of an interpreter for what `compile` emits.
+    /// Interprets a compiled program as the kernel would. Supports only the instructions that `compile` emits.
     fn verdict(rules: &[Rule], kind: i32, access: i32, major: i32, minor: i32) -> bool {
         let program = compile(rules.iter().chain(&ALWAYS_ALLOWED));
         let context = [kind | (access << 16), major, minor];
@@ -195,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn default_rules_keep_disks_closed_and_standard_devices_open() {
+    fn default_rules_deny_disks_and_allow_standard_devices() {
         let rules = rules(serde_json::json!([
             {"allow": false, "access": "rwm"},
             {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rwm"},
@@ -218,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn only_rules_that_forbid_something_confine() {
+    fn only_rules_that_deny_something_restrict() {
         for (json, expected) in [
             (serde_json::json!([]), true),
             (serde_json::json!([{"allow": false, "access": "rwm"}]), false),

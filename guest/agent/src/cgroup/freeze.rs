@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use super::Cgroup;
 
-/// How long processes may take to stop: one that is in the middle of a system call may be late.
+/// How long processes may take to freeze. One that is in a system call may take longer than others.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Stops every process of the cgroup, or lets them go on, and waits until that is so.
+/// Freezes or thaws all processes of the cgroup, and waits until the kernel has done so.
 pub(crate) fn set_frozen(cgroup: &Cgroup, frozen: bool) -> io::Result<()> {
     let events = File::open(cgroup.file("cgroup.events"))?;
     let write = |frozen: bool| fs::write(cgroup.file("cgroup.freeze"), if frozen { "1" } else { "0" });
@@ -17,7 +17,10 @@ pub(crate) fn set_frozen(cgroup: &Cgroup, frozen: bool) -> io::Result<()> {
     if super::wait_for_event(&events, "frozen", u64::from(frozen), FREEZE_TIMEOUT)? {
         return Ok(());
     }
-    // As it was before: a failed request changes nothing.
+    // Undo the change: a failed request has no effect.
     write(!frozen)?;
-    Err(io::Error::new(io::ErrorKind::TimedOut, "its processes do not follow"))
+    Err(io::Error::new(
+        io::ErrorKind::TimedOut,
+        "its processes did not change state in time",
+    ))
 }

@@ -1,4 +1,4 @@
-//! Changes a container's limits while it lives.
+//! Changes the resource limits of a container.
 
 use std::path::Path;
 
@@ -10,10 +10,10 @@ use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources};
 use super::{Cgroup, ROOT};
 use crate::failure::{Context, FailureExt};
 
-/// Applies OCI `LinuxResources`; what they do not name stays as it is.
+/// Applies OCI `LinuxResources`, in JSON. Limits that they do not name stay as they are.
 pub(crate) fn update(cgroup: &Cgroup, resources: &[u8]) -> Result<(), Failure> {
     let resources: LinuxResources = serde_json::from_slice(resources)
-        .map_err(|error| Failure::invalid(format!("the resources cannot be read: {error}")))?;
+        .map_err(|error| Failure::invalid(format!("cannot parse the resources: {error}")))?;
     let resources = clean_resources(resources);
     let options = ControllerOpt {
         resources: &resources,
@@ -31,8 +31,8 @@ pub(crate) fn update(cgroup: &Cgroup, resources: &[u8]) -> Result<(), Failure> {
         .context(|| "update the container's limits".to_owned())
 }
 
-/// Drops limits on what is the host's (its CPUs by number, its devices, its page sizes) and what only
-/// version 1 of cgroups knows. Device rules are applied by the agent itself.
+/// Drops limits that refer to the host (CPUs by number, devices, page sizes that the guest lacks) and those that only
+/// cgroup v1 has. It drops the device rules, too: see [`super::devices`].
 pub(crate) fn clean_resources(mut resources: LinuxResources) -> LinuxResources {
     resources.set_devices(None);
     resources.set_block_io(None);

@@ -1,7 +1,7 @@
 //! The cgroup (v2) of a container: its processes, limits, device rules, freezer and counters.
 //!
-//! Jobs and the event loop call this; `machine` delegates the controllers. What libcontainer does with the
-//! cgroup when it creates a container is not here.
+//! The event loop and its jobs call this, and `machine` delegates the controllers at boot. libcontainer applies the
+//! limits of the spec when it creates a container; that is not here.
 
 pub(crate) mod devices;
 pub(crate) mod freeze;
@@ -18,82 +18,82 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Pid;
 
-/// Where the hierarchy is mounted.
+/// The mount point of the cgroup hierarchy.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 
-/// A cgroup below the root.
+/// The path of a cgroup below the root. The cgroup need not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    /// The cgroup of a container.
+    /// Returns the cgroup of a container.
     ///
-    /// All lie side by side, whatever path a spec asks for: those above would be the host's (a pod's
-    /// slice), which have no limits here, and each costs every container's creation. The prefix keeps
-    /// an id such as `cpu.max` apart from the files of the root.
+    /// All containers' cgroups are direct children of the root, whatever path their specs name. The parents in such a
+    /// path are the host's (a pod's slice). They have no limits here, and each would slow down the creation of every
+    /// container. The prefix prevents a clash between an id such as `cpu.max` and a file of the root.
     pub(crate) fn of_container(container: &str) -> Self {
         Self::at(&format!("/container-{container}"))
     }
 
-    /// The cgroup at `path`, which begins with `/`, below the root.
+    /// Returns the cgroup at `path` below the root. `path` begins with `/`.
     fn at(path: &str) -> Self {
         Self {
             path: Path::new(ROOT).join(path.trim_start_matches('/')),
         }
     }
 
-    /// Its path below the root, as specs have it.
+    /// Returns its path below the root, as `linux.cgroupsPath` of a spec.
     pub(crate) fn spec_path(&self) -> PathBuf {
         Path::new("/").join(self.path.strip_prefix(ROOT).unwrap_or(&self.path))
     }
 
-    /// A file of the cgroup.
+    /// Returns the path of a file of the cgroup.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// The cgroup's folder.
+    /// Returns the directory of the cgroup.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes the cgroup.
+    /// Creates the cgroup.
     pub(crate) fn create(&self) -> io::Result<()> {
         fs::create_dir(&self.path)
     }
 
-    /// Every process of the cgroup and those below it.
+    /// Returns the processes of the cgroup and its descendants.
     pub(crate) fn processes(&self) -> Vec<Pid> {
         let mut found = Vec::new();
-        let mut folders = vec![self.path.clone()];
-        while let Some(folder) = folders.pop() {
-            // A cgroup may go away while it is looked at.
-            if let Ok(list) = fs::read_to_string(folder.join("cgroup.procs")) {
+        let mut directories = vec![self.path.clone()];
+        while let Some(directory) = directories.pop() {
+            // The cgroup may be removed meanwhile.
+            if let Ok(list) = fs::read_to_string(directory.join("cgroup.procs")) {
                 found.extend(list.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)));
             }
-            folders.extend(subfolders(&folder));
+            directories.extend(child_directories(&directory));
         }
         found
     }
 
-    /// Kills every process of the cgroup and those below it.
+    /// Kills the processes of the cgroup and its descendants.
     pub(crate) fn kill(&self) -> io::Result<()> {
         fs::write(self.file("cgroup.kill"), "1")
     }
 
-    /// Removes the cgroup and those below it; they must be empty.
+    /// Removes the cgroup and its descendants. They must have no processes.
     pub(crate) fn remove(&self) -> io::Result<()> {
-        let mut folders = vec![self.path.clone()];
+        let mut directories = vec![self.path.clone()];
         let mut at = 0;
-        while at < folders.len() {
-            let below = subfolders(&folders[at]);
-            folders.extend(below);
+        while at < directories.len() {
+            let below = child_directories(&directories[at]);
+            directories.extend(below);
             at += 1;
         }
-        for folder in folders.iter().rev() {
-            match fs::remove_dir(folder) {
+        for directory in directories.iter().rev() {
+            match fs::remove_dir(directory) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
@@ -102,18 +102,18 @@ impl Cgroup {
     }
 }
 
-/// The cgroup that a process is in.
+/// Returns the cgroup of a process.
 pub(crate) fn of_process(pid: Pid) -> io::Result<Cgroup> {
     let text = fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero()))?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::"));
     path.map(Cgroup::at)
-        .ok_or_else(|| io::Error::other("the process is in no cgroup of version 2"))
+        .ok_or_else(|| io::Error::other("the process has no cgroup v2"))
 }
 
-/// What containers' resources are limited and counted with.
+/// The controllers that containers use.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
 
-/// Lets containers' cgroups use the controllers, as far as the kernel has them.
+/// Enables for containers' cgroups those of [`CONTROLLERS`] that the kernel has.
 pub(crate) fn delegate_controllers() -> io::Result<()> {
     let root = Path::new(ROOT);
     let available = fs::read_to_string(root.join("cgroup.controllers"))?;
@@ -125,9 +125,9 @@ pub(crate) fn delegate_controllers() -> io::Result<()> {
     fs::write(root.join("cgroup.subtree_control"), wanted.join(" "))
 }
 
-/// Waits until `key` in an open `cgroup.events` has a value. `false` if it has not within `patience`.
-pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, patience: Duration) -> io::Result<bool> {
-    let deadline = Instant::now() + patience;
+/// Waits until `key` in `events`, an open `cgroup.events`, has `value`. Returns `false` after `timeout`.
+pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, timeout: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + timeout;
     loop {
         let text = read_from_start(events)?;
         let found = text
@@ -145,15 +145,15 @@ pub(crate) fn wait_for_event(events: &File, key: &str, value: u64, patience: Dur
     }
 }
 
-/// What is in a small cgroup file now.
+/// Reads a cgroup file of at most 512 bytes from its start. This also resets its readiness for poll(2).
 fn read_from_start(file: &File) -> io::Result<String> {
     let mut bytes = [0; 512];
     let read = file.read_at(&mut bytes, 0)?;
     Ok(String::from_utf8_lossy(&bytes[..read]).into_owned())
 }
 
-fn subfolders(folder: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(folder) else {
+fn child_directories(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else {
         return Vec::new();
     };
     entries
@@ -163,17 +163,18 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// A cgroup's `memory.events`, watched for kills.
+/// Watches a cgroup's `memory.events` for out-of-memory kills.
 #[derive(Debug)]
 pub(crate) struct MemoryWatch {
     file: File,
-    /// The number that its events carry.
+    /// The source number of its events.
     pub(crate) source_number: u32,
+    /// How many kills have been seen.
     seen_kills: u64,
 }
 
 impl MemoryWatch {
-    /// Starts watching from zero kills.
+    /// Opens the watch of a new cgroup, without kills so far.
     pub(crate) fn open(cgroup: &Cgroup, source_number: u32) -> io::Result<Self> {
         Ok(Self {
             file: File::open(cgroup.file("memory.events"))?,
@@ -182,7 +183,7 @@ impl MemoryWatch {
         })
     }
 
-    /// Whether the kernel has killed for want of memory since the last call.
+    /// Whether the out-of-memory killer has killed processes since the last call.
     pub(crate) fn has_new_kills(&mut self) -> bool {
         let kills = oom_kills(&read_from_start(&self.file).unwrap_or_default());
         let again = kills > self.seen_kills;
@@ -210,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cgroup_of_a_container_is_no_file_of_the_root() {
+    fn cgroup_of_a_container_does_not_clash_with_files_of_the_root() {
         let cgroup = Cgroup::of_container("cpu.max");
         assert_eq!(cgroup.path(), Path::new("/sys/fs/cgroup/container-cpu.max"));
         assert_eq!(cgroup.spec_path(), Path::new("/container-cpu.max"));

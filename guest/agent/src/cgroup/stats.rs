@@ -1,4 +1,4 @@
-//! What a container uses, from the files of its cgroup.
+//! Reads the resource usage of a container from the files of its cgroup.
 
 use std::fs;
 use std::path::Path;
@@ -8,8 +8,8 @@ use rustix::process::Pid;
 
 use super::Cgroup;
 
-/// Reads everything. A file that is not there (a controller that the kernel lacks) counts as zeros;
-/// `init` is the process whose network interfaces are counted.
+/// Reads the resource usage. Values of missing files are 0: the kernel may lack a controller. The network interfaces are
+/// those of process `init`.
 pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
     let file = |name: &str| fs::read_to_string(cgroup.file(name)).unwrap_or_default();
     let number = |name: &str| parse_number(&file(name));
@@ -37,7 +37,7 @@ pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
     }
 }
 
-/// A number, `u64::MAX` for `max`.
+/// Parses a number. `max` is `u64::MAX`, invalid text is 0.
 fn parse_number(text: &str) -> u64 {
     match text.trim() {
         "max" => u64::MAX,
@@ -45,7 +45,7 @@ fn parse_number(text: &str) -> u64 {
     }
 }
 
-/// The lines of a flat keyed file.
+/// Parses a flat keyed file (cgroup v2, "Format"): keys and their values.
 fn keyed(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
         let (key, value) = line.split_once(' ')?;
@@ -69,7 +69,7 @@ fn cpu(text: &str) -> CpuStats {
     stats
 }
 
-/// Lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
+/// Parses `io.stat`: lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
 fn io(text: &str) -> Vec<IoStats> {
     let device = |line: &str| {
         let mut words = line.split_whitespace();
@@ -110,7 +110,8 @@ fn memory_events(text: &str) -> MemoryEvents {
     events
 }
 
-/// `/proc/<pid>/net/dev`: two lines of headings, then `name: 8 numbers received, 8 numbers sent`.
+/// Parses `/proc/<pid>/net/dev`: two lines of headings, then for each interface its name, 8 receive counters and 8
+/// transmit counters.
 fn network_interfaces(text: &str) -> Vec<NetworkStats> {
     let interface = |line: &str| {
         let (name, counters) = line.split_once(':')?;
@@ -141,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cpu_is_read_by_name_whatever_else_is_there() {
+    fn cpu_stat_is_parsed_by_key_and_unknown_keys_are_ignored() {
         let stats = cpu("usage_usec 30\nuser_usec 20\nsystem_usec 10\ncore_sched.force_idle_usec 1\nnr_throttled 4\n");
         assert_eq!(
             (stats.usage_usec, stats.user_usec, stats.system_usec, stats.nr_throttled),
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn io_is_read_by_device() {
+    fn io_stat_is_parsed_for_each_device() {
         let stats = io("254:16 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n8:0 rbytes=7\njunk\n");
         assert_eq!(stats.len(), 2);
         assert_eq!(
@@ -161,14 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn unlimited_is_the_largest_number() {
+    fn max_is_the_largest_number() {
         assert_eq!(parse_number("max\n"), u64::MAX);
         assert_eq!(parse_number("4096\n"), 4096);
         assert_eq!(parse_number(""), 0);
     }
 
     #[test]
-    fn interfaces_are_read_without_the_loopback() {
+    fn interfaces_are_parsed_without_lo() {
         let text = "Inter-|   Receive |  Transmit\n face |bytes packets\n    lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n\
                     eth0: 10 2 3 4 5 6 7 8 90 10 11 12 13 14 15 16\n";
         let found = network_interfaces(text);
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_events_are_read_by_name() {
+    fn memory_events_are_parsed_by_key() {
         let events = memory_events("low 1\nhigh 2\nmax 3\noom 4\noom_kill 5\noom_group_kill 6\n");
         assert_eq!((events.low, events.high, events.max), (1, 2, 3));
         assert_eq!((events.oom, events.oom_kill, events.oom_group_kill), (4, 5, 6));

@@ -1,4 +1,4 @@
-//! Removes what there is of a container.
+//! The job that deletes a container.
 
 use std::fs;
 use std::io;
@@ -11,11 +11,11 @@ use super::{bundle_path, rootfs, state_path};
 use crate::cgroup::{self, Cgroup};
 use crate::failure::Context;
 
-/// How long killed processes may take to end.
+/// How long killed processes may take to end before the deletion fails.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Kills the container's processes, removes its cgroup, unmounts its rootfs, removes its files. Goes
-/// on after an error, and returns the first. Fine if there is nothing.
+/// Kills the container's processes, removes its cgroup, unmounts its root file system and removes its files. Continues
+/// after an error and returns the first one. Succeeds for parts that do not exist.
 pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     let mut first = Ok(());
     let mut keep_first_error = |result: Result<(), Failure>| {
@@ -32,17 +32,17 @@ pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     );
     let bundle = bundle_path(id);
     let unmounted = rootfs::unmount(&bundle.join("rootfs")).context(|| format!("unmount the rootfs of container {id}"));
-    // Never with the rootfs still in it.
-    let clear = unmounted.is_ok();
+    // If the root file system is still mounted, removing the bundle would delete its files.
+    let is_unmounted = unmounted.is_ok();
     keep_first_error(unmounted);
-    if clear {
+    if is_unmounted {
         keep_first_error(remove_directory(&bundle));
     }
     keep_first_error(remove_directory(&state_path(id)));
     first
 }
 
-/// Kills what is in the cgroup and waits until it is gone.
+/// Kills the processes of the cgroup, and waits until they have ended.
 fn kill_processes(cgroup: &Cgroup) -> io::Result<()> {
     let events = match fs::File::open(cgroup.file("cgroup.events")) {
         Ok(events) => events,
@@ -52,14 +52,17 @@ fn kill_processes(cgroup: &Cgroup) -> io::Result<()> {
     cgroup.kill()?;
     match cgroup::wait_for_event(&events, "populated", 0, KILL_TIMEOUT)? {
         true => Ok(()),
-        false => Err(io::Error::new(io::ErrorKind::TimedOut, "they survive SIGKILL")),
+        false => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "processes did not end after SIGKILL",
+        )),
     }
 }
 
-fn remove_directory(folder: &Path) -> Result<(), Failure> {
-    match fs::remove_dir_all(folder) {
+fn remove_directory(directory: &Path) -> Result<(), Failure> {
+    match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(error).context(|| format!("remove {}", folder.display()))
+            Err(error).context(|| format!("remove {}", directory.display()))
         }
         _ => Ok(()),
     }

@@ -1,6 +1,6 @@
-//! Why libcontainer failed. Its errors name the step and lose the cause ("failed to prepare rootfs"),
-//! but it logs the cause first, and from whichever of its processes hit it. This listens to the log,
-//! for errors only: nothing is formatted while all goes well.
+//! Finds out why libcontainer failed. Its errors name the failed step but not the cause ("failed to prepare rootfs").
+//! The process that fails logs the cause before, so this records what libcontainer logs as errors. Without errors
+//! nothing is formatted.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -15,16 +15,16 @@ use tracing_core::span::{Attributes, Id, Record};
 use tracing_core::subscriber::Interest;
 use tracing_core::{Dispatch, Event, Level, LevelFilter, Metadata, Subscriber};
 
-/// Begins a cause that is in its final words.
+/// Precedes a cause that is an error text for the user as it stands.
 const VERBATIM_MARK: char = '\u{1}';
 
-/// What libcontainer logs before the errno where the process's folder cannot be entered.
+/// What libcontainer logs, followed by the errno, if it cannot change to the working directory of the process.
 const CHDIR_FAILED: &str = "failed to chdir: ";
 
-/// Ends a cause.
+/// Terminates a cause.
 const CAUSE_END: char = '\u{2}';
 
-/// Where the processes of one creation write why they fail.
+/// A pipe to which the processes of one container creation write the causes of failures.
 #[derive(Debug)]
 pub(crate) struct Diagnosis {
     causes: OwnedFd,
@@ -32,7 +32,7 @@ pub(crate) struct Diagnosis {
 }
 
 impl Diagnosis {
-    /// Listens to this process and those that it forks from now on.
+    /// Starts to record the errors that this process, and those that it forks, log.
     pub(crate) fn listen() -> io::Result<Self> {
         let (causes, pipe) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let writer = CauseWriter(std::sync::Arc::new(pipe));
@@ -41,16 +41,17 @@ impl Diagnosis {
         Ok(Self { causes, writer })
     }
 
-    /// For those who know the final words themselves.
+    /// Returns a writer for causes that libcontainer does not log.
     pub(crate) fn writer(&self) -> CauseWriter {
         self.writer.clone()
     }
 
-    /// The first cause, or the error itself where there is none. `cwd` is the process's.
+    /// Returns the error text for the user: a verbatim cause, else the first logged one, else `error` with its sources.
+    /// `cwd` is the working directory of the process.
     pub(crate) fn explain(self, error: &dyn std::error::Error, cwd: &Path) -> String {
         drop(self.writer);
         let mut text = Vec::new();
-        // The writers' copies in other processes may live on: what is there now is all that counts.
+        // Other processes may still hold the write end. The read end does not block, so this stops at what is there.
         let _ = File::from(self.causes).read_to_end(&mut text);
         let text = String::from_utf8_lossy(&text);
         let mut causes = text.split(CAUSE_END).filter(|cause| !cause.is_empty());
@@ -68,7 +69,7 @@ impl Diagnosis {
     }
 }
 
-/// What an errno's name means, in runc's words; the name itself for those that nobody meets.
+/// Returns runc's text for the name of an errno, or the name itself for those that are unlikely here.
 fn errno_text(name: &str) -> &str {
     match name {
         "EACCES" => "permission denied",
@@ -80,11 +81,12 @@ fn errno_text(name: &str) -> &str {
     }
 }
 
+/// Returns the texts of an error and its sources, without repetitions.
 fn error_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        // Errors that only pass another one on say the same as it.
+        // A transparent error has the text of its source.
         if !text.ends_with(&cause.to_string()) {
             let _ = write!(text, ": {cause}");
         }
@@ -93,24 +95,24 @@ fn error_chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Writes causes.
+/// Writes causes to a [`Diagnosis`], also from other processes.
 #[derive(Debug, Clone)]
 pub(crate) struct CauseWriter(std::sync::Arc<OwnedFd>);
 
 impl CauseWriter {
-    /// Writes the user's final words.
-    pub(crate) fn write_verbatim(&self, words: &str) {
-        self.write(&format!("{VERBATIM_MARK}{words}{CAUSE_END}"));
+    /// Writes a cause that is the error text for the user.
+    pub(crate) fn write_verbatim(&self, text: &str) {
+        self.write(&format!("{VERBATIM_MARK}{text}{CAUSE_END}"));
     }
 
-    /// The descriptor's number, for a program that a process of this creation executes and that
-    /// calls [`Self::from_inherited`]. The container's own program never gets it: libcontainer closes all.
+    /// Makes the descriptor survive execve(2), and returns its number for [`Self::from_inherited`] in that program. The
+    /// container's program does not inherit it, because libcontainer closes all descriptors.
     pub(crate) fn share_with_programs(&self) -> io::Result<i32> {
         rustix::io::fcntl_setfd(&*self.0, FdFlags::empty())?;
         Ok(self.0.as_raw_fd())
     }
 
-    /// What [`Self::share_with_programs`] passed on as descriptor `number`.
+    /// Takes the descriptor of [`Self::share_with_programs`] in the executed program.
     pub(crate) fn from_inherited(number: i32) -> Option<Self> {
         Some(Self(std::sync::Arc::new(crate::sys::take_inherited_descriptor(
             number,
@@ -118,12 +120,12 @@ impl CauseWriter {
     }
 
     fn write(&self, text: &str) {
-        // What does not fit is cut; the pipe holds more than a screen of text.
+        // A text that does not fit into the pipe is truncated. The pipe holds 64 KiB.
         let _ = rustix::io::write(&*self.0, text.as_bytes());
     }
 }
 
-/// Writes each logged error as "message: value: value".
+/// A `tracing` subscriber that writes each logged error as "message: value: value".
 struct ErrorLog(CauseWriter);
 
 impl Subscriber for ErrorLog {

@@ -1,9 +1,11 @@
-//! The job that runs a further process in a container.
+//! The job that runs an additional process in a container.
 //!
-//! libcontainer can do that too, but leaves the container's system call filter off such processes,
-//! and reads and checks the whole spec again. The job enters the container's namespaces, so that its
-//! brother, the process to be, is born in them and in the cgroup. The brother says through a pipe why
-//! it cannot become the program; a pipe that ends without a word means that it has.
+//! libcontainer could do that, but it does not apply the container's seccomp filter to such processes, and it parses
+//! and validates the whole spec again.
+//!
+//! The job enters the container's namespaces and forks a sibling, which starts in these namespaces and in the
+//! container's cgroup and executes the program. If it fails, it writes the error text to a pipe; if it succeeds, the
+//! pipe is closed without data.
 
 use std::convert::Infallible;
 use std::fs::{self, File};
@@ -30,37 +32,38 @@ use crate::job::Outcome;
 use crate::stdio::{self, ProcessEnds};
 use crate::sys;
 
-/// The container that is entered.
+/// The container in which the process runs.
 #[derive(Debug)]
 pub(crate) struct TargetContainer<'a> {
-    /// Its spec as it came.
+    /// Its spec as received, in JSON.
     pub(crate) spec: &'a [u8],
-    /// Its first process.
+    /// The pid of its first process.
     pub(crate) init: Pid,
-    /// A pidfd of that.
+    /// A pidfd of its first process.
     pub(crate) pidfd: BorrowedFd<'a>,
-    /// Its cgroup.
     pub(crate) cgroup: &'a Cgroup,
 }
 
-/// Runs the process.
+/// Starts the process. Returns it and the master of its terminal.
 pub(crate) fn exec(
     request: &StartExec,
     target: &TargetContainer<'_>,
-    ends: &ProcessEnds,
+    process_ends: &ProcessEnds,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let spec = spec::parse(target.spec)?;
     let mut process: Process = serde_json::from_slice(&request.process)
-        .map_err(|error| Failure::invalid(format!("the exec's process cannot be read: {error}")))?;
+        .map_err(|error| Failure::invalid(format!("cannot parse the exec's process: {error}")))?;
     spec::clean_process(&mut process, request.stdio.terminal);
     let settings = ProcessSettings::new(&spec, process)?;
-    ends.set_owner(settings.outer_uid)
-        .context(|| "hand the standard streams over".to_owned())?;
+    process_ends
+        .set_owner(settings.outer_uid)
+        .context(|| "set the owner of the standard streams".to_owned())?;
     fs::write("/proc/self/oom_score_adj", settings.oom_score.to_string())
         .context(|| format!("set oom_score_adj to {}", settings.oom_score))?;
-    let home = open_directory(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
-    // Where a container made cgroups below its own, no process may be beside them.
-    let refuge = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
+    let cgroup = open_directory(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
+    // If the container has enabled controllers for cgroups below its own, its own may not contain processes (cgroup v2,
+    // "No Internal Process Constraint"). Then the process joins the cgroup of the first process.
+    let init_cgroup = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
 
     sys::set_undumpable().context(|| "hide the agent's memory".to_owned())?;
     let mut kinds = ThreadNameSpaceType::MOUNT
@@ -80,23 +83,26 @@ pub(crate) fn exec(
         .transpose();
     let terminal = terminal.context(|| "open a terminal of the container".to_owned())?;
     let slave = terminal.as_ref().map(|(_, slave)| slave);
-    let (words, saying) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(|| "open a pipe".to_owned())?;
-    let born = match (sys::fork_sibling_into(home.as_fd()), &refuge) {
-        (Err(error), Ok(refuge)) if error.raw_os_error() == Some(libc::EBUSY) => sys::fork_sibling_into(refuge.as_fd()),
+    let (error_reader, error_writer) =
+        rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(|| "open a pipe".to_owned())?;
+    let forked = match (sys::fork_sibling_into(cgroup.as_fd()), &init_cgroup) {
+        (Err(error), Ok(init_cgroup)) if error.raw_os_error() == Some(libc::EBUSY) => {
+            sys::fork_sibling_into(init_cgroup.as_fd())
+        }
         (result, _) => result,
     };
-    let Some(pid) = born.context(|| "fork".to_owned())? else {
-        let Err(reason) = become_program(&settings, target.pidfd, ends, slave, &saying);
-        let _ = rustix::io::write(&saying, reason.as_bytes());
+    let Some(pid) = forked.context(|| "fork".to_owned())? else {
+        let Err(error) = become_program(&settings, target.pidfd, process_ends, slave, &error_writer);
+        let _ = rustix::io::write(&error_writer, error.as_bytes());
         sys::exit_now(255)
     };
-    drop(saying);
-    let mut reason = String::new();
-    File::from(words)
-        .read_to_string(&mut reason)
-        .context(|| "hear of the process".to_owned())?;
-    if !reason.is_empty() {
-        return Err(Failure::internal(reason));
+    drop(error_writer);
+    let mut error = String::new();
+    File::from(error_reader)
+        .read_to_string(&mut error)
+        .context(|| "wait for the process".to_owned())?;
+    if !error.is_empty() {
+        return Err(Failure::internal(error));
     }
     let outcome = Outcome::Process { pid: sys::raw_pid(pid) };
     Ok((outcome, terminal.map(|(master, _)| master)))
@@ -110,7 +116,7 @@ fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// What the process is to be.
+/// The settings of the process: the request's, and the container's where the request has none.
 #[derive(Debug)]
 struct ProcessSettings {
     process: Process,
@@ -125,10 +131,9 @@ struct ProcessSettings {
 }
 
 impl ProcessSettings {
-    /// What the process does not say is as in the container's own.
     fn new(spec: &Spec, process: Process) -> Result<Self, Failure> {
         let program = Program::of(&process)?;
-        let first = spec.process().as_ref();
+        let init = spec.process().as_ref();
         let linux = spec
             .linux()
             .as_ref()
@@ -144,15 +149,15 @@ impl ProcessSettings {
             capabilities: process
                 .capabilities()
                 .clone()
-                .or_else(|| first.and_then(|first| first.capabilities().clone())),
+                .or_else(|| init.and_then(|init| init.capabilities().clone())),
             seccomp: linux.seccomp().clone(),
             umask: process
                 .user()
                 .umask()
-                .or_else(|| first.and_then(|first| first.user().umask())),
+                .or_else(|| init.and_then(|init| init.user().umask())),
             oom_score: process
                 .oom_score_adj()
-                .or_else(|| first.and_then(Process::oom_score_adj))
+                .or_else(|| init.and_then(Process::oom_score_adj))
                 .unwrap_or(0),
             outer_uid: spec::outer_uid(linux, program.uid),
             has_user_namespace: has(LinuxNamespaceType::User),
@@ -163,29 +168,30 @@ impl ProcessSettings {
     }
 }
 
-/// Opens a new terminal of the container's devpts: master and slave.
+/// Opens a new terminal in the container's devpts. Returns its master and slave.
 fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     /// `DEVPTS_SUPER_MAGIC` of `linux/magic.h`.
     const DEVPTS: i64 = 0x1cd1;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())?;
-    // The container may have put anything there.
+    // The container may have replaced the file.
     if rustix::fs::fstatfs(&master)?.f_type != DEVPTS {
-        return Err(io::Error::other("/dev/pts/ptmx of the container is no terminal device"));
+        return Err(io::Error::other(
+            "/dev/pts/ptmx of the container is not a terminal device",
+        ));
     }
     rustix::pty::unlockpt(&master)?;
     let slave = stdio::set_up_terminal(&master, size, uid)?;
     Ok((master, slave))
 }
 
-/// Turns the new process into the program, in the order in which each step still has the privilege
-/// that it needs.
+/// Turns the forked process into the program. Each step comes before those that drop the privilege that it needs.
 fn become_program(
     settings: &ProcessSettings,
     container: BorrowedFd<'_>,
-    ends: &ProcessEnds,
+    process_ends: &ProcessEnds,
     terminal: Option<&OwnedFd>,
-    saying: &OwnedFd,
+    error_writer: &OwnedFd,
 ) -> Result<Infallible, String> {
     let syscall = SyscallType::Linux.create_syscall();
     let user = settings.process.user();
@@ -195,13 +201,13 @@ fn become_program(
             sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
             [terminal.as_fd(); 3]
         }
-        None => ends.descriptors(),
+        None => process_ends.descriptors(),
     };
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .describe(|| "set the standard streams".to_owned())?;
-    // Not before it was born into the cgroup: from inside of the namespace the way there is closed.
+    // Only now: from inside the cgroup namespace the process could not have been forked into the cgroup.
     move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
         .describe(|| "enter the container's cgroup namespace".to_owned())?;
     if settings.has_user_namespace {
@@ -209,8 +215,8 @@ fn become_program(
             .describe(|| "enter the container's user namespace".to_owned())?;
         set_ids(0, 0)?;
     }
-    // No path of the container may lead through a descriptor of ours (`/proc/self/fd/…`).
-    sys::close_all_but(&[saying.as_fd()]);
+    // Paths in the container, such as `/proc/self/fd/…`, must not lead to descriptors of the agent.
+    sys::close_all_but(&[error_writer.as_fd()]);
 
     if let Some(priority) = settings.process.io_priority() {
         scheduling::set_io_priority(priority).describe(|| "set the io priority".to_owned())?;
@@ -229,8 +235,8 @@ fn become_program(
     if let Some(umask) = settings.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
     }
-    // As root first, then as the user, who may have access where root has none (a FUSE mount).
-    let entered = enter_directory(&settings.program.cwd);
+    // As root first, below also as the user, who may have access where root has none (a FUSE mount).
+    let chdir_result = enter_directory(&settings.program.cwd);
     let groups: Vec<_> = user
         .additional_gids()
         .iter()
@@ -239,15 +245,15 @@ fn become_program(
         .collect();
     rustix::thread::set_thread_groups(&groups).describe(|| "set the additional groups".to_owned())?;
     set_ids(user.uid(), user.gid())?;
-    let filter_late = settings.process.no_new_privileges() == Some(true);
-    if !filter_late {
-        load_filter(settings)?;
+    let has_late_filter = settings.process.no_new_privileges() == Some(true);
+    if !has_late_filter {
+        load_seccomp(settings)?;
     }
     capabilities::reset_effective(&*syscall).describe(|| "set the capabilities".to_owned())?;
     if let Some(wanted) = &settings.capabilities {
         capabilities::drop_privileges(wanted, &*syscall).describe(|| "set the capabilities".to_owned())?;
     }
-    entered
+    chdir_result
         .or_else(|_| enter_directory(&settings.program.cwd))
         .map_err(|error| {
             let error = error_text(&error.into());
@@ -256,21 +262,22 @@ fn become_program(
                 settings.program.cwd
             )
         })?;
-    let found = ResolvedProgram::find(&settings.program)?;
-    if filter_late {
-        load_filter(settings)?;
+    let resolved = ResolvedProgram::find(&settings.program)?;
+    if has_late_filter {
+        load_seccomp(settings)?;
     }
-    Err(found.execute())
+    Err(resolved.execute())
 }
 
+/// Changes to `cwd`, which must be inside the container's root.
 fn enter_directory(cwd: &Path) -> Result<(), Errno> {
     rustix::process::chdir(cwd)?;
-    // The kernel marks a folder outside of the root by a path that does not begin with "/".
-    let inside = rustix::process::getcwd(Vec::new())?.as_bytes().starts_with(b"/");
-    if inside { Ok(()) } else { Err(Errno::NOENT) }
+    // For a directory outside of the root, the kernel returns a path that does not begin with "/".
+    let is_inside = rustix::process::getcwd(Vec::new())?.as_bytes().starts_with(b"/");
+    if is_inside { Ok(()) } else { Err(Errno::NOENT) }
 }
 
-/// Changes the user, but keeps the permitted capabilities.
+/// Changes the user and group, and keeps the permitted capabilities.
 fn set_ids(uid: u32, gid: u32) -> Result<(), String> {
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(gid));
     rustix::thread::set_keep_capabilities(true)
@@ -280,14 +287,14 @@ fn set_ids(uid: u32, gid: u32) -> Result<(), String> {
         .describe(|| format!("become user {uid}:{gid}"))
 }
 
-fn load_filter(settings: &ProcessSettings) -> Result<(), String> {
+fn load_seccomp(settings: &ProcessSettings) -> Result<(), String> {
     let Some(filter) = &settings.seccomp else { return Ok(()) };
     libcontainer::seccomp::initialize_seccomp(filter)
-        .describe(|| "load the system call filter".to_owned())
+        .describe(|| "load the seccomp filter".to_owned())
         .map(drop)
 }
 
-/// Says in words what failed.
+/// Turns any error into a text that names the failed step.
 trait Describe<T> {
     fn describe(self, what: impl FnOnce() -> String) -> Result<T, String>;
 }

@@ -1,10 +1,9 @@
-//! Hooks that run in the container's namespaces, in runc's words where one fails (OCI spec,
-//! "POSIX-platform Hooks").
+//! Runs the hooks of the container's namespaces (OCI runtime spec, "POSIX-platform Hooks"). Error texts are runc's.
 //!
-//! The machine has no programs of its own, so the image's are run: a `startContainer` hook by the first
-//! process where it is about to become the container's program, a `createContainer` hook in the root
-//! file system, once that is mounted and before the first process is shut into it. libcontainer calls
-//! for the latter, and is given the agent itself to run ([`run_in_rootfs`]).
+//! The guest contains no programs except the agent, so the paths of hooks are paths in the container's root file
+//! system. The first process runs `startContainer` hooks just before it executes the container's program.
+//! `createContainer` hooks run after the root file system is mounted and before the first process enters it.
+//! libcontainer executes those; as hook it gets the agent, which changes its root first ([`run_in_rootfs`]).
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
@@ -22,15 +21,15 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::diagnosis::CauseWriter;
 
-/// The agent's first argument where it is to run `createContainer` hooks.
+/// The first argument of the agent when libcontainer executes it as `createContainer` hook.
 pub(crate) const HOOKS_FLAG: &str = "--create-container-hooks";
 
-/// Stands in for all of `hooks`: the agent, told what to run where, and where to say what went wrong.
-pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, words: &CauseWriter) -> Result<Hook, String> {
+/// Returns a hook that executes the agent, which runs `hooks` in `rootfs` and writes the error to `causes`.
+pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, causes: &CauseWriter) -> Result<Hook, String> {
     let list = serde_json::to_string(hooks).map_err(|error| format!("encode the createContainer hooks: {error}"))?;
-    let words = words
+    let descriptor = causes
         .share_with_programs()
-        .map_err(|error| format!("share a pipe: {error}"))?;
+        .map_err(|error| format!("share the pipe for causes: {error}"))?;
     HookBuilder::default()
         .path("/proc/self/exe")
         .args(
@@ -39,7 +38,7 @@ pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, words: &CauseWriter) 
                 HOOKS_FLAG,
                 &list,
                 &rootfs.to_string_lossy(),
-                &words.to_string(),
+                &descriptor.to_string(),
             ]
             .map(str::to_owned)
             .to_vec(),
@@ -48,19 +47,19 @@ pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, words: &CauseWriter) 
         .map_err(|error| error.to_string())
 }
 
-/// Runs what [`agent_as_hook`] says: `arguments` are those behind [`HOOKS_FLAG`]. The container's state is on
-/// standard input.
+/// Runs `createContainer` hooks: the main function of [`agent_as_hook`]. `arguments` are those after [`HOOKS_FLAG`],
+/// standard input is the container's state.
 pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
-    let [list, rootfs, words] = arguments else {
+    let [list, rootfs, descriptor] = arguments else {
         return ExitCode::from(2);
     };
-    let Some(words) = words
+    let Some(causes) = descriptor
         .to_str()
         .and_then(|number| CauseWriter::from_inherited(number.parse().ok()?))
     else {
         return ExitCode::from(2);
     };
-    let enter = || -> Result<(Vec<Hook>, String), String> {
+    let enter_rootfs = || -> Result<(Vec<Hook>, String), String> {
         let mut state = String::new();
         io::stdin()
             .read_to_string(&mut state)
@@ -71,19 +70,20 @@ pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
             .map_err(|error| format!("enter {}: {error}", rootfs.display()))?;
         Ok((hooks, state))
     };
-    match enter().and_then(|(hooks, state)| run("createContainer", &hooks, &state)) {
+    match enter_rootfs().and_then(|(hooks, state)| run("createContainer", &hooks, &state)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(reason) => {
-            words.write_verbatim(&reason);
+        Err(error) => {
+            causes.write_verbatim(&error);
             ExitCode::FAILURE
         }
     }
 }
 
-/// Runs `hooks` in their order up to the first that fails, each with `state` on its standard input.
-pub(super) fn run(moment: &str, hooks: &[Hook], state: &str) -> Result<(), String> {
+/// Runs `hooks` in order, up to the first that fails. Each gets `state` on standard input. `kind` is their name in the
+/// spec.
+pub(super) fn run(kind: &str, hooks: &[Hook], state: &str) -> Result<(), String> {
     for (index, hook) in hooks.iter().enumerate() {
-        run_one(hook, state).map_err(|reason| format!("error running {moment} hook #{index}: {reason}"))?;
+        run_one(hook, state).map_err(|error| format!("error running {kind} hook #{index}: {error}"))?;
     }
     Ok(())
 }
@@ -110,40 +110,40 @@ fn run_one(hook: &Hook, state: &str) -> Result<(), String> {
         .process_group(0)
         .spawn()
         .map_err(|error| format!("fork/exec {}: {}", hook.path().display(), error_text(&error)))?;
-    let limit = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
-    let status = wait_with_timeout(&mut child, limit.map(Duration::from_secs))?;
+    let timeout = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
+    let status = wait_with_timeout(&mut child, timeout.map(Duration::from_secs))?;
     if status.success() {
         return Ok(());
     }
-    let how = match status.code() {
+    let cause = match status.code() {
         Some(code) => format!("exit status {code}"),
         None => format!("signal: {}", signal_name(status.signal().unwrap_or_default())),
     };
     let (stdout, stderr) = (output(stdout).map_err(text)?, output(stderr).map_err(text)?);
-    Err(format!("{how}, stdout: {stdout}, stderr: {stderr}"))
+    Err(format!("{cause}, stdout: {stdout}, stderr: {stderr}"))
 }
 
-/// Waits for the child's end, and kills it where that takes longer than `limit`.
-fn wait_with_timeout(child: &mut Child, limit: Option<Duration>) -> Result<ExitStatus, String> {
-    if let Some(limit) = limit
-        && !has_ended_within(child, limit).map_err(|error| error_text(&error))?
+/// Waits for the child to end, and kills it after `timeout`.
+fn wait_with_timeout(child: &mut Child, timeout: Option<Duration>) -> Result<ExitStatus, String> {
+    if let Some(timeout) = timeout
+        && !has_ended_within(child, timeout).map_err(|error| error_text(&error))?
     {
-        // With all that it has started. It may have ended in this moment: the result is the same.
+        // Kills the whole process group. If the hook has just ended, the result is the same.
         let _ = pid_of(child).map(|group| rustix::process::kill_process_group(group, Signal::KILL));
         let _ = child.wait();
         return Err(format!(
             "hook ran past specified timeout of {:.1}s",
-            limit.as_secs_f64()
+            timeout.as_secs_f64()
         ));
     }
     child.wait().map_err(|error| error_text(&error))
 }
 
-fn has_ended_within(child: &Child, limit: Duration) -> io::Result<bool> {
+fn has_ended_within(child: &Child, timeout: Duration) -> io::Result<bool> {
     let pidfd = rustix::process::pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
-    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+    let timeout = Timespec::try_from(timeout).map_err(io::Error::other)?;
     let mut poll = [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)];
-    Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, Some(&limit)))? > 0)
+    Ok(rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, Some(&timeout)))? > 0)
 }
 
 fn pid_of(child: &Child) -> io::Result<Pid> {
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn failure_is_told_in_runcs_words_and_stops_the_rest() {
+    fn failure_has_runcs_text_and_stops_later_hooks() {
         let missing = HookBuilder::default().path("/no/such").build().unwrap();
         for (hook, expected) in [
             (
@@ -186,8 +186,8 @@ mod tests {
             ),
             (missing, "fork/exec /no/such: no such file or directory"),
         ] {
-            let error = run("moment", &[shell("", None), hook, shell("exit 77", None)], "{}").unwrap_err();
-            assert_eq!(error, format!("error running moment hook #1: {expected}"));
+            let error = run("kind", &[shell("", None), hook, shell("exit 77", None)], "{}").unwrap_err();
+            assert_eq!(error, format!("error running kind hook #1: {expected}"));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Puts a container's root file system in its place.
+//! Mounts and unmounts a container's root file system.
 
 use std::ffi::CString;
 use std::fs;
@@ -16,17 +16,17 @@ use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
 
-/// Mounts `rootfs` at `target`, an empty folder. The pod's shared folders are mounted afterwards if that or
-/// `mounts` need them.
+/// Mounts `rootfs` at `target`, an empty directory. If `rootfs` or `mounts` need the pod's shared directories, it
+/// mounts those first.
 pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<(), Failure> {
-    let shared = |mount: &Mount| {
+    let is_shared = |mount: &Mount| {
         mount
             .source()
             .as_ref()
             .is_some_and(|source| source.starts_with(SHARE_PATH))
     };
-    if matches!(rootfs, Rootfs::Share { .. }) || mounts.iter().any(shared) {
-        share::mount().context(|| "mount the pod's shared folders".to_owned())?;
+    if matches!(rootfs, Rootfs::Share { .. }) || mounts.iter().any(is_shared) {
+        share::mount().context(|| "mount the pod's shared directories".to_owned())?;
     }
     match rootfs {
         Rootfs::Share { path } => bind_from_share(path, target),
@@ -37,36 +37,37 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<
         } => {
             let device = disk::find(*slot).context(|| format!("disk slot {slot}"))?;
             let (flags, data) = split_options(options);
-            let data = CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs holds a NUL"))?;
+            let data =
+                CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs contains a NUL byte"))?;
             rustix::mount::mount(&device, target, filesystem.as_str(), flags, data.as_c_str())
                 .context(|| format!("mount {} ({filesystem}) as rootfs", device.display()))
         }
     }
 }
 
-/// Binds a folder of the share, which a container may have written to: no link is followed.
+/// Bind-mounts a directory of the share. Containers may write to the share, so no symbolic link is followed.
 fn bind_from_share(path: &str, target: &Path) -> Result<(), Failure> {
     let clone = || {
         let share = rustix::fs::open(SHARE_PATH, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let path = if path.is_empty() { "." } else { path };
-        let folder = rustix::fs::openat2(&share, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+        let directory = rustix::fs::openat2(&share, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
         let flags = OpenTreeFlags::OPEN_TREE_CLONE
             | OpenTreeFlags::OPEN_TREE_CLOEXEC
             | OpenTreeFlags::AT_RECURSIVE
             | OpenTreeFlags::AT_EMPTY_PATH;
-        let tree = rustix::mount::open_tree(&folder, c"", flags)?;
+        let tree = rustix::mount::open_tree(&directory, c"", flags)?;
         rustix::mount::move_mount(&tree, c"", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
     };
-    clone().context(|| format!("bind {path:?} of the pod's shared folders as rootfs"))
+    clone().context(|| format!("bind {path:?} of the pod's shared directories as rootfs"))
 }
 
-/// Makes a process's working folder in the rootfs where it is missing, as runc does: images may name
-/// one that they do not have.
+/// Creates the working directory of a process if it is missing in the rootfs, as runc does: an image may name one that
+/// it does not contain. Symbolic links do not lead out of `rootfs`.
 pub(crate) fn create_working_directory(rootfs: &Path, cwd: &Path) -> io::Result<()> {
-    let open = |folder: &OwnedFd, path: &Path| {
+    let open = |directory: &OwnedFd, path: &Path| {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        rustix::fs::openat2(folder, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+        rustix::fs::openat2(directory, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
     };
     let root = rustix::fs::open(
         rootfs,
@@ -82,19 +83,19 @@ pub(crate) fn create_working_directory(rootfs: &Path, cwd: &Path) -> io::Result<
         path.push(part);
         match rustix::fs::mkdirat(&parent, part, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            // A volume may hold the folder, or entering it says what is wrong.
+            // The directory may be in a volume, which is mounted later. If not, changing to it reports the error.
             Err(_) => return Ok(()),
         }
     }
     Ok(())
 }
 
-/// Unmounts what [`mount`] mounted and removes the folder. Fine if there is nothing.
+/// Unmounts everything at `target`, and removes the directory. Succeeds if it does not exist.
 pub(crate) fn unmount(target: &Path) -> io::Result<()> {
     loop {
         match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
-            // Something outside of the container still uses it: it goes when that ends.
+            // A process outside of the container uses the mount. The kernel unmounts it when that process ends.
             Err(Errno::BUSY) => rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?,
             Err(Errno::INVAL | Errno::NOENT) => break,
             Err(error) => return Err(error.into()),
@@ -106,12 +107,12 @@ pub(crate) fn unmount(target: &Path) -> io::Result<()> {
     }
 }
 
-/// Splits options as fstab has them into mount(2)'s flags and the file system's own.
+/// Splits fstab-style options into flags of mount(2) and data for the file system.
 fn split_options(options: &[String]) -> (MountFlags, String) {
     let mut flags = MountFlags::empty();
     let mut data = Vec::new();
     for option in options {
-        // The disk is a block device already: there is no loop device to set up.
+        // `loop` has no effect: the disk is a block device already.
         if !option.is_empty() && option != "loop" && !mount_options::apply(option, &mut flags) {
             data.push(option.as_str());
         }
@@ -124,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn working_folder_is_made_inside_of_the_rootfs_only() {
+    fn working_directory_is_created_only_inside_the_rootfs() {
         let outside = std::env::temp_dir().join(format!("agent-rootfs-{}", std::process::id()));
         let rootfs = outside.join("rootfs");
         fs::create_dir_all(rootfs.join("real")).unwrap();
@@ -133,15 +134,15 @@ mod tests {
         for cwd in ["/srv/app", "/link/a/b", "/up/c"] {
             create_working_directory(&rootfs, Path::new(cwd)).unwrap();
         }
-        for made in ["srv/app", "real/a/b", "c"] {
-            assert!(rootfs.join(made).is_dir(), "{made}");
+        for path in ["srv/app", "real/a/b", "c"] {
+            assert!(rootfs.join(path).is_dir(), "{path}");
         }
         assert!(!outside.join("c").exists());
         fs::remove_dir_all(outside).unwrap();
     }
 
     #[test]
-    fn options_split_into_flags_and_the_rest() {
+    fn options_are_split_into_flags_and_data() {
         let options = [
             "ro",
             "noatime",

@@ -1,5 +1,5 @@
-//! From the spec as it came to the one that libcontainer gets: what has no meaning in this machine
-//! is dropped, what libcontainer would do in its own way is taken out and done in ours.
+//! Prepares an OCI spec for libcontainer: drops what has no meaning in this machine, and takes out what the agent
+//! does itself.
 
 use std::collections::HashMap;
 
@@ -12,48 +12,47 @@ use crate::cgroup::limits::clean_resources;
 use crate::failure::FailureExt;
 use crate::machine::settings;
 
-/// A spec that libcontainer takes, and what was taken out of it.
+/// A spec for libcontainer, and the settings that the agent applies itself.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    /// For libcontainer.
+    /// The spec for libcontainer.
     pub(super) spec: Spec,
-    /// The first process.
+    /// The program of the first process.
     pub(super) program: Program,
-    /// The user's id in the guest's first user namespace.
+    /// The program's user id in the guest's initial user namespace.
     pub(super) outer_uid: u32,
-    /// Which devices it may use.
+    /// The device rules.
     pub(super) devices: Vec<LinuxDeviceCgroup>,
-    /// Hooks that run in the container's namespaces.
+    /// The hooks that run in the guest.
     pub(super) hooks: GuestHooks,
-    /// What the spec sets in a namespace that it does not get for its own: the machine's, which is
-    /// the pod's.
+    /// Settings of namespaces that the container shares with the machine, and so with its pod.
     pub(super) machine_settings: MachineSettings,
 }
 
 /// Hooks that run in the container's namespaces (OCI config.md, "POSIX-platform Hooks").
 #[derive(Debug, Default)]
 pub(super) struct GuestHooks {
-    /// Once its mounts are made.
+    /// Run after the container's mounts are made, before pivot_root(2).
     pub(super) create_container: Vec<Hook>,
-    /// Before its program is executed.
+    /// Run by the first process before it executes the program.
     pub(super) start_container: Vec<Hook>,
 }
 
-/// Settings of the machine.
+/// Settings of the machine's own namespaces.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct MachineSettings {
-    /// Its host name.
+    /// The host name.
     pub(super) hostname: Option<String>,
-    /// Its kernel parameters, by their names in sysctl(8)'s form.
+    /// Kernel parameters as names, in the form of sysctl(8), and values.
     pub(super) sysctls: Vec<(String, String)>,
 }
 
-/// Reads a spec.
+/// Parses a spec.
 pub(super) fn parse(json: &[u8]) -> Result<Spec, Failure> {
-    serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("the OCI spec cannot be read: {error}")))
+    serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("cannot parse the OCI spec: {error}")))
 }
 
-/// Makes a spec fit for this machine.
+/// Prepares a spec for libcontainer. `terminal` overrides what the spec says of a terminal.
 pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result<Prepared, Failure> {
     let mut process = spec
         .process()
@@ -61,8 +60,8 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         .ok_or_else(|| Failure::invalid("the OCI spec has no process"))?;
     let program = Program::of(&process)?;
     clean_process(&mut process, terminal);
-    // libcontainer would look HOME up by means of the C library, which may load code from the
-    // container's files to do so. It finds one here; the real one is up to the executor.
+    // Without HOME, libcontainer would look up the user with the C library, which may load code from the container's
+    // file system. The executor sets the real environment.
     process.set_env(Some(vec!["HOME=/".to_owned()]));
     spec.set_process(Some(process));
 
@@ -91,10 +90,10 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         spec.set_domainname(None);
     }
     if let Some(sysctls) = linux.sysctl().clone() {
-        let (machines, own) = sysctls
+        let (shared, own) = sysctls
             .into_iter()
             .partition(|(name, _)| namespace_of_sysctl(name).is_some_and(|namespace| !namespaces.contains(&namespace)));
-        machine_settings.sysctls = Vec::from_iter::<HashMap<_, _>>(machines);
+        machine_settings.sysctls = Vec::from_iter::<HashMap<_, _>>(shared);
         linux.set_sysctl(Some(own));
     }
     let hooks = take_hooks(&mut spec, &program);
@@ -115,19 +114,19 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
     })
 }
 
-/// The machine's own in place of a file system that shows a namespace of the machine: a user namespace
-/// may mount only what shows namespaces that belong to it.
+/// Replaces the mount of a file system that shows one of the machine's namespaces by a bind mount of the machine's
+/// own. A user namespace may mount such a file system only if it owns the namespace that the file system shows.
 fn bind_if_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
-    let (shows, machines) = match mount.typ().as_deref() {
+    let (namespace, source) = match mount.typ().as_deref() {
         Some("sysfs") => (LinuxNamespaceType::Network, "/sys"),
         Some("mqueue") => (LinuxNamespaceType::Ipc, "/dev/mqueue"),
         Some("proc") => (LinuxNamespaceType::Pid, "/proc"),
         _ => return,
     };
-    if namespaces.contains(&shows) {
+    if namespaces.contains(&namespace) {
         return;
     }
-    // What the machine has mounted below cannot be left out, by the same rule.
+    // A user namespace may not bind a mount without the mounts below it either, hence rbind and rro.
     let mut options = vec!["rbind".to_owned()];
     for option in mount.options().iter().flatten() {
         match option.as_str() {
@@ -138,12 +137,12 @@ fn bind_if_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
     }
     mount
         .set_typ(Some("bind".to_owned()))
-        .set_source(Some(machines.into()))
+        .set_source(Some(source.into()))
         .set_options(Some(options));
 }
 
-/// The others run in the runtime's place, which is the host's. As with runc, a `startContainer` hook
-/// without an environment has the program's.
+/// Removes all hooks from the spec and returns those that run in the guest. The shim runs the others on the host. As
+/// with runc, a `startContainer` hook without an environment gets the program's.
 fn take_hooks(spec: &mut Spec, program: &Program) -> GuestHooks {
     let Some(mut hooks) = spec.hooks_mut().take() else {
         return GuestHooks::default();
@@ -160,7 +159,7 @@ fn take_hooks(spec: &mut Spec, program: &Program) -> GuestHooks {
     }
 }
 
-/// The namespace that a kernel parameter belongs to, of those that a pod's containers may share.
+/// Returns the namespace of a kernel parameter, if it is one that a pod's containers may share.
 fn namespace_of_sysctl(name: &str) -> Option<LinuxNamespaceType> {
     let ipc = ["kernel.msg", "kernel.sem", "kernel.shm", "fs.mqueue."];
     if name.starts_with("net.") {
@@ -173,7 +172,7 @@ fn namespace_of_sysctl(name: &str) -> Option<LinuxNamespaceType> {
 }
 
 impl MachineSettings {
-    /// Applies the settings.
+    /// Applies the settings to the namespaces of the calling process.
     pub(super) fn apply(&self) -> Result<(), Failure> {
         if let Some(hostname) = &self.hostname {
             settings::set_hostname(hostname)?;
@@ -185,19 +184,19 @@ impl MachineSettings {
     }
 }
 
-/// Drops what this machine does not know from a process.
+/// Drops the settings of a process that this machine does not support. `terminal` overrides the spec's.
 pub(super) fn clean_process(process: &mut Process, terminal: bool) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
     process.set_terminal(Some(terminal));
-    // An explicit "no" means the same as none, but libcontainer would load the system call filter
-    // where it lacks the privilege to.
+    // `false` means the same as no value. With `false`, however, libcontainer would load the seccomp filter at a point
+    // where it lacks the privilege.
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
 }
 
-/// A user's id outside of the container's user namespace.
+/// Maps a user id of the container to the guest's initial user namespace.
 pub(super) fn outer_uid(linux: &Linux, uid: u32) -> u32 {
     let mapped = linux.uid_mappings().iter().flatten().find_map(|map| {
         let offset = uid
@@ -243,20 +242,24 @@ mod tests {
         assert_eq!(resources.cpu().as_ref().unwrap().cpus(), &None);
         assert_eq!(resources.cpu().as_ref().unwrap().shares(), Some(2));
         assert_eq!(resources.hugepage_limits(), &Some(vec![]));
-        assert_eq!(prepared.spec.hostname(), &None, "there is no namespace for it");
+        assert_eq!(prepared.spec.hostname(), &None, "the container has no UTS namespace");
         let machine_settings = MachineSettings {
             hostname: Some("h".to_owned()),
             sysctls: vec![("net.ipv4.ip_forward".to_owned(), "1".to_owned())],
         };
         assert_eq!(prepared.machine_settings, machine_settings);
-        assert_eq!(linux.sysctl().as_ref().unwrap().len(), 1, "there is an ipc namespace");
+        assert_eq!(
+            linux.sysctl().as_ref().unwrap().len(),
+            1,
+            "the container has an IPC namespace"
+        );
         assert_eq!(prepared.devices.len(), 1);
         assert_eq!(prepared.program.env, ["A=b"]);
         assert_eq!(prepared.outer_uid, 1005);
     }
 
     #[test]
-    fn user_namespace_binds_what_shows_namespaces_of_the_machine() {
+    fn user_namespace_binds_file_systems_that_show_the_machines_namespaces() {
         let map = serde_json::json!([{"containerID": 0, "hostID": 1000, "size": 10}]);
         let mount = |kind: &str| serde_json::json!({"destination": format!("/{kind}"), "type": kind, "source": kind, "options": ["nosuid", "ro", "x=y"]});
         let spec = spec(serde_json::json!({
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn every_mount_option_that_the_shim_announces_is_one_of_libcontainers() {
+    fn libcontainer_knows_every_announced_mount_option() {
         use libcontainer::syscall::linux::{MountOption, MountRecursive};
         use std::str::FromStr;
         for option in nutshell_protocol::MOUNT_OPTIONS {
