@@ -1,4 +1,4 @@
-//! `start` as each containerd calls it, and what each accepts as its answer.
+//! The input of `start` from each version of containerd, and how each reads the answer.
 
 use std::path::{Path, PathBuf};
 
@@ -8,24 +8,24 @@ use containerd_shim_protos::{
 };
 use serde_json::Value;
 
-/// A containerd that calls `start`.
+/// A version of containerd that calls `start`.
 #[derive(Debug, Clone)]
 pub enum Caller {
-    /// 1.7: takes a plain address or JSON of version 2.
+    /// 1.7: accepts a plain address, or JSON with version 2. The value is the runtime options on standard input.
     V1_7(Option<Any>),
-    /// 2.0 to 2.2: takes version 3 too.
+    /// 2.0 to 2.2: accepts version 3 too.
     V2_2(Option<Any>),
-    /// 2.3 and later: always says more on standard input, and takes protobuf too.
+    /// 2.3 and later: always sends `BootstrapParams` on standard input, and accepts protobuf too.
     V2_3 {
         /// The runtime options.
         options: Option<Any>,
-        /// Where the socket is to be.
+        /// The folder for the socket.
         socket_directory: Option<PathBuf>,
     },
 }
 
 impl Caller {
-    /// The newest, without anything special.
+    /// The newest version, without options.
     pub fn newest() -> Self {
         Self::V2_3 {
             options: None,
@@ -33,7 +33,7 @@ impl Caller {
         }
     }
 
-    /// What is on standard input; nothing is `/dev/null`.
+    /// The bytes on standard input of `start`; `None` means `/dev/null`.
     pub fn input(&self, namespace: &str, id: &str, ttrpc_address: &Path, address: &Path) -> Option<Vec<u8>> {
         match self {
             Self::V1_7(options) | Self::V2_2(options) => options.as_ref().map(|any| any.write_to_bytes().unwrap()),
@@ -62,31 +62,31 @@ impl Caller {
         }
     }
 
-    /// Reads an answer as this containerd does.
+    /// Parses the answer of `start` as this version of containerd does.
     ///
     /// # Errors
     ///
-    /// Why it would refuse the answer.
-    pub fn read(&self, answer: &[u8]) -> Result<Answer, String> {
+    /// The reason why containerd would refuse the answer.
+    pub fn parse_answer(&self, answer: &[u8]) -> Result<StartAnswer, String> {
         let newest = match self {
             Self::V1_7(_) => 2,
             Self::V2_2(_) | Self::V2_3 { .. } => 3,
         };
         let protobuf = match self {
-            // This parser takes the end of any group for that of the one it is in, containerd's does
-            // not: of what it would refuse, something is missing afterwards.
+            // Rust's parser accepts an end-group tag of any group as the end of the current group, Go's does not. An
+            // answer that Go refuses loses bytes here: it does not serialize to the same bytes again.
             Self::V2_3 { .. } => BootstrapResult::parse_from_bytes(answer)
                 .ok()
                 .filter(|result| result.write_to_bytes().is_ok_and(|bytes| bytes == answer)),
             Self::V1_7(_) | Self::V2_2(_) => None,
         };
         let answer = match protobuf {
-            Some(result) => Answer {
+            Some(result) => StartAnswer {
                 version: i64::from(result.version),
                 address: result.address,
                 protocol: result.protocol,
             },
-            None => Answer::from_text(answer)?,
+            None => StartAnswer::from_text(answer)?,
         };
         if answer.version > newest {
             return Err(format!("unsupported shim version ({})", answer.version));
@@ -98,18 +98,18 @@ impl Caller {
     }
 }
 
-/// Where a shim serves, and what.
+/// The answer of `start`: where the shim serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct StartAnswer {
     /// The version of the Task service.
     pub version: i64,
-    /// `unix://` and a path.
+    /// `unix://` followed by the path of the socket.
     pub address: String,
-    /// `ttrpc`.
+    /// The protocol, always `ttrpc`.
     pub protocol: String,
 }
 
-impl Answer {
+impl StartAnswer {
     fn from_text(text: &[u8]) -> Result<Self, String> {
         let text = String::from_utf8(text.to_vec()).map_err(|error| error.to_string())?;
         let Ok(json) = serde_json::from_str::<Value>(&text) else {
@@ -132,13 +132,17 @@ impl Answer {
         })
     }
 
-    /// The socket.
+    /// The path of the socket.
+    ///
+    /// # Panics
+    ///
+    /// If the address is not a unix address.
     pub fn socket(&self) -> PathBuf {
         PathBuf::from(self.address.strip_prefix("unix://").expect("a unix address"))
     }
 }
 
-/// Runtime options, as a client of containerd packs them.
+/// Runtime options, as a client of containerd encodes them.
 pub fn options(type_url: &str, value: &[u8]) -> Any {
     Any {
         type_url: type_url.to_owned(),

@@ -14,19 +14,23 @@ use serde_json::{Value, json};
 
 use crate::stdio::make_fifo;
 
-/// A container's folder, as containerd prepares it.
+/// The bundle of a container, as containerd prepares it.
 #[derive(Debug)]
 pub struct Bundle {
-    /// The container.
+    /// The container's id.
     pub id: String,
-    /// Its folder.
+    /// The bundle's folder.
     pub path: PathBuf,
     log: File,
 }
 
 impl Bundle {
-    /// Makes the bundle of `id` below `parent`; without `config.json` if there is no spec.
-    pub fn make(parent: &Path, id: &str, spec: Option<&Value>) -> Self {
+    /// Creates the bundle of container `id` below `parent`. Without a spec it has no `config.json`.
+    ///
+    /// # Panics
+    ///
+    /// If a file cannot be created.
+    pub fn create(parent: &Path, id: &str, spec: Option<&Value>) -> Self {
         let path = parent.join(id);
         fs::DirBuilder::new().mode(0o700).create(&path).unwrap();
         fs::create_dir(path.join("rootfs")).unwrap();
@@ -47,8 +51,8 @@ impl Bundle {
         }
     }
 
-    /// What the shim has logged since the last call.
-    pub fn logged(&self) -> String {
+    /// Returns what the shim has logged since the last call.
+    pub fn read_log(&self) -> String {
         let mut bytes = Vec::new();
         match (&self.log).read_to_end(&mut bytes) {
             Err(error) if error.kind() != ErrorKind::WouldBlock => panic!("read the log: {error}"),
@@ -56,7 +60,7 @@ impl Bundle {
         }
     }
 
-    /// What containerd does last: everything of the container is forgotten.
+    /// Removes the bundle, as containerd does last. A bundle that is gone is no error.
     pub fn remove(&self) {
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => panic!("remove {}: {error}", self.path.display()),
@@ -75,7 +79,7 @@ pub fn idle() -> Value {
     spec(&["sleep", "100000"])
 }
 
-/// The spec of a container that runs `args`: it can read its control group, and has no limits.
+/// The spec of a container that runs `args`, without limits. Its control group is mounted.
 pub fn spec(args: &[&str]) -> Value {
     let mut spec = nutshell_test_spec::spec(args);
     let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
@@ -85,7 +89,7 @@ pub fn spec(args: &[&str]) -> Value {
     spec
 }
 
-/// A mount of a snapshot.
+/// A mount in the rootfs of a Create request.
 pub fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
     Mount {
         type_: kind.to_owned(),
@@ -95,8 +99,8 @@ pub fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
     }
 }
 
-/// The snapshot of most containers: a bind mount of the one [`rootfs`].
-pub fn bind() -> Vec<Mount> {
+/// The default rootfs of a Create request: a bind mount of [`rootfs`].
+pub fn rootfs_mounts() -> Vec<Mount> {
     vec![mount("bind", rootfs().to_str().unwrap(), &["rbind", "rw"])]
 }
 
@@ -104,7 +108,7 @@ pub fn bind() -> Vec<Mount> {
 pub fn rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
-        let root = crate::containerd::folder().join("rootfs");
+        let root = crate::containerd::run_folder().join("rootfs");
         fill_root(&root);
         root
     })

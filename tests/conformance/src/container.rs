@@ -1,4 +1,4 @@
-//! A container from Create to the end of its shim, and its execs.
+//! Containers from Create to the end of their shim, and their execs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,29 +6,29 @@ use containerd_shim_protos::api::{CreateTaskRequest, DeleteResponse, ExecProcess
 use serde_json::Value;
 
 use crate::{
-    PATIENCE,
+    TIMEOUT,
     bootstrap::Caller,
     bundle::{self, Bundle, process},
     containerd::{Containerd, Shim},
     host,
     stdio::Output,
-    task::{Answer, Task, json_any},
+    task::{CallResult, TaskClient, json_any},
 };
 
-/// SIGKILL.
+/// The signal number of SIGKILL.
 pub const SIGKILL: u32 = 9;
-/// SIGTERM.
+/// The signal number of SIGTERM.
 pub const SIGTERM: u32 = 15;
 
-/// A container that can be created: its shim serves, its fifos wait.
+/// A container that is ready for Create: its shim serves and its fifos exist.
 #[derive(Debug)]
 pub struct Prepared<'c> {
     containerd: &'c Containerd,
-    /// Its folder.
+    /// Its bundle.
     pub bundle: Arc<Bundle>,
     /// Its shim.
     pub shim: Shim,
-    /// What will be asked.
+    /// The Create request, which a test may change.
     pub request: CreateTaskRequest,
     /// Its standard output.
     pub stdout: Arc<Output>,
@@ -36,13 +36,13 @@ pub struct Prepared<'c> {
     pub stderr: Arc<Output>,
 }
 
-/// A container that was created.
+/// A container after Create.
 #[derive(Debug)]
 pub struct Container<'c> {
     containerd: &'c Containerd,
     /// Its id.
     pub id: String,
-    /// Its folder.
+    /// Its bundle.
     pub bundle: Arc<Bundle>,
     /// Its shim.
     pub shim: Shim,
@@ -54,31 +54,31 @@ pub struct Container<'c> {
     pub stderr: Arc<Output>,
 }
 
-/// An exec that was added.
+/// An exec of a container, after the Exec call.
 #[derive(Debug)]
 pub struct Exec<'c> {
     container: &'c Container<'c>,
     /// Its id.
     pub id: String,
-    /// Its standard output.
+    /// Its standard output, which includes standard error.
     pub stdout: Arc<Output>,
 }
 
 impl Containerd {
-    /// Makes ready all that Create needs, in a shim of the newest containerd.
+    /// Prepares a container in a new shim, as the newest containerd does.
     pub fn prepare(&self, spec: &Value) -> Prepared<'_> {
         let bundle = self.bundle(spec);
         let answer = self.start(&bundle, &Caller::newest()).unwrap();
-        self.prepare_in(bundle, self.shim_at(answer))
+        self.prepare_in(bundle, self.connect_shim(answer))
     }
 
-    /// Makes ready what Create needs beside the shim.
+    /// Prepares a container in this shim.
     pub fn prepare_in(&self, bundle: Arc<Bundle>, shim: Shim) -> Prepared<'_> {
         let (stdout, stderr) = (self.output("stdout"), self.output("stderr"));
         let request = CreateTaskRequest {
             id: bundle.id.clone(),
             bundle: bundle.path.display().to_string(),
-            rootfs: bundle::bind(),
+            rootfs: bundle::rootfs_mounts(),
             stdout: stdout.path().display().to_string(),
             stderr: stderr.path().display().to_string(),
             ..CreateTaskRequest::default()
@@ -93,12 +93,12 @@ impl Containerd {
         }
     }
 
-    /// A container that was created and not started.
+    /// Creates a container in a new shim.
     pub fn create(&self, spec: &Value) -> Container<'_> {
         self.prepare(spec).create().unwrap()
     }
 
-    /// A container that runs.
+    /// Creates and starts a container in a new shim.
     pub fn run(&self, spec: &Value) -> Container<'_> {
         let container = self.create(spec);
         container.start();
@@ -107,14 +107,14 @@ impl Containerd {
 }
 
 impl<'c> Prepared<'c> {
-    /// Creates it.
+    /// Calls Create, and asserts that the pid is that of a living process.
     ///
     /// # Errors
     ///
-    /// The shim's.
-    pub fn create(self) -> Answer<Container<'c>> {
+    /// The error of Create.
+    pub fn create(self) -> CallResult<Container<'c>> {
         let pid = self.shim.task.create(&self.request)?;
-        assert!(host::is_alive(pid), "the pid {pid} is no living process");
+        assert!(host::is_alive(pid), "no process with the pid {pid}");
         Ok(Container {
             containerd: self.containerd,
             id: self.bundle.id.clone(),
@@ -126,50 +126,50 @@ impl<'c> Prepared<'c> {
         })
     }
 
-    /// What containerd does after a Create that failed: the shim ends and leaves nothing.
+    /// Does what containerd does after a failed Create: shuts the shim down, calls `delete`, and removes the bundle.
     pub fn abandon(&self) {
         let _ = self.shim.task.shutdown(&self.bundle.id, false);
         assert!(
-            host::ends_within(self.shim.pid, PATIENCE),
-            "the shim goes on without a container"
+            host::ends_within(self.shim.pid, TIMEOUT),
+            "the shim still runs after a failed Create"
         );
-        self.containerd.delete_answer(&self.bundle);
+        self.containerd.delete_bundle(&self.bundle);
         self.bundle.remove();
     }
 }
 
 impl<'c> Container<'c> {
-    /// Calls about it.
-    pub fn task(&self) -> &Task {
+    /// The client for Task calls.
+    pub fn task(&self) -> &TaskClient {
         &self.shim.task
     }
 
-    /// The stand-in that it belongs to.
+    /// The containerd that it belongs to.
     pub fn containerd(&self) -> &'c Containerd {
         self.containerd
     }
 
-    /// Starts it.
+    /// Calls Start.
     pub fn start(&self) {
         assert_eq!(self.task().start(&self.id, "").unwrap(), self.pid);
     }
 
-    /// Its status, and that of an exec.
+    /// The status of an exec; of the container if `exec` is empty.
     pub fn status(&self, exec: &str) -> Status {
         self.task().state(&self.id, exec).unwrap().status.enum_value().unwrap()
     }
 
-    /// Kills it.
+    /// Sends a signal to the container's process.
     pub fn kill(&self, signal: u32) {
         self.task().kill(&self.id, "", signal).unwrap();
     }
 
-    /// Waits for its end: the status.
+    /// Waits for the exit and returns the exit status.
     pub fn wait(&self) -> u32 {
         self.task().wait(&self.id, "").unwrap().exit_status
     }
 
-    /// Adds an exec.
+    /// Adds an exec with a new id, which is not started yet.
     pub fn exec(&self, args: &[&str]) -> Exec<'_> {
         let (mut request, stdout) = self.exec_request(args);
         request.exec_id = self.containerd.new_name("e");
@@ -181,7 +181,7 @@ impl<'c> Container<'c> {
         }
     }
 
-    /// What adds an exec, without an id; standard error goes with standard output.
+    /// An Exec request without an id, and the output of the process.
     pub fn exec_request(&self, args: &[&str]) -> (ExecProcessRequest, Arc<Output>) {
         let stdout = self.containerd.output("exec");
         let request = ExecProcessRequest {
@@ -193,30 +193,29 @@ impl<'c> Container<'c> {
         (request, stdout)
     }
 
-    /// Runs a shell script as an exec and returns its status and output.
-    pub fn script(&self, script: &str) -> (u32, String) {
+    /// Runs a shell script as an exec and returns its exit status and its output.
+    pub fn run_script(&self, script: &str) -> (u32, String) {
         let exec = self.exec(&["sh", "-c", script]);
         exec.start();
         let status = exec.wait();
-        let output = exec.stdout.all();
+        let output = exec.stdout.read_to_end();
         exec.delete();
         (status, output)
     }
 
-    /// The output of a shell script that succeeds.
+    /// Runs a shell script as an exec, asserts that it succeeds, and returns its output.
     pub fn output_of(&self, script: &str) -> String {
-        let (status, output) = self.script(script);
+        let (status, output) = self.run_script(script);
         assert_eq!(status, 0, "{script}: {output}");
         output
     }
 
-    /// Deletes it, and no more.
+    /// Calls Delete.
     pub fn delete(&self) -> DeleteResponse {
         self.task().delete(&self.id, "").unwrap()
     }
 
-    /// All that containerd does to remove one container of a shim that others need: kills it if it
-    /// lives, deletes it, calls `delete`, removes the bundle.
+    /// Kills the container if it has not ended, and deletes it. Returns after the delete event. The shim stays.
     pub fn remove(&self) -> DeleteResponse {
         if self.status("") != Status::STOPPED {
             self.kill(SIGKILL);
@@ -225,43 +224,44 @@ impl<'c> Container<'c> {
         let deleted = self.delete();
         self.containerd
             .events
-            .until(&self.id, &format!("delete {}", deleted.exit_status));
+            .wait_for(&self.id, &format!("delete {}", deleted.exit_status));
         deleted
     }
 
-    /// As [`Self::remove`], and then the end of the shim, which has no other container.
+    /// Removes the container, which must be the last one of its shim: as [`Self::remove`], then shuts the shim down, calls
+    /// `delete`, and removes the bundle.
     pub fn end(self) {
         let deleted = self.remove();
         self.task().shutdown(&self.id, false).unwrap();
         assert!(
             host::ends_within(self.shim.pid, Duration::from_secs(10)),
-            "the shim goes on after Shutdown"
+            "the shim still runs after Shutdown"
         );
-        let answer = self.containerd.delete_answer(&self.bundle);
+        let answer = self.containerd.delete_bundle(&self.bundle);
         assert_eq!(
             (answer.pid, answer.exit_status),
             (deleted.pid, deleted.exit_status),
-            "delete answers something else than the task did"
+            "the answers of `delete` and of Delete differ"
         );
         self.bundle.remove();
     }
 }
 
 impl Exec<'_> {
-    /// Starts it: its pid.
+    /// Calls Start and returns the pid.
     pub fn start(&self) -> u32 {
         let container = self.container;
         let pid = container.task().start(&container.id, &self.id).unwrap();
-        assert!(host::is_alive(pid), "the pid {pid} is no living process");
+        assert!(host::is_alive(pid), "no process with the pid {pid}");
         pid
     }
 
-    /// Its status.
+    /// The status of the exec.
     pub fn status(&self) -> Status {
         self.container.status(&self.id)
     }
 
-    /// Waits for its end: the status.
+    /// Waits for the exit and returns the exit status.
     pub fn wait(&self) -> u32 {
         self.container
             .task()
@@ -270,7 +270,7 @@ impl Exec<'_> {
             .exit_status
     }
 
-    /// Signals it.
+    /// Sends it a signal.
     pub fn kill(&self, signal: u32) {
         self.container
             .task()
@@ -278,7 +278,7 @@ impl Exec<'_> {
             .unwrap();
     }
 
-    /// Deletes it.
+    /// Calls Delete.
     pub fn delete(&self) -> DeleteResponse {
         self.container.task().delete(&self.container.id, &self.id).unwrap()
     }

@@ -1,5 +1,5 @@
-//! The stand-in for containerd: bundles, the actions of the executable, and a look at the host after
-//! every test.
+//! The stand-in for containerd: it creates bundles, runs the actions of the executable, and checks the host after every
+//! test.
 
 use std::{
     env, fs,
@@ -18,20 +18,20 @@ use containerd_shim_protos::{api::DeleteResponse, protobuf::Message};
 use serde_json::Value;
 
 use crate::{
-    bootstrap::{Answer, Caller},
+    bootstrap::{Caller, StartAnswer},
     bundle::Bundle,
     events::Events,
     host,
     stdio::Output,
-    task::{Task, V3},
+    task::{TaskClient, V3},
 };
 
-/// Everything that containerd has, for one test.
+/// A containerd for one test.
 #[derive(Debug)]
 pub struct Containerd {
-    /// containerd's namespace of this test.
+    /// The containerd namespace of this test.
     pub namespace: String,
-    /// The service that takes events.
+    /// The events service.
     pub events: Events,
     name: String,
     folder: PathBuf,
@@ -44,42 +44,42 @@ pub struct Containerd {
 /// A shim that serves.
 #[derive(Debug, Clone)]
 pub struct Shim {
-    /// What `start` answered.
-    pub answer: Answer,
-    /// A connection.
-    pub task: Task,
-    /// Its pid.
+    /// The answer of `start`.
+    pub answer: StartAnswer,
+    /// A connection to the shim.
+    pub task: TaskClient,
+    /// The pid of the shim.
     pub pid: u32,
 }
 
-/// What an action of the executable came to.
+/// The result of an action of the executable.
 #[derive(Debug)]
 pub struct Outcome {
-    /// It exited with 0.
+    /// Whether it exited with 0.
     pub succeeded: bool,
-    /// Standard output.
+    /// Its standard output.
     pub stdout: Vec<u8>,
-    /// Standard error.
+    /// Its standard error.
     pub stderr: String,
 }
 
-/// Runs a test with a containerd of its own, and asserts that it leaves nothing on the host and that
-/// its events came in order. On failure prints what the containers and their shims wrote.
+/// Runs a test with a new [`Containerd`], and then asserts that nothing is left on the host and that all events came in
+/// order. If the test fails, prints the output of the containers, the logs of the shims, and the events.
 ///
 /// # Panics
 ///
-/// Where the test fails.
+/// If the test fails.
 pub fn with_containerd(test: impl FnOnce(&Containerd)) {
     let start = Instant::now();
     let containerd = Containerd::new();
     let outcome = catch_unwind(AssertUnwindSafe(|| test(&containerd)));
     let outcome = outcome.and_then(|()| {
         catch_unwind(AssertUnwindSafe(|| {
-            let nothing = host::eventually(Duration::from_secs(10), || match containerd.left() {
+            let clean = host::eventually(Duration::from_secs(10), || match containerd.leftovers() {
                 left if left.is_empty() => Ok(()),
                 left => Err(left.join("\n")),
             });
-            nothing.unwrap_or_else(|left| panic!("left on the host:\n{left}"));
+            clean.unwrap_or_else(|left| panic!("left on the host:\n{left}"));
             let violations = containerd.events.violations();
             assert!(
                 violations.is_empty(),
@@ -89,10 +89,10 @@ pub fn with_containerd(test: impl FnOnce(&Containerd)) {
         }))
     });
     if outcome.is_err() {
-        containerd.report();
+        containerd.print_report();
     }
-    containerd.clear();
-    // Not with a macro of the standard library, whose output is shown for failures only.
+    containerd.clean_up();
+    // Not with eprintln!, whose output the test harness shows for failed tests only.
     let name = std::thread::current().name().unwrap_or("?").to_owned();
     let _ = writeln!(io::stderr(), "took {} ms {name}", start.elapsed().as_millis());
     if let Err(panic) = outcome {
@@ -100,8 +100,8 @@ pub fn with_containerd(test: impl FnOnce(&Containerd)) {
     }
 }
 
-/// Where everything of this run is.
-pub(crate) fn folder() -> &'static Path {
+/// The folder of this run of the test program.
+pub(crate) fn run_folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let folder = env::temp_dir().join("conformance");
@@ -110,7 +110,7 @@ pub(crate) fn folder() -> &'static Path {
     })
 }
 
-/// The executable under test.
+/// The path of the executable under test.
 pub fn executable() -> PathBuf {
     PathBuf::from(env::var_os("NUTSHELL_TEST_SHIM").expect("NUTSHELL_TEST_SHIM names the executable under test"))
 }
@@ -119,11 +119,11 @@ impl Containerd {
     fn new() -> Self {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1);
-        let folder = folder().join(&name);
+        let folder = run_folder().join(&name);
         for part in ["bundles", "stdio"] {
             fs::create_dir_all(folder.join(part)).unwrap();
         }
-        fs::create_dir_all(group().join(&name).join("shims")).unwrap();
+        fs::create_dir_all(run_group().join(&name).join("shims")).unwrap();
         let namespace = format!("ns-{name}");
         Self {
             events: Events::serve(&folder.join("events.sock"), &namespace),
@@ -137,27 +137,27 @@ impl Containerd {
         }
     }
 
-    /// The folder of this test, for whatever it needs.
+    /// The folder of this test. It is removed after the test.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// A name that nothing else of this test has.
+    /// Returns a name that nothing else in this test has.
     pub fn new_name(&self, kind: &str) -> String {
         format!("{kind}{}", self.serial.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// The control group below which a pod of this test may be.
+    /// The control group path for a container or pod of this test, as a spec has it.
     pub fn cgroups_path(&self, id: &str) -> String {
         format!("/conformance/{}/{id}", self.name)
     }
 
-    /// All processes that shims of this test are or have started.
+    /// All shims of this test, and all processes that they have started.
     pub fn processes(&self) -> Vec<host::Process> {
-        host::processes_in(&group().join(&self.name))
+        host::processes_in(&run_group().join(&self.name))
     }
 
-    /// The pids of its processes whose name begins so.
+    /// The pids of [`Self::processes`] whose name starts with `name`.
     pub fn pids_of(&self, name: &str) -> Vec<u32> {
         let processes = self.processes().into_iter();
         processes
@@ -166,58 +166,58 @@ impl Containerd {
             .collect()
     }
 
-    /// A bundle with a new id, its control group set.
+    /// Creates a bundle with a new id. The spec gets a control group of this test.
     pub fn bundle(&self, spec: &Value) -> Arc<Bundle> {
-        self.bundle_of(&self.new_name("c"), spec)
+        self.bundle_with_id(&self.new_name("c"), spec)
     }
 
-    /// A bundle for `id`.
-    pub fn bundle_of(&self, id: &str, spec: &Value) -> Arc<Bundle> {
+    /// As [`Self::bundle`], with this id.
+    pub fn bundle_with_id(&self, id: &str, spec: &Value) -> Arc<Bundle> {
         let mut spec = spec.clone();
         spec["linux"]["cgroupsPath"] = self.cgroups_path(id).into();
-        self.keep(Bundle::make(&self.folder.join("bundles"), id, Some(&spec)))
+        self.register(Bundle::create(&self.folder.join("bundles"), id, Some(&spec)))
     }
 
-    /// A bundle without `config.json`.
+    /// Creates a bundle without `config.json`.
     pub fn bundle_without_spec(&self, id: &str) -> Arc<Bundle> {
-        self.keep(Bundle::make(&self.folder.join("bundles"), id, None))
+        self.register(Bundle::create(&self.folder.join("bundles"), id, None))
     }
 
-    fn keep(&self, bundle: Bundle) -> Arc<Bundle> {
+    fn register(&self, bundle: Bundle) -> Arc<Bundle> {
         let bundle = Arc::new(bundle);
         self.bundles.lock().unwrap().push(bundle.clone());
         bundle
     }
 
-    /// A fifo that is read.
+    /// Creates a fifo and collects what is written to it.
     pub fn output(&self, name: &str) -> Arc<Output> {
-        let output = Arc::new(Output::open(self.fifo(name)));
+        let output = Arc::new(Output::open(self.fifo_path(name)));
         self.outputs.lock().unwrap().push(output.clone());
         output
     }
 
-    /// The path for a new fifo.
-    pub fn fifo(&self, name: &str) -> PathBuf {
+    /// Returns a path for a new fifo, which does not exist yet.
+    pub fn fifo_path(&self, name: &str) -> PathBuf {
         self.folder.join("stdio").join(self.new_name(name))
     }
 
-    /// `start` as `caller` calls it; the answer as `caller` reads it.
+    /// Calls `start` as `caller` does, and parses the answer as `caller` does.
     ///
     /// # Errors
     ///
-    /// What a user would be shown.
-    pub fn start(&self, bundle: &Bundle, caller: &Caller) -> Result<Answer, String> {
+    /// The message that a user would see.
+    pub fn start(&self, bundle: &Bundle, caller: &Caller) -> Result<StartAnswer, String> {
         let (succeeded, output) = self.start_with(bundle, caller, &["-id", &bundle.id, "-debug"]);
         if !succeeded {
             return Err(String::from_utf8_lossy(&output).into_owned());
         }
-        let answer = caller.read(&output)?;
+        let answer = caller.parse_answer(&output)?;
         self.sockets.lock().unwrap().push(answer.socket());
         Ok(answer)
     }
 
-    /// `start` with these flags beside those that are always the same: whether it succeeded, and its
-    /// output, standard error included.
+    /// Calls `start` with the usual flags and `flags`. Returns whether it succeeded, and its output, which includes
+    /// standard error.
     pub fn start_with(&self, bundle: &Bundle, caller: &Caller, flags: &[&str]) -> (bool, Vec<u8>) {
         let input = caller.input(&self.namespace, &bundle.id, &self.ttrpc_address(), &self.address());
         let (mut output, writer) = io::pipe().unwrap();
@@ -225,10 +225,10 @@ impl Containerd {
         command.arg("start").stdout(writer.try_clone().unwrap()).stderr(writer);
         command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
         let mut child = command.spawn().unwrap();
-        // It holds the writing ends.
+        // `command` holds the write ends of the pipe.
         drop(command);
         if let Some(input) = input {
-            // A process that refuses its arguments does not read.
+            // A process that refuses its arguments does not read its input.
             let _ = child.stdin.take().unwrap().write_all(&input);
         }
         let mut bytes = Vec::new();
@@ -236,30 +236,30 @@ impl Containerd {
         (child.wait().unwrap().success(), bytes)
     }
 
-    /// A shim for `bundle`, started by the newest containerd, and a connection for version 3.
-    pub fn shim(&self, bundle: &Bundle) -> Shim {
+    /// Starts a shim for `bundle` as the newest containerd does, and connects to it with version 3 of the Task service.
+    pub fn start_shim(&self, bundle: &Bundle) -> Shim {
         let answer = self.start(bundle, &Caller::newest()).unwrap();
-        self.shim_at(answer)
+        self.connect_shim(answer)
     }
 
-    /// The shim at an address.
-    pub fn shim_at(&self, answer: Answer) -> Shim {
-        let task = Task::connect(&answer.address, V3);
+    /// Connects to the shim of a `start` answer.
+    pub fn connect_shim(&self, answer: StartAnswer) -> Shim {
+        let task = TaskClient::connect(&answer.address, V3);
         let pid = task.connect_to("").unwrap().shim_pid;
         Shim { answer, task, pid }
     }
 
-    /// `delete` as every containerd calls it.
+    /// Calls `delete` as every version of containerd does.
     pub fn delete(&self, bundle: &Bundle) -> Outcome {
         let mut command = self.command(bundle, &["-id", &bundle.id, "-bundle", bundle.path.to_str().unwrap()]);
-        Outcome::of(command.arg("delete").stdin(Stdio::null()))
+        Outcome::run(command.arg("delete").stdin(Stdio::null()))
     }
 
-    /// [`Self::delete`], which must succeed: its answer.
-    pub fn delete_answer(&self, bundle: &Bundle) -> DeleteResponse {
+    /// Calls `delete`, asserts that it succeeds, and returns its answer.
+    pub fn delete_bundle(&self, bundle: &Bundle) -> DeleteResponse {
         let outcome = self.delete(bundle);
         assert!(outcome.succeeded, "delete: {}", outcome.stderr);
-        assert_eq!(outcome.stderr, "", "delete says something is wrong");
+        assert_eq!(outcome.stderr, "", "delete writes to standard error");
         DeleteResponse::parse_from_bytes(&outcome.stdout).unwrap()
     }
 
@@ -271,11 +271,11 @@ impl Containerd {
         self.folder.join("containerd.sock")
     }
 
-    /// The executable with containerd's flags, environment and working directory, in a control group
-    /// of this test.
+    /// The command of the executable with containerd's flags, environment and working directory. It runs in a control
+    /// group of this test.
     fn command(&self, bundle: &Bundle, flags: &[&str]) -> Command {
         use std::os::unix::process::CommandExt;
-        let procs = group().join(&self.name).join("shims/cgroup.procs");
+        let procs = run_group().join(&self.name).join("shims/cgroup.procs");
         let mut command = Command::new("/bin/sh");
         command
             .args(["-c", r#"echo 0 >"$0" && exec "$@""#])
@@ -293,21 +293,21 @@ impl Containerd {
             .env("GRPC_ADDRESS", self.address())
             .env("NAMESPACE", &self.namespace)
             .process_group(0);
-        // An orderly test may delete what it has removed.
+        // A test may call `delete` after it has removed the bundle.
         if bundle.path.exists() {
             command.current_dir(&bundle.path);
         }
         command
     }
 
-    /// What this test has left on the host, a line each.
-    fn left(&self) -> Vec<String> {
+    /// What this test has left on the host, one line each.
+    fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
         for process in self.processes() {
             left.push(format!("process {} {}", process.pid, process.name));
         }
-        let own = group().join(&self.name);
-        for folder in host::groups_at(&own) {
+        let own = run_group().join(&self.name);
+        for folder in host::cgroups_at(&own) {
             if folder != own && folder != own.join("shims") {
                 left.push(format!("control group {}", folder.display()));
             }
@@ -324,7 +324,7 @@ impl Containerd {
         left
     }
 
-    fn report(&self) {
+    fn print_report(&self) {
         for output in self.outputs.lock().unwrap().iter() {
             let text = output.so_far();
             if !text.is_empty() {
@@ -332,35 +332,32 @@ impl Containerd {
             }
         }
         for bundle in self.bundles.lock().unwrap().iter() {
-            println!(
-                "-- the shim's log, with the guest's console where it is known, {}:",
-                bundle.id
-            );
-            println!("{}", bundle.logged());
+            println!("-- the shim's log of {}, with the guest's console:", bundle.id);
+            println!("{}", bundle.read_log());
         }
         println!("-- events:");
         for event in self.events.all() {
-            println!("{} {}", event.container, event.what);
+            println!("{} {}", event.container, event.kind);
         }
     }
 
-    fn clear(&self) {
-        host::remove_group(&group().join(&self.name)).unwrap();
+    fn clean_up(&self) {
+        host::remove_cgroup(&run_group().join(&self.name)).unwrap();
         for mount in host::mounts_below(&self.folder).iter().rev() {
             let _ = rustix::mount::unmount(mount.as_str(), rustix::mount::UnmountFlags::DETACH);
         }
         for socket in self.sockets.lock().unwrap().iter() {
             let _ = fs::remove_file(socket);
         }
-        self.events.leave();
+        self.events.stop();
         self.outputs.lock().unwrap().clear();
         fs::remove_dir_all(&self.folder).unwrap();
     }
 }
 
 impl Outcome {
-    /// Runs a command.
-    pub fn of(command: &mut Command) -> Self {
+    /// Runs a command to its end.
+    pub fn run(command: &mut Command) -> Self {
         let output = command.output().unwrap();
         Self {
             succeeded: output.status.success(),
@@ -370,6 +367,7 @@ impl Outcome {
     }
 }
 
-fn group() -> &'static Path {
+/// The control group of this run, which the suite creates.
+fn run_group() -> &'static Path {
     Path::new("/sys/fs/cgroup/conformance")
 }

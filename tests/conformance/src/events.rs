@@ -1,4 +1,4 @@
-//! containerd's events service, which records what it is told, and the rules of the order of events.
+//! containerd's events service, which records the events that it receives, and the rules for their order.
 
 use std::{
     collections::HashMap,
@@ -21,45 +21,45 @@ use containerd_shim_protos::{
     ttrpc::proto::{MESSAGE_HEADER_LENGTH, MESSAGE_TYPE_RESPONSE, MessageHeader, Request, Response},
 };
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
-/// An event about a container.
+/// An event of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
-    /// The container.
+    /// The container's id.
     pub container: String,
-    /// What happened.
-    pub what: What,
-    /// The host's pid, where the event has one.
+    /// The kind of event.
+    pub kind: EventKind,
+    /// The pid in the event; 0 if this kind of event has none.
     pub pid: u32,
 }
 
-/// What happened.
+/// The kind of an event. Its `Display` is what tests compare, such as `exit 137` or `started e1`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum What {
+pub enum EventKind {
     /// The container was created.
     Create,
-    /// It was started.
+    /// The container was started.
     Start,
-    /// An exec was added.
+    /// An exec with this id was added.
     ExecAdded(String),
-    /// An exec was started.
+    /// The exec with this id was started.
     ExecStarted(String),
-    /// The container's first process ended.
+    /// The container's process exited with this status.
     Exit(u32),
-    /// An exec ended.
+    /// The exec with this id exited with this status.
     ExecExit(String, u32),
-    /// The container was deleted, with the status of its exit.
+    /// The container was deleted; the value is its exit status.
     Delete(u32),
-    /// It was out of memory.
+    /// The container ran out of memory.
     Oom,
-    /// It was paused.
+    /// The container was paused.
     Paused,
-    /// It was resumed.
+    /// The container was resumed.
     Resumed,
 }
 
-impl fmt::Display for What {
+impl fmt::Display for EventKind {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Create => formatter.write_str("create"),
@@ -76,7 +76,7 @@ impl fmt::Display for What {
     }
 }
 
-/// The service at a socket. Away or there.
+/// The events service on a socket. It can be stopped and started again.
 #[derive(Debug)]
 pub struct Events {
     path: PathBuf,
@@ -96,7 +96,7 @@ struct State {
     events: Vec<Event>,
     malformed: Vec<String>,
     connections: Vec<UnixStream>,
-    away: bool,
+    stopped: bool,
 }
 
 impl Events {
@@ -108,85 +108,90 @@ impl Events {
             shared: Arc::default(),
             thread: Mutex::default(),
         };
-        events.come_back();
+        events.start();
         events
     }
 
-    /// Goes away, as a containerd that is restarted: no socket, no connection.
-    pub fn leave(&self) {
+    /// Stops the service, as a restart of containerd does: closes all connections and removes the socket.
+    pub fn stop(&self) {
         let Some(thread) = self.thread.lock().unwrap().take() else {
             return;
         };
         {
             let mut state = self.shared.state.lock().unwrap();
-            state.away = true;
+            state.stopped = true;
             for connection in state.connections.drain(..) {
                 let _ = connection.shutdown(Shutdown::Both);
             }
         }
-        // Wakes the thread that accepts.
+        // Wakes the thread from `accept`.
         let _ = UnixStream::connect(&self.path);
         thread.join().unwrap();
         std::fs::remove_file(&self.path).unwrap();
     }
 
-    /// Is there (again).
-    pub fn come_back(&self) {
+    /// Starts the service again.
+    pub fn start(&self) {
         let listener = UnixListener::bind(&self.path).unwrap();
-        self.shared.state.lock().unwrap().away = false;
+        self.shared.state.lock().unwrap().stopped = false;
         let (shared, namespace) = (self.shared.clone(), self.namespace.clone());
         *self.thread.lock().unwrap() = Some(std::thread::spawn(move || {
             for connection in listener.incoming() {
                 let connection = connection.unwrap();
                 let mut state = shared.state.lock().unwrap();
-                if state.away {
+                if state.stopped {
                     return;
                 }
                 state.connections.push(connection.try_clone().unwrap());
                 drop(state);
                 let (shared, namespace) = (shared.clone(), namespace.clone());
                 std::thread::spawn(move || {
-                    let _ = take(connection, &shared, &namespace);
+                    // It ends with an error when the connection is closed.
+                    let _ = serve_connection(connection, &shared, &namespace);
                 });
             }
         }));
     }
 
-    /// What was told so far.
+    /// All events so far.
     pub fn all(&self) -> Vec<Event> {
         self.shared.state.lock().unwrap().events.clone()
     }
 
-    /// What was told about a container so far, in words.
-    pub fn of(&self, container: &str) -> Vec<String> {
+    /// The events of a container so far, as text.
+    pub fn of_container(&self, container: &str) -> Vec<String> {
         let all = self.all();
-        let about = all.iter().filter(|event| event.container == container);
-        about.map(|event| event.what.to_string()).collect()
+        let events = all.iter().filter(|event| event.container == container);
+        events.map(|event| event.kind.to_string()).collect()
     }
 
-    /// Waits for an event in words (of [`What`]'s `Display`) about a container, and returns all
-    /// about it.
-    pub fn until(&self, container: &str, words: &str) -> Vec<String> {
-        let is_meant = |event: &Event| event.container == container && event.what.to_string() == words;
+    /// Waits for an event of a container, given as text (the `Display` of [`EventKind`]), and returns all events of the
+    /// container.
+    ///
+    /// # Panics
+    ///
+    /// If the event does not arrive in time.
+    pub fn wait_for(&self, container: &str, text: &str) -> Vec<String> {
+        let is_meant = |event: &Event| event.container == container && event.kind.to_string() == text;
         let state = self.shared.state.lock().unwrap();
         let waited = self
             .shared
             .changed
-            .wait_timeout_while(state, PATIENCE, |state| !state.events.iter().any(is_meant));
+            .wait_timeout_while(state, TIMEOUT, |state| !state.events.iter().any(is_meant));
         let timed_out = waited.unwrap().1.timed_out();
-        let told = self.of(container);
-        assert!(!timed_out, "no event {words:?} about {container}, but {told:?}");
-        told
+        let events = self.of_container(container);
+        assert!(!timed_out, "no event {text:?} of {container}, only {events:?}");
+        events
     }
 
-    /// What is against the rules in all that was told.
+    /// Violations of the rules for events so far, one text each.
     pub fn violations(&self) -> Vec<String> {
         let state = self.shared.state.lock().unwrap();
         let mut violations = state.malformed.clone();
-        let mut containers: HashMap<&str, Life> = HashMap::new();
+        let mut containers: HashMap<&str, History> = HashMap::new();
         for event in &state.events {
-            if let Err(reason) = containers.entry(&event.container).or_default().follow(event) {
-                violations.push(format!("{} of {}: {reason}", event.what, event.container));
+            if let Err(reason) = containers.entry(&event.container).or_default().add(event) {
+                violations.push(format!("{} of {}: {reason}", event.kind, event.container));
             }
         }
         violations
@@ -195,21 +200,22 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
-        self.leave();
+        self.stop();
     }
 }
 
-/// What a container's events have told so far.
+/// The state of a container according to its events.
 #[derive(Debug, Default)]
-struct Life {
-    init: Step,
+struct History {
+    init: Phase,
     pid: u32,
     status: u32,
-    execs: HashMap<String, (Step, u32)>,
+    /// Phase and pid of each exec.
+    execs: HashMap<String, (Phase, u32)>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum Phase {
     #[default]
     Nothing,
     Created,
@@ -217,55 +223,64 @@ enum Step {
     Exited,
 }
 
-impl Life {
-    fn follow(&mut self, event: &Event) -> Result<(), String> {
-        let rule = |kept: bool, reason: &str| kept.then_some(()).ok_or(reason.to_owned());
-        match &event.what {
-            What::Create => {
-                rule(self.init == Step::Nothing, "it exists")?;
+impl History {
+    /// Adds the next event. The error is the rule that it breaks.
+    fn add(&mut self, event: &Event) -> Result<(), String> {
+        let rule = |is_kept: bool, reason: &str| is_kept.then_some(()).ok_or(reason.to_owned());
+        match &event.kind {
+            EventKind::Create => {
+                rule(self.init == Phase::Nothing, "the container exists already")?;
                 rule(event.pid > 0, "no pid")?;
-                (self.init, self.pid) = (Step::Created, event.pid);
+                (self.init, self.pid) = (Phase::Created, event.pid);
             }
-            What::Start => {
-                rule(self.init == Step::Created, "not after its creation")?;
-                rule(event.pid == self.pid, "another pid")?;
-                self.init = Step::Started;
+            EventKind::Start => {
+                rule(self.init == Phase::Created, "not directly after the create event")?;
+                rule(event.pid == self.pid, "not the pid of the create event")?;
+                self.init = Phase::Started;
             }
-            What::Exit(status) => {
-                let lives = matches!(self.init, Step::Created | Step::Started);
-                rule(lives, "not once, after creation or start")?;
-                rule(event.pid == self.pid, "another pid")?;
-                let over = self.execs.values().all(|(step, _)| *step != Step::Started);
-                rule(over, "before an exec's exit")?;
-                (self.init, self.status) = (Step::Exited, *status);
+            EventKind::Exit(status) => {
+                let is_alive = matches!(self.init, Phase::Created | Phase::Started);
+                rule(is_alive, "not one exit after create or start")?;
+                rule(event.pid == self.pid, "not the pid of the create event")?;
+                let execs_have_exited = self.execs.values().all(|(step, _)| *step != Phase::Started);
+                rule(execs_have_exited, "before the exit of an exec")?;
+                (self.init, self.status) = (Phase::Exited, *status);
             }
-            What::Delete(status) => {
-                rule(self.init == Step::Exited, "not after the exit")?;
-                rule(event.pid == self.pid && *status == self.status, "not as in the exit")?;
+            EventKind::Delete(status) => {
+                rule(self.init == Phase::Exited, "not directly after the exit event")?;
+                rule(
+                    event.pid == self.pid && *status == self.status,
+                    "not pid and status of the exit event",
+                )?;
                 *self = Self::default();
             }
-            What::ExecAdded(exec) => {
-                let lives = matches!(self.init, Step::Created | Step::Started);
-                rule(lives, "the container does not run")?;
-                self.execs.insert(exec.clone(), (Step::Created, 0));
+            EventKind::ExecAdded(exec) => {
+                let is_alive = matches!(self.init, Phase::Created | Phase::Started);
+                rule(is_alive, "the container does not run")?;
+                self.execs.insert(exec.clone(), (Phase::Created, 0));
             }
-            What::ExecStarted(exec) => {
-                let known = self.execs.insert(exec.clone(), (Step::Started, event.pid));
-                rule(matches!(known, Some((Step::Created, _))), "not added")?;
+            EventKind::ExecStarted(exec) => {
+                let known = self.execs.insert(exec.clone(), (Phase::Started, event.pid));
+                rule(matches!(known, Some((Phase::Created, _))), "the exec was not added")?;
                 rule(event.pid > 0, "no pid")?;
             }
-            What::ExecExit(exec, _) => {
-                let known = self.execs.insert(exec.clone(), (Step::Exited, event.pid));
-                rule(known == Some((Step::Started, event.pid)), "not once after its start")?;
+            EventKind::ExecExit(exec, _) => {
+                let known = self.execs.insert(exec.clone(), (Phase::Exited, event.pid));
+                rule(
+                    known == Some((Phase::Started, event.pid)),
+                    "not one exit after the start of the exec",
+                )?;
             }
-            What::Oom | What::Paused | What::Resumed => rule(self.init == Step::Started, "it does not run")?,
+            EventKind::Oom | EventKind::Paused | EventKind::Resumed => {
+                rule(self.init == Phase::Started, "the container does not run")?
+            }
         }
         Ok(())
     }
 }
 
-/// Takes calls of one connection until it is closed.
-fn take(mut connection: UnixStream, shared: &Shared, namespace: &str) -> std::io::Result<()> {
+/// Answers the calls of one connection until it is closed.
+fn serve_connection(mut connection: UnixStream, shared: &Shared, namespace: &str) -> std::io::Result<()> {
     loop {
         let mut header = [0; MESSAGE_HEADER_LENGTH];
         connection.read_exact(&mut header)?;
@@ -273,11 +288,11 @@ fn take(mut connection: UnixStream, shared: &Shared, namespace: &str) -> std::io
         let mut payload = vec![0; usize::try_from(header.length).unwrap()];
         connection.read_exact(&mut payload)?;
         let request = Request::parse_from_bytes(&payload).unwrap();
-        let event = decode(&request, namespace);
+        let event = decode_request(&request, namespace);
 
-        // An event counts as told if its sender can learn so.
+        // The lock is held until the answer is written: an event is recorded only if its sender gets the answer.
         let mut state = shared.state.lock().unwrap();
-        if state.away {
+        if state.stopped {
             return Ok(());
         }
         let response = Response {
@@ -301,7 +316,7 @@ fn take(mut connection: UnixStream, shared: &Shared, namespace: &str) -> std::io
     }
 }
 
-fn decode(request: &Request, namespace: &str) -> Result<Event, String> {
+fn decode_request(request: &Request, namespace: &str) -> Result<Event, String> {
     let method = (request.service.as_str(), request.method.as_str());
     if method != ("containerd.services.events.ttrpc.v1.Events", "Forward") {
         return Err(format!("a call of {method:?}"));
@@ -314,10 +329,10 @@ fn decode(request: &Request, namespace: &str) -> Result<Event, String> {
     if envelope.timestamp.seconds == 0 {
         return Err("an event without a time".to_owned());
     }
-    event(&envelope)
+    decode_event(&envelope)
 }
 
-fn event(envelope: &Envelope) -> Result<Event, String> {
+fn decode_event(envelope: &Envelope) -> Result<Event, String> {
     fn message<M: Message>(envelope: &Envelope, name: &str) -> Result<M, String> {
         let any = &envelope.event;
         if any.type_url != format!("containerd.events.{name}") {
@@ -325,52 +340,52 @@ fn event(envelope: &Envelope) -> Result<Event, String> {
         }
         M::parse_from_bytes(&any.value).map_err(|error| error.to_string())
     }
-    let (container, what, pid) = match envelope.topic.as_str() {
+    let (container, kind, pid) = match envelope.topic.as_str() {
         "/tasks/create" => {
             let event: TaskCreate = message(envelope, "TaskCreate")?;
             if event.bundle.is_empty() || event.io.is_none() {
                 return Err(format!("an incomplete {event}"));
             }
-            (event.container_id, What::Create, event.pid)
+            (event.container_id, EventKind::Create, event.pid)
         }
         "/tasks/start" => {
             let event: TaskStart = message(envelope, "TaskStart")?;
-            (event.container_id, What::Start, event.pid)
+            (event.container_id, EventKind::Start, event.pid)
         }
         "/tasks/exit" => {
             let event: TaskExit = message(envelope, "TaskExit")?;
             if event.exited_at.seconds == 0 {
                 return Err(format!("an exit without a time: {event}"));
             }
-            let what = if event.id == event.container_id {
-                What::Exit(event.exit_status)
+            let kind = if event.id == event.container_id {
+                EventKind::Exit(event.exit_status)
             } else {
-                What::ExecExit(event.id, event.exit_status)
+                EventKind::ExecExit(event.id, event.exit_status)
             };
-            (event.container_id, what, event.pid)
+            (event.container_id, kind, event.pid)
         }
         "/tasks/delete" => {
             let event: TaskDelete = message(envelope, "TaskDelete")?;
-            (event.container_id, What::Delete(event.exit_status), event.pid)
+            (event.container_id, EventKind::Delete(event.exit_status), event.pid)
         }
         "/tasks/exec-added" => {
             let event: TaskExecAdded = message(envelope, "TaskExecAdded")?;
-            (event.container_id, What::ExecAdded(event.exec_id), 0)
+            (event.container_id, EventKind::ExecAdded(event.exec_id), 0)
         }
         "/tasks/exec-started" => {
             let event: TaskExecStarted = message(envelope, "TaskExecStarted")?;
-            (event.container_id, What::ExecStarted(event.exec_id), event.pid)
+            (event.container_id, EventKind::ExecStarted(event.exec_id), event.pid)
         }
-        "/tasks/oom" => (message::<TaskOOM>(envelope, "TaskOOM")?.container_id, What::Oom, 0),
+        "/tasks/oom" => (message::<TaskOOM>(envelope, "TaskOOM")?.container_id, EventKind::Oom, 0),
         "/tasks/paused" => {
             let event: TaskPaused = message(envelope, "TaskPaused")?;
-            (event.container_id, What::Paused, 0)
+            (event.container_id, EventKind::Paused, 0)
         }
         "/tasks/resumed" => {
             let event: TaskResumed = message(envelope, "TaskResumed")?;
-            (event.container_id, What::Resumed, 0)
+            (event.container_id, EventKind::Resumed, 0)
         }
         topic => return Err(format!("an event of topic {topic}")),
     };
-    Ok(Event { container, what, pid })
+    Ok(Event { container, kind, pid })
 }

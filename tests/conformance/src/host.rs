@@ -1,4 +1,4 @@
-//! What is on the host: processes, mounts, control groups, and what a process uses.
+//! Inspection of the host: processes, mounts, control groups, and the resources of a process.
 
 use std::{
     fs,
@@ -14,27 +14,26 @@ use rustix::{
 /// A process of the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Process {
-    /// Its name, at most 15 bytes (`/proc/<pid>/comm`).
+    /// The name, at most 15 bytes (`/proc/<pid>/comm`).
     pub name: String,
-    /// Its pid.
+    /// The pid.
     pub pid: u32,
 }
 
-/// What a process holds.
+/// The resources of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
-    /// Open descriptors.
+    /// Number of open descriptors.
     pub descriptors: usize,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
-    /// Memory that it has written and nobody else maps, in KiB.
+    /// Private dirty memory in KiB.
     pub private: u64,
 }
 
-/// The processes in a control group and those below it, sorted. Those that have ended and were not
-/// waited for yet are in none.
+/// The processes in a control group and in its descendants, sorted. Zombies are not included.
 pub fn processes_in(group: &Path) -> Vec<Process> {
-    let mut found: Vec<_> = groups_at(group)
+    let mut found: Vec<_> = cgroups_at(group)
         .iter()
         .flat_map(|folder| {
             fs::read_to_string(folder.join("cgroup.procs"))
@@ -55,12 +54,12 @@ pub fn processes_in(group: &Path) -> Vec<Process> {
     found
 }
 
-/// The control group `group` and all below it, parents first.
-pub fn groups_at(group: &Path) -> Vec<PathBuf> {
+/// The control group `group` and its descendants, parents first.
+pub fn cgroups_at(group: &Path) -> Vec<PathBuf> {
     let mut found = vec![group.to_owned()];
     let below = fs::read_dir(group).into_iter().flatten().filter_map(Result::ok);
     for entry in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        found.extend(groups_at(&entry.path()));
+        found.extend(cgroups_at(&entry.path()));
     }
     found
 }
@@ -76,8 +75,12 @@ pub fn mounts_below(path: &Path) -> Vec<String> {
         .collect()
 }
 
-/// What a process holds now.
-pub fn usage(pid: u32) -> Usage {
+/// Reads the current resources of a process.
+///
+/// # Panics
+///
+/// If the process does not exist.
+pub fn read_usage(pid: u32) -> Usage {
     let count = |folder| fs::read_dir(format!("/proc/{pid}/{folder}")).unwrap().count();
     let memory = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let private = memory
@@ -92,7 +95,7 @@ pub fn usage(pid: u32) -> Usage {
     }
 }
 
-/// Sends a signal; nothing happens if the process has ended.
+/// Sends a signal. It is no error if the process has ended.
 pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
@@ -109,41 +112,41 @@ pub fn ends_within(pid: u32, limit: Duration) -> bool {
             let limit = Timespec::try_from(limit).unwrap();
             poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)).unwrap() == 1
         }
-        // Older kernels say the second of a pid that is only a session's any more.
+        // Older kernels return EINVAL for the pid of a process that has ended but is still the id of a session.
         Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => true,
         Err(error) => panic!("pidfd_open: {error}"),
     }
 }
 
-/// Whether `/proc/<pid>` is a living process.
+/// Whether the process exists and has not ended.
 pub fn is_alive(pid: u32) -> bool {
     pid > 0 && !ends_within(pid, Duration::ZERO)
 }
 
-/// Waits until `done` says so, asking again and again: for what the kernel announces to nobody.
+/// Calls `check` every 20 ms until it succeeds. For conditions that the kernel sends no notification of.
 ///
 /// # Errors
 ///
-/// What `done` said last, after `limit`.
-pub fn eventually<T>(limit: Duration, mut done: impl FnMut() -> Result<T, String>) -> Result<T, String> {
+/// The last error of `check`, after `limit`.
+pub fn eventually<T>(limit: Duration, mut check: impl FnMut() -> Result<T, String>) -> Result<T, String> {
     let start = std::time::Instant::now();
     loop {
-        match done() {
+        match check() {
             Err(_) if start.elapsed() < limit => std::thread::sleep(Duration::from_millis(20)),
             result => return result,
         }
     }
 }
 
-/// Kills all processes of a control group and removes it with all below it.
+/// Kills all processes of a control group, and removes it and its descendants.
 ///
 /// # Errors
 ///
-/// Where the kernel refuses.
-pub fn remove_group(group: &Path) -> Result<(), String> {
+/// If the kernel still refuses to remove one after 10 s.
+pub fn remove_cgroup(group: &Path) -> Result<(), String> {
     let _ = fs::write(group.join("cgroup.kill"), "1");
     eventually(Duration::from_secs(10), || {
-        groups_at(group)
+        cgroups_at(group)
             .iter()
             .rev()
             .try_for_each(fs::remove_dir)

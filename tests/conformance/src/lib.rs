@@ -1,10 +1,10 @@
-//! The other end of the shim: everything that containerd does to one, without any containerd.
+//! A stand-in for containerd that drives the shim through every part of its interface.
 //!
-//! Lives here: starting the executable as each containerd does ([`bootstrap`]), bundles and their
-//! root file systems ([`bundle`]), Task calls ([`task`]), the service that takes events and the rules
-//! of their order ([`events`]), fifos ([`stdio`]), containers made of all that ([`container`]), pods
-//! in both of containerd's ways ([`pod`]), and what may not be left on the host afterwards ([`host`]). May not live here: anything of the product;
-//! no test may depend on its code. Used by the tests in `tests/direct`, which run in the lab.
+//! Lives here: the start of the executable as each version of containerd does it ([`bootstrap`]), bundles and root file
+//! systems ([`bundle`]), Task calls ([`task`]), the events service and the rules for the order of events ([`events`]),
+//! fifos ([`stdio`]), containers ([`container`]), pods with both sandbox APIs ([`pod`]), and inspection of the host
+//! ([`host`]). May not live here: anything of the product; no test may depend on its code. Used by the tests in
+//! `tests/direct`, which run in the lab.
 //!
 //! A test is a closure that [`with_containerd`] runs.
 
@@ -24,5 +24,5 @@ use std::time::Duration;
 
 pub use containerd::{Containerd, with_containerd};
 
-/// Longer than anything takes in the lab, which is emulated: reaching it is a failure.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// Time limit of a call or of a wait. The lab is emulated and slow; nothing takes this long unless it hangs.
+pub const TIMEOUT: Duration = Duration::from_secs(60);

@@ -1,5 +1,4 @@
-//! Pods: a sandbox in either of containerd's ways, and containers in it with specs as its CRI writes
-//! them.
+//! Pods: sandboxes with both sandbox APIs of containerd, and containers with specs as its CRI service writes them.
 
 use std::sync::Arc;
 
@@ -16,46 +15,46 @@ use containerd_shim_protos::{
 use serde_json::{Value, json};
 
 use crate::{
-    PATIENCE,
+    TIMEOUT,
     bootstrap::Caller,
     bundle::{self, Bundle, idle},
     container::Container,
     containerd::{Containerd, Shim},
     host,
-    task::{Answer, Task},
+    task::{CallResult, TaskClient},
 };
 
 /// The name of the Sandbox service.
 pub const SANDBOX: &str = "containerd.runtime.sandbox.v1.Sandbox";
 
-/// The states that containerd knows.
+/// The state of a sandbox that runs.
 pub const READY: &str = "SANDBOX_READY";
-/// The other one.
+/// The state of a sandbox that does not run.
 pub const NOT_READY: &str = "SANDBOX_NOTREADY";
 
-/// A pod whose containers can be created.
+/// A pod with a started sandbox.
 #[derive(Debug)]
 pub struct Pod<'c> {
     containerd: &'c Containerd,
     /// The sandbox's id.
     pub id: String,
-    /// The sandbox's folder.
+    /// The sandbox's bundle.
     pub bundle: Arc<Bundle>,
-    /// The shim of all.
+    /// The shim of the sandbox and of all containers.
     pub shim: Shim,
     /// The sandbox's pid.
     pub pid: u32,
-    /// The sandbox as a container, in that way.
+    /// The sandbox's container; `None` if the sandbox is of the Sandbox service.
     sandbox: Option<Container<'c>>,
 }
 
 impl<'c> Pod<'c> {
-    /// A pod as containerd's CRI makes it by default: its sandbox is a task.
+    /// Starts a pod as containerd's CRI service does by default: the sandbox is a task.
     pub fn by_task(containerd: &'c Containerd) -> Self {
         Self::by_task_with(containerd, &Caller::newest(), |_| {})
     }
 
-    /// As [`Self::by_task`], the sandbox's spec changed.
+    /// As [`Self::by_task`], with a change of the sandbox's spec.
     pub fn by_task_with(containerd: &'c Containerd, caller: &Caller, change: impl FnOnce(&mut Value)) -> Self {
         let sandbox = create_sandbox_task(containerd, caller, change).unwrap();
         sandbox.start();
@@ -69,10 +68,10 @@ impl<'c> Pod<'c> {
         }
     }
 
-    /// A pod whose sandbox the shim manages itself, with a `PodSandboxConfig`.
-    pub fn by_service(containerd: &'c Containerd, config: &Config) -> Self {
-        let (bundle, shim) = sandbox_shim(containerd);
-        let sandboxes = Sandboxes::of(&shim);
+    /// Starts a pod whose sandbox is of the Sandbox service.
+    pub fn by_service(containerd: &'c Containerd, config: &SandboxConfig) -> Self {
+        let (bundle, shim) = start_sandbox_shim(containerd);
+        let sandboxes = SandboxClient::new(&shim);
         sandboxes.create(&bundle, config).unwrap();
         let pid = sandboxes.start(&bundle.id).unwrap().pid;
         Self {
@@ -85,12 +84,12 @@ impl<'c> Pod<'c> {
         }
     }
 
-    /// Calls of the Sandbox service.
-    pub fn sandboxes(&self) -> Sandboxes {
-        Sandboxes::of(&self.shim)
+    /// A client for calls of the Sandbox service.
+    pub fn sandboxes(&self) -> SandboxClient {
+        SandboxClient::new(&self.shim)
     }
 
-    /// It takes containers.
+    /// Whether the sandbox runs.
     pub fn is_ready(&self) -> bool {
         match &self.sandbox {
             Some(sandbox) => sandbox.status("") == Status::RUNNING,
@@ -98,9 +97,9 @@ impl<'c> Pod<'c> {
         }
     }
 
-    /// The spec of a container of the pod.
+    /// The spec of a container of the pod that runs `args`: with the sandbox's network, IPC and UTS namespaces.
     pub fn spec(&self, args: &[&str]) -> Value {
-        let mut spec = in_pod(&bundle::spec(args), &self.id, "container");
+        let mut spec = with_pod_annotations(&bundle::spec(args), &self.id, "container");
         for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
             let (kind, file) = match namespace["type"].as_str().unwrap() {
                 "network" => ("network", "net"),
@@ -114,74 +113,74 @@ impl<'c> Pod<'c> {
         spec
     }
 
-    /// As [`Self::spec`], for a shell script.
+    /// As [`Self::spec`], for a container that runs a shell script.
     pub fn shell(&self, script: &str) -> Value {
         self.spec(&["/bin/sh", "-c", script])
     }
 
-    /// The spec of a container that does nothing, and shares the processes of the task with a pid: the
-    /// sandbox's are the pod's.
-    pub fn idle_sharing(&self, pid: u32) -> Value {
+    /// The spec of a container that sleeps, in the pid namespace of the task with this pid. With the sandbox's pid it is
+    /// the pid namespace of the pod.
+    pub fn idle_in_pid_namespace_of(&self, pid: u32) -> Value {
         let mut spec = self.spec(&["sleep", "100000"]);
-        share_pids(&mut spec, pid);
+        share_pid_namespace(&mut spec, pid);
         spec
     }
 
-    /// Creates a container as containerd does where a shim has answered with version 3: nothing is
-    /// started for it.
+    /// Creates a container in the sandbox's shim, as containerd does for a shim of version 3: without a call of `start`.
     ///
     /// # Errors
     ///
-    /// The shim's; nothing is left then.
-    pub fn create(&self, spec: &Value) -> Answer<Container<'c>> {
+    /// The error of Create. The bundle is removed then.
+    pub fn create(&self, spec: &Value) -> CallResult<Container<'c>> {
         let bundle = self.containerd.bundle(spec);
         let prepared = self.containerd.prepare_in(bundle.clone(), self.shim.clone());
         prepared.create().inspect_err(|_| {
-            self.containerd.delete_answer(&bundle);
+            self.containerd.delete_bundle(&bundle);
             bundle.remove();
         })
     }
 
-    /// A container that runs.
+    /// Creates and starts a container.
     pub fn run(&self, spec: &Value) -> Container<'c> {
         let container = self.create(spec).unwrap();
         container.start();
         container
     }
 
-    /// All that containerd does to remove a container of the pod.
-    pub fn forget(&self, container: &Container<'_>) {
+    /// Removes a container of the pod as containerd does: kills it if it has not ended, deletes it, calls `delete`, and
+    /// removes the bundle.
+    pub fn remove_container(&self, container: &Container<'_>) {
         container.remove();
-        self.clean(container);
+        self.delete_bundle_of(container);
     }
 
-    /// What containerd does after a container was deleted.
-    pub fn clean(&self, container: &Container<'_>) {
-        self.containerd.delete_answer(&container.bundle);
+    /// Calls `delete` for a container and removes its bundle, as containerd does after Delete.
+    pub fn delete_bundle_of(&self, container: &Container<'_>) {
+        self.containerd.delete_bundle(&container.bundle);
         container.bundle.remove();
     }
 
-    /// All that containerd does to remove a pod without containers, and the end of its shim.
+    /// Removes the pod, which has no container any more, as containerd does, and asserts that the shim ends.
     pub fn end(self) {
         match self.sandbox {
             Some(sandbox) => sandbox.end(),
             None => {
-                let sandboxes = Sandboxes::of(&self.shim);
+                let sandboxes = SandboxClient::new(&self.shim);
                 sandboxes.stop(&self.id).unwrap();
                 sandboxes.shut_down(&self.id).unwrap();
                 assert!(
-                    host::ends_within(self.shim.pid, PATIENCE),
-                    "the shim goes on after Shutdown"
+                    host::ends_within(self.shim.pid, TIMEOUT),
+                    "the shim still runs after Shutdown"
                 );
-                self.containerd.delete_answer(&self.bundle);
+                self.containerd.delete_bundle(&self.bundle);
                 self.bundle.remove();
             }
         }
     }
 }
 
-/// Has the container of `spec` share the processes of the task with this pid.
-pub fn share_pids(spec: &mut Value, pid: u32) {
+/// Changes a spec: the container joins the pid namespace of the task with this pid.
+pub fn share_pid_namespace(spec: &mut Value, pid: u32) {
     for namespace in spec["linux"]["namespaces"].as_array_mut().unwrap() {
         if namespace["type"] == "pid" {
             namespace["path"] = json!(format!("/proc/{pid}/ns/pid"));
@@ -189,22 +188,22 @@ pub fn share_pids(spec: &mut Value, pid: u32) {
     }
 }
 
-/// A sandbox that is a task and was not started.
+/// Creates a sandbox as a task, which is not started yet.
 ///
 /// # Errors
 ///
-/// The shim's; nothing is left then.
+/// The error of Create. The shim is ended and the bundle removed then.
 pub fn create_sandbox_task<'c>(
     containerd: &'c Containerd,
     caller: &Caller,
     change: impl FnOnce(&mut Value),
-) -> Answer<Container<'c>> {
+) -> CallResult<Container<'c>> {
     let id = containerd.new_name("sandbox");
-    let mut spec = in_pod(&idle(), &id, "sandbox");
+    let mut spec = with_pod_annotations(&idle(), &id, "sandbox");
     change(&mut spec);
-    let bundle = containerd.bundle_of(&id, &spec);
+    let bundle = containerd.bundle_with_id(&id, &spec);
     let answer = containerd.start(&bundle, caller).unwrap();
-    let shim = containerd.shim_at(answer);
+    let shim = containerd.connect_shim(answer);
     let mut prepared = containerd.prepare_in(bundle.clone(), shim.clone());
     prepared.request.stdout = String::new();
     prepared.request.stderr = String::new();
@@ -213,37 +212,37 @@ pub fn create_sandbox_task<'c>(
         .inspect_err(|_| containerd.prepare_in(bundle, shim).abandon())
 }
 
-fn in_pod(spec: &Value, sandbox: &str, kind: &str) -> Value {
+fn with_pod_annotations(spec: &Value, sandbox: &str, kind: &str) -> Value {
     let mut spec = spec.clone();
     spec["annotations"]["io.kubernetes.cri.container-type"] = kind.into();
     spec["annotations"]["io.kubernetes.cri.sandbox-id"] = sandbox.into();
     spec
 }
 
-/// A shim for a sandbox, whose bundle has no spec.
-pub fn sandbox_shim(containerd: &Containerd) -> (Arc<Bundle>, Shim) {
+/// Starts a shim for a sandbox of the Sandbox service, whose bundle has no spec.
+pub fn start_sandbox_shim(containerd: &Containerd) -> (Arc<Bundle>, Shim) {
     let bundle = containerd.bundle_without_spec(&containerd.new_name("sandbox"));
-    let shim = containerd.shim(&bundle);
+    let shim = containerd.start_shim(&bundle);
     (bundle, shim)
 }
 
-/// `PodSandboxConfig` (`k8s.io/cri-api`), as far as tests have it.
+/// The fields of `PodSandboxConfig` (`k8s.io/cri-api`) that tests use.
 #[derive(Debug, Clone, Default)]
-pub struct Config {
-    /// Field 2.
+pub struct SandboxConfig {
+    /// `hostname` (field 2).
     pub hostname: String,
-    /// Field 4: servers.
+    /// `dns_config.servers` (field 4, 1).
     pub dns: Vec<String>,
-    /// Field 8, 1.
+    /// `linux.cgroup_parent` (field 8, 1).
     pub cgroup_parent: String,
-    /// Field 8, 3.
+    /// `linux.sysctls` (field 8, 3).
     pub sysctls: Vec<(String, String)>,
-    /// Field 8, 2, 1: the modes of network, pid and ipc.
+    /// `linux.security_context.namespace_options` (field 8, 2, 1): the modes of network, pid and ipc.
     pub namespaces: [u8; 3],
 }
 
-impl Config {
-    fn message(&self) -> Vec<u8> {
+impl SandboxConfig {
+    fn encode(&self) -> Vec<u8> {
         let [network, pid, ipc] = self.namespaces;
         let dns: Vec<_> = self.dns.iter().flat_map(|server| field(1, server.as_bytes())).collect();
         let mut linux = field(1, self.cgroup_parent.as_bytes());
@@ -258,31 +257,32 @@ impl Config {
     }
 }
 
+/// Encodes a length-delimited field of protobuf.
 fn field(number: u8, content: &[u8]) -> Vec<u8> {
     let length = u8::try_from(content.len()).unwrap();
-    assert!(length < 0x80, "longer than tests need");
+    assert!(length < 0x80, "fields of 128 bytes and more are not supported");
     [&[number << 3 | 2, length], content].concat()
 }
 
-/// Calls of the Sandbox service.
+/// A client of the Sandbox service.
 #[derive(Debug, Clone)]
-pub struct Sandboxes(Task);
+pub struct SandboxClient(TaskClient);
 
-impl Sandboxes {
-    /// Of a shim.
-    pub fn of(shim: &Shim) -> Self {
-        Self(shim.task.of(SANDBOX))
+impl SandboxClient {
+    /// Uses the connection to this shim.
+    pub fn new(shim: &Shim) -> Self {
+        Self(shim.task.with_service(SANDBOX))
     }
 
     /// CreateSandbox.
     ///
     /// # Errors
     ///
-    /// As [`Task::call`]; so for all of the following.
-    pub fn create(&self, bundle: &Bundle, config: &Config) -> Answer<CreateSandboxResponse> {
+    /// As [`TaskClient::call`], also for all methods below.
+    pub fn create(&self, bundle: &Bundle, config: &SandboxConfig) -> CallResult<CreateSandboxResponse> {
         let options = Any {
             type_url: "runtime.v1.PodSandboxConfig".to_owned(),
-            value: config.message(),
+            value: config.encode(),
             ..Any::default()
         };
         let request = CreateSandboxRequest {
@@ -295,7 +295,7 @@ impl Sandboxes {
     }
 
     /// StartSandbox.
-    pub fn start(&self, id: &str) -> Answer<StartSandboxResponse> {
+    pub fn start(&self, id: &str) -> CallResult<StartSandboxResponse> {
         let request = StartSandboxRequest {
             sandbox_id: id.to_owned(),
             ..StartSandboxRequest::default()
@@ -304,7 +304,7 @@ impl Sandboxes {
     }
 
     /// Platform.
-    pub fn platform(&self, id: &str) -> Answer<PlatformResponse> {
+    pub fn platform(&self, id: &str) -> CallResult<PlatformResponse> {
         let request = PlatformRequest {
             sandbox_id: id.to_owned(),
             ..PlatformRequest::default()
@@ -313,7 +313,7 @@ impl Sandboxes {
     }
 
     /// StopSandbox.
-    pub fn stop(&self, id: &str) -> Answer<StopSandboxResponse> {
+    pub fn stop(&self, id: &str) -> CallResult<StopSandboxResponse> {
         let request = StopSandboxRequest {
             sandbox_id: id.to_owned(),
             timeout_secs: 10,
@@ -323,7 +323,7 @@ impl Sandboxes {
     }
 
     /// WaitSandbox.
-    pub fn wait(&self, id: &str) -> Answer<WaitSandboxResponse> {
+    pub fn wait(&self, id: &str) -> CallResult<WaitSandboxResponse> {
         let request = WaitSandboxRequest {
             sandbox_id: id.to_owned(),
             ..WaitSandboxRequest::default()
@@ -332,7 +332,7 @@ impl Sandboxes {
     }
 
     /// SandboxStatus.
-    pub fn status(&self, id: &str) -> Answer<SandboxStatusResponse> {
+    pub fn status(&self, id: &str) -> CallResult<SandboxStatusResponse> {
         let request = SandboxStatusRequest {
             sandbox_id: id.to_owned(),
             verbose: true,
@@ -342,7 +342,7 @@ impl Sandboxes {
     }
 
     /// PingSandbox.
-    pub fn ping(&self, id: &str) -> Answer<PingResponse> {
+    pub fn ping(&self, id: &str) -> CallResult<PingResponse> {
         let request = PingRequest {
             sandbox_id: id.to_owned(),
             ..PingRequest::default()
@@ -351,7 +351,7 @@ impl Sandboxes {
     }
 
     /// ShutdownSandbox.
-    pub fn shut_down(&self, id: &str) -> Answer<ShutdownSandboxResponse> {
+    pub fn shut_down(&self, id: &str) -> CallResult<ShutdownSandboxResponse> {
         let request = ShutdownSandboxRequest {
             sandbox_id: id.to_owned(),
             ..ShutdownSandboxRequest::default()
@@ -360,7 +360,7 @@ impl Sandboxes {
     }
 
     /// SandboxMetrics.
-    pub fn metrics(&self, id: &str) -> Answer<SandboxMetricsResponse> {
+    pub fn metrics(&self, id: &str) -> CallResult<SandboxMetricsResponse> {
         let request = SandboxMetricsRequest {
             sandbox_id: id.to_owned(),
             ..SandboxMetricsRequest::default()
@@ -369,14 +369,14 @@ impl Sandboxes {
     }
 }
 
-/// Runtime options whose configuration is `body` (`runtimeoptions.v1.Options`, field 3).
-pub fn configured(body: &str) -> Caller {
+/// A containerd whose runtime options contain the configuration `body` (`runtimeoptions.v1.Options`, field 3).
+pub fn caller_with_config(body: &str) -> Caller {
     let options = Any {
         type_url: "runtimeoptions.v1.Options".to_owned(),
         value: field(3, body.as_bytes()),
         ..Any::default()
     };
-    // What is encoded is what containerd would send.
+    // containerd's decoder must accept it.
     assert!(Any::parse_from_bytes(&options.write_to_bytes().unwrap()).is_ok());
     Caller::V2_3 {
         options: Some(options),

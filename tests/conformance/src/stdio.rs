@@ -1,4 +1,4 @@
-//! The client's ends of the fifos of a process.
+//! The client's ends of the stdio fifos of a process.
 
 use std::{
     fs::{File, OpenOptions},
@@ -13,14 +13,18 @@ use rustix::{
     fs::{CWD, FileType, Mode, OFlags},
 };
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
-/// Makes a fifo.
+/// Creates a fifo.
+///
+/// # Panics
+///
+/// If it cannot be created.
 pub fn make_fifo(path: &Path) {
     rustix::fs::mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o700), 0).unwrap();
 }
 
-/// A fifo that is open from before the shim opens it, and that a thread reads to its end.
+/// The read end of a fifo. It is open before the shim opens the write end, and a thread reads it to the end.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
@@ -34,7 +38,7 @@ struct Collected {
 }
 
 impl Output {
-    /// Makes the fifo and begins to read it.
+    /// Creates the fifo and starts to read it.
     pub fn open(path: PathBuf) -> Self {
         make_fifo(&path);
         let fifo = OpenOptions::new()
@@ -48,37 +52,37 @@ impl Output {
         Self { path, shared }
     }
 
-    /// Its path.
+    /// The path of the fifo.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Waits until `wanted` was written; all that came until then.
-    pub fn with(&self, wanted: &str) -> String {
-        self.when(&format!("{wanted:?}"), |collected| {
-            String::from_utf8_lossy(&collected.bytes).contains(wanted)
+    /// Waits until the output contains `text`, and returns the output so far.
+    pub fn wait_for(&self, text: &str) -> String {
+        self.wait_until(&format!("{text:?}"), |collected| {
+            String::from_utf8_lossy(&collected.bytes).contains(text)
         })
     }
 
-    /// Waits until every writer has closed it; all that came.
-    pub fn all(&self) -> String {
-        self.when("the end", |collected| collected.ended)
+    /// Waits until every writer has closed the fifo, and returns all output.
+    pub fn read_to_end(&self) -> String {
+        self.wait_until("the end", |collected| collected.ended)
     }
 
-    /// What came so far.
+    /// The output so far.
     pub fn so_far(&self) -> String {
         String::from_utf8_lossy(&self.shared.0.lock().unwrap().bytes).into_owned()
     }
 
-    fn when(&self, what: &str, wanted: impl Fn(&Collected) -> bool) -> String {
+    fn wait_until(&self, what: &str, is_met: impl Fn(&Collected) -> bool) -> String {
         let (lock, changed) = &*self.shared;
-        let waited = changed.wait_timeout_while(lock.lock().unwrap(), PATIENCE, |collected| !wanted(collected));
+        let waited = changed.wait_timeout_while(lock.lock().unwrap(), TIMEOUT, |collected| !is_met(collected));
         let (collected, timeout) = waited.unwrap();
         let text = String::from_utf8_lossy(&collected.bytes).into_owned();
         drop(collected);
         assert!(
             !timeout.timed_out(),
-            "{}: {what} did not come, but {text:?}",
+            "{}: no {what} within {TIMEOUT:?}, only {text:?}",
             self.path.display()
         );
         text
@@ -86,7 +90,7 @@ impl Output {
 }
 
 impl Drop for Output {
-    /// Frees a reader whose fifo nobody ever opened: a writer comes and goes.
+    /// Ends the thread even if no writer ever opened the fifo: opens and closes the write end.
     fn drop(&mut self) {
         let _ = OpenOptions::new()
             .write(true)
@@ -98,7 +102,7 @@ impl Drop for Output {
 fn collect(mut fifo: File, (lock, changed): &(Mutex<Collected>, Condvar)) {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        // A fifo hangs up when its last writer goes, not while there was none (poll(2), fifo(7)).
+        // poll(2) reports the end when the last writer closes the fifo, and not before the first writer opens it (fifo(7)).
         poll(&mut [PollFd::new(&fifo, PollFlags::IN)], None).unwrap();
         match fifo.read(&mut buffer) {
             Ok(0) => break,
@@ -112,17 +116,17 @@ fn collect(mut fifo: File, (lock, changed): &(Mutex<Collected>, Condvar)) {
     changed.notify_all();
 }
 
-/// The writing end of a standard input.
+/// The write end of a standard input fifo.
 #[derive(Debug)]
 pub struct Input(File);
 
 impl Input {
-    /// Opens the fifo, whose reader the shim has.
+    /// Opens the fifo, which blocks until the shim has opened the read end.
     pub fn open(path: &Path) -> Self {
         Self(OpenOptions::new().write(true).open(path).unwrap())
     }
 
-    /// Writes all of it.
+    /// Writes all of `text`.
     pub fn write(&mut self, text: &str) {
         self.0.write_all(text.as_bytes()).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Task calls: each service name with the same messages, called by name.
+//! A client of the Task service. All services have the same connection, and both versions have the same messages.
 
 use std::{fmt, time::Duration};
 
@@ -15,29 +15,29 @@ use containerd_shim_protos::{
 };
 use serde_json::Value;
 
-use crate::PATIENCE;
+use crate::TIMEOUT;
 
-/// Version 2 of the Task service, the one that containerd 1.7 knows.
+/// Version 2 of the Task service, the only one that containerd 1.7 supports.
 pub const V2: &str = "containerd.task.v2.Task";
-/// Version 3.
+/// Version 3 of the Task service.
 pub const V3: &str = "containerd.task.v3.Task";
 
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    /// The code that the shim answered; `None` if it did not answer.
+pub struct CallError {
+    /// The code in the shim's answer; `None` if there was no answer.
     pub code: Option<Code>,
-    /// The text.
+    /// The text of the error.
     pub message: String,
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for CallError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{:?}: {}", self.code, self.message)
     }
 }
 
-impl From<ttrpc::Error> for Failure {
+impl From<ttrpc::Error> for CallError {
     fn from(error: ttrpc::Error) -> Self {
         match error {
             ttrpc::Error::RpcStatus(status) => Self {
@@ -52,56 +52,59 @@ impl From<ttrpc::Error> for Failure {
     }
 }
 
-/// What a call comes to.
-pub type Answer<T> = Result<T, Failure>;
+/// The result of a call.
+pub type CallResult<T> = Result<T, CallError>;
 
-/// A connection to a shim.
+/// A connection to a shim, for calls of one service.
 #[derive(Clone)]
-pub struct Task {
+pub struct TaskClient {
     client: Client,
     service: &'static str,
-    limit: Duration,
+    timeout: Duration,
 }
 
-impl fmt::Debug for Task {
+impl fmt::Debug for TaskClient {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(self.service)
     }
 }
 
-impl Task {
-    /// Connects to `address`, for calls of `service`.
+impl TaskClient {
+    /// Connects to `address` (`unix://PATH`), for calls of `service`.
     pub fn connect(address: &str, service: &'static str) -> Self {
         Self {
             client: Client::connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}")),
             service,
-            limit: PATIENCE,
+            timeout: TIMEOUT,
         }
     }
 
     /// The same connection, for calls of another service.
-    pub fn of(&self, service: &'static str) -> Self {
+    pub fn with_service(&self, service: &'static str) -> Self {
         Self {
             service,
             ..self.clone()
         }
     }
 
-    /// The same connection, for calls that must be answered within `limit`.
-    pub fn within(&self, limit: Duration) -> Self {
-        Self { limit, ..self.clone() }
+    /// The same connection, with another timeout for calls.
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self {
+            timeout,
+            ..self.clone()
+        }
     }
 
-    /// Calls any method.
+    /// Calls a method by its name.
     ///
     /// # Errors
     ///
-    /// The shim's [`Failure`], or that it did not answer.
-    pub fn call<R: Message>(&self, method: &str, request: &impl Message) -> Answer<R> {
+    /// The shim answered with an error, or did not answer within the timeout.
+    pub fn call<R: Message>(&self, method: &str, request: &impl Message) -> CallResult<R> {
         let request = Request {
             service: self.service.to_owned(),
             method: method.to_owned(),
-            timeout_nano: i64::try_from(self.limit.as_nanos()).unwrap(),
+            timeout_nano: i64::try_from(self.timeout.as_nanos()).unwrap(),
             payload: request.write_to_bytes().unwrap(),
             ..Request::default()
         };
@@ -109,18 +112,18 @@ impl Task {
         Ok(R::parse_from_bytes(&response.payload).unwrap())
     }
 
-    /// Create; the pid.
+    /// Create: returns the pid.
     ///
     /// # Errors
     ///
-    /// As [`Self::call`]; so for all of the following.
-    pub fn create(&self, request: &CreateTaskRequest) -> Answer<u32> {
+    /// As [`Self::call`], also for all methods below.
+    pub fn create(&self, request: &CreateTaskRequest) -> CallResult<u32> {
         self.call("Create", request)
             .map(|response: CreateTaskResponse| response.pid)
     }
 
-    /// Start of a container, or of its exec; the pid.
-    pub fn start(&self, id: &str, exec: &str) -> Answer<u32> {
+    /// Start of a container, or of its exec if `exec` is not empty: returns the pid.
+    pub fn start(&self, id: &str, exec: &str) -> CallResult<u32> {
         let request = StartRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -130,7 +133,7 @@ impl Task {
     }
 
     /// State.
-    pub fn state(&self, id: &str, exec: &str) -> Answer<StateResponse> {
+    pub fn state(&self, id: &str, exec: &str) -> CallResult<StateResponse> {
         let request = StateRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -140,7 +143,7 @@ impl Task {
     }
 
     /// Delete.
-    pub fn delete(&self, id: &str, exec: &str) -> Answer<DeleteResponse> {
+    pub fn delete(&self, id: &str, exec: &str) -> CallResult<DeleteResponse> {
         let request = DeleteRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -150,7 +153,7 @@ impl Task {
     }
 
     /// Pids.
-    pub fn pids(&self, id: &str) -> Answer<PidsResponse> {
+    pub fn pids(&self, id: &str) -> CallResult<PidsResponse> {
         let request = PidsRequest {
             id: id.to_owned(),
             ..PidsRequest::default()
@@ -159,7 +162,7 @@ impl Task {
     }
 
     /// Pause.
-    pub fn pause(&self, id: &str) -> Answer<Empty> {
+    pub fn pause(&self, id: &str) -> CallResult<Empty> {
         let request = PauseRequest {
             id: id.to_owned(),
             ..PauseRequest::default()
@@ -168,7 +171,7 @@ impl Task {
     }
 
     /// Resume.
-    pub fn resume(&self, id: &str) -> Answer<Empty> {
+    pub fn resume(&self, id: &str) -> CallResult<Empty> {
         let request = ResumeRequest {
             id: id.to_owned(),
             ..ResumeRequest::default()
@@ -176,13 +179,13 @@ impl Task {
         self.call("Resume", &request)
     }
 
-    /// Kill of one process.
-    pub fn kill(&self, id: &str, exec: &str, signal: u32) -> Answer<Empty> {
+    /// Kill of the container's process, or of an exec.
+    pub fn kill(&self, id: &str, exec: &str, signal: u32) -> CallResult<Empty> {
         self.kill_all(id, exec, signal, false)
     }
 
-    /// Kill, of all processes of the container if `all`.
-    pub fn kill_all(&self, id: &str, exec: &str, signal: u32, all: bool) -> Answer<Empty> {
+    /// Kill with the field `all`: of every process of the container.
+    pub fn kill_all(&self, id: &str, exec: &str, signal: u32, all: bool) -> CallResult<Empty> {
         let request = KillRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -193,13 +196,13 @@ impl Task {
         self.call("Kill", &request)
     }
 
-    /// Exec: adds a process.
-    pub fn exec(&self, request: &ExecProcessRequest) -> Answer<Empty> {
+    /// Exec: adds a process, which Start runs.
+    pub fn exec(&self, request: &ExecProcessRequest) -> CallResult<Empty> {
         self.call("Exec", request)
     }
 
     /// ResizePty.
-    pub fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> Answer<Empty> {
+    pub fn resize(&self, id: &str, exec: &str, width: u32, height: u32) -> CallResult<Empty> {
         let request = ResizePtyRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -210,8 +213,8 @@ impl Task {
         self.call("ResizePty", &request)
     }
 
-    /// CloseIO of standard input.
-    pub fn close_stdin(&self, id: &str, exec: &str) -> Answer<Empty> {
+    /// CloseIO for standard input.
+    pub fn close_stdin(&self, id: &str, exec: &str) -> CallResult<Empty> {
         let request = CloseIORequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -221,8 +224,8 @@ impl Task {
         self.call("CloseIO", &request)
     }
 
-    /// Update.
-    pub fn update(&self, id: &str, resources: &Value) -> Answer<Empty> {
+    /// Update with resources of the OCI spec.
+    pub fn update(&self, id: &str, resources: &Value) -> CallResult<Empty> {
         let request = UpdateTaskRequest {
             id: id.to_owned(),
             resources: Some(json_any("LinuxResources", resources)).into(),
@@ -232,7 +235,7 @@ impl Task {
     }
 
     /// Wait.
-    pub fn wait(&self, id: &str, exec: &str) -> Answer<WaitResponse> {
+    pub fn wait(&self, id: &str, exec: &str) -> CallResult<WaitResponse> {
         let request = WaitRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
@@ -241,8 +244,8 @@ impl Task {
         self.call("Wait", &request)
     }
 
-    /// Stats, decoded.
-    pub fn stats(&self, id: &str) -> Answer<Metrics> {
+    /// Stats, decoded as metrics of cgroup v2.
+    pub fn stats(&self, id: &str) -> CallResult<Metrics> {
         let request = StatsRequest {
             id: id.to_owned(),
             ..StatsRequest::default()
@@ -252,8 +255,8 @@ impl Task {
         Ok(Metrics::parse_from_bytes(&stats.value).unwrap())
     }
 
-    /// Connect.
-    pub fn connect_to(&self, id: &str) -> Answer<ConnectResponse> {
+    /// Connect: returns the pids of shim and container.
+    pub fn connect_to(&self, id: &str) -> CallResult<ConnectResponse> {
         let request = ConnectRequest {
             id: id.to_owned(),
             ..ConnectRequest::default()
@@ -261,8 +264,8 @@ impl Task {
         self.call("Connect", &request)
     }
 
-    /// Shutdown.
-    pub fn shutdown(&self, id: &str, now: bool) -> Answer<Empty> {
+    /// Shutdown; with `now` also while there are containers.
+    pub fn shutdown(&self, id: &str, now: bool) -> CallResult<Empty> {
         let request = ShutdownRequest {
             id: id.to_owned(),
             now,
@@ -272,7 +275,7 @@ impl Task {
     }
 }
 
-/// JSON of a type of the OCI spec, as containerd's typeurl wraps it.
+/// Wraps a JSON value of the OCI spec's type `name`, as containerd's typeurl does.
 pub fn json_any(name: &str, value: &Value) -> Any {
     Any {
         type_url: format!("types.containerd.io/opencontainers/runtime-spec/1/{name}"),

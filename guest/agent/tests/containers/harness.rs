@@ -20,6 +20,7 @@ use rustix::process::{Pid, PidfdFlags};
 use serde_json::{Value, json};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
+#[allow(unused_imports, reason = "the tests of machines do not use all of them")]
 pub(crate) use nutshell_test_spec::{fill_root, process, shell, spec};
 
 /// Longer than anything takes on a machine emulated in software: reaching it is a failure.

@@ -1,4 +1,4 @@
-//! `start`, `-info` and `-v`: the executable as containerd runs it.
+//! `start`, `-info` and `-v` of the executable.
 
 use std::{
     fs,
@@ -14,36 +14,37 @@ use containerd_shim_protos::{
     types::introspection::RuntimeInfo,
 };
 use nutshell_conformance::{
-    Containerd, PATIENCE,
-    bootstrap::{Answer, Caller, options},
+    Containerd, TIMEOUT,
+    bootstrap::{Caller, StartAnswer, options},
     bundle::{Bundle, idle, spec},
     containerd::{Outcome, executable},
     host,
-    task::{Task, V2, V3},
+    task::{TaskClient, V2, V3},
     with_containerd,
 };
 use serde_json::Value;
 
-/// Ends a shim that has no container, as containerd does after a Create that failed.
-fn end(containerd: &Containerd, bundle: &Bundle, answer: &Answer) {
-    let task = Task::connect(&answer.address, V2);
+/// Ends a shim that has no container, as containerd does after a failed Create, and removes the bundle.
+fn shut_down(containerd: &Containerd, bundle: &Bundle, answer: &StartAnswer) {
+    let task = TaskClient::connect(&answer.address, V2);
     let pid = task.connect_to(&bundle.id).unwrap().shim_pid;
     task.shutdown(&bundle.id, false).unwrap();
     assert!(host::ends_within(pid, Duration::from_secs(10)));
     assert!(!answer.socket().exists());
-    containerd.delete_answer(bundle);
+    containerd.delete_bundle(bundle);
     bundle.remove();
 }
 
-/// A shim's children have its name until they have taken theirs.
+/// Asserts that one shim runs. Retries, because a new child of the shim has the shim's name until it sets its own.
 fn assert_one_shim(containerd: &Containerd) {
-    let one = host::eventually(PATIENCE, || match containerd.pids_of("containerd-shim")[..] {
+    let one = host::eventually(TIMEOUT, || match containerd.pids_of("containerd-shim")[..] {
         [_] => Ok(()),
         _ => Err(format!("{:?}", containerd.processes())),
     });
-    one.unwrap_or_else(|processes| panic!("not one shim: {processes}"));
+    one.unwrap_or_else(|processes| panic!("not exactly one shim: {processes}"));
 }
 
+/// Runtime options of containerd's generic type, with the configuration `body` (field 3).
 fn generic_options(body: &str) -> Any {
     let length = u8::try_from(body.len()).unwrap();
     options(
@@ -52,9 +53,10 @@ fn generic_options(body: &str) -> Any {
     )
 }
 
-/// As the suite has it in `/etc/nutshell/config.toml`.
+/// The configuration that the suite also writes to `/etc/nutshell/config.toml`.
 const CONFIGURATION: &str = "debug = true\n[guest]\nready_timeout_seconds = 60\n";
 
+/// Runtime options of runc's shim.
 fn runc_options() -> Any {
     let options_of_runc = Options {
         binary_name: "crun".to_owned(),
@@ -90,7 +92,9 @@ fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
 
             assert_eq!(answer.version, version, "{caller:?}");
             for service in [V2, V3] {
-                let connected = Task::connect(&answer.address, service).connect_to(&bundle.id).unwrap();
+                let connected = TaskClient::connect(&answer.address, service)
+                    .connect_to(&bundle.id)
+                    .unwrap();
                 assert!(host::is_alive(connected.shim_pid));
                 assert_eq!(connected.task_pid, 0);
             }
@@ -108,7 +112,7 @@ fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
             assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
             assert_eq!(fs::metadata(expected).unwrap().permissions().mode() & 0o077, 0);
             assert_eq!(fs::read_to_string(bundle.path.join("address")).unwrap(), answer.address);
-            end(containerd, &bundle, &answer);
+            shut_down(containerd, &bundle, &answer);
         }
     });
 }
@@ -116,13 +120,13 @@ fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
 #[test]
 fn longest_namespace_and_id_get_a_socket() {
     with_containerd(|containerd| {
-        let bundle = containerd.bundle_of(&"i".repeat(76), &idle());
+        let bundle = containerd.bundle_with_id(&"i".repeat(76), &idle());
         let namespace = "n".repeat(76);
         let flags = ["-namespace", &namespace, "-id", &bundle.id];
         let (started, output) = containerd.start_with(&bundle, &Caller::V1_7(None), &flags);
         assert!(started, "{}", String::from_utf8_lossy(&output));
-        let answer = Caller::V1_7(None).read(&output).unwrap();
-        end(containerd, &bundle, &answer);
+        let answer = Caller::V1_7(None).parse_answer(&output).unwrap();
+        shut_down(containerd, &bundle, &answer);
     });
 }
 
@@ -130,7 +134,7 @@ fn longest_namespace_and_id_get_a_socket() {
 fn shim_has_its_parents_oom_score_plus_one_and_its_own_session() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
-        let shim = containerd.shim(&bundle);
+        let shim = containerd.start_shim(&bundle);
         let score = |pid: &str| -> i32 {
             let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
             text.trim().parse().unwrap()
@@ -140,7 +144,7 @@ fn shim_has_its_parents_oom_score_plus_one_and_its_own_session() {
         // pid (name) state parent group session
         let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
         assert_eq!(fields[3], shim.pid.to_string());
-        end(containerd, &bundle, &shim.answer);
+        shut_down(containerd, &bundle, &shim.answer);
     });
 }
 
@@ -149,12 +153,12 @@ fn shim_ignores_termination_signals() {
     with_containerd(|containerd| {
         use rustix::process::Signal;
         let bundle = containerd.bundle(&idle());
-        let shim = containerd.shim(&bundle);
+        let shim = containerd.start_shim(&bundle);
         for signal in [Signal::TERM, Signal::INT, Signal::HUP, Signal::USR1, Signal::PIPE] {
             host::signal(shim.pid, signal);
             assert_eq!(shim.task.connect_to("").unwrap().shim_pid, shim.pid);
         }
-        end(containerd, &bundle, &shim.answer);
+        shut_down(containerd, &bundle, &shim.answer);
     });
 }
 
@@ -171,7 +175,7 @@ fn repeated_and_concurrent_starts_return_the_same_shim() {
             }
         });
         assert_one_shim(containerd);
-        end(containerd, &bundle, &first);
+        shut_down(containerd, &bundle, &first);
     });
 }
 
@@ -188,7 +192,7 @@ fn containers_of_a_group_get_the_address_of_one_shim() {
                 let bundle = |id: &str| {
                     let mut spec = idle();
                     spec["annotations"][annotation] = group.clone().into();
-                    containerd.bundle_of(id, &spec)
+                    containerd.bundle_with_id(id, &spec)
                 };
                 let (sandbox, member) = (bundle(&group), bundle(&containerd.new_name("member")));
                 let first = containerd.start(&sandbox, &caller).unwrap();
@@ -197,7 +201,7 @@ fn containers_of_a_group_get_the_address_of_one_shim() {
                 assert_eq!(fs::read_to_string(member.path.join("address")).unwrap(), first.address);
                 assert_one_shim(containerd);
                 member.remove();
-                end(containerd, &sandbox, &first);
+                shut_down(containerd, &sandbox, &first);
             }
         }
     });
@@ -208,7 +212,7 @@ fn bundle_without_a_spec_gets_a_shim() {
     with_containerd(|containerd| {
         let bundle = containerd.bundle_without_spec("sandbox");
         let answer = containerd.start(&bundle, &Caller::newest()).unwrap();
-        end(containerd, &bundle, &answer);
+        shut_down(containerd, &bundle, &answer);
     });
 }
 
@@ -240,14 +244,14 @@ fn failing_start_reports_the_cause_in_one_line() {
             let text = String::from_utf8(output).unwrap();
             assert!(!started && text.contains(reason), "{reason} is not in {text:?}");
             assert_eq!(text.trim_end().lines().count(), 1, "{text:?}");
-            containerd.delete_answer(&bundle);
+            containerd.delete_bundle(&bundle);
             bundle.remove();
         }
         let bundle = containerd.bundle(&idle());
         fs::write(bundle.path.join("config.json"), "{\"annotations\": 3}").unwrap();
         let error = containerd.start(&bundle, &Caller::newest()).unwrap_err();
         assert!(error.contains("config.json"), "{error}");
-        containerd.delete_answer(&bundle);
+        containerd.delete_bundle(&bundle);
         bundle.remove();
     });
 }
@@ -256,7 +260,7 @@ fn failing_start_reports_the_cause_in_one_line() {
 fn info_reports_the_features_without_environment() {
     let run = |arguments: &[&str]| {
         let mut command = Command::new(executable());
-        Outcome::of(
+        Outcome::run(
             command
                 .args(arguments)
                 .env_clear()
@@ -296,17 +300,20 @@ fn container_runs_to_completion_under_every_containerd_version() {
         ] {
             let bundle = containerd.bundle(&spec(&["sh", "-c", "echo out; echo err >&2; exit 42"]));
             let answer = containerd.start(&bundle, &caller).unwrap();
-            let mut shim = containerd.shim_at(answer);
-            shim.task = shim.task.of(service);
+            let mut shim = containerd.connect_shim(answer);
+            shim.task = shim.task.with_service(service);
             let container = containerd.prepare_in(bundle, shim).create().unwrap();
             assert_eq!(container.status(""), Status::CREATED);
             container.start();
             assert_eq!(container.wait(), 42);
-            assert_eq!(container.stdout.all(), "out\n");
-            assert_eq!(container.stderr.all(), "err\n");
+            assert_eq!(container.stdout.read_to_end(), "out\n");
+            assert_eq!(container.stderr.read_to_end(), "err\n");
             let id = container.id.clone();
             container.end();
-            assert_eq!(containerd.events.of(&id), ["create", "start", "exit 42", "delete 42"]);
+            assert_eq!(
+                containerd.events.of_container(&id),
+                ["create", "start", "exit 42", "delete 42"]
+            );
         }
     });
 }

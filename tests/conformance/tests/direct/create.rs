@@ -1,4 +1,4 @@
-//! Create: what it takes, what it refuses, and that a refusal leaves nothing.
+//! Create: refused requests, and root file systems.
 
 use std::fs;
 
@@ -88,7 +88,7 @@ fn malformed_request_is_refused_without_side_effects() {
             assert!(failure.message.contains(reason), "{reason} is not in {failure}");
         }
         assert_eq!(containerd.events.all(), []);
-        // The shim is as good as new.
+        // The shim still creates a container.
         let container = prepared.create().unwrap();
         assert_eq!(container.status(""), Status::CREATED);
         container.end();
@@ -105,7 +105,7 @@ fn duplicate_id_is_already_exists_and_leaves_the_container_running() {
         assert_eq!(container.output_of("echo alive"), "alive\n");
         let id = container.id.clone();
         container.end();
-        assert_eq!(containerd.events.of(&id)[..2], ["create", "start"]);
+        assert_eq!(containerd.events.of_container(&id)[..2], ["create", "start"]);
     });
 }
 
@@ -113,7 +113,7 @@ fn duplicate_id_is_already_exists_and_leaves_the_container_running() {
 fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
     with_containerd(|containerd| {
         let root = bundle::rootfs().to_str().unwrap();
-        let upper = |part: &str| {
+        let make_folder = |part: &str| {
             let folder = containerd.folder().join(part);
             fs::create_dir_all(&folder).unwrap();
             folder.display().to_string()
@@ -123,13 +123,13 @@ fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
             "overlay",
             &[
                 &format!("lowerdir={root}"),
-                &format!("upperdir={}", upper("upper")),
-                &format!("workdir={}", upper("work")),
+                &format!("upperdir={}", make_folder("upper")),
+                &format!("workdir={}", make_folder("work")),
             ],
         )];
-        // containerd has unpacked or mounted it itself.
+        // No mounts: the root file system is the folder rootfs of the bundle.
         let none: Vec<Mount> = Vec::new();
-        for (rootfs, read_only) in [(overlay, false), (none, false), (bundle::bind(), true)] {
+        for (rootfs, read_only) in [(overlay, false), (none, false), (bundle::rootfs_mounts(), true)] {
             let mut spec = shell("echo $(ls / | wc -l); echo mine >/mine && cat /mine");
             spec["root"]["readonly"] = read_only.into();
             let mut prepared = containerd.prepare(&spec);
@@ -138,11 +138,11 @@ fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
             }
             let kind = rootfs.first().map_or(String::new(), |mount| mount.type_.clone());
             prepared.request.rootfs = rootfs;
-            let place = prepared.bundle.path.join("rootfs");
+            let bundle_root = prepared.bundle.path.join("rootfs");
             let container = prepared.create().unwrap();
             container.start();
             assert_eq!(container.wait(), u32::from(read_only), "{kind}");
-            let (stdout, stderr) = (container.stdout.all(), container.stderr.all());
+            let (stdout, stderr) = (container.stdout.read_to_end(), container.stderr.read_to_end());
             if read_only {
                 assert!(stderr.contains("Read-only file system"), "{stderr}");
             } else {
@@ -153,7 +153,7 @@ fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
                     fs::read_to_string(containerd.folder().join("upper/mine")).unwrap(),
                     "mine\n"
                 ),
-                "" => assert_eq!(fs::read_to_string(place.join("mine")).unwrap(), "mine\n"),
+                "" => assert_eq!(fs::read_to_string(bundle_root.join("mine")).unwrap(), "mine\n"),
                 _ => assert!(!bundle::rootfs().join("mine").exists()),
             }
             container.end();

@@ -3,7 +3,7 @@
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 use nutshell_conformance::{
     bundle::{idle, process, shell},
-    container::{Container, SIGKILL, SIGTERM},
+    container::{SIGKILL, SIGTERM},
     stdio::{Input, make_fifo},
     task::json_any,
     with_containerd,
@@ -21,7 +21,7 @@ fn exec_goes_through_all_states_and_events() {
         assert_eq!(exec.status(), Status::CREATED);
         let pid = exec.start();
         assert_ne!(pid, container.pid);
-        exec.stdout.with("ready");
+        exec.stdout.wait_for("ready");
         let state = container.task().state(&container.id, &exec.id).unwrap();
         assert_eq!(state.status.enum_value(), Ok(Status::RUNNING));
         assert_eq!((state.pid, state.exec_id.as_str()), (pid, exec.id.as_str()));
@@ -50,7 +50,7 @@ fn exec_goes_through_all_states_and_events() {
         let name = exec.id.clone();
         container.end();
         assert_eq!(
-            containerd.events.of(&id),
+            containerd.events.of_container(&id),
             [
                 "create",
                 "start",
@@ -118,7 +118,7 @@ fn exec_ends_with_its_container() {
         let waiting = container.exec(&["true"]);
         let running = container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
         running.start();
-        running.stdout.with("ready");
+        running.stdout.wait_for("ready");
         container.kill(SIGKILL);
         assert_eq!(container.wait(), 137);
         assert_eq!(running.wait(), 137);
@@ -133,7 +133,7 @@ fn exec_ends_with_its_container() {
 #[test]
 fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
     with_containerd(|containerd| {
-        let fifo = containerd.fifo("stdin");
+        let fifo = containerd.fifo_path("stdin");
         make_fifo(&fifo);
         let mut prepared = containerd.prepare(&shell("cat; echo end"));
         prepared.request.stdin = fifo.display().to_string();
@@ -141,12 +141,12 @@ fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
         container.start();
         let mut input = Input::open(&fifo);
         input.write("one\n");
-        container.stdout.with("one\n");
-        // A client that detaches is no end.
+        container.stdout.wait_for("one\n");
+        // A client that detaches does not end the input.
         drop(input);
         let mut input = Input::open(&fifo);
         input.write("two\n");
-        container.stdout.with("two\n");
+        container.stdout.wait_for("two\n");
         input.write("three\n");
         let close = || container.task().close_stdin(&container.id, "").unwrap();
         close();
@@ -154,7 +154,7 @@ fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
         close();
         assert_eq!(container.wait(), 0);
         close();
-        assert_eq!(container.stdout.all(), "one\ntwo\nthree\nend\n");
+        assert_eq!(container.stdout.read_to_end(), "one\ntwo\nthree\nend\n");
         container.end();
     });
 }
@@ -163,7 +163,7 @@ fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
 fn close_io_before_the_start_of_an_exec_takes_effect() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
-        let fifo = containerd.fifo("stdin");
+        let fifo = containerd.fifo_path("stdin");
         make_fifo(&fifo);
         let (mut request, stdout) = container.exec_request(&["sh", "-c", "cat; echo end"]);
         request.exec_id = "e".to_owned();
@@ -172,15 +172,10 @@ fn close_io_before_the_start_of_an_exec_takes_effect() {
         container.task().close_stdin(&container.id, "e").unwrap();
         container.task().start(&container.id, "e").unwrap();
         assert_eq!(container.task().wait(&container.id, "e").unwrap().exit_status, 0);
-        assert_eq!(stdout.all(), "end\n");
+        assert_eq!(stdout.read_to_end(), "end\n");
         container.task().close_stdin(&container.id, "e").unwrap();
         container.end();
     });
-}
-
-/// Waits until a terminal has a size.
-fn size_becomes(container: &Container<'_>, wanted: &str) {
-    container.stdout.with(wanted);
 }
 
 #[test]
@@ -195,10 +190,10 @@ fn terminal_has_the_size_of_the_last_resize_before_and_after_the_start() {
         let container = prepared.create().unwrap();
         container.task().resize(&container.id, "", 102, 42).unwrap();
         container.start();
-        size_becomes(&container, "42 102");
-        container.stdout.with("ready");
+        container.stdout.wait_for("42 102");
+        container.stdout.wait_for("ready");
         container.task().resize(&container.id, "", 103, 43).unwrap();
-        size_becomes(&container, "43 103");
+        container.stdout.wait_for("43 103");
 
         let (mut request, stdout) = container.exec_request(&["stty", "size"]);
         request.exec_id = "e".to_owned();
@@ -210,7 +205,7 @@ fn terminal_has_the_size_of_the_last_resize_before_and_after_the_start() {
         container.task().resize(&container.id, "e", 104, 44).unwrap();
         container.task().start(&container.id, "e").unwrap();
         assert_eq!(container.task().wait(&container.id, "e").unwrap().exit_status, 0);
-        assert_eq!(stdout.all().trim(), "44 104");
+        assert_eq!(stdout.read_to_end().trim(), "44 104");
         container.task().resize(&container.id, "e", 105, 45).unwrap();
 
         container.kill(SIGKILL);

@@ -1,4 +1,4 @@
-//! A shim that has served a hundred lives holds what it held after ten.
+//! A shim does not grow: after a hundred containers or execs it uses no more than after ten.
 
 use std::time::Duration;
 
@@ -9,58 +9,59 @@ use nutshell_conformance::{
     with_containerd,
 };
 
-/// What may differ by chance: buffers that the allocator keeps, in KiB.
+/// Memory in KiB by which two measurements may differ: buffers that the allocator keeps.
 const TOLERANCE: u64 = 128;
 
-/// How long a thread without work stays, and more.
-const IDLE: Duration = Duration::from_secs(30);
+/// Longer than an idle thread of the shim lives.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Asserts that the process `pid` holds no more than it did.
+/// Asserts that the process `pid` uses no more than `before`. `course` is printed on failure.
 fn assert_no_growth(before: Usage, pid: u32, course: &[Usage]) {
-    let settled = host::eventually(IDLE, || {
-        let now = host::usage(pid);
+    let settled = host::eventually(IDLE_TIMEOUT, || {
+        let now = host::read_usage(pid);
         let same = now.descriptors <= before.descriptors
             && now.threads <= before.threads
             && now.private <= before.private + TOLERANCE;
         same.then_some(())
-            .ok_or_else(|| format!("{before:?} grew to {now:?} by {course:#?}"))
+            .ok_or_else(|| format!("{before:?} grew to {now:?}: {course:#?}"))
     });
     settled.unwrap_or_else(|growth| panic!("{growth}"));
 }
 
-/// What the process `pid` holds when its idle threads have gone.
-fn settled(pid: u32) -> Usage {
-    let one_thread = host::eventually(IDLE, || match host::usage(pid) {
+/// Waits until the idle threads of the process `pid` have ended, and returns what it uses.
+fn settled_usage(pid: u32) -> Usage {
+    let one_thread = host::eventually(IDLE_TIMEOUT, || match host::read_usage(pid) {
         usage @ Usage { threads: 1, .. } => Ok(usage),
         usage => Err(format!("{usage:?}")),
     });
-    one_thread.unwrap_or_else(|usage| panic!("threads stay without work: {usage}"))
+    one_thread.unwrap_or_else(|usage| panic!("idle threads do not end: {usage}"))
 }
 
-/// Lives a hundred lives, and compares what the process `pid` holds after the last and after the tenth.
-fn assert_hundred_leave_nothing(pid: u32, live: impl Fn()) {
+/// Calls `round` a hundred times, and asserts that the process `pid` then uses no more than after the tenth call.
+fn assert_hundred_rounds_do_not_grow(pid: u32, round: impl Fn()) {
     let mut course = Vec::new();
     for _ in 0..10 {
         for _ in 0..10 {
-            live();
+            round();
         }
-        course.push(host::usage(pid));
+        course.push(host::read_usage(pid));
     }
     assert_no_growth(course[0], pid, &course);
 }
 
-fn live(pod: &Pod<'_>) {
+/// Runs a container to completion and removes it.
+fn run_one(pod: &Pod<'_>) {
     let container = pod.run(&pod.spec(&["sh", "-c", "echo out; exit 7"]));
     assert_eq!(container.wait(), 7);
-    assert_eq!(container.stdout.all(), "out\n");
-    pod.forget(&container);
+    assert_eq!(container.stdout.read_to_end(), "out\n");
+    pod.remove_container(&container);
 }
 
 #[test]
 fn hundred_containers_in_sequence_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
-        assert_hundred_leave_nothing(pod.shim.pid, || live(&pod));
+        assert_hundred_rounds_do_not_grow(pod.shim.pid, || run_one(&pod));
         pod.end();
     });
 }
@@ -69,23 +70,24 @@ fn hundred_containers_in_sequence_do_not_grow_the_shim() {
 fn thirty_concurrent_containers_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
-        let all_at_once = || {
+        let run_thirty = || {
             std::thread::scope(|scope| {
                 for _ in 0..30 {
-                    scope.spawn(|| live(&pod));
+                    scope.spawn(|| run_one(&pod));
                 }
             });
         };
-        // How many threads worked at once, whose stacks are kept, is chance: the most is reached soon.
-        let mut course = vec![settled(pod.shim.pid)];
+        // How many threads run at once is random, and the stacks of threads stay allocated. The maximum is reached after a
+        // few rounds.
+        let mut course = vec![settled_usage(pod.shim.pid)];
         loop {
-            all_at_once();
-            let (before, now) = (course[course.len() - 1], settled(pod.shim.pid));
+            run_thirty();
+            let (before, now) = (course[course.len() - 1], settled_usage(pod.shim.pid));
             course.push(now);
             if now.descriptors == before.descriptors && now.private <= before.private + TOLERANCE {
                 break;
             }
-            assert!(course.len() < 6, "it grows with every thirty: {course:#?}");
+            assert!(course.len() < 6, "it grows with every round: {course:#?}");
         }
         assert!(pod.is_ready());
         pod.end();
@@ -96,14 +98,14 @@ fn thirty_concurrent_containers_do_not_grow_the_shim() {
 fn hundred_execs_do_not_grow_the_shim() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
-        assert_hundred_leave_nothing(container.shim.pid, || {
+        assert_hundred_rounds_do_not_grow(container.shim.pid, || {
             assert_eq!(container.output_of("echo out"), "out\n");
         });
         container.end();
     });
 }
 
-/// khugepaged comes when it likes, so that its work cannot be waited for; that it may not come can be seen.
+/// khugepaged runs at an unknown time, so its effect cannot be tested. The flag that disables it can.
 #[test]
 fn shim_does_not_use_transparent_huge_pages() {
     with_containerd(|containerd| {

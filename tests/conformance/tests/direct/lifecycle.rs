@@ -1,4 +1,4 @@
-//! The life of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown.
+//! The life cycle of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown.
 
 use std::time::Duration;
 
@@ -12,19 +12,20 @@ use nutshell_conformance::{
     bundle::{idle, shell, spec},
     container::{SIGKILL, SIGTERM},
     host,
-    task::{Answer, Failure, Task, V2, V3},
+    task::{CallError, CallResult, TaskClient, V2, V3},
     with_containerd,
 };
 
-fn code<T: std::fmt::Debug>(answer: Answer<T>) -> Code {
-    answer.unwrap_err().code.expect("an answer")
+/// The code of a call that fails.
+fn code<T: std::fmt::Debug>(answer: CallResult<T>) -> Code {
+    answer.unwrap_err().code.expect("no answer")
 }
 
 #[test]
 fn state_reports_every_field_in_every_phase() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done"));
-        let assert_state = |task: &Task, status: Status| {
+        let assert_state = |task: &TaskClient, status: Status| {
             let state = task.state(&container.id, "").unwrap();
             assert_eq!(state.status.enum_value(), Ok(status));
             assert_eq!((state.id.as_str(), state.exec_id.as_str()), (container.id.as_str(), ""));
@@ -38,14 +39,17 @@ fn state_reports_every_field_in_every_phase() {
             assert_eq!(state.exit_status, if exited { 3 } else { 0 });
             assert_eq!(state.exited_at.is_some(), exited);
         };
-        for (task, then) in [(container.task().of(V2), false), (container.task().of(V3), true)] {
+        for (task, start_after) in [
+            (container.task().with_service(V2), false),
+            (container.task().with_service(V3), true),
+        ] {
             assert_state(&task, Status::CREATED);
-            if then {
+            if start_after {
                 container.start();
             }
         }
         assert_state(container.task(), Status::RUNNING);
-        container.stdout.with("ready");
+        container.stdout.wait_for("ready");
         container.task().pause(&container.id).unwrap();
         assert_state(container.task(), Status::PAUSED);
         container.task().resume(&container.id).unwrap();
@@ -53,7 +57,10 @@ fn state_reports_every_field_in_every_phase() {
         container.kill(SIGTERM);
         assert_eq!(container.wait(), 3);
         assert_state(container.task(), Status::STOPPED);
-        assert!(host::is_alive(container.pid), "the pid is gone before Delete");
+        assert!(
+            host::is_alive(container.pid),
+            "the process of the pid ended before Delete"
+        );
         let deleted = container.delete();
         assert_eq!((deleted.pid, deleted.exit_status), (container.pid, 3));
         assert!(deleted.exited_at.is_some());
@@ -61,14 +68,14 @@ fn state_reports_every_field_in_every_phase() {
         assert_eq!(code(container.task().delete(&container.id, "")), Code::NOT_FOUND);
         container.task().shutdown(&container.id, false).unwrap();
         assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
-        containerd.delete_answer(&container.bundle);
+        containerd.delete_bundle(&container.bundle);
         container.bundle.remove();
     });
 }
 
-type Call = fn(&Task, &str, &str) -> Result<(), Failure>;
+type Call = fn(&TaskClient, &str, &str) -> Result<(), CallError>;
 
-/// Every method that is about a container, and whether it also takes an exec.
+/// Every method with a container id: its name, whether it also takes an exec id, and the call.
 const METHODS: [(&str, bool, Call); 14] = [
     ("Start", true, |task, id, exec| task.start(id, exec).map(drop)),
     ("State", true, |task, id, exec| task.state(id, exec).map(drop)),
@@ -104,7 +111,7 @@ fn unknown_container_or_exec_is_not_found_by_any_method() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         for service in [V2, V3] {
-            let task = container.task().of(service);
+            let task = container.task().with_service(service);
             for (name, takes_exec, call) in METHODS {
                 for id in ["unknown", "", "../c1"] {
                     assert_eq!(code(call(&task, id, "")), Code::NOT_FOUND, "{name} of {id:?}");
@@ -134,17 +141,20 @@ fn unsupported_methods_are_unimplemented() {
         for (service, method) in [
             (V2, "Levitate"),
             (V3, "Levitate"),
-            // Those that containerd does without.
+            // Methods that containerd never calls.
             ("containerd.runtime.sandbox.v1.Sandbox", "PortForward"),
             ("containerd.runtime.sandbox.v1.Sandbox", "UpdateSandbox"),
         ] {
-            let answer = container.task().of(service).call::<Empty>(method, &Empty::default());
+            let answer = container
+                .task()
+                .with_service(service)
+                .call::<Empty>(method, &Empty::default());
             assert_eq!(code(answer), Code::UNIMPLEMENTED, "{service}/{method}");
         }
-        // What the ttrpc crate answers for a name that no containerd asks a shim for.
+        // The ttrpc crate answers so for an unknown service. containerd calls none.
         let answer = container
             .task()
-            .of("no.such.Service")
+            .with_service("no.such.Service")
             .call::<Empty>("Method", &Empty::default());
         assert_eq!(code(answer), Code::INVALID_ARGUMENT);
         for (service, id) in [(V2, container.id.as_str()), (V3, "unknown")] {
@@ -153,7 +163,10 @@ fn unsupported_methods_are_unimplemented() {
                 path: "/checkpoint".to_owned(),
                 ..CheckpointTaskRequest::default()
             };
-            let failure = container.task().of(service).call::<Empty>("Checkpoint", &request);
+            let failure = container
+                .task()
+                .with_service(service)
+                .call::<Empty>("Checkpoint", &request);
             let failure = failure.unwrap_err();
             assert_eq!(failure.code, Some(Code::UNIMPLEMENTED));
             assert!(failure.message.contains("checkpoint"), "{failure}");
@@ -167,7 +180,7 @@ fn call_in_the_wrong_phase_fails_and_changes_nothing() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"));
         let task = container.task();
-        let refused = |name: &str, answer: Result<(), Failure>| {
+        let refused = |name: &str, answer: Result<(), CallError>| {
             let failure = answer.unwrap_err();
             assert_eq!(failure.code, Some(Code::FAILED_PRECONDITION), "{name}: {failure}");
         };
@@ -176,7 +189,7 @@ fn call_in_the_wrong_phase_fails_and_changes_nothing() {
         refused("Pause of created", task.pause(id).map(drop));
         refused("Resume of created", task.resume(id).map(drop));
         container.start();
-        container.stdout.with("ready");
+        container.stdout.wait_for("ready");
         refused("Start of running", task.start(id, "").map(drop));
         refused("Resume of running", task.resume(id).map(drop));
         refused("Delete of running", task.delete(id, "").map(drop));
@@ -214,17 +227,17 @@ fn killed_or_deleted_created_container_has_an_exit_and_no_start() {
                 assert_eq!(container.status(""), Status::STOPPED);
                 assert_eq!(code(container.task().start(&id, "")), Code::FAILED_PRECONDITION);
                 container.end();
-                let told = containerd.events.of(&id);
-                assert_eq!(told, ["create", "exit 143", "delete 143"]);
+                let events = containerd.events.of_container(&id);
+                assert_eq!(events, ["create", "exit 143", "delete 143"]);
             } else {
                 let deleted = container.delete();
                 assert_eq!((deleted.pid, deleted.exit_status), (container.pid, 137));
                 container.task().shutdown(&id, false).unwrap();
                 assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
-                containerd.delete_answer(&container.bundle);
+                containerd.delete_bundle(&container.bundle);
                 container.bundle.remove();
-                let told = containerd.events.of(&id);
-                assert_eq!(told, ["create", "exit 137", "delete 137"]);
+                let events = containerd.events.of_container(&id);
+                assert_eq!(events, ["create", "exit 137", "delete 137"]);
             }
         }
     });
@@ -234,16 +247,16 @@ fn killed_or_deleted_created_container_has_an_exit_and_no_start() {
 fn every_wait_before_and_after_the_exit_returns_it() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("sleep 1; exit 42"));
-        let other = Task::connect(&container.shim.answer.address, V2);
+        let other = TaskClient::connect(&container.shim.answer.address, V2);
         std::thread::scope(|scope| {
-            let wait = |task: Task| {
+            let wait = |task: TaskClient| {
                 let id = &container.id;
                 scope.spawn(move || task.wait(id, "").unwrap())
             };
             let mut waiters: Vec<_> = (0..10).map(|_| wait(container.task().clone())).collect();
             waiters.push(wait(other.clone()));
-            // A client that went away while it waited takes nothing with it.
-            let gone = other.within(Duration::from_millis(50)).wait(&container.id, "");
+            // A client that disconnects does not affect the others.
+            let gone = other.with_timeout(Duration::from_millis(50)).wait(&container.id, "");
             assert_eq!(gone.unwrap_err().code, None);
             container.start();
             waiters.push(wait(container.task().clone()));
@@ -274,10 +287,10 @@ fn pids_lists_each_process_once_and_names_the_execs() {
         };
         assert_eq!(list(), [(container.pid, None)], "created");
         container.start();
-        container.stdout.with("ready");
+        container.stdout.wait_for("ready");
         let exec = container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
         let pid = exec.start();
-        exec.stdout.with("ready");
+        exec.stdout.wait_for("ready");
 
         let listed = list();
 
@@ -322,7 +335,6 @@ fn shutdown_ends_the_shim_only_after_the_last_delete() {
         assert_eq!(container.wait(), 137);
         container.task().shutdown(&container.id, false).unwrap();
         assert_eq!(container.status(""), Status::STOPPED);
-        // Deletes, shuts down, and waits for the end.
         container.end();
     });
 }
@@ -333,8 +345,8 @@ fn forced_shutdown_ends_the_shim_with_its_containers() {
         let container = containerd.run(&idle());
         container.task().shutdown(&container.id, true).unwrap();
         assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
-        containerd.events.until(&container.id, "exit 137");
-        assert_eq!(containerd.delete_answer(&container.bundle).exit_status, 137);
+        containerd.events.wait_for(&container.id, "exit 137");
+        assert_eq!(containerd.delete_bundle(&container.bundle).exit_status, 137);
         container.bundle.remove();
     });
 }
@@ -366,7 +378,7 @@ fn concurrent_calls_do_not_interfere() {
             for caller in callers {
                 caller.join().unwrap();
             }
-            // One delete of many deletes; the others get the same answer or find it gone.
+            // One Delete succeeds; the others get the same answer or NOT_FOUND.
             container.kill(SIGKILL);
             assert_eq!(waiter.join().unwrap(), 137);
             let deleters: Vec<_> = (0..4)
@@ -383,7 +395,7 @@ fn concurrent_calls_do_not_interfere() {
         });
         container.task().shutdown(&container.id, false).unwrap();
         assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
-        containerd.delete_answer(&container.bundle);
+        containerd.delete_bundle(&container.bundle);
         container.bundle.remove();
     });
 }
@@ -393,7 +405,7 @@ fn exit_status_is_that_of_the_process() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         for status in [0, 1, 42, 127, 255] {
-            assert_eq!(container.script(&format!("exit {status}")).0, status);
+            assert_eq!(container.run_script(&format!("exit {status}")).0, status);
         }
         container.end();
         let container = containerd.run(&spec(&["sh", "-c", "exit 255"]));

@@ -1,5 +1,5 @@
-//! The shim, driven directly: each file has the tests of one part of containerd's contract with it.
-//! docs/CONFORMANCE.md says which line each shows. Run in the lab by `tests/suites/direct.sh`.
+//! Tests of the shim without containerd. Each file covers one part of the interface; docs/CONFORMANCE.md lists which test
+//! shows which requirement. `tests/suites/direct.sh` runs them in the lab.
 
 #![allow(clippy::tests_outside_test_module, reason = "all of this is tests")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panic")]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::{api::Status, cgroups_v2::metrics::Metrics};
 use nutshell_conformance::{
-    PATIENCE,
+    TIMEOUT,
     bundle::{idle, shell},
     container::SIGKILL,
     host::eventually,
@@ -16,35 +16,35 @@ use serde_json::json;
 fn paused_container_makes_no_progress_until_it_is_resumed() {
     with_containerd(|containerd| {
         let container = containerd.run(&shell("while :; do echo tick; sleep 0.02; done"));
-        container.stdout.with("tick");
+        container.stdout.wait_for("tick");
         container.task().pause(&container.id).unwrap();
         assert_eq!(container.status(""), Status::PAUSED);
-        // What was written before the freeze may be on its way still; then there is silence.
-        let settled = eventually(PATIENCE, || {
+        // Output from before the freeze may still be in transit.
+        let settled = eventually(TIMEOUT, || {
             let before = container.stdout.so_far().len();
             std::thread::sleep(Duration::from_millis(500));
             let after = container.stdout.so_far().len();
             (before == after)
                 .then_some(after)
-                .ok_or_else(|| "it goes on".to_owned())
+                .ok_or_else(|| "output continues".to_owned())
         });
         let settled = settled.unwrap();
-        // The machine itself goes on: it answers.
+        // The guest still answers.
         assert!(container.task().stats(&container.id).unwrap().pids.current > 0);
         assert!(!container.task().pids(&container.id).unwrap().processes.is_empty());
         assert_eq!(container.stdout.so_far().len(), settled);
         container.task().resume(&container.id).unwrap();
         assert_eq!(container.status(""), Status::RUNNING);
-        eventually(PATIENCE, || {
+        eventually(TIMEOUT, || {
             (container.stdout.so_far().len() > settled)
                 .then_some(())
-                .ok_or_else(|| "it does not go on".to_owned())
+                .ok_or_else(|| "no output after Resume".to_owned())
         })
         .unwrap();
         let id = container.id.clone();
         container.end();
         assert_eq!(
-            containerd.events.of(&id),
+            containerd.events.of_container(&id),
             ["create", "start", "paused", "resumed", "exit 137", "delete 137"]
         );
     });
@@ -87,9 +87,9 @@ fn update_changes_the_limits_of_a_running_container() {
     });
 }
 
-/// Clients read these without a look at whether they are there.
+/// Asserts that all parts are present: clients read them without a check.
 fn assert_complete(stats: &Metrics, phase: &str) {
-    for (name, there) in [
+    for (name, is_present) in [
         ("pids", stats.pids.is_some()),
         ("cpu", stats.cpu.is_some()),
         ("memory", stats.memory.is_some()),
@@ -97,7 +97,7 @@ fn assert_complete(stats: &Metrics, phase: &str) {
         ("rdma", stats.rdma.is_some()),
         ("memory_events", stats.memory_events.is_some()),
     ] {
-        assert!(there, "{phase}: no {name} in {stats}");
+        assert!(is_present, "{phase}: no {name} in {stats}");
     }
 }
 
@@ -113,7 +113,7 @@ fn stats_are_complete_and_plausible_from_create_to_delete() {
         assert_complete(&created, "created");
         assert_eq!((created.memory.usage_limit, created.pids.limit), (64 << 20, 50));
         container.start();
-        container.stdout.with("done");
+        container.stdout.wait_for("done");
         let running = stats();
         assert_complete(&running, "running");
         assert_eq!(running.pids.current, 1);
@@ -148,7 +148,7 @@ fn oom_event_precedes_the_exit_and_is_counted_until_delete() {
         let id = container.id.clone();
         container.end();
         assert_eq!(
-            containerd.events.of(&id),
+            containerd.events.of_container(&id),
             ["create", "start", "oom", "exit 137", "delete 137"]
         );
     });
@@ -160,12 +160,12 @@ fn out_of_memory_in_an_exec_does_not_end_its_container() {
         let mut spec = idle();
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
         let container = containerd.run(&spec);
-        assert_eq!(container.script("exec tail /dev/zero").0, 137);
+        assert_eq!(container.run_script("exec tail /dev/zero").0, 137);
         assert_eq!(container.output_of("echo alive"), "alive\n");
-        let told = containerd.events.of(&container.id);
-        let oom = told.iter().position(|event| event == "oom").expect("an oom event");
-        let exit = told.iter().position(|event| event.starts_with("exit e")).unwrap();
-        assert!(oom < exit, "{told:?}");
+        let events = containerd.events.of_container(&container.id);
+        let oom = events.iter().position(|event| event == "oom").expect("an oom event");
+        let exit = events.iter().position(|event| event.starts_with("exit e")).unwrap();
+        assert!(oom < exit, "{events:?}");
         container.end();
     });
 }

@@ -1,25 +1,26 @@
-//! The life of a sandbox, in both of containerd's ways: its states, its end, and what it takes along.
+//! The life cycle of a sandbox, with both sandbox APIs of containerd.
 
 use std::{fs, time::Duration};
 
 use containerd_shim_protos::{cgroups_v2::metrics::Metrics, protobuf::Message, ttrpc::Code};
 use nutshell_conformance::{
-    Containerd, PATIENCE,
+    TIMEOUT,
     bootstrap::Caller,
     host,
-    pod::{Config, NOT_READY, Pod, READY, Sandboxes, configured, create_sandbox_task, sandbox_shim},
+    pod::{NOT_READY, Pod, READY, SandboxClient, start_sandbox_shim},
+    task::CallError,
     with_containerd,
 };
 use rustix::process::Signal;
 
-use super::pods::{config, idle, on_both};
+use super::pods::{config, idle, with_both_apis};
 
 #[test]
 fn sandbox_service_answers_in_every_state() {
     with_containerd(|containerd| {
-        let (bundle, shim) = sandbox_shim(containerd);
-        let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
-        let code = |failure: nutshell_conformance::task::Failure| failure.code.unwrap();
+        let (bundle, shim) = start_sandbox_shim(containerd);
+        let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
+        let code = |failure: CallError| failure.code.unwrap();
         assert_eq!(code(sandboxes.start(id).unwrap_err()), Code::FAILED_PRECONDITION);
         for answer in [
             sandboxes.stop(id).map(drop),
@@ -56,13 +57,13 @@ fn sandbox_service_answers_in_every_state() {
         let own = fs::metadata(format!("/proc/{}/ns/net", started.pid)).unwrap();
         let hosts = fs::metadata("/proc/self/ns/net").unwrap();
         use std::os::unix::fs::MetadataExt;
-        assert_ne!(own.ino(), hosts.ino(), "the sandbox is in the host's network");
-        // It is no task.
+        assert_ne!(own.ino(), hosts.ino(), "the sandbox is in the host's network namespace");
+        // The sandbox is no task.
         assert_eq!(code(shim.task.state(id, "").unwrap_err()), Code::NOT_FOUND);
         assert_eq!(code(shim.task.kill(id, "", 9).unwrap_err()), Code::NOT_FOUND);
 
         let waiting = std::thread::spawn({
-            let (sandboxes, id) = (Sandboxes::of(&shim), id.to_owned());
+            let (sandboxes, id) = (SandboxClient::new(&shim), id.to_owned());
             move || sandboxes.wait(&id).unwrap()
         });
         sandboxes.stop(id).unwrap();
@@ -77,8 +78,8 @@ fn sandbox_service_answers_in_every_state() {
         sandboxes.metrics(id).unwrap();
 
         sandboxes.shut_down(id).unwrap();
-        assert!(host::ends_within(shim.pid, PATIENCE));
-        containerd.delete_answer(&bundle);
+        assert!(host::ends_within(shim.pid, TIMEOUT));
+        containerd.delete_bundle(&bundle);
         bundle.remove();
         assert_eq!(containerd.events.all(), []);
     });
@@ -87,8 +88,8 @@ fn sandbox_service_answers_in_every_state() {
 #[test]
 fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
     with_containerd(|containerd| {
-        let (bundle, shim) = sandbox_shim(containerd);
-        let (id, sandboxes) = (bundle.id.as_str(), Sandboxes::of(&shim));
+        let (bundle, shim) = start_sandbox_shim(containerd);
+        let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
         sandboxes.create(&bundle, &config(containerd)).unwrap();
         sandboxes.stop(id).unwrap();
         let status = sandboxes.status(id).unwrap();
@@ -99,14 +100,14 @@ fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
-                    // The second may find the shim gone already.
-                    let answer = Sandboxes::of(&shim).shut_down(id);
-                    assert!(answer.is_ok() || host::ends_within(shim.pid, PATIENCE), "{answer:?}");
+                    // The shim may have ended before it answers the second call.
+                    let answer = SandboxClient::new(&shim).shut_down(id);
+                    assert!(answer.is_ok() || host::ends_within(shim.pid, TIMEOUT), "{answer:?}");
                 });
             }
         });
-        assert!(host::ends_within(shim.pid, PATIENCE));
-        containerd.delete_answer(&bundle);
+        assert!(host::ends_within(shim.pid, TIMEOUT));
+        containerd.delete_bundle(&bundle);
         bundle.remove();
     });
 }
@@ -121,24 +122,24 @@ fn shim_stays_while_its_sandbox_lives_and_ends_with_it() {
         let metrics = Metrics::parse_from_bytes(&metrics.data.value).unwrap();
         assert_eq!(metrics.pids.current, 1);
         assert!(metrics.memory.usage > 0);
-        pod.forget(&container);
+        pod.remove_container(&container);
         pod.shim.task.shutdown(&container.id, false).unwrap();
         assert!(!host::ends_within(pod.shim.pid, Duration::from_millis(500)) && pod.is_ready());
 
-        // Its containers go with it, whoever has forgotten to stop them.
+        // ShutdownSandbox also ends running containers.
         let container = pod.run(&idle(&pod));
         pod.sandboxes().shut_down(&pod.id).unwrap();
-        assert!(host::ends_within(pod.shim.pid, PATIENCE));
-        containerd.events.until(&container.id, "exit 137");
-        pod.clean(&container);
-        containerd.delete_answer(&pod.bundle);
+        assert!(host::ends_within(pod.shim.pid, TIMEOUT));
+        containerd.events.wait_for(&container.id, "exit 137");
+        pod.delete_bundle_of(&container);
+        containerd.delete_bundle(&pod.bundle);
         pod.bundle.remove();
     });
 }
 
 #[test]
 fn start_of_a_pod_member_returns_the_address_of_its_sandbox() {
-    on_both(|pod| {
+    with_both_apis(|pod| {
         let container = pod.create(&idle(pod)).unwrap();
         for caller in [Caller::V1_7(None), Caller::V2_2(None)] {
             let answer = container.containerd().start(&container.bundle, &caller).unwrap();
@@ -147,7 +148,7 @@ fn start_of_a_pod_member_returns_the_address_of_its_sandbox() {
                 (pod.shim.answer.address.as_str(), 2)
             );
         }
-        pod.forget(&container);
+        pod.remove_container(&container);
     });
 }
 
@@ -162,7 +163,7 @@ fn killed_vmm_ends_the_pod_and_the_rest_can_be_removed_in_any_order() {
         assert_eq!(pod.sandboxes().wait(&pod.id).unwrap().exit_status, 137);
         assert_eq!(pod.sandboxes().status(&pod.id).unwrap().state, NOT_READY);
         assert_eq!(container.wait(), 137);
-        pod.forget(&container);
+        pod.remove_container(&container);
         pod.end();
 
         let pod = Pod::by_task(containerd);
@@ -170,14 +171,14 @@ fn killed_vmm_ends_the_pod_and_the_rest_can_be_removed_in_any_order() {
         for vmm in containerd.pids_of("nutshell-vmm") {
             host::signal(vmm, Signal::KILL);
         }
-        containerd.events.until(&pod.id, "exit 137");
+        containerd.events.wait_for(&pod.id, "exit 137");
         assert_eq!(container.wait(), 137);
-        // The sandbox first.
+        // The sandbox is deleted before its container.
         pod.shim.task.delete(&pod.id, "").unwrap();
-        pod.forget(&container);
+        pod.remove_container(&container);
         pod.shim.task.shutdown(&pod.id, false).unwrap();
-        assert!(host::ends_within(pod.shim.pid, PATIENCE));
-        containerd.delete_answer(&pod.bundle);
+        assert!(host::ends_within(pod.shim.pid, TIMEOUT));
+        containerd.delete_bundle(&pod.bundle);
         pod.bundle.remove();
     });
 }
@@ -190,7 +191,7 @@ fn kill_of_the_sandbox_pid_ends_the_pod() {
         host::signal(pod.pid, Signal::KILL);
         assert_eq!(pod.sandboxes().wait(&pod.id).unwrap().exit_status, 137);
         assert_eq!(container.wait(), 137);
-        pod.forget(&container);
+        pod.remove_container(&container);
         pod.end();
     });
 }
@@ -203,12 +204,12 @@ fn delete_of_a_sandbox_with_or_without_a_shim_leaves_nothing() {
             let container = pod.run(&idle(&pod));
             if killed {
                 host::signal(pod.shim.pid, Signal::KILL);
-                assert!(host::ends_within(pod.shim.pid, PATIENCE));
+                assert!(host::ends_within(pod.shim.pid, TIMEOUT));
             }
-            // containerd asks for the sandbox only, and for each container after a restart.
-            containerd.delete_answer(&pod.bundle);
+            // containerd calls `delete` for the sandbox only; after a restart also for each container.
+            containerd.delete_bundle(&pod.bundle);
             assert!(host::ends_within(pod.shim.pid, Duration::ZERO));
-            pod.clean(&container);
+            pod.delete_bundle_of(&container);
             pod.bundle.remove();
         }
     });
@@ -224,7 +225,7 @@ fn stopped_sandbox_ends_its_containers_and_refuses_new_ones() {
         assert_eq!(pod.shim.task.wait(&pod.id, "").unwrap().exit_status, 143);
         let late = pod.create(&idle(&pod)).unwrap_err();
         assert_eq!(late.code, Some(Code::FAILED_PRECONDITION), "{late}");
-        pod.forget(&container);
+        pod.remove_container(&container);
         pod.end();
     });
 }
