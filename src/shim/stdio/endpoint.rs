@@ -1,42 +1,50 @@
-//! What containerd's names for streams mean (containerd `pkg/cio`, and the runc shim's `process/io.go`).
+//! The meaning of the names that containerd gives streams (containerd `pkg/cio`, and the runc shim's `process/io.go`).
 
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
 
 use percent_encoding::percent_decode_str;
 
-use super::StdioError;
+/// The supported schemes, for error messages. A plain path is a fifo too.
+const SUPPORTED_SCHEMES: &str = "fifo, file, binary, binary-v2 and ttrpc+unix";
 
-/// The schemes that are understood, besides a plain path, which is a fifo.
-const KNOWN: &str = "fifo, file, binary, binary-v2 and ttrpc+unix";
+/// A name that is not supported.
+#[derive(Debug, thiserror::Error)]
+#[error("{stream} {uri}: {reason}")]
+pub(crate) struct EndpointError {
+    /// `stdin`, `stdout` or `stderr`.
+    pub(super) stream: &'static str,
+    pub(super) uri: String,
+    pub(super) reason: String,
+}
 
-/// A stream's endpoint on the host.
+/// The host's end of a stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Endpoint {
     /// A named pipe.
     Fifo(PathBuf),
-    /// A file, appended to, made with its folder if it is not there.
-    Log(PathBuf),
-    /// A program that takes the output.
+    /// A file that is appended to, and created with its parent directories if it is missing.
+    File(PathBuf),
+    /// A logging program that reads the output.
     Program(Program),
-    /// The stream with this id that a client opens at the shim's own socket.
+    /// The stream with this id, which a client opens at the shim's socket.
     Streaming(String),
 }
 
-/// A logging program.
+/// A logging program to start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Program {
     /// The executable.
     pub(super) path: PathBuf,
-    /// Its arguments: each key of the query, followed by its first value.
+    /// Each key of the query, followed by its first value.
     pub(super) arguments: Vec<String>,
-    /// It must say that it is ready; the end of what it could say it with is not enough.
-    pub(super) must_say_ready: bool,
+    /// The program must write a byte when it is ready (`binary-v2`). Otherwise it may also close its descriptor 5.
+    pub(super) must_report_ready: bool,
 }
 
 impl Endpoint {
-    /// Parses what containerd calls `stream` (`stdin`, `stdout`, `stderr`). `None` where there is none.
-    pub(super) fn parse(stream: &'static str, uri: &str) -> Result<Option<Self>, StdioError> {
-        let unsupported = |reason: String| StdioError::Unsupported {
+    /// Parses the name of `stream` (`stdin`, `stdout`, `stderr`). `None` if it is empty: the process has no such stream.
+    pub(super) fn parse(stream: &'static str, uri: &str) -> Result<Option<Self>, EndpointError> {
+        let unsupported = |reason: String| EndpointError {
             stream,
             uri: uri.to_owned(),
             reason,
@@ -45,7 +53,7 @@ impl Endpoint {
             return Ok(None);
         }
         let Some((scheme, rest)) = uri.split_once("://") else {
-            // A path as it is, not a URI: nothing in it is encoded.
+            // A plain path, which is not percent-encoded.
             let path = PathBuf::from(uri);
             return match path.is_absolute() {
                 true => Ok(Some(Self::Fifo(path))),
@@ -55,17 +63,17 @@ impl Endpoint {
         let (rest, _fragment) = rest.split_once('#').unwrap_or((rest, ""));
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
         let path = PathBuf::from(OsString::from_vec(percent_decode_str(path).collect()));
-        let has_path = || match path.is_absolute() {
+        let absolute_path = || match path.is_absolute() {
             true => Ok(path.clone()),
             false => Err(unsupported("not an absolute path".to_owned())),
         };
         Ok(Some(match scheme {
-            "fifo" => Self::Fifo(has_path()?),
-            "file" => Self::Log(has_path()?),
+            "fifo" => Self::Fifo(absolute_path()?),
+            "file" => Self::File(absolute_path()?),
             "binary" | "binary-v2" => Self::Program(Program {
-                path: has_path()?,
-                arguments: arguments(query),
-                must_say_ready: scheme == "binary-v2",
+                path: absolute_path()?,
+                arguments: parse_arguments(query),
+                must_report_ready: scheme == "binary-v2",
             }),
             "ttrpc+unix" => {
                 let id = form_urlencoded::parse(query.as_bytes()).find(|(key, _)| key == "streaming_id");
@@ -79,19 +87,19 @@ impl Endpoint {
                         .to_owned(),
                 ));
             }
-            _ => return Err(unsupported(format!("this kind of stream is not one of {KNOWN}"))),
+            _ => return Err(unsupported(format!("the scheme is not one of {SUPPORTED_SCHEMES}"))),
         }))
     }
 
-    /// Whether standard error goes here too if nothing else is said of it, as with runc.
-    pub(super) fn takes_both(&self) -> bool {
-        matches!(self, Self::Log(_) | Self::Program(_))
+    /// Whether standard error goes here too if it has no name itself, as with runc.
+    pub(super) fn takes_stderr_by_default(&self) -> bool {
+        matches!(self, Self::File(_) | Self::Program(_))
     }
 }
 
-/// As containerd makes them of a query (`process/utils`, `NewBinaryCmd`); there their order is left to
-/// chance, here it is the query's.
-fn arguments(query: &str) -> Vec<String> {
+/// The arguments that containerd makes of a query (`process/utils`, `NewBinaryCmd`). Their order is random there; here
+/// it is that of the query.
+fn parse_arguments(query: &str) -> Vec<String> {
     let mut seen = Vec::<String>::new();
     let mut arguments = Vec::new();
     for (key, value) in form_urlencoded::parse(query.as_bytes()) {
@@ -107,25 +115,25 @@ fn arguments(query: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    fn parse(uri: &str) -> Result<Option<Endpoint>, StdioError> {
+    fn parse(uri: &str) -> Result<Option<Endpoint>, EndpointError> {
         Endpoint::parse("stdout", uri)
     }
 
     #[test]
-    fn names_of_streams_are_told_apart() {
-        let program = |path: &str, arguments: &[&str], must_say_ready| {
+    fn supported_names_are_parsed() {
+        let program = |path: &str, arguments: &[&str], must_report_ready| {
             Endpoint::Program(Program {
                 path: path.into(),
                 arguments: arguments.iter().map(|&argument| argument.to_owned()).collect(),
-                must_say_ready,
+                must_report_ready,
             })
         };
         for (uri, endpoint) in [
             ("/a b", Endpoint::Fifo("/a b".into())),
             ("/a%20?b#c", Endpoint::Fifo("/a%20?b#c".into())),
             ("fifo:///a", Endpoint::Fifo("/a".into())),
-            ("file:///var/log/x", Endpoint::Log("/var/log/x".into())),
-            ("file:///a%20b?max=1#x", Endpoint::Log("/a b".into())),
+            ("file:///var/log/x", Endpoint::File("/var/log/x".into())),
+            ("file:///a%20b?max=1#x", Endpoint::File("/a b".into())),
             ("binary:///bin/logger", program("/bin/logger", &[], false)),
             (
                 "binary:///bin/log%67er?id=1&empty&text=a+b%26c&id=2",
@@ -143,8 +151,8 @@ mod tests {
     }
 
     #[test]
-    fn names_that_mean_nothing_are_refused_by_name() {
-        for (bad, reason) in [
+    fn unsupported_names_are_errors_with_stream_name_and_reason() {
+        for (uri, reason) in [
             ("relative", "absolute"),
             ("file://relative", "absolute"),
             ("binary://logger?a=b", "absolute"),
@@ -153,8 +161,8 @@ mod tests {
             ("grpc+unix:///s?streaming_id=x", "io_type"),
             ("gopher:///x", "binary-v2"),
         ] {
-            let error = parse(bad).unwrap_err().to_string();
-            assert!(error.contains("stdout") && error.contains(bad), "{error}");
+            let error = parse(uri).unwrap_err().to_string();
+            assert!(error.contains("stdout") && error.contains(uri), "{error}");
             assert!(error.contains(reason), "{error}");
         }
     }

@@ -1,4 +1,4 @@
-//! Fifos and files. Nothing here waits for the other end of a fifo.
+//! Opens fifos and files. Nothing here waits for the other end of a fifo.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -7,13 +7,13 @@ use std::{
     path::Path,
 };
 
-/// A fifo's ends: one for the machine, and one that the shim keeps.
+/// An opened fifo or file.
 #[derive(Debug)]
-pub(super) struct Ends {
-    /// For the machine.
+pub(super) struct FileEnds {
+    /// The end that the machine reads from or writes to.
     pub(super) machine: File,
-    /// The other one, for the shim; a file has none.
-    pub(super) own: Option<File>,
+    /// The opposite end of a fifo, which the shim keeps open. `None` for a file.
+    pub(super) opposite: Option<File>,
 }
 
 fn non_blocking() -> OpenOptions {
@@ -23,37 +23,61 @@ fn non_blocking() -> OpenOptions {
 }
 
 /// Opens a fifo for the machine to read from.
-pub(super) fn open_input(path: &Path) -> io::Result<Ends> {
+pub(super) fn open_input(path: &Path) -> io::Result<FileEnds> {
     let machine = non_blocking().read(true).open(path)?;
-    let own = non_blocking().write(true).open(path)?;
-    Ok(Ends {
+    let writer = non_blocking().write(true).open(path)?;
+    Ok(FileEnds {
         machine,
-        own: Some(own),
+        opposite: Some(writer),
     })
 }
 
-/// Opens a fifo, or what else is there, for the machine to write to.
-pub(super) fn open_output(path: &Path) -> io::Result<Ends> {
+/// Opens a fifo for the machine to write to. Any other file at `path` is appended to.
+pub(super) fn open_output(path: &Path) -> io::Result<FileEnds> {
     if !fs::metadata(path)?.file_type().is_fifo() {
         let machine = non_blocking().append(true).open(path)?;
-        return Ok(Ends { machine, own: None });
+        return Ok(FileEnds {
+            machine,
+            opposite: None,
+        });
     }
     // First, because a fifo without a reader cannot be opened for writing.
-    let own = non_blocking().read(true).open(path)?;
+    let reader = non_blocking().read(true).open(path)?;
     let machine = non_blocking().write(true).open(path)?;
-    Ok(Ends {
+    Ok(FileEnds {
         machine,
-        own: Some(own),
+        opposite: Some(reader),
     })
 }
 
-/// Opens a log for the machine to append to, and makes it if need be.
-pub(super) fn open_log(path: &Path) -> io::Result<Ends> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
+/// Opens a log file for the machine to append to. Creates it and its parent directories if they are missing.
+pub(super) fn open_log(path: &Path) -> io::Result<FileEnds> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
     }
     let machine = non_blocking().append(true).create(true).mode(0o644).open(path)?;
-    Ok(Ends { machine, own: None })
+    Ok(FileEnds {
+        machine,
+        opposite: None,
+    })
+}
+
+/// Reads the next bytes from a pipe, none at its end. A child process that another test is starting has copies of this
+/// process's descriptors until it executes its program, so the end of a pipe may come late; this waits for it.
+#[cfg(test)]
+pub(crate) fn read_next(pipe: &File) -> Vec<u8> {
+    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+    use std::{io::Read, time::Duration};
+    let mut pipe = pipe.try_clone().unwrap();
+    fcntl_setfl(&pipe, fcntl_getfl(&pipe).unwrap() - OFlags::NONBLOCK).unwrap();
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut bytes = [0; 64];
+        let count = pipe.read(&mut bytes).unwrap();
+        sender.send(bytes[..count].to_vec())
+    });
+    let read = receiver.recv_timeout(Duration::from_secs(20));
+    read.expect("bytes or the end of a pipe")
 }
 
 #[cfg(test)]
@@ -63,10 +87,9 @@ mod tests {
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
-    use crate::shim::stdio::read_next;
 
     #[test]
-    fn fifos_open_without_a_peer_and_a_reader_that_leaves_is_no_error() {
+    fn output_fifo_opens_without_a_reader_and_survives_one_that_leaves() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
@@ -85,27 +108,27 @@ mod tests {
     }
 
     #[test]
-    fn input_ends_only_when_the_own_writer_is_closed() {
+    fn input_fifo_ends_only_when_the_shim_closes_its_writer() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("in");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let Ends { mut machine, own } = open_input(&path).unwrap();
+        let FileEnds { mut machine, opposite } = open_input(&path).unwrap();
         for text in ["first", "second"] {
             let mut client = OpenOptions::new().write(true).open(&path).unwrap();
             client.write_all(text.as_bytes()).unwrap();
         }
         let mut bytes = [0; 64];
         assert_eq!(machine.read(&mut bytes).unwrap(), 11);
-        // Both clients are gone, and still it is not the end.
+        // Both clients have closed it, and it has not ended.
         assert_eq!(machine.read(&mut bytes).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 
-        drop(own);
+        drop(opposite);
 
         assert_eq!(read_next(&machine), b"");
     }
 
     #[test]
-    fn log_that_is_a_fifo_nobody_reads_is_an_error_and_not_a_wait() {
+    fn log_that_is_a_fifo_without_a_reader_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         mkfifo(&path, Mode::S_IRWXU).unwrap();

@@ -1,19 +1,16 @@
-//! containerd's streaming scheme: what CRI uses for standard streams where a runtime has
+//! containerd's streaming scheme, which CRI uses for standard streams if a runtime is configured with
 //! `io_type = "streaming"`.
 //!
-//! CRI asks for `ttrpc+unix://SOCKET?streaming_id=ID`, where SOCKET is the shim's own, and opens a
-//! stream there, usually long before it creates the task (containerd `internal/cri/io/streaming.go`,
-//! `core/streaming/proxy`). It begins with a `StreamInit` that has the id and an empty answer; then there
-//! are `Data` from the side that the bytes come from and `WindowUpdate` from the other
-//! (`core/transfer/streaming`). A client that went away comes back by the same id: containerd does after
-//! a restart.
+//! CRI names a stream `ttrpc+unix://SOCKET?streaming_id=ID`, where SOCKET is the shim's own, and opens it there, usually
+//! long before it creates the task (containerd `internal/cri/io/streaming.go`, `core/streaming/proxy`). The client sends
+//! a `StreamInit` with the id and gets an empty message back. After that, the side where the bytes come from sends
+//! `Data`, and the other side `WindowUpdate` (`core/transfer/streaming`). A client that is gone may return with the same
+//! id, as containerd does after a restart.
 //!
-//! A relay moves the bytes between a stream and a pipe, whose other end the machine has. It holds one
-//! message at most; while a client is slow or away, the pipe fills, and the process waits.
+//! A relay moves the bytes between a stream and a pipe, whose other end the machine has. It holds at most one message.
+//! While a client is slow or absent, the pipe fills up and the process blocks.
 
 use std::{collections::HashMap, future::Future, io, os::fd::OwnedFd, sync::Arc, time::Duration};
-
-use parking_lot::{Mutex, MutexGuard};
 
 use async_trait::async_trait;
 use containerd_shim::{
@@ -33,6 +30,7 @@ use containerd_shim::{
     },
     util::convert_to_any,
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::unix::pipe,
@@ -43,36 +41,37 @@ use tokio::{
 /// The name of the service (containerd `api/services/streaming/v1`).
 pub(crate) const STREAMING_SERVICE: &str = "containerd.services.streaming.v1.Streaming";
 
-/// How long a client may take to open a stream that a task is created with: it does before.
-const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// How long to wait for a client to open a stream when a process is created. Usually it has done so before.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long input may still come after it was told to end: what its client sent before goes another way.
-const LATE_INPUT_LIMIT: Duration = Duration::from_secs(1);
+/// How long the relay waits for further input after CloseIO. The client sends data and CloseIO on different streams, so
+/// data that was sent first may arrive later.
+const LATE_INPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// As containerd's own messages (`core/transfer/streaming/stream.go`, `maxRead` and `windowSize`).
-const MOST_DATA: usize = 32 << 10;
-const WINDOW: i32 = 64 << 10;
+/// The largest payload of a `Data` message, in bytes (containerd `core/transfer/streaming/stream.go`, `maxRead`).
+const MAX_DATA_SIZE: usize = 32 << 10;
 
-const DATA: &str = "containerd.types.transfer.Data";
-const WINDOW_UPDATE: &str = "containerd.types.transfer.WindowUpdate";
+/// How many bytes a `WindowUpdate` grants (containerd `core/transfer/streaming/stream.go`, `windowSize`).
+const WINDOW_SIZE: i32 = 64 << 10;
+
+const DATA_TYPE_URL: &str = "containerd.types.transfer.Data";
+const WINDOW_UPDATE_TYPE_URL: &str = "containerd.types.transfer.WindowUpdate";
 
 /// Why a stream cannot be relayed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StreamingError {
-    /// Nobody opened it.
-    #[error("no client opened it at this shim's socket within {} s", OPEN_LIMIT.as_secs())]
+    #[error("no client opened it at this shim's socket within {} s", OPEN_TIMEOUT.as_secs())]
     NotOpened,
-    /// The relay's pipe cannot be made.
-    #[error("make a pipe: {0}")]
+    #[error("create a pipe: {0}")]
     Pipe(#[from] io::Error),
 }
 
-/// The streams that clients have opened and no relay has taken. Clones are the same.
+/// The clients that have opened streams, by stream id, until a relay takes them. Clones share one registry.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StreamRegistry(Arc<Mutex<HashMap<String, watch::Sender<Option<Client>>>>>);
 
 impl StreamRegistry {
-    /// The service under [`STREAMING_SERVICE`].
+    /// The ttrpc service to register as [`STREAMING_SERVICE`].
     pub(crate) fn ttrpc_service(&self) -> Service {
         let handler: Arc<dyn StreamHandler + Send + Sync> = Arc::new(self.clone());
         Service {
@@ -85,16 +84,16 @@ impl StreamRegistry {
         self.0.lock()
     }
 
-    /// Takes a client in; one that waits by the same id is let go.
+    /// Adds a client. An earlier client of the same stream that no relay has taken is dropped.
     fn offer(&self, id: String, client: Client) {
         self.table().entry(id).or_default().send_replace(Some(client));
     }
 
-    /// The clients that open the stream `id`, one after the other.
-    fn clients(&self, id: &str) -> Clients {
+    /// Subscribes to the clients that open the stream `id`.
+    fn subscribe(&self, id: &str) -> ClientQueue {
         let offers = self.table().entry(id.to_owned()).or_default().subscribe();
-        Clients {
-            streaming: self.clone(),
+        ClientQueue {
+            registry: self.clone(),
             id: id.to_owned(),
             offers,
         }
@@ -103,19 +102,19 @@ impl StreamRegistry {
 
 #[async_trait]
 impl StreamHandler for StreamRegistry {
-    /// Takes a client in, and returns when nobody needs it any more: that closes the stream.
+    /// Registers a client, and returns when it is dropped: that closes the stream.
     async fn handler(&self, _: TtrpcContext, stream: StreamInner) -> ttrpc::Result<Option<ttrpc::Response>> {
         let mut stream = ServerStream::<Any, Any>::new(stream);
         let Some(first) = stream.recv().await? else {
             return Ok(None);
         };
-        let init: StringValue = message(&first).map_err(|error| {
+        let init: StringValue = unpack_message(&first).map_err(|error| {
             let text = format!("the first message is no StreamInit: {error}");
             ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, text))
         })?;
         let (done, finished) = oneshot::channel();
         let (sender, receiver) = stream.split();
-        // The answer comes first: nothing else may overtake it.
+        // Before `offer`: a relay must not send data before this answer.
         let answer = convert_to_any(Box::new(Empty::default()))
             .map_err(|error| ttrpc::Error::Others(format!("encode the answer to StreamInit: {error}")))?;
         sender.send(&answer).await?;
@@ -127,13 +126,13 @@ impl StreamHandler for StreamRegistry {
                 _done: done,
             },
         );
-        // It is dropped, not sent.
+        // Completes with an error when the client is dropped.
         let _ = finished.await;
         Ok(None)
     }
 }
 
-/// A stream that a client has opened. It is closed when this is dropped.
+/// A client's end of a stream. Dropped, it closes the stream.
 #[derive(Debug)]
 struct Client {
     sender: SSSender<Any>,
@@ -141,20 +140,20 @@ struct Client {
     _done: oneshot::Sender<()>,
 }
 
-/// The clients of one stream. Its entry ends with it.
+/// The clients of one stream, one after the other. Dropped, it removes the stream from the registry.
 #[derive(Debug)]
-struct Clients {
-    streaming: StreamRegistry,
+struct ClientQueue {
+    registry: StreamRegistry,
     id: String,
     offers: watch::Receiver<Option<Client>>,
 }
 
-impl Clients {
-    /// Waits for the next client. Nothing is lost if this is dropped before.
+impl ClientQueue {
+    /// Waits for the next client. Cancel safe.
     async fn next(&mut self) -> Client {
         loop {
             let taken = {
-                let table = self.streaming.table();
+                let table = self.registry.table();
                 let mut taken = None;
                 if let Some(slot) = table.get(&self.id) {
                     slot.send_if_modified(|offer| {
@@ -168,60 +167,61 @@ impl Clients {
                 return client;
             }
             if self.offers.changed().await.is_err() {
-                // Another task has used the id, and its end took the entry: nobody comes any more.
+                // Another process with this stream id has removed the entry, so no client can follow.
                 std::future::pending::<()>().await;
             }
         }
     }
 }
 
-impl Drop for Clients {
+impl Drop for ClientQueue {
     fn drop(&mut self) {
-        self.streaming.table().remove(&self.id);
+        self.registry.table().remove(&self.id);
     }
 }
 
-/// Moves the bytes of one stream. Dropped, it ends at once.
+/// Moves the bytes of one stream. Dropped, it stops at once.
 #[derive(Debug)]
 pub(super) struct Relay {
     task: JoinHandle<()>,
-    /// How many bytes reached a client so far. Its sender is the task's.
+    /// How many bytes were sent to clients. The task has the sender, and drops it at its end.
     delivered: watch::Receiver<u64>,
+    /// Set on CloseIO.
     end_input: watch::Sender<bool>,
 }
 
 impl Relay {
-    /// From what the machine writes into the pipe to the clients of the stream `id`.
-    pub(super) async fn output(streaming: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
+    /// Waits for a client of the stream `id`, and relays what the machine writes into the returned pipe to it.
+    pub(super) async fn start_output(registry: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
         let (writer, reader) = pipe::pipe()?;
         let machine = writer.into_blocking_fd()?;
-        let relay = Self::start(streaming, id, |clients, first, delivered, _| {
+        let relay = Self::start(registry, id, |clients, first, delivered, _| {
             send_output(clients, first, reader, delivered)
         });
         Ok((relay.await?, machine))
     }
 
-    /// From the clients of the stream `id` to the pipe that the machine reads.
-    pub(super) async fn input(streaming: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
+    /// Waits for a client of the stream `id`, and relays what it sends to the returned pipe, which the machine reads.
+    pub(super) async fn start_input(registry: &StreamRegistry, id: &str) -> Result<(Self, OwnedFd), StreamingError> {
         let (writer, reader) = pipe::pipe()?;
         let machine = reader.into_blocking_fd()?;
-        let relay = Self::start(streaming, id, |clients, first, delivered, ending| async move {
-            take_input(clients, first, writer, ending).await;
+        let relay = Self::start(registry, id, |clients, first, delivered, ending| async move {
+            receive_input(clients, first, writer, ending).await;
             drop(delivered);
         });
         Ok((relay.await?, machine))
     }
 
     async fn start<F>(
-        streaming: &StreamRegistry,
+        registry: &StreamRegistry,
         id: &str,
-        relay: impl FnOnce(Clients, Client, watch::Sender<u64>, watch::Receiver<bool>) -> F,
+        relay: impl FnOnce(ClientQueue, Client, watch::Sender<u64>, watch::Receiver<bool>) -> F,
     ) -> Result<Self, StreamingError>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let mut clients = streaming.clients(id);
-        let first = tokio::time::timeout(OPEN_LIMIT, clients.next()).await;
+        let mut clients = registry.subscribe(id);
+        let first = tokio::time::timeout(OPEN_TIMEOUT, clients.next()).await;
         let first = first.map_err(|_| StreamingError::NotOpened)?;
         let (delivering, delivered) = watch::channel(0);
         let (end_input, ending) = watch::channel(false);
@@ -232,18 +232,18 @@ impl Relay {
         })
     }
 
-    /// Waits until `bytes` in all reached a client, or none will any more.
+    /// Waits until `bytes`, counted from the start, were sent to clients, or the relay has ended.
     pub(super) async fn delivered(&self, bytes: u64) {
         // An error means that the relay has ended.
         let _ = self.delivered.clone().wait_for(|count| *count >= bytes).await;
     }
 
-    /// Waits until everything reached a client.
+    /// Waits until the relay has ended: everything was sent.
     pub(super) async fn ended(&self) {
         self.delivered(u64::MAX).await;
     }
 
-    /// Ends the input after what was sent before.
+    /// Ends the input after the bytes that the client has sent before.
     pub(super) fn end_input(&self) {
         self.end_input.send_replace(true);
     }
@@ -255,16 +255,30 @@ impl Drop for Relay {
     }
 }
 
-async fn send_output(mut clients: Clients, first: Client, mut source: pipe::Receiver, delivered: watch::Sender<u64>) {
+/// Why a relay is done with a client.
+enum ClientEnd {
+    /// No more bytes follow, or the other side of the pipe is closed.
+    StreamEnded,
+    /// The stream goes on with the next client, as with a fifo.
+    ClientGone,
+}
+
+/// Serves the clients of an output until everything from `source` was sent.
+async fn send_output(
+    mut clients: ClientQueue,
+    first: Client,
+    mut source: pipe::Receiver,
+    delivered: watch::Sender<u64>,
+) {
     let mut client = first;
-    let mut bytes = Vec::with_capacity(MOST_DATA);
+    let mut bytes = Vec::with_capacity(MAX_DATA_SIZE);
     loop {
         let next = tokio::select! {
             biased;
             newer = clients.next() => Some(newer),
-            end = send_to(&mut client, &mut source, &mut bytes, &delivered) => match end {
-                SourceEnd::All => return,
-                SourceEnd::ClientGone => None,
+            end = send_to_client(&mut client, &mut source, &mut bytes, &delivered) => match end {
+                ClientEnd::StreamEnded => return,
+                ClientEnd::ClientGone => None,
             },
         };
         drop(client);
@@ -275,32 +289,26 @@ async fn send_output(mut clients: Clients, first: Client, mut source: pipe::Rece
     }
 }
 
-enum SourceEnd {
-    /// Everything was sent.
-    All,
-    ClientGone,
-}
-
-/// What was read and not sent stays in `bytes`, also if this is dropped.
+/// Sends everything from `source` to one client. Cancel safe: bytes that were read and not sent stay in `bytes`.
 ///
-/// The windows that a client grants are not kept to: containerd counts less than it was sent where its
-/// own reader's buffer is small (`reader.go`), and would in the end wait for bytes that must not be sent.
-/// It has one connection a stream, and does not read from it what nobody takes.
-async fn send_to(
+/// The windows that the client grants are ignored. containerd counts fewer bytes than it received if the buffer of its
+/// reader is small (`reader.go`), and would in the end wait for bytes that it has not granted. Flow control works
+/// without them: each stream has a connection of its own, and containerd reads from it only what its reader consumes.
+async fn send_to_client(
     client: &mut Client,
     source: &mut pipe::Receiver,
     bytes: &mut Vec<u8>,
     delivered: &watch::Sender<u64>,
-) -> SourceEnd {
+) -> ClientEnd {
     loop {
         while bytes.is_empty() {
             tokio::select! {
                 count = source.read_buf(bytes) => match count {
                     Ok(1..) => {}
-                    Ok(0) | Err(_) => return SourceEnd::All,
+                    Ok(0) | Err(_) => return ClientEnd::StreamEnded,
                 },
                 update = client.receiver.recv() => if !matches!(update, Ok(Some(_))) {
-                    return SourceEnd::ClientGone;
+                    return ClientEnd::ClientGone;
                 },
             }
         }
@@ -308,24 +316,30 @@ async fn send_to(
             value: bytes.clone(),
             ..BytesValue::default()
         };
-        if client.sender.send(&packed(DATA, &data)).await.is_err() {
-            return SourceEnd::ClientGone;
+        if client.sender.send(&pack_message(DATA_TYPE_URL, &data)).await.is_err() {
+            return ClientEnd::ClientGone;
         }
         delivered.send_modify(|count| *count += bytes.len() as u64);
         bytes.clear();
     }
 }
 
-async fn take_input(mut clients: Clients, first: Client, mut sink: pipe::Sender, mut ending: watch::Receiver<bool>) {
+/// Serves the clients of an input until its end.
+async fn receive_input(
+    mut clients: ClientQueue,
+    first: Client,
+    mut sink: pipe::Sender,
+    mut ending: watch::Receiver<bool>,
+) {
     let mut client = first;
     let mut bytes = Vec::new();
     loop {
         let next = tokio::select! {
             biased;
             newer = clients.next() => Some(newer),
-            end = take_from(&mut client, &mut sink, &mut bytes, &mut ending) => match end {
-                InputEnd::All => return,
-                InputEnd::ClientGone => None,
+            end = receive_from_client(&mut client, &mut sink, &mut bytes, &mut ending) => match end {
+                ClientEnd::StreamEnded => return,
+                ClientEnd::ClientGone => None,
             },
         };
         drop(client);
@@ -333,76 +347,74 @@ async fn take_input(mut clients: Clients, first: Client, mut sink: pipe::Sender,
             Some(newer) => newer,
             None => tokio::select! {
                 newer = clients.next() => newer,
-                () = ended(&mut ending) => return,
+                () = input_ended(&mut ending) => return,
             },
         };
     }
 }
 
-enum InputEnd {
-    /// Nothing is to come, or nobody takes it.
-    All,
-    /// As with a fifo that is no end of the input.
-    ClientGone,
-}
-
-/// What was received and not written stays in `bytes`, also if this is dropped.
-async fn take_from(
+/// Writes what one client sends to `sink`. Cancel safe: bytes that were received and not written stay in `bytes`.
+async fn receive_from_client(
     client: &mut Client,
     sink: &mut pipe::Sender,
     bytes: &mut Vec<u8>,
     ending: &mut watch::Receiver<bool>,
-) -> InputEnd {
+) -> ClientEnd {
     let mut granted: i32 = 0;
     loop {
         while !bytes.is_empty() {
             match sink.write(bytes).await {
                 Ok(count) => drop(bytes.drain(..count)),
-                Err(_) => return InputEnd::All,
+                Err(_) => return ClientEnd::StreamEnded,
             }
         }
-        if granted <= WINDOW / 2 {
+        if granted <= WINDOW_SIZE / 2 {
             let update = Int32Value {
-                value: WINDOW,
+                value: WINDOW_SIZE,
                 ..Int32Value::default()
             };
-            if client.sender.send(&packed(WINDOW_UPDATE, &update)).await.is_err() {
-                return InputEnd::ClientGone;
+            if client
+                .sender
+                .send(&pack_message(WINDOW_UPDATE_TYPE_URL, &update))
+                .await
+                .is_err()
+            {
+                return ClientEnd::ClientGone;
             }
-            granted = granted.saturating_add(WINDOW);
+            granted = granted.saturating_add(WINDOW_SIZE);
         }
         let late = async {
-            ended(ending).await;
-            tokio::time::sleep(LATE_INPUT_LIMIT).await;
+            input_ended(ending).await;
+            tokio::time::sleep(LATE_INPUT_TIMEOUT).await;
         };
         let received = tokio::select! {
             received = client.receiver.recv() => received,
-            () = late => return InputEnd::All,
+            () = late => return ClientEnd::StreamEnded,
         };
         let Ok(Some(received)) = received else {
             return if *ending.borrow() {
-                InputEnd::All
+                ClientEnd::StreamEnded
             } else {
-                InputEnd::ClientGone
+                ClientEnd::ClientGone
             };
         };
-        let Ok(data) = message::<BytesValue>(&received) else {
-            return InputEnd::ClientGone;
+        let Ok(data) = unpack_message::<BytesValue>(&received) else {
+            return ClientEnd::ClientGone;
         };
         granted = granted.saturating_sub(i32::try_from(data.value.len()).unwrap_or(i32::MAX));
         *bytes = data.value;
     }
 }
 
-/// Waits until the input is told to end.
-async fn ended(ending: &mut watch::Receiver<bool>) {
-    // An error means that the relay is dropped.
+/// Waits for [`Relay::end_input`].
+async fn input_ended(ending: &mut watch::Receiver<bool>) {
+    // An error means that the relay was dropped.
     let _ = ending.wait_for(|ending| *ending).await;
 }
 
-/// Each of containerd's messages has one field, with the number 1: they are the same bytes as protobuf's
-/// own wrappers.
-fn packed(type_url: &str, message: &impl Message) -> Any {
+/// Packs `Data` and `WindowUpdate`. Each has one field, with the number 1, so that it is encoded as protobuf's wrapper
+/// messages are.
+fn pack_message(type_url: &str, message: &impl Message) -> Any {
     Any {
         type_url: type_url.to_owned(),
         // Writing to memory cannot fail.
@@ -411,7 +423,7 @@ fn packed(type_url: &str, message: &impl Message) -> Any {
     }
 }
 
-fn message<M: Message>(any: &Any) -> Result<M, containerd_shim::protos::protobuf::Error> {
+fn unpack_message<M: Message>(any: &Any) -> Result<M, containerd_shim::protos::protobuf::Error> {
     M::parse_from_bytes(&any.value)
 }
 
@@ -419,15 +431,15 @@ fn message<M: Message>(any: &Any) -> Result<M, containerd_shim::protos::protobuf
 mod tests {
     use super::*;
 
-    // What a client sees of it is in the tests of [`crate::shim::tasks`].
+    // The client's view of a stream is tested in `crate::shim::tests::streams`.
     #[tokio::test(start_paused = true)]
-    async fn stream_that_nobody_opens_is_an_error_and_leaves_nothing() {
-        let streaming = StreamRegistry::default();
-        let error = Relay::output(&streaming, "c1-stdout").await.map(drop).unwrap_err();
+    async fn stream_without_a_client_is_an_error_and_leaves_no_entry() {
+        let registry = StreamRegistry::default();
+        let error = Relay::start_output(&registry, "c1-stdout").await.map(drop).unwrap_err();
         assert_eq!(
             error.to_string(),
             "no client opened it at this shim's socket within 10 s"
         );
-        assert!(streaming.table().is_empty());
+        assert!(registry.table().is_empty());
     }
 }

@@ -1,0 +1,322 @@
+//! Opens the standard streams of a process and hands them to the machine.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use nutshell_protocol::Stdio;
+
+use super::{
+    endpoint::{Endpoint, EndpointError, Program},
+    error::StdioError,
+    files::{self, FileEnds},
+    logger::{LogSource, Logger},
+    standard::{HostReader, HostWriter, OutputStream, StandardStreams},
+    streaming::{Relay, StreamRegistry, StreamingError},
+};
+use crate::{control::ControlError, shim::machine::Machine};
+
+/// What the streams of all processes of this shim have in common.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StdioContext {
+    /// containerd's namespace.
+    pub(crate) namespace: String,
+    /// The streams that clients open at the shim's socket.
+    pub(crate) streaming: StreamRegistry,
+}
+
+/// The streams that containerd requests for a process. Each is a path or a URI (see [`Endpoint`]), or empty for none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct StdioSpec {
+    pub(crate) stdin: String,
+    /// Standard output; all output with a terminal.
+    pub(crate) stdout: String,
+    /// Standard error; ignored with a terminal.
+    pub(crate) stderr: String,
+    /// The process has a terminal.
+    pub(crate) terminal: bool,
+}
+
+/// The opened streams of a process, before the machine has them.
+#[derive(Debug)]
+pub(crate) struct OpenedStreams {
+    terminal: bool,
+    stdin: Option<Input>,
+    stdout: Option<Output>,
+    stderr: Option<Output>,
+    loggers: Vec<Logger>,
+}
+
+#[derive(Debug)]
+struct Input {
+    /// The machine's end.
+    machine: OwnedFd,
+    writer: HostWriter,
+}
+
+#[derive(Debug)]
+struct Output {
+    /// The machine's end.
+    machine: OwnedFd,
+    reader: HostReader,
+}
+
+impl StdioSpec {
+    /// Opens all streams of a process. `id` is that of its container or exec. Does not wait for the other end of a
+    /// fifo, but for logging programs to be ready and for the clients of the streaming scheme.
+    pub(crate) async fn open(&self, id: &str, context: &StdioContext) -> Result<OpenedStreams, StdioError> {
+        let stdin = match Endpoint::parse("stdin", &self.stdin)? {
+            Some(endpoint) => Some(self.open_input(endpoint, context).await?),
+            None => None,
+        };
+        let stdout = Endpoint::parse("stdout", &self.stdout)?;
+        let stderr = match self.terminal {
+            true => None,
+            false => Endpoint::parse("stderr", &self.stderr)?
+                .or_else(|| stdout.clone().filter(Endpoint::takes_stderr_by_default)),
+        };
+        let source = LogSource {
+            id,
+            namespace: &context.namespace,
+        };
+        let mut loggers = Vec::new();
+        let mut pipes = [None, None];
+        for (program, wanted) in logging_programs(stdout.as_ref(), stderr.as_ref()) {
+            let (logger, opened) = Logger::start(program, source, wanted).await?;
+            loggers.push(logger);
+            for (pipe, opened) in pipes.iter_mut().zip(opened) {
+                *pipe = opened.or(pipe.take());
+            }
+        }
+        let [stdout_pipe, stderr_pipe] = pipes;
+        Ok(OpenedStreams {
+            terminal: self.terminal,
+            stdin,
+            stdout: open_output("stdout", stdout, stdout_pipe, context).await?,
+            stderr: open_output("stderr", stderr, stderr_pipe, context).await?,
+            loggers,
+        })
+    }
+
+    async fn open_input(&self, endpoint: Endpoint, context: &StdioContext) -> Result<Input, StdioError> {
+        match endpoint {
+            Endpoint::Fifo(path) => {
+                let FileEnds { machine, opposite } = files::open_input(&path).map_err(open_error("stdin", &path))?;
+                Ok(Input {
+                    machine: machine.into(),
+                    writer: HostWriter::Fifo { _writer: opposite },
+                })
+            }
+            Endpoint::Streaming(id) => {
+                let relay = Relay::start_input(&context.streaming, &id).await;
+                let (relay, machine) = relay.map_err(streaming_error("stdin", &id))?;
+                Ok(Input {
+                    machine,
+                    writer: HostWriter::Relay(relay),
+                })
+            }
+            Endpoint::File(_) | Endpoint::Program(_) => Err(StdioError::Endpoint(EndpointError {
+                stream: "stdin",
+                uri: self.stdin.clone(),
+                reason: "input must come from a fifo or a stream".to_owned(),
+            })),
+        }
+    }
+}
+
+/// The programs to start, each with the streams that it reads: standard output, standard error. A program that is named
+/// for both is started once.
+fn logging_programs<'a>(stdout: Option<&'a Endpoint>, stderr: Option<&'a Endpoint>) -> Vec<(&'a Program, [bool; 2])> {
+    let program = |endpoint: Option<&'a Endpoint>| match endpoint {
+        Some(Endpoint::Program(program)) => Some(program),
+        _ => None,
+    };
+    match (program(stdout), program(stderr)) {
+        (Some(stdout), Some(stderr)) if stdout == stderr => vec![(stdout, [true, true])],
+        (stdout, stderr) => {
+            let stdout = stdout.map(|program| (program, [true, false]));
+            let stderr = stderr.map(|program| (program, [false, true]));
+            stdout.into_iter().chain(stderr).collect()
+        }
+    }
+}
+
+/// Opens an output. `pipe` is that to its logging program.
+async fn open_output(
+    stream: &'static str,
+    endpoint: Option<Endpoint>,
+    pipe: Option<OwnedFd>,
+    context: &StdioContext,
+) -> Result<Option<Output>, StdioError> {
+    let to_file = |FileEnds { machine, opposite }| Output {
+        machine: machine.into(),
+        reader: HostReader::Direct { _reader: opposite },
+    };
+    Ok(match endpoint {
+        None => None,
+        Some(Endpoint::Fifo(path)) => Some(to_file(files::open_output(&path).map_err(open_error(stream, &path))?)),
+        Some(Endpoint::File(path)) => Some(to_file(files::open_log(&path).map_err(open_error(stream, &path))?)),
+        Some(Endpoint::Program(_)) => pipe.map(|machine| Output {
+            machine,
+            reader: HostReader::Direct { _reader: None },
+        }),
+        Some(Endpoint::Streaming(id)) => {
+            let relay = Relay::start_output(&context.streaming, &id).await;
+            let (relay, machine) = relay.map_err(streaming_error(stream, &id))?;
+            Some(Output {
+                machine,
+                reader: HostReader::Relay(relay),
+            })
+        }
+    })
+}
+
+impl OpenedStreams {
+    /// Hands the streams to `machine`. Returns them with their host ports, which the agent needs. `size` is that of the
+    /// terminal: columns, rows.
+    pub(crate) async fn connect(
+        self,
+        machine: &Machine,
+        size: Option<(u16, u16)>,
+    ) -> Result<(StandardStreams, Stdio), ControlError> {
+        let mut ports = Stdio {
+            terminal: self.terminal,
+            size,
+            ..Stdio::default()
+        };
+        let mut stdin = None;
+        if let Some(Input { machine: end, writer }) = self.stdin {
+            let stream = machine.open_stream(Some(end.as_fd()), None).await?;
+            ports.stdin = Some(stream.port());
+            stdin = Some((stream, writer));
+        }
+        let stdout = connect_output(self.stdout, machine).await?;
+        let stderr = connect_output(self.stderr, machine).await?;
+        ports.stdout = stdout.as_ref().map(OutputStream::port);
+        ports.stderr = stderr.as_ref().map(OutputStream::port);
+        Ok((StandardStreams::new(stdin, stdout, stderr, self.loggers), ports))
+    }
+}
+
+async fn connect_output(output: Option<Output>, machine: &Machine) -> Result<Option<OutputStream>, ControlError> {
+    let Some(Output { machine: end, reader }) = output else {
+        return Ok(None);
+    };
+    let stream = machine.open_stream(None, Some(end.as_fd())).await?;
+    Ok(Some(OutputStream { stream, reader }))
+}
+
+fn open_error<'a>(stream: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StdioError + use<'a> {
+    move |source| StdioError::Open {
+        stream,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+fn streaming_error<'a>(stream: &'static str, id: &'a str) -> impl FnOnce(StreamingError) -> StdioError + use<'a> {
+    move |source| StdioError::Streaming {
+        stream,
+        id: id.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::{self, File},
+        io::Write,
+    };
+
+    use super::*;
+
+    async fn open(spec: StdioSpec) -> Result<OpenedStreams, StdioError> {
+        spec.open("c1", &StdioContext::default()).await
+    }
+
+    fn write(output: Option<Output>, text: &str) {
+        File::from(output.unwrap().machine).write_all(text.as_bytes()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn terminal_has_no_standard_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let opened = open(StdioSpec {
+            stdout: format!("file://{}", folder.path().join("log").display()),
+            stderr: "/no/such/fifo".to_owned(),
+            terminal: true,
+            ..StdioSpec::default()
+        });
+        let opened = opened.await.unwrap();
+        assert!(opened.stdout.is_some());
+        assert!(opened.stderr.is_none());
+    }
+
+    #[tokio::test]
+    async fn log_file_is_created_with_its_parents_and_appended_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("deep/er/log");
+        for text in ["a", "b"] {
+            let opened = open(StdioSpec {
+                stdout: format!("file://{}", log.display()),
+                terminal: true,
+                ..StdioSpec::default()
+            });
+            write(opened.await.unwrap().stdout, text);
+        }
+        assert_eq!(fs::read_to_string(log).unwrap(), "ab");
+    }
+
+    #[tokio::test]
+    async fn both_outputs_go_to_one_file_named_once_or_twice() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("log");
+        let uri = format!("file://{}", log.display());
+        for stderr in [uri.clone(), String::new()] {
+            let opened = open(StdioSpec {
+                stdout: uri.clone(),
+                stderr,
+                ..StdioSpec::default()
+            });
+            let opened = opened.await.unwrap();
+            write(opened.stdout, "out ");
+            write(opened.stderr, "err ");
+        }
+        assert_eq!(fs::read_to_string(log).unwrap(), "out err out err ");
+    }
+
+    #[test]
+    fn logging_program_that_is_named_twice_is_started_once() {
+        let endpoint = |uri| Endpoint::parse("stdout", uri).unwrap();
+        let [one, same] = ["binary:///a?x=y"; 2].map(endpoint);
+        let (other, fifo) = (endpoint("binary:///b"), endpoint("/fifo"));
+        let started = |stdout, stderr| {
+            let programs = logging_programs(stdout, stderr);
+            programs.into_iter().map(|(_, wanted)| wanted).collect::<Vec<_>>()
+        };
+        assert_eq!(started(one.as_ref(), same.as_ref()), [[true, true]]);
+        assert_eq!(started(one.as_ref(), other.as_ref()), [[true, false], [false, true]]);
+        assert_eq!(started(None, other.as_ref()), [[false, true]]);
+        assert_eq!(started(fifo.as_ref(), None), Vec::<[bool; 2]>::new());
+    }
+
+    #[tokio::test]
+    async fn error_names_the_stream_and_its_endpoint() {
+        let error = open(StdioSpec {
+            stdout: "/no/such/fifo".to_owned(),
+            ..StdioSpec::default()
+        });
+        let error = error.await.unwrap_err().to_string();
+        assert!(error.starts_with("open stdout /no/such/fifo: "), "{error}");
+
+        let error = open(StdioSpec {
+            stdin: "file:///etc/passwd".to_owned(),
+            ..StdioSpec::default()
+        });
+        let error = error.await.unwrap_err().to_string();
+        assert!(error.starts_with("stdin file:///etc/passwd: "), "{error}");
+    }
+}

@@ -1,0 +1,132 @@
+//! The standard streams of a process in a machine.
+
+use std::{fs::File, time::Duration};
+
+use parking_lot::Mutex;
+
+use super::{logger::Logger, streaming::Relay};
+use crate::shim::machine::{GuestStream, Machine};
+
+/// The streams of a process, from its start until its deletion.
+#[derive(Debug, Default)]
+pub(crate) struct StandardStreams {
+    stdin: Option<GuestStream>,
+    stdin_writer: Mutex<Option<HostWriter>>,
+    stdout: Option<OutputStream>,
+    stderr: Option<OutputStream>,
+    loggers: Mutex<Vec<Logger>>,
+}
+
+/// The writing side of a standard input on the host. The input ends when it is closed.
+#[derive(Debug)]
+pub(super) enum HostWriter {
+    /// The client writes to the fifo, of which the shim holds a writer too.
+    Fifo {
+        _writer: Option<File>,
+    },
+    Relay(Relay),
+}
+
+/// The reading side of an output on the host.
+#[derive(Debug)]
+pub(super) enum HostReader {
+    /// The client reads without the shim. Of a fifo the shim holds a reader too.
+    Direct {
+        _reader: Option<File>,
+    },
+    Relay(Relay),
+}
+
+/// Standard output or standard error.
+#[derive(Debug)]
+pub(super) struct OutputStream {
+    pub(super) stream: GuestStream,
+    pub(super) reader: HostReader,
+}
+
+impl StandardStreams {
+    pub(super) fn new(
+        stdin: Option<(GuestStream, HostWriter)>,
+        stdout: Option<OutputStream>,
+        stderr: Option<OutputStream>,
+        loggers: Vec<Logger>,
+    ) -> Self {
+        let (stdin, writer) = stdin.unzip();
+        Self {
+            stdin,
+            stdin_writer: Mutex::new(writer),
+            stdout,
+            stderr,
+            loggers: Mutex::new(loggers),
+        }
+    }
+
+    /// Ends standard input. The process reads what was sent before, and what other writers of a fifo still send.
+    pub(crate) fn close_stdin(&self) {
+        let mut writer = self.stdin_writer.lock();
+        match &*writer {
+            Some(HostWriter::Relay(relay)) => relay.end_input(),
+            Some(HostWriter::Fifo { .. }) => *writer = None,
+            None => {}
+        }
+    }
+
+    /// Waits until the first `stdout` and `stderr` bytes of the outputs have been delivered, for at most `limit`: a
+    /// client that does not read must not delay the exit event. Later bytes are still delivered afterwards.
+    pub(crate) async fn drained(&self, machine: &Machine, stdout: u64, stderr: u64, limit: Duration) {
+        let drain = async |output: &Option<OutputStream>, bytes| {
+            if let Some(output) = output {
+                machine.drain_stream(&mut output.stream.clone(), bytes).await;
+                if let HostReader::Relay(relay) = &output.reader {
+                    relay.delivered(bytes).await;
+                }
+            }
+        };
+        let both = async { tokio::join!(drain(&self.stdout, stdout), drain(&self.stderr, stderr)) };
+        let _ = tokio::time::timeout(limit, both).await;
+    }
+
+    /// Waits for the end of all output, for at most `limit`. Returns false if more may follow.
+    pub(crate) async fn finished(&self, limit: Duration) -> bool {
+        tokio::time::timeout(limit, self.outputs_finished()).await.is_ok()
+    }
+
+    /// Closes all streams at once and ends the logging programs. Clients have the end of their streams when this
+    /// returns, unless the vmm takes longer than `limit`.
+    pub(crate) async fn close(&self, machine: &Machine, limit: Duration) {
+        self.stdin_writer.lock().take();
+        let close = async {
+            let outputs = self.outputs().map(|output| &output.stream);
+            for stream in self.stdin.iter().chain(outputs) {
+                machine.close_stream(stream).await;
+            }
+            self.outputs_finished().await;
+        };
+        // On a timeout the vmm hangs, and the next request of the machine's owner fails.
+        let _ = tokio::time::timeout(limit, close).await;
+        let loggers = std::mem::take(&mut *self.loggers.lock());
+        for logger in loggers {
+            logger.finish().await;
+        }
+    }
+
+    async fn outputs_finished(&self) {
+        for output in self.outputs() {
+            output.stream.clone().closed().await;
+            if let HostReader::Relay(relay) = &output.reader {
+                relay.ended().await;
+            }
+        }
+    }
+
+    fn outputs(&self) -> impl Iterator<Item = &OutputStream> {
+        [&self.stdout, &self.stderr].into_iter().flatten()
+    }
+}
+
+impl OutputStream {
+    /// The host port that the guest connects to.
+    pub(super) fn port(&self) -> u32 {
+        self.stream.port()
+    }
+}
