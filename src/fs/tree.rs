@@ -1,17 +1,16 @@
-//! The tree as the guest sees it: virtiofsd's passthrough file system, with the guest's users as
-//! owners of what they create, names that are single components, and caching by who may change
-//! what.
+//! The file system that the guest sees: virtiofsd's passthrough file system with these changes. New files belong to the
+//! guest's users, names are single components, and caching depends on who may change a file.
 //!
-//! The tree's first two levels are the shim's: `<container id>/<share>`, each share a mount. What
-//! the guest alone can change it may cache for good; the rest it may cache for as long as NFS
-//! clients do, and file contents as long as the file is unchanged at open (close-to-open).
+//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. What only the
+//! guest can change, it may cache for a day. The rest it may cache about as long as NFS clients do, and file contents as
+//! long as the file is unchanged at open (close-to-open).
 
 use std::{ffi::CStr, fs::File, io, time::Duration};
 
 use virtiofsd::{
     filesystem::{
-        Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, ROOT_ID,
-        SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+        Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions, SetattrValid,
+        SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
     },
     fuse::{Attr, SetattrIn},
     passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs},
@@ -20,106 +19,77 @@ use virtiofsd::{
 };
 
 use super::{
-    identity::{ClearingSetId, act_as},
-    opened::Opened,
+    credentials::{WithoutFsetid, set_fs_ids},
+    node_id::{OWNED_TTL, SHARED_TTL, inner_id, is_owned, ttl, with_class},
+    open_history::OpenHistory,
 };
 
-/// Set in the mode of a container's directory in the tree where the container's [`ROOTFS`] is
-/// changed by nobody but the guest.
-pub(crate) const OWNED_BY_GUEST: u32 = libc::S_ISVTX;
-
-/// The name of a container's root file system in its directory.
-const ROOTFS: &CStr = c"rootfs";
-
-/// How long the guest may use names and attributes of files that the host may change.
-const SHARED_TTL: Duration = Duration::from_secs(1);
-
-/// How long it may use those that only it changes.
-const OWNED_TTL: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// In a node id that the guest has: below a root file system of its own. The inner file system
-/// counts its ids up from 1 and comes nowhere near these bits; a guest that makes up such an id only
-/// misleads itself.
-const OWNED: u64 = 1 << 63;
-
-/// In a node id that the guest has: a directory with [`OWNED_BY_GUEST`].
-const HOLDS_OWNED: u64 = 1 << 62;
-
-/// The tree.
 pub(super) struct Tree {
     inner: PassthroughFs,
-    opened: Opened,
+    open_history: OpenHistory,
 }
 
 impl Tree {
-    /// The tree at this process's root. At most `descriptors` files are known to the guest or open
-    /// at one time. `own_descriptors` is `/proc/self/fd`.
-    pub(super) fn open(own_descriptors: File, descriptors: u64) -> io::Result<Self> {
+    /// Opens the tree at this process's root. The guest can know or hold open at most `max_files` files at a time.
+    /// `own_descriptors` is `/proc/self/fd`.
+    pub(super) fn open(own_descriptors: File, max_files: u64) -> io::Result<Self> {
         let inner = PassthroughFs::new(Config {
             root_dir: "/".to_owned(),
             proc_sfd_rawfd: Some(own_descriptors),
-            guest_fd_limit: descriptors,
+            guest_fd_limit: max_files,
             entry_timeout: SHARED_TTL,
             attr_timeout: SHARED_TTL,
             cache_policy: CachePolicy::Auto,
-            // Else what a killed guest had written but not yet sent would be lost.
+            // With writeback, data that a guest wrote but had not yet sent would be lost if the guest is killed.
             writeback: false,
             announce_submounts: true,
-            // Handles need CAP_DAC_READ_SEARCH, which reaches beyond the tree.
+            // Handles need CAP_DAC_READ_SEARCH, which reaches files outside of the tree.
             inode_file_handles: InodeFileHandlesMode::Never,
             readdirplus: true,
             xattr: true,
             posix_acl: NegotiationMode::Auto,
-            // Else the guest asks for `security.capability` before each write.
+            // Without it, the guest reads `security.capability` before each write.
             killpriv_v2: true,
             ..Config::default()
         })?;
         Ok(Self {
             inner,
-            opened: Opened::default(),
+            open_history: OpenHistory::default(),
         })
     }
 
-    /// What the guest is told about the file `name` in `parent`.
-    fn entry(&self, parent: u64, name: &CStr, found: io::Result<Entry>) -> io::Result<Entry> {
-        let class = |mode: u32| {
-            if parent & OWNED != 0 || parent & HOLDS_OWNED != 0 && name == ROOTFS {
-                OWNED
-            } else if parent == ROOT_ID && mode & OWNED_BY_GUEST != 0 {
-                HOLDS_OWNED
-            } else {
-                0
-            }
-        };
+    /// Sets node id and cache times of the entry `name` in `parent`.
+    fn complete_entry(&self, parent: u64, name: &CStr, found: io::Result<Entry>) -> io::Result<Entry> {
         match found {
             Ok(mut entry) => {
-                let class = class(entry.attr.mode);
-                entry.inode |= class;
-                entry.entry_timeout = ttl(class);
-                entry.attr_timeout = ttl(class);
+                entry.inode = with_class(entry.inode, parent, name, entry.attr.mode);
+                entry.entry_timeout = ttl(entry.inode);
+                entry.attr_timeout = ttl(entry.inode);
                 Ok(entry)
             }
-            // Node 0 means that there is none, and that this may be cached (virtiofsd's `Entry`).
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && class(0) == OWNED => Ok(Entry {
-                inode: 0,
-                generation: 0,
-                attr: Attr::default(),
-                attr_timeout: OWNED_TTL,
-                entry_timeout: OWNED_TTL,
-            }),
+            // Node 0 is a missing name that the guest may cache (virtiofsd's `Entry`).
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) && is_owned(with_class(0, parent, name, 0)) => {
+                Ok(Entry {
+                    inode: 0,
+                    generation: 0,
+                    attr: Attr::default(),
+                    attr_timeout: OWNED_TTL,
+                    entry_timeout: OWNED_TTL,
+                })
+            }
             Err(error) => Err(error),
         }
     }
 
-    /// How the guest may cache the file that it has just opened.
-    fn caching(&self, ctx: Context, node: u64) -> OpenOptions {
-        if node & OWNED != 0 {
-            // Its closing needs no report either: only network file systems fail then.
+    /// How the guest may cache the file `node`, which it opens now.
+    fn cache_options(&self, ctx: Context, node: u64) -> OpenOptions {
+        if is_owned(node) {
+            // A close needs no report either: it can fail only on network file systems.
             OpenOptions::KEEP_CACHE | OpenOptions::NOFLUSH
         } else if self
             .inner
-            .getattr(ctx, inner(node), None)
-            .is_ok_and(|(attr, _)| self.opened.is_unchanged(node, &attr))
+            .getattr(ctx, inner_id(node), None)
+            .is_ok_and(|(attr, _)| self.open_history.record(node, &attr))
         {
             OpenOptions::KEEP_CACHE
         } else {
@@ -128,16 +98,8 @@ impl Tree {
     }
 }
 
-fn inner(node: u64) -> u64 {
-    node & !(OWNED | HOLDS_OWNED)
-}
-
-fn ttl(node: u64) -> Duration {
-    if node & OWNED == 0 { SHARED_TTL } else { OWNED_TTL }
-}
-
-/// A name is one component: no request reaches beyond the directory that it names.
-fn component(name: &CStr) -> io::Result<&CStr> {
+/// Refuses names of more than one component, so that no request reaches beyond the directory that it names.
+fn check_name(name: &CStr) -> io::Result<&CStr> {
     match name.to_bytes() {
         b"" | b"." | b".." => Err(io::Error::from_raw_os_error(libc::EINVAL)),
         bytes if bytes.contains(&b'/') => Err(io::Error::from_raw_os_error(libc::EINVAL)),
@@ -145,9 +107,10 @@ fn component(name: &CStr) -> io::Result<&CStr> {
     }
 }
 
-/// Acts as the guest's user, and returns what tells the inner file system not to switch to anybody.
-fn as_creator(ctx: Context) -> io::Result<Context> {
-    act_as(ctx.uid.into_inner(), ctx.gid.into_inner())?;
+/// Sets the ids of the request for a file that it creates. The returned context keeps the inner file system from
+/// changing them.
+fn set_creator(ctx: Context) -> io::Result<Context> {
+    set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner())?;
     Ok(Context {
         uid: 0.into(),
         gid: 0.into(),
@@ -155,13 +118,13 @@ fn as_creator(ctx: Context) -> io::Result<Context> {
     })
 }
 
-/// Acts as the guest's user where the request has one, for file systems that decide by it (NFS).
-fn as_user(ctx: Context) {
-    // A user that the host has not is no reason to refuse: what the user may do is decided already.
-    let _ = act_as(ctx.uid.into_inner(), ctx.gid.into_inner());
+/// Sets the ids of the request, for file systems that check them (NFS).
+fn set_user(ctx: Context) {
+    // Ids that cannot be set are no reason to refuse: the guest's kernel has decided what the user may do.
+    let _ = set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner());
 }
 
-/// The guest's groups matter to its own kernel only: this process may write every directory.
+/// Drops the user's groups. Only the guest's own kernel needs them: this process may write to every directory.
 fn without_groups(extensions: Extensions) -> Extensions {
     Extensions {
         secctx: extensions.secctx,
@@ -169,8 +132,9 @@ fn without_groups(extensions: Extensions) -> Extensions {
     }
 }
 
-fn clearing_set_id(asked: bool) -> io::Result<Option<ClearingSetId>> {
-    asked.then(ClearingSetId::start).transpose()
+/// Has the kernel clear set-id bits while the result exists, if the guest asks for that.
+fn clear_set_id(is_requested: bool) -> io::Result<Option<WithoutFsetid>> {
+    is_requested.then(WithoutFsetid::enter).transpose()
 }
 
 impl FileSystem for Tree {
@@ -179,7 +143,7 @@ impl FileSystem for Tree {
     type DirIter = ReadDir<Vec<u8>>;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        // What a symbolic link says never changes: one that says something else is another file.
+        // The target of a symbolic link never changes: a link with another target is another file.
         Ok(self.inner.init(capable)? | FsOptions::CACHE_SYMLINKS)
     }
 
@@ -188,24 +152,24 @@ impl FileSystem for Tree {
     }
 
     fn lookup(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<Entry> {
-        as_user(ctx);
-        let found = self.inner.lookup(ctx, inner(parent), component(name)?);
-        self.entry(parent, name, found)
+        set_user(ctx);
+        let found = self.inner.lookup(ctx, inner_id(parent), check_name(name)?);
+        self.complete_entry(parent, name, found)
     }
 
     fn forget(&self, ctx: Context, node: u64, count: u64) {
-        self.inner.forget(ctx, inner(node), count);
+        self.inner.forget(ctx, inner_id(node), count);
     }
 
     fn batch_forget(&self, ctx: Context, mut requests: Vec<(u64, u64)>) {
         for (node, _) in &mut requests {
-            *node = inner(*node);
+            *node = inner_id(*node);
         }
         self.inner.batch_forget(ctx, requests);
     }
 
     fn getattr(&self, ctx: Context, node: u64, handle: Option<u64>) -> io::Result<(Attr, Duration)> {
-        let (attr, _) = self.inner.getattr(ctx, inner(node), handle)?;
+        let (attr, _) = self.inner.getattr(ctx, inner_id(node), handle)?;
         Ok((attr, ttl(node)))
     }
 
@@ -217,15 +181,15 @@ impl FileSystem for Tree {
         handle: Option<u64>,
         mut valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
-        as_user(ctx);
-        let _clearing = clearing_set_id(valid.contains(SetattrValid::KILL_SUIDGID))?;
+        set_user(ctx);
+        let _clearing = clear_set_id(valid.contains(SetattrValid::KILL_SUIDGID))?;
         valid.remove(SetattrValid::KILL_SUIDGID);
-        let (attr, _) = self.inner.setattr(ctx, inner(node), attr, handle, valid)?;
+        let (attr, _) = self.inner.setattr(ctx, inner_id(node), attr, handle, valid)?;
         Ok((attr, ttl(node)))
     }
 
     fn readlink(&self, ctx: Context, node: u64) -> io::Result<Vec<u8>> {
-        self.inner.readlink(ctx, inner(node))
+        self.inner.readlink(ctx, inner_id(node))
     }
 
     fn symlink(
@@ -237,13 +201,13 @@ impl FileSystem for Tree {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         let created = self.inner.symlink(
-            as_creator(ctx)?,
+            set_creator(ctx)?,
             linkname,
-            inner(parent),
-            component(name)?,
+            inner_id(parent),
+            check_name(name)?,
             without_groups(extensions),
         );
-        self.entry(parent, name, created)
+        self.complete_entry(parent, name, created)
     }
 
     fn mknod(
@@ -257,15 +221,15 @@ impl FileSystem for Tree {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         let created = self.inner.mknod(
-            as_creator(ctx)?,
-            inner(parent),
-            component(name)?,
+            set_creator(ctx)?,
+            inner_id(parent),
+            check_name(name)?,
             mode,
             rdev,
             umask,
             without_groups(extensions),
         );
-        self.entry(parent, name, created)
+        self.complete_entry(parent, name, created)
     }
 
     fn mkdir(
@@ -278,49 +242,51 @@ impl FileSystem for Tree {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         let created = self.inner.mkdir(
-            as_creator(ctx)?,
-            inner(parent),
-            component(name)?,
+            set_creator(ctx)?,
+            inner_id(parent),
+            check_name(name)?,
             mode,
             umask,
             without_groups(extensions),
         );
-        self.entry(parent, name, created)
+        self.complete_entry(parent, name, created)
     }
 
     fn unlink(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
-        as_user(ctx);
-        self.inner.unlink(ctx, inner(parent), component(name)?)
+        set_user(ctx);
+        self.inner.unlink(ctx, inner_id(parent), check_name(name)?)
     }
 
     fn rmdir(&self, ctx: Context, parent: u64, name: &CStr) -> io::Result<()> {
-        as_user(ctx);
-        self.inner.rmdir(ctx, inner(parent), component(name)?)
+        set_user(ctx);
+        self.inner.rmdir(ctx, inner_id(parent), check_name(name)?)
     }
 
     fn rename(&self, ctx: Context, from: u64, old_name: &CStr, to: u64, new_name: &CStr, flags: u32) -> io::Result<()> {
-        as_user(ctx);
+        set_user(ctx);
         self.inner.rename(
             ctx,
-            inner(from),
-            component(old_name)?,
-            inner(to),
-            component(new_name)?,
+            inner_id(from),
+            check_name(old_name)?,
+            inner_id(to),
+            check_name(new_name)?,
             flags,
         )
     }
 
     fn link(&self, ctx: Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
-        as_user(ctx);
-        let linked = self.inner.link(ctx, inner(node), inner(parent), component(name)?);
-        self.entry(parent, name, linked)
+        set_user(ctx);
+        let linked = self
+            .inner
+            .link(ctx, inner_id(node), inner_id(parent), check_name(name)?);
+        self.complete_entry(parent, name, linked)
     }
 
     fn open(&self, ctx: Context, node: u64, kill_priv: bool, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        as_user(ctx);
-        let _clearing = clearing_set_id(kill_priv)?;
-        let (handle, options) = self.inner.open(ctx, inner(node), false, flags)?;
-        Ok((handle, options | self.caching(ctx, node)))
+        set_user(ctx);
+        let _clearing = clear_set_id(kill_priv)?;
+        let (handle, options) = self.inner.open(ctx, inner_id(node), false, flags)?;
+        Ok((handle, options | self.cache_options(ctx, node)))
     }
 
     fn create(
@@ -334,20 +300,20 @@ impl FileSystem for Tree {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions)> {
-        let creator = as_creator(ctx)?;
-        let _clearing = clearing_set_id(kill_priv)?;
+        let creator = set_creator(ctx)?;
+        let _clearing = clear_set_id(kill_priv)?;
         let (entry, handle, options) = self.inner.create(
             creator,
-            inner(parent),
-            component(name)?,
+            inner_id(parent),
+            check_name(name)?,
             mode,
             false,
             flags,
             umask,
             without_groups(extensions),
         )?;
-        let entry = self.entry(parent, name, Ok(entry))?;
-        let caching = self.caching(ctx, entry.inode);
+        let entry = self.complete_entry(parent, name, Ok(entry))?;
+        let caching = self.cache_options(ctx, entry.inode);
         Ok((entry, handle, options | caching))
     }
 
@@ -363,7 +329,7 @@ impl FileSystem for Tree {
         flags: u32,
     ) -> io::Result<usize> {
         self.inner
-            .read(ctx, inner(node), handle, w, size, offset, lock_owner, flags)
+            .read(ctx, inner_id(node), handle, w, size, offset, lock_owner, flags)
     }
 
     fn write<R: ZeroCopyReader>(
@@ -379,10 +345,10 @@ impl FileSystem for Tree {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        let _clearing = clearing_set_id(kill_priv)?;
+        let _clearing = clear_set_id(kill_priv)?;
         self.inner.write(
             ctx,
-            inner(node),
+            inner_id(node),
             handle,
             r,
             size,
@@ -395,15 +361,15 @@ impl FileSystem for Tree {
     }
 
     fn flush(&self, ctx: Context, node: u64, handle: u64, lock_owner: u64) -> io::Result<()> {
-        self.inner.flush(ctx, inner(node), handle, lock_owner)
+        self.inner.flush(ctx, inner_id(node), handle, lock_owner)
     }
 
     fn fsync(&self, ctx: Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsync(ctx, inner(node), datasync, handle)
+        self.inner.fsync(ctx, inner_id(node), datasync, handle)
     }
 
     fn fallocate(&self, ctx: Context, node: u64, handle: u64, mode: u32, offset: u64, length: u64) -> io::Result<()> {
-        self.inner.fallocate(ctx, inner(node), handle, mode, offset, length)
+        self.inner.fallocate(ctx, inner_id(node), handle, mode, offset, length)
     }
 
     fn release(
@@ -417,11 +383,11 @@ impl FileSystem for Tree {
         lock_owner: Option<u64>,
     ) -> io::Result<()> {
         self.inner
-            .release(ctx, inner(node), flags, handle, flush, flock_release, lock_owner)
+            .release(ctx, inner_id(node), flags, handle, flush, flock_release, lock_owner)
     }
 
     fn statfs(&self, ctx: Context, node: u64) -> io::Result<libc::statvfs64> {
-        self.inner.statfs(ctx, inner(node))
+        self.inner.statfs(ctx, inner_id(node))
     }
 
     fn setxattr(
@@ -433,52 +399,53 @@ impl FileSystem for Tree {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
-        as_user(ctx);
-        self.inner.setxattr(ctx, inner(node), name, value, flags, extra_flags)
+        set_user(ctx);
+        self.inner
+            .setxattr(ctx, inner_id(node), name, value, flags, extra_flags)
     }
 
     fn getxattr(&self, ctx: Context, node: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
-        as_user(ctx);
-        self.inner.getxattr(ctx, inner(node), name, size)
+        set_user(ctx);
+        self.inner.getxattr(ctx, inner_id(node), name, size)
     }
 
     fn listxattr(&self, ctx: Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
-        as_user(ctx);
-        self.inner.listxattr(ctx, inner(node), size)
+        set_user(ctx);
+        self.inner.listxattr(ctx, inner_id(node), size)
     }
 
     fn removexattr(&self, ctx: Context, node: u64, name: &CStr) -> io::Result<()> {
-        as_user(ctx);
-        self.inner.removexattr(ctx, inner(node), name)
+        set_user(ctx);
+        self.inner.removexattr(ctx, inner_id(node), name)
     }
 
     fn opendir(&self, ctx: Context, node: u64, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
-        as_user(ctx);
-        let (handle, mut options) = self.inner.opendir(ctx, inner(node), flags)?;
-        if node & OWNED != 0 {
+        set_user(ctx);
+        let (handle, mut options) = self.inner.opendir(ctx, inner_id(node), flags)?;
+        if is_owned(node) {
             options |= OpenOptions::KEEP_CACHE | OpenOptions::CACHE_DIR;
         }
         Ok((handle, options))
     }
 
     fn readdir(&self, ctx: Context, node: u64, handle: u64, size: u32, offset: u64) -> io::Result<Self::DirIter> {
-        self.inner.readdir(ctx, inner(node), handle, size, offset)
+        self.inner.readdir(ctx, inner_id(node), handle, size, offset)
     }
 
     fn fsyncdir(&self, ctx: Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
-        self.inner.fsyncdir(ctx, inner(node), datasync, handle)
+        self.inner.fsyncdir(ctx, inner_id(node), datasync, handle)
     }
 
     fn releasedir(&self, ctx: Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
-        self.inner.releasedir(ctx, inner(node), flags, handle)
+        self.inner.releasedir(ctx, inner_id(node), flags, handle)
     }
 
     fn access(&self, ctx: Context, node: u64, mask: u32) -> io::Result<()> {
-        self.inner.access(ctx, inner(node), mask)
+        self.inner.access(ctx, inner_id(node), mask)
     }
 
     fn lseek(&self, ctx: Context, node: u64, handle: u64, offset: u64, whence: u32) -> io::Result<u64> {
-        self.inner.lseek(ctx, inner(node), handle, offset, whence)
+        self.inner.lseek(ctx, inner_id(node), handle, offset, whence)
     }
 
     fn copyfilerange(
@@ -495,10 +462,10 @@ impl FileSystem for Tree {
     ) -> io::Result<usize> {
         self.inner.copyfilerange(
             ctx,
-            inner(node_in),
+            inner_id(node_in),
             handle_in,
             offset_in,
-            inner(node_out),
+            inner_id(node_out),
             handle_out,
             offset_out,
             len,
@@ -507,6 +474,6 @@ impl FileSystem for Tree {
     }
 
     fn syncfs(&self, ctx: Context, node: u64) -> io::Result<()> {
-        self.inner.syncfs(ctx, inner(node))
+        self.inner.syncfs(ctx, inner_id(node))
     }
 }

@@ -1,8 +1,7 @@
-//! The queues: takes requests, has the tree answer them, one at a time.
+//! The vhost-user backend: takes requests from the queues and passes them to the tree, one at a time.
 //!
-//! Not virtiofsd's own `VhostUserFsBackend`: that one ends the process at a malformed request,
-//! panics where a reply has no room, and offers migration, which is code that a vmm in a guest's
-//! hand could reach.
+//! Not virtiofsd's `VhostUserFsBackend`: that one ends the process at a malformed request, panics if a reply has no
+//! room, and offers migration, which is code that a vmm under a guest's control could reach.
 
 use std::{
     io,
@@ -39,33 +38,38 @@ use super::tree::Tree;
 /// The guest's memory, as the vmm shares it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 
-/// None yet: the vmm sends it before it starts a queue.
-pub(super) fn no_memory() -> Memory {
+/// No memory: the vmm sends the guest's before it starts a queue.
+pub(super) fn empty_memory() -> Memory {
     GuestMemoryAtomic::new(GuestMemoryMmap::new())
 }
 
-type Snapshot = GuestMemoryLoadGuard<GuestMemoryMmap<BitmapMmapRegion>>;
+/// The guest's memory at one moment: the vmm may add memory later.
+type MemorySnapshot = GuestMemoryLoadGuard<GuestMemoryMmap<BitmapMmapRegion>>;
 
 /// The high-priority queue and one request queue (virtio 1.3 §5.11.2).
-const QUEUES: usize = 2;
+const NUM_QUEUES: usize = 2;
 
-/// The most descriptors in a queue.
-const QUEUE_SIZE: usize = 1024;
+/// Maximum number of descriptors of a queue.
+const MAX_QUEUE_SIZE: usize = 1024;
 
-/// Serves both queues in one thread: a request is a few system calls on files that are mostly
-/// cached, and handing it to another thread costs as much again. Only requests that wait for a disk
-/// by their meaning go to a second thread, so that one container's `fsync` is not everybody's.
+/// The operations that wait for a disk, which a second thread handles.
+const SYNC_OPERATIONS: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Syncfs];
+
+/// Serves both queues in one thread: a request is a few system calls on files that are mostly cached, and passing it
+/// to another thread would cost as much again. Only [`SYNC_OPERATIONS`] go to a second thread, so that one container's
+/// `fsync` does not delay the other containers.
 pub(super) struct Backend {
     server: Arc<Server<Tree>>,
     memory: Memory,
-    patient: OnceLock<Sender<Pending>>,
+    /// Starts with the first of [`SYNC_OPERATIONS`].
+    sync_thread: OnceLock<Sender<Request>>,
 }
 
-/// A request that the second thread answers.
-struct Pending {
+/// A request that was taken from its queue and is not yet answered.
+struct Request {
     ring: VringMutex<Memory>,
-    memory: Snapshot,
-    chain: DescriptorChain<Snapshot>,
+    memory: MemorySnapshot,
+    chain: DescriptorChain<MemorySnapshot>,
 }
 
 impl Backend {
@@ -73,18 +77,17 @@ impl Backend {
         Self {
             server: Arc::new(Server::new(tree)),
             memory,
-            patient: OnceLock::new(),
+            sync_thread: OnceLock::new(),
         }
     }
 
-    /// Answers every request that is in the queue. Stops at a ring that makes no sense: the guest
-    /// then waits for answers that it has made impossible.
-    fn drain(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
+    /// Handles all requests in the queue. An invalid ring ends this, and the guest gets no more replies from it.
+    fn process_queue(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
         loop {
             ring.disable_notification()?;
-            while let Some(pending) = self.pop(ring)? {
-                if let Some(pending) = self.postpone(pending) {
-                    pending.answer(&self.server)?;
+            while let Some(request) = self.pop(ring)? {
+                if let Some(request) = self.defer_sync(request) {
+                    request.handle(&self.server)?;
                 }
             }
             if !ring.enable_notification()? {
@@ -93,66 +96,64 @@ impl Backend {
         }
     }
 
-    /// Takes the next request.
-    fn pop(&self, ring: &VringMutex<Memory>) -> Result<Option<Pending>, RingError> {
+    fn pop(&self, ring: &VringMutex<Memory>) -> Result<Option<Request>, RingError> {
         let mut state = ring.get_mut();
         let queue = state.get_queue_mut();
         if queue.avail_idx(&*self.memory.memory(), Ordering::Acquire)?.0 == queue.next_avail() {
             return Ok(None);
         }
-        // After the request was seen: its buffers may lie in memory that has come just before it.
+        // Only now: the buffers of the request may lie in memory that was added just before it.
         let memory = self.memory.memory();
         let chain = queue.pop_descriptor_chain(memory.clone());
-        Ok(chain.map(|chain| Pending {
+        Ok(chain.map(|chain| Request {
             ring: ring.clone(),
             memory,
             chain,
         }))
     }
 
-    /// Gives a request that waits by its meaning to the second thread, and any other back.
-    fn postpone(&self, pending: Pending) -> Option<Pending> {
-        const PATIENT: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Syncfs];
-        if !pending
-            .operation()
-            .is_some_and(|operation| PATIENT.map(|opcode| opcode as u32).contains(&operation))
+    /// Passes one of [`SYNC_OPERATIONS`] to the second thread, and returns any other request.
+    fn defer_sync(&self, request: Request) -> Option<Request> {
+        if !request
+            .opcode()
+            .is_some_and(|opcode| SYNC_OPERATIONS.map(|sync| sync as u32).contains(&opcode))
         {
-            return Some(pending);
+            return Some(request);
         }
-        let sender = self.patient.get_or_init(|| {
-            let (sender, receiver) = mpsc::channel::<Pending>();
+        let sender = self.sync_thread.get_or_init(|| {
+            let (sender, receiver) = mpsc::channel::<Request>();
             let server = self.server.clone();
             let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
-                for pending in receiver {
-                    if let Err(error) = pending.answer(&server) {
+                for request in receiver {
+                    if let Err(error) = request.handle(&server) {
                         error!("a queue is unusable: {error}");
                     }
                 }
             });
             if let Err(error) = spawned {
-                error!("no thread for fsync: {error}");
+                error!("cannot start a thread for fsync: {error}");
             }
             sender
         });
-        // Where the thread could not be started, nobody receives: then it is answered here.
-        sender.send(pending).err().map(|unsent| unsent.0)
+        // Without the thread there is no receiver: the caller then handles the request itself.
+        sender.send(request).err().map(|unsent| unsent.0)
     }
 }
 
 type RingError = virtiofsd_queue::Error;
 
-impl Pending {
-    /// Which operation it is, if that can be told from its first descriptor.
-    fn operation(&self) -> Option<u32> {
+impl Request {
+    /// The operation, if the first descriptor contains it.
+    fn opcode(&self) -> Option<u32> {
         let first = self.chain.clone().next()?;
         let opcode = first.addr().checked_add(offset_of!(InHeader, opcode) as u64)?;
         self.memory.read_obj(opcode).ok()
     }
 
-    /// Answers the request; with nothing where it is none.
-    fn answer(self, server: &Server<Tree>) -> Result<(), RingError> {
+    /// Handles the request and returns its descriptors to the guest. A malformed request gets an empty reply.
+    fn handle(self, server: &Server<Tree>) -> Result<(), RingError> {
         let head = self.chain.head_index();
-        let written = try_answer(server, &self.memory, self.chain).unwrap_or_else(|error| {
+        let written = try_handle(server, &self.memory, self.chain).unwrap_or_else(|error| {
             error!("the guest sent a malformed request: {error}");
             0
         });
@@ -161,22 +162,23 @@ impl Pending {
         if ring.needs_notification()?
             && let Err(error) = ring.signal_used_queue()
         {
-            error!("interrupt the guest: {error}");
+            error!("cannot interrupt the guest: {error}");
         }
         Ok(())
     }
 }
 
-/// Returns how many bytes were written.
-fn try_answer(server: &Server<Tree>, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> Result<u32, String> {
+/// Returns the number of bytes written to the reply.
+fn try_handle(
+    server: &Server<Tree>,
+    memory: &MemorySnapshot,
+    chain: DescriptorChain<MemorySnapshot>,
+) -> Result<u32, String> {
     let reader = Reader::new(memory, chain.clone()).map_err(|error| error.to_string())?;
     let writer = Writer::new(memory, chain).map_err(|error| error.to_string())?;
-    let request: InHeader = reader
-        .clone()
-        .read_obj()
-        .map_err(|error| format!("its header: {error}"))?;
-    if is_answered(request.opcode) && writer.available_bytes() < size_of::<OutHeader>() {
-        return Err(format!("no room for the answer to operation {}", request.opcode));
+    let request: InHeader = reader.clone().read_obj().map_err(|error| format!("header: {error}"))?;
+    if has_reply(request.opcode) && writer.available_bytes() < size_of::<OutHeader>() {
+        return Err(format!("no room for the reply to operation {}", request.opcode));
     }
     let written = server
         .handle_message(reader, writer, None::<&mut ()>)
@@ -184,9 +186,9 @@ fn try_answer(server: &Server<Tree>, memory: &Snapshot, chain: DescriptorChain<S
     u32::try_from(written).map_err(|error| error.to_string())
 }
 
-fn is_answered(operation: u32) -> bool {
-    const UNANSWERED: [Opcode; 4] = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt, Opcode::Destroy];
-    !UNANSWERED.map(|opcode| opcode as u32).contains(&operation)
+fn has_reply(opcode: u32) -> bool {
+    const WITHOUT_REPLY: [Opcode; 4] = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt, Opcode::Destroy];
+    !WITHOUT_REPLY.map(|operation| operation as u32).contains(&opcode)
 }
 
 impl VhostUserBackend for Backend {
@@ -194,11 +196,11 @@ impl VhostUserBackend for Backend {
     type Vring = VringMutex<Memory>;
 
     fn num_queues(&self) -> usize {
-        QUEUES
+        NUM_QUEUES
     }
 
     fn max_queue_size(&self) -> usize {
-        QUEUE_SIZE
+        MAX_QUEUE_SIZE
     }
 
     fn features(&self) -> u64 {
@@ -216,10 +218,10 @@ impl VhostUserBackend for Backend {
         self.server.destroy();
     }
 
-    // The queues know it.
+    // The queues have it already.
     fn set_event_idx(&self, _: bool) {}
 
-    // The memory that arrives is the one that this backend was made with.
+    // This backend already shares the memory object that is updated.
     fn update_memory(&self, _: Memory) -> io::Result<()> {
         Ok(())
     }
@@ -230,7 +232,7 @@ impl VhostUserBackend for Backend {
 
     fn handle_event(&self, queue: u16, _: EventSet, queues: &[VringMutex<Memory>], _: usize) -> io::Result<()> {
         if let Some(ring) = queues.get(usize::from(queue))
-            && let Err(error) = self.drain(ring)
+            && let Err(error) = self.process_queue(ring)
         {
             error!("queue {queue} is unusable: {error}");
         }

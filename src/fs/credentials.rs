@@ -1,0 +1,86 @@
+//! The credentials with which the calling thread accesses files.
+//!
+//! The process has ids that no file has. A new file belongs to the thread's file system ids (credentials(7)), which
+//! affect nothing but file access. The jail's securebits keep the capabilities as they are when these ids change.
+
+use std::{cell::Cell, io};
+
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
+/// The capabilities of the file server: access to files, and nothing else. The guest's kernel has checked what its
+/// processes may do; the file server then acts for all of their users, including root.
+///
+/// Without `DAC_READ_SEARCH`, which opens files by handle anywhere on the file system of a share. Without `SYS_ADMIN`,
+/// so there are no `trusted.*` attributes.
+pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    // Files of any user and any mode.
+    .union(CapabilitySet::DAC_OVERRIDE)
+    // chmod, utimes and extended attributes of any user's files.
+    .union(CapabilitySet::FOWNER)
+    // Without it, writes and chmod would clear set-id bits that the guest's kernel wants to keep.
+    .union(CapabilitySet::FSETID)
+    // setfsuid and setfsgid: new files belong to the guest's user and group.
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    // Device nodes in a root file system. They cannot be opened on the host: its mounts are nodev.
+    .union(CapabilitySet::MKNOD)
+    // File capabilities (`security.capability`), which package installers set.
+    .union(CapabilitySet::SETFCAP);
+
+/// No id: setfsuid(2) refuses it, and a FUSE request has it if its sender has no id.
+const INVALID_ID: u32 = u32::MAX;
+
+thread_local! {
+    /// User and group that [`set_fs_ids`] has set.
+    static FS_IDS: Cell<Option<(u32, u32)>> = const { Cell::new(None) };
+}
+
+/// Sets the file system ids of the calling thread. Makes no system call if it has them already, which is the usual
+/// case.
+pub(super) fn set_fs_ids(uid: u32, gid: u32) -> io::Result<()> {
+    if FS_IDS.get() == Some((uid, gid)) {
+        return Ok(());
+    }
+    if uid == INVALID_ID || gid == INVALID_ID {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    FS_IDS.set(None);
+    setfsgid(Gid::from_raw(gid));
+    setfsuid(Uid::from_raw(uid));
+    // These calls return the previous id and never an error, so only a second call shows whether the first succeeded.
+    if setfsgid(Gid::from_raw(gid)).as_raw() != gid || setfsuid(Uid::from_raw(uid)).as_raw() != uid {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    FS_IDS.set(Some((uid, gid)));
+    Ok(())
+}
+
+/// While this value exists, the calling thread lacks `CAP_FSETID`, so the kernel clears the set-id bits of files that
+/// the thread changes.
+#[derive(Debug)]
+pub(super) struct WithoutFsetid(());
+
+impl WithoutFsetid {
+    pub(super) fn enter() -> io::Result<Self> {
+        set_effective(CAPABILITIES.difference(CapabilitySet::FSETID))?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for WithoutFsetid {
+    fn drop(&mut self) {
+        set_effective(CAPABILITIES).expect("permitted capabilities can be made effective");
+    }
+}
+
+fn set_effective(effective: CapabilitySet) -> io::Result<()> {
+    Ok(set_capabilities(
+        None,
+        CapabilitySets {
+            effective,
+            permitted: CAPABILITIES,
+            inheritable: CapabilitySet::empty(),
+        },
+    )?)
+}
