@@ -1,5 +1,5 @@
-//! A guest's FUSE client in a few lines: one request at a time over a real virtqueue, to a real file
-//! server, through the vhost-user protocol (numbers: include/uapi/linux/fuse.h, protocol 7.38).
+//! A minimal FUSE client as in a guest: one request at a time through a real virtqueue to a real file server, over the
+//! vhost-user protocol. Layouts and flags are those of include/uapi/linux/fuse.h, protocol 7.38.
 
 use std::{
     fs::File,
@@ -22,6 +22,7 @@ use vhost::{
     },
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtiofsd::fuse::Opcode;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,19 +33,18 @@ const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
 const REQUEST: u64 = 0x10_0000;
-const ANSWER: u64 = 0x20_0000;
-const ANSWER_SIZE: u32 = 0x10_2000;
+const REPLY: u64 = 0x20_0000;
+const REPLY_SIZE: u32 = 0x10_2000;
 
-/// The root's node id.
+/// The node id of the tree's root.
 pub(crate) const ROOT: u64 = 1;
 
-/// An open file may keep what is cached of it (`FOPEN_KEEP_CACHE`).
+/// The guest may keep its cached contents of the opened file (`FOPEN_KEEP_CACHE`).
 pub(crate) const KEEP_CACHE: u32 = 1 << 1;
 
-/// A user and group of the guest.
+/// User and group of a process in the guest.
 pub(crate) type Ids = (u32, u32);
 
-/// The guest's root.
 pub(crate) const BY_ROOT: Ids = (0, 0);
 
 /// The connection to a file server.
@@ -58,7 +58,7 @@ pub(crate) struct Client {
     ids: Ids,
 }
 
-/// What is known of a file.
+/// The parts of `fuse_entry_out` that tests look at.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Node {
     pub(crate) id: u64,
@@ -76,10 +76,9 @@ pub(crate) struct Attr {
     pub(crate) flags: u32,
 }
 
-/// An error number.
-pub(crate) type Failed = i32;
+pub(crate) type Errno = i32;
 
-/// Bytes of a request.
+/// Builds the body of a request.
 #[derive(Default)]
 struct Body(Vec<u8>);
 
@@ -136,15 +135,15 @@ impl Node {
 }
 
 impl Client {
-    /// Connects as the vmm does, and starts the FUSE session as the guest's kernel does.
+    /// Connects like the vmm and starts a FUSE session like the guest's kernel.
     pub(crate) fn connect(socket: OwnedFd) -> Self {
         let mut client = Self::without_session(socket);
         // ATOMIC_O_TRUNC, BIG_WRITES, CACHE_SYMLINKS, SUBMOUNTS, HANDLE_KILLPRIV_V2, INIT_EXT.
         let flags = 1 << 3 | 1 << 5 | 1 << 23 | 1 << 27 | 1 << 28 | 1 << 30;
         let init = Body::default().u32s(&[7, 38, 0, flags, 0]).u32s(&[0; 11]);
-        let answer = client.call(26, 0, init).unwrap();
+        let reply = client.call(Opcode::Init, 0, init).unwrap();
         let needed = 1 << 23 | 1 << 28;
-        assert_eq!(u32_at(&answer, 12) & needed, needed, "accepted");
+        assert_eq!(u32_at(&reply, 12) & needed, needed, "flags that the server accepted");
         client
     }
 
@@ -199,43 +198,43 @@ impl Client {
         }
     }
 
-    /// Sends the next requests as these ids.
-    pub(crate) fn by(&mut self, ids: Ids) -> &mut Self {
+    /// Sends the next requests with these ids.
+    pub(crate) fn as_user(&mut self, ids: Ids) -> &mut Self {
         self.ids = ids;
         self
     }
 
-    /// Puts one descriptor chain into the queue: `request`, then `room` bytes for an answer, and
-    /// waits until it is used. Returns what was written.
+    /// Makes one descriptor chain available, `request` and `room` bytes for a reply, and waits until it is used.
+    /// Returns the bytes that were written.
     pub(crate) fn exchange(&mut self, request: &[u8], room: u32) -> Vec<u8> {
         self.memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
         let length = u32::try_from(request.len()).unwrap();
         let (next, write) = (1_u16, 2_u16);
-        self.descriptor(0, REQUEST, length, if room > 0 { next } else { 0 });
-        self.descriptor(1, ANSWER, room, write);
+        self.write_descriptor(0, REQUEST, length, if room > 0 { next } else { 0 });
+        self.write_descriptor(1, REPLY, room, write);
         let slot = u64::from(self.next % QUEUE_SIZE);
-        self.put(AVAILABLE + 4 + 2 * slot, 0_u16);
+        self.write_memory(AVAILABLE + 4 + 2 * slot, 0_u16);
         self.next = self.next.wrapping_add(1);
-        self.put(AVAILABLE + 2, self.next);
+        self.write_memory(AVAILABLE + 2, self.next);
         self.kick.write(1).unwrap();
         while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != self.next {
             self.wait();
         }
         let written: u32 = self.memory.read_obj(GuestAddress(USED + 4 + 8 * slot + 4)).unwrap();
-        let mut answer = vec![0; usize::try_from(written).unwrap()];
-        self.memory.read_slice(&mut answer, GuestAddress(ANSWER)).unwrap();
-        answer
+        let mut reply = vec![0; usize::try_from(written).unwrap()];
+        self.memory.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
+        reply
     }
 
-    fn descriptor(&self, index: u64, address: u64, length: u32, flags: u16) {
+    fn write_descriptor(&self, index: u64, address: u64, length: u32, flags: u16) {
         let at = DESCRIPTORS + 16 * index;
-        self.put(at, address);
-        self.put(at + 8, length);
-        self.put(at + 12, flags);
-        self.put(at + 14, 1_u16);
+        self.write_memory(at, address);
+        self.write_memory(at + 8, length);
+        self.write_memory(at + 12, flags);
+        self.write_memory(at + 14, 1_u16);
     }
 
-    fn put<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
+    fn write_memory<T: vm_memory::ByteValued>(&self, address: u64, value: T) {
         self.memory.write_obj(value, GuestAddress(address)).unwrap();
     }
 
@@ -252,13 +251,13 @@ impl Client {
     }
 
     /// Waits until the server closes the connection.
-    pub(crate) fn wait_for_end(mut self) {
+    pub(crate) fn wait_for_close(mut self) {
         drop(self._frontend);
         let mut rest = Vec::new();
         self.connection.read_to_end(&mut rest).unwrap();
     }
 
-    /// A request of operation `opcode`, as the guest's kernel frames it.
+    /// A request with its header.
     pub(crate) fn frame(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         let length = u32::try_from(40 + body.len()).unwrap();
         Body::default()
@@ -269,27 +268,27 @@ impl Client {
             .0
     }
 
-    fn call(&mut self, opcode: u32, node: u64, body: Body) -> Result<Vec<u8>, Failed> {
-        self.call_with_room(opcode, node, body, ANSWER_SIZE)
+    fn call(&mut self, opcode: Opcode, node: u64, body: Body) -> Result<Vec<u8>, Errno> {
+        self.call_with_room(opcode, node, body, REPLY_SIZE)
     }
 
-    fn call_with_room(&mut self, opcode: u32, node: u64, body: Body, room: u32) -> Result<Vec<u8>, Failed> {
-        let request = self.frame(opcode, node, &body.0);
-        let answer = self.exchange(&request, room);
-        assert_eq!(u64_at(&answer, 8), 77, "the answer to this request");
-        match i32::from_le_bytes(answer[4..8].try_into().unwrap()) {
-            0 => Ok(answer[16..].to_vec()),
+    fn call_with_room(&mut self, opcode: Opcode, node: u64, body: Body, room: u32) -> Result<Vec<u8>, Errno> {
+        let request = self.frame(opcode as u32, node, &body.0);
+        let reply = self.exchange(&request, room);
+        assert_eq!(u64_at(&reply, 8), 77, "unique id of the request");
+        match i32::from_le_bytes(reply[4..8].try_into().unwrap()) {
+            0 => Ok(reply[16..].to_vec()),
             error => Err(-error),
         }
     }
 
-    pub(crate) fn lookup(&mut self, parent: u64, name: &str) -> Result<Node, Failed> {
-        self.call(1, parent, Body::default().name(name))
-            .map(|answer| Node::parse(&answer))
+    pub(crate) fn lookup(&mut self, parent: u64, name: &str) -> Result<Node, Errno> {
+        self.call(Opcode::Lookup, parent, Body::default().name(name))
+            .map(|reply| Node::parse(&reply))
     }
 
-    /// Looks up each name below the one before.
-    pub(crate) fn walk(&mut self, path: &str) -> Result<Node, Failed> {
+    /// Looks up each component of `path`, starting at the root.
+    pub(crate) fn walk(&mut self, path: &str) -> Result<Node, Errno> {
         let mut node = self.lookup(ROOT, path.split('/').next().unwrap())?;
         for name in path.split('/').skip(1) {
             node = self.lookup(node.id, name)?;
@@ -298,97 +297,106 @@ impl Client {
     }
 
     pub(crate) fn forget(&mut self, node: u64, count: u64) {
-        let request = self.frame(2, node, &count.to_le_bytes());
+        let request = self.frame(Opcode::Forget as u32, node, &count.to_le_bytes());
         assert_eq!(self.exchange(&request, 0), b"");
     }
 
-    pub(crate) fn attr(&mut self, node: u64) -> Result<Attr, Failed> {
-        self.call(3, node, Body::default().u32s(&[0, 0]).u64s(&[0]))
-            .map(|answer| Attr::parse(&answer[16..]))
+    pub(crate) fn attr(&mut self, node: u64) -> Result<Attr, Errno> {
+        self.call(Opcode::Getattr, node, Body::default().u32s(&[0, 0]).u64s(&[0]))
+            .map(|reply| Attr::parse(&reply[16..]))
     }
 
-    pub(crate) fn set_owner(&mut self, node: u64, (uid, gid): Ids) -> Result<Attr, Failed> {
+    pub(crate) fn set_owner(&mut self, node: u64, (uid, gid): Ids) -> Result<Attr, Errno> {
         self.set_attr(node, 1 << 1 | 1 << 2, 0, 0, (uid, gid))
     }
 
-    pub(crate) fn set_mode(&mut self, node: u64, mode: u32) -> Result<Attr, Failed> {
+    pub(crate) fn set_mode(&mut self, node: u64, mode: u32) -> Result<Attr, Errno> {
         self.set_attr(node, 1, 0, mode, BY_ROOT)
     }
 
-    pub(crate) fn truncate(&mut self, node: u64, size: u64, kill_set_id: bool) -> Result<Attr, Failed> {
+    pub(crate) fn truncate(&mut self, node: u64, size: u64, kill_set_id: bool) -> Result<Attr, Errno> {
         let valid = 1 << 3 | u32::from(kill_set_id) << 11;
         self.set_attr(node, valid, size, 0, BY_ROOT)
     }
 
-    fn set_attr(&mut self, node: u64, valid: u32, size: u64, mode: u32, ids: Ids) -> Result<Attr, Failed> {
+    fn set_attr(&mut self, node: u64, valid: u32, size: u64, mode: u32, ids: Ids) -> Result<Attr, Errno> {
         let body = Body::default()
             .u32s(&[valid, 0])
             .u64s(&[0, size, 0, 0, 0, 0])
             .u32s(&[0, 0, 0, mode, 0, ids.0, ids.1, 0]);
-        self.call(4, node, body).map(|answer| Attr::parse(&answer[16..]))
+        self.call(Opcode::Setattr, node, body)
+            .map(|reply| Attr::parse(&reply[16..]))
     }
 
-    pub(crate) fn readlink(&mut self, node: u64) -> Result<String, Failed> {
-        self.call(5, node, Body::default())
-            .map(|answer| String::from_utf8(answer).unwrap())
+    pub(crate) fn readlink(&mut self, node: u64) -> Result<String, Errno> {
+        self.call(Opcode::Readlink, node, Body::default())
+            .map(|reply| String::from_utf8(reply).unwrap())
     }
 
-    pub(crate) fn symlink(&mut self, parent: u64, name: &str, target: &str) -> Result<Node, Failed> {
-        self.call(6, parent, Body::default().name(name).name(target))
-            .map(|answer| Node::parse(&answer))
+    pub(crate) fn symlink(&mut self, parent: u64, name: &str, target: &str) -> Result<Node, Errno> {
+        self.call(Opcode::Symlink, parent, Body::default().name(name).name(target))
+            .map(|reply| Node::parse(&reply))
     }
 
-    pub(crate) fn mknod(&mut self, parent: u64, name: &str, mode: u32, device: u32) -> Result<Node, Failed> {
-        self.call(8, parent, Body::default().u32s(&[mode, device, 0, 0]).name(name))
-            .map(|answer| Node::parse(&answer))
+    pub(crate) fn mknod(&mut self, parent: u64, name: &str, mode: u32, device: u32) -> Result<Node, Errno> {
+        self.call(
+            Opcode::Mknod,
+            parent,
+            Body::default().u32s(&[mode, device, 0, 0]).name(name),
+        )
+        .map(|reply| Node::parse(&reply))
     }
 
-    pub(crate) fn mkdir(&mut self, parent: u64, name: &str, mode: u32) -> Result<Node, Failed> {
-        self.call(9, parent, Body::default().u32s(&[mode, 0]).name(name))
-            .map(|answer| Node::parse(&answer))
+    pub(crate) fn mkdir(&mut self, parent: u64, name: &str, mode: u32) -> Result<Node, Errno> {
+        self.call(Opcode::Mkdir, parent, Body::default().u32s(&[mode, 0]).name(name))
+            .map(|reply| Node::parse(&reply))
     }
 
-    pub(crate) fn unlink(&mut self, parent: u64, name: &str) -> Result<(), Failed> {
-        self.call(10, parent, Body::default().name(name)).map(drop)
+    pub(crate) fn unlink(&mut self, parent: u64, name: &str) -> Result<(), Errno> {
+        self.call(Opcode::Unlink, parent, Body::default().name(name)).map(drop)
     }
 
-    pub(crate) fn rename(&mut self, from: u64, old: &str, to: u64, new: &str) -> Result<(), Failed> {
-        self.call(12, from, Body::default().u64s(&[to]).name(old).name(new))
+    pub(crate) fn rename(&mut self, from: u64, old: &str, to: u64, new: &str) -> Result<(), Errno> {
+        self.call(Opcode::Rename, from, Body::default().u64s(&[to]).name(old).name(new))
             .map(drop)
     }
 
-    pub(crate) fn link(&mut self, node: u64, parent: u64, name: &str) -> Result<Node, Failed> {
-        self.call(13, parent, Body::default().u64s(&[node]).name(name))
-            .map(|answer| Node::parse(&answer))
+    pub(crate) fn link(&mut self, node: u64, parent: u64, name: &str) -> Result<Node, Errno> {
+        self.call(Opcode::Link, parent, Body::default().u64s(&[node]).name(name))
+            .map(|reply| Node::parse(&reply))
     }
 
-    /// Returns the handle and how the file may be cached.
-    pub(crate) fn open(&mut self, node: u64, flags: i32) -> Result<(u64, u32), Failed> {
-        self.call(14, node, Body::default().u32s(&[flags.cast_unsigned(), 0]))
-            .map(|answer| (u64_at(&answer, 0), u32_at(&answer, 8)))
+    /// Returns the handle and the `FOPEN_*` flags.
+    pub(crate) fn open(&mut self, node: u64, flags: i32) -> Result<(u64, u32), Errno> {
+        self.call(Opcode::Open, node, Body::default().u32s(&[flags.cast_unsigned(), 0]))
+            .map(|reply| (u64_at(&reply, 0), u32_at(&reply, 8)))
     }
 
-    pub(crate) fn release(&mut self, node: u64, handle: u64) -> Result<(), Failed> {
-        self.call(18, node, Body::default().u64s(&[handle]).u32s(&[0, 0]).u64s(&[0]))
+    pub(crate) fn release(&mut self, node: u64, handle: u64) -> Result<(), Errno> {
+        self.call(
+            Opcode::Release,
+            node,
+            Body::default().u64s(&[handle]).u32s(&[0, 0]).u64s(&[0]),
+        )
+        .map(drop)
+    }
+
+    pub(crate) fn fsync(&mut self, node: u64, handle: u64) -> Result<(), Errno> {
+        self.call(Opcode::Fsync, node, Body::default().u64s(&[handle]).u32s(&[0, 0]))
             .map(drop)
     }
 
-    pub(crate) fn fsync(&mut self, node: u64, handle: u64) -> Result<(), Failed> {
-        self.call(20, node, Body::default().u64s(&[handle]).u32s(&[0, 0]))
-            .map(drop)
-    }
-
-    pub(crate) fn read(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<u8>, Failed> {
+    pub(crate) fn read(&mut self, node: u64, handle: u64, size: u32) -> Result<Vec<u8>, Errno> {
         let body = Body::default()
             .u64s(&[handle, 0])
             .u32s(&[size, 0])
             .u64s(&[0])
             .u32s(&[0, 0]);
-        // The server reads as much as there is room for.
-        self.call_with_room(15, node, body, 16 + size)
+        // The server reads as many bytes as the reply has room for.
+        self.call_with_room(Opcode::Read, node, body, 16 + size)
     }
 
-    pub(crate) fn write(&mut self, node: u64, handle: u64, data: &[u8], kill_set_id: bool) -> Result<u32, Failed> {
+    pub(crate) fn write(&mut self, node: u64, handle: u64, data: &[u8], kill_set_id: bool) -> Result<u32, Errno> {
         let size = u32::try_from(data.len()).unwrap();
         let body = Body::default()
             .u64s(&[handle, 0])
@@ -396,37 +404,41 @@ impl Client {
             .u64s(&[0])
             .u32s(&[0, 0])
             .bytes(data);
-        self.call(16, node, body).map(|answer| u32_at(&answer, 0))
+        self.call(Opcode::Write, node, body).map(|reply| u32_at(&reply, 0))
     }
 
-    pub(crate) fn create(&mut self, parent: u64, name: &str, mode: u32) -> Result<(Node, u64), Failed> {
+    pub(crate) fn create(&mut self, parent: u64, name: &str, mode: u32) -> Result<(Node, u64), Errno> {
         let flags = (libc::O_RDWR | libc::O_CREAT | libc::O_EXCL).cast_unsigned();
         let body = Body::default().u32s(&[flags, libc::S_IFREG | mode, 0, 0]).name(name);
-        self.call(35, parent, body)
-            .map(|answer| (Node::parse(&answer), u64_at(&answer, 128)))
+        self.call(Opcode::Create, parent, body)
+            .map(|reply| (Node::parse(&reply), u64_at(&reply, 128)))
     }
 
-    pub(crate) fn setxattr(&mut self, node: u64, name: &str, value: &[u8]) -> Result<(), Failed> {
+    pub(crate) fn setxattr(&mut self, node: u64, name: &str, value: &[u8]) -> Result<(), Errno> {
         let size = u32::try_from(value.len()).unwrap();
-        self.call(21, node, Body::default().u32s(&[size, 0]).name(name).bytes(value))
-            .map(drop)
+        self.call(
+            Opcode::Setxattr,
+            node,
+            Body::default().u32s(&[size, 0]).name(name).bytes(value),
+        )
+        .map(drop)
     }
 
-    pub(crate) fn getxattr(&mut self, node: u64, name: &str) -> Result<Vec<u8>, Failed> {
-        self.call(22, node, Body::default().u32s(&[4096, 0]).name(name))
+    pub(crate) fn getxattr(&mut self, node: u64, name: &str) -> Result<Vec<u8>, Errno> {
+        self.call(Opcode::Getxattr, node, Body::default().u32s(&[4096, 0]).name(name))
     }
 
-    /// The names in a directory.
-    pub(crate) fn list(&mut self, node: u64) -> Result<Vec<String>, Failed> {
-        let opened = self.call(27, node, Body::default().u32s(&[0, 0]))?;
+    /// The sorted names in a directory.
+    pub(crate) fn list(&mut self, node: u64) -> Result<Vec<String>, Errno> {
+        let opened = self.call(Opcode::Opendir, node, Body::default().u32s(&[0, 0]))?;
         let body = Body::default()
             .u64s(&[u64_at(&opened, 0), 0])
             .u32s(&[65536, 0])
             .u64s(&[0])
             .u32s(&[0, 0]);
-        let answer = self.call(28, node, body)?;
+        let reply = self.call(Opcode::Readdir, node, body)?;
         let mut names = Vec::new();
-        let mut rest = answer.as_slice();
+        let mut rest = reply.as_slice();
         while rest.len() >= 24 {
             let length = usize::try_from(u32_at(rest, 16)).unwrap();
             names.push(String::from_utf8(rest[24..24 + length].to_vec()).unwrap());

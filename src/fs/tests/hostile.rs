@@ -1,12 +1,14 @@
-//! Requests that no honest kernel sends.
+//! Requests that the guest's kernel would not send.
 
-use super::{client::ROOT, serve};
+use virtiofsd::fuse::Opcode;
+
+use super::{client::ROOT, start_server};
 
 #[test]
 fn names_of_more_than_one_component_are_refused() {
-    let mut served = serve();
-    let parent = served.client.walk("c/0").unwrap().id;
-    let client = &mut served.client;
+    let mut server = start_server();
+    let parent = server.client.walk("c/0").unwrap().id;
+    let client = &mut server.client;
     for name in ["..", ".", "", "a/b", "/etc", "../../c/0", "a/"] {
         for (what, result) in [
             ("lookup", client.lookup(parent, name).map(drop)),
@@ -25,13 +27,13 @@ fn names_of_more_than_one_component_are_refused() {
 }
 
 #[test]
-fn malformed_requests_are_dropped_and_the_server_lives_on() {
-    let mut served = serve();
-    let client = &mut served.client;
-    let many = [0xff; 64];
+fn malformed_requests_do_not_end_the_server() {
+    let mut server = start_server();
+    let client = &mut server.client;
+    let garbage = [0xff; 64];
     for opcode in (0..64).chain([4096, u32::MAX]) {
-        // FUSE_INIT with garbage starts a session anew, which is no error.
-        for body in [&[][..], &many[..1], &many[..8], &many] {
+        // FUSE_INIT may succeed with such a body: it starts a new session.
+        for body in [&[][..], &garbage[..1], &garbage[..8], &garbage] {
             let mut request = client.frame(opcode, ROOT, body);
             client.exchange(&request, 4096);
             client.exchange(&request, 15);
@@ -46,20 +48,20 @@ fn malformed_requests_are_dropped_and_the_server_lives_on() {
         client.exchange(&[0; 39][..length], 4096);
     }
     let init = [7_u32, 38, 0, 1 << 27].map(u32::to_le_bytes).concat();
-    let request = client.frame(26, 0, &[&init[..], &[0; 48]].concat());
+    let request = client.frame(Opcode::Init as u32, 0, &[&init[..], &[0; 48]].concat());
     client.exchange(&request, 4096);
     assert_eq!(client.walk("c/0").unwrap().attr.mode & libc::S_IFMT, libc::S_IFDIR);
 }
 
 #[test]
-fn numbers_that_were_never_given_out_name_nothing() {
-    let mut served = serve();
+fn unknown_node_ids_and_handles_are_errors() {
+    let mut server = start_server();
     let (node, handle) = {
-        let parent = served.client.walk("c/0").unwrap().id;
-        let (file, handle) = served.client.create(parent, "file", 0o644).unwrap();
+        let parent = server.client.walk("c/0").unwrap().id;
+        let (file, handle) = server.client.create(parent, "file", 0o644).unwrap();
         (file.id, handle)
     };
-    let client = &mut served.client;
+    let client = &mut server.client;
     for unknown in [0, node + 1, 1 << 62, 1 << 63, u64::MAX] {
         assert_eq!(client.attr(unknown).unwrap_err(), libc::EBADF, "{unknown:#x}");
         assert_eq!(client.lookup(unknown, "x").unwrap_err(), libc::EBADF, "{unknown:#x}");
@@ -77,9 +79,9 @@ fn numbers_that_were_never_given_out_name_nothing() {
 }
 
 #[test]
-fn top_of_the_tree_cannot_be_written() {
-    let mut served = serve();
-    let client = &mut served.client;
+fn top_of_the_tree_is_read_only() {
+    let mut server = start_server();
+    let client = &mut server.client;
     let container = client.walk("c").unwrap().id;
     for parent in [ROOT, container] {
         assert_eq!(client.mkdir(parent, "x", 0o755).unwrap_err(), libc::EROFS);

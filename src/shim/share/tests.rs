@@ -119,7 +119,7 @@ fn overlay_is_shared_and_written_to_its_upper_directory() {
     let (handle, _) = client.open(file, libc::O_RDWR).unwrap();
     client.write(file, handle, b"upper", false).unwrap();
     client.unlink(root, "of-1").unwrap();
-    client.by((5, 6)).mkdir(root, "made", 0o700).unwrap();
+    client.as_user((5, 6)).mkdir(root, "made", 0o700).unwrap();
 
     assert_eq!(fs::read(layers.path("upper/file")).unwrap(), b"upper");
     assert_eq!(fs::read(layers.path("snapshots/0/fs/file")).unwrap(), b"lower");
@@ -171,7 +171,7 @@ fn lower_layers_of_an_overlay_are_id_mapped() {
     let root = client.walk("c/rootfs").unwrap().id;
     assert_eq!(client.list(root).unwrap(), ["file", "of-0", "of-1"]);
     assert_eq!(owner(&mut client, "c/rootfs/of-1"), (100_000, 200_000));
-    client.by((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
+    client.as_user((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
 
     let made = fs::metadata(layers.path("upper/made")).unwrap();
     assert_eq!((made.uid(), made.gid()), (100_007, 200_008));
@@ -200,11 +200,11 @@ fn ids_of_a_share_are_mapped_both_ways() {
 
     assert_eq!(owner(&mut client, "c/0/file"), (100_000, 200_000));
     let root = client.walk("c/0").unwrap().id;
-    client.by((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
+    client.as_user((100_007, 200_008)).mkdir(root, "made", 0o700).unwrap();
 
     let made = fs::metadata(directory.path().join("made")).unwrap();
     assert_eq!((made.uid(), made.gid()), (7, 8));
-    assert!(client.by((5, 5)).mkdir(root, "unmapped", 0o700).is_err());
+    assert!(client.as_user((5, 5)).mkdir(root, "unmapped", 0o700).is_err());
 }
 
 #[test]
@@ -411,7 +411,7 @@ fn mounts_are_gone_with_the_killed_server_and_its_shim() {
     let pid = Pid::from_raw(i32::try_from(process.child().id()).unwrap());
     let descriptor = rustix::process::pidfd_open(pid.unwrap(), PidfdFlags::empty()).unwrap();
     rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).unwrap();
-    client.wait_for_end();
+    client.wait_for_close();
     rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), WaitIdOptions::EXITED).unwrap();
     drop(process);
 
