@@ -1,60 +1,59 @@
-//! The MMIO bus: which device answers at which guest physical address.
+//! The MMIO bus: maps guest physical addresses to devices.
 
 use std::{fmt, ops::Range};
 
 use parking_lot::Mutex;
 
-/// Registers that the guest reads and writes, called from vCPU threads.
+/// The registers of a device. vCPU threads call these methods.
 pub(crate) trait Registers: Send {
-    /// Fills `data` with what stands at `offset` from the device's base.
+    /// Fills `data` with the registers at `offset` from the device's base.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
-    /// Takes what the guest wrote at `offset` from the device's base.
+    /// Writes `data` to the registers at `offset` from the device's base.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// Devices by address. Built before the first vCPU runs, immutable after.
+/// Devices by address. It is complete before the first vCPU runs, and immutable afterwards.
 #[derive(Default)]
 pub(crate) struct Bus {
-    devices: Vec<Window>,
+    windows: Vec<Window>,
 }
 
 struct Window {
-    window: Range<u64>,
+    range: Range<u64>,
     device: Mutex<Box<dyn Registers>>,
 }
 
 impl Bus {
-    /// Adds a device at `window`, which no other device's window overlaps.
-    pub(crate) fn add(&mut self, window: Range<u64>, device: Box<dyn Registers>) {
+    /// Adds a device at `range`, which must not overlap another device's range.
+    pub(crate) fn add(&mut self, range: Range<u64>, device: Box<dyn Registers>) {
         debug_assert!(
-            self.devices
+            self.windows
                 .iter()
-                .all(|other| window.end <= other.window.start || other.window.end <= window.start)
+                .all(|other| range.end <= other.range.start || other.range.end <= range.start)
         );
-        self.devices.push(Window {
-            window,
+        self.windows.push(Window {
+            range,
             device: Mutex::new(device),
         });
     }
 
-    /// A guest read. Reads of addresses without a device yield all ones, as on a real bus.
+    /// Handles a read of the guest. An address without a device reads as all ones, as on a real bus.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         self.with_device(address, |offset, device| device.read(offset, data));
     }
 
-    /// A guest write. Writes to addresses without a device are dropped.
+    /// Handles a write of the guest. A write to an address without a device is dropped.
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
         self.with_device(address, |offset, device| device.write(offset, data));
     }
 
     fn with_device(&self, address: u64, access: impl FnOnce(u64, &mut dyn Registers)) {
-        let found = self.devices.iter().find(|slot| slot.window.contains(&address));
-        if let Some(Window { window, device }) = found {
-            // A panic on another vCPU ends the process; the lock cannot be seen poisoned.
+        let window = self.windows.iter().find(|window| window.range.contains(&address));
+        if let Some(Window { range, device }) = window {
             let mut device = device.lock();
-            access(address - window.start, &mut **device);
+            access(address - range.start, &mut **device);
         }
     }
 }
@@ -63,7 +62,7 @@ impl fmt::Debug for Bus {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter
             .debug_list()
-            .entries(self.devices.iter().map(|slot| &slot.window))
+            .entries(self.windows.iter().map(|window| &window.range))
             .finish()
     }
 }
@@ -72,7 +71,7 @@ impl fmt::Debug for Bus {
 mod tests {
     use super::*;
 
-    /// Reads as the offset.
+    /// Each register reads as its offset.
     struct Echo;
 
     impl Registers for Echo {
@@ -84,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn access_reaches_the_device_at_its_offset_and_no_other() {
+    fn access_reaches_the_device_whose_range_contains_the_address() {
         let mut bus = Bus::default();
         bus.add(0x1000..0x2000, Box::new(Echo));
         for (address, expected) in [(0x1000, 0), (0x1004, 4), (0x0fff, 0xff), (0x2000, 0xff)] {

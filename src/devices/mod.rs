@@ -1,10 +1,11 @@
-//! Devices that the guest sees, and the bus that carries its accesses to them.
+//! The devices that the guest sees, and the bus that carries its accesses to them.
 //!
-//! Lives here: the MMIO bus, the early console's UART, and [`virtio`]. May not live here: anything
-//! that knows of KVM, containerd or a path. A device touches no host resource but the descriptors
-//! that it was made with. The vmm builds devices and drives them from its event loop; what the
-//! guest writes reaches them from vCPU threads through [`bus`].
+//! Lives here: the MMIO bus, the UART of the early console, the tail of console output, and [`virtio`]. May not live
+//! here: anything about KVM, containerd or paths. A device uses no host resource except the descriptors that it was
+//! created with. The vmm creates devices and drives them from its event loop; the guest's accesses arrive from vCPU
+//! threads through [`bus`].
 
 pub(crate) mod bus;
+pub(crate) mod console_tail;
 pub(crate) mod uart;
 pub(crate) mod virtio;

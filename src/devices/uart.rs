@@ -1,39 +1,38 @@
-//! The early console: as much of a 16550 as the kernel's `earlyprintk=serial` needs. It carries
-//! what the guest says before its virtio console is up, which is where a boot that fails says why.
+//! The early console: the part of a 16550 UART that the kernel's `earlyprintk=serial` needs. It carries the guest's
+//! output before its virtio console is up, in particular the reason of a failed boot.
 
 use std::{io, sync::Arc};
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
-use super::virtio::console::Log;
+use super::console_tail::ConsoleTail;
 
 /// The UART's first I/O port (COM1).
-pub(crate) const BASE: u16 = 0x3f8;
+pub(crate) const FIRST_PORT: u16 = 0x3f8;
 
-/// How many ports it has.
-pub(crate) const PORTS: u16 = 8;
+pub(crate) const PORT_COUNT: u16 = 8;
 
-/// A UART that only transmits, without an interrupt: early consoles poll.
+/// A UART that only transmits. It has no interrupt, since early consoles poll.
 pub(crate) struct Uart {
-    serial: Serial<NoInterrupt, NoEvents, LogWriter>,
+    serial: Serial<NoInterrupt, NoEvents, TailWriter>,
 }
 
 impl Uart {
-    /// A UART that writes to `log`.
-    pub(crate) fn new(log: Arc<Log>) -> Self {
+    /// A UART whose output is appended to `tail`.
+    pub(crate) fn new(tail: Arc<ConsoleTail>) -> Self {
         Self {
-            serial: Serial::new(NoInterrupt, LogWriter(log)),
+            serial: Serial::new(NoInterrupt, TailWriter(tail)),
         }
     }
 
-    /// The register at `offset` from [`BASE`].
+    /// Reads the register at `offset` from [`FIRST_PORT`].
     pub(crate) fn read(&mut self, offset: u8) -> u8 {
         self.serial.read(offset)
     }
 
-    /// Writes the register at `offset` from [`BASE`].
+    /// Writes the register at `offset` from [`FIRST_PORT`].
     pub(crate) fn write(&mut self, offset: u8, value: u8) {
-        // It can only fail where the log or the interrupt does, and neither can.
+        // Fails only if the writer or the interrupt fails, and neither of them can.
         let _ = self.serial.write(offset, value);
     }
 }
@@ -54,9 +53,9 @@ impl Trigger for NoInterrupt {
     }
 }
 
-struct LogWriter(Arc<Log>);
+struct TailWriter(Arc<ConsoleTail>);
 
-impl io::Write for LogWriter {
+impl io::Write for TailWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.append(bytes);
         Ok(bytes.len())
@@ -72,13 +71,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn transmitted_bytes_reach_the_log_and_the_line_is_always_ready() {
-        let log = Arc::new(Log::default());
-        let mut uart = Uart::new(log.clone());
+    fn transmitted_bytes_reach_the_tail_and_the_transmitter_is_always_ready() {
+        const LINE_STATUS: u8 = 5;
+        const TRANSMITTER_EMPTY: u8 = 0x20;
+        let tail = Arc::new(ConsoleTail::default());
+        let mut uart = Uart::new(tail.clone());
+
         for byte in b"panic" {
-            assert_ne!(uart.read(5) & 0x20, 0, "transmitter is ready");
+            assert_ne!(uart.read(LINE_STATUS) & TRANSMITTER_EMPTY, 0);
             uart.write(0, *byte);
         }
-        assert_eq!(log.tail(), b"panic");
+
+        assert_eq!(tail.to_vec(), b"panic");
     }
 }

@@ -1,5 +1,5 @@
-//! Puts a machine together from what the shim sent: parses the boot command and its descriptors
-//! into types, then memory, KVM, devices, kernel and processors, in that order.
+//! Builds a machine: parses the boot command and its descriptors, then sets up memory, KVM, devices, kernel and vCPUs, in
+//! this order.
 
 use std::{
     fs::File,
@@ -14,25 +14,26 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     boot::{self, BootError},
     disk_slots::DiskSlots,
-    end::End,
-    error::{BuildError, device},
+    end_signal::EndSignal,
+    error::{MachineError, device_error},
     growth::Growth,
     kvm::{self, Vm},
     machine::RunningMachine,
     vcpu::{self, Peripherals},
-    wiring::{Board, eventfd},
+    wiring::{BusBuilder, eventfd},
 };
 use crate::{
-    control::{self, MachineConfig},
+    control::{DiskAccess, MachineConfig},
     devices::{
+        console_tail::ConsoleTail,
         uart::Uart,
         virtio::{
-            Handle,
             balloon::Balloon,
             block::{Backing, Block},
-            console::{Console, Log},
+            console::Console,
+            device::SharedDevice,
             fs::Fs,
-            mmio::InterruptLine,
+            interrupt::InterruptLine,
             rng::Rng,
             vsock::{Vsock, muxer::Muxer},
         },
@@ -40,172 +41,181 @@ use crate::{
     memory::{ExpectedAccess, GuestMemory, allocate, load_file},
 };
 
-/// What every kernel is told. Quiet before the early console, which else prints all; a panic or
-/// halt resets at once by triple fault, which ends the machine; no probing for a timer that KVM's
-/// clock makes superfluous. No network device that nobody asked for.
+/// The kernel arguments of every machine. `quiet` comes first, since the early console would print everything before it.
+/// A panic or halt resets at once, by triple fault, which ends the machine. No probing for timers, which KVM's clock makes
+/// superfluous. No default network devices.
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
                             dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none";
 
-/// A boot command and its descriptors as types.
+/// A boot command with its descriptors.
 #[derive(Debug)]
-pub(crate) struct BootResources {
-    machine: MachineConfig,
+pub(super) struct BootResources {
+    config: MachineConfig,
     kvm: OwnedFd,
     kernel: File,
     initramfs: File,
+    /// The stream of [`AGENT_PORT`].
     agent: OwnedFd,
-    share: Option<UnixStream>,
+    file_server: Option<UnixStream>,
     disks: Vec<Backing>,
 }
 
 impl BootResources {
-    /// Pairs the command with its descriptors, in the order that [`control::Command::Boot`] says.
-    pub(crate) fn parse(machine: MachineConfig, descriptors: Vec<OwnedFd>) -> Result<Self, BuildError> {
+    /// Assigns the descriptors, which come in the order that [`crate::control::Command::Boot`] documents.
+    pub(super) fn parse(config: MachineConfig, descriptors: Vec<OwnedFd>) -> Result<Self, MachineError> {
+        if config.vcpus == 0 || config.max_vcpus < config.vcpus {
+            return Err(MachineError::BootCommand("no vCPU, or more than max_vcpus"));
+        }
         let mut descriptors = descriptors.into_iter();
-        let mut next = |what| descriptors.next().ok_or(BuildError::Command(what));
-        let parts = Self {
+        let mut next = |missing| descriptors.next().ok_or(MachineError::BootCommand(missing));
+        let resources = Self {
             kvm: next("no /dev/kvm")?,
             kernel: next("no kernel")?.into(),
             initramfs: next("no initramfs")?.into(),
             agent: next("no stream for the agent")?,
-            share: if machine.file_server {
-                Some(next("no file server")?.into())
+            file_server: if config.file_server {
+                Some(next("no socket of the file server")?.into())
             } else {
                 None
             },
-            disks: machine
+            disks: config
                 .disks
                 .iter()
                 .map(|disk| {
                     Ok(Backing {
-                        file: next("no file of a disk")?.into(),
-                        read_only: *disk == control::DiskAccess::ReadOnly,
+                        file: next("no file for a disk")?.into(),
+                        read_only: *disk == DiskAccess::ReadOnly,
                     })
                 })
-                .collect::<Result<_, BuildError>>()?,
-            machine,
+                .collect::<Result<_, MachineError>>()?,
+            config,
         };
         match descriptors.next() {
-            None if parts.machine.vcpus > 0 && parts.machine.max_vcpus >= parts.machine.vcpus => Ok(parts),
-            None => Err(BuildError::Command("no vCPU")),
-            Some(_) => Err(BuildError::Command("a descriptor too many")),
+            None => Ok(resources),
+            Some(_) => Err(MachineError::BootCommand("too many descriptors")),
         }
     }
 }
 
-/// Builds the machine and lets its processors run; what ends it is reported to `end`, and what it
-/// prints goes to `log`.
-pub(crate) fn start(parts: BootResources, log: &Arc<Log>, end: &Arc<End>) -> Result<RunningMachine, BuildError> {
+/// Builds the machine and starts its vCPUs. The reason for its end is reported to `end`, and its console output is
+/// appended to `console_tail`.
+pub(super) fn start(
+    resources: BootResources,
+    console_tail: &Arc<ConsoleTail>,
+    end: &Arc<EndSignal>,
+) -> Result<RunningMachine, MachineError> {
     let BootResources {
-        machine,
+        config,
         kvm,
         kernel,
         initramfs,
         agent,
-        share,
+        file_server,
         disks,
-    } = parts;
-    let memory = GuestMemory::new(allocate(machine.memory, machine.file_server)?);
+    } = resources;
+    let memory = GuestMemory::new(allocate(config.memory, config.file_server)?);
     let vm = Vm::new(kvm, memory.regions())?;
-    let mut board = Board::new(&vm, memory.clone());
+    let mut bus = BusBuilder::new(&vm, memory.clone());
 
-    // First: their names in the guest are numbers (see `slot_device_name`).
-    let links = (0..NETWORK_SLOTS)
-        .map(|_| board.reserve())
+    // The slots come first on the bus, because their position is their name in the guest (see `slot_device_name`).
+    let network_slots = (0..NETWORK_SLOTS)
+        .map(|_| bus.reserve())
         .collect::<Result<Vec<_>, _>>()?;
-    let growth = Growth::new(&machine, board.reserve()?)?;
-    let hotplug_disks = (0..machine.hotplug_disks)
-        .map(|_| board.reserve())
+    let growth = Growth::new(&config, bus.reserve()?)?;
+    let hotplug_disks = (0..config.hotplug_disks)
+        .map(|_| bus.reserve())
         .collect::<Result<Vec<_>, _>>()?;
-    let mut muxer = Muxer::new().map_err(device("vsock"))?;
-    let agent_output = agent.try_clone().map_err(device("vsock"))?;
+    let mut muxer = Muxer::new().map_err(device_error("vsock"))?;
+    let agent_output = agent.try_clone().map_err(device_error("vsock"))?;
     muxer
         .open(AGENT_PORT, Some(agent), Some(agent_output))
-        .map_err(device("vsock"))?;
-    let vsock = Handle::new(Vsock::new(muxer));
-    let mut vsock_kicks = board.add(Box::new(vsock.clone()))?.into_iter();
-    let console = Handle::new(Console::new(log.clone()));
-    let mut console_kicks = board.add(Box::new(console.clone()))?.into_iter();
-    let rng = Handle::new(Rng::default());
-    let mut rng_kicks = board.add(Box::new(rng.clone()))?.into_iter();
-    let balloon = Handle::new(Balloon::default());
-    let balloon_kicks = board.add(Box::new(balloon.clone()))?;
-    let fs = match share {
+        .map_err(device_error("vsock"))?;
+    let vsock = SharedDevice::new(Vsock::new(muxer));
+    let [vsock_receive_kick, vsock_transmit_kick, _event_kick] = kicks(bus.add(Box::new(vsock.clone()))?)?;
+    let console = SharedDevice::new(Console::new(console_tail.clone()));
+    let [_receive_kick, console_transmit_kick] = kicks(bus.add(Box::new(console.clone()))?)?;
+    let rng = SharedDevice::new(Rng::default());
+    let [rng_kick] = kicks(bus.add(Box::new(rng.clone()))?)?;
+    let balloon = SharedDevice::new(Balloon::default());
+    let [_inflate_kick, _deflate_kick, balloon_reporting_kick] = kicks(bus.add(Box::new(balloon.clone()))?)?;
+    let fs = match file_server {
         Some(socket) => {
             let line = Arc::new(InterruptLine::always_used(eventfd()?));
-            let fs = Handle::new(Fs::new(SHARE_TAG, socket, line.clone()));
-            board.add_with_line(Box::new(fs.clone()), line)?;
+            let fs = SharedDevice::new(Fs::new(SHARE_TAG, socket, line.clone()));
+            bus.add_with_line(Box::new(fs.clone()), line)?;
             Some(fs)
         }
         None => None,
     };
-    let mut first_free_slot = 0;
+    let queues_per_disk = u16::from(config.vcpus);
+    let mut boot_disks = 0;
     for backing in disks {
-        let disk = Block::new(disk_serial(first_free_slot), backing, machine.vcpus.into()).map_err(device("disk"))?;
-        board.add(Box::new(disk))?;
-        first_free_slot += 1;
+        let disk = Block::new(disk_serial(boot_disks), backing, queues_per_disk).map_err(device_error("disk"))?;
+        bus.add(Box::new(disk))?;
+        boot_disks += 1;
     }
 
-    let loaded = boot::kernel::load(&memory, &kernel, machine.kernel)?;
-    let place = boot::initramfs_address(machine.memory, machine.initramfs.length)
-        .filter(|address| *address >= loaded.end)
-        .ok_or(BuildError::Command("the initramfs does not fit into guest memory"))?;
+    let kernel = boot::kernel::load(&memory, &kernel, config.kernel)?;
+    let initramfs_address = boot::tables::initramfs_address(config.memory, config.initramfs.length)
+        .filter(|address| *address >= kernel.end)
+        .ok_or(BootError::Initramfs)?;
     load_file(
         &memory,
         "initramfs",
         &initramfs,
-        machine.initramfs,
-        place,
+        config.initramfs,
+        initramfs_address,
         ExpectedAccess::ReadMostly,
     )?;
-    let archive = boot::Initramfs {
-        address: place,
-        length: machine.initramfs.length,
+    let initramfs = boot::tables::LoadedInitramfs {
+        address: initramfs_address,
+        length: config.initramfs.length,
     };
     let command_line = format!(
         "{COMMAND_LINE}{} maxcpus={} {}",
-        board.arguments, machine.vcpus, machine.kernel_arguments
+        bus.kernel_arguments, config.vcpus, config.kernel_arguments
     );
-    boot::write_tables(&memory, machine.memory, command_line.trim_end(), archive)?;
-    boot::mptable::write(&memory, machine.max_vcpus).map_err(BootError::from)?;
+    boot::tables::write(&memory, config.memory, command_line.trim_end(), initramfs)?;
+    boot::mptable::write(&memory, config.max_vcpus).map_err(BootError::from)?;
 
     let peripherals = Arc::new(Peripherals {
-        bus: board.bus,
-        uart: Mutex::new(Uart::new(log.clone())),
+        bus: bus.bus,
+        uart: Mutex::new(Uart::new(console_tail.clone())),
     });
     for (index, vcpu) in vm
-        .create_vcpus(0..machine.vcpus, machine.max_vcpus)?
+        .create_vcpus(0..config.vcpus, config.max_vcpus)?
         .into_iter()
         .enumerate()
     {
         if index == 0 {
-            kvm::set_entry(&vcpu, loaded.entry)?;
+            kvm::set_entry(&vcpu, kernel.entry)?;
         }
-        vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device("vCPU thread"))?;
+        vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device_error("vCPU thread"))?;
     }
-    let kick = |kicks: &mut std::vec::IntoIter<EventFd>| kicks.next().ok_or(BuildError::Command("no queue"));
     Ok(RunningMachine {
         vm,
         memory,
         peripherals,
         end: end.clone(),
-        links,
-        disk_slots: DiskSlots::new(first_free_slot, hotplug_disks, machine.vcpus.into()),
+        network_slots,
+        disk_slots: DiskSlots::new(boot_disks, hotplug_disks, queues_per_disk),
         growth,
         fs,
-        vsock_receive: kick(&mut vsock_kicks)?,
-        vsock_transmit: kick(&mut vsock_kicks)?,
         vsock,
-        // The first queue is input, which the console does not have.
-        console_transmit: kick(&mut console_kicks).and_then(|_input| kick(&mut console_kicks))?,
+        vsock_receive_kick,
+        vsock_transmit_kick,
         console,
-        rng_request: kick(&mut rng_kicks)?,
+        console_transmit_kick,
         rng,
-        balloon_report: balloon_kicks
-            .into_iter()
-            .next_back()
-            .ok_or(BuildError::Command("no queue"))?,
+        rng_kick,
         balloon,
+        balloon_reporting_kick,
     })
+}
+
+/// The kicks of a device with `N` queues.
+fn kicks<const N: usize>(kicks: Vec<EventFd>) -> Result<[EventFd; N], MachineError> {
+    let wrong_number = |_| device_error("queues")(std::io::ErrorKind::InvalidData.into());
+    kicks.try_into().map_err(wrong_number)
 }

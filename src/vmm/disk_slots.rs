@@ -1,4 +1,4 @@
-//! Places on the bus for disks that come and go while the machine runs: those of a pod's containers.
+//! Slots for the disks of containers, which are plugged and unplugged while the machine runs.
 
 use std::{io, sync::Arc};
 
@@ -6,98 +6,99 @@ use nutshell_protocol::disk_serial;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    error::{BuildError, device},
+    error::{MachineError, device_error},
     kvm::Vm,
-    wiring::{ReservedSlot, connect, eventfd, kicks_of},
+    wiring::{ReservedSlot, connect_to_kvm, create_kicks, eventfd},
 };
 use crate::{
     devices::virtio::{
         block::{Backing, Block},
-        mmio::{HotplugSlot, InterruptLine, Mmio},
+        interrupt::InterruptLine,
+        mmio::{HotplugSlot, Mmio},
     },
     memory::GuestMemory,
 };
 
-/// The places, by disk slot.
+/// The disk slots that are reserved for hot-plugged disks.
 #[derive(Debug)]
 pub(super) struct DiskSlots {
-    /// The number of the first: those below are the disks of the boot.
+    /// The number of the first slot. Lower numbers are the disks that the machine boots with.
     first: u32,
     slots: Vec<DiskSlot>,
-    /// How many queues a disk has.
-    queues: u16,
+    queues_per_disk: u16,
 }
 
 #[derive(Debug)]
 struct DiskSlot {
-    place: ReservedSlot,
-    /// What the first disk was wired with. KVM keeps it, and the next disk has it too.
-    wires: Option<Wires>,
+    reserved: ReservedSlot,
+    /// The eventfds that KVM has for this slot, registered with the first disk. Later disks use the same ones.
+    events: Option<SlotEvents>,
 }
 
 #[derive(Debug)]
-struct Wires {
+struct SlotEvents {
     irqfd: EventFd,
     kicks: Vec<EventFd>,
 }
 
 impl DiskSlots {
-    /// Empty ones, numbered from `first` on.
-    pub(super) fn new(first: u32, places: Vec<ReservedSlot>, queues: u16) -> Self {
-        let slots = places.into_iter().map(|place| DiskSlot { place, wires: None });
+    /// Empty slots, numbered from `first` on.
+    pub(super) fn new(first: u32, reserved: Vec<ReservedSlot>, queues_per_disk: u16) -> Self {
+        let slots = reserved.into_iter().map(|reserved| DiskSlot { reserved, events: None });
         Self {
             first,
             slots: slots.collect(),
-            queues,
+            queues_per_disk,
         }
     }
 
-    /// Puts a disk on `backing` into the empty slot `slot`; the guest's driver finds it when it looks again.
+    /// Plugs a disk on `backing` into the empty slot `slot`. The guest finds it when it probes the slot again.
     pub(super) fn plug(
         &mut self,
         slot: u32,
         backing: Backing,
         vm: &Vm,
         memory: &GuestMemory,
-    ) -> Result<(), BuildError> {
-        let queues = self.queues;
-        let free = self.slot(slot).filter(|slot| slot.place.slot.is_empty());
-        let DiskSlot { place, wires } = free.ok_or(BuildError::Slot(slot))?;
-        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device("disk"))?);
-        let transport = if let Some(wires) = wires {
-            let Wires { irqfd, kicks } = wires.again().map_err(device("eventfd"))?;
+    ) -> Result<(), MachineError> {
+        let queues = self.queues_per_disk;
+        let found = self.index_of(slot).and_then(|index| self.slots.get_mut(index));
+        let empty = found.filter(|slot| slot.reserved.slot.is_empty());
+        let DiskSlot { reserved, events } = empty.ok_or(MachineError::Slot(slot))?;
+        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device_error("disk"))?);
+        let transport = if let Some(events) = events {
+            let SlotEvents { irqfd, kicks } = events.try_clone().map_err(device_error("eventfd"))?;
             Mmio::new(block, memory.clone(), Arc::new(InterruptLine::new(irqfd)), kicks)
         } else {
-            let first = Wires {
+            let new_events = SlotEvents {
                 irqfd: eventfd()?,
-                kicks: kicks_of(&*block)?,
+                kicks: create_kicks(&*block)?,
             };
-            let Wires { irqfd, kicks } = first.again().map_err(device("eventfd"))?;
+            let SlotEvents { irqfd, kicks } = new_events.try_clone().map_err(device_error("eventfd"))?;
             let line = Arc::new(InterruptLine::new(irqfd));
-            let transport = connect(vm, memory, place.address, block, line, kicks)?;
-            *wires = Some(first);
+            let transport = connect_to_kvm(vm, memory, reserved.address, block, line, kicks)?;
+            *events = Some(new_events);
             transport
         };
-        if place.slot.fill(transport) {
+        if reserved.slot.plug(transport) {
             Ok(())
         } else {
-            Err(BuildError::Slot(slot))
+            Err(MachineError::Slot(slot))
         }
     }
 
-    /// The place of `slot`, for its disk to be taken out; none where there is no such slot.
-    pub(super) fn place(&mut self, slot: u32) -> Option<HotplugSlot> {
-        self.slot(slot).map(|slot| slot.place.slot.clone())
+    /// The slot on the bus of disk slot `slot`, if it exists.
+    pub(super) fn hotplug_slot(&self, slot: u32) -> Option<HotplugSlot> {
+        let slot = self.slots.get(self.index_of(slot)?)?;
+        Some(slot.reserved.slot.clone())
     }
 
-    fn slot(&mut self, slot: u32) -> Option<&mut DiskSlot> {
-        let index = usize::try_from(slot.checked_sub(self.first)?).ok()?;
-        self.slots.get_mut(index)
+    fn index_of(&self, slot: u32) -> Option<usize> {
+        usize::try_from(slot.checked_sub(self.first)?).ok()
     }
 }
 
-impl Wires {
-    fn again(&self) -> io::Result<Self> {
+impl SlotEvents {
+    fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             irqfd: self.irqfd.try_clone()?,
             kicks: self.kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>()?,

@@ -1,4 +1,4 @@
-//! Why a machine cannot be built or changed.
+//! The errors of building and changing a machine.
 
 use std::io;
 
@@ -8,41 +8,34 @@ use super::{
 };
 use crate::memory::MemoryError;
 
-/// Why there is no machine.
+/// Why a machine cannot be built or changed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum BuildError {
-    /// Not what a shim of this version sends.
-    #[error("the boot command does not fit its descriptors: {0}")]
-    Command(&'static str),
-    /// The guest cannot be made to boot.
+pub(crate) enum MachineError {
+    /// The boot command is invalid, which is a bug of the shim.
+    #[error("invalid boot command: {0}")]
+    BootCommand(&'static str),
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A device cannot be made.
     #[error("{what}: {source}")]
-    Device {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file server does not take the machine's memory.
-    #[error("the file server does not take more guest memory: {0}")]
+    Device { what: &'static str, source: io::Error },
+    #[error("the file server cannot map the added guest memory: {0}")]
     FileServer(String),
-    /// A slot that does not exist, or is taken.
-    #[error("there is no empty slot {0} for a device of this kind")]
-    Slot(u32),
-    /// The kernel cannot be loaded.
+    #[error("the machine has more devices than interrupt lines: give it fewer disks")]
+    InterruptLines,
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// KVM refuses.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// No memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    #[error("the machine cannot be resized: {0}")]
+    Resize(&'static str),
+    /// The slot does not exist or is occupied.
+    #[error("there is no empty slot {0} for a device of this kind")]
+    Slot(u32),
 }
 
-/// Names the device in an error of the operating system.
-pub(super) fn device(what: &'static str) -> impl Fn(io::Error) -> BuildError {
-    move |source| BuildError::Device { what, source }
+/// Adds the device to an error of the operating system.
+pub(super) fn device_error(what: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::Device { what, source }
 }

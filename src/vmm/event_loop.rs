@@ -1,10 +1,9 @@
-//! The vmm's own thread: carries the shim's commands to the devices and moves the bytes of the
-//! devices that have no thread of their own. Sleeps in one epoll; nothing here waits for a guest.
+//! The event loop on the main thread: executes commands of the shim and serves the devices without a thread. It waits in
+//! epoll only, and never for the guest.
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    sync::Arc,
     thread,
 };
 
@@ -12,63 +11,70 @@ use nutshell_protocol::FIRST_DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{end::End, machine::RunningMachine};
+use super::{end_signal::EndSignal, machine::RunningMachine};
 use crate::{
     control::{Channel, Command, EndReason, Notice},
-    devices::virtio::{
-        Device,
-        block::Backing,
-        console::Log,
-        mmio::HotplugSlot,
-        queue::QueueError,
-        vsock::{Vsock, muxer::StreamNotice},
+    devices::{
+        console_tail::ConsoleTail,
+        virtio::{
+            block::Backing,
+            device::Device,
+            mmio::HotplugSlot,
+            queue::QueueError,
+            vsock::{Vsock, muxer::StreamNotice},
+        },
     },
 };
 
-/// What an event is about; epoll's data.
+/// The source of an event, which is the data of its epoll entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
-enum Source {
+enum EventSource {
     Control,
     End,
     Streams,
     VsockReceive,
     VsockTransmit,
     ConsoleTransmit,
-    RngRequest,
-    BalloonReport,
-    MemoryRequest,
+    Rng,
+    BalloonReporting,
+    Memory,
 }
 
-const SOURCES: [Source; 9] = [
-    Source::Control,
-    Source::End,
-    Source::Streams,
-    Source::VsockReceive,
-    Source::VsockTransmit,
-    Source::ConsoleTransmit,
-    Source::RngRequest,
-    Source::BalloonReport,
-    Source::MemoryRequest,
+const EVENT_SOURCES: [EventSource; 9] = [
+    EventSource::Control,
+    EventSource::End,
+    EventSource::Streams,
+    EventSource::VsockReceive,
+    EventSource::VsockTransmit,
+    EventSource::ConsoleTransmit,
+    EventSource::Rng,
+    EventSource::BalloonReporting,
+    EventSource::Memory,
 ];
 
-/// Why the loop was left.
+/// Why the event loop ended.
 #[derive(Debug)]
-pub(crate) enum LoopExit {
-    /// The machine has ended; the shim is to be told.
+pub(super) enum LoopExit {
+    /// The machine has ended, which must be reported to the shim.
     Ended(EndReason),
-    /// The shim is gone, or talks nonsense: there is nobody to tell.
+    /// The shim is gone or sent an invalid command: there is no one to report to.
     ShimGone,
 }
 
 /// Drives the machine until it ends.
-pub(crate) fn run(running: &mut RunningMachine, channel: &Channel, end: &End, log: &Arc<Log>) -> LoopExit {
+pub(super) fn run(
+    machine: &mut RunningMachine,
+    channel: &Channel,
+    end: &EndSignal,
+    console_tail: &ConsoleTail,
+) -> LoopExit {
     let failed = |error: io::Error| LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
-    let epoll = match watch(&*running, channel, end) {
+    let epoll = match create_epoll(&*machine, channel, end) {
         Ok(epoll) => epoll,
         Err(error) => return failed(error),
     };
-    let mut events: Vec<epoll::Event> = Vec::with_capacity(SOURCES.len());
+    let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
     loop {
         events.clear();
         match epoll::wait(&epoll, spare_capacity(&mut events), None) {
@@ -77,208 +83,204 @@ pub(crate) fn run(running: &mut RunningMachine, channel: &Channel, end: &End, lo
         }
         for event in &events {
             let number = event.data.u64();
-            let Some(source) = SOURCES.into_iter().find(|source| *source as u64 == number) else {
+            let Some(source) = EVENT_SOURCES.into_iter().find(|source| *source as u64 == number) else {
                 continue;
             };
-            if let Some(left) = handle(source, running, channel, end, log) {
-                return left;
+            if let Some(exit) = handle_event(source, machine, channel, end, console_tail) {
+                return exit;
             }
         }
-        if let Err(left) = tell_of_streams(&mut running.vsock.lock(), channel) {
-            return left;
+        if let Err(exit) = report_streams(&mut machine.vsock.lock(), channel) {
+            return exit;
         }
     }
 }
 
-fn watch(running: &RunningMachine, channel: &Channel, end: &End) -> io::Result<OwnedFd> {
+fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) -> io::Result<OwnedFd> {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-    let add = |source: Source, descriptor: BorrowedFd<'_>| {
+    let add = |source: EventSource, descriptor: BorrowedFd<'_>| {
         let data = epoll::EventData::new_u64(source as u64);
         epoll::add(&epoll, descriptor, data, epoll::EventFlags::IN)
     };
-    add(Source::Control, channel.as_fd())?;
-    add(Source::End, end.event())?;
-    add(Source::Streams, running.vsock.lock().muxer().poller())?;
-    add(Source::VsockReceive, borrow(&running.vsock_receive))?;
-    add(Source::VsockTransmit, borrow(&running.vsock_transmit))?;
-    add(Source::ConsoleTransmit, borrow(&running.console_transmit))?;
-    add(Source::RngRequest, borrow(&running.rng_request))?;
-    add(Source::BalloonReport, borrow(&running.balloon_report))?;
-    add(Source::MemoryRequest, borrow(running.growth().request()))?;
+    add(EventSource::Control, channel.as_fd())?;
+    add(EventSource::End, end.event())?;
+    add(EventSource::Streams, machine.vsock.lock().muxer().poller())?;
+    add(EventSource::VsockReceive, borrow(&machine.vsock_receive_kick))?;
+    add(EventSource::VsockTransmit, borrow(&machine.vsock_transmit_kick))?;
+    add(EventSource::ConsoleTransmit, borrow(&machine.console_transmit_kick))?;
+    add(EventSource::Rng, borrow(&machine.rng_kick))?;
+    add(EventSource::BalloonReporting, borrow(&machine.balloon_reporting_kick))?;
+    add(EventSource::Memory, borrow(machine.growth.kick()))?;
     Ok(epoll)
 }
 
 fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the eventfd stays open for as long as the borrow of it lasts.
+    // SAFETY: the eventfd is open for as long as it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-fn handle(
-    source: Source,
-    running: &mut RunningMachine,
+fn handle_event(
+    source: EventSource,
+    machine: &mut RunningMachine,
     channel: &Channel,
-    end: &End,
-    log: &Arc<Log>,
+    end: &EndSignal,
+    console_tail: &ConsoleTail,
 ) -> Option<LoopExit> {
-    let kicked = |event: &EventFd| {
-        // Readable, so it does not block; its count does not matter.
-        let _ = event.read();
+    let drain = |kick: &EventFd| {
+        // It is readable, so this does not block. The count does not matter.
+        let _ = kick.read();
     };
-    let broken = |error: QueueError| LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}")));
     match source {
-        Source::Control => commands(running, channel, log).err(),
-        Source::End => end.reason().map(LoopExit::Ended),
-        Source::Streams => running.vsock.lock().poll().err().map(broken),
-        Source::VsockReceive => {
-            kicked(&running.vsock_receive);
-            running.vsock.lock().deliver().err().map(broken)
+        EventSource::Control => execute_commands(machine, channel, console_tail).err(),
+        EventSource::End => end.reason().map(LoopExit::Ended),
+        EventSource::Streams => machine.vsock.lock().serve_streams().err().map(vsock_failed),
+        EventSource::VsockReceive => {
+            drain(&machine.vsock_receive_kick);
+            machine.vsock.lock().deliver().err().map(vsock_failed)
         }
-        Source::VsockTransmit => {
-            kicked(&running.vsock_transmit);
-            // A guest dials a port that it was told of over a stream. The command that opened the port
-            // was sent before, and must not be overtaken.
-            if let Err(left) = commands(running, channel, log) {
-                return Some(left);
+        EventSource::VsockTransmit => {
+            drain(&machine.vsock_transmit_kick);
+            // Execute pending commands first: the guest connects to a port as soon as the shim has sent it the number
+            // over a stream. The shim sends the command that opens the port before, but it may still be waiting here.
+            if let Err(exit) = execute_commands(machine, channel, console_tail) {
+                return Some(exit);
             }
-            running.vsock.lock().transmit().err().map(broken)
+            machine.vsock.lock().serve_transmit().err().map(vsock_failed)
         }
-        Source::ConsoleTransmit => {
-            kicked(&running.console_transmit);
-            let mut console = running.console.lock();
-            // A guest that breaks its console or its entropy source goes on without.
-            if console.transmit().is_err() {
+        EventSource::ConsoleTransmit => {
+            drain(&machine.console_transmit_kick);
+            let mut console = machine.console.lock();
+            // A guest that breaks a queue of its console, rng or balloon continues without that device.
+            if console.serve().is_err() {
                 console.reset();
             }
             None
         }
-        Source::RngRequest => {
-            kicked(&running.rng_request);
-            let mut rng = running.rng.lock();
-            if rng.fill().is_err() {
+        EventSource::Rng => {
+            drain(&machine.rng_kick);
+            let mut rng = machine.rng.lock();
+            if rng.serve().is_err() {
                 rng.reset();
             }
             None
         }
-        Source::BalloonReport => {
-            kicked(&running.balloon_report);
-            let mut balloon = running.balloon.lock();
-            // A guest that breaks its balloon keeps its pages.
+        EventSource::BalloonReporting => {
+            drain(&machine.balloon_reporting_kick);
+            let mut balloon = machine.balloon.lock();
             if balloon.serve().is_err() {
                 balloon.reset();
             }
             None
         }
-        Source::MemoryRequest => {
-            kicked(running.growth().request());
-            running.growth().serve();
-            tell_of_memory(running, channel).err()
+        EventSource::Memory => {
+            drain(machine.growth.kick());
+            machine.growth.serve();
+            report_memory(machine, channel).err()
         }
     }
 }
 
-/// Takes all commands of the shim that wait.
-fn commands(running: &mut RunningMachine, channel: &Channel, log: &Arc<Log>) -> Result<(), LoopExit> {
-    while let Some((next, descriptors)) = channel.try_receive().map_err(|_| LoopExit::ShimGone)? {
-        command(next, descriptors, running, channel, log)?;
+/// Executes all waiting commands of the shim.
+fn execute_commands(
+    machine: &mut RunningMachine,
+    channel: &Channel,
+    console_tail: &ConsoleTail,
+) -> Result<(), LoopExit> {
+    while let Some((command, descriptors)) = channel.try_receive().map_err(|_| LoopExit::ShimGone)? {
+        execute(command, descriptors, machine, channel, console_tail)?;
     }
     Ok(())
 }
 
-fn command(
+fn execute(
     command: Command,
     descriptors: Vec<OwnedFd>,
-    running: &mut RunningMachine,
+    machine: &mut RunningMachine,
     channel: &Channel,
-    log: &Arc<Log>,
+    console_tail: &ConsoleTail,
 ) -> Result<(), LoopExit> {
     let mut descriptors = descriptors.into_iter();
-    let mut vsock = running.vsock.lock();
     match command {
         Command::Boot(_) => return Err(LoopExit::ShimGone),
         Command::OpenStream { port, input, output } => {
             let input = if input { descriptors.next() } else { None };
             let output = if output { descriptors.next() } else { None };
-            if vsock.muxer().open(port, input, output).is_err() {
-                tell(channel, &Notice::StreamClosed { port })?;
+            if machine.vsock.lock().muxer().open(port, input, output).is_err() {
+                send(channel, &Notice::StreamClosed { port })?;
             }
         }
-        Command::Drain { port, bytes } => vsock.muxer().drain(port, bytes),
+        Command::Drain { port, bytes } => machine.vsock.lock().muxer().drain(port, bytes),
         Command::CloseStream { port } => {
+            let mut vsock = machine.vsock.lock();
             vsock.muxer().close(port);
-            vsock
-                .deliver()
-                .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}"))))?;
+            vsock.deliver().map_err(vsock_failed)?;
         }
         Command::PlugDisk { slot, read_only } => {
-            drop(vsock);
             let file = descriptors.next().ok_or(LoopExit::ShimGone)?.into();
-            let result = running.plug_disk(slot, Backing { file, read_only });
+            let result = machine.plug_disk(slot, Backing { file, read_only });
             let result = result.map_err(|error| error.to_string());
             let slot = FIRST_DISK_SLOT.saturating_add(slot);
-            tell(channel, &Notice::Plugged { slot, result })?;
+            send(channel, &Notice::Plugged { slot, result })?;
         }
         Command::UnplugDisk { slot } => {
-            drop(vsock);
-            let place = running.forget_disk(slot);
-            unplug(place, slot, channel).map_err(|error| disk_failed(slot, &error))?;
+            let hotplug_slot = machine.disk_slots.hotplug_slot(slot);
+            unplug_in_background(hotplug_slot, slot, channel)
+                .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
         }
         Command::PlugLink { slot, mac, mtu } => {
-            let result = running.plug_link(slot, mac, mtu, descriptors.collect());
+            let result = machine.plug_network_device(slot, mac, mtu, descriptors.collect());
             let result = result.map_err(|error| error.to_string());
-            tell(channel, &Notice::Plugged { slot, result })?;
+            send(channel, &Notice::Plugged { slot, result })?;
         }
         Command::Resize { memory, vcpus } => {
-            drop(vsock);
-            let result = running.resize(memory, vcpus).map_err(|error| error.to_string());
-            tell(channel, &Notice::Resized { result })?;
-            tell_of_memory(running, channel)?;
+            let result = machine.resize(memory, vcpus).map_err(|error| error.to_string());
+            send(channel, &Notice::Resized { result })?;
+            report_memory(machine, channel)?;
         }
-        Command::ReadConsole => tell(channel, &Notice::Console(log.tail()))?,
+        Command::ReadConsole => send(channel, &Notice::Console(console_tail.to_vec()))?,
     }
     Ok(())
 }
 
-/// Takes the disk out of its place, and says so. In a thread of its own: it ends with the request that the disk is
-/// at, and how long that one takes is the guest's choice and the host's disk's.
-fn unplug(place: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
+/// Unplugs the disk in a slot and sends [`Notice::Unplugged`], on another thread: unplugging waits for the disk's current
+/// request, whose duration depends on the guest and on the host's disk.
+fn unplug_in_background(hotplug_slot: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
     let channel = channel.try_clone()?;
     let slot = FIRST_DISK_SLOT.saturating_add(slot);
-    let empty = move || {
-        if let Some(place) = place {
-            place.empty();
+    let unplug = move || {
+        if let Some(hotplug_slot) = hotplug_slot {
+            hotplug_slot.unplug();
         }
-        // The event loop sees that the shim is gone.
+        // If the shim is gone, the event loop notices it.
         let _ = channel.send(&Notice::Unplugged { slot }, &[]);
     };
     let thread = thread::Builder::new().name("unplug".to_owned()).stack_size(128 << 10);
-    thread.spawn(empty).map(drop)
+    thread.spawn(unplug).map(drop)
 }
 
-fn disk_failed(slot: u32, error: &io::Error) -> LoopExit {
-    LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}")))
+fn vsock_failed(error: QueueError) -> LoopExit {
+    LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}")))
 }
 
-/// Says what memory the guest has, if that is what it should have and was not said.
-fn tell_of_memory(running: &mut RunningMachine, channel: &Channel) -> Result<(), LoopExit> {
-    running
-        .growth_mut()
-        .newly_settled()
-        .map_or(Ok(()), |bytes| tell(channel, &Notice::MemoryPlugged { bytes }))
+/// Reports the size of the guest's added memory, if it newly has the requested size.
+fn report_memory(machine: &mut RunningMachine, channel: &Channel) -> Result<(), LoopExit> {
+    match machine.growth.newly_settled_size() {
+        Some(bytes) => send(channel, &Notice::MemoryPlugged { bytes }),
+        None => Ok(()),
+    }
 }
 
-fn tell_of_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), LoopExit> {
+fn report_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), LoopExit> {
     for notice in vsock.muxer().take_notices() {
-        tell(
-            channel,
-            &match notice {
-                StreamNotice::Drained(port) => Notice::Drained { port },
-                StreamNotice::Closed(port) => Notice::StreamClosed { port },
-            },
-        )?;
+        let notice = match notice {
+            StreamNotice::Drained(port) => Notice::Drained { port },
+            StreamNotice::Closed(port) => Notice::StreamClosed { port },
+        };
+        send(channel, &notice)?;
     }
     Ok(())
 }
 
-fn tell(channel: &Channel, notice: &Notice) -> Result<(), LoopExit> {
+fn send(channel: &Channel, notice: &Notice) -> Result<(), LoopExit> {
     channel.send(notice, &[]).map_err(|_| LoopExit::ShimGone)
 }

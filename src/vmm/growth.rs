@@ -1,169 +1,177 @@
-//! A machine that changes its size while it runs: memory by a virtio-mem device that is plugged when the
-//! first of it is asked for, processors by creating what the tables of [`super::boot::mptable`] have named
-//! from the start.
+//! Resizes a machine while it runs. Memory is added by a virtio-mem device, which is plugged when memory is first
+//! requested. vCPUs are created on request; the MP table ([`super::boot::mptable`]) lists all of them from the start.
 //!
-//! The host's side only grows: a guest that gives memory back may take it again, up to the most that it
-//! was ever given.
+//! Mapped memory only grows. A guest that unplugs memory may plug it again, up to the maximum that was ever requested.
 
 use std::{ops::Range, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    end::End,
-    error::{BuildError, device},
+    end_signal::EndSignal,
+    error::{MachineError, device_error},
     kvm::{self, Vm},
     vcpu::{self, Peripherals},
-    wiring::{ReservedSlot, connect, eventfd},
+    wiring::{ReservedSlot, connect_to_kvm, eventfd},
 };
 use crate::{
     control::MachineConfig,
     devices::virtio::{
-        Device, Handle,
+        device::{Device, SharedDevice},
         fs::Fs,
+        interrupt::InterruptLine,
         mem::{self, Mem},
-        mmio::InterruptLine,
     },
     memory::{DEVICE_WINDOW, GuestMemory, add_region, ram_ranges},
 };
 
-/// What Linux adds and removes memory by, at most (x86, `probe_memory_block_size`): the region starts at a
-/// multiple of it.
-const LARGEST_MEMORY_BLOCK: u64 = 2 << 30;
+/// The maximum size of a memory block, in bytes: the unit in which Linux adds and removes memory (x86,
+/// `probe_memory_block_size`). The region for added memory starts at a multiple of it.
+const MAX_LINUX_MEMORY_BLOCK: u64 = 2 << 30;
 
-/// The same, for guests of less than 64 GiB.
-const MEMORY_BLOCK: u64 = 128 << 20;
+/// The size of a memory block in guests with less than [`LARGE_GUEST_MEMORY`], in bytes.
+const MIN_LINUX_MEMORY_BLOCK: u64 = 128 << 20;
 
-/// The most memory at boot for which Linux takes [`MEMORY_BLOCK`].
-const SMALL_BLOCK_MAX_MEMORY: u64 = 64 << 30;
+/// The boot memory, in bytes, from which on Linux may use larger memory blocks.
+const LARGE_GUEST_MEMORY: u64 = 64 << 30;
 
-/// What a machine may become.
+/// The size of a machine, and how far it can grow.
 #[derive(Debug)]
-pub(crate) struct Growth {
+pub(super) struct Growth {
+    /// The guest physical addresses for added memory.
     region: Range<u64>,
+    /// The size in bytes by which mapped memory grows: a memory block of Linux.
     step: u64,
-    /// How much of the region there is on the host, in bytes.
-    usable: u64,
-    /// How much of that the file server knows.
-    shared: u64,
-    /// What [`Self::newly_settled`] has said, since the last [`Self::resize`].
-    said: Option<u64>,
-    place: ReservedSlot,
-    device: Option<Handle<Mem>>,
-    request: EventFd,
+    /// The size in bytes of the mapped part of the region.
+    mapped_size: u64,
+    /// The size in bytes of the part that the file server has mapped.
+    file_server_size: u64,
+    /// The settled size at the last call of [`Self::newly_settled_size`] since [`Self::resize`].
+    reported_size: Option<u64>,
+    reserved: ReservedSlot,
+    device: Option<SharedDevice<Mem>>,
+    /// The kick of the device, which exists before the device.
+    kick: EventFd,
     vcpus: u8,
     max_vcpus: u8,
-    /// How many the tables of the boot have.
-    named_vcpus: u8,
+    /// The number of vCPUs in the MP table.
+    listed_vcpus: u8,
 }
 
-/// The parts of a running machine that growth touches.
-pub(crate) struct GrowthContext<'a> {
-    pub(crate) vm: &'a mut Vm,
-    pub(crate) memory: &'a GuestMemory,
-    pub(crate) fs: Option<&'a Handle<Fs>>,
-    pub(crate) peripherals: &'a Arc<Peripherals>,
-    pub(crate) end: &'a Arc<End>,
+/// The parts of a running machine that growth changes or uses.
+pub(super) struct GrowthContext<'a> {
+    pub(super) vm: &'a mut Vm,
+    pub(super) memory: &'a GuestMemory,
+    pub(super) fs: Option<&'a SharedDevice<Fs>>,
+    pub(super) peripherals: &'a Arc<Peripherals>,
+    pub(super) end: &'a Arc<EndSignal>,
 }
 
 impl Growth {
-    /// For a machine that boots as `machine` says; its memory device will be at `place`.
-    pub(crate) fn new(machine: &MachineConfig, place: ReservedSlot) -> Result<Self, BuildError> {
+    /// The growth of a machine that boots with `machine`. The memory device will use the slot `reserved`.
+    pub(super) fn new(machine: &MachineConfig, reserved: ReservedSlot) -> Result<Self, MachineError> {
         let boot_end = ram_ranges(machine.memory)
             .last()
             .map_or(0, |(base, length)| base + length);
-        let start = boot_end.max(DEVICE_WINDOW.end).next_multiple_of(LARGEST_MEMORY_BLOCK);
-        let step = if machine.memory < SMALL_BLOCK_MAX_MEMORY {
-            MEMORY_BLOCK
+        let start = boot_end.max(DEVICE_WINDOW.end).next_multiple_of(MAX_LINUX_MEMORY_BLOCK);
+        let step = if machine.memory < LARGE_GUEST_MEMORY {
+            MIN_LINUX_MEMORY_BLOCK
         } else {
-            LARGEST_MEMORY_BLOCK
+            MAX_LINUX_MEMORY_BLOCK
         };
         let length = machine.max_memory.saturating_sub(machine.memory).next_multiple_of(step);
         let end = start.checked_add(length);
-        let end = end.ok_or(BuildError::Command("more memory than there are addresses"))?;
+        let end = end.ok_or(MachineError::BootCommand("max_memory exceeds the address space"))?;
         Ok(Self {
             region: start..end,
             step,
-            usable: 0,
-            shared: 0,
-            said: None,
-            place,
+            mapped_size: 0,
+            file_server_size: 0,
+            reported_size: None,
+            reserved,
             device: None,
-            request: eventfd()?,
+            kick: eventfd()?,
             vcpus: machine.vcpus,
             max_vcpus: machine.max_vcpus.max(machine.vcpus),
-            named_vcpus: machine.max_vcpus,
+            listed_vcpus: machine.max_vcpus,
         })
     }
 
-    /// Readable when the guest's driver has something for [`Self::serve`].
-    pub(crate) fn request(&self) -> &EventFd {
-        &self.request
+    /// The kick of the memory device: call [`Self::serve`] when it is readable.
+    pub(super) fn kick(&self) -> &EventFd {
+        &self.kick
     }
 
-    /// Lets the guest have `bytes` of memory beyond what it booted with and at least `vcpus` processors.
-    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8, mut context: GrowthContext<'_>) -> Result<(), BuildError> {
-        if !bytes.is_multiple_of(mem::BLOCK) || bytes > self.region.end - self.region.start {
-            return Err(BuildError::Command("memory that the machine cannot have"));
+    /// Requests the guest to have `bytes` of memory in addition to its boot memory, and creates vCPUs until there are at
+    /// least `vcpus`.
+    ///
+    /// # Errors
+    ///
+    /// vCPUs and memory that were added before the failure stay.
+    pub(super) fn resize(&mut self, bytes: u64, vcpus: u8, mut context: GrowthContext<'_>) -> Result<(), MachineError> {
+        if !bytes.is_multiple_of(mem::BLOCK_SIZE) || bytes > self.region.end - self.region.start {
+            return Err(MachineError::Resize(
+                "the memory is not whole blocks, or exceeds the maximum",
+            ));
         }
         if vcpus > self.max_vcpus {
-            return Err(BuildError::Command("processors that the machine cannot have"));
+            return Err(MachineError::Resize("the number of vCPUs exceeds the maximum"));
         }
-        self.said = None;
+        self.reported_size = None;
         while self.vcpus < vcpus {
-            self.add_processor(&mut context).inspect_err(|_| {
-                // KVM may have it by now and creates no second one of its number.
+            self.add_vcpu(&mut context).inspect_err(|_| {
+                // KVM may have created the vCPU, and would refuse to create it again.
                 self.max_vcpus = self.vcpus;
             })?;
             self.vcpus += 1;
         }
-        if bytes > self.usable {
-            self.extend(bytes.next_multiple_of(self.step), &mut context)?;
+        if bytes > self.mapped_size {
+            self.map_up_to(bytes.next_multiple_of(self.step), &mut context)?;
         }
-        if self.shared < self.usable {
+        if self.file_server_size < self.mapped_size {
             if let Some(fs) = context.fs {
                 fs.lock()
                     .grow(context.memory.regions())
-                    .map_err(BuildError::FileServer)?;
+                    .map_err(MachineError::FileServer)?;
             }
-            self.shared = self.usable;
+            self.file_server_size = self.mapped_size;
         }
         match &self.device {
-            Some(device) => device.lock().request(bytes, self.usable),
-            None if bytes > 0 => self.plug(bytes, &context)?,
+            Some(device) => device.lock().request_size(bytes, self.mapped_size),
+            None if bytes > 0 => self.plug_device(bytes, &context)?,
             None => {}
         }
         Ok(())
     }
 
-    fn add_processor(&self, context: &mut GrowthContext<'_>) -> Result<(), BuildError> {
+    fn add_vcpu(&self, context: &mut GrowthContext<'_>) -> Result<(), MachineError> {
         let id = self.vcpus;
-        for vcpu in context.vm.create_vcpus(id..id + 1, self.named_vcpus)? {
-            kvm::announce(&vcpu)?;
+        for vcpu in context.vm.create_vcpus(id..id + 1, self.listed_vcpus)? {
+            kvm::make_reachable(&vcpu)?;
             vcpu::start(id.into(), vcpu, context.peripherals.clone(), context.end.clone())
-                .map_err(device("vCPU thread"))?;
+                .map_err(device_error("vCPU thread"))?;
         }
         Ok(())
     }
 
-    /// Puts memory there, for KVM and for every device, before the guest may use it.
-    fn extend(&mut self, usable: u64, context: &mut GrowthContext<'_>) -> Result<(), BuildError> {
-        let base = self.region.start + self.usable;
-        let memory = add_region(context.memory.regions(), base, usable - self.usable)?;
+    /// Maps the first `size` bytes of the region, for KVM and all devices of this process.
+    fn map_up_to(&mut self, size: u64, context: &mut GrowthContext<'_>) -> Result<(), MachineError> {
+        let base = self.region.start + self.mapped_size;
+        let memory = add_region(context.memory.regions(), base, size - self.mapped_size)?;
         context.vm.add_memory(&memory)?;
-        // What KVM has must stay mapped, whatever follows.
+        // From now on KVM uses the memory: it must stay mapped even if a later step fails.
         context.memory.grow(memory);
-        self.usable = usable;
+        self.mapped_size = size;
         Ok(())
     }
 
-    fn plug(&mut self, bytes: u64, context: &GrowthContext<'_>) -> Result<(), BuildError> {
-        let device = Handle::new(Mem::new(self.region.clone()));
-        device.lock().request(bytes, self.usable);
-        let kick = self.request.try_clone().map_err(super::error::device("eventfd"))?;
+    fn plug_device(&mut self, bytes: u64, context: &GrowthContext<'_>) -> Result<(), MachineError> {
+        let device = SharedDevice::new(Mem::new(self.region.clone()));
+        device.lock().request_size(bytes, self.mapped_size);
+        let kick = self.kick.try_clone().map_err(device_error("eventfd"))?;
         let line = Arc::new(InterruptLine::new(eventfd()?));
-        let address = self.place.address;
-        let transport = connect(
+        let address = self.reserved.address;
+        let transport = connect_to_kvm(
             context.vm,
             context.memory,
             address,
@@ -171,28 +179,28 @@ impl Growth {
             line,
             vec![kick],
         )?;
-        if !self.place.slot.fill(transport) {
-            return Err(BuildError::Command("the slot for memory is taken"));
+        if !self.reserved.slot.plug(transport) {
+            return Err(MachineError::Resize("the slot of the memory device is occupied"));
         }
         self.device = Some(device);
         Ok(())
     }
 
-    /// What the guest has beyond what it booted with, in bytes, if that is what it should have and was not
-    /// said since the last [`Self::resize`].
-    pub(crate) fn newly_settled(&mut self) -> Option<u64> {
-        let device = self.device.as_ref().map(Handle::lock);
-        let settled = device.map_or(Some(0), |device| device.is_settled().then(|| device.size()));
-        let new = settled.filter(|_| settled != self.said);
-        self.said = settled;
+    /// The size in bytes of the guest's memory in addition to its boot memory. `None` if the guest does not have the
+    /// requested size yet, or had it already at the previous call since [`Self::resize`].
+    pub(super) fn newly_settled_size(&mut self) -> Option<u64> {
+        let device = self.device.as_ref().map(SharedDevice::lock);
+        let settled = device.map_or(Some(0), |device| device.is_settled().then(|| device.plugged_size()));
+        let new = settled.filter(|_| settled != self.reported_size);
+        self.reported_size = settled;
         new
     }
 
-    /// Answers the guest's driver.
-    pub(crate) fn serve(&self) {
+    /// Handles requests of the guest's driver.
+    pub(super) fn serve(&self) {
         if let Some(device) = &self.device {
             let mut device = device.lock();
-            // A guest that breaks the queue goes on with the memory that it has.
+            // A guest that breaks the queue keeps the memory that it has.
             if device.serve().is_err() {
                 device.reset();
             }
@@ -203,7 +211,7 @@ impl Growth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{control::Extent, devices::virtio::mmio::HotplugSlot, vmm::wiring::Address};
+    use crate::{control::Extent, devices::virtio::mmio::HotplugSlot, vmm::wiring::BusAddress};
 
     const GIB: u64 = 1 << 30;
 
@@ -221,24 +229,24 @@ mod tests {
             initramfs: extent,
             kernel_arguments: String::new(),
         };
-        let place = ReservedSlot {
-            address: Address { base: 0, line: 5 },
+        let reserved = ReservedSlot {
+            address: BusAddress { base: 0, line: 5 },
             slot: HotplugSlot::default(),
         };
-        Growth::new(&machine, place).unwrap()
+        Growth::new(&machine, reserved).unwrap()
     }
 
     #[test]
-    fn region_lies_behind_all_memory_of_the_boot_where_linux_can_add_it() {
+    fn region_for_added_memory_lies_above_boot_memory_and_is_aligned_to_memory_blocks() {
         let cases = [
             (GIB / 2, GIB, 4 * GIB..4 * GIB + GIB / 2),
             (GIB / 2, GIB / 2, 4 * GIB..4 * GIB),
-            (GIB / 2, GIB / 2 + (2 << 20), 4 * GIB..4 * GIB + MEMORY_BLOCK),
+            (GIB / 2, GIB / 2 + (2 << 20), 4 * GIB..4 * GIB + MIN_LINUX_MEMORY_BLOCK),
             (3 * GIB + (2 << 20), 8 * GIB, 6 * GIB..6 * GIB + 5 * GIB),
             (64 * GIB, 65 * GIB, 66 * GIB..68 * GIB),
         ];
-        for (boot, most, region) in cases {
-            assert_eq!(growth(boot, most).region, region, "{boot} up to {most}");
+        for (boot, max, region) in cases {
+            assert_eq!(growth(boot, max).region, region, "{boot} up to {max}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A running machine, and what is added to it while it runs.
+//! A running machine: its devices, and the operations that change it.
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
@@ -6,79 +6,75 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     disk_slots::DiskSlots,
-    end::End,
-    error::{BuildError, device},
+    end_signal::EndSignal,
+    error::{MachineError, device_error},
     growth::{Growth, GrowthContext},
     kvm::Vm,
     vcpu::Peripherals,
-    wiring::{ReservedSlot, connect, eventfd, kicks_of},
+    wiring::{ReservedSlot, connect_to_kvm, create_kicks, eventfd},
 };
 use crate::{
     devices::virtio::{
-        Handle,
-        balloon::Balloon,
-        block::Backing,
-        console::Console,
-        fs::Fs,
-        mmio::{HotplugSlot, InterruptLine},
-        net::Net,
-        rng::Rng,
-        vsock::Vsock,
+        balloon::Balloon, block::Backing, console::Console, device::SharedDevice, fs::Fs, interrupt::InterruptLine,
+        net::Net, rng::Rng, vsock::Vsock,
     },
     memory::GuestMemory,
 };
 
-/// A running machine, as the event loop drives it.
+/// A running machine. The event loop drives it.
 #[derive(Debug)]
-pub(crate) struct RunningMachine {
-    /// KVM takes the irqfds back when its descriptor is closed, while vCPUs still run.
+pub(super) struct RunningMachine {
+    /// Must stay open while vCPUs run: closing the descriptor makes KVM release the irqfds.
     pub(super) vm: Vm,
     pub(super) memory: GuestMemory,
     pub(super) peripherals: Arc<Peripherals>,
-    pub(super) end: Arc<End>,
-    /// Places for network devices.
-    pub(super) links: Vec<ReservedSlot>,
+    pub(super) end: Arc<EndSignal>,
+    /// The slots for network devices.
+    pub(super) network_slots: Vec<ReservedSlot>,
     pub(super) disk_slots: DiskSlots,
     pub(super) growth: Growth,
-    pub(super) fs: Option<Handle<Fs>>,
-    pub(crate) vsock: Handle<Vsock>,
-    pub(crate) vsock_receive: EventFd,
-    pub(crate) vsock_transmit: EventFd,
-    pub(crate) console: Handle<Console>,
-    pub(crate) console_transmit: EventFd,
-    pub(crate) rng: Handle<Rng>,
-    pub(crate) rng_request: EventFd,
-    pub(crate) balloon: Handle<Balloon>,
-    pub(crate) balloon_report: EventFd,
+    pub(super) fs: Option<SharedDevice<Fs>>,
+    pub(super) vsock: SharedDevice<Vsock>,
+    pub(super) vsock_receive_kick: EventFd,
+    pub(super) vsock_transmit_kick: EventFd,
+    pub(super) console: SharedDevice<Console>,
+    pub(super) console_transmit_kick: EventFd,
+    pub(super) rng: SharedDevice<Rng>,
+    pub(super) rng_kick: EventFd,
+    pub(super) balloon: SharedDevice<Balloon>,
+    pub(super) balloon_reporting_kick: EventFd,
 }
 
 impl RunningMachine {
-    /// Puts a network device into an empty slot; the guest's driver finds it when it looks again.
-    pub(crate) fn plug_link(&self, slot: u32, mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> Result<(), BuildError> {
-        let place = self.links.get(slot as usize).filter(|place| place.slot.is_empty());
-        let place = place.ok_or(BuildError::Slot(slot))?;
-        let net = Net::new(mac, mtu, queues).map_err(device("tap device"))?;
-        let (kicks, line) = (kicks_of(&net)?, Arc::new(InterruptLine::new(eventfd()?)));
-        let transport = connect(&self.vm, &self.memory, place.address, Box::new(net), line, kicks)?;
-        if place.slot.fill(transport) {
+    /// Plugs a network device into an empty slot. The guest finds it when it probes the slot again.
+    pub(super) fn plug_network_device(
+        &self,
+        slot: u32,
+        mac: [u8; 6],
+        mtu: u16,
+        queues: Vec<OwnedFd>,
+    ) -> Result<(), MachineError> {
+        let reserved = self.network_slots.get(slot as usize);
+        let reserved = reserved
+            .filter(|reserved| reserved.slot.is_empty())
+            .ok_or(MachineError::Slot(slot))?;
+        let net = Net::new(mac, mtu, queues).map_err(device_error("tap device"))?;
+        let (kicks, line) = (create_kicks(&net)?, Arc::new(InterruptLine::new(eventfd()?)));
+        let transport = connect_to_kvm(&self.vm, &self.memory, reserved.address, Box::new(net), line, kicks)?;
+        if reserved.slot.plug(transport) {
             Ok(())
         } else {
-            Err(BuildError::Slot(slot))
+            Err(MachineError::Slot(slot))
         }
     }
 
-    /// Puts a disk into an empty disk slot, in the same way.
-    pub(crate) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), BuildError> {
+    /// Plugs a disk into an empty disk slot. The guest finds it when it probes the slot again.
+    pub(super) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), MachineError> {
         self.disk_slots.plug(slot, backing, &self.vm, &self.memory)
     }
 
-    /// Forgets the disk in a slot; what is returned is to be emptied, and another may have the slot then.
-    pub(crate) fn forget_disk(&mut self, slot: u32) -> Option<HotplugSlot> {
-        self.disk_slots.place(slot)
-    }
-
-    /// See [`control::Command::Resize`].
-    pub(crate) fn resize(&mut self, bytes: u64, vcpus: u8) -> Result<(), BuildError> {
+    /// Executes [`crate::control::Command::Resize`].
+    pub(super) fn resize(&mut self, bytes: u64, vcpus: u8) -> Result<(), MachineError> {
         let context = GrowthContext {
             vm: &mut self.vm,
             memory: &self.memory,
@@ -87,15 +83,5 @@ impl RunningMachine {
             end: &self.end,
         };
         self.growth.resize(bytes, vcpus, context)
-    }
-
-    /// The same, to change it.
-    pub(crate) fn growth_mut(&mut self) -> &mut Growth {
-        &mut self.growth
-    }
-
-    /// What can be added while the machine runs.
-    pub(crate) fn growth(&self) -> &Growth {
-        &self.growth
     }
 }

@@ -1,14 +1,14 @@
-//! The machine. Runs as a child of the shim, jailed, one per pod: KVM, guest memory, boot, vCPU
-//! threads and the event loop that drives the devices of [`crate::devices`].
+//! The vmm: a jailed child process of the shim, one per pod, that runs the pod's machine.
 //!
-//! Nothing here opens a path, a socket or a network interface: every host resource arrives as a
-//! descriptor over the [`control`] channel. The shim uses only [`control`] and [`ROLE`].
+//! Lives here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that drives
+//! them. May not live here: anything that opens a path, a socket or a network interface. Every host resource arrives as
+//! a descriptor over the control channel ([`crate::control`]). `main` calls [`main`] for the first argument [`ROLE`].
 
 mod boot;
 mod build;
 mod cpuid;
 mod disk_slots;
-mod end;
+mod end_signal;
 mod error;
 mod event_loop;
 mod growth;
@@ -25,26 +25,31 @@ use std::{
 
 use rustix::thread::CapabilitySet;
 
-use self::{build::BootResources, end::End, error::BuildError, event_loop::LoopExit, machine::RunningMachine};
+use self::{
+    build::BootResources,
+    end_signal::EndSignal,
+    error::{MachineError, device_error},
+    event_loop::LoopExit,
+};
 use crate::{
     control::{Channel, Command, EndReason, Notice},
-    devices::virtio::console::Log,
+    devices::console_tail::ConsoleTail,
     jail::{self, Jail, Root},
 };
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "vmm";
 
-/// The most descriptors: three streams a process and what the devices hold, with room to spare.
-const DESCRIPTORS: u32 = 4096;
-/// For how many of them the table is made at once.
-const DESCRIPTOR_TABLE: u32 = 256;
-/// The most threads: vCPUs, queues of disks, and this one.
-const THREADS: u32 = 2048;
+/// The maximum number of descriptors: three streams per process of the pod and the descriptors of devices, with a margin.
+const MAX_DESCRIPTORS: u32 = 4096;
+/// The number of descriptors for which the descriptor table is allocated at start.
+const DESCRIPTOR_TABLE_SIZE: u32 = 256;
+/// The maximum number of threads: vCPUs, queues of disks and network devices, and the event loop.
+const MAX_THREADS: u32 = 2048;
 
-/// Runs the role: jail, then the machine until it ends. Its last word to the shim says why.
+/// Runs the role: enters the jail and runs the machine until it ends. The final message to the shim has the reason.
 pub(crate) fn main() -> ExitCode {
-    // A thread that panics must not leave a machine that runs without it.
+    // If a thread panics, the machine must not continue without it.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         report(panic);
@@ -56,37 +61,35 @@ pub(crate) fn main() -> ExitCode {
         root: Root::Empty,
         capabilities: CapabilitySet::empty(),
         keep: &[],
-        max_descriptors: DESCRIPTORS,
-        descriptor_table_size: DESCRIPTOR_TABLE,
-        max_threads: THREADS,
+        max_descriptors: MAX_DESCRIPTORS,
+        descriptor_table_size: DESCRIPTOR_TABLE_SIZE,
+        max_threads: MAX_THREADS,
     });
-    // SAFETY: the shim started this process with its end of the control channel on descriptor 0,
-    // which nothing else in this process uses.
+    // SAFETY: the shim started this process with its end of the control channel on descriptor 0, which nothing else in
+    // this process uses.
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(0) });
-    let log = Arc::new(Log::default());
+    let console_tail = Arc::new(ConsoleTail::default());
     let reason = match confined {
-        Ok(()) => match run(&channel, &log) {
+        Ok(()) => match run(&channel, &console_tail) {
             Ok(LoopExit::Ended(reason)) => reason,
             Ok(LoopExit::ShimGone) => return ExitCode::FAILURE,
             Err(error) => EndReason::BuildFailed(error.to_string()),
         },
         Err(error) => EndReason::BuildFailed(error.to_string()),
     };
-    let console = log.tail();
-    // A shim that is gone need not be told.
+    let console = console_tail.to_vec();
+    // Fails only if the shim is gone.
     let _ = channel.send(&Notice::Ended { reason, console }, &[]);
     ExitCode::SUCCESS
 }
 
-fn run(channel: &Channel, log: &Arc<Log>) -> Result<LoopExit, BuildError> {
-    let Ok((Command::Boot(machine), descriptors)) = channel.receive() else {
+/// Receives the boot command, builds the machine, and runs it until it ends.
+fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, MachineError> {
+    let Ok((Command::Boot(config), descriptors)) = channel.receive() else {
         return Ok(LoopExit::ShimGone);
     };
-    let end = End::new().map_err(|source| BuildError::Device {
-        what: "eventfd",
-        source,
-    })?;
-    let end = Arc::new(end);
-    let mut running: RunningMachine = build::start(BootResources::parse(machine, descriptors)?, log, &end)?;
-    Ok(event_loop::run(&mut running, channel, &end, log))
+    let end = Arc::new(EndSignal::new().map_err(device_error("eventfd"))?);
+    let resources = BootResources::parse(config, descriptors)?;
+    let mut machine = build::start(resources, console_tail, &end)?;
+    Ok(event_loop::run(&mut machine, channel, &end, console_tail))
 }

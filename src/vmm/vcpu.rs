@@ -1,34 +1,38 @@
-//! A processor: one thread that runs the guest and carries its exits to the devices. All that runs
-//! here must be thought of as driven by hostile code (the guest's).
+//! A vCPU: a thread that runs the guest and passes its exits to the devices. The guest is hostile: it controls every
+//! value that arrives here.
 
 use std::{io, sync::Arc, thread};
 
-use parking_lot::{Mutex, MutexGuard};
-
 use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use parking_lot::Mutex;
 
-use super::end::End;
-use crate::control::EndReason;
-use crate::devices::{
-    bus::Bus,
-    uart::{self, Uart},
+use super::end_signal::EndSignal;
+use crate::{
+    control::EndReason,
+    devices::{
+        bus::Bus,
+        uart::{self, Uart},
+    },
 };
 
-/// `KVM_INTERNAL_ERROR_EMULATION`: KVM met an instruction that it had to emulate and could not.
-const EMULATION_FAILED: u32 = 1;
+/// `KVM_INTERNAL_ERROR_EMULATION`: KVM could not emulate an instruction.
+const INTERNAL_ERROR_EMULATION: u32 = 1;
 
-/// What the processors share.
+/// The devices of a machine, which its vCPUs share.
 #[derive(Debug)]
-pub(crate) struct Peripherals {
-    /// The devices in memory space.
-    pub(crate) bus: Bus,
-    /// The early console.
-    pub(crate) uart: Mutex<Uart>,
+pub(super) struct Peripherals {
+    pub(super) bus: Bus,
+    pub(super) uart: Mutex<Uart>,
 }
 
-/// Runs `vcpu` on a thread of its own until the machine ends.
-pub(crate) fn start(index: usize, mut vcpu: VcpuFd, peripherals: Arc<Peripherals>, end: Arc<End>) -> io::Result<()> {
+/// Runs `vcpu` on a new thread until the machine ends.
+pub(super) fn start(
+    index: usize,
+    mut vcpu: VcpuFd,
+    peripherals: Arc<Peripherals>,
+    end: Arc<EndSignal>,
+) -> io::Result<()> {
     thread::Builder::new()
         .name(format!("vcpu {index}"))
         .stack_size(128 << 10)
@@ -47,12 +51,12 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.fill(0xff);
                 if let (Some(offset), [value]) = (uart_register(port), data) {
-                    *value = lock(&peripherals.uart).read(offset);
+                    *value = peripherals.uart.lock().read(offset);
                 }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 if let Some(offset) = uart_register(port) {
-                    let mut uart = lock(&peripherals.uart);
+                    let mut uart = peripherals.uart.lock();
                     for value in data {
                         uart.write(offset, *value);
                     }
@@ -67,27 +71,26 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
                 ));
             }
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
-            Ok(other) => return EndReason::KvmFailed(format!("an exit that no guest of ours causes: {other:?}")),
+            Ok(other) => return EndReason::KvmFailed(format!("unexpected exit: {other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => return EndReason::KvmFailed(format!("KVM_RUN: {}", io::Error::from(error))),
         }
     }
 }
 
+/// The offset of the UART register at I/O port `port`, if there is one.
 fn uart_register(port: u16) -> Option<u8> {
-    let offset = port.checked_sub(uart::BASE).filter(|offset| *offset < uart::PORTS)?;
+    let offset = port
+        .checked_sub(uart::FIRST_PORT)
+        .filter(|offset| *offset < uart::PORT_COUNT)?;
     u8::try_from(offset).ok()
 }
 
-fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
-    uart.lock()
-}
-
-/// Says in one line what KVM could not do, and names the hosts on which no guest runs at all.
+/// Describes the error in one line. An emulation failure usually means that the host cannot run any guest.
 fn internal_error(vcpu: &mut VcpuFd) -> EndReason {
     let run = vcpu.get_kvm_run();
-    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, for which `internal` is the live member
-    // of the union; its fields are plain integers.
+    // SAFETY: for the exit reason KVM_EXIT_INTERNAL_ERROR, `internal` is the active member of the union. Its fields are
+    // integers.
     let (suberror, length, data) = unsafe {
         let internal = run.__bindgen_anon_1.internal;
         (internal.suberror, internal.ndata, internal.data)
@@ -95,7 +98,7 @@ fn internal_error(vcpu: &mut VcpuFd) -> EndReason {
     let words = data.iter().take(length.min(16) as usize);
     let words: Vec<String> = words.map(|word| format!("{word:x}")).collect();
     let address = vcpu.get_regs().map_or(0, |regs| regs.rip);
-    EndReason::KvmFailed(if suberror == EMULATION_FAILED {
+    EndReason::KvmFailed(if suberror == INTERNAL_ERROR_EMULATION {
         format!(
             "this host's KVM cannot run Linux guests: it emulates the guest's kernel instead of running it on the \
              processor, and does not know the instruction at {address:#x} (emulation data {}); use a host with VT-x \

@@ -1,131 +1,138 @@
-//! How a device comes to its place on the bus: a window of registers, an interrupt line and an eventfd for each
-//! queue.
+//! Attaches devices to the bus: each gets a register window, an interrupt line, and one kick eventfd per queue.
 
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{
-    boot,
-    error::{BuildError, device},
+    boot::mptable::IO_APIC_LINES,
+    error::{MachineError, device_error},
     kvm::Vm,
 };
 use crate::{
     devices::{
         bus::Bus,
         virtio::{
-            Device,
-            mmio::{HotplugSlot, InterruptLine, Mmio, NOTIFY, WINDOW},
+            device::Device,
+            interrupt::InterruptLine,
+            mmio::{HotplugSlot, Mmio, NOTIFY_OFFSET, WINDOW_SIZE},
         },
     },
     memory::{DEVICE_WINDOW, GuestMemory},
 };
 
-/// The first interrupt line given to a device: lower ones are those of the PC's first devices.
-const FIRST_LINE: u32 = 5;
+/// The first interrupt line of a device. Lower lines belong to the legacy devices of a PC.
+const FIRST_DEVICE_LINE: u32 = 5;
 
-/// Where a device is on the bus.
+/// The position of a device on the bus.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Address {
+pub(super) struct BusAddress {
+    /// The guest physical address of the register window.
     pub(super) base: u64,
+    /// The line of the I/O APIC.
     pub(super) line: u32,
 }
 
-/// A place for a device that comes later.
+/// A slot that is reserved for hot-plugged devices.
 #[derive(Debug)]
 pub(super) struct ReservedSlot {
-    pub(super) address: Address,
+    pub(super) address: BusAddress,
     pub(super) slot: HotplugSlot,
 }
 
-/// An eventfd for each queue.
-pub(super) fn kicks_of(virtio: &dyn Device) -> Result<Vec<EventFd>, BuildError> {
-    virtio.queue_sizes().iter().map(|_| eventfd()).collect()
+pub(super) fn eventfd() -> Result<EventFd, MachineError> {
+    EventFd::new(EFD_CLOEXEC).map_err(device_error("eventfd"))
 }
 
-/// Gives a device its interrupt line and the kick of each queue.
-pub(super) fn connect(
+/// Creates one eventfd per queue of `device`.
+pub(super) fn create_kicks(device: &dyn Device) -> Result<Vec<EventFd>, MachineError> {
+    device.queue_sizes().iter().map(|_| eventfd()).collect()
+}
+
+/// Connects the interrupt line and the kicks of a device to the guest, at `address`.
+pub(super) fn connect_to_kvm(
     vm: &Vm,
     memory: &GuestMemory,
-    address: Address,
-    virtio: Box<dyn Device>,
+    address: BusAddress,
+    device: Box<dyn Device>,
     line: Arc<InterruptLine>,
     kicks: Vec<EventFd>,
-) -> Result<Mmio, BuildError> {
-    vm.interrupt_on(line.irqfd(), address.line)?;
-    for (queue, kick) in (0..).zip(&kicks) {
-        vm.signal_on_write(kick, address.base + NOTIFY, queue)?;
+) -> Result<Mmio, MachineError> {
+    vm.register_irqfd(line.irqfd(), address.line)?;
+    for (queue_index, kick) in (0..).zip(&kicks) {
+        vm.register_ioeventfd(kick, address.base + NOTIFY_OFFSET, queue_index)?;
     }
-    Ok(Mmio::new(virtio, memory.clone(), line, kicks))
+    Ok(Mmio::new(device, memory.clone(), line, kicks))
 }
 
-pub(super) fn eventfd() -> Result<EventFd, BuildError> {
-    EventFd::new(EFD_CLOEXEC).map_err(device("eventfd"))
-}
-
-/// Where devices are plugged in: gives each a window, an interrupt line, kicks, and the words of
-/// the command line by which the kernel finds it (`virtio_mmio.device=`).
-pub(super) struct Board<'v> {
+/// Builds the bus of a machine, and the kernel arguments by which the guest finds the devices (`virtio_mmio.device=`).
+pub(super) struct BusBuilder<'v> {
     vm: &'v Vm,
     memory: GuestMemory,
     pub(super) bus: Bus,
-    pub(super) arguments: String,
-    count: u32,
+    /// Begins with a space, unless it is empty.
+    pub(super) kernel_arguments: String,
+    device_count: u32,
 }
 
-impl<'v> Board<'v> {
+impl<'v> BusBuilder<'v> {
     pub(super) fn new(vm: &'v Vm, memory: GuestMemory) -> Self {
         Self {
             vm,
             memory,
             bus: Bus::default(),
-            arguments: String::new(),
-            count: 0,
+            kernel_arguments: String::new(),
+            device_count: 0,
         }
     }
 
-    pub(super) fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, BuildError> {
+    /// Adds a device. Returns the kick of each queue.
+    pub(super) fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError> {
         let line = Arc::new(InterruptLine::new(eventfd()?));
         self.add_with_line(device, line)
     }
 
-    /// Returns the kick of each queue.
+    /// Adds a device that interrupts over `line`. Returns the kick of each queue.
     pub(super) fn add_with_line(
         &mut self,
-        virtio: Box<dyn Device>,
+        device: Box<dyn Device>,
         line: Arc<InterruptLine>,
-    ) -> Result<Vec<EventFd>, BuildError> {
-        let address = self.address()?;
-        let kicks = kicks_of(&*virtio)?;
+    ) -> Result<Vec<EventFd>, MachineError> {
+        let address = self.allocate_address()?;
+        let kicks = create_kicks(&*device)?;
         let clones = kicks
             .iter()
-            .map(|kick| kick.try_clone().map_err(device("eventfd")))
+            .map(|kick| kick.try_clone().map_err(device_error("eventfd")))
             .collect::<Result<_, _>>()?;
-        let transport = connect(self.vm, &self.memory, address, virtio, line, kicks)?;
-        self.bus.add(address.base..address.base + WINDOW, Box::new(transport));
+        let transport = connect_to_kvm(self.vm, &self.memory, address, device, line, kicks)?;
+        self.bus
+            .add(address.base..address.base + WINDOW_SIZE, Box::new(transport));
         Ok(clones)
     }
 
-    /// Keeps a place for a device that comes later.
-    pub(super) fn reserve(&mut self) -> Result<ReservedSlot, BuildError> {
-        let (address, slot) = (self.address()?, HotplugSlot::default());
+    /// Reserves a slot for hot-plugged devices.
+    pub(super) fn reserve(&mut self) -> Result<ReservedSlot, MachineError> {
+        let (address, slot) = (self.allocate_address()?, HotplugSlot::default());
         self.bus
-            .add(address.base..address.base + WINDOW, Box::new(slot.clone()));
+            .add(address.base..address.base + WINDOW_SIZE, Box::new(slot.clone()));
         Ok(ReservedSlot { address, slot })
     }
 
-    /// The next window and line, of which the kernel is told.
-    fn address(&mut self) -> Result<Address, BuildError> {
+    /// Allocates the next window and line, and adds them to the kernel arguments.
+    fn allocate_address(&mut self) -> Result<BusAddress, MachineError> {
         use std::fmt::Write;
 
-        let line = FIRST_LINE + self.count;
-        if line >= u32::from(boot::mptable::LINES) {
-            return Err(BuildError::Command("more devices than interrupt lines"));
+        let line = FIRST_DEVICE_LINE + self.device_count;
+        if line >= u32::from(IO_APIC_LINES) {
+            return Err(MachineError::InterruptLines);
         }
-        let base = DEVICE_WINDOW.start + u64::from(self.count) * WINDOW;
-        self.count += 1;
+        let base = DEVICE_WINDOW.start + u64::from(self.device_count) * WINDOW_SIZE;
+        self.device_count += 1;
         // Writing to a string cannot fail.
-        let _ = write!(self.arguments, " virtio_mmio.device={WINDOW}@{base:#x}:{line}");
-        Ok(Address { base, line })
+        let _ = write!(
+            self.kernel_arguments,
+            " virtio_mmio.device={WINDOW_SIZE}@{base:#x}:{line}"
+        );
+        Ok(BusAddress { base, line })
     }
 }

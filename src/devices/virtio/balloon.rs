@@ -1,35 +1,35 @@
-//! virtio-balloon (virtio 1.3 §5.5), for one thing: the guest reports pages that it does not use, and the
-//! host takes them back until they are used again. Nothing is asked of the guest.
+//! virtio-balloon (virtio 1.3 §5.5), used for free page reporting only: the guest reports pages that it does not use,
+//! and the host takes them back until the guest uses them again. The host never inflates the balloon: the configuration
+//! reads as zero.
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device,
+    device::{ActivateError, Activation, COMMON_FEATURES, Device},
     queue::{DeviceQueue, QueueError},
 };
 
-/// Of inflation and deflation, which must be there and have nothing to do; then that of reports, which has
-/// the next number where the features between are not offered, as Linux counts.
+/// Inflate and deflate queues: mandatory, unused. Then the reporting queue, which has index 2 in Linux because the
+/// queues of features that are not offered are not counted.
 const QUEUE_SIZES: [u16; 3] = [16, 16, 64];
 
 /// VIRTIO_BALLOON_F_REPORTING.
-const REPORTING: u64 = 1 << 5;
+const PAGE_REPORTING: u64 = 1 << 5;
 
-/// The device.
 #[derive(Debug, Default)]
 pub(crate) struct Balloon {
-    reports: Option<DeviceQueue>,
+    reporting: Option<DeviceQueue>,
 }
 
 impl Balloon {
-    /// Takes back what was reported; called when the queue of reports was kicked.
+    /// Takes reported pages back. Call it when the reporting queue was kicked.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
-        let Some(queue) = &mut self.reports else {
+        let Some(queue) = &mut self.reporting else {
             return Ok(());
         };
         let memory = queue.memory().clone();
         queue.serve(|chain| {
-            // What the host does not take stays the guest's, as if it were in use.
+            // On failure, the pages stay allocated, as if the guest used them.
             let _ = chain.writable.discard(memory.regions());
             0
         })
@@ -37,12 +37,12 @@ impl Balloon {
 }
 
 impl Device for Balloon {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_BALLOON
     }
 
     fn features(&self) -> u64 {
-        COMMON_FEATURES | REPORTING
+        COMMON_FEATURES | PAGE_REPORTING
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -50,17 +50,17 @@ impl Device for Balloon {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        let reporting = activation.features & REPORTING != 0;
-        // Without the feature a driver sets up the first two only.
-        self.reports = activation.queues.pop().filter(|_| reporting);
-        if let Some(reports) = &self.reports {
-            let _ = reports.kick().write(1);
+        let reporting = activation.features & PAGE_REPORTING != 0;
+        // A driver that did not accept the feature sets up the first two queues only.
+        self.reporting = activation.queues.pop().filter(|_| reporting);
+        if let Some(queue) = &self.reporting {
+            let _ = queue.kick().write(1);
         }
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.reports = None;
+        self.reporting = None;
     }
 }
 
@@ -71,23 +71,23 @@ mod tests {
 
     use super::*;
     use crate::{
-        devices::virtio::queue::tests::{NEXT, WRITE, descriptor, device_queue},
+        devices::virtio::mock::{NEXT, WRITE, descriptor, device_queue},
         memory::{GuestMemory, allocate},
     };
 
     #[test]
-    fn reported_pages_go_back_to_the_host_and_nothing_beside_them() {
+    fn whole_reported_pages_go_back_to_the_host() {
         for shared in [false, true] {
             let memory = GuestMemory::new(allocate(2 << 20, shared).unwrap());
             let mock = MockSplitQueue::new(memory.regions(), 16);
             memory.write_slice(&[7; 64 << 10], GuestAddress(0x1_0000)).unwrap();
-            // Whole pages; half a page before one, and half of the next.
+            // Two whole pages; then half a page, a whole page, and half a page.
             let table = mock.desc_table();
             table.store(0, descriptor(0x1_1000, 0x2000, WRITE | NEXT, 1)).unwrap();
             table.store(1, descriptor(0x1_4800, 0x2000, WRITE, 0)).unwrap();
             mock.avail().idx().store(1);
             let mut balloon = Balloon {
-                reports: Some(device_queue(&mock, &memory).0),
+                reporting: Some(device_queue(&mock, &memory).0),
             };
 
             balloon.serve().unwrap();
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn report_of_what_is_no_memory_breaks_the_queue_and_nothing_else() {
+    fn report_outside_guest_memory_is_a_queue_error() {
         let memory = GuestMemory::new(allocate(2 << 20, true).unwrap());
         let mock = MockSplitQueue::new(memory.regions(), 16);
         mock.desc_table()
@@ -109,7 +109,7 @@ mod tests {
             .unwrap();
         mock.avail().idx().store(1);
         let mut balloon = Balloon {
-            reports: Some(device_queue(&mock, &memory).0),
+            reporting: Some(device_queue(&mock, &memory).0),
         };
 
         assert!(balloon.serve().is_err());

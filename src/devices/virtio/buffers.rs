@@ -1,9 +1,8 @@
-//! A descriptor chain's buffers, and the moves of bytes between them and descriptors of the host.
+//! The buffers of a descriptor chain, and the transfer of bytes between them and file descriptors of the host.
 //!
-//! The one place where guest memory meets system calls. A chain is parsed once: its lengths are
-//! summed with checks, each buffer is resolved region by region, and a chain that the standard
-//! forbids is [`ChainError`]. What the buffers hold may change under us at any time; nothing here
-//! reads a byte twice.
+//! This is the only place where system calls read or write guest memory. A chain is parsed once, with checked lengths
+//! and addresses; a chain that the standard forbids is a [`ChainError`]. The guest may change the content of a buffer at
+//! any time, so no byte is read twice.
 
 use std::{
     io,
@@ -16,42 +15,40 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSli
 
 use crate::memory::MemoryRegions;
 
-/// The most buffers in a chain; also the most that one system call takes (`IOV_MAX`).
+/// The maximum number of buffers of a chain in one direction, since one system call takes no more (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
 
-const PAGE: usize = 4096;
+const PAGE_SIZE: usize = 4096;
 
-/// Why a chain is refused.
+/// Why a descriptor chain is invalid.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
-    /// A loop, an index beyond the table, a malformed indirect table, or lengths whose sum passes
-    /// 2^32 (virtio 1.3 §2.7.5): the queue gave up before a last descriptor.
-    #[error("the descriptor chain has no proper end")]
-    Endless,
-    /// A buffer lies outside of guest memory.
+    /// A loop, an index beyond the table, a malformed indirect table, or lengths whose sum exceeds 2^32 (virtio 1.3
+    /// §2.7.5): iteration stopped before a last descriptor.
+    #[error("the descriptor chain is not terminated")]
+    Unterminated,
     #[error("a buffer of the descriptor chain lies outside of guest memory")]
     OutOfRange,
-    /// A buffer to read stands behind one to write (virtio 1.3 §2.7.4.2).
-    #[error("a readable buffer follows a writable one")]
-    Order,
-    /// More buffers than one system call takes.
+    /// Forbidden by virtio 1.3 §2.7.4.2.
+    #[error("a device-readable buffer follows a device-writable one")]
+    ReadableAfterWritable,
     #[error("the descriptor chain has more than {MAX_BUFFERS} buffers")]
-    TooLong,
+    TooManyBuffers,
 }
 
-/// A parsed chain.
+/// A parsed descriptor chain.
 #[derive(Debug)]
 pub(crate) struct Chain<'m> {
-    /// What to give back to the driver.
+    /// The index of the first descriptor, which returns the chain to the driver.
     pub(crate) head: u16,
-    /// What the driver wrote.
+    /// The device-readable buffers: data from the driver.
     pub(crate) readable: Buffers<'m>,
-    /// Where the device writes.
+    /// The device-writable buffers: space for data to the driver.
     pub(crate) writable: Buffers<'m>,
 }
 
 impl<'m> Chain<'m> {
-    /// Parses what the driver made available.
+    /// Parses an available chain, whose buffers lie in `memory`.
     pub(crate) fn parse(
         chain: DescriptorChain<&'m MemoryRegions>,
         memory: &'m MemoryRegions,
@@ -64,7 +61,7 @@ impl<'m> Chain<'m> {
             let target = match (descriptor.is_write_only(), writable.slices.is_empty()) {
                 (true, _) => &mut writable,
                 (false, true) => &mut readable,
-                (false, false) => return Err(ChainError::Order),
+                (false, false) => return Err(ChainError::ReadableAfterWritable),
             };
             if descriptor.len() == 0 {
                 continue;
@@ -79,7 +76,7 @@ impl<'m> Chain<'m> {
             target.slices.extend(slices);
             target.length += length;
             if target.slices.len() > MAX_BUFFERS {
-                return Err(ChainError::TooLong);
+                return Err(ChainError::TooManyBuffers);
             }
         }
         if ended {
@@ -89,12 +86,13 @@ impl<'m> Chain<'m> {
                 writable,
             })
         } else {
-            Err(ChainError::Endless)
+            Err(ChainError::Unterminated)
         }
     }
 }
 
-/// Buffers of guest memory in order, as one stream of bytes.
+/// A sequence of buffers in guest memory, used as one stream of bytes. Methods that consume bytes remove them from the
+/// front.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
@@ -102,8 +100,8 @@ pub(crate) struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    /// A range of guest memory, as a chain would name it.
-    pub(crate) fn over(memory: &'m MemoryRegions, address: u64, length: usize) -> Result<Self, ChainError> {
+    /// The range of `length` bytes of guest memory at `address`.
+    pub(crate) fn from_range(memory: &'m MemoryRegions, address: u64, length: usize) -> Result<Self, ChainError> {
         let address = GuestAddress(address);
         if !memory.check_range(address, length) {
             return Err(ChainError::OutOfRange);
@@ -115,8 +113,7 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// Puts `more` behind what there is; `false`, with nothing done, if it were more than one system call
-    /// takes.
+    /// Appends `more`. Returns `false` and appends nothing if the result had more buffers than one system call takes.
     #[must_use]
     pub(crate) fn append(&mut self, more: Self) -> bool {
         let fits = self.slices.len() + more.slices.len() <= MAX_BUFFERS;
@@ -127,13 +124,13 @@ impl<'m> Buffers<'m> {
         fits
     }
 
-    /// How many bytes are left.
+    /// The number of remaining bytes.
     pub(crate) fn len(&self) -> usize {
         self.length
     }
 
-    /// The first `count` bytes, or all there are. Takes nothing off.
-    pub(crate) fn front(&self, count: usize) -> Self {
+    /// Returns at most the first `count` bytes. Consumes nothing.
+    pub(crate) fn prefix(&self, count: usize) -> Self {
         let mut all = Self {
             slices: self.slices.clone(),
             length: self.length,
@@ -141,32 +138,32 @@ impl<'m> Buffers<'m> {
         all.split_to(count)
     }
 
-    /// Takes the first `count` bytes off, or all there are.
+    /// Consumes and returns at most the first `count` bytes.
     pub(crate) fn split_to(&mut self, count: usize) -> Self {
-        let mut front = Self::default();
-        while front.length < count
+        let mut prefix = Self::default();
+        while prefix.length < count
             && let Some(first) = self.slices.first().copied()
         {
-            let wanted = count - front.length;
-            let (part, rest) = match first.split_at(wanted) {
-                Ok((part, rest)) if first.len() > wanted => (part, Some(rest)),
+            let wanted = count - prefix.length;
+            let (part, remainder) = match first.split_at(wanted) {
+                Ok((part, remainder)) if first.len() > wanted => (part, Some(remainder)),
                 _ => (first, None),
             };
-            front.slices.push(part);
-            front.length += part.len();
+            prefix.slices.push(part);
+            prefix.length += part.len();
             self.length -= part.len();
-            match rest {
-                Some(rest) => self.slices[0] = rest,
+            match remainder {
+                Some(remainder) => self.slices[0] = remainder,
                 None => {
                     self.slices.remove(0);
                 }
             }
         }
-        front
+        prefix
     }
 
-    /// Copies the next bytes out of guest memory into `target` and takes them off; `false`, with
-    /// nothing taken, if there are fewer.
+    /// Fills `target` from guest memory and consumes those bytes. Returns `false` and consumes nothing if there are too
+    /// few.
     #[must_use]
     pub(crate) fn take(&mut self, target: &mut [u8]) -> bool {
         if target.len() > self.length {
@@ -179,7 +176,7 @@ impl<'m> Buffers<'m> {
         true
     }
 
-    /// Copies `bytes` into guest memory and takes that space off; returns how many fitted.
+    /// Copies `bytes` to guest memory and consumes that space. Returns the number of bytes that fitted.
     pub(crate) fn put(&mut self, bytes: &[u8]) -> usize {
         let space = self.split_to(bytes.len());
         let mut done = 0;
@@ -191,44 +188,43 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Fills guest memory from `source` with one system call, at `offset` or where a stream
-    /// stands. Returns the count; 0 is end of file. Takes nothing off.
+    /// Reads from `source` into guest memory with one system call, at file offset `offset` or at the current position.
+    /// Returns the number of bytes; 0 is end of file. Consumes nothing.
     pub(crate) fn read_from(&self, source: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        let vectors = self.vectors();
-        let count = libc::c_int::try_from(vectors.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let iovecs = self.iovecs();
+        let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let result = match file_offset(offset)? {
-            // SAFETY: `vectors` names `count` ranges inside guest memory, mapped for as long as
-            // 'm; that the guest may write them too is the nature of volatile memory, and Rust
-            // holds no reference into it.
-            Some(offset) => unsafe { libc::preadv(source.as_raw_fd(), vectors.as_ptr(), count, offset) },
+            // SAFETY: `iovecs` names `count` ranges of guest memory, which is mapped for as long as 'm. The guest may
+            // write them at the same time, but no Rust reference into them exists.
+            Some(offset) => unsafe { libc::preadv(source.as_raw_fd(), iovecs.as_ptr(), count, offset) },
             // SAFETY: as above.
-            None => unsafe { libc::readv(source.as_raw_fd(), vectors.as_ptr(), count) },
+            None => unsafe { libc::readv(source.as_raw_fd(), iovecs.as_ptr(), count) },
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Writes guest memory to `target` with one system call, at `offset` or where a stream
-    /// stands. Returns the count. Takes nothing off.
+    /// Writes guest memory to `target` with one system call, at file offset `offset` or at the current position. Returns
+    /// the number of bytes. Consumes nothing.
     pub(crate) fn write_to(&self, target: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
-        let vectors = self.vectors();
-        let count = libc::c_int::try_from(vectors.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let iovecs = self.iovecs();
+        let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let result = match file_offset(offset)? {
-            // SAFETY: `vectors` names `count` ranges inside guest memory, mapped for as long as 'm.
-            Some(offset) => unsafe { libc::pwritev(target.as_raw_fd(), vectors.as_ptr(), count, offset) },
+            // SAFETY: `iovecs` names `count` ranges of guest memory, which is mapped for as long as 'm.
+            Some(offset) => unsafe { libc::pwritev(target.as_raw_fd(), iovecs.as_ptr(), count, offset) },
             // SAFETY: as above.
-            None => unsafe { libc::writev(target.as_raw_fd(), vectors.as_ptr(), count) },
+            None => unsafe { libc::writev(target.as_raw_fd(), iovecs.as_ptr(), count) },
         };
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Gives the whole pages among them back to the host, of which they are in `memory`; they read as zeroes
-    /// afterwards. Takes nothing off.
+    /// Returns all whole pages of the buffers to the host; they read as zeroes afterwards. The buffers must lie in
+    /// `memory`. Consumes nothing.
     ///
     /// # Errors
     ///
-    /// The host refuses; a part may be done.
+    /// `madvise` failed; some pages may already be discarded.
     pub(crate) fn discard(&self, memory: &MemoryRegions) -> io::Result<()> {
-        // From a file it is taken for every process that has it mapped.
+        // MADV_REMOVE frees pages of the memory's file, for every process that maps it.
         let shared = memory
             .iter()
             .next()
@@ -241,18 +237,18 @@ impl<'m> Buffers<'m> {
         for slice in &self.slices {
             let guard = slice.ptr_guard_mut();
             let start = guard.as_ptr();
-            let skipped = start.align_offset(PAGE);
-            let length = slice.len().saturating_sub(skipped) / PAGE * PAGE;
+            let skipped = start.align_offset(PAGE_SIZE);
+            let length = slice.len().saturating_sub(skipped) / PAGE_SIZE * PAGE_SIZE;
             if length > 0 {
-                // SAFETY: the whole pages lie in the slice, which is guest memory that stays mapped for as
-                // long as 'm and into which no Rust reference exists; what it holds is the guest's to give up.
+                // SAFETY: the pages lie in the slice, which is guest memory, mapped for as long as 'm. No Rust reference
+                // into it exists, and the guest gave its content up.
                 unsafe { madvise(start.wrapping_add(skipped).cast(), length, advice)? };
             }
         }
         Ok(())
     }
 
-    fn vectors(&self) -> Vec<libc::iovec> {
+    fn iovecs(&self) -> Vec<libc::iovec> {
         self.slices
             .iter()
             .take(MAX_BUFFERS)

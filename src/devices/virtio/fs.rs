@@ -1,6 +1,6 @@
-//! virtio-fs (virtio 1.3 §5.11): the device's face towards the guest. The queues are served by the
-//! fs process over the vhost-user protocol, which maps guest memory, is kicked by KVM directly and
-//! interrupts the guest directly; after activation this process has no part in it.
+//! virtio-fs (virtio 1.3 §5.11): the frontend of the device. The fs process serves the queues over the vhost-user
+//! protocol: it maps guest memory, and KVM connects its kicks and interrupts directly to the guest. After activation,
+//! this process does not take part in requests.
 
 use std::{os::unix::net::UnixStream, sync::Arc};
 
@@ -12,15 +12,18 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryBackend;
 
-use super::{ActivateError, Activation, Device, copy_config, mmio::InterruptLine};
+use super::{
+    device::{ActivateError, Activation, Device, copy_config},
+    interrupt::InterruptLine,
+};
 use crate::memory::MemoryRegions;
 
-/// The high-priority queue and the request queue. A request's size is bounded by its queue's.
+/// High-priority and request queue. The size of the queue limits the size of a request.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 
+/// The length of the tag in the configuration (virtio 1.3 §5.11.4).
 const TAG_LENGTH: usize = 36;
 
-/// The device.
 pub(crate) struct Fs {
     socket: Option<UnixStream>,
     frontend: Option<Frontend>,
@@ -29,8 +32,8 @@ pub(crate) struct Fs {
 }
 
 impl Fs {
-    /// A file system with tag `tag`, served over the connected vhost-user `socket`. `line` must
-    /// report every interrupt as one for used buffers ([`InterruptLine::always_used`]).
+    /// A file system with tag `tag`, which the backend at the other end of `socket` serves. `line` must report each
+    /// interrupt as one for used buffers ([`InterruptLine::always_used`]).
     pub(crate) fn new(tag: &str, socket: UnixStream, line: Arc<InterruptLine>) -> Self {
         let mut config = [0; TAG_LENGTH + 4];
         let length = tag.len().min(TAG_LENGTH);
@@ -44,29 +47,29 @@ impl Fs {
         }
     }
 
-    /// Tells the file server that guest memory is now `memory`; the guest may use all of it afterwards.
+    /// Makes the file server map all of `memory`. The guest may use new regions afterwards.
     ///
     /// # Errors
     ///
-    /// The file server does not take it.
+    /// The text names the vhost-user message that failed.
     pub(crate) fn grow(&self, memory: &MemoryRegions) -> Result<(), String> {
-        // One that is not activated yet gets it then.
+        // Before activation there is nothing to update: activation sends the current memory.
         let Some(frontend) = &self.frontend else {
             return Ok(());
         };
         frontend
-            .set_mem_table(&regions(memory)?)
+            .set_mem_table(&vhost_regions(memory)?)
             .map_err(|error| format!("SET_MEM_TABLE: {error}"))?;
-        // It answers in order: it has mapped all of it by then.
+        // Wait for a reply. The server handles messages in order, so it has mapped the memory by then.
         frontend
             .get_features()
             .map(drop)
             .map_err(|error| format!("GET_FEATURES: {error}"))
     }
 
-    /// The set-up messages of the vhost-user protocol, in the order that it demands.
-    fn connect(&self, frontend: &mut Frontend, activation: &Activation) -> Result<(), String> {
-        let step = |what: &'static str| move |error: vhost::Error| format!("{what}: {error}");
+    /// Sends the set-up messages of the vhost-user protocol, in the required order.
+    fn set_up_backend(&self, frontend: &mut Frontend, activation: &Activation) -> Result<(), String> {
+        let step = |message: &'static str| move |error: vhost::Error| format!("{message}: {error}");
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         frontend.set_owner().map_err(step("SET_OWNER"))?;
         let offered = frontend.get_features().map_err(step("GET_FEATURES"))?;
@@ -82,7 +85,7 @@ impl Fs {
         frontend
             .set_protocol_features(understood & VhostUserProtocolFeatures::MQ)
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
-        let regions = regions(activation.memory.regions())?;
+        let regions = vhost_regions(activation.memory.regions())?;
         frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
         for (index, queue) in activation.queues.iter().enumerate() {
             let geometry = queue.geometry();
@@ -116,9 +119,9 @@ impl Fs {
     }
 }
 
-/// Guest memory in as few regions as can be, of which the protocol takes 32: memory that grew by parts
-/// lies in one file without a gap.
-fn regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
+/// The regions of guest memory, with contiguous ones merged, since the protocol takes at most 32. Memory that grew in
+/// steps is contiguous in its file.
+fn vhost_regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
     let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
     for region in memory.iter() {
         let next = VhostUserMemoryRegionInfo::from_guest_region(region);
@@ -136,18 +139,17 @@ fn regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, Str
     Ok(regions)
 }
 
-/// The name that the protocol has for guest address `address`: where its region starts in this process,
-/// and how far into that it lies.
+/// Translates guest address `address` to the address in this process by which the protocol refers to it.
 fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u64, String> {
-    let within = regions.iter().find_map(|region| {
+    let host_address = regions.iter().find_map(|region| {
         let offset = address.checked_sub(region.guest_phys_addr)?;
         (offset < region.memory_size).then_some(region.userspace_addr + offset)
     });
-    within.ok_or_else(|| format!("the ring at {address:#x} is not in guest memory"))
+    host_address.ok_or_else(|| format!("the ring at {address:#x} is not in guest memory"))
 }
 
 impl Device for Fs {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_FS
     }
 
@@ -163,17 +165,17 @@ impl Device for Fs {
         let socket = self
             .socket
             .take()
-            .ok_or_else(|| ActivateError::Backend("the file server serves one activation only".to_owned()))?;
+            .ok_or_else(|| ActivateError::Backend("the file server supports one activation only".to_owned()))?;
         let mut frontend = Frontend::from_stream(socket, QUEUE_SIZES.len() as u64);
-        self.connect(&mut frontend, &activation)
+        self.set_up_backend(&mut frontend, &activation)
             .map_err(ActivateError::Backend)?;
         self.frontend = Some(frontend);
         Ok(())
     }
 
     fn reset(&mut self) {
-        // The server ends with its connection. A driver that resets a running device has no use
-        // for a second one: PID 1 mounts the share once.
+        // The file server exits when its connection closes. A second activation is not supported and not needed: PID 1
+        // mounts the share once.
         self.frontend = None;
     }
 }
@@ -192,12 +194,12 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn memory_that_grew_by_parts_is_one_region_to_the_file_server() {
+    fn memory_that_grew_in_steps_is_one_vhost_region() {
         let memory = allocate(4 * MIB, true).unwrap();
         let memory = add_region(&memory, 4 << 30, 2 * MIB).unwrap();
         let memory = add_region(&memory, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
 
-        let regions = regions(&memory).unwrap();
+        let regions = vhost_regions(&memory).unwrap();
 
         let ranges: Vec<_> = regions
             .iter()

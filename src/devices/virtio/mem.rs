@@ -1,96 +1,102 @@
-//! virtio-mem (virtio 1.3 §5.15): memory that comes and goes while the machine runs, in blocks. The host
-//! asks for an amount; the guest's driver takes and gives blocks until it has that.
+//! virtio-mem (virtio 1.3 §5.15): memory that is plugged and unplugged while the machine runs, in blocks. The host
+//! requests a size; the guest's driver plugs or unplugs blocks until it has that size.
 
 use std::{ops::Range, sync::Arc};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device, Interrupt,
     buffers::Buffers,
-    copy_config,
+    device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
+    interrupt::Interrupt,
     queue::{DeviceQueue, QueueError},
 };
 use crate::memory::MemoryRegions;
 
-/// The size of a block, in bytes: a huge page.
-pub(crate) const BLOCK: u64 = 2 << 20;
+/// The size of a block in bytes: a huge page.
+pub(crate) const BLOCK_SIZE: u64 = 2 << 20;
 
 const QUEUE_SIZES: [u16; 1] = [16];
 
-/// The driver keeps its hands off memory that is not plugged (VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE).
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: the driver does not access unplugged memory.
 const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
-/// Requests (§5.15.6) and their length: type and padding, then an address, a count and padding.
-const PLUG: u16 = 0;
-const UNPLUG: u16 = 1;
-const UNPLUG_ALL: u16 = 2;
-const STATE: u16 = 3;
-const REQUEST: usize = 24;
+/// The size of struct virtio_mem_req (§5.15.6): type and padding, then address, number of blocks and padding.
+const REQUEST_SIZE: usize = 24;
 
-/// Of what `STATE` asks for.
-const ALL_PLUGGED: u16 = 0;
-const ALL_UNPLUGGED: u16 = 1;
-const MIXED: u16 = 2;
+/// Request types (VIRTIO_MEM_REQ_*).
+const REQUEST_PLUG: u16 = 0;
+const REQUEST_UNPLUG: u16 = 1;
+const REQUEST_UNPLUG_ALL: u16 = 2;
+const REQUEST_STATE: u16 = 3;
 
+/// The state of a range of blocks, for [`REQUEST_STATE`] (VIRTIO_MEM_STATE_*).
+const STATE_PLUGGED: u16 = 0;
+const STATE_UNPLUGGED: u16 = 1;
+const STATE_MIXED: u16 = 2;
+
+/// Response types (VIRTIO_MEM_RESP_*).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
-enum Answer {
-    Done = 0,
-    Refused = 1,
+enum Response {
+    Ack = 0,
+    /// The device refuses a valid request.
+    Nack = 1,
+    /// The request failed for now; the driver may retry.
     Busy = 2,
-    Wrong = 3,
+    /// The request is invalid.
+    Error = 3,
 }
 
-/// The device.
 pub(crate) struct Mem {
-    /// All addresses that it may ever have.
+    /// The addresses that the device may ever use.
     region: Range<u64>,
-    /// The part of it, from its start, where there is memory on the host: a block each.
+    /// Whether each block is plugged. Covers the usable part of the region, from its start: the blocks that the host has
+    /// mapped.
     plugged: Vec<bool>,
-    /// How much the guest should have, in bytes.
-    requested: u64,
-    generation: u32,
+    /// The size that the guest should have, in bytes.
+    requested_size: u64,
+    config_generation: u32,
     running: Option<(DeviceQueue, Arc<dyn Interrupt>)>,
 }
 
 impl Mem {
-    /// A device without memory, which may get it anywhere in `region`, whole [`BLOCK`]s.
+    /// A device without memory, which can have up to all of `region`. The region consists of whole blocks.
     pub(crate) fn new(region: Range<u64>) -> Self {
         Self {
             region,
             plugged: Vec::new(),
-            requested: 0,
-            generation: 0,
+            requested_size: 0,
+            config_generation: 0,
             running: None,
         }
     }
 
-    /// Asks the guest to have `bytes`, whole blocks, and lets it use the first `usable` bytes of the region
-    /// for that, which never become fewer.
-    pub(crate) fn request(&mut self, bytes: u64, usable: u64) {
-        let blocks = usize::try_from(usable / BLOCK).unwrap_or(usize::MAX);
+    /// Requests the guest to have `size` bytes, whole blocks, in the first `usable_size` bytes of the region. The usable
+    /// part never shrinks.
+    pub(crate) fn request_size(&mut self, size: u64, usable_size: u64) {
+        let blocks = usize::try_from(usable_size / BLOCK_SIZE).unwrap_or(usize::MAX);
         if blocks > self.plugged.len() {
             self.plugged.resize(blocks, false);
         }
-        self.requested = bytes;
-        self.generation = self.generation.wrapping_add(1);
+        self.requested_size = size;
+        self.config_generation = self.config_generation.wrapping_add(1);
         if let Some((_, interrupt)) = &self.running {
-            interrupt.config_changed();
+            interrupt.notify_config_change();
         }
     }
 
-    /// How much the guest has, in bytes.
-    pub(crate) fn size(&self) -> u64 {
-        self.plugged.iter().filter(|plugged| **plugged).count() as u64 * BLOCK
+    /// The size of all plugged blocks in bytes.
+    pub(crate) fn plugged_size(&self) -> u64 {
+        self.plugged.iter().filter(|plugged| **plugged).count() as u64 * BLOCK_SIZE
     }
 
-    /// Whether the guest has as much as it should.
+    /// Whether the guest has the requested size.
     pub(crate) fn is_settled(&self) -> bool {
-        self.size() == self.requested
+        self.plugged_size() == self.requested_size
     }
 
-    /// Answers what is in the queue; called when it was kicked.
+    /// Handles the requests in the queue. Call it when the queue was kicked.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some((mut queue, interrupt)) = self.running.take() else {
             return Ok(());
@@ -103,82 +109,86 @@ impl Mem {
     fn serve_queue(&mut self, queue: &mut DeviceQueue) -> Result<(), QueueError> {
         let memory = queue.memory().clone();
         queue.serve(|chain| {
-            let mut request = [0; REQUEST];
-            let (answer, state) = if chain.readable.take(&mut request) {
-                self.answer(&request, |address, length| discard(memory.regions(), address, length))
+            let mut request = [0; REQUEST_SIZE];
+            let (response_type, state) = if chain.readable.take(&mut request) {
+                self.handle_request(&request, |address, length| discard(memory.regions(), address, length))
             } else {
-                (Answer::Wrong, 0)
+                (Response::Error, 0)
             };
-            // struct virtio_mem_resp: type, padding, state.
+            // struct virtio_mem_resp: type, padding, then the state for a state request.
             let mut response = [0; 10];
-            response[..2].copy_from_slice(&(answer as u16).to_le_bytes());
+            response[..2].copy_from_slice(&(response_type as u16).to_le_bytes());
             response[8..].copy_from_slice(&state.to_le_bytes());
             let written = chain.writable.put(&response);
             u32::try_from(written).unwrap_or(0)
         })
     }
 
-    /// The answer, and for [`STATE`] the state.
-    fn answer(&mut self, request: &[u8; REQUEST], discard: impl Fn(u64, u64) -> bool) -> (Answer, u16) {
+    /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` returns a range, given as address and length,
+    /// to the host; it returns whether that succeeded.
+    fn handle_request(&mut self, request: &[u8; REQUEST_SIZE], discard: impl Fn(u64, u64) -> bool) -> (Response, u16) {
         let [t0, t1, _, _, _, _, _, _, address @ .., c0, c1, _, _, _, _, _, _] = request;
         let (kind, count) = (u16::from_le_bytes([*t0, *t1]), u16::from_le_bytes([*c0, *c1]));
-        if kind == UNPLUG_ALL {
+        if kind == REQUEST_UNPLUG_ALL {
             return (self.unplug_all(discard), 0);
         }
         let address = u64::from_le_bytes(*address);
-        let Some(blocks) = self.blocks(address, count) else {
-            return (Answer::Wrong, 0);
+        let Some(blocks) = self.block_range(address, count) else {
+            return (Response::Error, 0);
         };
-        let size = u64::from(count) * BLOCK;
+        let size = u64::from(count) * BLOCK_SIZE;
         let plugged = self.plugged[blocks.clone()].iter().filter(|plugged| **plugged).count();
         match kind {
-            PLUG if plugged > 0 => (Answer::Wrong, 0),
-            PLUG if self.size() + size > self.requested => (Answer::Refused, 0),
-            PLUG => {
+            REQUEST_PLUG if plugged > 0 => (Response::Error, 0),
+            REQUEST_PLUG if self.plugged_size() + size > self.requested_size => (Response::Nack, 0),
+            REQUEST_PLUG => {
                 self.plugged[blocks].fill(true);
-                (Answer::Done, 0)
+                (Response::Ack, 0)
             }
-            UNPLUG if plugged < usize::from(count) => (Answer::Wrong, 0),
-            UNPLUG if !discard(address, size) => (Answer::Busy, 0),
-            UNPLUG => {
+            REQUEST_UNPLUG if plugged < usize::from(count) => (Response::Error, 0),
+            REQUEST_UNPLUG if !discard(address, size) => (Response::Busy, 0),
+            REQUEST_UNPLUG => {
                 self.plugged[blocks].fill(false);
-                (Answer::Done, 0)
+                (Response::Ack, 0)
             }
-            STATE if plugged == usize::from(count) => (Answer::Done, ALL_PLUGGED),
-            STATE if plugged == 0 => (Answer::Done, ALL_UNPLUGGED),
-            STATE => (Answer::Done, MIXED),
-            _ => (Answer::Wrong, 0),
+            REQUEST_STATE if plugged == usize::from(count) => (Response::Ack, STATE_PLUGGED),
+            REQUEST_STATE if plugged == 0 => (Response::Ack, STATE_UNPLUGGED),
+            REQUEST_STATE => (Response::Ack, STATE_MIXED),
+            _ => (Response::Error, 0),
         }
     }
 
-    fn unplug_all(&mut self, discard: impl Fn(u64, u64) -> bool) -> Answer {
-        let usable = self.plugged.len() as u64 * BLOCK;
-        if self.plugged.contains(&true) && !discard(self.region.start, usable) {
-            return Answer::Busy;
+    fn unplug_all(&mut self, discard: impl Fn(u64, u64) -> bool) -> Response {
+        if self.plugged.contains(&true) && !discard(self.region.start, self.usable_size()) {
+            return Response::Busy;
         }
         self.plugged.fill(false);
-        Answer::Done
+        Response::Ack
     }
 
-    /// The blocks that a request names, if there is memory for all of them.
-    fn blocks(&self, address: u64, count: u16) -> Option<Range<usize>> {
+    fn usable_size(&self) -> u64 {
+        self.plugged.len() as u64 * BLOCK_SIZE
+    }
+
+    /// The indices of `count` blocks from `address` on, if all of them are usable and there is at least one.
+    fn block_range(&self, address: u64, count: u16) -> Option<Range<usize>> {
         let offset = address
             .checked_sub(self.region.start)
-            .filter(|offset| offset.is_multiple_of(BLOCK))?;
-        let first = usize::try_from(offset / BLOCK).ok()?;
+            .filter(|offset| offset.is_multiple_of(BLOCK_SIZE))?;
+        let first = usize::try_from(offset / BLOCK_SIZE).ok()?;
         let end = first.checked_add(usize::from(count))?;
         (count > 0 && end <= self.plugged.len()).then_some(first..end)
     }
 }
 
-/// Gives memory back to the host; `false` if it does not take it.
+/// Returns a range of guest memory to the host. Returns whether that succeeded.
 fn discard(memory: &MemoryRegions, address: u64, length: u64) -> bool {
-    let buffers = usize::try_from(length).map(|length| Buffers::over(memory, address, length));
+    let buffers = usize::try_from(length).map(|length| Buffers::from_range(memory, address, length));
     matches!(buffers, Ok(Ok(buffers)) if buffers.discard(memory).is_ok())
 }
 
 impl Device for Mem {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_MEM
     }
 
@@ -191,21 +201,21 @@ impl Device for Mem {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // struct virtio_mem_config: the second word is the NUMA node, with padding.
+        // struct virtio_mem_config (§5.15.4). The second word is the NUMA node and padding.
         let words = [
-            BLOCK,
+            BLOCK_SIZE,
             0,
             self.region.start,
             self.region.end - self.region.start,
-            self.plugged.len() as u64 * BLOCK,
-            self.size(),
-            self.requested,
+            self.usable_size(),
+            self.plugged_size(),
+            self.requested_size,
         ];
         copy_config(words.map(u64::to_le_bytes).as_flattened(), offset, data);
     }
 
     fn config_generation(&self) -> u32 {
-        self.generation
+        self.config_generation
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
@@ -225,8 +235,8 @@ impl std::fmt::Debug for Mem {
         formatter
             .debug_struct("Mem")
             .field("region", &self.region)
-            .field("size", &self.size())
-            .field("requested", &self.requested)
+            .field("plugged_size", &self.plugged_size())
+            .field("requested_size", &self.requested_size)
             .finish_non_exhaustive()
     }
 }
@@ -239,103 +249,146 @@ mod tests {
 
     const START: u64 = 4 << 30;
 
-    fn request(kind: u16, address: u64, count: u16) -> [u8; REQUEST] {
-        let mut request = [0; REQUEST];
+    fn request(kind: u16, address: u64, count: u16) -> [u8; REQUEST_SIZE] {
+        let mut request = [0; REQUEST_SIZE];
         request[..2].copy_from_slice(&kind.to_le_bytes());
         request[8..16].copy_from_slice(&address.to_le_bytes());
         request[16..18].copy_from_slice(&count.to_le_bytes());
         request
     }
 
+    /// A device with `requested` and `usable` blocks.
     fn device(requested: u64, usable: u64) -> Mem {
-        let mut device = Mem::new(START..START + 64 * BLOCK);
-        device.request(requested * BLOCK, usable * BLOCK);
+        let mut device = Mem::new(START..START + 64 * BLOCK_SIZE);
+        device.request_size(requested * BLOCK_SIZE, usable * BLOCK_SIZE);
         device
     }
 
-    fn word(device: &Mem, index: u64) -> u64 {
+    fn config_word(device: &Mem, index: u64) -> u64 {
         let mut bytes = [0; 8];
         device.read_config(index * 8, &mut bytes);
         u64::from_le_bytes(bytes)
     }
 
     #[test]
-    fn guest_has_what_was_asked_for_and_not_a_block_more() {
+    fn guest_can_plug_the_requested_size_and_no_more() {
         let mut device = device(4, 8);
-        let kept = |_, _| true;
+        let discard = |_, _| true;
 
-        assert_eq!(device.answer(&request(PLUG, START, 5), kept).0, Answer::Refused);
-        assert_eq!(device.answer(&request(PLUG, START + BLOCK, 4), kept).0, Answer::Done);
+        assert_eq!(
+            device.handle_request(&request(REQUEST_PLUG, START, 5), discard).0,
+            Response::Nack
+        );
+        assert_eq!(
+            device
+                .handle_request(&request(REQUEST_PLUG, START + BLOCK_SIZE, 4), discard)
+                .0,
+            Response::Ack
+        );
         assert!(device.is_settled());
-        assert_eq!(device.answer(&request(PLUG, START, 1), kept).0, Answer::Refused);
+        assert_eq!(
+            device.handle_request(&request(REQUEST_PLUG, START, 1), discard).0,
+            Response::Nack
+        );
 
-        assert_eq!(device.size(), 4 * BLOCK);
+        assert_eq!(device.plugged_size(), 4 * BLOCK_SIZE);
         let states = [(1, 4), (0, 1), (0, 2)];
-        let states = states.map(|(first, count)| device.answer(&request(STATE, START + first * BLOCK, count), kept).1);
-        assert_eq!(states, [ALL_PLUGGED, ALL_UNPLUGGED, MIXED]);
+        let states = states.map(|(first, count)| {
+            device
+                .handle_request(&request(REQUEST_STATE, START + first * BLOCK_SIZE, count), discard)
+                .1
+        });
+        assert_eq!(states, [STATE_PLUGGED, STATE_UNPLUGGED, STATE_MIXED]);
     }
 
     #[test]
-    fn unplugged_blocks_go_back_to_the_host() {
+    fn unplugged_blocks_are_returned_to_the_host() {
         let discarded = RefCell::new(Vec::new());
         let discard = |address, length| {
             discarded.borrow_mut().push((address, length));
             true
         };
         let mut device = device(4, 8);
-        device.answer(&request(PLUG, START, 4), discard);
+        device.handle_request(&request(REQUEST_PLUG, START, 4), discard);
 
         assert_eq!(
-            device.answer(&request(UNPLUG, START + BLOCK, 2), discard).0,
-            Answer::Done
+            device
+                .handle_request(&request(REQUEST_UNPLUG, START + BLOCK_SIZE, 2), discard)
+                .0,
+            Response::Ack
         );
-        assert_eq!(device.size(), 2 * BLOCK);
-        assert_eq!(device.answer(&request(UNPLUG_ALL, 0, 0), discard).0, Answer::Done);
+        assert_eq!(device.plugged_size(), 2 * BLOCK_SIZE);
+        assert_eq!(
+            device.handle_request(&request(REQUEST_UNPLUG_ALL, 0, 0), discard).0,
+            Response::Ack
+        );
 
-        assert_eq!(device.size(), 0);
-        assert_eq!(discarded.take(), [(START + BLOCK, 2 * BLOCK), (START, 8 * BLOCK)]);
-        device.answer(&request(PLUG, START, 1), discard);
-        assert_eq!(device.answer(&request(UNPLUG, START, 1), |_, _| false).0, Answer::Busy);
-        assert_eq!(device.size(), BLOCK);
+        assert_eq!(device.plugged_size(), 0);
+        assert_eq!(
+            discarded.take(),
+            [(START + BLOCK_SIZE, 2 * BLOCK_SIZE), (START, 8 * BLOCK_SIZE)]
+        );
+        device.handle_request(&request(REQUEST_PLUG, START, 1), discard);
+        assert_eq!(
+            device
+                .handle_request(&request(REQUEST_UNPLUG, START, 1), |_, _| false)
+                .0,
+            Response::Busy
+        );
+        assert_eq!(device.plugged_size(), BLOCK_SIZE);
     }
 
     #[test]
-    fn requests_that_make_no_sense_are_refused() {
+    fn invalid_requests_get_an_error() {
         let mut device = device(4, 8);
-        device.answer(&request(PLUG, START, 1), |_, _| true);
+        device.handle_request(&request(REQUEST_PLUG, START, 1), |_, _| true);
         let cases = [
-            ("before the region", request(PLUG, START - BLOCK, 1)),
-            ("not a block's start", request(PLUG, START + 4096, 1)),
-            ("no memory on the host", request(PLUG, START + 8 * BLOCK, 1)),
-            ("partly no memory on the host", request(PLUG, START + 7 * BLOCK, 2)),
-            ("address at the end of all", request(PLUG, u64::MAX - BLOCK + 1, 2)),
-            ("no block", request(PLUG, START + BLOCK, 0)),
-            ("plugged already", request(PLUG, START, 2)),
-            ("not plugged", request(UNPLUG, START, 2)),
-            ("unknown", request(4, START, 1)),
+            ("before the region", request(REQUEST_PLUG, START - BLOCK_SIZE, 1)),
+            ("not the start of a block", request(REQUEST_PLUG, START + 4096, 1)),
+            ("not usable", request(REQUEST_PLUG, START + 8 * BLOCK_SIZE, 1)),
+            ("partly not usable", request(REQUEST_PLUG, START + 7 * BLOCK_SIZE, 2)),
+            (
+                "end of the address space",
+                request(REQUEST_PLUG, u64::MAX - BLOCK_SIZE + 1, 2),
+            ),
+            ("no blocks", request(REQUEST_PLUG, START + BLOCK_SIZE, 0)),
+            ("partly plugged already", request(REQUEST_PLUG, START, 2)),
+            ("partly not plugged", request(REQUEST_UNPLUG, START, 2)),
+            ("unknown type", request(4, START, 1)),
         ];
         for (name, request) in cases {
-            let answer = device.answer(&request, |_, _| panic!("{name} discards"));
-            assert_eq!(answer.0, Answer::Wrong, "{name}");
-            assert_eq!(device.size(), BLOCK, "{name}");
+            let (response, _) = device.handle_request(&request, |_, _| panic!("{name} discards"));
+            assert_eq!(response, Response::Error, "{name}");
+            assert_eq!(device.plugged_size(), BLOCK_SIZE, "{name}");
         }
     }
 
     #[test]
-    fn driver_reads_what_it_has_and_should_have() {
+    fn configuration_reports_plugged_and_requested_size() {
         let mut device = device(4, 8);
-        device.answer(&request(PLUG, START, 3), |_, _| true);
-        let config = [0, 1, 2, 3, 4, 5, 6].map(|index| word(&device, index));
-        assert_eq!(config, [BLOCK, 0, START, 64 * BLOCK, 8 * BLOCK, 3 * BLOCK, 4 * BLOCK]);
+        device.handle_request(&request(REQUEST_PLUG, START, 3), |_, _| true);
+        let config = [0, 1, 2, 3, 4, 5, 6].map(|index| config_word(&device, index));
+        assert_eq!(
+            config,
+            [
+                BLOCK_SIZE,
+                0,
+                START,
+                64 * BLOCK_SIZE,
+                8 * BLOCK_SIZE,
+                3 * BLOCK_SIZE,
+                4 * BLOCK_SIZE
+            ]
+        );
 
         let before = device.config_generation();
-        device.request(2 * BLOCK, 4 * BLOCK);
+        device.request_size(2 * BLOCK_SIZE, 4 * BLOCK_SIZE);
 
         assert_ne!(device.config_generation(), before);
         assert_eq!(
-            [4, 6].map(|index| word(&device, index)),
-            [8 * BLOCK, 2 * BLOCK],
-            "what is usable stays"
+            [4, 6].map(|index| config_word(&device, index)),
+            [8 * BLOCK_SIZE, 2 * BLOCK_SIZE],
+            "the usable part does not shrink"
         );
         assert!(!device.is_settled());
     }

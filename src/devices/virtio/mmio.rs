@@ -1,106 +1,37 @@
 //! The MMIO transport (virtio 1.3 §4.2).
 
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-};
+use std::{ops::Range, sync::Arc};
 
 use parking_lot::{Mutex, MutexGuard};
-
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
-    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
-    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
-    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
-    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
-    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
-    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK,
+    VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
+    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
+    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, Device, Interrupt,
+    device::{Activation, Device},
+    interrupt::{Interrupt, InterruptLine},
     negotiation::{Area, Negotiation, Transition},
     queue::DeviceQueue,
 };
-use crate::devices::bus::Registers;
-use crate::memory::GuestMemory;
+use crate::{devices::bus::Registers, memory::GuestMemory};
 
-/// How many bytes of address space a device has.
-pub(crate) const WINDOW: u64 = 0x1000;
+/// The size of a device's register window, in bytes.
+pub(crate) const WINDOW_SIZE: u64 = 0x1000;
 
-/// Where, from the device's base, the driver writes the index of a queue with new buffers; KVM
-/// turns the write into an event of that queue's eventfd.
-pub(crate) const NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+/// The offset of the QueueNotify register in the window. The driver writes the index of a queue with new buffers there,
+/// and KVM signals that queue's eventfd.
+pub(crate) const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"nuts");
-const CONFIG_SPACE: Range<u64> = VIRTIO_MMIO_CONFIG as u64..WINDOW;
-
-/// The interrupt line of a device: a status register and an irqfd.
-#[derive(Debug)]
-pub(crate) struct InterruptLine {
-    status: AtomicU32,
-    irqfd: EventFd,
-}
-
-impl InterruptLine {
-    /// A line that KVM raises when `irqfd` is written.
-    pub(crate) fn new(irqfd: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(0),
-            irqfd,
-        }
-    }
-
-    /// Makes every read of the interrupt status say that buffers were used, for a device whose
-    /// backend is another process: it raises the irqfd itself and cannot set the status here. A
-    /// driver that finds no used buffer ignores the interrupt (virtio 1.3 §2.7.7).
-    pub(crate) fn always_used(irqfd: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(1 << 31),
-            irqfd,
-        }
-    }
-
-    /// The irqfd, to hand to a backend.
-    pub(crate) fn irqfd(&self) -> &EventFd {
-        &self.irqfd
-    }
-
-    fn raise(&self, cause: u32) {
-        self.status.fetch_or(cause, Ordering::SeqCst);
-        // An eventfd's counter cannot overflow by single increments that KVM consumes.
-        let _ = self.irqfd.write(1);
-    }
-
-    fn read(&self) -> u32 {
-        let status = self.status.load(Ordering::SeqCst);
-        if status & 1 << 31 == 0 {
-            status
-        } else {
-            status & !(1 << 31) | VIRTIO_MMIO_INT_VRING
-        }
-    }
-
-    fn acknowledge(&self, causes: u32) {
-        self.status.fetch_and(!(causes & 0xff), Ordering::SeqCst);
-    }
-}
-
-impl Interrupt for InterruptLine {
-    fn used(&self, _index: u16) {
-        self.raise(VIRTIO_MMIO_INT_VRING);
-    }
-
-    fn config_changed(&self) {
-        self.raise(VIRTIO_MMIO_INT_CONFIG);
-    }
-}
+const CONFIG_SPACE: Range<u64> = VIRTIO_MMIO_CONFIG as u64..WINDOW_SIZE;
 
 /// A device on the MMIO transport.
 pub(crate) struct Mmio {
@@ -115,8 +46,8 @@ pub(crate) struct Mmio {
 }
 
 impl Mmio {
-    /// Puts `device` behind the transport; `kicks` holds the eventfd of each of its queues, which
-    /// KVM signals on writes of the queue's index to [`NOTIFY`].
+    /// Puts `device` behind the transport. `kicks` has one eventfd per queue, which KVM signals when the driver writes the
+    /// queue's index at [`NOTIFY_OFFSET`].
     pub(crate) fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,
@@ -139,7 +70,7 @@ impl Mmio {
         match register {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.kind(),
+            VIRTIO_MMIO_DEVICE_ID => self.device.device_id(),
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
             VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_select {
                 0 => low_word(self.negotiation.offered()),
@@ -147,8 +78,8 @@ impl Mmio {
                 _ => 0,
             },
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.negotiation.queue_max_size(self.queue_select).into(),
-            VIRTIO_MMIO_QUEUE_READY => self.negotiation.queue_ready(self.queue_select).into(),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.read(),
+            VIRTIO_MMIO_QUEUE_READY => self.negotiation.is_queue_ready(self.queue_select).into(),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.line.status(),
             VIRTIO_MMIO_STATUS => self.negotiation.status(),
             VIRTIO_MMIO_CONFIG_GENERATION => self.device.config_generation(),
             _ => 0,
@@ -157,7 +88,7 @@ impl Mmio {
 
     fn write_register(&mut self, register: u32, value: u32) {
         let queue = self.queue_select;
-        let mut address = |area, high| self.negotiation.set_queue_address(queue, area, high, value);
+        let mut set_address = |area, high| self.negotiation.set_queue_address(queue, area, high, value);
         match register {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.negotiation.accept_features(self.driver_features_select, value),
@@ -165,16 +96,16 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
             VIRTIO_MMIO_QUEUE_NUM => self.negotiation.set_queue_size(queue, value),
             VIRTIO_MMIO_QUEUE_READY => self.negotiation.set_queue_ready(queue, value & 1 != 0),
-            // KVM handles notifications; one that arrives here names a queue that does not exist.
+            // KVM handles notifications. Only one with the index of a queue that does not exist arrives here.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_INTERRUPT_ACK => self.line.acknowledge(value),
             VIRTIO_MMIO_STATUS => self.write_status(value),
-            VIRTIO_MMIO_QUEUE_DESC_LOW => address(Area::Descriptors, false),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => address(Area::Descriptors, true),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => address(Area::Driver, false),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => address(Area::Driver, true),
-            VIRTIO_MMIO_QUEUE_USED_LOW => address(Area::Device, false),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => address(Area::Device, true),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_address(Area::Descriptors, false),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_address(Area::Descriptors, true),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_address(Area::Driver, false),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_address(Area::Driver, true),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_address(Area::Device, false),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_address(Area::Device, true),
             _ => {}
         }
     }
@@ -184,12 +115,12 @@ impl Mmio {
             Transition::None => {}
             Transition::Reset => {
                 self.device.reset();
-                self.line.acknowledge(0xff);
+                self.line.reset();
             }
             Transition::Activate { queues, features } => {
                 if self.activate(queues, features).is_none() {
-                    self.negotiation.fail();
-                    self.line.config_changed();
+                    self.negotiation.set_needs_reset();
+                    self.line.notify_config_change();
                 }
             }
         }
@@ -225,7 +156,7 @@ impl std::fmt::Debug for Mmio {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter
             .debug_struct("Mmio")
-            .field("kind", &self.device.kind())
+            .field("device_id", &self.device.device_id())
             .field("negotiation", &self.negotiation)
             .finish_non_exhaustive()
     }
@@ -244,7 +175,7 @@ impl Registers for Mmio {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device of ours has a configuration that the driver writes.
+        // The configurations of all devices are read-only.
         if let (Ok(bytes), Ok(register)) = (<[u8; 4]>::try_from(data), u32::try_from(offset))
             && !CONFIG_SPACE.contains(&offset)
         {
@@ -253,15 +184,15 @@ impl Registers for Mmio {
     }
 }
 
-/// A place on the bus for a device that comes while the machine runs. While it is empty, a driver finds
-/// device 0, which it ignores (virtio 1.3 §4.2.2).
+/// A slot on the bus for a device that is hot-plugged. While it is empty, it reads as device ID 0, which drivers ignore
+/// (virtio 1.3 §4.2.2).
 #[derive(Debug, Clone, Default)]
 pub(crate) struct HotplugSlot(Arc<Mutex<Option<Mmio>>>);
 
 impl HotplugSlot {
-    /// Puts a device there; `false` if there is one.
+    /// Plugs `device` in. Returns `false` if the slot is occupied.
     #[must_use]
-    pub(crate) fn fill(&self, device: Mmio) -> bool {
+    pub(crate) fn plug(&self, device: Mmio) -> bool {
         let mut slot = self.lock();
         if slot.is_some() {
             return false;
@@ -270,20 +201,18 @@ impl HotplugSlot {
         true
     }
 
-    /// Takes the device away, if there is one: the driver's accesses find none from now on.
-    pub(crate) fn empty(&self) {
+    /// Unplugs the device, if there is one, and waits for its workers to end. The guest finds an empty slot at once.
+    pub(crate) fn unplug(&self) {
         let device = self.lock().take();
-        // Its workers end here, and processors that touch the slot do not wait for them.
+        // Dropped without the lock: a vCPU that accesses the slot does not wait for the device's workers.
         drop(device);
     }
 
-    /// Whether there is none.
     pub(crate) fn is_empty(&self) -> bool {
         self.lock().is_none()
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Mmio>> {
-        // A panic ends the process (see `vmm::main`): nobody sees a poisoned lock.
         self.0.lock()
     }
 }
@@ -318,7 +247,7 @@ fn low_word(value: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::virtio::{queue::tests::memory, rng::Rng};
+    use crate::devices::virtio::{mock::memory, rng::Rng};
 
     fn transport() -> Mmio {
         let line = Arc::new(InterruptLine::new(EventFd::new(0).unwrap()));
@@ -332,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_slot_is_a_device_that_drivers_ignore_until_it_is_filled_once() {
+    fn empty_slot_reads_as_device_0_until_a_device_is_plugged_in() {
         let mut slot = HotplugSlot::default();
         slot.write(VIRTIO_MMIO_STATUS.into(), &1_u32.to_le_bytes());
         assert_eq!(register(&mut slot, VIRTIO_MMIO_MAGIC_VALUE), MAGIC);
@@ -344,10 +273,10 @@ mod tests {
         assert_eq!(byte, [0]);
         assert!(slot.is_empty());
 
-        assert!(slot.fill(transport()));
+        assert!(slot.plug(transport()));
 
-        assert_eq!(register(&mut slot, VIRTIO_MMIO_DEVICE_ID), Rng::default().kind());
+        assert_eq!(register(&mut slot, VIRTIO_MMIO_DEVICE_ID), Rng::default().device_id());
         assert!(!slot.is_empty());
-        assert!(!slot.fill(transport()));
+        assert!(!slot.plug(transport()));
     }
 }

@@ -1,9 +1,9 @@
-//! The device status state machine and the configuration that a driver may change, in one place
-//! for every transport (virtio 1.3 §2.1, §2.2, §3.1).
+//! The state machine of the device status, and everything that a driver configures through it (virtio 1.3 §2.1, §2.2,
+//! §3.1). It serves any transport.
 //!
-//! Rules kept here: features change only before FEATURES_OK; queues change only between FEATURES_OK
-//! and DRIVER_OK; a status bit is never cleared except by reset; after DRIVER_OK nothing that was
-//! validated can change, because the queues have been moved out as values.
+//! It enforces these rules: features change only before FEATURES_OK; queues change only between FEATURES_OK and
+//! DRIVER_OK; only a reset clears a status bit. After DRIVER_OK, nothing that was validated can change, because the
+//! queues have moved to the device as values.
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
@@ -22,24 +22,22 @@ const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
 const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
 const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
 
-/// What a status write asks of the transport.
+/// The action that a status write requires of the transport.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Transition {
-    /// Nothing.
     None,
     /// Reset the device.
     Reset,
-    /// Activate the device with these queues and features. On failure call
-    /// [`Negotiation::fail`].
+    /// Activate the device. If that fails, call [`Negotiation::set_needs_reset`].
     Activate {
-        /// Ready queues in order, without a gap, each valid in guest memory.
+        /// The enabled queues, in order and without gaps, each validated against guest memory.
         queues: Vec<Queue>,
-        /// The features agreed on.
+        /// The negotiated features.
         features: u64,
     },
 }
 
-/// The part of a queue that a driver configures.
+/// What a driver configures of a queue, and the size limit.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct QueueConfig {
     max_size: u16,
@@ -50,18 +48,18 @@ pub(crate) struct QueueConfig {
     device: u64,
 }
 
-/// Which half of which queue address a driver writes.
+/// An area of a queue, whose address the driver sets (virtio 1.3 §2.6).
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Area {
-    /// The descriptor table.
+    /// Descriptor area: the descriptor table.
     Descriptors,
-    /// The driver area (available ring).
+    /// Driver area: the available ring.
     Driver,
-    /// The device area (used ring).
+    /// Device area: the used ring.
     Device,
 }
 
-/// The state between reset and DRIVER_OK.
+/// The state of a device between reset and DRIVER_OK.
 #[derive(Debug)]
 pub(crate) struct Negotiation {
     status: u32,
@@ -71,7 +69,8 @@ pub(crate) struct Negotiation {
 }
 
 impl Negotiation {
-    /// The state after reset of a device that offers `offered` and has queues of `sizes`.
+    /// The state after reset, of a device that offers the features `offered` and whose queues have at most `sizes`
+    /// entries.
     pub(crate) fn new(offered: u64, sizes: &[u16]) -> Self {
         let queues = sizes
             .iter()
@@ -94,12 +93,12 @@ impl Negotiation {
         self.status
     }
 
-    /// The features offered.
+    /// The offered features.
     pub(crate) fn offered(&self) -> u64 {
         self.offered
     }
 
-    /// Takes the driver's features, `half` 0 the low and 1 the high word (virtio 1.3 §4.2.2).
+    /// Sets the low (`half` 0) or high (`half` 1) 32 bits of the features that the driver accepts (virtio 1.3 §4.2.2).
     pub(crate) fn accept_features(&mut self, half: u32, value: u32) {
         if self.status & DRIVER == 0 || self.status & (FEATURES_OK | FAILED) != 0 {
             return;
@@ -111,19 +110,19 @@ impl Negotiation {
         }
     }
 
-    /// The largest size of queue `index`; 0 where there is none.
+    /// The maximum size of queue `index`, or 0 if the queue does not exist.
     pub(crate) fn queue_max_size(&self, index: u32) -> u16 {
         self.queue(index).map_or(0, |queue| queue.max_size)
     }
 
     /// Whether the driver enabled queue `index`.
-    pub(crate) fn queue_ready(&self, index: u32) -> bool {
+    pub(crate) fn is_queue_ready(&self, index: u32) -> bool {
         self.queue(index).is_some_and(|queue| queue.ready)
     }
 
-    /// Sets a queue's size; sizes that are no power of two or over the limit are ignored.
+    /// Sets a queue's size. Ignores a size that is not a power of two or exceeds the maximum.
     pub(crate) fn set_queue_size(&mut self, index: u32, size: u32) {
-        if let Some(queue) = self.queue_in_configuration(index)
+        if let Some(queue) = self.configurable_queue(index)
             && let Ok(size) = u16::try_from(size)
             && size.is_power_of_two()
             && size <= queue.max_size
@@ -132,9 +131,9 @@ impl Negotiation {
         }
     }
 
-    /// Sets the low or high word of a queue's address.
+    /// Sets the low or high 32 bits of the address of a queue's area.
     pub(crate) fn set_queue_address(&mut self, index: u32, area: Area, high: bool, value: u32) {
-        if let Some(queue) = self.queue_in_configuration(index) {
+        if let Some(queue) = self.configurable_queue(index) {
             let address = match area {
                 Area::Descriptors => &mut queue.descriptors,
                 Area::Driver => &mut queue.driver,
@@ -158,7 +157,7 @@ impl Negotiation {
         }
     }
 
-    /// Takes a write to the status register.
+    /// Handles a write to the status register.
     pub(crate) fn write_status(&mut self, value: u32, memory: &MemoryRegions) -> Transition {
         if value == 0 {
             let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
@@ -172,11 +171,11 @@ impl Negotiation {
         match (self.status & !NEEDS_RESET, added) {
             (_, FAILED) => self.status |= FAILED,
             (0, ACKNOWLEDGE) | (ACKNOWLEDGE, DRIVER) => self.status |= added,
-            // Some drivers announce themselves in one write.
+            // Some drivers set both bits in one write.
             (0, both) if both == ACKNOWLEDGE | DRIVER => self.status |= both,
             (stage, FEATURES_OK) if stage == ACKNOWLEDGE | DRIVER => {
-                let agreed = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
-                if agreed {
+                let acceptable = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
+                if acceptable {
                     self.status |= FEATURES_OK;
                 }
             }
@@ -189,7 +188,7 @@ impl Negotiation {
                             features: self.accepted,
                         };
                     }
-                    None => self.fail(),
+                    None => self.set_needs_reset(),
                 }
             }
             _ => {}
@@ -197,8 +196,8 @@ impl Negotiation {
         Transition::None
     }
 
-    /// The device cannot go on until it is reset (virtio 1.3 §2.1.2).
-    pub(crate) fn fail(&mut self) {
+    /// Sets DEVICE_NEEDS_RESET: the device cannot continue until the driver resets it (virtio 1.3 §2.1.2).
+    pub(crate) fn set_needs_reset(&mut self) {
         self.status |= NEEDS_RESET;
     }
 
@@ -206,15 +205,15 @@ impl Negotiation {
         self.queues.get(index as usize)
     }
 
-    /// A queue while the driver may change its geometry.
-    fn queue_in_configuration(&mut self, index: u32) -> Option<&mut QueueConfig> {
+    /// Queue `index`, if the driver may change its size and addresses now.
+    fn configurable_queue(&mut self, index: u32) -> Option<&mut QueueConfig> {
         let stage = self.status & (FEATURES_OK | DRIVER_OK | FAILED | NEEDS_RESET);
         self.queues
             .get_mut(index as usize)
             .filter(|queue| stage == FEATURES_OK && !queue.ready)
     }
 
-    /// The ready queues as values, or `None` if one is not valid or they leave a gap.
+    /// The enabled queues as values. `None` if one is invalid, there is a gap, or there is no queue.
     fn build_queues(&self, memory: &MemoryRegions) -> Option<Vec<Queue>> {
         let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let count = self.queues.iter().take_while(|queue| queue.ready).count();
@@ -245,7 +244,7 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
-    use crate::devices::virtio::COMMON_FEATURES;
+    use crate::devices::virtio::device::COMMON_FEATURES;
 
     const UP_TO_FEATURES: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 
@@ -273,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn driver_that_follows_the_standard_gets_its_queues() {
+    fn conforming_driver_activates_its_queues() {
         let memory = memory();
         let mut state = configured(&memory);
 
@@ -292,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn feature_that_was_not_offered_keeps_features_ok_off() {
+    fn accepting_a_feature_that_was_not_offered_leaves_features_ok_clear() {
         let memory = memory();
         let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
         state.write_status(ACKNOWLEDGE, &memory);
@@ -304,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn driver_without_version_1_is_refused() {
+    fn driver_without_version_1_cannot_set_features_ok() {
         let memory = memory();
         let mut state = Negotiation::new(COMMON_FEATURES, &[16]);
         state.write_status(ACKNOWLEDGE, &memory);
@@ -314,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn queue_geometry_is_frozen_once_the_queue_is_ready_and_after_driver_ok() {
+    fn ready_queue_and_any_queue_after_driver_ok_cannot_be_reconfigured() {
         let memory = memory();
         let mut state = configured(&memory);
         state.set_queue_size(0, 256);
@@ -325,11 +324,11 @@ mod tests {
         state.set_queue_ready(0, false);
         state.set_queue_size(0, 256);
         assert_eq!(state.queues[0].size, 16);
-        assert!(state.queue_ready(0));
+        assert!(state.is_queue_ready(0));
     }
 
     #[test]
-    fn queues_that_cannot_be_used_set_needs_reset() {
+    fn invalid_queues_set_needs_reset() {
         let memory = memory();
         type Damage = fn(&mut QueueConfig);
         let cases: [(&str, Damage); 5] = [
@@ -337,7 +336,9 @@ mod tests {
             ("beyond memory", |queue| queue.device = 0xffff_fff0),
             ("wraps the address space", |queue| queue.descriptors = u64::MAX - 15),
             ("misaligned", |queue| queue.descriptors = 0x1001),
-            ("null ring crosses the end", |queue| queue.driver = 0xfffe),
+            ("available ring crosses the end of memory", |queue| {
+                queue.driver = 0xfffe
+            }),
         ];
         for (name, damage) in cases {
             let mut state = configured(&memory);
@@ -366,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn queue_sizes_that_the_standard_forbids_are_ignored() {
+    fn invalid_queue_sizes_are_ignored() {
         let memory = memory();
         for size in [0, 3, 512, 0x1_0010] {
             let mut state = configured(&memory);

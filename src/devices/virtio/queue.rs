@@ -1,4 +1,4 @@
-//! A queue as a device owns it: geometry fixed at activation, with its kick and its interrupt.
+//! A virtqueue that a device owns: its geometry is fixed at activation, and it has a kick and an interrupt.
 
 use std::{
     num::Wrapping,
@@ -13,23 +13,22 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Interrupt,
     buffers::{Chain, ChainError},
+    interrupt::Interrupt,
 };
 use crate::memory::{GuestMemory, MemoryRegions};
 
-/// Why a queue cannot go on; its device needs a reset.
+/// Why a queue cannot continue. Its device needs a reset.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum QueueError {
-    /// The driver made a chain available that the standard forbids.
     #[error(transparent)]
     Chain(#[from] ChainError),
-    /// The available ring claims more entries than it has, or the rings are gone.
+    /// The available index is more than the queue's size ahead, or a ring cannot be accessed.
     #[error("the virtqueue is broken: {0}")]
     Ring(#[from] virtio_queue::Error),
-    /// A buffer to fill that cannot hold what the standard says it must.
-    #[error("the driver gave a buffer of {0} bytes, too small to be of use")]
-    Small(usize),
+    /// The standard requires a larger buffer; its size in bytes.
+    #[error("the driver provided a buffer of {0} bytes, which is too small")]
+    BufferTooSmall(usize),
 }
 
 /// A virtqueue that its device owns from DRIVER_OK to reset.
@@ -38,21 +37,21 @@ pub(crate) struct DeviceQueue {
     queue: Queue,
     kick: EventFd,
     memory: GuestMemory,
-    /// As it was at activation, which the rings lie in.
+    /// The memory at activation, which contains the rings.
     rings: &'static MemoryRegions,
     interrupt: Arc<dyn Interrupt>,
-    /// Up to here the driver was told of what was used, or did not want to be.
-    announced: Wrapping<u16>,
+    /// The used index at the last [`Self::notify_driver`].
+    notified: Wrapping<u16>,
 }
 
-/// Flags and index stand before a ring's entries (virtio 1.3 §2.7.6, §2.7.8).
-const AVAIL_RING_HEADER: u64 = 4;
-const USED_RING_HEADER: u64 = 4;
+/// The size of flags and index before a ring's entries, in bytes (virtio 1.3 §2.7.6, §2.7.8).
+const AVAIL_RING_HEADER_SIZE: u64 = 4;
+const USED_RING_HEADER_SIZE: u64 = 4;
 
-/// How many chains [`DeviceQueue::serve`] takes at a time.
+/// The maximum number of chains that one [`DeviceQueue::serve`] call takes.
 const MAX_CHAINS_PER_TURN: usize = 64;
 
-/// The driver needs no interrupts (VIRTQ_AVAIL_F_NO_INTERRUPT).
+/// VIRTQ_AVAIL_F_NO_INTERRUPT: the driver needs no interrupts.
 const NO_INTERRUPT: u16 = 1;
 
 impl DeviceQueue {
@@ -65,7 +64,7 @@ impl DeviceQueue {
         interrupt: Arc<dyn Interrupt>,
     ) -> Self {
         Self {
-            announced: Wrapping(queue.next_used()),
+            notified: Wrapping(queue.next_used()),
             index,
             queue,
             kick,
@@ -75,17 +74,16 @@ impl DeviceQueue {
         }
     }
 
-    /// The eventfd that is signalled when the driver made buffers available.
+    /// The eventfd that is signalled when the driver makes buffers available.
     pub(crate) fn kick(&self) -> &EventFd {
         &self.kick
     }
 
-    /// Guest memory.
     pub(crate) fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// The geometry, to hand to a backend in another process.
+    /// Size and addresses, for a backend in another process.
     pub(crate) fn geometry(&self) -> &Queue {
         &self.queue
     }
@@ -95,7 +93,8 @@ impl DeviceQueue {
         if self.queue.avail_idx(self.rings, Ordering::Acquire)?.0 == self.queue.next_avail() {
             return Ok(None);
         }
-        // After the chain was seen: its buffers may lie in memory that has come just before it.
+        // Read the regions after the available index: the chain's buffers may lie in memory that was added just
+        // before the chain.
         let memory = self.memory.regions();
         let Some(chain) = self.queue.iter(memory)?.next() else {
             return Ok(None);
@@ -103,99 +102,100 @@ impl DeviceQueue {
         Ok(Some(Chain::parse(chain, memory)?))
     }
 
-    /// Gives each available chain to `answer`, which says how many bytes it wrote, and then back to the
-    /// driver. After [`MAX_CHAINS_PER_TURN`] of them the queue kicks itself: a guest that has always one more may not keep
-    /// a thread that has others to serve.
-    pub(crate) fn serve(&mut self, mut answer: impl FnMut(&mut Chain<'static>) -> u32) -> Result<(), QueueError> {
+    /// Passes each available chain to `process`, which returns the number of bytes that it wrote, and returns the chain to
+    /// the driver. After [`MAX_CHAINS_PER_TURN`] chains, the queue kicks itself and the call returns, so that a guest
+    /// that keeps adding chains cannot occupy a thread that serves other devices.
+    pub(crate) fn serve(&mut self, mut process: impl FnMut(&mut Chain<'static>) -> u32) -> Result<(), QueueError> {
         for _ in 0..MAX_CHAINS_PER_TURN {
             if let Some(mut chain) = self.pop()? {
-                let written = answer(&mut chain);
+                let written = process(&mut chain);
                 self.add_used(chain.head, written)?;
             } else {
-                self.notify()?;
+                self.notify_driver()?;
                 if !self.resume_kicks()? {
                     return Ok(());
                 }
             }
         }
         let _ = self.kick.write(1);
-        self.notify()
+        self.notify_driver()
     }
 
-    /// Puts the chain that was just popped back.
-    pub(crate) fn push_back(&mut self) {
+    /// Makes the chain that was popped last available again.
+    pub(crate) fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Gives a chain back to the driver, with `written` bytes in its writable buffers.
+    /// Returns a chain to the driver, with `written` bytes in its writable buffers.
     pub(crate) fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
         Ok(self.queue.add_used(self.rings, head, written)?)
     }
 
-    /// Gives several chains back, of which the driver sees all or none.
-    pub(crate) fn add_used_together(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+    /// Returns several chains, given as head and number of written bytes. The driver sees all of them or none.
+    pub(crate) fn add_used_batch(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
         let Some(((head, written), others)) = chains.split_last() else {
             return Ok(());
         };
         let mut next = self.queue.next_used();
         for (head, written) in others {
-            let place = u64::from(next % self.queue.size()) * size_of::<u64>() as u64;
-            let address = self.ring(self.queue.used_ring(), place + USED_RING_HEADER)?;
-            // The chain's head, then the length, in little-endian order.
+            let offset = u64::from(next % self.queue.size()) * size_of::<u64>() as u64;
+            let address = ring_address(self.queue.used_ring(), offset + USED_RING_HEADER_SIZE)?;
+            // struct virtq_used_elem: head, then length, both little-endian.
             let element = u64::from(*head) | u64::from(*written) << 32;
             self.rings
                 .write_obj(element.to_le(), address)
                 .map_err(virtio_queue::Error::GuestMemory)?;
             next = next.wrapping_add(1);
         }
-        // The last one moves the ring's index past all of them.
+        // Adding the last one moves the used index past all of them.
         self.queue.set_next_used(next);
         self.add_used(*head, *written)
     }
 
-    /// Interrupts the driver if it asked to be for what was used since the last call (virtio 1.3
+    /// Interrupts the driver if it wants an interrupt for the chains that were used since the last call (virtio 1.3
     /// §2.7.7.2).
-    pub(crate) fn notify(&mut self) -> Result<(), QueueError> {
+    pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
         let used = Wrapping(self.queue.next_used());
-        let before = std::mem::replace(&mut self.announced, used);
+        let before = std::mem::replace(&mut self.notified, used);
         if used == before {
             return Ok(());
         }
-        // What was used must be seen before the driver's wish is read.
+        // The driver must see the used index before this thread reads whether the driver wants an interrupt.
         fence(Ordering::SeqCst);
         let wanted = if self.queue.event_idx_enabled() {
-            let event = Wrapping(self.avail(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER)?);
+            let event = Wrapping(self.avail_field(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER_SIZE)?);
             used - event - Wrapping(1) < used - before
         } else {
-            self.avail(0)? & NO_INTERRUPT == 0
+            self.avail_field(0)? & NO_INTERRUPT == 0
         };
         if wanted {
-            self.interrupt.used(self.index);
+            self.interrupt.notify_used(self.index);
         }
         Ok(())
     }
 
-    /// The field of the available ring at `offset`.
-    fn avail(&self, offset: u64) -> Result<u16, QueueError> {
-        let address = self.ring(self.queue.avail_ring(), offset)?;
+    /// Reads the 16-bit field of the available ring at `offset`.
+    fn avail_field(&self, offset: u64) -> Result<u16, QueueError> {
+        let address = ring_address(self.queue.avail_ring(), offset)?;
         let field = self.rings.load::<u16>(address, Ordering::Relaxed);
         Ok(u16::from_le(field.map_err(virtio_queue::Error::GuestMemory)?))
     }
 
-    fn ring(&self, base: u64, offset: u64) -> Result<GuestAddress, QueueError> {
-        let address = base.checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
-        Ok(GuestAddress(address))
-    }
-
-    /// Asks the driver not to kick while the queue is being worked on.
+    /// Asks the driver not to kick while the queue is served.
     pub(crate) fn pause_kicks(&mut self) -> Result<(), QueueError> {
         Ok(self.queue.disable_notification(self.rings)?)
     }
 
-    /// Asks for kicks again; `true` if buffers came meanwhile and the caller must look once more.
+    /// Asks the driver to kick again. Returns `true` if chains became available meanwhile: the caller must check again,
+    /// since there will be no kick for them.
     pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
         Ok(self.queue.enable_notification(self.rings)?)
     }
+}
+
+fn ring_address(base: u64, offset: u64) -> Result<GuestAddress, QueueError> {
+    let address = base.checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
+    Ok(GuestAddress(address))
 }
 
 impl std::fmt::Debug for DeviceQueue {
@@ -209,58 +209,14 @@ impl std::fmt::Debug for DeviceQueue {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+mod tests {
+    use std::sync::atomic::Ordering;
 
-    use virtio_queue::{
-        desc::{RawDescriptor, split::Descriptor},
-        mock::MockSplitQueue,
-    };
+    use virtio_queue::{desc::RawDescriptor, mock::MockSplitQueue};
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-
-    /// Descriptor flags (virtio 1.3 §2.7.5), whose constants are wider than the field.
-    pub(crate) const NEXT: u16 = 1;
-    pub(crate) const WRITE: u16 = 2;
-    const INDIRECT: u16 = 4;
-
-    /// An interrupt that counts.
-    #[derive(Debug, Default)]
-    pub(crate) struct Count {
-        pub(crate) used: AtomicUsize,
-        pub(crate) config: AtomicUsize,
-    }
-
-    impl Interrupt for Count {
-        fn used(&self, _index: u16) {
-            self.used.fetch_add(1, Ordering::SeqCst);
-        }
-
-        fn config_changed(&self) {
-            self.config.fetch_add(1, Ordering::SeqCst);
-        }
-    }
-
-    /// 1 MiB of guest memory.
-    pub(crate) fn memory() -> GuestMemory {
-        GuestMemory::new(MemoryRegions::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
-    }
-
-    /// The device's side of a mock queue.
-    pub(crate) fn device_queue(
-        mock: &MockSplitQueue<'_, MemoryRegions>,
-        memory: &GuestMemory,
-    ) -> (DeviceQueue, Arc<Count>) {
-        let count = Arc::new(Count::default());
-        let queue: Queue = mock.create_queue().unwrap();
-        let kick = EventFd::new(0).unwrap();
-        (DeviceQueue::new(0, queue, kick, memory.clone(), count.clone()), count)
-    }
-
-    pub(crate) fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
-        RawDescriptor::from(Descriptor::new(address, length, flags, next))
-    }
+    use crate::devices::virtio::mock::{INDIRECT, NEXT, WRITE, descriptor, device_queue, memory};
 
     fn parse_error(descriptors: &[RawDescriptor]) -> Option<QueueError> {
         let memory = memory();
@@ -275,22 +231,22 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn hostile_chains_are_refused() {
+    fn invalid_chains_are_refused() {
         let cases = [
             (
-                "loop to itself",
+                "descriptor that points to itself",
                 vec![descriptor(0x8000, 16, NEXT, 0)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
             (
-                "loop of two",
+                "loop of two descriptors",
                 vec![descriptor(0x8000, 16, NEXT, 1), descriptor(0x8000, 16, NEXT, 0)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
             (
                 "next beyond the table",
                 vec![descriptor(0x8000, 16, NEXT, 99)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
             (
                 "address beyond memory",
@@ -298,34 +254,34 @@ pub(crate) mod tests {
                 ChainError::OutOfRange,
             ),
             (
-                "crosses the end of memory",
+                "buffer crosses the end of memory",
                 vec![descriptor(0xf_fff8, 16, 0, 0)],
                 ChainError::OutOfRange,
             ),
             (
-                "wraps the address space",
+                "buffer wraps the address space",
                 vec![descriptor(u64::MAX - 7, 16, 0, 0)],
                 ChainError::OutOfRange,
             ),
             (
                 "lengths whose sum wraps",
                 vec![descriptor(0, 0x10_0000, NEXT, 1), descriptor(0, u32::MAX, 0, 0)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
             (
-                "readable behind writable",
+                "readable buffer after a writable one",
                 vec![descriptor(0x8000, 16, NEXT | WRITE, 1), descriptor(0x8000, 16, 0, 0)],
-                ChainError::Order,
+                ChainError::ReadableAfterWritable,
             ),
             (
-                "indirect table of a broken length",
+                "indirect table whose length is not a multiple of a descriptor",
                 vec![descriptor(0x8000, 17, INDIRECT, 0)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
             (
                 "indirect table outside of memory",
                 vec![descriptor(0x10_0000, 32, INDIRECT, 0)],
-                ChainError::Endless,
+                ChainError::Unterminated,
             ),
         ];
         for (name, descriptors, expected) in cases {
@@ -356,7 +312,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn buffer_in_memory_that_came_meanwhile_is_found() {
+    fn buffer_in_memory_added_after_activation_is_found() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         let (mut queue, _) = device_queue(&mock, &memory);
@@ -364,7 +320,7 @@ pub(crate) mod tests {
         let base = memory.regions();
         let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x20_0000), 0x10_0000)];
         let grown = MemoryRegions::from_ranges(&regions).unwrap();
-        // The test's queue lies in the first region, whose content comes along.
+        // The queue lies in the first region: copy its content.
         let mut content = vec![0; 0x10_0000];
         mock.desc_table().store(0, descriptor(0x20_0000, 16, 0, 0)).unwrap();
         mock.avail().ring().ref_at(0).unwrap().store(0);
@@ -378,7 +334,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn guest_that_has_always_one_more_does_not_keep_the_thread() {
+    fn serve_returns_although_the_guest_keeps_adding_chains() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 128);
         for index in 0..128 {
@@ -397,11 +353,11 @@ pub(crate) mod tests {
 
         outcome.unwrap();
         assert_eq!(usize::from(served), MAX_CHAINS_PER_TURN);
-        assert_eq!(queue.kick().read().unwrap(), 1, "it comes back by itself");
+        assert_eq!(queue.kick().read().unwrap(), 1, "the queue kicked itself");
     }
 
     #[test]
-    fn bytes_cross_buffers_of_any_split() {
+    fn transfers_cross_buffer_boundaries() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         for (index, (address, length, flags)) in (0..).zip([
@@ -418,21 +374,21 @@ pub(crate) mod tests {
         mock.avail().idx().store(1);
         memory.write_slice(b"abc", GuestAddress(0x8000)).unwrap();
         memory.write_slice(b"defgh", GuestAddress(0x9000)).unwrap();
-        let (mut queue, count) = device_queue(&mock, &memory);
+        let (mut queue, interrupts) = device_queue(&mock, &memory);
 
         let mut chain = queue.pop().unwrap().unwrap();
-        let (mut start, mut rest) = ([0; 4], [0; 4]);
-        assert!(chain.readable.take(&mut start) && chain.readable.take(&mut rest));
-        assert!(!chain.readable.take(&mut [0]), "nothing is left");
+        let (mut first, mut second) = ([0; 4], [0; 4]);
+        assert!(chain.readable.take(&mut first) && chain.readable.take(&mut second));
+        assert!(!chain.readable.take(&mut [0]), "all bytes are consumed");
         assert_eq!(chain.writable.put(b"0123456789ab"), 10);
         queue.add_used(chain.head, 10).unwrap();
-        queue.notify().unwrap();
+        queue.notify_driver().unwrap();
 
-        assert_eq!((&start, &rest), (b"abcd", b"efgh"));
+        assert_eq!((&first, &second), (b"abcd", b"efgh"));
         let mut written = [0; 6];
         memory.read_slice(&mut written, GuestAddress(0xb000)).unwrap();
         assert_eq!(&written, b"456789");
-        assert_eq!(count.used.load(Ordering::SeqCst), 1);
+        assert_eq!(interrupts.used.load(Ordering::SeqCst), 1);
         assert!(queue.pop().unwrap().is_none());
     }
 }

@@ -1,34 +1,33 @@
-//! virtio-entropy (virtio 1.3 §5.4): the guest's requests are filled from the host's generator.
+//! virtio-entropy (virtio 1.3 §5.4): fills the guest's requests from the host's random number generator.
 
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::{
-    ActivateError, Activation, Device,
+    device::{ActivateError, Activation, Device},
     queue::{DeviceQueue, QueueError},
 };
 
 const QUEUE_SIZES: [u16; 1] = [16];
 
-/// The most bytes for one request: drivers ask for tens, and a huge one must not keep the loop.
-const MAX_REQUEST: usize = 4096;
+/// The maximum number of bytes for one request. Drivers ask for tens; a huge request must not delay the event loop.
+const MAX_REQUEST_SIZE: usize = 4096;
 
-/// The device.
 #[derive(Debug, Default)]
 pub(crate) struct Rng {
     queue: Option<DeviceQueue>,
 }
 
 impl Rng {
-    /// Fills waiting requests; called when the queue was kicked.
-    pub(crate) fn fill(&mut self) -> Result<(), QueueError> {
+    /// Fills waiting requests. Call it when the queue was kicked.
+    pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some(queue) = &mut self.queue else {
             return Ok(());
         };
-        let mut bytes = [0; MAX_REQUEST];
+        let mut bytes = [0; MAX_REQUEST_SIZE];
         queue.serve(|chain| {
-            let wanted = chain.writable.len().min(MAX_REQUEST);
-            // Without the host's generator the request goes back empty, and the guest retries.
+            let wanted = chain.writable.len().min(MAX_REQUEST_SIZE);
+            // If the host's generator fails, the request returns empty and the guest retries.
             let filled = getrandom(&mut bytes[..wanted], GetRandomFlags::empty()).unwrap_or(0);
             let written = chain.writable.put(&bytes[..filled]);
             u32::try_from(written).unwrap_or(0)
@@ -37,7 +36,7 @@ impl Rng {
 }
 
 impl Device for Rng {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_RNG
     }
 

@@ -1,14 +1,13 @@
-//! virtio-blk (virtio 1.3 §5.2) over a file or block device of the host.
+//! virtio-blk (virtio 1.3 §5.2) on a file or block device of the host.
 //!
-//! [`request`] parses and answers one request; here is the device: its configuration, and one
-//! worker thread per queue.
+//! Lives here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
+//! [`request`] parses and executes one request.
 
-pub(crate) mod request;
+mod disk;
+mod request;
 
 use std::{
-    fs::File,
     io,
-    os::fd::AsRawFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,39 +24,18 @@ use virtio_bindings::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use self::request::SECTOR;
+pub(crate) use self::disk::Backing;
+use self::disk::{Disk, SECTOR_SIZE};
 use super::{
-    ActivateError, Activation, COMMON_FEATURES, Device, copy_config,
+    device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
     queue::{DeviceQueue, QueueError},
 };
 
 const QUEUE_SIZE: u16 = 256;
 
-/// The most segments of a request: a queue's descriptors less header and status.
-const SEG_MAX: u32 = 254;
+/// The maximum number of data segments of a request: the descriptors of a queue, minus header and status.
+const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 
-/// The most sectors of one discard or write-zeroes request, 1 GiB: one slow call bounds the next.
-const MAX_ZERO_SECTORS: u32 = 1 << 21;
-
-/// What a disk's bytes are kept in.
-#[derive(Debug)]
-pub(crate) struct Backing {
-    /// The file or block device.
-    pub(crate) file: File,
-    /// The guest may only read.
-    pub(crate) read_only: bool,
-}
-
-/// What the worker threads of a device share.
-#[derive(Debug)]
-struct Disk {
-    backing: Backing,
-    /// In sectors.
-    capacity: u64,
-    serial: String,
-}
-
-/// The device.
 #[derive(Debug)]
 pub(crate) struct Block {
     disk: Arc<Disk>,
@@ -66,33 +44,33 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// A device with `queues` queues for a disk with serial `serial` on `backing`.
+    /// A device with `queues` queues, at least one, for the disk on `backing`.
+    ///
+    /// # Errors
+    ///
+    /// The size of the disk cannot be read.
     pub(crate) fn new(serial: String, backing: Backing, queues: u16) -> io::Result<Self> {
-        let capacity = sectors(&backing.file)?;
         Ok(Self {
-            disk: Arc::new(Disk {
-                backing,
-                capacity,
-                serial,
-            }),
+            disk: Arc::new(Disk::new(backing, serial)?),
             queue_sizes: vec![QUEUE_SIZE; usize::from(queues.max(1))],
             workers: Vec::new(),
         })
     }
 
-    /// The configuration (virtio 1.3 §5.2.4).
+    /// struct virtio_blk_config (virtio 1.3 §5.2.4).
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];
         let mut field = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
         field(0, &self.disk.capacity.to_le_bytes());
-        field(12, &SEG_MAX.to_le_bytes());
-        field(20, &512_u32.to_le_bytes());
+        field(12, &MAX_SEGMENTS.to_le_bytes());
+        field(20, &u32::try_from(SECTOR_SIZE).unwrap_or(0).to_le_bytes());
         field(34, &u16::try_from(self.queue_sizes.len()).unwrap_or(1).to_le_bytes());
-        // Discard, then write-zeroes: the most sectors, one segment, any alignment.
-        field(36, &MAX_ZERO_SECTORS.to_le_bytes());
+        // Discard: the maximum number of sectors, one segment, alignment of one sector. Then write-zeroes: the maximum
+        // number of sectors, one segment, may unmap.
+        field(36, &request::MAX_ZERO_SECTORS.to_le_bytes());
         field(40, &1_u32.to_le_bytes());
         field(44, &1_u32.to_le_bytes());
-        field(48, &MAX_ZERO_SECTORS.to_le_bytes());
+        field(48, &request::MAX_ZERO_SECTORS.to_le_bytes());
         field(52, &1_u32.to_le_bytes());
         field(56, &[1]);
         config
@@ -100,7 +78,7 @@ impl Block {
 }
 
 impl Device for Block {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_BLOCK
     }
 
@@ -139,7 +117,7 @@ impl Device for Block {
     }
 }
 
-/// A thread that serves one queue; stops and is joined when dropped.
+/// A thread that serves one queue. Dropping it stops and joins the thread.
 #[derive(Debug)]
 struct Worker {
     stop: Arc<AtomicBool>,
@@ -156,10 +134,10 @@ impl Worker {
             .name("block".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                // Requests may have come before the thread did.
+                // Serve before the first wait: the kick for the first requests may have come before the thread started.
                 loop {
                     if stopped.load(Ordering::SeqCst) || serve(&disk, &mut queue, &stopped).is_err() {
-                        // A broken queue is not served any more; the driver's requests time out.
+                        // A broken queue is no longer served; the driver's requests time out.
                         return;
                     }
                     if queue.kick().read().is_err() {
@@ -185,15 +163,15 @@ impl Drop for Worker {
     }
 }
 
-/// Serves all that is available on a queue, until it is to stop.
+/// Serves all available requests of a queue, or until `stopped` is set.
 fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(), QueueError> {
     loop {
         queue.pause_kicks()?;
         while let Some(chain) = queue.pop()? {
             let head = chain.head;
-            let written = request::answer(chain, &disk.backing, disk.capacity, &disk.serial);
+            let written = request::process(chain, disk);
             queue.add_used(head, written)?;
-            queue.notify()?;
+            queue.notify_driver()?;
             if stopped.load(Ordering::SeqCst) {
                 return Ok(());
             }
@@ -202,23 +180,4 @@ fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(
             return Ok(());
         }
     }
-}
-
-/// The size of a file or block device in whole sectors.
-fn sectors(file: &File) -> io::Result<u64> {
-    use std::os::unix::fs::FileTypeExt;
-
-    let metadata = file.metadata()?;
-    let bytes = if metadata.file_type().is_block_device() {
-        // The position of a block device is nobody's: requests carry their offset.
-        io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("size of block device {}: {error}", file.as_raw_fd()),
-            )
-        })?
-    } else {
-        metadata.len()
-    };
-    Ok(bytes / SECTOR)
 }

@@ -1,4 +1,4 @@
-//! One virtio-blk request (virtio 1.3 §5.2.6): parsed, checked against the disk, carried out.
+//! Parses one virtio-blk request (virtio 1.3 §5.2.6), checks it against the disk and executes it.
 
 use std::{
     io,
@@ -12,61 +12,67 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::{Backing, MAX_ZERO_SECTORS};
+use super::disk::{Backing, Disk, SECTOR_SIZE};
 use crate::devices::virtio::buffers::{Buffers, Chain};
 
-/// The unit of a request's position and of a disk's capacity, in bytes.
-pub(super) const SECTOR: u64 = 512;
+/// The maximum number of sectors of one discard or write-zeroes request, 1 GiB. It bounds the time that one slow system
+/// call delays the requests behind it.
+pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 
-/// Why a request is answered with an error.
+/// The error statuses of a request.
 #[derive(Debug)]
-enum Refusal {
-    /// It failed, or lies outside of the disk.
+enum RequestError {
+    /// The request failed or lies outside the disk.
     Io,
-    /// Its type or a flag is not known.
+    /// The type or a flag is unknown.
     Unsupported,
 }
 
-impl From<io::Error> for Refusal {
+impl From<io::Error> for RequestError {
     fn from(_: io::Error) -> Self {
         Self::Io
     }
 }
 
-/// Carries a request out and writes its status; returns how many bytes were written in all.
-pub(super) fn answer(mut chain: Chain<'_>, backing: &Backing, capacity: u64, serial: &str) -> u32 {
+/// Executes a request and writes its status. Returns the number of bytes written to guest memory, status included.
+pub(super) fn process(mut chain: Chain<'_>, disk: &Disk) -> u32 {
     let Some(data_length) = chain.writable.len().checked_sub(1) else {
-        // No room for a status: nothing can be said.
+        // There is no space for a status.
         return 0;
     };
     let mut data = chain.writable.split_to(data_length);
     let mut status = chain.writable;
     let mut header = [0; 16];
     let outcome = if chain.readable.take(&mut header) {
-        carry_out(header, &mut chain.readable, &mut data, backing, capacity, serial)
+        execute(header, &mut chain.readable, &mut data, disk)
     } else {
-        Err(Refusal::Io)
+        Err(RequestError::Io)
     };
     let (written, code) = match outcome {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
-        Err(Refusal::Io) => (0, VIRTIO_BLK_S_IOERR),
-        Err(Refusal::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
+        Err(RequestError::Io) => (0, VIRTIO_BLK_S_IOERR),
+        Err(RequestError::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
     };
     let status_length = status.put(&[u8::try_from(code).unwrap_or(1)]);
     u32::try_from(written + status_length).unwrap_or(u32::MAX)
 }
 
-fn carry_out(
+/// Returns the number of bytes written to `writable`.
+fn execute(
     header: [u8; 16],
     readable: &mut Buffers<'_>,
     writable: &mut Buffers<'_>,
-    backing: &Backing,
-    capacity: u64,
-    serial: &str,
-) -> Result<usize, Refusal> {
+    disk: &Disk,
+) -> Result<usize, RequestError> {
+    let Disk {
+        backing,
+        capacity,
+        serial,
+    } = disk;
+    let capacity = *capacity;
     let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
     let (_, sector) = header.split_at(8);
-    let sector = u64::from_le_bytes(sector.try_into().map_err(|_| Refusal::Io)?);
+    let sector = u64::from_le_bytes(sector.try_into().map_err(|_| RequestError::Io)?);
     if kind == VIRTIO_BLK_T_GET_ID {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let length = serial.len().min(id.len());
@@ -78,16 +84,16 @@ fn carry_out(
         VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
     );
     if writes && backing.read_only {
-        return Err(Refusal::Io);
+        return Err(RequestError::Io);
     }
     match kind {
         VIRTIO_BLK_T_IN => {
             let length = writable.len();
             let mut offset = checked_offset(sector, length as u64, capacity)?;
             while writable.len() > 0 {
-                let count = retry(|| writable.read_from(backing.file.as_fd(), Some(offset)))?;
+                let count = retry_interrupted(|| writable.read_from(backing.file.as_fd(), Some(offset)))?;
                 if count == 0 {
-                    return Err(Refusal::Io);
+                    return Err(RequestError::Io);
                 }
                 offset += count as u64;
                 writable.split_to(count);
@@ -97,9 +103,9 @@ fn carry_out(
         VIRTIO_BLK_T_OUT => {
             let mut offset = checked_offset(sector, readable.len() as u64, capacity)?;
             while readable.len() > 0 {
-                let count = retry(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
+                let count = retry_interrupted(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
                 if count == 0 {
-                    return Err(Refusal::Io);
+                    return Err(RequestError::Io);
                 }
                 offset += count as u64;
                 readable.split_to(count);
@@ -115,34 +121,40 @@ fn carry_out(
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
             let mut segment = [0; 16];
             if !readable.take(&mut segment) || readable.len() > 0 {
-                return Err(Refusal::Unsupported);
+                return Err(RequestError::Unsupported);
             }
-            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| Refusal::Io)?);
-            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| Refusal::Io)?);
-            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| Refusal::Io)?);
+            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| RequestError::Io)?);
+            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| RequestError::Io)?);
+            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| RequestError::Io)?);
             let discard = kind == VIRTIO_BLK_T_DISCARD;
             let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
             if flags & !known != 0 || count > MAX_ZERO_SECTORS {
-                return Err(Refusal::Unsupported);
+                return Err(RequestError::Unsupported);
             }
-            let length = u64::from(count) * SECTOR;
+            let length = u64::from(count) * SECTOR_SIZE;
             let offset = checked_offset(sector, length, capacity)?;
-            zero(backing, offset, length, discard || flags != 0)?;
+            zero_range(backing, offset, length, discard || flags != 0)?;
             Ok(0)
         }
-        _ => Err(Refusal::Unsupported),
+        _ => Err(RequestError::Unsupported),
     }
 }
 
-/// The byte offset of `sector` if `length` bytes from there lie inside the disk.
-fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Refusal> {
-    let inside =
-        length.is_multiple_of(SECTOR) && sector.checked_add(length / SECTOR).is_some_and(|end| end <= capacity);
-    if inside { Ok(sector * SECTOR) } else { Err(Refusal::Io) }
+/// The byte offset of `sector`, if `length` bytes from there lie inside the disk.
+fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, RequestError> {
+    let inside = length.is_multiple_of(SECTOR_SIZE)
+        && sector
+            .checked_add(length / SECTOR_SIZE)
+            .is_some_and(|end| end <= capacity);
+    if inside {
+        Ok(sector * SECTOR_SIZE)
+    } else {
+        Err(RequestError::Io)
+    }
 }
 
-/// Makes a range read as zeroes; `unmap` lets the host give its blocks back.
-fn zero(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+/// Makes a range read as zeroes. With `unmap`, the host may free its blocks.
+fn zero_range(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
     if length == 0 {
         return Ok(());
     }
@@ -152,7 +164,7 @@ fn zero(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<
         FallocateFlags::ZERO_RANGE
     };
     match fallocate(&backing.file, mode | FallocateFlags::KEEP_SIZE, offset, length) {
-        // The host's file system cannot: write the zeroes.
+        // The host's file system does not support it: write zeroes.
         Err(rustix::io::Errno::OPNOTSUPP) => {
             static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
             let mut done = 0;
@@ -172,7 +184,8 @@ fn zero(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<
     }
 }
 
-fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+/// Repeats `call` while a signal interrupts it.
+fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -185,14 +198,11 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 mod tests {
     use std::io::{Read, Seek, Write};
 
-    use virtio_queue::{
-        desc::{RawDescriptor, split::Descriptor},
-        mock::MockSplitQueue,
-    };
+    use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::devices::virtio::queue::tests::{NEXT, WRITE, device_queue, memory};
+    use crate::devices::virtio::mock::{NEXT, WRITE, descriptor, device_queue, memory};
 
     const CAPACITY: u64 = 8;
 
@@ -212,7 +222,7 @@ mod tests {
         memory.write_slice(&header, GuestAddress(0x8000)).unwrap();
         memory.write_slice(out, GuestAddress(0x9000)).unwrap();
         memory.write_obj(0xaa_u8, GuestAddress(0xf000)).unwrap();
-        // The header is split in two, which the standard allows (§2.7.4).
+        // The header is split into two buffers, which the standard allows (§2.7.4).
         let layout = [
             (0x8000, 7, NEXT),
             (0x8007, 9, NEXT),
@@ -221,23 +231,24 @@ mod tests {
             (0xf000, 1, WRITE),
         ];
         for (index, (address, length, flags)) in (0..).zip(layout) {
-            let descriptor = Descriptor::new(address, length, flags, index + 1);
-            mock.desc_table().store(index, RawDescriptor::from(descriptor)).unwrap();
+            let entry = descriptor(address, length, flags, index + 1);
+            mock.desc_table().store(index, entry).unwrap();
         }
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[b'x'; 4096]).unwrap();
-        let backing = Backing { file, read_only };
+        let disk = Disk::new(Backing { file, read_only }, "nutshell-0".to_owned()).unwrap();
+        assert_eq!(disk.capacity, CAPACITY);
 
         let chain = queue.pop().unwrap().unwrap();
-        let written = answer(chain, &backing, CAPACITY, "nutshell-0");
+        let written = process(chain, &disk);
 
         let mut data = vec![0; in_length as usize];
         memory.read_slice(&mut data, GuestAddress(0xb000)).unwrap();
         let mut bytes = Vec::new();
-        let mut file = backing.file;
+        let mut file = disk.backing.file;
         file.rewind().unwrap();
         file.read_to_end(&mut bytes).unwrap();
         Outcome {
@@ -263,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_outside_of_the_disk_or_against_its_mode_fail() {
+    fn request_outside_the_disk_or_write_to_a_read_only_disk_fails() {
         let cases = [
             ("read past the end", VIRTIO_BLK_T_IN, 7, 0, 1024, true),
             (
@@ -274,7 +285,7 @@ mod tests {
                 512,
                 true,
             ),
-            ("read of a part of a sector", VIRTIO_BLK_T_IN, 0, 0, 100, true),
+            ("read of part of a sector", VIRTIO_BLK_T_IN, 0, 0, 100, true),
             ("write past the end", VIRTIO_BLK_T_OUT, 8, 512, 0, false),
             ("write to a read-only disk", VIRTIO_BLK_T_OUT, 0, 512, 0, true),
         ];
@@ -282,18 +293,18 @@ mod tests {
             let outcome = run(kind, sector, &vec![b'w'; out], in_length, read_only);
             assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_IOERR, "{name}");
             assert!(outcome.file.iter().all(|&byte| byte == b'x'), "{name}");
-            assert_eq!(outcome.file.len() as u64, CAPACITY * SECTOR, "{name}");
+            assert_eq!(outcome.file.len() as u64, CAPACITY * SECTOR_SIZE, "{name}");
         }
     }
 
     #[test]
-    fn unknown_type_is_unsupported() {
+    fn unknown_request_type_is_unsupported() {
         let outcome = run(0x77, 0, &[], 0, false);
         assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_UNSUPP);
     }
 
     #[test]
-    fn write_zeroes_and_discard_zero_the_range_and_keep_the_size() {
+    fn write_zeroes_and_discard_zero_the_range_and_keep_the_file_size() {
         for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
             let segment = [3_u64.to_le_bytes().to_vec(), 2_u32.to_le_bytes().to_vec(), vec![0; 4]].concat();
             let outcome = run(kind, 0, &segment, 0, false);
@@ -305,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn serial_is_reported() {
+    fn get_id_returns_the_serial() {
         let outcome = run(VIRTIO_BLK_T_GET_ID, 0, &[], 20, true);
         assert_eq!(&outcome.data, b"nutshell-0\0\0\0\0\0\0\0\0\0\0");
     }

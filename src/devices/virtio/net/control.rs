@@ -1,4 +1,4 @@
-//! The control queue (virtio 1.3 §5.1.6.5): how many pairs of queues are in use.
+//! The control queue (virtio 1.3 §5.1.6.5): sets the number of active queue pairs.
 
 use std::sync::Arc;
 
@@ -11,19 +11,18 @@ use crate::devices::virtio::{
     queue::{DeviceQueue, QueueError},
 };
 
-/// Answers (virtio 1.3 §5.1.6.5), whose constants are wider than the field.
-const OK: u8 = 0;
-const ERR: u8 = 1;
+/// VIRTIO_NET_OK and VIRTIO_NET_ERR (virtio 1.3 §5.1.6.5). The constants of `virtio_bindings` are wider than the field.
+const ACK_OK: u8 = 0;
+const ACK_ERROR: u8 = 1;
 
-/// The queue and what it controls.
 #[derive(Debug)]
-pub(super) struct Control {
+pub(super) struct ControlQueue {
     queue: DeviceQueue,
     taps: Vec<Arc<Tap>>,
 }
 
-impl Control {
-    /// `taps` are those of all pairs.
+impl ControlQueue {
+    /// `taps` has the tap queue of each queue pair.
     pub(super) fn new(queue: DeviceQueue, taps: Vec<Arc<Tap>>) -> Self {
         Self { queue, taps }
     }
@@ -33,24 +32,25 @@ impl Control {
         self.queue.kick()
     }
 
-    /// Answers one command; `true` if there may be more. Each may take the host milliseconds, and a
-    /// guest that has always one more must not keep its worker.
+    /// Executes one command; returns `true` if there may be more. It does not loop: a command may take the host
+    /// milliseconds, and a guest that keeps sending commands must not occupy the worker.
     pub(super) fn serve(&mut self) -> Result<bool, QueueError> {
         let Some(mut chain) = self.queue.pop()? else {
             return self.queue.resume_kicks();
         };
-        let answer = match self.obey(&mut chain) {
-            Some(()) => OK,
-            None => ERR,
+        let ack = match self.execute(&mut chain) {
+            Some(()) => ACK_OK,
+            None => ACK_ERROR,
         };
-        let written = chain.writable.put(&[answer]);
+        let written = chain.writable.put(&[ack]);
         self.queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
-        self.queue.notify()?;
+        self.queue.notify_driver()?;
         Ok(true)
     }
 
-    /// Class and command, then what the command takes. `None` for what cannot be done.
-    fn obey(&self, chain: &mut Chain<'_>) -> Option<()> {
+    /// Executes the command in `chain`: class, command, and the number of queue pairs. Returns `None` if the command is
+    /// malformed, unknown, or failed.
+    fn execute(&self, chain: &mut Chain<'_>) -> Option<()> {
         let mut command = [0; 4];
         if chain.readable.len() != command.len() || !chain.readable.take(&mut command) {
             return None;

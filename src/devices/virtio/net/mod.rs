@@ -1,8 +1,7 @@
-//! virtio-net (virtio 1.3 §5.1) over a tap device of the host.
+//! virtio-net (virtio 1.3 §5.1) on a tap device of the host.
 //!
-//! [`worker`] moves the packets of a pair of queues, [`control`] answers the control queue, [`tap`]
-//! has the calls that only a tap device knows; here is the device: its configuration, and a thread
-//! for each pair. Another backend (vhost) would take the place of the threads.
+//! Lives here: the device, its configuration, and one thread per queue pair. [`worker`] is that thread, [`control`] the
+//! control queue, [`tap`] a queue of the tap device. Another backend (vhost) would replace the threads.
 
 mod control;
 mod tap;
@@ -23,19 +22,19 @@ use virtio_bindings::{
 };
 
 use self::{
-    control::Control,
+    control::ControlQueue,
     tap::Tap,
-    worker::{Pair, Worker},
+    worker::{QueuePair, Worker},
 };
-use super::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
+use super::device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
 
-/// The status of the link (virtio 1.3 §5.1.4), whose constant is wider than the field.
-const LINK_UP: u16 = 1;
+/// VIRTIO_NET_S_LINK_UP (virtio 1.3 §5.1.4). The constant of `virtio_bindings` is wider than the field.
+const STATUS_LINK_UP: u16 = 1;
 
-/// What a tap device always does for its driver.
+/// The offloads that every tap device supports.
 const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_GUEST_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO4
@@ -45,31 +44,30 @@ const OFFLOADS: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_GUEST_TSO6
     | 1 << VIRTIO_NET_F_GUEST_ECN;
 
-/// What newer hosts' do (Linux 6.2).
+/// The offloads that tap devices support since Linux 6.2.
 const UDP_OFFLOADS: u64 = 1 << VIRTIO_NET_F_HOST_USO | 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
 
-/// The device.
 #[derive(Debug)]
 pub(crate) struct Net {
     mac: [u8; 6],
     mtu: u16,
-    /// A queue of the tap device for each pair of the guest's.
+    /// One queue of the tap device per queue pair of the guest.
     taps: Vec<Arc<Tap>>,
     udp_offloads: bool,
     workers: Vec<Worker>,
 }
 
 impl Net {
-    /// A device whose other end are the queues of one tap device: non-blocking, with headers of
-    /// [`worker::HEADER`] bytes.
+    /// A device on the queues of one tap device, which are non-blocking and have headers of
+    /// [`crate::control::VNET_HEADER_SIZE`] bytes. `mtu` is in bytes, without the link header.
     ///
     /// # Errors
     ///
-    /// There is no queue, or it is none of a tap device.
+    /// `queues` is empty, or a descriptor in it is not a queue of a tap device.
     pub(crate) fn new(mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> io::Result<Self> {
         let taps: Vec<_> = queues.into_iter().map(|queue| Arc::new(Tap::new(queue))).collect();
         let first = taps.first().ok_or(io::ErrorKind::InvalidInput)?;
-        // Set for good when the driver has chosen.
+        // Only a probe: activation sets the offloads that the driver accepts.
         let udp_offloads = first.set_offloads(OFFLOADS | UDP_OFFLOADS).is_ok();
         first.set_offloads(0)?;
         Ok(Self {
@@ -85,17 +83,17 @@ impl Net {
         u16::try_from(self.taps.len()).unwrap_or(u16::MAX)
     }
 
-    /// The configuration (virtio 1.3 §5.1.4).
+    /// struct virtio_net_config (virtio 1.3 §5.1.4).
     fn config(&self) -> [u8; 12] {
         let mut config = [0; 12];
         config[..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        config[6..8].copy_from_slice(&STATUS_LINK_UP.to_le_bytes());
         config[8..10].copy_from_slice(&self.pairs().to_le_bytes());
         config[10..].copy_from_slice(&self.mtu.to_le_bytes());
         config
     }
 
-    /// Starts a thread for each pair of queues that the driver set up.
+    /// Starts one thread per queue pair that the driver enabled.
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         let Activation { features, queues, .. } = activation;
         self.taps[0].set_offloads(features)?;
@@ -103,28 +101,28 @@ impl Net {
         let pairs = if has(VIRTIO_NET_F_MQ) { self.taps.len() } else { 1 };
         let mut queues = queues.into_iter();
         let mut control = None;
-        let mut made = Vec::new();
+        let mut queue_pairs = Vec::new();
         for tap in self.taps.iter().take(pairs) {
             let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) else {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
-            made.push(Pair {
+            queue_pairs.push(QueuePair {
                 tap: tap.clone(),
                 receive,
                 transmit,
-                merges: has(VIRTIO_NET_F_MRG_RXBUF),
+                mergeable_buffers: has(VIRTIO_NET_F_MRG_RXBUF),
             });
         }
-        // One pair is in use until the driver says otherwise (virtio 1.3 §5.1.6.5.5).
+        // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
         for (index, tap) in self.taps.iter().enumerate() {
             tap.set_attached(index == 0)?;
         }
         if has(VIRTIO_NET_F_CTRL_VQ)
             && let Some(queue) = queues.next()
         {
-            control = Some(Control::new(queue, self.taps[..pairs].to_vec()));
+            control = Some(ControlQueue::new(queue, self.taps[..pairs].to_vec()));
         }
-        for pair in made {
+        for pair in queue_pairs {
             self.workers.push(Worker::start(pair, control.take())?);
         }
         Ok(())
@@ -132,7 +130,7 @@ impl Net {
 }
 
 impl Device for Net {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_NET
     }
 

@@ -1,5 +1,4 @@
-//! A queue of a tap device, and what only a tap device does (Linux,
-//! `Documentation/networking/tuntap.rst`).
+//! One queue of a tap device, and the ioctls of tap devices (Linux, `Documentation/networking/tuntap.rst`).
 
 use std::{
     io,
@@ -13,24 +12,20 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
 };
 
-/// What the driver takes, and the flag by which the tap device hears of it (`linux/if_tun.h`).
-const RECEIVED: [(u32, libc::c_ulong); 6] = [
-    (VIRTIO_NET_F_GUEST_CSUM, 0x01),
-    (VIRTIO_NET_F_GUEST_TSO4, 0x02),
-    (VIRTIO_NET_F_GUEST_TSO6, 0x04),
-    (VIRTIO_NET_F_GUEST_ECN, 0x08),
-    (VIRTIO_NET_F_GUEST_USO4, 0x20),
-    (VIRTIO_NET_F_GUEST_USO6, 0x40),
+/// The driver's features for received packets, and the TUNSETOFFLOAD flag of each.
+const RECEIVE_OFFLOADS: [(u32, libc::c_uint); 6] = [
+    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+    (VIRTIO_NET_F_GUEST_USO4, libc::TUN_F_USO4),
+    (VIRTIO_NET_F_GUEST_USO6, libc::TUN_F_USO6),
 ];
 
-/// The flags of both offloads of UDP.
-const USO: libc::c_ulong = 0x20 | 0x40;
+/// Both flags of UDP segmentation offload.
+const UDP_SEGMENTATION: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-/// Requests of TUNSETQUEUE (`linux/if_tun.h`).
-const ATTACH: libc::c_short = 0x0200;
-const DETACH: libc::c_short = 0x0400;
-
-/// A queue.
+/// One queue of a tap device. Packets go through its descriptor.
 #[derive(Debug)]
 pub(super) struct Tap {
     queue: OwnedFd,
@@ -38,6 +33,7 @@ pub(super) struct Tap {
 }
 
 impl Tap {
+    /// `queue` must be attached, as a new queue is.
     pub(super) fn new(queue: OwnedFd) -> Self {
         Self {
             queue,
@@ -45,31 +41,37 @@ impl Tap {
         }
     }
 
-    /// Tells the device which packets its reader takes, by the driver's features: larger ones than the
-    /// MTU, and such whose checksum is not filled in.
+    /// Lets the tap device send the packets that a driver with `features` can receive: packets larger than the MTU, and
+    /// packets without a computed checksum.
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
-        let mut flags: libc::c_ulong = RECEIVED
+        let mut flags: libc::c_uint = RECEIVE_OFFLOADS
             .iter()
             .filter(|(feature, _)| features & 1 << feature != 0)
             .map(|(_, flag)| flag)
             .sum();
-        // The kernel takes both or none (`set_offload` in `drivers/net/tun.c`); a driver may take one, and
-        // never has to be sent such packets.
-        if flags & USO != USO {
-            flags &= !USO;
+        // The kernel accepts both UDP flags or none (`set_offload` in `drivers/net/tun.c`). A driver may accept one, and
+        // then need not be sent such packets.
+        if flags & UDP_SEGMENTATION != UDP_SEGMENTATION {
+            flags &= !UDP_SEGMENTATION;
         }
-        // SAFETY: TUNSETOFFLOAD takes a number.
+        let flags = libc::c_ulong::from(flags);
+        // SAFETY: the argument of TUNSETOFFLOAD is a number.
         check(unsafe { libc::ioctl(self.queue.as_raw_fd(), libc::TUNSETOFFLOAD as libc::Ioctl, flags) })
     }
 
-    /// Whether the device puts packets into this queue.
+    /// Sets whether the tap device puts packets into this queue.
     pub(super) fn set_attached(&self, attached: bool) -> io::Result<()> {
         if self.attached.load(Ordering::SeqCst) == attached {
             return Ok(());
         }
-        // SAFETY: all zeroes is a valid value of this structure of C.
+        // SAFETY: all zeroes is a valid `ifreq`.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        request.ifr_ifru.ifru_flags = if attached { ATTACH } else { DETACH };
+        let flag = if attached {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flag).unwrap_or(0);
         // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is.
         check(unsafe {
             libc::ioctl(

@@ -1,5 +1,5 @@
-//! The queues as a driver sees them, with datagrams in place of a tap device's packets; in [`kernel`]
-//! with tap devices.
+//! Tests of the queues as a driver sees them. A datagram socket takes the place of the tap device; [`kernel`] has the
+//! tests with real tap devices.
 
 mod kernel;
 
@@ -10,29 +10,28 @@ use std::{
     time::{Duration, Instant},
 };
 
-use virtio_queue::{
-    Queue, QueueT,
-    desc::{RawDescriptor, split::Descriptor},
-    mock::MockSplitQueue,
-};
+use virtio_queue::{Queue, QueueT, mock::MockSplitQueue};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    control::Control,
+    control::ControlQueue,
     tap::Tap,
-    worker::{Pair, Worker},
+    worker::{QueuePair, Worker},
     *,
 };
-use crate::devices::virtio::queue::{
-    DeviceQueue,
-    tests::{Count, NEXT, WRITE, device_queue, memory},
+use crate::{
+    devices::virtio::{
+        mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory},
+        queue::DeviceQueue,
+    },
+    memory::{GuestMemory, MemoryRegions},
 };
-use crate::memory::{GuestMemory, MemoryRegions};
 
+/// The address of buffers that tests give to a queue.
 const BUFFERS: u64 = 0x1_0000;
 
-/// One end is the device's, the other the network's.
+/// The device's end and the network's end of a link.
 fn link() -> (Arc<Tap>, UnixDatagram) {
     let (device, network) = UnixDatagram::pair().unwrap();
     device.set_nonblocking(true).unwrap();
@@ -40,11 +39,7 @@ fn link() -> (Arc<Tap>, UnixDatagram) {
     (Arc::new(Tap::new(OwnedFd::from(device))), network)
 }
 
-fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
-    RawDescriptor::from(Descriptor::new(address, length, flags, next))
-}
-
-/// Makes single descriptors available, `lengths` long, one after the other from [`BUFFERS`] on.
+/// Makes one chain per length available, each of a single descriptor. The buffers are contiguous, from [`BUFFERS`] on.
 fn offer(mock: &MockSplitQueue<'_, MemoryRegions>, lengths: &[u32], flags: u16) {
     let mut address = BUFFERS;
     for (index, length) in (0..).zip(lengths) {
@@ -57,7 +52,7 @@ fn offer(mock: &MockSplitQueue<'_, MemoryRegions>, lengths: &[u32], flags: u16) 
     mock.avail().idx().store(u16::try_from(lengths.len()).unwrap());
 }
 
-/// Heads and lengths of what was given back.
+/// Head and written length of all used chains.
 fn used(mock: &MockSplitQueue<'_, MemoryRegions>) -> Vec<(u32, u32)> {
     (0..mock.used().idx().load())
         .map(|index| {
@@ -67,7 +62,7 @@ fn used(mock: &MockSplitQueue<'_, MemoryRegions>) -> Vec<(u32, u32)> {
         .collect()
 }
 
-/// Waits until so many were given back.
+/// Waits until `count` chains are used.
 fn wait_for_used(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while mock.used().idx().load() < count {
@@ -81,31 +76,31 @@ fn pair<'m>(
     receive: &MockSplitQueue<'m, MemoryRegions>,
     transmit: &MockSplitQueue<'m, MemoryRegions>,
     memory: &GuestMemory,
-) -> Pair {
-    Pair {
+) -> QueuePair {
+    QueuePair {
         tap: tap.clone(),
         receive: device_queue(receive, memory).0,
         transmit: device_queue(transmit, memory).0,
-        merges: true,
+        mergeable_buffers: true,
     }
 }
 
-/// Whether no worker and no control queue has the tap device any more.
-fn tap_is_free(tap: &Arc<Tap>) -> bool {
+/// Whether no worker and no control queue holds the tap device.
+fn is_tap_released(tap: &Arc<Tap>) -> bool {
     Arc::strong_count(tap) == 1
 }
 
-/// Waits until a worker has ended by itself.
+/// Waits until the worker ends without being stopped.
 fn wait_for_end(tap: &Arc<Tap>) {
     let deadline = Instant::now() + Duration::from_secs(10);
-    while !tap_is_free(tap) {
-        assert!(Instant::now() < deadline, "the worker goes on");
+    while !is_tap_released(tap) {
+        assert!(Instant::now() < deadline, "the worker is still running");
         thread::yield_now();
     }
 }
 
 #[test]
-fn large_packet_takes_several_buffers_and_says_how_many() {
+fn large_packet_spans_several_buffers_and_reports_their_number() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
@@ -132,7 +127,7 @@ fn large_packet_takes_several_buffers_and_says_how_many() {
 }
 
 #[test]
-fn packet_waits_for_room() {
+fn packet_waits_until_the_guest_provides_buffers() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
@@ -151,13 +146,13 @@ fn packet_waits_for_room() {
 }
 
 #[test]
-fn packets_of_the_guest_go_out_and_malformed_ones_are_given_back() {
+fn guest_packets_are_sent_and_malformed_ones_are_dropped() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
     let (tap, network) = link();
     memory.write_slice(&[5; 200], GuestAddress(BUFFERS)).unwrap();
-    // Too short for the header, too long, an ordinary one, and one with a part to write to.
+    // One shorter than a header, one too long, a valid one, and one with a writable buffer.
     offer(&transmit, &[11, 70_000, 60], 0);
     let table = transmit.desc_table();
     table.store(3, descriptor(BUFFERS, 60, NEXT, 4)).unwrap();
@@ -179,14 +174,34 @@ fn packets_of_the_guest_go_out_and_malformed_ones_are_given_back() {
 }
 
 #[test]
-fn queues_that_the_guest_breaks_end_the_worker_and_nothing_else() {
+fn broken_queue_ends_the_worker_only() {
     let cases = [
-        ("a buffer below the header", true, descriptor(BUFFERS, 11, WRITE, 0)),
-        ("nothing to write to", true, descriptor(BUFFERS, 64, 0, 0)),
-        ("room without an end", true, descriptor(BUFFERS, 64, WRITE | NEXT, 0)),
-        ("room that is no memory", true, descriptor(1 << 40, 64, WRITE, 0)),
-        ("a packet without an end", false, descriptor(BUFFERS, 64, NEXT, 0)),
-        ("a packet that is no memory", false, descriptor(1 << 40, 64, 0, 0)),
+        (
+            "receive buffer smaller than the header",
+            true,
+            descriptor(BUFFERS, 11, WRITE, 0),
+        ),
+        (
+            "receive buffer that is not writable",
+            true,
+            descriptor(BUFFERS, 64, 0, 0),
+        ),
+        (
+            "unterminated receive chain",
+            true,
+            descriptor(BUFFERS, 64, WRITE | NEXT, 0),
+        ),
+        (
+            "receive buffer outside of memory",
+            true,
+            descriptor(1 << 40, 64, WRITE, 0),
+        ),
+        ("unterminated transmit chain", false, descriptor(BUFFERS, 64, NEXT, 0)),
+        (
+            "transmit buffer outside of memory",
+            false,
+            descriptor(1 << 40, 64, 0, 0),
+        ),
     ];
     for (what, to_guest, broken) in cases {
         let memory = memory();
@@ -208,17 +223,17 @@ fn queues_that_the_guest_breaks_end_the_worker_and_nothing_else() {
 }
 
 #[test]
-fn control_queue_refuses_what_it_does_not_know() {
+fn control_queue_refuses_unknown_and_malformed_commands() {
     let cases: [(&str, &[u8], u8); 7] = [
         ("one pair", &[4, 0, 1, 0], 0),
-        ("no pair", &[4, 0, 0, 0], 1),
-        ("more than there are", &[4, 0, 2, 0], 1),
+        ("no pairs", &[4, 0, 0, 0], 1),
+        ("more pairs than exist", &[4, 0, 2, 0], 1),
         ("unknown command", &[4, 9, 1, 0], 1),
         ("unknown class", &[9, 0, 1, 0], 1),
         ("too short", &[4, 0, 1], 1),
         ("too long", &[4, 0, 1, 0, 0], 1),
     ];
-    for (what, command, answer) in cases {
+    for (what, command, expected) in cases {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         memory.write_slice(command, GuestAddress(BUFFERS)).unwrap();
@@ -229,35 +244,35 @@ fn control_queue_refuses_what_it_does_not_know() {
         table.store(1, descriptor(BUFFERS + 100, 1, WRITE, 0)).unwrap();
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
-        let mut control = Control::new(device_queue(&mock, &memory).0, vec![link().0]);
+        let mut control = ControlQueue::new(device_queue(&mock, &memory).0, vec![link().0]);
 
         while control.serve().unwrap() {}
 
         assert_eq!(used(&mock), [(0, 1)], "{what}");
         assert_eq!(
             memory.read_obj::<u8>(GuestAddress(BUFFERS + 100)).unwrap(),
-            answer,
+            expected,
             "{what}"
         );
     }
 }
 
 #[test]
-fn device_needs_a_tap_device() {
-    let none = Net::new([2, 0, 0, 0, 0, 1], 1500, Vec::new());
-    let other = Net::new([2, 0, 0, 0, 0, 1], 1500, vec![UnixDatagram::pair().unwrap().0.into()]);
+fn descriptor_that_is_not_a_tap_device_is_an_error() {
+    let no_queue = Net::new([2, 0, 0, 0, 0, 1], 1500, Vec::new());
+    let socket = Net::new([2, 0, 0, 0, 0, 1], 1500, vec![UnixDatagram::pair().unwrap().0.into()]);
 
-    assert!(none.is_err());
-    assert!(other.is_err());
+    assert!(no_queue.is_err());
+    assert!(socket.is_err());
 }
 
 #[test]
-fn packets_that_go_out_together_interrupt_the_guest_once_a_turn() {
+fn transmitted_packets_interrupt_the_guest_once_per_turn() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 256);
     let (tap, _network) = link();
-    // Two turns of 64.
+    // Two turns of at most 64 packets.
     offer(&transmit, &[60; 100], 0);
     let (queue, interrupts) = device_queue(&transmit, &memory);
     let mut pair = pair(&tap, &receive, &transmit, &memory);
@@ -271,44 +286,44 @@ fn packets_that_go_out_together_interrupt_the_guest_once_a_turn() {
 }
 
 #[test]
-fn control_queue_without_an_end_does_not_keep_a_worker_from_its_stop() {
+fn worker_stops_although_the_guest_keeps_sending_commands() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x4000), 16);
     let (tap, _network) = link();
-    // Not a mock's, whose rings overlap.
-    let (table, available, answers) = (0x8000_u64, 0x9000_u64, 0xa000_u64);
+    // Not a mock queue: with 256 entries, the rings of a mock overlap.
+    let (table, available_ring, used_ring) = (0x8000_u64, 0x9000_u64, 0xa000_u64);
     memory
         .write_obj(descriptor(BUFFERS, 4, 0, 0), GuestAddress(table))
         .unwrap();
     let mut queue = Queue::new(256).unwrap();
     queue.set_size(256);
     queue.try_set_desc_table_address(GuestAddress(table)).unwrap();
-    queue.try_set_avail_ring_address(GuestAddress(available)).unwrap();
-    queue.try_set_used_ring_address(GuestAddress(answers)).unwrap();
+    queue.try_set_avail_ring_address(GuestAddress(available_ring)).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(used_ring)).unwrap();
     queue.set_ready(true);
     let kick = EventFd::new(0).unwrap();
-    let kicks = kick.try_clone().unwrap();
-    let queue = DeviceQueue::new(0, queue, kick, memory.clone(), Arc::new(Count::default()));
-    let control = Control::new(queue, vec![tap.clone()]);
-    // One command, again and again, as fast as the device answers.
-    let command = || {
-        let answered: u16 = memory.read_obj(GuestAddress(answers + 2)).unwrap();
-        let wanted = answered.wrapping_add(200);
-        memory.write_obj(wanted, GuestAddress(available + 2)).unwrap();
-        // It may have caught up meanwhile.
-        kicks.write(1).unwrap();
-        answered
+    let guest_kick = kick.try_clone().unwrap();
+    let queue = DeviceQueue::new(0, queue, kick, memory.clone(), Arc::new(InterruptCounter::default()));
+    let control = ControlQueue::new(queue, vec![tap.clone()]);
+    // Makes the same command available again, as fast as the device executes it. Returns the used index.
+    let send_commands = || {
+        let used: u16 = memory.read_obj(GuestAddress(used_ring + 2)).unwrap();
+        let available = used.wrapping_add(200);
+        memory.write_obj(available, GuestAddress(available_ring + 2)).unwrap();
+        // The device may have caught up meanwhile.
+        guest_kick.write(1).unwrap();
+        used
     };
 
     let worker = Worker::start(pair(&tap, &receive, &transmit, &memory), Some(control)).unwrap();
-    while command() < 1000 {
-        assert!(!tap_is_free(&tap), "the worker has ended");
+    while send_commands() < 1000 {
+        assert!(!is_tap_released(&tap), "the worker has ended");
     }
     let stopped = thread::spawn(|| drop(worker));
     let deadline = Instant::now() + Duration::from_secs(10);
     while !stopped.is_finished() {
         assert!(Instant::now() < deadline, "the worker does not stop");
-        command();
+        send_commands();
     }
 }

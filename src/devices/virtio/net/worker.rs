@@ -1,5 +1,4 @@
-//! A thread that moves the packets of a pair of queues, straight between guest memory and the tap
-//! device.
+//! The thread of a queue pair. It moves packets between guest memory and the tap device, without another copy.
 
 use std::{
     collections::VecDeque,
@@ -12,35 +11,37 @@ use std::{
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{control::Control, tap::Tap};
-use crate::devices::virtio::{
-    buffers::Buffers,
-    queue::{DeviceQueue, QueueError},
+use super::{control::ControlQueue, tap::Tap};
+use crate::{
+    control::VNET_HEADER_SIZE,
+    devices::virtio::{
+        buffers::Buffers,
+        queue::{DeviceQueue, QueueError},
+    },
 };
 
-/// The bytes before a packet (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6).
-pub(super) const HEADER: usize = crate::control::VNET_HEADER_SIZE as usize;
+/// The size of the header before each packet (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6), in bytes.
+pub(super) const HEADER_SIZE: usize = VNET_HEADER_SIZE as usize;
 
-/// Where the header says how many buffers the packet has.
-const NUM_BUFFERS: usize = 10;
+/// The offset of the field `num_buffers` in the header.
+const NUM_BUFFERS_OFFSET: usize = 10;
 
-/// The largest packet: an Ethernet header before 64 KiB.
-const MAX_PACKET: usize = HEADER + 14 + (64 << 10);
+/// The maximum size of a packet in bytes: vnet header, Ethernet header, and 64 KiB.
+const MAX_PACKET_SIZE: usize = HEADER_SIZE + 14 + (64 << 10);
 
-/// How many packets one direction moves before the other has its turn.
+/// The maximum number of packets that one direction moves before the other direction continues.
 const MAX_PACKETS_PER_TURN: usize = 64;
 
-/// What a worker works on.
 #[derive(Debug)]
-pub(super) struct Pair {
+pub(super) struct QueuePair {
     pub(super) tap: Arc<Tap>,
     pub(super) receive: DeviceQueue,
     pub(super) transmit: DeviceQueue,
-    /// A packet may take several buffers (VIRTIO_NET_F_MRG_RXBUF).
-    pub(super) merges: bool,
+    /// A received packet may span several descriptor chains (VIRTIO_NET_F_MRG_RXBUF).
+    pub(super) mergeable_buffers: bool,
 }
 
-/// A thread; stops and is joined when dropped.
+/// The handle of a thread. Dropping it stops and joins the thread.
 #[derive(Debug)]
 pub(super) struct Worker {
     stop: EventFd,
@@ -48,16 +49,16 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// One of the workers has the control queue.
-    pub(super) fn start(pair: Pair, control: Option<Control>) -> io::Result<Self> {
+    /// Exactly one worker of a device serves the control queue, if there is one.
+    pub(super) fn start(pair: QueuePair, control: Option<ControlQueue>) -> io::Result<Self> {
         let stop = EventFd::new(EFD_CLOEXEC)?;
         let stopped = stop.try_clone()?;
         let thread = thread::Builder::new()
             .name("net".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                // A guest that breaks its queues goes on without a network.
-                let _ = Moving::new(pair, control).run(&stopped);
+                // After an error, for example a broken queue, the guest continues without this queue pair.
+                let _ = PacketLoop::new(pair, control).run(&stopped);
             })?;
         Ok(Self {
             stop,
@@ -84,10 +85,10 @@ enum WorkerError {
     Wait(#[from] io::Error),
 }
 
-/// What an event is about; epoll's data.
+/// The source of an event, which is the data of its epoll entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
-enum Source {
+enum EventSource {
     Stop,
     Tap,
     Receive,
@@ -95,109 +96,109 @@ enum Source {
     Control,
 }
 
-const SOURCES: [Source; 5] = [
-    Source::Stop,
-    Source::Tap,
-    Source::Receive,
-    Source::Transmit,
-    Source::Control,
+const EVENT_SOURCES: [EventSource; 5] = [
+    EventSource::Stop,
+    EventSource::Tap,
+    EventSource::Receive,
+    EventSource::Transmit,
+    EventSource::Control,
 ];
 
-struct Moving {
+struct PacketLoop {
     tap: Arc<Tap>,
-    receive: Receive,
+    receiver: Receiver,
     transmit: DeviceQueue,
-    control: Option<Control>,
-    arrival: Arrival,
+    control: Option<ControlQueue>,
+    tap_watch: TapWatch,
 }
 
-/// Whether the tap device is waited for.
+/// Whether epoll watches the tap device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Arrival {
-    /// Until it has a packet.
-    Awaited,
-    /// No: there is no room for a packet.
-    Full,
-    /// No: it was removed, and says so for ever.
-    Gone,
+enum TapWatch {
+    /// For packets.
+    Active,
+    /// Not for packets: the guest has no space for one.
+    Paused,
+    /// Not at all: the device was removed, and its descriptor would stay ready forever.
+    Removed,
 }
 
-impl Moving {
-    fn new(pair: Pair, control: Option<Control>) -> Self {
+impl PacketLoop {
+    fn new(pair: QueuePair, control: Option<ControlQueue>) -> Self {
         Self {
             tap: pair.tap,
-            receive: Receive {
+            receiver: Receiver {
                 queue: pair.receive,
-                merges: pair.merges,
+                mergeable_buffers: pair.mergeable_buffers,
                 space: Buffers::default(),
                 chains: VecDeque::new(),
                 used: Vec::new(),
             },
             transmit: pair.transmit,
             control,
-            arrival: Arrival::Awaited,
+            tap_watch: TapWatch::Active,
         }
     }
 
     fn run(mut self, stop: &EventFd) -> Result<(), WorkerError> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
-        let add = |source: Source, descriptor: BorrowedFd<'_>| {
+        let add = |source: EventSource, descriptor: BorrowedFd<'_>| {
             let data = epoll::EventData::new_u64(source as u64);
             epoll::add(&epoll, descriptor, data, epoll::EventFlags::IN).map_err(io::Error::from)
         };
-        add(Source::Stop, borrow(stop))?;
-        add(Source::Tap, self.tap.as_fd())?;
-        add(Source::Receive, borrow(self.receive.queue.kick()))?;
-        add(Source::Transmit, borrow(self.transmit.kick()))?;
+        add(EventSource::Stop, borrow(stop))?;
+        add(EventSource::Tap, self.tap.as_fd())?;
+        add(EventSource::Receive, borrow(self.receiver.queue.kick()))?;
+        add(EventSource::Transmit, borrow(self.transmit.kick()))?;
         if let Some(control) = &self.control {
-            add(Source::Control, borrow(control.kick()))?;
+            add(EventSource::Control, borrow(control.kick()))?;
         }
-        // Buffers may have come before the thread did.
-        let (mut receives, mut transmits, mut commanded) = (true, true, false);
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(SOURCES.len());
+        // Start with a turn in each direction: kicks may have come before the thread started.
+        let (mut can_receive, mut can_transmit, mut has_command) = (true, true, false);
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
         loop {
-            if receives {
-                receives = self.receive(&epoll)?;
+            if can_receive {
+                can_receive = self.receive(&epoll)?;
             }
-            if transmits {
-                transmits = self.transmit()?;
+            if can_transmit {
+                can_transmit = self.transmit()?;
             }
-            if commanded && let Some(control) = &mut self.control {
-                commanded = control.serve()?;
+            if has_command && let Some(control) = &mut self.control {
+                has_command = control.serve()?;
             }
-            let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-            let busy = receives || transmits || commanded;
+            let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+            let busy = can_receive || can_transmit || has_command;
             events.clear();
-            match epoll::wait(&epoll, spare_capacity(&mut events), busy.then_some(&now)) {
+            match epoll::wait(&epoll, spare_capacity(&mut events), busy.then_some(&no_wait)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
             for event in &events {
                 let number = event.data.u64();
-                match SOURCES.into_iter().find(|source| *source as u64 == number) {
-                    Some(Source::Stop) => return Ok(()),
-                    Some(Source::Tap) => {
-                        // The device is no more (`tun_chr_poll`); no flag keeps epoll from saying it.
+                match EVENT_SOURCES.into_iter().find(|source| *source as u64 == number) {
+                    Some(EventSource::Stop) => return Ok(()),
+                    Some(EventSource::Tap) => {
+                        // The device was removed (`tun_chr_poll`). epoll always reports these flags, so stop watching.
                         let flags = event.flags;
                         if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
                             epoll::delete(&epoll, self.tap.as_fd()).map_err(io::Error::from)?;
-                            self.arrival = Arrival::Gone;
+                            self.tap_watch = TapWatch::Removed;
                         } else {
-                            receives = true;
+                            can_receive = true;
                         }
                     }
-                    Some(Source::Receive) => {
-                        drain(self.receive.queue.kick());
-                        receives |= self.arrival == Arrival::Full;
+                    Some(EventSource::Receive) => {
+                        drain(self.receiver.queue.kick());
+                        can_receive |= self.tap_watch == TapWatch::Paused;
                     }
-                    Some(Source::Transmit) => {
+                    Some(EventSource::Transmit) => {
                         drain(self.transmit.kick());
-                        transmits = true;
+                        can_transmit = true;
                     }
-                    Some(Source::Control) => {
+                    Some(EventSource::Control) => {
                         if let Some(control) = &self.control {
                             drain(control.kick());
-                            commanded = true;
+                            has_command = true;
                         }
                     }
                     None => {}
@@ -206,91 +207,93 @@ impl Moving {
         }
     }
 
-    /// Moves packets to the guest; `true` if there may be more.
+    /// Moves packets to the guest. Returns `true` if there may be more.
     fn receive(&mut self, epoll: &std::os::fd::OwnedFd) -> Result<bool, WorkerError> {
-        if self.arrival == Arrival::Gone {
+        if self.tap_watch == TapWatch::Removed {
             return Ok(false);
         }
-        let outcome = self.receive.turn(&self.tap);
-        self.receive.queue.notify()?;
+        let outcome = self.receiver.receive(&self.tap);
+        self.receiver.queue.notify_driver()?;
         let outcome = outcome?;
-        // A guest that gives no room must not keep this thread awake.
-        let (arrival, flags) = if outcome == Outcome::Full {
-            (Arrival::Full, epoll::EventFlags::empty())
+        // A readable tap device must not keep this thread awake while the guest provides no buffers.
+        let (tap_watch, flags) = if outcome == ReceiveOutcome::NoSpace {
+            (TapWatch::Paused, epoll::EventFlags::empty())
         } else {
-            (Arrival::Awaited, epoll::EventFlags::IN)
+            (TapWatch::Active, epoll::EventFlags::IN)
         };
-        if arrival != self.arrival {
-            let data = epoll::EventData::new_u64(Source::Tap as u64);
+        if tap_watch != self.tap_watch {
+            let data = epoll::EventData::new_u64(EventSource::Tap as u64);
             epoll::modify(epoll, self.tap.as_fd(), data, flags).map_err(io::Error::from)?;
-            self.arrival = arrival;
+            self.tap_watch = tap_watch;
         }
-        Ok(outcome == Outcome::More)
+        Ok(outcome == ReceiveOutcome::MayHaveMore)
     }
 
-    /// Moves packets of the guest; `true` if there are more.
+    /// Moves packets from the guest. Returns `true` if there may be more.
     fn transmit(&mut self) -> Result<bool, WorkerError> {
         let queue = &mut self.transmit;
         queue.pause_kicks()?;
         for _ in 0..MAX_PACKETS_PER_TURN {
             let Some(chain) = queue.pop()? else {
-                queue.notify()?;
+                queue.notify_driver()?;
                 return Ok(queue.resume_kicks()?);
             };
             let length = chain.readable.len();
-            if (HEADER..=MAX_PACKET).contains(&length) && chain.writable.len() == 0 {
-                // A packet that the host cannot take is lost, as on any link.
+            if (HEADER_SIZE..=MAX_PACKET_SIZE).contains(&length) && chain.writable.len() == 0 {
+                // A packet that the host does not take is lost, as on any link.
                 let _ = chain.readable.write_to(self.tap.as_fd(), None);
             }
             queue.add_used(chain.head, 0)?;
         }
-        queue.notify()?;
+        queue.notify_driver()?;
         Ok(true)
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
+enum ReceiveOutcome {
     /// The tap device has no packet.
-    Empty,
-    /// The guest has no room.
-    Full,
-    /// There may be more.
-    More,
+    NoPacket,
+    /// The guest has not provided enough buffers for a packet.
+    NoSpace,
+    MayHaveMore,
 }
 
-/// Packets on their way to the guest.
-struct Receive {
+/// The direction from the tap device to the guest.
+struct Receiver {
     queue: DeviceQueue,
-    merges: bool,
-    /// Room of chains that were taken, in their order.
+    mergeable_buffers: bool,
+    /// The buffers of all chains in `chains`.
     space: Buffers<'static>,
-    /// Those chains and how much room each has.
+    /// The chains that were taken from the queue and not used yet: the head of each, and the size of its buffers in
+    /// bytes.
     chains: VecDeque<(u16, usize)>,
+    /// The chains of the current packet: head and written bytes. Kept to reuse its allocation.
     used: Vec<(u16, u32)>,
 }
 
-impl Receive {
-    fn turn(&mut self, tap: &Tap) -> Result<Outcome, QueueError> {
+impl Receiver {
+    /// Moves packets from `tap` to the guest.
+    fn receive(&mut self, tap: &Tap) -> Result<ReceiveOutcome, QueueError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
-            if !self.has_room()? {
-                return Ok(Outcome::Full);
+            if !self.take_space()? {
+                return Ok(ReceiveOutcome::NoSpace);
             }
             match self.space.read_from(tap.as_fd(), None) {
                 Ok(length) => self.deliver(length)?,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing there, or the device is gone, which epoll says.
-                Err(_) => return Ok(Outcome::Empty),
+                // There is no packet, or the device was removed, which epoll reports.
+                Err(_) => return Ok(ReceiveOutcome::NoPacket),
             }
         }
-        Ok(Outcome::More)
+        Ok(ReceiveOutcome::MayHaveMore)
     }
 
-    /// Takes chains until any packet fits; `false` if the guest has given too few.
-    fn has_room(&mut self) -> Result<bool, QueueError> {
+    /// Takes chains from the queue until a packet of any size fits. Returns `false` if the guest has provided too few.
+    fn take_space(&mut self) -> Result<bool, QueueError> {
         loop {
-            let enough = if self.merges {
-                self.space.len() >= MAX_PACKET
+            let enough = if self.mergeable_buffers {
+                self.space.len() >= MAX_PACKET_SIZE
             } else {
                 !self.chains.is_empty()
             };
@@ -299,11 +302,11 @@ impl Receive {
             }
             match self.queue.pop()? {
                 Some(chain) => {
-                    let room = chain.writable.len();
-                    if room < HEADER || !self.space.append(chain.writable) {
-                        return Err(QueueError::Small(room));
+                    let size = chain.writable.len();
+                    if size < HEADER_SIZE || !self.space.append(chain.writable) {
+                        return Err(QueueError::BufferTooSmall(size));
                     }
-                    self.chains.push_back((chain.head, room));
+                    self.chains.push_back((chain.head, size));
                 }
                 None if self.queue.resume_kicks()? => {}
                 None => return Ok(false),
@@ -311,34 +314,34 @@ impl Receive {
         }
     }
 
-    /// Gives the guest the packet that was read into the room.
+    /// Completes the packet of `length` bytes that was read into the space, and returns its chains to the driver.
     fn deliver(&mut self, length: usize) -> Result<(), QueueError> {
         self.used.clear();
-        let (mut left, mut taken) = (length, 0);
-        while left > 0 || self.used.is_empty() {
-            let Some((head, room)) = self.chains.pop_front() else {
+        let (mut remaining, mut consumed) = (length, 0);
+        while remaining > 0 || self.used.is_empty() {
+            let Some((head, size)) = self.chains.pop_front() else {
                 break;
             };
-            let part = left.min(room);
-            // At most MAX_PACKET.
+            let part = remaining.min(size);
+            // Fits: at most MAX_PACKET_SIZE.
             self.used.push((head, u32::try_from(part).unwrap_or(u32::MAX)));
-            left -= part;
-            taken += room;
+            remaining -= part;
+            consumed += size;
         }
-        let mut packet = self.space.split_to(taken);
-        packet.split_to(NUM_BUFFERS);
+        let mut packet = self.space.split_to(consumed);
+        packet.split_to(NUM_BUFFERS_OFFSET);
         let count = u16::try_from(self.used.len()).unwrap_or(u16::MAX);
         packet.put(&count.to_le_bytes());
-        self.queue.add_used_together(&self.used)
+        self.queue.add_used_batch(&self.used)
     }
 }
 
 fn drain(event: &EventFd) {
-    // Readable, so it does not block; its count does not matter.
+    // It is readable, so this does not block. The count does not matter.
     let _ = event.read();
 }
 
 fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the eventfd stays open for as long as the borrow of it lasts.
+    // SAFETY: the eventfd is open for as long as it is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

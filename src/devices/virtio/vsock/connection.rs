@@ -1,5 +1,5 @@
-//! The state machine of one stream between a guest's socket and descriptors of the host. It knows
-//! of packets and descriptors, not of queues: the muxer moves its packets.
+//! The state machine of one connection between a guest's socket and file descriptors of the host. It handles packets and
+//! descriptors; the muxer moves the packets to and from the queues.
 //!
 //! ```text
 //!            ┌─ guest sends ──▶ pending ──▶ output        ends: guest's SHUTDOWN(SEND), then drained
@@ -7,10 +7,9 @@
 //!            └─ guest receives ◀────────── input          ends: end of file, or guest's SHUTDOWN(RECEIVE)
 //! ```
 //!
-//! Each direction ends on its own. When the guest has ended both and all that it sent went out, it
-//! gets a RESET, which is how a socket that was closed in order is released (virtio 1.3
-//! §5.10.6.5), and the connection is over. A RESET before that could cost the guest what it has
-//! not read yet.
+//! Each direction ends independently. When the guest has shut down both directions and all of its data is written, it
+//! gets a RESET and the connection is closed: this is how a socket is released after an orderly shutdown (virtio 1.3
+//! §5.10.6.5). An earlier RESET could make the guest lose data that it has not read yet.
 
 use std::{
     collections::VecDeque,
@@ -19,25 +18,23 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use super::packet::{Operation, Packet, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, STREAM};
+use super::packet::{Operation, PacketHeader, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use crate::devices::virtio::buffers::Buffers;
 
-/// How many bytes of a guest we hold while the host's reader is slow: the credit that it gets.
-pub(super) const RECEIVE_BUFFER: u32 = 256 << 10;
+/// The credit of the guest: the number of its bytes that a connection holds while the host's reader is slow.
+pub(super) const RECEIVE_BUFFER_SIZE: u32 = 256 << 10;
 
-/// Tell the guest of freed room when this much was freed since it last heard.
-const CREDIT_STEP: u32 = RECEIVE_BUFFER / 4;
+/// A CREDIT_UPDATE is due when the reader has taken this many bytes that were not reported to the guest yet.
+const CREDIT_UPDATE_THRESHOLD: u32 = RECEIVE_BUFFER_SIZE / 4;
 
-/// The most payload of one packet to the guest, which Linux takes in one buffer.
-pub(super) const MAX_PAYLOAD: usize = 64 << 10;
+/// The maximum payload of a packet to the guest, in bytes. Linux receives it in one buffer.
+const MAX_PAYLOAD_SIZE: usize = 64 << 10;
 
-/// The ports of a connection: the guest's and the host's.
+/// The ports that identify a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Key {
-    /// The guest's port.
-    pub(super) guest: u32,
-    /// The host's port.
-    pub(super) host: u32,
+pub(super) struct ConnectionKey {
+    pub(super) guest_port: u32,
+    pub(super) host_port: u32,
 }
 
 /// The direction from the guest to the host.
@@ -45,9 +42,8 @@ pub(super) struct Key {
 enum Output {
     /// The guest may send.
     Open(OwnedFd),
-    /// The guest has sent its last byte; what is pending still goes out.
+    /// The guest has sent its last byte; pending bytes are still written.
     Draining(OwnedFd),
-    /// Over.
     Closed,
 }
 
@@ -57,62 +53,59 @@ enum Input {
     /// There may be more to read.
     Open {
         descriptor: OwnedFd,
-        /// Edge-triggered readiness: set by the poller, cleared by EAGAIN.
+        /// Edge-triggered readiness: the poller sets it, EAGAIN clears it.
         readable: bool,
     },
-    /// End of file was read; the guest is to be told.
-    Ending,
-    /// Over.
+    /// End of file was read; a SHUTDOWN to the guest is due.
+    EndOfFile,
     Closed,
 }
 
-/// What the muxer may learn from a packet or an event.
+/// Whether the muxer keeps a connection after a packet or an event.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    /// Go on.
-    Alive,
-    /// The connection is over: forget it, and tell the guest by RESET if it does not know.
-    Over {
-        /// The guest is to be sent a RESET.
-        tell_guest: bool,
+pub(super) enum ConnectionStatus {
+    Open,
+    /// Remove the connection and, if `send_reset`, send a RESET to the guest.
+    Closed {
+        send_reset: bool,
     },
 }
 
-/// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    key: Key,
+    key: ConnectionKey,
     input: Input,
     output: Output,
-    /// Bytes of the guest that the host's reader has not taken yet; at most [`RECEIVE_BUFFER`].
+    /// Bytes from the guest that the host's reader has not taken yet; at most [`RECEIVE_BUFFER_SIZE`].
     pending: VecDeque<u8>,
-    /// Bytes written to the output in all.
+    /// The total number of bytes written to the output.
     delivered: u64,
-    /// Payload bytes taken from the guest in all.
+    /// The total number of payload bytes received from the guest.
     received: Wrapping<u32>,
-    /// [`Self::taken`] as the guest last heard of it.
-    announced: Wrapping<u32>,
-    /// Payload bytes sent to the guest in all.
+    /// The value of [`Self::fwd_cnt`] in the last packet to the guest.
+    reported_fwd_cnt: Wrapping<u32>,
+    /// The total number of payload bytes sent to the guest.
     sent: Wrapping<u32>,
-    guest_buffer: u32,
-    guest_forwarded: Wrapping<u32>,
+    /// From the guest's last packet.
+    guest_buf_alloc: u32,
+    guest_fwd_cnt: Wrapping<u32>,
     response_due: bool,
-    credit_due: bool,
-    /// The guest will not receive any more.
-    guest_deaf: bool,
-    /// The guest will not send any more.
-    guest_mute: bool,
-    /// The guest's socket is gone, by RESET: nothing is sent to it any more.
-    guest_gone: bool,
+    credit_update_due: bool,
+    /// The guest has shut down receiving.
+    guest_receive_shut_down: bool,
+    /// The guest has shut down sending.
+    guest_send_shut_down: bool,
+    /// The guest has sent a RESET: it gets no more packets.
+    guest_reset: bool,
 }
 
 impl Connection {
-    /// Accepts the guest's `request` for the stream of these descriptors, which are non-blocking.
-    pub(super) fn accept(request: &Packet, input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
+    /// Accepts the guest's `request`. The descriptors must be non-blocking.
+    pub(super) fn accept(request: &PacketHeader, input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
         Self {
-            key: Key {
-                guest: request.source_port,
-                host: request.destination_port,
+            key: ConnectionKey {
+                guest_port: request.source_port,
+                host_port: request.destination_port,
             },
             input: input.map_or(Input::Closed, |descriptor| Input::Open {
                 descriptor,
@@ -122,27 +115,27 @@ impl Connection {
             pending: VecDeque::new(),
             delivered: 0,
             received: Wrapping(0),
-            announced: Wrapping(0),
+            reported_fwd_cnt: Wrapping(0),
             sent: Wrapping(0),
-            guest_buffer: request.buffer,
-            guest_forwarded: Wrapping(request.forwarded),
+            guest_buf_alloc: request.buf_alloc,
+            guest_fwd_cnt: Wrapping(request.fwd_cnt),
             response_due: true,
-            credit_due: false,
-            guest_deaf: false,
-            guest_mute: false,
-            guest_gone: false,
+            credit_update_due: false,
+            guest_receive_shut_down: false,
+            guest_send_shut_down: false,
+            guest_reset: false,
         }
     }
 
-    /// The descriptor that is read from, to poll.
+    /// The descriptor to read from, for polling.
     pub(super) fn input(&self) -> Option<BorrowedFd<'_>> {
         match &self.input {
             Input::Open { descriptor, .. } => Some(descriptor.as_fd()),
-            Input::Ending | Input::Closed => None,
+            Input::EndOfFile | Input::Closed => None,
         }
     }
 
-    /// The descriptor that is written to, to poll.
+    /// The descriptor to write to, for polling.
     pub(super) fn output(&self) -> Option<BorrowedFd<'_>> {
         match &self.output {
             Output::Open(descriptor) | Output::Draining(descriptor) => Some(descriptor.as_fd()),
@@ -150,49 +143,51 @@ impl Connection {
         }
     }
 
-    /// How many bytes were written to the output in all.
+    /// The total number of bytes written to the output.
     pub(super) fn delivered(&self) -> u64 {
         self.delivered
     }
 
-    /// Takes a packet of the guest, whose payload is `payload`.
-    pub(super) fn receive(&mut self, packet: &Packet, payload: &mut Buffers<'_>) -> Fate {
-        self.guest_buffer = packet.buffer;
-        self.guest_forwarded = Wrapping(packet.forwarded);
-        match packet.operation {
+    /// Handles a packet from the guest.
+    pub(super) fn receive(&mut self, header: &PacketHeader, payload: &mut Buffers<'_>) -> ConnectionStatus {
+        self.guest_buf_alloc = header.buf_alloc;
+        self.guest_fwd_cnt = Wrapping(header.fwd_cnt);
+        match header.operation {
             Some(Operation::Payload) => return self.take_payload(payload),
             Some(Operation::Shutdown) => {
-                if packet.flags & SHUTDOWN_RECEIVE != 0 {
-                    self.guest_deaf = true;
+                if header.flags & SHUTDOWN_RECEIVE != 0 {
+                    self.guest_receive_shut_down = true;
                     self.input = Input::Closed;
                 }
-                if packet.flags & SHUTDOWN_SEND != 0 {
-                    self.guest_mute = true;
+                if header.flags & SHUTDOWN_SEND != 0 {
+                    self.guest_send_shut_down = true;
                     self.end_output();
                 }
             }
             Some(Operation::Reset) => {
-                self.guest_gone = true;
+                self.guest_reset = true;
                 self.input = Input::Closed;
                 self.end_output();
             }
-            Some(Operation::CreditRequest) => self.credit_due = true,
+            Some(Operation::CreditRequest) => self.credit_update_due = true,
             Some(Operation::CreditUpdate) => {}
-            // A connection is opened once, and by the guest.
-            Some(Operation::Request | Operation::Response) | None => return Fate::Over { tell_guest: true },
+            // Only the guest opens connections, and this one is open already.
+            Some(Operation::Request | Operation::Response) | None => {
+                return ConnectionStatus::Closed { send_reset: true };
+            }
         }
-        self.fate()
+        self.status()
     }
 
-    /// The input may be readable.
-    pub(super) fn input_ready(&mut self) {
+    /// Notes that the input may be readable.
+    pub(super) fn set_input_ready(&mut self) {
         if let Input::Open { readable, .. } = &mut self.input {
             *readable = true;
         }
     }
 
-    /// The output may be writable: writes what is pending.
-    pub(super) fn output_ready(&mut self) -> Fate {
+    /// Writes pending bytes. Call it when the output may be writable.
+    pub(super) fn flush_output(&mut self) -> ConnectionStatus {
         while !self.pending.is_empty() {
             let Some(output) = self.output() else { break };
             let (front, _) = self.pending.as_slices();
@@ -203,78 +198,75 @@ impl Connection {
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => break,
-                Err(_) => return self.lose_output(),
+                Err(_) => return self.close_broken_output(),
             }
         }
         if self.pending.is_empty() {
-            // Bursts must not keep their memory for the life of the stream.
+            // Free the memory of a burst.
             self.pending = VecDeque::new();
             if let Output::Draining(_) = self.output {
                 self.close_output();
             }
         }
-        self.fate()
+        self.status()
     }
 
     /// Whether there is a packet for the guest.
     pub(super) fn has_packet(&self) -> bool {
-        if self.guest_gone {
+        if self.guest_reset {
             return false;
         }
-        let readable = matches!(self.input, Input::Open { readable: true, .. }) && self.credit() > 0;
-        self.response_due
-            || readable
-            || matches!(self.input, Input::Ending)
-            || self.credit_due
-            || self.unannounced() >= CREDIT_STEP
+        let readable = matches!(self.input, Input::Open { readable: true, .. }) && self.guest_credit() > 0;
+        self.response_due || readable || matches!(self.input, Input::EndOfFile) || self.is_credit_update_due()
     }
 
-    /// The next packet for the guest; its payload is read straight into `room`, which is not empty. `None`
-    /// if it turns out that there is none: then all of the room is there for another connection's.
-    pub(super) fn send(&mut self, room: &Buffers<'_>) -> Option<Packet> {
+    /// Returns the next packet for the guest. Its payload is read directly into `space`, which must not be empty. `None`
+    /// means that there is no packet after all; then the space is unused.
+    pub(super) fn next_packet(&mut self, space: &Buffers<'_>) -> Option<PacketHeader> {
         if self.response_due {
             self.response_due = false;
             return Some(self.packet(Operation::Response, 0, 0));
         }
-        let credit = self.credit() as usize;
+        let credit = self.guest_credit() as usize;
         if let Input::Open { descriptor, readable } = &mut self.input
             && *readable
             && credit > 0
         {
-            let space = room.front(credit.min(MAX_PAYLOAD));
+            let space = space.prefix(credit.min(MAX_PAYLOAD_SIZE));
             match space.read_from(descriptor.as_fd(), None) {
-                Ok(0) => self.input = Input::Ending,
+                Ok(0) => self.input = Input::EndOfFile,
                 Ok(count) => {
-                    // At most MAX_PAYLOAD.
+                    // Fits: at most MAX_PAYLOAD_SIZE.
                     let count = u32::try_from(count).unwrap_or(u32::MAX);
                     self.sent += Wrapping(count);
                     return Some(self.packet(Operation::Payload, count, 0));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => *readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // A peer that is gone has nothing more to say.
-                Err(_) => self.input = Input::Ending,
+                // Nothing more comes from a peer that failed.
+                Err(_) => self.input = Input::EndOfFile,
             }
         }
-        if let Input::Ending = self.input {
+        if let Input::EndOfFile = self.input {
             self.input = Input::Closed;
             return Some(self.packet(Operation::Shutdown, 0, SHUTDOWN_SEND));
         }
-        if self.credit_due || self.unannounced() >= CREDIT_STEP {
+        if self.is_credit_update_due() {
             return Some(self.packet(Operation::CreditUpdate, 0, 0));
         }
         None
     }
 
-    fn take_payload(&mut self, payload: &mut Buffers<'_>) -> Fate {
+    /// Writes the payload to the output, and keeps the part that the output does not take.
+    fn take_payload(&mut self, payload: &mut Buffers<'_>) -> ConnectionStatus {
         let length = payload.len();
         let Output::Open(output) = &self.output else {
-            // The guest said that it would not send, or nobody listens.
-            return Fate::Over { tell_guest: true };
+            // The guest has shut down sending, or the stream has no output.
+            return ConnectionStatus::Closed { send_reset: true };
         };
-        if length > (RECEIVE_BUFFER as usize).saturating_sub(self.pending.len()) {
-            // More than its credit (virtio 1.3 §5.10.6.3).
-            return Fate::Over { tell_guest: true };
+        if length > (RECEIVE_BUFFER_SIZE as usize).saturating_sub(self.pending.len()) {
+            // The guest exceeds its credit (virtio 1.3 §5.10.6.3).
+            return ConnectionStatus::Closed { send_reset: true };
         }
         self.received += Wrapping(u32::try_from(length).unwrap_or(u32::MAX));
         if self.pending.is_empty() {
@@ -286,17 +278,18 @@ impl Connection {
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => return self.lose_output(),
+                    Err(_) => return self.close_broken_output(),
                 }
             }
         }
-        let mut rest = vec![0; payload.len()];
-        if payload.take(&mut rest) {
-            self.pending.extend(rest);
+        let mut unwritten = vec![0; payload.len()];
+        if payload.take(&mut unwritten) {
+            self.pending.extend(unwritten);
         }
-        Fate::Alive
+        ConnectionStatus::Open
     }
 
+    /// Closes the output as soon as nothing is pending.
     fn end_output(&mut self) {
         match std::mem::replace(&mut self.output, Output::Closed) {
             Output::Open(descriptor) if !self.pending.is_empty() => self.output = Output::Draining(descriptor),
@@ -307,65 +300,66 @@ impl Connection {
         }
     }
 
-    /// Closes the output after its last byte.
+    /// Closes the output, after its last byte.
     fn close_output(&mut self) {
         let output = std::mem::replace(&mut self.output, Output::Closed);
         if let (Output::Open(socket) | Output::Draining(socket), Input::Open { .. }) = (output, &self.input) {
-            // Where both are the same socket, closing one of its descriptors tells the peer nothing.
+            // If input and output are the same socket, closing one descriptor does not send end of file to the peer.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         }
     }
 
-    /// The host's reader is gone: the guest's writer learns it, as it would from a pipe.
-    fn lose_output(&mut self) -> Fate {
+    /// Ends the connection because the host's reader is gone. The RESET fails the guest's writes, as a broken pipe would.
+    fn close_broken_output(&mut self) -> ConnectionStatus {
         self.pending = VecDeque::new();
         self.output = Output::Closed;
-        Fate::Over {
-            tell_guest: !self.guest_gone,
+        ConnectionStatus::Closed {
+            send_reset: !self.guest_reset,
         }
     }
 
-    fn fate(&self) -> Fate {
-        let guest_done = self.guest_gone || self.guest_deaf && self.guest_mute;
+    fn status(&self) -> ConnectionStatus {
+        let guest_done = self.guest_reset || self.guest_receive_shut_down && self.guest_send_shut_down;
         if guest_done && matches!(self.output, Output::Closed) {
-            Fate::Over {
-                tell_guest: !self.guest_gone,
+            ConnectionStatus::Closed {
+                send_reset: !self.guest_reset,
             }
         } else {
-            Fate::Alive
+            ConnectionStatus::Open
         }
     }
 
-    /// How many bytes the guest can take now.
-    fn credit(&self) -> u32 {
-        let in_flight = (self.sent - self.guest_forwarded).0;
-        self.guest_buffer.saturating_sub(in_flight)
+    /// The number of bytes that the guest can receive now.
+    fn guest_credit(&self) -> u32 {
+        let in_flight = (self.sent - self.guest_fwd_cnt).0;
+        self.guest_buf_alloc.saturating_sub(in_flight)
     }
 
-    /// Payload bytes of the guest that have left our buffer, modulo 2^32.
-    fn taken(&self) -> Wrapping<u32> {
-        let held = u32::try_from(self.pending.len()).unwrap_or(RECEIVE_BUFFER);
+    /// The number of the guest's payload bytes that have left the receive buffer, modulo 2^32.
+    fn fwd_cnt(&self) -> Wrapping<u32> {
+        let held = u32::try_from(self.pending.len()).unwrap_or(RECEIVE_BUFFER_SIZE);
         self.received - Wrapping(held)
     }
 
-    fn unannounced(&self) -> u32 {
-        (self.taken() - self.announced).0
+    fn is_credit_update_due(&self) -> bool {
+        self.credit_update_due || (self.fwd_cnt() - self.reported_fwd_cnt).0 >= CREDIT_UPDATE_THRESHOLD
     }
 
-    fn packet(&mut self, operation: Operation, length: u32, flags: u32) -> Packet {
-        self.credit_due = false;
-        self.announced = self.taken();
-        Packet {
+    /// The header of a packet to the guest. Each header also reports the credit.
+    fn packet(&mut self, operation: Operation, length: u32, flags: u32) -> PacketHeader {
+        self.credit_update_due = false;
+        self.reported_fwd_cnt = self.fwd_cnt();
+        PacketHeader {
             source_cid: nutshell_protocol::HOST_CID.into(),
             destination_cid: nutshell_protocol::GUEST_CID.into(),
-            source_port: self.key.host,
-            destination_port: self.key.guest,
+            source_port: self.key.host_port,
+            destination_port: self.key.guest_port,
             length,
-            kind: STREAM,
+            socket_type: TYPE_STREAM,
             operation: Some(operation),
             flags,
-            buffer: RECEIVE_BUFFER,
-            forwarded: self.announced.0,
+            buf_alloc: RECEIVE_BUFFER_SIZE,
+            fwd_cnt: self.reported_fwd_cnt.0,
         }
     }
 }

@@ -1,8 +1,8 @@
-//! virtio-vsock (virtio 1.3 §5.10) with a muxer in user space: no vhost, no named socket, and
-//! nothing on the host can dial the guest.
+//! virtio-vsock (virtio 1.3 §5.10) with a muxer in user space: no vhost, no named socket, and no process on the host can
+//! connect to the guest.
 //!
-//! [`packet`] is the header, [`connection`] the state machine of one stream, [`muxer`] all streams
-//! of the machine; here is the device that moves packets between the muxer and the queues.
+//! Lives here: the device, which moves packets between the muxer and the queues. [`packet`] is the header of a packet,
+//! [`connection`] the state machine of one connection, [`muxer`] all streams of the machine.
 
 mod connection;
 pub(crate) mod muxer;
@@ -12,19 +12,19 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::{
     muxer::Muxer,
-    packet::{HEADER, Packet},
+    packet::{HEADER_SIZE, PacketHeader},
 };
 use super::{
-    ActivateError, Activation, Device, copy_config,
+    device::{ActivateError, Activation, Device, copy_config},
     queue::{DeviceQueue, QueueError},
 };
 
+/// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
-/// How many packets of the guest are taken before others get their turn.
+/// The maximum number of the guest's packets that are handled before the event loop continues.
 const MAX_PACKETS_PER_TURN: usize = 256;
 
-/// The device.
 #[derive(Debug)]
 pub(crate) struct Vsock {
     muxer: Muxer,
@@ -37,23 +37,22 @@ struct Queues {
     receive: DeviceQueue,
     /// Packets from the guest.
     transmit: DeviceQueue,
-    /// Kept: the standard has the driver fill it, and nothing that we do sends an event.
+    /// The driver fills it, but this device sends no events.
     _event: DeviceQueue,
 }
 
 impl Vsock {
-    /// A device whose streams are `muxer`'s.
     pub(crate) fn new(muxer: Muxer) -> Self {
         Self { muxer, queues: None }
     }
 
-    /// The streams, to open and close them. Call [`Self::deliver`] after.
+    /// The streams, to open and close them. Call [`Self::deliver`] afterwards.
     pub(crate) fn muxer(&mut self) -> &mut Muxer {
         &mut self.muxer
     }
 
-    /// Takes the guest's packets; called when the transmit queue was kicked.
-    pub(crate) fn transmit(&mut self) -> Result<(), QueueError> {
+    /// Handles packets from the guest. Call it when the transmit queue was kicked.
+    pub(crate) fn serve_transmit(&mut self) -> Result<(), QueueError> {
         let Some(Queues { transmit, .. }) = &mut self.queues else {
             return Ok(());
         };
@@ -61,40 +60,40 @@ impl Vsock {
         loop {
             transmit.pause_kicks()?;
             while let Some(mut chain) = transmit.pop()? {
-                let mut header = [0; HEADER];
+                let mut header = [0; HEADER_SIZE];
                 if chain.readable.take(&mut header) {
-                    let packet = Packet::parse(&header);
-                    // A payload shorter than its header says is a packet that never was.
-                    if packet.length as usize <= chain.readable.len() {
-                        let mut payload = chain.readable.split_to(packet.length as usize);
-                        self.muxer.receive(&packet, &mut payload);
+                    let header = PacketHeader::parse(&header);
+                    // Drop a packet whose payload is shorter than its header claims.
+                    if header.length as usize <= chain.readable.len() {
+                        let mut payload = chain.readable.split_to(header.length as usize);
+                        self.muxer.receive(&header, &mut payload);
                     }
                 }
                 transmit.add_used(chain.head, 0)?;
                 budget -= 1;
                 if budget == 0 {
-                    // Come back by the event loop, after the others.
+                    // Continue from the event loop, after the other devices.
                     let _ = transmit.kick().write(1);
-                    transmit.notify()?;
+                    transmit.notify_driver()?;
                     return self.deliver();
                 }
             }
-            transmit.notify()?;
+            transmit.notify_driver()?;
             if !transmit.resume_kicks()? {
                 return self.deliver();
             }
         }
     }
 
-    /// Looks at the descriptors of the streams; called when the muxer's poller is readable.
-    pub(crate) fn poll(&mut self) -> Result<(), QueueError> {
-        // It can only fail for a broken descriptor of its own.
+    /// Handles events of the streams' descriptors. Call it when the muxer's poller is readable.
+    pub(crate) fn serve_streams(&mut self) -> Result<(), QueueError> {
+        // Fails only if the epoll descriptor itself is broken.
         let _ = self.muxer.poll();
         self.deliver()
     }
 
-    /// Moves packets to the guest as far as it has buffers; called when the receive queue was
-    /// kicked and after anything that may have made a packet.
+    /// Moves packets to the guest until it has no more buffers. Call it when the receive queue was kicked, and after any
+    /// change that may have created a packet.
     pub(crate) fn deliver(&mut self) -> Result<(), QueueError> {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());
@@ -102,32 +101,32 @@ impl Vsock {
         receive.pause_kicks()?;
         while self.muxer.has_packet() {
             let Some(mut chain) = receive.pop()? else {
-                // Blocked on the guest's buffers: hear of the next.
+                // The guest has no buffers: ask for a kick when it adds some.
                 if receive.resume_kicks()? {
                     receive.pause_kicks()?;
                     continue;
                 }
                 break;
             };
-            if chain.writable.len() <= HEADER {
-                return Err(QueueError::Small(chain.writable.len()));
+            if chain.writable.len() <= HEADER_SIZE {
+                return Err(QueueError::BufferTooSmall(chain.writable.len()));
             }
-            let mut header = chain.writable.split_to(HEADER);
-            match self.muxer.send(&chain.writable) {
-                Some(packet) => {
-                    header.put(&packet.bytes());
-                    let written = u32::try_from(HEADER).unwrap_or(0) + packet.length;
+            let mut header_space = chain.writable.split_to(HEADER_SIZE);
+            match self.muxer.next_packet(&chain.writable) {
+                Some(header) => {
+                    header_space.put(&header.to_bytes());
+                    let written = u32::try_from(HEADER_SIZE).unwrap_or(0) + header.length;
                     receive.add_used(chain.head, written)?;
                 }
-                None => receive.push_back(),
+                None => receive.undo_pop(),
             }
         }
-        receive.notify()
+        receive.notify_driver()
     }
 }
 
 impl Device for Vsock {
-    fn kind(&self) -> u32 {
+    fn device_id(&self) -> u32 {
         VIRTIO_ID_VSOCK
     }
 

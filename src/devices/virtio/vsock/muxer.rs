@@ -1,8 +1,8 @@
-//! Which connection a packet belongs to, which connection has a packet, and the one epoll instance
-//! that watches the descriptors of all of them.
+//! All streams of a machine: passes each packet of the guest to its connection, selects the connection that sends the
+//! next packet, and watches the descriptors of all connections in one epoll instance.
 //!
-//! Only the guest opens connections, and only to a port that the shim opened a stream for, once:
-//! so the guest decides neither how many connections there are nor what they reach.
+//! Only the guest opens connections, and only to a host port for which the shim has opened a stream, once per stream.
+//! So the guest controls neither the number of connections nor what they reach.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -18,57 +18,63 @@ use rustix::{
 };
 
 use super::{
-    connection::{Connection, Fate, Key},
-    packet::{Operation, Packet, STREAM},
+    connection::{Connection, ConnectionKey, ConnectionStatus},
+    packet::{Operation, PacketHeader, TYPE_STREAM},
 };
 use crate::devices::virtio::buffers::Buffers;
 
-/// How many RESETs are kept for a guest that sends to nowhere and takes nothing; more are dropped.
-const MAX_RESETS: usize = 256;
+/// The maximum number of RESETs that wait to be sent. It limits the memory for a guest that sends packets without a
+/// connection but takes no replies; further RESETs are dropped.
+const MAX_PENDING_RESETS: usize = 256;
 
-/// How many events are taken from the kernel at once.
-const EVENTS: usize = 32;
+/// The maximum number of events that one [`Muxer::poll`] handles.
+const MAX_EVENTS_PER_POLL: usize = 32;
 
-/// What the shim is to be told.
+/// An event that the vmm reports to the shim, with the host port of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum StreamNotice {
-    /// What [`Muxer::drain`] asked for has been delivered, or the stream is closed.
+    /// The number of bytes given to [`Muxer::drain`] is delivered, or the stream is closed.
     Drained(u32),
-    /// The stream is over.
     Closed(u32),
 }
 
-/// A stream that the guest has not connected to yet.
+/// A stream to which the guest has not connected yet.
 #[derive(Debug)]
-struct Waiting {
+struct UnconnectedStream {
     input: Option<OwnedFd>,
     output: Option<OwnedFd>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct ConnectionEntry {
     connection: Connection,
-    /// Names the connection in epoll; never used twice, so that a late event finds nothing.
+    /// Identifies the connection in epoll. It is never reused, so a late event finds no connection.
     token: u64,
-    /// Say [`StreamNotice::Drained`] at this count.
+    /// The number of delivered bytes at which [`StreamNotice::Drained`] is due.
     drain: Option<u64>,
 }
+
+/// The lowest bit of an epoll entry's data: set for a connection's output, clear for its input. The other bits are the
+/// connection's token.
+const OUTPUT_EVENT: u64 = 1;
 
 /// All streams of a machine.
 #[derive(Debug)]
 pub(crate) struct Muxer {
     epoll: OwnedFd,
-    waiting: HashMap<u32, Waiting>,
-    /// Drains asked for before the guest connected.
+    /// By host port.
+    unconnected: HashMap<u32, UnconnectedStream>,
+    /// The drain of an unconnected stream: bytes by host port.
     early_drains: HashMap<u32, u64>,
-    entries: HashMap<Key, Entry>,
-    tokens: HashMap<u64, Key>,
-    ports: HashMap<u32, Key>,
+    connections: HashMap<ConnectionKey, ConnectionEntry>,
+    keys_by_token: HashMap<u64, ConnectionKey>,
+    keys_by_host_port: HashMap<u32, ConnectionKey>,
     next_token: u64,
-    /// Connections with a packet, in the order that they are served; each at most once.
-    ready: VecDeque<Key>,
-    queued: HashSet<Key>,
-    resets: VecDeque<Key>,
+    /// Connections with a packet to send, in the order in which they are served. Each is in it at most once.
+    ready: VecDeque<ConnectionKey>,
+    /// The content of `ready`.
+    ready_set: HashSet<ConnectionKey>,
+    pending_resets: VecDeque<ConnectionKey>,
     notices: Vec<StreamNotice>,
 }
 
@@ -77,226 +83,229 @@ impl Muxer {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
-            waiting: HashMap::new(),
+            unconnected: HashMap::new(),
             early_drains: HashMap::new(),
-            entries: HashMap::new(),
-            tokens: HashMap::new(),
-            ports: HashMap::new(),
+            connections: HashMap::new(),
+            keys_by_token: HashMap::new(),
+            keys_by_host_port: HashMap::new(),
             next_token: 0,
             ready: VecDeque::new(),
-            queued: HashSet::new(),
-            resets: VecDeque::new(),
+            ready_set: HashSet::new(),
+            pending_resets: VecDeque::new(),
             notices: Vec::new(),
         })
     }
 
-    /// Readable when [`Self::poll`] has something to do.
+    /// A descriptor that is readable when [`Self::poll`] has events to handle.
     pub(crate) fn poller(&self) -> BorrowedFd<'_> {
         self.epoll.as_fd()
     }
 
-    /// Lets the guest connect to `port` once. The descriptors become non-blocking.
+    /// Opens a stream: the guest may connect to host port `port` once. Makes the descriptors non-blocking.
     ///
     /// # Errors
     ///
     /// `AlreadyExists` if the port has a stream.
     pub(crate) fn open(&mut self, port: u32, input: Option<OwnedFd>, output: Option<OwnedFd>) -> io::Result<()> {
-        if self.waiting.contains_key(&port) || self.ports.contains_key(&port) {
+        if self.unconnected.contains_key(&port) || self.keys_by_host_port.contains_key(&port) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         for descriptor in input.iter().chain(&output) {
             fcntl_setfl(descriptor, fcntl_getfl(descriptor)? | OFlags::NONBLOCK)?;
         }
-        self.waiting.insert(port, Waiting { input, output });
+        self.unconnected.insert(port, UnconnectedStream { input, output });
         Ok(())
     }
 
-    /// Asks for [`StreamNotice::Drained`] once `bytes` were delivered on `port`.
+    /// Requests [`StreamNotice::Drained`] when `bytes` bytes in total are written to the output of `port`.
     pub(crate) fn drain(&mut self, port: u32, bytes: u64) {
-        if self.waiting.contains_key(&port) && bytes > 0 {
+        if self.unconnected.contains_key(&port) && bytes > 0 {
             self.early_drains.insert(port, bytes);
             return;
         }
-        let entry = self.ports.get(&port).and_then(|key| self.entries.get_mut(key));
+        let key = self.keys_by_host_port.get(&port);
+        let entry = key.and_then(|key| self.connections.get_mut(key));
         match entry {
             Some(entry) if entry.connection.delivered() < bytes => entry.drain = Some(bytes),
             _ => self.notices.push(StreamNotice::Drained(port)),
         }
     }
 
-    /// Ends a stream at once.
+    /// Closes a stream at once.
     pub(crate) fn close(&mut self, port: u32) {
-        if self.waiting.remove(&port).is_some() {
+        if self.unconnected.remove(&port).is_some() {
             if self.early_drains.remove(&port).is_some() {
                 self.notices.push(StreamNotice::Drained(port));
             }
             self.notices.push(StreamNotice::Closed(port));
-        } else if let Some(key) = self.ports.get(&port).copied() {
-            self.end(key, true);
+        } else if let Some(key) = self.keys_by_host_port.get(&port).copied() {
+            self.remove(key, true);
         }
     }
 
-    /// What happened since the last call.
+    /// The notices since the last call.
     pub(crate) fn take_notices(&mut self) -> Vec<StreamNotice> {
         std::mem::take(&mut self.notices)
     }
 
-    /// Takes a packet of the guest.
-    pub(crate) fn receive(&mut self, packet: &Packet, payload: &mut Buffers<'_>) {
-        if packet.source_cid != u64::from(GUEST_CID) {
-            // Nobody to answer to (virtio 1.3 §5.10.6.4.1).
+    /// Handles a packet from the guest.
+    pub(super) fn receive(&mut self, header: &PacketHeader, payload: &mut Buffers<'_>) {
+        if header.source_cid != u64::from(GUEST_CID) {
+            // The driver must send with its CID (virtio 1.3 §5.10.6.4.1), and there is no other CID to reply to.
             return;
         }
-        let key = Key {
-            guest: packet.source_port,
-            host: packet.destination_port,
+        let key = ConnectionKey {
+            guest_port: header.source_port,
+            host_port: header.destination_port,
         };
-        let for_us = packet.destination_cid == u64::from(HOST_CID) && packet.kind == STREAM;
-        if for_us && let Some(entry) = self.entries.get_mut(&key) {
-            let fate = entry.connection.receive(packet, payload);
-            self.settle(key, fate);
-        } else if for_us
-            && packet.operation == Some(Operation::Request)
-            && let Some(waiting) = self.waiting.remove(&packet.destination_port)
+        let is_valid = header.destination_cid == u64::from(HOST_CID) && header.socket_type == TYPE_STREAM;
+        if is_valid && let Some(entry) = self.connections.get_mut(&key) {
+            let status = entry.connection.receive(header, payload);
+            self.update(key, status);
+        } else if is_valid
+            && header.operation == Some(Operation::Request)
+            && let Some(stream) = self.unconnected.remove(&header.destination_port)
         {
-            if self.connect(packet, key, waiting).is_err() {
-                self.ports.remove(&key.host);
-                self.notices.push(StreamNotice::Closed(key.host));
-                self.reset(key);
+            if self.accept(header, key, stream).is_err() {
+                self.keys_by_host_port.remove(&key.host_port);
+                self.notices.push(StreamNotice::Closed(key.host_port));
+                self.queue_reset(key);
             }
-        } else if packet.operation != Some(Operation::Reset) {
-            self.reset(key);
+        } else if header.operation != Some(Operation::Reset) {
+            self.queue_reset(key);
         }
     }
 
-    /// Looks at the descriptors that are ready.
+    /// Handles events of the streams' descriptors.
     pub(crate) fn poll(&mut self) -> io::Result<()> {
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS);
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(MAX_EVENTS_PER_POLL);
         epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&Timespec::default()))?;
         for event in events {
             let data = event.data.u64();
-            let (token, output) = (data >> 1, data & 1 != 0);
-            let Some(&key) = self.tokens.get(&token) else {
+            let (token, is_output) = (data >> 1, data & OUTPUT_EVENT != 0);
+            let Some(&key) = self.keys_by_token.get(&token) else {
                 continue;
             };
-            let Some(entry) = self.entries.get_mut(&key) else {
+            let Some(entry) = self.connections.get_mut(&key) else {
                 continue;
             };
-            let fate = if output {
-                entry.connection.output_ready()
+            let status = if is_output {
+                entry.connection.flush_output()
             } else {
-                entry.connection.input_ready();
-                Fate::Alive
+                entry.connection.set_input_ready();
+                ConnectionStatus::Open
             };
-            self.settle(key, fate);
+            self.update(key, status);
         }
         Ok(())
     }
 
-    /// Whether there is a packet for the guest.
-    pub(crate) fn has_packet(&self) -> bool {
-        !self.resets.is_empty() || !self.ready.is_empty()
+    /// Whether there may be a packet for the guest.
+    pub(super) fn has_packet(&self) -> bool {
+        !self.pending_resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest, its payload read into `room`.
-    pub(crate) fn send(&mut self, room: &Buffers<'_>) -> Option<Packet> {
-        if let Some(key) = self.resets.pop_front() {
-            return Some(Packet {
+    /// Returns the next packet for the guest and reads its payload into `space`, which must not be empty. `None` means
+    /// that there is no packet after all.
+    pub(super) fn next_packet(&mut self, space: &Buffers<'_>) -> Option<PacketHeader> {
+        if let Some(key) = self.pending_resets.pop_front() {
+            return Some(PacketHeader {
                 source_cid: HOST_CID.into(),
                 destination_cid: GUEST_CID.into(),
-                source_port: key.host,
-                destination_port: key.guest,
+                source_port: key.host_port,
+                destination_port: key.guest_port,
                 length: 0,
-                kind: STREAM,
+                socket_type: TYPE_STREAM,
                 operation: Some(Operation::Reset),
                 flags: 0,
-                buffer: 0,
-                forwarded: 0,
+                buf_alloc: 0,
+                fwd_cnt: 0,
             });
         }
         while let Some(key) = self.ready.pop_front() {
-            self.queued.remove(&key);
-            let Some(entry) = self.entries.get_mut(&key) else {
+            self.ready_set.remove(&key);
+            let Some(entry) = self.connections.get_mut(&key) else {
                 continue;
             };
-            let packet = entry.connection.send(room);
-            self.settle(key, Fate::Alive);
-            if packet.is_some() {
-                return packet;
+            let header = entry.connection.next_packet(space);
+            self.update(key, ConnectionStatus::Open);
+            if header.is_some() {
+                return header;
             }
         }
         None
     }
 
-    fn connect(&mut self, request: &Packet, key: Key, waiting: Waiting) -> io::Result<()> {
+    fn accept(&mut self, request: &PacketHeader, key: ConnectionKey, stream: UnconnectedStream) -> io::Result<()> {
         let token = self.next_token;
         self.next_token += 1;
-        let connection = Connection::accept(request, waiting.input, waiting.output);
-        let edge = epoll::EventFlags::ET;
+        let connection = Connection::accept(request, stream.input, stream.output);
+        let edge_triggered = epoll::EventFlags::ET;
         if let Some(input) = connection.input() {
             let data = epoll::EventData::new_u64(token << 1);
-            let interest = edge | epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
+            let interest = edge_triggered | epoll::EventFlags::IN | epoll::EventFlags::RDHUP;
             watch(&self.epoll, input, data, interest)?;
         }
         if let Some(output) = connection.output() {
-            let data = epoll::EventData::new_u64(token << 1 | 1);
-            watch(&self.epoll, output, data, edge | epoll::EventFlags::OUT)?;
+            let data = epoll::EventData::new_u64(token << 1 | OUTPUT_EVENT);
+            watch(&self.epoll, output, data, edge_triggered | epoll::EventFlags::OUT)?;
         }
-        let drain = self.early_drains.remove(&key.host);
-        self.tokens.insert(token, key);
-        self.ports.insert(key.host, key);
-        self.entries.insert(
+        let drain = self.early_drains.remove(&key.host_port);
+        self.keys_by_token.insert(token, key);
+        self.keys_by_host_port.insert(key.host_port, key);
+        self.connections.insert(
             key,
-            Entry {
+            ConnectionEntry {
                 connection,
                 token,
                 drain,
             },
         );
-        self.settle(key, Fate::Alive);
+        self.update(key, ConnectionStatus::Open);
         Ok(())
     }
 
-    /// After anything happened to a connection: forget it, queue it, or report its drain.
-    fn settle(&mut self, key: Key, fate: Fate) {
-        if let Fate::Over { tell_guest } = fate {
-            self.end(key, tell_guest);
+    /// Updates the muxer after a connection changed: removes it if it is closed, reports its drain, and marks it as ready
+    /// to send.
+    fn update(&mut self, key: ConnectionKey, status: ConnectionStatus) {
+        if let ConnectionStatus::Closed { send_reset } = status {
+            self.remove(key, send_reset);
             return;
         }
-        let Some(entry) = self.entries.get_mut(&key) else {
+        let Some(entry) = self.connections.get_mut(&key) else {
             return;
         };
         if entry.drain.is_some_and(|bytes| entry.connection.delivered() >= bytes) {
             entry.drain = None;
-            self.notices.push(StreamNotice::Drained(key.host));
+            self.notices.push(StreamNotice::Drained(key.host_port));
         }
-        if entry.connection.has_packet() && self.queued.insert(key) {
+        if entry.connection.has_packet() && self.ready_set.insert(key) {
             self.ready.push_back(key);
         }
     }
 
-    fn end(&mut self, key: Key, tell_guest: bool) {
-        if let Some(entry) = self.entries.remove(&key) {
-            self.tokens.remove(&entry.token);
-            self.ports.remove(&key.host);
+    fn remove(&mut self, key: ConnectionKey, send_reset: bool) {
+        if let Some(entry) = self.connections.remove(&key) {
+            self.keys_by_token.remove(&entry.token);
+            self.keys_by_host_port.remove(&key.host_port);
             if entry.drain.is_some() {
-                self.notices.push(StreamNotice::Drained(key.host));
+                self.notices.push(StreamNotice::Drained(key.host_port));
             }
-            self.notices.push(StreamNotice::Closed(key.host));
-            if tell_guest {
-                self.reset(key);
+            self.notices.push(StreamNotice::Closed(key.host_port));
+            if send_reset {
+                self.queue_reset(key);
             }
         }
     }
 
-    fn reset(&mut self, key: Key) {
-        if self.resets.len() < MAX_RESETS {
-            self.resets.push_back(key);
+    fn queue_reset(&mut self, key: ConnectionKey) {
+        if self.pending_resets.len() < MAX_PENDING_RESETS {
+            self.pending_resets.push_back(key);
         }
     }
 }
 
-/// Watches a descriptor; a regular file is always ready and cannot be watched.
+/// Adds a descriptor to `epoll`, unless it is a regular file, which is always ready and cannot be watched.
 fn watch(
     epoll: &OwnedFd,
     descriptor: BorrowedFd<'_>,
@@ -310,5 +319,4 @@ fn watch(
 }
 
 #[cfg(test)]
-#[path = "muxer_tests.rs"]
 mod tests;

@@ -1,33 +1,33 @@
-//! The header of a vsock packet (virtio 1.3 §5.10.6): 44 bytes, little-endian, before its payload.
+//! The header of a vsock packet (virtio 1.3 §5.10.6), which precedes the payload.
 
-/// The length of a header in bytes.
-pub(crate) const HEADER: usize = 44;
+/// The size of a header in bytes.
+pub(super) const HEADER_SIZE: usize = 44;
 
-/// The one socket type that we serve (`VIRTIO_VSOCK_TYPE_STREAM`).
-pub(crate) const STREAM: u16 = 1;
+/// VIRTIO_VSOCK_TYPE_STREAM, the only supported socket type.
+pub(super) const TYPE_STREAM: u16 = 1;
 
-/// SHUTDOWN: the sender will not receive any more.
-pub(crate) const SHUTDOWN_RECEIVE: u32 = 1;
+/// Flag of [`Operation::Shutdown`]: the sender will receive no more data.
+pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
 
-/// SHUTDOWN: the sender will not send any more.
-pub(crate) const SHUTDOWN_SEND: u32 = 2;
+/// Flag of [`Operation::Shutdown`]: the sender will send no more data.
+pub(super) const SHUTDOWN_SEND: u32 = 2;
 
-/// What a packet is for (virtio 1.3 §5.10.6, `virtio_vsock_op`).
+/// `enum virtio_vsock_op` (virtio 1.3 §5.10.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Operation {
-    /// Open a connection.
+pub(super) enum Operation {
+    /// Opens a connection.
     Request,
-    /// The connection is open.
+    /// Accepts a connection.
     Response,
-    /// The connection is no more, or never was.
+    /// Closes a connection at once, or refuses a packet without one.
     Reset,
-    /// The sender has ended a direction.
+    /// Closes one or both directions.
     Shutdown,
-    /// Payload.
+    /// Carries payload.
     Payload,
-    /// How much the sender can take.
+    /// Reports the sender's credit, which every header contains.
     CreditUpdate,
-    /// Asks for a [`Self::CreditUpdate`].
+    /// Requests a [`Self::CreditUpdate`].
     CreditRequest,
 }
 
@@ -58,65 +58,58 @@ impl Operation {
     }
 }
 
-/// A parsed header.
+/// `struct virtio_vsock_hdr`, parsed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Packet {
-    /// The sender's context id.
-    pub(crate) source_cid: u64,
-    /// The receiver's context id.
-    pub(crate) destination_cid: u64,
-    /// The sender's port.
-    pub(crate) source_port: u32,
-    /// The receiver's port.
-    pub(crate) destination_port: u32,
-    /// The payload's length in bytes.
-    pub(crate) length: u32,
-    /// The socket type.
-    pub(crate) kind: u16,
-    /// `None` for one that the standard does not know.
-    pub(crate) operation: Option<Operation>,
-    /// Depends on the operation.
-    pub(crate) flags: u32,
+pub(super) struct PacketHeader {
+    pub(super) source_cid: u64,
+    pub(super) destination_cid: u64,
+    pub(super) source_port: u32,
+    pub(super) destination_port: u32,
+    /// The length of the payload in bytes.
+    pub(super) length: u32,
+    pub(super) socket_type: u16,
+    /// `None` for an unknown operation.
+    pub(super) operation: Option<Operation>,
+    /// Their meaning depends on the operation.
+    pub(super) flags: u32,
     /// The size of the sender's receive buffer in bytes.
-    pub(crate) buffer: u32,
-    /// How many bytes the sender has taken out of it since the connection was opened, modulo 2^32.
-    pub(crate) forwarded: u32,
+    pub(super) buf_alloc: u32,
+    /// The number of bytes that have left the sender's receive buffer since the connection was opened, modulo 2^32.
+    pub(super) fwd_cnt: u32,
 }
 
-impl Packet {
-    /// Parses a header.
-    pub(crate) fn parse(bytes: &[u8; HEADER]) -> Self {
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+impl PacketHeader {
+    pub(super) fn parse(bytes: &[u8; HEADER_SIZE]) -> Self {
+        let u16_at = |offset: usize| u16::from_le_bytes([bytes[offset], bytes[offset + 1]]);
+        let u32_at = |offset: usize| u32::from(u16_at(offset)) | u32::from(u16_at(offset + 2)) << 16;
+        let u64_at = |offset: usize| u64::from(u32_at(offset)) | u64::from(u32_at(offset + 4)) << 32;
         Self {
-            source_cid: long(0),
-            destination_cid: long(8),
-            source_port: word(16),
-            destination_port: word(20),
-            length: word(24),
-            kind: half(28),
-            operation: Operation::parse(half(30)),
-            flags: word(32),
-            buffer: word(36),
-            forwarded: word(40),
+            source_cid: u64_at(0),
+            destination_cid: u64_at(8),
+            source_port: u32_at(16),
+            destination_port: u32_at(20),
+            length: u32_at(24),
+            socket_type: u16_at(28),
+            operation: Operation::parse(u16_at(30)),
+            flags: u32_at(32),
+            buf_alloc: u32_at(36),
+            fwd_cnt: u32_at(40),
         }
     }
 
-    /// The header's bytes.
-    pub(crate) fn bytes(&self) -> [u8; HEADER] {
-        let mut bytes = [0; HEADER];
-        let mut field = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    pub(super) fn to_bytes(self) -> [u8; HEADER_SIZE] {
+        let mut bytes = [0; HEADER_SIZE];
+        let mut field = |offset: usize, value: &[u8]| bytes[offset..offset + value.len()].copy_from_slice(value);
         field(0, &self.source_cid.to_le_bytes());
         field(8, &self.destination_cid.to_le_bytes());
         field(16, &self.source_port.to_le_bytes());
         field(20, &self.destination_port.to_le_bytes());
         field(24, &self.length.to_le_bytes());
-        field(28, &self.kind.to_le_bytes());
+        field(28, &self.socket_type.to_le_bytes());
         field(30, &self.operation.map_or(0, Operation::value).to_le_bytes());
         field(32, &self.flags.to_le_bytes());
-        field(36, &self.buffer.to_le_bytes());
-        field(40, &self.forwarded.to_le_bytes());
+        field(36, &self.buf_alloc.to_le_bytes());
+        field(40, &self.fwd_cnt.to_le_bytes());
         bytes
     }
 }
@@ -127,26 +120,27 @@ mod tests {
 
     #[test]
     fn header_survives_a_round_trip() {
-        let packet = Packet {
+        let header = PacketHeader {
             source_cid: 3,
             destination_cid: 2,
             source_port: 0x1234_5678,
             destination_port: 1024,
             length: 77,
-            kind: STREAM,
+            socket_type: TYPE_STREAM,
             operation: Some(Operation::Payload),
             flags: SHUTDOWN_SEND,
-            buffer: 1 << 18,
-            forwarded: u32::MAX,
+            buf_alloc: 1 << 18,
+            fwd_cnt: u32::MAX,
         };
-        assert_eq!(Packet::parse(&packet.bytes()), packet);
+
+        assert_eq!(PacketHeader::parse(&header.to_bytes()), header);
     }
 
     #[test]
     fn unknown_operation_parses_as_none() {
-        let mut bytes = [0xff; HEADER];
-        assert_eq!(Packet::parse(&bytes).operation, None);
+        let mut bytes = [0xff; HEADER_SIZE];
+        assert_eq!(PacketHeader::parse(&bytes).operation, None);
         bytes[30..32].copy_from_slice(&[5, 0]);
-        assert_eq!(Packet::parse(&bytes).operation, Some(Operation::Payload));
+        assert_eq!(PacketHeader::parse(&bytes).operation, Some(Operation::Payload));
     }
 }

@@ -1,4 +1,4 @@
-//! With tap devices of the kernel, each in a network namespace made for the test.
+//! Tests with real tap devices, each in a network namespace of its test.
 
 use std::{
     fs,
@@ -21,21 +21,21 @@ use nix::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::*;
-use crate::devices::virtio::queue::tests::Count;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
-/// For local experiments (IEEE 802): the kernel has nothing to say to it.
+/// An EtherType for local experiments (IEEE 802), which the kernel does not handle.
 const ETHERTYPE: u16 = 0x88b5;
 const IPV4: u16 = 0x0800;
 
+/// The addresses of the queues.
 const QUEUES: [u64; 4] = [0, 0x4000, 0x8000, 0xc000];
 
-/// Where the buffers of all queues are.
-const ROOM: u64 = 0x2_0000;
+/// The address of the buffers of all queues.
+const QUEUE_BUFFERS: u64 = 0x2_0000;
 
-/// Runs `test` in a network namespace of its own, whose kernel says nothing by itself.
-fn alone(test: impl FnOnce() + Send + 'static) {
+/// Runs `test` in a new network namespace without IPv6, so that the kernel sends no unsolicited packets.
+fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
@@ -46,16 +46,16 @@ fn alone(test: impl FnOnce() + Send + 'static) {
     }
 }
 
-/// Queues of a new tap device that is up, as the shim makes them.
-fn tap(count: usize) -> Vec<OwnedFd> {
-    // SAFETY: all zeroes is a valid value of this structure of C.
+/// The queues of a new tap device that is up, with the settings of the shim.
+fn create_tap(count: usize) -> Vec<OwnedFd> {
+    // SAFETY: all zeroes is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
-        *place = byte.cast_signed();
+    for (target, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
+        *target = byte.cast_signed();
     }
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
     request.ifr_ifru.ifru_flags = flags.try_into().unwrap();
-    let header: libc::c_int = worker::HEADER.try_into().unwrap();
+    let header_size: libc::c_int = worker::HEADER_SIZE.try_into().unwrap();
     let queues = (0..count).map(|_| {
         let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let queue = open("/dev/net/tun", flags, Mode::empty()).unwrap();
@@ -66,7 +66,7 @@ fn tap(count: usize) -> Vec<OwnedFd> {
                 libc::ioctl(
                     queue.as_raw_fd(),
                     libc::TUNSETVNETHDRSZ as libc::Ioctl,
-                    &raw const header,
+                    &raw const header_size,
                 ),
             ]
         };
@@ -78,15 +78,16 @@ fn tap(count: usize) -> Vec<OwnedFd> {
     queues
 }
 
+/// Runs the program `ip`.
 fn ip(arguments: &str) {
     let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
     assert!(status.success(), "ip {arguments}");
 }
 
-/// The host's side of the tap device: sends frames to the guest, receives the guest's.
-fn host(ethertype: u16) -> OwnedFd {
+/// A packet socket on the host's side of the tap device: it sends frames to the guest and receives the guest's frames.
+fn packet_socket(ethertype: u16) -> OwnedFd {
     let protocol = ethertype.to_be();
-    // SAFETY: plain calls of C; the descriptor is new, and the address as long as is said.
+    // SAFETY: the pointers are valid for the given lengths, `sockaddr_ll` may be all zeroes, and the descriptor is new.
     unsafe {
         let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol.into());
         assert!(socket >= 0, "{}", io::Error::last_os_error());
@@ -110,7 +111,7 @@ fn host(ethertype: u16) -> OwnedFd {
     }
 }
 
-/// A frame to the guest.
+/// An Ethernet frame to the guest.
 fn frame(ethertype: u16, payload: &[u8]) -> Vec<u8> {
     let mut frame = MAC.to_vec();
     frame.extend([2, 0, 0, 0, 0, 2]);
@@ -119,15 +120,15 @@ fn frame(ethertype: u16, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A datagram of UDP from `port`.
-fn datagram(port: u16) -> Vec<u8> {
+/// A frame with a UDP datagram from `port`.
+fn udp_frame(port: u16) -> Vec<u8> {
     let mut packet = vec![0x45, 0, 0, 28, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2];
     packet.extend(port.to_be_bytes());
     packet.extend([0, 9, 0, 8, 0, 0]);
     frame(IPV4, &packet)
 }
 
-/// All queues of a driver.
+/// The driver's side of the queues.
 fn mocks(memory: &MemoryRegions, count: usize) -> Vec<MockSplitQueue<'_, MemoryRegions>> {
     QUEUES[..count]
         .iter()
@@ -135,7 +136,7 @@ fn mocks(memory: &MemoryRegions, count: usize) -> Vec<MockSplitQueue<'_, MemoryR
         .collect()
 }
 
-/// As a driver does that takes `features`, or all there are; the kick of each queue.
+/// Activates the device for a driver that accepts `features`, or all offered ones. Returns the kick of each queue.
 fn activate(
     net: &mut Net,
     features: Option<u64>,
@@ -148,18 +149,18 @@ fn activate(
         memory: memory.clone(),
         features: features.unwrap_or(net.features()),
         queues,
-        interrupt: Arc::new(Count::default()),
+        interrupt: Arc::new(InterruptCounter::default()),
     };
     net.activate(activation).unwrap();
     kicks
 }
 
-/// Makes `count` more single descriptors available, each at its own place. In all 128 at most: the mock's
-/// used ring lies over the rest of its available ring.
+/// Makes `count` more chains of a single descriptor available, each with a separate buffer. At most 128 in total, since
+/// the mock's used ring overlaps the rest of its available ring.
 fn offer_more(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16, length: u32, flags: u16) {
     let start = mock.avail().idx().load();
     for index in start..start + count {
-        let address = ROOM + u64::from(index) * u64::from(length);
+        let address = QUEUE_BUFFERS + u64::from(index) * u64::from(length);
         let entry = descriptor(address, length, flags, 0);
         mock.desc_table().store(index, entry).unwrap();
         mock.avail().ring().ref_at(index.into()).unwrap().store(index);
@@ -167,14 +168,14 @@ fn offer_more(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16, length: u32,
     mock.avail().idx().store(start + count);
 }
 
-/// Waits until the worker needs no processor any more: it waits for something.
-fn wait_for_rest(net: &Net) {
+/// Waits until the worker uses no CPU time: it is blocked.
+fn wait_until_blocked(net: &Net) {
     let thread = net.workers[0].thread.as_ref().unwrap();
-    let used = || {
+    let cpu_time = || {
         let mut clock = 0;
-        // SAFETY: all zeroes is a valid value of this structure of C.
+        // SAFETY: all zeroes is a valid `timespec`.
         let mut time: libc::timespec = unsafe { std::mem::zeroed() };
-        // SAFETY: the thread was not joined yet, and both calls fill one value.
+        // SAFETY: the thread is not joined yet, and each call fills one value.
         let results = unsafe {
             [
                 libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock),
@@ -185,12 +186,12 @@ fn wait_for_rest(net: &Net) {
         (time.tv_sec, time.tv_nsec)
     };
     let deadline = Instant::now() + Duration::from_secs(5);
-    let mut before = used();
+    let mut before = cpu_time();
     loop {
         assert!(Instant::now() < deadline, "the worker spins");
-        // Nothing tells that a thread does nothing.
+        // There is no event for a thread that became idle.
         thread::sleep(Duration::from_millis(100));
-        let now = used();
+        let now = cpu_time();
         if now == before {
             return;
         }
@@ -199,10 +200,10 @@ fn wait_for_rest(net: &Net) {
 }
 
 #[test]
-fn device_says_what_it_is_and_offers_several_pairs_only_where_it_has_them() {
-    alone(|| {
+fn configuration_is_reported_and_multiqueue_is_offered_only_with_several_pairs() {
+    in_new_namespace(|| {
         for pairs in [1, 2] {
-            let net = Net::new(MAC, 1450, tap(pairs)).unwrap();
+            let net = Net::new(MAC, 1450, create_tap(pairs)).unwrap();
             let mut config = [0xff; 14];
             net.read_config(0, &mut config);
             let mut mtu = [0xff; 2];
@@ -210,23 +211,23 @@ fn device_says_what_it_is_and_offers_several_pairs_only_where_it_has_them() {
             let mut beyond = [0xff; 4];
             net.read_config(u64::MAX, &mut beyond);
             let low = u8::try_from(pairs).unwrap();
-            let several = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
+            let multiqueue = 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
 
             assert_eq!(config, [2, 0, 0, 0, 0, 1, 1, 0, low, 0, 0xaa, 0x05, 0, 0]);
             assert_eq!(u16::from_le_bytes(mtu), 1450);
             assert_eq!(beyond, [0; 4]);
-            assert_eq!(net.features() & several, if pairs > 1 { several } else { 0 });
+            assert_eq!(net.features() & multiqueue, if pairs > 1 { multiqueue } else { 0 });
             assert_eq!(net.queue_sizes().len(), if pairs > 1 { 5 } else { 2 });
         }
     });
 }
 
 #[test]
-fn frames_pass_between_guest_and_kernel_until_the_device_is_reset_and_again_after_it() {
-    alone(|| {
+fn frames_pass_between_guest_and_kernel_also_after_a_reset() {
+    in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
-        let host = host(ETHERTYPE);
+        let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
+        let host = packet_socket(ETHERTYPE);
         for number in [1, 2] {
             let mocks = mocks(&memory, 2);
             offer_more(&mocks[0], 64, 2048, WRITE);
@@ -236,37 +237,37 @@ fn frames_pass_between_guest_and_kernel_until_the_device_is_reset_and_again_afte
             rustix::io::write(&host, &sent).unwrap();
             wait_for_used(&mocks[0], 1);
             let mut arrived = vec![0; sent.len()];
-            let start = GuestAddress(ROOM + worker::HEADER as u64);
+            let start = GuestAddress(QUEUE_BUFFERS + worker::HEADER_SIZE as u64);
             memory.read_slice(&mut arrived, start).unwrap();
             assert_eq!(arrived, sent);
-            let count: u16 = memory.read_obj(GuestAddress(ROOM + 10)).unwrap();
-            assert_eq!(count, 1);
+            let num_buffers: u16 = memory.read_obj(GuestAddress(QUEUE_BUFFERS + 10)).unwrap();
+            assert_eq!(num_buffers, 1);
 
-            let mut packet = vec![0; worker::HEADER];
+            let mut packet = vec![0; worker::HEADER_SIZE];
             packet.extend(frame(ETHERTYPE, &[number + 100; 80]));
             memory.write_slice(&packet, GuestAddress(BUFFERS)).unwrap();
             offer(&mocks[1], &[packet.len().try_into().unwrap()], 0);
             kicks[1].write(1).unwrap();
             let mut received = [0; 2000];
             let length = rustix::io::read(&host, &mut received).unwrap();
-            assert_eq!(received[..length], packet[worker::HEADER..]);
+            assert_eq!(received[..length], packet[worker::HEADER_SIZE..]);
 
             net.reset();
 
-            // Nothing is left that could touch a queue.
+            // No thread is left that could access a queue.
             assert_eq!(Arc::strong_count(&net.taps[0]), 1);
         }
     });
 }
 
 #[test]
-fn device_that_is_removed_leaves_a_worker_that_waits_and_takes_packets_for_nobody() {
-    for (what, room) in [("with room for packets", 64), ("without", 0)] {
-        alone(move || {
+fn worker_of_a_removed_tap_device_sleeps_and_drops_transmitted_packets() {
+    for (what, buffers) in [("with receive buffers", 64), ("without receive buffers", 0)] {
+        in_new_namespace(move || {
             let memory = memory();
-            let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
+            let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
             let mocks = mocks(&memory, 2);
-            offer_more(&mocks[0], room, 2048, WRITE);
+            offer_more(&mocks[0], buffers, 2048, WRITE);
             let kicks = activate(&mut net, None, &mocks, &memory);
 
             ip("link del tap0");
@@ -274,7 +275,7 @@ fn device_that_is_removed_leaves_a_worker_that_waits_and_takes_packets_for_nobod
             kicks[1].write(1).unwrap();
             wait_for_used(&mocks[1], 3);
 
-            wait_for_rest(&net);
+            wait_until_blocked(&net);
             net.reset();
             assert_eq!(used(&mocks[0]), [], "{what}");
         });
@@ -282,10 +283,10 @@ fn device_that_is_removed_leaves_a_worker_that_waits_and_takes_packets_for_nobod
 }
 
 #[test]
-fn driver_may_take_any_offload_that_it_is_offered() {
-    alone(|| {
+fn driver_may_accept_any_single_offered_offload() {
+    in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, tap(1)).unwrap();
+        let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
         let checksum = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_GUEST_CSUM;
         for offload in [
             VIRTIO_NET_F_GUEST_CSUM,
@@ -302,12 +303,12 @@ fn driver_may_take_any_offload_that_it_is_offered() {
 }
 
 #[test]
-fn second_pair_has_packets_once_the_driver_asks_for_it() {
+fn second_pair_receives_packets_after_the_driver_enables_it() {
     const FLOWS: u16 = 32;
-    alone(|| {
+    in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, tap(2)).unwrap();
-        let host = host(IPV4);
+        let mut net = Net::new(MAC, 1500, create_tap(2)).unwrap();
+        let host = packet_socket(IPV4);
         let mut mocks = mocks(&memory, 4);
         mocks.push(MockSplitQueue::create(&*memory, GuestAddress(BUFFERS), 16));
         offer_more(&mocks[0], 128, 4096, WRITE);
@@ -315,7 +316,7 @@ fn second_pair_has_packets_once_the_driver_asks_for_it() {
         let kicks = activate(&mut net, None, &mocks, &memory);
         let send = || {
             for port in 1000..1000 + FLOWS {
-                rustix::io::write(&host, &datagram(port)).unwrap();
+                rustix::io::write(&host, &udp_frame(port)).unwrap();
             }
         };
 
@@ -323,25 +324,26 @@ fn second_pair_has_packets_once_the_driver_asks_for_it() {
         wait_for_used(&mocks[0], FLOWS);
         assert_eq!(used(&mocks[2]), []);
 
-        let place = GuestAddress(0x1_8000);
-        memory.write_slice(&[4, 0, 2, 0, 0xff], place).unwrap();
+        // VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET with 2 pairs, and a byte for the acknowledgement.
+        let command = GuestAddress(0x1_8000);
+        memory.write_slice(&[4, 0, 2, 0, 0xff], command).unwrap();
         let table = mocks[4].desc_table();
-        table.store(0, descriptor(place.0, 4, NEXT, 1)).unwrap();
-        table.store(1, descriptor(place.0 + 4, 1, WRITE, 0)).unwrap();
+        table.store(0, descriptor(command.0, 4, NEXT, 1)).unwrap();
+        table.store(1, descriptor(command.0 + 4, 1, WRITE, 0)).unwrap();
         mocks[4].avail().ring().ref_at(0).unwrap().store(0);
         mocks[4].avail().idx().store(1);
         kicks[4].write(1).unwrap();
         wait_for_used(&mocks[4], 1);
-        assert_eq!(memory.read_obj::<u8>(GuestAddress(place.0 + 4)).unwrap(), 0);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(command.0 + 4)).unwrap(), 0);
         send();
-        let both = || (mocks[0].used().idx().load() - FLOWS, mocks[2].used().idx().load());
+        let received = || (mocks[0].used().idx().load() - FLOWS, mocks[2].used().idx().load());
         let deadline = Instant::now() + Duration::from_secs(10);
-        while both().0 + both().1 < FLOWS {
-            assert!(Instant::now() < deadline, "{:?}", both());
+        while received().0 + received().1 < FLOWS {
+            assert!(Instant::now() < deadline, "{:?}", received());
             thread::yield_now();
         }
 
-        let (first, second) = both();
+        let (first, second) = received();
         assert_eq!(first + second, FLOWS);
         assert!(first > 0 && second > 0, "{first} and {second}");
         net.reset();

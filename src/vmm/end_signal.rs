@@ -1,4 +1,4 @@
-//! How a machine ends: the first reason that any thread has is the one that counts.
+//! The end of a machine, which any thread can report. The first reported reason counts.
 
 use std::{
     io,
@@ -6,41 +6,39 @@ use std::{
 };
 
 use parking_lot::Mutex;
-
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::EndReason;
 
-/// Where threads report that the machine has ended.
 #[derive(Debug)]
-pub(crate) struct End {
+pub(super) struct EndSignal {
     event: EventFd,
     reason: Mutex<Option<EndReason>>,
 }
 
-impl End {
-    /// No end yet.
-    pub(crate) fn new() -> io::Result<Self> {
+impl EndSignal {
+    /// The signal of a machine that has not ended.
+    pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             reason: Mutex::new(None),
         })
     }
 
-    /// Ends the machine for `reason`, if nothing has yet.
-    pub(crate) fn report(&self, reason: EndReason) {
+    /// Ends the machine for `reason`, unless it has ended already.
+    pub(super) fn report(&self, reason: EndReason) {
         self.reason.lock().get_or_insert(reason);
-        // A counter of single increments does not overflow.
+        // The counter cannot overflow: each thread adds one.
         let _ = self.event.write(1);
     }
 
-    /// The reason, once [`Self::event`] is readable.
-    pub(crate) fn reason(&self) -> Option<EndReason> {
+    /// The reason, if the machine has ended.
+    pub(super) fn reason(&self) -> Option<EndReason> {
         self.reason.lock().clone()
     }
 
-    /// Readable once the machine has ended.
-    pub(crate) fn event(&self) -> BorrowedFd<'_> {
+    /// A descriptor that is readable once the machine has ended.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
         // SAFETY: the eventfd is open for as long as `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
@@ -52,10 +50,12 @@ mod tests {
 
     #[test]
     fn first_reason_counts() {
-        let end = End::new().unwrap();
+        let end = EndSignal::new().unwrap();
         assert_eq!(end.reason(), None);
+
         end.report(EndReason::GuestReset);
         end.report(EndReason::KvmFailed("later".to_owned()));
+
         assert_eq!(end.reason(), Some(EndReason::GuestReset));
     }
 }

@@ -1,0 +1,21 @@
+//! Guest physical addresses of everything that the vmm puts into memory before boot, and the entries of the GDT.
+
+/// The global descriptor table.
+pub(in crate::vmm) const GDT: u64 = 0x500;
+/// The zero page (`boot_params`).
+pub(in crate::vmm) const ZERO_PAGE: u64 = 0x7000;
+/// The top-level page table. All page tables take three pages.
+pub(in crate::vmm) const PAGE_TABLES: u64 = 0x9000;
+/// The seed of the guest's random number generator (`SETUP_RNG_SEED`).
+pub(super) const RNG_SEED: u64 = 0xd000;
+/// The kernel's command line.
+pub(super) const COMMAND_LINE: u64 = 0x2_0000;
+/// The end of usable memory below 640 KiB. The tables of [`super::mptable`] start here.
+pub(super) const LOW_MEMORY_END: u64 = 0x9_fc00;
+/// The start of usable memory above the legacy hole.
+pub(super) const HIGH_MEMORY_START: u64 = 0x10_0000;
+
+/// The flat segments that the 64-bit boot protocol requires: null, code and data. And a task state segment, which
+/// hardware virtualization requires.
+pub(in crate::vmm) const GDT_ENTRIES: [u64; 4] =
+    [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
