@@ -105,8 +105,8 @@ fn parse(rule: &LinuxDeviceCgroup) -> Option<Rule> {
     })
 }
 
-/// Whether the rules allow every access: there are none, or the last rule that matches everything allows it and no later
-/// rule denies anything.
+/// Whether the rules allow every access: either there are none, or the last rule that matches everything allows it and
+/// no later rule denies anything.
 fn is_unconfined(rules: &[Rule]) -> bool {
     let from = rules.iter().rposition(|rule| rule.matches_everything());
     match from {

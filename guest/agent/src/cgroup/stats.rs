@@ -8,8 +8,8 @@ use rustix::process::Pid;
 
 use super::Cgroup;
 
-/// Reads the resource usage. Values of missing files are 0: the kernel may lack a controller. The network interfaces are
-/// those of process `init`.
+/// Reads the resource usage. Values of missing files are 0, because the kernel may lack a controller. The network
+/// interfaces are those of process `init`.
 pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
     let file = |name: &str| fs::read_to_string(cgroup.file(name)).unwrap_or_default();
     let number = |name: &str| parse_number(&file(name));

@@ -1,4 +1,4 @@
-//! The virtio-blk devices of the machine's disk slots.
+//! Finds and releases virtio-blk devices by their disk slots.
 
 use std::fs;
 use std::io;
@@ -8,8 +8,7 @@ use nutshell_protocol::{FIRST_DISK_SLOT, disk_serial};
 
 use super::slot;
 
-/// The device node of the disk in disk slot `slot`: it was there when the machine booted, or it came since and
-/// its driver has yet to look.
+/// Returns the device node of the disk in disk slot `slot`. Binds the driver first if the disk was added after boot.
 pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
     let serial = disk_serial(slot);
     if let Some(device) = find_by_serial(slot, &serial) {
@@ -22,14 +21,14 @@ pub(crate) fn find(slot: u32) -> io::Result<PathBuf> {
     })
 }
 
-/// Lets go of the disk that [`find`] found in disk slot `slot`, which was empty when the machine booted.
+/// Unbinds the driver of the disk in disk slot `slot`. The disk must have been added after boot.
 pub(crate) fn release(slot: u32) -> io::Result<()> {
     slot::unbind(FIRST_DISK_SLOT.saturating_add(slot))
 }
 
 fn find_by_serial(slot: u32, serial: &str) -> Option<PathBuf> {
-    // The kernel names disks in the order of slots as a rule, and asking a disk for its serial costs
-    // a request: the likely one is asked first.
+    // The kernel usually names disks in the order of their slots. Reading a serial costs a request to the device, so
+    // the most likely disk comes first.
     let likely = u8::try_from(slot)
         .ok()
         .filter(|slot| *slot < 26)

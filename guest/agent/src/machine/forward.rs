@@ -1,5 +1,4 @@
-//! Connections that the host makes to ports of the pod: each is carried by a process of its own, which
-//! ends with it.
+//! Forwards connections of the host to ports of the pod. A separate process relays each connection and ends with it.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -14,44 +13,44 @@ use crate::connection::await_connection;
 use crate::failure::Context;
 use crate::sys;
 
-/// How much moves at once.
+/// The size of the buffer of each direction, in bytes.
 const BUFFER_SIZE: usize = 64 << 10;
 
-/// On the loopback interface a connection is made or refused at once; a full backlog makes it wait.
+/// How long a connection may take. On the loopback interface only a full backlog delays it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to the first of `targets` that answers, and leaves a process behind that carries bytes
-/// between it and `stream`. To be called in a job.
+/// Connects to the first of `targets` that accepts, and forks a process that relays bytes between that connection and
+/// `stream`. Call this in a job.
 pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Failure> {
     let socket = connect(targets).context(|| format!("connect to {targets:?} in the pod"))?;
     let socket = OwnedFd::from(socket);
-    // The host has answered meanwhile.
-    await_connection(stream).context(|| "open the stream of a connection".to_owned())?;
+    // `stream` was connecting meanwhile.
+    await_connection(stream).context(|| "connect the stream to the host".to_owned())?;
     for end in [stream, &socket] {
         rustix::io::ioctl_fionbio(end, true)
             .map_err(io::Error::from)
-            .context(|| "set a socket up".to_owned())?;
+            .context(|| "set a socket to non-blocking".to_owned())?;
     }
-    if sys::fork().context(|| "start a process".to_owned())?.is_some() {
+    if sys::fork().context(|| "fork".to_owned())?.is_some() {
         return Ok(());
     }
     sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);
-    // Whoever is at the ends sees that they are closed.
+    // Nobody reads the status of this process. Both peers see that their connections are closed.
     sys::exit_now(relay(stream, &socket).is_err().into())
 }
 
 fn connect(targets: &[SocketAddr]) -> io::Result<TcpStream> {
-    let mut refusal = io::ErrorKind::InvalidInput.into();
+    let mut last_error = io::ErrorKind::InvalidInput.into();
     for target in targets {
         match TcpStream::connect_timeout(target, CONNECT_TIMEOUT) {
             Ok(socket) => return Ok(socket),
-            Err(error) => refusal = error,
+            Err(error) => last_error = error,
         }
     }
-    Err(refusal)
+    Err(last_error)
 }
 
-/// Bytes of one direction that were read and not yet written.
+/// One direction of a relayed connection, with the bytes that were read and not yet written.
 struct Direction<'a> {
     from: BorrowedFd<'a>,
     to: BorrowedFd<'a>,
@@ -64,8 +63,9 @@ struct Direction<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum DirectionState {
     Open,
-    /// All was read; what is held still goes out.
+    /// The source has ended; buffered bytes are yet to be written.
     Draining,
+    /// The end has been passed on.
     Closed,
 }
 
@@ -85,7 +85,7 @@ impl<'a> Direction<'a> {
         self.start < self.end
     }
 
-    /// Moves what can be moved now.
+    /// Moves bytes until a read or write would block or the direction is closed.
     fn transfer(&mut self) -> io::Result<()> {
         while self.state != DirectionState::Closed {
             let moved = if self.has_data() {
@@ -111,7 +111,7 @@ impl<'a> Direction<'a> {
     }
 }
 
-/// Until both directions have ended, or one has failed.
+/// Relays bytes until both directions are closed or one fails.
 fn relay(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
     let (mut inward, mut outward) = (Direction::new(stream, socket), Direction::new(socket, stream));
     loop {
@@ -130,10 +130,10 @@ fn relay(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
             PollFd::new(stream, interest(&inward, &outward)),
             PollFd::new(socket, interest(&outward, &inward)),
         ];
-        // An end that is gone in both directions is reported without being asked for.
+        // poll(2) reports a connection that is closed in both directions even if `events` is empty.
         rustix::io::retry_on_intr(|| rustix::event::poll(&mut ends, None))?;
-        let gone = |end: &PollFd<'_>| end.revents().intersects(PollFlags::ERR | PollFlags::NVAL);
-        if ends.iter().any(gone) {
+        let has_failed = |end: &PollFd<'_>| end.revents().intersects(PollFlags::ERR | PollFlags::NVAL);
+        if ends.iter().any(has_failed) {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
     }

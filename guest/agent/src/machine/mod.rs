@@ -1,8 +1,7 @@
-//! The guest as a whole, which PID 1 looks after: `setup` prepares it at boot, [`reboot`] resets it. The rest is
-//! for requests of the host: its clock, size, disks, share and network, and the settings of the namespaces that
-//! all of a pod's containers share.
+//! The guest as a whole. `setup` prepares it at boot, [`reboot`] ends it. The other modules serve requests of the host:
+//! clock, size, disks, share, network devices, forwarded connections, and settings of the machine's own namespaces.
 //!
-//! Nothing here knows of containers. The event loop and its jobs call this.
+//! Nothing here knows about containers. `main`, the event loop and its jobs call this.
 
 pub(crate) mod clock;
 pub(crate) mod disk;
@@ -20,10 +19,10 @@ use rustix::system::RebootCommand;
 
 use crate::sys;
 
-/// Ends the machine: by a reset, which the machine has no other end than.
+/// Ends the machine by a reset. nutshell's machines have no other way to power off.
 pub(crate) fn reboot() -> ! {
     let error = rustix::system::reboot(RebootCommand::Restart);
     eprintln!("nutshell-agent: reboot: {error:?}");
-    // The kernel panics at the end of PID 1, and resets after a panic.
+    // The kernel panics when PID 1 ends, and after a panic it resets the machine.
     sys::exit_now(1)
 }

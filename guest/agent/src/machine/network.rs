@@ -1,4 +1,4 @@
-//! The machine's links: the host fills their slots and says what the kernel is to do with them.
+//! Network devices that the host adds, and their configuration.
 
 use std::fs;
 use std::io;
@@ -11,20 +11,19 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use super::slot;
 use crate::failure::Context;
 
-/// Has the driver look at the slot again, which was empty when the machine booted, and returns the
-/// number of the interface that it finds there.
+/// Binds the driver of the network device in bus slot `slot`, and returns the index of its interface.
 pub(crate) fn probe(slot: u32) -> io::Result<u32> {
     let device = slot::bind(slot)?;
-    let found = find_entry(&device, "virtio")
+    let interface = find_entry(&device, "virtio")
         .and_then(|virtio| find_entry(&virtio.join("net"), ""))
         .map_err(|error| with_step(&error, &format!("find the interface of {}", device.display())))?;
-    let index = fs::read_to_string(found.join("ifindex"))?;
+    let index = fs::read_to_string(interface.join("ifindex"))?;
     index.trim().parse().map_err(io::Error::other)
 }
 
-/// The one entry of a folder whose name begins so.
-fn find_entry(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
-    for entry in fs::read_dir(folder)? {
+/// Finds the entry of a directory whose name begins with `prefix`.
+fn find_entry(directory: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
+    for entry in fs::read_dir(directory)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(prefix) {
             return Ok(entry.path());
@@ -33,27 +32,28 @@ fn find_entry(folder: &Path, prefix: &str) -> io::Result<std::path::PathBuf> {
     Err(io::ErrorKind::NotFound.into())
 }
 
-fn with_step(error: &io::Error, what: &str) -> io::Error {
-    io::Error::new(error.kind(), format!("{what}: {error}"))
+fn with_step(error: &io::Error, step: &str) -> io::Error {
+    io::Error::new(error.kind(), format!("{step}: {error}"))
 }
 
-/// Passes requests to the kernel, one after the other, until it refuses one. What is there already is
-/// as it should be.
+/// Sends rtnetlink requests to the kernel, in order, until one fails. `EEXIST` counts as success: the object is there.
+/// Each message comes with its purpose for the error text.
 pub(crate) fn configure(messages: &[(String, Vec<u8>)]) -> Result<(), Failure> {
     // Protocol 0 is NETLINK_ROUTE.
     let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);
     let socket = rustix::net::socket_with(family, kind, SocketFlags::CLOEXEC, None).map_err(io::Error::from);
     let socket = socket.context(|| "open a netlink socket".to_owned())?;
-    for (what, message) in messages {
+    for (purpose, message) in messages {
         match send_request(&socket, message) {
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::EXIST.raw_os_error()) => {}
-            answer => answer.context(|| what.clone())?,
+            answer => answer.context(|| purpose.clone())?,
         }
     }
     Ok(())
 }
 
-/// One request, which asks for an acknowledgement (netlink(7)): `struct nlmsghdr`, then the error.
+/// Sends one request, which has `NLM_F_ACK` set, and reads the acknowledgement (netlink(7)): a `struct nlmsghdr`,
+/// followed by the error.
 fn send_request(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
     const HEADER: usize = 16;
     rustix::net::send(socket.as_fd(), message, SendFlags::empty())?;

@@ -1,4 +1,4 @@
-//! What is set in the machine's own namespaces, which all containers of a pod share.
+//! Settings of the machine's own namespaces, which all containers of a pod share.
 
 use std::path::{Component, Path};
 
@@ -16,9 +16,9 @@ pub(crate) fn set_domainname(name: &str) -> Result<(), Failure> {
     rustix::system::setdomainname(name.as_bytes()).context(|| format!("set the domain name {name}"))
 }
 
-/// Sets a kernel parameter, by its name in sysctl(8)'s form.
+/// Sets a kernel parameter. `name` has the form of sysctl(8), with `.` or `/` as separator.
 pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
-    // As sysctl(8) has it: in a name with "/" that separates, and "." is a dot.
+    // As with sysctl(8), a "." is part of a component if the name contains "/".
     let path = match name.contains('/') {
         true => name.to_owned(),
         false => name.replace('.', "/"),
@@ -29,16 +29,16 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
             .all(|part| matches!(part, Component::Normal(_)));
     if !is_name {
         return Err(Failure::invalid(format!(
-            "sysctl {name:?} is no name of a kernel parameter"
+            "sysctl {name:?} is not a name of a kernel parameter"
         )));
     }
     match std::fs::write(Path::new("/proc/sys").join(path), value) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Failure::invalid(format!(
             "sysctl {name}: this kernel has no such parameter"
         ))),
-        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
-            Err(Failure::invalid(format!("sysctl {name}: {value:?} is no value of it")))
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => Err(Failure::invalid(format!(
+            "sysctl {name}: {value:?} is not a valid value"
+        ))),
         result => result.context(|| format!("set sysctl {name} to {value:?}")),
     }
 }
@@ -49,7 +49,7 @@ mod tests {
     use nutshell_protocol::FailureKind;
 
     #[test]
-    fn sysctl_that_cannot_be_set_is_named() {
+    fn error_names_the_sysctl_that_cannot_be_set() {
         for name in [
             "",
             "../../etc/passwd",

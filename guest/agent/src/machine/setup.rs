@@ -12,7 +12,7 @@ use rustix::process::{Resource, Rlimit};
 use crate::cgroup;
 use crate::sys;
 
-/// A step of the set-up that failed.
+/// A failed step of the setup.
 #[derive(Debug, thiserror::Error)]
 #[error("{step}: {source}")]
 pub(crate) struct SetupError {
@@ -33,10 +33,10 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-/// Turns the kernel's bare initramfs into a place where containers can be made.
+/// Prepares the guest, which is a bare initramfs, for containers.
 pub(crate) fn set_up() -> Result<(), SetupError> {
     replace_root()?;
-    open_standard_streams().step("open /dev/console")?;
+    open_standard_streams().step("open the standard streams")?;
     fs::write("/proc/self/oom_score_adj", "-1000").step("write oom_score_adj")?;
     raise_limits()?;
     cgroup::delegate_controllers().step("delegate cgroup controllers")?;
@@ -45,11 +45,11 @@ pub(crate) fn set_up() -> Result<(), SetupError> {
     sys::bring_loopback_up(socket).step("bring lo up")
 }
 
-/// Moves to a root that containers can leave.
+/// Replaces the initramfs by a tmpfs as root, and mounts the kernel's file systems in it.
 ///
-/// pivot_root(2) refuses the initramfs, the root of all mounts, which cannot be unmounted. So a tmpfs
-/// is moved over it: a container pivots away from that one and unmounts it, and neither a chroot nor
-/// a `..` leads below it, because the tmpfs covers the very root of the mount tree.
+/// Containers use pivot_root(2), which refuses the initramfs because that is the root of all mounts and cannot be
+/// unmounted. So this moves a tmpfs over it, which a container can pivot away from and unmount. Neither chroot(2) nor
+/// `..` leads to the initramfs, because the tmpfs covers the root of the mount tree.
 fn replace_root() -> Result<(), SetupError> {
     const NEW_ROOT: &str = "/new";
     const RESTRICTED: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
@@ -61,10 +61,10 @@ fn replace_root() -> Result<(), SetupError> {
         MountFlags::NOSUID | MountFlags::NODEV,
         c"mode=755",
     )
-    .step("mount the root")?;
-    rustix::process::chdir(NEW_ROOT).step("enter the root")?;
-    rustix::mount::mount_move(".", "/").step("move the root")?;
-    rustix::process::chroot(".").step("change the root")?;
+    .step("mount the new root")?;
+    rustix::process::chdir(NEW_ROOT).step("change to the new root")?;
+    rustix::mount::mount_move(".", "/").step("move the new root")?;
+    rustix::process::chroot(".").step("chroot to the new root")?;
     let mounts = [
         ("/proc", "proc", RESTRICTED, c""),
         ("/sys", "sysfs", RESTRICTED, c""),
@@ -102,7 +102,7 @@ fn create_directory(path: &'static str) -> Result<(), SetupError> {
     }
 }
 
-/// The kernel leaves the standard streams closed if it has no console: then they are `/dev/null`.
+/// Opens `/dev/null` as those standard streams that are closed. The kernel opens none if it has no console.
 fn open_standard_streams() -> io::Result<()> {
     loop {
         let null = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty())?;
@@ -110,12 +110,13 @@ fn open_standard_streams() -> io::Result<()> {
         if number > 2 {
             return Ok(());
         }
-        // It has become a standard stream, for good.
+        // This descriptor is a standard stream and must stay open.
         let _ = std::os::fd::IntoRawFd::into_raw_fd(null);
     }
 }
 
-/// Containers inherit these unless their spec sets them: what a service manager gives containerd.
+/// Raises the resource limits to those that a service manager usually sets for containerd. Containers inherit them
+/// unless their spec sets others.
 fn raise_limits() -> Result<(), SetupError> {
     const MAX_OPEN_FILES: u64 = 1 << 20;
     let both = |limit| Rlimit {

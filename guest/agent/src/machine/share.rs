@@ -1,4 +1,4 @@
-//! The virtio-fs device with the pod's shared folders.
+//! Mounts the virtio-fs device with the pod's shared directories.
 
 use std::fs;
 use std::io;
@@ -8,10 +8,10 @@ use nutshell_protocol::{SHARE_PATH, SHARE_TAG};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::MountFlags;
 
-/// Mounts the share at [`SHARE_PATH`] if that has not been done.
+/// Mounts the share at [`SHARE_PATH`] unless it is mounted.
 pub(crate) fn mount() -> io::Result<()> {
     fs::create_dir_all(SHARE_PATH)?;
-    // Two containers may be created at the same time, by two jobs.
+    // Two jobs may create containers at the same time.
     let parent = Path::new(SHARE_PATH).parent().unwrap_or(Path::new("/"));
     let lock = rustix::fs::open(
         parent,

@@ -1,4 +1,4 @@
-//! Slots of the machine in which the host puts a device while it runs.
+//! Bus slots into which the host puts devices while the machine runs.
 
 use std::fs;
 use std::io;
@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 
 use nutshell_protocol::slot_device_name;
 
+/// The directory of the driver for virtio-mmio devices, with its `bind` and `unbind` files.
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 
-/// Whether the driver has found the device in `slot`.
+/// Whether the driver is bound to the device in `slot`.
 pub(super) fn is_bound(slot: u32) -> bool {
     Path::new(DRIVER).join(slot_device_name(slot)).exists()
 }
 
-/// Has the driver forget the device in `slot`, if it knows one: the host takes it away.
+/// Unbinds the driver from the device in `slot`, so that the host can remove the device. Does nothing if it is not
+/// bound.
 pub(super) fn unbind(slot: u32) -> io::Result<()> {
     if !is_bound(slot) {
         return Ok(());
@@ -23,8 +25,8 @@ pub(super) fn unbind(slot: u32) -> io::Result<()> {
         .map_err(|error| io::Error::new(error.kind(), format!("unbind {name} from its driver: {error}")))
 }
 
-/// Has the driver look at a slot again, which was empty when the machine booted; returns the device's folder.
-/// What the device's own driver makes of it is there by then.
+/// Binds the driver to the device in `slot`, which was empty at boot. Returns the device's directory in sysfs. By then
+/// the device's virtio driver has probed it.
 pub(super) fn bind(slot: u32) -> io::Result<PathBuf> {
     let name = slot_device_name(slot);
     fs::write(Path::new(DRIVER).join("bind"), &name)

@@ -1,8 +1,8 @@
-//! The first process of the pid namespace that a pod's containers may share, as long as the machine
-//! lives: the end of any container must not end the others.
+//! Pid 1 of the pid namespace that a pod's containers may share. It lives as long as the machine: when it ends, the
+//! kernel kills all processes of the namespace, and the end of one container must not end the others.
 //!
-//! Containers see it as their pid 1, so it has nothing to see: no file system, no descriptor, no
-//! privilege, no memory that could be read. The kernel reaps what it inherits.
+//! Containers can see this process, so it gives up its file systems, descriptors and privileges, and makes its memory
+//! unreadable. The kernel reaps the orphans that it inherits.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -15,39 +15,40 @@ use rustix::process::{Gid, Pid, Uid};
 
 use crate::sys;
 
-/// Whoever has no other user (as images for "pause" have it).
+/// The user and group without privileges that images for "pause" containers use.
 const NOBODY_ID: u32 = 65535;
 
-/// What the process says when it is hidden.
-const READY_MESSAGE: &str = "hidden";
+/// What the process writes to its pipe when it is isolated.
+const READY_MESSAGE: &str = "ready";
 
-/// Starts the process as a brother of the caller.
+/// Starts the process as a sibling of the caller, and waits until it is isolated.
 pub(super) fn start() -> io::Result<Pid> {
-    let (words, saying) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
+    let (reader, writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let Some(pid) = sys::fork_pid_namespace_init()? else {
-        let hidden = isolate();
-        let said = match &hidden {
+        let isolated = isolate();
+        let message = match &isolated {
             Ok(()) => READY_MESSAGE.to_owned(),
             Err(error) => error.to_string(),
         };
-        // Nobody is there to be told of a failure.
-        let _ = rustix::io::write(&saying, said.as_bytes());
+        // If the caller is gone, there is nothing to report to.
+        let _ = rustix::io::write(&writer, message.as_bytes());
         sys::close_all_but(&[]);
-        match hidden {
+        match isolated {
             Ok(()) => sys::sleep_forever(),
             Err(_) => sys::exit_now(1),
         }
     };
-    drop(saying);
-    let mut said = String::new();
-    File::from(words).read_to_string(&mut said)?;
-    match said.as_str() {
+    drop(writer);
+    let mut message = String::new();
+    File::from(reader).read_to_string(&mut message)?;
+    match message.as_str() {
         READY_MESSAGE => Ok(pid),
-        "" => Err(io::Error::other("it ended without a word")),
-        reason => Err(io::Error::other(reason.to_owned())),
+        "" => Err(io::Error::other("it ended without a message")),
+        error => Err(io::Error::other(error.to_owned())),
     }
 }
 
+/// Gives up everything that containers could see or use.
 fn isolate() -> io::Result<()> {
     sys::auto_reap_children();
     sys::set_undumpable()?;
@@ -62,15 +63,15 @@ fn isolate() -> io::Result<()> {
     rustix::thread::set_thread_groups(&[])?;
     rustix::thread::set_thread_res_gid(group, group, group)?;
     rustix::thread::set_thread_res_uid(user, user, user)?;
-    // A change of the user makes it readable again (PR_SET_DUMPABLE in prctl(2)).
+    // A change of the user resets this attribute (PR_SET_DUMPABLE of prctl(2)).
     sys::set_undumpable()
 }
 
-/// Moves to an empty root that nothing can be written to. The mount namespace is this process's own.
-fn enter_empty_root(folder: &Path) -> io::Result<()> {
+/// Changes to an empty, read-only root. The calling process must have its own mount namespace.
+fn enter_empty_root(mount_point: &Path) -> io::Result<()> {
     rustix::mount::mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
-    rustix::mount::mount("tmpfs", folder, "tmpfs", MountFlags::RDONLY, c"size=0,mode=755")?;
-    rustix::process::chdir(folder)?;
+    rustix::mount::mount("tmpfs", mount_point, "tmpfs", MountFlags::RDONLY, c"size=0,mode=755")?;
+    rustix::process::chdir(mount_point)?;
     rustix::process::pivot_root(".", ".")?;
     rustix::mount::unmount(".", UnmountFlags::DETACH)?;
     Ok(rustix::process::chdir("/")?)

@@ -1,8 +1,7 @@
-//! What the containers of a pod share, beside the machine's own namespaces: a pid namespace, shared
-//! memory, a few files. `init` is the first process of that namespace, `settings` what is set in the
-//! machine's.
+//! What the containers of a pod share in addition to the machine's own namespaces: a pid namespace, `/dev/shm`, and
+//! a few files. `init` is pid 1 of that namespace.
 //!
-//! [`set_up`] runs in a job (see [`crate::job`]); what it made is a [`Pod`] in the event loop.
+//! [`set_up`] runs in a job (see [`crate::job`]). The event loop keeps its result as a [`Pod`].
 
 mod init;
 
@@ -20,23 +19,23 @@ use crate::failure::Context;
 use crate::job::Outcome;
 use crate::machine::settings;
 
-/// Where the shared files are.
+/// The directory of the shared files.
 const FILES_DIRECTORY: &str = "/run/nutshell/pod";
 
-/// The pod's shared memory, which the machine mounted as it started.
+/// The pod's shared memory: the tmpfs that the machine's setup mounted.
 const SHM_PATH: &str = "/dev/shm";
 
-/// A pod that was set up.
+/// A pod that is set up.
 #[derive(Debug, Clone)]
 pub(crate) struct Pod {
-    /// The first process of the pid namespace that containers may share.
+    /// Pid 1 of the pid namespace that containers may share.
     pub(crate) init: Pid,
-    /// Where containers have shared files or folders, and where those are.
+    /// Shared files and directories: destination in the containers, source in the guest.
     shared: Vec<(PathBuf, PathBuf)>,
 }
 
 impl Pod {
-    /// What `request` asked for, with the process that [`set_up`] has made.
+    /// Returns the pod that [`set_up`] has set up for `request`. `init` is the process that it created.
     pub(crate) fn new(init: Pid, request: &SetUpPod) -> Self {
         let mut shared: Vec<_> = request
             .files
@@ -45,13 +44,13 @@ impl Pod {
             .map(|(index, file)| (PathBuf::from(&file.destination), file_path(index)))
             .collect();
         if !shared.is_empty() {
-            // Whoever leaves these files to us leaves that to us too.
+            // A client that has the shim provide these files has it provide shared memory, too.
             shared.push((SHM_PATH.into(), SHM_PATH.into()));
         }
         Self { init, shared }
     }
 
-    /// Mounts what is shared wherever the spec mounts nothing.
+    /// Adds bind mounts of the shared files to a container's spec, except where it has a mount at the same destination.
     pub(crate) fn add_shared_mounts(&self, spec: &mut Spec) {
         let read_only = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true);
         let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -76,7 +75,7 @@ impl Pod {
     }
 }
 
-/// Whether two paths are the same, but for `/` at the end and `.`.
+/// Whether two paths are the same apart from trailing `/` and `.` components.
 fn is_same_path(one: &Path, other: &Path) -> bool {
     one.components().eq(other.components())
 }
@@ -85,8 +84,8 @@ fn file_path(index: usize) -> PathBuf {
     Path::new(FILES_DIRECTORY).join(index.to_string())
 }
 
-/// Makes what the containers of the pod will share. The process that it names is the first of the pid
-/// namespace, and lives as long as the machine.
+/// Applies the settings of a pod, and creates what its containers share. Returns the process that is pid 1 of the
+/// shared pid namespace; it lives as long as the machine.
 pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     if let Some(name) = &request.hostname {
         settings::set_hostname(name)?;
@@ -97,8 +96,8 @@ pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     for (name, value) in &request.sysctls {
         settings::set_sysctl(name, value)?;
     }
-    resize_shm(request.shm_size).context(|| format!("give {SHM_PATH} {} bytes", request.shm_size))?;
-    fs::create_dir_all(FILES_DIRECTORY).context(|| format!("make {FILES_DIRECTORY}"))?;
+    resize_shm(request.shm_size).context(|| format!("resize {SHM_PATH} to {} bytes", request.shm_size))?;
+    fs::create_dir_all(FILES_DIRECTORY).context(|| format!("create {FILES_DIRECTORY}"))?;
     for (index, file) in request.files.iter().enumerate() {
         fs::write(file_path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;
     }
@@ -152,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn pod_without_files_adds_nothing() {
+    fn pod_without_files_adds_no_mounts() {
         let mounts = completed(&pod(&[]), json!({"ociVersion": "1.2.0", "mounts": []}));
         assert_eq!(mounts, json!([]));
     }

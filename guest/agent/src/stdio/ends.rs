@@ -1,4 +1,4 @@
-//! The process's side of its standard streams.
+//! Creates the two sides of a process's standard streams: descriptors for the process, and pumps for the agent.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,23 +10,22 @@ use rustix::pipe::PipeFlags;
 use super::Pump;
 use crate::connection::{HostAddress, await_connection};
 
-/// What a process gets as descriptors 0, 1 and 2. A process with a terminal gets that instead.
+/// The descriptors that a process gets as 0, 1 and 2, unless it has a terminal.
 #[derive(Debug)]
 pub(crate) struct ProcessEnds {
-    /// Standard input, output and error.
+    /// For standard input, output and error.
     pub(crate) ends: [OwnedFd; 3],
-    /// Which of them are pipes: made for this process, to be owned by its user.
+    /// Whether each of them is a pipe, and not `/dev/null`.
     pub(crate) pipes: [bool; 3],
 }
 
 impl ProcessEnds {
-    /// The descriptors that a job must keep open to make the process.
+    /// Returns the descriptors, which a job must keep open to create the process.
     pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
         [self.ends[0].as_fd(), self.ends[1].as_fd(), self.ends[2].as_fd()]
     }
 
-    /// Makes `uid` the owner of the pipes: a process that is not root may then open its own
-    /// `/dev/stdout` again.
+    /// Makes `uid` the owner of the pipes, so that a process that is not root can open its `/dev/stdout`.
     pub(crate) fn set_owner(&self, uid: u32) -> io::Result<()> {
         for (end, _) in self.ends.iter().zip(self.pipes).filter(|(_, pipe)| *pipe) {
             rustix::fs::fchown(end, Some(rustix::fs::Uid::from_raw(uid)), None)?;
@@ -35,20 +34,20 @@ impl ProcessEnds {
     }
 }
 
-/// What the standard streams are called in errors.
+/// The names of the standard streams in error texts.
 const STREAM_NAMES: [&str; 3] = ["standard input", "standard output", "standard error"];
 
-/// The agent's side of a process's standard streams, before the process exists.
+/// The agent's descriptors for a process's standard streams, until the process exists and pumps take them over.
 #[derive(Debug)]
 pub(crate) struct AgentEnds {
     /// The streams to the host: standard input, output and error.
     streams: [Option<OwnedFd>; 3],
-    /// Our ends of the process's pipes; none with a terminal.
+    /// The agent's ends of the process's pipes; none if it has a terminal.
     pipes: [Option<OwnedFd>; 3],
 }
 
 impl AgentEnds {
-    /// Dials the host's streams and makes what a process is connected to.
+    /// Starts to connect the streams to the host, and creates the pipes of the process.
     pub(crate) fn open(host: &HostAddress, stdio: &Stdio) -> io::Result<(Self, ProcessEnds)> {
         let mut agent_ends = Self {
             streams: [None, None, None],
@@ -73,8 +72,8 @@ impl AgentEnds {
         Ok((agent_ends, ProcessEnds { ends, pipes }))
     }
 
-    /// The pumps of a process without terminal, or those of `terminal`. The host has answered long ago,
-    /// while the process was made; a stream that it refused is an error.
+    /// Creates the pumps of the process: those of `terminal` if it has one, else those of its pipes. Fails if the host
+    /// refused a stream. The streams connect while a job creates the process, so usually this does not wait.
     pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
         for (stream, name) in self.streams.iter().zip(STREAM_NAMES) {
             if let Some(stream) = stream {
@@ -119,36 +118,36 @@ mod tests {
         size: None,
     };
 
-    /// A host that listens on some ports.
-    struct Listening {
-        folder: PathBuf,
-        host: HostAddress,
+    /// A host that listens on some ports, as Unix sockets in a directory.
+    struct ListeningHost {
+        directory: PathBuf,
+        address: HostAddress,
         _listeners: Vec<UnixListener>,
     }
 
-    impl Listening {
+    impl ListeningHost {
         fn on(test: &str, ports: &[u32]) -> Self {
-            let folder = std::env::temp_dir().join(format!("agent_ends-{test}-{}", std::process::id()));
-            fs::create_dir(&folder).unwrap();
-            let bind = |port: &u32| UnixListener::bind(folder.join(port.to_string())).unwrap();
+            let directory = std::env::temp_dir().join(format!("agent_ends-{test}-{}", std::process::id()));
+            fs::create_dir(&directory).unwrap();
+            let bind = |port: &u32| UnixListener::bind(directory.join(port.to_string())).unwrap();
             Self {
-                host: HostAddress::Unix(folder.clone()),
+                address: HostAddress::Unix(directory.clone()),
                 _listeners: ports.iter().map(bind).collect(),
-                folder,
+                directory,
             }
         }
     }
 
-    impl Drop for Listening {
+    impl Drop for ListeningHost {
         fn drop(&mut self) {
-            fs::remove_dir_all(&self.folder).unwrap();
+            fs::remove_dir_all(&self.directory).unwrap();
         }
     }
 
     #[test]
-    fn stream_that_nobody_listens_for_is_named() {
-        let listening = Listening::on("missing", &[1024, 1026]);
-        let error = AgentEnds::open(&listening.host, &ALL).unwrap_err().to_string();
+    fn error_names_the_stream_without_a_listener() {
+        let listening_host = ListeningHost::on("missing", &[1024, 1026]);
+        let error = AgentEnds::open(&listening_host.address, &ALL).unwrap_err().to_string();
         assert!(
             error.starts_with("the host refused the stream of standard output: "),
             "{error}"
@@ -156,10 +155,10 @@ mod tests {
     }
 
     #[test]
-    fn stream_that_is_refused_after_the_dial_is_an_error() {
-        let listening = Listening::on("refused", &[1024, 1025, 1026]);
-        let (mut agent_ends, _ends) = AgentEnds::open(&listening.host, &ALL).unwrap();
-        // What a socket is whose connection was refused, once its error was taken: not connected.
+    fn stream_that_is_refused_while_connecting_is_an_error() {
+        let listening_host = ListeningHost::on("refused", &[1024, 1025, 1026]);
+        let (mut agent_ends, _ends) = AgentEnds::open(&listening_host.address, &ALL).unwrap();
+        // Like a socket whose connection was refused and whose error has been read, this one is not connected.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         agent_ends.streams[2] = Some(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap());
         let error = agent_ends.into_pumps(None).unwrap_err().to_string();
@@ -168,7 +167,7 @@ mod tests {
             "{error}"
         );
 
-        let (agent_ends, _ends) = AgentEnds::open(&listening.host, &ALL).unwrap();
+        let (agent_ends, _ends) = AgentEnds::open(&listening_host.address, &ALL).unwrap();
         assert!(agent_ends.into_pumps(None).unwrap().iter().all(Option::is_some));
     }
 }

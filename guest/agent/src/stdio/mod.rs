@@ -1,7 +1,9 @@
-//! Standard streams: the process's side (pipes or a terminal) and the pumps between it and the host.
+//! Standard streams: the pipes or the terminal of a process, and the pumps between them and the host.
 //!
-//! A pump is one direction. It never blocks and holds at most what one read took and its sink did
-//! not: a full sink stops the reading, so back-pressure reaches the writer at the other end.
+//! A pump moves the bytes of one stream in one direction. It never blocks, and buffers at most what one read returned
+//! and its sink has not accepted. While the sink is full it does not read, so back-pressure reaches the writer.
+//!
+//! The event loop runs the pumps; jobs get the process's ends. Nothing here knows about containers.
 
 mod ends;
 mod pump;
@@ -15,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::pty::OpenptFlags;
 use rustix::termios::Winsize;
 
-/// Gives a new terminal its first size and its owner, the process's user. Returns the slave.
+/// Sets the initial size of a new terminal, in columns and rows, and its owner. Returns the slave.
 pub(crate) fn set_up_terminal(master: impl AsFd, size: Option<(u16, u16)>, uid: u32) -> io::Result<OwnedFd> {
     if let Some((columns, rows)) = size {
         resize_terminal(&master, columns, rows)?;
@@ -26,7 +28,7 @@ pub(crate) fn set_up_terminal(master: impl AsFd, size: Option<(u16, u16)>, uid: 
     Ok(slave)
 }
 
-/// Sets a terminal's size.
+/// Sets the size of a terminal.
 pub(crate) fn resize_terminal(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> {
     let size = Winsize {
         ws_row: rows,
