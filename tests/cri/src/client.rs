@@ -1,4 +1,4 @@
-//! Calls to containerd's CRI service: gRPC over HTTP/2 on its Unix socket, one connection a call.
+//! Calls to containerd's CRI service: gRPC over HTTP/2 on a Unix socket, with a new connection for each call.
 
 use std::{fmt, time::Duration};
 
@@ -9,40 +9,40 @@ use tokio::net::UnixStream;
 
 use crate::messages::Call;
 
-/// Where containerd serves its clients.
+/// The socket of containerd.
 pub(crate) const SOCKET: &str = "/run/containerd/containerd.sock";
 
-/// What a call may take: longer than anything does in the lab, which is emulated.
-const LIMIT: Duration = Duration::from_secs(120);
+/// Timeout of a call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Why there is no answer: gRPC's status, or what happened to the connection.
+/// Why a call failed: the status that the service sent, or an error of the connection.
 #[derive(Debug)]
-pub(crate) struct Refused {
-    /// gRPC's number; 14 (unavailable) where no answer came.
+pub(crate) struct CallError {
+    /// The gRPC status code; 14 (unavailable) if there was no answer.
     pub(crate) code: u32,
-    /// What the service said.
+    /// The message of the status.
     pub(crate) message: String,
 }
 
-impl fmt::Display for Refused {
+impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} (code {})", self.message, self.code)
     }
 }
 
-fn unavailable(error: impl fmt::Display) -> Refused {
-    Refused {
+fn unavailable(error: impl fmt::Display) -> CallError {
+    CallError {
         code: 14,
         message: error.to_string(),
     }
 }
 
-/// Calls a method and waits for its answer.
-pub(crate) fn call<C: Call>(request: &C) -> Result<C::Answer, Refused> {
+/// Calls a method and returns its answer.
+pub(crate) fn call<C: Call>(request: &C) -> Result<C::Answer, CallError> {
     let answer = async {
-        tokio::time::timeout(LIMIT, exchange(C::METHOD, &request.encode_to_vec()))
+        tokio::time::timeout(CALL_TIMEOUT, exchange(C::METHOD, &request.encode_to_vec()))
             .await
-            .map_err(|_| unavailable(format_args!("{}: no answer within {LIMIT:?}", C::METHOD)))?
+            .map_err(|_| unavailable(format_args!("{}: no answer within {CALL_TIMEOUT:?}", C::METHOD)))?
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -52,10 +52,10 @@ pub(crate) fn call<C: Call>(request: &C) -> Result<C::Answer, Refused> {
     C::Answer::decode(answer).map_err(unavailable)
 }
 
-async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, Refused> {
+async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, CallError> {
     let stream = UnixStream::connect(SOCKET).await.map_err(unavailable)?;
     let (client, connection) = h2::client::handshake(stream).await.map_err(unavailable)?;
-    // Its error is also that of the stream.
+    // An error of the connection is also an error of the stream.
     tokio::spawn(connection);
     let mut client = client.ready().await.map_err(unavailable)?;
     let request = Request::post(format!("http://localhost/runtime.v1.{method}"))
@@ -64,7 +64,7 @@ async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, Refused> {
         .body(())
         .map_err(unavailable)?;
     let (response, mut body) = client.send_request(request, false).map_err(unavailable)?;
-    // gRPC's frame: not compressed, length, message.
+    // A gRPC frame: a byte for no compression, the length, the message.
     let mut frame = BytesMut::with_capacity(5 + message.len());
     frame.put_u8(0);
     frame.put_u32(u32::try_from(message.len()).map_err(unavailable)?);
@@ -72,8 +72,8 @@ async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, Refused> {
     body.send_data(frame.freeze(), true).map_err(unavailable)?;
 
     let (head, mut body) = response.await.map_err(unavailable)?.into_parts();
-    // A refusal may be all there is.
-    status_of(&head.headers)?;
+    // A call that fails at once has its status in the headers.
+    check_status(&head.headers)?;
     let mut received = BytesMut::new();
     while let Some(part) = body.data().await {
         let part = part.map_err(unavailable)?;
@@ -81,27 +81,27 @@ async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, Refused> {
         received.extend_from_slice(&part);
     }
     let trailers = body.trailers().await.map_err(unavailable)?;
-    status_of(&trailers.unwrap_or_default())?;
+    check_status(&trailers.unwrap_or_default())?;
     if received.len() < 5 {
-        return Err(unavailable(format_args!("{method}: neither answer nor status")));
+        return Err(unavailable(format_args!("{method}: the answer is empty")));
     }
     received.advance(5);
     Ok(received.freeze())
 }
 
-fn status_of(headers: &HeaderMap) -> Result<(), Refused> {
+fn check_status(headers: &HeaderMap) -> Result<(), CallError> {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     match text("grpc-status") {
         None | Some("0") => Ok(()),
-        Some(code) => Err(Refused {
+        Some(code) => Err(CallError {
             code: code.parse().unwrap_or(2),
-            message: unescaped(text("grpc-message").unwrap_or_default()),
+            message: percent_decode(text("grpc-message").unwrap_or_default()),
         }),
     }
 }
 
-/// gRPC writes its messages with `%XX` for what is not printable.
-fn unescaped(text: &str) -> String {
+/// Decodes a status message, in which gRPC encodes bytes that are not printable as `%XX`.
+fn percent_decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&first, after)) = rest.split_first() {

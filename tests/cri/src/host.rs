@@ -1,4 +1,4 @@
-//! What the host shows of pods: logs, control groups, links, addresses, processes.
+//! Inspection of the host: container logs, control groups, links, addresses, processes.
 
 use std::{
     fs, io,
@@ -7,20 +7,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::pod::PAUSE;
+use crate::pod::POLL_INTERVAL;
 
-/// A line of a log in Kubernetes' format: time, stream, whether the line is whole, text.
+/// A line of a container log in Kubernetes' format: time, stream, tag `F` (full) or `P` (partial), text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LogLine {
     /// `stdout` or `stderr`.
     pub(crate) stream: String,
-    /// Whether the text ends here; else the next one of the same stream goes on.
-    pub(crate) whole: bool,
+    /// Whether the tag is `F`. Otherwise the next line of the same stream continues the text.
+    pub(crate) is_complete: bool,
     /// The text.
     pub(crate) text: String,
 }
 
-/// The lines of a log, none where there is no file yet. A line that is just being written is left out.
+/// Reads the lines of a container log: none if the file does not exist, without an incomplete line at the end.
 pub(crate) fn read_log(path: &Path) -> Vec<LogLine> {
     let text = fs::read(path)
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
@@ -35,47 +35,50 @@ fn parse_line(line: &str) -> LogLine {
     let mut parts = line.trim_end_matches('\n').splitn(4, ' ');
     let (Some(time), Some(stream), Some(tag), Some(text)) = (parts.next(), parts.next(), parts.next(), parts.next())
     else {
-        panic!("not a line of a log: {line:?}");
+        panic!("not a log line: {line:?}");
     };
     // RFC 3339 with nanoseconds.
-    assert!(time.len() >= 20 && time.as_bytes()[10] == b'T', "not a time: {line:?}");
-    assert!(["stdout", "stderr"].contains(&stream), "not a stream: {line:?}");
-    assert!(["F", "P"].contains(&tag), "not a tag: {line:?}");
+    assert!(
+        time.len() >= 20 && time.as_bytes()[10] == b'T',
+        "no valid time: {line:?}"
+    );
+    assert!(["stdout", "stderr"].contains(&stream), "no valid stream: {line:?}");
+    assert!(["F", "P"].contains(&tag), "no valid tag: {line:?}");
     LogLine {
         stream: stream.to_owned(),
-        whole: tag == "F",
+        is_complete: tag == "F",
         text: text.to_owned(),
     }
 }
 
-/// Removes a pod's control group as a kubelet does: from below, and again for a while, since the last
-/// process of a pod may be on its way out.
+/// Removes a pod's control group as a kubelet does: descendants first, with retries for 5 s, since the last process of the
+/// pod may still be about to exit.
 pub(crate) fn remove_cgroup(group: &Path) -> io::Result<()> {
     let start = Instant::now();
     loop {
         let mut last = Ok(());
-        for folder in groups_at(group).iter().rev() {
+        for folder in cgroups_at(group).iter().rev() {
             last = fs::remove_dir(folder);
         }
         if last.is_ok() || start.elapsed() > Duration::from_secs(5) {
             return last;
         }
-        sleep(PAUSE);
+        sleep(POLL_INTERVAL);
     }
 }
 
-/// The control group `group` and all below it, parents first.
-pub(crate) fn groups_at(group: &Path) -> Vec<PathBuf> {
+/// The control group `group` and its descendants, parents first.
+pub(crate) fn cgroups_at(group: &Path) -> Vec<PathBuf> {
     let mut found = vec![group.to_owned()];
     let below = fs::read_dir(group).into_iter().flatten().filter_map(Result::ok);
     for entry in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
-        found.extend(groups_at(&entry.path()));
+        found.extend(cgroups_at(&entry.path()));
     }
     found
 }
 
-/// What is left of pods' networks on a host without pods, in words.
-pub(crate) fn left_of_networks() -> Vec<String> {
+/// What the networks of removed pods have left on a host without pods, one text each.
+pub(crate) fn network_leftovers() -> Vec<String> {
     let names = |folder: &str| {
         fs::read_dir(folder)
             .into_iter()
@@ -101,7 +104,7 @@ pub(crate) fn left_of_networks() -> Vec<String> {
         .collect()
 }
 
-/// Network namespaces other than this one that a process is in or has open: they go when the last of these does.
+/// Processes that are in another network namespace or have one open, one text each. They keep the namespace alive.
 fn held_namespaces() -> Vec<String> {
     let name = |path: &Path| fs::read_link(path).ok()?.to_str().map(str::to_owned);
     let own = name(Path::new("/proc/self/ns/net"));
@@ -115,7 +118,7 @@ fn held_namespaces() -> Vec<String> {
             if namespace.is_some() && namespace != own {
                 let program = fs::read_to_string(process.join("comm")).unwrap_or_default();
                 held.push(format!(
-                    "{} ({}) holds a network namespace",
+                    "{} ({}) keeps a network namespace",
                     path.display(),
                     program.trim()
                 ));
@@ -125,22 +128,22 @@ fn held_namespaces() -> Vec<String> {
     held
 }
 
-/// What a process of the runtime holds: a shim, or what it has started for a machine.
+/// The resources of a process of the runtime: a shim, a vmm or a file server.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Shim {
-    /// Its process.
+pub(crate) struct RuntimeProcess {
+    /// The pid.
     pub(crate) pid: u32,
-    /// Open descriptors.
+    /// Number of open descriptors.
     pub(crate) descriptors: usize,
-    /// Threads.
+    /// Number of threads.
     pub(crate) threads: usize,
-    /// Of a shim, memory that it has written and nobody else maps, in KiB. (The others map the guest's.)
+    /// Private dirty memory of a shim in KiB. 0 for other processes, which map the guest's memory.
     pub(crate) memory: u64,
 }
 
-/// The shims that run now, and the processes of their machines. (Only the first 15 bytes of a process's name are
-/// there to be compared.)
-pub(crate) fn shims() -> Vec<Shim> {
+/// The running shims and the processes of their machines, sorted by pid. Compares names by prefix, because the kernel
+/// keeps only 15 bytes of a name.
+pub(crate) fn runtime_processes() -> Vec<RuntimeProcess> {
     let mut found: Vec<_> = fs::read_dir("/proc")
         .unwrap()
         .filter_map(Result::ok)
@@ -151,13 +154,13 @@ pub(crate) fn shims() -> Vec<Shim> {
                 .iter()
                 .any(|program| name.starts_with(program))
         })
-        .map(shim)
+        .map(read_process)
         .collect();
-    found.sort_by_key(|shim| shim.pid);
+    found.sort_by_key(|process| process.pid);
     found
 }
 
-fn shim(pid: u32) -> Shim {
+fn read_process(pid: u32) -> RuntimeProcess {
     let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
     let count = |folder| fs::read_dir(format!("/proc/{pid}/{folder}")).unwrap().count();
     let rollup = read("smaps_rollup");
@@ -166,7 +169,7 @@ fn shim(pid: u32) -> Shim {
         .find_map(|line| line.strip_prefix("Private_Dirty:"))
         .unwrap();
     let memory = memory.trim().trim_end_matches(" kB").parse().unwrap();
-    Shim {
+    RuntimeProcess {
         pid,
         descriptors: count("fd"),
         threads: count("task"),

@@ -1,11 +1,16 @@
-//! Drives containerd's CRI service as a kubelet does: `cri CASE HANDLER` runs one case with one runtime
-//! handler of containerd's configuration and fails by panic, `cri node` waits until the node is ready, and
-//! `cri measure ROUNDS` prints what pods cost.
+//! A client of containerd's CRI service that behaves as a kubelet does.
 //!
-//! Lives here: the interface's messages ([`messages`]) and calls ([`client`]), pods and containers made of
-//! those ([`pod`]), streams ([`streaming`]), what the host shows of it ([`host`]), a name server ([`dns`]), what
-//! pods cost ([`measure`]), and the cases ([`cases`]). May not live here: anything of the product; no test may depend on its code. Called by
-//! tests/lab/pods.bash in the lab, which also looks whether anything is left after each case.
+//! ```text
+//! cri CASE HANDLER      runs one case with one runtime handler of containerd's configuration; panics if it fails
+//! cri node              waits until the node is ready
+//! cri list              prints the names of all cases
+//! cri measure ROUNDS    measures pods and prints a table
+//! ```
+//!
+//! Lives here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
+//! ([`streaming`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the cases
+//! ([`cases`]). May not live here: anything of the product; no test may depend on its code. Run in the lab by
+//! tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]
 
@@ -23,10 +28,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pod::{Handler, PAUSE};
+use pod::{Handler, POLL_INTERVAL};
 
-/// Longer than anything takes in the lab, which is emulated: reaching it is a failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Time limit of a wait. The lab is emulated and slow; nothing takes this long unless it hangs.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,19 +40,19 @@ fn main() -> ExitCode {
         ["node"] => pod::wait_for_node(),
         ["measure", rounds] => {
             let Ok(rounds @ 1..) = rounds.parse() else {
-                eprintln!("{rounds} is no number of rounds");
+                eprintln!("cri: {rounds} is not a number of rounds");
                 return ExitCode::from(2);
             };
-            measure::table(rounds);
+            measure::print_table(rounds);
         }
         ["list"] => cases::CASES.iter().for_each(|(name, _)| println!("{name}")),
         [case, handler] => {
             let Some((_, case)) = cases::CASES.iter().find(|(name, _)| *name == case) else {
-                eprintln!("no case {case}");
+                eprintln!("cri: no case {case}");
                 return ExitCode::from(2);
             };
-            let Some(handler) = Handler::named(handler) else {
-                eprintln!("no runtime handler {handler}");
+            let Some(handler) = Handler::from_name(handler) else {
+                eprintln!("cri: no runtime handler {handler}");
                 return ExitCode::from(2);
             };
             case(handler);
@@ -60,14 +65,14 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Asks again and again until there is an answer; `what` says what was waited for if none comes.
-fn wait_until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+/// Calls `check` until it returns a value, and returns the value. Panics with `what` in the message after [`TIMEOUT`].
+fn wait_until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
-        if let Some(answer) = ask() {
-            return answer;
+        if let Some(value) = check() {
+            return value;
         }
-        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
-        std::thread::sleep(PAUSE);
+        assert!(start.elapsed() < TIMEOUT, "{what}: not within {TIMEOUT:?}");
+        std::thread::sleep(POLL_INTERVAL);
     }
 }

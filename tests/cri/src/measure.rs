@@ -1,52 +1,53 @@
-//! What pods cost. In a machine with its work counted (tests/lab/lab -i) a nanosecond is an instruction.
+//! Measures pods. In a lab machine that counts instructions (tests/lab/lab -i) a nanosecond is one instruction.
 
 use std::time::{Duration, Instant};
 
 use crate::pod::{Handler, Pod};
 
-/// What is measured of each pod, in order.
-const WHAT: [&str; 4] = [
+/// The steps of a pod's life that are measured, in order.
+const STEPS: [&str; 4] = [
     "RunPodSandbox to ready",
     "first container of a pod, created and started",
     "second container of a pod, created and started",
     "pod with two containers, stopped and removed",
 ];
 
+/// The runtime handlers that are compared, and their names in the table.
 const HANDLERS: [(Handler, &str); 3] = [
     (Handler::Runc, "runc"),
     (Handler::Nutshell, "nutshell"),
     (Handler::NutshellShim, "nutshell, Sandbox service"),
 ];
 
-/// Prints a table of medians, in thousands of nanoseconds, of so many pods of each runtime handler.
-pub(crate) fn table(rounds: usize) {
-    let mut figures = HANDLERS.map(|_| WHAT.map(|_| Vec::new()));
-    // The first is a warm-up.
+/// Measures `rounds` pods of each runtime handler, alternately, and prints a table of medians in microseconds.
+pub(crate) fn print_table(rounds: usize) {
+    let mut results = HANDLERS.map(|_| STEPS.map(|_| Vec::new()));
+    // Round 0 is a warm-up.
     for round in 0..=rounds {
-        for ((handler, _), figures) in HANDLERS.iter().zip(&mut figures) {
-            for (measured, figures) in life(*handler).into_iter().zip(figures) {
+        for ((handler, _), results) in HANDLERS.iter().zip(&mut results) {
+            for (measured, results) in measure_pod(*handler).into_iter().zip(results) {
                 if round > 0 {
-                    figures.push(measured);
+                    results.push(measured);
                 }
             }
         }
     }
     println!("| what | median | rounds |\n|---|---|---|");
-    for (index, what) in WHAT.iter().enumerate() {
-        for ((_, name), figures) in HANDLERS.iter().zip(&figures) {
-            let figures = &figures[index];
-            let mut sorted = figures.clone();
+    for (index, step) in STEPS.iter().enumerate() {
+        for ((_, name), results) in HANDLERS.iter().zip(&results) {
+            let results = &results[index];
+            let mut sorted = results.clone();
             sorted.sort_unstable();
             let median = sorted[sorted.len() / 2];
-            let all: Vec<_> = figures.iter().map(u128::to_string).collect();
-            println!("| {what}: {name} | {median} | {} |", all.join(" "));
+            let all: Vec<_> = results.iter().map(u128::to_string).collect();
+            println!("| {step}: {name} | {median} | {} |", all.join(" "));
         }
     }
 }
 
-/// What each part of a pod's life took.
-fn life(handler: Handler) -> [u128; WHAT.len()] {
-    // The kernel and containerd still clean up after the pod before, and nothing tells when they have done.
+/// Runs one pod and returns the microseconds of each step.
+fn measure_pod(handler: Handler) -> [u128; STEPS.len()] {
+    // The kernel and containerd may still clean up after the previous pod, and send no notification of the end.
     std::thread::sleep(Duration::from_secs(1));
     let mut last = Instant::now();
     let mut lap = || {

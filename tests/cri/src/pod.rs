@@ -1,5 +1,5 @@
-//! Pods and containers with a kubelet's manners: a control group and a log folder for each pod, one name and
-//! attempt for each container, and everything removed at the end.
+//! Pods and containers as a kubelet creates them: each pod has a control group and a log folder, each container a name and
+//! an attempt, and everything is removed at the end.
 
 use std::{
     fs,
@@ -11,36 +11,36 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    client::{Refused, call},
+    client::{CallError, call},
     host,
     messages::*,
     wait_until,
 };
 
-/// Between two questions for a state that nothing announces.
-pub(crate) const PAUSE: Duration = Duration::from_millis(50);
+/// The interval between two checks of a state that sends no notification.
+pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The image with a shell.
+/// An image with a shell.
 pub(crate) const BUSYBOX: &str = "localhost/busybox:latest";
-/// The image with Python.
+/// An image with Python.
 pub(crate) const DEBIAN: &str = "localhost/debian:latest";
 
 /// A runtime handler of containerd's configuration (tests/lab/pods.bash).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Handler {
-    /// runc: shows that a case is right.
+    /// runc, which shows that a case is correct.
     Runc,
-    /// The product, pods by a pause container.
+    /// nutshell, with a pause container as the sandbox.
     Nutshell,
-    /// The product, pods by the Sandbox service.
+    /// nutshell, with a sandbox of the Sandbox service.
     NutshellShim,
-    /// The product, a disk for each container.
+    /// nutshell, with a disk for each container.
     NutshellDisk,
 }
 
 impl Handler {
-    /// That of this name in the configuration.
-    pub(crate) fn named(name: &str) -> Option<Self> {
+    /// The handler with this name in the configuration.
+    pub(crate) fn from_name(name: &str) -> Option<Self> {
         [Self::Runc, Self::Nutshell, Self::NutshellShim, Self::NutshellDisk]
             .into_iter()
             .find(|handler| handler.name() == name)
@@ -80,38 +80,39 @@ pub(crate) fn wait_for_node() {
     });
 }
 
-/// A command line as the interface wants it.
-pub(crate) fn words(command: &[&str]) -> Vec<String> {
+/// Converts a command line to the interface's type.
+pub(crate) fn to_strings(command: &[&str]) -> Vec<String> {
     command.iter().map(|&word| word.to_owned()).collect()
 }
 
-/// A pod. Dropped, it is stopped and removed, and may not leave anything.
+/// A pod. When dropped, it is stopped and removed, and must leave nothing behind.
 #[derive(Debug)]
 pub(crate) struct Pod {
-    /// What it was made with; containers are created with the same.
+    /// The config of the pod. CreateContainer gets the same config.
     pub(crate) config: PodSandboxConfig,
-    /// containerd's id of it.
+    /// The pod's id in containerd.
     pub(crate) id: String,
-    /// Its control group on the host, made as a kubelet does.
+    /// The pod's control group on the host, created as a kubelet does.
     pub(crate) cgroup: PathBuf,
-    present: bool,
-    /// Whether nothing but it has a network.
-    alone: bool,
+    /// Whether containerd has the pod.
+    exists: bool,
+    /// Whether no other pod exists.
+    is_only_pod: bool,
 }
 
 impl Pod {
-    /// A pod as a kubelet asks for one when nothing special is asked of it.
+    /// Runs a pod with the default settings of a kubelet.
     pub(crate) fn run(handler: Handler) -> Self {
         Self::run_with(handler, |_| ())
     }
 
-    /// A pod with `change` made to the usual settings.
+    /// Runs a pod with `change` applied to the default settings.
     pub(crate) fn run_with(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Self {
         Self::try_run(handler, change).unwrap()
     }
 
-    /// The same, where it may be refused.
-    pub(crate) fn try_run(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Result<Self, Refused> {
+    /// As [`Self::run_with`], for a pod that may be refused.
+    pub(crate) fn try_run(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Result<Self, CallError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("pod-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let mut config = PodSandboxConfig {
@@ -126,7 +127,7 @@ impl Pod {
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: format!("/kubepods/{name}"),
                 security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(own_processes()),
+                    namespace_options: Some(container_pid_namespace()),
                 }),
                 ..Default::default()
             }),
@@ -137,13 +138,13 @@ impl Pod {
         let cgroup = Path::new("/sys/fs/cgroup").join(parent.trim_start_matches('/'));
         fs::create_dir(&config.log_directory).unwrap();
         fs::create_dir(&cgroup).unwrap();
-        // As the kubelet's: all that containers below may be limited by.
+        // As a kubelet does: enables the controllers for the containers' groups.
         fs::write(
             cgroup.join("cgroup.subtree_control"),
             "+cpu +cpuset +io +memory +pids +hugetlb",
         )
         .unwrap();
-        // And what they may have together, where the test says what a machine costs beside them.
+        // The pod's memory limit, if the test sets an overhead.
         let linux = config.linux.clone().unwrap_or_default();
         if let (Some(overhead), Some(sum)) = (linux.overhead, linux.resources) {
             let limit = sum.memory_limit_in_bytes + overhead.memory_limit_in_bytes;
@@ -153,30 +154,30 @@ impl Pod {
             config,
             id: String::new(),
             cgroup,
-            present: false,
-            alone: true,
+            exists: false,
+            is_only_pod: true,
         };
         let request = RunPodSandboxRequest {
             config: Some(pod.config.clone()),
             runtime_handler: handler.name().into(),
         };
-        // An error drops the pod, which looks after its folders.
+        // In case of an error the drop of the pod removes its folders.
         pod.id = call(&request)?.pod_sandbox_id;
-        pod.present = true;
+        pod.exists = true;
         Ok(pod)
     }
 
-    /// A container of the busybox image that runs `command`, started.
+    /// Starts a container of the busybox image.
     pub(crate) fn start(&self, name: &str, command: &[&str]) -> Container {
         self.start_with(name, command, |_| ())
     }
 
-    /// The same, of the Debian image.
+    /// Starts a container of the Debian image.
     pub(crate) fn start_debian(&self, name: &str, command: &[&str]) -> Container {
         self.start_with(name, command, |config| config.image = image(DEBIAN))
     }
 
-    /// A container with `change` made to the usual settings, started.
+    /// Starts a container with `change` applied to the default settings.
     pub(crate) fn start_with(
         &self,
         name: &str,
@@ -188,13 +189,13 @@ impl Pod {
         container
     }
 
-    /// A container that is created and no more.
+    /// Creates a container with `change` applied to the default settings.
     pub(crate) fn create(
         &self,
         name: &str,
         command: &[&str],
         change: impl FnOnce(&mut ContainerConfig),
-    ) -> Result<Container, Refused> {
+    ) -> Result<Container, CallError> {
         let namespaces = self
             .config
             .linux
@@ -206,7 +207,7 @@ impl Pod {
                 attempt: 0,
             }),
             image: image(BUSYBOX),
-            command: words(command),
+            command: to_strings(command),
             log_path: format!("{name}.log"),
             linux: Some(LinuxContainerConfig {
                 resources: Some(LinuxContainerResources::default()),
@@ -230,7 +231,7 @@ impl Pod {
         })
     }
 
-    /// Its status.
+    /// The status of the pod.
     pub(crate) fn status(&self) -> PodSandboxStatus {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: self.id.clone(),
@@ -239,24 +240,24 @@ impl Pod {
         call(&request).unwrap().status.unwrap()
     }
 
-    /// Its state where containerd lists all pods.
-    pub(crate) fn listed(&self) -> Option<PodState> {
+    /// The state in containerd's list of pods; `None` if the list does not contain the pod.
+    pub(crate) fn listed_state(&self) -> Option<PodState> {
         let pods = call(&ListPodSandboxRequest {}).unwrap().items;
         pods.iter().find(|pod| pod.id == self.id).map(PodSandbox::state)
     }
 
-    /// Its addresses, the IPv4 one first.
+    /// The IPv4 and the IPv6 address of the pod.
     pub(crate) fn addresses(&self) -> [String; 2] {
         let network = self.status().network.unwrap();
         let [second] = &network.additional_ips[..] else {
-            panic!("the pod has not two addresses: {network:?}");
+            panic!("not two addresses: {network:?}");
         };
         assert!(network.ip.starts_with("10.88."), "{}", network.ip);
         assert!(second.ip.starts_with("fd00:88::"), "{}", second.ip);
         [network.ip.clone(), second.ip.clone()]
     }
 
-    /// Its containers' names and states as containerd lists them, sorted.
+    /// Names and states of the pod's containers in containerd's list, sorted.
     pub(crate) fn containers(&self) -> Vec<(String, ContainerState)> {
         let filter = ContainerFilter {
             pod_sandbox_id: self.id.clone(),
@@ -271,62 +272,62 @@ impl Pod {
         listed
     }
 
-    /// Stops it: its containers first, then what held them. May be repeated.
+    /// Stops the pod and its containers. May be repeated.
     pub(crate) fn stop(&self) {
         let pod_sandbox_id = self.id.clone();
         call(&StopPodSandboxRequest { pod_sandbox_id }).unwrap();
     }
 
-    /// Stops and removes it. When that has returned, nothing may be left of it.
+    /// Stops and removes the pod, and asserts that nothing is left of it on the host.
     pub(crate) fn remove(mut self) {
         self.end().unwrap();
     }
 
-    /// The same, while another pod is there.
+    /// As [`Self::remove`], while another pod exists.
     pub(crate) fn remove_beside(mut self, _other: &Self) {
-        self.alone = false;
+        self.is_only_pod = false;
         self.end().unwrap();
     }
 
     fn end(&mut self) -> Result<(), String> {
-        let mut wrong = Vec::new();
-        if std::mem::take(&mut self.present) {
+        let mut errors = Vec::new();
+        if std::mem::take(&mut self.exists) {
             let pod_sandbox_id = self.id.clone();
-            if let Err(refused) = call(&StopPodSandboxRequest { pod_sandbox_id }) {
-                wrong.push(format!("stop: {refused}"));
+            if let Err(error) = call(&StopPodSandboxRequest { pod_sandbox_id }) {
+                errors.push(format!("stop: {error}"));
             }
             let pod_sandbox_id = self.id.clone();
-            if let Err(refused) = call(&RemovePodSandboxRequest { pod_sandbox_id }) {
-                wrong.push(format!("remove: {refused}"));
+            if let Err(error) = call(&RemovePodSandboxRequest { pod_sandbox_id }) {
+                errors.push(format!("remove: {error}"));
             }
-            if self.alone {
-                wrong.extend(host::left_of_networks());
+            if self.is_only_pod {
+                errors.extend(host::network_leftovers());
             }
         }
         if let Err(error) = fs::remove_dir_all(&self.config.log_directory) {
-            wrong.push(format!("{}: {error}", self.config.log_directory));
+            errors.push(format!("{}: {error}", self.config.log_directory));
         }
         if let Err(error) = host::remove_cgroup(&self.cgroup) {
-            wrong.push(format!("{}: {error}", self.cgroup.display()));
+            errors.push(format!("{}: {error}", self.cgroup.display()));
         }
-        if wrong.is_empty() {
+        if errors.is_empty() {
             Ok(())
         } else {
-            Err(wrong.join("\n"))
+            Err(errors.join("\n"))
         }
     }
 }
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // Already removed.
-        if !self.present && !self.cgroup.exists() {
+        // `remove` was called.
+        if !self.exists && !self.cgroup.exists() {
             return;
         }
         let end = self.end();
         if std::thread::panicking() {
-            if let Err(wrong) = end {
-                eprintln!("afterwards: {wrong}");
+            if let Err(errors) = end {
+                eprintln!("removal of the pod after the failure: {errors}");
             }
         } else {
             end.unwrap();
@@ -334,32 +335,32 @@ impl Drop for Pod {
     }
 }
 
-/// Namespaces as a pod has them that does not share processes among its containers.
-pub(crate) fn own_processes() -> NamespaceOption {
+/// The namespace options of a pod whose containers have separate pid namespaces.
+pub(crate) fn container_pid_namespace() -> NamespaceOption {
     NamespaceOption {
         pid: NamespaceMode::Container.into(),
         ..Default::default()
     }
 }
 
-/// The same, where it does.
-pub(crate) fn share_processes(config: &mut PodSandboxConfig) {
+/// Changes a config: the pod's containers share one pid namespace.
+pub(crate) fn share_pid_namespace(config: &mut PodSandboxConfig) {
     namespaces(config).pid = NamespaceMode::Pod.into();
 }
 
-/// A pod's namespaces, to be changed.
+/// The namespace options of a pod's config.
 pub(crate) fn namespaces(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
     let linux = config.linux.get_or_insert_default();
     let context = linux.security_context.get_or_insert_default();
     context.namespace_options.get_or_insert_default()
 }
 
-/// A container's limits, to be changed.
+/// The resources of a container's config.
 pub(crate) fn resources(config: &mut ContainerConfig) -> &mut LinuxContainerResources {
     config.linux.get_or_insert_default().resources.get_or_insert_default()
 }
 
-/// A container's security context, to be changed.
+/// The security context of a container's config.
 pub(crate) fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
     config
         .linux
@@ -368,7 +369,7 @@ pub(crate) fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecur
         .get_or_insert_default()
 }
 
-/// The name of an image as the interface wants it.
+/// Converts the name of an image to the interface's type.
 pub(crate) fn image(name: &str) -> Option<ImageSpec> {
     Some(ImageSpec { image: name.into() })
 }
@@ -376,20 +377,20 @@ pub(crate) fn image(name: &str) -> Option<ImageSpec> {
 /// A container of a pod.
 #[derive(Debug, Clone)]
 pub(crate) struct Container {
-    /// containerd's id of it.
+    /// The container's id in containerd.
     pub(crate) id: String,
-    /// Where containerd writes its log.
+    /// The file of the container's log.
     pub(crate) log: PathBuf,
 }
 
 impl Container {
-    /// Starts it, once it was created.
-    pub(crate) fn start(&self) -> Result<(), Refused> {
+    /// Starts the container.
+    pub(crate) fn start(&self) -> Result<(), CallError> {
         let container_id = self.id.clone();
         call(&StartContainerRequest { container_id }).map(drop)
     }
 
-    /// Ends it: SIGTERM, and SIGKILL after `seconds`.
+    /// Stops the container: SIGTERM, and SIGKILL after `seconds`.
     pub(crate) fn stop(&self, seconds: i64) {
         let container_id = self.id.clone();
         call(&StopContainerRequest {
@@ -399,13 +400,13 @@ impl Container {
         .unwrap();
     }
 
-    /// Removes it, also where it runs.
+    /// Removes the container, even if it runs.
     pub(crate) fn remove(&self) {
         let container_id = self.id.clone();
         call(&RemoveContainerRequest { container_id }).unwrap();
     }
 
-    /// Its status.
+    /// The status of the container.
     pub(crate) fn status(&self) -> ContainerStatus {
         let request = ContainerStatusRequest {
             container_id: self.id.clone(),
@@ -414,29 +415,29 @@ impl Container {
         call(&request).unwrap().status.unwrap()
     }
 
-    /// Its status, once it has ended.
+    /// Waits until the container has ended, and returns its status.
     pub(crate) fn wait(&self) -> ContainerStatus {
-        wait_until("the container's end", || {
+        wait_until("the end of the container", || {
             let status = self.status();
             (status.state() == ContainerState::Exited).then_some(status)
         })
     }
 
-    /// Runs a command in it; `seconds` is its limit, 0 for none.
-    pub(crate) fn try_exec(&self, command: &[&str], seconds: i64) -> Result<ExecSyncResponse, Refused> {
+    /// Runs a command in the container with a timeout in seconds; 0 means none.
+    pub(crate) fn try_exec(&self, command: &[&str], seconds: i64) -> Result<ExecSyncResponse, CallError> {
         call(&ExecSyncRequest {
             container_id: self.id.clone(),
-            cmd: words(command),
+            cmd: to_strings(command),
             timeout: seconds,
         })
     }
 
-    /// Runs a command in it and waits for its end.
+    /// Runs a command in the container to its end.
     pub(crate) fn exec(&self, command: &[&str]) -> ExecSyncResponse {
         self.try_exec(command, 0).unwrap()
     }
 
-    /// What a command in its shell prints, which must succeed.
+    /// Runs a shell script in the container, asserts that it succeeds, and returns its output.
     pub(crate) fn sh(&self, script: &str) -> String {
         let answer = self.exec(&["sh", "-c", script]);
         let output = String::from_utf8_lossy(&answer.stdout).trim_end().to_owned();
@@ -449,29 +450,34 @@ impl Container {
         output
     }
 
-    /// What it has written to `stream` (`stdout` or `stderr`) so far, without the log's dress.
+    /// What the log contains for `stream` (`stdout` or `stderr`), as the container wrote it.
     pub(crate) fn output(&self, stream: &str) -> String {
         host::read_log(&self.log)
             .into_iter()
             .filter(|line| line.stream == stream)
-            .map(|line| if line.whole { line.text + "\n" } else { line.text })
+            .map(|line| if line.is_complete { line.text + "\n" } else { line.text })
             .collect()
     }
 
-    /// Waits until its standard output has a line with this text.
+    /// Waits until standard output has the line `text`.
     pub(crate) fn wait_for_line(&self, text: &str) {
-        wait_until(&format!("the line {text:?} of a container"), || {
+        wait_until(&format!("the line {text:?} in a container's log"), || {
             if self.output("stdout").lines().any(|line| line == text) {
                 return Some(());
             }
             let status = self.status();
             let ended = status.state() == ContainerState::Exited && self.output("stdout").is_empty();
-            assert!(!ended, "ended with {}: {}", status.exit_code, self.output("stderr"));
+            assert!(
+                !ended,
+                "the container exited with {}: {}",
+                status.exit_code,
+                self.output("stderr")
+            );
             None
         });
     }
 
-    /// Its process on the host.
+    /// The pid of the container on the host.
     pub(crate) fn pid(&self) -> u32 {
         let request = ContainerStatusRequest {
             container_id: self.id.clone(),

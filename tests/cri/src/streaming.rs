@@ -1,5 +1,5 @@
-//! Streams of containers and pods: WebSockets to the address that Exec, Attach and PortForward answer, in
-//! Kubernetes' protocol `v4.channel.k8s.io`: binary messages whose first byte is a channel.
+//! Streams of containers and pods. Exec, Attach and PortForward return the URL of a WebSocket with Kubernetes' protocol
+//! `v4.channel.k8s.io`: binary messages whose first byte is the channel.
 
 use std::{
     io,
@@ -11,20 +11,20 @@ use serde_json::Value;
 use tungstenite::{ClientRequestBuilder, Error, Message, WebSocket, client};
 
 use crate::{
-    PATIENCE,
+    TIMEOUT,
     client::call,
     messages::{AttachRequest, ExecRequest, PortForwardRequest},
-    pod::{Container, Pod, words},
+    pod::{Container, Pod, to_strings},
 };
 
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
-/// How a command ended, as JSON.
+/// The result of a command, as JSON.
 const STATUS: u8 = 3;
 const RESIZE: u8 = 4;
 
-/// A connection of several channels.
+/// A connection with several channels.
 #[derive(Debug)]
 struct Channels {
     socket: WebSocket<TcpStream>,
@@ -35,7 +35,7 @@ impl Channels {
         let address = url.strip_prefix("http://").unwrap();
         let host = address.split('/').next().unwrap();
         let stream = TcpStream::connect(host).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.set_nodelay(true).unwrap();
         let request = ClientRequestBuilder::new(format!("ws://{address}").parse().unwrap())
             .with_sub_protocol("v4.channel.k8s.io");
@@ -46,16 +46,16 @@ impl Channels {
     fn send(&mut self, channel: u8, bytes: &[u8]) {
         let message = [&[channel], bytes].concat();
         if let Err(error) = self.socket.send(Message::Binary(message.into())) {
-            // Why it is closed was said before.
+            // The server sends the reason before it closes the connection.
             let last = std::iter::from_fn(|| self.receive()).last();
             panic!(
-                "{error} after {:?}",
+                "{error}; last message: {:?}",
                 last.map(|(_, text)| String::from_utf8_lossy(&text).into_owned())
             );
         }
     }
 
-    /// The next channel's bytes that are any; nothing at the end of the connection.
+    /// Returns the next message that is not empty: its channel and its bytes. `None` is the end of the connection.
     fn receive(&mut self) -> Option<(u8, Vec<u8>)> {
         loop {
             match self.socket.read() {
@@ -71,24 +71,24 @@ impl Channels {
     }
 }
 
-/// The streams of an executed command or of a container that was attached to.
+/// The streams of an exec, or of a container that is attached to.
 #[derive(Debug)]
-pub(crate) struct Terminal {
+pub(crate) struct Streams {
     channels: Channels,
-    /// What came on standard output so far.
+    /// Standard output so far.
     pub(crate) stdout: String,
-    /// What came on standard error so far.
+    /// Standard error so far.
     pub(crate) stderr: String,
-    /// The exit status of the command, once it is known.
+    /// The exit status of the command, if it has ended.
     pub(crate) exit: Option<i64>,
 }
 
-impl Terminal {
-    /// Runs a command with all its streams, on a terminal if `tty`.
+impl Streams {
+    /// Runs a command in the container, on a terminal if `tty`.
     pub(crate) fn exec(container: &Container, command: &[&str], tty: bool) -> Self {
         let request = ExecRequest {
             container_id: container.id.clone(),
-            cmd: words(command),
+            cmd: to_strings(command),
             tty,
             stdin: true,
             stdout: true,
@@ -97,7 +97,7 @@ impl Terminal {
         Self::open(&call(&request).unwrap().url)
     }
 
-    /// The streams of a container's own process.
+    /// Attaches to the container's process.
     pub(crate) fn attach(container: &Container, tty: bool) -> Self {
         let request = AttachRequest {
             container_id: container.id.clone(),
@@ -118,7 +118,7 @@ impl Terminal {
         }
     }
 
-    /// Types.
+    /// Writes to standard input.
     pub(crate) fn send(&mut self, text: &str) {
         self.channels.send(STDIN, text.as_bytes());
     }
@@ -129,19 +129,20 @@ impl Terminal {
         self.channels.send(RESIZE, size.as_bytes());
     }
 
-    /// Reads until standard output has this text.
+    /// Reads until standard output contains `text`.
     pub(crate) fn wait_for(&mut self, text: &str) {
         while !self.stdout.contains(text) {
-            assert!(self.advance(), "ended before {text:?}: {self:?}");
+            assert!(self.receive_message(), "the stream ended before {text:?}: {self:?}");
         }
     }
 
-    /// Reads to the end.
-    pub(crate) fn wait(&mut self) {
-        while self.advance() {}
+    /// Reads until the connection ends.
+    pub(crate) fn read_to_end(&mut self) {
+        while self.receive_message() {}
     }
 
-    fn advance(&mut self) -> bool {
+    /// Receives one message. Returns false at the end of the connection.
+    fn receive_message(&mut self) -> bool {
         let Some((channel, bytes)) = self.channels.receive() else {
             return false;
         };
@@ -149,15 +150,15 @@ impl Terminal {
         match channel {
             STDOUT => self.stdout += &text,
             STDERR => self.stderr += &text,
-            STATUS => self.exit = Some(exit_of(&text)),
-            _ => panic!("channel {channel}: {text:?}"),
+            STATUS => self.exit = Some(parse_exit_status(&text)),
+            _ => panic!("unexpected channel {channel}: {text:?}"),
         }
         true
     }
 }
 
-/// The exit status in a status of Kubernetes' API.
-fn exit_of(status: &str) -> i64 {
+/// Returns the exit status from a `Status` object of Kubernetes' API.
+fn parse_exit_status(status: &str) -> i64 {
     let status: Value = serde_json::from_str(status).unwrap();
     if status["status"] == "Success" {
         return 0;
@@ -170,17 +171,18 @@ fn exit_of(status: &str) -> i64 {
 
 /// A connection to a port of a pod.
 #[derive(Debug)]
-pub(crate) struct Forwarded {
+pub(crate) struct ForwardedPort {
     channels: Channels,
     unread: Vec<u8>,
 }
 
-/// Channels of a forwarded port.
+/// The channel for data of a forwarded port.
 const DATA: u8 = 0;
+/// The channel for errors of a forwarded port.
 const FAILURE: u8 = 1;
 
-impl Forwarded {
-    /// Asks for a connection; whether there is one shows when it is used.
+impl ForwardedPort {
+    /// Opens a connection. A failure to connect to the port is only reported when the connection is used.
     pub(crate) fn open(pod: &Pod, port: u16) -> Self {
         let request = PortForwardRequest {
             pod_sandbox_id: pod.id.clone(),
@@ -188,7 +190,7 @@ impl Forwarded {
         };
         let url = call(&request).unwrap().url;
         let mut channels = Channels::open(&format!("{url}?port={port}"));
-        // Each channel starts with the port that it is for.
+        // The first message of each channel is the port.
         for channel in [DATA, FAILURE] {
             assert_eq!(channels.receive(), Some((channel, port.to_le_bytes().to_vec())));
         }
@@ -211,18 +213,18 @@ impl Forwarded {
             match self.channels.receive() {
                 Some((DATA, bytes)) => self.unread.extend(bytes),
                 Some((_, text)) => panic!("{}", String::from_utf8_lossy(&text)),
-                None => panic!("ended after {} bytes of {length}", self.unread.len()),
+                None => panic!("the connection ended after {} of {length} bytes", self.unread.len()),
             }
         }
         self.unread.drain(..length).collect()
     }
 
-    /// Why there is no connection, and after what time that was said.
-    pub(crate) fn failure(mut self) -> (String, Duration) {
+    /// Waits for the error that the port cannot be reached. Returns its text and the time until it arrived.
+    pub(crate) fn wait_for_failure(mut self) -> (String, Duration) {
         let start = Instant::now();
         match self.channels.receive() {
             Some((FAILURE, text)) => (String::from_utf8_lossy(&text).into_owned(), start.elapsed()),
-            other => panic!("no failure, but {other:?}"),
+            other => panic!("{other:?} instead of an error"),
         }
     }
 }

@@ -1,12 +1,12 @@
-//! Pods whose containers have a disk each.
+//! Pods whose containers each have a disk.
 
 use crate::{
     pod::{Handler, Pod},
     wait_until,
 };
 
-/// More containers, one after the other, than there is room for at a time; each finds a disk of its own, and one
-/// that stays keeps what it has.
+/// Creates more containers in sequence than a machine has slots for disks, while one container keeps its disk. Then uses
+/// all slots at once.
 pub(crate) fn attach_and_detach(handler: Handler) {
     let pod = Pod::run(handler);
     let stays = pod.start("stays", &["sleep", "1000"]);
@@ -30,7 +30,7 @@ pub(crate) fn attach_and_detach(handler: Handler) {
         container.remove();
     }
     assert_eq!(stays.sh("sha256sum </data"), sum);
-    // As many at once as there is room for.
+    // As many containers as there are slots.
     let many: Vec<_> = (0..7)
         .map(|number| pod.start(&format!("beside-{number}"), &["sleep", "1000"]))
         .collect();
@@ -43,7 +43,7 @@ pub(crate) fn attach_and_detach(handler: Handler) {
     let last = pod.start("last", &["sleep", "1000"]);
     assert_eq!(last.sh("ls /mine 2>/dev/null; echo none"), "none");
     assert_eq!(stays.sh("sha256sum </data"), sum);
-    wait_until("all that run", || {
+    wait_until("eight running containers", || {
         let running = pod
             .containers()
             .into_iter()

@@ -1,4 +1,4 @@
-//! What one container's end does to the others: nothing.
+//! Failures of one container, which do not affect the others of its pod.
 
 use crate::{
     messages::{ContainerState, LinuxContainerResources},
@@ -13,7 +13,7 @@ pub(crate) fn failures_affect_one_container_only(handler: Handler) {
     });
     let sibling = pod.start("sibling", &["sh", "-c", "echo $$ >/mine; exec sleep 1000"]);
     let started = sibling.status().started_at;
-    let unharmed = || {
+    let assert_sibling_unharmed = || {
         let status = sibling.status();
         assert_eq!((status.state(), status.started_at), (ContainerState::Running, started));
         assert_eq!(sibling.sh("cat /mine"), "1");
@@ -21,30 +21,30 @@ pub(crate) fn failures_affect_one_container_only(handler: Handler) {
 
     let crashes = pod.start("crashes", &["sh", "-c", "sh -c 'kill -SEGV $$'; exit $?"]);
     assert_eq!(crashes.wait().exit_code, 139);
-    unharmed();
+    assert_sibling_unharmed();
     let killed = pod.start("killed", &["sleep", "1000"]);
     killed.stop(0);
     let status = killed.wait();
     assert_eq!((status.exit_code, status.reason.as_str()), (137, "Error"));
-    unharmed();
+    assert_sibling_unharmed();
     let hungry = pod.start_with("hungry", &["tail", "/dev/zero"], |config| {
         resources(config).memory_limit_in_bytes = 32 << 20;
     });
     assert_eq!(hungry.wait().exit_code, 137);
-    // Two events, which may come in any order.
+    // The OOM event and the exit event may arrive in any order.
     wait_until("the reason OOMKilled", || {
         (hungry.status().reason == "OOMKilled").then_some(())
     });
-    unharmed();
+    assert_sibling_unharmed();
     let missing = pod.create("missing", &["/no/such/program"], |_| ()).unwrap();
     let message = missing.start().unwrap_err().message;
     assert!(message.contains("no such file or directory"), "{message}");
-    unharmed();
+    assert_sibling_unharmed();
     pod.remove();
 }
 
-/// What the host gives the pod is less than its containers may use: no overhead. Then one process has to end, and
-/// not the machine.
+/// Without overhead the pod's control group allows less memory than machine and containers use together. Then a process
+/// must be killed, and not the machine.
 pub(crate) fn pod_without_overhead_runs_out_of_memory(handler: Handler) {
     let pod = Pod::run_with(handler, |config| {
         let limits = config.linux.get_or_insert_default();
@@ -66,16 +66,16 @@ pub(crate) fn pod_without_overhead_runs_out_of_memory(handler: Handler) {
         });
         let status = sibling.status();
         assert_eq!((status.state(), status.started_at), (ContainerState::Running, started));
-        assert_eq!(sibling.sh("echo well"), "well");
+        assert_eq!(sibling.sh("echo alive"), "alive");
     }
     pod.remove();
 }
 
 pub(crate) fn stop_sends_sigterm_first(handler: Handler) {
     let pod = Pod::run(handler);
-    let script = "trap 'echo asked; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
+    let script = "trap 'echo got TERM; exit 7' TERM; echo ready; while :; do sleep 0.1; done";
     let polite = pod.start("polite", &["sh", "-c", script]);
-    let script = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.1; done";
+    let script = "trap 'echo got TERM' TERM; echo ready; while :; do sleep 0.1; done";
     let stubborn = pod.start("stubborn", &["sh", "-c", script]);
     polite.wait_for_line("ready");
     stubborn.wait_for_line("ready");
@@ -84,7 +84,7 @@ pub(crate) fn stop_sends_sigterm_first(handler: Handler) {
     stubborn.stop(1);
     assert_eq!(stubborn.wait().exit_code, 137);
     for container in [polite, stubborn] {
-        assert_eq!(container.output("stdout"), "ready\nasked\n");
+        assert_eq!(container.output("stdout"), "ready\ngot TERM\n");
     }
     pod.remove();
 }

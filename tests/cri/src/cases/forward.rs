@@ -1,4 +1,4 @@
-//! Forwarded ports.
+//! ForwardedPort ports.
 
 use std::{thread, time::Duration};
 
@@ -6,11 +6,11 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     pod::{Handler, Pod},
-    streaming::Forwarded,
+    streaming::ForwardedPort,
 };
 
-/// Takes a length in 8 bytes and as many bytes; answers their SHA-256 and as many bytes of a pattern. One port for
-/// each address.
+/// A server that reads a length in 8 bytes and as many bytes, and answers with their SHA-256 and as many bytes of a
+/// pattern. It has a separate port for each address.
 const SERVER: &str = r#"
 import hashlib, socket, struct, sys, threading
 def exactly(connection, length):
@@ -42,7 +42,8 @@ listen(socket.AF_INET, "0.0.0.0", 8003)
 print("ready", flush=True)
 "#;
 
-fn exchange(connection: &mut Forwarded, length: usize) {
+/// Sends `length` bytes, and checks the digest and the bytes that come back.
+fn exchange(connection: &mut ForwardedPort, length: usize) {
     let sent: Vec<u8> = (0_u32..)
         .flat_map(|number| number.wrapping_mul(2_654_435_761).to_le_bytes())
         .take(length)
@@ -51,19 +52,22 @@ fn exchange(connection: &mut Forwarded, length: usize) {
     connection.send(&(length as u64).to_be_bytes());
     connection.send(&sent);
     assert_eq!(connection.receive(32), Sha256::digest(&sent).as_slice());
-    assert!(connection.receive(length) == expected, "not the bytes that were sent");
+    assert!(
+        connection.receive(length) == expected,
+        "the received bytes differ from the pattern"
+    );
 }
 
 pub(crate) fn forwarded_ports(handler: Handler) {
     let pod = Pod::run(handler);
     let server = pod.start_debian("server", &["python3", "-c", SERVER]);
     server.wait_for_line("ready");
-    // An error at once, and not a connection that says nothing.
-    let (message, after) = Forwarded::open(&pod, 8009).failure();
+    // A closed port is reported at once.
+    let (message, after) = ForwardedPort::open(&pod, 8009).wait_for_failure();
     assert!(message.contains("refused") || message.contains("reset"), "{message}");
     assert!(after < Duration::from_secs(5), "{after:?}");
     for port in [8001, 8003, 8002] {
-        exchange(&mut Forwarded::open(&pod, port), 10 << 20);
+        exchange(&mut ForwardedPort::open(&pod, port), 10 << 20);
     }
     pod.remove();
 }
@@ -72,10 +76,10 @@ pub(crate) fn fifty_connections(handler: Handler) {
     let pod = Pod::run(handler);
     let server = pod.start_debian("server", &["python3", "-c", SERVER]);
     server.wait_for_line("ready");
-    // What fails for each of them is said once.
-    exchange(&mut Forwarded::open(&pod, 8001), 1000);
+    // One connection first: a failure that is common to all is then reported only once.
+    exchange(&mut ForwardedPort::open(&pod, 8001), 1000);
     let mut connections: Vec<_> = (0..50)
-        .map(|number| Forwarded::open(&pod, [8001, 8003][number % 2]))
+        .map(|number| ForwardedPort::open(&pod, [8001, 8003][number % 2]))
         .collect();
     thread::scope(|scope| {
         for (number, connection) in connections.iter_mut().enumerate() {

@@ -1,4 +1,7 @@
-//! The cases, by what they look at. Each takes a runtime handler, makes its pods, and fails by panic.
+//! The cases, one module for each topic. A case gets a runtime handler, creates its pods, and panics if it fails.
+//!
+//! Lives here: the list of cases. May not live here: code that several cases use, which is in the modules of the crate.
+//! Called by `main`.
 
 mod disks;
 mod failures;
@@ -11,12 +14,11 @@ mod streams;
 
 use crate::pod::Handler;
 
-/// A case.
 type Case = fn(Handler);
 
 macro_rules! cases {
     ($($module:ident: $($name:ident)*;)*) => {
-        /// Every case by its name.
+        /// Every case with its name, `MODULE::FUNCTION`.
         pub(crate) const CASES: &[(&str, Case)] = &[
             $($((concat!(stringify!($module), "::", stringify!($name)), $module::$name as Case),)*)*
         ];

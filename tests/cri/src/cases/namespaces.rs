@@ -1,14 +1,14 @@
-//! What the containers of a pod share, and what not.
+//! Namespaces and settings that the containers of a pod share.
 
 use std::collections::BTreeMap;
 
 use crate::{
     messages::{DnsConfig, NamespaceMode},
-    pod::{Container, Handler, Pod, namespaces, security, share_processes},
+    pod::{Container, Handler, Pod, namespaces, security, share_pid_namespace},
 };
 
-/// The namespaces that a container's processes see themselves in.
-fn seen_by(container: &Container) -> BTreeMap<String, String> {
+/// The namespaces of a container's processes: type and identifier.
+fn namespaces_of(container: &Container) -> BTreeMap<String, String> {
     container
         .sh("for name in ipc mnt net pid uts; do echo $name $(readlink /proc/self/ns/$name); done")
         .lines()
@@ -17,8 +17,9 @@ fn seen_by(container: &Container) -> BTreeMap<String, String> {
         .collect()
 }
 
+/// Asserts that two containers have the same namespaces of the types in `shared`, and different ones otherwise.
 fn assert_shared(left: &Container, right: &Container, shared: &[&str]) {
-    let (left, right) = (seen_by(left), seen_by(right));
+    let (left, right) = (namespaces_of(left), namespaces_of(right));
     for (name, token) in &left {
         assert_eq!(
             token == &right[name],
@@ -37,7 +38,7 @@ pub(crate) fn separate_processes(handler: Handler) {
     assert!(processes.contains("    1 sleep 11111"), "{processes}");
     assert!(!processes.contains("sleep 22222"), "{processes}");
 
-    // Of the pod: the network's loopback, the host's name, memory, queues.
+    // Shared: loopback interface, host name, /dev/shm, message queues.
     left.sh("httpd -p 127.0.0.1:7777 -h /etc");
     assert_eq!(
         right.sh("wget -q -O - http://127.0.0.1:7777/hostname"),
@@ -47,7 +48,7 @@ pub(crate) fn separate_processes(handler: Handler) {
     left.sh("echo shared >/dev/shm/note; touch /dev/mqueue/queue");
     assert_eq!(right.sh("cat /dev/shm/note"), "shared");
     assert_eq!(right.sh("ls /dev/mqueue"), "queue");
-    // It outlives the container that wrote it.
+    // /dev/shm outlives the container that wrote to it.
     left.stop(0);
     left.remove();
     assert_eq!(right.sh("cat /dev/shm/note"), "shared");
@@ -56,7 +57,7 @@ pub(crate) fn separate_processes(handler: Handler) {
 }
 
 pub(crate) fn shared_processes(handler: Handler) {
-    let pod = Pod::run_with(handler, share_processes);
+    let pod = Pod::run_with(handler, share_pid_namespace);
     let left = pod.start("left", &["sleep", "11111"]);
     let right = pod.start("right", &["sleep", "22222"]);
     assert_shared(&left, &right, &["ipc", "net", "pid", "uts"]);
@@ -66,10 +67,10 @@ pub(crate) fn shared_processes(handler: Handler) {
         "{processes}"
     );
     assert!(!processes.contains("    1 sleep"), "{processes}");
-    // One ends the other, by its number.
+    // A process of one container can kill a process of the other.
     left.sh("kill -9 $(ps -o pid,args | awk '$2 == \"sleep\" && $3 == 22222 { print $1 }')");
     assert_eq!(right.wait().exit_code, 137);
-    // Both ends by containerd are of one container only.
+    // Stop of a container ends its processes only.
     let third = pod.start("third", &["sleep", "33333"]);
     left.stop(0);
     assert_eq!(left.wait().exit_code, 137);
@@ -115,7 +116,7 @@ pub(crate) fn files_and_settings(handler: Handler) {
         assert_eq!(container.sh("cat /proc/sys/net/ipv4/ip_unprivileged_port_start"), "79");
         assert_eq!(container.sh("cat /proc/sys/kernel/shm_rmid_forced"), "1");
     }
-    // No capability binds port 80, the setting does.
+    // The container has no capability to bind port 80: the sysctl allows it.
     assert_eq!(first.sh("wget -q -O - http://127.0.0.1/hostname"), pod.config.hostname);
     pod.remove();
 }
@@ -128,7 +129,7 @@ pub(crate) fn host_namespaces_are_refused(handler: Handler) {
         ("hostIPC", |options| options.ipc = NamespaceMode::Node.into()),
     ];
     for (name, set) in fields {
-        // containerd 2.1 itself crashes of it before it asks the runtime: its issue 12983.
+        // containerd 2.1 crashes before it calls the runtime (containerd issue 12983).
         if handler == Handler::NutshellShim && name == "hostNetwork" {
             continue;
         }

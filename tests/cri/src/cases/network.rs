@@ -1,4 +1,4 @@
-//! Pods on a bridge: each other, the host, names and ports.
+//! Network of pods on a bridge: other pods, the host, DNS, host ports.
 
 use std::{
     io::{Read, Write},
@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    PATIENCE, dns,
+    TIMEOUT, dns,
     messages::{DnsConfig, PortMapping, Protocol},
     pod::{Handler, Pod},
 };
@@ -16,7 +16,7 @@ use crate::{
 /// The host's addresses on the bridge (tests/lab/pods.bash).
 const HOST: [&str; 2] = ["10.88.0.1", "fd00:88::1"];
 
-/// Echoes on port 7 of every address: bytes by TCP until their end, datagrams by UDP.
+/// An echo server on port 7 of every address, for TCP and UDP.
 const ECHO: &str = r#"
 import socket, threading
 def echo(connection):
@@ -36,9 +36,9 @@ for family, address in (socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"):
 print("ready", flush=True)
 "#;
 
-/// Asks an echo at the address that is its argument, by TCP with 1 MiB and by UDP with datagrams from one byte to
-/// more than one frame holds.
-const ASK: &str = r#"
+/// A client of the echo server at the address in its argument: 1 MiB over TCP, and datagrams from one byte to more than
+/// fits into a frame.
+const ECHO_CLIENT: &str = r#"
 import os, socket, sys, threading
 address = sys.argv[1], 7
 connection = socket.create_connection(address, timeout=60)
@@ -65,19 +65,19 @@ for size in 1, 1400, 8000:
 pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
     let echo = Pod::run(handler);
     let server = echo.start_debian("echo", &["python3", "-c", ECHO]);
-    let asking = Pod::run(handler);
-    let client = asking.start_debian("client", &["sleep", "1000"]);
-    let tools = asking.start("tools", &["sleep", "1000"]);
+    let client_pod = Pod::run(handler);
+    let client = client_pod.start_debian("client", &["sleep", "1000"]);
+    let tools = client_pod.start("tools", &["sleep", "1000"]);
     server.wait_for_line("ready");
     serve_echo();
 
     let addresses = echo.addresses();
-    assert_ne!(addresses, asking.addresses());
+    assert_ne!(addresses, client_pod.addresses());
     for address in addresses.iter().map(String::as_str).chain(HOST) {
-        // One that is not lost is enough.
+        // Packets may be lost: one answer is enough.
         tools.sh(&format!("ping -c 3 -w 10 {address}"));
         tools.sh(&format!("ping -c 3 -w 10 -s 1472 {address}"));
-        let answer = client.exec(&["python3", "-c", ASK, address]);
+        let answer = client.exec(&["python3", "-c", ECHO_CLIENT, address]);
         assert_eq!(
             answer.exit_code,
             0,
@@ -85,33 +85,33 @@ pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
             String::from_utf8_lossy(&answer.stderr)
         );
     }
-    // The other way round.
+    // From the host to the pod.
     for address in &addresses {
         let mut connection = TcpStream::connect((address.as_str(), 7)).unwrap();
-        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        connection.set_read_timeout(Some(TIMEOUT)).unwrap();
         connection.write_all(b"hello").unwrap();
         let mut answer = [0; 5];
         connection.read_exact(&mut answer).unwrap();
         assert_eq!(&answer, b"hello");
-        assert_eq!(datagram_to(address, 7, b"hello"), b"hello");
+        assert_eq!(exchange_datagram(address, 7, b"hello"), b"hello");
     }
-    // A client without a server hears that, on both sides.
+    // A closed port is reported in both directions.
     let answer = tools.exec(&["nc", "-w", "10", HOST[0], "9"]);
     assert_ne!(answer.exit_code, 0);
     let refused = TcpStream::connect((addresses[0].as_str(), 9)).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
-    // What a pod sees of its network is what CNI set up.
+    // The pod has the addresses and routes that CNI has set up.
     let interface = tools.sh("ip address show eth0");
-    for address in asking.addresses() {
+    for address in client_pod.addresses() {
         assert!(interface.contains(&address), "{address}: {interface}");
     }
     assert!(tools.sh("ip route").contains("default via 10.88.0.1 dev eth0"));
     assert!(tools.sh("ip -6 route").contains("default via fd00:88::1 dev eth0"));
-    asking.remove_beside(&echo);
+    client_pod.remove_beside(&echo);
     echo.remove();
 }
 
-/// The host's side of [`ASK`], as long as the program runs.
+/// Serves [`ECHO_CLIENT`] on the host until the program ends.
 fn serve_echo() {
     for address in HOST {
         let server = TcpListener::bind((address, 7)).unwrap();
@@ -131,8 +131,8 @@ fn serve_echo() {
     }
 }
 
-/// The answer to a datagram, which may get lost on its way a few times.
-fn datagram_to(address: &str, port: u16, bytes: &[u8]) -> Vec<u8> {
+/// Sends a datagram and returns the answer. Retries, because datagrams may be lost.
+fn exchange_datagram(address: &str, port: u16, bytes: &[u8]) -> Vec<u8> {
     let any = if address.contains(':') { "::" } else { "0.0.0.0" };
     let socket = UdpSocket::bind((any, 0)).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
@@ -187,13 +187,13 @@ pub(crate) fn host_ports(handler: Handler) {
     server.wait_for_line("ready");
     for address in ["127.0.0.1", HOST[0]] {
         let mut connection = TcpStream::connect((address, 18007)).unwrap();
-        connection.set_read_timeout(Some(PATIENCE)).unwrap();
+        connection.set_read_timeout(Some(TIMEOUT)).unwrap();
         connection.write_all(b"hello").unwrap();
         let mut answer = [0; 5];
         connection.read_exact(&mut answer).unwrap();
         assert_eq!(&answer, b"hello");
     }
-    assert_eq!(datagram_to(HOST[0], 18007, b"hello"), b"hello");
+    assert_eq!(exchange_datagram(HOST[0], 18007, b"hello"), b"hello");
     pod.remove();
     let gone = TcpStream::connect((HOST[0], 18007)).unwrap_err();
     assert_eq!(gone.kind(), std::io::ErrorKind::ConnectionRefused);

@@ -1,4 +1,4 @@
-//! Lives of pods and of the containers in them.
+//! The life cycle of pods and of their containers.
 
 use std::{fs, path::Path, process::Command};
 
@@ -20,11 +20,11 @@ pub(crate) fn run_to_completion(handler: Handler) {
     assert_eq!(status.reason, "Error");
     assert_eq!(container.output("stdout"), "hello\n");
     assert_eq!(pod.containers(), [("one".to_owned(), ContainerState::Exited)]);
-    assert_eq!(pod.listed(), Some(PodState::Ready));
+    assert_eq!(pod.listed_state(), Some(PodState::Ready));
     pod.remove();
 }
 
-/// A folder of the host that all of a pod's containers have at /volume.
+/// Creates a folder on the host, and returns a change that mounts it at /volume of a container.
 fn volume(pod: &Pod) -> impl Fn(&mut ContainerConfig) + use<> {
     let folder = format!("{}/volume", pod.config.log_directory);
     fs::create_dir_all(&folder).unwrap();
@@ -75,10 +75,10 @@ pub(crate) fn removal_in_any_order(handler: Handler) {
         })
         .collect();
     assert_eq!(pod.containers().len(), 5);
-    // Neither in the order of their starts nor in the reverse.
+    // Neither in the order of the starts nor in reverse order.
     for index in [2, 0, 2, 0] {
         let (_, container) = containers.remove(index);
-        // Killed by its removal.
+        // RemoveContainer kills it.
         container.remove();
         for (name, other) in &containers {
             assert_eq!(other.sh("cat /mine"), *name);
@@ -104,7 +104,7 @@ pub(crate) fn restart(handler: Handler) {
         });
         assert_eq!(container.wait().exit_code, 1);
         assert_eq!(container.output("stdout"), "fresh\n");
-        // A kubelet keeps the last one for its log.
+        // A kubelet keeps the last container for its log.
         if let Some(last) = last.replace(container) {
             last.remove();
         }
@@ -127,9 +127,9 @@ pub(crate) fn pod_without_a_running_container(handler: Handler) {
     pod.stop();
     assert_eq!(pod.status().state(), PodState::NotReady);
     assert_eq!(second.status().exit_code, 137);
-    // As kubelets do.
+    // Kubelets call StopPodSandbox more than once.
     pod.stop();
-    assert_eq!(pod.listed(), Some(PodState::NotReady));
+    assert_eq!(pod.listed_state(), Some(PodState::NotReady));
     let third = pod.create("third", &["true"], |_| ());
     third.and_then(|third| third.start()).unwrap_err();
     let id = pod.id.clone();
@@ -156,7 +156,7 @@ pub(crate) fn ephemeral_container(handler: Handler) {
     assert!(!processes.contains("sleep 54321"), "{processes}");
     assert_eq!(debugger.sh("tr '\\0' ' ' </proc/1/cmdline").trim(), "sleep 12345");
     assert_eq!(debugger.sh("cat /proc/1/root/hidden"), "treasure");
-    // Its end is its own.
+    // The end of the debugger does not affect the others.
     debugger.stop(0);
     assert_eq!(debugger.wait().exit_code, 137);
     assert_eq!(target.sh("cat /hidden"), "treasure");
@@ -164,8 +164,8 @@ pub(crate) fn ephemeral_container(handler: Handler) {
     pod.remove();
 }
 
-/// `script` with the functions of tests/lab/containerd.bash.
-fn with_containerd(script: &str) {
+/// Runs a bash script that can use the functions of tests/lab/containerd.bash.
+fn run_lab_script(script: &str) {
     let lab = std::env::var("NUTSHELL_TEST_LAB").unwrap();
     let status = Command::new("bash")
         .args(["-c", &format!("source {lab}/containerd.bash; {script}")])
@@ -178,19 +178,19 @@ pub(crate) fn restarted_containerd(handler: Handler) {
     let pod = Pod::run(handler);
     let volume = volume(&pod);
     let long = pod.start("long", &["sh", "-c", "echo mine >/mine; exec sleep 1000"]);
-    let script = "while [ ! -e /volume/go ]; do sleep 0.1; done; echo last words; touch /volume/gone; exit 42";
+    let script = "while [ ! -e /volume/go ]; do sleep 0.1; done; echo last output; touch /volume/gone; exit 42";
     let short = pod.start_with("short", &["sh", "-c", script], &volume);
     let before = (pod.addresses(), long.pid(), long.status().started_at);
-    with_containerd("end_containerd KILL");
+    run_lab_script("end_containerd KILL");
     let folder = Path::new(&pod.config.log_directory).join("volume");
     fs::write(folder.join("go"), "").unwrap();
     wait_until("a file of a container", || folder.join("gone").exists().then_some(()));
-    with_containerd("serve_containerd");
+    run_lab_script("serve_containerd");
     assert_eq!(pod.status().state(), PodState::Ready);
     assert_eq!((pod.addresses(), long.pid(), long.status().started_at), before);
     assert_eq!(long.sh("cat /mine"), "mine");
     let exit_code = short.wait().exit_code;
-    // containerd forgets what runc's shim knows of a container that has ended meanwhile, and says 255.
+    // With runc's shim, containerd loses the exit status of a container that ended while containerd was down: it is 255.
     assert!(
         exit_code == 42 || (exit_code == 255 && !handler.is_nutshell()),
         "{exit_code}"

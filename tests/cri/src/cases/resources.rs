@@ -1,4 +1,4 @@
-//! What containers use and may use.
+//! Statistics and limits of containers, and the size of the machine.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     client::call,
-    host::{groups_at, read_log},
+    host::{cgroups_at, read_log},
     messages::{
         ContainerStats, ContainerStatsRequest, LinuxContainerResources, LinuxPodSandboxStats,
         ListContainerStatsRequest, ListPodSandboxStatsRequest, PodSandboxConfig, PodSandboxStatsRequest,
@@ -19,20 +19,21 @@ use crate::{
     wait_until,
 };
 
-const PERIOD: i64 = 100_000;
+/// The CPU period of all limits, in microseconds.
+const CPU_PERIOD: i64 = 100_000;
 
-fn limits(cpus_in_percent: i64, memory_in_mib: i64) -> LinuxContainerResources {
+fn limits(percent_of_cpu: i64, memory_mib: i64) -> LinuxContainerResources {
     LinuxContainerResources {
-        cpu_period: PERIOD,
-        cpu_quota: cpus_in_percent * PERIOD / 100,
-        cpu_shares: cpus_in_percent * 1024 / 100,
-        memory_limit_in_bytes: memory_in_mib << 20,
+        cpu_period: CPU_PERIOD,
+        cpu_quota: percent_of_cpu * CPU_PERIOD / 100,
+        cpu_shares: percent_of_cpu * 1024 / 100,
+        memory_limit_in_bytes: memory_mib << 20,
         ..Default::default()
     }
 }
 
-/// Tells the pod what its containers may use together, as a kubelet does.
-fn sum_of(config: &mut PodSandboxConfig, sum: LinuxContainerResources) {
+/// Sets the sum of the limits of all containers in the pod's config, as a kubelet does.
+fn set_sum(config: &mut PodSandboxConfig, sum: LinuxContainerResources) {
     config.linux.get_or_insert_default().resources = Some(sum);
 }
 
@@ -55,21 +56,22 @@ fn working_set(stats: &ContainerStats) -> u64 {
     stats.memory.clone().unwrap().working_set_bytes.unwrap().value
 }
 
-/// CPU time in nanoseconds, and when that was.
+/// CPU time and timestamp of the statistics, both in nanoseconds.
 fn cpu(stats: &ContainerStats) -> (u64, i64) {
     let cpu = stats.cpu.clone().unwrap();
     (cpu.usage_core_nano_seconds.unwrap().value, cpu.timestamp)
 }
 
-/// How many CPUs a container uses, in percent of one, measured for some seconds.
+/// Measures for four seconds how much CPU time a container uses, in percent of one CPU.
 fn load(container: &Container) -> u64 {
-    let (from, start) = cpu(&stats(container));
+    let (used_before, start) = cpu(&stats(container));
     sleep(Duration::from_secs(4));
-    let (to, end) = cpu(&stats(container));
-    (to - from) * 100 / u64::try_from(end - start).unwrap()
+    let (used_after, end) = cpu(&stats(container));
+    (used_after - used_before) * 100 / u64::try_from(end - start).unwrap()
 }
 
-/// Uses 4 s of CPU time and no more, and says how much it and what started it had then, in nanoseconds.
+/// Uses 4 s of CPU time and then sleeps. Prints the CPU time of its control group in nanoseconds: that before the load
+/// plus that of the load.
 const KNOWN_LOAD: &str = "import time
 start = time.process_time_ns()
 before = int(open('/sys/fs/cgroup/cpu.stat').readline().split()[1]) * 1000
@@ -77,11 +79,11 @@ while time.process_time_ns() < start + 4 * 10**9: pass
 print(before + time.process_time_ns() - start, flush=True)
 time.sleep(1000)";
 
-/// Holds memory, much more than a shell has beside it, and says so.
+/// Allocates 60 MiB, far more than the shell uses, prints `held`, and sleeps.
 const KNOWN_MEMORY: &str = "dd if=/dev/zero of=/dev/shm/held bs=1M count=60 2>/dev/null && echo held; exec sleep 1000";
 
 pub(crate) fn statistics(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(140, 384)));
+    let pod = Pod::run_with(handler, |config| set_sum(config, limits(140, 384)));
     let before = pod_stats(&pod);
     let busy = pod.start_with("busy", &["python3", "-c", KNOWN_LOAD], |config| {
         config.image = image(DEBIAN);
@@ -91,57 +93,60 @@ pub(crate) fn statistics(handler: Handler) {
         config.image = image(DEBIAN);
         *resources(config) = limits(50, 256);
     });
-    let said = |container: &Container| read_log(&container.log).first().map(|line| line.text.clone());
-    wait_until("60 MiB that are held", || said(&holding));
-    let had: u64 = wait_until("4 s of CPU time", || said(&busy)).parse().unwrap();
+    let first_line = |container: &Container| read_log(&container.log).first().map(|line| line.text.clone());
+    wait_until("60 MiB that are held", || first_line(&holding));
+    let used_by_load: u64 = wait_until("4 s of CPU time", || first_line(&busy)).parse().unwrap();
 
-    let within_5_percent = |known: u64, counted: u64| {
-        assert!(counted.abs_diff(known) * 20 <= known, "{known} is counted as {counted}");
+    let assert_within_5_percent = |expected: u64, reported: u64| {
+        assert!(
+            reported.abs_diff(expected) * 20 <= expected,
+            "{reported} instead of {expected}"
+        );
     };
-    within_5_percent(had, cpu(&stats(&busy)).0);
-    within_5_percent(60 << 20, working_set(&stats(&holding)));
+    assert_within_5_percent(used_by_load, cpu(&stats(&busy)).0);
+    assert_within_5_percent(60 << 20, working_set(&stats(&holding)));
     let percent = load(&holding);
-    assert!(percent <= 5, "nothing is counted as {percent} % of a CPU");
+    assert!(percent <= 5, "an idle container uses {percent} % of a CPU");
 
     let after = pod_stats(&pod);
     assert_eq!(after.containers.len(), 2);
     let used = |stats: &LinuxPodSandboxStats| stats.cpu.clone().unwrap().usage_core_nano_seconds.unwrap().value;
-    // A machine has something to do beside its containers.
-    assert!(used(&after) - used(&before) >= had, "{before:?} {after:?}");
+    // The machine itself uses CPU time too.
+    assert!(used(&after) - used(&before) >= used_by_load, "{before:?} {after:?}");
     assert!(after.memory.clone().unwrap().working_set_bytes.unwrap().value >= 60 << 20);
-    let sent = |stats: &LinuxPodSandboxStats| {
+    let traffic = |stats: &LinuxPodSandboxStats| {
         let interface = stats.network.clone().unwrap().default_interface.unwrap();
         assert_eq!(interface.name, "eth0");
         (interface.tx_bytes.unwrap().value, interface.rx_bytes.unwrap().value)
     };
-    let before = sent(&after);
+    let before = traffic(&after);
     busy.sh(
         "python3 -c \"import socket; socket.create_connection(('10.88.0.1', 9)).close()\" 2>/dev/null; \
                 bash -c 'for i in {1..100}; do printf %1000s >/dev/udp/10.88.0.1/9; done'",
     );
     let (sent, received) = wait_until("bytes that were sent", || {
-        let now = sent(&pod_stats(&pod));
+        let now = traffic(&pod_stats(&pod));
         (now.0 >= before.0 + 100_000).then_some((now.0 - before.0, now.1 - before.1))
     });
-    assert!(sent < 150_000, "100 KB are counted as {sent} bytes");
-    assert!(received > 0, "nothing came back");
+    assert!(sent < 150_000, "{sent} bytes instead of 100 KB");
+    assert!(received > 0, "no received bytes");
 
-    // As `crictl stats` and `crictl statsp` ask.
+    // The calls of `crictl stats` and `crictl statsp`.
     let listed = call(&ListContainerStatsRequest {}).unwrap().stats;
     let listed = listed
         .iter()
         .find(|stats| stats.attributes.as_ref().unwrap().id == holding.id);
-    within_5_percent(60 << 20, working_set(listed.unwrap()));
+    assert_within_5_percent(60 << 20, working_set(listed.unwrap()));
     let listed = call(&ListPodSandboxStatsRequest {}).unwrap().stats;
     let listed = listed
         .iter()
         .find(|stats| stats.attributes.as_ref().unwrap().id == pod.id);
-    assert!(used(listed.unwrap().linux.as_ref().unwrap()) >= had);
+    assert!(used(listed.unwrap().linux.as_ref().unwrap()) >= used_by_load);
     pod.remove();
 }
 
-/// As a kubelet names a pod's group with the cgroupfs and with the systemd driver, and where below it containerd
-/// wants the sandbox.
+/// The control group of a pod as a kubelet names it with the cgroupfs and with the systemd driver, and the group below it
+/// that containerd requests for the sandbox.
 pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
     let parents = Path::new("/sys/fs/cgroup/kubepods.slice");
     fs::create_dir(parents).unwrap();
@@ -150,7 +155,7 @@ pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
         "+cpu +cpuset +io +memory +pids +hugetlb",
     )
     .unwrap();
-    for (parent, place) in [
+    for (parent, child) in [
         ("/kubepods/podbyfolder", "ID"),
         ("/kubepods.slice/kubepods-podbyslice.slice", "cri-containerd-ID.scope"),
     ] {
@@ -159,9 +164,9 @@ pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
         });
         let container = pod.start("one", &["sleep", "1000"]);
         assert_eq!(container.sh("echo here"), "here");
-        let group = pod.cgroup.join(place.replace("ID", &pod.id));
+        let group = pod.cgroup.join(child.replace("ID", &pod.id));
         let members: Vec<_> = fs::read_to_string(group.join("cgroup.procs"))
-            .unwrap_or_else(|error| panic!("{}: {error}: there are {:?}", group.display(), groups_at(&pod.cgroup)))
+            .unwrap_or_else(|error| panic!("{}: {error}; groups: {:?}", group.display(), cgroups_at(&pod.cgroup)))
             .lines()
             .map(|pid| {
                 fs::read_to_string(format!("/proc/{pid}/comm"))
@@ -170,7 +175,7 @@ pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
                     .to_owned()
             })
             .collect();
-        // The kernel adds a thread of its own for a machine.
+        // The kernel may add a thread of KVM.
         for role in ["nutshell-vmm", "nutshell-fs"] {
             assert!(
                 members.iter().any(|name| name == role),
@@ -194,68 +199,70 @@ fn update(container: &Container, limits: LinuxContainerResources) {
     assert_eq!(known.cpu_quota, limits.cpu_quota);
 }
 
-fn seen_limits(container: &Container) -> String {
+/// The limits of a container's control group in the guest.
+fn effective_limits(container: &Container) -> String {
     container.sh("cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/memory.max")
 }
 
 pub(crate) fn updated_limits(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(100, 128)));
+    let pod = Pod::run_with(handler, |config| set_sum(config, limits(100, 128)));
     let container = pod.start_with("one", &["sh", "-c", "while :; do :; done"], |config| {
         *resources(config) = limits(60, 96);
     });
     let other = pod.start_with("other", &["sleep", "1000"], |config| {
         *resources(config) = limits(40, 32)
     });
-    assert_eq!(seen_limits(&container), format!("60000 100000\n{}", 96 << 20));
+    assert_eq!(effective_limits(&container), format!("60000 100000\n{}", 96 << 20));
     update(&container, limits(20, 48));
-    assert_eq!(seen_limits(&container), format!("20000 100000\n{}", 48 << 20));
-    assert_eq!(seen_limits(&other), format!("40000 100000\n{}", 32 << 20));
+    assert_eq!(effective_limits(&container), format!("20000 100000\n{}", 48 << 20));
+    assert_eq!(effective_limits(&other), format!("40000 100000\n{}", 32 << 20));
     let percent = load(&container);
-    assert!((12..=28).contains(&percent), "20 % of a CPU are counted as {percent} %");
-    // The new limit is one: what is beyond it is not had.
+    assert!((12..=28).contains(&percent), "{percent} % instead of 20 % of a CPU");
+    // The new memory limit is enforced.
     update(&container, limits(100, 48));
     let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1; exit $?"]);
     assert_eq!(answer.exit_code, 137);
     pod.remove();
 }
 
-fn processors(container: &Container) -> u32 {
+/// The number of CPUs that a container sees.
+fn cpus(container: &Container) -> u32 {
     container.sh("nproc").parse().unwrap()
 }
 
-/// What the kernel has, in MiB.
-fn memory(container: &Container) -> u64 {
+/// The guest's memory in MiB.
+fn total_memory(container: &Container) -> u64 {
     let kib = container.sh("awk '/^MemTotal:/ { print $2 }' /proc/meminfo");
     kib.parse::<u64>().unwrap() >> 10
 }
 
-/// What a file of the pod's group on the host says, in MiB.
-fn on_the_host(pod: &Pod, file: &str) -> u64 {
+/// The value of a file in the pod's control group on the host, in MiB.
+fn cgroup_mib(pod: &Pod, file: &str) -> u64 {
     let text = fs::read_to_string(pod.cgroup.join(file)).unwrap();
     text.trim().parse::<u64>().unwrap() >> 20
 }
 
-/// More than the pod was started with, by a change and by a further container, and less again.
+/// The machine grows beyond its initial size with an update and with another container, and shrinks again.
 pub(crate) fn machine_resize(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(50, 64)));
+    let pod = Pod::run_with(handler, |config| set_sum(config, limits(50, 64)));
     let container = pod.start_with("one", &["sleep", "1000"], |config| *resources(config) = limits(50, 64));
     let started = container.status().started_at;
     update(&container, limits(200, 384));
-    assert_eq!(seen_limits(&container), format!("200000 100000\n{}", 384 << 20));
+    assert_eq!(effective_limits(&container), format!("200000 100000\n{}", 384 << 20));
     let start = Instant::now();
     let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=320M count=1"]);
     assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
     assert!(start.elapsed() < Duration::from_secs(60));
-    assert!(processors(&container) >= 2);
-    assert!(memory(&container) >= 384, "{} MiB", memory(&container));
+    assert!(cpus(&container) >= 2);
+    assert!(total_memory(&container) >= 384, "{} MiB", total_memory(&container));
     if handler.is_nutshell() {
-        let (most, now) = (
-            || on_the_host(&pod, "memory.peak"),
-            || on_the_host(&pod, "memory.current"),
+        let (peak, current) = (
+            || cgroup_mib(&pod, "memory.peak"),
+            || cgroup_mib(&pod, "memory.current"),
         );
-        assert!(most() >= 320, "{} MiB", most());
-        wait_until("memory that goes back to the host", || {
-            (now() < most() - 200).then_some(())
+        assert!(peak() >= 320, "{} MiB", peak());
+        wait_until("memory returned to the host", || {
+            (current() < peak() - 200).then_some(())
         });
     }
 
@@ -264,28 +271,26 @@ pub(crate) fn machine_resize(handler: Handler) {
     });
     let answer = further.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=480M count=1"]);
     assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
-    let most = memory(&further);
-    assert!(most >= 384 + 512, "{most} MiB");
+    let largest = total_memory(&further);
+    assert!(largest >= 384 + 512, "{largest} MiB");
 
     if handler.is_nutshell() {
         further.stop(0);
-        wait_until("less memory without it", || {
-            (memory(&container) < most - 256).then_some(())
+        wait_until("less memory after the stop", || {
+            (total_memory(&container) < largest - 256).then_some(())
         });
         update(&container, limits(50, 64));
-        wait_until("one processor, as at the start", || {
-            (processors(&container) == 1).then_some(())
-        });
-        // And up again.
+        wait_until("one CPU, as at the start", || (cpus(&container) == 1).then_some(()));
+        // It can grow again.
         update(&container, limits(200, 384));
-        assert_eq!(processors(&container), 2);
-        assert!(memory(&container) >= 384, "{} MiB", memory(&container));
+        assert_eq!(cpus(&container), 2);
+        assert!(total_memory(&container) >= 384, "{} MiB", total_memory(&container));
     }
     assert_eq!(container.status().started_at, started);
     pod.remove();
 }
 
-/// Writes and reads more than it may cache, and says where it read what it did not write.
+/// Writes and reads more than fits into the page cache, and fails with a report if the content differs.
 const WRITE_AND_READ: &str = "set -e
 round=0
 while :; do
@@ -300,9 +305,9 @@ while :; do
   echo round $round
 done";
 
-/// Memory that comes is used at once, by files that are written and read meanwhile.
+/// New memory is used at once, by two containers that write and read files during the growth.
 pub(crate) fn growth_under_load(handler: Handler) {
-    let pod = Pod::run_with(handler, |config| sum_of(config, limits(100, 64)));
+    let pod = Pod::run_with(handler, |config| set_sum(config, limits(100, 64)));
     let busy = ["first", "second"].map(|name| {
         pod.start_with(name, &["sh", "-c", WRITE_AND_READ], |config| {
             *resources(config) = limits(50, 16)
@@ -312,11 +317,11 @@ pub(crate) fn growth_under_load(handler: Handler) {
         *resources(config) = limits(50, 16)
     });
     let rounds = |container: &Container| container.output("stdout").lines().count();
-    for memory in [96, 320, 640] {
+    for memory_mib in [96, 320, 640] {
         let before = busy.each_ref().map(rounds);
-        update(&growing, limits(50, memory));
+        update(&growing, limits(50, memory_mib));
         for (container, before) in busy.iter().zip(before) {
-            wait_until("files that are written and read", || {
+            wait_until("another round of files", || {
                 assert_eq!(container.status().exit_code, 0, "{}", container.output("stdout"));
                 (rounds(container) > before).then_some(())
             });

@@ -15,11 +15,11 @@ use prost::Message;
 
 pub(crate) use self::{common::*, container::*, node::*, pod::*, stats::*, streams::*};
 
-/// A request: which method takes it, and what that answers.
+/// A request message, with its method and the type of the answer.
 pub(crate) trait Call: Message {
-    /// `Service/Method`, as in the path of the HTTP request without its package.
+    /// `Service/Method`: the path of the HTTP request without the package name.
     const METHOD: &'static str;
-    /// The answer's type.
+    /// The type of the answer.
     type Answer: Message + Default;
 }
 

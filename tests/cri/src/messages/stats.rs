@@ -41,7 +41,7 @@ pub(crate) struct NetworkUsage {
     pub(crate) default_interface: Option<NetworkInterfaceUsage>,
 }
 
-/// Whose statistics they are, a container's or a pod's.
+/// The container or pod that the statistics belong to.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Attributes {
     #[prost(string, tag = "1")]
@@ -90,7 +90,7 @@ pub(crate) struct PodSandboxStats {
     pub(crate) linux: Option<LinuxPodSandboxStats>,
 }
 
-/// Of all.
+/// Requests the statistics of all containers.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ListContainerStatsRequest {}
 
@@ -100,7 +100,7 @@ pub(crate) struct ListContainerStatsResponse {
     pub(crate) stats: Vec<ContainerStats>,
 }
 
-/// Of all.
+/// Requests the statistics of all pods.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct ListPodSandboxStatsRequest {}
 
