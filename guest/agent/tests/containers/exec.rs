@@ -1,4 +1,4 @@
-//! Further processes in a running container.
+//! Tests of execs: additional processes in a running container.
 
 use std::io::{Read, Write};
 
@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 
 use crate::harness::{Agent, process, shell, unique};
 
-/// A container that sleeps until it is killed.
-fn sleeper(agent: &mut Agent) -> String {
-    sleeper_with(agent, &shell("sleep 1000"))
+/// Starts a container that sleeps until it is killed, and returns its id.
+fn start_sleeper(agent: &mut Agent) -> String {
+    start_container(agent, &shell("sleep 1000"))
 }
 
-fn sleeper_with(agent: &mut Agent, spec: &Value) -> String {
+fn start_container(agent: &mut Agent, spec: &Value) -> String {
     let id = format!("sleeper-{}", unique());
     agent.create(&id, spec, Stdio::default()).unwrap();
     agent.start_container(&id);
@@ -25,8 +25,8 @@ fn stop(agent: &mut Agent, id: &str) {
     agent.delete(id);
 }
 
-/// Runs an exec to its end: its status and output.
-fn run(agent: &mut Agent, id: &str, process: &Value) -> (u8, String) {
+/// Runs an exec until it ends. Returns its exit status and output.
+fn run_exec(agent: &mut Agent, id: &str, process: &Value) -> (u8, String) {
     let exec = format!("exec-{}", unique());
     let output = agent.listen();
     let stdio = Stdio {
@@ -46,28 +46,29 @@ fn run(agent: &mut Agent, id: &str, process: &Value) -> (u8, String) {
 }
 
 #[test]
-fn exec_runs_inside_of_the_container() {
+fn exec_runs_in_the_containers_namespaces_and_cgroup() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     let script =
         "hostname; cat /proc/1/cmdline | tr '\\0' ' '; cat /proc/self/cgroup; ls /proc/self/fd | wc -l; exit 5";
-    let (status, text) = run(&mut agent, id, &process(&["/bin/sh", "-c", script]));
+    let (status, text) = run_exec(&mut agent, id, &process(&["/bin/sh", "-c", script]));
     assert_eq!(status, 5);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "guest");
-    // The cgroup is the container's, and only the standard streams (and ls's own folder) are open.
-    // The shell may not have replaced itself yet.
+    // The container's shell may not have executed `sleep` yet, so only the end of its command line is fixed. The
+    // cgroup is the root of the container's cgroup namespace.
     assert!(lines[1].ends_with("sleep 1000 0::/"), "{}", lines[1]);
+    // Only the standard streams are open, and the directory that `ls` reads.
     assert_eq!(lines[2], "4");
     stop(&mut agent, id);
 }
 
 #[test]
-fn exec_that_cannot_run_says_why_and_may_be_tried_again() {
+fn failed_exec_has_runcs_error_and_its_id_can_be_reused() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
-    let mut elsewhere = process(&["/bin/true"]);
-    elsewhere["cwd"] = json!("/x");
+    let id = &start_sleeper(&mut agent);
+    let mut missing_cwd = process(&["/bin/true"]);
+    missing_cwd["cwd"] = json!("/x");
     let table = [
         (
             process(&["nosuch"]),
@@ -79,12 +80,12 @@ fn exec_that_cannot_run_says_why_and_may_be_tried_again() {
         ),
         (process(&["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
         (
-            elsewhere,
+            missing_cwd,
             r#"chdir to cwd ("/x") set in config.json failed: no such file or directory"#,
         ),
         (process(&["/bad-format"]), "exec /bad-format: exec format error"),
     ];
-    run(
+    run_exec(
         &mut agent,
         id,
         &process(&["/bin/sh", "-c", "echo junk >/bad-format; chmod +x /bad-format"]),
@@ -101,9 +102,9 @@ fn exec_that_cannot_run_says_why_and_may_be_tried_again() {
 }
 
 #[test]
-fn exec_has_the_users_rights_and_no_more() {
+fn exec_has_exactly_the_users_privileges() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     let mut process = process(&[
         "/bin/sh",
         "-c",
@@ -111,7 +112,7 @@ fn exec_has_the_users_rights_and_no_more() {
     ]);
     process["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [7], "umask": 0o27});
     process["cwd"] = json!("/var");
-    let (status, text) = run(&mut agent, id, &process);
+    let (status, text) = run_exec(&mut agent, id, &process);
     let expected = "uid=1000(web) gid=1000 groups=7\n/var\n/var\n0027\n\
         CapInh:\t0000000000000000\nCapPrm:\t0000000000000000\nCapEff:\t0000000000000000\n\
         CapBnd:\t000000000800202b\nCapAmb:\t0000000000000000\nNoNewPrivs:\t1\n1024\nok\n";
@@ -120,7 +121,7 @@ fn exec_has_the_users_rights_and_no_more() {
 }
 
 #[test]
-fn exec_is_under_the_containers_system_call_filter() {
+fn exec_has_the_containers_seccomp_filter() {
     let mut agent = Agent::start();
     for no_new_privileges in [true, false] {
         let mut spec = shell("sleep 1000");
@@ -130,10 +131,10 @@ fn exec_is_under_the_containers_system_call_filter() {
             "architectures": ["SCMP_ARCH_X86_64"],
             "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
         });
-        let id = &sleeper_with(&mut agent, &spec);
+        let id = &start_container(&mut agent, &spec);
         let mut process = process(&["/bin/sh", "-c", "mkdir /tmp/new 2>&1; grep Seccomp: /proc/self/status"]);
         process["noNewPrivileges"] = json!(no_new_privileges);
-        let (_, text) = run(&mut agent, id, &process);
+        let (_, text) = run_exec(&mut agent, id, &process);
         assert!(
             text.contains("not supported") && text.contains("Seccomp:\t2"),
             "{no_new_privileges}: {text}"
@@ -143,9 +144,9 @@ fn exec_is_under_the_containers_system_call_filter() {
 }
 
 #[test]
-fn exec_may_have_a_terminal() {
+fn exec_with_terminal_has_its_size_and_streams() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     let (input, output) = (agent.listen(), agent.listen());
     let stdio = Stdio {
         stdin: Some(input.port),
@@ -176,14 +177,14 @@ fn exec_may_have_a_terminal() {
 }
 
 #[test]
-fn processes_are_listed_with_their_execs() {
+fn list_of_processes_names_execs() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     let pid = agent
         .exec(id, "second", &process(&["/bin/sleep", "1000"]), Stdio::default())
         .unwrap();
     let Ok(Response::Processes(found)) = agent.ask(Request::Processes { container: id.clone() }) else {
-        panic!("no list");
+        panic!("the response is not a list of processes");
     };
     let execs: Vec<_> = found.iter().filter(|entry| entry.exec.is_some()).collect();
     let expected = ProcessEntry {
@@ -210,7 +211,7 @@ fn processes_are_listed_with_their_execs() {
 }
 
 #[test]
-fn execs_end_before_their_container() {
+fn exits_of_execs_are_reported_before_their_containers() {
     let mut agent = Agent::start();
     for own_pid_namespace in [true, false] {
         let mut spec = shell("sleep 1000");
@@ -218,7 +219,7 @@ fn execs_end_before_their_container() {
             let kept = ["ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
             spec["linux"]["namespaces"] = json!(kept);
         }
-        let id = &sleeper_with(&mut agent, &spec);
+        let id = &start_container(&mut agent, &spec);
         for exec in ["a", "b", "c"] {
             agent
                 .exec(id, exec, &process(&["/bin/sleep", "1000"]), Stdio::default())
@@ -248,17 +249,17 @@ fn exec_enters_the_user_namespace() {
         .push(json!({"type": "user"}));
     spec["linux"]["uidMappings"] = map.clone();
     spec["linux"]["gidMappings"] = map;
-    let id = &sleeper_with(&mut agent, &spec);
+    let id = &start_container(&mut agent, &spec);
     let mut process = process(&["/bin/sh", "-c", "id -u; cat /proc/self/uid_map; echo x >/dev/stdout"]);
     process["user"] = json!({"uid": 1000, "gid": 1000});
-    let (status, text) = run(&mut agent, id, &process);
+    let (status, text) = run_exec(&mut agent, id, &process);
     let words: Vec<&str> = text.split_whitespace().collect();
     assert_eq!((status, words), (0, vec!["1000", "0", "100000", "65536", "x"]));
     stop(&mut agent, id);
 }
 
 #[test]
-fn exec_goes_beside_cgroups_that_the_container_made() {
+fn exec_joins_the_first_process_in_a_child_cgroup() {
     let mut agent = Agent::start();
     let script = "mkdir /sys/fs/cgroup/below; echo 1 >/sys/fs/cgroup/below/cgroup.procs; \
         echo +pids >/sys/fs/cgroup/cgroup.subtree_control; exec sleep 1000";
@@ -271,18 +272,18 @@ fn exec_goes_beside_cgroups_that_the_container_made() {
         .as_array_mut()
         .unwrap()
         .push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rw"]}));
-    let id = &sleeper_with(&mut agent, &spec);
+    let id = &start_container(&mut agent, &spec);
     let below = format!("/sys/fs/cgroup/container-{id}/cgroup.subtree_control");
     while std::fs::read_to_string(&below).unwrap().trim() != "pids" {}
-    let (status, text) = run(&mut agent, id, &process(&["/bin/cat", "/proc/self/cgroup"]));
+    let (status, text) = run_exec(&mut agent, id, &process(&["/bin/cat", "/proc/self/cgroup"]));
     assert_eq!((status, text.as_str()), (0, "0::/below\n"));
     stop(&mut agent, id);
 }
 
 #[test]
-fn no_status_is_lost_among_many() {
+fn every_exit_of_many_execs_is_reported() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     let request = |number: u32| {
         Request::StartExec(StartExec {
             container: id.clone(),
@@ -308,10 +309,10 @@ fn no_status_is_lost_among_many() {
 }
 
 #[test]
-fn execs_under_way_when_the_container_ends_are_settled_before_it() {
+fn starting_execs_are_settled_before_the_exit_of_their_container() {
     let mut agent = Agent::start();
     for _ in 0..5 {
-        let id = &sleeper(&mut agent);
+        let id = &start_sleeper(&mut agent);
         let request = |number: u32| {
             Request::StartExec(StartExec {
                 container: id.clone(),
@@ -338,7 +339,7 @@ fn execs_under_way_when_the_container_ends_are_settled_before_it() {
 #[test]
 fn exec_id_in_use_is_refused() {
     let mut agent = Agent::start();
-    let id = &sleeper(&mut agent);
+    let id = &start_sleeper(&mut agent);
     agent
         .exec(id, "x", &process(&["/bin/sleep", "1000"]), Stdio::default())
         .unwrap();

@@ -1,4 +1,4 @@
-//! A stand-in for the shim.
+//! A test double of the shim.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -23,36 +23,36 @@ use vsock::{VMADDR_CID_ANY, VsockListener};
 #[allow(unused_imports, reason = "the tests of machines do not use all of them")]
 pub(crate) use nutshell_test_spec::{fill_root, process, shell, spec};
 
-/// Longer than anything takes on a machine emulated in software: reaching it is a failure.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long any step may take, even on a machine that is emulated in software.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 static LAST: AtomicU32 = AtomicU32::new(0);
 
-/// A number that no other test of this run has.
+/// Returns a number that is unique in this run.
 pub(crate) fn unique() -> u32 {
     LAST.fetch_add(1, Ordering::Relaxed) + 1
 }
 
-/// Where the agent finds its host.
-enum Host {
+/// The address at which the agent connects to its host.
+enum HostAddress {
     Unix(PathBuf),
     Vsock,
 }
 
-impl Host {
+impl HostAddress {
     fn listen(&self, port: u32) -> Port {
         let listener = match self {
-            Self::Unix(folder) => Listener::Unix(UnixListener::bind(folder.join(port.to_string())).unwrap()),
+            Self::Unix(directory) => Listener::Unix(UnixListener::bind(directory.join(port.to_string())).unwrap()),
             Self::Vsock => Listener::Vsock(VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port).unwrap()),
         };
         Port { port, listener }
     }
 }
 
-/// An agent under test: a process, or a machine of which it is PID 1.
+/// An agent under test: a process of this machine, or PID 1 of another.
 pub(crate) struct Agent {
     child: Child,
-    host: Host,
+    host: HostAddress,
     stream: File,
     incoming: FrameBuffer,
     queue: VecDeque<FromAgent>,
@@ -60,23 +60,23 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    /// Starts an agent as a process of this machine and takes its greeting.
+    /// Starts an agent as a process of this machine, and waits until it is ready.
     pub(crate) fn start() -> Self {
         prepare_share();
-        let folder = std::env::temp_dir().join(format!("agent-{}-{}", std::process::id(), unique()));
-        fs::create_dir_all(&folder).unwrap();
+        let directory = std::env::temp_dir().join(format!("agent-{}-{}", std::process::id(), unique()));
+        fs::create_dir_all(&directory).unwrap();
         let program = std::env::var("NUTSHELL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_nutshell-agent").to_owned());
         let mut command = Command::new(program);
-        command.arg("--test-unix").arg(&folder);
-        Self::meet(Host::Unix(folder), command)
+        command.arg("--test-unix").arg(&directory);
+        Self::connect(HostAddress::Unix(directory), command)
     }
 
-    /// Boots the machine that `command` is and takes the greeting of its agent.
+    /// Boots a machine with `command`, and waits until its agent is ready.
     pub(crate) fn boot(command: Command) -> Self {
-        Self::meet(Host::Vsock, command)
+        Self::connect(HostAddress::Vsock, command)
     }
 
-    fn meet(host: Host, mut command: Command) -> Self {
+    fn connect(host: HostAddress, mut command: Command) -> Self {
         let port = host.listen(AGENT_PORT);
         let child = command.spawn().unwrap();
         let mut agent = Self {
@@ -88,22 +88,22 @@ impl Agent {
             last_request: 0,
         };
         let FromAgent::Ready(ready) = agent.receive() else {
-            panic!("the first message is no greeting");
+            panic!("the first message is not Ready");
         };
         assert!(!ready.kernel.is_empty() && !ready.version.is_empty());
         agent
     }
 
-    /// How many descriptors the agent has open, and how many children it has.
-    pub(crate) fn belongings(&self) -> (usize, usize) {
+    /// Returns how many open descriptors and how many children the agent has.
+    pub(crate) fn count_resources(&self) -> (usize, usize) {
         let pid = self.child.id();
         let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         (open, children.split_whitespace().count())
     }
 
-    /// How many bytes of the agent's memory are resident.
-    pub(crate) fn resident(&self) -> u64 {
+    /// Returns the size of the agent's resident memory, in bytes.
+    pub(crate) fn resident_memory(&self) -> u64 {
         let pages = fs::read_to_string(format!("/proc/{}/statm", self.child.id())).unwrap();
         let resident: u64 = pages.split(' ').nth(1).unwrap().parse().unwrap();
         resident * rustix::param::page_size() as u64
@@ -115,13 +115,13 @@ impl Agent {
                 return message;
             }
             let mut bytes = [0; 4096];
-            let read = self.stream.read(&mut bytes).expect("the agent says nothing");
-            assert!(read > 0, "the agent ended");
+            let read = self.stream.read(&mut bytes).expect("the agent sent nothing in time");
+            assert!(read > 0, "the agent closed the control stream");
             self.incoming.push(&bytes[..read]);
         }
     }
 
-    /// Sends a request without waiting for its reply.
+    /// Sends a request, and returns its id without waiting for the reply.
     pub(crate) fn send(&mut self, request: Request) -> u64 {
         self.last_request += 1;
         let id = self.last_request;
@@ -131,44 +131,44 @@ impl Agent {
         id
     }
 
-    /// The reply to a request; other messages are kept for later.
+    /// Waits for the reply to a request. Keeps other messages for later.
     pub(crate) fn reply(&mut self, id: u64) -> Result<Response, Failure> {
-        let is_meant = |message: &FromAgent| matches!(message, FromAgent::Reply(reply) if reply.id == id);
-        match self.take(is_meant) {
+        let is_match = |message: &FromAgent| matches!(message, FromAgent::Reply(reply) if reply.id == id);
+        match self.receive_matching(is_match) {
             FromAgent::Reply(reply) => reply.result,
-            other => unreachable!("{other:?} is no reply"),
+            other => unreachable!("{other:?} is not a reply"),
         }
     }
 
-    /// The first message that is meant, out of order if need be.
-    fn take(&mut self, is_meant: impl Fn(&FromAgent) -> bool) -> FromAgent {
-        if let Some(at) = self.queue.iter().position(&is_meant) {
+    /// Waits for the first message that matches. Keeps other messages for later.
+    fn receive_matching(&mut self, is_match: impl Fn(&FromAgent) -> bool) -> FromAgent {
+        if let Some(at) = self.queue.iter().position(&is_match) {
             return self.queue.remove(at).unwrap();
         }
         loop {
             let message = self.receive();
-            if is_meant(&message) {
+            if is_match(&message) {
                 return message;
             }
             self.queue.push_back(message);
         }
     }
 
-    /// Sends a request and takes its reply.
+    /// Sends a request and waits for its reply.
     pub(crate) fn ask(&mut self, request: Request) -> Result<Response, Failure> {
         let id = self.send(request);
         self.reply(id)
     }
 
-    /// The next event.
+    /// Waits for the next event.
     pub(crate) fn event(&mut self) -> Event {
-        match self.take(|message| matches!(message, FromAgent::Event(_))) {
+        match self.receive_matching(|message| matches!(message, FromAgent::Event(_))) {
             FromAgent::Event(event) => event,
-            other => unreachable!("{other:?} is no event"),
+            other => unreachable!("{other:?} is not an event"),
         }
     }
 
-    /// The next event, which tells of an exit.
+    /// Waits for the next event, which must be an exit.
     pub(crate) fn exit(&mut self) -> Exited {
         match self.event() {
             Event::Exited(exited) => exited,
@@ -176,12 +176,12 @@ impl Agent {
         }
     }
 
-    /// Waits for the agent to dial a port.
+    /// Listens on a new port, to which the agent can connect a stream.
     pub(crate) fn listen(&self) -> Port {
         self.host.listen(1024 + unique())
     }
 
-    /// Creates a container and returns its pid.
+    /// Creates a container and returns the pid of its first process.
     pub(crate) fn create(&mut self, id: &str, spec: &Value, stdio: Stdio) -> Result<u32, Failure> {
         let request = create_request(id, spec, stdio);
         self.ask(request).map(|response| match response {
@@ -190,7 +190,7 @@ impl Agent {
         })
     }
 
-    /// Runs an exec and returns its pid.
+    /// Starts an exec and returns its pid.
     pub(crate) fn exec(&mut self, id: &str, exec: &str, process: &Value, stdio: Stdio) -> Result<u32, Failure> {
         let request = Request::StartExec(StartExec {
             container: id.to_owned(),
@@ -220,14 +220,14 @@ impl Agent {
         })
     }
 
-    /// Deletes a container and checks that nothing is left of it.
+    /// Deletes a container, and checks that nothing is left of it.
     pub(crate) fn delete(&mut self, id: &str) {
         let container = id.to_owned();
         assert_eq!(self.ask(Request::DeleteContainer { container }), Ok(Response::Done));
         assert_nothing_left(id);
     }
 
-    /// Runs `script` in a container until it ends: its exit and what it wrote to standard output.
+    /// Runs a container until it ends. Returns its exit and its standard output.
     pub(crate) fn run(&mut self, spec: &Value) -> (Exited, String) {
         let id = &format!("run-{}", unique());
         let output = self.listen();
@@ -249,7 +249,7 @@ impl Agent {
 }
 
 impl Drop for Agent {
-    /// The agent ends when its host is gone.
+    /// Closes the control stream, and checks that the agent ends by itself and with success.
     fn drop(&mut self) {
         let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         let pid = Pid::from_child(&self.child);
@@ -258,7 +258,10 @@ impl Drop for Agent {
             self.child.kill().unwrap();
         }
         let status = self.child.wait().unwrap();
-        assert!(std::thread::panicking() || ended, "the agent goes on without its host");
+        assert!(
+            std::thread::panicking() || ended,
+            "the agent did not end after the host closed the stream"
+        );
         assert!(
             std::thread::panicking() || status.success(),
             "the agent ended with {status}"
@@ -266,9 +269,9 @@ impl Drop for Agent {
     }
 }
 
-/// Whether a descriptor becomes readable within the time that anything may take.
+/// Whether a descriptor becomes readable within [`TIMEOUT`].
 fn is_ready(fd: &impl AsFd) -> bool {
-    let timeout = Timespec::try_from(PATIENCE).unwrap();
+    let timeout = Timespec::try_from(TIMEOUT).unwrap();
     poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
 }
 
@@ -277,26 +280,26 @@ enum Listener {
     Vsock(VsockListener),
 }
 
-/// A port that waits for the agent.
+/// A port of the host, to which the agent connects.
 pub(crate) struct Port {
     pub(crate) port: u32,
     listener: Listener,
 }
 
 impl Port {
-    /// The stream that the agent dialled.
+    /// Accepts the connection of the agent.
     pub(crate) fn accept(self) -> File {
         let stream = match self.listener {
             Listener::Unix(listener) => {
-                assert!(is_ready(&listener), "the agent does not dial port {}", self.port);
+                assert!(is_ready(&listener), "the agent does not connect to port {}", self.port);
                 let (stream, _) = listener.accept().unwrap();
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_read_timeout(Some(TIMEOUT)).unwrap();
                 OwnedFd::from(stream)
             }
             Listener::Vsock(listener) => {
-                assert!(is_ready(&listener), "the agent does not dial port {}", self.port);
+                assert!(is_ready(&listener), "the agent does not connect to port {}", self.port);
                 let (stream, _) = listener.accept().unwrap();
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_read_timeout(Some(TIMEOUT)).unwrap();
                 OwnedFd::from(stream)
             }
         };
@@ -304,12 +307,12 @@ impl Port {
     }
 }
 
-/// The request for a container with the shared busybox rootfs.
+/// Returns the request that creates a container with the shared busybox root file system.
 pub(crate) fn create_request(id: &str, spec: &Value, stdio: Stdio) -> Request {
     create_request_on(Rootfs::Share { path: "busybox".into() }, id, spec, stdio)
 }
 
-/// The request for a container with a rootfs of its own.
+/// Returns the request that creates a container on `rootfs`.
 pub(crate) fn create_request_on(rootfs: Rootfs, id: &str, spec: &Value, stdio: Stdio) -> Request {
     let mut spec = spec.clone();
     spec["root"]["path"] = json!(format!("{CONTAINERS_PATH}/{id}/rootfs"));
@@ -323,7 +326,7 @@ pub(crate) fn create_request_on(rootfs: Rootfs, id: &str, spec: &Value, stdio: S
     })
 }
 
-/// Asserts that a container has left no file, mount or cgroup.
+/// Asserts that no file, mount or cgroup of a container is left.
 pub(crate) fn assert_nothing_left(id: &str) {
     assert!(!Path::new(CONTAINERS_PATH).join(id).exists(), "{id} left files");
     assert!(!Path::new("/run/nutshell/state").join(id).exists(), "{id} left state");
@@ -339,7 +342,7 @@ pub(crate) fn assert_nothing_left(id: &str) {
     );
 }
 
-/// Puts a busybox root file system into the share, which is a tmpfs here.
+/// Mounts a tmpfs as the share, with a busybox root file system in it.
 fn prepare_share() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -349,7 +352,7 @@ fn prepare_share() {
             .status()
             .unwrap();
         assert!(mounted.success());
-        // As in the agent's own machine.
+        // The agent's setup does this in a real guest.
         fs::create_dir_all("/dev/mqueue").unwrap();
         let mounted = Command::new("mount")
             .args(["-t", "mqueue", "mqueue", "/dev/mqueue"])

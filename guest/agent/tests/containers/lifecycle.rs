@@ -1,4 +1,4 @@
-//! From create to delete.
+//! Tests of the lifecycle of containers, from create to delete.
 
 use std::io::Read;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::harness::{Agent, assert_nothing_left, create_request, shell, spec, unique};
 
 #[test]
-fn container_runs_and_reports_its_status() {
+fn container_runs_and_its_exit_status_is_reported() {
     let mut agent = Agent::start();
     for (script, status) in [("true", 0), ("exit 7", 7)] {
         let (exited, _) = agent.run(&shell(script));
@@ -19,7 +19,7 @@ fn container_runs_and_reports_its_status() {
 }
 
 #[test]
-fn output_of_a_container_arrives_whole_with_its_count() {
+fn output_arrives_whole_and_the_exit_has_its_size() {
     let mut agent = Agent::start();
     let (exited, text) = agent.run(&shell("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"));
     assert_eq!(text.lines().count(), 2000);
@@ -73,7 +73,7 @@ fn kill_of_created_container_reports_the_signal() {
 }
 
 #[test]
-fn signal_reaches_the_process_that_handles_it() {
+fn signal_is_delivered_to_the_first_process() {
     let mut agent = Agent::start();
     let id = &format!("signalled-{}", unique());
     let output = agent.listen();
@@ -93,7 +93,7 @@ fn signal_reaches_the_process_that_handles_it() {
 }
 
 #[test]
-fn signal_to_all_reaches_every_process_of_a_running_container() {
+fn signal_to_all_is_delivered_to_every_process() {
     let mut agent = Agent::start();
     for signal in [12, 9, 40] {
         let id = &format!("all-{}", unique());
@@ -102,7 +102,7 @@ fn signal_to_all_reaches_every_process_of_a_running_container() {
             stdout: Some(output.port),
             ..Stdio::default()
         };
-        // The first process ignores what it does not handle, and its children do not.
+        // As pid 1 the first process ignores signals that it does not handle. Its children do not.
         let script = "sleep 1000 & sleep 1000 & echo ready; wait; wait; exit 5";
         agent.create(id, &shell(script), stdio).unwrap();
         let mut output = output.accept();
@@ -122,7 +122,7 @@ fn signal_to_all_reaches_every_process_of_a_running_container() {
 }
 
 #[test]
-fn failed_create_says_why_and_leaves_nothing() {
+fn failed_create_has_runcs_error_and_leaves_nothing() {
     let mut agent = Agent::start();
     let table = [
         (
@@ -144,7 +144,7 @@ fn failed_create_says_why_and_leaves_nothing() {
 }
 
 #[test]
-fn creation_that_hangs_can_be_broken_off() {
+fn delete_aborts_a_creation_that_hangs() {
     let mut agent = Agent::start();
     let id = &format!("hanging-{}", unique());
     let marker = Path::new(SHARE_PATH).join("busybox").join(id);
@@ -154,7 +154,7 @@ fn creation_that_hangs_can_be_broken_off() {
     spec["hooks"] = json!({"createContainer": [hook]});
     let creation = agent.send(create_request(id, &spec, Stdio::default()));
     while !marker.exists() {
-        // The agent goes on meanwhile.
+        // The agent serves other requests meanwhile.
         agent.ask(Request::Processes { container: id.clone() }).unwrap();
     }
     agent.delete(id);
@@ -162,7 +162,7 @@ fn creation_that_hangs_can_be_broken_off() {
 }
 
 #[test]
-fn container_in_its_creation_is_not_ready_for_anything_else() {
+fn container_that_is_being_created_cannot_be_started_or_signalled() {
     let mut agent = Agent::start();
     let id = &format!("early-{}", unique());
     let creation = agent.send(create_request(id, &shell("true"), Stdio::default()));
@@ -181,7 +181,7 @@ fn container_in_its_creation_is_not_ready_for_anything_else() {
 }
 
 #[test]
-fn many_containers_live_side_by_side() {
+fn containers_are_created_in_parallel() {
     let mut agent = Agent::start();
     let ids: Vec<String> = (0..8).map(|_| format!("one-of-many-{}", unique())).collect();
     let creations: Vec<u64> = ids
@@ -212,7 +212,7 @@ fn many_containers_live_side_by_side() {
 }
 
 #[test]
-fn shutdown_ends_what_is_left() {
+fn shutdown_removes_running_containers() {
     let mut agent = Agent::start();
     let id = &format!("left-{}", unique());
     agent.create(id, &shell("sleep 1000"), Stdio::default()).unwrap();
@@ -222,7 +222,7 @@ fn shutdown_ends_what_is_left() {
 }
 
 #[test]
-fn grandchild_that_holds_the_output_does_not_hold_the_exit_up() {
+fn grandchild_with_the_output_does_not_delay_the_exit() {
     let mut agent = Agent::start();
     let id = &format!("grandchild-{}", unique());
     let output = agent.listen();
@@ -245,12 +245,12 @@ fn grandchild_that_holds_the_output_does_not_hold_the_exit_up() {
 }
 
 #[test]
-fn agent_keeps_nothing_of_what_is_gone() {
+fn agent_leaks_no_descriptors_or_children() {
     let mut agent = Agent::start();
     agent.run(&shell("true"));
-    // Jobs that are done may take a moment to be reaped.
-    while agent.belongings().1 > 0 {}
-    let before = agent.belongings();
+    // Ended jobs may not have been reaped yet.
+    while agent.count_resources().1 > 0 {}
+    let before = agent.count_resources();
     for round in 0..6 {
         let id = &format!("gone-{}", unique());
         let (input, output) = (agent.listen(), agent.listen());
@@ -285,8 +285,8 @@ fn agent_keeps_nothing_of_what_is_gone() {
             .unwrap_err();
         assert!(failure.message.contains("nosuch"));
     }
-    while agent.belongings().1 > 0 {}
-    assert_eq!(agent.belongings(), before);
+    while agent.count_resources().1 > 0 {}
+    assert_eq!(agent.count_resources(), before);
 }
 
 #[test]
@@ -314,7 +314,7 @@ fn unknown_container_is_not_found() {
 }
 
 #[test]
-fn second_container_of_a_name_is_refused() {
+fn container_id_in_use_is_refused() {
     let mut agent = Agent::start();
     let id = &format!("twice-{}", unique());
     agent.create(id, &shell("true"), Stdio::default()).unwrap();

@@ -1,4 +1,4 @@
-//! Resources: what is limited, counted and frozen.
+//! Tests of cgroups: limits, statistics, out-of-memory events and the freezer.
 
 use std::fs;
 use std::io::Read;
@@ -25,7 +25,7 @@ fn cgroup_file(id: &str, name: &str) -> String {
 }
 
 #[test]
-fn memory_kill_is_told_before_the_exit_that_it_explains() {
+fn out_of_memory_event_precedes_the_exit_of_the_container() {
     let mut agent = Agent::start();
     let id = &format!("oom-{}", unique());
     let mut spec = shell("x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done");
@@ -39,7 +39,7 @@ fn memory_kill_is_told_before_the_exit_that_it_explains() {
 }
 
 #[test]
-fn memory_kill_of_a_child_is_told_while_the_container_runs() {
+fn out_of_memory_event_of_a_child_is_sent_while_the_container_runs() {
     let mut agent = Agent::start();
     let id = &format!("oom-child-{}", unique());
     let mut spec = shell("sh -c 'x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done'; sleep 1000");
@@ -53,7 +53,7 @@ fn memory_kill_of_a_child_is_told_while_the_container_runs() {
 }
 
 #[test]
-fn agent_is_spared_and_its_containers_are_not() {
+fn containers_do_not_inherit_the_agents_oom_score() {
     let mut agent = Agent::start();
     let (_, text) = agent.run(&shell("cat /proc/self/oom_score_adj"));
     assert_eq!(text, "0\n");
@@ -63,7 +63,7 @@ fn agent_is_spared_and_its_containers_are_not() {
 }
 
 #[test]
-fn limits_apply_at_creation_and_by_update() {
+fn limits_are_applied_by_create_and_update() {
     let mut agent = Agent::start();
     let id = &format!("limits-{}", unique());
     let mut spec = shell("sleep 1000");
@@ -96,7 +96,7 @@ fn limits_apply_at_creation_and_by_update() {
 }
 
 #[test]
-fn stats_count_what_the_container_did() {
+fn stats_contain_the_containers_usage() {
     let mut agent = Agent::start();
     let id = &format!("stats-{}", unique());
     let output = agent.listen();
@@ -128,7 +128,7 @@ fn stats_count_what_the_container_did() {
 }
 
 #[test]
-fn paused_container_stands_still_until_it_is_resumed() {
+fn paused_container_uses_no_cpu_and_accepts_no_exec_until_resumed() {
     let mut agent = Agent::start();
     let id = &format!("paused-{}", unique());
     agent

@@ -1,9 +1,9 @@
-//! Drives a real agent over sockets, as the shim would over vsock, and real containers under it.
+//! Tests of containers: drives an agent over Unix sockets, as the shim does over vsock. The containers are real.
 //!
-//! Needs root, a cgroup v2 hierarchy and a machine that may be messed with: run by `run-in-lab`.
+//! Needs root, cgroup v2, and a machine whose mounts and cgroups may be changed: `run-in-lab` runs it.
 
-#![allow(clippy::tests_outside_test_module, reason = "all of this is tests")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+#![allow(clippy::tests_outside_test_module, reason = "this crate contains only tests")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod harness;
 

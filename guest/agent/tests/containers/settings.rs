@@ -1,4 +1,4 @@
-//! What a spec sets for the container's first process.
+//! Tests of the settings in a container's spec.
 
 use std::fs;
 use std::io::Read;
@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::harness::{Agent, process, shell, spec, unique};
 
 #[test]
-fn process_has_the_users_rights_and_no_more() {
+fn process_has_exactly_the_users_privileges() {
     let mut agent = Agent::start();
     let mut spec = shell(
         "id; pwd; echo $HOME $A; umask; grep -e CapEff -e CapBnd -e NoNew /proc/self/status; ulimit -n; \
@@ -25,7 +25,7 @@ fn process_has_the_users_rights_and_no_more() {
 }
 
 #[test]
-fn signals_that_the_agent_blocks_or_ignores_are_as_new_for_programs() {
+fn program_starts_with_default_signal_settings() {
     let mut agent = Agent::start();
     let (_, text) = agent.run(&shell("grep -e SigBlk -e SigIgn /proc/self/status"));
     let mask = |line: usize| {
@@ -37,7 +37,7 @@ fn signals_that_the_agent_blocks_or_ignores_are_as_new_for_programs() {
 }
 
 #[test]
-fn namespaces_and_mounts_are_the_containers_own() {
+fn container_has_its_namespaces_and_mounts() {
     let mut agent = Agent::start();
     let script = "hostname; echo $$; ls -d /dev/null /dev/pts/ptmx /dev/shm /dev/mqueue | wc -l; \
         cat /proc/kcore | wc -c; echo 1 2>/dev/null >/proc/sys/kernel/panic || echo read-only; \
@@ -49,12 +49,12 @@ fn namespaces_and_mounts_are_the_containers_own() {
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[..7], ["guest", "1", "4", "0", "read-only", "1", "0"]);
     let mounts: u32 = lines[7].parse().unwrap();
-    assert!(mounts < 20, "{mounts} mounts: those of the machine are still there");
+    assert!(mounts < 20, "{mounts} mounts: the machine's mounts are visible");
     assert!(!text.contains("lost"), "{text}");
 }
 
 #[test]
-fn root_may_be_read_only() {
+fn read_only_root_refuses_writes() {
     let mut agent = Agent::start();
     let mut spec = shell("echo x >/file || echo refused; echo x >/run/file && echo written");
     spec["root"]["readonly"] = json!(true);
@@ -63,9 +63,9 @@ fn root_may_be_read_only() {
 }
 
 #[test]
-fn chroot_does_not_lead_out_of_the_container() {
+fn chroot_cannot_leave_the_container() {
     let mut agent = Agent::start();
-    // Without a change of folder the shell's would stay outside of the new root, from where `..` goes up.
+    // chroot(1) of busybox does not change the directory, so `..` goes up from outside of the new root.
     let script = "mkdir -p /tmp/jail/bin && cp /bin/busybox /tmp/jail/bin/sh && cd /tmp && \
         chroot /tmp/jail /bin/sh -c 'cd ..; cd ..; cd ..; cd ..; echo *' ; cd /../../..; ls -d run/nutshell || echo inside";
     let mut spec = shell(script);
@@ -80,7 +80,7 @@ fn chroot_does_not_lead_out_of_the_container() {
 }
 
 #[test]
-fn devices_that_the_rules_forbid_stay_closed() {
+fn device_rules_are_enforced() {
     let mut agent = Agent::start();
     let script = "mknod /tmp/disk$$ b 7 0; mknod /tmp/null$$ c 1 3; mknod /tmp/control$$ c 10 237; \
         for device in disk null control; do (: </tmp/$device$$) 2>/dev/null && echo $device open; done; \
@@ -104,7 +104,7 @@ fn devices_that_the_rules_forbid_stay_closed() {
 }
 
 #[test]
-fn terminal_belongs_to_the_user() {
+fn terminal_is_owned_by_the_user() {
     let mut agent = Agent::start();
     let id = &format!("tty-user-{}", unique());
     let output = agent.listen();
@@ -127,7 +127,7 @@ fn terminal_belongs_to_the_user() {
 }
 
 #[test]
-fn user_namespace_maps_the_user() {
+fn user_namespace_maps_ids() {
     let mut agent = Agent::start();
     let mut spec = shell("id -u; cat /proc/self/uid_map; echo x >/dev/stdout");
     let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
@@ -143,7 +143,7 @@ fn user_namespace_maps_the_user() {
 }
 
 #[test]
-fn user_namespace_sees_the_machines_network_and_queues() {
+fn user_namespace_without_others_sees_the_machines_network_and_queues() {
     let mut agent = Agent::start();
     let mut spec = shell(
         "ls -d /sys/class/net /dev/mqueue; echo x 2>/dev/null >/sys/kernel/uevent_helper || echo read-only; \
@@ -166,7 +166,7 @@ fn user_namespace_sees_the_machines_network_and_queues() {
 }
 
 #[test]
-fn executed_process_has_the_priorities_that_it_asks_for() {
+fn exec_has_its_scheduling_settings_and_umask() {
     let mut agent = Agent::start();
     let id = &format!("priorities-{}", unique());
     agent.create(id, &shell("sleep 1000"), Stdio::default()).unwrap();
@@ -187,7 +187,7 @@ fn executed_process_has_the_priorities_that_it_asks_for() {
     agent.exec(id, "x", &process, stdio).unwrap();
     let mut text = String::new();
     output.accept().read_to_string(&mut text).unwrap();
-    // Of stat the nice value and the policy.
+    // The fields of stat are the nice value and the scheduling policy.
     assert_eq!(text, "idle\n7 3\n0077\n");
     assert_eq!(agent.exit().status, 0);
     agent.delete(id);
@@ -195,14 +195,14 @@ fn executed_process_has_the_priorities_that_it_asks_for() {
 }
 
 #[test]
-fn orphan_outside_of_a_pid_namespace_is_reaped() {
+fn agent_reaps_orphans_of_a_container_without_pid_namespace() {
     let mut agent = Agent::start();
     let id = &format!("orphan-{}", unique());
     let mut spec = shell("sleep 1000");
     spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
     agent.create(id, &spec, Stdio::default()).unwrap();
     agent.start_container(id);
-    let (_, before) = agent.belongings();
+    let (_, before) = agent.count_resources();
     for number in 0..3 {
         let script = "(sleep 0.1 & exec true) >/dev/null; exit 0";
         let exec = format!("x{number}");
@@ -211,17 +211,17 @@ fn orphan_outside_of_a_pid_namespace_is_reaped() {
             .unwrap();
         assert_eq!(agent.exit().status, 0);
     }
-    // A zombie would still be its child; there is no other event of an orphan's end.
+    // A zombie counts as a child. The exit of an orphan causes no event, hence the polling.
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while agent.belongings().1 > before {
-        assert!(std::time::Instant::now() < deadline, "zombies stay");
+    while agent.count_resources().1 > before {
+        assert!(std::time::Instant::now() < deadline, "zombies are left");
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
     agent.delete(id);
     agent.exit();
 }
 
-/// Hooks that run one script each.
+/// Returns hooks that each run one shell script.
 fn hooks(scripts: &[&str]) -> serde_json::Value {
     let hook =
         |script: &&str| json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"], "timeout": 30});
@@ -229,7 +229,7 @@ fn hooks(scripts: &[&str]) -> serde_json::Value {
 }
 
 #[test]
-fn hooks_of_the_container_run_in_it_and_those_of_the_host_do_not() {
+fn guest_runs_the_containers_hooks_and_not_the_hosts() {
     let mut agent = Agent::start();
     let mut spec = shell("cat /tmp/hooks");
     let tmp = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]});
@@ -258,7 +258,7 @@ fn hooks_of_the_container_run_in_it_and_those_of_the_host_do_not() {
 }
 
 #[test]
-fn failing_hook_of_the_container_is_the_error_of_its_moment() {
+fn failing_hook_is_the_error_of_create_or_start() {
     let mut agent = Agent::start();
     let id = &format!("hooks-{}", unique());
     let mut spec = shell("echo never");
@@ -279,7 +279,7 @@ fn failing_hook_of_the_container_is_the_error_of_its_moment() {
 }
 
 #[test]
-fn mount_that_fails_is_named() {
+fn error_names_the_mount_that_failed() {
     let mut agent = Agent::start();
     let mut spec = spec(&["/bin/true"]);
     spec["mounts"]
@@ -293,7 +293,7 @@ fn mount_that_fails_is_named() {
 }
 
 #[test]
-fn working_folder_that_cannot_be_entered_is_named() {
+fn error_names_the_working_directory_that_cannot_be_entered() {
     let mut agent = Agent::start();
     let mut spec = spec(&["/bin/true"]);
     spec["process"]["cwd"] = json!("/etc/passwd");
@@ -305,7 +305,7 @@ fn working_folder_that_cannot_be_entered_is_named() {
 }
 
 #[test]
-fn volume_is_bound_from_the_share() {
+fn volume_is_bind_mounted_from_the_share() {
     let mut agent = Agent::start();
     let volume = format!("{}/volume-{}", nutshell_protocol::SHARE_PATH, unique());
     fs::create_dir_all(&volume).unwrap();

@@ -1,4 +1,4 @@
-//! Standard streams and terminals.
+//! Tests of standard streams and terminals.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -8,10 +8,8 @@ use serde_json::Value;
 
 use crate::harness::{Agent, assert_nothing_left, process, shell, unique};
 
-const BURST: usize = 8 << 20;
-
-/// A container of which `script` is the first process and `stdout` its output.
-fn run(agent: &mut Agent, id: &str, script: &str) -> File {
+/// Starts a container that runs `script`, and returns its standard output.
+fn start_script(agent: &mut Agent, id: &str, script: &str) -> File {
     let output = agent.listen();
     let stdio = Stdio {
         stdout: Some(output.port),
@@ -23,7 +21,7 @@ fn run(agent: &mut Agent, id: &str, script: &str) -> File {
     output
 }
 
-/// Runs `script` in a container, and on a terminal if there is an input.
+/// Starts `script` as exec. Returns its output and, if it has a terminal, its input.
 fn exec(agent: &mut Agent, id: &str, exec: &str, script: &str, terminal: bool) -> (Option<File>, File) {
     let output = agent.listen();
     let input = terminal.then(|| agent.listen());
@@ -40,12 +38,12 @@ fn exec(agent: &mut Agent, id: &str, exec: &str, script: &str, terminal: bool) -
     (input.map(crate::harness::Port::accept), output.accept())
 }
 
-/// Reads until `text` has come, and returns everything up to there.
+/// Reads up to and including `text`, and returns everything that was read.
 fn read_until(output: &mut File, text: &str) -> String {
     let mut seen = Vec::new();
     let mut byte = [0];
     while !seen.ends_with(text.as_bytes()) {
-        let count = output.read(&mut byte).expect("what was to come");
+        let count = output.read(&mut byte).expect("more output");
         assert_eq!(count, 1, "ended after {:?}", String::from_utf8_lossy(&seen));
         seen.push(byte[0]);
     }
@@ -59,7 +57,7 @@ fn read_all(output: &mut File) -> String {
 }
 
 #[test]
-fn input_reaches_the_process_until_its_end() {
+fn input_arrives_whole_and_ends() {
     let mut agent = Agent::start();
     let id = &format!("input-{}", unique());
     let (input, output) = (agent.listen(), agent.listen());
@@ -80,7 +78,8 @@ fn input_reaches_the_process_until_its_end() {
 }
 
 #[test]
-fn burst_at_the_end_of_a_process_arrives_whole_on_both_streams() {
+fn large_output_at_the_end_of_a_process_arrives_whole_on_both_streams() {
+    const SIZE: usize = 8 << 20;
     let mut agent = Agent::start();
     let id = &format!("burst-{}", unique());
     let (output, errors) = (agent.listen(), agent.listen());
@@ -89,8 +88,8 @@ fn burst_at_the_end_of_a_process_arrives_whole_on_both_streams() {
         stderr: Some(errors.port),
         ..Stdio::default()
     };
-    let script = "head -c 8388608 /dev/zero & head -c 8388608 /dev/zero >&2; wait";
-    agent.create(id, &shell(script), stdio).unwrap();
+    let script = format!("head -c {SIZE} /dev/zero & head -c {SIZE} /dev/zero >&2; wait");
+    agent.create(id, &shell(&script), stdio).unwrap();
     let streams = [output.accept(), errors.accept()];
     agent.start_container(id);
     let readers = streams.map(|mut stream| {
@@ -103,21 +102,21 @@ fn burst_at_the_end_of_a_process_arrives_whole_on_both_streams() {
     let exited = agent.exit();
     assert_eq!(
         (exited.status, exited.stdout_bytes, exited.stderr_bytes),
-        (0, BURST as u64, BURST as u64)
+        (0, SIZE as u64, SIZE as u64)
     );
-    assert_eq!(readers.map(|reader| reader.join().unwrap()), [BURST, BURST]);
+    assert_eq!(readers.map(|reader| reader.join().unwrap()), [SIZE, SIZE]);
     agent.delete(id);
 }
 
 #[test]
-fn host_that_reads_nothing_holds_the_process_up_and_hears_of_its_end() {
+fn unread_output_blocks_the_process_and_not_its_exit() {
     let mut agent = Agent::start();
     let id = &format!("unread-{}", unique());
-    let mut started = run(&mut agent, id, "echo started; sleep 1000");
+    let mut started = start_script(&mut agent, id, "echo started; sleep 1000");
     read_until(&mut started, "started\n");
-    let before = agent.resident();
+    let before = agent.resident_memory();
     let (_, unread) = exec(&mut agent, id, "unread", "yes & echo $! >/tmp/pid; wait", false);
-    // Asleep in a write: it has gone as far as it can.
+    // `yes` sleeps in a write when the pipe and the stream are full.
     let (_, mut watcher) = exec(
         &mut agent,
         id,
@@ -127,7 +126,7 @@ fn host_that_reads_nothing_holds_the_process_up_and_hears_of_its_end() {
     );
     assert_eq!(read_all(&mut watcher), "stuck\n");
     assert_eq!(agent.exit().exec.as_deref(), Some("watcher"));
-    assert!(agent.resident() < before + (1 << 20), "the agent grew");
+    assert!(agent.resident_memory() < before + (1 << 20), "the agent grew");
 
     assert_eq!(agent.kill(id, 9), Ok(Response::Done));
     let exited = agent.exit();
@@ -143,10 +142,10 @@ fn host_that_reads_nothing_holds_the_process_up_and_hears_of_its_end() {
 }
 
 #[test]
-fn grandchild_with_the_output_does_not_delay_the_exit_and_is_heard_later() {
+fn output_of_a_grandchild_arrives_after_the_exit_of_its_parent() {
     let mut agent = Agent::start();
     let id = &format!("grandchild-{}", unique());
-    let _output = run(&mut agent, id, "mkfifo /tmp/go; sleep 1000");
+    let _output = start_script(&mut agent, id, "mkfifo /tmp/go; sleep 1000");
     let script = "while ! test -p /tmp/go; do :; done; (read line </tmp/go; echo later) & echo first";
     let (_, mut output) = exec(&mut agent, id, "parent", script, false);
     let exited = agent.exit();
@@ -161,7 +160,7 @@ fn grandchild_with_the_output_does_not_delay_the_exit_and_is_heard_later() {
 }
 
 #[test]
-fn stream_that_the_host_refuses_is_an_error_and_leaves_nothing() {
+fn refused_stream_fails_the_request_and_leaves_nothing() {
     let mut agent = Agent::start();
     let id = &format!("refused-{}", unique());
     let refused = Stdio {
@@ -172,7 +171,7 @@ fn stream_that_the_host_refuses_is_an_error_and_leaves_nothing() {
     assert!(failure.message.contains("standard output"), "{failure:?}");
     assert_nothing_left(id);
 
-    run(&mut agent, id, "sleep 1000");
+    start_script(&mut agent, id, "sleep 1000");
     let failure = agent.exec(id, "e1", &process(&["/bin/true"]), refused).unwrap_err();
     assert!(failure.message.contains("standard output"), "{failure:?}");
     agent.kill(id, 9).unwrap();
@@ -181,7 +180,7 @@ fn stream_that_the_host_refuses_is_an_error_and_leaves_nothing() {
 }
 
 #[test]
-fn terminal_has_its_size_and_echoes() {
+fn terminal_has_its_size_and_echoes_input() {
     let mut agent = Agent::start();
     let id = &format!("terminal-{}", unique());
     let (input, output) = (agent.listen(), agent.listen());
@@ -208,10 +207,10 @@ fn terminal_has_its_size_and_echoes() {
 }
 
 #[test]
-fn terminal_tells_of_resizes_interrupts_and_hang_ups() {
+fn terminal_signals_resize_interrupt_and_hangup() {
     let mut agent = Agent::start();
     let id = &format!("signals-{}", unique());
-    let _output = run(&mut agent, id, "sleep 1000");
+    let _output = start_script(&mut agent, id, "sleep 1000");
     let script = "trap 'stty size' WINCH; trap 'echo interrupted' INT
         (trap 'echo hung up; exit' HUP; echo ready; while :; do sleep 1000 & wait; done) &
         while :; do read line; [ \"$line\" != quit ] || exit 7; done";
@@ -229,7 +228,7 @@ fn terminal_tells_of_resizes_interrupts_and_hang_ups() {
     input.write_all(b"\x03").unwrap();
     read_until(&mut output, "interrupted\r\n");
 
-    // The leader of the session ends: the kernel hangs up on the rest, whose last words still count.
+    // When the session leader ends, the kernel sends SIGHUP to the others. Their final output still arrives.
     input.write_all(b"quit\n").unwrap();
     read_until(&mut output, "hung up\r\n");
     let exited = agent.exit();

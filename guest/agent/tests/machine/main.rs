@@ -1,13 +1,13 @@
-//! Boots machines with the agent as PID 1 and drives it over vsock, as the shim does. QEMU stands in
-//! for nutshell's VMM, with the same devices.
+//! Tests of the guest: boots machines with the agent as PID 1 and drives it over vsock, as the shim does. QEMU replaces
+//! nutshell's VMM and has the same devices.
 //!
-//! Needs /dev/kvm, /dev/vhost-vsock, and the guest's kernel and initramfs: run by `run-in-lab`, one
-//! test at a time, because all machines dial the same port.
+//! Needs /dev/kvm, /dev/vhost-vsock, and the guest's kernel and initramfs. `run-in-lab` runs it, one test at a time,
+//! because all machines connect to the same port.
 
-#![allow(clippy::tests_outside_test_module, reason = "all of this is tests")]
-#![allow(clippy::unwrap_used, reason = "a test fails by panic")]
+#![allow(clippy::tests_outside_test_module, reason = "this crate contains only tests")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[allow(dead_code, reason = "shared with the tests of containers")]
+#[allow(dead_code, reason = "shared with the tests of containers, which use all of it")]
 #[path = "../containers/harness.rs"]
 mod harness;
 
@@ -22,18 +22,18 @@ use serde_json::{Value, json};
 
 use harness::{Agent, create_request_on, fill_root, process, shell, unique};
 
-/// A machine's disks, in the order of their slots, and the agent in it.
+/// A running machine.
 struct Machine {
     agent: Agent,
 }
 
 impl Machine {
-    /// Boots a machine with these disks.
+    /// Boots a machine with `disks`, in the order of their slots.
     fn boot(disks: &[&Path]) -> Self {
         Self::boot_with(disks, &[])
     }
 
-    /// Boots a machine with these disks and what else QEMU's options make.
+    /// Boots a machine with `disks` and additional options for QEMU.
     fn boot_with(disks: &[&Path], options: &[String]) -> Self {
         let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
         let mut command = Command::new("qemu-system-x86_64");
@@ -64,14 +64,14 @@ impl Machine {
         }
     }
 
-    /// Creates a container whose rootfs is the disk in a slot.
+    /// Creates a container whose root file system is the disk in `slot`.
     fn create(&mut self, slot: u32, id: &str, spec: &Value, stdio: Stdio) {
         let request = create_request_on(disk(slot, &[]), id, spec, stdio);
         let response = self.agent.ask(request).unwrap();
         assert!(matches!(response, Response::Created { pid } if pid > 1), "{response:?}");
     }
 
-    /// Runs a container on the disk in slot 0 to its end: its status and output.
+    /// Runs a container on the disk in slot 0 until it ends. Returns its exit status and output.
     fn run(&mut self, spec: &Value) -> (u8, String) {
         let id = &format!("run-{}", unique());
         let output = self.agent.listen();
@@ -107,8 +107,8 @@ fn disk(slot: u32, options: &[&str]) -> Rootfs {
     }
 }
 
-/// A new disk image with a busybox root file system.
-fn image() -> PathBuf {
+/// Creates a disk image with a busybox root file system.
+fn create_image() -> PathBuf {
     let root = std::env::temp_dir().join(format!("root-{}", unique()));
     fill_root(&root);
     let image = root.with_extension("ext4");
@@ -124,24 +124,24 @@ fn image() -> PathBuf {
 
 #[test]
 fn container_runs_on_a_disk() {
-    let mut machine = Machine::boot(&[&image()]);
+    let mut machine = Machine::boot(&[&create_image()]);
     let (status, text) = machine.run(&shell("echo hello; df / | tail -n 1; exit 3"));
     assert_eq!(status, 3);
     assert!(
         text.starts_with("hello\n/dev/root") || text.contains("/dev/vda"),
         "{text}"
     );
-    // The disk is free again.
+    // The disk can be mounted again.
     assert_eq!(machine.run(&shell("exit 4")).0, 4);
 }
 
 #[test]
-fn agent_is_set_up_as_the_first_process() {
-    let mut machine = Machine::boot(&[&image()]);
+fn agent_sets_up_the_machine() {
+    let mut machine = Machine::boot(&[&create_image()]);
     let script = "cat /proc/1/oom_score_adj; cat /sys/fs/cgroup/cgroup.controllers; ip link show lo | head -n 1; \
         ulimit -n; grep -c . /proc/1/net/dev";
     let mut spec = shell(script);
-    // The machine's pid, network and cgroup namespaces, and its cgroups to look at.
+    // The container shares the machine's pid, network and cgroup namespaces, so that it sees the agent and its cgroups.
     spec["linux"]["namespaces"] = json!(["ipc", "uts", "mount"].map(|kind| json!({"type": kind})));
     spec["process"]["rlimits"] = json!([]);
     let mounts = spec["mounts"].as_array_mut().unwrap();
@@ -161,10 +161,10 @@ fn agent_is_set_up_as_the_first_process() {
 }
 
 #[test]
-fn container_sees_nothing_of_the_initramfs() {
-    let mut machine = Machine::boot(&[&image()]);
-    // With the capabilities of a privileged container, from a folder outside of a chroot, and back
-    // over every `..`: what is there is the container's own root.
+fn container_cannot_reach_the_initramfs() {
+    let mut machine = Machine::boot(&[&create_image()]);
+    // With the capabilities of a privileged container, from a directory outside of a chroot and upwards by `..`, it
+    // reaches only its own root.
     let script = "ls -d /init /new 2>&1; mkdir /jail; cp -a /bin /jail; \
         chroot /jail /bin/sh -c 'cd ..; cd ..; cd ..; ls -d init new 2>&1'; \
         umount -l /; ls -d /../init /../new 2>&1";
@@ -182,12 +182,12 @@ fn container_sees_nothing_of_the_initramfs() {
 }
 
 #[test]
-fn disk_that_is_not_there_is_named() {
-    let mut machine = Machine::boot(&[&image()]);
+fn error_names_the_missing_disk() {
+    let mut machine = Machine::boot(&[&create_image()]);
     let request = create_request_on(disk(1, &[]), "lost", &shell("exit 6"), Stdio::default());
     let failure = machine.agent.ask(request).unwrap_err();
     assert!(failure.message.contains("disk slot 1"), "{}", failure.message);
-    // The agent goes on.
+    // The agent still works.
     let (status, _) = machine.run(&shell("exit 6"));
     assert_eq!(status, 6);
 }
@@ -245,7 +245,7 @@ fn rootfs_and_volumes_come_from_the_share() {
 
 #[test]
 fn exec_and_terminal_work_over_vsock() {
-    let mut machine = Machine::boot(&[&image()]);
+    let mut machine = Machine::boot(&[&create_image()]);
     machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
     machine.agent.start_container("c");
     let (input, output) = (machine.agent.listen(), machine.agent.listen());
@@ -270,8 +270,8 @@ fn exec_and_terminal_work_over_vsock() {
 }
 
 #[test]
-fn input_and_output_hold_back_over_vsock() {
-    let mut machine = Machine::boot(&[&image()]);
+fn input_and_output_arrive_whole_over_vsock() {
+    let mut machine = Machine::boot(&[&create_image()]);
     let (input, output) = (machine.agent.listen(), machine.agent.listen());
     let stdio = Stdio {
         stdin: Some(input.port),
@@ -292,7 +292,7 @@ fn input_and_output_hold_back_over_vsock() {
     output.read_to_end(&mut received).unwrap();
     assert!(
         received == writer.join().unwrap(),
-        "{} of {SIZE} bytes, or others",
+        "{} of {SIZE} bytes arrived, or they differ",
         received.len()
     );
     let exited = machine.agent.exit();
@@ -302,11 +302,11 @@ fn input_and_output_hold_back_over_vsock() {
 
 #[test]
 fn shutdown_leaves_a_clean_file_system() {
-    let image = image();
+    let image = create_image();
     let mut machine = Machine::boot(&[&image]);
     machine.create(0, "writer", &shell("echo kept >/file; sleep 1000"), Stdio::default());
     machine.agent.start_container("writer");
-    // Written by the time that a second process sees it.
+    // When a second process sees the file, it has been written.
     machine
         .agent
         .exec(
@@ -331,10 +331,10 @@ fn shutdown_leaves_a_clean_file_system() {
 }
 
 #[test]
-fn machine_ends_when_its_host_is_gone() {
-    let mut machine = Machine::boot(&[&image()]);
+fn machine_ends_when_the_host_closes_the_control_stream() {
+    let mut machine = Machine::boot(&[&create_image()]);
     machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
     machine.agent.start_container("c");
-    // Waits for the end of the machine, which reset itself.
+    // Closes the stream, and waits until the machine has reset itself and QEMU has ended.
     drop(machine);
 }
