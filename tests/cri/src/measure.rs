@@ -32,7 +32,7 @@ pub(crate) fn print_table(rounds: usize) {
             }
         }
     }
-    println!("| what | median | rounds |\n|---|---|---|");
+    println!("| measurement | median | rounds |\n|---|---|---|");
     for (index, step) in STEPS.iter().enumerate() {
         for ((_, name), results) in HANDLERS.iter().zip(&results) {
             let results = &results[index];
