@@ -314,8 +314,8 @@ single_binary_runs() {
   rm /run/tmp/out
 }
 
-# some_cases LABEL: the basic cases, to be repeated with another snapshotter or image.
-some_cases() {
+# basic_cases LABEL: cases for each snapshotter and image.
+basic_cases() {
   check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
   check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
   check "$1: exit status is exact" exit_status_is_exact
@@ -323,26 +323,15 @@ some_cases() {
   check "$1: terminated init reports 143" terminated_init_reports_143
   check "$1: detached container can be listed, entered by exec, killed and deleted" \
     detached_container_can_be_listed_entered_killed_and_deleted
-}
-
-# all_cases LABEL: the basic cases, and those that depend on the image's user and file settings.
-all_cases() {
-  check "$1: uname reports the guest's kernel" uname_reports_the_guests_kernel
-  check "$1: stdout and stderr stay apart" stdout_and_stderr_stay_apart
-  check "$1: exit status is exact" exit_status_is_exact
-  check "$1: killed init reports 137" killed_init_reports_137
-  check "$1: terminated init reports 143" terminated_init_reports_143
-  check "$1: detached container can be listed, entered by exec, killed and deleted" \
-    detached_container_can_be_listed_entered_killed_and_deleted
-  check "$1: exec killed by a signal reports 128 plus the signal's number" \
-    exec_killed_by_a_signal_reports_128_plus_its_number
-  check "$1: missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
-  check "$1: settings of ctr run apply to the process" settings_of_ctr_run_apply_to_the_process
 }
 
 # Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one program.
 every_case() {
-  all_cases "overlayfs"
+  basic_cases "overlayfs"
+  check "overlayfs: exec killed by a signal reports 128 plus the signal's number" \
+    exec_killed_by_a_signal_reports_128_plus_its_number
+  check "overlayfs: missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
+  check "overlayfs: settings of ctr run apply to the process" settings_of_ctr_run_apply_to_the_process
   check "process with a terminal has a tty on all streams" process_with_a_terminal_has_a_tty_on_all_streams
   check "100 MiB through stdin and stdout arrive unchanged" stdin_and_stdout_arrive_unchanged
   check "vmm and fs processes are confined" vmm_and_fs_processes_are_confined
@@ -354,12 +343,12 @@ every_case() {
   check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause
   check "twenty containers start concurrently" twenty_containers_start_concurrently
   snapshotter=native
-  some_cases "native"
+  basic_cases "native"
   snapshotter=overlayfs image=debian
-  some_cases "debian"
+  basic_cases "debian"
   check "python3 of the debian image runs" python_runs
   snapshotter=native
-  some_cases "debian, native"
+  basic_cases "debian, native"
   snapshotter=overlayfs image=one-binary
   check "image with a single binary runs" single_binary_runs
 }
