@@ -195,7 +195,7 @@ pub enum Rootfs {
     },
 }
 
-/// The standard streams of a process. Each is a connection of its own, from the agent to a vsock port of the host.
+/// The standard streams of a process. Each uses a separate connection, from the agent to a vsock port of the host.
 ///
 /// Standard input carries bytes only to the guest, the other streams only to the host. The sender shuts down its
 /// direction at the end of its data. The agent closes a stream after it has received or sent that shutdown.

@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn lookup_fails_with_gos_error_texts() {
-        for (name, words) in [
+        for (name, expected) in [
             ("nosuch", r#"exec: "nosuch": executable file not found in $PATH"#),
             ("", r#"exec: "": executable file not found in $PATH"#),
             (
@@ -201,7 +201,7 @@ mod tests {
             ),
             ("/etc", r#"exec: "/etc": is a directory"#),
         ] {
-            assert_eq!(look_up(name, "/usr/bin:/bin").unwrap_err(), words);
+            assert_eq!(look_up(name, "/usr/bin:/bin").unwrap_err(), expected);
         }
     }
 

@@ -81,7 +81,7 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
     }
     let namespaces: Vec<_> = linux.namespaces().iter().flatten().map(LinuxNamespace::typ).collect();
     if !namespaces.contains(&LinuxNamespaceType::Mount) {
-        return Err(Failure::invalid("the OCI spec gives the container no mount namespace"));
+        return Err(Failure::invalid("the OCI spec has no mount namespace"));
     }
     let mut machine_settings = MachineSettings::default();
     if !namespaces.contains(&LinuxNamespaceType::Uts) {

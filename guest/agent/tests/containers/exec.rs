@@ -90,9 +90,9 @@ fn failed_exec_has_runcs_error_and_its_id_can_be_reused() {
         id,
         &process(&["/bin/sh", "-c", "echo junk >/bad-format; chmod +x /bad-format"]),
     );
-    for (process, words) in &table {
+    for (process, expected) in &table {
         let failure = agent.exec(id, "same", process, Stdio::default()).unwrap_err();
-        assert_eq!(failure.message, *words);
+        assert_eq!(failure.message, *expected);
     }
     agent
         .exec(id, "same", &process(&["/bin/true"]), Stdio::default())
@@ -323,11 +323,11 @@ fn starting_execs_are_settled_before_the_exit_of_their_container() {
         };
         let requests: Vec<u64> = (0..6).map(|number| agent.send(request(number))).collect();
         agent.kill(id, 9).unwrap();
-        let made = requests
+        let created = requests
             .into_iter()
             .filter(|request| agent.reply(*request).is_ok())
             .count();
-        for _ in 0..made {
+        for _ in 0..created {
             let exited = agent.exit();
             assert!(exited.exec.is_some() && exited.status == 137, "{exited:?}");
         }

@@ -135,10 +135,10 @@ fn failed_create_has_runcs_error_and_leaves_nothing() {
         ),
         (spec(&["/etc/passwd"]), r#"exec: "/etc/passwd": permission denied"#),
     ];
-    for (spec, words) in table {
+    for (spec, expected) in table {
         let id = &format!("failed-{}", unique());
         let failure = agent.create(id, &spec, Stdio::default()).unwrap_err();
-        assert_eq!(failure.message, words);
+        assert_eq!(failure.message, expected);
         assert_nothing_left(id);
     }
 }

@@ -113,12 +113,12 @@ fn create_image() -> PathBuf {
     fill_root(&root);
     let image = root.with_extension("ext4");
     File::create(&image).unwrap().set_len(16 << 20).unwrap();
-    let made = Command::new("mke2fs")
+    let formatted = Command::new("mke2fs")
         .args(["-q", "-t", "ext4", "-d"])
         .arg(&root)
         .arg(&image)
         .status();
-    assert!(made.unwrap().success());
+    assert!(formatted.unwrap().success());
     image
 }
 
