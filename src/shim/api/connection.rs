@@ -1,4 +1,4 @@
-//! Connections of containerd: who may connect, and when what was answered is really on its way.
+//! Connections of containerd: who may connect, and when the last reply has arrived.
 
 use std::{
     io,
@@ -16,99 +16,112 @@ use tokio::{
     sync::watch,
 };
 
-/// Follows one message among those that are written to sockets, so that the process can end after its
-/// last reply was taken and not before.
+/// Tracks the last reply of the shim, so that the process exits after the client has it. Clones share their state.
+///
+/// Connections recognize the reply by its stream id among the bytes that they write.
 #[derive(Debug, Clone)]
-pub(crate) struct Written(Arc<watch::Sender<LastReply>>);
+pub(crate) struct LastReply(Arc<watch::Sender<Progress>>);
 
+/// How far the last reply has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum LastReply {
-    /// Nobody has asked yet what the last one is.
+enum Progress {
+    /// No call has announced the last reply yet.
     Unknown,
-    /// The reply on this stream of ttrpc is not written yet.
+    /// The reply on this ttrpc stream is the last one. It is not written yet.
     Expected(u32),
-    /// It is.
+    /// It is written to the socket.
     Written,
-    /// Who asked has closed the connection since.
-    Taken,
+    /// It is written, and the client has closed its connection.
+    Closed,
 }
 
-impl Written {
-    /// Nothing is expected yet.
-    pub(crate) fn none() -> Self {
-        Self(Arc::new(watch::Sender::new(LastReply::Unknown)))
+impl LastReply {
+    /// Starts without an expected reply.
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(Progress::Unknown)))
     }
 
-    /// Called by who is about to reply for the last time, to the request with this header. Others may
-    /// still reply meanwhile.
+    /// Announces that the reply to the request with this header is the last one. Replies to other requests may
+    /// still be written before it.
     pub(crate) fn expect(&self, request: &MessageHeader) {
-        self.0.send_replace(LastReply::Expected(request.stream_id));
+        self.0.send_replace(Progress::Expected(request.stream_id));
     }
 
-    /// Waits until the reply that was expected is written.
-    pub(crate) async fn last(&self) {
-        self.wait(|last| !matches!(last, LastReply::Expected(_))).await;
-    }
-
-    /// Waits until who asked for it has closed the connection: a client of Go that sees the end of a
-    /// connection may report that and forget the reply before it (`Client.dispatch` of containerd/ttrpc).
-    pub(crate) async fn taken(&self) {
-        self.wait(|last| matches!(last, LastReply::Unknown | LastReply::Taken))
+    /// Waits until the expected reply is written. Returns at once if none is expected.
+    pub(crate) async fn written(&self) {
+        self.wait_for(|progress| !matches!(progress, Progress::Expected(_)))
             .await;
     }
 
-    async fn wait(&self, reached: impl Fn(&LastReply) -> bool) {
-        // Fails only if the sender is gone, which is borrowed with `self`.
-        let _ = self.0.subscribe().wait_for(reached).await;
+    /// Waits until the client that received the last reply has closed its connection. Returns at once if no reply
+    /// was expected. If the shim closed it first, a Go client could report the end of the connection instead of the
+    /// reply (`Client.dispatch` of containerd/ttrpc).
+    pub(crate) async fn closed(&self) {
+        self.wait_for(|progress| matches!(progress, Progress::Unknown | Progress::Closed))
+            .await;
     }
 
-    /// Whether a message that was written is the one.
-    fn message(&self, stream: u32) -> bool {
-        self.0.send_if_modified(|last| {
-            let expected = *last == LastReply::Expected(stream);
+    async fn wait_for(&self, condition: impl Fn(&Progress) -> bool) {
+        // Fails only without a sender, which is a field of `self`.
+        let _ = self.0.subscribe().wait_for(condition).await;
+    }
+
+    /// Notes that a message on ttrpc stream `stream` was written. Returns whether it is the last reply.
+    fn note_written(&self, stream: u32) -> bool {
+        self.0.send_if_modified(|progress| {
+            let expected = *progress == Progress::Expected(stream);
             if expected {
-                *last = LastReply::Written;
+                *progress = Progress::Written;
             }
             expected
         })
     }
+
+    /// Notes that the connection that carried the last reply was closed.
+    fn note_closed(&self) {
+        self.0.send_replace(Progress::Closed);
+    }
 }
 
-/// Connections to `listener` of processes with this process's user id; others are refused.
-pub(crate) fn listener(listener: StdUnixListener, written: Written) -> io::Result<Listener> {
+/// Accepts connections of processes with this process's user id only. Connections are tracked by `last_reply`.
+///
+/// # Errors
+///
+/// `listener` cannot be made non-blocking or registered with tokio.
+pub(crate) fn accept_own_user(listener: StdUnixListener, last_reply: LastReply) -> io::Result<Listener> {
     listener.set_nonblocking(true)?;
-    Ok(Listener::new(Accepted {
+    Ok(Listener::new(OwnUserListener {
         listener: UnixListener::from_std(listener)?,
-        written,
+        last_reply,
     }))
 }
 
-struct Accepted {
+struct OwnUserListener {
     listener: UnixListener,
-    written: Written,
+    last_reply: LastReply,
 }
 
-impl Stream for Accepted {
+impl Stream for OwnUserListener {
     type Item = io::Result<Connection>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let own = rustix::process::geteuid().as_raw();
+        let own_uid = rustix::process::geteuid().as_raw();
         loop {
             let (stream, _) = match self.listener.poll_accept(context) {
                 Poll::Ready(accepted) => accepted?,
                 Poll::Pending => return Poll::Pending,
             };
             match stream.peer_cred() {
-                Ok(peer) if peer.uid() == own => {
+                Ok(peer) if peer.uid() == own_uid => {
                     return Poll::Ready(Some(Ok(Connection {
                         stream,
-                        written: self.written.clone(),
-                        start: Start::default(),
-                        had_last: false,
+                        last_reply: self.last_reply.clone(),
+                        header: HeaderStart::default(),
+                        carried_last_reply: false,
                     })));
                 }
-                Ok(peer) => log::warn!("refused a connection of user {}", peer.uid()),
-                Err(error) => log::warn!("refused a connection of an unknown user: {error}"),
+                Ok(peer) => log::warn!("refused a connection of uid {}", peer.uid()),
+                Err(error) => log::warn!("refused a connection: its uid cannot be read: {error}"),
             }
         }
     }
@@ -116,10 +129,9 @@ impl Stream for Accepted {
 
 struct Connection {
     stream: UnixStream,
-    written: Written,
-    start: Start,
-    /// The last reply went out here.
-    had_last: bool,
+    last_reply: LastReply,
+    header: HeaderStart,
+    carried_last_reply: bool,
 }
 
 impl Connection {
@@ -127,37 +139,38 @@ impl Connection {
         Pin::new(&mut self.get_mut().stream)
     }
 
-    fn ended(&self) {
-        if self.had_last {
-            self.written.0.send_replace(LastReply::Taken);
+    fn on_close(&self) {
+        if self.carried_last_reply {
+            self.last_reply.note_closed();
         }
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.ended();
+        self.on_close();
     }
 }
 
-/// The first bytes of the message that is being written: its length and its stream's number, in network
-/// order (containerd/ttrpc PROTOCOL.md).
+/// The first bytes of the message that is being written: length and stream id, big-endian
+/// (containerd/ttrpc PROTOCOL.md).
 #[derive(Debug, Default)]
-struct Start {
+struct HeaderStart {
     bytes: [u8; 8],
     length: usize,
 }
 
-impl Start {
+impl HeaderStart {
+    /// Adds bytes of the message. Bytes beyond the header's start are ignored.
     fn push(&mut self, written: &[u8]) {
-        for (place, byte) in self.bytes[self.length..].iter_mut().zip(written) {
-            *place = *byte;
+        for (target, byte) in self.bytes[self.length..].iter_mut().zip(written) {
+            *target = *byte;
             self.length += 1;
         }
     }
 
-    /// The stream's number, once per message.
-    fn take(&mut self) -> Option<u32> {
+    /// Returns the stream id of a message that is complete, and begins the next message.
+    fn take_stream_id(&mut self) -> Option<u32> {
         let [_, _, _, _, stream @ ..] = self.bytes;
         (std::mem::take(&mut self.length) == self.bytes.len()).then_some(u32::from_be_bytes(stream))
     }
@@ -172,7 +185,7 @@ impl AsyncRead for Connection {
         let before = buffer.filled().len();
         let poll = self.as_mut().stream().poll_read(context, buffer);
         if poll.is_ready() && buffer.filled().len() == before {
-            self.ended();
+            self.on_close();
         }
         poll
     }
@@ -182,18 +195,18 @@ impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let poll = self.as_mut().stream().poll_write(context, bytes);
         if let Poll::Ready(Ok(count)) = poll {
-            self.start.push(&bytes[..count]);
+            self.header.push(&bytes[..count]);
         }
         poll
     }
 
-    // The ttrpc crate flushes after each whole message.
+    // The ttrpc crate flushes after each complete message.
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let poll = self.as_mut().stream().poll_flush(context);
         if poll.is_ready()
-            && let Some(stream) = self.start.take()
+            && let Some(stream) = self.header.take_stream_id()
         {
-            self.had_last |= self.written.message(stream);
+            self.carried_last_reply |= self.last_reply.note_written(stream);
         }
         poll
     }
@@ -215,39 +228,45 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn last_reply_is_the_one_that_was_asked_for_and_not_one_that_comes_before() {
-        let written = Written::none();
+    async fn only_the_expected_reply_counts_as_the_last_one() {
+        let last_reply = LastReply::new();
         let (stream, peer) = UnixStream::pair().unwrap();
         let mut connection = Connection {
             stream,
-            written: written.clone(),
-            start: Start::default(),
-            had_last: false,
+            last_reply: last_reply.clone(),
+            header: HeaderStart::default(),
+            carried_last_reply: false,
         };
-        let mut reply = async |stream: u32| {
+        let mut write_reply = async |stream: u32| {
             let mut message = MessageHeader::new_response(stream, 3);
             message.length = 3;
-            // As ttrpc writes it: in two parts.
+            // In two parts, as ttrpc writes it.
             let bytes = [Vec::from(message), b"abc".to_vec()].concat();
             connection.write_all(&bytes[..7]).await.unwrap();
             connection.write_all(&bytes[7..]).await.unwrap();
             connection.flush().await.unwrap();
         };
-        let now = Duration::from_millis(50);
+        let short = Duration::from_millis(50);
 
-        reply(1).await;
-        written.last().await;
-        written.expect(&MessageHeader::new_request(5, 0));
-        reply(3).await;
-        assert!(timeout(now, written.last()).await.is_err(), "another reply");
-        reply(5).await;
+        write_reply(1).await;
+        last_reply.written().await;
+        last_reply.expect(&MessageHeader::new_request(5, 0));
+        write_reply(3).await;
+        assert!(
+            timeout(short, last_reply.written()).await.is_err(),
+            "another reply counts as the last one"
+        );
+        write_reply(5).await;
 
-        timeout(now, written.last()).await.unwrap();
-        assert!(timeout(now, written.taken()).await.is_err(), "not closed");
+        timeout(short, last_reply.written()).await.unwrap();
+        assert!(
+            timeout(short, last_reply.closed()).await.is_err(),
+            "the connection is open"
+        );
         drop(peer);
         let end = connection.read(&mut [0; 8]).await;
-        timeout(now, written.taken()).await.unwrap();
-        // What was not read before is forgotten, and said so once.
+        timeout(short, last_reply.closed()).await.unwrap();
+        // The peer closed with unread bytes, which the kernel may report as ECONNRESET.
         assert!(matches!(end, Ok(0)) || end.is_err());
     }
 }

@@ -1,6 +1,6 @@
-//! Resource use of a container as containerd reads it: the message of cgroup v2, whatever the host
-//! has (github.com/containerd/cgroups `cgroup2/stats/metrics.proto`). No part of it is left out: clients
-//! read some without a check.
+//! The resource use of a container as containerd expects it: the metrics of cgroup v2, regardless of the host's
+//! cgroup version (github.com/containerd/cgroups `cgroup2/stats/metrics.proto`). All submessages are set, because
+//! clients read some of them without a check.
 
 use containerd_shim::{
     protos::{
@@ -13,8 +13,8 @@ use containerd_shim::{
 };
 use nutshell_protocol::ContainerStats;
 
-/// The message in its envelope.
-pub(crate) fn metrics(stats: &ContainerStats) -> Any {
+/// Encodes the resource use as a `Metrics` message.
+pub(super) fn encode_metrics(stats: &ContainerStats) -> Any {
     let message = Metrics {
         pids: MessageField::some(PidsStat {
             current: stats.pids.current,
@@ -30,10 +30,10 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Any {
             throttled_usec: stats.cpu.throttled_usec,
             ..CPUStat::default()
         }),
-        memory: MessageField::some(memory(stats)),
+        memory: MessageField::some(memory_stat(stats)),
         rdma: MessageField::some(RdmaStat::default()),
         io: MessageField::some(IOStat {
-            usage: stats.io.iter().map(io).collect(),
+            usage: stats.io.iter().map(io_entry).collect(),
             ..IOStat::default()
         }),
         memory_events: MessageField::some(MemoryEvents {
@@ -45,14 +45,14 @@ pub(crate) fn metrics(stats: &ContainerStats) -> Any {
             oom_group_kill: stats.memory_events.oom_group_kill,
             ..MemoryEvents::default()
         }),
-        network: stats.network.iter().map(network).collect(),
+        network: stats.network.iter().map(network_stat).collect(),
         ..Metrics::default()
     };
-    // A message without required fields cannot fail to encode into memory.
+    // Encoding into memory cannot fail: the message has no required fields.
     convert_to_any(Box::new(message)).unwrap_or_default()
 }
 
-fn io(stats: &nutshell_protocol::IoStats) -> IOEntry {
+fn io_entry(stats: &nutshell_protocol::IoStats) -> IOEntry {
     IOEntry {
         major: stats.major,
         minor: stats.minor,
@@ -64,7 +64,7 @@ fn io(stats: &nutshell_protocol::IoStats) -> IOEntry {
     }
 }
 
-fn network(stats: &nutshell_protocol::NetworkStats) -> NetworkStat {
+fn network_stat(stats: &nutshell_protocol::NetworkStats) -> NetworkStat {
     NetworkStat {
         name: stats.name.clone(),
         rx_bytes: stats.rx_bytes,
@@ -79,7 +79,7 @@ fn network(stats: &nutshell_protocol::NetworkStats) -> NetworkStat {
     }
 }
 
-fn memory(stats: &ContainerStats) -> MemoryStat {
+fn memory_stat(stats: &ContainerStats) -> MemoryStat {
     let mut memory = MemoryStat {
         usage: stats.memory.usage,
         usage_limit: stats.memory.usage_limit,
@@ -88,15 +88,15 @@ fn memory(stats: &ContainerStats) -> MemoryStat {
         ..MemoryStat::default()
     };
     for (name, value) in &stats.memory.stat {
-        if let Some(field) = field(&mut memory, name) {
+        if let Some(field) = memory_field(&mut memory, name) {
             *field = field.saturating_add(*value);
         }
     }
     memory
 }
 
-/// The field of a line of `memory.stat`, where the message has one.
-fn field<'a>(memory: &'a mut MemoryStat, name: &str) -> Option<&'a mut u64> {
+/// The field for the line `name` of the cgroup's `memory.stat`. `None` if the message lacks it.
+fn memory_field<'a>(memory: &'a mut MemoryStat, name: &str) -> Option<&'a mut u64> {
     Some(match name {
         "active_anon" => &mut memory.active_anon,
         "active_file" => &mut memory.active_file,
@@ -141,21 +141,21 @@ mod tests {
 
     use super::*;
 
-    fn decoded(stats: &ContainerStats) -> Metrics {
-        let any = metrics(stats);
+    fn encode_and_decode(stats: &ContainerStats) -> Metrics {
+        let any = encode_metrics(stats);
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
         Metrics::parse_from_bytes(&any.value).unwrap()
     }
 
     #[test]
-    fn no_part_is_left_out_of_empty_statistics() {
-        let message = decoded(&ContainerStats::default());
+    fn empty_statistics_have_all_submessages() {
+        let message = encode_and_decode(&ContainerStats::default());
         assert!(message.pids.is_some() && message.cpu.is_some() && message.memory.is_some());
         assert!(message.memory_events.is_some() && message.io.is_some());
     }
 
     #[test]
-    fn lines_of_memory_stat_reach_their_fields() {
+    fn lines_of_memory_stat_are_stored_in_their_fields_and_unknown_ones_ignored() {
         let mut stats = ContainerStats::default();
         stats.memory.usage = 1;
         stats.memory.usage_limit = u64::MAX;
@@ -165,7 +165,7 @@ mod tests {
             "pgmajfault",
             "workingset_refault_anon",
             "workingset_refault_file",
-            "of_a_kernel_to_come",
+            "line_of_a_later_kernel",
         ];
         stats.memory.stat = lines
             .iter()
@@ -173,7 +173,7 @@ mod tests {
             .map(|(name, value)| ((*name).to_owned(), value))
             .collect();
 
-        let message = decoded(&stats);
+        let message = encode_and_decode(&stats);
 
         let memory = &message.memory;
         assert_eq!((memory.usage, memory.usage_limit), (1, u64::MAX));

@@ -1,7 +1,7 @@
-//! The ttrpc server and the services that it offers containerd.
+//! The ttrpc server and its services.
 //!
-//! What lives here: protobuf and ttrpc, translated to and from the types of [`tasks`](super::tasks). What may not
-//! live here: what a call does. [`serve()`] is called once, by the process that becomes the daemon.
+//! What lives here: ttrpc connections, and the translation of protobuf messages to and from the types of
+//! [`tasks`](super::tasks). What may not live here: the effect of a call. The daemon process calls [`serve()`] once.
 
 mod completion;
 pub(super) mod connection;

@@ -1,6 +1,5 @@
-//! The Sandbox service (`containerd.runtime.sandbox.v1`): containerd's messages to and from [`Tasks`].
-//! containerd speaks it where a runtime's `sandboxer` is `shim` (containerd
-//! `api/runtime/sandbox/v1/sandbox.proto`).
+//! The Sandbox service (`containerd.runtime.sandbox.v1`): translates containerd's messages to and from [`Tasks`].
+//! containerd uses it for runtimes with `sandboxer = "shim"` (containerd `api/runtime/sandbox/v1/sandbox.proto`).
 
 use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
@@ -21,7 +20,7 @@ use containerd_shim::protos::{
     types::platform,
 };
 
-use super::{completion::run_to_completion, connection::Written, metrics::metrics};
+use super::{completion::run_to_completion, connection::LastReply, metrics::encode_metrics};
 use crate::oci::ContainerId;
 use crate::shim::{
     error::{ErrorCode, TaskError},
@@ -29,17 +28,17 @@ use crate::shim::{
     tasks::{SandboxRequest, Tasks},
 };
 
-/// What is served.
-pub(super) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+/// The Sandbox service by its name.
+pub(super) fn services(tasks: &Arc<Tasks>, last_reply: &LastReply) -> HashMap<String, Service> {
     create_sandbox(Arc::new(SandboxService {
         tasks: tasks.clone(),
-        written: written.clone(),
+        last_reply: last_reply.clone(),
     }))
 }
 
 struct SandboxService {
     tasks: Arc<Tasks>,
-    written: Written,
+    last_reply: LastReply,
 }
 
 #[async_trait]
@@ -49,7 +48,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
-        let request = sandbox_request(request)?;
+        let request = to_sandbox_request(request)?;
         run_to_completion(&self.tasks, |tasks| async move { tasks.create_sandbox(request).await }).await?;
         Ok(CreateSandboxResponse::default())
     }
@@ -69,7 +68,7 @@ impl Sandbox for SandboxService {
     }
 
     async fn platform(&self, _: &TtrpcContext, _: PlatformRequest) -> ttrpc::Result<PlatformResponse> {
-        // The guest's. Named as Go names them (OCI image spec, "Image Index": `platform`).
+        // The guest's platform, with Go's names for OS and architecture (OCI image spec, "Image Index", `platform`).
         let guest = platform::Platform {
             os: "linux".to_owned(),
             architecture: "amd64".to_owned(),
@@ -82,7 +81,7 @@ impl Sandbox for SandboxService {
     }
 
     async fn stop_sandbox(&self, _: &TtrpcContext, request: StopSandboxRequest) -> ttrpc::Result<StopSandboxResponse> {
-        // None is 0 on the wire.
+        // 0 means that the request sets no limit.
         let limit = (request.timeout_secs > 0).then(|| Duration::from_secs(request.timeout_secs.into()));
         let stop = |tasks: Arc<Tasks>| async move { tasks.stop_sandbox(&request.sandbox_id, limit).await };
         run_to_completion(&self.tasks, stop).await?;
@@ -104,7 +103,7 @@ impl Sandbox for SandboxService {
         request: SandboxStatusRequest,
     ) -> ttrpc::Result<SandboxStatusResponse> {
         let status = self.tasks.sandbox_status(&request.sandbox_id, request.verbose)?;
-        // containerd's CRI knows these two (`core/sandbox`).
+        // The two states that containerd's CRI distinguishes (`core/sandbox`).
         let state = if status.ready {
             "SANDBOX_READY"
         } else {
@@ -131,7 +130,7 @@ impl Sandbox for SandboxService {
         context: &TtrpcContext,
         request: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        self.written.expect(&context.mh);
+        self.last_reply.expect(&context.mh);
         let shut_down = |tasks: Arc<Tasks>| async move { tasks.shut_down_sandbox(&request.sandbox_id).await };
         run_to_completion(&self.tasks, shut_down).await?;
         Ok(ShutdownSandboxResponse::default())
@@ -147,12 +146,12 @@ impl Sandbox for SandboxService {
         let metric = response.metrics.mut_or_insert_default();
         metric.id = request.sandbox_id;
         metric.timestamp = MessageField::some(to_timestamp(std::time::SystemTime::now()));
-        metric.data = MessageField::some(metrics(&stats));
+        metric.data = MessageField::some(encode_metrics(&stats));
         Ok(response)
     }
 }
 
-fn sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, TaskError> {
+fn to_sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, TaskError> {
     let invalid = |text: String| TaskError::new(ErrorCode::InvalidArgument, text);
     let id: ContainerId = request
         .sandbox_id

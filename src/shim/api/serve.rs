@@ -1,4 +1,4 @@
-//! The daemon: serves containerd until the last container is gone.
+//! The daemon: serves containerd until a shutdown is requested.
 
 use std::{
     fs, io,
@@ -12,7 +12,7 @@ use containerd_shim::protos::ttrpc::{self, asynchronous::Server};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
 use super::{
-    connection::{self, Written},
+    connection::{self, LastReply},
     services::services,
 };
 use crate::oci::ContainerId;
@@ -24,35 +24,38 @@ use crate::shim::{
     tasks::Tasks,
 };
 
-/// How long containerd may take to take the last events, and the last reply, and to hang up then.
+/// How long the daemon waits for containerd to accept the last events before it exits.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long the daemon waits until the reply to Shutdown is written.
 const REPLY_LIMIT: Duration = Duration::from_millis(500);
+
+/// How long the daemon waits until the client that received that reply closes its connection.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
 /// What the daemon is started with.
 #[derive(Debug)]
 pub(crate) struct ServeContext {
-    /// The container, or sandbox, that the shim was started for. Others may join it.
+    /// The container or sandbox that the shim was started for. Others may join it.
     pub(crate) id: ContainerId,
-    /// containerd's namespace of all containers of this shim.
+    /// The containerd namespace of all containers of this shim.
     pub(crate) namespace: String,
     /// The path of containerd's gRPC socket.
     pub(crate) address: String,
     /// The path of containerd's ttrpc socket, to which events are forwarded.
     pub(crate) ttrpc_address: Option<String>,
-    /// containerd's executable: publishes events where there is no ttrpc socket.
+    /// The path of containerd's executable, which publishes events if there is no ttrpc socket.
     pub(crate) publish_binary: Option<PathBuf>,
-    /// Bound, listening, non-blocking.
+    /// The ttrpc socket, non-blocking.
     pub(crate) listener: UnixListener,
-    /// The listener's path, to unlink when the shim ends.
+    /// The path of `listener`, to unlink when the shim exits.
     pub(crate) socket: PathBuf,
-    /// Open and locked for the shim's life: proves to `delete` that it is alive.
+    /// Its lock proves to `delete` that the shim is alive, so it stays open until the shim exits.
     pub(crate) pid_file: OwnedFd,
-    /// The host's configuration.
     pub(crate) configuration: Configuration,
 }
 
-/// Why the daemon cannot serve.
+/// A failure that ends the daemon.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
     #[error("prepare to serve: {0}")]
@@ -61,8 +64,8 @@ enum ServeError {
     Server(#[from] ttrpc::Error),
 }
 
-/// Serves until containerd shuts the shim down. To be called on the main thread, which is the only
-/// one of the daemon that stays: its children are bound to it.
+/// Serves until a shutdown is requested. Call it on the main thread: the kernel kills the shim's children when the
+/// thread that started them exits (`PR_SET_PDEATHSIG`), and no other thread lives as long as the shim.
 pub(crate) fn serve(context: ServeContext) -> ExitCode {
     let socket = context.socket.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -77,15 +80,15 @@ pub(crate) fn serve(context: ServeContext) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error!("{error}");
-            remove(&socket);
+            unlink_socket(&socket);
             ExitCode::FAILURE
         }
     }
 }
 
 async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
-    outlive_signals()?;
-    let host = HostLauncher::new(context.configuration.clone());
+    ignore_termination_signals()?;
+    let launcher = HostLauncher::new(context.configuration.clone());
     let events = match (&context.ttrpc_address, context.publish_binary) {
         (Some(socket), _) => EventQueue::start(&context.namespace, TtrpcForwarder::new(socket)),
         (None, Some(program)) => {
@@ -98,39 +101,39 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
         namespace: context.namespace,
         streaming: StreamRegistry::default(),
     };
-    let tasks = Tasks::new(context.configuration, host, events.clone(), stdio);
-    let written = Written::none();
+    let tasks = Tasks::new(context.configuration, launcher, events.clone(), stdio);
+    let last_reply = LastReply::new();
     let mut server = Server::new()
-        .add_listener(connection::listener(context.listener, written.clone())?)
-        .register_service(services(&tasks, &written));
+        .add_listener(connection::accept_own_user(context.listener, last_reply.clone())?)
+        .register_service(services(&tasks, &last_reply));
     server.start().await?;
 
     log::debug!("the shim of {} serves", context.id);
 
     tasks.stopped().await;
-    // From here on a new shim may be started, and `delete` knows that this one ends by itself.
-    remove(&context.socket);
-    if tokio::time::timeout(REPLY_LIMIT, written.last()).await.is_err() {
-        log::debug!("nobody took the last reply");
+    // Without the socket, `start` starts a new shim, and `delete` gives this one time to exit.
+    unlink_socket(&context.socket);
+    if tokio::time::timeout(REPLY_LIMIT, last_reply.written()).await.is_err() {
+        log::debug!("the reply to the shutdown could not be written");
     }
     tasks.end_all().await;
     events.flush(FLUSH_LIMIT).await;
-    if tokio::time::timeout(CLOSE_LIMIT, written.taken()).await.is_err() {
-        log::debug!("who asked for the shutdown stays connected");
+    if tokio::time::timeout(CLOSE_LIMIT, last_reply.closed()).await.is_err() {
+        log::debug!("the client that requested the shutdown is still connected");
     }
     drop(context.pid_file);
     Ok(())
 }
 
-fn remove(socket: &Path) {
+fn unlink_socket(socket: &Path) {
     if let Err(error) = fs::remove_file(socket) {
         log::warn!("remove {}: {error}", socket.display());
     }
 }
 
-/// As containerd's own shims: told to end by a signal, a shim goes on, because its containers would
-/// end with it. Children that are executed do not inherit a handler.
-fn outlive_signals() -> io::Result<()> {
+/// Ignores signals that ask a daemon to terminate, as containerd's own shims do, because the containers would end
+/// with the shim. It sets a handler instead of `SIG_IGN`, which executed children would inherit.
+fn ignore_termination_signals() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int) {}
     let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::SA_RESTART, SigSet::empty());
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGUSR1] {

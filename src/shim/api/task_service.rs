@@ -1,5 +1,5 @@
-//! The Task service: containerd's messages to and from [`Tasks`]. One set of methods serves version 3
-//! and, under its other name, version 2 of the API: their messages are the same.
+//! The Task service: translates containerd's messages to and from [`Tasks`]. The same methods serve versions 2 and 3
+//! of the API, whose messages are equal.
 
 use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc, time::SystemTime};
 
@@ -24,7 +24,7 @@ use containerd_shim::{
     util::convert_to_any,
 };
 
-use super::{completion::run_to_completion, connection::Written, metrics::metrics};
+use super::{completion::run_to_completion, connection::LastReply, metrics::encode_metrics};
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
     error::{ErrorCode, TaskError},
@@ -33,16 +33,16 @@ use crate::shim::{
     tasks::{CreateRequest, ExecRequest, Phase, Tasks},
 };
 
-/// The names under which containerd asks for tasks (1.7 knows the second only).
+/// The names of the service. containerd 1.7 knows the second only.
 const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 
 /// The Task service under each of its names.
-pub(super) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String, Service> {
+pub(super) fn services(tasks: &Arc<Tasks>, last_reply: &LastReply) -> HashMap<String, Service> {
     let mut services = HashMap::new();
     for name in TASK_SERVICES {
         let service: Arc<dyn Task + Send + Sync> = Arc::new(TaskService {
             tasks: tasks.clone(),
-            written: written.clone(),
+            last_reply: last_reply.clone(),
         });
         services.extend(
             create_task(service)
@@ -55,7 +55,7 @@ pub(super) fn services(tasks: &Arc<Tasks>, written: &Written) -> HashMap<String,
 
 struct TaskService {
     tasks: Arc<Tasks>,
-    written: Written,
+    last_reply: LastReply,
 }
 
 impl TaskService {
@@ -71,7 +71,7 @@ impl TaskService {
 #[async_trait]
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        let request = create_request(request)?;
+        let request = to_create_request(request)?;
         let pid = self
             .run_to_completion(|tasks| async move { tasks.create(request).await })
             .await?;
@@ -96,7 +96,7 @@ impl Task for TaskService {
             id: request.id,
             bundle: state.container.bundle().display().to_string(),
             pid: state.pid,
-            status: EnumOrUnknown::new(status(state.phase)),
+            status: EnumOrUnknown::new(to_status(state.phase)),
             stdin: state.stdio_spec.stdin,
             stdout: state.stdio_spec.stdout,
             stderr: state.stdio_spec.stderr,
@@ -114,24 +114,24 @@ impl Task for TaskService {
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.status,
-            exited_at: moment(deleted.exit.at),
+            exited_at: timestamp_field(deleted.exit.at),
             ..DeleteResponse::default()
         })
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let mut processes = Vec::new();
-        for listed in self.tasks.pids(&request.id).await? {
+        for entry in self.tasks.pids(&request.id).await? {
             let mut process = ProcessInfo {
-                pid: listed.pid,
+                pid: entry.pid,
                 ..ProcessInfo::default()
             };
-            if let Some(exec_id) = listed.exec {
+            if let Some(exec_id) = entry.exec {
                 let details = ProcessDetails {
                     exec_id,
                     ..ProcessDetails::default()
                 };
-                let details = convert_to_any(Box::new(details)).map_err(|error| unknown(&error))?;
+                let details = convert_to_any(Box::new(details)).map_err(|error| unknown_error(&error))?;
                 process.info = MessageField::some(details);
             }
             processes.push(process);
@@ -218,7 +218,7 @@ impl Task for TaskService {
         let exit = self.tasks.wait(&request.id, &request.exec_id).await?;
         Ok(WaitResponse {
             exit_status: exit.status,
-            exited_at: moment(exit.at),
+            exited_at: timestamp_field(exit.at),
             ..WaitResponse::default()
         })
     }
@@ -226,7 +226,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.tasks.stats(&request.id).await?;
         Ok(StatsResponse {
-            stats: MessageField::some(metrics(&stats)),
+            stats: MessageField::some(encode_metrics(&stats)),
             ..StatsResponse::default()
         })
     }
@@ -242,13 +242,13 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, context: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        self.written.expect(&context.mh);
+        self.last_reply.expect(&context.mh);
         self.tasks.shut_down(request.now);
         Ok(Empty::default())
     }
 }
 
-fn create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskError> {
+fn to_create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskError> {
     let invalid = |text: String| TaskError::new(ErrorCode::InvalidArgument, text);
     if !request.checkpoint.is_empty() {
         let text = "a container cannot be restored from a checkpoint into a virtual machine";
@@ -284,7 +284,7 @@ fn create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskError
     })
 }
 
-fn status(phase: Phase) -> Status {
+fn to_status(phase: Phase) -> Status {
     match phase {
         Phase::Creating | Phase::Created => Status::CREATED,
         Phase::Starting | Phase::Running => Status::RUNNING,
@@ -293,10 +293,10 @@ fn status(phase: Phase) -> Status {
     }
 }
 
-fn moment(at: SystemTime) -> MessageField<Timestamp> {
+fn timestamp_field(at: SystemTime) -> MessageField<Timestamp> {
     MessageField::some(to_timestamp(at))
 }
 
-fn unknown(error: &impl std::error::Error) -> ttrpc::Error {
+fn unknown_error(error: &impl std::error::Error) -> ttrpc::Error {
     TaskError::unknown(error.to_string()).into()
 }

@@ -40,7 +40,7 @@ use self::fake::{Behaviour, Fake, FakeLauncher};
 use crate::{
     oci::{HostNamespaces, Sizing},
     shim::{
-        api::connection::{self, Written},
+        api::connection::{self, LastReply},
         api::services::services,
         configuration::Configuration,
         events::{EventQueue, Forwarder},
@@ -97,11 +97,11 @@ impl Shim {
         let queue = EventQueue::start("default", Recorder(sender));
         let tasks = Tasks::new(configuration, host, queue.clone(), StdioContext::default());
         let socket = folder.path().join("socket");
-        let written = Written::none();
-        let listener = connection::listener(UnixListener::bind(&socket).unwrap(), written.clone()).unwrap();
+        let last_reply = LastReply::new();
+        let listener = connection::accept_own_user(UnixListener::bind(&socket).unwrap(), last_reply.clone()).unwrap();
         let mut server = Server::new()
             .add_listener(listener)
-            .register_service(services(&tasks, &written));
+            .register_service(services(&tasks, &last_reply));
         server.start().await.unwrap();
         let client = connect(&socket).await;
         Self {
