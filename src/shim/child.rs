@@ -1,29 +1,33 @@
-//! A child process, held by a pidfd: waited for without a signal handler, signalled without a race.
+//! A child process with a pidfd: it can be awaited without a signal handler, and signalled without a race.
 
 use std::{io, os::fd::OwnedFd};
 
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A child of this process. Its pid stays taken until [`Self::reap`]; one that is dropped before is
-/// killed, and stays a zombie until this process ends.
+/// A child of this process. Its pid is not reused before [`Self::reap`]. A child that is dropped before that is killed,
+/// and stays a zombie until this process exits.
 #[derive(Debug)]
 pub(crate) struct Child {
     pid: Pid,
     descriptor: AsyncFd<OwnedFd>,
 }
 
-/// How a child ended.
+/// The wait status of a child that has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WaitStatus {
-    /// It returned this status.
+    /// It exited with this status.
     Exited(i32),
     /// This signal killed it.
     Killed(i32),
 }
 
 impl Child {
-    /// Takes over the child `pid`, which nobody else waits for. Needs the runtime.
+    /// Takes over the child `pid`. Nothing else may wait for it.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
     pub(crate) fn new(pid: Pid) -> io::Result<Self> {
         let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
         // SAFETY: an `OwnedFd` is open and stays the same descriptor for as long as it is owned, and
@@ -32,29 +36,28 @@ impl Child {
         Ok(Self { pid, descriptor })
     }
 
-    /// Takes over what `std` spawned.
+    /// Takes over a child that `std` spawned. See [`Self::new`].
     pub(crate) fn from_std(child: &std::process::Child) -> io::Result<Self> {
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         Self::new(pid.ok_or(io::ErrorKind::InvalidInput)?)
     }
 
-    /// Its pid on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Sends a signal; a child that has ended feels nothing.
+    /// Sends a signal. No-op for a child that has ended.
     pub(crate) fn signal(&self, signal: Signal) {
-        // The only failure left for a pidfd of one's own child is ESRCH: it has ended.
+        // The only possible error for the pidfd of a child is ESRCH: the child has ended.
         let _ = rustix::process::pidfd_send_signal(self.descriptor.get_ref(), signal);
     }
 
-    /// Kills it.
+    /// Sends SIGKILL.
     pub(crate) fn kill(&self) {
         self.signal(Signal::KILL);
     }
 
-    /// Waits for its end and leaves it a zombie: its pid still names it.
+    /// Waits until it has ended. It stays a zombie, so its pid is not reused yet.
     pub(crate) async fn wait(&self) -> io::Result<WaitStatus> {
         loop {
             let mut ready = self.descriptor.readable().await?;
@@ -65,17 +68,17 @@ impl Child {
         }
     }
 
-    /// Waits for its end and frees its pid. To be called once.
+    /// Waits until it has ended, and frees its pid. May be called once.
     pub(crate) async fn reap(&self) -> io::Result<WaitStatus> {
         let ended = self.wait().await?;
         self.poll(WaitIdOptions::empty())?;
         Ok(ended)
     }
 
-    /// Kills it, waits for its end on this thread and frees its pid: for children that end at once.
+    /// Kills it, blocks this thread until it has ended, and frees its pid. For children that SIGKILL ends at once.
     pub(crate) fn kill_and_reap(&self) {
         self.kill();
-        // Fails only where it was reaped before.
+        // Fails only if it was reaped before.
         let _ = rustix::process::waitid(WaitId::PidFd(self.fd()), WaitIdOptions::EXITED);
     }
 
@@ -89,7 +92,7 @@ impl Child {
             WaitId::PidFd(self.fd()),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG | options,
         )?;
-        Ok(status.map(|status| how(&status)))
+        Ok(status.map(|status| wait_status(&status)))
     }
 }
 
@@ -99,7 +102,7 @@ impl Drop for Child {
     }
 }
 
-fn how(status: &WaitIdStatus) -> WaitStatus {
+fn wait_status(status: &WaitIdStatus) -> WaitStatus {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => WaitStatus::Exited(code),
         (None, signal) => WaitStatus::Killed(signal.unwrap_or_default()),
@@ -126,7 +129,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn status_and_signal_are_told_apart() {
+    async fn exit_status_and_signal_are_distinguished() {
         assert_eq!(
             child("sh", &["-c", "exit 3"]).reap().await.unwrap(),
             WaitStatus::Exited(3)
@@ -137,7 +140,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pid_is_taken_until_the_child_is_reaped() {
+    async fn pid_is_not_reused_before_the_child_is_reaped() {
         let child = child("true", &[]);
         let proc = format!("/proc/{}", child.pid());
 

@@ -1,27 +1,26 @@
-//! What the host's owner decided: `/etc/nutshell/config.toml`, or the file or text that containerd's
-//! configuration of the runtime names (`ConfigPath` and the `options` section, containerd
-//! `docs/cri/config.md`). Everything is optional:
+//! The host's configuration: `/etc/nutshell/config.toml`, or the file (`ConfigPath`) or the `options` section that
+//! containerd's configuration of the runtime names (containerd `docs/cri/config.md`). All keys are optional:
 //!
 //! ```toml
 //! debug = false                  # log debug messages
 //!
-//! [guest]                        # instead of what this executable carries
+//! [guest]                        # replaces parts of the guest that this executable contains
 //! kernel = "/path/to/vmlinux"
 //! initramfs = "/path/to/initramfs.cpio"
 //! kernel_arguments = ""          # appended to the kernel's command line
-//! ready_timeout_seconds = 8      # how long a guest may take until its agent answers
+//! ready_timeout_seconds = 8      # from the start of a guest until its agent answers
 //!
-//! [machine]                      # sizes; see `oci/size.rs` for what they apply to
+//! [machine]                      # sizes; `oci` documents which containers they apply to
 //! default_memory_mib = 512
 //! default_vcpus = 1
-//! max_memory_mib = 8192          # else the host's memory
-//! max_vcpus = 8                  # else the host's CPUs
+//! max_memory_mib = 8192          # default: the host's memory
+//! max_vcpus = 8                  # default: the host's CPUs
 //!
 //! [pod]
-//! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC mean what the pod's containers share
+//! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC select the namespaces of the pod
 //! ```
 //!
-//! A key that is not one of these is an error: a misspelt limit must not pass for none.
+//! An unknown key is an error, so that a misspelt limit does not go unnoticed.
 
 use std::{
     fs, io,
@@ -33,47 +32,41 @@ use serde::Deserialize;
 
 use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_MEMORY, Sizing};
 
-/// Where the configuration is if nothing else is named.
+/// The configuration that applies if containerd names no other.
 const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
 
 const DEFAULT_READY_TIMEOUT: u64 = 8;
 
-/// What the host's owner decided.
+/// The host's configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Configuration {
-    /// A guest kernel (uncompressed ELF) to use instead of the embedded one.
+    /// The path of a guest kernel (uncompressed ELF) that replaces the embedded one.
     pub(crate) kernel: Option<PathBuf>,
-    /// An initramfs to use instead of the embedded one.
+    /// The path of an initramfs that replaces the embedded one.
     pub(crate) initramfs: Option<PathBuf>,
-    /// Words for the end of the kernel's command line.
+    /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
-    /// How long a guest may take until its agent answers.
+    /// Limit from the start of a guest until its agent answers.
     pub(crate) ready_timeout: Duration,
-    /// Sizes of machines.
+    /// Default and maximum sizes of machines.
     pub(crate) sizing: Sizing,
-    /// What namespaces of the host mean for a pod.
+    /// How a pod that asks for namespaces of the host is handled.
     pub(crate) host_namespaces: HostNamespaces,
     /// Log debug messages.
     pub(crate) debug: bool,
 }
 
-/// Why there is no configuration.
+/// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigurationError {
     /// The file cannot be read.
     #[error("configuration {}: {source}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// It is no TOML, or has a key or value that is not to be there.
+    Unreadable { path: PathBuf, source: io::Error },
+    /// The file is not TOML, or has an unknown key or an invalid value.
     #[error("configuration {}: {reason}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// Line, key and what is wrong, in one line.
+        /// Line, key and error, in one line.
         reason: String,
     },
 }
@@ -83,7 +76,7 @@ impl Configuration {
     ///
     /// # Errors
     ///
-    /// [`ConfigurationError`], naming file and key.
+    /// The file cannot be read, or its content is invalid.
     pub(crate) fn load(path: Option<&Path>) -> Result<Self, ConfigurationError> {
         let (path, optional) = path.map_or((Path::new(DEFAULT_PATH), true), |path| (path, false));
         let text = match fs::read_to_string(path) {
@@ -96,13 +89,13 @@ impl Configuration {
                 });
             }
         };
-        Self::parse(&text, &Host::this()).map_err(|reason| ConfigurationError::Malformed {
+        Self::parse(&text, &HostCapacity::of_this_host()).map_err(|reason| ConfigurationError::Malformed {
             path: path.to_owned(),
             reason,
         })
     }
 
-    fn parse(text: &str, host: &Host) -> Result<Self, String> {
+    fn parse(text: &str, host: &HostCapacity) -> Result<Self, String> {
         let document: Document = toml::from_str(text).map_err(|error| one_line(text, &error))?;
         let Document {
             debug,
@@ -116,7 +109,7 @@ impl Configuration {
             }
         }
         let seconds = guest.ready_timeout_seconds.unwrap_or(DEFAULT_READY_TIMEOUT);
-        let ready_timeout = within("guest.ready_timeout_seconds", seconds, 1, 600)?;
+        let ready_timeout = check_range("guest.ready_timeout_seconds", seconds, 1, 600)?;
         Ok(Self {
             kernel: guest.kernel,
             initramfs: guest.initramfs,
@@ -133,20 +126,20 @@ impl Configuration {
 #[serde(deny_unknown_fields, default)]
 struct Document {
     debug: bool,
-    guest: Guest,
-    machine: Machine,
-    pod: Pod,
+    guest: GuestSection,
+    machine: MachineSection,
+    pod: PodSection,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Pod {
+struct PodSection {
     host_namespaces: HostNamespaces,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Guest {
+struct GuestSection {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     kernel_arguments: String,
@@ -155,31 +148,31 @@ struct Guest {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Machine {
+struct MachineSection {
     default_memory_mib: Option<u64>,
     default_vcpus: Option<u64>,
     max_memory_mib: Option<u64>,
     max_vcpus: Option<u64>,
 }
 
-impl Machine {
-    fn sizing(&self, host: &Host) -> Result<Sizing, String> {
-        const MOST_MIB: u64 = u64::MAX >> 20;
-        let least = MIN_MEMORY >> 20;
+impl MachineSection {
+    fn sizing(&self, host: &HostCapacity) -> Result<Sizing, String> {
+        const MAX_MIB: u64 = u64::MAX >> 20;
+        let min_memory_mib = MIN_MEMORY >> 20;
         let max_memory_mib = match self.max_memory_mib {
-            Some(mib) => within("machine.max_memory_mib", mib, least, MOST_MIB)?,
-            None => (host.memory >> 20).max(least),
+            Some(mib) => check_range("machine.max_memory_mib", mib, min_memory_mib, MAX_MIB)?,
+            None => (host.memory >> 20).max(min_memory_mib),
         };
         let max_vcpus = match self.max_vcpus {
-            Some(vcpus) => within("machine.max_vcpus", vcpus, 1, MAX_VCPUS.into())?,
+            Some(vcpus) => check_range("machine.max_vcpus", vcpus, 1, MAX_VCPUS.into())?,
             None => u64::from(MAX_VCPUS).min(host.cpus.into()),
         };
         let default_memory_mib = match self.default_memory_mib {
-            Some(mib) => within("machine.default_memory_mib", mib, least, max_memory_mib)?,
+            Some(mib) => check_range("machine.default_memory_mib", mib, min_memory_mib, max_memory_mib)?,
             None => (DEFAULT_MEMORY >> 20).min(max_memory_mib),
         };
         let default_vcpus = match self.default_vcpus {
-            Some(vcpus) => within("machine.default_vcpus", vcpus, 1, max_vcpus)?,
+            Some(vcpus) => check_range("machine.default_vcpus", vcpus, 1, max_vcpus)?,
             None => DEFAULT_VCPUS.into(),
         };
         let vcpus = |count| u8::try_from(count).map_err(|_| format!("machine: {count} vCPUs are too many"));
@@ -192,14 +185,15 @@ impl Machine {
     }
 }
 
-/// What bounds a machine if nothing else does.
-struct Host {
+/// The capacity of a host, which bounds its machines by default.
+struct HostCapacity {
+    /// Bytes.
     memory: u64,
     cpus: u32,
 }
 
-impl Host {
-    fn this() -> Self {
+impl HostCapacity {
+    fn of_this_host() -> Self {
         let info = rustix::system::sysinfo();
         Self {
             memory: info.totalram.saturating_mul(info.mem_unit.into()),
@@ -210,15 +204,16 @@ impl Host {
     }
 }
 
-fn within(key: &str, value: u64, least: u64, most: u64) -> Result<u64, String> {
-    if (least..=most).contains(&value) {
+/// Returns `value` if it is in the range, else an error that names `key`.
+fn check_range(key: &str, value: u64, min: u64, max: u64) -> Result<u64, String> {
+    if (min..=max).contains(&value) {
         Ok(value)
     } else {
-        Err(format!("{key} = {value} is not within {least} to {most}"))
+        Err(format!("{key} = {value} is not within {min} to {max}"))
     }
 }
 
-/// The parser's message is drawn over several lines; containerd shows one.
+/// Formats an error of the parser, whose own text has several lines: containerd shows only one.
 fn one_line(text: &str, error: &toml::de::Error) -> String {
     let line = error
         .span()
@@ -232,13 +227,13 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
 mod tests {
     use super::*;
 
-    const HOST: Host = Host {
+    const HOST: HostCapacity = HostCapacity {
         memory: 16 << 30,
         cpus: 128,
     };
 
     #[test]
-    fn nothing_configured_gives_the_defaults_bounded_by_the_host() {
+    fn empty_configuration_has_defaults_bounded_by_the_host() {
         let configuration = Configuration::parse("", &HOST).unwrap();
         let expected = Configuration {
             kernel: None,
@@ -255,7 +250,7 @@ mod tests {
             debug: false,
         };
         assert_eq!(configuration, expected);
-        let small = Host {
+        let small = HostCapacity {
             memory: 256 << 20,
             cpus: 1,
         };
@@ -264,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_is_taken() {
+    fn every_key_is_accepted() {
         let text = r#"
             debug = true
             [guest]
@@ -299,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_and_values_out_of_bounds_are_errors_that_name_the_key_in_one_line() {
+    fn unknown_keys_and_values_out_of_range_are_one_line_errors_that_name_the_key() {
         for (text, named) in [
             ("kernal = \"/x\"", "kernal"),
             ("[guest]\n\nkernel_args = \"x\"", "kernel_args"),
@@ -321,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_named_file_must_exist() {
+    fn named_file_must_exist() {
         let error = Configuration::load(Some(Path::new("/no/such/config.toml"))).unwrap_err();
         assert!(error.to_string().contains("/no/such/config.toml"), "{error}");
     }

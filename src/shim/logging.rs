@@ -1,11 +1,12 @@
-//! Log lines to the bundle's `log` fifo, which containerd copies into its own log.
+//! The logger: writes to the fifo `log` in the bundle, which containerd copies into its own log (containerd
+//! `core/runtime/v2/README.md`, "Logging").
 //!
-//! The fifo is opened for reading and writing, so that a containerd that goes away neither blocks
-//! the open nor breaks the pipe, and never blocks: what does not fit is dropped and counted
-//! (containerd `core/runtime/v2/README.md`, "Logging"). The virtual machine must not wait for a reader of logs.
+//! The fifo is opened for reading and writing, so that without a reader neither the open blocks nor a write fails. It
+//! is non-blocking, because the virtual machine must not wait for a reader of logs: lines that do not fit are dropped
+//! and counted.
 //!
-//! Libraries log through the `log` crate, the shim through the functions here; both end up in the
-//! one fifo. Before [`start`], and in the other roles, nothing is written.
+//! The shim and its libraries log by the macros of the `log` crate. Before [`start`], and in the other roles of the
+//! executable, nothing is written.
 
 use std::{
     fmt::Write as _,
@@ -22,12 +23,12 @@ use std::{
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-/// A write to a pipe is whole or not at all up to this many bytes (pipe(7), `PIPE_BUF`).
-const LONGEST_LINE: usize = 4096;
+/// Maximum length of a line in bytes: a write to a pipe is atomic up to this size (pipe(7), `PIPE_BUF`).
+const MAX_LINE: usize = 4096;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Logs into the fifo of `bundle` from now on; into nothing if there is none.
+/// Installs the logger for the fifo in `bundle`. No-op if the fifo cannot be opened.
 pub(crate) fn start(bundle: &Path, debug: bool) {
     let fifo = OpenOptions::new()
         .read(true)
@@ -49,7 +50,7 @@ pub(crate) fn debug_enabled() -> bool {
     log::max_level() >= LevelFilter::Debug
 }
 
-/// Logs debug messages too from now on.
+/// Enables debug messages.
 pub(crate) fn enable_debug() {
     log::set_max_level(LevelFilter::Debug);
 }
@@ -68,7 +69,7 @@ impl Logger {
         } else {
             format!(" ({dropped} lines before this one were dropped)")
         };
-        let text = line(SystemTime::now(), level, &format!("{message}{note}"));
+        let text = format_line(SystemTime::now(), level, &format!("{message}{note}"));
         if !matches!((&self.fifo).write(text.as_bytes()), Ok(written) if written == text.len()) {
             self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
         }
@@ -89,8 +90,8 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// One line as logrus, containerd's own logger, writes it.
-fn line(now: SystemTime, level: Level, message: &str) -> String {
+/// Formats a line as logrus does, which is containerd's logger. A message that is too long is truncated.
+fn format_line(now: SystemTime, level: Level, message: &str) -> String {
     let level = match level {
         Level::Error => "error",
         Level::Warn => "warning",
@@ -100,18 +101,18 @@ fn line(now: SystemTime, level: Level, message: &str) -> String {
     let mut line = format!("time=\"{}\" level={level} msg=\"", humantime::format_rfc3339_nanos(now));
     let end = "\" runtime=io.containerd.nutshell.v2\n";
     for character in message.trim_end().chars() {
-        let mark = line.len();
+        let length = line.len();
         match character {
             '"' | '\\' => line.extend(['\\', character]),
             '\n' => line.push_str("\\n"),
             '\t' => line.push_str("\\t"),
             character if character.is_control() => {
-                write!(line, "\\u{:04x}", u32::from(character)).expect("a String takes every write");
+                write!(line, "\\u{:04x}", u32::from(character)).expect("a String accepts every write");
             }
             character => line.push(character),
         }
-        if line.len() + end.len() > LONGEST_LINE {
-            line.truncate(mark);
+        if line.len() + end.len() > MAX_LINE {
+            line.truncate(length);
             break;
         }
     }
@@ -146,22 +147,22 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_one_line_whatever_the_message_holds() {
-        let text = line(SystemTime::UNIX_EPOCH, Level::Warn, "say \"hi\"\\\nnext\ttab\u{1b}[0m");
+    fn control_characters_of_a_message_are_escaped() {
+        let text = format_line(SystemTime::UNIX_EPOCH, Level::Warn, "say \"hi\"\\\nnext\ttab\u{1b}[0m");
         let expected = "time=\"1970-01-01T00:00:00.000000000Z\" level=warning \
                         msg=\"say \\\"hi\\\"\\\\\\nnext\\ttab\\u001b[0m\" runtime=io.containerd.nutshell.v2\n";
         assert_eq!(text, expected);
     }
 
     #[test]
-    fn a_long_message_is_cut_to_what_a_pipe_takes_whole() {
-        let text = line(SystemTime::UNIX_EPOCH, Level::Info, &"ä\"".repeat(LONGEST_LINE));
-        assert!(text.len() <= LONGEST_LINE && text.len() > LONGEST_LINE - 8);
+    fn long_message_is_truncated_to_an_atomic_write() {
+        let text = format_line(SystemTime::UNIX_EPOCH, Level::Info, &"ä\"".repeat(MAX_LINE));
+        assert!(text.len() <= MAX_LINE && text.len() > MAX_LINE - 8);
         assert!(text.ends_with("v2\n"));
     }
 
     #[test]
-    fn a_full_fifo_drops_lines_and_the_next_that_fits_tells_how_many() {
+    fn full_fifo_drops_lines_and_the_next_line_counts_them() {
         let directory = tempfile::tempdir().unwrap();
         let (logger, mut reader) = logger(directory.path());
         let message = "x".repeat(4_000);
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_without_fifo_logs_nothing_and_fails_nothing() {
+    fn bundle_without_a_fifo_disables_logging() {
         let directory = tempfile::tempdir().unwrap();
         start(directory.path(), true);
         log::error!("to nowhere");

@@ -1,6 +1,11 @@
-//! What is written into a container's bundle for [`crate::shim::delete`], which may run long after the shim
-//! has died: `nutshell.json`, what the host holds for the container; `exit.json`, how it ended; and
-//! `shim.pid`, which only the shim's own bundle has.
+//! Files in a bundle that the shim writes for the `delete` action ([`entry`](super::entry)), which may run long after
+//! the shim has died:
+//!
+//! | file | holds |
+//! |---|---|
+//! | `nutshell.json` | the resources of the host that the container uses |
+//! | `exit.json` | the exit of the container |
+//! | `shim.pid` | the pid of the shim; only in the bundle that the shim was started for |
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -19,11 +24,11 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-const RECORD: &str = "nutshell.json";
-const EXIT: &str = "exit.json";
-const PID: &str = "shim.pid";
+const RESOURCE_FILE: &str = "nutshell.json";
+const EXIT_FILE: &str = "exit.json";
+const PID_FILE: &str = "shim.pid";
 
-/// Why a file of the bundle cannot be used.
+/// A file in the bundle that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {source}", path.display())]
 pub(crate) struct RecordError {
@@ -31,43 +36,42 @@ pub(crate) struct RecordError {
     source: io::Error,
 }
 
-/// What the host holds for a container, and would outlive the shim.
+/// The resources of the host that a container uses and that would outlive the shim. The shim's children and its mount
+/// namespace end with it, so they are not recorded.
 ///
-/// The shim stores it in the container's own bundle before it makes what it names, so that a crash in
-/// between leaves nothing unnamed. What ends with the shim need not be here: its children, its mount
-/// namespace.
+/// The shim stores the record before it creates the resources, so that a crash in between leaves nothing unrecorded.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct ResourceRecord {
-    /// Control groups that were made for it, absolute paths, parents first.
+    /// Absolute paths of the control groups that are created for the container, parents first.
     pub(crate) cgroups: Vec<PathBuf>,
 }
 
 impl ResourceRecord {
-    /// Writes the record into `bundle`, replacing an earlier one as a whole.
+    /// Writes the record into `bundle`. An earlier one is replaced atomically.
     pub(crate) fn store(&self, bundle: &Path) -> Result<(), RecordError> {
-        store(bundle, RECORD, self)
+        store(bundle, RESOURCE_FILE, self)
     }
 
-    /// The record in `bundle`, if there is one.
+    /// Reads the record in `bundle`. `None` if it does not exist.
     pub(crate) fn load(bundle: &Path) -> Result<Option<Self>, RecordError> {
-        load(bundle, RECORD)
+        load(bundle, RESOURCE_FILE)
     }
 }
 
-/// How a container's first process ended.
+/// The exit of a container's first process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ExitRecord {
-    /// The host pid that stood for it.
+    /// Its pid on the host.
     pub(crate) pid: u32,
-    /// 0–255.
+    /// 0 to 255.
     pub(crate) status: u32,
     /// Nanoseconds since the epoch.
     exited_at: u64,
 }
 
 impl ExitRecord {
-    /// The end of the process with host pid `pid` at `exited_at`.
+    /// The exit with `status` of the process with host pid `pid`.
     pub(crate) fn new(pid: u32, status: u32, exited_at: SystemTime) -> Self {
         let since_epoch = exited_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         Self {
@@ -77,31 +81,30 @@ impl ExitRecord {
         }
     }
 
-    /// When it ended.
     pub(crate) fn exited_at(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_nanos(self.exited_at)
     }
 
-    /// Writes it into `bundle`.
+    /// Writes the record into `bundle`.
     pub(crate) fn store(&self, bundle: &Path) -> Result<(), RecordError> {
-        store(bundle, EXIT, self)
+        store(bundle, EXIT_FILE, self)
     }
 
-    /// What `bundle` says, if anything.
+    /// Reads the record in `bundle`. `None` if it does not exist.
     pub(crate) fn load(bundle: &Path) -> Result<Option<Self>, RecordError> {
-        load(bundle, EXIT)
+        load(bundle, EXIT_FILE)
     }
 }
 
-/// The shim's `shim.pid`: its pid, locked for as long as the shim lives. Whoever cannot take the lock
-/// knows that the pid is not another process's by now.
+/// The shim's `shim.pid`. The shim holds a lock on it until it exits: while the lock is held, the pid in the file is
+/// not reused by another process.
 #[derive(Debug)]
 pub(crate) struct PidFile(File);
 
 impl PidFile {
-    /// Makes and locks the file in `bundle`.
+    /// Creates and locks the file in `bundle`. Fails if another process holds the lock.
     pub(crate) fn create(bundle: &Path) -> Result<Self, RecordError> {
-        let path = bundle.join(PID);
+        let path = bundle.join(PID_FILE);
         let create = || {
             let file = OpenOptions::new()
                 .read(true)
@@ -117,33 +120,33 @@ impl PidFile {
         create().map(Self).map_err(|source| RecordError { path, source })
     }
 
-    /// A descriptor that holds the lock too, to pass to the shim.
+    /// Duplicates the descriptor, for the shim. The duplicate shares the lock.
     pub(crate) fn share(&self) -> io::Result<OwnedFd> {
         self.0.try_clone().map(OwnedFd::from)
     }
 
-    /// Says whose lock it is.
+    /// Writes the pid of the process that gets the lock.
     pub(crate) fn write(&self, pid: u32) -> io::Result<()> {
         self.0.write_all_at(format!("{pid}\n").as_bytes(), 0)
     }
 }
 
-/// Who `shim.pid` of a bundle speaks of.
+/// Whether the shim of a bundle lives.
 #[derive(Debug)]
 pub(crate) enum ShimStatus {
-    /// There is no such file: the shim was started for another container, or never.
+    /// The bundle has no pid file: the shim was started for another container, or never.
     NoPidFile,
     /// It has died.
     Dead,
-    /// It lives; `None` if it was started this moment and its pid is not written yet.
+    /// It lives. `None` while its pid is not written yet.
     Alive(Option<Pid>),
 }
 
 impl ShimStatus {
-    /// Looks at `bundle`.
+    /// Reads the pid file in `bundle` and tests its lock.
     pub(crate) fn read(bundle: &Path) -> Result<Self, RecordError> {
-        let path = bundle.join(PID);
-        let look = || {
+        let path = bundle.join(PID_FILE);
+        let read = || {
             let file = match File::open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::NoPidFile),
@@ -157,17 +160,17 @@ impl ShimStatus {
             let pid = io::read_to_string(file)?.trim().parse().ok().and_then(Pid::from_raw);
             Ok(Self::Alive(pid))
         };
-        look().map_err(|source| RecordError {
+        read().map_err(|source| RecordError {
             path: path.clone(),
             source,
         })
     }
 
-    /// Lets the bundle `other` speak for the shim of `bundle` as well: the lock is the file's, not the
-    /// name's.
-    pub(crate) fn hand_over(bundle: &Path, other: &Path) -> Result<(), RecordError> {
-        let path = other.join(PID);
-        match fs::hard_link(bundle.join(PID), &path) {
+    /// Links the pid file of `bundle` into the bundle `other`, so that it survives the removal of `bundle`. A lock
+    /// belongs to the file, not to its name.
+    pub(crate) fn link_pid_file(bundle: &Path, other: &Path) -> Result<(), RecordError> {
+        let path = other.join(PID_FILE);
+        match fs::hard_link(bundle.join(PID_FILE), &path) {
             Err(source) if source.kind() != ErrorKind::AlreadyExists => Err(RecordError { path, source }),
             _ => Ok(()),
         }
@@ -211,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_stored_is_loaded_and_absence_is_no_error() {
+    fn stored_records_are_loaded_and_missing_ones_are_none() {
         let bundle = tempfile::tempdir().unwrap();
         assert_eq!(ResourceRecord::load(bundle.path()).unwrap(), None);
         assert_eq!(ExitRecord::load(bundle.path()).unwrap(), None);
@@ -228,15 +231,15 @@ mod tests {
     }
 
     #[test]
-    fn torn_record_is_an_error_that_names_it() {
+    fn truncated_record_is_an_error_that_names_the_file() {
         let bundle = tempfile::tempdir().unwrap();
-        fs::write(bundle.path().join(RECORD), "{\"cgroups\": [").unwrap();
+        fs::write(bundle.path().join(RESOURCE_FILE), "{\"cgroups\": [").unwrap();
         let error = ResourceRecord::load(bundle.path()).unwrap_err();
-        assert!(error.to_string().contains(RECORD), "{error}");
+        assert!(error.to_string().contains(RESOURCE_FILE), "{error}");
     }
 
     #[test]
-    fn lock_of_the_pid_file_tells_the_living_from_the_dead() {
+    fn lock_of_the_pid_file_shows_whether_the_shim_lives() {
         let bundle = tempfile::tempdir().unwrap();
         assert!(matches!(
             ShimStatus::read(bundle.path()).unwrap(),
@@ -255,18 +258,22 @@ mod tests {
             matches!(ShimStatus::read(bundle.path()).unwrap(), ShimStatus::Alive(Some(pid)) if pid.as_raw_pid() == 4141)
         );
         drop(shared);
-        // A process that another test forks has a copy of the lock until it executes.
-        flock(File::open(bundle.path().join(PID)).unwrap(), FlockOperation::LockShared).unwrap();
+        // A process that another test forks shares the lock until its exec.
+        flock(
+            File::open(bundle.path().join(PID_FILE)).unwrap(),
+            FlockOperation::LockShared,
+        )
+        .unwrap();
         assert!(matches!(ShimStatus::read(bundle.path()).unwrap(), ShimStatus::Dead));
     }
 
     #[test]
-    fn handed_over_pid_file_is_the_same_lock() {
+    fn linked_pid_file_has_the_same_lock() {
         let (bundle, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let pid_file = PidFile::create(bundle.path()).unwrap();
         pid_file.write(4141).unwrap();
-        ShimStatus::hand_over(bundle.path(), other.path()).unwrap();
-        ShimStatus::hand_over(bundle.path(), other.path()).unwrap();
+        ShimStatus::link_pid_file(bundle.path(), other.path()).unwrap();
+        ShimStatus::link_pid_file(bundle.path(), other.path()).unwrap();
         bundle.close().unwrap();
         assert!(matches!(
             ShimStatus::read(other.path()).unwrap(),

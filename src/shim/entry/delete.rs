@@ -98,7 +98,7 @@ fn end_shim(bundle: &Path) {
         return;
     };
     if let Some(other) = other_member(bundle) {
-        tell(ShimStatus::hand_over(bundle, &other));
+        tell(ShimStatus::link_pid_file(bundle, &other));
         return;
     }
     match pid {
