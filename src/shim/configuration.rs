@@ -35,6 +35,7 @@ use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_M
 /// The configuration that applies if containerd names no other.
 const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
 
+/// In seconds.
 const DEFAULT_READY_TIMEOUT: u64 = 8;
 
 /// The host's configuration.

@@ -1,20 +1,20 @@
-//! containerd's side: the short-lived actions that containerd asks of a v2 shim (`start`, `delete`,
-//! `-info`, `-v`) and the daemon that serves it.
+//! The shim: the short-lived actions of a containerd v2 shim (`start`, `delete`, `-info`, `-v`), and the daemon that
+//! serves containerd.
 //!
-//! What lives here: everything that talks to containerd or owns host resources on behalf of a pod. What may
-//! not live here: anything that touches guest memory or interprets a spec (that is [`crate::oci`]).
-//! `main` calls it for every role except those of the child processes.
+//! What lives here: everything that communicates with containerd or owns resources of the host for a pod. What may
+//! not live here: access to guest memory, and the interpretation of a spec (that is [`crate::oci`]). `main` calls it
+//! for every role except those of the child processes.
 //!
 //! | folder | holds |
 //! |---|---|
-//! | `entry` | the command line and the actions that end at once; becoming the daemon |
-//! | `api` | ttrpc: the server, and the services that translate containerd's messages |
-//! | `tasks` | what each call does: the life of containers, sandboxes and their processes |
+//! | `entry` | the command line, the short-lived actions, the set-up of the daemon |
+//! | `api` | the ttrpc server, and the services that translate containerd's messages |
+//! | `tasks` | the effect of each call: the lifecycle of containers, sandboxes and their processes |
 //! | `pod` | the resources of one pod: processes, control group, host-visible pids |
-//! | `machine` | the virtual machine as its shim sees it: the vmm process and the agent in the guest |
-//! | `stdio`, `network`, `share` | streams, links and files that a pod gets |
+//! | `machine` | a client of the virtual machine: of the vmm process and of the agent in the guest |
+//! | `stdio`, `network`, `share` | the streams, links and files of a pod |
 //!
-//! Imports point downwards in this table, never upwards; the loose files below are used by all of them.
+//! Imports point downwards in this table. All folders use `events` and the single files.
 
 mod api;
 mod child;

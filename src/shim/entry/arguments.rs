@@ -1,5 +1,5 @@
-//! The command line, as containerd writes it for shims made with Go's `flag` package (containerd
-//! `core/runtime/v2/README.md`, `pkg/shim`), parsed by `containerd-shim` and checked here.
+//! The command line: flags of Go's `flag` package, then the action (containerd `core/runtime/v2/README.md`, `pkg/shim`).
+//! `containerd-shim` parses it, and this module checks it.
 
 use std::{ffi::OsString, path::PathBuf};
 
@@ -7,49 +7,43 @@ use containerd_shim::Flags;
 
 use crate::oci::{ContainerId, IdError};
 
-/// The environment variable by which `start` names the configuration to the shim, unless that is the default one.
+/// The environment variable by which `start` passes the path of the configuration to the daemon. Not set for the default
+/// one.
 pub(crate) const CONFIGURATION_VARIABLE: &str = "NUTSHELL_CONFIGURATION";
 
-/// What the shim is asked to do.
+/// An action of the shim.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
     /// `-v`: print the version.
     Version,
-    /// `-info`: print what the runtime can do.
+    /// `-info`: print the features of the runtime.
     Info,
-    /// `start`: make sure that a shim serves, print its address.
+    /// `start`: start a shim unless one serves the container's group, and print its address.
     Start(Target),
-    /// `delete`: clean up after the container with the bundle that `-bundle` names.
+    /// `delete`: clean up after the container whose bundle `-bundle` names.
     Delete(Option<PathBuf>),
-    /// Nothing named: be that shim.
-    Serve(Target, Serve),
+    /// No action: run as the daemon, which listens on the socket at this path.
+    Serve(Target, PathBuf),
 }
 
-/// The container that an action is for.
+/// The container that an action is for, and the containerd that asks for it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// Its id.
     pub(crate) id: ContainerId,
-    /// Its namespace.
+    /// The containerd namespace of the container.
     pub(crate) namespace: String,
-    /// containerd's gRPC address.
+    /// The path of containerd's gRPC socket.
     pub(crate) address: String,
-    /// containerd's executable.
+    /// The path of containerd's executable.
     pub(crate) publish_binary: Option<PathBuf>,
     /// Log debug messages.
     pub(crate) debug: bool,
 }
 
-/// What `start` tells the shim that it starts.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Serve {
-    /// The path of the socket that is passed.
-    pub(crate) socket: PathBuf,
-}
-
-/// Why a command line is rejected.
+/// A command line that is rejected.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ArgumentsError {
+    /// `containerd-shim` cannot parse the flags.
     #[error("{source}: in the arguments {arguments:?}")]
     Flags {
         arguments: Vec<OsString>,
@@ -77,17 +71,17 @@ pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Action,
         return Ok(Action::Info);
     }
     match flags.action.as_str() {
-        "start" => Ok(Action::Start(target(flags)?)),
-        "delete" => Ok(Action::Delete(path(flags.bundle))),
+        "start" => Ok(Action::Start(to_target(flags)?)),
+        "delete" => Ok(Action::Delete(to_path(flags.bundle))),
         "" => {
-            let socket = path(flags.socket.clone()).ok_or(ArgumentsError::Missing("socket"));
-            Ok(Action::Serve(target(flags)?, Serve { socket: socket? }))
+            let socket = to_path(flags.socket.clone()).ok_or(ArgumentsError::Missing("socket"));
+            Ok(Action::Serve(to_target(flags)?, socket?))
         }
         other => Err(ArgumentsError::UnknownAction(other.to_owned())),
     }
 }
 
-fn target(flags: Flags) -> Result<Target, ArgumentsError> {
+fn to_target(flags: Flags) -> Result<Target, ArgumentsError> {
     if flags.namespace.is_empty() {
         return Err(ArgumentsError::Missing("namespace"));
     }
@@ -98,13 +92,13 @@ fn target(flags: Flags) -> Result<Target, ArgumentsError> {
         id: flags.id.parse()?,
         namespace: flags.namespace,
         address: flags.address,
-        publish_binary: path(flags.publish_binary),
+        publish_binary: to_path(flags.publish_binary),
         debug: flags.debug,
     })
 }
 
-/// An empty path is no path.
-fn path(text: String) -> Option<PathBuf> {
+/// `None` for an empty text: the flag is not set.
+fn to_path(text: String) -> Option<PathBuf> {
     (!text.is_empty()).then(|| PathBuf::from(text))
 }
 
@@ -130,7 +124,7 @@ mod tests {
         "-namespace default -address /run/containerd/containerd.sock -publish-binary /usr/bin/containerd -id c1";
 
     #[test]
-    fn start_is_parsed_however_the_flags_are_written() {
+    fn start_is_parsed_in_every_notation_of_flags() {
         for line in [
             format!("{CONTAINERD} start"),
             format!("{CONTAINERD} -debug=false start"),
@@ -150,19 +144,16 @@ mod tests {
     }
 
     #[test]
-    fn delete_has_a_bundle_and_serve_a_socket() {
+    fn delete_takes_a_bundle_and_the_daemon_a_socket() {
         let line = format!("{CONTAINERD} -bundle /run/b delete");
         assert_eq!(parsed(&line), Ok(Action::Delete(Some("/run/b".into()))));
         assert_eq!(parsed(&format!("{CONTAINERD} delete")), Ok(Action::Delete(None)));
-        let serve = Serve {
-            socket: "/run/s/1".into(),
-        };
         let line = format!("{CONTAINERD} -socket /run/s/1");
-        assert_eq!(parsed(&line), Ok(Action::Serve(target(), serve)));
+        assert_eq!(parsed(&line), Ok(Action::Serve(target(), "/run/s/1".into())));
     }
 
     #[test]
-    fn information_needs_nothing_else() {
+    fn version_and_info_need_no_other_flag() {
         for (line, action) in [
             ("-v", Action::Version),
             ("--version", Action::Version),
@@ -174,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_meant_is_an_error_that_names_it() {
+    fn invalid_argument_is_an_error_that_names_it() {
         for (line, named) in [
             ("-namespace n -id c1 -colour red start", "-colour"),
             ("-namespace n -id", "-id"),

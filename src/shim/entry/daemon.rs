@@ -1,6 +1,5 @@
-//! From the process that `start` spawned to the shim that serves: its own session and mount
-//! namespace, the descriptors it was given, its log and configuration. All of it before there is a
-//! second thread.
+//! The set-up of the daemon, which `start` has spawned: descriptors, log, configuration, session and mount namespace.
+//! All of it happens before the process has a second thread.
 
 use std::{
     env, io,
@@ -8,7 +7,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixListener,
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::sched::{CloneFlags, unshare};
@@ -19,43 +18,38 @@ use rustix::{
     stdio::{dup2_stdin, dup2_stdout},
 };
 
+use super::arguments::{CONFIGURATION_VARIABLE, Target};
 use crate::shim::{
     api::ServeContext,
     configuration::{Configuration, ConfigurationError},
-    entry::arguments::{CONFIGURATION_VARIABLE, Serve, Target},
     logging,
 };
 
-/// Why the shim cannot serve.
+/// A failure of the set-up.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DaemonError {
-    /// It was not started by `start`.
+    /// `start` did not start this process.
     #[error("standard input is not a listening socket: a shim is started with the action `start`")]
     NoListener,
     /// The configuration cannot be used.
     #[error(transparent)]
     Configuration(#[from] ConfigurationError),
-    /// The operating system refuses.
-    #[error("{doing}: {source}")]
-    System {
-        /// What was tried.
-        doing: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
+    /// A system call failed.
+    #[error("{action}: {source}")]
+    System { action: &'static str, source: io::Error },
 }
 
-fn system<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> DaemonError {
+fn system_error<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> DaemonError {
     move |source| DaemonError::System {
-        doing,
+        action,
         source: source.into(),
     }
 }
 
-/// Makes this process the shim of `target`.
-pub(crate) fn become_shim(target: Target, serve: Serve) -> Result<ServeContext, DaemonError> {
-    let bundle = env::current_dir().map_err(system("find the bundle"))?;
-    let (listener, pid_file) = descriptors()?;
+/// Turns this process into the shim of `target`, which listens on `socket`.
+pub(super) fn become_shim(target: Target, socket: PathBuf) -> Result<ServeContext, DaemonError> {
+    let bundle = env::current_dir().map_err(system_error("find the bundle"))?;
+    let (listener, pid_file) = take_descriptors()?;
     logging::start(&bundle, target.debug);
     log_panics();
     let configuration = Configuration::load(env::var_os(CONFIGURATION_VARIABLE).as_deref().map(Path::new))?;
@@ -68,7 +62,7 @@ pub(crate) fn become_shim(target: Target, serve: Serve) -> Result<ServeContext, 
         ttrpc_address: env::var("TTRPC_ADDRESS").ok().filter(|address| !address.is_empty()),
         publish_binary: target.publish_binary,
         listener,
-        socket: serve.socket,
+        socket,
         pid_file,
         configuration,
         id: target.id,
@@ -76,41 +70,46 @@ pub(crate) fn become_shim(target: Target, serve: Serve) -> Result<ServeContext, 
     })
 }
 
-/// The listener from standard input and the locked pid file from standard output; no child inherits
-/// them, and the standard streams lead nowhere.
-fn descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
+/// Takes the listener from standard input and the locked pid file from standard output, which become `/dev/null`.
+/// Children inherit neither.
+fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
     let stdin = io::stdin();
     if !socket_acceptconn(stdin.as_fd()).unwrap_or(false) {
         return Err(DaemonError::NoListener);
     }
-    let keep = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system("keep a descriptor"));
+    let keep = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system_error("keep a descriptor"));
     let listener = UnixListener::from(keep(stdin.as_fd())?);
     listener
         .set_nonblocking(true)
-        .map_err(system("make the listener non-blocking"))?;
+        .map_err(system_error("make the listener non-blocking"))?;
     let pid_file = keep(io::stdout().as_fd())?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(system("open /dev/null"))?;
-    dup2_stdin(&null).map_err(system("redirect standard input"))?;
-    dup2_stdout(&null).map_err(system("redirect standard output"))?;
+        .map_err(system_error("open /dev/null"))?;
+    dup2_stdin(&null).map_err(system_error("redirect standard input"))?;
+    dup2_stdout(&null).map_err(system_error("redirect standard output"))?;
     Ok((listener, pid_file))
 }
 
-/// Own session, so that no terminal's or process group's signal ends it; children of dead children
-/// come here; and mounts of its own that end with it, while the host's still arrive. Its 3 MiB stay
-/// that: khugepaged would round them up to whole pages of 2 MiB in each of a node's shims.
+/// Separates this process from its caller:
+///
+/// - no huge pages: khugepaged would round the shim's 3 MiB up to pages of 2 MiB, in each shim of a node;
+/// - a new session, so that signals of a terminal or process group do not end it;
+/// - orphaned descendants become its children;
+/// - a new mount namespace, which ends with the shim and still receives the mounts of the host.
 fn detach() -> Result<(), DaemonError> {
-    // A kernel without huge pages refuses, and has none. Hooks and logging programs inherit it; vmm and fs undo it.
+    // Fails on a kernel without huge pages, which needs no setting. Hooks and logging programs inherit the setting; vmm
+    // and fs revert it.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
-    // It fails only for the leader of a process group, which `start` does not make it.
-    rustix::process::setsid().map_err(system("setsid"))?;
-    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).map_err(system("become a subreaper"))?;
-    unshare(CloneFlags::CLONE_NEWNS).map_err(system("unshare the mount namespace"))?;
+    // Fails only for the leader of a process group. This process is none, because `start` creates no group for it.
+    rustix::process::setsid().map_err(system_error("setsid"))?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(system_error("become a subreaper"))?;
+    unshare(CloneFlags::CLONE_NEWNS).map_err(system_error("unshare the mount namespace"))?;
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .map_err(system("make the mounts slaves of the host's"))
+        .map_err(system_error("make the mounts slaves of the host's"))
 }
 
-/// Nobody reads standard error.
+/// Logs panics, because standard error is `/dev/null`.
 fn log_panics() {
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
 }

@@ -1,12 +1,12 @@
-//! `delete`: clean up after a container whose shim containerd lost, or is done with
-//! (containerd `core/runtime/v2/README.md`, "delete").
+//! `delete`: cleans up after a container whose shim has died, hangs or has finished (containerd
+//! `core/runtime/v2/README.md`, "delete").
 //!
-//! It may be called at any time, more than once, and with anything missing, so each step takes
-//! absence for success, and a step that fails is told on standard error, which containerd logs, and
-//! does not keep the next from being tried. containerd gives it 5 seconds.
+//! containerd may call it at any time and repeatedly, and gives it 5 seconds. So a step that finds nothing to do
+//! succeeds, and a step that fails is reported on standard error, which containerd logs, and does not stop the next
+//! one.
 //!
-//! Children of a shim die with it, and so do mounts in its own mount namespace: what is left is in
-//! the bundle's [`ResourceRecord`].
+//! The children of a shim and the mounts of its mount namespace end with it. All other resources are in the bundle's
+//! [`ResourceRecord`].
 
 use std::{
     fmt::Display,
@@ -38,44 +38,44 @@ use crate::shim::{
     tasks::SIGKILL_STATUS,
 };
 
-/// How long a shim may take to end that has given up its socket, and so ends by itself.
-const GRACE: Duration = Duration::from_millis(1500);
+/// How long a shim may take to exit after it has removed its socket, before it is killed.
+const SHUTDOWN_LIMIT: Duration = Duration::from_millis(1500);
 
-/// How long a killed process, or the last one of a cgroup, may take to be gone.
-const DEATH: Duration = Duration::from_millis(1000);
+/// How long a killed process may take to exit, or a killed cgroup to become empty.
+const AFTER_KILL_LIMIT: Duration = Duration::from_millis(1000);
 
-/// Cleans up after a container, whose bundle is the current directory if none is named,
-/// and prints containerd's `DeleteResponse`.
+/// Cleans up after the container of `bundle`, by default the current directory, and prints containerd's
+/// `DeleteResponse`.
 pub(crate) fn delete(bundle: Option<&Path>) -> io::Result<()> {
     let bundle = match bundle {
         Some(bundle) => bundle.to_owned(),
         None => std::env::current_dir()?,
     };
-    let response = clean(&bundle);
+    let response = clean_up(&bundle);
     io::stdout().write_all(&response.write_to_bytes()?)
 }
 
-fn clean(bundle: &Path) -> DeleteResponse {
+fn clean_up(bundle: &Path) -> DeleteResponse {
     end_shim(bundle);
-    if let Some(socket) = shims_socket(bundle) {
-        tell(socket::remove_stale(&socket));
+    if let Some(socket) = shim_socket(bundle) {
+        report(socket::remove_stale(&socket));
     }
-    let record = tell(ResourceRecord::load(bundle)).flatten().unwrap_or_default();
-    // Where containerd's own mounts, or a crash, left one.
-    tell(detach(&bundle.join("rootfs")));
+    let record = report(ResourceRecord::load(bundle)).flatten().unwrap_or_default();
+    // containerd's mounts or a crash may have left one.
+    report(unmount_all(&bundle.join("rootfs")));
     for cgroup in record.cgroups.iter().rev() {
-        tell(remove_cgroup(cgroup));
+        report(remove_cgroup(cgroup));
     }
-    let exit = tell(ExitRecord::load(bundle)).flatten();
-    response(exit.unwrap_or_else(|| ExitRecord::new(0, SIGKILL_STATUS, SystemTime::now())))
+    let exit = report(ExitRecord::load(bundle)).flatten();
+    to_response(exit.unwrap_or_else(|| ExitRecord::new(0, SIGKILL_STATUS, SystemTime::now())))
 }
 
-/// Says what went wrong, in one line, and goes on.
-fn tell<T, E: Display>(result: Result<T, E>) -> Option<T> {
+/// Returns the value, or prints the error as one line.
+fn report<T, E: Display>(result: Result<T, E>) -> Option<T> {
     result.map_err(|error| eprintln!("delete: {error}")).ok()
 }
 
-fn response(exit: ExitRecord) -> DeleteResponse {
+fn to_response(exit: ExitRecord) -> DeleteResponse {
     let since_epoch = exit
         .exited_at()
         .duration_since(SystemTime::UNIX_EPOCH)
@@ -92,27 +92,27 @@ fn response(exit: ExitRecord) -> DeleteResponse {
     }
 }
 
-/// Ends the shim if this is the bundle that it was started for, and nobody else needs it.
+/// Ends the shim if it was started for this bundle and serves no other container of a named group.
 fn end_shim(bundle: &Path) {
-    let Some(ShimStatus::Alive(pid)) = tell(ShimStatus::read(bundle)) else {
+    let Some(ShimStatus::Alive(pid)) = report(ShimStatus::read(bundle)) else {
         return;
     };
-    if let Some(other) = other_member(bundle) {
-        tell(ShimStatus::link_pid_file(bundle, &other));
+    if let Some(other) = find_other_member(bundle) {
+        report(ShimStatus::link_pid_file(bundle, &other));
         return;
     }
     match pid {
-        Some(pid) => drop(tell(kill(bundle, pid))),
+        Some(pid) => drop(report(kill_shim(bundle, pid))),
         None => eprintln!(
-            "delete: {}: a shim holds the lock whose pid is not known yet",
+            "delete: {}: the shim is starting and its pid is not known yet",
             bundle.display()
         ),
     }
 }
 
-/// Another bundle whose container is in the same named group. A pod's sandbox takes its members with
-/// it; of a named group the first started has no such right.
-fn other_member(bundle: &Path) -> Option<PathBuf> {
+/// Finds another bundle of the same named group. The shim must outlive the container that it was started for if others
+/// of the group remain. Not so in a pod, whose sandbox ends all its containers.
+fn find_other_member(bundle: &Path) -> Option<PathBuf> {
     let annotations = oci::read_annotations(bundle).ok()?;
     let Some(Group::Named(_)) = Group::from_annotations(&annotations) else {
         return None;
@@ -125,58 +125,61 @@ fn other_member(bundle: &Path) -> Option<PathBuf> {
         .find(|path| fs::read(path.join("address")).is_ok_and(|other| other == address))
 }
 
-/// Kills the shim: at once if it still has its socket, else after it had time to end by itself.
-fn kill(bundle: &Path, pid: Pid) -> io::Result<()> {
+/// Kills the shim. If it has removed its socket, it is about to exit, and has [`SHUTDOWN_LIMIT`] for that.
+fn kill_shim(bundle: &Path, pid: Pid) -> io::Result<()> {
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(process) => process,
-        // Older kernels say the second of a pid that is only a session's any more.
+        // Older kernels return EINVAL for a pid that only a session still uses.
         Err(Errno::SRCH | Errno::INVAL) => return Ok(()),
         Err(error) => return Err(error.into()),
     };
-    // The lock was held when the pid was read and still is: nobody else has the pid meanwhile.
+    // The lock was held when the pid was read. If it still is, the pid was not reused in between.
     if !matches!(ShimStatus::read(bundle), Ok(ShimStatus::Alive(_))) {
         return Ok(());
     }
-    let ending = shims_socket(bundle).is_some_and(|socket| !socket.exists());
-    if ending && wait(process.as_fd(), PollFlags::IN, GRACE)? {
+    let exiting = shim_socket(bundle).is_some_and(|socket| !socket.exists());
+    if exiting && wait(process.as_fd(), PollFlags::IN, SHUTDOWN_LIMIT)? {
         return Ok(());
     }
     match pidfd_send_signal(&process, Signal::KILL) {
         Ok(()) | Err(Errno::SRCH) => {}
         Err(error) => return Err(error.into()),
     }
-    if wait(process.as_fd(), PollFlags::IN, DEATH)? {
+    if wait(process.as_fd(), PollFlags::IN, AFTER_KILL_LIMIT)? {
         Ok(())
     } else {
-        Err(io::Error::new(ErrorKind::TimedOut, format!("shim {pid} does not end")))
+        Err(io::Error::new(
+            ErrorKind::TimedOut,
+            format!("shim {pid} does not exit after SIGKILL"),
+        ))
     }
 }
 
-/// The path in the `address` that `start` left in the bundle.
-fn shims_socket(bundle: &Path) -> Option<PathBuf> {
+/// The path of the socket, from the file `address` that `start` has written into the bundle.
+fn shim_socket(bundle: &Path) -> Option<PathBuf> {
     let address = fs::read_to_string(bundle.join("address")).ok()?;
     address.trim().strip_prefix("unix://").map(PathBuf::from)
 }
 
-/// Unmounts all that is mounted at `path`.
-fn detach(path: &Path) -> io::Result<()> {
+/// Unmounts everything that is mounted at `path`.
+fn unmount_all(path: &Path) -> io::Result<()> {
     loop {
         match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
-            // No mount point (any more).
+            // Nothing is mounted there, or nothing any more.
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
             Err(error) => return Err(with_path(error, path)),
         }
     }
 }
 
-/// Kills what is left in a cgroup and removes it. Another `delete` may remove it meanwhile.
+/// Kills the processes of a cgroup and removes it. It is no error if another `delete` removes it at the same time.
 fn remove_cgroup(path: &Path) -> io::Result<()> {
     if !path.starts_with("/sys/fs/cgroup") {
         return Err(with_path(ErrorKind::InvalidInput, path));
     }
     match empty_and_remove_cgroup(path) {
-        // The files of a removed cgroup that are still open fail with ENODEV (kernfs).
+        // Open files of a removed cgroup fail with ENODEV (kernfs).
         Err(error) if error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV) => {
             Err(with_path(error, path))
         }
@@ -184,13 +187,13 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
     }
 }
 
-/// cgroup v2: `cgroup.kill`, and `cgroup.events` tells when it is empty.
+/// Uses `cgroup.kill` of cgroup v2, and waits for a change of `cgroup.events` until the cgroup is empty.
 fn empty_and_remove_cgroup(path: &Path) -> io::Result<()> {
     let events = fs::File::open(path.join("cgroup.events"))?;
     fs::write(path.join("cgroup.kill"), "1")?;
-    let deadline = Instant::now() + DEATH;
+    let deadline = Instant::now() + AFTER_KILL_LIMIT;
     loop {
-        // A change after this read is an event, so none between here and the wait is missed.
+        // A change after this read wakes the wait below, so none is missed.
         events.read_at(&mut [0; 64], 0)?;
         match fs::remove_dir(path) {
             Err(error) if error.kind() == ErrorKind::ResourceBusy => {
@@ -209,7 +212,7 @@ fn with_path(error: impl Into<io::Error>, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-/// Whether the event came within `timeout`.
+/// Waits for `event` on `fd`. Returns whether it came within `timeout`.
 fn wait(fd: BorrowedFd<'_>, event: PollFlags, timeout: Duration) -> io::Result<bool> {
     let timeout = Timespec::try_from(timeout).map_err(|_| ErrorKind::InvalidInput)?;
     let mut fds = [PollFd::new(&fd, event)];
@@ -230,15 +233,14 @@ mod tests {
         bundle
     }
 
-    /// Waits until no process has a copy of the lock; one that another test forks has it until it
-    /// executes.
+    /// Waits until no process has the lock. A process that another test forks shares it until its exec.
     fn await_release(bundle: &Path) {
         let file = fs::File::open(bundle.join("shim.pid")).unwrap();
         rustix::fs::flock(file, rustix::fs::FlockOperation::LockShared).unwrap();
     }
 
-    /// A process that holds the bundle's lock, as a shim does.
-    fn shim(bundle: &Path) -> std::process::Child {
+    /// Spawns a process that holds the bundle's lock, as a shim does.
+    fn spawn_shim(bundle: &Path) -> std::process::Child {
         let pid_file = PidFile::create(bundle).unwrap();
         let lock = Stdio::from(pid_file.share().unwrap());
         let shim = Command::new("sleep").arg("1000").stdout(lock).spawn().unwrap();
@@ -247,11 +249,11 @@ mod tests {
     }
 
     #[test]
-    fn missing_bundle_and_empty_bundle_are_deleted_as_killed() {
+    fn missing_and_empty_bundles_report_a_killed_container() {
         let directory = tempfile::tempdir().unwrap();
         for bundle in [Path::new("/no/such/bundle"), directory.path()] {
             for _ in 0..2 {
-                let response = clean(bundle);
+                let response = clean_up(bundle);
                 assert_eq!((response.pid, response.exit_status), (0, 137));
                 assert!(response.exited_at.seconds > 1_700_000_000);
             }
@@ -259,35 +261,35 @@ mod tests {
     }
 
     #[test]
-    fn exit_that_was_recorded_is_reported() {
+    fn recorded_exit_is_reported() {
         let bundle = tempfile::tempdir().unwrap();
         let at = SystemTime::UNIX_EPOCH + Duration::new(5, 6);
         ExitRecord::new(41, 3, at).store(bundle.path()).unwrap();
-        let response = clean(bundle.path());
+        let response = clean_up(bundle.path());
         assert_eq!((response.pid, response.exit_status), (41, 3));
         assert_eq!((response.exited_at.seconds, response.exited_at.nanos), (5, 6));
     }
 
     #[test]
-    fn recorded_cgroups_outside_cgroupfs_are_refused_and_a_second_delete_is_no_error() {
+    fn recorded_path_outside_of_cgroupfs_is_refused_and_delete_can_be_repeated() {
         let bundle = tempfile::tempdir().unwrap();
         let record = ResourceRecord {
             cgroups: vec!["/sys/fs/cgroup/no-such-cgroup".into(), "/etc".into()],
         };
         record.store(bundle.path()).unwrap();
-        clean(bundle.path());
-        clean(bundle.path());
+        clean_up(bundle.path());
+        clean_up(bundle.path());
         assert!(Path::new("/etc").exists());
     }
 
     #[test]
-    fn hung_shim_of_the_bundle_is_killed() {
+    fn hung_shim_is_killed() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         fs::write(&socket, "").unwrap();
         let bundle = bundle(directory.path(), "c1", &format!("unix://{}", socket.display()));
-        let mut shim = shim(&bundle);
-        clean(&bundle);
+        let mut shim = spawn_shim(&bundle);
+        clean_up(&bundle);
         assert!(!shim.wait().unwrap().success());
         await_release(&bundle);
         assert!(matches!(ShimStatus::read(&bundle).unwrap(), ShimStatus::Dead));
@@ -298,8 +300,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let sandbox = bundle(directory.path(), "pod", "unix:///s");
         let member = bundle(directory.path(), "c1", "unix:///s");
-        let mut shim = shim(&sandbox);
-        clean(&member);
+        let mut shim = spawn_shim(&sandbox);
+        clean_up(&member);
         assert!(matches!(
             ShimStatus::read(&sandbox).unwrap(),
             ShimStatus::Alive(Some(_))
@@ -317,27 +319,27 @@ mod tests {
         for member in &members {
             fs::write(member.join("config.json"), config).unwrap();
         }
-        let mut shim = shim(&members[0]);
-        clean(&members[0]);
+        let mut shim = spawn_shim(&members[0]);
+        clean_up(&members[0]);
         fs::remove_dir_all(&members[0]).unwrap();
         assert!(matches!(
             ShimStatus::read(&members[1]).unwrap(),
             ShimStatus::Alive(Some(_))
         ));
         fs::write(directory.path().join("socket"), "").unwrap();
-        clean(&members[1]);
+        clean_up(&members[1]);
         assert!(!shim.wait().unwrap().success());
     }
 
     #[test]
-    fn stale_pid_file_kills_nobody() {
+    fn unlocked_pid_file_kills_no_process() {
         let directory = tempfile::tempdir().unwrap();
         let mut bystander = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid_file = PidFile::create(directory.path()).unwrap();
         pid_file.write(bystander.id()).unwrap();
         drop(pid_file);
         await_release(directory.path());
-        clean(directory.path());
+        clean_up(directory.path());
         assert!(bystander.try_wait().unwrap().is_none());
         bystander.kill().unwrap();
         bystander.wait().unwrap();

@@ -1,5 +1,5 @@
-//! `-info` and `-v`: what this runtime is and can do. Neither needs KVM, a configuration or
-//! containerd (containerd `core/runtime/v2/README.md`, `api/types/introspection.proto`).
+//! `-info` and `-v`: name, version and features of this runtime (containerd `core/runtime/v2/README.md`,
+//! `api/types/introspection.proto`). Neither needs KVM, a configuration or containerd.
 
 use std::io::{self, Write};
 
@@ -18,7 +18,7 @@ pub(crate) fn print_info() -> io::Result<()> {
     io::stdout().write_all(&info().write_to_bytes()?)
 }
 
-/// Prints the version for people.
+/// Prints the version as text.
 pub(crate) fn print_version() -> io::Result<()> {
     writeln!(
         io::stdout(),
@@ -43,7 +43,7 @@ fn info() -> RuntimeInfo {
     }
 }
 
-/// Those of a host's side run here (`hooks`), the others in the guest.
+/// All hooks of the OCI spec. Those of the runtime namespace run on the host, the others in the guest.
 const HOOKS: [&str; 6] = [
     "prestart",
     "createRuntime",
@@ -55,7 +55,7 @@ const HOOKS: [&str; 6] = [
 
 const NAMESPACES: [&str; 8] = ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"];
 
-/// All that Linux has.
+/// All capabilities of Linux.
 const CAPABILITIES: [&str; 41] = [
     "CAP_AUDIT_CONTROL",
     "CAP_AUDIT_READ",
@@ -100,9 +100,9 @@ const CAPABILITIES: [&str; 41] = [
     "CAP_WAKE_ALARM",
 ];
 
-/// The OCI features of a container in a machine (OCI spec, `features-linux.md`). The kubelet relies on
-/// some, and the tests below hold the list against what a plan takes. Ids are mapped by the host, as
-/// far as its file systems can: that is what `idmap` says of every runtime.
+/// The features of a container in a machine (OCI spec, `features-linux.md`). The kubelet relies on some of them, and
+/// the tests below compare the list with what a plan accepts. `idmap` depends on the host's file systems, as for every
+/// runtime.
 fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
@@ -142,7 +142,7 @@ mod tests {
         self, BundlePlan, DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, Plan, PlanError, Sizing, SourceKind,
     };
 
-    /// What becomes of a container whose spec has `value` at a JSON pointer.
+    /// Plans a container whose spec has `value` at the JSON pointer `pointer`.
     fn plan(pointer: &str, value: Value) -> Result<Plan, PlanError> {
         let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
         let mut spec = json!({
@@ -171,12 +171,13 @@ mod tests {
         }
     }
 
-    fn guest(plan: &Plan) -> Value {
+    /// The spec for the guest.
+    fn guest_spec(plan: &Plan) -> Value {
         serde_json::from_slice(&plan.spec).unwrap()
     }
 
     #[test]
-    fn features_are_the_oci_specs() {
+    fn features_parse_as_those_of_the_oci_spec() {
         let bytes = info().write_to_bytes().unwrap();
         let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
         assert_eq!(info.name, NAME);
@@ -188,14 +189,14 @@ mod tests {
     }
 
     #[test]
-    fn every_namespace_that_is_named_reaches_the_guest_or_the_network() {
+    fn listed_namespaces_reach_the_guest_or_the_network() {
         for kind in NAMESPACES {
             let mut namespaces = vec![json!({"type": "user"})];
             if kind != "user" {
                 namespaces.push(json!({"type": kind}));
             }
             let plan = plan("/linux/namespaces", json!(namespaces)).unwrap();
-            let kept = guest(&plan)["linux"]["namespaces"].to_string();
+            let kept = guest_spec(&plan)["linux"]["namespaces"].to_string();
             let network = plan.network == oci::Network::Loopback;
             assert!(
                 kept.contains(&format!("\"{kind}\"")) || (kind == "network" && network),
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn every_hook_that_is_named_runs_on_one_side() {
+    fn listed_hooks_run_either_on_the_host_or_in_the_guest() {
         for moment in HOOKS {
             let plan = plan(&format!("/hooks/{moment}"), json!([{"path": "/bin/hook"}])).unwrap();
             let oci::Hooks {
@@ -218,13 +219,13 @@ mod tests {
                 .map(Vec::len)
                 .iter()
                 .sum::<usize>();
-            let kept = guest(&plan)["hooks"][moment].as_array().map_or(0, Vec::len);
+            let kept = guest_spec(&plan)["hooks"][moment].as_array().map_or(0, Vec::len);
             assert_eq!(host + kept, 1, "{moment}");
         }
     }
 
     #[test]
-    fn mount_options_are_named_if_and_only_if_a_mount_may_have_them() {
+    fn listed_mount_options_are_exactly_the_accepted_ones() {
         let planned = |option: &str| {
             let mount = json!([{"destination": "/a", "type": "bind", "source": "/a", "options": ["rbind", option]}]);
             plan("/mounts", mount)
@@ -238,16 +239,16 @@ mod tests {
     }
 
     #[test]
-    fn every_capability_that_is_named_reaches_the_guest() {
+    fn listed_capabilities_reach_the_guest() {
         let plan = plan("/process/capabilities/bounding", json!(CAPABILITIES.to_vec())).unwrap();
         let mut kept: Vec<String> =
-            serde_json::from_value(guest(&plan)["process"]["capabilities"]["bounding"].clone()).unwrap();
+            serde_json::from_value(guest_spec(&plan)["process"]["capabilities"]["bounding"].clone()).unwrap();
         kept.sort();
         assert_eq!(kept, CAPABILITIES);
     }
 
     #[test]
-    fn what_is_not_enabled_is_refused_or_warned_of_and_idmap_is_done() {
+    fn disabled_features_are_refused_or_warned_of_and_idmap_works() {
         let linux = &features()["linux"];
         for (feature, pointer, value) in [
             ("apparmor", "/process/apparmorProfile", json!("p")),
@@ -257,11 +258,11 @@ mod tests {
         ] {
             assert_eq!(linux[feature]["enabled"], false, "{feature}");
             let field = pointer.trim_start_matches('/').replace('/', ".");
-            let said = match plan(pointer, value) {
+            let text = match plan(pointer, value) {
                 Ok(plan) => plan.warnings.join("\n"),
                 Err(error) => error.to_string(),
             };
-            assert!(said.contains(&field), "{said}");
+            assert!(text.contains(&field), "{text}");
         }
         let mapping = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
         let mount = json!([{"destination": "/a", "type": "bind", "source": "/a", "uidMappings": mapping, "gidMappings": mapping}]);

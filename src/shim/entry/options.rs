@@ -1,6 +1,5 @@
-//! The runtime options of containerd's clients: an `Any` that is decoded by its type
-//! (containerd `api/types/runtimeoptions/v1`). `ctr` and the CRI send those of the generic kind, moby and
-//! nerdctl may send runc's.
+//! The runtime options that containerd's clients pass: an `Any`, which is decoded by its type. `ctr` and the CRI send
+//! the generic options (containerd `api/types/runtimeoptions/v1`). moby and nerdctl may send runc's.
 
 use std::path::PathBuf;
 
@@ -9,18 +8,18 @@ use containerd_shim::protos::{
     shim::oci,
 };
 
-/// What options say that matters here.
+/// The options that this runtime uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Options {
-    /// The file that configures the runtime.
+    /// The path of the runtime's configuration.
     pub(crate) config_path: Option<PathBuf>,
-    /// The configuration itself; counts only without `config_path`.
+    /// The runtime's configuration itself. Ignored if there is a `config_path`.
     pub(crate) config_body: Option<String>,
-    /// The cgroup that the shim is to be in.
+    /// The cgroup for the shim.
     pub(crate) shim_cgroup: Option<String>,
 }
 
-/// Options that say of themselves what they are, and are not that.
+/// Options that cannot be decoded as their type.
 #[derive(Debug, thiserror::Error)]
 #[error("runtime options of type {kind}: {source}")]
 pub(crate) struct OptionsError {
@@ -32,45 +31,45 @@ const GENERIC: &str = "runtimeoptions.v1.Options";
 const RUNC: &str = "containerd.runc.v1.Options";
 
 impl Options {
-    /// Decodes options of a known type; those of any other type say nothing.
+    /// Decodes options of a known type. Those of any other type are ignored.
     pub(crate) fn decode(any: &Any) -> Result<Self, OptionsError> {
-        // A type URL may have a host before the name (protobuf, `Any`).
+        // A type URL may have a prefix before the name (protobuf, `Any`).
         match any.type_url.rsplit('/').next() {
-            Some(GENERIC) => Self::generic(&any.value).map_err(|source| OptionsError { kind: GENERIC, source }),
-            Some(RUNC) => Self::runc(&any.value).map_err(|source| OptionsError { kind: RUNC, source }),
+            Some(GENERIC) => Self::decode_generic(&any.value).map_err(|source| OptionsError { kind: GENERIC, source }),
+            Some(RUNC) => Self::decode_runc(&any.value).map_err(|source| OptionsError { kind: RUNC, source }),
             _ => Ok(Self::default()),
         }
     }
 
     /// containerd `api/types/runtimeoptions/v1/api.proto`: 1 type_url, 2 config_path, 3 config_body.
-    fn generic(bytes: &[u8]) -> protobuf::Result<Self> {
+    fn decode_generic(bytes: &[u8]) -> protobuf::Result<Self> {
         let mut options = Self::default();
         let mut stream = CodedInputStream::from_bytes(bytes);
         while let Some(tag) = stream.read_raw_tag_or_eof()? {
             match tag {
-                18 => options.config_path = set(stream.read_string()?).map(PathBuf::from),
-                26 => options.config_body = set(utf8(stream.read_bytes()?)?),
+                18 => options.config_path = non_empty(stream.read_string()?).map(PathBuf::from),
+                26 => options.config_body = non_empty(to_utf8(stream.read_bytes()?)?),
                 tag => protobuf::rt::skip_field_for_tag(tag, &mut stream)?,
             }
         }
         Ok(options)
     }
 
-    fn runc(bytes: &[u8]) -> protobuf::Result<Self> {
+    fn decode_runc(bytes: &[u8]) -> protobuf::Result<Self> {
         let options = oci::Options::parse_from_bytes(bytes)?;
         Ok(Self {
-            shim_cgroup: set(options.shim_cgroup),
+            shim_cgroup: non_empty(options.shim_cgroup),
             ..Self::default()
         })
     }
 }
 
-fn utf8(bytes: Vec<u8>) -> protobuf::Result<String> {
+fn to_utf8(bytes: Vec<u8>) -> protobuf::Result<String> {
     String::from_utf8(bytes).map_err(|error| std::io::Error::other(error).into())
 }
 
-/// An empty string is "not set" in protobuf 3.
-fn set(text: String) -> Option<String> {
+/// In protobuf 3, an empty string means that the field is not set.
+fn non_empty(text: String) -> Option<String> {
     Some(text).filter(|text| !text.is_empty())
 }
 
@@ -87,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn path_and_body_of_generic_options_are_found() {
+    fn path_and_body_of_generic_options_are_decoded() {
         let ctr = any(GENERIC, b"\x12\x0b/etc/x.toml");
         let expected = Options {
             config_path: Some("/etc/x.toml".into()),
@@ -105,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_options_of_a_known_type_are_an_error_that_names_it() {
+    fn malformed_options_of_a_known_type_are_an_error_that_names_the_type() {
         for (type_url, value) in [
             (GENERIC, &b"\x1a\x0ddebug = true"[..]),
             (GENERIC, b"\x1a\x01\xff"),
@@ -117,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn cgroup_of_runc_options_is_found() {
+    fn cgroup_of_runc_options_is_decoded() {
         let options = oci::Options {
             shim_cgroup: "/shims".to_owned(),
             binary_name: "crun".to_owned(),
@@ -132,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn options_of_another_type_say_nothing() {
+    fn options_of_another_type_are_ignored() {
         for type_url in ["", "containerd.runhcs.v1.Options", "runtimeoptions.v2.Options"] {
             assert_eq!(
                 Options::decode(&any(type_url, b"\xff\xff")).unwrap(),

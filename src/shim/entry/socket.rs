@@ -1,8 +1,7 @@
-//! The shim's socket: its name, and who may make it.
+//! The shim's socket: its path, creation and removal.
 //!
-//! Two `start`s for one group may run at once, and a socket may be left over from a shim that was
-//! killed. All of "look, unlink, bind, listen" happens under a lock on the socket's directory, which
-//! leaves no lock file behind.
+//! Two `start` actions for one group may run at the same time, and a killed shim leaves its socket behind. So the
+//! socket is probed, unlinked and bound under a lock on its directory, which needs no lock file.
 
 use std::{
     fs::{DirBuilder, File, Permissions},
@@ -21,66 +20,67 @@ use rustix::{
 };
 use sha2::{Digest, Sha256};
 
-/// Where sockets are unless `socket_dir` says otherwise (containerd `pkg/shim/util_unix.go`).
+/// The directory of sockets unless the request has a `socket_dir` (containerd `pkg/shim/util_unix.go`).
 const DEFAULT_DIRECTORY: &str = "/run/containerd/s";
 
-/// As many connections as may wait for the shim to start: one for each member of a pod.
+/// Maximum number of connections before the shim accepts the first: one for each container of a pod.
 const BACKLOG: i32 = 4096;
 
-/// What is wrong with a socket.
+/// A socket that cannot be created or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("{} socket {}: {source}", doing, path.display())]
+#[error("{action} socket {}: {source}", path.display())]
 pub(crate) struct SocketError {
-    doing: &'static str,
+    action: &'static str,
     path: PathBuf,
     source: io::Error,
 }
 
-/// The socket's state after [`acquire`].
+/// The result of [`acquire`].
 #[derive(Debug)]
 pub(crate) enum Acquired {
-    /// Bound and listening, nobody accepts yet.
+    /// A new socket that listens. The shim has yet to accept connections.
     New(OwnedFd),
-    /// Somebody listens already.
+    /// A shim listens already.
     Existing,
 }
 
-/// The path for the shim that serves `group`, a container's or sandbox's id.
+/// The path of the socket for the shim of `group`, which is the id of a container or sandbox or a group's name.
+/// `address` is containerd's.
 ///
-/// Only a hash is in the name: a path in `sockaddr_un` has 108 bytes, and namespaces and ids may have
-/// 76 each.
-pub(crate) fn path(directory: Option<&Path>, containerd: &str, namespace: &str, group: &str) -> PathBuf {
-    let name = Sha256::digest(format!("{containerd}/{namespace}/{group}"));
+/// The file name is a hash, because a path in `sockaddr_un` has at most 108 bytes, and namespace and id may have 76
+/// each.
+pub(crate) fn path(directory: Option<&Path>, address: &str, namespace: &str, group: &str) -> PathBuf {
+    let name = Sha256::digest(format!("{address}/{namespace}/{group}"));
     let name: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
     directory.unwrap_or(Path::new(DEFAULT_DIRECTORY)).join(name)
 }
 
 /// Binds the socket at `path` unless a shim listens there.
 pub(crate) fn acquire(path: &Path) -> Result<Acquired, SocketError> {
-    let fail = |doing| {
+    let fail = |action| {
         move |source: io::Error| SocketError {
-            doing,
+            action,
             path: path.to_owned(),
             source,
         }
     };
-    let _lock = lock(path, true).map_err(fail("lock the directory of"))?;
+    let _lock = lock_directory(path, true).map_err(fail("lock the directory of"))?;
     match probe(path).map_err(fail("connect to"))? {
         Probe::Alive => return Ok(Acquired::Existing),
         Probe::Stale => std::fs::remove_file(path).map_err(fail("remove stale"))?,
         Probe::Missing => {}
     }
-    bound(path).map(Acquired::New).map_err(fail("bind"))
+    bind_and_listen(path).map(Acquired::New).map_err(fail("bind"))
 }
 
-/// Removes the socket at `path` if nobody listens there any more. Nothing there is no error.
+/// Removes the socket at `path` unless a shim listens there. No-op if it does not exist.
 pub(crate) fn remove_stale(path: &Path) -> Result<(), SocketError> {
     let fail = |source| SocketError {
-        doing: "remove stale",
+        action: "remove stale",
         path: path.to_owned(),
         source,
     };
-    let _lock = match lock(path, false) {
+    let _lock = match lock_directory(path, false) {
         Ok(lock) => lock,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(fail(error)),
@@ -91,8 +91,8 @@ pub(crate) fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
-/// A lock on the directory that `path` is in; it ends when the file is closed.
-fn lock(path: &Path, create: bool) -> io::Result<File> {
+/// Locks the directory of `path` until the returned file is closed. Creates the directory if `create`.
+fn lock_directory(path: &Path, create: bool) -> io::Result<File> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     if create {
         DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
@@ -102,8 +102,11 @@ fn lock(path: &Path, create: bool) -> io::Result<File> {
     Ok(directory)
 }
 
+/// The state of a socket's path.
 enum Probe {
+    /// A process listens.
     Alive,
+    /// The file exists and no process listens.
     Stale,
     Missing,
 }
@@ -112,7 +115,7 @@ fn probe(path: &Path) -> io::Result<Probe> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     match connect(&socket, &SocketAddrUnix::new(path)?) {
-        // Too many wait to be accepted: it is slow, not gone.
+        // EAGAIN: the backlog is full, so the shim is slow but alive.
         Ok(()) | Err(Errno::AGAIN) => Ok(Probe::Alive),
         Err(Errno::CONNREFUSED) => Ok(Probe::Stale),
         Err(Errno::NOENT) => Ok(Probe::Missing),
@@ -120,10 +123,10 @@ fn probe(path: &Path) -> io::Result<Probe> {
     }
 }
 
-fn bound(path: &Path) -> io::Result<OwnedFd> {
+fn bind_and_listen(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
-    // Nobody can connect before the socket listens.
+    // In time: no client can connect before the socket listens.
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     listen(&socket, BACKLOG)?;
     Ok(socket)
@@ -138,17 +141,16 @@ mod tests {
 
     use super::*;
 
-    /// Waits until the last copy of a listener is closed: a process that another test forks has one
-    /// until it executes.
+    /// Waits until the last copy of a listener is closed. A process that another test forks has a copy until its exec.
     fn await_close(path: &Path) {
         while let Ok(mut connection) = UnixStream::connect(path) {
-            // The end comes when the listener, which accepts nobody, is closed.
+            // Returns when the listener, which accepts no connection, is closed.
             let _ = connection.read(&mut [0]);
         }
     }
 
     #[test]
-    fn name_fits_a_socket_address_for_the_longest_namespace_and_id_and_tells_all_apart() {
+    fn path_is_unique_and_fits_a_socket_address_for_the_longest_namespace_and_id() {
         let long = "n".repeat(76);
         let longest_directory = "/".to_owned() + &"d".repeat(41);
         let path_of = |namespace, group| path(None, "/run/containerd/containerd.sock", namespace, group);
@@ -169,7 +171,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s/socket");
         let Acquired::New(_listener) = acquire(&path).unwrap() else {
-            panic!("nobody listens yet");
+            panic!("a process listens");
         };
         let metadata = std::fs::metadata(&path).unwrap();
         assert!(metadata.file_type().is_socket());
@@ -181,18 +183,18 @@ mod tests {
     }
 
     #[test]
-    fn socket_that_nobody_serves_is_replaced_or_removed() {
+    fn stale_socket_is_replaced_or_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let Acquired::New(listener) = acquire(&path).unwrap() else {
-            panic!("nobody listens yet");
+            panic!("a process listens");
         };
         remove_stale(&path).unwrap();
         assert!(path.exists());
         drop(listener);
         await_close(&path);
         let Acquired::New(listener) = acquire(&path).unwrap() else {
-            panic!("nobody listens any more");
+            panic!("a process still listens");
         };
         drop(listener);
         await_close(&path);
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_binds() {
+    fn one_of_many_concurrent_calls_binds() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let acquired: Vec<_> = std::thread::scope(|scope| {
