@@ -71,7 +71,7 @@ bench: build ## count work side by side with runc and QEMU (docs/BENCHMARKS.md)
 	@NUTSHELL_TEST_SHIM=$(SHIM) benches/run
 
 dist: build ## make a release: executable, SBOM, checksums, source offer
-	@$(PHASE) "dist" "1 minute" tools/dist $(SHIM)
+	@$(PHASE) "dist" "1 minute" tools/dist $(SHIM) "$$(cat $(KERNEL_PATH))"
 
 setup: ## install the Debian packages that a build needs
 	@tools/rust
