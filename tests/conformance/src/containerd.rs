@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc, Mutex, OnceLock,
+        Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant},
@@ -100,16 +100,6 @@ pub fn with_containerd(test: impl FnOnce(&Containerd)) {
     }
 }
 
-/// The folder of this run of the test program.
-pub(crate) fn run_folder() -> &'static Path {
-    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
-    FOLDER.get_or_init(|| {
-        let folder = env::temp_dir().join("conformance");
-        fs::create_dir_all(&folder).unwrap();
-        folder
-    })
-}
-
 /// The path of the executable under test.
 pub fn executable() -> PathBuf {
     PathBuf::from(env::var_os("NUTSHELL_TEST_SHIM").expect("NUTSHELL_TEST_SHIM names the executable under test"))
@@ -119,7 +109,7 @@ impl Containerd {
     fn new() -> Self {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1);
-        let folder = run_folder().join(&name);
+        let folder = host::run_folder().join(&name);
         for part in ["bundles", "stdio"] {
             fs::create_dir_all(folder.join(part)).unwrap();
         }

@@ -1,8 +1,9 @@
 //! Inspection of the host: processes, mounts, control groups, and the resources of a process.
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -10,6 +11,16 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
+
+/// The folder of this run of the test program.
+pub(crate) fn run_folder() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = env::temp_dir().join("conformance");
+        fs::create_dir_all(&folder).unwrap();
+        folder
+    })
+}
 
 /// A process of the host.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

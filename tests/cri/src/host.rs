@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::pod::POLL_INTERVAL;
+use crate::wait::POLL_INTERVAL;
 
 /// A line of a container log in Kubernetes' format: time, stream, tag `F` (full) or `P` (partial), text.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -22,16 +22,11 @@ mod measure;
 mod messages;
 mod pod;
 mod streaming;
+mod wait;
 
-use std::{
-    process::ExitCode,
-    time::{Duration, Instant},
-};
+use std::process::ExitCode;
 
-use pod::{Handler, POLL_INTERVAL};
-
-/// Time limit of a wait. The lab is emulated and slow; nothing takes this long unless it hangs.
-const TIMEOUT: Duration = Duration::from_secs(60);
+use pod::Handler;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -63,16 +58,4 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
-}
-
-/// Calls `check` until it returns a value, and returns the value. Panics with `what` in the message after [`TIMEOUT`].
-fn wait_until<T>(what: &str, mut check: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(value) = check() {
-            return value;
-        }
-        assert!(start.elapsed() < TIMEOUT, "{what}: not within {TIMEOUT:?}");
-        std::thread::sleep(POLL_INTERVAL);
-    }
 }

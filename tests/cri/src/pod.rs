@@ -5,7 +5,6 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
 };
 
 use serde_json::Value;
@@ -14,11 +13,8 @@ use crate::{
     client::{CallError, call},
     host,
     messages::*,
-    wait_until,
+    wait::wait_until,
 };
-
-/// The interval between two checks of a state that sends no notification.
-pub(crate) const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// An image with a shell.
 pub(crate) const BUSYBOX: &str = "localhost/busybox:latest";

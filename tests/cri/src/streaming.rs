@@ -11,10 +11,10 @@ use serde_json::Value;
 use tungstenite::{ClientRequestBuilder, Error, Message, WebSocket, client};
 
 use crate::{
-    TIMEOUT,
     client::call,
     messages::{AttachRequest, ExecRequest, PortForwardRequest},
     pod::{Container, Pod, to_strings},
+    wait::TIMEOUT,
 };
 
 const STDIN: u8 = 0;

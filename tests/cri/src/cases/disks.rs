@@ -2,7 +2,7 @@
 
 use crate::{
     pod::{Handler, Pod},
-    wait_until,
+    wait::wait_until,
 };
 
 /// Creates more containers in sequence than a machine has slots for disks, while one container keeps its disk. Then uses

@@ -3,7 +3,7 @@
 use crate::{
     messages::{ContainerState, LinuxContainerResources},
     pod::{Handler, Pod, resources},
-    wait_until,
+    wait::wait_until,
 };
 
 pub(crate) fn failures_affect_one_container_only(handler: Handler) {

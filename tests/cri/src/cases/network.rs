@@ -8,9 +8,10 @@ use std::{
 };
 
 use crate::{
-    TIMEOUT, dns,
+    dns,
     messages::{DnsConfig, PortMapping, Protocol},
     pod::{Handler, Pod},
+    wait::TIMEOUT,
 };
 
 /// The host's addresses on the bridge (tests/lab/pods.bash).

@@ -8,7 +8,7 @@ use crate::{
         ContainerConfig, ContainerState, Mount, NamespaceMode, NamespaceOption, PodState, RemovePodSandboxRequest,
     },
     pod::{Handler, Pod, security},
-    wait_until,
+    wait::wait_until,
 };
 
 pub(crate) fn run_to_completion(handler: Handler) {

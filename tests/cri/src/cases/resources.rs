@@ -16,7 +16,7 @@ use crate::{
         UpdateContainerResourcesRequest,
     },
     pod::{Container, DEBIAN, Handler, Pod, image, resources},
-    wait_until,
+    wait::wait_until,
 };
 
 /// The CPU period of all limits, in microseconds.

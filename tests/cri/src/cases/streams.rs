@@ -12,7 +12,7 @@ use crate::{
     messages::ReopenContainerLogRequest,
     pod::{Handler, Pod},
     streaming::Streams,
-    wait_until,
+    wait::wait_until,
 };
 
 pub(crate) fn executed_commands(handler: Handler) {
