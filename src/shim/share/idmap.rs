@@ -1,5 +1,5 @@
-//! Id-mapped mounts (mount_setattr(2), `MOUNT_ATTR_IDMAP`): the ids of a tree's files as they are on
-//! disk are others where the tree is looked at, and back again for what is written.
+//! Id-mapped mounts (mount_setattr(2), `MOUNT_ATTR_IDMAP`): user and group ids of files are translated when they are read
+//! from disk, and back when they are written.
 
 use std::{
     fs::{self, File},
@@ -14,30 +14,29 @@ use crate::{
     oci::IdMap,
 };
 
-/// What fails where a file system cannot do it.
-pub(super) const STEP: &str = "map its ids, which its file system must be able to";
+/// The step that fails if the file system does not support it. The kernel's error is only "invalid argument".
+pub(super) const ID_MAP_STEP: &str = "map its ids (its file system must support ID-mapped mounts)";
 
-/// Maps the ids of the detached `mount`, and of those below it if `recursive`.
+/// Maps the ids of the detached `mount`, and of the mounts below it if `recursive`.
 pub(super) fn apply(mount: BorrowedFd<'_>, map: &IdMap, recursive: bool) -> io::Result<()> {
     map_ids(mount, &user_namespace(map)?, recursive)
 }
 
-/// A user namespace is the form in which the kernel takes a mapping. It needs a process only while it
-/// is made.
+/// A user namespace with the mapping, as the kernel requires it. A process is needed only to create it.
 fn user_namespace(map: &IdMap) -> io::Result<OwnedFd> {
-    let process = Sleeper(fork_into_user_namespace()?);
+    let process = NamespaceProcess(fork_into_user_namespace()?);
     let pid = process.0.as_raw_nonzero();
     fs::write(format!("/proc/{pid}/uid_map"), map.uids.to_string())?;
     fs::write(format!("/proc/{pid}/gid_map"), map.gids.to_string())?;
     Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())
 }
 
-/// A process that ends with this value.
-struct Sleeper(Pid);
+/// The process that holds a new user namespace. Dropped, it is killed and reaped.
+struct NamespaceProcess(Pid);
 
-impl Drop for Sleeper {
+impl Drop for NamespaceProcess {
     fn drop(&mut self) {
-        // Neither can fail for a child that nobody else waits for.
+        // Neither call can fail for a child that was not reaped.
         let _ = rustix::process::kill_process(self.0, Signal::KILL);
         let _ = rustix::process::waitpid(Some(self.0), WaitOptions::empty());
     }

@@ -1,12 +1,16 @@
-//! The pod's file server as the shim sees it: starts the process ([`crate::fs`]) and mounts what is
-//! shared into its tree.
+//! The pod's file server as the shim sees it: the start of the process ([`crate::fs`]), and the tree of shared files that
+//! it serves.
 //!
-//! The tree is a small tmpfs, the root of a mount namespace of its own. Mounts are made detached and
-//! moved there, so that they show in no other namespace, and are gone with the last holder of the
-//! namespace: the file server and the shim. The file server sees the tmpfs read-only, and no path is
-//! ever resolved below a mount that a guest can write: targets lie in the tmpfs itself
-//! (`RESOLVE_NO_XDEV`).
+//! The tree is a small tmpfs at the root of a mount namespace. What is shared is mounted into it. Mounts are made
+//! detached and moved there, so they appear in no other namespace, and they are gone with the last user of the
+//! namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is resolved below
+//! a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
+//!
+//! What lives here: everything that mounts on behalf of a pod. What may not live here: serving files, which is the task
+//! of the process. [`super::pod`] calls it.
 
+mod detached;
+mod error;
 mod idmap;
 mod rootfs;
 #[cfg(test)]
@@ -17,7 +21,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             net::{UnixListener, UnixStream},
@@ -32,92 +36,47 @@ use nix::sched::{CloneFlags, setns, unshare};
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
-    mount::{MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags},
+    mount::{MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags},
 };
 
+pub(crate) use self::error::ShareError;
+use self::{
+    detached::{clone_mount, restrict},
+    error::attach_error,
+};
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
     jail::{self, FailedStep, root::Access, step, syscalls::mount_setattr},
     oci::{HostMount, Share},
 };
 
-/// What goes wrong with shared directories.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ShareError {
-    /// There is no file server.
-    #[error("start the file server: {step}: {source}")]
-    Start {
-        /// What failed.
-        step: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// A directory or file cannot be shared.
-    #[error("share {} with the machine as {path}: {step}: {source}", what.display())]
-    Attach {
-        /// The directory or file on the host.
-        what: PathBuf,
-        /// Where in the tree.
-        path: String,
-        /// What failed.
-        step: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// A mount of the snapshotter cannot be made.
-    #[error("mount the root file system: {kind} from {from} at {at} with {options:?}: {source}")]
-    Rootfs {
-        /// The mount's type.
-        kind: String,
-        /// Its source.
-        from: String,
-        /// Its place.
-        at: String,
-        /// Its options.
-        options: Vec<String>,
-        /// Why.
-        source: io::Error,
-    },
-    /// What was shared cannot be taken away.
-    #[error("stop sharing {path}: {source}")]
-    Detach {
-        /// Where in the tree.
-        path: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The kernel gives no thread.
-    #[error("start a thread for mounts: {0}")]
-    Thread(#[source] io::Error),
-}
-
-/// A pod's file server and its tree. Dropping it does not end the process: that ends when the vmm
-/// closes the connection, when the thread that started it ends, or when it is killed.
+/// A pod's file server and its tree. The process ends when the vmm closes the connection, when the thread that started
+/// it ends, or when it is killed; dropping this does not end it.
 #[derive(Debug)]
 pub(crate) struct FileServer {
     child: Child,
     namespace: OwnedFd,
-    /// The tree's tmpfs, as a mount that can be written and that nobody else has.
+    /// The tree's tmpfs as a detached, writable mount. Nothing is mounted on this one.
     tree: OwnedFd,
-    /// The tree as it is mounted in the namespace.
+    /// The root of the namespace: the tmpfs, read-only, with everything that is shared.
     root: OwnedFd,
 }
 
 impl FileServer {
-    /// Starts the file server with an empty tree, and returns the socket by which the vmm reaches
-    /// it. To be called on a thread that lives as long as the shim.
+    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. Call it on a thread
+    /// that lives as long as the shim: the kernel kills the process when that thread ends.
     pub(crate) fn spawn() -> Result<(Self, OwnedFd), ShareError> {
-        let Prepared {
+        let PreparedTree {
             namespace,
             tree,
             root,
             listener,
             connection,
-        } = in_thread(|| prepare().map_err(|(step, source)| ShareError::Start { step, source }))?;
+        } = run_in_thread(|| prepare_tree().map_err(|(step, source)| ShareError::Start { step, source }))?;
         let start = |(step, source)| ShareError::Start { step, source };
         let inherited = namespace
             .try_clone()
-            .map_err(step("duplicate the namespace"))
+            .map_err(step("duplicate the mount namespace"))
             .map_err(start)?;
         let child = jail::build_command(ROLE)
             .stdin(OwnedFd::from(listener))
@@ -126,23 +85,22 @@ impl FileServer {
             .spawn()
             .map_err(step("execute /proc/self/exe"))
             .map_err(start)?;
-        let process = Self {
+        let server = Self {
             child,
             namespace,
             tree,
             root,
         };
-        Ok((process, connection.into()))
+        Ok((server, connection.into()))
     }
 
-    /// The process, for whoever waits for its end.
+    /// The process. The caller waits for its end.
     pub(crate) fn child(&self) -> &Child {
         &self.child
     }
 
-    /// Shares a container's root file system as `path`: what `mounts` make, in their order, with
-    /// `bundle_rootfs` as their place; or, where there are none, `directory` and everything mounted
-    /// below it.
+    /// Shares a container's root file system as `path` of the tree. It is made by `mounts`, in order, at
+    /// `bundle_rootfs`; without mounts it is `directory`, with everything mounted below it.
     pub(crate) fn attach_rootfs(
         &self,
         mounts: &[HostMount],
@@ -153,38 +111,39 @@ impl FileServer {
     ) -> Result<(), ShareError> {
         let directory = directory.filter(|_| mounts.is_empty());
         let failed = attach_error(directory.unwrap_or(bundle_rootfs), path);
-        in_thread(|| {
+        run_in_thread(|| {
             let mount = match directory {
-                Some(directory) => clone_tree(directory, true).map_err(step("open it")).map_err(&failed)?,
+                Some(directory) => clone_mount(directory, true).map_err(step("open it")).map_err(&failed)?,
                 None => rootfs::mount_detached(mounts, bundle_rootfs)?,
             };
-            // What a snapshotter mounts is this container's; a directory may be anybody's.
-            let owned = directory.is_none();
-            self.attach_detached(&mount, path, owned, read_only).map_err(&failed)
+            // Mounts of a snapshotter belong to this container alone; a directory may have other users.
+            let owned_by_guest = directory.is_none();
+            self.attach_detached(&mount, path, owned_by_guest, read_only)
+                .map_err(&failed)
         })
     }
 
-    /// Shares a directory or a file of the host.
+    /// Shares a directory or a file of the host, with its ids mapped if `share` has a map.
     pub(crate) fn attach(&self, share: &Share) -> Result<(), ShareError> {
-        in_thread(|| {
-            clone_tree(&share.source, share.recursive)
+        run_in_thread(|| {
+            clone_mount(&share.source, share.recursive)
                 .map_err(step("open it"))
                 .and_then(|mount| match &share.id_map {
                     None => Ok(mount),
                     Some(ids) => idmap::apply(mount.as_fd(), &ids.map, ids.recursive)
                         .map(|()| mount)
-                        .map_err(step(idmap::STEP)),
+                        .map_err(step(idmap::ID_MAP_STEP)),
                 })
                 .and_then(|mount| self.attach_detached(&mount, &share.path, false, share.read_only))
                 .map_err(attach_error(&share.source, &share.path))
         })
     }
 
-    /// Stops sharing `path` and all that is shared below it. What the guest still knows of it stays
-    /// mounted, unseen, until the guest looks the path up again and finds nothing.
+    /// Stops sharing `path` and everything below it. Files that the guest has looked up stay mounted, invisibly, until
+    /// the guest looks their path up again and finds nothing. A path that is not shared is not an error.
     pub(crate) fn detach(&self, path: &str) -> Result<(), ShareError> {
-        in_thread(|| {
-            relative(path)
+        run_in_thread(|| {
+            parse_tree_path(path)
                 .and_then(|path| {
                     self.enter()?;
                     self.remove(&path)
@@ -196,40 +155,46 @@ impl FileServer {
         })
     }
 
-    /// Moves the detached `mount` to `path` of the tree. The calling thread ends up in the file
-    /// server's mount namespace.
-    fn attach_detached(&self, mount: &OwnedFd, path: &str, owned: bool, read_only: bool) -> Result<(), FailedStep> {
-        let path = relative(path).map_err(step("check its path"))?;
+    /// Moves the detached `mount` to `path` of the tree. Leaves the calling thread in the file server's mount namespace.
+    fn attach_detached(
+        &self,
+        mount: &OwnedFd,
+        path: &str,
+        owned_by_guest: bool,
+        read_only: bool,
+    ) -> Result<(), FailedStep> {
+        let path = parse_tree_path(path).map_err(step("check its path"))?;
         restrict(mount.as_fd(), read_only).map_err(step("set its mount options"))?;
-        let is_directory = is_directory(rustix::fs::fstat(mount).map_err(step("look at it"))?);
-        self.make_place(&path, is_directory, owned)
-            .map_err(step("make a place for it"))?;
-        self.enter().map_err(step("enter the file server's namespace"))?;
-        self.open_place(&path)
-            .and_then(|place| {
+        let is_directory = is_directory(rustix::fs::fstat(mount).map_err(step("read its type"))?);
+        self.make_mount_point(&path, is_directory, owned_by_guest)
+            .map_err(step("create its mount point"))?;
+        self.enter().map_err(step("enter the file server's mount namespace"))?;
+        self.open_mount_point(&path)
+            .and_then(|mount_point| {
                 let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-                Ok(rustix::mount::move_mount(mount, "", &place, "", flags)?)
+                Ok(rustix::mount::move_mount(mount, "", &mount_point, "", flags)?)
             })
             .map_err(step("mount it"))
     }
 
-    /// Makes what `path` will be mounted on, and the directories above it.
-    fn make_place(&self, path: &Path, is_directory: bool, owned: bool) -> io::Result<()> {
+    /// Creates a directory or an empty file at `path` of the tmpfs, and its parent directories. Those get
+    /// [`OWNED_BY_GUEST`] if `owned_by_guest`.
+    fn make_mount_point(&self, path: &Path, is_directory: bool, owned_by_guest: bool) -> io::Result<()> {
         let mode = Mode::from_raw_mode(0o755);
-        let above: Vec<_> = path
+        let parents: Vec<_> = path
             .ancestors()
             .skip(1)
-            .filter(|above| *above != Path::new(""))
+            .filter(|parent| *parent != Path::new(""))
             .collect();
-        for directory in above.into_iter().rev() {
-            existing_is_fine(rustix::fs::mkdirat(&self.tree, directory, mode))?;
-            if owned {
+        for directory in parents.into_iter().rev() {
+            ignore_existing(rustix::fs::mkdirat(&self.tree, directory, mode))?;
+            if owned_by_guest {
                 let mode = mode | Mode::from_raw_mode(OWNED_BY_GUEST);
                 rustix::fs::chmodat(&self.tree, directory, mode, AtFlags::empty())?;
             }
         }
         if is_directory {
-            existing_is_fine(rustix::fs::mkdirat(&self.tree, path, mode))
+            ignore_existing(rustix::fs::mkdirat(&self.tree, path, mode))
         } else {
             let flags = OFlags::CREATE | OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             rustix::fs::openat(&self.tree, path, flags, Mode::from_raw_mode(0o644))?;
@@ -237,7 +202,8 @@ impl FileServer {
         }
     }
 
-    fn open_place(&self, path: &Path) -> io::Result<OwnedFd> {
+    /// Opens a path of the tmpfs as it is in the namespace.
+    fn open_mount_point(&self, path: &Path) -> io::Result<OwnedFd> {
         rustix::fs::openat2(
             &self.root,
             path,
@@ -251,14 +217,13 @@ impl FileServer {
         })
     }
 
-    /// Takes the calling thread into the file server's mount namespace.
+    /// Moves the calling thread into the file server's mount namespace.
     fn enter(&self) -> io::Result<()> {
         unshare(CloneFlags::CLONE_FS)?;
         Ok(setns(&self.namespace, CloneFlags::CLONE_NEWNS)?)
     }
 
-    /// Unmounts and removes `path` and everything below it. Looks at the tmpfs only: mounts are not
-    /// in the way there.
+    /// Unmounts and removes `path` and everything below it. Walks the detached tmpfs, on which nothing is mounted.
     fn remove(&self, path: &Path) -> io::Result<()> {
         let directory = match rustix::fs::statat(&self.tree, path, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(()),
@@ -289,7 +254,8 @@ impl FileServer {
     }
 }
 
-struct Prepared {
+/// What [`FileServer::spawn`] needs.
+struct PreparedTree {
     namespace: OwnedFd,
     tree: OwnedFd,
     root: OwnedFd,
@@ -297,22 +263,22 @@ struct Prepared {
     connection: UnixStream,
 }
 
-/// Makes the namespace, with the calling thread in it.
-fn prepare() -> Result<Prepared, FailedStep> {
+/// Makes the mount namespace and moves the calling thread into it.
+fn prepare_tree() -> Result<PreparedTree, FailedStep> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
     let namespace = File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
     jail::root::pivot_into_empty(Access::ReadWrite)?;
-    // The server's library takes a listening socket only. This one is bound where nobody else can
-    // be, and its name is gone before anybody could.
+    // The server's library accepts only a listening socket. No other process is in this namespace, and the socket's name
+    // is removed before one could be.
     let (listener, connection) = connected_listener().map_err(step("connect the vhost-user socket"))?;
-    let tree = clone_tree(Path::new("/"), false).map_err(step("clone the tree"))?;
+    let tree = clone_mount(Path::new("/"), false).map_err(step("clone the mount of the tree"))?;
     let root = rustix::fs::openat(
         CWD,
         "/",
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     )
-    .map_err(step("open the tree"))?;
+    .map_err(step("open the root of the tree"))?;
     mount_setattr(
         root.as_fd(),
         MountAttrFlags::MOUNT_ATTR_RDONLY,
@@ -320,7 +286,7 @@ fn prepare() -> Result<Prepared, FailedStep> {
         false,
     )
     .map_err(step("make the tree read-only"))?;
-    Ok(Prepared {
+    Ok(PreparedTree {
         namespace: namespace.into(),
         tree,
         root,
@@ -330,35 +296,15 @@ fn prepare() -> Result<Prepared, FailedStep> {
 }
 
 fn connected_listener() -> io::Result<(UnixListener, UnixStream)> {
-    const NAME: &str = "/vhost-user";
-    let listener = UnixListener::bind(NAME)?;
-    let connection = UnixStream::connect(NAME)?;
-    std::fs::remove_file(NAME)?;
+    const SOCKET_PATH: &str = "/vhost-user";
+    let listener = UnixListener::bind(SOCKET_PATH)?;
+    let connection = UnixStream::connect(SOCKET_PATH)?;
+    std::fs::remove_file(SOCKET_PATH)?;
     Ok((listener, connection))
 }
 
-/// A detached copy of the mount at `path`, with the mounts below it if `recursive`.
-fn clone_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
-        flags |= OpenTreeFlags::AT_RECURSIVE;
-    }
-    Ok(rustix::mount::open_tree(CWD, path, flags)?)
-}
-
-/// What the host's side allows: nothing of it is ever executed here, and a device node that the
-/// guest makes must not open a device of the host.
-fn restrict(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
-    let mut attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    if read_only {
-        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-    }
-    mount_setattr(mount, attributes, MountPropagationFlags::PRIVATE, true)
-}
-
-/// Runs `work` on a thread of its own, which may change its namespace and directory.
-fn in_thread<T: Send>(work: impl FnOnce() -> Result<T, ShareError> + Send) -> Result<T, ShareError> {
+/// Runs `work` on a new thread, which may change its mount namespace and its working directory.
+fn run_in_thread<T: Send>(work: impl FnOnce() -> Result<T, ShareError> + Send) -> Result<T, ShareError> {
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .name("mount".to_owned())
@@ -368,8 +314,8 @@ fn in_thread<T: Send>(work: impl FnOnce() -> Result<T, ShareError> + Send) -> Re
     })
 }
 
-/// A path of the tree: names only.
-fn relative(path: &str) -> io::Result<PathBuf> {
+/// Checks a path of the tree: it must be relative, and without `..`.
+fn parse_tree_path(path: &str) -> io::Result<PathBuf> {
     let path = Path::new(path);
     if path.components().all(|part| matches!(part, Component::Normal(_))) && path != Path::new("") {
         Ok(path.to_owned())
@@ -378,7 +324,7 @@ fn relative(path: &str) -> io::Result<PathBuf> {
     }
 }
 
-fn existing_is_fine(made: rustix::io::Result<()>) -> io::Result<()> {
+fn ignore_existing(made: rustix::io::Result<()>) -> io::Result<()> {
     match made {
         Err(Errno::EXIST) => Ok(()),
         made => Ok(made?),
@@ -387,14 +333,4 @@ fn existing_is_fine(made: rustix::io::Result<()>) -> io::Result<()> {
 
 fn is_directory(status: Stat) -> bool {
     FileType::from_raw_mode(status.st_mode) == FileType::Directory
-}
-
-fn attach_error(what: &Path, path: &str) -> impl Fn(FailedStep) -> ShareError {
-    let (what, path) = (what.to_owned(), path.to_owned());
-    move |(step, source)| ShareError::Attach {
-        what: what.clone(),
-        path: path.clone(),
-        step,
-        source,
-    }
 }

@@ -1,4 +1,4 @@
-//! The snapshotter's mounts, made where nobody sees them.
+//! Makes the mounts of a snapshotter in a private mount namespace.
 
 use std::{
     ffi::CString,
@@ -20,71 +20,84 @@ use rustix::{
     },
 };
 
-use super::{ShareError, attach_error, clone_tree, idmap};
+use super::{
+    detached::clone_mount,
+    error::{ShareError, attach_error},
+    idmap,
+};
 use crate::{
     jail::{step, syscalls::mount_setattr},
     oci::{HostMount, IdMap},
 };
 
-/// What the kernel takes of a mount's options, its end included (mount(2): one page).
-const OPTIONS_SIZE: usize = 4096;
+/// The size of the kernel's buffer for mount options in bytes, with the terminating zero (mount(2): one page).
+const MOUNT_DATA_SIZE: usize = 4096;
 
-/// Makes `mounts` in their order at `place` and returns them as one detached tree. The calling thread
-/// is in a mount namespace of its own afterwards.
-pub(super) fn mount_detached(mounts: &[HostMount], place: &Path) -> Result<OwnedFd, ShareError> {
-    let own_namespace = || -> io::Result<()> {
+/// An overlay's option for its lower layers, topmost first (kernel, `Documentation/filesystems/overlayfs.rst`).
+const LOWERDIR: &str = "lowerdir=";
+
+/// Makes `mounts` in order at `rootfs` and returns them as one detached tree. Leaves the calling thread in a new mount
+/// namespace.
+pub(super) fn mount_detached(mounts: &[HostMount], rootfs: &Path) -> Result<OwnedFd, ShareError> {
+    let unshare_mounts = || -> io::Result<()> {
         unshare(CloneFlags::CLONE_NEWNS)?;
         Ok(mount_change(
             "/",
             MountPropagationFlags::REC | MountPropagationFlags::PRIVATE,
         )?)
     };
-    let failed = attach_error(place, "a root file system");
-    own_namespace().map_err(step("unshare mounts")).map_err(&failed)?;
+    let failed = attach_error(rootfs, "a root file system");
+    unshare_mounts().map_err(step("unshare mounts")).map_err(&failed)?;
     for mount in mounts {
-        make(mount, place).map_err(|source| ShareError::Rootfs {
+        make_mount(mount, rootfs).map_err(|source| ShareError::Rootfs {
             kind: mount.kind.clone(),
             from: mount.source.clone(),
-            at: place.join(mount.target.trim_start_matches('/')).display().to_string(),
+            at: rootfs.join(mount.target.trim_start_matches('/')).display().to_string(),
             options: mount.options.clone(),
             source,
         })?;
     }
-    clone_tree(place, true)
+    clone_mount(rootfs, true)
         .map_err(step("detach the mounts"))
         .map_err(&failed)
 }
 
-fn make(what: &HostMount, place: &Path) -> io::Result<()> {
-    let descriptor = open_target(place, &what.target)?;
+fn make_mount(mount: &HostMount, rootfs: &Path) -> io::Result<()> {
+    let descriptor = open_target(rootfs, &mount.target)?;
     let target = format!("/proc/thread-self/fd/{}", descriptor.as_raw_fd());
-    let mut options = Options::parse(&what.options);
-    match (what.kind.as_str(), options.take_ids()?) {
+    let mut options = MountOptions::parse(&mount.options);
+    match (mount.kind.as_str(), options.take_id_map()?) {
         (_, None) => {}
-        ("overlay", Some(map)) => options.map_layers(&map, &target)?,
+        ("overlay", Some(map)) => options.map_lower_layers(&map, &target)?,
         (_, Some(map)) => {
-            let tree = clone_tree(Path::new(&what.source), options.bind != Some(Bind::Single))?;
-            idmap::apply(tree.as_fd(), &map, false).map_err(cannot_map(&what.source))?;
-            attach(&tree, Path::new(&target))?;
-            return restrict(&options, place, &what.target);
+            let tree = clone_mount(Path::new(&mount.source), options.bind != Some(Bind::Single))?;
+            idmap::apply(tree.as_fd(), &map, false).map_err(id_map_error(&mount.source))?;
+            move_detached(&tree, Path::new(&target))?;
+            return apply_read_only(&options, rootfs, &mount.target);
         }
     }
-    match (what.kind.as_str(), options.bind) {
-        ("bind", None) | (_, Some(Bind::Single)) => mount_bind(&what.source, &target)?,
-        (_, Some(Bind::Recursive)) => mount_bind_recursive(&what.source, &target)?,
+    match (mount.kind.as_str(), options.bind) {
+        ("bind", None) | (_, Some(Bind::Single)) => mount_bind(&mount.source, &target)?,
+        (_, Some(Bind::Recursive)) => mount_bind_recursive(&mount.source, &target)?,
         (kind, None) => {
             let data = options.data(kind)?;
-            return Ok(mount(&what.source, &target, kind, options.flags, data.as_c_str())?);
+            return Ok(rustix::mount::mount(
+                &mount.source,
+                &target,
+                kind,
+                options.flags,
+                data.as_c_str(),
+            )?);
         }
     }
-    restrict(&options, place, &what.target)
+    apply_read_only(&options, rootfs, &mount.target)
 }
 
-/// A bind mount's `ro`, which mount(2) ignores at first.
-fn restrict(options: &Options, place: &Path, target: &str) -> io::Result<()> {
+/// Makes a new bind mount read-only if it has the option `ro`: mount(2) ignores that when it creates one.
+fn apply_read_only(options: &MountOptions, rootfs: &Path, target: &str) -> io::Result<()> {
     if options.flags.contains(MountFlags::RDONLY) {
-        // The descriptor means what lies under the new mount; the path means the mount.
-        let mounted = open_target(place, target)?;
+        // Opened again: the earlier descriptor refers to the directory below the new mount, the path to the mount.
+        let mounted = open_target(rootfs, target)?;
         mount_setattr(
             mounted.as_fd(),
             MountAttrFlags::MOUNT_ATTR_RDONLY,
@@ -95,25 +108,25 @@ fn restrict(options: &Options, place: &Path, target: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn attach(tree: &OwnedFd, target: &Path) -> io::Result<()> {
+fn move_detached(tree: &OwnedFd, target: &Path) -> io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
     Ok(rustix::mount::move_mount(tree, "", CWD, target, flags)?)
 }
 
-/// The kernel's own words are "invalid argument".
-fn cannot_map(what: &str) -> impl Fn(io::Error) -> io::Error {
-    move |error| io::Error::new(error.kind(), format!("{what}: {}: {error}", idmap::STEP))
+/// Adds the source and [`idmap::ID_MAP_STEP`] to an error.
+fn id_map_error(source: &str) -> impl Fn(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{source}: {}: {error}", idmap::ID_MAP_STEP))
 }
 
-/// Opens `target` of what was mounted at `place` before. A guest may have written that, so it is
-/// resolved as if it were the root.
-fn open_target(place: &Path, target: &str) -> io::Result<OwnedFd> {
+/// Opens `target` below what is mounted at `rootfs`. A guest may have written that file system, so the path is resolved
+/// as if `rootfs` were the root directory.
+fn open_target(rootfs: &Path, target: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let place = rustix::fs::openat(CWD, place, flags | OFlags::DIRECTORY, Mode::empty())?;
+    let rootfs = rustix::fs::openat(CWD, rootfs, flags | OFlags::DIRECTORY, Mode::empty())?;
     match target.trim_start_matches('/') {
-        "" => Ok(place),
+        "" => Ok(rootfs),
         target => Ok(rustix::fs::openat2(
-            &place,
+            &rootfs,
             target,
             flags,
             Mode::empty(),
@@ -128,15 +141,16 @@ enum Bind {
     Recursive,
 }
 
-/// Mount options as fstab has them, told apart (mount(8), "FILESYSTEM-INDEPENDENT MOUNT OPTIONS").
+/// Mount options in fstab notation, sorted by their kind (mount(8), "FILESYSTEM-INDEPENDENT MOUNT OPTIONS").
 #[derive(Debug, PartialEq, Eq)]
-struct Options {
+struct MountOptions {
     bind: Option<Bind>,
     flags: MountFlags,
+    /// The options of the file system.
     data: Vec<String>,
 }
 
-impl Options {
+impl MountOptions {
     fn parse(options: &[String]) -> Self {
         let mut parsed = Self {
             bind: None,
@@ -157,15 +171,16 @@ impl Options {
         parsed
     }
 
-    /// What the file system itself is told.
+    /// The options of the file system, as the kernel takes them. May change the thread's working directory (see
+    /// [`Self::relative_layers`]).
     fn data(&self, kind: &str) -> io::Result<CString> {
         let data = self.data.join(",");
-        let data = if kind == "overlay" && data.len() >= OPTIONS_SIZE {
+        let data = if kind == "overlay" && data.len() >= MOUNT_DATA_SIZE {
             self.relative_layers()?
         } else {
             data
         };
-        if data.len() >= OPTIONS_SIZE {
+        if data.len() >= MOUNT_DATA_SIZE {
             return Err(io::Error::other(
                 "the mount's options are longer than a page: too many layers",
             ));
@@ -173,49 +188,47 @@ impl Options {
         Ok(CString::new(data)?)
     }
 
-    /// Takes the mapping of ids out, which is no file system's option.
-    fn take_ids(&mut self) -> io::Result<Option<IdMap>> {
+    /// Removes the id mapping from the file system's options, and returns it. It is an option of the mount.
+    fn take_id_map(&mut self) -> io::Result<Option<IdMap>> {
         let map = IdMap::from_options(&self.data).map_err(io::Error::other)?;
         self.data
             .retain(|option| !option.starts_with("uidmap=") && !option.starts_with("gidmap="));
         Ok(map)
     }
 
-    /// Has the lower layers' ids mapped: each layer is mounted anew, at a place in a small tmpfs that
-    /// is mounted at `target` and hidden by the overlay itself afterwards. The upper directory is the
-    /// container's own, and is as the snapshotter has made it.
-    fn map_layers(&mut self, map: &IdMap, target: &str) -> io::Result<()> {
-        const KEY: &str = "lowerdir=";
+    /// Replaces the lower layers of an overlay with id-mapped ones. Each layer is mounted again, in a small tmpfs that is
+    /// mounted at `target`; the overlay covers it afterwards. The upper directory belongs to the container alone and is
+    /// left as the snapshotter made it.
+    fn map_lower_layers(&mut self, map: &IdMap, target: &str) -> io::Result<()> {
         mount("tmpfs", target, "tmpfs", MountFlags::empty(), c"mode=755,size=64k")?;
-        // The descriptor behind `target` means what lies under the tmpfs; its path means the tmpfs.
-        let places = std::fs::read_link(target)?;
+        // The descriptor behind `target` refers to the directory below the tmpfs, its path to the tmpfs.
+        let tmpfs = std::fs::read_link(target)?;
         for option in &mut self.data {
-            let Some(layers) = option.strip_prefix(KEY) else {
+            let Some(layers) = option.strip_prefix(LOWERDIR) else {
                 continue;
             };
             let mut mapped = Vec::new();
             for (number, layer) in split_layers(layers).enumerate() {
-                // As the overlay's own parser does.
+                // Unescaped as by the overlay's own parser.
                 let layer = layer.replace("\\:", ":").replace("\\\\", "\\");
-                let tree = clone_tree(Path::new(&layer), false)?;
-                idmap::apply(tree.as_fd(), map, false).map_err(cannot_map(&layer))?;
-                let place = places.join(number.to_string());
-                std::fs::create_dir(&place)?;
-                attach(&tree, &place)?;
-                mapped.push(escape(&place)?);
+                let tree = clone_mount(Path::new(&layer), false)?;
+                idmap::apply(tree.as_fd(), map, false).map_err(id_map_error(&layer))?;
+                let mount_point = tmpfs.join(number.to_string());
+                std::fs::create_dir(&mount_point)?;
+                move_detached(&tree, &mount_point)?;
+                mapped.push(escape_layer(&mount_point)?);
             }
-            *option = format!("{KEY}{}", mapped.join(":"));
+            *option = format!("{LOWERDIR}{}", mapped.join(":"));
         }
         Ok(())
     }
 
-    /// The options with each lower layer named from the directory that they all lie in, which
-    /// becomes the calling thread's.
+    /// The options with lower layers that are relative to the deepest directory that contains all of them, which makes
+    /// them shorter. Changes the calling thread's working directory to it.
     fn relative_layers(&self) -> io::Result<String> {
-        const KEY: &str = "lowerdir=";
         let mut options = self.data.clone();
         for option in &mut options {
-            let Some(layers) = option.strip_prefix(KEY) else {
+            let Some(layers) = option.strip_prefix(LOWERDIR) else {
                 continue;
             };
             let layers: Vec<_> = split_layers(layers).map(Path::new).collect();
@@ -226,32 +239,32 @@ impl Options {
                 .collect();
             let relative = relative.ok_or(io::ErrorKind::InvalidInput)?.join(":");
             rustix::process::chdir(common)?;
-            *option = format!("{KEY}{relative}");
+            *option = format!("{LOWERDIR}{relative}");
         }
         Ok(options.join(","))
     }
 }
 
-/// A path as the options of an overlay have it.
-fn escape(path: &Path) -> io::Result<String> {
+/// Escapes a path for the options of an overlay.
+fn escape_layer(path: &Path) -> io::Result<String> {
     let text = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
     Ok(text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,"))
 }
 
-/// The layers of a `lowerdir`, which colons part that no backslash protects.
+/// Splits a `lowerdir` at the colons that are not escaped by a backslash. The layers stay escaped.
 fn split_layers(layers: &str) -> impl Iterator<Item = &str> {
-    let mut protected = false;
+    let mut escaped = false;
     layers.split(move |character| {
-        let parts = character == ':' && !protected;
-        protected = character == '\\' && !protected;
-        parts
+        let splits = character == ':' && !escaped;
+        escaped = character == '\\' && !escaped;
+        splits
     })
 }
 
-/// The deepest directory that all `layers` lie in, and that has no protected character in its path:
-/// a backslash protects in an option, not in a path.
+/// The deepest directory that contains all `layers` and has no backslash in its path. A backslash is an escape in an
+/// option, but not in a path.
 fn common_directory<'a>(layers: &[&'a Path]) -> &'a Path {
-    let holds_all = |directory: &Path| {
+    let contains_all = |directory: &Path| {
         !directory.as_os_str().as_bytes().contains(&b'\\')
             && layers
                 .iter()
@@ -259,7 +272,7 @@ fn common_directory<'a>(layers: &[&'a Path]) -> &'a Path {
     };
     layers
         .first()
-        .and_then(|layer| layer.ancestors().skip(1).find(|directory| holds_all(directory)))
+        .and_then(|layer| layer.ancestors().skip(1).find(|directory| contains_all(directory)))
         .unwrap_or(Path::new("/"))
 }
 
@@ -272,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn options_are_told_apart() {
+    fn options_are_sorted_into_bind_flags_and_data() {
         for (options, expected) in [
             (vec![], (None, MountFlags::empty(), vec![])),
             (vec!["rbind", "ro"], (Some(Bind::Recursive), MountFlags::RDONLY, vec![])),
@@ -290,17 +303,17 @@ mod tests {
             ),
         ] {
             let (bind, flags, data) = expected;
-            let expected = Options {
+            let expected = MountOptions {
                 bind,
                 flags,
                 data: owned(&data),
             };
-            assert_eq!(Options::parse(&owned(&options)), expected, "{options:?}");
+            assert_eq!(MountOptions::parse(&owned(&options)), expected, "{options:?}");
         }
     }
 
     #[test]
-    fn layers_are_parted_at_unprotected_colons() {
+    fn lowerdir_is_split_at_unescaped_colons() {
         for (layers, expected) in [
             ("/a", vec!["/a"]),
             ("/a:/b", vec!["/a", "/b"]),
@@ -311,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn common_directory_is_the_deepest_that_holds_all_layers() {
+    fn common_directory_is_the_deepest_that_contains_all_layers() {
         for (layers, expected) in [
             (vec!["/s/1/fs", "/s/2/fs"], "/s"),
             (vec!["/s/1/fs", "/s/1/fs2"], "/s/1"),

@@ -1,4 +1,4 @@
-//! Mounts seen by the guest, and by nobody else.
+//! Shared files as a guest sees them, and mounts that no other server sees.
 
 use std::{fs, mem::MaybeUninit, os::unix::fs::MetadataExt};
 
@@ -13,13 +13,13 @@ use tempfile::TempDir;
 use super::*;
 use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
 
-fn start() -> (FileServer, Client) {
+fn start_server() -> (FileServer, Client) {
     assert!(
         rustix::process::geteuid().is_root(),
         "mounts are made by root: run these tests as root"
     );
-    let (process, socket) = FileServer::spawn().unwrap();
-    (process, Client::connect(socket))
+    let (server, socket) = FileServer::spawn().unwrap();
+    (server, Client::connect(socket))
 }
 
 fn share(source: &Path, path: &str) -> Share {
@@ -36,16 +36,16 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// The directories of an overlay, on a file system that can hold an upper directory, in a mount
-/// namespace of the calling test's own.
+/// The directories of an overlay, on a tmpfs in a new mount namespace of the calling thread. Not every file system can
+/// hold an upper directory.
 struct Layers(TempDir);
 
 impl Layers {
     fn new(lower: usize) -> Self {
-        own_namespace();
+        enter_new_mount_namespace();
         let directory = TempDir::new().unwrap();
         mount_tmpfs(directory.path());
-        for name in ["upper", "work", "place"] {
+        for name in ["upper", "work", "rootfs"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
         for layer in 0..lower {
@@ -82,7 +82,7 @@ impl Layers {
     }
 }
 
-fn own_namespace() {
+fn enter_new_mount_namespace() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     mount(
         None::<&str>,
@@ -98,20 +98,20 @@ fn mount_tmpfs(at: &Path) {
     mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
 }
 
-fn mounts_here() -> String {
+fn read_mountinfo() -> String {
     fs::read_to_string("/proc/thread-self/mountinfo").unwrap()
 }
 
 #[test]
 fn overlay_is_shared_and_written_to_its_upper_directory() {
     let layers = Layers::new(2);
-    let before = mounts_here();
-    let (process, mut client) = start();
+    let before = read_mountinfo();
+    let (server, mut client) = start_server();
     let overlay = layers.overlay(2);
-    process
-        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+    server
+        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
         .unwrap();
-    assert_eq!(mounts_here(), before, "nothing shows in the shim's namespace");
+    assert_eq!(read_mountinfo(), before, "the mounts appear in the shim's namespace");
 
     let root = client.walk("c/rootfs").unwrap().id;
     assert_eq!(client.list(root).unwrap(), ["file", "of-0", "of-1"]);
@@ -130,16 +130,16 @@ fn overlay_is_shared_and_written_to_its_upper_directory() {
 
 #[test]
 fn overlay_with_more_layers_than_a_page_holds_is_shared() {
-    const MANY: usize = 200;
-    let layers = Layers::new(MANY);
-    let overlay = layers.overlay(MANY);
+    const LAYERS: usize = 200;
+    let layers = Layers::new(LAYERS);
+    let overlay = layers.overlay(LAYERS);
     assert!(overlay.options.join(",").len() > 4096);
-    let (process, mut client) = start();
-    process
-        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+    let (server, mut client) = start_server();
+    server
+        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
         .unwrap();
     let root = client.walk("c/rootfs").unwrap().id;
-    assert_eq!(client.list(root).unwrap().len(), MANY + 1);
+    assert_eq!(client.list(root).unwrap().len(), LAYERS + 1);
     client.create(root, "new", 0o644).unwrap();
     assert!(layers.path("upper/new").exists());
 }
@@ -149,7 +149,7 @@ fn ids() -> crate::oci::IdMap {
     crate::oci::IdMap::from_options(&options).unwrap().unwrap()
 }
 
-/// The owner of `path` as the guest sees it.
+/// The owner of `path` as the guest sees it: uid, gid.
 fn owner(client: &mut Client, path: &str) -> (u32, u32) {
     let node = client.walk(path).unwrap().id;
     let attr = client.attr(node).unwrap();
@@ -163,9 +163,9 @@ fn lower_layers_of_an_overlay_are_id_mapped() {
     let mut overlay = layers.overlay(2);
     let map = ["uidmap=0:100000:65536", "gidmap=0:200000:65536"].map(str::to_owned);
     overlay.options.extend(map);
-    let (process, mut client) = start();
-    process
-        .attach_rootfs(&[overlay], None, &layers.path("place"), "c/rootfs", false)
+    let (server, mut client) = start_server();
+    server
+        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
         .unwrap();
 
     let root = client.walk("c/rootfs").unwrap().id;
@@ -183,11 +183,11 @@ fn lower_layers_of_an_overlay_are_id_mapped() {
 
 #[test]
 fn ids_of_a_share_are_mapped_both_ways() {
-    own_namespace();
+    enter_new_mount_namespace();
     let directory = TempDir::new().unwrap();
     mount_tmpfs(directory.path());
     fs::write(directory.path().join("file"), "").unwrap();
-    let (process, mut client) = start();
+    let (server, mut client) = start_server();
     let ids = crate::oci::ShareIdMap {
         map: ids(),
         recursive: false,
@@ -196,7 +196,7 @@ fn ids_of_a_share_are_mapped_both_ways() {
         id_map: Some(ids),
         ..share(directory.path(), "c/0")
     };
-    process.attach(&share).unwrap();
+    server.attach(&share).unwrap();
 
     assert_eq!(owner(&mut client, "c/0/file"), (100_000, 200_000));
     let root = client.walk("c/0").unwrap().id;
@@ -208,11 +208,11 @@ fn ids_of_a_share_are_mapped_both_ways() {
 }
 
 #[test]
-fn mounts_are_made_in_order_below_the_root_that_the_first_makes() {
+fn later_mounts_are_made_within_the_root_of_the_first() {
     let layers = Layers::new(1);
     let outside = TempDir::new().unwrap();
     fs::create_dir(layers.path("upper/data")).unwrap();
-    // As a guest could have left it behind: leads out unless it is resolved within the root.
+    // A guest may have left such a link. It must be resolved within the root.
     std::os::unix::fs::symlink(outside.path(), layers.path("upper/link")).unwrap();
     let bind = |target: &str| HostMount {
         kind: "bind".to_owned(),
@@ -220,10 +220,10 @@ fn mounts_are_made_in_order_below_the_root_that_the_first_makes() {
         target: target.to_owned(),
         options: vec!["bind".to_owned(), "ro".to_owned()],
     };
-    let (process, mut client) = start();
+    let (server, mut client) = start_server();
     let mounts = [layers.overlay(1), bind("/data")];
-    process
-        .attach_rootfs(&mounts, None, &layers.path("place"), "c/rootfs", false)
+    server
+        .attach_rootfs(&mounts, None, &layers.path("rootfs"), "c/rootfs", false)
         .unwrap();
     client.walk("c/rootfs/data/env").unwrap();
     let data = client.walk("c/rootfs/data").unwrap().id;
@@ -231,11 +231,11 @@ fn mounts_are_made_in_order_below_the_root_that_the_first_makes() {
     let root = client.walk("c/rootfs").unwrap().id;
     client.create(root, "x", 0o644).expect("the rest can be written");
 
-    let error = process
+    let error = server
         .attach_rootfs(
             &[layers.overlay(1), bind("/link")],
             None,
-            &layers.path("place"),
+            &layers.path("rootfs"),
             "d/rootfs",
             false,
         )
@@ -247,13 +247,13 @@ fn mounts_are_made_in_order_below_the_root_that_the_first_makes() {
 fn read_only_shares_are_read_only_on_the_host() {
     let directory = TempDir::new().unwrap();
     fs::write(directory.path().join("file"), "x").unwrap();
-    let (process, mut client) = start();
+    let (server, mut client) = start_server();
     let read_only = Share {
         read_only: true,
         ..share(directory.path(), "c/0")
     };
-    process.attach(&read_only).unwrap();
-    process
+    server.attach(&read_only).unwrap();
+    server
         .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", true)
         .unwrap();
     for path in ["c/0", "c/rootfs"] {
@@ -267,10 +267,10 @@ fn read_only_shares_are_read_only_on_the_host() {
 }
 
 #[test]
-fn existing_directory_as_root_is_cached_as_shared() {
+fn existing_directory_as_root_has_a_short_cache_timeout() {
     let directory = TempDir::new().unwrap();
-    let (process, mut client) = start();
-    process
+    let (server, mut client) = start_server();
+    server
         .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", false)
         .unwrap();
     let root = client.walk("c/rootfs").unwrap();
@@ -280,9 +280,9 @@ fn existing_directory_as_root_is_cached_as_shared() {
 }
 
 #[test]
-fn single_file_is_shared_and_kept_in_the_guests_cache_while_unchanged() {
-    let (process, mut client) = start();
-    process
+fn single_file_is_shared_and_stays_cached_in_the_guest_while_unchanged() {
+    let (server, mut client) = start_server();
+    server
         .attach(&Share {
             read_only: true,
             ..share(Path::new("/usr/bin/env"), "c/0")
@@ -297,21 +297,21 @@ fn single_file_is_shared_and_kept_in_the_guests_cache_while_unchanged() {
 }
 
 #[test]
-fn mounts_below_a_source_are_shared_only_where_asked() {
-    own_namespace();
+fn mounts_below_a_source_are_shared_only_if_recursive() {
+    enter_new_mount_namespace();
     let directory = TempDir::new().unwrap();
     let below = directory.path().join("below");
     fs::create_dir(&below).unwrap();
     mount_tmpfs(&below);
     fs::write(below.join("file"), "").unwrap();
-    let (process, mut client) = start();
-    process.attach(&share(directory.path(), "c/0")).unwrap();
+    let (server, mut client) = start_server();
+    server.attach(&share(directory.path(), "c/0")).unwrap();
     let recursive = Share {
         recursive: true,
         read_only: true,
         ..share(directory.path(), "c/1")
     };
-    process.attach(&recursive).unwrap();
+    server.attach(&recursive).unwrap();
     assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
     client.walk("c/1/below/file").unwrap();
     let below = client.walk("c/1/below").unwrap().id;
@@ -320,7 +320,7 @@ fn mounts_below_a_source_are_shared_only_where_asked() {
 
 #[test]
 fn host_mounts_made_later_do_not_appear() {
-    own_namespace();
+    enter_new_mount_namespace();
     let directory = TempDir::new().unwrap();
     let below = directory.path().join("below");
     fs::create_dir(&below).unwrap();
@@ -328,44 +328,44 @@ fn host_mounts_made_later_do_not_appear() {
     mount_tmpfs(directory.path());
     fs::create_dir(&below).unwrap();
     mount(None::<&str>, directory.path(), None::<&str>, peers, None::<&str>).unwrap();
-    let (process, mut client) = start();
-    process.attach(&share(directory.path(), "c/0")).unwrap();
+    let (server, mut client) = start_server();
+    server.attach(&share(directory.path(), "c/0")).unwrap();
     mount_tmpfs(&below);
     fs::write(below.join("file"), "").unwrap();
     assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
 }
 
 #[test]
-fn detached_share_is_gone_and_its_place_is_free_again() {
+fn detached_share_is_gone_and_its_path_can_be_reused() {
     let [first, second] = std::array::from_fn(|_| TempDir::new().unwrap());
-    let (process, mut client) = start();
-    process.attach(&share(first.path(), "c/0")).unwrap();
-    process.attach(&share(first.path(), "c/1")).unwrap();
+    let (server, mut client) = start_server();
+    server.attach(&share(first.path(), "c/0")).unwrap();
+    server.attach(&share(first.path(), "c/1")).unwrap();
     let known = client.walk("c/0").unwrap().id;
 
-    process.detach("c/0").unwrap();
+    server.detach("c/0").unwrap();
 
     assert_eq!(client.walk("c/0").unwrap_err(), libc::ENOENT);
     client.create(known, "late", 0o644).expect("what is known stays");
-    process.attach(&share(second.path(), "c/0")).unwrap();
+    server.attach(&share(second.path(), "c/0")).unwrap();
     let parent = client.walk("c/0").unwrap().id;
     client.create(parent, "file", 0o644).unwrap();
     assert!(second.path().join("file").exists());
 
-    process.detach("c").unwrap();
+    server.detach("c").unwrap();
     assert_eq!(
         client.list(crate::fs::tests::client::ROOT).unwrap(),
         Vec::<String>::new()
     );
-    process.detach("c").expect("gone already");
+    server.detach("c").expect("gone already");
     assert!(first.path().join("late").exists(), "the source is untouched");
 }
 
 #[test]
-fn what_cannot_be_shared_is_an_error_that_says_why() {
+fn error_names_the_source_and_the_failed_step() {
     let directory = TempDir::new().unwrap();
-    let (process, _client) = start();
-    process.attach(&share(directory.path(), "c/0")).unwrap();
+    let (server, _client) = start_server();
+    server.attach(&share(directory.path(), "c/0")).unwrap();
     for (source, path, expected) in [
         (
             Path::new("/no/such"),
@@ -377,7 +377,7 @@ fn what_cannot_be_shared_is_an_error_that_says_why() {
         (directory.path(), "/x", "check its path"),
         (directory.path(), "", "check its path"),
     ] {
-        let error = process.attach(&share(source, path)).unwrap_err().to_string();
+        let error = server.attach(&share(source, path)).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
     let overlay = HostMount {
@@ -386,7 +386,7 @@ fn what_cannot_be_shared_is_an_error_that_says_why() {
         target: String::new(),
         options: vec!["lowerdir=/no/such".to_owned()],
     };
-    let error = process
+    let error = server
         .attach_rootfs(&[overlay], None, directory.path(), "d/rootfs", false)
         .unwrap_err()
         .to_string();
@@ -397,23 +397,23 @@ fn what_cannot_be_shared_is_an_error_that_says_why() {
 }
 
 #[test]
-fn mounts_are_gone_with_the_killed_server_and_its_shim() {
-    own_namespace();
+fn mounts_are_gone_when_the_server_is_killed_and_dropped() {
+    enter_new_mount_namespace();
     let directory = TempDir::new().unwrap();
     mount_tmpfs(directory.path());
-    let (process, client) = start();
-    process.attach(&share(directory.path(), "c/0")).unwrap();
-    // The file system that the server shares is mounted nowhere else then, and tells of its end.
+    let (server, client) = start_server();
+    server.attach(&share(directory.path(), "c/0")).unwrap();
+    // After that only the server's tree has the file system mounted, and inotify reports when it is unmounted.
     let end = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
     inotify::add_watch(&end, directory.path(), inotify::WatchFlags::ATTRIB).unwrap();
     rustix::mount::unmount(directory.path(), UnmountFlags::DETACH).unwrap();
 
-    let pid = Pid::from_raw(i32::try_from(process.child().id()).unwrap());
+    let pid = Pid::from_raw(i32::try_from(server.child().id()).unwrap());
     let descriptor = rustix::process::pidfd_open(pid.unwrap(), PidfdFlags::empty()).unwrap();
     rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).unwrap();
     client.wait_for_close();
     rustix::process::waitid(WaitId::PidFd(descriptor.as_fd()), WaitIdOptions::EXITED).unwrap();
-    drop(process);
+    drop(server);
 
     let deadline = Timespec { tv_sec: 30, tv_nsec: 0 };
     let mut ready = [PollFd::new(&end, PollFlags::IN)];

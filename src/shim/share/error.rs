@@ -1,0 +1,54 @@
+//! The failures of the file server and of sharing.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use crate::jail::FailedStep;
+
+/// Why the file server cannot be started, or its tree not be changed. `step` is what failed, as an infinitive.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ShareError {
+    #[error("start the file server: {step}: {source}")]
+    Start { step: &'static str, source: io::Error },
+    /// A directory or file of the host cannot be shared.
+    #[error("share {} with the machine as {path}: {step}: {source}", what.display())]
+    Attach {
+        /// Its path on the host.
+        what: PathBuf,
+        /// Its path in the tree.
+        path: String,
+        step: &'static str,
+        source: io::Error,
+    },
+    /// A mount of the snapshotter cannot be made.
+    #[error("mount the root file system: {kind} from {from} at {at} with {options:?}: {source}")]
+    Rootfs {
+        /// The file system type.
+        kind: String,
+        from: String,
+        at: String,
+        options: Vec<String>,
+        source: io::Error,
+    },
+    #[error("stop sharing {path}: {source}")]
+    Detach {
+        /// Its path in the tree.
+        path: String,
+        source: io::Error,
+    },
+    #[error("start a thread for mounts: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// Makes a [`ShareError::Attach`] of a failed step.
+pub(super) fn attach_error(what: &Path, path: &str) -> impl Fn(FailedStep) -> ShareError {
+    let (what, path) = (what.to_owned(), path.to_owned());
+    move |(step, source)| ShareError::Attach {
+        what: what.clone(),
+        path: path.clone(),
+        step,
+        source,
+    }
+}
