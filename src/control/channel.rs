@@ -1,5 +1,5 @@
-//! The socket: a `SOCK_SEQPACKET` socketpair, one message per packet, file descriptors beside it (`SCM_RIGHTS`). The vmm
-//! has its end on descriptor 0.
+//! The socket of the control channel: a `SOCK_SEQPACKET` socketpair. Each packet has one message, with descriptors in its
+//! ancillary data (`SCM_RIGHTS`). The vmm has its end on descriptor 0.
 
 use std::{
     io,
@@ -14,51 +14,47 @@ use nix::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The largest packet, in bytes; a console's tail is the largest part.
-const MAX_PACKET: usize = 64 << 10;
+/// The maximum size of a packet in bytes. The largest part of a packet is the console tail.
+const MAX_PACKET_SIZE: usize = 64 << 10;
 
-/// The most descriptors in one packet (the kernel's limit is 253).
+/// The maximum number of descriptors in a packet (the kernel's limit is 253).
 const MAX_DESCRIPTORS: usize = 64;
 
-/// What goes wrong on the channel.
+/// Why a message cannot be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ControlError {
-    /// The other process is gone.
-    #[error("the other end of the control channel is gone")]
+    #[error("the process at the other end of the control channel is gone")]
     Closed,
-    /// The packet is no message of this executable.
-    #[error("a malformed packet came over the control channel")]
+    #[error("a packet of the control channel is malformed or too large")]
     Malformed,
-    /// The socket failed.
     #[error("control channel: {0}")]
     Socket(#[source] io::Error),
 }
 
-/// One end of the channel. Close-on-exec.
+/// One end of the control channel. Its descriptor is close-on-exec.
 #[derive(Debug)]
 pub(crate) struct Channel {
     socket: OwnedFd,
 }
 
 impl Channel {
-    /// Both ends of a new channel.
+    /// Creates a channel and returns both ends.
     pub(crate) fn pair() -> Result<(Self, Self), ControlError> {
         let (left, right) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
             .map_err(|error| ControlError::Socket(error.into()))?;
         Ok((Self { socket: left }, Self { socket: right }))
     }
 
-    /// The same end once more, for another thread to send by.
+    /// Duplicates this end, so that another thread can send.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         let socket = self.socket.try_clone()?;
         Ok(Self { socket })
     }
 
-    /// Sends `message` with `descriptors`. Blocks while the socket's buffer is full unless the
-    /// descriptor is non-blocking.
+    /// Sends `message` with `descriptors`. If the socket is not non-blocking, it blocks while the socket's buffer is full.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
-        if packet.len() > MAX_PACKET || descriptors.len() > MAX_DESCRIPTORS {
+        if packet.len() > MAX_PACKET_SIZE || descriptors.len() > MAX_DESCRIPTORS {
             return Err(ControlError::Malformed);
         }
         let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
@@ -77,12 +73,12 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives one message and its descriptors, all close-on-exec. Blocks unless the descriptor
-    /// is non-blocking ([`ControlError::Socket`] with `WouldBlock` then).
+    /// Receives one message and its descriptors, which are close-on-exec. If the socket is non-blocking and there is no
+    /// message, it fails with [`ControlError::Socket`] (`WouldBlock`).
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
         match self.receive_packet(MsgFlags::empty()) {
-            // The kernel says once that the other end closed before it had read all that was sent to
-            // it, and says it before it hands out what that end had sent: its last word.
+            // If the other end closed with unread messages, the kernel reports that once, before the messages that the
+            // other end had sent. Read again to receive those.
             Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
                 self.receive_packet(MsgFlags::empty())
             }
@@ -90,7 +86,7 @@ impl Channel {
         }
     }
 
-    /// As [`Self::receive`], but `None` at once if there is no message.
+    /// Like [`Self::receive`], but returns `None` at once if there is no message.
     pub(crate) fn try_receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
         match self.receive_packet(MsgFlags::MSG_DONTWAIT) {
             Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
@@ -99,7 +95,7 @@ impl Channel {
     }
 
     fn receive_packet<T: DeserializeOwned>(&self, flags: MsgFlags) -> Result<(T, Vec<OwnedFd>), ControlError> {
-        let mut packet = vec![0; MAX_PACKET];
+        let mut packet = vec![0; MAX_PACKET_SIZE];
         let mut ancillary = nix::cmsg_space!([RawFd; MAX_DESCRIPTORS]);
         let mut vectors = [io::IoSliceMut::new(&mut packet)];
         let received = recvmsg::<()>(
@@ -112,8 +108,7 @@ impl Channel {
         let mut descriptors = Vec::new();
         for message in received.cmsgs().map_err(|error| ControlError::Socket(error.into()))? {
             if let ControlMessageOwned::ScmRights(raw) = message {
-                // SAFETY: the kernel has just installed these descriptors for this process, and
-                // nothing else knows their numbers yet.
+                // SAFETY: the kernel has just created these descriptors in this process, and nothing else owns them.
                 descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
@@ -180,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn last_word_arrives_though_its_sender_left_commands_unread() {
+    fn final_message_arrives_although_its_sender_left_messages_unread() {
         let (shim, vmm) = Channel::pair().unwrap();
         shim.send(&Command::ReadConsole, &[]).unwrap();
         vmm.send(&Notice::Drained { port: 7 }, &[]).unwrap();
@@ -193,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_malformed_and_not_a_panic() {
+    fn invalid_packet_is_malformed() {
         let (shim, vmm) = Channel::pair().unwrap();
         nix::sys::socket::send(
             std::os::fd::AsRawFd::as_raw_fd(&shim.as_fd()),

@@ -227,7 +227,7 @@ fn execute(
             unplug_in_background(hotplug_slot, slot, channel)
                 .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
         }
-        Command::PlugLink { slot, mac, mtu } => {
+        Command::PlugNetworkDevice { slot, mac, mtu } => {
             let result = machine.plug_network_device(slot, mac, mtu, descriptors.collect());
             let result = result.map_err(|error| error.to_string());
             send(channel, &Notice::Plugged { slot, result })?;

@@ -275,7 +275,7 @@ impl Machine {
         mtu: u16,
         queues: &[BorrowedFd<'_>],
     ) -> Result<(), VmmError> {
-        self.change_slot(slot, &Command::PlugLink { slot, mac, mtu }, queues)
+        self.change_slot(slot, &Command::PlugNetworkDevice { slot, mac, mtu }, queues)
             .await
     }
 

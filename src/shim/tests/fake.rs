@@ -226,7 +226,7 @@ impl Fake {
                 notify(control, &Notice::Resized { result: Ok(()) });
                 notify(control, &Notice::MemoryPlugged { bytes: memory });
             }
-            Command::PlugLink { .. } => panic!("unexpected {command:?}"),
+            Command::PlugNetworkDevice { .. } => panic!("unexpected {command:?}"),
         }
         self.changed.notify_all();
     }
