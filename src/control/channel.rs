@@ -1,5 +1,5 @@
-//! The socket of the control channel: a `SOCK_SEQPACKET` socketpair. Each packet has one message, with descriptors in its
-//! ancillary data (`SCM_RIGHTS`). The vmm has its end on descriptor 0.
+//! The socket of the control channel: a `SOCK_SEQPACKET` socketpair. Each packet has one message, with descriptors in
+//! its ancillary data (`SCM_RIGHTS`). The vmm has its end on descriptor 0.
 
 use std::{
     io,
@@ -51,7 +51,8 @@ impl Channel {
         Ok(Self { socket })
     }
 
-    /// Sends `message` with `descriptors`. If the socket is not non-blocking, it blocks while the socket's buffer is full.
+    /// Sends `message` with `descriptors`. If the socket is not non-blocking, it blocks while the socket's buffer is
+    /// full.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
         if packet.len() > MAX_PACKET_SIZE || descriptors.len() > MAX_DESCRIPTORS {

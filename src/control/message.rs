@@ -21,17 +21,18 @@ pub(crate) enum Command {
     /// [`nutshell_protocol::AGENT_PORT`]; if `file_server`, the connected vhost-user socket of the fs process; then the
     /// file or block device of each disk.
     Boot(MachineConfig),
-    /// Opens a stream: lets the guest connect to host port `port` once, and copies bytes between that connection and the
-    /// descriptors.
+    /// Opens a stream: lets the guest connect to host port `port` once, and copies bytes between that connection and
+    /// the descriptors.
     ///
     /// Descriptors: if `input`, one to read from; if `output`, one to write to.
     OpenStream { port: u32, input: bool, output: bool },
-    /// Requests [`Notice::Drained`] when `bytes` bytes in total are written to the output of stream `port`, or the stream
-    /// is closed.
+    /// Requests [`Notice::Drained`] when `bytes` bytes in total are written to the output of stream `port`, or the
+    /// stream is closed.
     Drain { port: u32, bytes: u64 },
     /// Closes stream `port` at once and drops data in flight. [`Notice::StreamClosed`] follows if it was open.
     CloseStream { port: u32 },
-    /// Plugs a disk into the empty disk slot `slot`, one of [`MachineConfig::hotplug_disks`]. [`Notice::Plugged`] follows.
+    /// Plugs a disk into the empty disk slot `slot`, one of [`MachineConfig::hotplug_disks`]. [`Notice::Plugged`]
+    /// follows.
     ///
     /// Descriptor: the file or block device.
     PlugDisk {
@@ -53,9 +54,9 @@ pub(crate) enum Command {
         /// The maximum size of a packet without its link header, in bytes.
         mtu: u16,
     },
-    /// Resizes the machine, up to the maximum of [`MachineConfig`]. [`Notice::Resized`] follows. The guest must then probe
-    /// [`nutshell_protocol::MEMORY_SLOT`] and bring vCPUs online. [`Notice::MemoryPlugged`] follows when the guest has the
-    /// requested memory.
+    /// Resizes the machine, up to the maximum of [`MachineConfig`]. [`Notice::Resized`] follows. The guest must then
+    /// probe [`nutshell_protocol::MEMORY_SLOT`] and bring vCPUs online. [`Notice::MemoryPlugged`] follows when the
+    /// guest has the requested memory.
     Resize {
         /// The memory in addition to the boot memory, in bytes, a multiple of 2 MiB.
         memory: u64,

@@ -43,8 +43,8 @@ pub(crate) fn allocate(bytes: u64, shared: bool) -> Result<MemoryRegions, Memory
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))
 }
 
-/// Returns `memory` with one more region of `length` bytes at guest address `base`, above all existing regions. In shared
-/// memory, the region extends the same file.
+/// Returns `memory` with one more region of `length` bytes at guest address `base`, above all existing regions. In
+/// shared memory, the region extends the same file.
 pub(crate) fn add_region(memory: &MemoryRegions, base: u64, length: u64) -> Result<MemoryRegions, MemoryError> {
     let failed = |source: io::Error| MemoryError::Map { bytes: length, source };
     let file = memory.iter().next().and_then(|region| region.file_offset());

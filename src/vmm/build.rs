@@ -1,5 +1,5 @@
-//! Builds a machine: parses the boot command and its descriptors, then sets up memory, KVM, devices, kernel and vCPUs, in
-//! this order.
+//! Builds a machine: parses the boot command and its descriptors, then sets up memory, KVM, devices, kernel and vCPUs,
+//! in this order.
 
 use std::{
     fs::File,
@@ -41,9 +41,9 @@ use crate::{
     memory::{ExpectedAccess, GuestMemory, allocate, load_file},
 };
 
-/// The kernel arguments of every machine. `quiet` comes first, since the early console would print everything before it.
-/// A panic or halt resets at once, by triple fault, which ends the machine. No probing for timers, which KVM's clock makes
-/// superfluous. No default network devices.
+/// The kernel arguments of every machine. `quiet` comes first, since the early console would print everything before
+/// it. A panic or halt resets at once, by triple fault, which ends the machine. No probing for timers, which KVM's
+/// clock makes superfluous. No default network devices.
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
                             dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none";

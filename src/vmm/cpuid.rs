@@ -1,5 +1,5 @@
-//! The CPUID tables of vCPUs: the features that KVM supports on this host, except for leaves that differ between vCPUs or
-//! must not have the host's values.
+//! The CPUID tables of vCPUs: the features that KVM supports on this host, except for leaves that differ between vCPUs
+//! or must not have the host's values.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 

@@ -1,5 +1,5 @@
-//! The event loop on the main thread: executes commands of the shim and serves the devices without a thread. It waits in
-//! epoll only, and never for the guest.
+//! The event loop on the main thread: executes commands of the shim and serves the devices without a thread. It waits
+//! in epoll only, and never for the guest.
 
 use std::{
     io,
@@ -242,8 +242,8 @@ fn execute(
     Ok(())
 }
 
-/// Unplugs the disk in a slot and sends [`Notice::Unplugged`], on another thread: unplugging waits for the disk's current
-/// request, whose duration depends on the guest and on the host's disk.
+/// Unplugs the disk in a slot and sends [`Notice::Unplugged`], on another thread: unplugging waits for the disk's
+/// current request, whose duration depends on the guest and on the host's disk.
 fn unplug_in_background(hotplug_slot: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
     let channel = channel.try_clone()?;
     let slot = FIRST_DISK_SLOT.saturating_add(slot);

@@ -102,8 +102,8 @@ impl Growth {
         &self.kick
     }
 
-    /// Requests the guest to have `bytes` of memory in addition to its boot memory, and creates vCPUs until there are at
-    /// least `vcpus`.
+    /// Requests the guest to have `bytes` of memory in addition to its boot memory, and creates vCPUs until there are
+    /// at least `vcpus`.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, ioeventfds and irqfds, and the features
-//! and initial state of vCPUs.
+//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, ioeventfds and irqfds, and the
+//! features and initial state of vCPUs.
 
 use std::{
     io,
@@ -135,8 +135,8 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: host.addr() as u64,
             };
-            // SAFETY: the range is guest memory, which is mapped until the process ends. Each range is added once, and no
-            // Rust reference into it exists.
+            // SAFETY: the range is guest memory, which is mapped until the process ends. Each range is added once, and
+            // no Rust reference into it exists.
             check("adding memory", unsafe { self.vm.set_user_memory_region(region) })?;
             self.memory_slots = slot + 1;
         }
@@ -154,8 +154,8 @@ impl Vm {
         check("adding an irqfd", self.vm.register_irqfd(event, line))
     }
 
-    /// Creates the vCPUs `ids` of a machine with at most `max` vCPUs. All but the first (ID 0) wait until the guest starts
-    /// them.
+    /// Creates the vCPUs `ids` of a machine with at most `max` vCPUs. All but the first (ID 0) wait until the guest
+    /// starts them.
     pub(super) fn create_vcpus(&self, ids: Range<u8>, max: u8) -> Result<Vec<VcpuFd>, KvmError> {
         let supported = check(
             "reading CPU features",
@@ -198,8 +198,9 @@ fn set_features(vcpu: &VcpuFd, supported: &CpuId, id: u8, count: u8) -> Result<(
     enable_extended_state(vcpu, cpuid::xcr0_components(&features))
 }
 
-/// Sets XCR0 to all supported components of the extended state, as the guest will do. KVM derives the size in CPUID leaf
-/// 0xD from XCR0. Under QEMU's emulation of AMD-V, KVM does not see the guest set XCR0, and the size would not match it.
+/// Sets XCR0 to all supported components of the extended state, as the guest will do. KVM derives the size in CPUID
+/// leaf 0xD from XCR0. Under QEMU's emulation of AMD-V, KVM does not see the guest set XCR0, and the size would not
+/// match it.
 fn enable_extended_state(vcpu: &VcpuFd, components: u64) -> Result<(), KvmError> {
     if components == 0 {
         return Ok(());
@@ -212,8 +213,8 @@ fn enable_extended_state(vcpu: &VcpuFd, components: u64) -> Result<(), KvmError>
     check("setting the extended state", vcpu.set_xcrs(&registers))
 }
 
-/// Makes a hot-added vCPU reachable by interrupts, including the one that starts it. KVM looks the target of an interrupt
-/// up in a map, which it rebuilds when the state of a local interrupt controller is set.
+/// Makes a hot-added vCPU reachable by interrupts, including the one that starts it. KVM looks the target of an
+/// interrupt up in a map, which it rebuilds when the state of a local interrupt controller is set.
 pub(super) fn make_reachable(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let state = check("reading a local interrupt controller", vcpu.get_lapic())?;
     check("setting a local interrupt controller", vcpu.set_lapic(&state))

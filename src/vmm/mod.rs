@@ -1,8 +1,9 @@
 //! The vmm: a jailed child process of the shim, one per pod, that runs the pod's machine.
 //!
-//! Lives here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that drives
-//! them. May not live here: anything that opens a path, a socket or a network interface. Every host resource arrives as
-//! a descriptor over the control channel ([`crate::control`]). `main` calls [`main`] for the first argument [`ROLE`].
+//! Lives here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that
+//! drives them. May not live here: anything that opens a path, a socket or a network interface. Every host resource
+//! arrives as a descriptor over the control channel ([`crate::control`]). `main` calls [`main`] for the first argument
+//! [`ROLE`].
 
 mod boot;
 mod build;
@@ -40,7 +41,8 @@ use crate::{
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "vmm";
 
-/// The maximum number of descriptors: three streams per process of the pod and the descriptors of devices, with a margin.
+/// The maximum number of descriptors: three streams per process of the pod and the descriptors of devices, with a
+/// margin.
 const MAX_DESCRIPTORS: u32 = 4096;
 /// The number of descriptors for which the descriptor table is allocated at start.
 const DESCRIPTOR_TABLE_SIZE: u32 = 256;

@@ -1,8 +1,8 @@
 //! The buffers of a descriptor chain, and the transfer of bytes between them and file descriptors of the host.
 //!
-//! This is the only place where system calls read or write guest memory. A chain is parsed once, with checked lengths
-//! and addresses; a chain that the standard forbids is a [`ChainError`]. The guest may change the content of a buffer at
-//! any time, so no byte is read twice.
+//! Devices pass guest memory to system calls only here. A chain is parsed once, with checked lengths and addresses; a
+//! chain that the standard forbids is a [`ChainError`]. The guest may change the content of a buffer at any time, so no
+//! byte is read twice.
 
 use std::{
     io,
@@ -113,7 +113,8 @@ impl<'m> Buffers<'m> {
         })
     }
 
-    /// Appends `more`. Returns `false` and appends nothing if the result had more buffers than one system call takes.
+    /// Appends `more`. Returns `false` and appends nothing if the result would have more buffers than one system
+    /// call takes.
     #[must_use]
     pub(crate) fn append(&mut self, more: Self) -> bool {
         let fits = self.slices.len() + more.slices.len() <= MAX_BUFFERS;
@@ -203,8 +204,8 @@ impl<'m> Buffers<'m> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Writes guest memory to `target` with one system call, at file offset `offset` or at the current position. Returns
-    /// the number of bytes. Consumes nothing.
+    /// Writes guest memory to `target` with one system call, at file offset `offset` or at the current position.
+    /// Returns the number of bytes. Consumes nothing.
     pub(crate) fn write_to(&self, target: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
         let iovecs = self.iovecs();
         let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -240,8 +241,8 @@ impl<'m> Buffers<'m> {
             let skipped = start.align_offset(PAGE_SIZE);
             let length = slice.len().saturating_sub(skipped) / PAGE_SIZE * PAGE_SIZE;
             if length > 0 {
-                // SAFETY: the pages lie in the slice, which is guest memory, mapped for as long as 'm. No Rust reference
-                // into it exists, and the guest gave its content up.
+                // SAFETY: the pages lie in the slice, which is guest memory, mapped for as long as 'm. No Rust
+                // reference into it exists, and the guest gave its content up.
                 unsafe { madvise(start.wrapping_add(skipped).cast(), length, advice)? };
             }
         }

@@ -35,8 +35,8 @@ pub(crate) trait Device: Send {
     /// The maximum size of each queue, a power of two.
     fn queue_sizes(&self) -> Vec<u16>;
 
-    /// Fills `data` from the device's configuration at `offset`. Bytes beyond the end of the configuration read as zero.
-    /// By default, the whole configuration is zero.
+    /// Fills `data` from the device's configuration at `offset`. Bytes beyond the end of the configuration read as
+    /// zero. By default, the whole configuration is zero.
     fn read_config(&self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

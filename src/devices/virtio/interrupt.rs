@@ -36,9 +36,9 @@ impl InterruptLine {
         }
     }
 
-    /// A line whose status register always reports used buffers. It is for a device with its backend in another process,
-    /// which raises the irqfd itself but cannot set the status. A driver ignores an interrupt without used buffers
-    /// (virtio 1.3 §2.7.7).
+    /// A line whose status register always reports used buffers. It is for a device with its backend in another
+    /// process, which raises the irqfd itself but cannot set the status. A driver ignores an interrupt without used
+    /// buffers (virtio 1.3 §2.7.7).
     pub(crate) fn always_used(irqfd: EventFd) -> Self {
         Self {
             status: AtomicU32::new(ALWAYS_USED),

@@ -51,8 +51,8 @@ enum Response {
 pub(crate) struct Mem {
     /// The addresses that the device may ever use.
     region: Range<u64>,
-    /// Whether each block is plugged. Covers the usable part of the region, from its start: the blocks that the host has
-    /// mapped.
+    /// Whether each block is plugged. Covers the usable part of the region, from its start: the blocks that the host
+    /// has mapped.
     plugged: Vec<bool>,
     /// The size that the guest should have, in bytes.
     requested_size: u64,
@@ -72,8 +72,8 @@ impl Mem {
         }
     }
 
-    /// Requests the guest to have `size` bytes, whole blocks, in the first `usable_size` bytes of the region. The usable
-    /// part never shrinks.
+    /// Requests the guest to have `size` bytes, whole blocks, in the first `usable_size` bytes of the region. The
+    /// usable part never shrinks.
     pub(crate) fn request_size(&mut self, size: u64, usable_size: u64) {
         let blocks = usize::try_from(usable_size / BLOCK_SIZE).unwrap_or(usize::MAX);
         if blocks > self.plugged.len() {
@@ -124,8 +124,8 @@ impl Mem {
         })
     }
 
-    /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` returns a range, given as address and length,
-    /// to the host; it returns whether that succeeded.
+    /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` returns a range, given as address and
+    /// length, to the host; it returns whether that succeeded.
     fn handle_request(&mut self, request: &[u8; REQUEST_SIZE], discard: impl Fn(u64, u64) -> bool) -> (Response, u16) {
         let [t0, t1, _, _, _, _, _, _, address @ .., c0, c1, _, _, _, _, _, _] = request;
         let (kind, count) = (u16::from_le_bytes([*t0, *t1]), u16::from_le_bytes([*c0, *c1]));

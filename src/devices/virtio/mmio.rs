@@ -46,8 +46,8 @@ pub(crate) struct Mmio {
 }
 
 impl Mmio {
-    /// Puts `device` behind the transport. `kicks` has one eventfd per queue, which KVM signals when the driver writes the
-    /// queue's index at [`NOTIFY_OFFSET`].
+    /// Puts `device` behind the transport. `kicks` has one eventfd per queue, which KVM signals when the driver writes
+    /// the queue's index at [`NOTIFY_OFFSET`].
     pub(crate) fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,

@@ -5,8 +5,8 @@
 //! file or folder per device. May not live here: anything about KVM. The vmm creates devices and attaches them to the
 //! bus.
 //!
-//! The transport owns everything that a driver may change. When the driver sets DRIVER_OK, the queues move to the device
-//! as immutable values ([`queue::DeviceQueue`]); the transport keeps none.
+//! The transport owns everything that a driver may change. When the driver sets DRIVER_OK, the queues move to the
+//! device as immutable values ([`queue::DeviceQueue`]); the transport keeps none.
 
 pub(crate) mod balloon;
 pub(crate) mod block;

@@ -1,5 +1,5 @@
-//! The MP table (Intel MultiProcessor Specification 1.4): the list of vCPUs, and the I/O APIC line of each interrupt. It is
-//! smaller and faster to parse than ACPI, and sufficient for a machine without PCI.
+//! The MP table (Intel MultiProcessor Specification 1.4): the list of vCPUs, and the I/O APIC line of each interrupt.
+//! It is smaller and faster to parse than ACPI, and sufficient for a machine without PCI.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 

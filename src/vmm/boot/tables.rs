@@ -1,5 +1,5 @@
-//! The structures of the 64-bit boot protocol of Linux (Documentation/arch/x86/boot.rst): page tables, GDT, command line,
-//! random seed, and the zero page with the memory map.
+//! The structures of the 64-bit boot protocol of Linux (Documentation/arch/x86/boot.rst): page tables, GDT, command
+//! line, random seed, and the zero page with the memory map.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryError};

@@ -49,8 +49,8 @@ impl Tap {
             .filter(|(feature, _)| features & 1 << feature != 0)
             .map(|(_, flag)| flag)
             .sum();
-        // The kernel accepts both UDP flags or none (`set_offload` in `drivers/net/tun.c`). A driver may accept one, and
-        // then need not be sent such packets.
+        // The kernel accepts both UDP flags or none (`set_offload` in `drivers/net/tun.c`). A driver may accept one,
+        // and then need not be sent such packets.
         if flags & UDP_SEGMENTATION != UDP_SEGMENTATION {
             flags &= !UDP_SEGMENTATION;
         }

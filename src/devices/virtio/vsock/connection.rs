@@ -1,5 +1,5 @@
-//! The state machine of one connection between a guest's socket and file descriptors of the host. It handles packets and
-//! descriptors; the muxer moves the packets to and from the queues.
+//! The state machine of one connection between a guest's socket and file descriptors of the host. It handles packets
+//! and descriptors; the muxer moves the packets to and from the queues.
 //!
 //! ```text
 //!            ┌─ guest sends ──▶ pending ──▶ output        ends: guest's SHUTDOWN(SEND), then drained
@@ -220,8 +220,8 @@ impl Connection {
         self.response_due || readable || matches!(self.input, Input::EndOfFile) || self.is_credit_update_due()
     }
 
-    /// Returns the next packet for the guest. Its payload is read directly into `space`, which must not be empty. `None`
-    /// means that there is no packet after all; then the space is unused.
+    /// Returns the next packet for the guest. Its payload is read directly into `space`, which must not be empty.
+    /// `None` means that there is no packet after all; then the space is unused.
     pub(super) fn next_packet(&mut self, space: &Buffers<'_>) -> Option<PacketHeader> {
         if self.response_due {
             self.response_due = false;
@@ -309,7 +309,8 @@ impl Connection {
         }
     }
 
-    /// Ends the connection because the host's reader is gone. The RESET fails the guest's writes, as a broken pipe would.
+    /// Ends the connection because the host's reader is gone. The RESET fails the guest's writes, as a broken pipe
+    /// would.
     fn close_broken_output(&mut self) -> ConnectionStatus {
         self.pending = VecDeque::new();
         self.output = Output::Closed;

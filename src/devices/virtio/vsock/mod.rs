@@ -1,5 +1,5 @@
-//! virtio-vsock (virtio 1.3 §5.10) with a muxer in user space: no vhost, no named socket, and no process on the host can
-//! connect to the guest.
+//! virtio-vsock (virtio 1.3 §5.10) with a muxer in user space: no vhost, no named socket, and no process on the host
+//! can connect to the guest.
 //!
 //! Lives here: the device, which moves packets between the muxer and the queues. [`packet`] is the header of a packet,
 //! [`connection`] the state machine of one connection, [`muxer`] all streams of the machine.
@@ -92,8 +92,8 @@ impl Vsock {
         self.deliver()
     }
 
-    /// Moves packets to the guest until it has no more buffers. Call it when the receive queue was kicked, and after any
-    /// change that may have created a packet.
+    /// Moves packets to the guest until it has no more buffers. Call it when the receive queue was kicked, and after
+    /// any change that may have created a packet.
     pub(crate) fn deliver(&mut self) -> Result<(), QueueError> {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());

@@ -265,8 +265,8 @@ impl Muxer {
         Ok(())
     }
 
-    /// Updates the muxer after a connection changed: removes it if it is closed, reports its drain, and marks it as ready
-    /// to send.
+    /// Updates the muxer after a connection changed: removes it if it is closed, reports its drain, and marks it as
+    /// ready to send.
     fn update(&mut self, key: ConnectionKey, status: ConnectionStatus) {
         if let ConnectionStatus::Closed { send_reset } = status {
             self.remove(key, send_reset);
