@@ -1,10 +1,11 @@
-//! Confinement of the roles that serve a guest: what `vmm` and `fs` do first, while they have one
-//! thread and have read nothing that a guest wrote.
+//! Confines the processes that serve a guest. The roles `vmm` and `fs` call [`enter`] first, while they have one thread
+//! and have read nothing that a guest wrote.
 //!
-//! Lives here: how a child is started ([`build_command`]) and how it gives up everything it does not need
-//! ([`enter`]). May not live here: what the child does afterwards. Called by the shim, which starts
-//! the children, and by `main` of [`crate::vmm`] and [`crate::fs`].
+//! Lives here: the command that starts a child ([`build_command`]), and the steps by which the child gives up what it
+//! does not need ([`enter`]). May not live here: what the child does afterwards. Called by the shim, which starts the
+//! children, and by `main` of [`crate::vmm`] and [`crate::fs`].
 
+mod error;
 pub(crate) mod root;
 pub(crate) mod syscalls;
 #[cfg(test)]
@@ -29,77 +30,49 @@ use rustix::{
     thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid},
 };
 
-/// Added to a jailed process's pid, gives its user and group id. A pid belongs to one living
-/// process, so no two living processes of a pid namespace share an id: a child that was taken over
-/// can neither signal nor trace another pod's. No account has these ids: systemd's list of id ranges
-/// (UIDS-GIDS.md) leaves 0x7000_0000 to 0x7FFD_FFFF unused, and pids end at 2^22
-/// (`PID_MAX_LIMIT`).
+pub(crate) use self::error::{FailedStep, JailError, step};
+
+/// User and group id of a jailed process are this plus its pid. A pid belongs to one living process, so no two living
+/// processes of a pid namespace share an id, and a compromised child can neither signal nor trace the child of another
+/// pod. No account has these ids: systemd's list of id ranges (UIDS-GIDS.md) leaves 0x7000_0000 to 0x7FFD_FFFF unused,
+/// and pids are below 2^22 (`PID_MAX_LIMIT`).
 const FIRST_ID: u32 = 0x7000_0000;
 
-/// Where a step of [`enter`] failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum JailError {
-    /// The role was started by hand.
-    #[error("this role is started by the shim only: use the executable as containerd's runtime")]
-    NotStartedByShim,
-    /// The shim ended before its child was ready; nothing is left to serve.
-    #[error("the shim that started this process is gone")]
-    Orphaned,
-    /// The kernel refused.
-    #[error("confine {role}: {step}: {source} (the shim must run as root of the host)")]
-    Step {
-        /// Which role.
-        role: &'static str,
-        /// What was refused.
-        step: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-}
-
-/// What failed, and why.
-pub(crate) type FailedStep = (&'static str, io::Error);
-
-/// Names the step that an error happened in.
-pub(crate) fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> FailedStep {
-    move |error| (step, error.into())
-}
-
-/// What a role keeps.
+/// What a jailed process keeps.
 #[derive(Debug)]
 pub(crate) struct Jail<'a> {
-    /// The role's name, for its errors.
+    /// For errors.
     pub(crate) role: &'static str,
     /// The process's name in `ps` and `top`, at most 15 bytes.
     pub(crate) name: &'static CStr,
-    /// The tree that it sees as `/`.
     pub(crate) root: Root<'a>,
-    /// Stay permitted and effective; nothing is inheritable, ambient or in the bounding set.
+    /// Permitted and effective. The inheritable, ambient and bounding sets are empty.
     pub(crate) capabilities: CapabilitySet,
-    /// Descriptors that stay open beside 0, 1 and 2.
+    /// Descriptors that stay open, besides 0, 1 and 2.
     pub(crate) keep: &'a [BorrowedFd<'a>],
-    /// The most descriptors that it may have; fewer where the shim may neither have nor allow as many.
+    /// The limit of descriptors (`RLIMIT_NOFILE`). It is lower if the shim's own limit is lower and the shim may not
+    /// raise it.
     pub(crate) max_descriptors: u32,
-    /// For how many descriptors the kernel's table is made at once: growing the table of a process
-    /// with several threads waits for an RCU grace period, in the middle of a guest's request.
+    /// Initial size of the kernel's descriptor table. If the table of a process with several threads grows, the caller
+    /// waits for an RCU grace period, in the middle of a guest's request.
     pub(crate) descriptor_table_size: u32,
-    /// The most threads that it may have.
+    /// The limit of threads (`RLIMIT_NPROC`).
     pub(crate) max_threads: u32,
 }
 
 /// What a jailed process sees as `/`.
 #[derive(Debug)]
 pub(crate) enum Root<'a> {
-    /// An empty directory that nobody can write.
+    /// An empty read-only directory.
     Empty,
     /// The root of an existing mount namespace.
     Namespace(BorrowedFd<'a>),
 }
 
-/// The command that starts this executable again as `role`, which then calls [`enter`].
+/// Builds the command that starts this executable as `role`, which then calls [`enter`].
 ///
-/// To be spawned from a thread that lives as long as the shim: the kernel kills the child when the
-/// thread that started it ends (`PR_SET_PDEATHSIG`, prctl(2)).
+/// Spawn it from a thread that lives as long as the shim: the kernel kills the child when the thread that started it
+/// ends (`PR_SET_PDEATHSIG`, prctl(2)).
 pub(crate) fn build_command(role: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
@@ -110,26 +83,26 @@ pub(crate) fn build_command(role: &str) -> Command {
     command
 }
 
-/// Gives up all that `jail` does not name. To be called once, first thing, as root, with one thread,
-/// in a process that [`build_command`] started; descriptors that are not named are closed.
+/// Gives up everything that `jail` does not list, and closes all other descriptors. Call it once, before anything else,
+/// as root, with one thread, in a process that [`build_command`] started.
 ///
-/// After it the process has ids of its own, no way to another file system, network, IPC or host
-/// name, cannot gain privileges by any exec, leaves no core dump, and dies with its parent.
+/// Afterwards the process has unused ids, no access to another file system, network, IPC or host name, cannot gain
+/// privileges by exec, leaves no core dump, and dies with its parent.
 pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     let parent = parent_from_arguments()?;
-    // Best effort: a name helps whoever looks at the host, and nothing depends on it.
+    // Best effort: the name only helps people who look at the host's processes.
     let _ = rustix::thread::set_name(jail.name);
-    // The shim has switched them off for itself; the guest's memory may have them.
+    // Inherited from the shim, which disables them for itself. Guest memory may have them.
     let _ = rustix::thread::disable_transparent_huge_pages(false);
 
     let confine = || -> Result<(), FailedStep> {
-        close_all_but(jail.keep).map_err(step("close inherited descriptors"))?;
-        limit(jail).map_err(step("set resource limits"))?;
+        close_all_except(jail.keep).map_err(step("close inherited descriptors"))?;
+        set_limits(jail).map_err(step("set resource limits"))?;
         grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
         isolate(jail)?;
         drop_privileges(jail.capabilities)?;
-        // The place of Landlock (deny every path, scope signals and abstract sockets) and of the
-        // seccomp list for all threads: nothing below needs a privilege.
+        // Landlock (deny every path, scope signals and abstract sockets) and a seccomp filter for all threads would go
+        // here: nothing below needs a privilege.
         Ok(())
     };
     confine().map_err(|(step, source)| JailError::Step {
@@ -137,7 +110,7 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
         step,
         source,
     })?;
-    die_with(parent, jail.role)
+    die_with_parent(parent, jail.role)
 }
 
 /// The pid of the shim, as [`build_command`] wrote it.
@@ -148,7 +121,7 @@ fn parent_from_arguments() -> Result<u32, JailError> {
         .ok_or(JailError::NotStartedByShim)
 }
 
-fn close_all_but(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
+fn close_all_except(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
     let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).filter(|fd| *fd > 2).collect();
     kept.sort_unstable();
     let mut first = 3;
@@ -161,23 +134,23 @@ fn close_all_but(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
     syscalls::close_range(first, RawFd::MAX)
 }
 
-fn limit(jail: &Jail<'_>) -> io::Result<()> {
-    for (resource, most) in [
+fn set_limits(jail: &Jail<'_>) -> io::Result<()> {
+    for (resource, limit) in [
         (Resource::Core, 0),
         (Resource::Nofile, jail.max_descriptors),
         (Resource::Nproc, jail.max_threads),
     ] {
-        let both = |most| Rlimit {
-            current: Some(most),
-            maximum: Some(most),
+        let limit = u64::from(limit);
+        let both = |limit| Rlimit {
+            current: Some(limit),
+            maximum: Some(limit),
         };
-        let most = u64::from(most);
         match (
-            rustix::process::setrlimit(resource, both(most)),
+            rustix::process::setrlimit(resource, both(limit)),
             rustix::process::getrlimit(resource).maximum,
         ) {
-            // Not every root may raise a limit (CAP_SYS_RESOURCE).
-            (Err(Errno::PERM), Some(before)) => rustix::process::setrlimit(resource, both(most.min(before)))?,
+            // Only root with CAP_SYS_RESOURCE may raise a limit.
+            (Err(Errno::PERM), Some(before)) => rustix::process::setrlimit(resource, both(limit.min(before)))?,
             (set, _) => set?,
         }
     }
@@ -208,12 +181,12 @@ fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
     Ok(())
 }
 
-/// Leaves `kept` and no other capability, and an id of the process's own (see [`FIRST_ID`]).
+/// Changes to an unused id (see [`FIRST_ID`]), and drops all capabilities except `kept`.
 fn drop_privileges(kept: CapabilitySet) -> Result<(), FailedStep> {
-    // Bounding set and securebits need CAP_SETPCAP, so they come before the other sets.
+    // Changing the bounding set and the securebits needs CAP_SETPCAP, so it comes before the other sets.
     clear_bounding_set().map_err(step("clear the bounding set"))?;
-    // Capabilities follow from the sets alone, not from user ids: whoever has uid 0 or takes it
-    // gains nothing by it, and a change of user does not take away what was kept (capabilities(7)).
+    // Capabilities then depend on the sets alone and not on user ids: uid 0 gains none, and a change of the user loses
+    // none (capabilities(7)).
     rustix::thread::set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT
             | CapabilitiesSecureBits::NO_ROOT_LOCKED
@@ -248,7 +221,7 @@ fn clear_bounding_set() -> io::Result<()> {
     for bit in 0..u64::BITS {
         match rustix::thread::remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
             Ok(()) => {}
-            // The first number that this kernel has no capability for.
+            // This kernel has no capability of this number.
             Err(Errno::INVAL) => break,
             Err(error) => return Err(error.into()),
         }
@@ -256,9 +229,9 @@ fn clear_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel kill this process when the shim ends. Last, because a change of credentials
-/// forgets the signal (prctl(2)); then a parent that is still the shim cannot have been missed.
-fn die_with(parent: u32, role: &'static str) -> Result<(), JailError> {
+/// Has the kernel kill this process when the shim ends. This comes last, because a change of credentials clears the
+/// signal (prctl(2)). If the parent is still the shim after that, its end cannot have been missed.
+fn die_with_parent(parent: u32, role: &'static str) -> Result<(), JailError> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| JailError::Step {
         role,
         step: "die with the shim",

@@ -1,4 +1,4 @@
-//! A root of its own for a mount namespace: an empty tmpfs, nothing of the host behind it.
+//! Gives a mount namespace an empty tmpfs as root, without the host's mounts.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -10,35 +10,35 @@ use rustix::{
     },
 };
 
-use super::{FailedStep, step};
+use super::error::{FailedStep, step};
 
-/// What can be done with the new root.
+/// Access to the new root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Nothing: the file system itself is read-only.
+    /// The file system itself is read-only.
     ReadOnly,
-    /// Directories and mount points can be made in it, up to a small bound.
+    /// Directories and mount points can be created, up to a small size.
     ReadWrite,
 }
 
-/// Replaces the root of the calling thread's mount namespace, which must be its own, with an empty
-/// tmpfs, and unmounts everything else in it. The current directory is the new root then.
+/// Replaces the root of the calling thread's mount namespace by an empty tmpfs, and unmounts everything else. The new
+/// root is then the current directory. No other process may be in the namespace.
 pub(crate) fn pivot_into_empty(access: Access) -> Result<(), FailedStep> {
-    // Else the mounts and unmounts below would show in the namespace that this one was copied from.
+    // Otherwise the mounts and unmounts below would propagate to the namespace that this one was copied from.
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
         .map_err(step("make mounts private"))?;
-    let tmpfs = empty_tmpfs(access).map_err(step("make an empty root"))?;
+    let tmpfs = make_tmpfs(access).map_err(step("make an empty root"))?;
     move_mount(&tmpfs, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(step("mount the empty root"))?;
     rustix::process::fchdir(&tmpfs).map_err(step("enter the empty root"))?;
-    // Old and new root at one path: the old one lies on top then, and "." means what lies on top
+    // This stacks the old root on top of the new one, and "." then means the old one
     // (pivot_root(2), "pivot_root(".", ".")").
     rustix::process::pivot_root(".", ".").map_err(step("pivot into the empty root"))?;
     unmount(".", UnmountFlags::DETACH).map_err(step("unmount the host"))?;
     rustix::process::chdir("/").map_err(step("enter the empty root"))
 }
 
-/// An empty tmpfs, mounted nowhere.
-fn empty_tmpfs(access: Access) -> io::Result<OwnedFd> {
+/// Makes an empty tmpfs that is not mounted anywhere yet.
+fn make_tmpfs(access: Access) -> io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "source", "nutshell")?;
     fsconfig_set_string(&context, "mode", "0755")?;

@@ -1,4 +1,4 @@
-//! The system calls that neither rustix nor nix has. Nothing else may live here.
+//! System calls that neither rustix nor nix has. Nothing else may live here.
 
 use std::{
     io,
@@ -11,22 +11,22 @@ use rustix::{
     process::Pid,
 };
 
-/// Closes every descriptor from `first` to `last`, both included (close_range(2)).
+/// Closes all descriptors from `first` to `last` inclusive (close_range(2)).
 ///
-/// For a process that has just started: whoever owned one of these descriptors owns a dead number
-/// then, which is no matter of memory but of wrong files.
+/// Only for a process that has just started: code that owns one of these descriptors would later use or close an
+/// unrelated file with the same number.
 pub(crate) fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
     let [first, last] = [first, last].map(|fd| libc::c_uint::try_from(fd).map_err(io::Error::other));
-    // SAFETY: takes numbers only. `jail::enter`, the only caller, runs before anything of this
-    // process has opened a descriptor, beside those that it excludes.
+    // SAFETY: the call takes numbers only. `jail::enter`, the only caller, runs before this process has opened any
+    // descriptor, except those that it excludes.
     match unsafe { libc::close_range(first?, last?, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Adds `set` to the attributes of the mount at `mount`, and of all mounts below it if `recursive`,
-/// and makes their propagation `propagation` unless that is empty (mount_setattr(2), Linux 5.12).
+/// Adds `set` to the attributes of `mount`, and sets its propagation unless `propagation` is empty (mount_setattr(2),
+/// Linux 5.12). `recursive` includes all mounts below it.
 pub(crate) fn mount_setattr(
     mount: BorrowedFd<'_>,
     set: MountAttrFlags,
@@ -45,16 +45,16 @@ pub(crate) fn mount_setattr(
     )
 }
 
-/// Maps the ids of the files in the detached mount at `mount`, and in all mounts below it if
-/// `recursive`, as `namespace`, a user namespace, does (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
-pub(crate) fn map_ids(mount: BorrowedFd<'_>, namespace: impl AsFd, recursive: bool) -> io::Result<()> {
+/// Maps the ids of the files in the detached `mount` as `user_namespace` does (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
+/// `recursive` includes all mounts below it.
+pub(crate) fn map_ids(mount: BorrowedFd<'_>, user_namespace: impl AsFd, recursive: bool) -> io::Result<()> {
     set_attributes(
         mount,
         &libc::mount_attr {
             attr_set: libc::MOUNT_ATTR_IDMAP,
             attr_clr: 0,
             propagation: 0,
-            userns_fd: u64::from(namespace.as_fd().as_raw_fd().unsigned_abs()),
+            userns_fd: u64::from(user_namespace.as_fd().as_raw_fd().unsigned_abs()),
         },
         recursive,
     )
@@ -62,7 +62,7 @@ pub(crate) fn map_ids(mount: BorrowedFd<'_>, namespace: impl AsFd, recursive: bo
 
 fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursive: bool) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is a static C string, and the kernel reads `attributes` up to the size given.
+    // SAFETY: the path is a static C string, and the kernel reads `attributes` up to the given size.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -79,21 +79,21 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursiv
     }
 }
 
-/// Forks a process into a user namespace of its own, which nobody has mapped yet. It does nothing, and
-/// ends with the calling thread if it is not killed before.
+/// Forks a process into a new user namespace that has no mappings yet. The process only waits to be killed, and ends
+/// with the calling thread at the latest.
 pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
     let parent = rustix::process::getpid().as_raw_pid();
     let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
     let (stack, unused) = (0_usize, 0_usize);
-    // SAFETY: without CLONE_VM and with no stack given the child goes on as a copy of this thread, in
-    // memory of its own. Other threads may hold locks in that copy, so the child only makes system calls.
+    // SAFETY: without CLONE_VM and without a stack the child continues as a copy of this thread with its own memory.
+    // Other threads may hold locks in that copy, so the child only makes system calls.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, stack, unused, unused, unused) };
     if pid == 0 {
         loop {
-            // SAFETY: they take numbers only, and are async-signal-safe.
+            // SAFETY: these calls take numbers only, and are async-signal-safe.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                // A parent that died before that sends no signal any more.
+                // A parent that died earlier sends no signal.
                 if libc::getppid() != parent {
                     libc::_exit(1);
                 }

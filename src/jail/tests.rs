@@ -1,4 +1,4 @@
-//! The jail, seen from outside by its own parent.
+//! Tests of a jailed child process, from its parent's view.
 
 use std::{
     collections::HashMap,
@@ -11,25 +11,25 @@ use std::{
 use super::*;
 use crate::fs::CAPABILITIES;
 
-/// Before the test harness: this very executable is what [`build_command`] starts, so where the first
-/// argument is a role, the role runs, with one thread, as it would in the real executable.
+/// Runs before the test harness. [`build_command`] starts this test executable; if the first argument is a role, the
+/// role runs with one thread, as in the real executable.
 #[used]
 // SAFETY: an entry of .init_array is called once with the C runtime and std's arguments ready.
 #[unsafe(link_section = ".init_array")]
-static ROLE_OR_TESTS: extern "C" fn() = role_or_tests;
+static RUN_ROLE: extern "C" fn() = run_role;
 
-extern "C" fn role_or_tests() {
+extern "C" fn run_role() {
     match env::args().nth(1).as_deref() {
         Some(crate::fs::ROLE) => exit(i32::from(crate::fs::main() != ExitCode::SUCCESS)),
-        Some("jail-empty") => prisoner(CapabilitySet::empty()),
-        Some("jail-capable") => prisoner(CAPABILITIES),
+        Some("jail-empty") => run_prisoner(CapabilitySet::empty()),
+        Some("jail-capable") => run_prisoner(CAPABILITIES),
         _ => return,
     }
     exit(0);
 }
 
-/// Enters the jail, says how that went, then answers each line that it reads with what it can do.
-fn prisoner(capabilities: CapabilitySet) {
+/// Enters the jail, prints the result, and then answers questions about what the process can do, one a line.
+fn run_prisoner(capabilities: CapabilitySet) {
     let kept = fs::File::open("/dev/null").unwrap();
     let entered = enter(&Jail {
         role: "test",
@@ -83,7 +83,7 @@ impl Prisoner {
     fn jailed(role: &str) -> Self {
         assert!(
             rustix::process::geteuid().is_root(),
-            "the jail is entered as root: run these tests as root"
+            "only root can enter the jail: run these tests as root"
         );
         let mut prisoner = Self::start(role);
         assert_eq!(prisoner.answer(), "jailed");
@@ -123,7 +123,7 @@ impl Drop for Prisoner {
 }
 
 #[test]
-fn status_shows_own_ids_and_the_named_capabilities_only() {
+fn prisoner_has_unused_ids_and_only_the_listed_capabilities() {
     for (role, capabilities) in [("jail-empty", CapabilitySet::empty()), ("jail-capable", CAPABILITIES)] {
         let prisoner = Prisoner::jailed(role);
         let status = prisoner.status();
@@ -163,7 +163,7 @@ fn namespaces_differ_from_the_parents() {
 }
 
 #[test]
-fn only_the_empty_read_only_root_is_mounted() {
+fn only_an_empty_read_only_root_is_mounted() {
     let mut prisoner = Prisoner::jailed("jail-empty");
     let mounts = fs::read_to_string(prisoner.proc("mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
@@ -173,7 +173,7 @@ fn only_the_empty_read_only_root_is_mounted() {
 }
 
 #[test]
-fn no_network_interface_but_loopback_exists() {
+fn only_the_loopback_interface_exists() {
     let prisoner = Prisoner::jailed("jail-empty");
     let devices = fs::read_to_string(prisoner.proc("net/dev")).unwrap();
     let names: Vec<_> = devices
@@ -185,17 +185,17 @@ fn no_network_interface_but_loopback_exists() {
 }
 
 #[test]
-fn inherited_descriptors_are_closed_but_for_those_named() {
+fn inherited_descriptors_are_closed_except_the_listed_ones() {
     let leaked = fs::File::open("/proc/self/exe").unwrap();
     rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
     let mut prisoner = Prisoner::jailed("jail-empty");
     let open = fs::read_dir(prisoner.proc("fd")).unwrap().count();
-    assert_eq!(open, 4, "0, 1, 2 and the one named");
+    assert_eq!(open, 4, "0, 1, 2 and the listed one");
     assert_eq!(prisoner.ask("kept"), "true");
 }
 
 #[test]
-fn limits_hold() {
+fn resource_limits_are_set() {
     let prisoner = Prisoner::jailed("jail-empty");
     let limits = fs::read_to_string(prisoner.proc("limits")).unwrap();
     for (limit, value) in [
@@ -229,14 +229,17 @@ fn prisoner_dies_with_the_thread_that_started_it() {
 }
 
 #[test]
-fn role_started_by_another_process_than_named_refuses() {
-    let mut orphan = Command::new("/proc/self/exe");
-    orphan.args(["jail-empty", "1"]);
-    assert_eq!(Prisoner::from(&mut orphan).answer(), JailError::Orphaned.to_string());
-    let mut by_hand = Command::new("/proc/self/exe");
-    by_hand.arg("jail-empty");
+fn role_refuses_to_run_without_the_shim_as_parent() {
+    let mut with_other_parent = Command::new("/proc/self/exe");
+    with_other_parent.args(["jail-empty", "1"]);
     assert_eq!(
-        Prisoner::from(&mut by_hand).answer(),
+        Prisoner::from(&mut with_other_parent).answer(),
+        JailError::Orphaned.to_string()
+    );
+    let mut without_parent = Command::new("/proc/self/exe");
+    without_parent.arg("jail-empty");
+    assert_eq!(
+        Prisoner::from(&mut without_parent).answer(),
         JailError::NotStartedByShim.to_string()
     );
 }
