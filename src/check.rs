@@ -1,6 +1,6 @@
-//! `containerd-shim-nutshell-v2 check`: can this host run guests? Boots one without containers,
-//! in the same jail and by the same code as a pod's, prints what came of it, and ends it. Words
-//! behind `check` go to the guest's kernel, whose log is then printed too.
+//! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers, in
+//! the same jail and with the same code as a pod's, prints the result, and ends the guest. An argument after `check` is
+//! added to the guest kernel's command line, and the kernel's log is then printed too.
 
 use std::{
     fs::File,
@@ -21,14 +21,14 @@ use crate::{
     jail, vmm,
 };
 
-/// The word that selects it.
+/// The first argument that selects this role.
 pub(crate) const ROLE: &str = "check";
 
-/// The machine that is booted: small, so that the figure is the machine's and not its memory's.
+/// Guest memory in bytes. Small, so that the boot time does not depend on memory.
 const MEMORY: u64 = 128 << 20;
 
-/// How long the guest may take.
-const DEADLINE: Duration = Duration::from_secs(60);
+/// How long the guest may take to boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why this host cannot run guests.
 #[derive(Debug, thiserror::Error)]
@@ -37,21 +37,21 @@ enum CheckError {
     Kvm(#[source] io::Error),
     #[error(transparent)]
     Guest(#[from] GuestImageError),
-    #[error("starting the machine: {0}")]
+    #[error("cannot start the machine: {0}")]
     Start(#[source] io::Error),
     #[error("cannot print the guest's console: {0}")]
     Print(#[source] io::Error),
     #[error(transparent)]
     Control(#[from] ControlError),
-    #[error("the agent in the guest said what nobody understands: {0}")]
+    #[error("the agent in the guest sent a malformed message: {0}")]
     Agent(#[from] FrameError),
     #[error("the guest did not start: {reason}{console}")]
     Ended { reason: String, console: String },
-    #[error("the guest did not say that it was ready within {} s", DEADLINE.as_secs())]
-    Silent,
+    #[error("the guest was not ready within {} s", BOOT_TIMEOUT.as_secs())]
+    TimedOut,
 }
 
-/// Boots a guest and prints its kernel's release and the time that it took.
+/// Boots a guest, and prints its kernel's release and the boot time.
 pub(crate) fn main() -> ExitCode {
     match boot() {
         Ok((ready, took)) => {
@@ -69,8 +69,7 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-/// Boots a guest and ends it; returns what its agent said, and how long that took from the start
-/// of the vmm on.
+/// Boots a guest and ends it. Returns the agent's first message, and the time from the start of the vmm to that message.
 fn boot() -> Result<(Ready, Duration), CheckError> {
     let kvm = File::options()
         .read(true)
@@ -79,13 +78,13 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         .map_err(CheckError::Kvm)?;
     let image = guest_image::open(None, None)?;
 
-    let (channel, theirs) = Channel::pair()?;
-    let (agent, agent_theirs) = UnixStream::pair().map_err(CheckError::Start)?;
+    let (channel, vmm_channel) = Channel::pair()?;
+    let (agent, vmm_agent) = UnixStream::pair().map_err(CheckError::Start)?;
     let started = Instant::now();
     // Every return below ends the vmm.
     let _vmm = KillOnDrop(
         jail::build_command(vmm::ROLE)
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdin(Stdio::from(OwnedFd::from(vmm_channel)))
             .stdout(Stdio::null())
             .spawn()
             .map_err(CheckError::Start)?,
@@ -107,12 +106,12 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         kvm.as_fd(),
         image.kernel.as_fd(),
         image.initramfs.as_fd(),
-        agent_theirs.as_fd(),
+        vmm_agent.as_fd(),
     ];
     channel.send(&Command::Boot(machine), &descriptors)?;
-    drop(agent_theirs);
+    drop(vmm_agent);
 
-    let ready = wait(&agent, &channel)?;
+    let ready = wait_for_ready(&agent, &channel)?;
     let took = started.elapsed();
     if std::env::args().nth(2).is_some() {
         print_console(&channel)?;
@@ -125,23 +124,23 @@ struct KillOnDrop(Child);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
-        // Both fail only for a child that was reaped already, and nothing else reaps this one.
+        // Both can fail only if the child was already reaped, and nothing else reaps it.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Waits for the agent's first message. The stream ends when the machine does.
-fn wait(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
-    agent.set_read_timeout(Some(DEADLINE)).map_err(CheckError::Start)?;
+/// Waits for the agent's first message. If the machine ends, the agent's stream ends.
+fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
+    agent.set_read_timeout(Some(BOOT_TIMEOUT)).map_err(CheckError::Start)?;
     let mut frames = FrameBuffer::default();
     let mut bytes = [0; 4096];
     loop {
         match agent.read(&mut bytes) {
-            Ok(0) => return Err(ended(channel)),
+            Ok(0) => return Err(end_reason(channel)),
             Ok(count) => frames.push(&bytes[..count]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return Err(CheckError::Silent),
+            Err(_) => return Err(CheckError::TimedOut),
         }
         if let Some(FromAgent::Ready(ready)) = frames.next()? {
             return Ok(ready);
@@ -149,7 +148,7 @@ fn wait(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> 
     }
 }
 
-/// Prints what the guest said, for whoever asked for more of it by kernel arguments.
+/// Prints the guest's console.
 fn print_console(channel: &Channel) -> Result<(), CheckError> {
     channel.send(&Command::ReadConsole, &[])?;
     loop {
@@ -160,8 +159,8 @@ fn print_console(channel: &Channel) -> Result<(), CheckError> {
     }
 }
 
-/// What the machine's last word was.
-fn ended(channel: &Channel) -> CheckError {
+/// Waits for the vmm's notice that the machine has ended.
+fn end_reason(channel: &Channel) -> CheckError {
     loop {
         match channel.receive() {
             Ok((Notice::Ended { reason, console }, _)) => {
@@ -195,6 +194,6 @@ mod tests {
 
         drop(KillOnDrop(child));
 
-        assert!(!Path::new(&entry).exists(), "a zombie would still have its entry");
+        assert!(!Path::new(&entry).exists(), "a zombie would still have an entry");
     }
 }

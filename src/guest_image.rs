@@ -1,8 +1,8 @@
-//! The guest's kernel and initramfs: sections of this executable, or files that the host's configuration
-//! names. The shim opens them; the vmm maps what it is handed.
+//! The guest image, a kernel and an initramfs: sections of this executable, or files that the host's configuration
+//! names. The shim opens them and passes them to the vmm, which maps them.
 //!
-//! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and
-//! the executable are built side by side. They are not loaded: only their place in the file counts.
+//! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and the
+//! executable are built side by side. The sections are not loaded: only their position in the file matters.
 
 use std::{
     fs::File,
@@ -21,27 +21,25 @@ use object::{
 
 use crate::control::Extent;
 
-/// The file of this executable.
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
-/// The sections of the executable that hold the guest, aligned to pages in the file: the vmm maps the kernel
-/// from there.
+/// The sections with the guest image. They are aligned to pages in the file, because the vmm maps the kernel from there.
 const KERNEL_SECTION: &str = ".nutshell.kernel";
 const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
-/// Why there is no guest image.
+/// Why the guest image cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestImageError {
     #[error(
         "this executable carries no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
     )]
     NotEmbedded(&'static str),
-    #[error("read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]
+    #[error("cannot read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]
     Executable(#[from] object::Error),
-    #[error("guest {what} {}: {source}", path.display())]
+    #[error("cannot open the guest {part} {}: {source}", path.display())]
     Unreadable {
         /// `kernel` or `initramfs`.
-        what: &'static str,
+        part: &'static str,
         path: PathBuf,
         source: io::Error,
     },
@@ -50,17 +48,17 @@ pub(crate) enum GuestImageError {
 /// The files that a machine boots from.
 #[derive(Debug)]
 pub(crate) struct GuestImage {
-    /// Holds an uncompressed ELF `vmlinux`.
+    /// Contains an uncompressed ELF `vmlinux`.
     pub(crate) kernel: File,
-    /// The part of that file that is the kernel.
+    /// The kernel's position in the file.
     pub(crate) kernel_extent: Extent,
-    /// Holds a cpio archive.
+    /// Contains a cpio archive.
     pub(crate) initramfs: File,
-    /// The part of that file that is the archive.
+    /// The archive's position in the file.
     pub(crate) initramfs_extent: Extent,
 }
 
-/// Opens the guest image: the files named, or the sections of this executable.
+/// Opens the given files. Instead of a file that is `None`, opens the section of this executable.
 pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<GuestImage, GuestImageError> {
     let (kernel, kernel_extent) = open_part("kernel", kernel, KERNEL_SECTION)?;
     let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, INITRAMFS_SECTION)?;
@@ -72,16 +70,16 @@ pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Gu
     })
 }
 
-fn open_part(what: &'static str, configured: Option<&Path>, section: &str) -> Result<(File, Extent), GuestImageError> {
+fn open_part(part: &'static str, configured: Option<&Path>, section: &str) -> Result<(File, Extent), GuestImageError> {
     let path = configured.unwrap_or(Path::new(OWN_EXECUTABLE));
     let unreadable = |source| GuestImageError::Unreadable {
-        what,
+        part,
         path: path.to_owned(),
         source,
     };
     let file = File::open(path).map_err(unreadable)?;
     let extent = if configured.is_none() {
-        find_section(&file, section)?.ok_or(GuestImageError::NotEmbedded(what))?
+        find_section(&file, section)?.ok_or(GuestImageError::NotEmbedded(part))?
     } else {
         Extent {
             offset: 0,
@@ -91,7 +89,7 @@ fn open_part(what: &'static str, configured: Option<&Path>, section: &str) -> Re
     Ok((file, extent))
 }
 
-/// The bytes of a section of an ELF file.
+/// The position of a section in an ELF file, `None` if there is no such section.
 fn find_section(file: &File, name: &str) -> Result<Option<Extent>, object::Error> {
     let cache = ReadCache::new(file);
     let header = FileHeader64::<Endianness>::parse(&cache)?;
@@ -113,7 +111,7 @@ mod tests {
     static MARKER: [u8; 32] = *b"a section to find in this file..";
 
     #[test]
-    fn section_is_found_by_name_in_the_executables_file() {
+    fn section_is_found_by_name() {
         let file = File::open(OWN_EXECUTABLE).unwrap();
         let extent = find_section(&file, ".nutshell.test").unwrap().unwrap();
         let mut bytes = [0; 32];
@@ -122,13 +120,13 @@ mod tests {
     }
 
     #[test]
-    fn executable_without_a_guest_says_how_to_get_one() {
+    fn error_without_an_embedded_image_names_the_remedy() {
         let error = open(None, None).unwrap_err();
         assert!(error.to_string().contains("make build"), "{error}");
     }
 
     #[test]
-    fn missing_configured_kernel_is_named_in_the_error() {
+    fn missing_configured_kernel_is_an_error_that_names_it() {
         let error = open(Some(Path::new("/no/such/vmlinux")), None).unwrap_err();
         assert!(error.to_string().contains("/no/such/vmlinux"), "{error}");
     }

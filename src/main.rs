@@ -1,9 +1,9 @@
-//! `containerd-shim-nutshell-v2`: one executable, four roles, told apart by the first argument.
+//! `containerd-shim-nutshell-v2`: one executable with four roles, which the first argument selects.
 //!
-//! containerd starts it as a v2 shim (`start`, `delete`, `-info`, or nothing to serve). The shim
-//! starts it again as `vmm` and, where directories are shared with the guest, as `fs`: each of
-//! these drops every privilege it does not need before it reads anything that a guest wrote.
-//! `check` is for people: it boots a guest and says whether this host can.
+//! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it again
+//! as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not need
+//! before they read anything that a guest wrote. `check` is for people: it boots a guest and reports whether this host
+//! can run nutshell.
 
 mod check;
 mod control;
