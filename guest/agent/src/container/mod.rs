@@ -2,7 +2,7 @@
 //!
 //! [`Container`] and [`Process`] are the records. `create`, `exec`, `delete` and a start with hooks run in jobs (see
 //! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. Nothing here
-//! sends to the host.
+//! sends to the host. The event loop calls this.
 
 pub(crate) mod create;
 pub(crate) mod delete;

@@ -12,7 +12,7 @@ const MAX_CHUNK: usize = 64 << 10;
 /// How many bytes one read takes if one end is a terminal. A terminal returns at most this many.
 const TERMINAL_READ_SIZE: usize = 4 << 10;
 
-/// How many system calls a pump makes in one turn, before other pumps get theirs.
+/// How many chunks a pump moves in one turn, before other pumps get theirs.
 const MAX_CHUNKS_PER_TURN: usize = 16;
 
 /// How many bytes of output are read from a terminal when its process ends, at most. The kernel does not buffer more
