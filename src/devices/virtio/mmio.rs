@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{
     device::{Activation, Device},
     interrupt::{Interrupt, InterruptLine},
-    negotiation::{Area, Negotiation, Transition},
+    negotiation::{Negotiation, QueueArea, Transition},
     queue::DeviceQueue,
 };
 use crate::{devices::bus::Registers, memory::GuestMemory};
@@ -100,12 +100,12 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_INTERRUPT_ACK => self.line.acknowledge(value),
             VIRTIO_MMIO_STATUS => self.write_status(value),
-            VIRTIO_MMIO_QUEUE_DESC_LOW => set_address(Area::Descriptors, false),
-            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_address(Area::Descriptors, true),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_address(Area::Driver, false),
-            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_address(Area::Driver, true),
-            VIRTIO_MMIO_QUEUE_USED_LOW => set_address(Area::Device, false),
-            VIRTIO_MMIO_QUEUE_USED_HIGH => set_address(Area::Device, true),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_address(QueueArea::Descriptors, false),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_address(QueueArea::Descriptors, true),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_address(QueueArea::Driver, false),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_address(QueueArea::Driver, true),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_address(QueueArea::Device, false),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_address(QueueArea::Device, true),
             _ => {}
         }
     }

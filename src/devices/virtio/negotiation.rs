@@ -37,7 +37,7 @@ pub(crate) enum Transition {
     },
 }
 
-/// What a driver configures of a queue, and the size limit.
+/// The configuration of a queue, which the driver sets, and its maximum size.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct QueueConfig {
     max_size: u16,
@@ -50,7 +50,7 @@ pub(crate) struct QueueConfig {
 
 /// An area of a queue, whose address the driver sets (virtio 1.3 §2.6).
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Area {
+pub(crate) enum QueueArea {
     /// Descriptor area: the descriptor table.
     Descriptors,
     /// Driver area: the available ring.
@@ -132,12 +132,12 @@ impl Negotiation {
     }
 
     /// Sets the low or high 32 bits of the address of a queue's area.
-    pub(crate) fn set_queue_address(&mut self, index: u32, area: Area, high: bool, value: u32) {
+    pub(crate) fn set_queue_address(&mut self, index: u32, area: QueueArea, high: bool, value: u32) {
         if let Some(queue) = self.configurable_queue(index) {
             let address = match area {
-                Area::Descriptors => &mut queue.descriptors,
-                Area::Driver => &mut queue.driver,
-                Area::Device => &mut queue.device,
+                QueueArea::Descriptors => &mut queue.descriptors,
+                QueueArea::Driver => &mut queue.driver,
+                QueueArea::Device => &mut queue.device,
             };
             *address = if high {
                 *address & 0xffff_ffff | u64::from(value) << 32
@@ -263,9 +263,9 @@ mod tests {
         assert_eq!(state.status(), UP_TO_FEATURES);
         for index in 0..2 {
             state.set_queue_size(index, 16);
-            state.set_queue_address(index, Area::Descriptors, false, 0x1000);
-            state.set_queue_address(index, Area::Driver, false, 0x2000);
-            state.set_queue_address(index, Area::Device, false, 0x3000);
+            state.set_queue_address(index, QueueArea::Descriptors, false, 0x1000);
+            state.set_queue_address(index, QueueArea::Driver, false, 0x2000);
+            state.set_queue_address(index, QueueArea::Device, false, 0x3000);
             state.set_queue_ready(index, true);
         }
         state
@@ -317,7 +317,7 @@ mod tests {
         let memory = memory();
         let mut state = configured(&memory);
         state.set_queue_size(0, 256);
-        state.set_queue_address(0, Area::Device, false, 0xf000);
+        state.set_queue_address(0, QueueArea::Device, false, 0xf000);
         assert_eq!(state.queues[0].size, 16);
         assert_eq!(state.queues[0].device, 0x3000);
         state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory);

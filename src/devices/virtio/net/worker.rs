@@ -1,4 +1,4 @@
-//! The thread of a queue pair. It moves packets between guest memory and the tap device, without another copy.
+//! The thread of a queue pair. It moves packets between guest memory and the tap device without an intermediate copy.
 
 use std::{
     collections::VecDeque,
@@ -49,7 +49,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Exactly one worker of a device serves the control queue, if there is one.
+    /// Starts the thread of `pair`. One worker of a device also serves its control queue, if there is one.
     pub(super) fn start(pair: QueuePair, control: Option<ControlQueue>) -> io::Result<Self> {
         let stop = EventFd::new(EFD_CLOEXEC)?;
         let stopped = stop.try_clone()?;
