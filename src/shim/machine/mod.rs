@@ -1,4 +1,5 @@
-//! The virtual machine of a pod as the shim sees it: a vmm process behind a control channel, and the agent in its guest.
+//! The virtual machine of a pod as the shim sees it: a vmm process behind a control channel, and the agent in its
+//! guest.
 //!
 //! What lives here: the start of the process; the machine's streams, disks, links and size; its end. What may not live
 //! here: the notion of a container. Callers send requests to the [`Agent`] for that. [`super::pod`] owns the machine;
@@ -168,7 +169,8 @@ impl Machine {
         }))
     }
 
-    /// Runs `future` for at most `limit` of the machine's run time (see [`RunTimeDeadline`]); `None` if it takes longer.
+    /// Runs `future` for at most `limit` of the machine's run time (see [`RunTimeDeadline`]); `None` if it takes
+    /// longer.
     pub(crate) async fn within<T>(&self, limit: Duration, future: impl Future<Output = T>) -> Option<T> {
         let deadline = RunTimeDeadline::new(self.pid(), limit);
         tokio::select! {

@@ -1,4 +1,4 @@
-//! Tells when something in a network namespace may have changed.
+//! Reports changes in a network namespace (rtnetlink(7) multicast groups).
 
 use std::{
     io,
@@ -14,57 +14,57 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::netlink::NetlinkError;
 
-/// The groups of rtnetlink(7) for links, addresses and routes, a bit each.
-const GROUPS: u32 = (libc::RTMGRP_LINK
+/// The multicast groups for links, addresses and routes, one bit each.
+const RTNETLINK_GROUPS: u32 = (libc::RTMGRP_LINK
     | libc::RTMGRP_IPV4_IFADDR
     | libc::RTMGRP_IPV4_ROUTE
     | libc::RTMGRP_IPV6_IFADDR
     | libc::RTMGRP_IPV6_ROUTE)
     .cast_unsigned();
 
-/// A socket that hears of changes from now on.
+/// A socket that collects changes from its opening on.
 #[derive(Debug)]
-pub(super) struct Changes(OwnedFd);
+pub(super) struct ChangeSocket(OwnedFd);
 
-impl Changes {
-    /// In the calling thread's namespace.
-    pub(super) fn watch() -> Result<Self, NetlinkError> {
+impl ChangeSocket {
+    /// Opens one for the calling thread's network namespace.
+    pub(super) fn open() -> Result<Self, NetlinkError> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkRoute);
         let bound = socket.and_then(|socket| {
-            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, RTNETLINK_GROUPS))?;
             Ok(Self(socket))
         });
         bound.map_err(|errno| NetlinkError::new("watch the pod's network", errno.into()))
     }
 
-    /// Needs the runtime.
-    pub(super) fn listen(self) -> io::Result<Listener> {
-        // SAFETY: an `OwnedFd` is open and stays the same descriptor for as long as it is owned, and
-        // `AsyncFd` owns it from here on.
+    /// Registers the socket with the runtime, which it needs.
+    pub(super) fn listen(self) -> io::Result<ChangeListener> {
+        // SAFETY: an `OwnedFd` stays open and the same descriptor while it is owned, and `AsyncFd` owns it from here
+        // on.
         let socket = unsafe { AsyncFd::register_with_interest(self.0, Interest::READABLE) }?;
-        Ok(Listener(socket))
+        Ok(ChangeListener(socket))
     }
 }
 
-/// Hears of changes.
+/// Waits for changes.
 #[derive(Debug)]
-pub(super) struct Listener(AsyncFd<OwnedFd>);
+pub(super) struct ChangeListener(AsyncFd<OwnedFd>);
 
-impl Listener {
-    /// Waits for the next change, however many there were since the last.
+impl ChangeListener {
+    /// Waits until at least one change has happened since the last call. Cancel safe.
     pub(super) async fn next(&mut self) -> io::Result<()> {
-        let mut some = false;
+        let mut has_changed = false;
         loop {
-            if some {
+            if has_changed {
                 return Ok(());
             }
             let mut ready = self.0.readable().await?;
             loop {
-                // What it says does not matter: the namespace is looked at anew.
+                // The content does not matter: the caller reads the whole configuration again.
                 match recv(self.0.get_ref().as_raw_fd(), &mut [0; 1], MsgFlags::MSG_TRUNC) {
-                    // Too many to keep is many.
-                    Ok(_) | Err(Errno::ENOBUFS) => some = true,
+                    // ENOBUFS: changes were lost because the socket's buffer was full.
+                    Ok(_) | Err(Errno::ENOBUFS) => has_changed = true,
                     Err(Errno::EINTR) => {}
                     Err(Errno::EAGAIN) => break,
                     Err(errno) => return Err(errno.into()),

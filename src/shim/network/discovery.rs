@@ -1,4 +1,4 @@
-//! What is in a pod's network namespace.
+//! Reads the links and the IP configuration of a network namespace.
 
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -9,38 +9,36 @@ use netlink_packet_route::{
     rule::RuleMessage,
 };
 
-use super::netlink::{Netlink, NetlinkError};
+use super::netlink::{NetlinkError, NetlinkSocket};
 
-/// A link that the machine gets too.
+/// A link of the namespace that the guest gets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Link {
-    /// The number of the interface in the namespace.
+    /// The interface index in the namespace.
     pub(super) index: u32,
-    /// Its name.
     pub(super) name: String,
-    /// Its hardware address.
     pub(super) mac: [u8; 6],
-    /// Bytes.
+    /// In bytes.
     pub(super) mtu: u16,
 }
 
-/// What else is configured, in the kernel's words.
+/// The IP configuration of all links, as rtnetlink messages.
 #[derive(Debug, Default)]
-pub(super) struct Found {
+pub(super) struct IpConfig {
     pub(super) addresses: Vec<AddressMessage>,
     pub(super) routes: Vec<RouteMessage>,
     pub(super) rules: Vec<RuleMessage>,
     pub(super) neighbours: Vec<NeighbourMessage>,
 }
 
-/// The Ethernet links that are up and no part of another link.
-pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<Link>, NetlinkError> {
-    let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let answers = netlink.dump("list the links of the pod", &question)?;
-    let mut links: Vec<Link> = answers
+/// The Ethernet links that are up and do not belong to a bridge or bond, ordered by their index.
+pub(super) fn list_links(netlink: &mut NetlinkSocket) -> Result<Vec<Link>, NetlinkError> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let messages = netlink.dump("list the links of the pod", &request)?;
+    let mut links: Vec<Link> = messages
         .into_iter()
-        .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(message) => link(&message),
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewLink(message) => parse_link(&message),
             _ => None,
         })
         .collect();
@@ -48,7 +46,8 @@ pub(super) fn links(netlink: &mut Netlink) -> Result<Vec<Link>, NetlinkError> {
     Ok(links)
 }
 
-fn link(message: &LinkMessage) -> Option<Link> {
+/// `None` for links that the guest does not get.
+fn parse_link(message: &LinkMessage) -> Option<Link> {
     let header = &message.header;
     if header.link_layer_type != LinkLayerType::Ether || !header.flags.contains(LinkFlags::Up) {
         return None;
@@ -71,33 +70,33 @@ fn link(message: &LinkMessage) -> Option<Link> {
     })
 }
 
-/// Addresses, routes, rules and neighbours of all links.
-pub(super) fn rest(netlink: &mut Netlink) -> Result<Found, NetlinkError> {
-    let mut found = Found::default();
+/// Reads addresses, routes, rules and neighbours, of IPv4 and IPv6.
+pub(super) fn read_ip_config(netlink: &mut NetlinkSocket) -> Result<IpConfig, NetlinkError> {
+    let mut config = IpConfig::default();
     let address = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     let neighbour = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-    let mut questions = vec![
+    let mut requests = vec![
         ("list the pod's addresses", address),
         ("list the pod's neighbours", neighbour),
     ];
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut route = RouteMessage::default();
         route.header.address_family = family;
-        questions.push(("list the pod's routes", RouteNetlinkMessage::GetRoute(route)));
+        requests.push(("list the pod's routes", RouteNetlinkMessage::GetRoute(route)));
         let mut rule = RuleMessage::default();
         rule.header.family = family;
-        questions.push(("list the pod's routing rules", RouteNetlinkMessage::GetRule(rule)));
+        requests.push(("list the pod's routing rules", RouteNetlinkMessage::GetRule(rule)));
     }
-    for (what, question) in questions {
-        for answer in netlink.dump(what, &question)? {
-            match answer {
-                RouteNetlinkMessage::NewAddress(message) => found.addresses.push(message),
-                RouteNetlinkMessage::NewRoute(message) => found.routes.push(message),
-                RouteNetlinkMessage::NewRule(message) => found.rules.push(message),
-                RouteNetlinkMessage::NewNeighbour(message) => found.neighbours.push(message),
+    for (action, request) in requests {
+        for message in netlink.dump(action, &request)? {
+            match message {
+                RouteNetlinkMessage::NewAddress(message) => config.addresses.push(message),
+                RouteNetlinkMessage::NewRoute(message) => config.routes.push(message),
+                RouteNetlinkMessage::NewRule(message) => config.rules.push(message),
+                RouteNetlinkMessage::NewNeighbour(message) => config.neighbours.push(message),
                 _ => {}
             }
         }
     }
-    Ok(found)
+    Ok(config)
 }

@@ -1,9 +1,8 @@
-//! Forwarding: containerd connects to a port of the pod's loopback interface, on the host, where
-//! nothing of the pod listens (`kubectl port-forward`). Whatever the port, the connection is taken
-//! here and carried to the same port of the guest's loopback interface; where nobody listens there,
-//! it is reset at once.
+//! Port forwarding. For `kubectl port-forward` containerd connects to a port of the loopback interface in the pod's
+//! network namespace on the host, where no process of the pod listens. Connections to any port are accepted here and
+//! forwarded to the same port of the guest's loopback interface. If no process listens there, the connection is reset.
 //!
-//! The shim carries no byte: the vmm gets the connection's descriptor.
+//! Bytes do not pass through the shim: the vmm gets the descriptor of the connection.
 
 use std::{
     io,
@@ -17,29 +16,29 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 use nutshell_protocol::Request;
 use tokio::{net::TcpStream, sync::Semaphore, task::JoinHandle};
 
-use super::lookup::Lookup;
+use super::lookup::SocketLookup;
 use crate::shim::machine::Machine;
 
-/// How many connections a pod may have this way at a time; more wait.
+/// How many forwarded connections a pod may have at a time. Further ones wait in the sockets' backlogs.
 const MAX_CONNECTIONS: usize = 128;
 
-/// How long the guest may take to connect. It gives up by itself before.
-const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// How long the guest may take to connect, in run time of the machine. The agent has a shorter timeout itself.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where connections arrive.
+/// The sockets that accept connections to any loopback port.
 #[derive(Debug)]
-pub(super) struct Listeners {
+pub(super) struct ForwardListeners {
     sockets: Vec<TcpListener>,
-    lookup: Lookup,
+    lookup: SocketLookup,
 }
 
-impl Listeners {
-    /// In the calling thread's namespace, which `namespace` is.
+impl ForwardListeners {
+    /// Opens them in `namespace`, which must be the calling thread's network namespace.
     pub(super) fn open(namespace: BorrowedFd<'_>) -> io::Result<Self> {
         let ipv4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        // There may be no IPv6.
+        // The namespace may have no IPv6.
         let ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok();
-        let lookup = Lookup::attach(namespace, [Some(ipv4.as_fd()), ipv6.as_ref().map(AsFd::as_fd)])?;
+        let lookup = SocketLookup::attach(namespace, [Some(ipv4.as_fd()), ipv6.as_ref().map(AsFd::as_fd)])?;
         let sockets: Vec<_> = [Some(ipv4), ipv6].into_iter().flatten().collect();
         for socket in &sockets {
             socket.set_nonblocking(true)?;
@@ -47,21 +46,25 @@ impl Listeners {
         Ok(Self { sockets, lookup })
     }
 
-    /// The connection that waits at one of the sockets.
+    /// Accepts a connection of the socket at `index`: 0 for IPv4, 1 for IPv6.
     #[cfg(test)]
     pub(super) fn accept(&self, index: usize) -> std::net::TcpStream {
         self.sockets[index].accept().unwrap().0
     }
 
-    /// Forwards to `machine` until the answer is dropped.
+    /// Forwards connections to `machine` until the result is dropped. Needs the runtime.
     pub(super) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = self
             .sockets
             .into_iter()
             .map(|socket| {
                 let socket = tokio::net::TcpListener::from_std(socket)?;
-                Ok(tokio::spawn(accept(socket, Arc::downgrade(machine), room.clone())))
+                Ok(tokio::spawn(accept_connections(
+                    socket,
+                    Arc::downgrade(machine),
+                    permits.clone(),
+                )))
             })
             .collect::<io::Result<_>>()?;
         Ok(Forwarding {
@@ -71,11 +74,11 @@ impl Listeners {
     }
 }
 
-/// What goes on; ends when it is dropped, but for connections that are made.
+/// Running port forwarding. Dropped, it accepts no more connections; existing ones go on.
 #[derive(Debug)]
 pub(super) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,
-    _lookup: Lookup,
+    _lookup: SocketLookup,
 }
 
 impl Drop for Forwarding {
@@ -86,10 +89,10 @@ impl Drop for Forwarding {
     }
 }
 
-async fn accept(listener: tokio::net::TcpListener, machine: Weak<Machine>, room: Arc<Semaphore>) {
+async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Machine>, permits: Arc<Semaphore>) {
     loop {
-        // It is never closed.
-        let Ok(place) = room.clone().acquire_owned().await else {
+        // An error means that the semaphore was closed, which never happens.
+        let Ok(permit) = permits.clone().acquire_owned().await else {
             return;
         };
         match listener.accept().await {
@@ -97,10 +100,10 @@ async fn accept(listener: tokio::net::TcpListener, machine: Weak<Machine>, room:
                 let Some(machine) = machine.upgrade() else { return };
                 tokio::spawn(async move {
                     forward(&machine, connection).await;
-                    drop(place);
+                    drop(permit);
                 });
             }
-            // The connection is gone already, or there is no descriptor for it: then its end comes first.
+            // The connection is gone already, or the shim has no free descriptor.
             Err(error) => log::warn!("forward a port: {error}"),
         }
     }
@@ -108,14 +111,14 @@ async fn accept(listener: tokio::net::TcpListener, machine: Weak<Machine>, room:
 
 async fn forward(machine: &Machine, connection: TcpStream) {
     let Ok(target) = connection.local_addr() else { return };
-    if let Err(error) = carry(machine, &connection, target).await {
+    if let Err(error) = connect_to_guest(machine, &connection, target).await {
         log::debug!("forward port {}: {error}", target.port());
         reset(&connection);
     }
 }
 
-/// Returns when the connection has ended.
-async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) -> Result<(), String> {
+/// Connects `connection` to `target` in the guest, and waits for its end.
+async fn connect_to_guest(machine: &Machine, connection: &TcpStream, target: SocketAddr) -> Result<(), String> {
     let descriptor = connection.as_fd();
     let opened = machine.open_stream(Some(descriptor), Some(descriptor)).await;
     let mut stream = opened.map_err(|error| error.to_string())?;
@@ -123,7 +126,7 @@ async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) ->
         stream_port: stream.port(),
         targets: targets(target),
     };
-    let connected = machine.within(CONNECT_LIMIT, machine.agent().run(request)).await;
+    let connected = machine.within(CONNECT_TIMEOUT, machine.agent().run(request)).await;
     let failure = match connected {
         Some(Ok(())) => {
             stream.closed().await;
@@ -132,14 +135,14 @@ async fn carry(machine: &Machine, connection: &TcpStream, target: SocketAddr) ->
         Some(Err(error)) => error.to_string(),
         None => "the guest did not connect in time".to_owned(),
     };
-    // Its reset must not be an end in order.
+    // Before the vmm closes its descriptor, so that the client sees a reset and not an orderly end.
     reset(connection);
     machine.close_stream(&stream).await;
     Err(failure)
 }
 
-/// Whoever dialled `localhost` meant either family. It was answered for the first that it tried, and will
-/// not try the other.
+/// The addresses to try in the guest. A client of `localhost` accepts either address family, but because the first one
+/// that it tried was accepted here, it will not try the other.
 fn targets(dialled: SocketAddr) -> Vec<SocketAddr> {
     let other: IpAddr = match dialled.ip() {
         IpAddr::V4(_) => Ipv6Addr::LOCALHOST.into(),
@@ -148,13 +151,13 @@ fn targets(dialled: SocketAddr) -> Vec<SocketAddr> {
     vec![dialled, SocketAddr::new(other, dialled.port())]
 }
 
-/// The last of its descriptors that is closed resets it.
+/// Makes the kernel reset the connection when the last of its descriptors is closed.
 fn reset(connection: &TcpStream) {
-    let at_once = nix::libc::linger {
+    let no_linger = nix::libc::linger {
         l_onoff: 1,
         l_linger: 0,
     };
-    if let Err(error) = setsockopt(&connection.as_fd(), Linger, &at_once) {
+    if let Err(error) = setsockopt(&connection.as_fd(), Linger, &no_linger) {
         log::debug!("reset connection {}: {error}", connection.as_raw_fd());
     }
 }

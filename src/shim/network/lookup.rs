@@ -1,7 +1,7 @@
-//! A program of BPF that brings connections to any loopback port of a network namespace to one
-//! listening socket (Linux, `Documentation/bpf/prog_sk_lookup.rst`; since 5.9).
+//! A BPF program that directs connections to any loopback port of a network namespace to one listening socket (kernel,
+//! `Documentation/bpf/prog_sk_lookup.rst`; since Linux 5.9).
 //!
-//! The whole program is below; nothing of a pod goes into it. It ends with its descriptor.
+//! The whole program is below; it contains no data of a pod.
 
 use std::{
     io,
@@ -12,50 +12,50 @@ use std::{
 use nix::libc;
 use nutshell_linux::bpf::Instruction;
 
-/// What may listen: a socket for each family.
-const FAMILIES: u32 = 2;
+/// The size of the map of sockets: one for IPv4, one for IPv6.
+const MAX_SOCKETS: u32 = 2;
 
-// Fields of `struct bpf_sk_lookup`.
-const FAMILY: i16 = 8;
-const PROTOCOL: i16 = 12;
-const LOCAL_IP4: i16 = 40;
-const LOCAL_IP6: i16 = 44;
+// Offsets in `struct bpf_sk_lookup` (`linux/bpf.h`), in bytes.
+const FAMILY_OFFSET: i16 = 8;
+const PROTOCOL_OFFSET: i16 = 12;
+const LOCAL_IP4_OFFSET: i16 = 40;
+const LOCAL_IP6_OFFSET: i16 = 44;
 
-// Functions of the kernel (`enum bpf_func_id`).
-const MAP_LOOKUP: i32 = 1;
-const RELEASE: i32 = 86;
-const ASSIGN: i32 = 124;
+// Helper functions (`enum bpf_func_id`).
+const BPF_FUNC_MAP_LOOKUP_ELEM: i32 = 1;
+const BPF_FUNC_SK_RELEASE: i32 = 86;
+const BPF_FUNC_SK_ASSIGN: i32 = 124;
 
-/// `::1`'s last word as it is in memory.
+/// The last word of `::1`, in network byte order.
 const LAST_WORD_OF_LOOPBACK: i32 = 1_i32.to_be();
 
-/// For TCP to 127.0.0.0/8 the socket at index 0 of the map, for TCP to ::1 that at 1; for the rest
-/// whatever the kernel finds by itself.
-const fn program(map: RawFd) -> [Instruction; 36] {
-    // To the last two instructions from the one at this index.
+/// Selects the socket at index 0 of the map for TCP to 127.0.0.0/8, and that at index 1 for TCP to ::1. For other
+/// connections the kernel's own lookup goes on.
+const fn build_program(map: RawFd) -> [Instruction; 36] {
+    // The jump from the instruction at this index to the last two, which return `SK_PASS`.
     const fn pass(from: i16) -> i16 {
         33 - from
     }
     let [load_map, load_map_end] = Instruction::load_map(1, map);
     [
         Instruction::copy64(6, 1),
-        Instruction::load32(2, 6, PROTOCOL),
+        Instruction::load32(2, 6, PROTOCOL_OFFSET),
         Instruction::jump_if_not_equal64(2, libc::IPPROTO_TCP, pass(2)),
-        Instruction::load32(3, 6, FAMILY),
+        Instruction::load32(3, 6, FAMILY_OFFSET),
         Instruction::jump_if_equal64(3, libc::AF_INET, 11),
         Instruction::jump_if_not_equal64(3, libc::AF_INET6, pass(5)),
-        Instruction::load32(2, 6, LOCAL_IP6),
+        Instruction::load32(2, 6, LOCAL_IP6_OFFSET),
         Instruction::jump_if_not_equal64(2, 0, pass(7)),
-        Instruction::load32(2, 6, LOCAL_IP6 + 4),
+        Instruction::load32(2, 6, LOCAL_IP6_OFFSET + 4),
         Instruction::jump_if_not_equal64(2, 0, pass(9)),
-        Instruction::load32(2, 6, LOCAL_IP6 + 8),
+        Instruction::load32(2, 6, LOCAL_IP6_OFFSET + 8),
         Instruction::jump_if_not_equal64(2, 0, pass(11)),
-        Instruction::load32(2, 6, LOCAL_IP6 + 12),
+        Instruction::load32(2, 6, LOCAL_IP6_OFFSET + 12),
         Instruction::jump_if_not_equal64(2, LAST_WORD_OF_LOOPBACK, pass(13)),
         Instruction::set64(4, 1),
         Instruction::jump(4),
         // IPv4.
-        Instruction::load32(2, 6, LOCAL_IP4),
+        Instruction::load32(2, 6, LOCAL_IP4_OFFSET),
         Instruction::and64(2, 0xff),
         Instruction::jump_if_not_equal64(2, 127, pass(18)),
         Instruction::set64(4, 0),
@@ -65,43 +65,43 @@ const fn program(map: RawFd) -> [Instruction; 36] {
         load_map_end,
         Instruction::copy64(2, 10),
         Instruction::add64(2, -4),
-        Instruction::call(MAP_LOOKUP),
+        Instruction::call(BPF_FUNC_MAP_LOOKUP_ELEM),
         Instruction::jump_if_equal64(0, 0, pass(26)),
         Instruction::copy64(7, 0),
         Instruction::copy64(1, 6),
         Instruction::copy64(2, 7),
         Instruction::set64(3, 0),
-        Instruction::call(ASSIGN),
+        Instruction::call(BPF_FUNC_SK_ASSIGN),
         Instruction::copy64(1, 7),
-        Instruction::call(RELEASE),
+        Instruction::call(BPF_FUNC_SK_RELEASE),
         Instruction::set64(0, 1),
         Instruction::exit(),
     ]
 }
 
-/// The program in its place.
+/// The attached program. Dropped, it is detached.
 #[derive(Debug)]
-pub(super) struct Lookup {
-    /// It takes the program away when it is closed.
+pub(super) struct SocketLookup {
+    /// Closing the last descriptor of the link detaches the program.
     _link: OwnedFd,
 }
 
-impl Lookup {
-    /// For connections in `namespace`; `sockets` listen for IPv4 and, if there is one, IPv6.
+impl SocketLookup {
+    /// Attaches the program to `namespace`. `sockets` listen there, on IPv4 and IPv6.
     pub(super) fn attach(namespace: BorrowedFd<'_>, sockets: [Option<BorrowedFd<'_>>; 2]) -> io::Result<Self> {
         let map = create_map()?;
         for (key, socket) in (0_u32..).zip(sockets) {
             if let Some(socket) = socket {
-                put(&map, key, socket)?;
+                insert_socket(&map, key, socket)?;
             }
         }
-        let program = load(&program(map.as_raw_fd()))?;
-        let link = link(&program, namespace)?;
+        let program = load_program(&build_program(map.as_raw_fd()))?;
+        let link = attach_program(&program, namespace)?;
         Ok(Self { _link: link })
     }
 }
 
-// The parts of `union bpf_attr` (bpf(2)) that the commands below take.
+// The parts of `union bpf_attr` that the commands below take (bpf(2)).
 
 #[repr(C)]
 struct MapCreate {
@@ -145,26 +145,27 @@ struct LinkCreate {
     flags: u32,
 }
 
-const MAP_CREATE: libc::c_int = 0;
-const MAP_UPDATE: libc::c_int = 2;
-const PROGRAM_LOAD: libc::c_int = 5;
-const LINK_CREATE: libc::c_int = 28;
-const SOCKMAP: u32 = 15;
-const SK_LOOKUP_PROGRAM: u32 = 30;
-const SK_LOOKUP_ATTACH: u32 = 36;
+// Commands, map, program and attach types (`linux/bpf.h`).
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_MAP_TYPE_SOCKMAP: u32 = 15;
+const BPF_PROG_TYPE_SK_LOOKUP: u32 = 30;
+const BPF_SK_LOOKUP: u32 = 36;
 
 fn create_map() -> io::Result<OwnedFd> {
     let attribute = MapCreate {
-        kind: SOCKMAP,
+        kind: BPF_MAP_TYPE_SOCKMAP,
         key_size: 4,
         value_size: 8,
-        max_entries: FAMILIES,
+        max_entries: MAX_SOCKETS,
     };
     // SAFETY: the attributes of BPF_MAP_CREATE; the kernel writes nothing.
-    unsafe { call(MAP_CREATE, &attribute) }.map(own)
+    unsafe { bpf(BPF_MAP_CREATE, &attribute) }.map(own_descriptor)
 }
 
-fn put(map: &OwnedFd, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
+fn insert_socket(map: &OwnedFd, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
     let value = i64::from(socket.as_raw_fd());
     let attribute = MapUpdate {
         map: map.as_raw_fd(),
@@ -174,39 +175,39 @@ fn put(map: &OwnedFd, key: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
         flags: 0,
     };
     // SAFETY: the attributes of BPF_MAP_UPDATE_ELEM; key and value have the map's sizes and outlive the call.
-    unsafe { call(MAP_UPDATE, &attribute) }.map(drop)
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &attribute) }.map(drop)
 }
 
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+fn load_program(program: &[Instruction]) -> io::Result<OwnedFd> {
     let attribute = ProgramLoad {
-        kind: SK_LOOKUP_PROGRAM,
+        kind: BPF_PROG_TYPE_SK_LOOKUP,
         instruction_count: u32::try_from(program.len()).unwrap_or(u32::MAX),
         instructions: program.as_ptr().addr() as u64,
         license: c"Apache-2.0".as_ptr().addr() as u64,
-        attach_type: SK_LOOKUP_ATTACH,
+        attach_type: BPF_SK_LOOKUP,
         ..ProgramLoad::default()
     };
     // SAFETY: the attributes of BPF_PROG_LOAD; instructions and license outlive the call.
-    unsafe { call(PROGRAM_LOAD, &attribute) }.map(own)
+    unsafe { bpf(BPF_PROG_LOAD, &attribute) }.map(own_descriptor)
 }
 
-fn link(program: &OwnedFd, namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+fn attach_program(program: &OwnedFd, namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let attribute = LinkCreate {
         program: program.as_raw_fd(),
         target: namespace.as_raw_fd(),
-        attach_type: SK_LOOKUP_ATTACH,
+        attach_type: BPF_SK_LOOKUP,
         flags: 0,
     };
     // SAFETY: the attributes of BPF_LINK_CREATE; the kernel writes nothing.
-    unsafe { call(LINK_CREATE, &attribute) }.map(own)
+    unsafe { bpf(BPF_LINK_CREATE, &attribute) }.map(own_descriptor)
 }
 
-/// bpf(2).
+/// Calls bpf(2).
 ///
 /// # Safety
 ///
-/// `attribute` is what `command` takes, and the memory that it names is as large as the command needs.
-unsafe fn call<T>(command: libc::c_int, attribute: &T) -> io::Result<RawFd> {
+/// `attribute` must be what `command` takes, and the memory that it points to must be as large as the command needs.
+unsafe fn bpf<T>(command: libc::c_int, attribute: &T) -> io::Result<RawFd> {
     // SAFETY: by this function's own contract.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attribute), size_of::<T>()) };
     if result < 0 {
@@ -215,7 +216,7 @@ unsafe fn call<T>(command: libc::c_int, attribute: &T) -> io::Result<RawFd> {
     RawFd::try_from(result).map_err(io::Error::other)
 }
 
-fn own(descriptor: RawFd) -> OwnedFd {
+fn own_descriptor(descriptor: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just made it for this process, and nothing else knows its number yet.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }

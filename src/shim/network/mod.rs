@@ -1,253 +1,208 @@
-//! The network of a pod: what CNI has put into the pod's network namespace appears in its machine.
+//! The network of a pod: the guest gets the links of the pod's network namespace, with the addresses and routes that
+//! CNI has configured there.
 //!
-//! Every Ethernet link of the namespace that is up gets a tap device beside it, and the kernel
-//! redirects what arrives at one to the other (tc, both ways), so that whatever polices the link on
-//! the host still sees all of its traffic. The guest's link has the name, MAC and MTU of the host's,
-//! and the guest's kernel is told the namespace's addresses, routes, rules and permanent neighbours in
-//! rtnetlink's own messages, with the guest's interface numbers in place of the host's. Links, addresses
-//! and routes that appear later are passed on when they appear; what disappears stays in the guest.
+//! Each Ethernet link of the namespace that is up gets a tap device beside it, and the kernel redirects packets that
+//! arrive at one to the other (tc, both ways). So traffic control and filters of the host's link still see all of its
+//! traffic. The guest's link has the name, MAC address and MTU of the host's link. The guest's kernel gets the
+//! addresses, routes, rules and permanent neighbours of the namespace as rtnetlink messages, with the interface indexes
+//! of the guest. Links, addresses and routes that appear later are passed on when they appear; those that disappear
+//! stay in the guest.
 //!
-//! Lives here: all that the shim does inside a network namespace. May not live here: packets (those
-//! pass from the tap to the vmm). [`namespace`] enters, [`netlink`] asks the kernel, [`discovery`] says
-//! what is there, [`tap`] and [`redirect`] make the host's side, [`replica`] words the guest's. Called
-//! by [`super::pod`] when a pod starts.
+//! What lives here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] talks to the
+//! kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and [`redirect`],
+//! [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback ports. What may
+//! not live here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod discovery;
+mod error;
 mod forward;
+mod guest_config;
 mod lookup;
 mod namespace;
 mod netlink;
 mod redirect;
-mod replica;
+mod survey;
 mod tap;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::HashSet,
-    io,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Weak},
 };
 
-use nutshell_protocol::{NETWORK_SLOTS, Request, Response};
+use nutshell_protocol::{Request, Response};
 use tokio::{sync::Mutex, task::JoinHandle};
 
+pub(crate) use self::error::NetworkError;
 use self::{
-    changes::Changes,
-    discovery::{Found, Link},
-    forward::{Forwarding, Listeners},
-    netlink::{Netlink, NetlinkError},
+    changes::{ChangeListener, ChangeSocket},
+    discovery::Link,
+    forward::{ForwardListeners, Forwarding},
+    namespace::run_in_namespace,
+    netlink::{NetlinkError, NetlinkSocket},
     redirect::Redirect,
+    survey::{KnownLinks, Survey, TappedLink, survey},
 };
-use super::machine::{AgentError, Machine, VmmError};
+use crate::shim::machine::{AgentError, Machine};
 
-/// Why a pod has no network.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum NetworkError {
-    /// The namespace cannot be worked in.
-    #[error("work in the pod's network namespace: {0}")]
-    Namespace(#[source] io::Error),
-    /// The kernel does not say what is there, or refuses a change.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-    /// No tap device.
-    #[error("make a tap device for {link}: {step}: {source}")]
-    Tap {
-        /// The link that it is for.
-        link: String,
-        /// What failed.
-        step: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// More links than a machine can have.
-    #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {NETWORK_SLOTS}")]
-    TooMany(usize),
-    /// The vmm cannot plug the link's device.
-    #[error("give {link} to the virtual machine: {source}")]
-    Plug { link: String, source: VmmError },
-    /// The guest cannot be told.
-    #[error("set the guest's network up: {0}")]
-    Guest(#[from] AgentError),
-}
-
-/// A pod's network. It goes on by itself until [`Self::disconnect`].
+/// The network of a running pod. It follows the namespace until [`Self::disconnect`].
 #[derive(Debug)]
 pub(crate) struct Network {
-    wiring: Arc<Mutex<Wiring>>,
+    state: Arc<Mutex<NetworkState>>,
     follower: Option<JoinHandle<()>>,
     _forwarding: Option<Forwarding>,
 }
 
-/// What is connected.
+/// The links that are connected, and the configuration that the guest has.
 #[derive(Debug)]
-struct Wiring {
-    /// Keeps it alive.
+struct NetworkState {
+    /// Held open, so that the namespace exists as long as this.
     namespace: OwnedFd,
+    /// How many queues each tap device has.
     queues: usize,
+    /// From the host's links to their tap devices.
     redirects: Vec<Redirect>,
+    /// The links that the machine has, in the order in which it got them.
     links: Vec<Link>,
-    /// The numbers of their tap devices, which are links of the namespace too.
+    /// The interface indexes of all tap devices, which are links of the namespace too.
     taps: Vec<u32>,
-    /// Their numbers in the guest.
-    indexes: Vec<u32>,
-    /// The next slot of the machine.
+    /// For each of `links` its interface index in the guest.
+    guest_indexes: Vec<u32>,
+    /// The machine's next free network slot.
     free_slot: u32,
-    /// How many of the links have their names in the guest.
-    named: usize,
-    /// What the guest was told of them, of addresses, routes and the like.
-    told: HashSet<Vec<u8>>,
-}
-
-/// What a look into the namespace found.
-struct Survey {
-    found: Found,
-    wired: Vec<Wired>,
-    redirects: Vec<Redirect>,
-}
-
-/// Links, by their numbers in the namespace, that need no tap device.
-struct Known {
-    /// These have one.
-    links: Vec<u32>,
-    /// These are such.
-    taps: Vec<u32>,
-}
-
-/// A link with its tap device.
-#[derive(Debug)]
-struct Wired {
-    link: Link,
-    /// The number of the tap device.
-    tap: u32,
-    queues: Vec<OwnedFd>,
+    /// How many of `links` have been named and brought up in the guest.
+    configured_links: usize,
+    /// The messages that the guest's kernel has got.
+    sent: HashSet<Vec<u8>>,
 }
 
 impl Network {
-    /// Connects all links of `namespace` with `machine`, by `queues` queues each; when this returns, the
-    /// guest has its network. `forwarding`: so do connections to the namespace's loopback interface.
+    /// Connects all links of `namespace` to `machine`, with `queues` queues each. The guest has its network when this
+    /// returns. With `forwarding`, connections to the namespace's loopback interface go to the guest too.
     pub(crate) async fn connect(
         machine: &Arc<Machine>,
         namespace: OwnedFd,
         queues: usize,
         forwarding: bool,
     ) -> Result<Self, NetworkError> {
-        let inside = namespace.try_clone().map_err(NetworkError::Namespace)?;
-        let opened = namespace::within(&namespace, move || {
-            let listeners = forwarding.then(|| Listeners::open(inside.as_fd()));
-            Ok::<_, NetlinkError>((Changes::watch()?, listeners.transpose()))
+        let inner = namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let opened = run_in_namespace(&namespace, move || {
+            let listeners = forwarding.then(|| ForwardListeners::open(inner.as_fd()));
+            Ok::<_, NetlinkError>((ChangeSocket::open()?, listeners.transpose()))
         });
         let (changes, listeners) = opened.await.map_err(NetworkError::Namespace)??;
-        let mut wiring = Wiring {
+        let mut state = NetworkState {
             namespace,
             queues,
             redirects: Vec::new(),
             links: Vec::new(),
             taps: Vec::new(),
-            indexes: Vec::new(),
+            guest_indexes: Vec::new(),
             free_slot: 0,
-            named: 0,
-            told: HashSet::new(),
+            configured_links: 0,
+            sent: HashSet::new(),
         };
-        if let Err(error) = wiring.update(machine).await {
-            wiring.take_down().await;
+        if let Err(error) = state.update(machine).await {
+            state.remove_redirects().await;
             return Err(error);
         }
-        // Without either the pod is a pod still.
+        // A pod is usable without forwarding, and without later changes of its network.
         let forwarding = listeners
             .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
             .unwrap_or_else(|error| {
                 log::warn!("connections to ports of the pod cannot be forwarded: {error}");
                 None
             });
-        let wiring = Arc::new(Mutex::new(wiring));
+        let state = Arc::new(Mutex::new(state));
         let follower = changes
             .listen()
-            .map(|changes| tokio::spawn(follow(changes, wiring.clone(), Arc::downgrade(machine))))
+            .map(|changes| tokio::spawn(follow_changes(changes, state.clone(), Arc::downgrade(machine))))
             .inspect_err(|error| log::warn!("watch the pod's network: {error}"));
         Ok(Self {
-            wiring,
+            state,
             follower: follower.ok(),
             _forwarding: forwarding,
         })
     }
 
-    /// Takes the redirections back and lets the namespace go. The tap devices go with the vmm.
+    /// Removes the redirects and releases the namespace. The tap devices are gone when the vmm ends.
     pub(crate) async fn disconnect(self) {
         if let Some(follower) = &self.follower {
             follower.abort();
         }
-        self.wiring.lock().await.take_down().await;
+        self.state.lock().await.remove_redirects().await;
     }
 }
 
-/// Passes on what changes in the namespace.
-async fn follow(mut changes: changes::Listener, wiring: Arc<Mutex<Wiring>>, machine: Weak<Machine>) {
+/// Passes on changes in the namespace until the machine is dropped.
+async fn follow_changes(mut changes: ChangeListener, state: Arc<Mutex<NetworkState>>, machine: Weak<Machine>) {
     loop {
         if let Err(error) = changes.next().await {
             log::warn!("watch the pod's network: {error}");
             return;
         }
         let Some(machine) = machine.upgrade() else { return };
-        if let Err(error) = wiring.lock().await.update(&machine).await {
+        if let Err(error) = state.lock().await.update(&machine).await {
             log::warn!("the pod's network has changed: {error}");
         }
     }
 }
 
-impl Wiring {
-    /// Looks what is there, and passes on what is new.
+impl NetworkState {
+    /// Reads the namespace's configuration, and passes on what the guest does not have.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
-        let known = Known {
+        let known = KnownLinks {
             links: self.links.iter().map(|link| link.index).collect(),
             taps: self.taps.clone(),
         };
         let queues = self.queues;
-        let survey = namespace::within(&self.namespace, move || survey(&known, queues)).await;
+        let surveyed = run_in_namespace(&self.namespace, move || survey(&known, queues)).await;
         let Survey {
-            found,
-            wired,
+            config,
+            new_links,
             redirects,
-        } = survey.map_err(NetworkError::Namespace)??;
+        } = surveyed.map_err(NetworkError::Namespace)??;
         self.redirects.extend(redirects);
-        self.taps.extend(wired.iter().map(|wired| wired.tap));
-        let mut messages = Vec::new();
-        let plugged = self.plug(machine, wired).await;
-        let named = self.links.len();
-        messages.extend(replica::link_messages(
-            &self.links[self.named..],
-            &self.indexes[self.named..],
-        ));
-        if named > 0 {
-            let rest = replica::messages(&found, &self.links, &self.indexes);
-            messages.extend(rest.into_iter().filter(|(_, message)| !self.told.contains(message)));
+        self.taps.extend(new_links.iter().map(|new| new.tap));
+        // After a failure the links that were plugged before it are configured all the same.
+        let plugged = self.plug(machine, new_links).await;
+        let mut messages = guest_config::link_messages(
+            &self.links[self.configured_links..],
+            &self.guest_indexes[self.configured_links..],
+        );
+        if !self.links.is_empty() {
+            let ip_messages = guest_config::ip_messages(&config, &self.links, &self.guest_indexes);
+            messages.extend(
+                ip_messages
+                    .into_iter()
+                    .filter(|(_, message)| !self.sent.contains(message)),
+            );
         }
         if !messages.is_empty() {
-            let told: Vec<_> = messages.iter().map(|(_, message)| message.clone()).collect();
-            // What the guest refuses may fit with the next look: a route whose address came too late.
+            let sent: Vec<_> = messages.iter().map(|(_, message)| message.clone()).collect();
+            // On a failure the next update sends them again: a route may have been read before its address.
             machine.agent().run(Request::ConfigureNetwork { messages }).await?;
-            self.told.extend(told);
+            self.sent.extend(sent);
         }
-        self.named = named;
+        self.configured_links = self.links.len();
         plugged
     }
 
-    /// Puts links into free slots of the machine and learns their numbers in the guest.
-    async fn plug(&mut self, machine: &Machine, wired: Vec<Wired>) -> Result<(), NetworkError> {
-        let mut outcome = Ok(());
+    /// Puts links into free slots of the machine, and learns their interface indexes in the guest.
+    async fn plug(&mut self, machine: &Machine, new_links: Vec<TappedLink>) -> Result<(), NetworkError> {
+        let mut result = Ok(());
         let (mut links, mut slots) = (Vec::new(), Vec::new());
-        for Wired { link, queues, .. } in wired {
+        for TappedLink { link, queues, .. } in new_links {
             let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
             let plugged = machine
                 .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
                 .await;
-            outcome = plugged.map_err(|source| NetworkError::Plug {
-                link: link.name.clone(),
-                source,
-            });
-            if outcome.is_err() {
+            if let Err(source) = plugged {
+                let link = link.name;
+                result = Err(NetworkError::Plug { link, source });
                 break;
             }
             links.push(link);
@@ -258,22 +213,22 @@ impl Wiring {
             match machine.agent().request(Request::ProbeNetworkDevices { slots }).await? {
                 Response::InterfaceIndexes(indexes) if indexes.len() == links.len() => {
                     self.links.extend(links);
-                    self.indexes.extend(indexes);
+                    self.guest_indexes.extend(indexes);
                 }
                 _ => return Err(AgentError::Unexpected.into()),
             }
         }
-        outcome
+        result
     }
 
-    /// Removes the redirections. A link may be gone, and everything with it.
-    async fn take_down(&mut self) {
+    /// Removes the redirects. Failures are ignored: if a link is gone, its redirect is too.
+    async fn remove_redirects(&mut self) {
         let redirects = std::mem::take(&mut self.redirects);
         if redirects.is_empty() {
             return;
         }
-        let removed = namespace::within(&self.namespace, move || {
-            let Ok(mut netlink) = Netlink::open() else { return };
+        let removed = run_in_namespace(&self.namespace, move || {
+            let Ok(mut netlink) = NetlinkSocket::open() else { return };
             for redirect in redirects {
                 let _ = redirect.remove(&mut netlink);
             }
@@ -282,58 +237,4 @@ impl Wiring {
             log::warn!("enter the pod's network namespace: {error}");
         }
     }
-}
-
-/// Looks what is in the namespace, and gives each link that is not `known` a tap device. To be called in
-/// it.
-fn survey(known: &Known, queues: usize) -> Result<Survey, NetworkError> {
-    let mut netlink = Netlink::open()?;
-    let links = discovery::links(&mut netlink)?;
-    if links.is_empty() {
-        // Most containers that stand alone.
-        return Ok(Survey {
-            found: Found::default(),
-            wired: Vec::new(),
-            redirects: Vec::new(),
-        });
-    }
-    let new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
-    let new: Vec<_> = links.into_iter().filter(new).collect();
-    let count = known.links.len() + new.len();
-    if count > NETWORK_SLOTS as usize {
-        return Err(NetworkError::TooMany(count));
-    }
-    let mut survey = Survey {
-        found: discovery::rest(&mut netlink)?,
-        wired: Vec::new(),
-        redirects: Vec::new(),
-    };
-    for link in new {
-        if let Err(error) = wire(&mut netlink, &mut survey, link, queues) {
-            for redirect in survey.redirects {
-                // The first error counts.
-                let _ = redirect.remove(&mut netlink);
-            }
-            return Err(error);
-        }
-    }
-    Ok(survey)
-}
-
-fn wire(netlink: &mut Netlink, survey: &mut Survey, link: Link, queues: usize) -> Result<(), NetworkError> {
-    let tap = tap::make(queues).map_err(|(step, source)| NetworkError::Tap {
-        link: link.name.clone(),
-        step,
-        source,
-    })?;
-    tap::set_up(netlink, tap.index, &link)?;
-    // It goes with the tap.
-    Redirect::make(netlink, tap.index, link.index)?;
-    survey.redirects.push(Redirect::make(netlink, link.index, tap.index)?);
-    survey.wired.push(Wired {
-        link,
-        tap: tap.index,
-        queues: tap.queues,
-    });
-    Ok(())
 }

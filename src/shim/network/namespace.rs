@@ -1,4 +1,4 @@
-//! Working in another network namespace.
+//! Runs code in another network namespace.
 
 use std::{
     io,
@@ -9,9 +9,9 @@ use std::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
 
-/// Runs `work` in `namespace`, on a thread of its own: a thread that has entered one is of no further
-/// use. Sockets that are opened there stay in it.
-pub(super) async fn within<T: Send + 'static>(
+/// Runs `work` in `namespace`, on a new thread that ends afterwards. Sockets that `work` opens belong to the namespace
+/// for good.
+pub(super) async fn run_in_namespace<T: Send + 'static>(
     namespace: &OwnedFd,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
@@ -20,9 +20,11 @@ pub(super) async fn within<T: Send + 'static>(
     thread::Builder::new().name("network".to_owned()).spawn(move || {
         let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
         drop(namespace);
-        // Whoever stopped waiting does not miss it.
+        // The receiver may have been dropped.
         let _ = sender.send(entered.map(|()| work()));
     })?;
-    let done = receiver.await.map_err(|_| io::Error::other("the thread ended early"))?;
+    let done = receiver
+        .await
+        .map_err(|_| io::Error::other("the thread for a network namespace panicked"))?;
     Ok(done?)
 }

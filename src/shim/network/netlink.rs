@@ -1,5 +1,5 @@
-//! One rtnetlink(7) socket: requests and their answers, one after the other. The kernel answers
-//! within the call that asks, so that nothing here waits.
+//! An rtnetlink(7) socket: requests and their responses, one after the other. The kernel responds within the call that
+//! sends the request, so nothing here blocks.
 
 use std::{
     io,
@@ -12,46 +12,45 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
-/// The largest packet of a dump is 32 KiB (`NLMSG_GOODSIZE` and what a reader offers).
-const BUFFER: usize = 64 << 10;
+/// In bytes. A packet of a dump has at most 32 KiB (kernel, `netlink_dump`).
+const RECEIVE_BUFFER_SIZE: usize = 64 << 10;
 
-/// How often a dump is taken again because something changed meanwhile.
+/// How often a dump is attempted while changes interrupt it.
 const MAX_DUMP_ATTEMPTS: usize = 8;
 
-/// What fails on the socket.
+/// A failed request.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}")]
+#[error("{action}: {source}")]
 pub(crate) struct NetlinkError {
-    /// What was asked for.
-    what: String,
-    /// The kernel's answer, or why there is none.
+    /// The purpose of the request, as an infinitive.
+    action: String,
     source: io::Error,
 }
 
 impl NetlinkError {
-    /// `what` failed.
-    pub(super) fn new(what: &str, source: io::Error) -> Self {
+    pub(super) fn new(action: &str, source: io::Error) -> Self {
         Self {
-            what: what.to_owned(),
+            action: action.to_owned(),
             source,
         }
     }
 
-    /// The kernel's error number.
+    /// The kernel's error number, if the kernel refused the request.
     pub(super) fn errno(&self) -> Option<i32> {
         self.source.raw_os_error()
     }
 }
 
-/// The socket. It belongs to the network namespace in which it was opened.
+/// A socket for one network namespace.
 #[derive(Debug)]
-pub(super) struct Netlink {
+pub(super) struct NetlinkSocket {
     socket: OwnedFd,
+    /// The sequence number of the last request.
     sequence: u32,
 }
 
-impl Netlink {
-    /// In the calling thread's namespace.
+impl NetlinkSocket {
+    /// Opens a socket for the calling thread's network namespace.
     pub(super) fn open() -> Result<Self, NetlinkError> {
         let socket = socket(
             AddressFamily::Netlink,
@@ -63,45 +62,51 @@ impl Netlink {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// All that the kernel has of what `question` asks for.
+    /// Lists all objects that `request` asks for, as they are at one moment. `action` is for errors.
     pub(super) fn dump(
         &mut self,
-        what: &str,
-        question: &RouteNetlinkMessage,
+        action: &str,
+        request: &RouteNetlinkMessage,
     ) -> Result<Vec<RouteNetlinkMessage>, NetlinkError> {
         for _ in 0..MAX_DUMP_ATTEMPTS {
-            self.send(question.clone(), NLM_F_DUMP)
-                .map_err(|source| NetlinkError::new(what, source))?;
-            if let Some(found) = self.collect().map_err(|source| NetlinkError::new(what, source))? {
-                return Ok(found);
+            self.send(request.clone(), NLM_F_DUMP)
+                .map_err(|source| NetlinkError::new(action, source))?;
+            let messages = self.receive().map_err(|source| NetlinkError::new(action, source))?;
+            if let Some(messages) = messages {
+                return Ok(messages);
             }
         }
         Err(NetlinkError::new(
-            what,
+            action,
             io::Error::other("the namespace keeps changing"),
         ))
     }
 
-    /// Asks for a change, with `flags` (`NLM_F_CREATE` and its like).
-    pub(super) fn change(&mut self, what: &str, message: RouteNetlinkMessage, flags: u16) -> Result<(), NetlinkError> {
+    /// Requests a change, with `flags` such as `NLM_F_CREATE`. `action` is for errors.
+    pub(super) fn change(
+        &mut self,
+        action: &str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), NetlinkError> {
         self.send(message, NLM_F_ACK | flags)
-            .and_then(|()| self.collect())
-            .map_err(|source| NetlinkError::new(what, source))?;
+            .and_then(|()| self.receive())
+            .map_err(|source| NetlinkError::new(action, source))?;
         Ok(())
     }
 
     fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
-        let bytes = serialize(message, flags, self.sequence);
+        let bytes = serialize_request(message, flags, self.sequence);
         send(self.socket.as_raw_fd(), &bytes, MsgFlags::empty())?;
         Ok(())
     }
 
-    /// Reads the answer to its end; `None` if what it says did not all hold at one time.
-    fn collect(&self) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
-        let mut buffer = vec![0; BUFFER];
-        let mut found = Vec::new();
-        let mut whole = true;
+    /// Receives the whole response to the last request. `None` if a change interrupted a dump.
+    fn receive(&self) -> io::Result<Option<Vec<RouteNetlinkMessage>>> {
+        let mut buffer = vec![0; RECEIVE_BUFFER_SIZE];
+        let mut messages = Vec::new();
+        let mut consistent = true;
         loop {
             let length = recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             let mut rest = &buffer[..length];
@@ -114,16 +119,17 @@ impl Netlink {
                 if message.header.sequence_number != self.sequence {
                     continue;
                 }
-                whole &= message.header.flags & NLM_F_DUMP_INTR == 0;
+                consistent &= message.header.flags & NLM_F_DUMP_INTR == 0;
                 match message.payload {
-                    NetlinkPayload::Done(_) => return Ok(whole.then_some(found)),
-                    NetlinkPayload::Error(answer) => {
-                        return match answer.code {
-                            None => Ok(Some(found)),
-                            Some(_) => Err(answer.to_io()),
+                    NetlinkPayload::Done(_) => return Ok(consistent.then_some(messages)),
+                    NetlinkPayload::Error(error) => {
+                        // Without a code it is an acknowledgement.
+                        return match error.code {
+                            None => Ok(Some(messages)),
+                            Some(_) => Err(error.to_io()),
                         };
                     }
-                    NetlinkPayload::InnerMessage(message) => found.push(message),
+                    NetlinkPayload::InnerMessage(message) => messages.push(message),
                     _ => {}
                 }
             }
@@ -131,8 +137,8 @@ impl Netlink {
     }
 }
 
-/// A whole request.
-pub(super) fn serialize(message: RouteNetlinkMessage, flags: u16, sequence: u32) -> Vec<u8> {
+/// The bytes of a request, with its header.
+pub(super) fn serialize_request(message: RouteNetlinkMessage, flags: u16, sequence: u32) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | flags;
     header.sequence_number = sequence;

@@ -1,4 +1,4 @@
-//! Redirections: what arrives at one link leaves by another (tc-mirred(8)).
+//! Redirects: packets that arrive at one link leave by another (tc-mirred(8)).
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::{
@@ -10,37 +10,34 @@ use netlink_packet_route::{
 };
 use nix::libc;
 
-use super::netlink::{Netlink, NetlinkError};
+use super::netlink::{NetlinkError, NetlinkSocket};
 
-/// What the filter is called among those at the same place: late, so that others come first.
-const PRIORITY: u32 = 0x6e75;
+/// The priority of the filter. Lower numbers run first, so other filters of the link run before this one.
+const FILTER_PRIORITY: u32 = 0x6e75;
 
-/// All protocols (`ETH_P_ALL`), as it goes over the wire.
-const PROTOCOL: u32 = 3_u16.to_be() as u32;
+/// The protocol that the filter matches: all (`ETH_P_ALL`), in network byte order.
+const FILTER_PROTOCOL: u32 = 3_u16.to_be() as u32;
 
-/// One that is in place.
+/// An installed redirect: a filter at the ingress qdisc of a link.
 #[derive(Debug)]
 pub(super) struct Redirect {
+    /// The interface index of the link.
     from: u32,
-    /// Nobody else had put the place for filters there.
+    /// The link had no ingress qdisc before.
     owns_qdisc: bool,
 }
 
 impl Redirect {
-    /// From the link numbered `from` to the one numbered `to`.
-    pub(super) fn make(netlink: &mut Netlink, from: u32, to: u32) -> Result<Self, NetlinkError> {
-        let created = netlink.change(
-            "put a place for filters at a link",
-            qdisc(from),
-            NLM_F_CREATE | NLM_F_EXCL,
-        );
+    /// Redirects packets from one link to another. Both are interface indexes.
+    pub(super) fn install(netlink: &mut NetlinkSocket, from: u32, to: u32) -> Result<Self, NetlinkError> {
+        let created = netlink.change("add an ingress qdisc to a link", qdisc(from), NLM_F_CREATE | NLM_F_EXCL);
         let owns_qdisc = match created {
             Ok(()) => true,
             Err(error) if error.errno() == Some(libc::EEXIST) => {
-                // A shim that was killed may have left its filter, which would win.
+                // A shim that was killed may have left its filter, which would run first.
                 let _ = netlink.change(
                     "remove an old filter",
-                    RouteNetlinkMessage::DelTrafficFilter(place(from)),
+                    RouteNetlinkMessage::DelTrafficFilter(filter_key(from)),
                     0,
                 );
                 false
@@ -51,28 +48,28 @@ impl Redirect {
         match netlink.change("redirect a link's packets", filter(from, to), NLM_F_CREATE | NLM_F_EXCL) {
             Ok(()) => Ok(redirect),
             Err(error) => {
-                // The first error counts.
+                // The first error is the one to report.
                 let _ = redirect.remove(netlink);
                 Err(error)
             }
         }
     }
 
-    /// Takes it back.
-    pub(super) fn remove(self, netlink: &mut Netlink) -> Result<(), NetlinkError> {
+    /// Removes the filter, and the qdisc if the link had none before.
+    pub(super) fn remove(self, netlink: &mut NetlinkSocket) -> Result<(), NetlinkError> {
         if self.owns_qdisc {
             let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = qdisc(self.from) else {
                 return Ok(());
             };
             netlink.change(
-                "remove the place for filters",
+                "remove an ingress qdisc",
                 RouteNetlinkMessage::DelQueueDiscipline(qdisc),
                 0,
             )
         } else {
             netlink.change(
                 "remove a filter",
-                RouteNetlinkMessage::DelTrafficFilter(place(self.from)),
+                RouteNetlinkMessage::DelTrafficFilter(filter_key(self.from)),
                 0,
             )
         }
@@ -91,15 +88,15 @@ fn qdisc(link: u32) -> RouteNetlinkMessage {
     RouteNetlinkMessage::NewQueueDiscipline(message)
 }
 
-/// Where the filter is.
-fn place(link: u32) -> TcMessage {
+/// Identifies the filter of a link.
+fn filter_key(link: u32) -> TcMessage {
     let mut message = TcMessage::default();
     message.header.index = link.cast_signed();
     message.header.parent = TcHandle {
         major: u16::MAX,
         minor: TcHandle::MIN_INGRESS,
     };
-    message.header.info = PRIORITY << 16 | PROTOCOL;
+    message.header.info = FILTER_PRIORITY << 16 | FILTER_PROTOCOL;
     message
 }
 
@@ -114,7 +111,7 @@ fn filter(from: u32, to: u32) -> RouteNetlinkMessage {
         TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
         TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror))]),
     ];
-    let mut message = place(from);
+    let mut message = filter_key(from);
     message.attributes = vec![
         TcAttribute::Kind(TcFilterMatchAll::KIND.to_owned()),
         TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![action]))]),

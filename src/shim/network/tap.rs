@@ -1,4 +1,4 @@
-//! Tap devices: the kernel's end of a link whose other end a machine has (Linux,
+//! Tap devices: the host's end of a link whose other end is a network device of a machine (kernel,
 //! `Documentation/networking/tuntap.rst`).
 
 use std::{
@@ -19,39 +19,40 @@ use nix::{
 
 use super::{
     discovery::Link,
-    netlink::{Netlink, NetlinkError},
+    netlink::{NetlinkError, NetlinkSocket},
 };
 use crate::control::VNET_HEADER_SIZE;
 
-/// The kernel puts a number in place of `%d`.
-const NAME: &[u8] = b"nutshell%d\0";
+/// The name of a new device. The kernel replaces `%d` by a number.
+const TAP_NAME_PATTERN: &[u8] = b"nutshell%d\0";
 
 /// `IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR` (`linux/if_tun.h`).
-const FLAGS: libc::c_short = 0x0002 | 0x0100 | 0x1000 | 0x4000;
+const TAP_FLAGS: libc::c_short = 0x0002 | 0x0100 | 0x1000 | 0x4000;
 
-/// A new tap device. It lives as long as a queue of it is open.
+/// A new tap device. The kernel removes it when the last of its queues is closed.
 #[derive(Debug)]
 pub(super) struct Tap {
-    /// The number of the interface.
+    /// The interface index.
     pub(super) index: u32,
-    /// Its queues, non-blocking.
+    /// One non-blocking descriptor a queue.
     pub(super) queues: Vec<OwnedFd>,
 }
 
-/// Makes one in the calling thread's network namespace. On failure: the step that failed, and why.
-pub(super) fn make(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
+/// Creates a device with at least one queue in the calling thread's network namespace. An error has the step that
+/// failed.
+pub(super) fn create(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
     // SAFETY: all zeroes is a valid value of this structure of C.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(NAME) {
-        *place = byte.cast_signed();
+    for (target, byte) in request.ifr_name.iter_mut().zip(TAP_NAME_PATTERN) {
+        *target = byte.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = FLAGS;
+    request.ifr_ifru.ifru_flags = TAP_FLAGS;
     let header = libc::c_int::try_from(VNET_HEADER_SIZE).unwrap_or(libc::c_int::MAX);
     let queues = (0..queues.max(1))
         .map(|_| {
             let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
             let queue = open("/dev/net/tun", flags, Mode::empty())
-                .map_err(|errno| ("open /dev/net/tun (is the kernel's module tun there?)", errno.into()))?;
+                .map_err(|errno| ("open /dev/net/tun (is the kernel module tun loaded?)", errno.into()))?;
             // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is.
             check(unsafe { libc::ioctl(queue.as_raw_fd(), libc::TUNSETIFF as libc::Ioctl, &raw mut request) })
                 .map_err(|error| ("TUNSETIFF", error))?;
@@ -73,7 +74,7 @@ pub(super) fn make(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
         .map(|byte| byte.cast_unsigned())
         .take_while(|byte| *byte != 0)
         .collect();
-    let index = if_nametoindex(name.as_slice()).map_err(|errno| ("find the device", errno.into()))?;
+    let index = if_nametoindex(name.as_slice()).map_err(|errno| ("find the interface of the device", errno.into()))?;
     Ok(Tap { index, queues })
 }
 
@@ -85,27 +86,31 @@ fn check(result: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// Brings the tap device `index` up with the MTU of `link`. The host itself says nothing on it: it gets
-/// no address of IPv6.
-pub(super) fn set_up(netlink: &mut Netlink, index: u32, link: &Link) -> Result<(), NetlinkError> {
-    let quiet = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
+/// Brings the tap device `index` up with the MTU of `link`. The host does not use it itself: it gets no IPv6 address,
+/// which would make the host send packets.
+pub(super) fn bring_up(netlink: &mut NetlinkSocket, index: u32, link: &Link) -> Result<(), NetlinkError> {
+    let no_address = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
         In6AddrGenMode::None,
     )])]);
-    match netlink.change("keep the host off a tap device", set(index, vec![quiet]), 0) {
-        // No IPv6 in this namespace, or none with so small an MTU.
+    match netlink.change(
+        "disable IPv6 addresses of a tap device",
+        set_link(index, vec![no_address]),
+        0,
+    ) {
+        // This namespace has no IPv6, or the MTU is too small for it.
         Err(error) if [Some(libc::EAFNOSUPPORT), Some(libc::EINVAL)].contains(&error.errno()) => {}
         other => other?,
     }
-    let RouteNetlinkMessage::SetLink(mut message) = set(index, vec![LinkAttribute::Mtu(link.mtu.into())]) else {
+    let RouteNetlinkMessage::SetLink(mut message) = set_link(index, vec![LinkAttribute::Mtu(link.mtu.into())]) else {
         return Ok(());
     };
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
-    let what = format!("bring the tap device for {} up", link.name);
-    netlink.change(&what, RouteNetlinkMessage::SetLink(message), 0)
+    let action = format!("bring the tap device for {} up", link.name);
+    netlink.change(&action, RouteNetlinkMessage::SetLink(message), 0)
 }
 
-fn set(index: u32, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
+fn set_link(index: u32, attributes: Vec<LinkAttribute>) -> RouteNetlinkMessage {
     let mut message = LinkMessage::default();
     message.header.index = index;
     message.attributes = attributes;

@@ -1,5 +1,5 @@
-//! With links of the kernel, in namespaces made for the test. Redirections need modules that not every
-//! kernel has; the end-to-end suites have those.
+//! Tests with real links, in new network namespaces. Redirects are tested by the end-to-end suites, because they need
+//! modules that not every kernel has.
 
 use std::{
     fs::File,
@@ -13,10 +13,13 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::{changes::Changes, discovery, forward::Listeners, namespace, netlink::Netlink, replica, tap};
+use super::{
+    changes::ChangeSocket, discovery, forward::ForwardListeners, guest_config, namespace::run_in_namespace,
+    netlink::NetlinkSocket, tap,
+};
 
-/// A new network namespace in which `commands` of ip(8) were run.
-fn namespace(commands: &[&str]) -> OwnedFd {
+/// A new network namespace, configured by `commands` of ip(8).
+fn new_namespace(commands: &[&str]) -> OwnedFd {
     let commands: Vec<String> = commands.iter().map(|command| (*command).to_owned()).collect();
     let made = thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
@@ -29,8 +32,8 @@ fn namespace(commands: &[&str]) -> OwnedFd {
     made.join().unwrap()
 }
 
-async fn within<T: Send + 'static>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send + 'static) -> T {
-    namespace::within(namespace, work).await.unwrap()
+async fn run_in<T: Send + 'static>(namespace: &OwnedFd, work: impl FnOnce() -> T + Send + 'static) -> T {
+    run_in_namespace(namespace, work).await.unwrap()
 }
 
 fn ip(arguments: &str) -> Vec<String> {
@@ -42,26 +45,26 @@ fn ip(arguments: &str) -> Vec<String> {
     lines
 }
 
-/// What a user sees of the configuration.
-fn seen() -> Vec<String> {
+/// The configuration of the calling thread's namespace, as ip(8) shows it.
+fn read_config() -> Vec<String> {
     let addresses = ip("-o addr").into_iter().map(|line| {
-        // Without the interface's number.
+        // Without the interface index.
         let words: Vec<_> = line.split_whitespace().skip(1).collect();
         words.join(" ").replace(" nodad", "").replace(" noprefixroute", "")
     });
-    let mut seen: Vec<String> = addresses.collect();
-    seen.extend(ip("route show table all"));
-    seen.extend(ip("-6 route show table all"));
-    seen.extend(ip("rule"));
-    seen.extend(ip("-6 rule"));
-    seen.extend(ip("neigh show nud permanent"));
-    seen.sort();
-    // Those of the kernel's own for each link that is up: local ones appear with the addresses.
-    seen.retain(|line| !line.contains("multicast ff00::/8"));
-    seen
+    let mut lines: Vec<String> = addresses.collect();
+    lines.extend(ip("route show table all"));
+    lines.extend(ip("-6 route show table all"));
+    lines.extend(ip("rule"));
+    lines.extend(ip("-6 rule"));
+    lines.extend(ip("neigh show nud permanent"));
+    lines.sort();
+    // The kernel adds these routes for each link that is up.
+    lines.retain(|line| !line.contains("multicast ff00::/8"));
+    lines
 }
 
-/// As the agent does (`guest/agent/src/machine/network.rs`).
+/// Sends the requests to the kernel, as the agent does (`guest/agent/src/machine/network.rs`).
 fn configure(messages: &[(String, Vec<u8>)]) {
     use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 
@@ -72,46 +75,47 @@ fn configure(messages: &[(String, Vec<u8>)]) {
         SockProtocol::NetlinkRoute,
     )
     .unwrap();
-    for (what, message) in messages {
+    for (purpose, message) in messages {
         send(socket.as_raw_fd(), message, MsgFlags::empty()).unwrap();
         let mut answer = [0; 4096];
         recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).unwrap();
         let error = -i32::from_le_bytes(answer[16..20].try_into().unwrap());
         assert!(
             [0, nix::libc::EEXIST].contains(&error),
-            "{what}: {}",
+            "{purpose}: {}",
             io::Error::from_raw_os_error(error)
         );
     }
 }
 
-/// Two Ethernet links to stand for those that a machine was given.
-fn guest() -> OwnedFd {
-    namespace(&["link set lo up", "link add veth0 type veth peer name veth1"])
+/// A namespace for the guest: its two Ethernet links stand for the network devices of the machine.
+fn guest_namespace() -> OwnedFd {
+    new_namespace(&["link set lo up", "link add veth0 type veth peer name veth1"])
 }
 
+/// Configures `guest` as the machine of the namespace `pod` would be.
 async fn replicate(pod: &OwnedFd, guest: &OwnedFd) {
-    let (links, found) = within(pod, || {
-        let mut netlink = Netlink::open().unwrap();
+    let (links, config) = run_in(pod, || {
+        let mut netlink = NetlinkSocket::open().unwrap();
         (
-            discovery::links(&mut netlink).unwrap(),
-            discovery::rest(&mut netlink).unwrap(),
+            discovery::list_links(&mut netlink).unwrap(),
+            discovery::read_ip_config(&mut netlink).unwrap(),
         )
     })
     .await;
-    within(guest, move || {
+    run_in(guest, move || {
         let index = |name| nix::net::if_::if_nametoindex(name).unwrap();
         let indexes = [index("veth0"), index("veth1")];
-        configure(&replica::link_messages(&links, &indexes[..links.len()]));
-        configure(&replica::messages(&found, &links, &indexes[..links.len()]));
+        configure(&guest_config::link_messages(&links, &indexes[..links.len()]));
+        configure(&guest_config::ip_messages(&config, &links, &indexes[..links.len()]));
     })
     .await;
 }
 
 #[tokio::test]
 async fn guest_has_the_addresses_routes_rules_and_neighbours_of_the_pod() {
-    // veth1 is the name of the guest's other link.
-    let pod = namespace(&[
+    // `veth1` is the first name of the guest's other link.
+    let pod = new_namespace(&[
         "link set lo up",
         "link add veth1 type veth peer name net1",
         "link set veth1 addrgenmode none",
@@ -139,11 +143,11 @@ async fn guest_has_the_addresses_routes_rules_and_neighbours_of_the_pod() {
         "rule add fwmark 9 lookup 1000",
         "-6 rule add from fd00::5 lookup 100 priority 500",
     ]);
-    let guest = guest();
+    let guest = guest_namespace();
 
     replicate(&pod, &guest).await;
 
-    let (expected, actual) = (within(&pod, seen).await, within(&guest, seen).await);
+    let (expected, actual) = (run_in(&pod, read_config).await, run_in(&guest, read_config).await);
     assert!(
         expected
             .iter()
@@ -154,8 +158,8 @@ async fn guest_has_the_addresses_routes_rules_and_neighbours_of_the_pod() {
 }
 
 #[tokio::test]
-async fn only_ethernet_links_that_are_up_and_stand_alone_are_the_machines() {
-    let pod = namespace(&[
+async fn guest_gets_ethernet_links_that_are_up_and_not_bridged() {
+    let pod = new_namespace(&[
         "link set lo up",
         "link add eth0 type veth peer name down",
         "link set eth0 up",
@@ -167,7 +171,10 @@ async fn only_ethernet_links_that_are_up_and_stand_alone_are_the_machines() {
         "link set port up",
     ]);
 
-    let links = within(&pod, || discovery::links(&mut Netlink::open().unwrap()).unwrap()).await;
+    let links = run_in(&pod, || {
+        discovery::list_links(&mut NetlinkSocket::open().unwrap()).unwrap()
+    })
+    .await;
 
     let names: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
     assert_eq!(names, ["eth0"]);
@@ -175,11 +182,11 @@ async fn only_ethernet_links_that_are_up_and_stand_alone_are_the_machines() {
 }
 
 #[tokio::test]
-async fn tap_device_has_its_queues_the_mtu_of_its_link_and_no_address() {
-    let pod = namespace(&[]);
+async fn tap_device_has_queues_mtu_of_its_link_and_no_address() {
+    let pod = new_namespace(&[]);
 
-    let lines = within(&pod, || {
-        let tap = tap::make(2).unwrap();
+    let lines = run_in(&pod, || {
+        let tap = tap::create(2).unwrap();
         assert_eq!(tap.queues.len(), 2);
         let link = discovery::Link {
             index: 7,
@@ -187,7 +194,7 @@ async fn tap_device_has_its_queues_the_mtu_of_its_link_and_no_address() {
             mac: [2, 0, 0, 0, 0, 7],
             mtu: 9000,
         };
-        tap::set_up(&mut Netlink::open().unwrap(), tap.index, &link).unwrap();
+        tap::bring_up(&mut NetlinkSocket::open().unwrap(), tap.index, &link).unwrap();
         let lines = ip("-o link show nutshell0");
         let addresses = ip("-o addr show nutshell0");
         assert!(addresses.is_empty(), "{addresses:?}");
@@ -196,21 +203,21 @@ async fn tap_device_has_its_queues_the_mtu_of_its_link_and_no_address() {
     .await;
 
     assert!(lines[0].contains("mtu 9000") && lines[0].contains(",UP"), "{lines:?}");
-    // A process that another test is just starting may hold its queues for a moment.
-    let mut changes = within(&pod, || Changes::watch().unwrap()).await.listen().unwrap();
-    while within(&pod, || ip("-o link")).await.len() > 1 {
-        let told = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
-        told.expect("the tap device has gone").unwrap();
+    // A child process that another test is starting may have copies of the queues' descriptors for a moment.
+    let mut changes = run_in(&pod, || ChangeSocket::open().unwrap()).await.listen().unwrap();
+    while run_in(&pod, || ip("-o link")).await.len() > 1 {
+        let change = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
+        change.expect("the tap device is removed").unwrap();
     }
 }
 
 #[tokio::test]
 async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
-    let pod = namespace(&["link set lo up", "addr add 192.0.2.9/32 dev lo"]);
+    let pod = new_namespace(&["link set lo up", "addr add 192.0.2.9/32 dev lo"]);
     let inside = pod.try_clone().unwrap();
-    let listeners = within(&pod, move || Listeners::open(inside.as_fd()).unwrap()).await;
+    let listeners = run_in(&pod, move || ForwardListeners::open(inside.as_fd()).unwrap()).await;
 
-    let (clients, refused) = within(&pod, || {
+    let (clients, refused) = run_in(&pod, || {
         let connect = |address: &str| TcpStream::connect(address);
         let clients = ["127.0.0.1:80", "127.1.2.3:65535", "[::1]:8080"].map(|address| connect(address).unwrap());
         (clients, connect("192.0.2.9:80").is_err())
@@ -224,22 +231,22 @@ async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
         .collect();
     assert_eq!(accepted, ["127.0.0.1:80", "127.1.2.3:65535", "[::1]:8080"]);
     drop((clients, listeners));
-    // A process that another test is just starting may hold the program for a moment.
+    // A child process that another test is starting may have a copy of the program's descriptor for a moment.
     let deadline = Instant::now() + Duration::from_secs(10);
-    while within(&pod, || TcpStream::connect("127.0.0.1:80").is_ok()).await {
+    while run_in(&pod, || TcpStream::connect("127.0.0.1:80").is_ok()).await {
         assert!(Instant::now() < deadline);
     }
 }
 
 #[tokio::test]
-async fn change_in_the_namespace_is_told_and_nothing_else() {
-    let pod = namespace(&["link set lo up"]);
-    let mut changes = within(&pod, || Changes::watch().unwrap()).await.listen().unwrap();
+async fn change_in_the_namespace_is_reported_once_it_happens() {
+    let pod = new_namespace(&["link set lo up"]);
+    let mut changes = run_in(&pod, || ChangeSocket::open().unwrap()).await.listen().unwrap();
 
     let early = tokio::time::timeout(Duration::from_millis(50), changes.next()).await;
-    within(&pod, || ip("link add eth0 type veth peer name other")).await;
-    let told = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
+    run_in(&pod, || ip("link add eth0 type veth peer name other")).await;
+    let change = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
 
     assert!(early.is_err());
-    told.unwrap().unwrap();
+    change.unwrap().unwrap();
 }

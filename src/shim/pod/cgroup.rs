@@ -16,8 +16,8 @@ pub(super) struct ControlGroup {
 }
 
 impl ControlGroup {
-    /// The group for the value of `linux.cgroupsPath`. `None` if the host has no cgroup v2, or the value does not name a
-    /// group below its root: the machine then stays in the shim's group.
+    /// The group for the value of `linux.cgroupsPath`. `None` if the host has no cgroup v2, or the value does not name
+    /// a group below its root: the machine then stays in the shim's group.
     pub(super) fn from_cgroups_path(path: &str) -> Option<Self> {
         if !Path::new(CGROUP_ROOT).join("cgroup.controllers").exists() {
             return None;

@@ -84,9 +84,9 @@ impl PidHolder {
             // A signal handler of the shim must not run in the holder, which shares the shim's memory.
             let _blocked = SignalsBlocked::all()?;
             let top = memory.stack.as_mut_ptr_range().end;
-            // SAFETY: `run_holder` uses only `stack` and `parameters`, both in `memory`. The box is freed only after the
-            // process was reaped, by `PidHolder` or by the error path below. The process shares this address space, but
-            // makes nothing but system calls and does not return to Rust code (see `run_holder`).
+            // SAFETY: `run_holder` uses only `stack` and `parameters`, both in `memory`. The box is freed only after
+            // the process was reaped, by `PidHolder` or by the error path below. The process shares this address space,
+            // but makes nothing but system calls and does not return to Rust code (see `run_holder`).
             let pid = unsafe {
                 libc::clone(
                     run_holder,

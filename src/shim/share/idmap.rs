@@ -1,5 +1,5 @@
-//! Id-mapped mounts (mount_setattr(2), `MOUNT_ATTR_IDMAP`): user and group ids of files are translated when they are read
-//! from disk, and back when they are written.
+//! Id-mapped mounts (mount_setattr(2), `MOUNT_ATTR_IDMAP`): user and group ids of files are translated when they are
+//! read from disk, and back when they are written.
 
 use std::{
     fs::{self, File},

@@ -1,10 +1,10 @@
-//! The pod's file server as the shim sees it: the start of the process ([`crate::fs`]), and the tree of shared files that
-//! it serves.
+//! The pod's file server as the shim sees it: the start of the process ([`crate::fs`]), and the tree of shared files
+//! that it serves.
 //!
 //! The tree is a small tmpfs at the root of a mount namespace. What is shared is mounted into it. Mounts are made
 //! detached and moved there, so they appear in no other namespace, and they are gone with the last user of the
-//! namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is resolved below
-//! a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
+//! namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is resolved
+//! below a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
 //!
 //! What lives here: everything that mounts on behalf of a pod. What may not live here: serving files, which is the task
 //! of the process. [`super::pod`] calls it.
@@ -63,8 +63,8 @@ pub(crate) struct FileServer {
 }
 
 impl FileServer {
-    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. Call it on a thread
-    /// that lives as long as the shim: the kernel kills the process when that thread ends.
+    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. Call it on a
+    /// thread that lives as long as the shim: the kernel kills the process when that thread ends.
     pub(crate) fn spawn() -> Result<(Self, OwnedFd), ShareError> {
         let PreparedTree {
             namespace,
@@ -155,7 +155,8 @@ impl FileServer {
         })
     }
 
-    /// Moves the detached `mount` to `path` of the tree. Leaves the calling thread in the file server's mount namespace.
+    /// Moves the detached `mount` to `path` of the tree. Leaves the calling thread in the file server's mount
+    /// namespace.
     fn attach_detached(
         &self,
         mount: &OwnedFd,
@@ -268,8 +269,8 @@ fn prepare_tree() -> Result<PreparedTree, FailedStep> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
     let namespace = File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
     jail::root::pivot_into_empty(Access::ReadWrite)?;
-    // The server's library accepts only a listening socket. No other process is in this namespace, and the socket's name
-    // is removed before one could be.
+    // The server's library accepts only a listening socket. No other process is in this namespace, and the socket's
+    // name is removed before one could be.
     let (listener, connection) = connected_listener().map_err(step("connect the vhost-user socket"))?;
     let tree = clone_mount(Path::new("/"), false).map_err(step("clone the mount of the tree"))?;
     let root = rustix::fs::openat(

@@ -42,7 +42,8 @@ pub(super) struct Program {
 }
 
 impl Endpoint {
-    /// Parses the name of `stream` (`stdin`, `stdout`, `stderr`). `None` if it is empty: the process has no such stream.
+    /// Parses the name of `stream` (`stdin`, `stdout`, `stderr`). `None` if it is empty: the process has no such
+    /// stream.
     pub(super) fn parse(stream: &'static str, uri: &str) -> Result<Option<Self>, EndpointError> {
         let unsupported = |reason: String| EndpointError {
             stream,

@@ -1,9 +1,9 @@
-//! Logging programs (`binary://`). containerd does not start them; the shim does. It gives a program the reading ends of
-//! two pipes, whose writing ends are the machine's (containerd `pkg/cio` `LogURI`, and the runc shim's `process/io.go`
-//! `NewBinaryIO`).
+//! Logging programs (`binary://`). containerd does not start them; the shim does. It gives a program the reading ends
+//! of two pipes, whose writing ends are the machine's (containerd `pkg/cio` `LogURI`, and the runc shim's
+//! `process/io.go` `NewBinaryIO`).
 //!
-//! A program has standard output and error as its descriptors 3 and 4. It reports on descriptor 5 that it is ready, by a
-//! byte or by closing it; the process is created after that. When its streams have ended it has [`FINISH_TIMEOUT`] to
+//! A program has standard output and error as its descriptors 3 and 4. It reports on descriptor 5 that it is ready, by
+//! a byte or by closing it; the process is created after that. When its streams have ended it has [`FINISH_TIMEOUT`] to
 //! finish.
 
 use std::{

@@ -1,11 +1,11 @@
 //! containerd's streaming scheme, which CRI uses for standard streams if a runtime is configured with
 //! `io_type = "streaming"`.
 //!
-//! CRI names a stream `ttrpc+unix://SOCKET?streaming_id=ID`, where SOCKET is the shim's own, and opens it there, usually
-//! long before it creates the task (containerd `internal/cri/io/streaming.go`, `core/streaming/proxy`). The client sends
-//! a `StreamInit` with the id and gets an empty message back. After that, the side where the bytes come from sends
-//! `Data`, and the other side `WindowUpdate` (`core/transfer/streaming`). A client that is gone may return with the same
-//! id, as containerd does after a restart.
+//! CRI names a stream `ttrpc+unix://SOCKET?streaming_id=ID`, where SOCKET is the shim's own, and opens it there,
+//! usually long before it creates the task (containerd `internal/cri/io/streaming.go`, `core/streaming/proxy`). The
+//! client sends a `StreamInit` with the id and gets an empty message back. After that, the side where the bytes come
+//! from sends `Data`, and the other side `WindowUpdate` (`core/transfer/streaming`). A client that is gone may return
+//! with the same id, as containerd does after a restart.
 //!
 //! A relay moves the bytes between a stream and a pipe, whose other end the machine has. It holds at most one message.
 //! While a client is slow or absent, the pipe fills up and the process blocks.

@@ -1,9 +1,9 @@
-//! The guest's network in rtnetlink's words: what was found on the host, for other interface numbers.
+//! Builds the rtnetlink requests that give the guest's kernel the configuration of the namespace, with the interface
+//! indexes of the guest.
 //!
-//! The guest's kernel is asked for exactly what the namespace has: prefix routes are not made from
-//! addresses but copied, as is whether they are on-link, their scope and their metric. What the kernel
-//! made by itself (local routes), and what comes by router advertisements, which the guest receives too,
-//! is left out.
+//! The guest gets exactly the routes of the namespace: prefix routes are copied and not derived from addresses, and
+//! routes keep their on-link flag, scope and metric. Left out are local routes, which the kernel makes itself, and
+//! routes of router advertisements, which the guest receives too.
 
 use std::collections::HashMap;
 
@@ -19,32 +19,32 @@ use netlink_packet_route::{
 use nix::libc;
 
 use super::{
-    discovery::{Found, Link},
-    netlink::serialize,
+    discovery::{IpConfig, Link},
+    netlink::serialize_request,
 };
 
-/// The loopback interface has this number in every namespace.
-const LOOPBACK: u32 = 1;
+/// The index of the loopback interface, in every network namespace.
+const LOOPBACK_INDEX: u32 = 1;
 
-/// A message in words and in bytes.
-pub(super) type Message = (String, Vec<u8>);
+/// A request with its purpose, as [`Request::ConfigureNetwork`](nutshell_protocol::Request) takes it.
+pub(super) type DescribedMessage = (String, Vec<u8>);
 
-/// Names the guest's interfaces `indexes` as `links` and brings them up.
-pub(super) fn link_messages(links: &[Link], indexes: &[u32]) -> Vec<Message> {
+/// Requests that name the guest's interfaces `indexes` as `links`, and bring them up.
+pub(super) fn link_messages(links: &[Link], indexes: &[u32]) -> Vec<DescribedMessage> {
     let mut messages = Vec::new();
     if links.len() > 1 {
-        // The kernel has named them by itself, perhaps as another is to be called.
+        // Temporary names first: the kernel may have given one interface the name that another is to get.
         for index in indexes {
             let name = LinkAttribute::IfName(format!("link{index}"));
             messages.push(link_message("rename a link".to_owned(), *index, vec![name], false));
         }
     }
     for (link, index) in links.iter().zip(indexes) {
-        // Addresses of IPv6 are copied like all others.
-        let quiet = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        // The guest's kernel must not generate IPv6 addresses: those of the namespace are copied.
+        let no_address = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
         let named = vec![
             LinkAttribute::IfName(link.name.clone()),
-            LinkAttribute::AfSpecUnspec(vec![quiet]),
+            LinkAttribute::AfSpecUnspec(vec![no_address]),
         ];
         messages.push(link_message(format!("name link {}", link.name), *index, named, false));
         messages.push(link_message(
@@ -57,36 +57,34 @@ pub(super) fn link_messages(links: &[Link], indexes: &[u32]) -> Vec<Message> {
     messages
 }
 
-/// All else that the agent passes to the guest's kernel, in this order: `links` are its interfaces
-/// `indexes`.
-pub(super) fn messages(found: &Found, links: &[Link], indexes: &[u32]) -> Vec<Message> {
-    let mut numbers: HashMap<u32, u32> = links
+/// Requests for addresses, neighbours, routes and rules, in the order in which the kernel accepts them. `indexes` are
+/// the guest's interfaces for `links`. Objects of other interfaces are left out.
+pub(super) fn ip_messages(config: &IpConfig, links: &[Link], indexes: &[u32]) -> Vec<DescribedMessage> {
+    let mut guest_indexes: HashMap<u32, u32> = links
         .iter()
         .map(|link| link.index)
         .zip(indexes.iter().copied())
         .collect();
-    let mut messages = Vec::new();
-    numbers.insert(LOOPBACK, LOOPBACK);
-    messages.extend(found.addresses.iter().filter_map(|message| address(message, &numbers)));
-    messages.extend(
-        found
-            .neighbours
-            .iter()
-            .filter_map(|message| neighbour(message, &numbers)),
-    );
-    let mut routes: Vec<_> = found.routes.iter().collect();
-    // Gateways must be reachable when a route by one of them is added.
-    routes.sort_by_key(|route| route.attributes.iter().any(goes_by_gateway));
-    messages.extend(routes.into_iter().filter_map(|message| route(message, &numbers)));
-    messages.extend(found.rules.iter().filter_map(rule));
-    messages
+    guest_indexes.insert(LOOPBACK_INDEX, LOOPBACK_INDEX);
+    let mut routes: Vec<_> = config.routes.iter().collect();
+    // A gateway must be reachable when a route via it is added.
+    routes.sort_by_key(|route| route.attributes.iter().any(has_gateway));
+    let addresses = config.addresses.iter();
+    let neighbours = config.neighbours.iter();
+    let routes = routes.into_iter();
+    addresses
+        .filter_map(|address| address_message(address, &guest_indexes))
+        .chain(neighbours.filter_map(|neighbour| neighbour_message(neighbour, &guest_indexes)))
+        .chain(routes.filter_map(|route| route_message(route, &guest_indexes)))
+        .chain(config.rules.iter().filter_map(rule_message))
+        .collect()
 }
 
-fn message(what: String, message: RouteNetlinkMessage, flags: u16) -> Message {
-    (what, serialize(message, NLM_F_ACK | flags, 0))
+fn describe(purpose: String, message: RouteNetlinkMessage, flags: u16) -> DescribedMessage {
+    (purpose, serialize_request(message, NLM_F_ACK | flags, 0))
 }
 
-fn link_message(what: String, index: u32, attributes: Vec<LinkAttribute>, up: bool) -> Message {
+fn link_message(purpose: String, index: u32, attributes: Vec<LinkAttribute>, up: bool) -> DescribedMessage {
     let mut link = LinkMessage::default();
     link.header.index = index;
     if up {
@@ -94,12 +92,12 @@ fn link_message(what: String, index: u32, attributes: Vec<LinkAttribute>, up: bo
         link.header.change_mask = LinkFlags::Up;
     }
     link.attributes = attributes;
-    message(what, RouteNetlinkMessage::SetLink(link), 0)
+    describe(purpose, RouteNetlinkMessage::SetLink(link), 0)
 }
 
-fn address(found: &AddressMessage, numbers: &HashMap<u32, u32>) -> Option<Message> {
+fn address_message(found: &AddressMessage, indexes: &HashMap<u32, u32>) -> Option<DescribedMessage> {
     let mut address = found.clone();
-    address.header.index = *numbers.get(&address.header.index)?;
+    address.header.index = *indexes.get(&address.header.index)?;
     let mut permanent = address.header.flags.contains(AddressHeaderFlags::Permanent);
     let mut text = String::new();
     for attribute in &address.attributes {
@@ -110,8 +108,9 @@ fn address(found: &AddressMessage, numbers: &HashMap<u32, u32>) -> Option<Messag
             _ => {}
         }
     }
-    let own = address.header.index == LOOPBACK && address.header.scope == AddressScope::Host;
-    if !permanent || own {
+    // 127.0.0.1 and ::1, which the guest has already.
+    let is_loopback = address.header.index == LOOPBACK_INDEX && address.header.scope == AddressScope::Host;
+    if !permanent || is_loopback {
         return None;
     }
     address.attributes.retain(|attribute| {
@@ -121,77 +120,78 @@ fn address(found: &AddressMessage, numbers: &HashMap<u32, u32>) -> Option<Messag
             Address(_) | Local(_) | Broadcast(_) | Anycast(_) | Label(_) | RoutePriority(_)
         )
     });
-    // The host has found out already that nobody else has it.
+    // No duplicate address detection: the host has done it.
     let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
     address.attributes.push(AddressAttribute::Flags(flags));
     address.header.flags = AddressHeaderFlags::empty();
-    Some(message(
+    Some(describe(
         format!("add address {text}/{}", address.header.prefix_len),
         RouteNetlinkMessage::NewAddress(address),
         NLM_F_CREATE,
     ))
 }
 
-fn neighbour(found: &NeighbourMessage, numbers: &HashMap<u32, u32>) -> Option<Message> {
+/// Only permanent neighbours; the others are learned.
+fn neighbour_message(found: &NeighbourMessage, indexes: &HashMap<u32, u32>) -> Option<DescribedMessage> {
     if found.header.state != NeighbourState::Permanent {
         return None;
     }
     let mut neighbour = found.clone();
-    neighbour.header.ifindex = *numbers.get(&neighbour.header.ifindex)?;
+    neighbour.header.ifindex = *indexes.get(&neighbour.header.ifindex)?;
     neighbour.attributes.retain(|attribute| {
         matches!(
             attribute,
             NeighbourAttribute::Destination(_) | NeighbourAttribute::LinkLayerAddress(_)
         )
     });
-    Some(message(
+    Some(describe(
         "add a permanent neighbour".to_owned(),
         RouteNetlinkMessage::NewNeighbour(neighbour),
         NLM_F_CREATE,
     ))
 }
 
-fn goes_by_gateway(attribute: &RouteAttribute) -> bool {
+fn has_gateway(attribute: &RouteAttribute) -> bool {
     match attribute {
         RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => true,
-        RouteAttribute::MultiPath(hops) => hops.iter().any(|hop| hop.attributes.iter().any(goes_by_gateway)),
+        RouteAttribute::MultiPath(hops) => hops.iter().any(|hop| hop.attributes.iter().any(has_gateway)),
         _ => false,
     }
 }
 
-/// The routing table of a route, where the header's byte is too small for its number too.
-fn table(route: &RouteMessage) -> u32 {
-    let whole = route.attributes.iter().find_map(|attribute| match attribute {
+/// The routing table of a route. Numbers above 255 do not fit into the header and are in an attribute.
+fn routing_table(route: &RouteMessage) -> u32 {
+    let attribute = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,
     });
-    whole.unwrap_or(route.header.table.into())
+    attribute.unwrap_or(route.header.table.into())
 }
 
-fn route(found: &RouteMessage, numbers: &HashMap<u32, u32>) -> Option<Message> {
-    if table(found) == u32::from(libc::RT_TABLE_LOCAL) || found.header.protocol == RouteProtocol::Ra {
+fn route_message(found: &RouteMessage, indexes: &HashMap<u32, u32>) -> Option<DescribedMessage> {
+    if routing_table(found) == u32::from(libc::RT_TABLE_LOCAL) || found.header.protocol == RouteProtocol::Ra {
         return None;
     }
     let mut route = found.clone();
     let mut text = "default".to_owned();
     for attribute in &mut route.attributes {
         match attribute {
-            RouteAttribute::Oif(index) => *index = *numbers.get(index)?,
+            RouteAttribute::Oif(index) => *index = *indexes.get(index)?,
             RouteAttribute::Destination(address) => text = format!("{address:?}"),
             RouteAttribute::MultiPath(hops) => {
                 for hop in hops.iter_mut() {
-                    hop.interface_index = *numbers.get(&hop.interface_index)?;
+                    hop.interface_index = *indexes.get(&hop.interface_index)?;
                     hop.flags &= RouteNextHopFlags::Onlink;
                 }
             }
             _ => {}
         }
     }
-    // IPv6's own of a link that is up: the guest's kernel has it too.
-    let own = route.header.address_family == AddressFamily::Inet6
+    // The IPv6 route of the loopback interface, which the guest's kernel makes itself.
+    let is_loopback = route.header.address_family == AddressFamily::Inet6
         && route.header.protocol == RouteProtocol::Kernel
-        && route.attributes.contains(&RouteAttribute::Oif(LOOPBACK));
-    if own {
+        && route.attributes.contains(&RouteAttribute::Oif(LOOPBACK_INDEX));
+    if is_loopback {
         return None;
     }
     route.header.flags &= RouteFlags::Onlink;
@@ -202,28 +202,28 @@ fn route(found: &RouteMessage, numbers: &HashMap<u32, u32>) -> Option<Message> {
     if route.header.scope == RouteScope::NoWhere {
         route.header.scope = RouteScope::Universe;
     }
-    Some(message(
+    Some(describe(
         format!("add route {text}/{}", route.header.destination_prefix_length),
         RouteNetlinkMessage::NewRoute(route),
         NLM_F_CREATE,
     ))
 }
 
-/// Rules that every namespace has are left out: those for the tables local, main and default.
-fn rule(found: &RuleMessage) -> Option<Message> {
+/// The rules that every namespace has, for the tables local, main and default, are left out.
+fn rule_message(found: &RuleMessage) -> Option<DescribedMessage> {
     let priority = found.attributes.iter().find_map(|attribute| match attribute {
         RuleAttribute::Priority(priority) => Some(*priority),
         _ => None,
     });
-    let usual = [
+    let default_rules = [
         (None, libc::RT_TABLE_LOCAL),
         (Some(32766), RouteHeader::RT_TABLE_MAIN),
         (Some(32767), libc::RT_TABLE_DEFAULT),
     ];
-    if usual.contains(&(priority, found.header.table)) {
+    if default_rules.contains(&(priority, found.header.table)) {
         return None;
     }
-    Some(message(
+    Some(describe(
         "add a routing rule".to_owned(),
         RouteNetlinkMessage::NewRule(found.clone()),
         NLM_F_CREATE,

@@ -1,0 +1,31 @@
+//! The failures of a pod's network.
+
+use std::io;
+
+use nutshell_protocol::NETWORK_SLOTS;
+
+use super::netlink::NetlinkError;
+use crate::shim::machine::{AgentError, VmmError};
+
+/// Why a pod has no network, or cannot follow a change of it. `link` is the name of an interface.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    #[error("work in the pod's network namespace: {0}")]
+    Namespace(#[source] io::Error),
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    #[error("make a tap device for {link}: {step}: {source}")]
+    Tap {
+        link: String,
+        /// What failed.
+        step: &'static str,
+        source: io::Error,
+    },
+    #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {NETWORK_SLOTS}")]
+    TooManyLinks(usize),
+    /// The vmm cannot plug the link's device.
+    #[error("give {link} to the virtual machine: {source}")]
+    Plug { link: String, source: VmmError },
+    #[error("set the guest's network up: {0}")]
+    Guest(#[from] AgentError),
+}
