@@ -12,8 +12,7 @@
 mod harness;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -283,7 +282,7 @@ fn input_and_output_arrive_whole_over_vsock() {
     machine.agent.start_container("cat");
     const SIZE: usize = 8 << 20;
     let writer = std::thread::spawn(move || {
-        let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 7 % 251) as u8).collect();
+        let bytes: Vec<u8> = (0..=250_u8).flat_map(|byte| [byte; 7]).cycle().take(SIZE).collect();
         input.write_all(&bytes).unwrap();
         rustix::net::shutdown(&input, rustix::net::Shutdown::Write).unwrap();
         bytes
