@@ -11,8 +11,8 @@
 //! | `api` | the ttrpc server, and the services that translate containerd's messages |
 //! | `tasks` | the effect of each call: the lifecycle of containers, sandboxes and their processes |
 //! | `pod` | the resources of one pod: processes, control group, host-visible pids |
-//! | `machine` | a client of the virtual machine: of the vmm process and of the agent in the guest |
 //! | `stdio`, `network`, `share` | the streams, links and files of a pod |
+//! | `machine` | a client of the virtual machine: of the vmm process and of the agent in the guest |
 //!
 //! Imports point downwards in this table. All folders use `events` and the single files.
 

@@ -11,15 +11,15 @@ use crate::{
     shim::machine::{Machine, open_disk},
 };
 
-/// How many disks the containers of a pod can have at a time.
-pub(super) const MAX_MEMBER_DISKS: u32 = 8;
-
 /// How long guest and vmm may take to release a disk that no container uses any more, in run time of the machine.
 const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The disk slots of a machine, at most one disk a container.
 #[derive(Debug)]
-pub(super) struct DiskSlots(Mutex<Inner>);
+pub(super) struct DiskSlots {
+    count: u32,
+    inner: Mutex<Inner>,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -30,10 +30,13 @@ struct Inner {
 impl DiskSlots {
     /// `count` free slots, numbered from 0.
     pub(super) fn new(count: u32) -> Self {
-        Self(Mutex::new(Inner {
-            free: (0..count).rev().collect(),
-            taken: HashMap::new(),
-        }))
+        Self {
+            count,
+            inner: Mutex::new(Inner {
+                free: (0..count).rev().collect(),
+                taken: HashMap::new(),
+            }),
+        }
     }
 
     /// Opens the disk of the container `id` and puts it into a free slot, whose number it returns. After a failure call
@@ -48,7 +51,7 @@ impl DiskSlots {
         let file = open_disk(source, read_only)?;
         let slot = {
             let mut inner = self.lock();
-            let slot = inner.free.pop().ok_or(PodError::NoSlot)?;
+            let slot = inner.free.pop().ok_or(PodError::NoSlot { max: self.count })?;
             inner.taken.insert(id.clone(), slot);
             slot
         };
@@ -76,6 +79,6 @@ impl DiskSlots {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock()
+        self.inner.lock()
     }
 }

@@ -1,6 +1,5 @@
 //! The failures of a pod.
 
-use super::disk_slots::MAX_MEMBER_DISKS;
 use crate::shim::{
     machine::{BootError, VmmError},
     network::NetworkError,
@@ -16,8 +15,8 @@ pub(crate) enum PodError {
     #[error("give a disk to the virtual machine: {0}")]
     Disk(#[from] VmmError),
     /// Every disk slot is taken.
-    #[error("the pod's virtual machine has no slot left for another disk: at most {MAX_MEMBER_DISKS} at a time")]
-    NoSlot,
+    #[error("the pod's virtual machine has no slot left for another disk: at most {max} at a time")]
+    NoSlot { max: u32 },
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]

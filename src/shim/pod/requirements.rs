@@ -4,11 +4,14 @@ use std::path::PathBuf;
 
 use nutshell_protocol::SetUpPod;
 
-use super::{cgroup::ControlGroup, disk_slots::MAX_MEMBER_DISKS};
+use super::cgroup::ControlGroup;
 use crate::{
     oci::{Plan, PodPlan, PodSize, Root},
     shim::machine::{BootError, DiskFile, open_disk},
 };
+
+/// How many disks the containers of a pod can have at a time.
+const MAX_MEMBER_DISKS: u32 = 8;
 
 /// The resources that [`Pod::start`](super::Pod::start) takes or starts.
 #[derive(Debug)]
