@@ -56,14 +56,14 @@ pub(crate) fn main() -> ExitCode {
     match boot() {
         Ok((ready, took)) => {
             println!(
-                "guest kernel {} ready after {:.1} ms: this host runs nutshell",
+                "guest kernel {} ready after {:.1} ms: this host can run nutshell",
                 ready.kernel,
                 took.as_secs_f64() * 1e3
             );
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("this host does not run nutshell: {error}");
+            eprintln!("this host cannot run nutshell: {error}");
             ExitCode::FAILURE
         }
     }

@@ -156,7 +156,7 @@ pod_runs_after_the_install_only() {
   assert_contains "$output" 'no runtime for'
 
   output=$(NUTSHELL_SHIM=$NUTSHELL_TEST_SHIM node install)
-  assert_contains "$output" 'this host runs nutshell'
+  assert_contains "$output" 'this host can run nutshell'
   cmp "$NUTSHELL_TEST_SHIM" /usr/local/bin/containerd-shim-nutshell-v2
   cri pods::run_to_completion nutshell
   node status
@@ -275,7 +275,7 @@ missing_service_and_k3s_are_named() {
 node_without_kvm_is_not_changed() {
   clear_node
   configuration default
-  write_stub "$work/shim" 'echo "this host does not run nutshell: /dev/kvm: stub" >&2; exit 1'
+  write_stub "$work/shim" 'echo "this host cannot run nutshell: /dev/kvm: stub" >&2; exit 1'
   refused '/dev/kvm: stub'
   set_up_stubs
 }

@@ -6,7 +6,7 @@ use crate::pod::{Handler, Pod};
 
 /// The steps of a pod's life that are measured, in order.
 const STEPS: [&str; 4] = [
-    "RunPodSandbox to ready",
+    "RunPodSandbox",
     "first container of a pod, created and started",
     "second container of a pod, created and started",
     "pod with two containers, stopped and removed",
