@@ -1,4 +1,4 @@
-//! Ends: of processes, of machines, expected or not.
+//! Exits of processes and ends of machines, requested or unsolicited.
 
 use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::Request;
@@ -14,9 +14,9 @@ async fn kill_of_created_task_reports_137() {
     shim.kill("c1", "", 9).await.unwrap();
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
-    assert_eq!(refusal(shim.start_task("c1", "").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.start_task("c1", "").await).0, Code::FAILED_PRECONDITION);
     shim.delete("c1", "").await.unwrap();
-    assert_eq!(shim.events(3).await, ["create", "exit c1 137", "delete c1 137"]);
+    assert_eq!(shim.next_events(3).await, ["create", "exit c1 137", "delete c1 137"]);
 }
 
 #[tokio::test]
@@ -24,15 +24,15 @@ async fn delete_of_created_task_kills_it_first() {
     let mut shim = Shim::start().await;
     shim.create("c1").await;
     assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
-    assert_eq!(shim.events(3).await, ["create", "exit c1 137", "delete c1 137"]);
+    assert_eq!(shim.next_events(3).await, ["create", "exit c1 137", "delete c1 137"]);
 }
 
 #[tokio::test]
-async fn exit_waits_for_the_output_before_it() {
-    let mut shim = Shim::with(Behaviour::Slow).await;
+async fn exit_is_reported_after_the_output_before_it() {
+    let mut shim = Shim::start_with(Behaviour::NeverDrains).await;
     shim.run("c1").await;
-    shim.fake.exit("c1", None, 0, [5, 0]);
-    // An answer that the shim sends after it has read the event.
+    shim.fake.report_exit("c1", None, 0, [5, 0]);
+    // The response shows that the shim has read the event.
     let request = StatsRequest {
         id: "c1".to_owned(),
         ..StatsRequest::default()
@@ -40,26 +40,26 @@ async fn exit_waits_for_the_output_before_it() {
     shim.task.stats(context::Context::default(), &request).await.unwrap();
     assert_eq!(shim.status("c1").await, Status::RUNNING);
 
-    shim.fake.drain();
+    shim.fake.report_drained();
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
-    assert_eq!(shim.events(3).await, ["create", "start", "exit c1 0"]);
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exit c1 0"]);
 }
 
 #[tokio::test]
-async fn execs_end_before_their_container() {
-    let mut shim = Shim::with(Behaviour::Slow).await;
+async fn exits_of_execs_precede_that_of_their_container() {
+    let mut shim = Shim::start_with(Behaviour::NeverDrains).await;
     shim.run("c1").await;
     shim.exec("c1", "e1", "true").await.unwrap();
     shim.start_task("c1", "e1").await.unwrap();
     shim.exec("c1", "e2", "true").await.unwrap();
 
-    shim.fake.exit("c1", Some("e1"), 137, [0, 0]);
-    shim.fake.exit("c1", None, 1, [0, 0]);
+    shim.fake.report_exit("c1", Some("e1"), 137, [0, 0]);
+    shim.fake.report_exit("c1", None, 1, [0, 0]);
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 1);
     assert_eq!(
-        shim.events(7).await[2..],
+        shim.next_events(7).await[2..],
         [
             "exec-added e1",
             "exec-started e1",
@@ -72,35 +72,35 @@ async fn execs_end_before_their_container() {
 }
 
 #[tokio::test]
-async fn exit_is_told_once_and_lies_about_others_are_ignored() {
+async fn exit_is_announced_once_and_false_reports_are_ignored() {
     let mut shim = Shim::start().await;
     shim.run("c1").await;
     shim.exec("c1", "waiting", "true").await.unwrap();
     for (id, exec) in [
         ("c2", None),
-        ("c1", Some("nobody")),
+        ("c1", Some("unknown")),
         ("c1", Some("waiting")),
         ("../c1", None),
     ] {
-        shim.fake.exit(id, exec, 7, [0, 0]);
+        shim.fake.report_exit(id, exec, 7, [0, 0]);
     }
-    shim.fake.exit("c1", None, 1, [0, 0]);
-    shim.fake.exit("c1", None, 2, [0, 0]);
+    shim.fake.report_exit("c1", None, 1, [0, 0]);
+    shim.fake.report_exit("c1", None, 2, [0, 0]);
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 1);
     assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 1);
     assert_eq!(
-        shim.events(5).await,
+        shim.next_events(5).await,
         ["create", "start", "exec-added waiting", "exit c1 1", "delete c1 1"]
     );
-    shim.no_more_events().await;
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
 async fn exit_is_recorded_in_the_bundle() {
     let shim = Shim::start().await;
     let pid = shim.run("c1").await;
-    shim.fake.exit("c1", None, 42, [0, 0]);
+    shim.fake.report_exit("c1", None, 42, [0, 0]);
     shim.wait("c1", "").await.unwrap();
     let exit = record::ExitRecord::load(&shim.folder.path().join("c1"))
         .unwrap()
@@ -109,22 +109,22 @@ async fn exit_is_recorded_in_the_bundle() {
 }
 
 #[tokio::test]
-async fn out_of_memory_is_told_before_the_exit_it_explains() {
+async fn out_of_memory_is_announced_before_the_exit() {
     let mut shim = Shim::start().await;
     shim.run("c1").await;
-    shim.fake.out_of_memory("c1");
-    shim.fake.out_of_memory("somebody-else");
-    shim.fake.exit("c1", None, 137, [0, 0]);
-    assert_eq!(shim.events(4).await, ["create", "start", "oom", "exit c1 137"]);
+    shim.fake.report_out_of_memory("c1");
+    shim.fake.report_out_of_memory("unknown");
+    shim.fake.report_exit("c1", None, 137, [0, 0]);
+    assert_eq!(shim.next_events(4).await, ["create", "start", "oom", "exit c1 137"]);
 }
 
 #[tokio::test]
-async fn all_who_wait_hear_of_the_end() {
+async fn all_waiters_get_the_exit_status() {
     let shim = Shim::start().await;
     shim.run("c1").await;
     let waiting = async {
         tokio::join!(shim.wait("c1", ""), shim.wait("c1", ""), async {
-            shim.fake.exit("c1", None, 5, [0, 0]);
+            shim.fake.report_exit("c1", None, 5, [0, 0]);
         })
     };
     let (first, second, ()) = waiting.await;
@@ -132,7 +132,7 @@ async fn all_who_wait_hear_of_the_end() {
 }
 
 #[tokio::test]
-async fn signal_to_the_pid_on_the_host_reaches_the_process() {
+async fn signal_to_the_host_pid_reaches_the_process() {
     let shim = Shim::start().await;
     let pid = shim.run("c1").await;
 
@@ -140,7 +140,7 @@ async fn signal_to_the_pid_on_the_host_reaches_the_process() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 143);
-    let signal = shim.fake.asked(|request| match request {
+    let signal = shim.fake.wait_for_request(|request| match request {
         Request::Signal { signal, exec: None, .. } => Some(*signal),
         _ => None,
     });
@@ -155,46 +155,46 @@ async fn end_of_the_machine_ends_its_processes_and_not_the_shim() {
     shim.exec("c1", "e1", "true").await.unwrap();
     shim.start_task("c1", "e1").await.unwrap();
 
-    shim.fake.kill();
+    shim.fake.kill_vmm();
 
     assert_eq!(shim.wait("c1", "e1").await.unwrap(), 137);
     assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
-    assert_eq!(shim.events(6).await[4..], ["exit e1 137", "exit c1 137"]);
+    assert_eq!(shim.next_events(6).await[4..], ["exit e1 137", "exit c1 137"]);
     assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
-    assert_eq!(shim.events(1).await, ["delete c1 137"]);
-    // The shim lives on.
+    assert_eq!(shim.next_events(1).await, ["delete c1 137"]);
+    // The shim goes on.
     shim.create("c2").await;
 }
 
 #[tokio::test]
-async fn machine_that_cannot_be_built_fails_the_creation_with_its_reason() {
-    let mut shim = Shim::with(Behaviour::Unbuildable).await;
-    let (code, text) = refusal(shim.task.create(context::Context::default(), &shim.request("c1")).await);
+async fn create_reports_why_the_machine_cannot_be_built() {
+    let mut shim = Shim::start_with(Behaviour::BootFails).await;
+    let (code, text) = error_of(shim.task.create(context::Context::default(), &shim.request("c1")).await);
     assert_eq!(code, Code::UNKNOWN);
     assert_eq!(
         text,
         "OCI runtime create failed: cannot build the virtual machine: KVM_CREATE_VM: no memory; \
          the end of the guest's console:\n[31mnothing yet"
     );
-    assert!(!process_exists(shim.fake.pid()));
-    shim.no_more_events().await;
+    assert!(!process_exists(shim.fake.vmm_pid()));
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
-async fn guest_that_never_greets_is_given_up_with_its_console() {
-    let shim = Shim::with(Behaviour::Silent).await;
-    let (_, text) = refusal(shim.task.create(context::Context::default(), &shim.request("c1")).await);
+async fn guest_that_is_never_ready_is_killed_and_its_console_reported() {
+    let shim = Shim::start_with(Behaviour::NeverReady).await;
+    let (_, text) = error_of(shim.task.create(context::Context::default(), &shim.request("c1")).await);
     assert_eq!(
         text,
         "OCI runtime create failed: the guest did not become ready within 0.3 s; \
          the end of the guest's console:\nLinux version\nno init"
     );
-    assert!(!process_exists(shim.fake.pid()));
+    assert!(!process_exists(shim.fake.vmm_pid()));
 }
 
 #[tokio::test]
-async fn guest_that_hangs_neither_delays_the_answers_nor_survives_sigkill() {
-    let shim = Shim::with(Behaviour::Deaf).await;
+async fn hung_guest_delays_no_response_and_does_not_survive_sigkill() {
+    let shim = Shim::start_with(Behaviour::Unresponsive).await;
     let pid = shim.create("c1").await;
     let start = std::time::Instant::now();
     let request = PidsRequest {
@@ -209,6 +209,6 @@ async fn guest_that_hangs_neither_delays_the_answers_nor_survives_sigkill() {
     shim.kill("c1", "", 9).await.unwrap();
 
     assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
-    assert!(!process_exists(shim.fake.pid()));
+    assert!(!process_exists(shim.fake.vmm_pid()));
     shim.delete("c1", "").await.unwrap();
 }

@@ -1,5 +1,5 @@
-//! A vmm and an agent that do what a test says: a thread that speaks the control protocol and one
-//! that speaks the agent's, behind a real child process that can be killed.
+//! A fake vmm and agent that tests control. One thread serves the control protocol, another the agent's protocol. A
+//! real child process stands for the vmm, so that it can be killed.
 
 use std::{
     collections::HashMap,
@@ -28,30 +28,30 @@ use crate::{
     },
 };
 
-/// What a fake machine does on its own.
+/// How a fake machine reacts to the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Behaviour {
-    /// Everything that is asked.
-    Obliging,
+    /// It does everything that is requested.
+    Cooperative,
     /// It cannot be built.
-    Unbuildable,
-    /// Its agent never greets.
-    Silent,
-    /// It boots, and answers no request.
-    Deaf,
+    BootFails,
+    /// Its agent never becomes ready.
+    NeverReady,
+    /// It boots and creates containers, and answers no other request.
+    Unresponsive,
     /// It cannot grow.
-    Full,
-    /// It says of no stream that it is drained, until [`Fake::drain`].
-    Slow,
+    CannotGrow,
+    /// It reports no stream as drained before [`Fake::report_drained`].
+    NeverDrains,
 }
 
-/// A host with fake machines.
+/// A launcher of fake machines.
 #[derive(Debug, Clone)]
 pub(super) struct FakeLauncher {
     pub(super) fake: Arc<Fake>,
 }
 
-/// All that the fake machines of a host know.
+/// The shared state of all fake machines of a test.
 #[derive(Debug)]
 pub(super) struct Fake {
     behaviour: Behaviour,
@@ -64,14 +64,15 @@ struct State {
     agent: Option<UnixStream>,
     control: Option<Arc<Channel>>,
     pid: u32,
-    /// What the streams were opened with, by port.
+    /// The files of open streams, by port.
     inputs: HashMap<u32, File>,
     outputs: HashMap<u32, File>,
+    /// Ports whose drain was requested and is not reported yet.
     undrained: Vec<u32>,
-    /// Ports by process: container, exec.
+    /// The ports of each process, by container and exec.
     ports: HashMap<(String, Option<String>), Ports>,
     requests: Vec<Request>,
-    /// MiB beyond the boot, and vCPUs.
+    /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
 }
 
@@ -110,15 +111,15 @@ impl Launcher for FakeLauncher {
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {
         let (control, theirs) = Channel::pair().unwrap();
         let (stderr, writer) = io::pipe()?;
-        // Its end is the machine's: it lives until it is killed.
+        // It lives until it is killed, or until the fake vmm ends and closes its standard input.
         let child = Program::new("cat").stdin(Stdio::piped()).stderr(writer).spawn()?;
         let pid = child.id();
         let watched = Child::from_std(&child)?;
         self.fake.state().pid = pid;
         let fake = self.fake.clone();
         thread::spawn(move || {
-            fake.run(Arc::new(theirs), pid);
-            // Holds the child's standard input open until here.
+            fake.serve_control(Arc::new(theirs), pid);
+            // Closes the child's standard input.
             drop(child);
         });
         Ok(VmmProcess {
@@ -134,25 +135,25 @@ impl Fake {
         self.state.lock().unwrap()
     }
 
-    /// Waits until `ready` says that it has what it wants.
-    fn until<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
+    /// Waits until `condition` returns a value.
+    fn wait_until<T>(&self, mut condition: impl FnMut(&mut State) -> Option<T>) -> T {
         let mut state = self.state();
         loop {
-            if let Some(value) = ready(&mut state) {
+            if let Some(value) = condition(&mut state) {
                 return value;
             }
             let (next, timeout) = self.changed.wait_timeout(state, Duration::from_secs(20)).unwrap();
             assert!(
                 !timeout.timed_out(),
-                "the fake machine waits for what does not come: {next:?}"
+                "timeout of a condition on the fake machine: {next:?}"
             );
             state = next;
         }
     }
 
-    /// The vmm: serves the control channel until the shim closes it, or the process is killed.
-    fn run(self: &Arc<Self>, control: Arc<Channel>, pid: u32) {
-        // The channel of a killed process is closed by the kernel; here a thread must do it.
+    /// The vmm: serves the control channel until the shim closes it or the child process is killed.
+    fn serve_control(self: &Arc<Self>, control: Arc<Channel>, pid: u32) {
+        // The kernel closes the channel of a killed vmm. Here a thread does it.
         let dying = control.clone();
         thread::spawn(move || {
             let process = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
@@ -164,7 +165,7 @@ impl Fake {
         });
         loop {
             match control.receive::<Command>() {
-                Ok((command, descriptors)) => self.obey(&control, command, descriptors),
+                Ok((command, descriptors)) => self.execute(&control, command, descriptors),
                 Err(ControlError::Closed | ControlError::Socket(_)) => break,
                 Err(error) => panic!("{error}"),
             }
@@ -177,7 +178,7 @@ impl Fake {
         state.outputs.clear();
     }
 
-    fn obey(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
+    fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
             Command::Boot(_) => self.boot(control, descriptors),
             Command::OpenStream { port, input, output } => {
@@ -192,7 +193,7 @@ impl Fake {
                 assert!(files.next().is_none());
             }
             Command::Drain { port, .. } => {
-                if self.behaviour == Behaviour::Slow {
+                if self.behaviour == Behaviour::NeverDrains {
                     self.state().undrained.push(port);
                 } else {
                     notify(control, &Notice::Drained { port });
@@ -218,7 +219,7 @@ impl Fake {
             }
             Command::Resize { memory, vcpus } => {
                 self.state().resizes.push((memory >> 20, vcpus));
-                if self.behaviour == Behaviour::Full {
+                if self.behaviour == Behaviour::CannotGrow {
                     let result = Err("no memory".to_owned());
                     notify(control, &Notice::Resized { result });
                     return self.changed.notify_all();
@@ -232,7 +233,7 @@ impl Fake {
     }
 
     fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
-        // kvm, kernel, initramfs, agent, and one disk unless it is for a pod.
+        // KVM, kernel, initramfs, agent, and a disk unless the machine is for a pod.
         assert!((4..=5).contains(&descriptors.len()));
         let agent = UnixStream::from(descriptors.remove(3));
         {
@@ -241,34 +242,34 @@ impl Fake {
             state.agent = Some(agent.try_clone().unwrap());
         }
         match self.behaviour {
-            Behaviour::Unbuildable => notify(
+            Behaviour::BootFails => notify(
                 control,
                 &Notice::Ended {
                     reason: EndReason::BuildFailed("KVM_CREATE_VM: no memory".to_owned()),
                     console: b"\x1b[31mnothing yet\r\n".to_vec(),
                 },
             ),
-            Behaviour::Silent => {}
+            Behaviour::NeverReady => {}
             _ => {
                 self.send(&FromAgent::Ready(Ready {
                     version: "0".to_owned(),
                     kernel: "0".to_owned(),
                 }));
                 let fake = self.clone();
-                thread::spawn(move || fake.serve(agent));
+                thread::spawn(move || fake.serve_agent(agent));
             }
         }
     }
 
-    /// The agent: answers what the shim asks.
-    fn serve(&self, mut stream: UnixStream) {
+    /// The agent: answers the requests of the shim.
+    fn serve_agent(&self, mut stream: UnixStream) {
         let mut buffer = FrameBuffer::default();
         let mut bytes = [0; 4096];
         loop {
             while let Some(ToAgent { id, request }) = buffer.next().unwrap() {
                 self.state().requests.push(request.clone());
                 self.changed.notify_all();
-                if self.behaviour != Behaviour::Deaf || matches!(request, Request::CreateContainer(_)) {
+                if self.behaviour != Behaviour::Unresponsive || matches!(request, Request::CreateContainer(_)) {
                     let (result, event) = self.answer(request);
                     self.send(&FromAgent::Reply(Reply { id, result }));
                     if let Some(event) = event {
@@ -322,7 +323,7 @@ impl Fake {
                 let status = 128 + u8::try_from(signal).unwrap();
                 (
                     Ok(Response::Done),
-                    Some(exit(&container, exec.as_deref(), status, [0, 0])),
+                    Some(exit_event(&container, exec.as_deref(), status, [0, 0])),
                 )
             }
             Request::Processes { .. } => (
@@ -347,13 +348,13 @@ impl Fake {
 
     fn send(&self, message: &FromAgent) {
         let frame = encode(message).unwrap();
-        // The shim may have ended the machine.
+        // Fails if the shim has ended the machine.
         if let Some(agent) = &mut self.state().agent {
             let _ = agent.write_all(&frame);
         }
     }
 
-    /// What is left of a container is killed: its output ends.
+    /// Closes the outputs of a container, as if its remaining processes were killed.
     fn close_outputs(&self, container: &str) {
         let (control, closed) = {
             let mut state = self.state();
@@ -374,67 +375,66 @@ impl Fake {
         }
     }
 
-    /// Ends a process, which wrote so much to standard output and error.
-    pub(super) fn exit(&self, container: &str, exec: Option<&str>, status: u8, written: [u64; 2]) {
-        self.send(&FromAgent::Event(exit(container, exec, status, written)));
+    /// Reports the exit of a process. `written` is the number of bytes that it wrote to standard output and error.
+    pub(super) fn report_exit(&self, container: &str, exec: Option<&str>, status: u8, written: [u64; 2]) {
+        self.send(&FromAgent::Event(exit_event(container, exec, status, written)));
     }
 
-    /// Says that a container ran out of memory.
-    pub(super) fn out_of_memory(&self, container: &str) {
+    /// Reports that a container ran out of memory.
+    pub(super) fn report_out_of_memory(&self, container: &str) {
         self.send(&FromAgent::Event(Event::OutOfMemory {
             container: container.to_owned(),
         }));
     }
 
-    /// Says of a stream that waits for it that it is drained.
-    pub(super) fn drain(&self) {
-        let port = self.until(|state| state.undrained.pop());
+    /// Waits for a request to drain a stream, and reports the stream as drained.
+    pub(super) fn report_drained(&self) {
+        let port = self.wait_until(|state| state.undrained.pop());
         let control = self.state().control.clone().unwrap();
         notify(&control, &Notice::Drained { port });
     }
 
-    /// Writes to standard output of a process, and closes it.
+    /// Writes to the standard output of a container's first process, and closes it.
     pub(super) fn write_and_close(&self, container: &str, text: &str) {
         let mut output = self.take_output(container);
         output.write_all(text.as_bytes()).unwrap();
         drop(output);
-        self.closed_output(container);
+        self.report_closed_output(container);
     }
 
-    /// Takes the standard output of a process; [`Self::closed_output`] is to follow.
+    /// Takes the standard output of a container's first process. Call [`Self::report_closed_output`] after closing it.
     pub(super) fn take_output(&self, container: &str) -> File {
         let port = self.port(container, None, |ports| ports.stdout);
-        self.until(|state| state.outputs.remove(&port))
+        self.wait_until(|state| state.outputs.remove(&port))
     }
 
-    /// Says that the standard output of a process was closed.
-    pub(super) fn closed_output(&self, container: &str) {
+    /// Reports that the standard output of a container's first process was closed.
+    pub(super) fn report_closed_output(&self, container: &str) {
         let port = self.port(container, None, |ports| ports.stdout);
         let control = self.state().control.clone().unwrap();
         notify(&control, &Notice::StreamClosed { port });
     }
 
-    /// Takes the input of a container's first process.
+    /// Takes the standard input of a container's first process.
     pub(super) fn take_input(&self, container: &str) -> File {
         let port = self.port(container, None, |ports| ports.stdin);
-        self.until(|state| state.inputs.remove(&port))
+        self.wait_until(|state| state.inputs.remove(&port))
     }
 
-    /// Takes the input of an exec.
+    /// Takes the standard input of an exec.
     pub(super) fn take_exec_input(&self, container: &str, exec: &str) -> File {
         let port = self.port(container, Some(exec), |ports| ports.stdin);
-        self.until(|state| state.inputs.remove(&port))
+        self.wait_until(|state| state.inputs.remove(&port))
     }
 
     fn port(&self, container: &str, exec: Option<&str>, which: impl Fn(&Ports) -> Option<u32>) -> u32 {
         let key = (container.to_owned(), exec.map(str::to_owned));
-        self.until(|state| state.ports.get(&key).and_then(&which))
+        self.wait_until(|state| state.ports.get(&key).and_then(&which))
     }
 
-    /// The sizes that the machine was given while it ran, once there are `count`: MiB beyond the boot, and
-    /// vCPUs.
+    /// Waits until the shim has requested at least `count` sizes, and returns them: MiB beyond the boot size, and vCPUs.
     pub(super) fn resizes(&self, count: usize) -> Vec<(u64, u8)> {
-        self.until(|state| (state.resizes.len() >= count).then(|| state.resizes.clone()))
+        self.wait_until(|state| (state.resizes.len() >= count).then(|| state.resizes.clone()))
     }
 
     /// All requests so far.
@@ -442,24 +442,24 @@ impl Fake {
         self.state().requests.clone()
     }
 
-    /// Waits for a request that is like `wanted`.
-    pub(super) fn asked<T>(&self, wanted: impl Fn(&Request) -> Option<T>) -> T {
-        self.until(|state| state.requests.iter().find_map(&wanted))
+    /// Waits for a request for which `wanted` returns a value.
+    pub(super) fn wait_for_request<T>(&self, wanted: impl Fn(&Request) -> Option<T>) -> T {
+        self.wait_until(|state| state.requests.iter().find_map(&wanted))
     }
 
-    /// Kills the process of the newest machine.
-    pub(super) fn kill(&self) {
-        let pid = rustix::process::Pid::from_raw(self.pid().cast_signed()).unwrap();
+    /// Kills the vmm of the newest machine.
+    pub(super) fn kill_vmm(&self) {
+        let pid = rustix::process::Pid::from_raw(self.vmm_pid().cast_signed()).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     }
 
-    /// The pid of the newest machine.
-    pub(super) fn pid(&self) -> u32 {
+    /// The pid of the vmm of the newest machine.
+    pub(super) fn vmm_pid(&self) -> u32 {
         self.state().pid
     }
 }
 
-fn exit(container: &str, exec: Option<&str>, status: u8, [stdout_bytes, stderr_bytes]: [u64; 2]) -> Event {
+fn exit_event(container: &str, exec: Option<&str>, status: u8, [stdout_bytes, stderr_bytes]: [u64; 2]) -> Event {
     Event::Exited(Exited {
         container: container.to_owned(),
         exec: exec.map(str::to_owned),
@@ -470,6 +470,7 @@ fn exit(container: &str, exec: Option<&str>, status: u8, [stdout_bytes, stderr_b
     })
 }
 
+/// The agent's failure if the spec's program is `nosuch`.
 fn missing_program(spec: &[u8]) -> Option<Failure> {
     let missing = String::from_utf8_lossy(spec).contains("nosuch");
     missing.then(|| Failure {
@@ -479,7 +480,7 @@ fn missing_program(spec: &[u8]) -> Option<Failure> {
 }
 
 fn notify(control: &Channel, notice: &Notice) {
-    // The shim may have ended the machine.
+    // Fails if the shim has ended the machine.
     let _ = control.send(notice, &[]);
 }
 

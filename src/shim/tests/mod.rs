@@ -1,8 +1,8 @@
-//! The Task service from containerd's side, on machines that are fake (see [`fake`]).
+//! The services from containerd's side, with fake machines (see [`fake`]).
 
 mod exits;
 mod fake;
-mod lives;
+mod lifecycle;
 mod pods;
 pub(super) mod script;
 mod streams;
@@ -49,7 +49,7 @@ use crate::{
     },
 };
 
-/// A shim that serves, and everything around it.
+/// A shim that serves, with a client, its events and its fake machines.
 struct Shim {
     folder: TempDir,
     fake: Arc<Fake>,
@@ -61,6 +61,7 @@ struct Shim {
     _server: Server,
 }
 
+/// A forwarder that records events.
 struct Recorder(mpsc::UnboundedSender<Envelope>);
 
 impl Forwarder for Recorder {
@@ -71,10 +72,10 @@ impl Forwarder for Recorder {
 
 impl Shim {
     async fn start() -> Self {
-        Self::with(Behaviour::Obliging).await
+        Self::start_with(Behaviour::Cooperative).await
     }
 
-    async fn with(behaviour: Behaviour) -> Self {
+    async fn start_with(behaviour: Behaviour) -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("disk"), [0; 512]).unwrap();
         let configuration = Configuration {
@@ -92,10 +93,10 @@ impl Shim {
             debug: false,
         };
         let (sender, events) = mpsc::unbounded_channel();
-        let host = FakeLauncher::new(behaviour);
-        let fake = host.fake.clone();
+        let launcher = FakeLauncher::new(behaviour);
+        let fake = launcher.fake.clone();
         let queue = EventQueue::start("default", Recorder(sender));
-        let tasks = Tasks::new(configuration, host, queue.clone(), StdioContext::default());
+        let tasks = Tasks::new(configuration, launcher, queue.clone(), StdioContext::default());
         let socket = folder.path().join("socket");
         let last_reply = LastReply::new();
         let listener = connection::accept_own_user(UnixListener::bind(&socket).unwrap(), last_reply.clone()).unwrap();
@@ -116,7 +117,7 @@ impl Shim {
         }
     }
 
-    /// A request to create `id`, with a bundle and fifos of its own.
+    /// A request to create `id`. Creates its bundle and fifos.
     fn request(&self, id: &str) -> CreateTaskRequest {
         let bundle = self.folder.path().join(id);
         if !bundle.exists() {
@@ -233,21 +234,21 @@ impl Shim {
         self.task.delete(context::Context::default(), &request).await
     }
 
-    /// The next events, each as its topic with what tells it from others of the topic.
-    async fn events(&mut self, count: usize) -> Vec<String> {
-        let mut seen = Vec::new();
+    /// Waits for the next `count` events. Returns each in short form, see [`summarize`].
+    async fn next_events(&mut self, count: usize) -> Vec<String> {
+        let mut events = Vec::new();
         for _ in 0..count {
             let next = tokio::time::timeout(Duration::from_secs(20), self.events.recv());
-            seen.push(shorten(&next.await.expect("an event").unwrap()));
+            events.push(summarize(&next.await.expect("an event").unwrap()));
         }
-        seen
+        events
     }
 
-    /// That no further event was published.
-    async fn no_more_events(&mut self) {
+    /// Asserts that no other event was published.
+    async fn assert_no_more_events(&mut self) {
         self.queue.flush(Duration::from_secs(20)).await;
         let left: Vec<_> = std::iter::from_fn(|| self.events.try_recv().ok())
-            .map(|event| shorten(&event))
+            .map(|event| summarize(&event))
             .collect();
         assert_eq!(left, Vec::<String>::new());
     }
@@ -257,7 +258,8 @@ async fn connect(socket: &Path) -> Client {
     Client::new(Socket::from(UnixStream::connect(socket).await.unwrap()))
 }
 
-fn shorten(envelope: &Envelope) -> String {
+/// The topic of an event, followed by ids and exit status.
+fn summarize(envelope: &Envelope) -> String {
     let value = &envelope.event.value;
     let detail = match envelope.topic.as_str() {
         "/tasks/exit" => {
@@ -280,8 +282,8 @@ fn shorten(envelope: &Envelope) -> String {
     format!("{}{detail}", envelope.topic.trim_start_matches("/tasks/"))
 }
 
-/// The code and text of a call that failed.
-fn refusal<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
+/// The code and text of a failed call.
+fn error_of<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (Code, String) {
     match result.unwrap_err() {
         ttrpc::Error::RpcStatus(status) => (status.code(), status.message),
         other => panic!("{other}"),
@@ -292,8 +294,8 @@ fn process_exists(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 
-/// Opens the reader of a fifo, as containerd does before it creates a task.
-fn reader(shim: &Shim, id: &str) -> File {
+/// Opens the fifo of a task's standard output for reading, as containerd does before Create.
+fn open_reader(shim: &Shim, id: &str) -> File {
     use std::os::unix::fs::OpenOptionsExt;
     let path = shim.folder.path().join(id).join("out");
     File::options()

@@ -1,4 +1,4 @@
-//! Pods: their sandboxes in both of containerd's ways, and what their containers share.
+//! Pods: sandboxes of both APIs, and the resources that containers share.
 
 use containerd_shim::protos::{
     api::{ShutdownRequest, UpdateTaskRequest},
@@ -94,8 +94,8 @@ impl Shim {
         self.sandboxes().shutdown_sandbox(context, &request).await.map(drop)
     }
 
-    /// A request for a container of a pod, its spec changed by `change`.
-    fn in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> CreateTaskRequest {
+    /// A request for a container of the pod `pod`, with a spec changed by `change`. `kind` is `sandbox` or `container`.
+    fn request_in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> CreateTaskRequest {
         let request = self.request(id);
         let path = self.folder.path().join(id).join("config.json");
         let mut spec: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -113,7 +113,7 @@ impl Shim {
     }
 
     async fn create_in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> ttrpc::Result<u32> {
-        let request = self.in_pod(id, kind, change);
+        let request = self.request_in_pod(id, kind, change);
         let response = self.task.create(context::Context::default(), &request).await?;
         Ok(response.pid)
     }
@@ -139,9 +139,9 @@ fn share_pids_of(pid: u32) -> impl FnOnce(&mut Value) {
 }
 
 #[tokio::test]
-async fn sandbox_of_the_service_goes_through_its_states_without_an_event() {
+async fn service_sandbox_passes_all_states_without_events() {
     let mut shim = Shim::start().await;
-    assert_eq!(refusal(shim.sandbox_status("pod").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.sandbox_status("pod").await).0, Code::NOT_FOUND);
     shim.create_sandbox("pod").await.unwrap();
     let created = shim.sandbox_status("pod").await.unwrap();
     assert_eq!(
@@ -154,7 +154,7 @@ async fn sandbox_of_the_service_goes_through_its_states_without_an_event() {
 
     let ready = shim.sandbox_status("pod").await.unwrap();
     assert_eq!((ready.state.as_str(), ready.pid), ("SANDBOX_READY", created.pid));
-    assert_eq!(ready.info["vmmPid"], shim.fake.pid().to_string());
+    assert_eq!(ready.info["vmmPid"], shim.fake.vmm_pid().to_string());
     shim.ping_sandbox("pod").await.unwrap();
 
     shim.stop_sandbox("pod").await.unwrap();
@@ -166,29 +166,29 @@ async fn sandbox_of_the_service_goes_through_its_states_without_an_event() {
         (stopped.state.as_str(), stopped.exited_at.is_some()),
         ("SANDBOX_NOTREADY", true)
     );
-    assert_eq!(refusal(shim.ping_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.ping_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
     shim.shut_down_sandbox("pod").await.unwrap();
     assert!(shim.is_ending() && !process_exists(created.pid));
-    shim.no_more_events().await;
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
-async fn sandbox_calls_at_the_wrong_time_are_refused_with_their_codes() {
+async fn sandbox_calls_in_the_wrong_phase_fail_with_their_codes() {
     let shim = Shim::start().await;
-    assert_eq!(refusal(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
-    assert_eq!(refusal(shim.stop_sandbox("pod").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.wait_sandbox("pod").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.ping_sandbox("pod").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.create_sandbox("../pod").await).0, Code::INVALID_ARGUMENT);
+    assert_eq!(error_of(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.stop_sandbox("pod").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.wait_sandbox("pod").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.ping_sandbox("pod").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.create_sandbox("../pod").await).0, Code::INVALID_ARGUMENT);
     shim.create_sandbox("pod").await.unwrap();
-    assert_eq!(refusal(shim.create_sandbox("pod").await).0, Code::ALREADY_EXISTS);
+    assert_eq!(error_of(shim.create_sandbox("pod").await).0, Code::ALREADY_EXISTS);
     shim.start_sandbox("pod").await.unwrap();
-    assert_eq!(refusal(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
-    assert_eq!(refusal(shim.create_sandbox("pod").await).0, Code::ALREADY_EXISTS);
-    assert_eq!(refusal(shim.shut_down_sandbox("other").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.create_sandbox("pod").await).0, Code::ALREADY_EXISTS);
+    assert_eq!(error_of(shim.shut_down_sandbox("other").await).0, Code::NOT_FOUND);
     shim.stop_sandbox("pod").await.unwrap();
-    assert_eq!(refusal(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
-    let late = refusal(shim.create_in_pod("c1", "container", |_| {}).await);
+    assert_eq!(error_of(shim.start_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
+    let late = error_of(shim.create_in_pod("c1", "container", |_| {}).await);
     assert!(
         late.0 == Code::FAILED_PRECONDITION && late.1.contains("stopped"),
         "{late:?}"
@@ -197,15 +197,15 @@ async fn sandbox_calls_at_the_wrong_time_are_refused_with_their_codes() {
 }
 
 #[tokio::test]
-async fn sandbox_of_the_service_is_no_task_and_keeps_the_shim_until_it_is_shut_down() {
+async fn service_sandbox_is_no_task_and_keeps_the_shim_until_its_shutdown() {
     let shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
     let pid = shim.start_sandbox("pod").await.unwrap();
-    assert_eq!(refusal(shim.state("pod", "").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.kill("pod", "", 9).await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.delete("pod", "").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.state("pod", "").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.kill("pod", "", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.delete("pod", "").await).0, Code::NOT_FOUND);
     assert_eq!(
-        refusal(shim.create_in_pod("pod", "container", |_| {}).await).0,
+        error_of(shim.create_in_pod("pod", "container", |_| {}).await).0,
         Code::ALREADY_EXISTS
     );
 
@@ -224,14 +224,14 @@ async fn sandbox_of_the_service_is_no_task_and_keeps_the_shim_until_it_is_shut_d
 }
 
 #[tokio::test]
-async fn shutdown_ends_a_sandbox_with_all_its_containers_and_one_that_was_never_made() {
+async fn sandbox_shutdown_ends_all_containers_and_works_without_a_sandbox() {
     let mut shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
     let pid = shim.start_sandbox("pod").await.unwrap();
     let member = shim.run_member("c1").await;
     shim.shut_down_sandbox("pod").await.unwrap();
     assert!(shim.is_ending() && !process_exists(pid) && !process_exists(member));
-    assert_eq!(shim.events(3).await, ["create", "start", "exit c1 137"]);
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exit c1 137"]);
 
     let shim = Shim::start().await;
     shim.shut_down_sandbox("pod").await.unwrap();
@@ -239,7 +239,7 @@ async fn shutdown_ends_a_sandbox_with_all_its_containers_and_one_that_was_never_
 }
 
 #[tokio::test]
-async fn guest_has_what_the_pod_shares_before_its_first_container() {
+async fn pod_is_set_up_once_before_its_first_container() {
     let shim = Shim::start().await;
     let sysctls = |spec: &mut Value| {
         spec["hostname"] = json!("web-0");
@@ -247,7 +247,7 @@ async fn guest_has_what_the_pod_shares_before_its_first_container() {
         spec["linux"]["sysctl"] = json!({"net.core.somaxconn": "7", "kernel.shmmax": "9"});
     };
     shim.create_in_pod("pod", "sandbox", sysctls).await.unwrap();
-    // Not even started: a client may be in a hurry.
+    // The sandbox is not started yet: a client may create containers at once.
     shim.create_in_pod("c1", "container", |_| {}).await.unwrap();
     let requests = shim.fake.requests();
     let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -264,15 +264,15 @@ async fn guest_has_what_the_pod_shares_before_its_first_container() {
         .collect();
     assert!(matches!(kinds[..], [Request::SetUpPod(set_up), Request::CreateContainer(_)] if *set_up == expected));
     shim.start_task("pod", "").await.unwrap();
-    assert_eq!(shim.fake.requests().len(), requests.len(), "it is asked twice");
+    assert_eq!(shim.fake.requests().len(), requests.len(), "the pod is set up twice");
 }
 
 #[tokio::test]
-async fn files_that_nobody_mounts_are_given_to_the_guest_by_the_service_only() {
+async fn service_sandbox_provides_etc_files() {
     let shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
     shim.start_sandbox("pod").await.unwrap();
-    let files = shim.fake.asked(|request| match request {
+    let files = shim.fake.wait_for_request(|request| match request {
         Request::SetUpPod(set_up) => Some(set_up.files.clone()),
         _ => None,
     });
@@ -282,28 +282,28 @@ async fn files_that_nobody_mounts_are_given_to_the_guest_by_the_service_only() {
 }
 
 #[tokio::test]
-async fn pod_whose_guest_refuses_a_setting_does_not_start_and_says_which() {
+async fn sandbox_start_fails_and_names_the_refused_sysctl() {
     let mut shim = Shim::start().await;
     let sysctl = |spec: &mut Value| spec["linux"]["sysctl"] = json!({"no.such": "1"});
     shim.create_in_pod("pod", "sandbox", sysctl).await.unwrap();
-    let (code, text) = refusal(shim.start_task("pod", "").await);
+    let (code, text) = error_of(shim.start_task("pod", "").await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
     assert!(text.contains("no.such"), "{text}");
-    let (_, text) = refusal(shim.create_in_pod("c1", "container", |_| {}).await);
+    let (_, text) = error_of(shim.create_in_pod("c1", "container", |_| {}).await);
     assert!(text.contains("no.such"), "{text}");
     assert_eq!(shim.status("pod").await, Status::CREATED);
     shim.delete("pod", "").await.unwrap();
-    assert_eq!(shim.events(3).await, ["create", "exit pod 137", "delete pod 137"]);
+    assert_eq!(shim.next_events(3).await, ["create", "exit pod 137", "delete pod 137"]);
 }
 
 #[tokio::test]
-async fn start_of_a_sandbox_says_why_its_machine_did_not_boot() {
-    for behaviour in [Behaviour::Unbuildable, Behaviour::Silent] {
-        let shim = Shim::with(behaviour).await;
+async fn sandbox_start_reports_why_its_machine_did_not_boot() {
+    for behaviour in [Behaviour::BootFails, Behaviour::NeverReady] {
+        let shim = Shim::start_with(behaviour).await;
         shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
-        let (_, text) = refusal(shim.start_task("pod", "").await);
+        let (_, text) = error_of(shim.start_task("pod", "").await);
         let reason = match behaviour {
-            Behaviour::Unbuildable => "no memory",
+            Behaviour::BootFails => "no memory",
             _ => "did not become ready",
         };
         assert!(text.contains(reason), "{text}");
@@ -311,28 +311,28 @@ async fn start_of_a_sandbox_says_why_its_machine_did_not_boot() {
 }
 
 #[tokio::test]
-async fn sandbox_in_a_namespace_of_the_host_is_refused_before_anything_is_made() {
+async fn sandbox_in_a_host_namespace_is_refused_before_a_machine_starts() {
     let mut shim = Shim::start().await;
     for (kind, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
         let without = |spec: &mut Value| {
             let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
             namespaces.retain(|namespace| namespace["type"] != kind);
         };
-        let (code, text) = refusal(shim.create_in_pod("pod", "sandbox", without).await);
+        let (code, text) = error_of(shim.create_in_pod("pod", "sandbox", without).await);
         assert_eq!(code, Code::INVALID_ARGUMENT, "{text}");
         assert!(text.contains(field), "{text}");
     }
-    assert_eq!(shim.fake.pid(), 0, "a machine was started");
-    shim.no_more_events().await;
+    assert_eq!(shim.fake.vmm_pid(), 0, "a machine was started");
+    shim.assert_no_more_events().await;
 }
 
-/// Requests about sizes and containers, by their kinds.
-fn order(requests: &[Request]) -> String {
+/// The requests that resize the machine and create or update containers, in short form.
+fn summarize_requests(requests: &[Request]) -> String {
     let kind = |request: &Request| match request {
         Request::ResizeMachine {
             vcpus,
             has_memory_device,
-        } => Some(format!("fit {vcpus} {has_memory_device}")),
+        } => Some(format!("resize {vcpus} {has_memory_device}")),
         Request::CreateContainer(_) => Some("create".to_owned()),
         Request::Update { .. } => Some("update".to_owned()),
         _ => None,
@@ -341,7 +341,7 @@ fn order(requests: &[Request]) -> String {
 }
 
 #[tokio::test]
-async fn machine_of_a_pod_follows_the_limits_of_its_members() {
+async fn machine_size_follows_the_limits_of_the_containers() {
     let shim = Shim::start().await;
     shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
     let limits = |memory: u64, quota: u64| {
@@ -364,7 +364,7 @@ async fn machine_of_a_pod_follows_the_limits_of_its_members() {
         shim.task.update(context::Context::default(), &request).await.unwrap();
     };
 
-    // Booted with 128 MiB; a member's limit needs an overhead beside it.
+    // The machine boots with 128 MiB. A container's limit needs additional memory for overhead.
     shim.create_in_pod("small", "container", limits(32, 50_000))
         .await
         .unwrap();
@@ -378,21 +378,21 @@ async fn machine_of_a_pod_follows_the_limits_of_its_members() {
     update(json!({"memory": {"limit": 480 << 20}})).await;
     assert_eq!(shim.fake.resizes(2).len(), 2, "nothing changed");
     assert_eq!(
-        order(&shim.fake.requests()),
-        "create, fit 2 true, create, fit 4 true, update, update"
+        summarize_requests(&shim.fake.requests()),
+        "create, resize 2 true, create, resize 4 true, update, update"
     );
 
     update(json!({"memory": {"limit": 96 << 20}, "cpu": {"quota": 50_000}})).await;
     assert_eq!(shim.fake.resizes(3)[2..], [(128 + 2 + 64 - 128, 1)]);
-    let asked = order(&shim.fake.requests());
+    let requests = summarize_requests(&shim.fake.requests());
     assert!(
-        asked.contains("update, update, update"),
-        "shrinks before it may: {asked}"
+        requests.contains("update, update, update"),
+        "the machine shrinks before the limits do: {requests}"
     );
 }
 
 #[tokio::test]
-async fn machine_has_no_more_than_before_when_a_member_is_gone_or_it_cannot_grow() {
+async fn machine_shrinks_back_after_delete_failed_create_and_failed_resize() {
     let limits =
         |memory: u64| move |spec: &mut Value| spec["linux"]["resources"]["memory"] = json!({"limit": memory << 20});
     let shim = Shim::start().await;
@@ -400,30 +400,22 @@ async fn machine_has_no_more_than_before_when_a_member_is_gone_or_it_cannot_grow
     shim.create_in_pod("big", "container", limits(224)).await.unwrap();
     assert_eq!(shim.fake.resizes(1), [(224 + 4 + 64 - 128, 1)]);
     shim.delete("big", "").await.unwrap();
-    assert_eq!(
-        shim.fake.resizes(2)[1..],
-        [(0, 1)],
-        "a member that is deleted needs nothing"
-    );
+    assert_eq!(shim.fake.resizes(2)[1..], [(0, 1)], "after delete");
     let failing = |spec: &mut Value| {
         limits(224)(spec);
         spec["process"]["args"] = json!(["nosuch"]);
     };
     shim.create_in_pod("failing", "container", failing).await.unwrap_err();
-    assert_eq!(
-        shim.fake.resizes(4)[3..],
-        [(0, 1)],
-        "nor does one that was never created"
-    );
+    assert_eq!(shim.fake.resizes(4)[3..], [(0, 1)], "after failed create");
 
-    let shim = Shim::with(Behaviour::Full).await;
+    let shim = Shim::start_with(Behaviour::CannotGrow).await;
     shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
     shim.create_in_pod("big", "container", limits(224)).await.unwrap();
-    assert_eq!(shim.fake.resizes(2)[1..], [(0, 1)], "what failed is taken back");
+    assert_eq!(shim.fake.resizes(2)[1..], [(0, 1)], "after failed resize");
 }
 
 #[tokio::test]
-async fn disk_slots_of_deleted_and_failed_members_are_free_again() {
+async fn disk_slots_of_deleted_and_failed_containers_are_reused() {
     let shim = Shim::start().await;
     shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
     for _ in 0..5 {
@@ -432,7 +424,7 @@ async fn disk_slots_of_deleted_and_failed_members_are_free_again() {
                 .await
                 .unwrap();
         }
-        let (_, text) = refusal(shim.create_in_pod("ninth", "container", |_| {}).await);
+        let (_, text) = error_of(shim.create_in_pod("ninth", "container", |_| {}).await);
         assert!(text.contains("at most 8"), "{text}");
         for number in 0..8 {
             shim.delete(&format!("c{number}"), "").await.unwrap();
@@ -446,7 +438,7 @@ async fn disk_slots_of_deleted_and_failed_members_are_free_again() {
 }
 
 #[tokio::test]
-async fn processes_are_shared_with_the_sandbox_or_with_a_target() {
+async fn pid_namespace_is_that_of_the_sandbox_or_of_a_target() {
     let shim = Shim::start().await;
     let sandbox = shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
     shim.start_task("pod", "").await.unwrap();
@@ -462,33 +454,33 @@ async fn processes_are_shared_with_the_sandbox_or_with_a_target() {
         ("shares", PidNamespace::Pod),
         ("joins", PidNamespace::Container("alone".to_owned())),
     ] {
-        let namespace = shim.fake.asked(|request| match request {
+        let namespace = shim.fake.wait_for_request(|request| match request {
             Request::CreateContainer(create) if create.container == id => Some(create.pid_namespace.clone()),
             _ => None,
         });
         assert_eq!(namespace, expected, "{id}");
     }
 
-    let (code, text) = refusal(shim.create_in_pod("lost", "container", share_pids_of(1)).await);
+    let (code, text) = error_of(shim.create_in_pod("lost", "container", share_pids_of(1)).await);
     assert_eq!(code, Code::INVALID_ARGUMENT);
     assert!(text.contains("pid 1"), "{text}");
     shim.kill("alone", "", 9).await.unwrap();
     shim.wait("alone", "").await.unwrap();
-    let (code, text) = refusal(shim.create_in_pod("late", "container", share_pids_of(alone)).await);
+    let (code, text) = error_of(shim.create_in_pod("late", "container", share_pids_of(alone)).await);
     assert_eq!(code, Code::FAILED_PRECONDITION);
     assert!(text.contains("alone"), "{text}");
 }
 
 #[tokio::test]
-async fn end_of_one_container_touches_neither_its_siblings_nor_the_pod() {
+async fn exit_of_a_container_affects_neither_its_siblings_nor_the_pod() {
     let mut shim = Shim::start().await;
     shim.create_in_pod("pod", "sandbox", |_| {}).await.unwrap();
     shim.start_task("pod", "").await.unwrap();
     for id in ["a", "b"] {
         shim.run_member(id).await;
     }
-    shim.fake.out_of_memory("a");
-    shim.fake.exit("a", None, 137, [0, 0]);
+    shim.fake.report_out_of_memory("a");
+    shim.fake.report_exit("a", None, 137, [0, 0]);
     assert_eq!(shim.wait("a", "").await.unwrap(), 137);
     shim.delete("a", "").await.unwrap();
     assert_eq!(
@@ -500,10 +492,10 @@ async fn end_of_one_container_touches_neither_its_siblings_nor_the_pod() {
     shim.wait("b", "").await.unwrap();
     shim.delete("b", "").await.unwrap();
     shim.shut_down().await;
-    assert!(!shim.is_ending(), "a pod without a container ends");
+    assert!(!shim.is_ending(), "the pod ends without a container");
     shim.run_member("a").await;
     assert_eq!(shim.status("a").await, Status::RUNNING);
-    let mut events = shim.events(13).await;
+    let mut events = shim.next_events(13).await;
     events.retain(|event| event.starts_with("exit") || event == "oom");
     assert_eq!(events, ["oom", "exit a 137", "exit b 143"]);
 }
@@ -514,14 +506,14 @@ async fn killed_machine_ends_the_sandbox_and_its_containers() {
     shim.create_sandbox("pod").await.unwrap();
     shim.start_sandbox("pod").await.unwrap();
     shim.run_member("a").await;
-    shim.fake.kill();
+    shim.fake.kill_vmm();
     assert_eq!(shim.wait_sandbox("pod").await.unwrap(), 137);
     assert_eq!(shim.sandbox_status("pod").await.unwrap().state, "SANDBOX_NOTREADY");
     assert_eq!(shim.wait("a", "").await.unwrap(), 137);
-    assert_eq!(shim.events(3).await, ["create", "start", "exit a 137"]);
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exit a 137"]);
     shim.stop_sandbox("pod").await.unwrap();
     shim.shut_down_sandbox("pod").await.unwrap();
-    shim.no_more_events().await;
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
@@ -530,7 +522,7 @@ async fn guest_writes_back_the_disks_of_containers_that_end_with_their_sandbox()
         let shim = Shim::start().await;
         shim.create_sandbox("pod").await.unwrap();
         shim.start_sandbox("pod").await.unwrap();
-        let mut request = shim.in_pod("a", "container", |_| {});
+        let mut request = shim.request_in_pod("a", "container", |_| {});
         request.rootfs[0].options = vec![options.to_owned()];
         shim.task.create(context::Context::default(), &request).await.unwrap();
         shim.stop_sandbox("pod").await.unwrap();
@@ -541,7 +533,7 @@ async fn guest_writes_back_the_disks_of_containers_that_end_with_their_sandbox()
 }
 
 #[tokio::test]
-async fn metrics_of_a_sandbox_are_asked_of_its_living_containers() {
+async fn sandbox_metrics_are_requested_from_its_live_containers() {
     let shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
     shim.start_sandbox("pod").await.unwrap();
@@ -555,5 +547,5 @@ async fn metrics_of_a_sandbox_are_asked_of_its_living_containers() {
     assert_eq!(response.metrics.id, "pod");
     assert_eq!(response.metrics.data.type_url, "io.containerd.cgroups.v2.Metrics");
     shim.fake
-        .asked(|request| matches!(request, Request::Stats { container } if container == "a").then_some(()));
+        .wait_for_request(|request| matches!(request, Request::Stats { container } if container == "a").then_some(()));
 }

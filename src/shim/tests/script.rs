@@ -1,14 +1,15 @@
-//! Scripts that the tests have the shim execute.
+//! Scripts that the shim executes in tests.
 
 use std::{path::Path, process::Command};
 
-/// Makes the executable script `path`. Another process writes it: whatever another test forks has a
-/// copy of this process's descriptors until it executes, and a file that somebody has open for writing
-/// does not execute (execve(2), `ETXTBSY`).
+/// Creates the executable shell script `path`.
+///
+/// Another process writes it, because a file that is open for writing cannot be executed (execve(2), `ETXTBSY`): a
+/// process that another test forks would have a copy of this process's descriptor until its exec.
 ///
 /// # Panics
 ///
-/// Where it cannot be written.
+/// If the file cannot be written.
 pub(crate) fn write_script(path: &Path, script: &str) {
     let mut writer = Command::new("/bin/sh");
     writer.args(["-c", r#"printf '#!/bin/sh\n%s' "$1" >"$0" && chmod 700 "$0""#]);

@@ -1,4 +1,4 @@
-//! Standard streams: fifos, logging programs, and streams that clients open at the shim's socket.
+//! Standard streams: fifos, logging programs, and streams that clients open on the shim's socket.
 
 use std::io::{ErrorKind, Read, Write};
 
@@ -27,7 +27,7 @@ impl Shim {
         self.task.close_io(context::Context::default(), &request).await.unwrap();
     }
 
-    /// Opens a stream as CRI does: on a connection of its own.
+    /// Opens a stream on a new connection, as the CRI does.
     async fn open(&self, id: &str) -> ClientStream<Any, Any> {
         let client = connect(&self.folder.path().join("socket")).await;
         let request = RawRequest {
@@ -46,7 +46,7 @@ impl Shim {
         stream
     }
 
-    /// The request to create `id` with streams that clients open.
+    /// A request to create `id` with streams that clients open.
     fn streaming_request(&self, id: &str) -> CreateTaskRequest {
         let socket = self.folder.path().join("socket");
         let uri = |stream| format!("ttrpc+unix://{}?streaming_id={id}-{stream}", socket.display());
@@ -88,7 +88,7 @@ fn data(bytes: &[u8]) -> Any {
     any(DATA, &message)
 }
 
-/// All bytes up to the end that the shim makes.
+/// Reads a stream until the shim closes it.
 async fn receive_all(mut stream: ClientStream<Any, Any>) -> Vec<u8> {
     let mut bytes = Vec::new();
     loop {
@@ -103,51 +103,51 @@ async fn receive_all(mut stream: ClientStream<Any, Any>) -> Vec<u8> {
     }
 }
 
-/// Takes the window that the shim grants.
-async fn window(stream: &mut ClientStream<Any, Any>) -> i32 {
+/// Waits for the shim's next window update.
+async fn receive_window(stream: &mut ClientStream<Any, Any>) -> i32 {
     let update = stream.recv().await.unwrap();
     assert_eq!(update.type_url, WINDOW_UPDATE);
     Int32Value::parse_from_bytes(&update.value).unwrap().value
 }
 
-/// Reads what is written next into a pipe, without keeping the shim, which runs on this thread, from it.
+/// Reads the next bytes from a pipe. Does not block this thread, on which the shim runs.
 async fn read_some(input: &File) -> Vec<u8> {
     let input = input.try_clone().unwrap();
     tokio::task::spawn_blocking(move || read_next(&input)).await.unwrap()
 }
 
 #[tokio::test]
-async fn reader_has_all_output_and_its_end_before_delete_returns() {
+async fn output_and_its_end_reach_the_reader_before_delete_returns() {
     let shim = Shim::start().await;
     let request = shim.request("c1");
-    let reader = reader(&shim, "c1");
+    let reader = open_reader(&shim, "c1");
     shim.create_as(&request).await.unwrap();
     shim.start_task("c1", "").await.unwrap();
-    shim.fake.write_and_close("c1", "last words");
-    shim.fake.exit("c1", None, 0, [10, 0]);
+    shim.fake.write_and_close("c1", "final message");
+    shim.fake.report_exit("c1", None, 0, [13, 0]);
     shim.wait("c1", "").await.unwrap();
 
     shim.delete("c1", "").await.unwrap();
 
-    assert_eq!(read_next(&reader), b"last words");
+    assert_eq!(read_next(&reader), b"final message");
     assert_eq!(read_next(&reader), b"");
 }
 
 #[tokio::test]
-async fn own_reader_keeps_output_writable_when_containerd_is_away() {
+async fn output_stays_writable_without_a_reader() {
     let shim = Shim::start().await;
     shim.run("c1").await;
-    // Nobody has ever opened the other end.
-    shim.fake.write_and_close("c1", "unheard");
-    shim.fake.exit("c1", None, 0, [7, 0]);
+    // No other process has opened the fifo.
+    shim.fake.write_and_close("c1", "unread");
+    shim.fake.report_exit("c1", None, 0, [6, 0]);
     assert_eq!(shim.wait("c1", "").await.unwrap(), 0);
-    let late = reader(&shim, "c1");
-    assert_eq!(read_next(&late), b"unheard");
+    let late = open_reader(&shim, "c1");
+    assert_eq!(read_next(&late), b"unread");
     assert_eq!(read_next(&late), b"");
 }
 
 #[tokio::test]
-async fn input_ends_with_close_io_and_not_with_a_client() {
+async fn stdin_ends_with_close_io_and_not_with_a_client() {
     let shim = Shim::start().await;
     shim.run("c1").await;
     let mut input = shim.fake.take_input("c1");
@@ -168,7 +168,7 @@ async fn input_ends_with_close_io_and_not_with_a_client() {
 }
 
 #[tokio::test]
-async fn input_that_was_closed_before_the_start_of_an_exec_has_ended() {
+async fn close_io_before_the_start_of_an_exec_takes_effect() {
     let shim = Shim::start().await;
     shim.run("c1").await;
     let request = ExecProcessRequest {
@@ -202,7 +202,7 @@ async fn input_that_was_closed_before_the_start_of_an_exec_has_ended() {
 }
 
 #[tokio::test]
-async fn logging_program_has_all_output_and_has_ended_when_delete_returns() {
+async fn logging_program_gets_all_output_and_exits_before_delete_returns() {
     let shim = Shim::start().await;
     let log = shim.folder.path().join("log");
     let program = shim.folder.path().join("logger");
@@ -218,29 +218,29 @@ async fn logging_program_has_all_output_and_has_ended_when_delete_returns() {
     };
     shim.create_as(&request).await.unwrap();
     shim.start_task("c1", "").await.unwrap();
-    shim.fake.write_and_close("c1", "last words");
-    shim.fake.exit("c1", None, 0, [10, 0]);
+    shim.fake.write_and_close("c1", "final message");
+    shim.fake.report_exit("c1", None, 0, [13, 0]);
     shim.wait("c1", "").await.unwrap();
 
     shim.delete("c1", "").await.unwrap();
 
-    assert_eq!(fs::read_to_string(log).unwrap(), "c1: key a b last words\nend\n");
+    assert_eq!(fs::read_to_string(log).unwrap(), "c1: key a b final message\nend\n");
 }
 
 #[tokio::test]
-async fn logging_program_that_cannot_start_is_the_error_of_create() {
+async fn create_fails_if_the_logging_program_cannot_start() {
     let mut shim = Shim::start().await;
     let request = CreateTaskRequest {
         stdout: "binary:///no/such/logger".to_owned(),
         stderr: "binary:///no/such/logger".to_owned(),
         ..shim.request("c1")
     };
-    let (_, text) = refusal(shim.create_as(&request).await);
+    let (_, text) = error_of(shim.create_as(&request).await);
     assert!(
         text.contains("start the logging program /no/such/logger: No such file or directory"),
         "{text}"
     );
-    shim.no_more_events().await;
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
@@ -253,21 +253,21 @@ async fn streamed_output_reaches_its_client_before_the_exit_is_reported() {
     let pipe = output.try_clone().unwrap();
     let written = block.clone();
     let writer = tokio::task::spawn_blocking(move || output.write_all(&written).unwrap());
-    shim.fake.exit("c1", None, 0, [1 << 20, 0]);
+    shim.fake.report_exit("c1", None, 0, [1 << 20, 0]);
 
     shim.wait("c1", "").await.unwrap();
 
     let left = rustix::io::ioctl_fionread(pipe).unwrap();
-    assert_eq!(left, 0, "reported before it was taken");
+    assert_eq!(left, 0, "the exit was reported before the client had all output");
     writer.await.unwrap();
-    shim.fake.closed_output("c1");
+    shim.fake.report_closed_output("c1");
     shim.delete("c1", "").await.unwrap();
     let received = client.await.unwrap();
     assert!(received == block, "{} of {} bytes", received.len(), block.len());
 }
 
 #[tokio::test]
-async fn client_that_reads_nothing_holds_the_writer_up() {
+async fn client_that_does_not_read_blocks_the_writer() {
     let shim = Shim::start().await;
     let _stdin = shim.open("c1-stdin").await;
     let mut stdout = UnixStream::connect(shim.folder.path().join("socket")).await.unwrap();
@@ -297,22 +297,25 @@ async fn client_that_reads_nothing_holds_the_writer_up() {
     let mut output = shim.fake.take_output("c1");
     fcntl_setfl(&output, fcntl_getfl(&output).unwrap() | OFlags::NONBLOCK).unwrap();
 
-    let (mut taken, mut refused) = (0, 0);
+    let (mut accepted, mut refused) = (0, 0);
     while refused < 1000 {
         match output.write(&[b'x'; 4096]) {
-            Ok(count) => (taken, refused) = (taken + count, 0),
+            Ok(count) => (accepted, refused) = (accepted + count, 0),
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::WouldBlock);
                 refused += 1;
                 tokio::task::yield_now().await;
             }
         }
-        assert!(taken < 2 << 20, "nobody reads, and {taken} bytes were taken");
+        assert!(
+            accepted < 2 << 20,
+            "the shim accepted {accepted} bytes without a reader"
+        );
     }
 }
 
 #[tokio::test]
-async fn client_that_comes_back_gets_the_rest() {
+async fn reconnected_client_gets_the_remaining_output() {
     let shim = Shim::start().await;
     let (_stdin, mut stdout) = shim.run_streaming().await;
     let mut output = shim.fake.take_output("c1");
@@ -329,22 +332,22 @@ async fn client_that_comes_back_gets_the_rest() {
 }
 
 #[tokio::test]
-async fn streamed_input_ends_with_close_io_and_not_with_a_client() {
+async fn streamed_stdin_ends_with_close_io_and_not_with_a_client() {
     let shim = Shim::start().await;
     let (mut stdin, _stdout) = shim.run_streaming().await;
     let input = shim.fake.take_input("c1");
-    assert_eq!(window(&mut stdin).await, 64 << 10);
+    assert_eq!(receive_window(&mut stdin).await, 64 << 10);
     stdin.send(&data(b"first")).await.unwrap();
     assert_eq!(read_some(&input).await, b"first");
 
     stdin.close_send().await.unwrap();
     assert!(matches!(stdin.recv().await, Err(ttrpc::Error::Eof)));
     let mut stdin = shim.open("c1-stdin").await;
-    window(&mut stdin).await;
+    receive_window(&mut stdin).await;
     stdin.send(&data(b"again")).await.unwrap();
     assert_eq!(read_some(&input).await, b"again");
 
-    // CloseIO goes another way than the data, and may overtake it.
+    // CloseIO and the data use different connections: CloseIO may arrive first.
     shim.close_stdin("c1").await;
     stdin.send(&data(b"late")).await.unwrap();
     stdin.close_send().await.unwrap();
@@ -353,7 +356,7 @@ async fn streamed_input_ends_with_close_io_and_not_with_a_client() {
 }
 
 #[tokio::test]
-async fn streamed_input_of_many_windows_arrives() {
+async fn streamed_stdin_larger_than_the_window_arrives() {
     let shim = Shim::start().await;
     let (mut stdin, _stdout) = shim.run_streaming().await;
     let mut input = shim.fake.take_input("c1");
@@ -367,7 +370,7 @@ async fn streamed_input_of_many_windows_arrives() {
     for piece in block.chunks(30_000) {
         let length = i32::try_from(piece.len()).unwrap();
         while granted < length {
-            granted += window(&mut stdin).await;
+            granted += receive_window(&mut stdin).await;
         }
         stdin.send(&data(piece)).await.unwrap();
         granted -= length;
@@ -378,20 +381,20 @@ async fn streamed_input_of_many_windows_arrives() {
 }
 
 #[tokio::test]
-async fn streamed_input_ends_with_close_io_though_its_client_stays() {
+async fn streamed_stdin_of_a_connected_client_ends_with_close_io() {
     let shim = Shim::start().await;
     let (mut stdin, _stdout) = shim.run_streaming().await;
     let input = shim.fake.take_input("c1");
-    window(&mut stdin).await;
+    receive_window(&mut stdin).await;
     shim.close_stdin("c1").await;
     assert_eq!(read_some(&input).await, b"");
 }
 
 #[tokio::test]
-async fn client_hears_of_the_end_of_a_task_that_is_killed_and_deleted() {
+async fn streams_of_a_killed_and_deleted_task_are_closed() {
     let shim = Shim::start().await;
     let (mut stdin, stdout) = shim.run_streaming().await;
-    window(&mut stdin).await;
+    receive_window(&mut stdin).await;
     shim.kill("c1", "", 9).await.unwrap();
     shim.wait("c1", "").await.unwrap();
     shim.delete("c1", "").await.unwrap();

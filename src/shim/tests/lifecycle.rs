@@ -1,4 +1,4 @@
-//! Lives of containers and execs, call by call.
+//! The lifecycle of containers and execs, call by call.
 
 use containerd_shim::protos::{
     api::{CheckpointTaskRequest, ConnectRequest, PidsRequest, ShutdownRequest, StatsRequest, UpdateTaskRequest},
@@ -11,7 +11,7 @@ use nutshell_protocol::Request;
 use super::*;
 
 #[tokio::test]
-async fn life_of_a_container_is_told_in_order() {
+async fn lifecycle_of_a_container_is_reported_in_order() {
     let mut shim = Shim::start().await;
 
     let pid = shim.create("c1").await;
@@ -19,7 +19,7 @@ async fn life_of_a_container_is_told_in_order() {
     assert_eq!(shim.status("c1").await, Status::CREATED);
     shim.start_task("c1", "").await.unwrap();
     assert_eq!(shim.status("c1").await, Status::RUNNING);
-    shim.fake.exit("c1", None, 42, [0, 0]);
+    shim.fake.report_exit("c1", None, 42, [0, 0]);
     assert_eq!(shim.wait("c1", "").await.unwrap(), 42);
     let state = shim.state("c1", "").await.unwrap();
     assert_eq!(
@@ -31,9 +31,12 @@ async fn life_of_a_container_is_told_in_order() {
 
     assert_eq!((deleted.exit_status, deleted.pid), (42, pid));
     assert!(!process_exists(pid));
-    assert!(!process_exists(shim.fake.pid()));
-    assert_eq!(shim.events(4).await, ["create", "start", "exit c1 42", "delete c1 42"]);
-    assert_eq!(refusal(shim.state("c1", "").await).0, Code::NOT_FOUND);
+    assert!(!process_exists(shim.fake.vmm_pid()));
+    assert_eq!(
+        shim.next_events(4).await,
+        ["create", "start", "exit c1 42", "delete c1 42"]
+    );
+    assert_eq!(error_of(shim.state("c1", "").await).0, Code::NOT_FOUND);
 }
 
 #[tokio::test]
@@ -59,33 +62,33 @@ async fn version_2_of_the_api_is_the_same_service() {
         assert_eq!(call(service).await.unwrap().status, EnumOrUnknown::new(Status::CREATED));
     }
     assert_eq!(
-        refusal(call("containerd.runtime.sandbox.v1.Sandbox").await).0,
+        error_of(call("containerd.runtime.sandbox.v1.Sandbox").await).0,
         Code::UNIMPLEMENTED
     );
 }
 
 #[tokio::test]
-async fn calls_at_the_wrong_time_are_refused_with_their_codes() {
+async fn calls_in_the_wrong_phase_fail_with_their_codes() {
     let shim = Shim::start().await;
     let context = context::Context::default;
-    assert_eq!(refusal(shim.start_task("nobody", "").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.wait("nobody", "").await).0, Code::NOT_FOUND);
-    assert_eq!(refusal(shim.delete("../etc", "").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.start_task("unknown", "").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.wait("unknown", "").await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.delete("../etc", "").await).0, Code::NOT_FOUND);
 
     shim.run("c1").await;
     let again = shim.task.create(context(), &shim.request("c1")).await;
-    assert_eq!(refusal(again).0, Code::ALREADY_EXISTS);
+    assert_eq!(error_of(again).0, Code::ALREADY_EXISTS);
     assert_eq!(
-        refusal(shim.start_task("c1", "").await),
+        error_of(shim.start_task("c1", "").await),
         (Code::FAILED_PRECONDITION, "cannot start a running process".to_owned())
     );
     assert_eq!(
-        refusal(shim.delete("c1", "").await),
+        error_of(shim.delete("c1", "").await),
         (Code::FAILED_PRECONDITION, "cannot delete a running process".to_owned())
     );
-    assert_eq!(refusal(shim.kill("c1", "nobody", 9).await).0, Code::NOT_FOUND);
+    assert_eq!(error_of(shim.kill("c1", "unknown", 9).await).0, Code::NOT_FOUND);
     let checkpoint = shim.task.checkpoint(context(), &CheckpointTaskRequest::default()).await;
-    assert_eq!(refusal(checkpoint).0, Code::UNIMPLEMENTED);
+    assert_eq!(error_of(checkpoint).0, Code::UNIMPLEMENTED);
     let connected = async |id: &str| {
         let request = ConnectRequest {
             id: id.to_owned(),
@@ -93,48 +96,48 @@ async fn calls_at_the_wrong_time_are_refused_with_their_codes() {
         };
         shim.task.connect(context(), &request).await.unwrap()
     };
-    assert_eq!(connected("nobody").await.task_pid, 0);
+    assert_eq!(connected("unknown").await.task_pid, 0);
     assert_eq!(connected("c1").await.shim_pid, std::process::id());
 
-    shim.fake.exit("c1", None, 0, [0, 0]);
+    shim.fake.report_exit("c1", None, 0, [0, 0]);
     shim.wait("c1", "").await.unwrap();
     assert_eq!(
-        refusal(shim.kill("c1", "", 9).await),
+        error_of(shim.kill("c1", "", 9).await),
         (Code::NOT_FOUND, "process already finished".to_owned())
     );
     assert_eq!(
-        refusal(shim.exec("c1", "e1", "true").await).0,
+        error_of(shim.exec("c1", "e1", "true").await).0,
         Code::FAILED_PRECONDITION
     );
-    assert_eq!(refusal(shim.start_task("c1", "").await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.start_task("c1", "").await).0, Code::FAILED_PRECONDITION);
 }
 
 #[tokio::test]
-async fn failed_creation_says_what_runc_says_and_leaves_nothing() {
+async fn failed_create_has_runcs_text_and_leaves_nothing() {
     let mut shim = Shim::start().await;
     let request = shim.request("c1");
     let bundle = shim.folder.path().join("c1");
     let good = fs::read_to_string(bundle.join("config.json")).unwrap();
     fs::write(bundle.join("config.json"), good.replace("true", "nosuch")).unwrap();
 
-    let (code, text) = refusal(shim.task.create(context::Context::default(), &request).await);
+    let (code, text) = error_of(shim.task.create(context::Context::default(), &request).await);
 
     assert_eq!(code, Code::UNKNOWN);
     assert_eq!(
         text,
         "OCI runtime create failed: unable to start container process: exec: \"nosuch\": executable file not found in $PATH"
     );
-    assert!(!process_exists(shim.fake.pid()));
-    assert_eq!(refusal(shim.state("c1", "").await).0, Code::NOT_FOUND);
-    shim.no_more_events().await;
+    assert!(!process_exists(shim.fake.vmm_pid()));
+    assert_eq!(error_of(shim.state("c1", "").await).0, Code::NOT_FOUND);
+    shim.assert_no_more_events().await;
     // The id is free again.
     shim.create("c1").await;
 }
 
 #[tokio::test]
-async fn creation_fails_with_the_name_of_what_is_missing() {
+async fn failed_create_names_the_missing_file() {
     let shim = Shim::start().await;
-    let create = async |request| refusal(shim.task.create(context::Context::default(), &request).await).1;
+    let create = async |request| error_of(shim.task.create(context::Context::default(), &request).await).1;
 
     let mut request = shim.request("c1");
     request.stdout = "/no/such/fifo".to_owned();
@@ -148,27 +151,27 @@ async fn creation_fails_with_the_name_of_what_is_missing() {
 }
 
 #[tokio::test]
-async fn life_of_an_exec_is_told_in_order() {
+async fn lifecycle_of_an_exec_is_reported_in_order() {
     let mut shim = Shim::start().await;
     let init = shim.run("c1").await;
 
     shim.exec("c1", "e1", "true").await.unwrap();
-    assert_eq!(refusal(shim.exec("c1", "e1", "true").await).0, Code::ALREADY_EXISTS);
-    assert_eq!(refusal(shim.kill("c1", "e1", 9).await).0, Code::FAILED_PRECONDITION);
+    assert_eq!(error_of(shim.exec("c1", "e1", "true").await).0, Code::ALREADY_EXISTS);
+    assert_eq!(error_of(shim.kill("c1", "e1", 9).await).0, Code::FAILED_PRECONDITION);
     assert_eq!(shim.state("c1", "e1").await.unwrap().pid, 0);
     let pid = shim.start_task("c1", "e1").await.unwrap();
     assert!(process_exists(pid) && pid != init);
-    shim.fake.exit("c1", Some("e1"), 3, [0, 0]);
+    shim.fake.report_exit("c1", Some("e1"), 3, [0, 0]);
     assert_eq!(shim.wait("c1", "e1").await.unwrap(), 3);
     assert_eq!(shim.delete("c1", "e1").await.unwrap().exit_status, 3);
 
     assert!(!process_exists(pid));
     assert_eq!(
-        shim.events(5).await,
+        shim.next_events(5).await,
         ["create", "start", "exec-added e1", "exec-started e1", "exit e1 3"]
     );
-    assert_eq!(refusal(shim.state("c1", "e1").await).0, Code::NOT_FOUND);
-    shim.no_more_events().await;
+    assert_eq!(error_of(shim.state("c1", "e1").await).0, Code::NOT_FOUND);
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
@@ -177,7 +180,7 @@ async fn exec_of_a_missing_program_fails_to_start_and_can_be_deleted() {
     shim.run("c1").await;
     shim.exec("c1", "e1", "nosuch").await.unwrap();
 
-    let (code, text) = refusal(shim.start_task("c1", "e1").await);
+    let (code, text) = error_of(shim.start_task("c1", "e1").await);
 
     assert_eq!(code, Code::UNKNOWN);
     assert_eq!(
@@ -186,22 +189,22 @@ async fn exec_of_a_missing_program_fails_to_start_and_can_be_deleted() {
     );
     assert_eq!(shim.state("c1", "e1").await.unwrap().status.unwrap(), Status::STOPPED);
     shim.delete("c1", "e1").await.unwrap();
-    assert_eq!(shim.events(3).await, ["create", "start", "exec-added e1"]);
-    shim.no_more_events().await;
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exec-added e1"]);
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
-async fn exec_that_was_never_started_is_deleted_without_an_exit() {
+async fn unstarted_exec_is_deleted_without_an_exit_event() {
     let mut shim = Shim::start().await;
     shim.run("c1").await;
     shim.exec("c1", "e1", "true").await.unwrap();
     shim.delete("c1", "e1").await.unwrap();
-    assert_eq!(shim.events(3).await, ["create", "start", "exec-added e1"]);
-    shim.no_more_events().await;
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exec-added e1"]);
+    shim.assert_no_more_events().await;
 }
 
 #[tokio::test]
-async fn pids_are_the_hosts_for_what_containerd_started() {
+async fn pids_are_host_pids_for_processes_that_containerd_started() {
     let shim = Shim::start().await;
     let init = shim.run("c1").await;
     shim.exec("c1", "e1", "true").await.unwrap();
@@ -221,7 +224,7 @@ async fn pids_are_the_hosts_for_what_containerd_started() {
 }
 
 #[tokio::test]
-async fn statistics_and_updates_go_to_the_guest() {
+async fn stats_and_update_are_sent_to_the_guest() {
     let shim = Shim::start().await;
     shim.create("c1").await;
     let id = || "c1".to_owned();
@@ -243,7 +246,7 @@ async fn statistics_and_updates_go_to_the_guest() {
         ..UpdateTaskRequest::default()
     };
     shim.task.update(context::Context::default(), &request).await.unwrap();
-    let sent = shim.fake.asked(|request| match request {
+    let sent = shim.fake.wait_for_request(|request| match request {
         Request::Update { resources, .. } => Some(resources.clone()),
         _ => None,
     });
@@ -251,7 +254,7 @@ async fn statistics_and_updates_go_to_the_guest() {
 }
 
 #[tokio::test]
-async fn shim_ends_when_it_is_told_to_and_empty() {
+async fn shutdown_takes_effect_when_no_container_is_left() {
     let shim = Shim::start().await;
     shim.run("c1").await;
     let shut_down = async || {
@@ -268,11 +271,11 @@ async fn shim_ends_when_it_is_told_to_and_empty() {
     assert!(shut_down().await);
     shim.tasks.stopped().await;
     let late = shim.task.create(context::Context::default(), &shim.request("c2")).await;
-    assert_eq!(refusal(late).0, Code::UNAVAILABLE);
+    assert_eq!(error_of(late).0, Code::UNAVAILABLE);
 }
 
 #[tokio::test]
-async fn call_goes_on_when_its_client_goes_away() {
+async fn call_completes_when_its_client_disconnects() {
     let mut shim = Shim::start().await;
     let request = shim.request("c1");
     let other = connect(&shim.folder.path().join("socket")).await;
@@ -283,9 +286,9 @@ async fn call_goes_on_when_its_client_goes_away() {
     });
     assert!(call.await.unwrap().is_err());
 
-    // Either the request never left, or what it began is finished.
+    // Either the request was never sent, or the call was completed.
     if let Ok(state) = shim.state("c1", "").await {
         assert_eq!(state.status.unwrap(), Status::CREATED);
-        assert_eq!(shim.events(1).await, ["create"]);
+        assert_eq!(shim.next_events(1).await, ["create"]);
     }
 }
