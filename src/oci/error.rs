@@ -1,62 +1,28 @@
-//! Why there is no plan.
+//! Errors of planning.
 
 use std::{io, path::PathBuf};
 
-/// Why a bundle cannot be planned. The text names the field of `config.json` or the path.
+/// Why there is no plan. The text names the field of the spec, or the path.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
-    /// The bundle's `config.json` cannot be read.
-    #[error("{}: {source}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The bundle's `config.json` is larger than any spec.
-    #[error("{}: larger than {limit} bytes", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// The most that is read.
-        limit: u64,
-    },
-    /// It is no OCI runtime spec.
-    #[error("{}: {source}", path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// Where and why.
-        source: serde_json::Error,
-    },
-    /// A field that every container needs is not there.
+    #[error("cannot read {}: {source}", path.display())]
+    Unreadable { path: PathBuf, source: io::Error },
+    #[error("{} is larger than {limit} bytes", path.display())]
+    TooLarge { path: PathBuf, limit: u64 },
+    /// The file is no OCI runtime spec.
+    #[error("{} is not a valid OCI spec: {source}", path.display())]
+    Malformed { path: PathBuf, source: serde_json::Error },
+    /// The spec lacks a field that every container needs.
     #[error("{0} is missing from the OCI spec")]
     Missing(&'static str),
-    /// A field's value is not one that it can have.
+    /// A field, or an annotation, has a value that the specification does not allow.
     #[error("{field}: {reason}")]
-    Invalid {
-        /// The field or annotation.
-        field: String,
-        /// What is wrong with it.
-        reason: String,
-    },
+    Invalid { field: String, reason: String },
     /// A field asks for what a machine cannot do.
     #[error("{field}: {reason}")]
-    Unsupported {
-        /// The field.
-        field: String,
-        /// What it asks for, and what to do instead.
-        reason: String,
-    },
-    /// The source of a bind mount cannot be looked at.
-    #[error("bind mount source {}: {source}", path.display())]
-    Source {
-        /// The source.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The translated spec cannot be written down.
+    Unsupported { field: String, reason: String },
+    #[error("cannot inspect the bind mount source {}: {source}", path.display())]
+    Source { path: PathBuf, source: io::Error },
     #[error("cannot encode the OCI spec for the guest: {0}")]
     Encode(#[source] serde_json::Error),
 }

@@ -1,32 +1,29 @@
-//! Identifiers of containers.
+//! Identifiers of containers and sandboxes.
 
 use std::{fmt, str::FromStr};
 
-/// The most bytes that an identifier has (containerd `pkg/identifiers`: `maxLength`).
+/// Maximum length of an identifier in bytes (containerd `pkg/identifiers`: `maxLength`).
 const MAX_LENGTH: usize = 76;
 
-/// An identifier as containerd's `pkg/identifiers` allows it: groups of ASCII letters and digits
-/// with one of `.`, `_`, `-` (or a run of `-`) between them, at most 76 bytes. So it is always a single
-/// path component, never `.` or `..`.
+/// A valid identifier: ASCII letters, digits, `.`, `_` and `-`, with a letter or digit at both ends, at most 76 bytes. It
+/// is always a single path component, never `.` or `..`.
+///
+/// This accepts every identifier of containerd (`pkg/identifiers`), and some with several separators in a row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ContainerId(String);
 
-/// Why a string is no identifier.
+/// Why a string is not a valid identifier.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum IdError {
-    /// It has no bytes.
     #[error("identifier is empty")]
     Empty,
-    /// It has too many bytes.
-    #[error("identifier of {0} bytes is longer than {MAX_LENGTH}")]
+    #[error("identifier of {0} bytes is longer than {MAX_LENGTH} bytes")]
     TooLong(usize),
-    /// It has a character where none of its kind may be.
-    #[error("identifier {0:?} must be letters and digits, with one of '.', '_', '-' between them")]
+    #[error("identifier {0:?} must consist of letters and digits, with '.', '_' or '-' between them")]
     Malformed(String),
 }
 
 impl ContainerId {
-    /// The identifier's text.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
@@ -42,12 +39,12 @@ impl FromStr for ContainerId {
         if text.len() > MAX_LENGTH {
             return Err(IdError::TooLong(text.len()));
         }
-        let alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let is_alphanumeric = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
         let bytes = text.as_bytes();
-        let inner = bytes
+        let is_allowed = bytes
             .iter()
             .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
-        if inner && alphanumeric(bytes.first()) && alphanumeric(bytes.last()) {
+        if is_allowed && is_alphanumeric(bytes.first()) && is_alphanumeric(bytes.last()) {
             Ok(Self(text.to_owned()))
         } else {
             Err(IdError::Malformed(text.to_owned()))
@@ -72,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn identifiers_of_containerd_parse_and_everything_else_does_not() {
+    fn only_valid_identifiers_parse() {
         let longest = "a".repeat(MAX_LENGTH);
         let hash = "5".repeat(64);
         for good in ["a", "redis-1", "k8s.io", "a_b.c-d", "a--b", "A9", &hash, &longest] {

@@ -1,20 +1,18 @@
-//! Mappings of user and group ids: of a user namespace, and of mounts (OCI spec, "User namespace
-//! mappings" and "Mounts"; containerd's `uidmap=` and `gidmap=` of overlay mounts).
+//! Mappings of user and group ids, of user namespaces and of mounts (OCI spec, "User namespace mappings" and "Mounts";
+//! containerd's options `uidmap=` and `gidmap=` of overlay mounts).
 
 use std::fmt;
 
 use oci_spec::runtime::LinuxIdMapping;
 
-/// Which ids of a file system are which of the host. Written as for `/proc/<pid>/uid_map`.
+/// A mapping from ids in a container or a file system to ids of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IdMap {
-    /// Users.
     pub(crate) uids: Ranges,
-    /// Groups.
     pub(crate) gids: Ranges,
 }
 
-/// At least one range.
+/// At least one range. Displayed in the format of `/proc/<pid>/uid_map`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ranges(Vec<Range>);
 
@@ -26,11 +24,11 @@ struct Range {
 }
 
 impl IdMap {
-    /// The mapping of a spec; `None` where both lists are empty or missing.
+    /// Parses the mapping of a spec. `None` if both lists are empty or missing.
     ///
     /// # Errors
     ///
-    /// What is wrong, where only one list has anything, or a range is empty or too long.
+    /// The reason: one of the lists is empty, or a range is empty or exceeds 32 bits.
     pub(crate) fn from_spec(
         uids: Option<&[LinuxIdMapping]>,
         gids: Option<&[LinuxIdMapping]>,
@@ -42,29 +40,33 @@ impl IdMap {
                 size: mapping.size(),
             }))
         };
-        Self::both(ranges(uids)?, ranges(gids)?)
+        Self::combine(ranges(uids)?, ranges(gids)?)
     }
 
-    /// The mapping in the options of a snapshotter's mount: `uidmap=0:100000:65536` and `gidmap=…`,
-    /// several ranges parted by commas.
+    /// Parses the mapping in the options of a snapshotter's mount: `uidmap=0:100000:65536` and `gidmap=…`, with commas
+    /// between ranges. `None` if there are no such options.
     ///
     /// # Errors
     ///
-    /// What is wrong with them.
+    /// The reason why the options are invalid.
     pub(crate) fn from_options(options: &[String]) -> Result<Option<Self>, String> {
         let ranges = |key: &str| {
             let text = options.iter().find_map(|option| option.strip_prefix(key));
-            let parsed: Result<Vec<_>, _> = text.into_iter().flat_map(|text| text.split(',')).map(parse).collect();
+            let parsed: Result<Vec<_>, _> = text
+                .into_iter()
+                .flat_map(|text| text.split(','))
+                .map(parse_range)
+                .collect();
             Ranges::new(parsed?.into_iter())
         };
-        Self::both(ranges("uidmap=")?, ranges("gidmap=")?)
+        Self::combine(ranges("uidmap=")?, ranges("gidmap=")?)
     }
 
-    fn both(uids: Option<Ranges>, gids: Option<Ranges>) -> Result<Option<Self>, String> {
+    fn combine(uids: Option<Ranges>, gids: Option<Ranges>) -> Result<Option<Self>, String> {
         match (uids, gids) {
             (None, None) => Ok(None),
             (Some(uids), Some(gids)) => Ok(Some(Self { uids, gids })),
-            (Some(_), None) | (None, Some(_)) => Err("users and groups must both be mapped".to_owned()),
+            (Some(_), None) | (None, Some(_)) => Err("uids and gids must both be mapped".to_owned()),
         }
     }
 }
@@ -75,24 +77,25 @@ impl Ranges {
         for range in &ranges {
             let fits = |first: u32| first.checked_add(range.size).is_some();
             if range.size == 0 || !fits(range.container) || !fits(range.host) {
-                return Err(format!("{range} is no range of ids"));
+                return Err(format!("{range} is not a valid range of ids"));
             }
         }
         Ok((!ranges.is_empty()).then_some(Self(ranges)))
     }
 
-    /// How many ranges there are.
     pub(crate) fn count(&self) -> usize {
         self.0.len()
     }
 }
 
-/// `container:host:size`.
-fn parse(text: &str) -> Result<Range, String> {
+/// Parses `container:host:size`.
+fn parse_range(text: &str) -> Result<Range, String> {
     let numbers: Result<Vec<u32>, _> = text.split(':').map(str::parse).collect();
     match numbers.as_deref() {
         Ok(&[container, host, size]) => Ok(Range { container, host, size }),
-        _ => Err(format!("{text:?} is no range of ids (container:host:size)")),
+        _ => Err(format!(
+            "{text:?} is not a valid range of ids: write container:host:size"
+        )),
     }
 }
 
@@ -126,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_mapping_is_an_error() {
+    fn invalid_options_are_errors() {
         for text in [
             &["uidmap=0:1:1"][..],
             &["uidmap=0:1", "gidmap=0:1:1"],
@@ -141,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn mapping_of_a_spec_needs_users_and_groups() {
+    fn mapping_of_a_spec_needs_uids_and_gids() {
         let mapping: Vec<LinuxIdMapping> =
             serde_json::from_value(serde_json::json!([{"containerID": 0, "hostID": 9, "size": 2}])).unwrap();
         let map = IdMap::from_spec(Some(&mapping), Some(&mapping)).unwrap().unwrap();

@@ -1,5 +1,5 @@
-//! What the source of a bind mount is: the one look at the host that planning needs, taken through
-//! a function so that the translation itself stays pure.
+//! Sources of bind mounts. Planning inspects them on the host through a function, so that it stays testable as a pure
+//! translation.
 
 use std::{
     io,
@@ -9,44 +9,38 @@ use std::{
 
 use rustix::fs::{major, minor};
 
-/// What is at a path, symbolic links followed.
+/// The kind of file at a path, after symbolic links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SourceKind {
     /// A directory or regular file.
     Tree,
-    /// A tmpfs that was made for shared memory: it is mounted here, under the name `shm`.
+    /// The mount point of a tmpfs for shared memory, which has the name `shm`.
     SharedMemory {
         /// In bytes.
         size: u64,
     },
-    /// A directory or file of the host's kernel: procfs, sysfs, cgroup file systems.
+    /// On a kernel file system of the host: procfs, sysfs, cgroup.
     Kernel,
     /// On a hugetlbfs.
     HugePages,
-    /// A character device.
     Character {
-        /// Its major number.
         major: u32,
-        /// Its minor number.
         minor: u32,
     },
-    /// A block device.
     Block,
-    /// A Unix socket.
     Socket,
-    /// A named pipe.
     Fifo,
 }
 
-/// Looks at a source.
+/// Inspects a source on the host, as [`SourceKind::inspect`] does.
 pub(crate) type Inspect<'a> = &'a dyn Fn(&Path) -> io::Result<SourceKind>;
 
 impl SourceKind {
-    /// Looks at `path` on this host.
+    /// Inspects `path` on this host.
     ///
     /// # Errors
     ///
-    /// As stat(2) and statfs(2): mostly that nothing is there.
+    /// Those of stat(2) and statfs(2), most often that the path does not exist.
     pub(crate) fn inspect(path: &Path) -> io::Result<Self> {
         let metadata = std::fs::metadata(path)?;
         let kind = metadata.file_type();
@@ -79,12 +73,12 @@ impl SourceKind {
     }
 }
 
-/// Whether a file system named `shm` is mounted at `path`, as containerd's CRI, nerdctl and Docker
-/// mount it (proc_pid_mountinfo(5)).
+/// Whether the file system mounted at `path` has the name `shm`, which containerd's CRI, nerdctl and Docker give it
+/// (proc_pid_mountinfo(5)).
 fn is_shared_memory(path: &Path) -> io::Result<bool> {
     let path = path.canonicalize()?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    // The last that is mounted there is the one that is seen.
+    // The last mount at a path hides the others.
     let last = mounts.lines().rev().find_map(|line| {
         let (mount, system) = line.split_once(" - ")?;
         let is_here = Path::new(mount.split(' ').nth(4)?) == path;
@@ -100,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_of_this_host_are_told_apart() {
+    fn kinds_of_sources_are_recognized() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let _listener = UnixListener::bind(&socket).unwrap();

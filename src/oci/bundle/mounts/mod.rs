@@ -4,7 +4,7 @@
 //! server. So the source of a bind mount becomes a [`Share`], or the same path in the guest, or an error.
 //!
 //! Lives here: the translation of mounts, with shared memory in [`shm`] and access to one mount of a spec in
-//! [`spec_mount`]. May not live here: the root file system (`rootfs`), and mounting. Called by `translate`.
+//! [`spec_mount`]. May not live here: the root file system (`rootfs`), and mounting. Called by `plan_bundle`.
 
 mod shm;
 mod spec_mount;
@@ -21,9 +21,9 @@ use self::{
     shm::SHM_PATH,
     spec_mount::{field_name, is_bind, is_read_only, normalize, options, set_bind, set_filesystem},
 };
-use super::{
-    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIdMap, SourceKind, devices,
-    namespaces::refuse_host, plan::DEFAULT_SHM_SIZE,
+use super::devices;
+use crate::oci::{
+    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIdMap, SourceKind, plan::DEFAULT_SHM_SIZE,
 };
 
 /// File systems without a source on the host: the guest mounts its own.
@@ -152,7 +152,7 @@ impl MountTranslator<'_> {
     fn shm_size(&self, source: &Path) -> Result<Option<u64>, PlanError> {
         if source == Path::new(SHM_PATH) {
             if self.in_pod {
-                refuse_host("hostIPC", "ipc", self.host)?;
+                self.host.check("hostIPC", "ipc")?;
             }
             return Ok(Some(DEFAULT_SHM_SIZE));
         }
@@ -191,7 +191,7 @@ impl MountTranslator<'_> {
                 unsupported("is on a file system of the host's kernel: use its path below /proc or /sys")
             }
             SourceKind::HugePages => unsupported("is on a hugetlbfs: huge pages are not supported"),
-            SourceKind::Character { major, minor } => match devices::character_device(major, minor) {
+            SourceKind::Character { major, minor } => match devices::find_character_device(major, minor) {
                 Some(path) => Ok(Some(path.into())),
                 None => Err(no_such_device()),
             },

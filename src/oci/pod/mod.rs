@@ -1,15 +1,19 @@
 //! Plans the pod of a sandbox that has no bundle, from CRI's `PodSandboxConfig`. With `sandboxer = "shim"` containerd
 //! passes that message as the options of CreateSandbox (containerd `plugins/sandbox/controller.go`).
+//!
+//! Lives here: the message ([`cri`]) and its conversion into a [`PodPlan`]. May not live here: sandboxes that have a
+//! bundle (`bundle`). Called by the shim through [`plan_pod`].
+
+mod cri;
 
 use std::{collections::HashMap, path::Path};
 
 use prost::Message;
 
+use self::cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use super::{
     ContainerId, Hooks, HostNamespaces, Limits, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
-    cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig},
-    namespaces::{HOST_NETWORK, refuse_host},
-    plan::DEFAULT_SHM_SIZE,
+    host_namespaces::HOST_NETWORK, plan::DEFAULT_SHM_SIZE,
 };
 
 /// The type of the message, as the end of the type URL of the options.
@@ -86,10 +90,10 @@ fn refuse_host_namespaces(namespaces: &NamespaceOption, host: HostNamespaces) ->
         return Err(PlanError::unsupported("hostNetwork", HOST_NETWORK));
     }
     if namespaces.pid() == NamespaceMode::Node {
-        refuse_host("hostPID", "pid", host)?;
+        host.check("hostPID", "pid")?;
     }
     if namespaces.ipc() == NamespaceMode::Node {
-        refuse_host("hostIPC", "ipc", host)?;
+        host.check("hostIPC", "ipc")?;
     }
     Ok(())
 }
@@ -152,7 +156,7 @@ mod tests {
         max_vcpus: 8,
     };
 
-    /// A field of a length.
+    /// Encodes a length-delimited field.
     fn field(number: u8, content: &[u8]) -> Vec<u8> {
         let mut bytes = vec![number << 3 | 2];
         bytes.extend(varint(content.len() as u64));
@@ -160,6 +164,7 @@ mod tests {
         bytes
     }
 
+    /// Encodes a varint field.
     fn number(number: u8, value: i64) -> Vec<u8> {
         [vec![number << 3], varint(value.cast_unsigned())].concat()
     }
@@ -174,6 +179,7 @@ mod tests {
         bytes
     }
 
+    /// Encodes an entry of a map.
     fn entry(key: &str, value: &str) -> Vec<u8> {
         [field(1, key.as_bytes()), field(2, value.as_bytes())].concat()
     }
@@ -198,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn config_of_a_pod_is_planned() {
+    fn pod_is_planned_from_its_config() {
         let dns = [
             field(1, b"10.96.0.10"),
             field(1, b"fd00::a"),
@@ -245,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_said_is_a_pod_of_default_size_with_a_network_of_its_own() {
+    fn empty_config_is_a_pod_of_default_size_with_a_new_network() {
         let plan = |options| {
             plan_pod(
                 &"pod1".parse().unwrap(),
@@ -274,13 +280,13 @@ mod tests {
     }
 
     #[test]
-    fn annotations_that_containerd_chose_count_more_than_the_pods() {
+    fn annotations_from_containerd_override_those_of_the_pod() {
         let message = field(7, &entry("io.containerd.nutshell.vcpus", "2"));
-        let chosen = [
+        let from_containerd = [
             ("io.containerd.nutshell.vcpus", "3"),
             ("io.kubernetes.cri.sandbox-memory", "268435456"),
         ];
-        let size = plan_of(&message, "", &chosen).unwrap().size;
+        let size = plan_of(&message, "", &from_containerd).unwrap().size;
         assert_eq!((size.boot.memory, size.boot.vcpus), ((256 + 4 + 64) * MIB, 3));
     }
 
@@ -292,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_of_the_host_are_refused_by_the_name_of_their_field() {
+    fn host_namespaces_are_refused_by_kubernetes_field_name() {
         for (message, field) in [
             (namespaces(2, 1, 0), "hostNetwork"),
             (namespaces(0, 2, 0), "hostPID"),
@@ -305,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn groups_of_both_drivers_are_below_the_pods() {
+    fn cgroup_is_below_the_pods_with_either_driver() {
         let id = "x".parse().unwrap();
         for (parent, path) in [
             ("/kubepods/burstable/podx", Some("/kubepods/burstable/podx/x")),
@@ -340,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_messages_are_errors_wherever_they_end() {
+    fn malformed_messages_are_errors() {
         let message = [
             field(2, b"web-0"),
             field(8, &[field(3, &entry("a", "b")), number(4, -1)].concat()),

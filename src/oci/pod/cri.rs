@@ -2,8 +2,8 @@
 //! messages inside it.
 //!
 //! Names and numbers of fields are those of `k8s.io/cri-api/pkg/apis/runtime/v1/api.proto` (package `runtime.v1`).
-//! Only the fields that [`super::pod`] reads are declared; the decoder skips all others. A decoded message is
-//! well-formed but its values are unchecked: `pod` converts them into the types of a plan.
+//! Only the fields that [`super::plan_pod`] reads are declared; the decoder skips all others. A decoded message is
+//! well-formed but its values are unchecked: `plan_pod` converts them into the types of a plan.
 
 use std::collections::BTreeMap;
 

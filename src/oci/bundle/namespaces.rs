@@ -1,36 +1,34 @@
-//! The spec's namespaces to the guest's.
+//! Translates the namespaces of a spec for the guest.
 //!
-//! A path of a namespace names one of the host. It is never opened here, and never means anything
-//! to the guest: the network's is handed on, a pod's others are tokens for what all of its machine
-//! shares (containerd's CRI makes them from the sandbox's pid).
+//! The path of a namespace is one of the host. It is never opened here, and the guest never sees it. The path of the
+//! network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes from the
+//! sandbox's pid, stand for what the containers share in the pod's machine.
 
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 
-use super::{HostNamespaces, Network, PidNamespace, Placement, PlanError};
+use crate::oci::{HostNamespaces, Network, PidNamespace, Placement, PlanError, host_namespaces::HOST_NETWORK};
 
 #[derive(Debug)]
 pub(super) struct Namespaces {
+    /// For the guest's spec.
     pub(super) guest: Vec<LinuxNamespace>,
     pub(super) network: Network,
     pub(super) pid: PidNamespace,
 }
 
-/// What the pod's network would have to be, and is not.
-pub(super) const HOST_NETWORK: &str = "a virtual machine cannot share the network of its host";
-
-/// For a pod's sandbox, of whose namespaces only the network's is one: its network.
-pub(super) fn of_sandbox(namespaces: &[LinuxNamespace], host: HostNamespaces) -> Result<Network, PlanError> {
-    refuse_repetition(namespaces)?;
-    let of = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
-    if of(LinuxNamespaceType::Pid).is_none() {
-        refuse_host("hostPID", "pid", host)?;
+/// The network of a pod's sandbox. Its other namespaces are only checked: the pod's machine takes their place.
+pub(super) fn sandbox_network(namespaces: &[LinuxNamespace], host: HostNamespaces) -> Result<Network, PlanError> {
+    refuse_duplicates(namespaces)?;
+    let find = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
+    if find(LinuxNamespaceType::Pid).is_none() {
+        host.check("hostPID", "pid")?;
     }
-    if of(LinuxNamespaceType::Ipc).is_none() {
-        refuse_host("hostIPC", "ipc", host)?;
+    if find(LinuxNamespaceType::Ipc).is_none() {
+        host.check("hostIPC", "ipc")?;
     }
-    match of(LinuxNamespaceType::Network).map(path) {
+    match find(LinuxNamespaceType::Network).map(path) {
         Some(None) => Ok(Network::Loopback),
         Some(Some(path)) => Ok(Network::Namespace(path.to_owned())),
         None => Err(PlanError::unsupported(
@@ -40,23 +38,14 @@ pub(super) fn of_sandbox(namespaces: &[LinuxNamespace], host: HostNamespaces) ->
     }
 }
 
-/// Refuses a namespace of the host, unless that is to mean the pod's.
-pub(super) fn refuse_host(field: &str, kind: &str, host: HostNamespaces) -> Result<(), PlanError> {
-    match host {
-        HostNamespaces::Pod => Ok(()),
-        HostNamespaces::Refuse => Err(PlanError::unsupported(
-            format!("{field} (linux.namespaces: no {kind})"),
-            "a virtual machine has no part in its host's; with `host_namespaces = \"pod\"` in section [pod] of the \
-             configuration it means the pod's own",
-        )),
-    }
-}
-
-fn refuse_repetition(namespaces: &[LinuxNamespace]) -> Result<(), PlanError> {
+fn refuse_duplicates(namespaces: &[LinuxNamespace]) -> Result<(), PlanError> {
     for (index, namespace) in namespaces.iter().enumerate() {
         let kind = namespace.typ();
         if namespaces[..index].iter().any(|earlier| earlier.typ() == kind) {
-            return Err(PlanError::invalid("linux.namespaces", format!("{kind} is there twice")));
+            return Err(PlanError::invalid(
+                "linux.namespaces",
+                format!("{kind} is listed twice"),
+            ));
         }
     }
     Ok(())
@@ -71,7 +60,7 @@ pub(super) fn translate(
     placement: &Placement,
     host: HostNamespaces,
 ) -> Result<Namespaces, PlanError> {
-    refuse_repetition(namespaces)?;
+    refuse_duplicates(namespaces)?;
     let mut translated = Namespaces {
         guest: Vec::new(),
         network: Network::Host,
@@ -80,7 +69,7 @@ pub(super) fn translate(
     let single = *placement == Placement::Single;
     for namespace in namespaces {
         match (namespace.typ(), path(namespace)) {
-            // Its mapping is in the spec of every member: one of its own is as good as the pod's.
+            // Every member's spec contains the mapping, so each member gets a new user namespace.
             (LinuxNamespaceType::User, Some(_)) if !single => {
                 let mut user = LinuxNamespace::default();
                 user.set_typ(LinuxNamespaceType::User);
@@ -89,8 +78,8 @@ pub(super) fn translate(
             (LinuxNamespaceType::Network, None) => translated.network = Network::Loopback,
             (LinuxNamespaceType::Network, Some(path)) => translated.network = Network::Namespace(path.to_owned()),
             (LinuxNamespaceType::Pid, Some(path)) if !single => {
-                translated.pid = task(path).map(PidNamespace::Task).ok_or_else(|| {
-                    let reason = format!("{} is no /proc/<pid>/ns/pid of a container of the pod", path.display());
+                translated.pid = parse_task_pid(path).map(PidNamespace::Task).ok_or_else(|| {
+                    let reason = format!("{} is not /proc/<pid>/ns/pid of a container of the pod", path.display());
                     PlanError::unsupported("linux.namespaces: pid", reason)
                 })?;
             }
@@ -98,23 +87,23 @@ pub(super) fn translate(
             (kind, Some(path)) => {
                 return Err(PlanError::unsupported(
                     format!("linux.namespaces: {kind}"),
-                    format!("a machine cannot join the host's namespace {}", path.display()),
+                    format!("a machine cannot join the namespace {} of the host", path.display()),
                 ));
             }
             (_, None) => translated.guest.push(namespace.clone()),
         }
     }
     if !single {
-        let lacks = |kind| !namespaces.iter().any(|namespace| namespace.typ() == kind);
-        if lacks(LinuxNamespaceType::Ipc) {
-            refuse_host("hostIPC", "ipc", host)?;
+        let is_missing = |kind| !namespaces.iter().any(|namespace| namespace.typ() == kind);
+        if is_missing(LinuxNamespaceType::Ipc) {
+            host.check("hostIPC", "ipc")?;
         }
-        if lacks(LinuxNamespaceType::Pid) {
-            refuse_host("hostPID", "pid", host)?;
+        if is_missing(LinuxNamespaceType::Pid) {
+            host.check("hostPID", "pid")?;
             translated.pid = PidNamespace::Pod;
         }
     }
-    // No container of a machine may see the agent's mounts, whatever the spec leaves out.
+    // Without a mount namespace a container would see the agent's mounts.
     if !translated
         .guest
         .iter()
@@ -128,7 +117,7 @@ pub(super) fn translate(
 }
 
 /// The pid in `/proc/<pid>/ns/pid`.
-fn task(path: &Path) -> Option<u32> {
+fn parse_task_pid(path: &Path) -> Option<u32> {
     path.to_str()?
         .strip_prefix("/proc/")?
         .strip_suffix("/ns/pid")?
@@ -171,7 +160,7 @@ mod tests {
     ];
 
     #[test]
-    fn single_has_all_of_its_own_but_the_network() {
+    fn single_container_keeps_its_new_namespaces_except_the_network() {
         let translated = translate(&namespaces(&ALL), &Placement::Single, HostNamespaces::Refuse).unwrap();
         assert_eq!(kept(&translated), ["pid", "ipc", "uts", "mnt", "cgroup"]);
         assert_eq!(translated.network, Network::Loopback);
@@ -179,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn member_shares_what_its_pod_has() {
+    fn member_shares_the_namespaces_of_its_pod() {
         let spec = namespaces(&[
             ("pid", ""),
             ("ipc", "/proc/41/ns/ipc"),
@@ -193,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn user_namespace_of_a_member_is_made_from_the_pods_mapping() {
+    fn member_with_a_user_namespace_gets_a_new_one() {
         let spec = [("user", "/proc/41/ns/user"), ("pid", ""), ("ipc", "/proc/41/ns/ipc")];
         let translated = translate(&namespaces(&spec), &member(), HostNamespaces::Refuse).unwrap();
         assert_eq!(kept(&translated), ["user", "pid", "mnt"]);
@@ -201,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn pid_namespace_of_a_member_is_new_or_a_tasks() {
+    fn pid_namespace_of_a_member_is_new_or_that_of_a_task() {
         for (path, expected) in [
             ("", PidNamespace::Specified),
             ("/proc/41/ns/pid", PidNamespace::Task(41)),
@@ -220,44 +209,44 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_of_the_host_are_refused_or_mean_the_pods() {
+    fn host_namespaces_are_refused_or_mean_the_pods() {
         for (spec, field) in [(vec![("ipc", "")], "hostPID"), (vec![("pid", "")], "hostIPC")] {
             let mut spec = namespaces(&spec);
             let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().starts_with(field), "{error}");
             translate(&spec, &member(), HostNamespaces::Pod).unwrap();
             spec.extend(namespaces(&[("network", "/run/netns/x")]));
-            let error = of_sandbox(&spec, HostNamespaces::Refuse).unwrap_err();
+            let error = sandbox_network(&spec, HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().starts_with(field), "{error}");
-            of_sandbox(&spec, HostNamespaces::Pod).unwrap();
+            sandbox_network(&spec, HostNamespaces::Pod).unwrap();
         }
         let translated = translate(&namespaces(&[("ipc", "")]), &member(), HostNamespaces::Pod).unwrap();
         assert_eq!(translated.pid, PidNamespace::Pod);
     }
 
     #[test]
-    fn sandbox_has_a_network_of_its_own_whatever_is_configured() {
+    fn sandbox_needs_a_network_namespace_whatever_is_configured() {
         for host in [HostNamespaces::Refuse, HostNamespaces::Pod] {
-            let network = |path| of_sandbox(&namespaces(&[("pid", ""), ("ipc", ""), ("network", path)]), host);
+            let network = |path| sandbox_network(&namespaces(&[("pid", ""), ("ipc", ""), ("network", path)]), host);
             assert_eq!(network("").unwrap(), Network::Loopback);
             assert_eq!(
                 network("/run/netns/x").unwrap(),
                 Network::Namespace("/run/netns/x".into())
             );
-            let error = of_sandbox(&namespaces(&[("pid", ""), ("ipc", "")]), host).unwrap_err();
+            let error = sandbox_network(&namespaces(&[("pid", ""), ("ipc", "")]), host).unwrap_err();
             assert!(error.to_string().starts_with("hostNetwork"), "{error}");
         }
     }
 
     #[test]
-    fn no_network_namespace_means_the_hosts_network_and_no_mount_namespace_gets_one() {
+    fn missing_network_namespace_is_the_hosts_and_missing_mount_namespace_is_added() {
         let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
         assert_eq!(translated.network, Network::Host);
         assert_eq!(kept(&translated), ["mnt"]);
     }
 
     #[test]
-    fn namespaces_that_a_machine_cannot_have_are_errors_that_name_them() {
+    fn unsupported_namespaces_are_errors_that_name_them() {
         for (spec, named) in [
             (vec![("user", "/proc/1/ns/user")], "user"),
             (vec![("pid", "/proc/1/ns/pid")], "/proc/1/ns/pid"),

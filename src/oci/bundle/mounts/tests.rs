@@ -226,7 +226,7 @@ fn mount_that_a_machine_cannot_make_is_an_error_with_destination_and_reason() {
         ),
         (
             json!({"type": "bind", "source": "/a", "uidMappings": mapping}),
-            "users and groups",
+            "uids and gids",
         ),
         (
             json!({"type": "tmpfs", "uidMappings": mapping, "gidMappings": mapping}),

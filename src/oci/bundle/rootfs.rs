@@ -1,24 +1,24 @@
-//! The snapshotter's mounts to a [`Root`].
+//! Plans the root file system from the mounts of a snapshotter.
 
 use std::path::{Path, PathBuf};
 
-use super::{HostMount, IdMap, PlanError, Root};
+use crate::oci::{HostMount, IdMap, PlanError, Root};
 
-/// File systems that the guest's kernel mounts from a disk.
+/// File systems that the guest mounts from a disk.
 const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
 
-/// What the host mounts and shares as a directory: `overlay` and `bind` come from snapshotters
-/// (overlayfs, native and their remote kin), the others are file systems that the guest lacks.
+/// File systems that the host mounts and shares as a directory. `overlay` and `bind` come from snapshotters like
+/// overlayfs, native and remote ones; the guest's kernel lacks the others.
 const HOST_FILESYSTEMS: [&str; 5] = ["bind", "btrfs", "overlay", "xfs", "zfs"];
 
-/// Who decides on the mounts is containerd's configuration, or the client.
-const OTHER_SNAPSHOTTER: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
+/// The remedy for unsupported mounts: containerd's configuration or the client selects the snapshotter.
+const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
     in containerd's configuration, or give ctr --snapshotter";
 
-/// `directory` is `root.path` of the spec: the root itself where the snapshotter gave no mounts.
-pub(super) fn root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, PlanError> {
+/// Plans the root from `mounts`. Without mounts, `directory` (the spec's `root.path`) is the root itself.
+pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, PlanError> {
     for mount in mounts {
-        check(mount)?;
+        check_options(mount)?;
     }
     match mounts {
         [] => Ok(Root::Share {
@@ -26,28 +26,28 @@ pub(super) fn root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, Pla
             directory: Some(directory),
             read_only: false,
         }),
-        [mount] if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) => disk(mount),
+        [mount] if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) => plan_disk(mount),
         mounts => match mounts.iter().find(|mount| !is_host_mount(mount)) {
             None => Ok(Root::Share {
                 mounts: mounts.to_vec(),
                 directory: None,
                 read_only: mounts.last().is_some_and(is_read_only),
             }),
-            Some(mount) => Err(unknown(mount)),
+            Some(mount) => Err(unsupported_type(mount)),
         },
     }
 }
 
-fn check(mount: &HostMount) -> Result<(), PlanError> {
+fn check_options(mount: &HostMount) -> Result<(), PlanError> {
     let field = |option: &str| format!("rootfs mount of type {:?}: option {option:?}", mount.kind);
     for option in &mount.options {
         let name = option.split('=').next().unwrap_or_default();
         match name {
             "uidmap" | "gidmap" => {
-                // Mounts of other types hold the files of this container alone, whose owners are
-                // changed where they are to be mapped.
+                // A mount of another type contains only this container's files, so the snapshotter changes their owners
+                // instead of mapping them.
                 if !matches!(mount.kind.as_str(), "overlay" | "bind") {
-                    let reason = "ids of the host's files are mapped by overlay and bind mounts only";
+                    let reason = "only overlay and bind mounts can map ids";
                     return Err(PlanError::unsupported(field(option), reason));
                 }
                 IdMap::from_options(&mount.options).map_err(|reason| PlanError::invalid(field(option), reason))?;
@@ -55,13 +55,13 @@ fn check(mount: &HostMount) -> Result<(), PlanError> {
             "device" if mount.kind == "erofs" => {
                 return Err(PlanError::unsupported(
                     field(option),
-                    format!("merged EROFS layers are not supported yet. {OTHER_SNAPSHOTTER}"),
+                    format!("merged EROFS layers are not supported. {SNAPSHOTTER_REMEDY}"),
                 ));
             }
             _ if name.starts_with("X-containerd.dmverity") => {
                 return Err(PlanError::unsupported(
                     field(option),
-                    format!("dm-verity is not supported yet. {OTHER_SNAPSHOTTER}"),
+                    format!("dm-verity is not supported. {SNAPSHOTTER_REMEDY}"),
                 ));
             }
             _ => {}
@@ -70,14 +70,14 @@ fn check(mount: &HostMount) -> Result<(), PlanError> {
     Ok(())
 }
 
-fn disk(mount: &HostMount) -> Result<Root, PlanError> {
+fn plan_disk(mount: &HostMount) -> Result<Root, PlanError> {
     if !Path::new(&mount.source).is_absolute() {
         return Err(PlanError::invalid(
             format!("rootfs mount of type {:?}", mount.kind),
             format!("source {:?} is not an absolute path", mount.source),
         ));
     }
-    // An EROFS image has no way to be written, whatever its options say.
+    // EROFS is read-only whatever the options are.
     let read_only = mount.kind == "erofs" || is_read_only(mount);
     let options = mount
         .options
@@ -98,7 +98,7 @@ fn is_host_mount(mount: &HostMount) -> bool {
     HOST_FILESYSTEMS.contains(&mount.kind.as_str()) || mount.kind.starts_with("fuse.")
 }
 
-/// As mount(8): the last of `ro` and `rw` counts.
+/// The last of `ro` and `rw` wins, as with mount(8).
 fn is_read_only(mount: &HostMount) -> bool {
     let last = mount
         .options
@@ -107,10 +107,10 @@ fn is_read_only(mount: &HostMount) -> bool {
     last.is_some_and(|option| option == "ro")
 }
 
-fn unknown(mount: &HostMount) -> PlanError {
+fn unsupported_type(mount: &HostMount) -> PlanError {
     PlanError::unsupported(
         format!("rootfs mount of type {:?}", mount.kind),
-        format!("not supported. {OTHER_SNAPSHOTTER}"),
+        format!("not supported. {SNAPSHOTTER_REMEDY}"),
     )
 }
 
@@ -127,12 +127,12 @@ mod tests {
         }
     }
 
-    fn planned(mounts: &[HostMount]) -> Result<Root, PlanError> {
-        root(mounts, PathBuf::from("/bundle/rootfs"))
+    fn plan(mounts: &[HostMount]) -> Result<Root, PlanError> {
+        plan_root(mounts, PathBuf::from("/bundle/rootfs"))
     }
 
     #[test]
-    fn directory_trees_are_shared() {
+    fn mounts_of_directories_are_shared() {
         let overlay = mount(
             "overlay",
             "overlay",
@@ -151,7 +151,7 @@ mod tests {
             (vec![mount("fuse.nydus-overlayfs", "overlay", &["lowerdir=/a"])], false),
             (vec![mount("bind", "/s/1/fs", &["ro", "rbind"]), overlay], false),
         ] {
-            let root = planned(&mounts).unwrap();
+            let root = plan(&mounts).unwrap();
             let expected = Root::Share {
                 mounts,
                 directory: None,
@@ -162,17 +162,17 @@ mod tests {
     }
 
     #[test]
-    fn no_mounts_share_the_directory_of_the_spec() {
+    fn directory_of_the_spec_is_shared_without_mounts() {
         let expected = Root::Share {
             mounts: Vec::new(),
             directory: Some(PathBuf::from("/bundle/rootfs")),
             read_only: false,
         };
-        assert_eq!(planned(&[]).unwrap(), expected);
+        assert_eq!(plan(&[]).unwrap(), expected);
     }
 
     #[test]
-    fn devices_and_images_become_disks_with_the_options_that_a_guest_knows() {
+    fn devices_and_images_become_disks_with_options_for_the_guest() {
         let cases = [
             ("ext4", "/dev/mapper/pool-snap-7", "", "", false),
             ("ext4", "/b/snap", "loop sync", "sync", false),
@@ -182,7 +182,7 @@ mod tests {
         ];
         for (kind, source, options, expected, read_only) in cases {
             let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
-            let root = planned(&[mount(kind, source, &words(options))]).unwrap();
+            let root = plan(&[mount(kind, source, &words(options))]).unwrap();
             let expected = Root::Disk {
                 source: PathBuf::from(source),
                 filesystem: kind.to_owned(),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_neither_host_nor_guest_mounts_is_an_error_that_names_it() {
+    fn unsupported_mount_is_an_error_that_names_it() {
         let overlay = mount("overlay", "overlay", &["lowerdir=/a:/b"]);
         for (mounts, named) in [
             (vec![mount("ntfs", "/dev/sdb", &[])], "ntfs"),
@@ -215,20 +215,20 @@ mod tests {
             ),
             (vec![mount("ext4", "snap.img", &["loop"])], "snap.img"),
         ] {
-            let error = planned(&mounts).unwrap_err();
+            let error = plan(&mounts).unwrap_err();
             assert!(error.to_string().contains(named), "{error}");
         }
     }
 
     #[test]
-    fn what_another_snapshotter_would_do_is_an_error_that_says_where_it_is_named() {
+    fn error_of_an_unsupported_mount_names_the_snapshotter_setting() {
         for mounts in [
             vec![mount("format/mkdir/overlay", "overlay", &[])],
             vec![mount("ntfs", "/dev/sdb", &[])],
             vec![mount("erofs", "/a", &["ro", "device=/b"])],
             vec![mount("erofs", "/a", &["X-containerd.dmverity.roothash=1"])],
         ] {
-            let error = planned(&mounts).unwrap_err().to_string();
+            let error = plan(&mounts).unwrap_err().to_string();
             assert!(error.contains("snapshotter = \"overlayfs\""), "{error}");
         }
     }

@@ -16,7 +16,7 @@ const SHM_OPTIONS: [&str; 4] = ["nosuid", "noexec", "nodev", "mode=1777"];
 
 /// The size in bytes of a pod's shared memory, from the mounts of its sandbox: containerd's CRI makes a tmpfs on the
 /// host for it.
-pub(in crate::oci) fn pod_shm_size(mounts: &[Mount], inspect: Inspect<'_>) -> u64 {
+pub(in crate::oci::bundle) fn pod_shm_size(mounts: &[Mount], inspect: Inspect<'_>) -> u64 {
     let source = mounts
         .iter()
         .filter(|mount| normalize(mount.destination()) == Path::new(SHM_PATH))

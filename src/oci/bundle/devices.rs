@@ -1,9 +1,9 @@
-//! Device nodes that a guest has: those whose numbers Linux assigns once and for all
-//! (`Documentation/admin-guide/devices.txt`), so that a host's node means the same in the guest.
+//! Device nodes that are the same on the host and in the guest: Linux assigns their numbers permanently
+//! (`Documentation/admin-guide/devices.txt`).
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType};
 
-use super::PlanError;
+use crate::oci::PlanError;
 
 const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
     (1, 3, "/dev/null"),
@@ -20,25 +20,25 @@ const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
     (10, 237, "/dev/loop-control"),
 ];
 
-/// The block devices that a kernel makes of files, as many as are asked for.
-const LOOP: i64 = 7;
+/// Loop devices: the guest's kernel creates them on demand.
+const LOOP_MAJOR: i64 = 7;
 
 const NO_SUCH_DEVICE: &str = "the host's device does not exist in the machine: leave it out";
 
-/// containerd's CRI puts every device of the host into the spec of a privileged container without it.
-const WITHOUT_DEVICES: &str =
+/// Without this setting, containerd's CRI adds all devices of the host to the spec of a privileged container.
+const PRIVILEGED_REMEDY: &str =
     "set privileged_without_host_devices = true for this runtime in containerd's configuration";
 
-/// The path in the guest of the character device with these numbers.
-pub(super) fn character_device(major: u32, minor: u32) -> Option<&'static str> {
+/// The guest's path of the character device with these numbers.
+pub(super) fn find_character_device(major: u32, minor: u32) -> Option<&'static str> {
     CHARACTER_DEVICES
         .iter()
         .find(|(known_major, known_minor, _)| (*known_major, *known_minor) == (major, minor))
         .map(|(_, _, path)| *path)
 }
 
-/// Refuses nodes that would name another device in the guest, or none. Of a privileged container,
-/// whose spec lists every node of the host, they are left out.
+/// Refuses nodes that would be another device in the guest, or none. For a privileged container, whose spec lists all
+/// nodes of the host, it removes them.
 pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), PlanError> {
     let Some(devices) = linux.devices_mut().take() else {
         return Ok(());
@@ -48,11 +48,11 @@ pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result
         if !is_privileged(linux) {
             return Err(PlanError::unsupported(
                 format!("linux.devices: {}", device.path().display()),
-                format!("{NO_SUCH_DEVICE}. Where it is the privilege of a container: {WITHOUT_DEVICES}"),
+                format!("{NO_SUCH_DEVICE}. For privileged containers, {PRIVILEGED_REMEDY}"),
             ));
         }
         warnings.push(format!(
-            "linux.devices: {} devices of the host are not in the machine. To be rid of this: {WITHOUT_DEVICES}",
+            "linux.devices: {} devices of the host are not in the machine. To remove this warning, {PRIVILEGED_REMEDY}",
             unknown.len()
         ));
     }
@@ -66,13 +66,13 @@ fn is_known(device: &LinuxDevice) -> bool {
         LinuxDeviceType::C | LinuxDeviceType::U => u32::try_from(device.major())
             .ok()
             .zip(u32::try_from(device.minor()).ok())
-            .is_some_and(|(major, minor)| character_device(major, minor).is_some()),
-        LinuxDeviceType::B => device.major() == LOOP,
+            .is_some_and(|(major, minor)| find_character_device(major, minor).is_some()),
+        LinuxDeviceType::B => device.major() == LOOP_MAJOR,
         LinuxDeviceType::A => false,
     }
 }
 
-/// A rule that allows every device is what containerd's clients put for `--privileged`.
+/// containerd's clients write a rule that allows all devices for `--privileged`.
 fn is_privileged(linux: &Linux) -> bool {
     let rules = linux
         .resources()
@@ -84,6 +84,7 @@ fn is_privileged(linux: &Linux) -> bool {
     })
 }
 
+/// The error for a device of the host that the machine does not have.
 pub(super) fn no_such_device(field: &str) -> PlanError {
     PlanError::unsupported(field, NO_SUCH_DEVICE)
 }

@@ -1,11 +1,11 @@
-//! Specs as containerd's clients write them: `ctr run` of 1.7 and 2.1, and its CRI.
+//! Plans of specs as containerd's clients write them: `ctr run` of 1.7 and 2.1, and the CRI plugin.
 
-use std::{fs, io, path::PathBuf};
+use std::{fs, io, path::PathBuf, time::Duration};
 
 use serde_json::{Value, json};
 
 use super::*;
-use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Network, PidNamespace, Share, SourceKind};
+use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, Share, SourceKind};
 
 const CTR: &str = include_str!("testdata/ctr-run.json");
 const CTR_PRIVILEGED: &str = include_str!("testdata/ctr-run-privileged.json");
@@ -69,7 +69,7 @@ fn guest(plan: &Plan) -> Value {
     serde_json::from_slice(&plan.spec).unwrap()
 }
 
-/// Capabilities are sets: in one order on both sides.
+/// The process with its sets of capabilities sorted, for comparison.
 fn process(spec: &Value) -> Value {
     let mut process = spec["process"].clone();
     for set in process["capabilities"].as_object_mut().unwrap().values_mut() {
@@ -80,7 +80,7 @@ fn process(spec: &Value) -> Value {
     process
 }
 
-/// `spec` with the value at a JSON pointer replaced, made where missing.
+/// A spec with one value set at a JSON pointer.
 fn with(text: &str, pointer: &str, value: Value) -> Value {
     let mut spec = spec(text);
     let (parent, name) = pointer.rsplit_once('/').unwrap();
@@ -89,7 +89,7 @@ fn with(text: &str, pointer: &str, value: Value) -> Value {
 }
 
 #[test]
-fn plain_ctr_run_is_a_pod_of_one_with_default_size_and_loopback() {
+fn plain_ctr_run_gets_its_own_machine_of_default_size_with_loopback() {
     let plan = plan_of(&spec(CTR)).unwrap();
     assert_eq!(plan.placement, Placement::Single);
     assert_eq!(plan.network, Network::Loopback);
@@ -114,7 +114,7 @@ fn process_settings_reach_the_guest_unchanged() {
 }
 
 #[test]
-fn paths_of_the_guest_replace_the_hosts() {
+fn guest_spec_has_paths_of_the_guest() {
     let guest = guest(&plan_of(&spec(CTR)).unwrap());
     assert_eq!(guest["root"]["path"], "/run/nutshell/containers/c7/rootfs");
     assert_eq!(guest["linux"]["cgroupsPath"], "/c7");
@@ -146,7 +146,7 @@ fn options_of_ctr_run_are_translated() {
 }
 
 #[test]
-fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() {
+fn host_devices_are_removed_from_privileged_containers_and_refused_in_others() {
     let mut privileged = spec(CTR_PRIVILEGED);
     let plan = plan_of(&privileged).unwrap();
     let guest = guest(&plan);
@@ -171,7 +171,7 @@ fn host_devices_are_left_out_of_a_privileged_container_and_refused_in_another() 
 }
 
 #[test]
-fn sandbox_says_what_its_pod_has() {
+fn sandbox_plan_contains_the_settings_of_the_pod() {
     let pod = pod_of(&spec(CRI_SANDBOX)).unwrap();
     assert_eq!((pod.size.boot.memory, pod.size.boot.vcpus), ((512 + 8 + 64) * MIB, 3));
     assert_eq!(pod.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
@@ -194,7 +194,7 @@ fn sandbox_says_what_its_pod_has() {
 }
 
 #[test]
-fn sandbox_in_a_namespace_of_the_host_is_refused_by_the_name_of_the_field() {
+fn sandbox_with_a_host_namespace_is_refused_by_kubernetes_field_name() {
     for (without, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
         let mut sandbox = spec(CRI_SANDBOX);
         let namespaces = sandbox["linux"]["namespaces"].as_array_mut().unwrap();
@@ -205,7 +205,7 @@ fn sandbox_in_a_namespace_of_the_host_is_refused_by_the_name_of_the_field() {
 }
 
 #[test]
-fn member_that_shares_processes_cannot_have_users_of_its_own() {
+fn member_with_a_shared_pid_namespace_cannot_have_a_user_namespace() {
     let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
     let mut member = with(CRI_CONTAINER, "/linux/uidMappings", mapping.clone());
     member["linux"]["gidMappings"] = mapping;
@@ -217,7 +217,7 @@ fn member_that_shares_processes_cannot_have_users_of_its_own() {
 }
 
 #[test]
-fn member_shares_the_pods_namespaces_and_its_volumes_in_order() {
+fn member_uses_the_pods_namespaces_and_shares_its_volumes_in_order() {
     let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
     let sandbox = "5d4e".to_owned();
     assert_eq!(plan.placement, Placement::Member { sandbox });
@@ -246,7 +246,7 @@ fn member_shares_the_pods_namespaces_and_its_volumes_in_order() {
 }
 
 #[test]
-fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
+fn settings_that_do_not_apply_are_removed_with_a_warning_each() {
     let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
     let guest = guest(&plan);
     assert_eq!(guest["process"].get("apparmorProfile"), None);
@@ -266,7 +266,7 @@ fn what_a_guest_does_not_apply_is_dropped_with_a_warning_each() {
 }
 
 #[test]
-fn hostname_of_a_container_alone_is_its_own_and_of_a_member_the_pods() {
+fn hostname_is_kept_for_a_single_container_and_removed_for_a_member() {
     for (text, expected) in [(CTR, json!("mine")), (CRI_CONTAINER, Value::Null)] {
         let plan = plan_of(&with(text, "/hostname", json!("mine"))).unwrap();
         assert_eq!(guest(&plan)["hostname"], expected);
@@ -274,14 +274,14 @@ fn hostname_of_a_container_alone_is_its_own_and_of_a_member_the_pods() {
 }
 
 #[test]
-fn sysctls_stay_for_the_agent() {
+fn sysctls_stay_in_the_guest_spec() {
     let sysctls = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "1000"});
     let plan = plan_of(&with(CTR, "/linux/sysctl", sysctls.clone())).unwrap();
     assert_eq!(guest(&plan)["linux"]["sysctl"], sysctls);
 }
 
 #[test]
-fn hooks_of_the_hosts_namespaces_are_the_shims_and_the_others_the_guests() {
+fn hooks_are_divided_between_host_and_guest() {
     let hook =
         |name: &str| json!([{"path": format!("/bin/{name}"), "args": [name, "x"], "env": ["A=b"], "timeout": 5}]);
     let hooks = json!({
@@ -321,7 +321,7 @@ fn user_namespace_reaches_the_guest_with_its_mapping() {
 }
 
 #[test]
-fn propagation_of_the_root_has_the_guests_names() {
+fn recursive_propagation_of_the_root_is_normalized() {
     for (asked, expected) in [
         ("rshared", json!("shared")),
         ("slave", json!("slave")),
@@ -333,7 +333,7 @@ fn propagation_of_the_root_has_the_guests_names() {
 }
 
 #[test]
-fn what_a_machine_cannot_do_is_an_error_that_names_the_field() {
+fn unsupported_or_invalid_field_is_an_error_that_names_it() {
     let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
     let cases = [
         ("/process", Value::Null, "process"),
@@ -402,7 +402,7 @@ fn unset_memory_limits_do_not_reach_the_guest_as_zero() {
 }
 
 #[test]
-fn root_without_mounts_is_the_directory_of_the_spec() {
+fn root_without_mounts_is_the_directory_in_the_spec() {
     let bundle = tempfile::tempdir().unwrap();
     let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
     for (path, expected) in [

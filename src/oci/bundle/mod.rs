@@ -1,0 +1,210 @@
+//! Plans a container, or the sandbox of a pod, from an OCI bundle.
+//!
+//! Lives here: the pure translation of a spec into a [`BundlePlan`], one file for each part of the spec. May not live
+//! here: the types of a plan (`plan`), and any I/O other than reading `config.json` and inspecting the sources of bind
+//! mounts. Called by the shim through [`plan_bundle`].
+
+mod devices;
+mod hooks;
+mod mounts;
+mod namespaces;
+mod rootfs;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::HashMap, path::Path};
+
+use nutshell_protocol::CONTAINERS_PATH;
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Spec};
+
+use self::{
+    hooks::take_host_hooks,
+    mounts::{MountTranslator, pod_shm_size},
+    namespaces::Namespaces,
+    settings::{non_empty, refuse_unsupported, strip_linux, strip_process},
+};
+use super::{
+    BundlePlan, ContainerId, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace, Placement, Plan,
+    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, spec,
+};
+
+/// Plans the container `id` from its bundle and the mounts of its snapshot (`rootfs`).
+///
+/// Reads `config.json` in `bundle`, and looks at the host only through `inspect`.
+///
+/// # Errors
+///
+/// [`PlanError`] with the name of the field, if the spec is malformed or asks for what a machine cannot do.
+pub(crate) fn plan_bundle(
+    bundle: &Path,
+    id: &ContainerId,
+    rootfs: &[HostMount],
+    sizing: &Sizing,
+    host: HostNamespaces,
+    inspect: Inspect<'_>,
+) -> Result<BundlePlan, PlanError> {
+    let mut spec: Spec = spec::read(bundle)?;
+    let annotations = spec.annotations().clone().unwrap_or_default();
+    let placement = parse_placement(&annotations)?;
+    let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
+    let Some(placement) = placement else {
+        let size = sizing.size_for_pod(&annotations, Limits::from_annotations(&annotations)?)?;
+        let pod = plan_sandbox(&mut spec, &linux, size, host, inspect)?;
+        return Ok(BundlePlan::Sandbox(Box::new(pod)));
+    };
+    refuse_unsupported(&linux)?;
+    let id_map = parse_id_map(&linux)?;
+    let Namespaces { guest, network, pid } =
+        namespaces::translate(linux.namespaces().as_deref().unwrap_or_default(), &placement, host)?;
+    if id_map.is_some() && pid != PidNamespace::Specified {
+        return Err(PlanError::unsupported(
+            "linux.namespaces: user and pid",
+            "a container with its own user namespace cannot share the pid namespace of other containers: set \
+             shareProcessNamespace to false, or hostUsers to true",
+        ));
+    }
+    let cgroups_path = cgroups_path(&linux);
+    let limits = Limits::from_resources(linux.resources().as_ref());
+    let size = sizing.size_for_container(&annotations, limits)?;
+    let hooks = take_host_hooks(&mut spec)?;
+    let root = plan_root(&mut spec, bundle, id, rootfs)?;
+    let in_pod = placement != Placement::Single;
+    let translator = MountTranslator {
+        bundle,
+        id,
+        in_pod,
+        host,
+        id_map: id_map.as_ref(),
+        inspect,
+    };
+    let mounts = translator.translate(spec.mounts_mut().take().unwrap_or_default())?;
+    spec.set_mounts(Some(mounts.guest));
+    let mut warnings = Vec::new();
+    let process = spec.process_mut().as_mut().ok_or(PlanError::Missing("process"))?;
+    let terminal = process.terminal().unwrap_or(false);
+    let console_size = console_size(process);
+    strip_process(process, &mut warnings);
+    strip_linux(&mut linux, id, &mut warnings)?;
+    linux.set_namespaces(Some(guest));
+    spec.set_linux(Some(linux))
+        .set_vm(None)
+        .set_windows(None)
+        .set_solaris(None)
+        .set_zos(None);
+    if in_pod {
+        // The pod's sandbox sets the names.
+        spec.set_hostname(None).set_domainname(None);
+    }
+    Ok(BundlePlan::Container(Box::new(Plan {
+        placement,
+        spec: serde_json::to_vec(&spec).map_err(PlanError::Encode)?,
+        root,
+        shares: mounts.shares,
+        network,
+        size,
+        limits,
+        terminal,
+        console_size,
+        cgroups_path,
+        pid_namespace: pid,
+        hooks,
+        warnings,
+    })))
+}
+
+fn plan_sandbox(
+    spec: &mut Spec,
+    linux: &Linux,
+    size: PodSize,
+    host: HostNamespaces,
+    inspect: Inspect<'_>,
+) -> Result<PodPlan, PlanError> {
+    let network = namespaces::sandbox_network(linux.namespaces().as_deref().unwrap_or_default(), host)?;
+    let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
+    sysctls.sort();
+    Ok(PodPlan {
+        size,
+        network,
+        cgroups_path: cgroups_path(linux),
+        hooks: take_host_hooks(spec)?,
+        shared: PodShared {
+            hostname: non_empty(spec.hostname()).map(str::to_owned),
+            domainname: non_empty(spec.domainname()).map(str::to_owned),
+            sysctls,
+            shm_size: pod_shm_size(spec.mounts().as_deref().unwrap_or_default(), inspect),
+            // containerd mounts the file into every container.
+            resolv_conf: None,
+        },
+    })
+}
+
+fn cgroups_path(linux: &Linux) -> Option<String> {
+    let path = linux.cgroups_path().as_ref()?;
+    Some(path.to_string_lossy().into_owned())
+}
+
+/// The container's relation to a pod, from the annotations of containerd's CRI (`internal/cri/annotations`). `None` if
+/// the bundle is that of a pod's sandbox.
+fn parse_placement(annotations: &HashMap<String, String>) -> Result<Option<Placement>, PlanError> {
+    const TYPE: &str = "io.kubernetes.cri.container-type";
+    const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+    let invalid = |name: &str, reason: String| PlanError::invalid(format!("annotation {name}"), reason);
+    match annotations.get(TYPE).map(String::as_str) {
+        None => Ok(Some(Placement::Single)),
+        Some("sandbox") => Ok(None),
+        Some("container") => {
+            let sandbox = annotations
+                .get(SANDBOX)
+                .ok_or_else(|| invalid(SANDBOX, "a container of a pod needs this annotation".to_owned()))?;
+            let sandbox: ContainerId = sandbox
+                .parse()
+                .map_err(|error: IdError| invalid(SANDBOX, error.to_string()))?;
+            Ok(Some(Placement::Member {
+                sandbox: sandbox.to_string(),
+            }))
+        }
+        Some(other) => Err(invalid(
+            TYPE,
+            format!("{other:?} is neither \"sandbox\" nor \"container\""),
+        )),
+    }
+}
+
+/// The mapping of the container's user namespace.
+fn parse_id_map(linux: &Linux) -> Result<Option<IdMap>, PlanError> {
+    const FIELD: &str = "linux.uidMappings, linux.gidMappings";
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let has_namespace = namespaces
+        .iter()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::User);
+    let map = IdMap::from_spec(linux.uid_mappings().as_deref(), linux.gid_mappings().as_deref())
+        .map_err(|reason| PlanError::invalid(FIELD, reason))?;
+    match &map {
+        None if has_namespace => Err(PlanError::invalid(FIELD, "a user namespace needs mappings")),
+        Some(_) if !has_namespace => Err(PlanError::invalid(
+            FIELD,
+            "user namespace mappings specified, but no user namespace",
+        )),
+        Some(map) if map.uids.count() > 1 || map.gids.count() > 1 => Err(PlanError::unsupported(
+            FIELD,
+            "a user namespace in the guest can have only one range of users and one range of groups",
+        )),
+        _ => Ok(map),
+    }
+}
+
+/// Plans the root file system, and writes its path in the guest into the spec.
+fn plan_root(spec: &mut Spec, bundle: &Path, id: &ContainerId, mounts: &[HostMount]) -> Result<Root, PlanError> {
+    let root = spec.root_mut().as_mut().ok_or(PlanError::Missing("root"))?;
+    // OCI spec, "Root": a relative path is relative to the bundle.
+    let directory = bundle.join(root.path());
+    root.set_path(Path::new(CONTAINERS_PATH).join(id.as_str()).join("rootfs"));
+    rootfs::plan_root(mounts, directory)
+}
+
+/// Columns and rows of the terminal.
+fn console_size(process: &Process) -> Option<(u16, u16)> {
+    let size = process.console_size()?;
+    Some((size.width().try_into().ok()?, size.height().try_into().ok()?)).filter(|size| *size != (0, 0))
+}
