@@ -86,8 +86,8 @@ mod tests {
     use nutshell_protocol::{FromAgent, Ready, Reply, Response, ToAgent};
     use tokio::sync::{Mutex, mpsc};
 
+    use super::super::agent::tests::connect;
     use super::*;
-    use crate::shim::machine::agent::tests::connect;
 
     fn host_clock() -> u64 {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();

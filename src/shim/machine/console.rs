@@ -13,3 +13,21 @@ pub(super) fn printable_tail(bytes: &[u8]) -> String {
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     lines[lines.len().saturating_sub(MAX_LINES)..].join("\n")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tail_has_the_last_lines_without_blank_ones_and_control_characters() {
+        let mut console: String = (0..100).map(|line| format!("line {line}\r\n\n")).collect();
+        console.push_str("\x1b[31mred\x07");
+
+        let tail = printable_tail(console.as_bytes());
+
+        let lines: Vec<_> = tail.lines().collect();
+        assert_eq!(lines.len(), MAX_LINES);
+        assert_eq!(lines[0], "line 77");
+        assert_eq!(lines[MAX_LINES - 1], "[31mred");
+    }
+}

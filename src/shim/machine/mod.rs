@@ -289,7 +289,7 @@ impl Machine {
         result.map_err(VmmError::Refused)
     }
 
-    /// Changes the size of the machine: `memory` in bytes beyond what it booted with, and the least number of vCPUs
+    /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the least number of vCPUs
     /// (see [`Command::Resize`]). One call at a time. The guest uses the difference after `Request::ResizeMachine`.
     pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
@@ -299,7 +299,7 @@ impl Machine {
         result.map_err(VmmError::Refused)
     }
 
-    /// Waits until the guest has exactly `bytes` of memory beyond what it booted with.
+    /// Waits until the guest has exactly `bytes` of memory beyond its boot memory.
     pub(crate) async fn memory_plugged(&self, bytes: u64) {
         let mut plugged = self.state.plugged_memory.subscribe();
         if plugged.wait_for(|plugged| *plugged == Some(bytes)).await.is_err() {

@@ -34,8 +34,8 @@ pub(super) struct MachineState {
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that changes the machine's size.
     pub(super) resize_request: Mutex<Option<AnswerSender>>,
-    /// The guest's memory in bytes beyond what it booted with, at the last time that it had reached the requested size;
-    /// `None` from a change of that size until the guest has followed.
+    /// How much memory the guest has beyond its boot memory, in bytes, as the vmm reported it when the guest had
+    /// reached the requested size. `None` while the guest has not reached it.
     pub(super) plugged_memory: watch::Sender<Option<u64>>,
     /// The first decision of the shim to end the machine.
     pub(super) end_request: Mutex<Option<EndRequest>>,

@@ -1,4 +1,4 @@
-//! The vmm process: its start, and what it writes to standard error.
+//! The vmm process: its start and its standard error.
 
 use std::{io, os::fd::OwnedFd, process::Stdio};
 

@@ -31,7 +31,7 @@ pub(super) struct IpConfig {
     pub(super) neighbours: Vec<NeighbourMessage>,
 }
 
-/// The Ethernet links that are up and do not belong to a bridge or bond, ordered by their index.
+/// The Ethernet links that are up and are not part of another link, such as a bridge. Ordered by index.
 pub(super) fn list_links(netlink: &mut NetlinkSocket) -> Result<Vec<Link>, NetlinkError> {
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
     let messages = netlink.dump("list the links of the pod", &request)?;

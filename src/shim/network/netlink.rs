@@ -62,7 +62,7 @@ impl NetlinkSocket {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Lists all objects that `request` asks for, as they are at one moment. `action` is for errors.
+    /// Sends the dump request `request` and returns a consistent list of objects. `action` is for errors.
     pub(super) fn dump(
         &mut self,
         action: &str,

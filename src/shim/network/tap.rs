@@ -23,7 +23,7 @@ use super::{
 };
 use crate::control::VNET_HEADER_SIZE;
 
-/// The name of a new device. The kernel replaces `%d` by a number.
+/// The name of a new device. The kernel replaces `%d` with a number.
 const TAP_NAME_PATTERN: &[u8] = b"nutshell%d\0";
 
 /// `IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR` (`linux/if_tun.h`).
@@ -41,7 +41,7 @@ pub(super) struct Tap {
 /// Creates a device with at least one queue in the calling thread's network namespace. An error has the step that
 /// failed.
 pub(super) fn create(queues: usize) -> Result<Tap, (&'static str, io::Error)> {
-    // SAFETY: all zeroes is a valid value of this structure of C.
+    // SAFETY: all zeroes is a valid value of this C structure.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (target, byte) in request.ifr_name.iter_mut().zip(TAP_NAME_PATTERN) {
         *target = byte.cast_signed();

@@ -41,7 +41,8 @@ impl RunningFileServer {
         self.child.pid()
     }
 
-    /// Changes what is shared, on a thread for blocking calls: a file system that hangs must not hang the shim.
+    /// Runs a change of the shared files on a thread for blocking calls: a file system that hangs must not hang the
+    /// shim.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         change: impl FnOnce(&FileServer) -> Result<T, ShareError> + Send + 'static,

@@ -203,7 +203,7 @@ impl FileServer {
         }
     }
 
-    /// Opens a path of the tmpfs as it is in the namespace.
+    /// Opens a path of the tmpfs in the file server's namespace.
     fn open_mount_point(&self, path: &Path) -> io::Result<OwnedFd> {
         rustix::fs::openat2(
             &self.root,

@@ -118,7 +118,7 @@ fn id_map_error(source: &str) -> impl Fn(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{source}: {}: {error}", idmap::ID_MAP_STEP))
 }
 
-/// Opens `target` below what is mounted at `rootfs`. A guest may have written that file system, so the path is resolved
+/// Opens `target` in the file system that is mounted at `rootfs`. A guest may have written it, so the path is resolved
 /// as if `rootfs` were the root directory.
 fn open_target(rootfs: &Path, target: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;

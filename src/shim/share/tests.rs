@@ -346,7 +346,9 @@ fn detached_share_is_gone_and_its_path_can_be_reused() {
     server.detach("c/0").unwrap();
 
     assert_eq!(client.walk("c/0").unwrap_err(), libc::ENOENT);
-    client.create(known, "late", 0o644).expect("what is known stays");
+    client
+        .create(known, "late", 0o644)
+        .expect("a file that the guest has looked up stays");
     server.attach(&share(second.path(), "c/0")).unwrap();
     let parent = client.walk("c/0").unwrap().id;
     client.create(parent, "file", 0o644).unwrap();

@@ -293,7 +293,7 @@ async fn send_output(
 ///
 /// The windows that the client grants are ignored. containerd counts fewer bytes than it received if the buffer of its
 /// reader is small (`reader.go`), and would in the end wait for bytes that it has not granted. Flow control works
-/// without them: each stream has a connection of its own, and containerd reads from it only what its reader consumes.
+/// without them: each stream has a separate connection, and containerd reads from it only as fast as its reader does.
 async fn send_to_client(
     client: &mut Client,
     source: &mut pipe::Receiver,
