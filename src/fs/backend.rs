@@ -14,7 +14,6 @@ use std::{
     thread,
 };
 
-use log::error;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT, bitmap::BitmapMmapRegion};
 use virtio_bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
@@ -81,7 +80,7 @@ impl Backend {
         }
     }
 
-    /// Handles all requests in the queue. An invalid ring ends this, and the guest gets no more replies from it.
+    /// Handles all requests in the queue. An invalid ring is an error, and its guest then waits for replies in vain.
     fn process_queue(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
         loop {
             ring.disable_notification()?;
@@ -112,7 +111,7 @@ impl Backend {
         }))
     }
 
-    /// Passes one of [`SYNC_OPERATIONS`] to the second thread, and returns any other request.
+    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle.
     fn defer_sync(&self, request: Request) -> Option<Request> {
         if !request
             .opcode()
@@ -126,16 +125,16 @@ impl Backend {
             let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
                 for request in receiver {
                     if let Err(error) = request.handle(&server) {
-                        error!("a queue is unusable: {error}");
+                        log::error!("a queue is unusable: {error}");
                     }
                 }
             });
             if let Err(error) = spawned {
-                error!("cannot start a thread for fsync: {error}");
+                log::error!("cannot start a thread for fsync: {error}");
             }
             sender
         });
-        // Without the thread there is no receiver: the caller then handles the request itself.
+        // Without the thread there is no receiver, and the request is returned.
         sender.send(request).err().map(|unsent| unsent.0)
     }
 }
@@ -154,7 +153,7 @@ impl Request {
     fn handle(self, server: &Server<Tree>) -> Result<(), RingError> {
         let head = self.chain.head_index();
         let written = try_handle(server, &self.memory, self.chain).unwrap_or_else(|error| {
-            error!("the guest sent a malformed request: {error}");
+            log::error!("the guest sent a malformed request: {error}");
             0
         });
         let mut ring = self.ring.get_mut();
@@ -162,7 +161,7 @@ impl Request {
         if ring.needs_notification()?
             && let Err(error) = ring.signal_used_queue()
         {
-            error!("cannot interrupt the guest: {error}");
+            log::error!("cannot interrupt the guest: {error}");
         }
         Ok(())
     }
@@ -234,7 +233,7 @@ impl VhostUserBackend for Backend {
         if let Some(ring) = queues.get(usize::from(queue))
             && let Err(error) = self.process_queue(ring)
         {
-            error!("queue {queue} is unusable: {error}");
+            log::error!("queue {queue} is unusable: {error}");
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ const SETTLED_AFTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Slot {
-    /// 0 if the slot is empty: it is no node's id.
+    /// 0 in an empty slot: no node has this id.
     node: u64,
     fingerprint: u64,
 }

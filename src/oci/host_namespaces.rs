@@ -19,9 +19,9 @@ pub(crate) enum HostNamespaces {
 }
 
 impl HostNamespaces {
-    /// Refuses a namespace of the host, unless it is to mean the pod's. `field` is Kubernetes' name of the request,
-    /// `kind` is the type of the namespace that is missing in the spec.
-    pub(super) fn check(self, field: &str, kind: &str) -> Result<(), PlanError> {
+    /// Refuses a namespace of the host, unless it is configured to mean the pod's. `field` is the field in Kubernetes,
+    /// `kind` the type of the namespace, which the spec does not list.
+    pub(super) fn refuse_unless_pod(self, field: &str, kind: &str) -> Result<(), PlanError> {
         match self {
             Self::Pod => Ok(()),
             Self::Refuse => Err(PlanError::unsupported(

@@ -28,7 +28,7 @@ impl IdMap {
     ///
     /// # Errors
     ///
-    /// The reason: one of the lists is empty, or a range is empty or exceeds 32 bits.
+    /// The reason, if only one list is empty, or a range is empty or exceeds 32 bits.
     pub(crate) fn from_spec(
         uids: Option<&[LinuxIdMapping]>,
         gids: Option<&[LinuxIdMapping]>,

@@ -1,5 +1,5 @@
-//! Sources of bind mounts. Planning inspects them on the host through a function, so that it stays testable as a pure
-//! translation.
+//! Sources of bind mounts. Planning inspects them on the host through a function, so that the translation itself stays
+//! pure.
 
 use std::{
     io,

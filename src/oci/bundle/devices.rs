@@ -5,6 +5,7 @@ use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType};
 
 use crate::oci::PlanError;
 
+/// Major and minor number, and path in the guest.
 const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
     (1, 3, "/dev/null"),
     (1, 5, "/dev/zero"),
@@ -79,8 +80,8 @@ fn is_privileged(linux: &Linux) -> bool {
         .as_ref()
         .and_then(|resources| resources.devices().as_ref());
     rules.into_iter().flatten().any(|rule| {
-        let every_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
-        rule.allow() && every_type && rule.major().is_none() && rule.minor().is_none()
+        let is_any_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        rule.allow() && is_any_type && rule.major().is_none() && rule.minor().is_none()
     })
 }
 

@@ -23,12 +23,12 @@ pub(super) fn sandbox_network(namespaces: &[LinuxNamespace], host: HostNamespace
     refuse_duplicates(namespaces)?;
     let find = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
     if find(LinuxNamespaceType::Pid).is_none() {
-        host.check("hostPID", "pid")?;
+        host.refuse_unless_pod("hostPID", "pid")?;
     }
     if find(LinuxNamespaceType::Ipc).is_none() {
-        host.check("hostIPC", "ipc")?;
+        host.refuse_unless_pod("hostIPC", "ipc")?;
     }
-    match find(LinuxNamespaceType::Network).map(path) {
+    match find(LinuxNamespaceType::Network).map(path_of) {
         Some(None) => Ok(Network::Loopback),
         Some(Some(path)) => Ok(Network::Namespace(path.to_owned())),
         None => Err(PlanError::unsupported(
@@ -51,7 +51,7 @@ fn refuse_duplicates(namespaces: &[LinuxNamespace]) -> Result<(), PlanError> {
     Ok(())
 }
 
-fn path(namespace: &LinuxNamespace) -> Option<&Path> {
+fn path_of(namespace: &LinuxNamespace) -> Option<&Path> {
     namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty())
 }
 
@@ -66,24 +66,24 @@ pub(super) fn translate(
         network: Network::Host,
         pid: PidNamespace::Specified,
     };
-    let single = *placement == Placement::Single;
+    let is_single = *placement == Placement::Single;
     for namespace in namespaces {
-        match (namespace.typ(), path(namespace)) {
+        match (namespace.typ(), path_of(namespace)) {
             // Every member's spec contains the mapping, so each member gets a new user namespace.
-            (LinuxNamespaceType::User, Some(_)) if !single => {
+            (LinuxNamespaceType::User, Some(_)) if !is_single => {
                 let mut user = LinuxNamespace::default();
                 user.set_typ(LinuxNamespaceType::User);
                 translated.guest.push(user);
             }
             (LinuxNamespaceType::Network, None) => translated.network = Network::Loopback,
             (LinuxNamespaceType::Network, Some(path)) => translated.network = Network::Namespace(path.to_owned()),
-            (LinuxNamespaceType::Pid, Some(path)) if !single => {
+            (LinuxNamespaceType::Pid, Some(path)) if !is_single => {
                 translated.pid = parse_task_pid(path).map(PidNamespace::Task).ok_or_else(|| {
                     let reason = format!("{} is not /proc/<pid>/ns/pid of a container of the pod", path.display());
                     PlanError::unsupported("linux.namespaces: pid", reason)
                 })?;
             }
-            (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _) if !single => {}
+            (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _) if !is_single => {}
             (kind, Some(path)) => {
                 return Err(PlanError::unsupported(
                     format!("linux.namespaces: {kind}"),
@@ -93,13 +93,13 @@ pub(super) fn translate(
             (_, None) => translated.guest.push(namespace.clone()),
         }
     }
-    if !single {
+    if !is_single {
         let is_missing = |kind| !namespaces.iter().any(|namespace| namespace.typ() == kind);
         if is_missing(LinuxNamespaceType::Ipc) {
-            host.check("hostIPC", "ipc")?;
+            host.refuse_unless_pod("hostIPC", "ipc")?;
         }
         if is_missing(LinuxNamespaceType::Pid) {
-            host.check("hostPID", "pid")?;
+            host.refuse_unless_pod("hostPID", "pid")?;
             translated.pid = PidNamespace::Pod;
         }
     }

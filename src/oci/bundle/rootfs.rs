@@ -13,7 +13,7 @@ const HOST_FILESYSTEMS: [&str; 5] = ["bind", "btrfs", "overlay", "xfs", "zfs"];
 
 /// The remedy for unsupported mounts: containerd's configuration or the client selects the snapshotter.
 const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
-    in containerd's configuration, or give ctr --snapshotter";
+    in containerd's configuration, or pass --snapshotter to ctr";
 
 /// Plans the root from `mounts`. Without mounts, `directory` (the spec's `root.path`) is the root itself.
 pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, PlanError> {

@@ -322,12 +322,12 @@ fn user_namespace_reaches_the_guest_with_its_mapping() {
 
 #[test]
 fn recursive_propagation_of_the_root_is_normalized() {
-    for (asked, expected) in [
+    for (requested, expected) in [
         ("rshared", json!("shared")),
         ("slave", json!("slave")),
         ("", Value::Null),
     ] {
-        let plan = plan_of(&with(CTR, "/linux/rootfsPropagation", json!(asked))).unwrap();
+        let plan = plan_of(&with(CTR, "/linux/rootfsPropagation", json!(requested))).unwrap();
         assert_eq!(guest(&plan)["linux"]["rootfsPropagation"], expected);
     }
 }

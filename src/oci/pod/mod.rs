@@ -16,17 +16,17 @@ use super::{
     host_namespaces::HOST_NETWORK, plan::DEFAULT_SHM_SIZE,
 };
 
-/// The type of the message, as the end of the type URL of the options.
+/// The end of the type URL of the options.
 const CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 
-/// The annotations that are taken from a `PodSandboxConfig` start with this. Any other could be one that only
-/// containerd may set, and a pod's author can write anything there.
+/// Prefix of the annotations that are taken from a `PodSandboxConfig`. The author of a pod can write any annotation,
+/// including those that only containerd may set.
 const OWN_ANNOTATIONS: &str = "io.containerd.nutshell.";
 
 /// Plans the pod of the sandbox `id`.
 ///
-/// `options` are a type URL and an encoded message, `annotations` those that containerd passes to the runtime. An
-/// empty `network` asks for a new network namespace, any other is the path of one.
+/// `options` is a type URL and an encoded message, `annotations` are those that containerd passes to the runtime.
+/// `network` is the path of a network namespace, or empty for a new one.
 ///
 /// # Errors
 ///
@@ -90,10 +90,10 @@ fn refuse_host_namespaces(namespaces: &NamespaceOption, host: HostNamespaces) ->
         return Err(PlanError::unsupported("hostNetwork", HOST_NETWORK));
     }
     if namespaces.pid() == NamespaceMode::Node {
-        host.check("hostPID", "pid")?;
+        host.refuse_unless_pod("hostPID", "pid")?;
     }
     if namespaces.ipc() == NamespaceMode::Node {
-        host.check("hostIPC", "ipc")?;
+        host.refuse_unless_pod("hostIPC", "ipc")?;
     }
     Ok(())
 }

@@ -86,10 +86,10 @@ impl MountTranslator<'_> {
     /// Takes the id mapping out of a mount: the host maps the ids, and the guest mounts the result as it is.
     fn take_id_map(&self, mount: &mut Mount) -> Result<Option<ShareIdMap>, PlanError> {
         let invalid = |mount: &Mount, reason: String| PlanError::invalid(field_name(mount), reason);
-        let own = IdMap::from_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
+        let explicit = IdMap::from_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())
             .map_err(|reason| invalid(mount, reason))?;
         let is_requested = options(mount).any(|option| matches!(option, "idmap" | "ridmap"));
-        let map = match (own, is_requested) {
+        let map = match (explicit, is_requested) {
             (None, false) => return Ok(None),
             (Some(map), _) => map,
             (None, true) => self.id_map.cloned().ok_or_else(|| {
@@ -152,7 +152,7 @@ impl MountTranslator<'_> {
     fn shm_size(&self, source: &Path) -> Result<Option<u64>, PlanError> {
         if source == Path::new(SHM_PATH) {
             if self.in_pod {
-                self.host.check("hostIPC", "ipc")?;
+                self.host.refuse_unless_pod("hostIPC", "ipc")?;
             }
             return Ok(Some(DEFAULT_SHM_SIZE));
         }
@@ -169,7 +169,7 @@ impl MountTranslator<'_> {
         })
     }
 
-    /// The path in the guest if the guest itself has what is at `source`; `None` if the host's must be shared.
+    /// The path in the guest, if the guest has its own file or directory for `source`. `None` if the host's must be shared.
     fn find_in_guest(&self, mount: &Mount, source: &Path) -> Result<Option<PathBuf>, PlanError> {
         if source.starts_with("/proc") || source.starts_with("/sys") {
             return Ok(Some(source.to_owned()));
@@ -222,7 +222,7 @@ impl MountTranslator<'_> {
     }
 }
 
-/// Translates a mount that is no bind mount.
+/// Translates a mount other than a bind mount.
 fn translate_filesystem(mount: &mut Mount) -> Result<(), PlanError> {
     let kind = match mount.typ().as_deref() {
         Some("hugetlbfs") => {
@@ -256,7 +256,7 @@ fn refuse_id_map(mount: &Mount, id_map: Option<&ShareIdMap>) -> Result<(), PlanE
         None => Ok(()),
         Some(_) => Err(PlanError::unsupported(
             field_name(mount),
-            "ids can be mapped only in directories and files of the host, and this is the guest's own",
+            "ids can be mapped only in directories and files of the host, and this one belongs to the guest",
         )),
     }
 }

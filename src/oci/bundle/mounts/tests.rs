@@ -74,13 +74,13 @@ fn directories_of_the_host_become_shares_numbered_in_order() {
 #[test]
 fn id_mappings_move_from_the_guests_mounts_to_the_shares() {
     let mapping = json!([{"containerID": 0, "hostID": 1000, "size": 1}]);
-    let own = IdMap::from_options(&["uidmap=0:7:1".to_owned(), "gidmap=0:7:1".to_owned()]).unwrap();
+    let container_map = IdMap::from_options(&["uidmap=0:7:1".to_owned(), "gidmap=0:7:1".to_owned()]).unwrap();
     let translator = MountTranslator {
         bundle: Path::new("/bundle"),
         id: &"c1".parse().unwrap(),
         in_pod: false,
         host: HostNamespaces::Refuse,
-        id_map: own.as_ref(),
+        id_map: container_map.as_ref(),
         inspect: &inspect,
     };
     let mounts = json!([
@@ -165,8 +165,8 @@ fn only_the_default_shared_memory_of_a_member_is_the_pods() {
         (true, "tmpfs", "size=65536k"),
         (false, "shm", "size=65536k"),
     ] {
-        let own = translate(in_pod, tmpfs(source, size)).unwrap();
-        assert_eq!(guest(&own)[0]["type"], "tmpfs", "{source} {size}");
+        let private = translate(in_pod, tmpfs(source, size)).unwrap();
+        assert_eq!(guest(&private)[0]["type"], "tmpfs", "{source} {size}");
     }
 }
 
