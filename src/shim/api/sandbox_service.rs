@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim::protos::{
-    protobuf::MessageField,
+    protobuf::{MessageField, well_known_types::timestamp::Timestamp},
     sandbox_api::{
         CreateSandboxRequest, CreateSandboxResponse, PingRequest, PingResponse, PlatformRequest, PlatformResponse,
         SandboxMetricsRequest, SandboxMetricsResponse, SandboxStatusRequest, SandboxStatusResponse,
@@ -24,7 +24,6 @@ use super::{completion::run_to_completion, connection::LastReply, metrics::encod
 use crate::oci::ContainerId;
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    events::to_timestamp,
     tasks::{SandboxRequest, Tasks},
 };
 
@@ -62,7 +61,7 @@ impl Sandbox for SandboxService {
         let (pid, created_at) = run_to_completion(&self.tasks, start).await?;
         Ok(StartSandboxResponse {
             pid,
-            created_at: MessageField::some(to_timestamp(created_at)),
+            created_at: MessageField::some(created_at.into()),
             ..StartSandboxResponse::default()
         })
     }
@@ -92,7 +91,7 @@ impl Sandbox for SandboxService {
         let exit = self.tasks.wait_sandbox(&request.sandbox_id).await?;
         Ok(WaitSandboxResponse {
             exit_status: exit.status,
-            exited_at: MessageField::some(to_timestamp(exit.at)),
+            exited_at: MessageField::some(exit.at.into()),
             ..WaitSandboxResponse::default()
         })
     }
@@ -114,8 +113,8 @@ impl Sandbox for SandboxService {
             pid: status.pid,
             state: state.to_owned(),
             info: status.info,
-            created_at: MessageField::some(to_timestamp(status.created_at)),
-            exited_at: status.exit.map(|exit| to_timestamp(exit.at)).into(),
+            created_at: MessageField::some(status.created_at.into()),
+            exited_at: status.exit.map(|exit| Timestamp::from(exit.at)).into(),
             ..SandboxStatusResponse::default()
         })
     }
@@ -145,7 +144,7 @@ impl Sandbox for SandboxService {
         let mut response = SandboxMetricsResponse::default();
         let metric = response.metrics.mut_or_insert_default();
         metric.id = request.sandbox_id;
-        metric.timestamp = MessageField::some(to_timestamp(std::time::SystemTime::now()));
+        metric.timestamp = MessageField::some(std::time::SystemTime::now().into());
         metric.data = MessageField::some(encode_metrics(&stats));
         Ok(response)
     }

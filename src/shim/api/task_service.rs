@@ -1,7 +1,7 @@
 //! The Task service: translates containerd's messages to and from [`Tasks`]. The same methods serve versions 2 and 3
 //! of the API, whose messages are equal.
 
-use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc, time::SystemTime};
+use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim::{
@@ -28,7 +28,6 @@ use super::{completion::run_to_completion, connection::LastReply, metrics::encod
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    events::to_timestamp,
     stdio,
     tasks::{CreateRequest, ExecRequest, Phase, Tasks},
 };
@@ -102,7 +101,7 @@ impl Task for TaskService {
             stderr: state.stdio_spec.stderr,
             terminal: state.stdio_spec.terminal,
             exit_status: exit.map_or(0, |exit| exit.status),
-            exited_at: exit.map(|exit| to_timestamp(exit.at)).into(),
+            exited_at: exit.map(|exit| Timestamp::from(exit.at)).into(),
             exec_id: request.exec_id,
             ..StateResponse::default()
         })
@@ -114,7 +113,7 @@ impl Task for TaskService {
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.status,
-            exited_at: timestamp_field(deleted.exit.at),
+            exited_at: MessageField::some(deleted.exit.at.into()),
             ..DeleteResponse::default()
         })
     }
@@ -218,7 +217,7 @@ impl Task for TaskService {
         let exit = self.tasks.wait(&request.id, &request.exec_id).await?;
         Ok(WaitResponse {
             exit_status: exit.status,
-            exited_at: timestamp_field(exit.at),
+            exited_at: MessageField::some(exit.at.into()),
             ..WaitResponse::default()
         })
     }
@@ -291,10 +290,6 @@ fn to_status(phase: Phase) -> Status {
         Phase::Paused => Status::PAUSED,
         Phase::Stopped(_) | Phase::Deleting(_) | Phase::Deleted(_) => Status::STOPPED,
     }
-}
-
-fn timestamp_field(at: SystemTime) -> MessageField<Timestamp> {
-    MessageField::some(to_timestamp(at))
 }
 
 fn unknown_error(error: &impl std::error::Error) -> ttrpc::Error {

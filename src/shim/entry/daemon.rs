@@ -92,10 +92,10 @@ fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
 
 /// Separates this process from its caller:
 ///
-/// - no huge pages: khugepaged would round the shim's 3 MiB up to pages of 2 MiB, in each shim of a node;
-/// - a new session, so that signals of a terminal or process group do not end it;
+/// - it gets no huge pages: khugepaged would round the shim's 3 MiB up to pages of 2 MiB, in each shim of a node;
+/// - it gets a new session, so that signals of a terminal or process group do not end it;
 /// - orphaned descendants become its children;
-/// - a new mount namespace, which ends with the shim and still receives the mounts of the host.
+/// - it gets a new mount namespace, which ends with the shim and still receives the mounts of the host.
 fn detach() -> Result<(), DaemonError> {
     // Fails on a kernel without huge pages, which needs no setting. Hooks and logging programs inherit the setting; vmm
     // and fs revert it.

@@ -22,7 +22,7 @@ use std::{
 
 use containerd_shim::protos::{
     api::DeleteResponse,
-    protobuf::{Message, MessageField, well_known_types::timestamp::Timestamp},
+    protobuf::{Message, MessageField},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -76,18 +76,10 @@ fn report<T, E: Display>(result: Result<T, E>) -> Option<T> {
 }
 
 fn to_response(exit: ExitRecord) -> DeleteResponse {
-    let since_epoch = exit
-        .exited_at()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
     DeleteResponse {
         pid: exit.pid,
         exit_status: exit.status,
-        exited_at: MessageField::some(Timestamp {
-            seconds: i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX),
-            nanos: i32::try_from(since_epoch.subsec_nanos()).unwrap_or(0),
-            ..Timestamp::default()
-        }),
+        exited_at: MessageField::some(exit.exited_at().into()),
         ..DeleteResponse::default()
     }
 }

@@ -126,7 +126,7 @@ fn probe(path: &Path) -> io::Result<Probe> {
 fn bind_and_listen(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
-    // In time: no client can connect before the socket listens.
+    // In time, because no client can connect before `listen`.
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     listen(&socket, BACKLOG)?;
     Ok(socket)

@@ -12,16 +12,13 @@ use std::{
 
 use containerd_shim::{
     event::Event,
-    protos::{protobuf::MessageField, shim::event::Envelope},
+    protos::{protobuf::MessageField, shim::event::Envelope, topics},
     util::convert_to_any,
 };
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-use super::{
-    forwarder::Forwarder,
-    message::{is_optional, to_timestamp},
-};
+use super::forwarder::Forwarder;
 
 /// Maximum number of events in the queue. Beyond it the oldest is dropped.
 const CAPACITY: usize = 2048;
@@ -92,7 +89,7 @@ impl EventQueue {
             Err(error) => return log::error!("encode an event of {topic}: {error}"),
         };
         let envelope = Envelope {
-            timestamp: MessageField::some(to_timestamp(SystemTime::now())),
+            timestamp: MessageField::some(SystemTime::now().into()),
             namespace: self.shared.namespace.clone(),
             topic,
             event: MessageField::some(event),
@@ -140,6 +137,11 @@ impl Shared {
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock()
     }
+}
+
+/// Whether containerd's state stays correct without an event of this topic, so that it is not added to a long queue.
+fn is_optional(topic: &str) -> bool {
+    topic == topics::TASK_OOM_EVENT_TOPIC
 }
 
 /// Delivers events one by one, each until it succeeds.

@@ -86,7 +86,7 @@ impl Tasks {
         if process.lifecycle.phase().exit().is_some() {
             return finished();
         }
-        if process.exec.is_some() && process.lifecycle.phase() == Phase::Created {
+        if process.is_unstarted_exec() {
             return Err(TaskError::new(ErrorCode::FailedPrecondition, "process not started"));
         }
         if container.is_sandbox() {
@@ -194,7 +194,7 @@ impl Tasks {
         if !process.stdio_spec.terminal || phase.exit().is_some() {
             return Ok(());
         }
-        if process.exec.is_some() && phase == Phase::Created {
+        if process.is_unstarted_exec() {
             process.set_terminal_size((width, height));
             return Ok(());
         }

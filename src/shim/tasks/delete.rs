@@ -16,10 +16,7 @@ use super::{
     limits::{DRAIN_LIMIT, EXIT_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
 };
-use crate::shim::{
-    error::{ErrorCode, TaskError},
-    events::to_timestamp,
-};
+use crate::shim::error::{ErrorCode, TaskError};
 
 /// The response to Delete.
 #[derive(Debug, Clone, Copy)]
@@ -52,7 +49,7 @@ impl Tasks {
                 container_id: id.to_owned(),
                 pid,
                 exit_status: exit.status,
-                exited_at: MessageField::some(to_timestamp(exit.at)),
+                exited_at: MessageField::some(exit.at.into()),
                 ..TaskDelete::default()
             });
             self.remove(&container.id);

@@ -17,7 +17,7 @@ use super::{
     limits::DRAIN_LIMIT,
     table::Tasks,
 };
-use crate::shim::{events::to_timestamp, pod::Pod, record::ExitRecord};
+use crate::shim::{pod::Pod, record::ExitRecord};
 
 impl Tasks {
     /// Handles an event of the agent of a pod. Does not block. It spawns at most one task for each process that
@@ -101,7 +101,7 @@ impl Tasks {
                     id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
                     pid: process.pid(),
                     exit_status: exit.status,
-                    exited_at: MessageField::some(to_timestamp(exit.at)),
+                    exited_at: MessageField::some(exit.at.into()),
                     ..TaskExit::default()
                 });
             })

@@ -1,8 +1,8 @@
 //! The time limits of calls and of what happens between them.
 //!
-//! Limits for the agent count only time in which the machine could run (see
-//! [`Machine::within`](crate::shim::machine::Machine::within)), except [`PIDS_LIMIT`]. All others are plain
-//! elapsed time.
+//! [`REQUEST_LIMIT`], [`CREATE_LIMIT`], [`KILL_LIMIT`], [`WRITE_BACK_LIMIT`] and [`PLUG_LIMIT`] count only the time in
+//! which the machine could run (see [`Machine::within`](crate::shim::machine::Machine::within)). The others are elapsed
+//! time.
 
 use std::time::Duration;
 

@@ -90,8 +90,8 @@ impl Tasks {
         Ok((container, process))
     }
 
-    /// Finds the container `id` if it belongs to `pod`, also while it is being created. Agents report events of
-    /// their own pod only.
+    /// Finds the container `id` if it belongs to `pod`, also while it is being created. The check keeps an agent from
+    /// affecting containers of other pods.
     pub(super) fn container_in_pod(&self, pod: u64, id: &str) -> Option<Arc<Container>> {
         let id = id.parse().ok()?;
         let container = self.table().containers.get(&id).cloned()?;

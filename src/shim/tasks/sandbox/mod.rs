@@ -151,8 +151,8 @@ impl Tasks {
         Ok((pid, container.created_at))
     }
 
-    /// StopSandbox: ends the sandbox with all its containers. The guest has `limit` to write its disks back, and at
-    /// most [`WRITE_BACK_LIMIT`].
+    /// StopSandbox: ends the sandbox with all its containers. The guest has `limit` to write its disks back, by default
+    /// and at most [`WRITE_BACK_LIMIT`].
     pub(crate) async fn stop_sandbox(&self, id: &str, limit: Option<Duration>) -> Result<(), TaskError> {
         let container = self.find_sandbox(id)?;
         let limit = limit.map_or(WRITE_BACK_LIMIT, |limit| limit.min(WRITE_BACK_LIMIT));
@@ -259,7 +259,7 @@ impl Tasks {
 fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
     let files = match &shared.resolv_conf {
         None => Vec::new(),
-        Some(resolver) => pod_files(shared.hostname.as_deref(), resolver)?,
+        Some(resolv_conf) => pod_files(shared.hostname.as_deref(), resolv_conf)?,
     };
     Ok(SetUpPod {
         hostname: shared.hostname.clone(),
@@ -272,9 +272,9 @@ fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
 
 /// The files that containerd's CRI creates for a pod with `sandboxer = "podsandbox"`, and the shim for all others
 /// (containerd `internal/cri/server/podsandbox`, `setupSandboxFiles`).
-fn pod_files(hostname: Option<&str>, resolver: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
+fn pod_files(hostname: Option<&str>, resolv_conf: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
     const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
-    let resolver = match resolver {
+    let resolv_conf = match resolv_conf {
         ResolvConf::Contents(text) => text.clone().into_bytes(),
         ResolvConf::Host => match std::fs::read(HOST_RESOLV_CONF) {
             Ok(text) => text,
@@ -283,7 +283,7 @@ fn pod_files(hostname: Option<&str>, resolver: &ResolvConf) -> Result<Vec<PodFil
         },
     };
     let contents = [
-        ("/etc/resolv.conf", Some(resolver)),
+        ("/etc/resolv.conf", Some(resolv_conf)),
         ("/etc/hosts", Some(HOSTS.into())),
         ("/etc/hostname", hostname.map(|name| format!("{name}\n").into_bytes())),
     ];
