@@ -5,7 +5,7 @@
 //! is non-blocking, because the virtual machine must not wait for a reader of logs: lines that do not fit are dropped
 //! and counted.
 //!
-//! The shim and its libraries log by the macros of the `log` crate. Before [`start`], and in the other roles of the
+//! The shim and its libraries log with the macros of the `log` crate. Before [`start`], and in the other roles of the
 //! executable, nothing is written.
 
 use std::{

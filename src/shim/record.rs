@@ -129,6 +129,16 @@ impl PidFile {
     pub(crate) fn write(&self, pid: u32) -> io::Result<()> {
         self.0.write_all_at(format!("{pid}\n").as_bytes(), 0)
     }
+
+    /// Links the pid file of `bundle` into the bundle `other`, so that it survives the removal of `bundle`. A lock
+    /// belongs to the file, not to its name.
+    pub(crate) fn link(bundle: &Path, other: &Path) -> Result<(), RecordError> {
+        let path = other.join(PID_FILE);
+        match fs::hard_link(bundle.join(PID_FILE), &path) {
+            Err(source) if source.kind() != ErrorKind::AlreadyExists => Err(RecordError { path, source }),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Whether the shim of a bundle lives.
@@ -164,16 +174,6 @@ impl ShimStatus {
             path: path.clone(),
             source,
         })
-    }
-
-    /// Links the pid file of `bundle` into the bundle `other`, so that it survives the removal of `bundle`. A lock
-    /// belongs to the file, not to its name.
-    pub(crate) fn link_pid_file(bundle: &Path, other: &Path) -> Result<(), RecordError> {
-        let path = other.join(PID_FILE);
-        match fs::hard_link(bundle.join(PID_FILE), &path) {
-            Err(source) if source.kind() != ErrorKind::AlreadyExists => Err(RecordError { path, source }),
-            _ => Ok(()),
-        }
     }
 }
 
@@ -272,8 +272,8 @@ mod tests {
         let (bundle, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let pid_file = PidFile::create(bundle.path()).unwrap();
         pid_file.write(4141).unwrap();
-        ShimStatus::link_pid_file(bundle.path(), other.path()).unwrap();
-        ShimStatus::link_pid_file(bundle.path(), other.path()).unwrap();
+        PidFile::link(bundle.path(), other.path()).unwrap();
+        PidFile::link(bundle.path(), other.path()).unwrap();
         bundle.close().unwrap();
         assert!(matches!(
             ShimStatus::read(other.path()).unwrap(),

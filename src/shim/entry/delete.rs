@@ -34,7 +34,7 @@ use rustix::{
 use super::{group::Group, socket};
 use crate::oci;
 use crate::shim::{
-    record::{ExitRecord, ResourceRecord, ShimStatus},
+    record::{ExitRecord, PidFile, ResourceRecord, ShimStatus},
     tasks::SIGKILL_STATUS,
 };
 
@@ -90,7 +90,7 @@ fn end_shim(bundle: &Path) {
         return;
     };
     if let Some(other) = find_other_member(bundle) {
-        report(ShimStatus::link_pid_file(bundle, &other));
+        report(PidFile::link(bundle, &other));
         return;
     }
     match pid {
@@ -216,7 +216,6 @@ mod tests {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::shim::record::PidFile;
 
     fn bundle(parent: &Path, id: &str, address: &str) -> PathBuf {
         let bundle = parent.join(id);
