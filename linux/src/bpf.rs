@@ -4,7 +4,7 @@
 //! `32` and `64` in a name are the width in bits; 32-bit operations clear the upper half of their destination.
 //! Jumps are relative: `over` is the number of instructions to skip.
 
-/// One instruction: `struct bpf_insn` of `linux/bpf.h`, as bpf(2) takes it.
+/// One instruction: `struct bpf_insn` of `linux/bpf.h`, as bpf(2) requires it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub struct Instruction {
@@ -99,7 +99,7 @@ impl Instruction {
         Self::new(0x74, destination, 0, 0, bits)
     }
 
-    /// Jumps.
+    /// Jumps unconditionally.
     #[must_use]
     pub const fn jump(over: i16) -> Self {
         Self::new(0x05, 0, 0, over, 0)

@@ -1,10 +1,10 @@
-//! Errors and signals in the words of Go's standard library. runc is written in Go, so these are the texts that
-//! users know and search for.
+//! Error texts and signal names as in Go's standard library. runc is written in Go, so these are the texts that users
+//! know and search for.
 
 use std::io;
 
 /// Formats an error as Go's `syscall.Errno` does: without the number that Rust's standard library appends, and
-/// beginning with a small letter.
+/// beginning with a lowercase letter.
 #[must_use]
 pub fn error_text(error: &io::Error) -> String {
     let text = error.to_string();
@@ -16,7 +16,8 @@ pub fn error_text(error: &io::Error) -> String {
     }
 }
 
-/// Names a signal as Go's `syscall.Signal` does. Signals that rarely end a process have only a number.
+/// Names a signal as Go's `syscall.Signal` does. For signals that rarely end a process, the name is only `signal` and
+/// the number.
 #[must_use]
 pub fn signal_name(signal: i32) -> String {
     match signal {
@@ -35,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_has_no_number_and_begins_with_a_small_letter() {
+    fn error_has_no_number_and_begins_with_a_lowercase_letter() {
         let error = io::Error::from_raw_os_error(libc::ENOENT);
         assert_eq!(error_text(&error), "no such file or directory");
     }

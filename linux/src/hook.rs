@@ -1,14 +1,14 @@
 //! The standard streams of an OCI hook (OCI runtime spec, "POSIX-platform Hooks").
 //!
-//! They are files in memory and not pipes: a hook that does not read its input, or that leaves a child behind
-//! which holds its output, cannot block the caller.
+//! They are files in memory and not pipes, so that a hook cannot block the caller if it does not read its input, or if
+//! it leaves a child behind that keeps its output open.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use rustix::fs::MemfdFlags;
 
-/// How many bytes of standard output, and of standard error, a failed hook's error includes.
+/// The maximum number of bytes of standard output, and of standard error, in the error of a failed hook.
 const OUTPUT_LIMIT: u64 = 1024;
 
 /// Creates a memfd that contains `text` and is positioned at its start.
@@ -23,7 +23,7 @@ pub fn memory_file(text: &str) -> io::Result<File> {
     Ok(file)
 }
 
-/// Returns what a hook wrote to a [`memory_file`], trimmed: at most its first 1024 bytes. Invalid UTF-8 is
+/// Returns the text that a hook wrote to a [`memory_file`], trimmed: at most the first 1024 bytes. Invalid UTF-8 is
 /// replaced.
 ///
 /// # Errors

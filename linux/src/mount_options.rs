@@ -6,7 +6,7 @@ use rustix::mount::MountFlags;
 /// Applies one fstab-style option to `flags`: `ro` sets a flag, `rw` clears it, `defaults` changes nothing. The
 /// last of several contradicting options wins, as with mount(8).
 ///
-/// Returns `false`, and leaves `flags` alone, if the option is for the file system or the mount program.
+/// Returns `false` and does not change `flags` if the option is for the file system or the mount program.
 pub fn apply(option: &str, flags: &mut MountFlags) -> bool {
     let (flag, value) = match option {
         "ro" => (MountFlags::RDONLY, true),
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn each_option_has_one_that_undoes_it() {
+    fn clearing_option_undoes_its_setting_option() {
         for (set, clear, flag) in [
             ("ro", "rw", MountFlags::RDONLY),
             ("nosuid", "suid", MountFlags::NOSUID),

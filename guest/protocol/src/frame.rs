@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_an_error_not_a_panic() {
+    fn undecodable_body_is_an_error() {
         let mut buffer = FrameBuffer::default();
         buffer.push(&[3, 0, 0, 0, 0xff, 0xff, 0xff]);
         assert!(matches!(buffer.next::<String>(), Err(FrameError::Malformed(_))));

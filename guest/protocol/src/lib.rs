@@ -34,7 +34,7 @@ pub const FIRST_STREAM_PORT: u32 = 1024;
 /// The tag of the virtio-fs device that serves the pod's shared directories (virtio 1.3 §5.11.4).
 pub const SHARE_TAG: &str = "nutshell";
 
-/// Where the agent mounts the virtio-fs device [`SHARE_TAG`] in the guest.
+/// The mount point of the virtio-fs device [`SHARE_TAG`] in the guest.
 pub const SHARE_PATH: &str = "/run/nutshell/share";
 
 /// The guest directory that contains the bundle of each container, `<id>`, and in it the mount point of its root
@@ -103,7 +103,7 @@ pub fn disk_serial(slot: u32) -> String {
     format!("nutshell-{slot}")
 }
 
-/// How many slots for network devices a machine has. They are the bus slots from 0.
+/// The number of slots for network devices in a machine. They are the first bus slots, from 0 on.
 pub const NETWORK_SLOTS: u32 = 4;
 
 /// The bus slot of the virtio-mem device, which adds memory to a running machine.

@@ -10,30 +10,30 @@ use serde::{Deserialize, Serialize};
 pub struct ToAgent {
     /// Chosen by the shim; the [`Reply`] repeats it.
     pub id: u64,
-    /// The request.
+    /// The operation to perform.
     pub request: Request,
 }
 
-/// An operation that the agent performs. Each documents the [`Response`] of its success.
+/// An operation that the agent performs. Each variant's documentation names the [`Response`] on success.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
-    /// Prepare what the containers of a pod share: [`Response::Done`]. Sent once, before the pod's first container
-    /// is created. Not sent to a machine that runs a single container.
+    /// Prepare the resources that a pod's containers share: [`Response::Done`]. Sent once, before the pod's first
+    /// container is created. Not sent to a machine that runs a single container.
     SetUpPod(SetUpPod),
     /// Create a container, whose program does not run yet: [`Response::Created`].
     CreateContainer(CreateContainer),
     /// Run the `startContainer` hooks and the program of a created container: [`Response::Done`].
     StartContainer {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Run an additional process in a container: [`Response::Created`].
     StartExec(StartExec),
     /// Send a signal: [`Response::Done`]. Fails with [`FailureKind::NotFound`] if the process has ended.
     Signal {
-        /// The container.
+        /// The id of the container.
         container: String,
-        /// The exec, or `None` for the container's first process.
+        /// The id of the exec, or `None` for the container's first process.
         exec: Option<String>,
         /// A Linux signal number, real-time ones included.
         signal: u32,
@@ -42,9 +42,9 @@ pub enum Request {
     },
     /// Set the size of a process's terminal: [`Response::Done`]. No effect on a process without a terminal.
     Resize {
-        /// The container.
+        /// The id of the container.
         container: String,
-        /// The exec, or `None` for the container's first process.
+        /// The id of the exec, or `None` for the container's first process.
         exec: Option<String>,
         /// Columns.
         width: u16,
@@ -53,35 +53,35 @@ pub enum Request {
     },
     /// List the container's processes: [`Response::Processes`].
     Processes {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Read the container's resource usage: [`Response::Stats`].
     Stats {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Change the container's resource limits: [`Response::Done`].
     Update {
-        /// The container.
+        /// The id of the container.
         container: String,
-        /// OCI `LinuxResources` as JSON. Limits that it does not name stay as they are.
+        /// OCI `LinuxResources` as JSON. Limits that are not in it do not change.
         resources: Vec<u8>,
     },
     /// Freeze the container's processes: [`Response::Done`].
     Pause {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Thaw the container's processes: [`Response::Done`].
     Resume {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Kill the container's remaining processes, unmount its root file system and remove all of its state:
     /// [`Response::Done`].
     DeleteContainer {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
     /// Set the guest's clock: [`Response::Done`]. Sent at boot and when the host's clock has jumped.
@@ -102,7 +102,7 @@ pub enum Request {
     /// Adapt the guest to the machine's new size: [`Response::Done`] once the vCPUs are online or offline. Memory
     /// is plugged and unplugged by the virtio-mem driver afterwards.
     ResizeMachine {
-        /// How many vCPUs are to be online.
+        /// The number of vCPUs to set online.
         vcpus: u32,
         /// Whether there is a virtio-mem device in [`crate::MEMORY_SLOT`].
         has_memory_device: bool,
@@ -132,7 +132,7 @@ pub struct SetUpPod {
     pub hostname: Option<String>,
     /// The NIS domain name.
     pub domainname: Option<String>,
-    /// Kernel parameters as names, in the form of sysctl(8), and values.
+    /// Kernel parameters: the name, in the form of sysctl(8), and the value.
     pub sysctls: Vec<(String, String)>,
     /// The size of the pod's `/dev/shm`, in bytes.
     pub shm_size: u64,
@@ -152,7 +152,7 @@ pub struct PodFile {
 /// Selects the pid namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PidNamespace {
-    /// As the OCI spec says.
+    /// As in the OCI spec.
     Specified,
     /// The pod's shared pid namespace.
     Pod,
@@ -176,7 +176,7 @@ pub struct CreateContainer {
     pub stdio: Stdio,
 }
 
-/// Where a container's root file system comes from.
+/// The source of a container's root file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Rootfs {
     /// A directory below [`crate::SHARE_PATH`], which the agent bind-mounts.
@@ -216,7 +216,7 @@ pub struct Stdio {
 /// A process to run in an existing container.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StartExec {
-    /// The container.
+    /// The id of the container.
     pub container: String,
     /// containerd's id of the exec, unique within its container.
     pub exec: String,
@@ -287,7 +287,7 @@ pub struct ProcessEntry {
 pub struct Failure {
     /// The kind of failure, which selects the gRPC code.
     pub kind: FailureKind,
-    /// The error text for the user. It uses runc's words where users search for them.
+    /// The error text for the user. It has runc's wording for errors that users search for.
     pub message: String,
 }
 
@@ -314,10 +314,10 @@ pub enum Event {
     /// A process has ended. Sent once for each process, after its [`Response::Created`]. The event of a container's
     /// first process follows those of all its execs.
     Exited(Exited),
-    /// The kernel's out-of-memory killer killed a process of the container. Sent before the [`Event::Exited`] that
-    /// this explains, if there is one.
+    /// The kernel's out-of-memory killer killed a process of the container. If the kill causes an [`Event::Exited`],
+    /// this event is sent before it.
     OutOfMemory {
-        /// The container.
+        /// The id of the container.
         container: String,
     },
 }
@@ -325,22 +325,22 @@ pub enum Event {
 /// The exit of a process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exited {
-    /// The container.
+    /// The id of the container.
     pub container: String,
-    /// The exec, or `None` for the container's first process.
+    /// The id of the exec, or `None` for the container's first process.
     pub exec: Option<String>,
     /// The exit status, 0 to 255: 128 + n for a process that signal n killed.
     pub status: u8,
     /// The time of the exit by the guest's clock, in nanoseconds since the epoch.
     pub exited_at: u64,
-    /// How many bytes the process and its children had written to standard output when it ended. The shim reports
-    /// the exit to containerd after it has delivered that many bytes.
+    /// The number of bytes that the process and its children had written to standard output when it ended. The shim
+    /// reports the exit to containerd after it has delivered that many bytes.
     pub stdout_bytes: u64,
     /// Like `stdout_bytes`, for standard error.
     pub stderr_bytes: u64,
 }
 
-/// The resource usage of a container, from the files of its cgroup (v2), after which the fields are named.
+/// The resource usage of a container. Fields are named after the files of its cgroup (v2) that they come from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerStats {
     /// `cpu.stat`.
