@@ -57,7 +57,7 @@ pub(crate) fn is_connected(stream: impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// How long the host may take to accept a connection. For vsock the kernel's own limit is two seconds
+/// The maximum time for the host to accept a connection. For vsock, the kernel has a limit of two seconds
 /// (`VSOCK_DEFAULT_CONNECT_TIMEOUT`).
 const CONNECT_TIMEOUT: Timespec = Timespec { tv_sec: 4, tv_nsec: 0 };
 
@@ -95,11 +95,11 @@ pub(crate) struct ControlStream {
     outgoing: Vec<u8>,
 }
 
-/// How many bytes one read of the control stream takes at most.
+/// The maximum number of bytes in one read of the control stream.
 const READ_SIZE: usize = 16 << 10;
 
 impl ControlStream {
-    /// Connects to the host, and waits until it accepts.
+    /// Connects to the host, and waits until the host accepts the connection.
     pub(crate) fn dial(host: &HostAddress) -> io::Result<Self> {
         let stream = host.dial(AGENT_PORT)?;
         let mut ready = [rustix::event::PollFd::new(&stream, rustix::event::PollFlags::OUT)];
@@ -151,7 +151,7 @@ impl ControlStream {
         Ok(())
     }
 
-    /// How many bytes are queued.
+    /// The number of queued bytes.
     pub(crate) fn backlog(&self) -> usize {
         self.outgoing.len()
     }

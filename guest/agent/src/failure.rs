@@ -1,4 +1,4 @@
-//! How the agent builds the [`Failure`] of a request.
+//! Creates the [`Failure`] of a request.
 
 use nutshell_protocol::{Failure, FailureKind};
 
@@ -20,7 +20,7 @@ pub(crate) trait FailureExt {
         }
     }
 
-    /// A container or exec of that id, or the pod, exists.
+    /// A container or exec with that id exists already, or the pod is set up already.
     fn exists(message: impl Into<String>) -> Failure {
         Failure {
             kind: FailureKind::AlreadyExists,

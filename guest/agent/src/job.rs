@@ -1,5 +1,5 @@
-//! Jobs: forked copies of the agent for work that may take long, that may hang on a container's files, or that
-//! touches what a container controls. Meanwhile the event loop continues. A job sends one report and ends.
+//! Jobs: forked copies of the agent for work that may take long, that may block on a container's files, or that
+//! accesses objects under a container's control. Meanwhile the event loop continues. A job sends one report and ends.
 //!
 //! The event loop starts jobs and receives their reports. The work itself is not here.
 

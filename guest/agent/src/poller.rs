@@ -46,7 +46,7 @@ impl Token {
     }
 }
 
-/// How many events one call of epoll_wait(2) returns at most.
+/// The maximum number of events that one call of epoll_wait(2) returns.
 const MAX_EVENTS_PER_WAIT: usize = 32;
 
 /// An epoll instance.
@@ -84,7 +84,7 @@ impl Poller {
         Ok(epoll::add(&self.epoll, fd, token.encode(), flags)?)
     }
 
-    /// Waits for events if `block` is true; otherwise returns those that are pending. May return none.
+    /// Waits for events if `block` is true; otherwise returns the pending events. The list may be empty.
     pub(crate) fn wait(&self, block: bool) -> io::Result<Vec<Token>> {
         let mut events = Vec::with_capacity(MAX_EVENTS_PER_WAIT);
         let timeout = (!block).then_some(Timespec { tv_sec: 0, tv_nsec: 0 });

@@ -82,7 +82,8 @@ impl Reaper {
     /// Returns the exit of `pid`, which a job has just reported, or `None` if that process is alive.
     pub(crate) fn claim(&mut self, pid: Pid) -> Option<ProcessExit> {
         let exit = self.unclaimed.remove(&pid)?;
-        // The kernel may have reused the pid. If it is a child that has not been reaped, the job means that child.
+        // The kernel may have reused the pid. If it is the pid of a child that has not been reaped, the job reported
+        // that child.
         let is_child = rustix::process::waitid(
             rustix::process::WaitId::Pid(pid),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT,
@@ -91,7 +92,7 @@ impl Reaper {
         (!is_child).then_some(exit)
     }
 
-    /// Drops the kept exits, once no job is running.
+    /// Drops the kept exits. Call this when no job is running.
     pub(crate) fn forget_unclaimed(&mut self) {
         self.unclaimed.clear();
     }

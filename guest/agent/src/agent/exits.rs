@@ -52,7 +52,7 @@ impl Agent {
         Ok(true)
     }
 
-    /// Finds the container, and the exec if it is one, whose running process has this pid.
+    /// Finds the running process with this pid. Returns its container, and its exec unless it is the first process.
     fn find_process(&self, pid: Pid) -> Option<(Rc<str>, Option<String>)> {
         self.containers.iter().find_map(|(name, container)| {
             let is_match = |process: &Process| process.pid == Some(pid) && process.exit.is_none();
@@ -65,7 +65,7 @@ impl Agent {
     }
 
     /// Stops a container, whose first process has ended. The kernel has killed the processes in the container's pid
-    /// namespace; this kills those outside of it, and the jobs that would add processes.
+    /// namespace; this kills those outside of it, and the jobs that could add processes.
     fn end_container(&mut self, name: &str) {
         self.kill_jobs(name);
         if let Some(container) = self.containers.get_mut(name) {
@@ -78,7 +78,7 @@ impl Agent {
         }
     }
 
-    /// Reports recorded exits: those of execs, and that of the first process once no exec is left.
+    /// Reports recorded exits: those of execs first, and that of the first process after all execs have ended.
     pub(super) fn report_exits(&mut self, name: &Rc<str>) -> Result<(), AgentError> {
         loop {
             let Some(container) = self.containers.get_mut(name) else {
@@ -127,7 +127,7 @@ impl Agent {
             self.streams.transfer(pump);
             self.streams.detach(pump);
         }
-        self.event(Event::Exited(Exited {
+        self.send_event(Event::Exited(Exited {
             container: name.to_string(),
             exec,
             status: exit.status,
@@ -154,7 +154,7 @@ impl Agent {
             .get_mut(name)
             .and_then(|container| container.memory_watch.as_mut());
         if watch.is_some_and(|watch| watch.has_new_kills()) && self.control.backlog() < MAX_BACKLOG {
-            self.event(Event::OutOfMemory {
+            self.send_event(Event::OutOfMemory {
                 container: name.to_string(),
             })?;
         }

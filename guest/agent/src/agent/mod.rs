@@ -1,7 +1,7 @@
 //! The event loop and its state: the containers, the running jobs, the streams.
 //!
-//! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all
-//! three are parts of [`Agent`]. `streams` holds the pumps. Nothing here may block: work that can is a job. Only
+//! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all three
+//! are parts of [`Agent`]. `streams` holds the pumps. Nothing here may block: work that may block runs in a job. Only
 //! `main` calls this.
 
 mod exits;
@@ -39,7 +39,7 @@ pub(crate) enum AgentError {
 /// The purpose of a job, which decides how its report is handled.
 #[derive(Debug)]
 enum Purpose {
-    /// Sets up what the pod's containers share.
+    /// Sets up the resources that the pod's containers share.
     SetUpPod(Box<SetUpPod>),
     /// Creates the container.
     Create(Rc<str>),
@@ -63,7 +63,7 @@ struct PendingJob {
     agent_ends: Option<AgentEnds>,
 }
 
-/// The agent.
+/// The state of the event loop.
 #[derive(Debug)]
 pub(crate) struct Agent {
     poller: Poller,
@@ -139,7 +139,7 @@ impl Agent {
         self.send(&FromAgent::Reply(Reply { id, result }))
     }
 
-    fn event(&mut self, event: Event) -> Result<(), AgentError> {
+    fn send_event(&mut self, event: Event) -> Result<(), AgentError> {
         self.send(&FromAgent::Event(event))
     }
 

@@ -126,7 +126,8 @@ impl Agent {
     fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
         self.streams.remove_container(name);
         self.containers.remove(name);
-        // This blocks the loop. As a job it would have no request to reply to. The user needs the first error.
+        // This blocks the event loop: it cannot run in a job, because there is no request to reply to. The user needs
+        // the first error, so this one is ignored.
         let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
     }
@@ -223,7 +224,7 @@ impl Agent {
             if let Purpose::Create(container) | Purpose::Exec(container, _) = &pending.purpose
                 && **container == *name
             {
-                // The loop takes the missing report for a failure.
+                // The event loop treats the missing report as a failure.
                 let _ = sys::kill(pending.job.pid, libc::SIGKILL.unsigned_abs());
             }
         }

@@ -152,7 +152,7 @@ impl Agent {
         Ok(Answer::Later)
     }
 
-    /// Opens the pid namespace that a container shares. `None` means that its spec decides.
+    /// Opens the pid namespace that a container shares. Returns `None` if the spec selects the namespace.
     fn open_pid_namespace(&mut self, namespace: &PidNamespace) -> Result<Option<OwnedFd>, Failure> {
         let (pid, whose) = match namespace {
             PidNamespace::Specified => return Ok(None),
@@ -252,7 +252,7 @@ impl Agent {
         let pid = process.pid.filter(|_| process.exit.is_none()).ok_or_else(finished)?;
         let mut sent = signal;
         if not_started && terminates_by_default(signal) {
-            // The process still runs the agent's code as pid 1 of its namespace, so it would ignore the signal.
+            // The process still runs the agent's code as pid 1 of its namespace, so the kernel would ignore the signal.
             process.reported_signal = Some(signal);
             sent = KILL;
         }
@@ -405,7 +405,6 @@ fn wrong_stage(name: &str, stage: Stage) -> Failure {
 /// The last real-time signal (signal(7)).
 const LAST_SIGNAL: u32 = 64;
 
-/// SIGKILL.
 const KILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// Whether the default action of a signal terminates the process (signal(7)).
@@ -427,7 +426,7 @@ fn terminates_by_default(signal: u32) -> bool {
 fn signal_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<bool> {
     let processes = cgroup.processes();
     if signal == KILL && !processes.is_empty() {
-        // This also kills processes that fork meanwhile.
+        // This also kills processes that are forked in the meantime.
         cgroup.kill()?;
         return Ok(true);
     }
@@ -445,7 +444,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn signals_that_terminate_by_default_are_known() {
+    fn signals_that_terminate_by_default_are_recognized() {
         for (signal, expected) in [
             (15, true),
             (9, true),

@@ -39,7 +39,7 @@ impl Streams {
         Ok(())
     }
 
-    /// Gives pump `number` a turn. Does nothing if the pump does not exist any more.
+    /// Runs one turn of pump `number`, if the pump still exists.
     pub(super) fn transfer(&mut self, number: u32) {
         self.ready.remove(&number);
         let Some(entry) = self.pumps.get_mut(&number) else {
@@ -62,20 +62,20 @@ impl Streams {
         !self.ready.is_empty()
     }
 
-    /// Gives a turn to each pump that has more data to move without waiting.
+    /// Runs one turn of each pump that has more data to move without waiting.
     pub(super) fn transfer_ready(&mut self) {
         for number in std::mem::take(&mut self.ready) {
             self.transfer(number);
         }
     }
 
-    /// How many bytes have been written into the source of pump `number`. 0 if there is no such pump.
+    /// Returns the number of bytes that were written into the source of pump `number`, or 0 if there is no such pump.
     pub(super) fn bytes_written(&mut self, number: Option<u32>) -> u64 {
         let entry = number.and_then(|number| self.pumps.get_mut(&number));
         entry.map_or(0, |entry| entry.pump.bytes_written())
     }
 
-    /// Detaches a pump from its process, whose exit is reported. The pump runs until it ends and is removed then.
+    /// Detaches a pump from its process, whose exit has been reported. The pump is removed when it ends.
     pub(super) fn detach(&mut self, number: u32) {
         let Some(entry) = self.pumps.get_mut(&number) else {
             return;

@@ -1,8 +1,8 @@
 //! Restricts a container's access to devices: compiles the spec's rules to a BPF program and attaches it to the cgroup.
 //!
-//! The machine of a pod has disks with the files of several containers. Without the program, a container with the
-//! capability to create device nodes could open the disks of the others. The program is of type
-//! BPF_PROG_TYPE_CGROUP_DEVICE (cgroup v2, "Device controller").
+//! A pod's machine has the disks of several containers. Without the program, a container with the capability to create
+//! device nodes could open the disks of the others. The program is of type BPF_PROG_TYPE_CGROUP_DEVICE (cgroup v2,
+//! "Device controller").
 
 use std::fs::File;
 use std::io;
@@ -117,7 +117,8 @@ fn is_unconfined(rules: &[Rule]) -> bool {
 
 /// Compiles rules to a program that applies the last matching rule, and denies the access if none matches.
 ///
-/// Its context is `struct bpf_cgroup_dev_ctx` of `linux/bpf.h`: type (low half) and access (high half), major, minor.
+/// The program's context is `struct bpf_cgroup_dev_ctx` of `linux/bpf.h`: type (low half) and access (high half),
+/// major, minor.
 fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruction> {
     // Registers: the result, the context, and the values from the context.
     const VERDICT: u8 = 0;
@@ -140,7 +141,7 @@ fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruct
             .into_iter()
             .filter_map(|(register, value)| Some((register, value?)))
             .collect();
-        // How many instructions of the rule follow a check. A failed check jumps over them.
+        // The number of the rule's instructions that follow a check. A failed check skips them.
         let mut rest = i16::try_from(checks.len()).unwrap_or(0) + 3 + 2;
         for (register, value) in checks {
             rest -= 1;
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn only_rules_that_deny_something_restrict() {
+    fn access_is_unrestricted_without_rules_or_after_one_that_allows_everything() {
         for (json, expected) in [
             (serde_json::json!([]), true),
             (serde_json::json!([{"allow": false, "access": "rwm"}]), false),

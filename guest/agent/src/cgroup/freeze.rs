@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Cgroup;
 
-/// How long processes may take to freeze. One that is in a system call may take longer than others.
+/// The maximum time until all processes are frozen or thawed. A process in a system call may take longer than others.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Freezes or thaws all processes of the cgroup, and waits until the kernel has done so.

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources};
 use super::{Cgroup, ROOT};
 use crate::failure::{Context, FailureExt};
 
-/// Applies OCI `LinuxResources`, in JSON. Limits that they do not name stay as they are.
+/// Applies OCI `LinuxResources`, in JSON. Limits that are not in it do not change.
 pub(crate) fn update(cgroup: &Cgroup, resources: &[u8]) -> Result<(), Failure> {
     let resources: LinuxResources = serde_json::from_slice(resources)
         .map_err(|error| Failure::invalid(format!("cannot parse the resources: {error}")))?;
@@ -46,13 +46,13 @@ pub(crate) fn clean_resources(mut resources: LinuxResources) -> LinuxResources {
         resources.set_cpu(Some(cpu));
     }
     if let Some(limits) = resources.hugepage_limits().clone() {
-        let known = limits.into_iter().filter(is_known_page_size).collect();
+        let known = limits.into_iter().filter(is_supported_page_size).collect();
         resources.set_hugepage_limits(Some(known));
     }
     resources
 }
 
-fn is_known_page_size(limit: &LinuxHugepageLimit) -> bool {
+fn is_supported_page_size(limit: &LinuxHugepageLimit) -> bool {
     let size = limit.page_size();
     let kilobytes = [("KB", 1), ("MB", 1 << 10), ("GB", 1 << 20)]
         .iter()

@@ -1,7 +1,7 @@
 //! The cgroup (v2) of a container: its processes, limits, device rules, freezer and counters.
 //!
-//! The event loop and its jobs call this, and `machine` delegates the controllers at boot. libcontainer applies the
-//! limits of the spec when it creates a container; that is not here.
+//! The event loop and its jobs call this, and `machine` delegates the controllers at boot. The limits in a
+//! container's spec are applied by libcontainer when it creates the container, and not by this module.
 
 pub(crate) mod devices;
 pub(crate) mod freeze;
@@ -30,9 +30,9 @@ pub(crate) struct Cgroup {
 impl Cgroup {
     /// Returns the cgroup of a container.
     ///
-    /// All containers' cgroups are direct children of the root, whatever path their specs name. The parents in such a
-    /// path are the host's (a pod's slice). They have no limits here, and each would slow down the creation of every
-    /// container. The prefix prevents a clash between an id such as `cpu.max` and a file of the root.
+    /// All containers' cgroups are direct children of the root, regardless of the path in their specs. The parents in
+    /// such a path belong to the host (a pod's slice). They have no limits here, and each would slow down the creation
+    /// of every container. The prefix prevents a clash between an id such as `cpu.max` and a file of the root.
     pub(crate) fn of_container(container: &str) -> Self {
         Self::at(&format!("/container-{container}"))
     }
@@ -44,7 +44,7 @@ impl Cgroup {
         }
     }
 
-    /// Returns its path below the root, as `linux.cgroupsPath` of a spec.
+    /// Returns the path below the root, in the form of a spec's `linux.cgroupsPath`.
     pub(crate) fn spec_path(&self) -> PathBuf {
         Path::new("/").join(self.path.strip_prefix(ROOT).unwrap_or(&self.path))
     }
@@ -113,7 +113,7 @@ pub(crate) fn of_process(pid: Pid) -> io::Result<Cgroup> {
 /// The controllers that containers use.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
 
-/// Enables for containers' cgroups those of [`CONTROLLERS`] that the kernel has.
+/// Enables those [`CONTROLLERS`] that the kernel supports, for the cgroups of containers.
 pub(crate) fn delegate_controllers() -> io::Result<()> {
     let root = Path::new(ROOT);
     let available = fs::read_to_string(root.join("cgroup.controllers"))?;
@@ -169,12 +169,12 @@ pub(crate) struct MemoryWatch {
     file: File,
     /// The source number of its events.
     pub(crate) source_number: u32,
-    /// How many kills have been seen.
+    /// The number of kills at the last check.
     seen_kills: u64,
 }
 
 impl MemoryWatch {
-    /// Opens the watch of a new cgroup, without kills so far.
+    /// Starts to watch a new cgroup, in which no process has been killed yet.
     pub(crate) fn open(cgroup: &Cgroup, source_number: u32) -> io::Result<Self> {
         Ok(Self {
             file: File::open(cgroup.file("memory.events"))?,

@@ -23,12 +23,12 @@ use crate::job::Outcome;
 use crate::pod::Pod;
 use crate::stdio::ProcessEnds;
 
-/// What a container shares with the other containers of its pod.
+/// The resources that a container shares with the other containers of its pod.
 #[derive(Debug)]
 pub(crate) struct PodContext<'a> {
     /// The pod, unless the machine runs a single container.
     pub(crate) pod: Option<&'a Pod>,
-    /// The pid namespace that the container joins, unless its spec decides.
+    /// The pid namespace that the container joins. `None` if the spec selects the namespace.
     pub(crate) pid_namespace: Option<BorrowedFd<'a>>,
 }
 
@@ -51,7 +51,7 @@ impl PodContext<'_> {
     }
 }
 
-/// Creates the container, and removes what exists of it if that fails.
+/// Creates the container. If that fails, removes the parts that exist.
 pub(crate) fn create(
     request: &CreateContainer,
     pod_context: &PodContext<'_>,
@@ -96,7 +96,7 @@ fn build(
 
     let console = request.stdio.terminal.then(|| console_listener(&bundle)).transpose()?;
     let cwd = prepared.program.cwd.clone();
-    let diagnosis = Diagnosis::listen().context(|| "open the pipe for causes".to_owned())?;
+    let diagnosis = Diagnosis::listen().context(|| "open the pipe for error causes".to_owned())?;
     let hooks = prepared.hooks;
     if !hooks.create_container.is_empty() {
         let hook = hooks::agent_as_hook(&hooks.create_container, &rootfs, &diagnosis.writer());
@@ -126,7 +126,7 @@ fn build(
                 .as_init(&bundle)
                 .with_systemd(false)
                 .with_detach(true)
-                // Makes the agent the parent of the process, not this job.
+                // The agent becomes the parent of the process, and not this job.
                 .as_sibling(true)
                 .build()
         });
@@ -134,7 +134,8 @@ fn build(
     let pid = container
         .pid()
         .ok_or_else(|| Failure::internal("libcontainer created no process"))?;
-    // Applied only now: the rules restrict the container's program, but not the mounts of its creation.
+    // Apply the rules only now: they must restrict the container's program, but not the mounts that libcontainer has
+    // just made.
     devices::confine(cgroup, &prepared.devices).context(|| "apply the device rules".to_owned())?;
     let terminal = console.map(|listener| receive_terminal(&listener)).transpose()?;
     if let Some(terminal) = &terminal {

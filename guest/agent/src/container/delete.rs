@@ -11,11 +11,11 @@ use super::{bundle_path, rootfs, state_path};
 use crate::cgroup::{self, Cgroup};
 use crate::failure::Context;
 
-/// How long killed processes may take to end before the deletion fails.
+/// The maximum time for killed processes to end. After it, the deletion fails.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Kills the container's processes, removes its cgroup, unmounts its root file system and removes its files. Continues
-/// after an error and returns the first one. Succeeds for parts that do not exist.
+/// after an error and returns the first one. A part that does not exist is not an error.
 pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     let mut first = Ok(());
     let mut keep_first_error = |result: Result<(), Failure>| {

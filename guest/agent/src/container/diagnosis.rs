@@ -1,6 +1,6 @@
-//! Finds out why libcontainer failed. Its errors name the failed step but not the cause ("failed to prepare rootfs").
-//! The process that fails logs the cause before, so this records what libcontainer logs as errors. Without errors
-//! nothing is formatted.
+//! Determines the cause of a failure in libcontainer. libcontainer's errors name the failed step but not the cause
+//! ("failed to prepare rootfs"). The failing process logs the cause first, so this records all messages that
+//! libcontainer logs at the error level. Other messages are not even formatted.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -15,16 +15,17 @@ use tracing_core::span::{Attributes, Id, Record};
 use tracing_core::subscriber::Interest;
 use tracing_core::{Dispatch, Event, Level, LevelFilter, Metadata, Subscriber};
 
-/// Precedes a cause that is an error text for the user as it stands.
+/// Precedes a cause that is shown to the user unchanged.
 const VERBATIM_MARK: char = '\u{1}';
 
-/// What libcontainer logs, followed by the errno, if it cannot change to the working directory of the process.
+/// The message that libcontainer logs, followed by the errno, if it cannot change to the working directory of the
+/// process.
 const CHDIR_FAILED: &str = "failed to chdir: ";
 
 /// Terminates a cause.
 const CAUSE_END: char = '\u{2}';
 
-/// A pipe to which the processes of one container creation write the causes of failures.
+/// A pipe to which the processes that create one container write the causes of failures.
 #[derive(Debug)]
 pub(crate) struct Diagnosis {
     causes: OwnedFd,
@@ -32,7 +33,7 @@ pub(crate) struct Diagnosis {
 }
 
 impl Diagnosis {
-    /// Starts to record the errors that this process, and those that it forks, log.
+    /// Starts to record the errors that this process and its forked children log.
     pub(crate) fn listen() -> io::Result<Self> {
         let (causes, pipe) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
         let writer = CauseWriter(std::sync::Arc::new(pipe));
@@ -51,7 +52,8 @@ impl Diagnosis {
     pub(crate) fn explain(self, error: &dyn std::error::Error, cwd: &Path) -> String {
         drop(self.writer);
         let mut text = Vec::new();
-        // Other processes may still hold the write end. The read end does not block, so this stops at what is there.
+        // Other processes may still hold the write end. The read end does not block, so this reads the available data
+        // only.
         let _ = File::from(self.causes).read_to_end(&mut text);
         let text = String::from_utf8_lossy(&text);
         let mut causes = text.split(CAUSE_END).filter(|cause| !cause.is_empty());
@@ -112,7 +114,7 @@ impl CauseWriter {
         Ok(self.0.as_raw_fd())
     }
 
-    /// Takes the descriptor of [`Self::share_with_programs`] in the executed program.
+    /// Takes ownership of the descriptor that [`Self::share_with_programs`] returned, in the executed program.
     pub(crate) fn from_inherited(number: i32) -> Option<Self> {
         Some(Self(std::sync::Arc::new(crate::sys::take_inherited_descriptor(
             number,

@@ -116,7 +116,7 @@ fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// The settings of the process: the request's, and the container's where the request has none.
+/// The settings of the process: those of the request, or those of the container if the request has none.
 #[derive(Debug)]
 struct ProcessSettings {
     process: Process,
@@ -207,7 +207,7 @@ fn become_program(
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .describe(|| "set the standard streams".to_owned())?;
-    // Only now: from inside the cgroup namespace the process could not have been forked into the cgroup.
+    // Enter it only now: a caller inside the cgroup namespace could not have forked the process into the cgroup.
     move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
         .describe(|| "enter the container's cgroup namespace".to_owned())?;
     if settings.has_user_namespace {
@@ -235,7 +235,8 @@ fn become_program(
     if let Some(umask) = settings.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
     }
-    // As root first, below also as the user, who may have access where root has none (a FUSE mount).
+    // Change as root first. If that fails, try again as the user below: the user may have access where root has none (a
+    // FUSE mount).
     let chdir_result = enter_directory(&settings.program.cwd);
     let groups: Vec<_> = user
         .additional_gids()

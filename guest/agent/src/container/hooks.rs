@@ -1,9 +1,11 @@
-//! Runs the hooks of the container's namespaces (OCI runtime spec, "POSIX-platform Hooks"). Error texts are runc's.
+//! Runs the hooks that belong in the container's namespaces (OCI runtime spec, "POSIX-platform Hooks"). Error texts are
+//! runc's.
 //!
 //! The guest contains no programs except the agent, so the paths of hooks are paths in the container's root file
 //! system. The first process runs `startContainer` hooks just before it executes the container's program.
 //! `createContainer` hooks run after the root file system is mounted and before the first process enters it.
-//! libcontainer executes those; as hook it gets the agent, which changes its root first ([`run_in_rootfs`]).
+//! libcontainer executes those: the agent passes itself as the hook, and changes its root before it runs them
+//! ([`run_in_rootfs`]).
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
@@ -21,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::diagnosis::CauseWriter;
 
-/// The first argument of the agent when libcontainer executes it as `createContainer` hook.
+/// The first argument of the agent when libcontainer executes it as a `createContainer` hook.
 pub(crate) const HOOKS_FLAG: &str = "--create-container-hooks";
 
 /// Returns a hook that executes the agent, which runs `hooks` in `rootfs` and writes the error to `causes`.
@@ -29,7 +31,7 @@ pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, causes: &CauseWriter)
     let list = serde_json::to_string(hooks).map_err(|error| format!("encode the createContainer hooks: {error}"))?;
     let descriptor = causes
         .share_with_programs()
-        .map_err(|error| format!("share the pipe for causes: {error}"))?;
+        .map_err(|error| format!("share the pipe for error causes: {error}"))?;
     HookBuilder::default()
         .path("/proc/self/exe")
         .args(
@@ -47,8 +49,8 @@ pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, causes: &CauseWriter)
         .map_err(|error| error.to_string())
 }
 
-/// Runs `createContainer` hooks: the main function of [`agent_as_hook`]. `arguments` are those after [`HOOKS_FLAG`],
-/// standard input is the container's state.
+/// Runs `createContainer` hooks: the main function of the agent when it is the hook of [`agent_as_hook`]. `arguments`
+/// are those after [`HOOKS_FLAG`], standard input is the container's state.
 pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
     let [list, rootfs, descriptor] = arguments else {
         return ExitCode::from(2);
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn failure_has_runcs_text_and_stops_later_hooks() {
+    fn failure_has_runcs_text_and_prevents_later_hooks() {
         let missing = HookBuilder::default().path("/no/such").build().unwrap();
         for (hook, expected) in [
             (

@@ -40,7 +40,7 @@ fn state_path(id: &str) -> PathBuf {
     Path::new(STATE_PATH).join(id)
 }
 
-/// The lifecycle stage of a container. Error texts contain its name in small letters.
+/// The lifecycle stage of a container. Error texts contain its name in lowercase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
     /// A job is creating it.
@@ -51,7 +51,7 @@ pub(crate) enum Stage {
     Running,
     /// Its first process has ended.
     Stopped,
-    /// A job is deleting it, or has deleted it while its last processes end.
+    /// A job is deleting it, or has deleted it but some exits of its processes are not reported yet.
     Deleting,
 }
 
@@ -61,7 +61,7 @@ pub(crate) struct Container {
     pub(crate) stage: Stage,
     /// The OCI spec as received, in JSON.
     pub(crate) spec: Rc<[u8]>,
-    /// Its cgroup, which the creating job makes.
+    /// Its cgroup. The job that creates the container creates it, too.
     pub(crate) cgroup: Cgroup,
     /// Its first process.
     pub(crate) init: Process,
@@ -73,8 +73,8 @@ pub(crate) struct Container {
     pub(crate) pidfd: Option<OwnedFd>,
     /// Whether its processes are frozen.
     pub(crate) paused: bool,
-    /// The id of the delete request, once the job has deleted the container and only exits of its processes are
-    /// missing.
+    /// The id of the delete request, once the job has deleted the container and only exits of its processes are not
+    /// reported yet.
     pub(crate) deletion: Option<u64>,
 }
 
@@ -112,8 +112,10 @@ pub(crate) struct Process {
     pub(crate) pumps: [Option<u32>; 3],
     /// The master of its terminal.
     pub(crate) terminal: Option<OwnedFd>,
-    /// Its exit, and how many bytes it had written to standard output and error by then, until that is reported.
+    /// Its exit, and the number of bytes that it had written to standard output and error by then. `None` again after
+    /// the exit is reported.
     pub(crate) exit: Option<(ProcessExit, [u64; 2])>,
-    /// The signal to report as the cause of its exit, if it was sent SIGKILL instead because it ignored that signal.
+    /// The signal to report as the cause of its exit, if it was killed with SIGKILL instead because it would have
+    /// ignored that signal.
     pub(crate) reported_signal: Option<u32>,
 }

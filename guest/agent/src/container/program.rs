@@ -1,4 +1,4 @@
-//! The program of a container's process: what the spec says, and the executable that it is in the container.
+//! The program of a container's process: its settings from the spec, and its executable in the container.
 
 use std::collections::BTreeSet;
 use std::ffi::CString;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use crate::failure::FailureExt;
 use crate::sys;
 
-/// The program that a spec asks for.
+/// The program of a process, as the spec describes it.
 #[derive(Debug, Clone)]
 pub(super) struct Program {
     /// The arguments; the first names the executable.
@@ -88,7 +88,8 @@ impl ResolvedProgram {
     }
 }
 
-/// Returns the entries of an environment in their order. Of several entries with one name it keeps the last.
+/// Returns the entries of an environment in their order. If several entries have the same name, only the last one is
+/// returned.
 fn deduplicate_env(env: &[String]) -> Vec<String> {
     let mut names = BTreeSet::new();
     let mut kept: Vec<String> = env
@@ -134,7 +135,7 @@ fn c_string(text: String) -> Result<CString, String> {
     CString::new(text).map_err(|error| format!("{error} in the process's arguments or environment"))
 }
 
-/// How many bytes of `/etc/passwd` are read at most.
+/// The maximum number of bytes that are read of `/etc/passwd`.
 const PASSWD_LIMIT: u64 = 4 << 20;
 
 /// Returns a user's home directory from the container's `/etc/passwd`, or `/` if it has no entry there.

@@ -83,7 +83,7 @@ pub(crate) fn create_working_directory(rootfs: &Path, cwd: &Path) -> io::Result<
         path.push(part);
         match rustix::fs::mkdirat(&parent, part, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            // The directory may be in a volume, which is mounted later. If not, changing to it reports the error.
+            // The directory may be in a volume, which is mounted later. If not, the later chdir(2) fails.
             Err(_) => return Ok(()),
         }
     }

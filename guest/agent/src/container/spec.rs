@@ -1,5 +1,5 @@
-//! Prepares an OCI spec for libcontainer: drops what has no meaning in this machine, and takes out what the agent
-//! does itself.
+//! Prepares an OCI spec for libcontainer: removes settings without a meaning in the guest, and extracts those that the
+//! agent applies itself.
 
 use std::collections::HashMap;
 
@@ -43,7 +43,7 @@ pub(super) struct GuestHooks {
 pub(super) struct MachineSettings {
     /// The host name.
     pub(super) hostname: Option<String>,
-    /// Kernel parameters as names, in the form of sysctl(8), and values.
+    /// Kernel parameters: the name, in the form of sysctl(8), and the value.
     pub(super) sysctls: Vec<(String, String)>,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn parse(json: &[u8]) -> Result<Spec, Failure> {
     serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("cannot parse the OCI spec: {error}")))
 }
 
-/// Prepares a spec for libcontainer. `terminal` overrides what the spec says of a terminal.
+/// Prepares a spec for libcontainer. `terminal` overrides the spec's `process.terminal`.
 pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result<Prepared, Failure> {
     let mut process = spec
         .process()
@@ -114,8 +114,9 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
     })
 }
 
-/// Replaces the mount of a file system that shows one of the machine's namespaces by a bind mount of the machine's
-/// own. A user namespace may mount such a file system only if it owns the namespace that the file system shows.
+/// If a mount is of a file system that shows one of the machine's namespaces, replaces it with a bind mount of the
+/// machine's mount. In a user namespace, such a file system can be mounted only if the user namespace owns the
+/// namespace that the file system shows.
 fn bind_if_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
     let (namespace, source) = match mount.typ().as_deref() {
         Some("sysfs") => (LinuxNamespaceType::Network, "/sys"),
@@ -184,7 +185,8 @@ impl MachineSettings {
     }
 }
 
-/// Drops the settings of a process that this machine does not support. `terminal` overrides the spec's.
+/// Drops the settings of a process that this machine does not support. `terminal` overrides the spec's
+/// `process.terminal`.
 pub(super) fn clean_process(process: &mut Process, terminal: bool) {
     process.set_apparmor_profile(None);
     process.set_selinux_label(None);
@@ -280,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn libcontainer_knows_every_announced_mount_option() {
+    fn libcontainer_supports_every_announced_mount_option() {
         use libcontainer::syscall::linux::{MountOption, MountRecursive};
         use std::str::FromStr;
         for option in nutshell_protocol::MOUNT_OPTIONS {

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 use super::{bundle_path, hooks, state_path};
 use crate::failure::{Context, FailureExt};
 
-/// A FIFO in the bundle of a container with `startContainer` hooks. Its first process writes there why it cannot
-/// start, or closes it by executing the program.
+/// A FIFO in the bundle of a container with `startContainer` hooks. The first process writes an error text to it if it
+/// cannot start, or closes it by executing the program.
 const START_PIPE: &str = "starting";
 
 /// The `startContainer` hooks, which the first process runs before its program, and the FIFO for their errors.

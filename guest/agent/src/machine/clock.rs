@@ -1,12 +1,12 @@
-//! Sets the machine's clock. Between these settings it runs by KVM's clock source.
+//! Sets the machine's clock. Between these calls it runs on KVM's clock source.
 
 use std::io;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::time::{ClockId, DynamicClockId, Timespec, clock_gettime_dynamic, clock_settime};
 
-/// Sets the clock to the host's. Without a better source this is `nanoseconds` since the epoch, the host's time when it
-/// sent the request.
+/// Sets the clock to the host's time. If that cannot be read through KVM, uses `nanoseconds` since the epoch, the
+/// host's time when it sent the request.
 pub(crate) fn set(nanoseconds: u64) -> io::Result<()> {
     const NANOSECONDS_PER_SECOND: u64 = 1_000_000_000;
     let sent = Timespec {

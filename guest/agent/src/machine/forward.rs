@@ -1,4 +1,4 @@
-//! Forwards connections of the host to ports of the pod. A separate process relays each connection and ends with it.
+//! Forwards connections from the host to ports of the pod. A separate process relays each connection and ends with it.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -16,7 +16,7 @@ use crate::sys;
 /// The size of the buffer of each direction, in bytes.
 const BUFFER_SIZE: usize = 64 << 10;
 
-/// How long a connection may take. On the loopback interface only a full backlog delays it.
+/// The maximum time to connect. On the loopback interface, only a full backlog causes a delay.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Connects to the first of `targets` that accepts, and forks a process that relays bytes between that connection and
@@ -24,7 +24,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Failure> {
     let socket = connect(targets).context(|| format!("connect to {targets:?} in the pod"))?;
     let socket = OwnedFd::from(socket);
-    // `stream` was connecting meanwhile.
+    // `stream` has been connecting in the meantime.
     await_connection(stream).context(|| "connect the stream to the host".to_owned())?;
     for end in [stream, &socket] {
         rustix::io::ioctl_fionbio(end, true)
@@ -35,7 +35,7 @@ pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Fail
         return Ok(());
     }
     sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);
-    // Nobody reads the status of this process. Both peers see that their connections are closed.
+    // The exit status of this process is not used: both peers see that their connections are closed.
     sys::exit_now(relay(stream, &socket).is_err().into())
 }
 
@@ -65,7 +65,7 @@ enum DirectionState {
     Open,
     /// The source has ended; buffered bytes are yet to be written.
     Draining,
-    /// The end has been passed on.
+    /// The destination has been shut down, too.
     Closed,
 }
 

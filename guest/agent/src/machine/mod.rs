@@ -1,7 +1,7 @@
 //! The guest as a whole. `setup` prepares it at boot, [`reboot`] ends it. The other modules serve requests of the host:
 //! clock, size, disks, share, network devices, forwarded connections, and settings of the machine's own namespaces.
 //!
-//! Nothing here knows about containers. `main`, the event loop and its jobs call this.
+//! Nothing here depends on containers. `main`, the event loop and its jobs call this.
 
 pub(crate) mod clock;
 pub(crate) mod disk;

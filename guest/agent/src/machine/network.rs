@@ -36,8 +36,8 @@ fn with_step(error: &io::Error, step: &str) -> io::Error {
     io::Error::new(error.kind(), format!("{step}: {error}"))
 }
 
-/// Sends rtnetlink requests to the kernel, in order, until one fails. `EEXIST` counts as success: the object is there.
-/// Each message comes with its purpose for the error text.
+/// Sends rtnetlink requests to the kernel, in order, until one fails. `EEXIST` counts as success, since the object
+/// exists. Each message comes with its purpose for the error text.
 pub(crate) fn configure(messages: &[(String, Vec<u8>)]) -> Result<(), Failure> {
     // Protocol 0 is NETLINK_ROUTE.
     let (family, kind) = (AddressFamily::NETLINK, SocketType::RAW);

@@ -29,7 +29,7 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
             .all(|part| matches!(part, Component::Normal(_)));
     if !is_name {
         return Err(Failure::invalid(format!(
-            "sysctl {name:?} is not a name of a kernel parameter"
+            "sysctl {name:?} is not the name of a kernel parameter"
         )));
     }
     match std::fs::write(Path::new("/proc/sys").join(path), value) {

@@ -8,7 +8,7 @@ use nutshell_protocol::{SHARE_PATH, SHARE_TAG};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::mount::MountFlags;
 
-/// Mounts the share at [`SHARE_PATH`] unless it is mounted.
+/// Mounts the share at [`SHARE_PATH`] unless it is mounted already.
 pub(crate) fn mount() -> io::Result<()> {
     fs::create_dir_all(SHARE_PATH)?;
     // Two jobs may create containers at the same time.

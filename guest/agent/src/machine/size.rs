@@ -11,15 +11,15 @@ use crate::failure::Context;
 
 const CPU_DIRECTORY: &str = "/sys/devices/system/cpu";
 
-/// How the kernel uses added memory: online, in the zone that `auto-movable` selects. That keeps at most three parts
-/// movable memory for one part that cannot be moved (`Documentation/admin-guide/mm/memory-hotplug.rst`).
+/// The kernel's policy for added memory: set it online, in the zone that `auto-movable` selects. That policy keeps the
+/// ratio of movable to unmovable memory at 3:1 or less (`Documentation/admin-guide/mm/memory-hotplug.rst`).
 const ONLINE_POLICY: [(&str, &str); 2] = [
     ("/sys/devices/system/memory/auto_online_blocks", "online"),
     ("/sys/module/memory_hotplug/parameters/online_policy", "auto-movable"),
 ];
 
 /// Sets `vcpus` vCPUs online and the others offline. If `has_memory_device` is set, binds the virtio-mem driver unless
-/// it is bound.
+/// it is bound already.
 pub(crate) fn resize(vcpus: u32, has_memory_device: bool) -> Result<(), Failure> {
     if has_memory_device && !slot::is_bound(MEMORY_SLOT) {
         for (file, value) in ONLINE_POLICY {

@@ -1,4 +1,4 @@
-//! Bus slots into which the host puts devices while the machine runs.
+//! Bus slots into which the host plugs devices while the machine runs.
 
 use std::fs;
 use std::io;
@@ -25,8 +25,8 @@ pub(super) fn unbind(slot: u32) -> io::Result<()> {
         .map_err(|error| io::Error::new(error.kind(), format!("unbind {name} from its driver: {error}")))
 }
 
-/// Binds the driver to the device in `slot`, which was empty at boot. Returns the device's directory in sysfs. By then
-/// the device's virtio driver has probed it.
+/// Binds the driver to the device in `slot`, which was empty at boot. Returns the device's directory in sysfs. When
+/// this returns, the device's virtio driver has probed it.
 pub(super) fn bind(slot: u32) -> io::Result<PathBuf> {
     let name = slot_device_name(slot);
     fs::write(Path::new(DRIVER).join("bind"), &name)

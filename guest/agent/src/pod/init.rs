@@ -18,7 +18,7 @@ use crate::sys;
 /// The user and group without privileges that images for "pause" containers use.
 const NOBODY_ID: u32 = 65535;
 
-/// What the process writes to its pipe when it is isolated.
+/// The message that the process writes to its pipe once it is isolated.
 const READY_MESSAGE: &str = "ready";
 
 /// Starts the process as a sibling of the caller, and waits until it is isolated.

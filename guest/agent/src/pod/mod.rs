@@ -1,5 +1,5 @@
-//! What the containers of a pod share in addition to the machine's own namespaces: a pid namespace, `/dev/shm`, and
-//! a few files. `init` is pid 1 of that namespace.
+//! The resources that a pod's containers share in addition to the machine's namespaces: a pid namespace, `/dev/shm`,
+//! and a few files. `init` is pid 1 of that pid namespace.
 //!
 //! [`set_up`] runs in a job (see [`crate::job`]). The event loop keeps its result as a [`Pod`].
 
@@ -44,13 +44,13 @@ impl Pod {
             .map(|(index, file)| (PathBuf::from(&file.destination), file_path(index)))
             .collect();
         if !shared.is_empty() {
-            // A client that has the shim provide these files has it provide shared memory, too.
+            // A client that requires these files from the shim also requires shared memory.
             shared.push((SHM_PATH.into(), SHM_PATH.into()));
         }
         Self { init, shared }
     }
 
-    /// Adds bind mounts of the shared files to a container's spec, except where it has a mount at the same destination.
+    /// Adds bind mounts of the shared files to a container's spec, unless it has a mount at the same destination.
     pub(crate) fn add_shared_mounts(&self, spec: &mut Spec) {
         let read_only = spec.root().as_ref().and_then(oci_spec::runtime::Root::readonly) == Some(true);
         let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -84,8 +84,8 @@ fn file_path(index: usize) -> PathBuf {
     Path::new(FILES_DIRECTORY).join(index.to_string())
 }
 
-/// Applies the settings of a pod, and creates what its containers share. Returns the process that is pid 1 of the
-/// shared pid namespace; it lives as long as the machine.
+/// Applies the settings of a pod, and creates the resources that its containers share. Returns the process that is pid
+/// 1 of the shared pid namespace; it lives as long as the machine.
 pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     if let Some(name) = &request.hostname {
         settings::set_hostname(name)?;

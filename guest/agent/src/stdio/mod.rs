@@ -1,9 +1,9 @@
 //! Standard streams: the pipes or the terminal of a process, and the pumps between them and the host.
 //!
-//! A pump moves the bytes of one stream in one direction. It never blocks, and buffers at most what one read returned
-//! and its sink has not accepted. While the sink is full it does not read, so back-pressure reaches the writer.
+//! A pump moves the bytes of one stream in one direction. It never blocks. It buffers only bytes that it has read and
+//! its sink has not accepted. While the sink is full it does not read, so the writer blocks, too (back-pressure).
 //!
-//! The event loop runs the pumps; jobs get the process's ends. Nothing here knows about containers.
+//! The event loop runs the pumps; jobs get the process's ends. Nothing here depends on containers.
 
 mod ends;
 mod pump;

@@ -6,16 +6,16 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 
-/// How many bytes one splice(2) moves at most.
+/// The maximum number of bytes that one splice(2) moves.
 const MAX_CHUNK: usize = 64 << 10;
 
-/// How many bytes one read takes if one end is a terminal. A terminal returns at most this many.
+/// The maximum number of bytes in one read if one end is a terminal. A terminal returns no more.
 const TERMINAL_READ_SIZE: usize = 4 << 10;
 
-/// How many chunks a pump moves in one turn, before other pumps get theirs.
+/// The maximum number of chunks that a pump moves in one turn, before other pumps run.
 const MAX_CHUNKS_PER_TURN: usize = 16;
 
-/// How many bytes of output are read from a terminal when its process ends, at most. The kernel does not buffer more
+/// The maximum number of bytes that are read from a terminal when its process ends. The kernel does not buffer more
 /// than this for a terminal.
 const MAX_TERMINAL_BACKLOG: usize = 128 << 10;
 
@@ -39,7 +39,7 @@ enum ProcessSide {
     Terminal,
 }
 
-/// Moves the bytes of one standard stream in its direction.
+/// Moves the bytes of one standard stream in one direction.
 #[derive(Debug)]
 pub(crate) struct Pump {
     /// `None` once the stream has ended.
@@ -47,7 +47,7 @@ pub(crate) struct Pump {
     process_side: ProcessSide,
     /// Bytes that were read and not yet written.
     pending: Vec<u8>,
-    /// How many bytes have been read from the source.
+    /// The number of bytes that were read from the source.
     bytes_read: u64,
 }
 
@@ -55,7 +55,7 @@ pub(crate) struct Pump {
 struct Ends {
     source: OwnedFd,
     sink: OwnedFd,
-    /// Which of them is the stream to the host.
+    /// The end that is the stream to the host.
     host_side: HostSide,
     /// The source has ended; only `pending` is left to write.
     source_ended: bool,
@@ -127,7 +127,7 @@ impl Pump {
                 Ok(true) => {}
                 Ok(false) => return self.close(),
                 Err(Errno::AGAIN) => {
-                    return if self.sink_is_gone() {
+                    return if self.is_sink_gone() {
                         self.close()
                     } else {
                         Progress::Waiting
@@ -181,7 +181,7 @@ impl Pump {
 
     /// Whether the sink cannot accept data any more: the last reader of standard input is gone, or the host has closed
     /// the stream. The host never shuts down only one direction of an output stream.
-    fn sink_is_gone(&self) -> bool {
+    fn is_sink_gone(&self) -> bool {
         let Some(ends) = &self.ends else { return true };
         let gone = match (ends.host_side, self.process_side) {
             (HostSide::Sink, _) => PollFlags::ERR | PollFlags::HUP | PollFlags::RDHUP,
@@ -193,8 +193,8 @@ impl Pump {
         rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok() && poll[0].revents().intersects(gone)
     }
 
-    /// How many bytes the process and its children have written so far. Call this when the process has ended: bytes in
-    /// the buffer of a terminal cannot be counted, so this reads them into `pending` first.
+    /// Returns the number of bytes that the process and its children have written. Call this when the process has
+    /// ended: bytes in the buffer of a terminal cannot be counted, so this reads them into `pending` first.
     pub(crate) fn bytes_written(&mut self) -> u64 {
         if self.process_side == ProcessSide::Terminal {
             while self.pending.len() < MAX_TERMINAL_BACKLOG {
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_written_includes_what_the_pipe_holds() {
+    fn bytes_written_includes_bytes_in_the_pipe() {
         let (reader, writer) = pipe();
         let (ours, _host) = stream();
         let mut pump = Pump::output(reader, ours);
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn endless_output_ends_its_turn() {
+    fn turn_is_limited_for_endless_output() {
         let zero = rustix::fs::open("/dev/zero", rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty()).unwrap();
         let null = rustix::fs::open("/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty()).unwrap();
         let mut pump = Pump::terminal_output(zero, null);

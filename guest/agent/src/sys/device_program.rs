@@ -7,7 +7,7 @@ use nutshell_linux::bpf::Instruction;
 
 use super::check;
 
-/// The first fields of `union bpf_attr` for BPF_PROG_LOAD. The kernel takes the missing ones as zero (bpf(2)).
+/// The first fields of `union bpf_attr` for BPF_PROG_LOAD. The kernel treats missing fields as zero (bpf(2)).
 #[repr(C)]
 struct BpfLoad {
     program_type: u32,

@@ -75,12 +75,12 @@ pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Erro
     io::Error::last_os_error()
 }
 
-/// Converts the number of a process to a [`Pid`]; `None` if it is 0 or too large.
+/// Converts a raw pid to a [`Pid`]. Returns `None` if it is 0 or too large.
 pub(crate) fn to_pid(number: u32) -> Option<Pid> {
     Pid::from_raw(i32::try_from(number).ok()?)
 }
 
-/// Returns the number of a process.
+/// Converts a [`Pid`] to a raw pid.
 pub(crate) fn raw_pid(pid: Pid) -> u32 {
     pid.as_raw_nonzero().get().unsigned_abs()
 }
@@ -113,15 +113,15 @@ fn close_range(first: u32, last: u32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
 }
 
-/// Makes the memory of this process unreadable for other processes. Call this before joining the namespaces of a
+/// Makes the memory of this process unreadable to other processes. Call this before joining the namespaces of a
 /// container (PR_SET_DUMPABLE of prctl(2)).
 pub(crate) fn set_undumpable() -> io::Result<()> {
     // SAFETY: PR_SET_DUMPABLE takes an integer.
     check(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
-/// Makes this process the parent of its orphaned descendants, as PID 1 is without this call
-/// (PR_SET_CHILD_SUBREAPER of prctl(2)).
+/// Makes this process the parent of its orphaned descendants. PID 1 does not need this call (PR_SET_CHILD_SUBREAPER of
+/// prctl(2)).
 pub(crate) fn become_subreaper() -> io::Result<()> {
     // SAFETY: PR_SET_CHILD_SUBREAPER takes an integer.
     check(unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }).map(drop)

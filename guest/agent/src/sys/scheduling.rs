@@ -4,7 +4,7 @@ use std::io;
 
 use super::check;
 
-/// What sched_setattr(2) sets. Fields that do not belong to the policy are 0.
+/// The attributes that sched_setattr(2) sets. Fields that do not belong to the policy are 0.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct SchedulingAttributes {
     /// `SCHED_*`.
