@@ -1,5 +1,5 @@
-//! The socket of the control channel: a `SOCK_SEQPACKET` socketpair. Each packet has one message, with descriptors in
-//! its ancillary data (`SCM_RIGHTS`). The vmm has its end on descriptor 0.
+//! The socket of the control channel: a `SOCK_SEQPACKET` socketpair. Each packet contains one message, and its
+//! descriptors as ancillary data (`SCM_RIGHTS`). The vmm has its end on descriptor 0.
 
 use std::{
     io,
@@ -27,7 +27,7 @@ pub(crate) enum ControlError {
     Closed,
     #[error("a packet of the control channel is malformed or too large")]
     Malformed,
-    #[error("control channel: {0}")]
+    #[error("the control channel failed: {0}")]
     Socket(#[source] io::Error),
 }
 
@@ -51,8 +51,7 @@ impl Channel {
         Ok(Self { socket })
     }
 
-    /// Sends `message` with `descriptors`. If the socket is not non-blocking, it blocks while the socket's buffer is
-    /// full.
+    /// Sends `message` with `descriptors`. Blocks while the socket's buffer is full, unless the socket is non-blocking.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
         if packet.len() > MAX_PACKET_SIZE || descriptors.len() > MAX_DESCRIPTORS {
@@ -78,8 +77,8 @@ impl Channel {
     /// message, it fails with [`ControlError::Socket`] (`WouldBlock`).
     pub(crate) fn receive<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ControlError> {
         match self.receive_packet(MsgFlags::empty()) {
-            // If the other end closed with unread messages, the kernel reports that once, before the messages that the
-            // other end had sent. Read again to receive those.
+            // If the other end was closed while it had unread messages, the kernel first reports ECONNRESET, once. Read
+            // again to receive the messages that the other end sent before.
             Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
                 self.receive_packet(MsgFlags::empty())
             }
@@ -176,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn final_message_arrives_although_its_sender_left_messages_unread() {
+    fn final_message_is_received_even_if_its_sender_left_messages_unread() {
         let (shim, vmm) = Channel::pair().unwrap();
         shim.send(&Command::ReadConsole, &[]).unwrap();
         vmm.send(&Notice::Drained { port: 7 }, &[]).unwrap();
@@ -189,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_packet_is_malformed() {
+    fn undecodable_packet_is_reported_as_malformed() {
         let (shim, vmm) = Channel::pair().unwrap();
         nix::sys::socket::send(
             std::os::fd::AsRawFd::as_raw_fd(&shim.as_fd()),

@@ -35,11 +35,7 @@ pub(crate) enum Command {
     /// follows.
     ///
     /// Descriptor: the file or block device.
-    PlugDisk {
-        slot: u32,
-        /// The guest may only read.
-        read_only: bool,
-    },
+    PlugDisk { slot: u32, read_only: bool },
     /// Unplugs the disk in disk slot `slot`, which the guest must have released. [`Notice::Unplugged`] follows when the
     /// disk's file is closed and the slot is empty.
     UnplugDisk { slot: u32 },
@@ -54,7 +50,7 @@ pub(crate) enum Command {
         /// The maximum size of a packet without its link header, in bytes.
         mtu: u16,
     },
-    /// Resizes the machine, up to the maximum of [`MachineConfig`]. [`Notice::Resized`] follows. The guest must then
+    /// Resizes the machine, within the limits of [`MachineConfig`]. [`Notice::Resized`] follows. The guest must then
     /// probe [`nutshell_protocol::MEMORY_SLOT`] and bring vCPUs online. [`Notice::MemoryPlugged`] follows when the
     /// guest has the requested memory.
     Resize {
@@ -72,22 +68,22 @@ pub(crate) enum Command {
 pub(crate) struct MachineConfig {
     /// The boot memory in bytes, a multiple of 2 MiB.
     pub(crate) memory: u64,
-    /// The maximum memory in bytes, the boot memory included.
+    /// The maximum memory in bytes, including the boot memory.
     pub(crate) max_memory: u64,
     /// The number of vCPUs at boot.
     pub(crate) vcpus: u8,
     pub(crate) max_vcpus: u8,
-    /// Whether there is an fs process, with which guest memory is shared.
+    /// Whether there is an fs process (the file server). If so, guest memory is shared with it.
     pub(crate) file_server: bool,
     /// The disks at boot, in the first disk slots.
     pub(crate) disks: Vec<DiskAccess>,
     /// The number of empty disk slots after those, for hot-plugged disks.
     pub(crate) hotplug_disks: u32,
-    /// The kernel in its file.
+    /// The part of the kernel's file that contains the kernel.
     pub(crate) kernel: Extent,
-    /// The initramfs in its file.
+    /// The part of the initramfs's file that contains the initramfs.
     pub(crate) initramfs: Extent,
-    /// Additional kernel arguments, configured by the owner of the host, never by a pod.
+    /// Additional kernel arguments, from the host's configuration and never from a pod.
     pub(crate) kernel_arguments: String,
 }
 
@@ -103,8 +99,8 @@ pub(crate) enum DiskAccess {
 pub(crate) enum Notice {
     /// Stream `port` has delivered the bytes of [`Command::Drain`], or is closed.
     Drained { port: u32 },
-    /// Stream `port` is closed in both directions, and so are its descriptors. All data that the guest sent before is
-    /// written, unless the reader is gone.
+    /// Stream `port` and its descriptors are closed, in both directions. All data that the guest had sent is written,
+    /// unless the reader has closed its end.
     StreamClosed { port: u32 },
     /// The reply to [`Command::PlugNetworkDevice`] and [`Command::PlugDisk`]. On success, the guest may probe the slot.
     Plugged {
@@ -137,9 +133,9 @@ pub(crate) enum Notice {
 /// Why a machine has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum EndReason {
-    /// The machine could not be built; the reason and the remedy.
+    /// The machine could not be built. The text has the cause and, if there is one, the remedy.
     BuildFailed(String),
-    /// The guest reset itself: a panic, a triple fault, or the agent gave up.
+    /// The guest reset itself, after a kernel panic, a triple fault, or a fatal error of the agent.
     GuestReset,
     /// KVM could not continue to run the guest.
     KvmFailed(String),

@@ -1,4 +1,4 @@
-//! The error of this module.
+//! The error type of guest memory.
 
 use std::io;
 
@@ -6,10 +6,10 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
     /// The host refused a mapping or its file.
-    #[error("{bytes} bytes of guest memory: {source}")]
+    #[error("cannot map {bytes} bytes of guest memory: {source}")]
     Map { bytes: u64, source: io::Error },
     /// The size is zero or not a multiple of [`super::HUGE_PAGE_SIZE`].
-    #[error("guest memory of {0} bytes: it must be a positive multiple of 2 MiB")]
+    #[error("the size of guest memory is {0} bytes, but it must be a positive multiple of 2 MiB")]
     Size(u64),
     /// A file cannot be loaded into memory.
     #[error("the guest's {what} cannot be loaded into its memory at {address:#x}: {source}")]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-/// The addresses of devices, where no memory lies: the last GiB below 4 GiB.
+/// The addresses that are reserved for devices: the last GiB below 4 GiB.
 pub(crate) const DEVICE_WINDOW: Range<u64> = 0xc000_0000..0x1_0000_0000;
 
 /// The size of a huge page in bytes. The size of guest memory is a multiple of it.

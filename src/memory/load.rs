@@ -77,7 +77,7 @@ fn copy_file(memory: &MemoryRegions, file: &File, offset: u64, length: u64, addr
             .read_exact_volatile_from(GuestAddress(address), &mut source, length)
             .map_err(io::Error::other);
     };
-    // Write to the memory's file, not to its mapping: there, the kernel would zero each page first.
+    // Write to the memory's file and not to its mapping, where the host's kernel would zero each page first.
     let inside = address - region.start_addr().0;
     if length > region.len() - inside {
         return Err(io::ErrorKind::OutOfMemory.into());
@@ -156,7 +156,7 @@ mod tests {
             let mut read = vec![0; content.len() + 1];
             memory.read_slice(&mut read, GuestAddress(0x10_0000)).unwrap();
             assert_eq!(read[..content.len()], content, "shared: {shared}, {access:?}");
-            assert_eq!(read[content.len()], 0, "memory behind the file stays zero");
+            assert_eq!(read[content.len()], 0, "memory after the file stays zero");
             memory.write_slice(b"guest", GuestAddress(0x10_0000)).unwrap();
             let mut kept = [0; 5];
             std::os::unix::fs::FileExt::read_exact_at(&file, &mut kept, 4096).unwrap();

@@ -75,7 +75,7 @@ fn map_region(length: u64, file: Option<&File>, offset: u64) -> io::Result<MmapR
             .build()
             .map_err(io::Error::other);
     }
-    // 2 MiB more than needed, so that the region can start at a huge page.
+    // 2 MiB more than needed, so that the region can start at a huge page boundary.
     let huge = usize::try_from(HUGE_PAGE_SIZE).map_err(|_| io::ErrorKind::OutOfMemory)?;
     // SAFETY: a new anonymous mapping at an address of the kernel's choice touches nothing else.
     let start = unsafe {

@@ -2,7 +2,7 @@
 //! devices use.
 //!
 //! May not live here: anything about the users of memory. [`crate::vmm`] allocates and grows it, [`crate::devices`]
-//! read and write it. No other module maps memory by hand.
+//! read and write it. No other module maps guest memory.
 
 mod error;
 mod layout;

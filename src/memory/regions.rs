@@ -24,7 +24,7 @@ impl GuestMemory {
         *self.0.read()
     }
 
-    /// Replaces the regions by `regions`, which must contain all of the current ones. The old table is leaked, a few
+    /// Replaces the regions with `regions`, which must contain all of the current ones. The old table is leaked, a few
     /// hundred bytes: callers must bound the number of calls.
     pub(crate) fn grow(&self, regions: MemoryRegions) {
         *self.0.write() = Box::leak(Box::new(regions));
