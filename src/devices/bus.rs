@@ -13,7 +13,7 @@ pub(crate) trait Registers: Send {
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
-/// Devices by address. It is complete before the first vCPU runs, and immutable afterwards.
+/// The devices on the bus, by address. All are added before the first vCPU runs, and none is removed.
 #[derive(Default)]
 pub(crate) struct Bus {
     windows: Vec<Window>,
@@ -38,13 +38,13 @@ impl Bus {
         });
     }
 
-    /// Handles a read of the guest. An address without a device reads as all ones, as on a real bus.
+    /// Handles a read by the guest. An address without a device reads as all ones, as on a real bus.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
         self.with_device(address, |offset, device| device.read(offset, data));
     }
 
-    /// Handles a write of the guest. A write to an address without a device is dropped.
+    /// Handles a write by the guest. A write to an address without a device is dropped.
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
         self.with_device(address, |offset, device| device.write(offset, data));
     }

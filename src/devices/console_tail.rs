@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use crate::control::MAX_CONSOLE_TAIL;
 
 /// The last [`MAX_CONSOLE_TAIL`] bytes that the guest printed, on the early console and the virtio console together.
-/// For error messages.
+/// Kept for error messages.
 #[derive(Debug, Default)]
 pub(crate) struct ConsoleTail(Mutex<VecDeque<u8>>);
 
@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_last_bytes_are_kept() {
+    fn bytes_beyond_the_limit_are_dropped_from_the_front() {
         let tail = ConsoleTail::default();
 
         tail.append(&vec![b'a'; MAX_CONSOLE_TAIL]);

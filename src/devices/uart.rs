@@ -1,5 +1,5 @@
 //! The early console: the part of a 16550 UART that the kernel's `earlyprintk=serial` needs. It carries the guest's
-//! output before its virtio console is up, in particular the reason of a failed boot.
+//! output before its virtio console is up, in particular the error of a failed boot.
 
 use std::{io, sync::Arc};
 
@@ -12,7 +12,7 @@ pub(crate) const FIRST_PORT: u16 = 0x3f8;
 
 pub(crate) const PORT_COUNT: u16 = 8;
 
-/// A UART that only transmits. It has no interrupt, since early consoles poll.
+/// A UART that only transmits. It has no interrupt, since the early console polls.
 pub(crate) struct Uart {
     serial: Serial<NoInterrupt, NoEvents, TailWriter>,
 }

@@ -1,6 +1,6 @@
 //! virtio-balloon (virtio 1.3 §5.5), used for free page reporting only: the guest reports pages that it does not use,
-//! and the host takes them back until the guest uses them again. The host never inflates the balloon: the configuration
-//! reads as zero.
+//! and the host reclaims them. A page is allocated again when the guest next uses it. The host never inflates the
+//! balloon: the configuration reads as zero.
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
@@ -22,7 +22,7 @@ pub(crate) struct Balloon {
 }
 
 impl Balloon {
-    /// Takes reported pages back. Call it when the reporting queue was kicked.
+    /// Frees the reported pages on the host. Call this after a kick of the reporting queue.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some(queue) = &mut self.reporting else {
             return Ok(());

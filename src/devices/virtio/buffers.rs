@@ -1,8 +1,8 @@
 //! The buffers of a descriptor chain, and the transfer of bytes between them and file descriptors of the host.
 //!
-//! Devices pass guest memory to system calls only here. A chain is parsed once, with checked lengths and addresses; a
-//! chain that the standard forbids is a [`ChainError`]. The guest may change the content of a buffer at any time, so no
-//! byte is read twice.
+//! Only this module passes guest memory to system calls on behalf of devices. A chain is parsed once, with checked
+//! lengths and addresses; a chain that virtio forbids is a [`ChainError`]. The guest may change the content of a buffer
+//! at any time, so no byte is read twice.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSli
 
 use crate::memory::MemoryRegions;
 
-/// The maximum number of buffers of a chain in one direction, since one system call takes no more (`IOV_MAX`).
+/// The maximum number of buffers of a chain in one direction, which is the limit of one system call (`IOV_MAX`).
 const MAX_BUFFERS: usize = 1024;
 
 const PAGE_SIZE: usize = 4096;
@@ -24,7 +24,7 @@ const PAGE_SIZE: usize = 4096;
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
     /// A loop, an index beyond the table, a malformed indirect table, or lengths whose sum exceeds 2^32 (virtio 1.3
-    /// §2.7.5): iteration stopped before a last descriptor.
+    /// §2.7.5): iteration stopped before the final descriptor.
     #[error("the descriptor chain is not terminated")]
     Unterminated,
     #[error("a buffer of the descriptor chain lies outside of guest memory")]
@@ -39,7 +39,7 @@ pub(crate) enum ChainError {
 /// A parsed descriptor chain.
 #[derive(Debug)]
 pub(crate) struct Chain<'m> {
-    /// The index of the first descriptor, which returns the chain to the driver.
+    /// The index of the first descriptor. It identifies the chain in the used ring.
     pub(crate) head: u16,
     /// The device-readable buffers: data from the driver.
     pub(crate) readable: Buffers<'m>,
@@ -190,13 +190,13 @@ impl<'m> Buffers<'m> {
     }
 
     /// Reads from `source` into guest memory with one system call, at file offset `offset` or at the current position.
-    /// Returns the number of bytes; 0 is end of file. Consumes nothing.
+    /// Returns the number of bytes; 0 means end of file. Consumes nothing.
     pub(crate) fn read_from(&self, source: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
         let iovecs = self.iovecs();
         let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let result = match file_offset(offset)? {
-            // SAFETY: `iovecs` names `count` ranges of guest memory, which is mapped for as long as 'm. The guest may
-            // write them at the same time, but no Rust reference into them exists.
+            // SAFETY: `iovecs` contains `count` ranges of guest memory, which is mapped for as long as 'm. The guest
+            // may write them at the same time, but no Rust reference into them exists.
             Some(offset) => unsafe { libc::preadv(source.as_raw_fd(), iovecs.as_ptr(), count, offset) },
             // SAFETY: as above.
             None => unsafe { libc::readv(source.as_raw_fd(), iovecs.as_ptr(), count) },
@@ -210,7 +210,7 @@ impl<'m> Buffers<'m> {
         let iovecs = self.iovecs();
         let count = libc::c_int::try_from(iovecs.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
         let result = match file_offset(offset)? {
-            // SAFETY: `iovecs` names `count` ranges of guest memory, which is mapped for as long as 'm.
+            // SAFETY: `iovecs` contains `count` ranges of guest memory, which is mapped for as long as 'm.
             Some(offset) => unsafe { libc::pwritev(target.as_raw_fd(), iovecs.as_ptr(), count, offset) },
             // SAFETY: as above.
             None => unsafe { libc::writev(target.as_raw_fd(), iovecs.as_ptr(), count) },
@@ -242,7 +242,7 @@ impl<'m> Buffers<'m> {
             let length = slice.len().saturating_sub(skipped) / PAGE_SIZE * PAGE_SIZE;
             if length > 0 {
                 // SAFETY: the pages lie in the slice, which is guest memory, mapped for as long as 'm. No Rust
-                // reference into it exists, and the guest gave its content up.
+                // reference into it exists, and the guest has given up its content.
                 unsafe { madvise(start.wrapping_add(skipped).cast(), length, advice)? };
             }
         }

@@ -1,4 +1,4 @@
-//! virtio-console (virtio 1.3 §5.3), output only: the guest's kernel log, of which the host keeps the tail.
+//! virtio-console (virtio 1.3 §5.3), output only: the guest's kernel log. The host keeps its tail.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ impl Console {
         Self { tail, transmit: None }
     }
 
-    /// Takes the guest's output. Call it when the transmit queue was kicked.
+    /// Appends the guest's output to the tail. Call this after a kick of the transmit queue.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some(queue) = &mut self.transmit else {
             return Ok(());

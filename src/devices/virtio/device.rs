@@ -11,7 +11,7 @@ use virtio_bindings::{
 use super::{interrupt::Interrupt, queue::DeviceQueue};
 use crate::memory::GuestMemory;
 
-/// The features that every device offers: virtio 1.x, and the two ring features that save exits.
+/// The features that every device offers: virtio 1.x, and the two ring features that reduce VM exits.
 pub(crate) const COMMON_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -21,8 +21,8 @@ pub(crate) const COMMON_FEATURES: u64 =
 /// new ──activate──▶ running ──reset──▶ new
 /// ```
 ///
-/// Only the transport calls these methods, while it holds its lock. A device that works on another thread stops that
-/// work before `reset` returns.
+/// Only the transport calls these methods, while it holds its lock. A device with threads must stop them before `reset`
+/// returns.
 pub(crate) trait Device: Send {
     /// The device ID (virtio 1.3 §5).
     fn device_id(&self) -> u32;
@@ -41,7 +41,7 @@ pub(crate) trait Device: Send {
         data.fill(0);
     }
 
-    /// Must change whenever several configuration fields, or one of 64 bits, change together (virtio 1.3 §2.5.3).
+    /// Must change whenever several configuration fields or a 64-bit field change (virtio 1.3 §2.5.3).
     fn config_generation(&self) -> u32 {
         0
     }
@@ -108,7 +108,7 @@ impl<D: Device> Device for SharedDevice<D> {
     }
 }
 
-/// What a device receives when its driver sets DRIVER_OK.
+/// The resources that a device receives when its driver sets DRIVER_OK.
 pub(crate) struct Activation {
     pub(crate) memory: GuestMemory,
     /// The negotiated features.

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::memory::MemoryRegions;
 
-/// High-priority and request queue. The size of the queue limits the size of a request.
+/// High-priority and request queue. The size of the request queue limits the size of a request.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
 
 /// The length of the tag in the configuration (virtio 1.3 §5.11.4).
@@ -47,13 +47,13 @@ impl Fs {
         }
     }
 
-    /// Makes the file server map all of `memory`. The guest may use new regions afterwards.
+    /// Makes the file server map all of `memory`. Once this returns, the guest may use new regions.
     ///
     /// # Errors
     ///
     /// The text names the vhost-user message that failed.
     pub(crate) fn grow(&self, memory: &MemoryRegions) -> Result<(), String> {
-        // Before activation there is nothing to update: activation sends the current memory.
+        // Before activation there is nothing to update: activation will send the regions of that time.
         let Some(frontend) = &self.frontend else {
             return Ok(());
         };
@@ -119,8 +119,8 @@ impl Fs {
     }
 }
 
-/// The regions of guest memory, with contiguous ones merged, since the protocol takes at most 32. Memory that grew in
-/// steps is contiguous in its file.
+/// The regions of guest memory, with contiguous ones merged, since the protocol allows at most 32. Memory that grew in
+/// steps is contiguous in the file behind it.
 fn vhost_regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
     let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
     for region in memory.iter() {
@@ -174,8 +174,8 @@ impl Device for Fs {
     }
 
     fn reset(&mut self) {
-        // The file server exits when its connection closes. A second activation is not supported and not needed: PID 1
-        // mounts the share once.
+        // The file server exits when its connection closes. A second activation is not supported and not needed: the
+        // agent mounts the share once.
         self.frontend = None;
     }
 }

@@ -7,14 +7,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Notifies the driver, on any transport (virtio 1.3 §2.3).
 pub(crate) trait Interrupt: Send + Sync {
-    /// The device used buffers of queue `queue_index`.
+    /// Notifies the driver that the device has used buffers of queue `queue_index`.
     fn notify_used(&self, queue_index: u16);
 
-    /// The device's configuration changed.
+    /// Notifies the driver that the device's configuration has changed.
     fn notify_config_change(&self);
 }
 
-/// Internal bit of [`InterruptLine::status`], which drivers neither see nor clear: used buffers are always pending.
+/// Internal bit of [`InterruptLine::status`], not visible to drivers: the status register always reports used buffers.
 const ALWAYS_USED: u32 = 1 << 31;
 
 /// The bits of the status register that a driver can acknowledge.
@@ -36,9 +36,9 @@ impl InterruptLine {
         }
     }
 
-    /// A line whose status register always reports used buffers. It is for a device with its backend in another
-    /// process, which raises the irqfd itself but cannot set the status. A driver ignores an interrupt without used
-    /// buffers (virtio 1.3 §2.7.7).
+    /// A line whose status register always reports used buffers. For a device whose backend is in another process: the
+    /// backend writes to the irqfd itself but cannot set the status. A driver ignores an interrupt without used buffers
+    /// (virtio 1.3 §2.7.7).
     pub(crate) fn always_used(irqfd: EventFd) -> Self {
         Self {
             status: AtomicU32::new(ALWAYS_USED),

@@ -49,7 +49,7 @@ enum Response {
 }
 
 pub(crate) struct Mem {
-    /// The addresses that the device may ever use.
+    /// The guest physical addresses that are reserved for the device.
     region: Range<u64>,
     /// Whether each block is plugged. Covers the usable part of the region, from its start: the blocks that the host
     /// has mapped.
@@ -61,7 +61,7 @@ pub(crate) struct Mem {
 }
 
 impl Mem {
-    /// A device without memory, which can have up to all of `region`. The region consists of whole blocks.
+    /// A device without memory, which can grow to all of `region`. The region must consist of whole blocks.
     pub(crate) fn new(region: Range<u64>) -> Self {
         Self {
             region,
@@ -72,8 +72,8 @@ impl Mem {
         }
     }
 
-    /// Requests the guest to have `size` bytes, whole blocks, in the first `usable_size` bytes of the region. The
-    /// usable part never shrinks.
+    /// Sets the size that the guest should have to `size` bytes (whole blocks), in the first `usable_size` bytes of the
+    /// region. The usable part never shrinks.
     pub(crate) fn request_size(&mut self, size: u64, usable_size: u64) {
         let blocks = usize::try_from(usable_size / BLOCK_SIZE).unwrap_or(usize::MAX);
         if blocks > self.plugged.len() {
@@ -96,7 +96,7 @@ impl Mem {
         self.plugged_size() == self.requested_size
     }
 
-    /// Handles the requests in the queue. Call it when the queue was kicked.
+    /// Handles the requests in the queue. Call this after a kick of the queue.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some((mut queue, interrupt)) = self.running.take() else {
             return Ok(());
@@ -124,8 +124,8 @@ impl Mem {
         })
     }
 
-    /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` returns a range, given as address and
-    /// length, to the host; it returns whether that succeeded.
+    /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` frees a range, given as address and
+    /// length, on the host, and returns `true` on success.
     fn handle_request(&mut self, request: &[u8; REQUEST_SIZE], discard: impl Fn(u64, u64) -> bool) -> (Response, u16) {
         let [t0, t1, _, _, _, _, _, _, address @ .., c0, c1, _, _, _, _, _, _] = request;
         let (kind, count) = (u16::from_le_bytes([*t0, *t1]), u16::from_le_bytes([*c0, *c1]));
@@ -181,7 +181,7 @@ impl Mem {
     }
 }
 
-/// Returns a range of guest memory to the host. Returns whether that succeeded.
+/// Frees a range of guest memory on the host. Returns `true` on success.
 fn discard(memory: &MemoryRegions, address: u64, length: u64) -> bool {
     let buffers = usize::try_from(length).map(|length| Buffers::from_range(memory, address, length));
     matches!(buffers, Ok(Ok(buffers)) if buffers.discard(memory).is_ok())
@@ -357,7 +357,7 @@ mod tests {
             ("unknown type", request(4, START, 1)),
         ];
         for (name, request) in cases {
-            let (response, _) = device.handle_request(&request, |_, _| panic!("{name} discards"));
+            let (response, _) = device.handle_request(&request, |_, _| panic!("{name}: memory was discarded"));
             assert_eq!(response, Response::Error, "{name}");
             assert_eq!(device.plugged_size(), BLOCK_SIZE, "{name}");
         }

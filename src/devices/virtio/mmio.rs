@@ -46,7 +46,7 @@ pub(crate) struct Mmio {
 }
 
 impl Mmio {
-    /// Puts `device` behind the transport. `kicks` has one eventfd per queue, which KVM signals when the driver writes
+    /// Creates the transport of `device`. `kicks` has one eventfd per queue, which KVM signals when the driver writes
     /// the queue's index at [`NOTIFY_OFFSET`].
     pub(crate) fn new(
         device: Box<dyn Device>,
@@ -96,7 +96,7 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
             VIRTIO_MMIO_QUEUE_NUM => self.negotiation.set_queue_size(queue, value),
             VIRTIO_MMIO_QUEUE_READY => self.negotiation.set_queue_ready(queue, value & 1 != 0),
-            // KVM handles notifications. Only one with the index of a queue that does not exist arrives here.
+            // KVM handles the notifications of existing queues. Others have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_INTERRUPT_ACK => self.line.acknowledge(value),
             VIRTIO_MMIO_STATUS => self.write_status(value),
@@ -201,10 +201,11 @@ impl HotplugSlot {
         true
     }
 
-    /// Unplugs the device, if there is one, and waits for its workers to end. The guest finds an empty slot at once.
+    /// Unplugs the device, if there is one, and waits for its workers to end. For the guest, the slot is empty
+    /// immediately.
     pub(crate) fn unplug(&self) {
         let device = self.lock().take();
-        // Dropped without the lock: a vCPU that accesses the slot does not wait for the device's workers.
+        // Drop it without the lock, so that a vCPU that accesses the slot does not wait for the device's workers.
         drop(device);
     }
 

@@ -1,5 +1,5 @@
 //! The state machine of the device status, and everything that a driver configures through it (virtio 1.3 §2.1, §2.2,
-//! §3.1). It serves any transport.
+//! §3.1). It does not depend on the transport.
 //!
 //! It enforces these rules: features change only before FEATURES_OK; queues change only between FEATURES_OK and
 //! DRIVER_OK; only a reset clears a status bit. After DRIVER_OK, nothing that was validated can change, because the
@@ -213,7 +213,7 @@ impl Negotiation {
             .filter(|queue| stage == FEATURES_OK && !queue.ready)
     }
 
-    /// The enabled queues as values. `None` if one is invalid, there is a gap, or there is no queue.
+    /// Builds the enabled queues. Returns `None` if one is invalid, there is a gap, or there is no queue.
     fn build_queues(&self, memory: &MemoryRegions) -> Option<Vec<Queue>> {
         let event_idx = self.accepted & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let count = self.queues.iter().take_while(|queue| queue.ready).count();

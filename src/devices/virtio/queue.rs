@@ -1,4 +1,4 @@
-//! A virtqueue that a device owns: its geometry is fixed at activation, and it has a kick and an interrupt.
+//! A virtqueue that a device owns: its geometry is fixed at activation, and it has a kick eventfd and an interrupt.
 
 use std::{
     num::Wrapping,
@@ -26,7 +26,7 @@ pub(crate) enum QueueError {
     /// The available index is more than the queue's size ahead, or a ring cannot be accessed.
     #[error("the virtqueue is broken: {0}")]
     Ring(#[from] virtio_queue::Error),
-    /// The standard requires a larger buffer; its size in bytes.
+    /// A buffer is smaller than virtio requires. The value is its size in bytes.
     #[error("the driver provided a buffer of {0} bytes, which is too small")]
     BufferTooSmall(usize),
 }
@@ -152,15 +152,15 @@ impl DeviceQueue {
         self.add_used(*head, *written)
     }
 
-    /// Interrupts the driver if it wants an interrupt for the chains that were used since the last call (virtio 1.3
-    /// §2.7.7.2).
+    /// Interrupts the driver if it has requested an interrupt for the chains that were used since the last call (virtio
+    /// 1.3 §2.7.7.2).
     pub(crate) fn notify_driver(&mut self) -> Result<(), QueueError> {
         let used = Wrapping(self.queue.next_used());
         let before = std::mem::replace(&mut self.notified, used);
         if used == before {
             return Ok(());
         }
-        // The driver must see the used index before this thread reads whether the driver wants an interrupt.
+        // The driver must see the used index before this thread reads whether the driver has requested an interrupt.
         fence(Ordering::SeqCst);
         let wanted = if self.queue.event_idx_enabled() {
             let event = Wrapping(self.avail_field(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER_SIZE)?);
@@ -181,13 +181,13 @@ impl DeviceQueue {
         Ok(u16::from_le(field.map_err(virtio_queue::Error::GuestMemory)?))
     }
 
-    /// Asks the driver not to kick while the queue is served.
+    /// Suppresses kicks while the queue is served.
     pub(crate) fn pause_kicks(&mut self) -> Result<(), QueueError> {
         Ok(self.queue.disable_notification(self.rings)?)
     }
 
-    /// Asks the driver to kick again. Returns `true` if chains became available meanwhile: the caller must check again,
-    /// since there will be no kick for them.
+    /// Enables kicks again. Returns `true` if chains have become available in the meantime: the caller must check the
+    /// queue again, since there will be no kick for them.
     pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
         Ok(self.queue.enable_notification(self.rings)?)
     }
@@ -334,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn serve_returns_although_the_guest_keeps_adding_chains() {
+    fn serve_returns_even_if_the_guest_keeps_adding_chains() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 128);
         for index in 0..128 {

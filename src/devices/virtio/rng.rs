@@ -10,7 +10,8 @@ use super::{
 
 const QUEUE_SIZES: [u16; 1] = [16];
 
-/// The maximum number of bytes for one request. Drivers ask for tens; a huge request must not delay the event loop.
+/// The maximum number of bytes for one request. Drivers usually request tens of bytes; a huge request must not delay
+/// the event loop.
 const MAX_REQUEST_SIZE: usize = 4096;
 
 #[derive(Debug, Default)]
@@ -19,7 +20,7 @@ pub(crate) struct Rng {
 }
 
 impl Rng {
-    /// Fills waiting requests. Call it when the queue was kicked.
+    /// Fills pending requests. Call this after a kick of the queue.
     pub(crate) fn serve(&mut self) -> Result<(), QueueError> {
         let Some(queue) = &mut self.queue else {
             return Ok(());

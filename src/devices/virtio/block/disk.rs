@@ -2,14 +2,13 @@
 
 use std::{fs::File, io, os::fd::AsRawFd};
 
-/// The unit of positions and capacities in bytes, whatever the block size (virtio 1.3 §5.2).
+/// The unit of positions and capacities, in bytes. It does not depend on the block size (virtio 1.3 §5.2).
 pub(super) const SECTOR_SIZE: u64 = 512;
 
 /// The file or block device behind a disk.
 #[derive(Debug)]
 pub(crate) struct Backing {
     pub(crate) file: File,
-    /// The guest may only read.
     pub(crate) read_only: bool,
 }
 
@@ -39,11 +38,11 @@ fn size_in_bytes(file: &File) -> io::Result<u64> {
     if !metadata.file_type().is_block_device() {
         return Ok(metadata.len());
     }
-    // Moving the position is harmless: each request names its offset.
+    // Moving the position is harmless, since each request is executed at an explicit offset.
     io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|error| {
         io::Error::new(
             error.kind(),
-            format!("size of block device {}: {error}", file.as_raw_fd()),
+            format!("cannot get the size of block device {}: {error}", file.as_raw_fd()),
         )
     })
 }

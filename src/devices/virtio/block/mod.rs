@@ -134,10 +134,10 @@ impl Worker {
             .name("block".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                // Serve before the first wait: the kick for the first requests may have come before the thread started.
+                // Serve before the first wait: the first kick may have happened before the thread started.
                 loop {
                     if stopped.load(Ordering::SeqCst) || serve(&disk, &mut queue, &stopped).is_err() {
-                        // A broken queue is no longer served; the driver's requests time out.
+                        // A broken queue is no longer served: the driver's requests are not completed.
                         return;
                     }
                     if queue.kick().read().is_err() {
@@ -163,7 +163,7 @@ impl Drop for Worker {
     }
 }
 
-/// Serves all available requests of a queue, or until `stopped` is set.
+/// Serves the available requests of a queue until none is left or `stopped` is set.
 fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(), QueueError> {
     loop {
         queue.pause_kicks()?;

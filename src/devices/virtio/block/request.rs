@@ -15,8 +15,8 @@ use virtio_bindings::virtio_blk::{
 use super::disk::{Backing, Disk, SECTOR_SIZE};
 use crate::devices::virtio::buffers::{Buffers, Chain};
 
-/// The maximum number of sectors of one discard or write-zeroes request, 1 GiB. It bounds the time that one slow system
-/// call delays the requests behind it.
+/// The maximum number of sectors of one discard or write-zeroes request, 1 GiB. It limits the time for which one slow
+/// system call can delay the requests after it.
 pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 
 /// The error statuses of a request.
@@ -164,7 +164,7 @@ fn zero_range(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::R
         FallocateFlags::ZERO_RANGE
     };
     match fallocate(&backing.file, mode | FallocateFlags::KEEP_SIZE, offset, length) {
-        // The host's file system does not support it: write zeroes.
+        // The host's file system does not support fallocate: write zeroes instead.
         Err(rustix::io::Errno::OPNOTSUPP) => {
             static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
             let mut done = 0;

@@ -22,7 +22,7 @@ pub(super) struct ControlQueue {
 }
 
 impl ControlQueue {
-    /// `taps` has the tap queue of each queue pair.
+    /// `taps` contains one queue of the tap device for each queue pair.
     pub(super) fn new(queue: DeviceQueue, taps: Vec<Arc<Tap>>) -> Self {
         Self { queue, taps }
     }
@@ -32,8 +32,8 @@ impl ControlQueue {
         self.queue.kick()
     }
 
-    /// Executes one command; returns `true` if there may be more. It does not loop: a command may take the host
-    /// milliseconds, and a guest that keeps sending commands must not occupy the worker.
+    /// Executes one command; returns `true` if there may be more. It does not loop: a command may take milliseconds on
+    /// the host, and a guest that keeps sending commands must not occupy the worker.
     pub(super) fn serve(&mut self) -> Result<bool, QueueError> {
         let Some(mut chain) = self.queue.pop()? else {
             return self.queue.resume_kicks();

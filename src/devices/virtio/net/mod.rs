@@ -1,7 +1,7 @@
 //! virtio-net (virtio 1.3 §5.1) on a tap device of the host.
 //!
 //! Lives here: the device, its configuration, and one thread per queue pair. [`worker`] is that thread, [`control`] the
-//! control queue, [`tap`] a queue of the tap device. Another backend (vhost) would replace the threads.
+//! control queue, [`tap`] a queue of the tap device. A vhost backend would replace the threads.
 
 mod control;
 mod tap;
@@ -67,7 +67,7 @@ impl Net {
     pub(crate) fn new(mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> io::Result<Self> {
         let taps: Vec<_> = queues.into_iter().map(|queue| Arc::new(Tap::new(queue))).collect();
         let first = taps.first().ok_or(io::ErrorKind::InvalidInput)?;
-        // Only a probe: activation sets the offloads that the driver accepts.
+        // This only probes for support: activation sets the offloads that the driver accepts.
         let udp_offloads = first.set_offloads(OFFLOADS | UDP_OFFLOADS).is_ok();
         first.set_offloads(0)?;
         Ok(Self {

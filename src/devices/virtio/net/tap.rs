@@ -25,7 +25,7 @@ const RECEIVE_OFFLOADS: [(u32, libc::c_uint); 6] = [
 /// Both flags of UDP segmentation offload.
 const UDP_SEGMENTATION: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
-/// One queue of a tap device. Packets go through its descriptor.
+/// One queue of a tap device.
 #[derive(Debug)]
 pub(super) struct Tap {
     queue: OwnedFd,
@@ -41,16 +41,16 @@ impl Tap {
         }
     }
 
-    /// Lets the tap device send the packets that a driver with `features` can receive: packets larger than the MTU, and
-    /// packets without a computed checksum.
+    /// Enables the receive offloads in `features`. The tap device may then pass packets that are larger than the MTU or
+    /// have no computed checksum.
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {
         let mut flags: libc::c_uint = RECEIVE_OFFLOADS
             .iter()
             .filter(|(feature, _)| features & 1 << feature != 0)
             .map(|(_, flag)| flag)
             .sum();
-        // The kernel accepts both UDP flags or none (`set_offload` in `drivers/net/tun.c`). A driver may accept one,
-        // and then need not be sent such packets.
+        // The kernel accepts both UDP flags or none (`set_offload` in `drivers/net/tun.c`). If a driver accepts only
+        // one of them, neither is set: the driver then receives no such packets.
         if flags & UDP_SEGMENTATION != UDP_SEGMENTATION {
             flags &= !UDP_SEGMENTATION;
         }

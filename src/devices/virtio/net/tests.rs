@@ -28,7 +28,7 @@ use crate::{
     memory::{GuestMemory, MemoryRegions},
 };
 
-/// The address of buffers that tests give to a queue.
+/// The address of the buffers that tests make available.
 const BUFFERS: u64 = 0x1_0000;
 
 /// The device's end and the network's end of a link.
@@ -174,7 +174,7 @@ fn guest_packets_are_sent_and_malformed_ones_are_dropped() {
 }
 
 #[test]
-fn broken_queue_ends_the_worker_only() {
+fn broken_queue_ends_its_worker() {
     let cases = [
         (
             "receive buffer smaller than the header",
@@ -286,7 +286,7 @@ fn transmitted_packets_interrupt_the_guest_once_per_turn() {
 }
 
 #[test]
-fn worker_stops_although_the_guest_keeps_sending_commands() {
+fn worker_stops_while_the_guest_keeps_sending_commands() {
     let memory = memory();
     let receive = MockSplitQueue::new(&*memory, 16);
     let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x4000), 16);
@@ -311,7 +311,7 @@ fn worker_stops_although_the_guest_keeps_sending_commands() {
         let used: u16 = memory.read_obj(GuestAddress(used_ring + 2)).unwrap();
         let available = used.wrapping_add(200);
         memory.write_obj(available, GuestAddress(available_ring + 2)).unwrap();
-        // The device may have caught up meanwhile.
+        // The device may have run out of commands and may wait for a kick.
         guest_kick.write(1).unwrap();
         used
     };

@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// The size of the header before each packet (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6), in bytes.
+/// [`VNET_HEADER_SIZE`] as a `usize`.
 pub(super) const HEADER_SIZE: usize = VNET_HEADER_SIZE as usize;
 
 /// The offset of the field `num_buffers` in the header.
@@ -115,11 +115,11 @@ struct PacketLoop {
 /// Whether epoll watches the tap device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TapWatch {
-    /// For packets.
+    /// Yes, for packets.
     Active,
-    /// Not for packets: the guest has no space for one.
+    /// Only for the removal of the device: the guest has no space for a packet.
     Paused,
-    /// Not at all: the device was removed, and its descriptor would stay ready forever.
+    /// No: the device was removed, and its descriptor would always be ready.
     Removed,
 }
 
@@ -153,7 +153,7 @@ impl PacketLoop {
         if let Some(control) = &self.control {
             add(EventSource::Control, borrow(control.kick()))?;
         }
-        // Start with a turn in each direction: kicks may have come before the thread started.
+        // Start with a turn in each direction: kicks may have happened before the thread started.
         let (mut can_receive, mut can_transmit, mut has_command) = (true, true, false);
         let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
         loop {
@@ -240,7 +240,7 @@ impl PacketLoop {
             };
             let length = chain.readable.len();
             if (HEADER_SIZE..=MAX_PACKET_SIZE).contains(&length) && chain.writable.len() == 0 {
-                // A packet that the host does not take is lost, as on any link.
+                // A packet that the host does not accept is dropped, as on any link.
                 let _ = chain.readable.write_to(self.tap.as_fd(), None);
             }
             queue.add_used(chain.head, 0)?;
@@ -265,8 +265,8 @@ struct Receiver {
     mergeable_buffers: bool,
     /// The buffers of all chains in `chains`.
     space: Buffers<'static>,
-    /// The chains that were taken from the queue and not used yet: the head of each, and the size of its buffers in
-    /// bytes.
+    /// The chains that were taken from the queue but have not been used yet: the head of each, and the size of its
+    /// buffers in bytes.
     chains: VecDeque<(u16, usize)>,
     /// The chains of the current packet: head and written bytes. Kept to reuse its allocation.
     used: Vec<(u16, u32)>,
@@ -314,7 +314,7 @@ impl Receiver {
         }
     }
 
-    /// Completes the packet of `length` bytes that was read into the space, and returns its chains to the driver.
+    /// Completes the packet of `length` bytes that was read into `space`, and returns its chains to the driver.
     fn deliver(&mut self, length: usize) -> Result<(), QueueError> {
         self.used.clear();
         let (mut remaining, mut consumed) = (length, 0);

@@ -21,10 +21,10 @@ use std::{
 use super::packet::{Operation, PacketHeader, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use crate::devices::virtio::buffers::Buffers;
 
-/// The credit of the guest: the number of its bytes that a connection holds while the host's reader is slow.
+/// The guest's credit: the maximum number of its bytes that a connection buffers while the host's reader is slow.
 pub(super) const RECEIVE_BUFFER_SIZE: u32 = 256 << 10;
 
-/// A CREDIT_UPDATE is due when the reader has taken this many bytes that were not reported to the guest yet.
+/// A CREDIT_UPDATE is due when the reader has taken this many bytes since the last report to the guest.
 const CREDIT_UPDATE_THRESHOLD: u32 = RECEIVE_BUFFER_SIZE / 4;
 
 /// The maximum payload of a packet to the guest, in bytes. Linux receives it in one buffer.
@@ -179,7 +179,7 @@ impl Connection {
         self.status()
     }
 
-    /// Notes that the input may be readable.
+    /// Marks the input as possibly readable.
     pub(super) fn set_input_ready(&mut self) {
         if let Input::Open { readable, .. } = &mut self.input {
             *readable = true;
@@ -243,7 +243,7 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => *readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing more comes from a peer that failed.
+                // After an error, the input yields no more data.
                 Err(_) => self.input = Input::EndOfFile,
             }
         }
@@ -300,7 +300,7 @@ impl Connection {
         }
     }
 
-    /// Closes the output, after its last byte.
+    /// Closes the output. Call this only when no bytes are pending.
     fn close_output(&mut self) {
         let output = std::mem::replace(&mut self.output, Output::Closed);
         if let (Output::Open(socket) | Output::Draining(socket), Input::Open { .. }) = (output, &self.input) {
@@ -309,8 +309,8 @@ impl Connection {
         }
     }
 
-    /// Ends the connection because the host's reader is gone. The RESET fails the guest's writes, as a broken pipe
-    /// would.
+    /// Ends the connection because the host's reader is gone. The RESET makes the guest's writes fail, as with a broken
+    /// pipe.
     fn close_broken_output(&mut self) -> ConnectionStatus {
         self.pending = VecDeque::new();
         self.output = Output::Closed;

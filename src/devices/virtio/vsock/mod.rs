@@ -46,12 +46,12 @@ impl Vsock {
         Self { muxer, queues: None }
     }
 
-    /// The streams, to open and close them. Call [`Self::deliver`] afterwards.
+    /// The streams. Call [`Self::deliver`] after changing them.
     pub(crate) fn muxer(&mut self) -> &mut Muxer {
         &mut self.muxer
     }
 
-    /// Handles packets from the guest. Call it when the transmit queue was kicked.
+    /// Handles packets from the guest. Call this after a kick of the transmit queue.
     pub(crate) fn serve_transmit(&mut self) -> Result<(), QueueError> {
         let Some(Queues { transmit, .. }) = &mut self.queues else {
             return Ok(());
@@ -63,7 +63,7 @@ impl Vsock {
                 let mut header = [0; HEADER_SIZE];
                 if chain.readable.take(&mut header) {
                     let header = PacketHeader::parse(&header);
-                    // Drop a packet whose payload is shorter than its header claims.
+                    // Drop a packet whose payload is shorter than the length in its header.
                     if header.length as usize <= chain.readable.len() {
                         let mut payload = chain.readable.split_to(header.length as usize);
                         self.muxer.receive(&header, &mut payload);
@@ -85,15 +85,15 @@ impl Vsock {
         }
     }
 
-    /// Handles events of the streams' descriptors. Call it when the muxer's poller is readable.
+    /// Handles events of the streams' descriptors. Call this when the muxer's poller is readable.
     pub(crate) fn serve_streams(&mut self) -> Result<(), QueueError> {
         // Fails only if the epoll descriptor itself is broken.
         let _ = self.muxer.poll();
         self.deliver()
     }
 
-    /// Moves packets to the guest until it has no more buffers. Call it when the receive queue was kicked, and after
-    /// any change that may have created a packet.
+    /// Moves packets to the guest until there are no more packets or buffers. Call this after a kick of the receive
+    /// queue, and after any change that may have created a packet.
     pub(crate) fn deliver(&mut self) -> Result<(), QueueError> {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());
@@ -101,7 +101,7 @@ impl Vsock {
         receive.pause_kicks()?;
         while self.muxer.has_packet() {
             let Some(mut chain) = receive.pop()? else {
-                // The guest has no buffers: ask for a kick when it adds some.
+                // The guest has no buffers: enable kicks, so that it kicks when it adds some.
                 if receive.resume_kicks()? {
                     receive.pause_kicks()?;
                     continue;

@@ -23,8 +23,8 @@ use super::{
 };
 use crate::devices::virtio::buffers::Buffers;
 
-/// The maximum number of RESETs that wait to be sent. It limits the memory for a guest that sends packets without a
-/// connection but takes no replies; further RESETs are dropped.
+/// The maximum number of RESETs that wait to be sent. It limits the memory that a guest can use up by sending packets
+/// without a connection and receiving no replies; further RESETs are dropped.
 const MAX_PENDING_RESETS: usize = 256;
 
 /// The maximum number of events that one [`Muxer::poll`] handles.
@@ -33,7 +33,7 @@ const MAX_EVENTS_PER_POLL: usize = 32;
 /// An event that the vmm reports to the shim, with the host port of the stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum StreamNotice {
-    /// The number of bytes given to [`Muxer::drain`] is delivered, or the stream is closed.
+    /// The bytes of [`Muxer::drain`] are delivered, or the stream is closed.
     Drained(u32),
     Closed(u32),
 }
@@ -64,15 +64,15 @@ pub(crate) struct Muxer {
     epoll: OwnedFd,
     /// By host port.
     unconnected: HashMap<u32, UnconnectedStream>,
-    /// The drain of an unconnected stream: bytes by host port.
+    /// The drain requests for unconnected streams: the number of bytes, by host port.
     early_drains: HashMap<u32, u64>,
     connections: HashMap<ConnectionKey, ConnectionEntry>,
     keys_by_token: HashMap<u64, ConnectionKey>,
     keys_by_host_port: HashMap<u32, ConnectionKey>,
     next_token: u64,
-    /// Connections with a packet to send, in the order in which they are served. Each is in it at most once.
+    /// Connections with a packet to send, in the order in which they are served. A connection is at most once in it.
     ready: VecDeque<ConnectionKey>,
-    /// The content of `ready`.
+    /// The connections in `ready`, for a fast check.
     ready_set: HashSet<ConnectionKey>,
     pending_resets: VecDeque<ConnectionKey>,
     notices: Vec<StreamNotice>,
@@ -143,7 +143,7 @@ impl Muxer {
         }
     }
 
-    /// The notices since the last call.
+    /// Takes the notices since the last call.
     pub(crate) fn take_notices(&mut self) -> Vec<StreamNotice> {
         std::mem::take(&mut self.notices)
     }

@@ -19,7 +19,7 @@ pub(super) enum Operation {
     Request,
     /// Accepts a connection.
     Response,
-    /// Closes a connection at once, or refuses a packet without one.
+    /// Closes a connection at once, or rejects a packet that belongs to no connection.
     Reset,
     /// Closes one or both directions.
     Shutdown,

@@ -1,4 +1,4 @@
-//! Tests with real tap devices, each in a network namespace of its test.
+//! Tests with real tap devices, each in a new network namespace.
 
 use std::{
     fs,
@@ -223,7 +223,7 @@ fn configuration_is_reported_and_multiqueue_is_offered_only_with_several_pairs()
 }
 
 #[test]
-fn frames_pass_between_guest_and_kernel_also_after_a_reset() {
+fn frames_pass_between_guest_and_kernel_before_and_after_a_reset() {
     in_new_namespace(|| {
         let memory = memory();
         let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();

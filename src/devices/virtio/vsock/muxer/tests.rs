@@ -1,4 +1,4 @@
-//! Tests of the muxer: a mock guest sends and receives packets, the host's side is pipes.
+//! Tests of the muxer: a mock guest sends and receives packets, and the host's side consists of pipes.
 
 use std::{
     fs::File,
@@ -217,7 +217,7 @@ fn pending_bytes_survive_a_reset_by_the_guest() {
 }
 
 #[test]
-fn credit_updates_follow_the_reader() {
+fn credit_update_is_sent_on_request_and_after_the_reader_has_taken_data() {
     let (mut reader, writer) = pipe();
     let mut guest = Guest::connected(None, Some(writer));
     let block = vec![b'a'; 64 << 10];
@@ -233,7 +233,7 @@ fn credit_updates_follow_the_reader() {
 }
 
 #[test]
-fn guest_that_exceeds_its_credit_is_reset() {
+fn stream_is_reset_if_the_guest_exceeds_its_credit() {
     let (_reader, writer) = pipe();
     let mut guest = Guest::connected(None, Some(writer));
     let block = vec![b'a'; 64 << 10];
@@ -275,7 +275,7 @@ fn input_is_sent_within_the_guests_credit_and_end_of_file_is_a_half_close() {
 }
 
 #[test]
-fn later_input_wakes_the_stream() {
+fn data_written_after_the_connection_reaches_the_guest() {
     let (reader, mut writer) = io::pipe().unwrap();
     let mut guest = Guest::connected(Some(reader.into()), None);
     assert_eq!(guest.received_packets(), []);
@@ -284,7 +284,7 @@ fn later_input_wakes_the_stream() {
 }
 
 #[test]
-fn invalid_credit_sends_nothing() {
+fn nothing_is_sent_if_the_guests_credit_is_invalid() {
     let (reader, mut writer) = io::pipe().unwrap();
     let mut guest = Guest::connected(Some(reader.into()), None);
     guest.fwd_cnt = 1 << 31;
