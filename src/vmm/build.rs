@@ -41,9 +41,9 @@ use crate::{
     memory::{ExpectedAccess, GuestMemory, allocate, load_file},
 };
 
-/// The kernel arguments of every machine. `quiet` comes first, since the early console would print everything before
-/// it. A panic or halt resets at once, by triple fault, which ends the machine. No probing for timers, which KVM's
-/// clock makes superfluous. No default network devices.
+/// The kernel arguments of every machine. `quiet` comes first: until the kernel has parsed it, the early console would
+/// print everything. A panic or halt resets at once, by triple fault, which ends the machine. Timers are not checked,
+/// since KVM's clock makes that unnecessary. No default network devices are created.
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
                             dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none";
@@ -118,7 +118,7 @@ pub(super) fn start(
     let vm = Vm::new(kvm, memory.regions())?;
     let mut bus = BusBuilder::new(&vm, memory.clone());
 
-    // The slots come first on the bus, because their position is their name in the guest (see `slot_device_name`).
+    // The slots come first on the bus, because the guest finds them by their position (see `slot_device_name`).
     let network_slots = (0..NETWORK_SLOTS)
         .map(|_| bus.reserve())
         .collect::<Result<Vec<_>, _>>()?;

@@ -1,4 +1,4 @@
-//! The end of a machine, which any thread can report. The first reported reason counts.
+//! The end of a machine, which any thread can report. Only the first reported reason is kept.
 
 use std::{
     io,
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_reason_counts() {
+    fn first_reported_reason_is_kept() {
         let end = EndSignal::new().unwrap();
         assert_eq!(end.reason(), None);
 

@@ -11,7 +11,7 @@ use crate::memory::MemoryError;
 /// Why a machine cannot be built or changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MachineError {
-    /// The boot command is invalid, which is a bug of the shim.
+    /// The boot command is invalid, which is a bug in the shim.
     #[error("invalid boot command: {0}")]
     BootCommand(&'static str),
     #[error(transparent)]
@@ -31,11 +31,11 @@ pub(crate) enum MachineError {
     #[error("the machine cannot be resized: {0}")]
     Resize(&'static str),
     /// The slot does not exist or is occupied.
-    #[error("there is no empty slot {0} for a device of this kind")]
+    #[error("slot {0} is occupied, or is not a slot for a device of this kind")]
     Slot(u32),
 }
 
-/// Adds the device to an error of the operating system.
+/// Returns a function that adds `what`, the failed device or step, to an error of the operating system.
 pub(super) fn device_error(what: &'static str) -> impl Fn(io::Error) -> MachineError {
     move |source| MachineError::Device { what, source }
 }

@@ -1,5 +1,5 @@
-//! The event loop on the main thread: executes commands of the shim and serves the devices without a thread. It waits
-//! in epoll only, and never for the guest.
+//! The event loop on the main thread: executes commands of the shim and serves the devices that have no thread. It
+//! blocks only in epoll, and never waits for the guest.
 
 use std::{
     io,
@@ -58,7 +58,7 @@ const EVENT_SOURCES: [EventSource; 9] = [
 pub(super) enum LoopExit {
     /// The machine has ended, which must be reported to the shim.
     Ended(EndReason),
-    /// The shim is gone or sent an invalid command: there is no one to report to.
+    /// The shim is gone or sent an invalid command: the reason cannot be reported.
     ShimGone,
 }
 
@@ -141,7 +141,8 @@ fn handle_event(
         EventSource::VsockTransmit => {
             drain(&machine.vsock_transmit_kick);
             // Execute pending commands first: the guest connects to a port as soon as the shim has sent it the number
-            // over a stream. The shim sends the command that opens the port before, but it may still be waiting here.
+            // over a stream. The shim sends the command that opens the port first, but this loop may not have received
+            // it yet.
             if let Err(exit) = execute_commands(machine, channel, console_tail) {
                 return Some(exit);
             }
@@ -180,7 +181,7 @@ fn handle_event(
     }
 }
 
-/// Executes all waiting commands of the shim.
+/// Executes all pending commands of the shim.
 fn execute_commands(
     machine: &mut RunningMachine,
     channel: &Channel,

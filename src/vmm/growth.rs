@@ -1,7 +1,8 @@
 //! Resizes a machine while it runs. Memory is added by a virtio-mem device, which is plugged when memory is first
 //! requested. vCPUs are created on request; the MP table ([`super::boot::mptable`]) lists all of them from the start.
 //!
-//! Mapped memory only grows. A guest that unplugs memory may plug it again, up to the maximum that was ever requested.
+//! Mapped memory only grows. A guest that unplugs memory may plug it again, up to the largest size that was requested
+//! so far.
 
 use std::{ops::Range, sync::Arc};
 
@@ -32,7 +33,7 @@ const MAX_LINUX_MEMORY_BLOCK: u64 = 2 << 30;
 /// The size of a memory block in guests with less than [`LARGE_GUEST_MEMORY`], in bytes.
 const MIN_LINUX_MEMORY_BLOCK: u64 = 128 << 20;
 
-/// The boot memory, in bytes, from which on Linux may use larger memory blocks.
+/// The size of boot memory, in bytes, from which Linux may use larger memory blocks.
 const LARGE_GUEST_MEMORY: u64 = 64 << 30;
 
 /// The size of a machine, and how far it can grow.
@@ -46,11 +47,12 @@ pub(super) struct Growth {
     mapped_size: u64,
     /// The size in bytes of the part that the file server has mapped.
     file_server_size: u64,
-    /// The settled size at the last call of [`Self::newly_settled_size`] since [`Self::resize`].
+    /// The settled size at the previous call of [`Self::newly_settled_size`]. `None` if the size was not settled then,
+    /// or if there was no call since [`Self::resize`].
     reported_size: Option<u64>,
     reserved: ReservedSlot,
     device: Option<SharedDevice<Mem>>,
-    /// The kick of the device, which exists before the device.
+    /// The kick eventfd of the device. It is created before the device.
     kick: EventFd,
     vcpus: u8,
     max_vcpus: u8,
@@ -102,8 +104,8 @@ impl Growth {
         &self.kick
     }
 
-    /// Requests the guest to have `bytes` of memory in addition to its boot memory, and creates vCPUs until there are
-    /// at least `vcpus`.
+    /// Requests `bytes` of memory for the guest in addition to its boot memory, and creates vCPUs until there are at
+    /// least `vcpus`.
     ///
     /// # Errors
     ///
@@ -111,7 +113,7 @@ impl Growth {
     pub(super) fn resize(&mut self, bytes: u64, vcpus: u8, mut context: GrowthContext<'_>) -> Result<(), MachineError> {
         if !bytes.is_multiple_of(mem::BLOCK_SIZE) || bytes > self.region.end - self.region.start {
             return Err(MachineError::Resize(
-                "the memory is not whole blocks, or exceeds the maximum",
+                "the memory is not a multiple of the block size, or exceeds the maximum",
             ));
         }
         if vcpus > self.max_vcpus {

@@ -48,8 +48,8 @@ pub(crate) enum KvmError {
     NotKvm,
     /// `KVM_CREATE_VM` failed with `EBUSY`.
     #[error(
-        "/dev/kvm is busy: another hypervisor (VirtualBox, VMware) has the processor's virtualization; end it, or \
-         unload its module"
+        "/dev/kvm is busy: another hypervisor (VirtualBox, VMware) uses the processor's virtualization; stop it, or \
+         unload its kernel module"
     )]
     Busy,
     #[error("this host's KVM lacks {0}, which nutshell needs: use a newer kernel")]
@@ -74,7 +74,7 @@ fn creation_error(error: kvm_ioctls::Error) -> KvmError {
     }
 }
 
-/// The virtual machine. It does not keep its vCPUs.
+/// The virtual machine. It does not own its vCPUs.
 #[derive(Debug)]
 pub(super) struct Vm {
     kvm: Kvm,
@@ -213,8 +213,8 @@ fn enable_extended_state(vcpu: &VcpuFd, components: u64) -> Result<(), KvmError>
     check("setting the extended state", vcpu.set_xcrs(&registers))
 }
 
-/// Makes a hot-added vCPU reachable by interrupts, including the one that starts it. KVM looks the target of an
-/// interrupt up in a map, which it rebuilds when the state of a local interrupt controller is set.
+/// Makes a hot-added vCPU reachable by interrupts, including the one that starts it. KVM looks up the target of an
+/// interrupt in a map, which it rebuilds when the state of a local interrupt controller is set.
 pub(super) fn make_reachable(vcpu: &VcpuFd) -> Result<(), KvmError> {
     let state = check("reading a local interrupt controller", vcpu.get_lapic())?;
     check("setting a local interrupt controller", vcpu.set_lapic(&state))

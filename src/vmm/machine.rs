@@ -29,7 +29,6 @@ pub(super) struct RunningMachine {
     pub(super) memory: GuestMemory,
     pub(super) peripherals: Arc<Peripherals>,
     pub(super) end: Arc<EndSignal>,
-    /// The slots for network devices.
     pub(super) network_slots: Vec<ReservedSlot>,
     pub(super) disk_slots: DiskSlots,
     pub(super) growth: Growth,

@@ -2,8 +2,8 @@
 //!
 //! Lives here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that
 //! drives them. May not live here: anything that opens a path, a socket or a network interface. Every host resource
-//! arrives as a descriptor over the control channel ([`crate::control`]). `main` calls [`main`] for the first argument
-//! [`ROLE`].
+//! arrives as a descriptor over the control channel ([`crate::control`]). The executable's `main` calls [`main`] if the
+//! first argument is [`ROLE`].
 
 mod boot;
 mod build;
@@ -49,7 +49,8 @@ const DESCRIPTOR_TABLE_SIZE: u32 = 256;
 /// The maximum number of threads: vCPUs, queues of disks and network devices, and the event loop.
 const MAX_THREADS: u32 = 2048;
 
-/// Runs the role: enters the jail and runs the machine until it ends. The final message to the shim has the reason.
+/// Runs the role: enters the jail and runs the machine until it ends. The final message to the shim contains the
+/// reason.
 pub(crate) fn main() -> ExitCode {
     // If a thread panics, the machine must not continue without it.
     let report = std::panic::take_hook();

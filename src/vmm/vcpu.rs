@@ -1,5 +1,5 @@
-//! A vCPU: a thread that runs the guest and passes its exits to the devices. The guest is hostile: it controls every
-//! value that arrives here.
+//! A vCPU: a thread that runs the guest and passes its I/O accesses to the devices. The guest is hostile: it controls
+//! every value that arrives here.
 
 use std::{io, sync::Arc, thread};
 
@@ -71,7 +71,7 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
                 ));
             }
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
-            Ok(other) => return EndReason::KvmFailed(format!("unexpected exit: {other:?}")),
+            Ok(other) => return EndReason::KvmFailed(format!("unexpected KVM exit: {other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => return EndReason::KvmFailed(format!("KVM_RUN: {}", io::Error::from(error))),
         }
@@ -86,7 +86,7 @@ fn uart_register(port: u16) -> Option<u8> {
     u8::try_from(offset).ok()
 }
 
-/// Describes the error in one line. An emulation failure usually means that the host cannot run any guest.
+/// Returns the reason, in one line. An emulation failure usually means that the host cannot run any guest.
 fn internal_error(vcpu: &mut VcpuFd) -> EndReason {
     let run = vcpu.get_kvm_run();
     // SAFETY: for the exit reason KVM_EXIT_INTERNAL_ERROR, `internal` is the active member of the union. Its fields are
@@ -101,11 +101,14 @@ fn internal_error(vcpu: &mut VcpuFd) -> EndReason {
     EndReason::KvmFailed(if suberror == INTERNAL_ERROR_EMULATION {
         format!(
             "this host's KVM cannot run Linux guests: it emulates the guest's kernel instead of running it on the \
-             processor, and does not know the instruction at {address:#x} (emulation data {}); use a host with VT-x \
-             or AMD-V, or one whose hypervisor passes them on",
+             processor, and does not support the instruction at {address:#x} (emulation data {}); use a host with VT-x \
+             or AMD-V, or enable nested virtualization in the hypervisor of this host",
             words.join(" ")
         )
     } else {
-        format!("internal error {suberror} at {address:#x} (data {})", words.join(" "))
+        format!(
+            "KVM internal error {suberror} at {address:#x} (data {})",
+            words.join(" ")
+        )
     })
 }

@@ -1,7 +1,7 @@
-//! Loads the kernel, an uncompressed ELF `vmlinux`: each segment to its physical address.
+//! Loads the kernel, an uncompressed ELF `vmlinux`: each segment at its physical address.
 //!
-//! The file comes from the owner of the host and is trusted, but an invalid one must end in an error: every field is
-//! checked.
+//! The host's administrator provides the file, so it is trusted. Every field is checked all the same, so that an
+//! invalid file causes an error.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -98,7 +98,7 @@ fn load_segment(memory: &MemoryRegions, file: &File, extent: Extent, header: &[u
         ExpectedAccess::WriteMostly
     };
     load_file(memory, "kernel", file, part, address, access)?;
-    // The remainder of the segment must be zero, as new memory is. Check that it is memory at all.
+    // The remainder of the segment must be zero, as new memory is. Check that it lies in guest memory.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
             what: "kernel",

@@ -15,7 +15,7 @@ pub(super) const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The start of usable memory above the legacy hole.
 pub(super) const HIGH_MEMORY_START: u64 = 0x10_0000;
 
-/// The flat segments that the 64-bit boot protocol requires: null, code and data. And a task state segment, which
+/// The flat segments that the 64-bit boot protocol requires: null, code and data; and a task state segment, which
 /// hardware virtualization requires.
 pub(in crate::vmm) const GDT_ENTRIES: [u64; 4] =
     [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];

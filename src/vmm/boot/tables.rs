@@ -9,7 +9,7 @@ use super::layout::{
 };
 use crate::memory::{HUGE_PAGE_SIZE, MemoryRegions, ram_ranges};
 
-/// `COMMAND_LINE_SIZE` of Linux in bytes, the terminating NUL included.
+/// `COMMAND_LINE_SIZE` of Linux in bytes, including the terminating NUL.
 const COMMAND_LINE_SIZE: usize = 2048;
 
 const E820_RAM: u32 = 1;
@@ -31,7 +31,7 @@ pub(crate) enum BootError {
     Initramfs,
     #[error("guest memory is too small to boot: {0}")]
     Memory(#[from] GuestMemoryError),
-    #[error("no random seed for the guest: {0}")]
+    #[error("cannot get a random seed for the guest: {0}")]
     Seed(#[source] std::io::Error),
 }
 
@@ -84,7 +84,7 @@ fn write_page_tables(memory: &MemoryRegions) -> Result<(), GuestMemoryError> {
     memory.write_slice(&to_le_bytes(&entries), GuestAddress(directory))
 }
 
-/// Writes a seed, from which the guest's random number generator is ready at once, before any driver.
+/// Writes a random seed. With it, the guest's random number generator is ready at once, before any driver is loaded.
 fn write_seed(memory: &MemoryRegions) -> Result<(), BootError> {
     let mut seed = [0; SEED_SIZE];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
