@@ -133,13 +133,13 @@ struct Document {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "the table [pod]")]
 struct PodSection {
     host_namespaces: HostNamespaces,
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "the table [guest]")]
 struct GuestSection {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
@@ -148,7 +148,7 @@ struct GuestSection {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "the table [machine]")]
 struct MachineSection {
     default_memory_mib: Option<u64>,
     default_vcpus: Option<u64>,
@@ -308,6 +308,7 @@ mod tests {
             ("[guest]\nkernel = \"vmlinux\"", "guest.kernel"),
             ("[pod]\nhost_namespaces = \"host\"", "host"),
             ("debug = \"yes\"", "line 1"),
+            ("machine = 5", "expected the table [machine]"),
             ("[guest]\nkernel = ", "line 2"),
         ] {
             let error = Configuration::parse(text, &HOST).unwrap_err();
