@@ -289,10 +289,12 @@ impl Connection {
         ConnectionStatus::Open
     }
 
-    /// Closes the output as soon as nothing is pending.
+    /// Closes the output as soon as nothing is pending. A guest may end a stream twice, by SHUTDOWN and later by RESET.
     fn end_output(&mut self) {
         match std::mem::replace(&mut self.output, Output::Closed) {
-            Output::Open(descriptor) if !self.pending.is_empty() => self.output = Output::Draining(descriptor),
+            Output::Open(descriptor) | Output::Draining(descriptor) if !self.pending.is_empty() => {
+                self.output = Output::Draining(descriptor);
+            }
             output => {
                 self.output = output;
                 self.close_output();

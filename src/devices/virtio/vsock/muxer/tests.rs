@@ -200,20 +200,26 @@ fn pending_bytes_are_delivered_before_the_stream_closes() {
 
 #[test]
 fn pending_bytes_survive_a_reset_by_the_guest() {
-    let (mut reader, writer) = pipe();
-    let mut guest = Guest::connected(None, Some(writer));
-    let block = vec![b'a'; 48 << 10];
-    guest.send_operation(Operation::Payload, 0, &block);
-    guest.send_operation(Operation::Payload, 0, &block);
-    guest.send_operation(Operation::Reset, 0, b"");
+    // Linux sends the RESET 8 s after a SHUTDOWN to which it got no reply (`VSOCK_CLOSE_TIMEOUT`).
+    for shutdown in [None, Some(SHUTDOWN_SEND), Some(SHUTDOWN_SEND | SHUTDOWN_RECEIVE)] {
+        let (mut reader, writer) = pipe();
+        let mut guest = Guest::connected(None, Some(writer));
+        let block = vec![b'a'; 48 << 10];
+        guest.send_operation(Operation::Payload, 0, &block);
+        guest.send_operation(Operation::Payload, 0, &block);
+        if let Some(flags) = shutdown {
+            guest.send_operation(Operation::Shutdown, flags, b"");
+        }
+        guest.send_operation(Operation::Reset, 0, b"");
 
-    let mut output = read_available(&mut reader);
-    guest.muxer.poll().unwrap();
-    output.extend(read_available(&mut reader));
+        let mut output = read_available(&mut reader);
+        guest.muxer.poll().unwrap();
+        output.extend(read_available(&mut reader));
 
-    assert_eq!(output.len(), 2 * block.len());
-    assert_eq!(guest.received_packets(), [], "a RESET gets no reply");
-    assert_eq!(guest.muxer.take_notices(), [StreamNotice::Closed(PORT)]);
+        assert_eq!(output.len(), 2 * block.len(), "after a shutdown of {shutdown:?}");
+        assert_eq!(guest.received_packets(), [], "a RESET gets no reply");
+        assert_eq!(guest.muxer.take_notices(), [StreamNotice::Closed(PORT)]);
+    }
 }
 
 #[test]
