@@ -6,8 +6,8 @@ use serde::Deserialize;
 
 use super::{PlanError, spec};
 
-/// Reads the annotations of a bundle's spec. Without a `config.json` there are none: with `sandboxer = "shim"`
-/// containerd makes a sandbox's bundle without one (containerd `plugins/sandbox/controller.go`).
+/// Reads the annotations of a bundle's spec. A bundle without `config.json` has none: with `sandboxer = "shim"`,
+/// containerd creates a sandbox's bundle without that file (containerd `plugins/sandbox/controller.go`).
 ///
 /// # Errors
 ///

@@ -9,7 +9,7 @@ pub(crate) enum PlanError {
     Unreadable { path: PathBuf, source: io::Error },
     #[error("{} is larger than {limit} bytes", path.display())]
     TooLarge { path: PathBuf, limit: u64 },
-    /// The file is no OCI runtime spec.
+    /// The file is not an OCI runtime spec.
     #[error("{} is not a valid OCI spec: {source}", path.display())]
     Malformed { path: PathBuf, source: serde_json::Error },
     /// The spec lacks a field that every container needs.
@@ -18,7 +18,7 @@ pub(crate) enum PlanError {
     /// A field, or an annotation, has a value that the specification does not allow.
     #[error("{field}: {reason}")]
     Invalid { field: String, reason: String },
-    /// A field asks for what a machine cannot do.
+    /// A field requests something that a machine cannot do.
     #[error("{field}: {reason}")]
     Unsupported { field: String, reason: String },
     #[error("cannot inspect the bind mount source {}: {source}", path.display())]

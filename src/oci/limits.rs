@@ -63,7 +63,7 @@ impl Limits {
         }
     }
 
-    /// The larger of each limit. `None` counts as zero, as it does in [`Self::sum`].
+    /// The larger value of each limit. `None` counts as zero, as it does in [`Self::sum`].
     #[must_use]
     pub(crate) fn max(self, other: Self) -> Self {
         Self {

@@ -13,7 +13,7 @@ pub(super) const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 pub(crate) enum BundlePlan {
     /// A container that runs in a machine.
     Container(Box<Plan>),
-    /// The sandbox ("pause") container of a pod. None of its processes run; the shim answers for it.
+    /// The sandbox ("pause") container of a pod. None of its processes run; the shim answers requests for it.
     Sandbox(Box<PodPlan>),
 }
 
@@ -79,7 +79,7 @@ pub(crate) struct Plan {
     pub(crate) pid_namespace: PidNamespace,
     /// The hooks that run on the host. The guest's spec contains the others.
     pub(crate) hooks: Hooks,
-    /// Settings of the spec that a machine does not apply and that are no reason to fail: one line each, for the log.
+    /// For the log: one line for each setting of the spec that is not applied.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -173,8 +173,8 @@ pub(crate) enum PidNamespace {
     Specified,
     /// The one that the containers of the pod share: hostPID, if the configuration allows it.
     Pod,
-    /// That of the task with this pid on the host: `/proc/<pid>/ns/pid` in the spec of a pod's member, which shares the
-    /// sandbox's or is an ephemeral container with a target. The path is never opened.
+    /// The one of the task with this pid on the host. The spec has the path `/proc/<pid>/ns/pid`, which is never
+    /// opened: the pid is the sandbox's if the pod shares a pid namespace, or that of an ephemeral container's target.
     Task(u32),
 }
 

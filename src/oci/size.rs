@@ -6,19 +6,19 @@
 //! | the limits of the container, or their sums over the pod | limit + overhead | quota / period, rounded up |
 //! | neither | [`DEFAULT_MEMORY`], unless configured | [`DEFAULT_VCPUS`], unless configured |
 //!
-//! Memory is rounded up to 2 MiB. An annotation out of bounds is an error. Limits above the bounds give the largest
-//! machine: without a machine, they would give the whole host.
+//! Memory is rounded up to 2 MiB. An annotation out of bounds is an error. Limits above the bounds are not: they give
+//! the largest machine, just as runc accepts limits above the host's size.
 //!
-//! The machine of a pod grows while it runs, if the limits of the pod's containers exceed what it booted with. What an
-//! annotation sets does not grow. The pod's cgroup on the host bounds the memory that limits ask for: if a guest used
-//! more, the host's OOM killer would end the machine, while within the bound the guest's kernel ends one process.
+//! The machine of a pod grows while it runs, if the limits of the pod's containers exceed what it booted with. A size
+//! that an annotation sets does not change. The memory limit of the pod's cgroup on the host bounds guest memory: above
+//! it, the host's OOM killer would end the whole machine. Below it, the guest's OOM killer ends one process.
 
 use std::collections::HashMap;
 
 use super::{Limits, PlanError, annotations::parse_number};
 
-/// Memory of a machine whose containers have no limit, in bytes. Real programs run in it, and the guest's page
-/// structs for it cost 8 MiB.
+/// Memory of a machine whose containers have no limit, in bytes. It is enough for typical programs, and the guest's
+/// page structs for it cost 8 MiB.
 pub(crate) const DEFAULT_MEMORY: u64 = 512 << 20;
 
 /// vCPUs of a machine whose containers have no limit.
@@ -40,15 +40,15 @@ const GUEST_OVERHEAD: u64 = 64 << 20;
 /// The page structs of the guest's kernel take one part in this many: 64 bytes for each page of 4096.
 const PAGE_STRUCT_DIVISOR: u64 = 64;
 
-/// What a machine costs its cgroup on the host in addition to guest memory, in bytes: private memory of its processes.
-/// The overhead of the RuntimeClass in `deploy` sums up this and the other overheads for a pod of 3 GiB.
+/// Memory that a machine uses in its cgroup on the host in addition to guest memory, in bytes: private memory of its
+/// processes. The RuntimeClass in `deploy` has the sum of this and the other overheads for a pod of 3 GiB.
 const HOST_OVERHEAD: u64 = 4 << 20;
 
-/// The host's cost of guest memory, one part in this many: KVM's page tables and the index of the memory's pages, about
-/// 1/512 each.
+/// The host needs one byte for this many bytes of guest memory: KVM's page tables and the index of the memory's pages
+/// take about 1/512 each.
 const HOST_OVERHEAD_DIVISOR: u64 = 256;
 
-/// Of memory sizes, in bytes.
+/// Memory sizes are multiples of this, in bytes.
 const ALIGNMENT: u64 = 2 << 20;
 
 const VCPUS_ANNOTATION: &str = "io.containerd.nutshell.vcpus";
@@ -135,7 +135,7 @@ impl Sizing {
     }
 }
 
-/// What the machine of a pod boots with, and what it can grow to.
+/// The size that a pod's machine boots with, and the largest size that it can grow to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct PodSize {
     /// At boot. The machine never has less.

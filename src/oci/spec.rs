@@ -1,4 +1,4 @@
-//! Reads a bundle's `config.json`. Only containerd's side of the host can write that file.
+//! Reads a bundle's `config.json`. The host writes that file; a guest cannot.
 
 use std::{fs::File, io::Read, path::Path};
 

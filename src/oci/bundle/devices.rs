@@ -24,7 +24,7 @@ const CHARACTER_DEVICES: [(u32, u32, &str); 12] = [
 /// Loop devices: the guest's kernel creates them on demand.
 const LOOP_MAJOR: i64 = 7;
 
-const NO_SUCH_DEVICE: &str = "the host's device does not exist in the machine: leave it out";
+const NO_SUCH_DEVICE: &str = "the virtual machine does not have this device of the host: remove it from the spec";
 
 /// Without this setting, containerd's CRI adds all devices of the host to the spec of a privileged container.
 const PRIVILEGED_REMEDY: &str =
@@ -38,8 +38,8 @@ pub(super) fn find_character_device(major: u32, minor: u32) -> Option<&'static s
         .map(|(_, _, path)| *path)
 }
 
-/// Refuses nodes that would be another device in the guest, or none. For a privileged container, whose spec lists all
-/// nodes of the host, it removes them.
+/// Refuses device nodes whose numbers mean another device in the guest, or no device. For a privileged container, whose
+/// spec lists all device nodes of the host, removes them instead.
 pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), PlanError> {
     let Some(devices) = linux.devices_mut().take() else {
         return Ok(());

@@ -1,5 +1,5 @@
-//! Hooks of a spec (OCI spec, "POSIX-platform Hooks"): the shim runs those of the runtime's namespaces on the host, the
-//! agent runs those of the container's.
+//! Hooks of a spec (OCI spec, "POSIX-platform Hooks"): the shim runs the hooks for the runtime's namespaces, on the
+//! host. The agent runs the hooks for the container's namespaces, in the guest.
 
 use std::time::Duration;
 

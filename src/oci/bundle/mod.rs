@@ -35,7 +35,7 @@ use super::{
 ///
 /// # Errors
 ///
-/// [`PlanError`] with the name of the field, if the spec is malformed or asks for what a machine cannot do.
+/// [`PlanError`] with the name of the field, if the spec is malformed or requests something that a machine cannot do.
 pub(crate) fn plan_bundle(
     bundle: &Path,
     id: &ContainerId,
@@ -93,7 +93,7 @@ pub(crate) fn plan_bundle(
         .set_solaris(None)
         .set_zos(None);
     if in_pod {
-        // The pod's sandbox sets the names.
+        // Both names are set once for the pod, from the plan of its sandbox.
         spec.set_hostname(None).set_domainname(None);
     }
     Ok(BundlePlan::Container(Box::new(Plan {

@@ -1,8 +1,8 @@
 //! Translates the namespaces of a spec for the guest.
 //!
-//! The path of a namespace is one of the host. It is never opened here, and the guest never sees it. The path of the
-//! network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes from the
-//! sandbox's pid, stand for what the containers share in the pod's machine.
+//! Namespace paths in a spec are paths on the host. They are never opened here, and the guest never sees them. The path
+//! of the network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes
+//! from the sandbox's pid, stand for what the containers share in the pod's machine.
 
 use std::path::Path;
 
@@ -79,7 +79,7 @@ pub(super) fn translate(
             (LinuxNamespaceType::Network, Some(path)) => translated.network = Network::Namespace(path.to_owned()),
             (LinuxNamespaceType::Pid, Some(path)) if !is_single => {
                 translated.pid = parse_task_pid(path).map(PidNamespace::Task).ok_or_else(|| {
-                    let reason = format!("{} is not /proc/<pid>/ns/pid of a container of the pod", path.display());
+                    let reason = format!("{} does not have the form /proc/<pid>/ns/pid", path.display());
                     PlanError::unsupported("linux.namespaces: pid", reason)
                 })?;
             }
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn host_namespaces_are_refused_or_mean_the_pods() {
+    fn host_namespaces_are_refused_or_replaced_by_the_pods() {
         for (spec, field) in [(vec![("ipc", "")], "hostPID"), (vec![("pid", "")], "hostIPC")] {
             let mut spec = namespaces(&spec);
             let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_network_namespace_is_the_hosts_and_missing_mount_namespace_is_added() {
+    fn missing_network_namespace_means_the_hosts_and_missing_mount_namespace_is_added() {
         let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
         assert_eq!(translated.network, Network::Host);
         assert_eq!(kept(&translated), ["mnt"]);

@@ -1,4 +1,4 @@
-//! Settings of a spec that depend on the host. What a container would wrongly run without is refused; anything else is
+//! Settings of a spec that depend on the host. A setting that a container must not run without is refused. Any other is
 //! removed from the guest's spec with a warning.
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process};
@@ -51,7 +51,7 @@ pub(super) fn strip_process(process: &mut Process, warnings: &mut Vec<String>) {
         ));
     }
     if process.exec_cpu_affinity().is_some() {
-        warnings.push("process.execCPUAffinity is not applied: it numbers CPUs of the host".to_owned());
+        warnings.push("process.execCPUAffinity is not applied: it refers to CPUs of the host".to_owned());
     }
     process
         .set_apparmor_profile(None)
@@ -69,7 +69,7 @@ pub(super) fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Ve
         warnings.push("linux.intelRdt is not applied: a machine has no resctrl".to_owned());
     }
     if linux.memory_policy().is_some() {
-        warnings.push("linux.memoryPolicy is not applied: it numbers NUMA nodes of the host".to_owned());
+        warnings.push("linux.memoryPolicy is not applied: it refers to NUMA nodes of the host".to_owned());
     }
     normalize_propagation(linux)?;
     devices::translate(linux, warnings)?;
@@ -116,7 +116,7 @@ fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -
         return Err(PlanError::unsupported(field, "huge pages are not supported"));
     }
     if let Some(memory) = resources.memory_mut() {
-        // containerd's clients write zero for "not set"; libcontainer takes it as unlimited.
+        // containerd's clients write zero for "not set"; libcontainer treats it as unlimited.
         let limit = memory.limit().filter(|limit| *limit != 0);
         let swap = memory.swap().filter(|swap| *swap != 0);
         memory.set_limit(limit).set_swap(swap);
@@ -136,7 +136,7 @@ fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -
         for (name, set) in [("cpus", cpu.cpus()), ("mems", cpu.mems())] {
             if let Some(set) = non_empty(set) {
                 warnings.push(format!(
-                    "linux.resources.cpu.{name} {set:?} is not applied: it numbers CPUs or NUMA nodes of the host"
+                    "linux.resources.cpu.{name} {set:?} is not applied: it refers to CPUs or NUMA nodes of the host"
                 ));
             }
         }
@@ -155,7 +155,7 @@ fn strip_resources(resources: &mut LinuxResources, warnings: &mut Vec<String>) -
     ];
     for (name, _) in host_devices.iter().filter(|(_, is_set)| *is_set) {
         warnings.push(format!(
-            "linux.resources.{name} is not applied: it is about devices of the host"
+            "linux.resources.{name} is not applied: it refers to devices of the host"
         ));
     }
     if let Some(unified) = resources.unified_mut() {

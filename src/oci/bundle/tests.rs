@@ -194,7 +194,7 @@ fn sandbox_plan_contains_the_settings_of_the_pod() {
 }
 
 #[test]
-fn sandbox_with_a_host_namespace_is_refused_by_kubernetes_field_name() {
+fn sandbox_with_a_host_namespace_is_refused_with_the_kubernetes_field_name() {
     for (without, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
         let mut sandbox = spec(CRI_SANDBOX);
         let namespaces = sandbox["linux"]["namespaces"].as_array_mut().unwrap();

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use prost::Message;
 
-/// What the kubelet asks of a pod's sandbox.
+/// The kubelet's configuration of a pod's sandbox.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct PodSandboxConfig {
     #[prost(string, tag = "2")]

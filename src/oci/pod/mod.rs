@@ -30,7 +30,8 @@ const OWN_ANNOTATIONS: &str = "io.containerd.nutshell.";
 ///
 /// # Errors
 ///
-/// [`PlanError`] with the name of the field, if the message is malformed or asks for what a machine cannot do.
+/// [`PlanError`] with the name of the field, if the message is malformed or requests something that a machine cannot
+/// do.
 pub(crate) fn plan_pod(
     id: &ContainerId,
     options: Option<(&str, &[u8])>,
@@ -119,8 +120,8 @@ fn parse_limits(resources: &LinuxContainerResources) -> Result<Limits, PlanError
     ))
 }
 
-/// The cgroup of a sandbox below that of its pod, in systemd's form if that is a slice: as containerd's CRI names it
-/// (`internal/cri/server/podsandbox`).
+/// The path of a sandbox's cgroup below the pod's cgroup `parent`, in systemd's form if `parent` is a slice.
+/// containerd's CRI uses the same names (`internal/cri/server/podsandbox`).
 fn cgroups_path(parent: &str, id: &ContainerId) -> Option<String> {
     let slice = Path::new(parent).file_name()?.to_str()?;
     Some(match slice.ends_with(".slice") {
@@ -298,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn host_namespaces_are_refused_by_kubernetes_field_name() {
+    fn host_namespaces_are_refused_with_the_kubernetes_field_name() {
         for (message, field) in [
             (namespaces(2, 1, 0), "hostNetwork"),
             (namespaces(0, 2, 0), "hostPID"),

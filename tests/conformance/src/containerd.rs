@@ -41,7 +41,7 @@ pub struct Containerd {
     serial: AtomicU32,
 }
 
-/// A shim that serves.
+/// A running shim, and a connection to it.
 #[derive(Debug, Clone)]
 pub struct Shim {
     /// The answer of `start`.

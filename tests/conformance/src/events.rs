@@ -240,7 +240,7 @@ impl History {
             }
             EventKind::Exit(status) => {
                 let is_alive = matches!(self.init, Phase::Created | Phase::Started);
-                rule(is_alive, "not one exit after create or start")?;
+                rule(is_alive, "not exactly one exit after create or start")?;
                 rule(event.pid == self.pid, "not the pid of the create event")?;
                 let execs_have_exited = self.execs.values().all(|(step, _)| *step != Phase::Started);
                 rule(execs_have_exited, "before the exit of an exec")?;
@@ -268,7 +268,7 @@ impl History {
                 let known = self.execs.insert(exec.clone(), (Phase::Exited, event.pid));
                 rule(
                     known == Some((Phase::Started, event.pid)),
-                    "not one exit after the start of the exec",
+                    "not exactly one exit after the start of the exec",
                 )?;
             }
             EventKind::Oom | EventKind::Paused | EventKind::Resumed => {
@@ -319,7 +319,7 @@ fn serve_connection(mut connection: UnixStream, shared: &Shared, namespace: &str
 fn decode_request(request: &Request, namespace: &str) -> Result<Event, String> {
     let method = (request.service.as_str(), request.method.as_str());
     if method != ("containerd.services.events.ttrpc.v1.Events", "Forward") {
-        return Err(format!("a call of {method:?}"));
+        return Err(format!("an unexpected call of {method:?}"));
     }
     let forward = ForwardRequest::parse_from_bytes(&request.payload).map_err(|error| error.to_string())?;
     let envelope = forward.envelope.into_option().ok_or("no envelope")?;
@@ -385,7 +385,7 @@ fn decode_event(envelope: &Envelope) -> Result<Event, String> {
             let event: TaskResumed = message(envelope, "TaskResumed")?;
             (event.container_id, EventKind::Resumed, 0)
         }
-        topic => return Err(format!("an event of topic {topic}")),
+        topic => return Err(format!("an event with the unexpected topic {topic}")),
     };
     Ok(Event { container, kind, pid })
 }

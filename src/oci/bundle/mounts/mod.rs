@@ -56,7 +56,7 @@ pub(super) struct MountTranslator<'a> {
     pub(super) id: &'a ContainerId,
     /// The container shares `/dev/shm` with its pod.
     pub(super) in_pod: bool,
-    /// The meaning of a bind mount of the host's `/dev/shm`.
+    /// Whether a member's bind mount of the host's `/dev/shm` is refused, or replaced by the pod's.
     pub(super) host: HostNamespaces,
     /// The mapping of the container's user namespace.
     pub(super) id_map: Option<&'a IdMap>,
@@ -169,7 +169,8 @@ impl MountTranslator<'_> {
         })
     }
 
-    /// The path in the guest, if the guest has its own file or directory for `source`. `None` if the host's must be shared.
+    /// The path in the guest, if the guest has its own file or directory for `source`. `None` if it must be shared from
+    /// the host.
     fn find_in_guest(&self, mount: &Mount, source: &Path) -> Result<Option<PathBuf>, PlanError> {
         if source.starts_with("/proc") || source.starts_with("/sys") {
             return Ok(Some(source.to_owned()));
@@ -235,8 +236,9 @@ fn translate_filesystem(mount: &mut Mount) -> Result<(), PlanError> {
         Some("cgroup2") => "cgroup".to_owned(),
         Some(kind) if GUEST_FILESYSTEMS.contains(&kind) => kind.to_owned(),
         Some(kind) => {
-            let reason =
-                format!("a machine does not mount file systems of type {kind:?}: mount it on the host and bind it");
+            let reason = format!(
+                "a machine does not mount file systems of type {kind:?}: mount it on the host and bind-mount it"
+            );
             return Err(PlanError::unsupported(field_name(mount), reason));
         }
         None => {
@@ -267,8 +269,8 @@ fn refuse_shared_propagation(mount: &Mount) -> Result<(), PlanError> {
         Some(option) => Err(PlanError::unsupported(
             field_name(mount),
             format!(
-                "mounts made in a machine do not reach its host: use another propagation than {option:?} (Kubernetes: \
-                 \"Bidirectional\")"
+                "mounts made in a machine do not reach its host: use a propagation other than {option:?} (in \
+                 Kubernetes: \"Bidirectional\")"
             ),
         )),
     }

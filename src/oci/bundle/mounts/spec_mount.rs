@@ -25,7 +25,7 @@ pub(super) fn is_read_only(mount: &Mount) -> bool {
         .is_some_and(|option| option != "rw")
 }
 
-/// Turns `mount` into a bind mount of `source` with the options that it has.
+/// Turns `mount` into a bind mount of `source`, and keeps its options.
 pub(super) fn set_bind(mount: &mut Mount, source: PathBuf) {
     if !options(mount).any(|option| matches!(option, "bind" | "rbind")) {
         let mut options = mount.options().clone().unwrap_or_default();
@@ -47,7 +47,8 @@ pub(super) fn set_options(mount: &mut Mount, options: &[&str]) {
     mount.set_options(Some(options.iter().map(|option| (*option).to_owned()).collect()));
 }
 
-/// Makes a path absolute and resolves `.` and `..` by its text alone, so that its prefix shows where it lies.
+/// Makes a path absolute and resolves `.` and `..`, without access to the file system. The result can be compared by
+/// prefix.
 pub(super) fn normalize(path: &Path) -> PathBuf {
     let mut normalized = PathBuf::from("/");
     for component in path.components() {

@@ -155,7 +155,7 @@ fn shared_memory_of_the_host_is_refused_in_a_pod_but_other_directories_are_share
 }
 
 #[test]
-fn only_the_default_shared_memory_of_a_member_is_the_pods() {
+fn default_shm_mount_of_a_member_is_replaced_by_the_pods_and_others_are_kept() {
     let tmpfs = |source, size| json!([{"destination": "/dev/shm", "type": "tmpfs", "source": source, "options": ["nosuid", size]}]);
     let default = translate(true, tmpfs("shm", "size=65536k")).unwrap();
     let expected = json!({"destination": "/dev/shm", "type": "bind", "source": SHM_PATH, "options": ["bind", "rw"]});

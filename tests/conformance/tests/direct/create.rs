@@ -96,7 +96,7 @@ fn malformed_request_is_refused_without_side_effects() {
 }
 
 #[test]
-fn duplicate_id_is_already_exists_and_leaves_the_container_running() {
+fn duplicate_id_fails_with_already_exists_and_leaves_the_container_running() {
     with_containerd(|containerd| {
         let container = containerd.run(&idle());
         let again = containerd.prepare_in(container.bundle.clone(), container.shim.clone());

@@ -15,15 +15,16 @@ const TOLERANCE: u64 = 128;
 /// Longer than an idle thread of the shim lives.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Asserts that the process `pid` uses no more than `before`. `course` is printed on failure.
-fn assert_no_growth(before: Usage, pid: u32, course: &[Usage]) {
+/// Asserts that the process `pid` uses no more than `before`. `history` is printed on failure.
+fn assert_no_growth(before: Usage, pid: u32, history: &[Usage]) {
     let settled = host::eventually(IDLE_TIMEOUT, || {
         let now = host::read_usage(pid);
-        let same = now.descriptors <= before.descriptors
+        let has_not_grown = now.descriptors <= before.descriptors
             && now.threads <= before.threads
             && now.private <= before.private + TOLERANCE;
-        same.then_some(())
-            .ok_or_else(|| format!("{before:?} grew to {now:?}: {course:#?}"))
+        has_not_grown
+            .then_some(())
+            .ok_or_else(|| format!("{before:?} grew to {now:?}: {history:#?}"))
     });
     settled.unwrap_or_else(|growth| panic!("{growth}"));
 }
@@ -39,14 +40,14 @@ fn settled_usage(pid: u32) -> Usage {
 
 /// Calls `round` a hundred times, and asserts that the process `pid` then uses no more than after the tenth call.
 fn assert_hundred_rounds_do_not_grow(pid: u32, round: impl Fn()) {
-    let mut course = Vec::new();
+    let mut history = Vec::new();
     for _ in 0..10 {
         for _ in 0..10 {
             round();
         }
-        course.push(host::read_usage(pid));
+        history.push(host::read_usage(pid));
     }
-    assert_no_growth(course[0], pid, &course);
+    assert_no_growth(history[0], pid, &history);
 }
 
 /// Runs a container to completion and removes it.
@@ -79,15 +80,15 @@ fn thirty_concurrent_containers_do_not_grow_the_shim() {
         };
         // How many threads run at once is random, and the stacks of threads stay allocated. The maximum is reached after a
         // few rounds.
-        let mut course = vec![settled_usage(pod.shim.pid)];
+        let mut history = vec![settled_usage(pod.shim.pid)];
         loop {
             run_thirty();
-            let (before, now) = (course[course.len() - 1], settled_usage(pod.shim.pid));
-            course.push(now);
+            let (before, now) = (history[history.len() - 1], settled_usage(pod.shim.pid));
+            history.push(now);
             if now.descriptors == before.descriptors && now.private <= before.private + TOLERANCE {
                 break;
             }
-            assert!(course.len() < 6, "it grows with every round: {course:#?}");
+            assert!(history.len() < 6, "it grows with every round: {history:#?}");
         }
         assert!(pod.is_ready());
         pod.end();

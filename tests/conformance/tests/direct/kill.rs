@@ -11,7 +11,7 @@ use nutshell_conformance::{
 use rustix::process::Signal;
 
 #[test]
-fn kill_works_in_every_phase_and_is_not_found_after_the_exit() {
+fn kill_works_in_every_phase_and_fails_with_not_found_after_the_exit() {
     with_containerd(|containerd| {
         for (phase, signal, status) in [
             ("created", SIGKILL, 137),

@@ -151,7 +151,7 @@ fn unsupported_methods_are_unimplemented() {
                 .call::<Empty>(method, &Empty::default());
             assert_eq!(code(answer), Code::UNIMPLEMENTED, "{service}/{method}");
         }
-        // The ttrpc crate answers so for an unknown service. containerd calls none.
+        // The ttrpc crate returns this code for an unknown service. containerd never calls one.
         let answer = container
             .task()
             .with_service("no.such.Service")

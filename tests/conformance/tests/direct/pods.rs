@@ -321,7 +321,7 @@ fn ephemeral_container_sees_the_processes_of_its_target_only() {
 }
 
 #[test]
-fn host_namespaces_are_refused_by_name_and_leave_nothing() {
+fn host_namespaces_are_refused_with_the_field_name_and_leave_nothing() {
     with_containerd(|containerd| {
         for (kind, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
             let failure = create_sandbox_task(containerd, &Caller::newest(), |spec| {
@@ -357,7 +357,7 @@ fn host_namespaces_are_refused_by_name_and_leave_nothing() {
 }
 
 #[test]
-fn host_namespaces_are_the_pods_if_so_configured() {
+fn configuration_replaces_host_namespaces_with_the_pods() {
     with_containerd(|containerd| {
         let caller = caller_with_config("[guest]\nready_timeout_seconds = 60\n[pod]\nhost_namespaces = \"pod\"\n");
         let pod = Pod::by_task_with(containerd, &caller, |spec| {

@@ -58,7 +58,7 @@ fn sandbox_service_answers_in_every_state() {
         let hosts = fs::metadata("/proc/self/ns/net").unwrap();
         use std::os::unix::fs::MetadataExt;
         assert_ne!(own.ino(), hosts.ino(), "the sandbox is in the host's network namespace");
-        // The sandbox is no task.
+        // The sandbox is not a task.
         assert_eq!(code(shim.task.state(id, "").unwrap_err()), Code::NOT_FOUND);
         assert_eq!(code(shim.task.kill(id, "", 9).unwrap_err()), Code::NOT_FOUND);
 
