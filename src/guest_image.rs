@@ -2,7 +2,7 @@
 //! names. The shim opens them and passes them to the vmm, which maps them.
 //!
 //! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and the
-//! executable are built side by side. The sections are not loaded: only their position in the file matters.
+//! executable can be built in parallel. The sections are not loaded: only their position in the file matters.
 
 use std::{
     fs::File,
@@ -31,7 +31,7 @@ const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestImageError {
     #[error(
-        "this executable carries no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
+        "this executable contains no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
     )]
     NotEmbedded(&'static str),
     #[error("cannot read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]

@@ -1,9 +1,9 @@
 //! `containerd-shim-nutshell-v2`: one executable with four roles, which the first argument selects.
 //!
-//! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it again
-//! as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not need
-//! before they read anything that a guest wrote. `check` is for people: it boots a guest and reports whether this host
-//! can run nutshell.
+//! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it
+//! again as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not
+//! need before they read anything that a guest wrote. An administrator runs `check`: it boots a guest and reports
+//! whether this host can run nutshell.
 
 mod check;
 mod control;

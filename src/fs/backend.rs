@@ -1,7 +1,7 @@
 //! The vhost-user backend: takes requests from the queues and passes them to the tree, one at a time.
 //!
-//! Not virtiofsd's `VhostUserFsBackend`: that one ends the process at a malformed request, panics if a reply has no
-//! room, and offers migration, which is code that a vmm under a guest's control could reach.
+//! virtiofsd's own `VhostUserFsBackend` is not used. It ends the process at a malformed request, panics if there is no
+//! room for a reply, and supports migration, which is code that a vmm under a guest's control could reach.
 
 use std::{
     io,
@@ -37,7 +37,7 @@ use super::tree::Tree;
 /// The guest's memory, as the vmm shares it.
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
 
-/// No memory: the vmm sends the guest's before it starts a queue.
+/// Guest memory without regions: the vmm sends the regions before it starts a queue.
 pub(super) fn empty_memory() -> Memory {
     GuestMemoryAtomic::new(GuestMemoryMmap::new())
 }
@@ -51,7 +51,7 @@ const NUM_QUEUES: usize = 2;
 /// Maximum number of descriptors of a queue.
 const MAX_QUEUE_SIZE: usize = 1024;
 
-/// The operations that wait for a disk, which a second thread handles.
+/// The operations that wait for a disk. A second thread handles them.
 const SYNC_OPERATIONS: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Syncfs];
 
 /// Serves both queues in one thread: a request is a few system calls on files that are mostly cached, and passing it
@@ -80,7 +80,7 @@ impl Backend {
         }
     }
 
-    /// Handles all requests in the queue. An invalid ring is an error, and its guest then waits for replies in vain.
+    /// Handles all requests in the queue. An invalid ring is an error: the guest then gets no more replies.
     fn process_queue(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
         loop {
             ring.disable_notification()?;
@@ -101,7 +101,7 @@ impl Backend {
         if queue.avail_idx(&*self.memory.memory(), Ordering::Acquire)?.0 == queue.next_avail() {
             return Ok(None);
         }
-        // Only now: the buffers of the request may lie in memory that was added just before it.
+        // Not before: the buffers of the request may be in memory that was added just before the request.
         let memory = self.memory.memory();
         let chain = queue.pop_descriptor_chain(memory.clone());
         Ok(chain.map(|chain| Request {
@@ -217,7 +217,7 @@ impl VhostUserBackend for Backend {
         self.server.destroy();
     }
 
-    // The queues have it already.
+    // The queues have this setting already.
     fn set_event_idx(&self, _: bool) {}
 
     // This backend already shares the memory object that is updated.

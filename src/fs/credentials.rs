@@ -28,7 +28,7 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // File capabilities (`security.capability`), which package installers set.
     .union(CapabilitySet::SETFCAP);
 
-/// No id: setfsuid(2) refuses it, and a FUSE request has it if its sender has no id.
+/// Not a valid id: setfsuid(2) refuses it, and a FUSE request contains it if its sender has no valid id.
 const INVALID_ID: u32 = u32::MAX;
 
 thread_local! {

@@ -13,8 +13,8 @@ use virtiofsd::fuse::Attr;
 /// Number of remembered files. The low bits of a node id select the slot; a new file replaces the one in its slot.
 const SLOTS: usize = 4096;
 
-/// A change younger than this proves nothing: a file that changes twice within one step of its file system's clock has
-/// the same attributes after both changes. Two seconds are a step of FAT.
+/// A file whose last change is more recent than this counts as changed: a second change within one tick of the file
+/// system's clock would leave the attributes equal. FAT has the longest tick, two seconds.
 const SETTLED_AFTER: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

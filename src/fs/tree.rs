@@ -1,9 +1,9 @@
 //! The file system that the guest sees: virtiofsd's passthrough file system with these changes. New files belong to the
 //! guest's users, names are single components, and caching depends on who may change a file.
 //!
-//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. What only the
-//! guest can change, it may cache for a day. The rest it may cache about as long as NFS clients do, and file contents as
-//! long as the file is unchanged at open (close-to-open).
+//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. The guest may
+//! cache files that only it can change for a day. It may cache names and attributes of other files for a second, and
+//! their contents as long as the file is unchanged at each open (close-to-open).
 
 use std::{ffi::CStr, fs::File, io, time::Duration};
 
@@ -84,7 +84,7 @@ impl Tree {
     /// How the guest may cache the file `node`, which it opens now.
     fn cache_options(&self, ctx: Context, node: u64) -> OpenOptions {
         if is_owned(node) {
-            // A close needs no report either: it can fail only on network file systems.
+            // The guest need not send a flush at close: it can fail only on network file systems.
             OpenOptions::KEEP_CACHE | OpenOptions::NOFLUSH
         } else if self
             .inner
@@ -120,7 +120,7 @@ fn set_creator(ctx: Context) -> io::Result<Context> {
 
 /// Sets the ids of the request, for file systems that check them (NFS).
 fn set_user(ctx: Context) {
-    // Ids that cannot be set are no reason to refuse: the guest's kernel has decided what the user may do.
+    // A failure is ignored: the guest's kernel has already checked the user's permissions.
     let _ = set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner());
 }
 
@@ -132,7 +132,7 @@ fn without_groups(extensions: Extensions) -> Extensions {
     }
 }
 
-/// Has the kernel clear set-id bits while the result exists, if the guest asks for that.
+/// Makes the kernel clear set-id bits while the returned value exists, if the guest requests it.
 fn clear_set_id(is_requested: bool) -> io::Result<Option<WithoutFsetid>> {
     is_requested.then(WithoutFsetid::enter).transpose()
 }

@@ -90,7 +90,7 @@ pub(crate) fn build_command(role: &str) -> Command {
 /// privileges by exec, leaves no core dump, and dies with its parent.
 pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     let parent = parent_from_arguments()?;
-    // Best effort: the name only helps people who look at the host's processes.
+    // Best effort: the name is only for lists of the host's processes.
     let _ = rustix::thread::set_name(jail.name);
     // Inherited from the shim, which disables them for itself. Guest memory may have them.
     let _ = rustix::thread::disable_transparent_huge_pages(false);

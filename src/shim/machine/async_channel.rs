@@ -13,7 +13,7 @@ use crate::control::{Channel, Command, ControlError, Notice};
 #[derive(Debug)]
 pub(super) struct AsyncChannel(AsyncFd<RawChannel>);
 
-/// Gives `AsyncFd` the raw descriptor that it asks for.
+/// Implements `AsRawFd`, which `AsyncFd` requires.
 #[derive(Debug)]
 struct RawChannel(Channel);
 
@@ -38,7 +38,7 @@ impl AsyncChannel {
         self.0.get_ref().0.send(command, &descriptors)
     }
 
-    /// Sends a command, and waits for room before that.
+    /// Waits until the socket has room, and sends a command.
     pub(super) async fn send(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         loop {
             match self.try_send(command, descriptors) {

@@ -1,12 +1,12 @@
 //! Deadlines that count only the time in which the vmm process could run. When many machines start at once, each waits
-//! for a CPU most of the time; that is the host's load and not the guest's fault.
+//! for a CPU most of the time, because of the host's load and not because of a fault in the guest.
 
 use std::{fs, time::Duration};
 
 use tokio::time::Instant;
 
 /// A deadline expires after this multiple of its limit, however long the process has waited for a CPU: some minutes for
-/// a boot, enough for twenty machines that start at once on a busy laptop.
+/// a boot, which is enough if twenty machines start at once on a laptop under load.
 const MAX_EXTENSION_FACTOR: u32 = 30;
 
 /// A deadline for a process that is extended by the time in which its threads waited for a CPU.

@@ -8,7 +8,7 @@ use crate::{control::EndReason, shim::child::WaitStatus};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct MachineExit {
     pub(super) reason: String,
-    /// The shim stopped it on request; the end is no failure.
+    /// The shim stopped the machine on purpose: the end is not a failure.
     pub(super) requested: bool,
     /// Empty if the vmm did not send it.
     pub(super) console: String,

@@ -145,7 +145,7 @@ impl Machine {
         self.child.pid()
     }
 
-    /// Waits until the agent accepts requests. Kills a guest that does not get there within `limit` of run time (see
+    /// Waits until the agent accepts requests. Kills a guest that is not ready within `limit` of run time (see
     /// [`RunTimeDeadline`]).
     pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<MachineExit>> {
         let deadline = RunTimeDeadline::new(self.pid(), limit);

@@ -105,7 +105,7 @@ pub(super) async fn run(
 /// Handles notices until the last one. `None` if the channel ends without [`Notice::Ended`].
 async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option<(EndReason, Vec<u8>)> {
     loop {
-        // Where an answer is sent on, its receiver may have timed out.
+        // Failures to forward an answer are ignored: the receiver may have timed out.
         match control.receive().await {
             Ok(Notice::Drained { port }) => state.streams.mark_drained(port),
             Ok(Notice::StreamClosed { port }) => state.streams.mark_closed(port),

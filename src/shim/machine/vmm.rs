@@ -12,7 +12,7 @@ use crate::{
     vmm,
 };
 
-/// How much of a vmm's standard error is logged, in bytes. A guest that has taken over its vmm writes there too.
+/// How much of a vmm's standard error is logged, in bytes. A guest that controls its vmm can write there too.
 const MAX_LOGGED_STDERR: usize = 16 << 10;
 
 /// A vmm process that waits for its first command.
@@ -31,7 +31,7 @@ pub(crate) enum VmmError {
     /// The vmm is gone, or does not follow the protocol.
     #[error(transparent)]
     Channel(#[from] ControlError),
-    /// The vmm reports that it cannot do it. The machine goes on as before.
+    /// The vmm reports that it cannot execute the request. The machine continues unchanged.
     #[error("{0}")]
     Refused(String),
 }

@@ -22,7 +22,7 @@ const RTNETLINK_GROUPS: u32 = (libc::RTMGRP_LINK
     | libc::RTMGRP_IPV6_ROUTE)
     .cast_unsigned();
 
-/// A socket that collects changes from its opening on.
+/// A socket that receives the changes since it was opened.
 #[derive(Debug)]
 pub(super) struct ChangeSocket(OwnedFd);
 
@@ -38,7 +38,7 @@ impl ChangeSocket {
         bound.map_err(|errno| NetlinkError::new("watch the pod's network", errno.into()))
     }
 
-    /// Registers the socket with the runtime, which it needs.
+    /// Registers the socket. Needs the runtime.
     pub(super) fn listen(self) -> io::Result<ChangeListener> {
         // SAFETY: an `OwnedFd` stays open and the same descriptor while it is owned, and `AsyncFd` owns it from here
         // on.

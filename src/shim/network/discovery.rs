@@ -11,7 +11,7 @@ use netlink_packet_route::{
 
 use super::netlink::{NetlinkError, NetlinkSocket};
 
-/// A link of the namespace that the guest gets.
+/// A link of the namespace that is passed on to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Link {
     /// The interface index in the namespace.

@@ -7,7 +7,7 @@ use nutshell_protocol::NETWORK_SLOTS;
 use super::netlink::NetlinkError;
 use crate::shim::machine::{AgentError, VmmError};
 
-/// Why a pod has no network, or cannot follow a change of it. `link` is the name of an interface.
+/// Why a pod's network cannot be set up, or a change of it cannot be applied. `link` is the name of an interface.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
     #[error("work in the pod's network namespace: {0}")]

@@ -74,7 +74,7 @@ impl ForwardListeners {
     }
 }
 
-/// Running port forwarding. Dropped, it accepts no more connections; existing ones go on.
+/// Running port forwarding. Dropped, it accepts no more connections; existing ones continue.
 #[derive(Debug)]
 pub(super) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,

@@ -59,7 +59,7 @@ const fn build_program(map: RawFd) -> [Instruction; 36] {
         Instruction::and64(2, 0xff),
         Instruction::jump_if_not_equal64(2, 127, pass(18)),
         Instruction::set64(4, 0),
-        // The socket of the index in register 4.
+        // Looks up the socket at the index in register 4, and assigns it to the connection.
         Instruction::store32(10, -4, 4),
         load_map,
         load_map_end,

@@ -8,10 +8,10 @@
 //! of the guest. Links, addresses and routes that appear later are passed on when they appear; those that disappear
 //! stay in the guest.
 //!
-//! What lives here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] talks to the
-//! kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and [`redirect`],
-//! [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback ports. What may
-//! not live here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! What lives here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends
+//! requests to the kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and
+//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback
+//! ports. What may not live here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod discovery;
@@ -59,7 +59,7 @@ pub(crate) struct Network {
 /// The links that are connected, and the configuration that the guest has.
 #[derive(Debug)]
 struct NetworkState {
-    /// Held open, so that the namespace exists as long as this.
+    /// Kept open, so that the namespace exists at least as long as this value.
     namespace: OwnedFd,
     /// How many queues each tap device has.
     queues: usize,
@@ -75,13 +75,13 @@ struct NetworkState {
     free_slot: u32,
     /// How many of `links` have been named and brought up in the guest.
     configured_links: usize,
-    /// The messages that the guest's kernel has got.
+    /// The messages that the guest's kernel has received.
     sent: HashSet<Vec<u8>>,
 }
 
 impl Network {
-    /// Connects all links of `namespace` to `machine`, with `queues` queues each. The guest has its network when this
-    /// returns. With `forwarding`, connections to the namespace's loopback interface go to the guest too.
+    /// Connects all links of `namespace` to `machine`, with `queues` queues each. The guest's network is configured
+    /// when this returns. With `forwarding`, connections to the namespace's loopback interface go to the guest too.
     pub(crate) async fn connect(
         machine: &Arc<Machine>,
         namespace: OwnedFd,
@@ -167,7 +167,7 @@ impl NetworkState {
         } = surveyed.map_err(NetworkError::Namespace)??;
         self.redirects.extend(redirects);
         self.taps.extend(new_links.iter().map(|new| new.tap));
-        // After a failure the links that were plugged before it are configured all the same.
+        // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
         let mut messages = guest_config::link_messages(
             &self.links[self.configured_links..],
@@ -191,7 +191,7 @@ impl NetworkState {
         plugged
     }
 
-    /// Puts links into free slots of the machine, and learns their interface indexes in the guest.
+    /// Puts links into free slots of the machine, and reads their interface indexes in the guest.
     async fn plug(&mut self, machine: &Machine, new_links: Vec<TappedLink>) -> Result<(), NetworkError> {
         let mut result = Ok(());
         let (mut links, mut slots) = (Vec::new(), Vec::new());

@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 /// In bytes. A packet of a dump has at most 32 KiB (kernel, `netlink_dump`).
 const RECEIVE_BUFFER_SIZE: usize = 64 << 10;
 
-/// How often a dump is attempted while changes interrupt it.
+/// Maximum number of attempts at a dump that changes interrupt.
 const MAX_DUMP_ATTEMPTS: usize = 8;
 
 /// A failed request.

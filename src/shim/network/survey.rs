@@ -45,7 +45,7 @@ pub(super) fn survey(known: &KnownLinks, queues: usize) -> Result<Survey, Networ
     let mut netlink = NetlinkSocket::open()?;
     let links = discovery::list_links(&mut netlink)?;
     if links.is_empty() {
-        // The usual case for a container that stands alone: only a loopback interface.
+        // The usual case for a container that belongs to no pod: only a loopback interface.
         return Ok(Survey::default());
     }
     let is_new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);

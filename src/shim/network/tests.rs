@@ -114,7 +114,7 @@ async fn replicate(pod: &OwnedFd, guest: &OwnedFd) {
 
 #[tokio::test]
 async fn guest_has_the_addresses_routes_rules_and_neighbours_of_the_pod() {
-    // `veth1` is the first name of the guest's other link.
+    // One of the guest's links also has the name `veth1` at first, so that temporary names are needed.
     let pod = new_namespace(&[
         "link set lo up",
         "link add veth1 type veth peer name net1",
@@ -239,7 +239,7 @@ async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
 }
 
 #[tokio::test]
-async fn change_in_the_namespace_is_reported_once_it_happens() {
+async fn change_in_the_namespace_is_reported_and_nothing_before_it() {
     let pod = new_namespace(&["link set lo up"]);
     let mut changes = run_in(&pod, || ChangeSocket::open().unwrap()).await.listen().unwrap();
 

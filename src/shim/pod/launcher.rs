@@ -1,4 +1,4 @@
-//! Where the processes and files of a pod come from. The tests have their own launcher.
+//! Starts the processes and opens the files of a pod. Tests use another launcher.
 
 use std::{fmt::Debug, io, os::fd::OwnedFd};
 

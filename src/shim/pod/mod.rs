@@ -1,5 +1,6 @@
 //! The resources that the containers of a pod share on the host: a machine, a file server if directories are shared
-//! with the guest, a control group, and the pod's network. A container that stands alone is a pod of one.
+//! with the guest, a control group, and the pod's network. A container that belongs to no pod is handled as a pod with
+//! one container.
 //!
 //! What lives here: the start and the end of these resources, and what containers attach to them. What may not live
 //! here: the state of containers and processes. [`super::tasks`] calls it.
@@ -54,7 +55,7 @@ pub(crate) struct Pod {
     cgroup: Option<ControlGroup>,
     /// `None` if the machine has no slots for hot-plugged disks.
     disk_slots: Option<DiskSlots>,
-    /// `None` for a container alone.
+    /// `None` for a container that belongs to no pod.
     set_up: Option<SetUp>,
     size: PodSize,
     current_size: Mutex<Size>,
@@ -180,7 +181,7 @@ impl Pod {
     }
 
     /// Calls `send` with the settings that the pod's containers share, once: later calls return the first result. A
-    /// container alone has no such settings, and this is a no-op.
+    /// container that belongs to no pod has no such settings: this is a no-op.
     pub(crate) async fn set_up<F>(&self, send: impl FnOnce(SetUpPod) -> F) -> Result<(), TaskError>
     where
         F: Future<Output = Result<(), TaskError>>,
@@ -264,8 +265,8 @@ impl Pod {
         }
     }
 
-    /// Connects the guest to the network namespace of the process `pid`; later changes in the namespace follow
-    /// automatically. With `forwarding`, connections to the namespace's loopback interface go to the guest too. Call it
+    /// Connects the guest to the network namespace of the process `pid`; later changes in the namespace are passed on
+    /// to the guest. With `forwarding`, connections to the namespace's loopback interface go to the guest too. Call it
     /// once.
     pub(crate) async fn connect_network(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let path = format!("/proc/{pid}/ns/net");

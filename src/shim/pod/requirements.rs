@@ -23,7 +23,7 @@ pub(crate) struct PodRequirements {
     /// How many disk slots are empty at boot.
     pub(super) hotplug_disks: u32,
     pub(super) cgroup: Option<ControlGroup>,
-    /// The settings that several containers share; `None` for a container alone.
+    /// The settings that several containers share; `None` for a container that belongs to no pod.
     pub(super) set_up_request: Option<SetUpPod>,
 }
 
@@ -58,7 +58,7 @@ impl PodRequirements {
         let size = plan.size.bound_boot_memory(limit);
         if size != plan.size {
             log::warn!(
-                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB, and not {}: \
+                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB instead of {} MiB: \
                  give its RuntimeClass more overhead",
                 limit.unwrap_or_default() >> 20,
                 size.boot.memory >> 20,

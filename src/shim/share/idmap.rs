@@ -22,7 +22,8 @@ pub(super) fn apply(mount: BorrowedFd<'_>, map: &IdMap, recursive: bool) -> io::
     map_ids(mount, &user_namespace(map)?, recursive)
 }
 
-/// A user namespace with the mapping, as the kernel requires it. A process is needed only to create it.
+/// A user namespace with the mapping, because the kernel takes mappings only in this form. The process is needed only
+/// to create it.
 fn user_namespace(map: &IdMap) -> io::Result<OwnedFd> {
     let process = NamespaceProcess(fork_into_user_namespace()?);
     let pid = process.0.as_raw_nonzero();

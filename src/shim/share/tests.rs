@@ -1,4 +1,4 @@
-//! Shared files as a guest sees them, and mounts that no other server sees.
+//! Tests of shared files from the guest's view, and of mounts, which must appear only in the server's namespace.
 
 use std::{fs, mem::MaybeUninit, os::unix::fs::MetadataExt};
 

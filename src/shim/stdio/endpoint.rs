@@ -1,4 +1,4 @@
-//! The meaning of the names that containerd gives streams (containerd `pkg/cio`, and the runc shim's `process/io.go`).
+//! Parses the names of streams in containerd's requests (containerd `pkg/cio`, and the runc shim's `process/io.go`).
 
 use std::{ffi::OsString, os::unix::ffi::OsStringExt, path::PathBuf};
 
@@ -98,8 +98,8 @@ impl Endpoint {
     }
 }
 
-/// The arguments that containerd makes of a query (`process/utils`, `NewBinaryCmd`). Their order is random there; here
-/// it is that of the query.
+/// The arguments that containerd makes from a query (`process/utils`, `NewBinaryCmd`). Their order is random there;
+/// here it is that of the query.
 fn parse_arguments(query: &str) -> Vec<String> {
     let mut seen = Vec::<String>::new();
     let mut arguments = Vec::new();

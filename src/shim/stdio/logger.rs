@@ -2,9 +2,9 @@
 //! of two pipes, whose writing ends are the machine's (containerd `pkg/cio` `LogURI`, and the runc shim's
 //! `process/io.go` `NewBinaryIO`).
 //!
-//! A program has standard output and error as its descriptors 3 and 4. It reports on descriptor 5 that it is ready, by
-//! a byte or by closing it; the process is created after that. When its streams have ended it has [`FINISH_TIMEOUT`] to
-//! finish.
+//! A program reads the process's standard output and error from its descriptors 3 and 4. It reports on descriptor 5
+//! that it is ready, by a byte or by closing it; the process is created after that. When its streams have ended it has
+//! [`FINISH_TIMEOUT`] to finish.
 
 use std::{
     fs,
@@ -74,7 +74,7 @@ pub(super) struct Logger {
 }
 
 impl Logger {
-    /// Starts `program` and waits until it is ready. `wanted` are the streams that it is to read: standard output,
+    /// Starts `program` and waits until it is ready. `wanted` selects the streams that it reads: standard output,
     /// standard error. Returns the machine's ends of their pipes; the pipe of an unwanted stream is at EOF.
     pub(super) async fn start(
         program: &Program,
@@ -194,7 +194,7 @@ async fn wait_until_ready(program: &Program, child: &Child, ready: PipeReader) -
     }
 }
 
-/// Whether the process is exiting. The kernel sets this flag before it closes the process's descriptors, so it tells
+/// Whether the process is exiting. The kernel sets this flag before it closes the process's descriptors, so it shows
 /// whether a pipe has ended because of the exit (proc_pid_stat(5), `flags`; `PF_EXITING` of `linux/sched.h`).
 fn is_exiting(child: &Child) -> bool {
     const PF_EXITING: u32 = 4;

@@ -11,8 +11,8 @@
 //!
 //! The shim keeps the opposite end of each fifo open (containerd `pkg/cio`, and the runc shim's `process/io.go`):
 //!
-//! - The reading end of standard output and error. A reader that goes away, such as a containerd that restarts, is no
-//!   error for the process: it blocks until the next reader, as with a slow one.
+//! - The reading end of standard output and error. If the reader goes away, for example when containerd restarts, the
+//!   process gets no error. When the pipe is full it blocks until there is a reader, as with a slow reader.
 //! - The writing end of standard input. A client that detaches does not end the input; only
 //!   [`StandardStreams::close_stdin`] does.
 

@@ -64,8 +64,8 @@ struct Output {
 }
 
 impl StdioSpec {
-    /// Opens all streams of a process. `id` is that of its container or exec. Does not wait for the other end of a
-    /// fifo, but for logging programs to be ready and for the clients of the streaming scheme.
+    /// Opens all streams of a process. `id` is that of its container or exec. Waits until logging programs are ready
+    /// and until clients have opened streams of the streaming scheme, but not for the other end of a fifo.
     pub(crate) async fn open(&self, id: &str, context: &StdioContext) -> Result<OpenedStreams, StdioError> {
         let stdin = match Endpoint::parse("stdin", &self.stdin)? {
             Some(endpoint) => Some(self.open_input(endpoint, context).await?),
@@ -143,7 +143,7 @@ fn logging_programs<'a>(stdout: Option<&'a Endpoint>, stderr: Option<&'a Endpoin
     }
 }
 
-/// Opens an output. `pipe` is that to its logging program.
+/// Opens an output. `pipe` is the pipe to its logging program, if it has one.
 async fn open_output(
     stream: &'static str,
     endpoint: Option<Endpoint>,

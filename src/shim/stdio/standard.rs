@@ -30,7 +30,7 @@ pub(super) enum HostWriter {
 /// The reading side of an output on the host.
 #[derive(Debug)]
 pub(super) enum HostReader {
-    /// The client reads without the shim. Of a fifo the shim holds a reader too.
+    /// The client reads directly. For a fifo, the shim holds a reader too.
     Direct {
         _reader: Option<File>,
     },
@@ -91,7 +91,7 @@ impl StandardStreams {
         tokio::time::timeout(limit, self.outputs_finished()).await.is_ok()
     }
 
-    /// Closes all streams at once and ends the logging programs. Clients have the end of their streams when this
+    /// Closes all streams at once and ends the logging programs. Clients see the end of their streams when this
     /// returns, unless the vmm takes longer than `limit`.
     pub(crate) async fn close(&self, machine: &Machine, limit: Duration) {
         self.stdin_writer.lock().take();
@@ -102,7 +102,7 @@ impl StandardStreams {
             }
             self.outputs_finished().await;
         };
-        // On a timeout the vmm hangs, and the next request of the machine's owner fails.
+        // A timeout means that the vmm hangs. Then the next request to the machine fails.
         let _ = tokio::time::timeout(limit, close).await;
         let loggers = std::mem::take(&mut *self.loggers.lock());
         for logger in loggers {

@@ -109,7 +109,7 @@ impl StreamHandler for StreamRegistry {
             return Ok(None);
         };
         let init: StringValue = unpack_message(&first).map_err(|error| {
-            let text = format!("the first message is no StreamInit: {error}");
+            let text = format!("the first message is not a StreamInit: {error}");
             ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INVALID_ARGUMENT, text))
         })?;
         let (done, finished) = oneshot::channel();
@@ -255,7 +255,7 @@ impl Drop for Relay {
     }
 }
 
-/// Why a relay is done with a client.
+/// Why a relay stops serving a client.
 enum ClientEnd {
     /// No more bytes follow, or the other side of the pipe is closed.
     StreamEnded,
