@@ -1,4 +1,4 @@
-//! Import circles: between files, and between the modules that lie side by side in a folder.
+//! Import cycles: between files, and between the modules of a folder.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,10 +10,10 @@ use crate::{
     modules::{Crate, ModulePath},
 };
 
-/// Who imports whom, and one name for each arrow.
+/// The imports of each node, and for each of them one imported name.
 type Graph<N> = BTreeMap<N, BTreeMap<N, String>>;
 
-/// A line for each circle of files.
+/// One line for each import cycle of files.
 pub(crate) fn between_files(source: &Crate, imports: &BTreeSet<Import>) -> Vec<String> {
     let mut graph = Graph::<PathBuf>::new();
     for import in imports {
@@ -27,7 +27,7 @@ pub(crate) fn between_files(source: &Crate, imports: &BTreeSet<Import>) -> Vec<S
     report(&graph, |file| file.display().to_string())
 }
 
-/// A line for each circle of modules that have the same parent, where an import of anything below a module
+/// One line for each import cycle of modules that have the same parent. An import by or from a descendant of a module
 /// counts as one of the module.
 pub(crate) fn between_modules(source: &Crate, imports: &BTreeSet<Import>) -> Vec<String> {
     let parents: BTreeSet<&[String]> = source
@@ -55,11 +55,11 @@ pub(crate) fn between_modules(source: &Crate, imports: &BTreeSet<Import>) -> Vec
 
 fn report<N: Ord + Clone>(graph: &Graph<N>, text: impl Fn(&N) -> String) -> Vec<String> {
     let mut lines = Vec::new();
-    for circle in components(graph) {
-        let mut line = format!("import circle of {}:", circle.len());
-        for from in &circle {
+    for cycle in components(graph) {
+        let mut line = format!("import cycle of {}:", cycle.len());
+        for from in &cycle {
             for (to, name) in graph.get(from).into_iter().flatten() {
-                if circle.contains(to) {
+                if cycle.contains(to) {
                     line.push_str(&format!(" {} -> {} ({name});", text(from), text(to)));
                 }
             }
@@ -69,18 +69,18 @@ fn report<N: Ord + Clone>(graph: &Graph<N>, text: impl Fn(&N) -> String) -> Vec<
     lines
 }
 
-/// The sets of nodes that reach each other, of two nodes at least.
+/// The sets of at least two nodes that reach each other.
 fn components<N: Ord + Clone>(graph: &Graph<N>) -> Vec<BTreeSet<N>> {
     let reach: BTreeMap<&N, BTreeSet<&N>> = graph.keys().map(|node| (node, reachable(graph, node))).collect();
     let mut found = BTreeSet::new();
     for (node, reached) in &reach {
-        let circle: BTreeSet<N> = reached
+        let cycle: BTreeSet<N> = reached
             .iter()
             .filter(|other| reach.get(*other).is_some_and(|back| back.contains(node)))
             .map(|other| (*other).clone())
             .collect();
-        if circle.len() > 1 {
-            found.insert(circle);
+        if cycle.len() > 1 {
+            found.insert(cycle);
         }
     }
     found.into_iter().collect()
@@ -114,13 +114,13 @@ mod tests {
     }
 
     #[test]
-    fn circle_is_found_and_what_only_leads_to_it_is_not_part_of_it() {
+    fn cycle_contains_only_nodes_that_reach_each_other() {
         let graph = graph(&[("a", "b"), ("b", "c"), ("c", "b"), ("c", "d")]);
         assert_eq!(components(&graph), [BTreeSet::from(["b", "c"])]);
     }
 
     #[test]
-    fn tree_has_no_circle() {
+    fn graph_without_a_cycle_has_no_findings() {
         assert!(components(&graph(&[("a", "b"), ("a", "c"), ("b", "c")])).is_empty());
     }
 }

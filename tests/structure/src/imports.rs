@@ -1,5 +1,5 @@
-//! Which module uses which: from `use` declarations and from paths in the code, followed through re-exports to
-//! the module that defines the name.
+//! The imports between modules: from `use` declarations and from paths in the code, followed through re-exports to the
+//! module that defines the name.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,9 +19,9 @@ pub(crate) struct Import {
     pub(crate) name: String,
 }
 
-/// All imports of a crate between different modules. A re-export is none: who uses the name imports it from
-/// where it is defined.
-pub(crate) fn of(source: &Crate) -> BTreeSet<Import> {
+/// All imports of a crate between different modules. A re-export does not count: each use of the name is an import from
+/// the module that defines it.
+pub(crate) fn find_imports(source: &Crate) -> BTreeSet<Import> {
     let exports = exports(source);
     let mut imports = BTreeSet::new();
     for (path, module) in &source.modules {
@@ -94,7 +94,7 @@ struct Resolved {
     name: String,
 }
 
-/// Where the path `used` of module `from` leads, if it leads into this crate.
+/// Resolves the path `used` in module `from`. `None` if it leads out of this crate.
 fn resolve(source: &Crate, exports: &Exports, from: &ModulePath, used: &[String]) -> Option<Resolved> {
     const MAX_REEXPORTS: usize = 16;
     let (mut module, mut rest) = (from.clone(), used.to_vec());
@@ -134,7 +134,7 @@ fn resolve(source: &Crate, exports: &Exports, from: &ModulePath, used: &[String]
             Some(target) => {
                 let mut target = target.clone();
                 target.extend(rest.drain(1..));
-                // What another crate defines is not an import from the module that re-exports it.
+                // A re-exported item of another crate is not an import from the module that re-exports it.
                 if !leads_inside(source, exports, &module, &target) {
                     return None;
                 }
@@ -242,7 +242,7 @@ mod tests {
         }
         let source = Crate::load(&folder, Path::new("main.rs"));
         fs::remove_dir_all(&folder).unwrap();
-        of(&source.unwrap())
+        find_imports(&source.unwrap())
             .iter()
             .map(|import| format!("{} -> {} {}", import.from.join("::"), import.to.join("::"), import.name))
             .collect()

@@ -34,9 +34,9 @@ pub(crate) fn findings(source: &Crate, imports: &BTreeSet<Import>) -> Vec<String
         let (Some(from), Some(to)) = (layer(&import.from), layer(&import.to)) else {
             continue;
         };
-        // A folder's own module gathers what lies below it.
-        let gathers = import.to.starts_with(&import.from);
-        if from.1 != to.1 && from.0 >= to.0 && !gathers {
+        // A module may import from its descendants, to re-export their items.
+        let is_descendant = import.to.starts_with(&import.from);
+        if from.1 != to.1 && from.0 >= to.0 && !is_descendant {
             lines.push(format!(
                 "{} imports {} from {}, which is not below it",
                 import.from.join("::"),

@@ -1,14 +1,14 @@
 //! Checks the shape of the source tree, as `make lint` does:
 //!
-//! - no import circle between the files of a crate, and none between the modules of a folder;
+//! - no import cycle between the files of a crate, and none between the modules of a folder;
 //! - no import from a lower layer of the executable into a higher one ([`layers::LAYERS`]);
 //! - no source file over [`sizes::MAX_LINES`] lines, no folder over [`sizes::MAX_FILES`] source files;
 //! - every folder's module opens with its documentation.
 //!
-//! Prints each finding on a line and exits with 1 if there is one. Unit tests are not checked for imports:
-//! they may build what they test on anything.
+//! Prints each finding on a line and exits with 1 if there is one. Imports of unit tests are not checked: tests may use
+//! any module.
 
-mod circles;
+mod cycles;
 mod imports;
 mod layers;
 mod modules;
@@ -58,9 +58,9 @@ fn findings(top: &Path) -> Result<Vec<String>, SourceError> {
             return Err(SourceError::missing(root));
         }
         let source = Crate::load(top, &root)?;
-        let imports = imports::of(&source);
-        findings.extend(circles::between_files(&source, &imports));
-        findings.extend(circles::between_modules(&source, &imports));
+        let imports = imports::find_imports(&source);
+        findings.extend(cycles::between_files(&source, &imports));
+        findings.extend(cycles::between_modules(&source, &imports));
         if root == Path::new("src/main.rs") {
             findings.extend(layers::findings(&source, &imports));
         }

@@ -8,10 +8,10 @@ use std::{
 
 use crate::modules::SourceError;
 
-/// The most lines of a source file.
+/// Maximum number of lines of a source file.
 pub(crate) const MAX_LINES: usize = 600;
 
-/// The most source files of a folder.
+/// Maximum number of source files in a folder.
 pub(crate) const MAX_FILES: usize = 13;
 
 /// The folders that hold sources.
