@@ -21,7 +21,7 @@ PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libs
 PHASE := tools/phase
 MAKE_PHASES := $(MAKE) --no-print-directory
 
-# The executable is to run where these libraries are not installed.
+# Linked statically: the executable must run on hosts without these libraries.
 export LIBSECCOMP_LINK_TYPE := static
 export LIBCAPNG_LINK_TYPE := static
 export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
@@ -36,8 +36,8 @@ help: ## list the targets
 run: ## set everything up, then run a container in its own VM
 	@$(PHASE) -p "make run" $(MAKE_PHASES) PARTS=first-run-parts build run-container
 
-build: setup ## build the one executable, guest kernel and initramfs inside
-	@$(PHASE) "build (its parts side by side)" "8 minutes on two cores, seconds when little changed" \
+build: setup ## build the executable, with guest kernel and initramfs inside
+	@$(PHASE) "build (in parallel)" "8 minutes on two cores, seconds when little changed" \
 		$(MAKE_PHASES) -j$(shell nproc) kernel executable $(PARTS)
 	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) $(SHIM)
 
@@ -73,7 +73,7 @@ suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "agent's tests in the lab" "4 minutes" guest/agent/tests/run-in-lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "20 minutes" tests/run
 
-bench: build ## count work side by side with runc and QEMU (docs/BENCHMARKS.md)
+bench: build ## compare with runc and QEMU (docs/BENCHMARKS.md)
 	@NUTSHELL_TEST_SHIM=$(SHIM) benches/run
 
 dist: build ## make a release: executable, SBOM, checksums, source offer
@@ -83,10 +83,11 @@ setup: ## install the Debian packages that a build needs
 	@tools/rust
 	@tests/lab/need $(PACKAGES)
 
-clean: ## remove what was built here
+clean: ## remove the build output of this tree
 	$(CARGO) clean
 
-# The three that follow share the job slots of the make that runs them (+).
+# The next three targets use the job slots of the make that runs them (+).
+
 # Static, so that it runs on any distribution, and starts without a dynamic linker.
 executable: agent
 	+@RUSTFLAGS='-C target-feature=+crt-static' $(PHASE) "build: executable" "3 minutes" \

@@ -77,7 +77,7 @@ pub(crate) fn cgroups_at(group: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// What the networks of removed pods have left on a host without pods, one text each.
+/// Network namespaces, links and addresses that removed pods have left on the host, one text each. No pod may exist.
 pub(crate) fn network_leftovers() -> Vec<String> {
     let names = |folder: &str| {
         fs::read_dir(folder)

@@ -24,7 +24,7 @@ pub(crate) const DEBIAN: &str = "localhost/debian:latest";
 /// A runtime handler of containerd's configuration (tests/lab/pods.bash).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Handler {
-    /// runc, which shows that a case is correct.
+    /// runc, as the reference: a case that fails with runc is wrong.
     Runc,
     /// nutshell, with a pause container as the sandbox.
     Nutshell,

@@ -1,4 +1,4 @@
-//! ForwardedPort ports.
+//! Forwarded ports.
 
 use std::{thread, time::Duration};
 

@@ -70,8 +70,8 @@ fn load(container: &Container) -> u64 {
     (used_after - used_before) * 100 / u64::try_from(end - start).unwrap()
 }
 
-/// Uses 4 s of CPU time and then sleeps. Prints the CPU time of its control group in nanoseconds: that before the load
-/// plus that of the load.
+/// Uses 4 s of CPU time and then sleeps. Prints the CPU time of its control group in nanoseconds: the time before the
+/// load plus the time of the load.
 const KNOWN_LOAD: &str = "import time
 start = time.process_time_ns()
 before = int(open('/sys/fs/cgroup/cpu.stat').readline().split()[1]) * 1000

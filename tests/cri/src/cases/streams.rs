@@ -56,7 +56,7 @@ pub(crate) fn probes(handler: Handler) {
         probe();
         sleep(Duration::from_secs(1).saturating_sub(start.elapsed()));
     }
-    // Tolerances. The Go runtime of runc's shim adds threads and heap at any time; runc shows that the case is correct.
+    // Tolerances. The Go runtime of runc's shim adds threads and heap at any time, so it gets larger ones.
     let (descriptors, threads, memory) = if handler.is_nutshell() {
         (0, 0, 512)
     } else {
