@@ -5,8 +5,8 @@ use std::{io, os::fd::OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
 use tokio::io::{Interest, unix::AsyncFd};
 
-/// A child of this process. Its pid is not reused before [`Self::reap`]. A child that is dropped before that is killed,
-/// and stays a zombie until this process exits.
+/// A child of this process. Its pid is not reused before [`Self::reap`]. Dropping it earlier kills the child, which
+/// then stays a zombie until this process exits.
 #[derive(Debug)]
 pub(crate) struct Child {
     pid: Pid,
@@ -57,7 +57,7 @@ impl Child {
         self.signal(Signal::KILL);
     }
 
-    /// Waits until it has ended. It stays a zombie, so its pid is not reused yet.
+    /// Waits until the child has ended, and leaves it a zombie, so that its pid is not reused yet.
     pub(crate) async fn wait(&self) -> io::Result<WaitStatus> {
         loop {
             let mut ready = self.descriptor.readable().await?;
@@ -68,17 +68,18 @@ impl Child {
         }
     }
 
-    /// Waits until it has ended, and frees its pid. May be called once.
+    /// Waits until the child has ended, and frees its pid. May be called once.
     pub(crate) async fn reap(&self) -> io::Result<WaitStatus> {
         let ended = self.wait().await?;
         self.poll(WaitIdOptions::empty())?;
         Ok(ended)
     }
 
-    /// Kills it, blocks this thread until it has ended, and frees its pid. For children that SIGKILL ends at once.
+    /// Kills the child, blocks this thread until it has ended, and frees its pid. Only for children that end promptly
+    /// after SIGKILL.
     pub(crate) fn kill_and_reap(&self) {
         self.kill();
-        // Fails only if it was reaped before.
+        // Fails only if the child is already reaped.
         let _ = rustix::process::waitid(WaitId::PidFd(self.fd()), WaitIdOptions::EXITED);
     }
 

@@ -1,5 +1,6 @@
-//! The host's configuration: `/etc/nutshell/config.toml`, or the file (`ConfigPath`) or the `options` section that
-//! containerd's configuration of the runtime names (containerd `docs/cri/config.md`). All keys are optional:
+//! The host's configuration. The default file is `/etc/nutshell/config.toml`. containerd's configuration of the runtime
+//! can replace it with another file (`ConfigPath`) or with the `options` section itself (containerd
+//! `docs/cri/config.md`). All keys are optional:
 //!
 //! ```toml
 //! debug = false                  # log debug messages
@@ -17,7 +18,7 @@
 //! max_vcpus = 8                  # default: the host's CPUs
 //!
 //! [pod]
-//! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC select the namespaces of the pod
+//! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC then mean the namespaces of the pod
 //! ```
 //!
 //! An unknown key is an error, so that a misspelt limit does not go unnoticed.
@@ -51,7 +52,7 @@ pub(crate) struct Configuration {
     pub(crate) ready_timeout: Duration,
     /// Default and maximum sizes of machines.
     pub(crate) sizing: Sizing,
-    /// How a pod that asks for namespaces of the host is handled.
+    /// The meaning of hostPID and hostIPC.
     pub(crate) host_namespaces: HostNamespaces,
     /// Log debug messages.
     pub(crate) debug: bool,
@@ -176,7 +177,7 @@ impl MachineSection {
             Some(vcpus) => check_range("machine.default_vcpus", vcpus, 1, max_vcpus)?,
             None => DEFAULT_VCPUS.into(),
         };
-        let vcpus = |count| u8::try_from(count).map_err(|_| format!("machine: {count} vCPUs are too many"));
+        let vcpus = |count| u8::try_from(count).map_err(|_| format!("machine: too many vCPUs: {count}"));
         Ok(Sizing {
             default_memory: default_memory_mib << 20,
             default_vcpus: vcpus(default_vcpus)?,
@@ -186,7 +187,7 @@ impl MachineSection {
     }
 }
 
-/// The capacity of a host, which bounds its machines by default.
+/// The memory and CPUs of a host: the default maximum size of a machine.
 struct HostCapacity {
     /// Bytes.
     memory: u64,
@@ -214,7 +215,7 @@ fn check_range(key: &str, value: u64, min: u64, max: u64) -> Result<u64, String>
     }
 }
 
-/// Formats an error of the parser, whose own text has several lines: containerd shows only one.
+/// Formats a parser error as one line, because containerd shows only one.
 fn one_line(text: &str, error: &toml::de::Error) -> String {
     let line = error
         .span()

@@ -1,4 +1,4 @@
-//! The error of a call: a gRPC code, which containerd and its clients evaluate, and one line for the user.
+//! The error of a call: a gRPC code, which containerd and its clients act on, and a message for the user.
 
 use containerd_shim::protos::ttrpc::{self, Code};
 
@@ -19,8 +19,7 @@ pub(crate) enum ErrorCode {
     FailedPrecondition,
     /// The request or the spec is wrong.
     InvalidArgument,
-    /// The container or process does not exist. containerd concludes that it is gone, so this code is used for
-    /// nothing else.
+    /// The container or process does not exist. containerd treats it as gone, so no other error may have this code.
     NotFound,
     /// The machine has ended or does not answer, or the shim is shutting down.
     Unavailable,

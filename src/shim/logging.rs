@@ -1,9 +1,9 @@
 //! The logger: writes to the fifo `log` in the bundle, which containerd copies into its own log (containerd
 //! `core/runtime/v2/README.md`, "Logging").
 //!
-//! The fifo is opened for reading and writing, so that without a reader neither the open blocks nor a write fails. It
-//! is non-blocking, because the virtual machine must not wait for a reader of logs: lines that do not fit are dropped
-//! and counted.
+//! The fifo is opened for reading and writing, so that the open does not block and writes do not fail while it has no
+//! reader. It is non-blocking, because the virtual machine must not wait for a log reader: lines that do not fit are
+//! dropped and counted.
 //!
 //! The shim and its libraries log with the macros of the `log` crate. Before [`start`], and in the other roles of the
 //! executable, nothing is written.
@@ -90,7 +90,7 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// Formats a line as logrus does, which is containerd's logger. A message that is too long is truncated.
+/// Formats a line like logrus, containerd's logger. Truncates a message that is too long.
 fn format_line(now: SystemTime, level: Level, message: &str) -> String {
     let level = match level {
         Level::Error => "error",
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn full_fifo_drops_lines_and_the_next_line_counts_them() {
+    fn lines_dropped_by_a_full_fifo_are_counted_in_the_next_line() {
         let directory = tempfile::tempdir().unwrap();
         let (logger, mut reader) = logger(directory.path());
         let message = "x".repeat(4_000);

@@ -120,12 +120,12 @@ impl PidFile {
         create().map(Self).map_err(|source| RecordError { path, source })
     }
 
-    /// Duplicates the descriptor, for the shim. The duplicate shares the lock.
+    /// Duplicates the descriptor for the shim. The duplicate shares the lock.
     pub(crate) fn share(&self) -> io::Result<OwnedFd> {
         self.0.try_clone().map(OwnedFd::from)
     }
 
-    /// Writes the pid of the process that gets the lock.
+    /// Writes the pid of the shim, which inherits the lock.
     pub(crate) fn write(&self, pid: u32) -> io::Result<()> {
         self.0.write_all_at(format!("{pid}\n").as_bytes(), 0)
     }
@@ -141,14 +141,14 @@ impl PidFile {
     }
 }
 
-/// Whether the shim of a bundle lives.
+/// Whether the shim of a bundle is alive.
 #[derive(Debug)]
 pub(crate) enum ShimStatus {
     /// The bundle has no pid file: the shim was started for another container, or never.
     NoPidFile,
     /// It has died.
     Dead,
-    /// It lives. `None` while its pid is not written yet.
+    /// It is alive. `None` until its pid is written.
     Alive(Option<Pid>),
 }
 
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn lock_of_the_pid_file_shows_whether_the_shim_lives() {
+    fn pid_file_lock_shows_whether_the_shim_is_alive() {
         let bundle = tempfile::tempdir().unwrap();
         assert!(matches!(
             ShimStatus::read(bundle.path()).unwrap(),
@@ -258,7 +258,7 @@ mod tests {
             matches!(ShimStatus::read(bundle.path()).unwrap(), ShimStatus::Alive(Some(pid)) if pid.as_raw_pid() == 4141)
         );
         drop(shared);
-        // A process that another test forks shares the lock until its exec.
+        // Wait: a process that another test has forked shares the lock until its exec.
         flock(
             File::open(bundle.path().join(PID_FILE)).unwrap(),
             FlockOperation::LockShared,
