@@ -1,5 +1,5 @@
-//! The command line: flags of Go's `flag` package, then the action (containerd `core/runtime/v2/README.md`, `pkg/shim`).
-//! `containerd-shim` parses it, and this module checks it.
+//! The command line: flags of Go's `flag` package, then the action (containerd `core/runtime/v2/README.md`,
+//! `pkg/shim`). `containerd-shim` parses it, and this module checks it.
 
 use std::{ffi::OsString, path::PathBuf};
 
@@ -7,8 +7,8 @@ use containerd_shim::Flags;
 
 use crate::oci::{ContainerId, IdError};
 
-/// The environment variable by which `start` passes the path of the configuration to the daemon. Not set for the default
-/// one.
+/// The environment variable with which `start` passes the path of the configuration to the daemon. Unset for the
+/// default configuration.
 pub(crate) const CONFIGURATION_VARIABLE: &str = "NUTSHELL_CONFIGURATION";
 
 /// An action of the shim.
@@ -20,13 +20,13 @@ pub(crate) enum Action {
     Info,
     /// `start`: start a shim unless one serves the container's group, and print its address.
     Start(Target),
-    /// `delete`: clean up after the container whose bundle `-bundle` names.
+    /// `delete`: clean up after the container with this bundle (`-bundle`).
     Delete(Option<PathBuf>),
     /// No action: run as the daemon, which listens on the socket at this path.
     Serve(Target, PathBuf),
 }
 
-/// The container that an action is for, and the containerd that asks for it.
+/// The container of an action, and the containerd that manages it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Target {
     pub(crate) id: ContainerId,
@@ -97,7 +97,7 @@ fn to_target(flags: Flags) -> Result<Target, ArgumentsError> {
     })
 }
 
-/// `None` for an empty text: the flag is not set.
+/// `None` for an empty text, which means that the flag is not set.
 fn to_path(text: String) -> Option<PathBuf> {
     (!text.is_empty()).then(|| PathBuf::from(text))
 }
@@ -124,7 +124,7 @@ mod tests {
         "-namespace default -address /run/containerd/containerd.sock -publish-binary /usr/bin/containerd -id c1";
 
     #[test]
-    fn start_is_parsed_in_every_notation_of_flags() {
+    fn start_is_parsed_in_every_flag_notation() {
         for line in [
             format!("{CONTAINERD} start"),
             format!("{CONTAINERD} -debug=false start"),

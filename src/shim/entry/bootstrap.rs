@@ -1,6 +1,6 @@
 //! `start`: finds or starts the shim of a container's group, and prints its address.
 //!
-//! containerd waits for it twice per container, so it is a plain process without threads: it reads the bundle,
+//! containerd waits for it when it creates a container, so it is a plain process without threads: it reads the bundle,
 //! binds one socket and spawns one process. The shim gets the listening socket as its standard input and the
 //! locked pid file as its standard output. Clients can connect as soon as the address is printed.
 
@@ -27,7 +27,7 @@ use crate::shim::record::{PidFile, RecordError};
 
 const OOM_SCORE_ADJ_MAX: i32 = 1000;
 
-/// Why no shim was started. One line, which containerd shows to its user.
+/// A failure to start the shim. Its text is one line, which containerd shows to its user.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BootstrapError {
     /// containerd's request cannot be read.
@@ -48,7 +48,7 @@ pub(crate) enum BootstrapError {
     /// A system call failed.
     #[error("{action}: {source}")]
     System {
-        /// What was tried, on what.
+        /// The operation and its object.
         action: String,
         /// The error of the operating system.
         source: io::Error,
@@ -86,7 +86,7 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
             pid_file.write(shim.id()).map_err(system_error("write the pid file"))
         });
         if let Err(error) = started {
-            // The listener was closed with the command. The first error is the one to report.
+            // This process has closed its listener by now. The error of the start is the one to report.
             let _ = socket::remove_stale(&socket);
             return Err(error);
         }
@@ -98,7 +98,7 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
         .map_err(system_error("print the address"))
 }
 
-/// Sets what the shim inherits from this process: core scheduling, cgroup and OOM score.
+/// Sets the attributes that the shim inherits from this process: core scheduling, cgroup and OOM score.
 fn prepare_process(options: &Options) -> Result<(), BootstrapError> {
     if env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
         create_core_scheduling_cookie(rustix::process::getpid(), CoreSchedulingScope::ProcessGroup)

@@ -1,4 +1,4 @@
-//! Which configuration a shim uses.
+//! The choice of a shim's configuration.
 
 use std::{
     fs,
@@ -11,8 +11,8 @@ use super::options::Options;
 use crate::shim::configuration::{Configuration, ConfigurationError};
 
 /// Where a user sets the path of the configuration.
-const CONFIG_PATH_SOURCE: &str = "it is the ConfigPath in the options of this runtime in containerd's configuration, \
-    or ctr's --runtime-config-path";
+const CONFIG_PATH_SOURCE: &str = "the path is set by ConfigPath in this runtime's options in containerd's \
+    configuration, or by ctr's --runtime-config-path";
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,10 +21,10 @@ pub(crate) enum ConfigurationSourceError {
     #[error("configuration {}: the path must be absolute: {CONFIG_PATH_SOURCE}", .0.display())]
     RelativePath(PathBuf),
     /// The file that the options name cannot be read.
-    #[error("{0}: {CONFIG_PATH_SOURCE}: make that file readable, or set no path")]
+    #[error("{0}: {CONFIG_PATH_SOURCE}: make the file readable, or set no path")]
     Unreadable(#[source] ConfigurationError),
-    /// The options section of containerd's configuration is no valid configuration. containerd passes the section
-    /// on as it is if it has no ConfigPath, including one that was copied from runc's.
+    /// The options section of containerd's configuration is not a valid configuration. containerd passes on a section
+    /// without ConfigPath unchanged, even one that was copied from runc's.
     #[error(
         "the options of this runtime in containerd's configuration: {0}: the section takes ConfigPath or the keys of \
          /etc/nutshell/config.toml, not runc's options"
@@ -130,7 +130,7 @@ mod tests {
     #[test]
     fn options_section_copied_from_runcs_is_an_error_that_names_the_section() {
         let bundle = tempfile::tempdir().unwrap();
-        // As the CRI passes on a section that was copied from runc's.
+        // The form in which the CRI passes on a section that was copied from runc's.
         let options = Options {
             config_body: Some("BinaryName = \"\"\nSystemdCgroup = true\n".to_owned()),
             ..Options::default()

@@ -77,7 +77,8 @@ fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
     if !socket_acceptconn(stdin.as_fd()).unwrap_or(false) {
         return Err(DaemonError::NoListener);
     }
-    let keep = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system_error("keep a descriptor"));
+    let keep =
+        |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system_error("duplicate a descriptor"));
     let listener = UnixListener::from(keep(stdin.as_fd())?);
     listener
         .set_nonblocking(true)
@@ -92,7 +93,7 @@ fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
 
 /// Separates this process from its caller:
 ///
-/// - it gets no huge pages: khugepaged would round the shim's 3 MiB up to pages of 2 MiB, in each shim of a node;
+/// - it gets no huge pages: khugepaged would round the 3 MiB of every shim on the node up to pages of 2 MiB;
 /// - it gets a new session, so that signals of a terminal or process group do not end it;
 /// - orphaned descendants become its children;
 /// - it gets a new mount namespace, which ends with the shim and still receives the mounts of the host.
@@ -100,7 +101,7 @@ fn detach() -> Result<(), DaemonError> {
     // Fails on a kernel without huge pages, which needs no setting. Hooks and logging programs inherit the setting; vmm
     // and fs revert it.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
-    // Fails only for the leader of a process group. This process is none, because `start` creates no group for it.
+    // Fails only for a process group leader. This process is not one, because `start` creates no group for it.
     rustix::process::setsid().map_err(system_error("setsid"))?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(system_error("become a subreaper"))?;

@@ -61,7 +61,7 @@ fn clean_up(bundle: &Path) -> DeleteResponse {
         report(socket::remove_stale(&socket));
     }
     let record = report(ResourceRecord::load(bundle)).flatten().unwrap_or_default();
-    // containerd's mounts or a crash may have left one.
+    // containerd or a crash may have left a mount there.
     report(unmount_all(&bundle.join("rootfs")));
     for cgroup in record.cgroups.iter().rev() {
         report(remove_cgroup(cgroup));
@@ -103,7 +103,7 @@ fn end_shim(bundle: &Path) {
 }
 
 /// Finds another bundle of the same named group. The shim must outlive the container that it was started for if others
-/// of the group remain. Not so in a pod, whose sandbox ends all its containers.
+/// of the group remain. In a pod it need not, because the end of the sandbox ends all containers.
 fn find_other_member(bundle: &Path) -> Option<PathBuf> {
     let annotations = oci::read_annotations(bundle).ok()?;
     let Some(Group::Named(_)) = Group::from_annotations(&annotations) else {
@@ -142,7 +142,7 @@ fn kill_shim(bundle: &Path, pid: Pid) -> io::Result<()> {
     } else {
         Err(io::Error::new(
             ErrorKind::TimedOut,
-            format!("shim {pid} does not exit after SIGKILL"),
+            format!("shim {pid} did not exit after SIGKILL"),
         ))
     }
 }
@@ -158,14 +158,14 @@ fn unmount_all(path: &Path) -> io::Result<()> {
     loop {
         match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
             Ok(()) => {}
-            // Nothing is mounted there, or nothing any more.
+            // Nothing is mounted there, or everything is unmounted.
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
             Err(error) => return Err(with_path(error, path)),
         }
     }
 }
 
-/// Kills the processes of a cgroup and removes it. It is no error if another `delete` removes it at the same time.
+/// Kills the processes of a cgroup and removes it. A concurrent removal by another `delete` is not an error.
 fn remove_cgroup(path: &Path) -> io::Result<()> {
     if !path.starts_with("/sys/fs/cgroup") {
         return Err(with_path(ErrorKind::InvalidInput, path));

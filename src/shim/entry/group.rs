@@ -1,4 +1,4 @@
-//! Which containers share one shim.
+//! The groups of containers that share a shim.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use std::collections::HashMap;
 pub(crate) enum Group {
     /// A pod, by the id of its sandbox. The sandbox's container is created first and deleted last.
     Pod(String),
-    /// A group with a name that the user chose. All members are equal.
+    /// A group with a user-defined name. Its members can be deleted in any order.
     Named(String),
 }
 
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn own_annotation_takes_precedence_over_runcs_and_the_pods() {
+    fn nutshell_annotation_precedes_runcs_and_the_sandbox_id() {
         let ours = ("io.containerd.nutshell.v2.group", "a");
         let runcs = ("io.containerd.runc.v2.group", "b");
         let pods = ("io.kubernetes.cri.sandbox-id", "c");

@@ -101,8 +101,8 @@ const CAPABILITIES: [&str; 41] = [
 ];
 
 /// The features of a container in a machine (OCI spec, `features-linux.md`). The kubelet relies on some of them, and
-/// the tests below compare the list with what a plan accepts. `idmap` depends on the host's file systems, as for every
-/// runtime.
+/// the tests below compare the list with the specs that a plan accepts. `idmap` depends on the host's file systems, as
+/// with every runtime.
 fn features() -> Value {
     json!({
         "ociVersionMin": "1.0.0",
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn features_parse_as_those_of_the_oci_spec() {
+    fn features_parse_as_oci_features() {
         let bytes = info().write_to_bytes().unwrap();
         let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
         assert_eq!(info.name, NAME);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn listed_namespaces_reach_the_guest_or_the_network() {
+    fn listed_namespaces_are_in_the_guest_spec_or_the_network_plan() {
         for kind in NAMESPACES {
             let mut namespaces = vec![json!({"type": "user"})];
             if kind != "user" {
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn disabled_features_are_refused_or_warned_of_and_idmap_works() {
+    fn disabled_features_are_refused_or_cause_a_warning_and_idmap_works() {
         let linux = &features()["linux"];
         for (feature, pointer, value) in [
             ("apparmor", "/process/apparmorProfile", json!("p")),

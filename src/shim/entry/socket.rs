@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 /// The directory of sockets unless the request has a `socket_dir` (containerd `pkg/shim/util_unix.go`).
 const DEFAULT_DIRECTORY: &str = "/run/containerd/s";
 
-/// Maximum number of connections before the shim accepts the first: one for each container of a pod.
+/// Maximum number of connections that the shim has not accepted yet: one for each container of a pod.
 const BACKLOG: i32 = 4096;
 
 /// A socket that cannot be created or removed.
@@ -38,9 +38,9 @@ pub(crate) struct SocketError {
 /// The result of [`acquire`].
 #[derive(Debug)]
 pub(crate) enum Acquired {
-    /// A new socket that listens. The shim has yet to accept connections.
+    /// A new listening socket. No process accepts its connections yet.
     New(OwnedFd),
-    /// A shim listens already.
+    /// A shim is already listening.
     Existing,
 }
 
@@ -126,7 +126,7 @@ fn probe(path: &Path) -> io::Result<Probe> {
 fn bind_and_listen(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
-    // In time, because no client can connect before `listen`.
+    // Early enough, because no client can connect before `listen`.
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     listen(&socket, BACKLOG)?;
     Ok(socket)
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn first_binds_for_root_only_and_second_finds_it() {
+    fn first_call_binds_for_root_only_and_second_finds_the_socket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s/socket");
         let Acquired::New(_listener) = acquire(&path).unwrap() else {

@@ -35,7 +35,7 @@ pub(crate) enum StartRequestError {
     Unreadable(#[source] io::Error),
 }
 
-/// What containerd asks for in addition to the command line.
+/// The parameters that containerd passes in addition to the command line.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct StartRequest {
     /// The request was a `BootstrapParams`: containerd is 2.3 or later.
@@ -167,20 +167,20 @@ mod tests {
     }
 
     #[test]
-    fn empty_input_of_1_7_is_a_request_without_options() {
+    fn empty_input_of_containerd_1_7_is_a_request_without_options() {
         assert_eq!(parse(b"").unwrap(), StartRequest::default());
         assert_eq!(parse(b"").unwrap().answer_version(), 2);
     }
 
     #[test]
-    fn any_of_1_7_to_2_2_carries_the_options() {
+    fn any_of_containerd_1_7_to_2_2_carries_the_options() {
         let request = parse(CTR).unwrap();
         assert_eq!(request.options.config_path.as_deref(), Some(Path::new("/etc/x.toml")));
         assert_eq!(request.answer_version(), 2);
     }
 
     #[test]
-    fn bootstrap_parameters_of_2_3_that_name_us_are_answered_with_version_3() {
+    fn bootstrap_parameters_of_containerd_2_3_are_answered_with_version_3() {
         let mut parameters = parameters("c1", "default");
         parameters.socket_dir = Some("/run/s".to_owned());
         parameters.log_level = EnumOrUnknown::new(LogLevel::LOG_LEVEL_DEBUG);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn log_levels_below_debug_are_debug_and_others_are_not() {
+    fn log_levels_up_to_debug_enable_debug_messages() {
         for (level, debug) in [(-8, true), (-4, true), (-3, false), (0, false), (12, false)] {
             let mut parameters = parameters("c1", "default");
             parameters.log_level = EnumOrUnknown::from_i32(level);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_parses_as_both_forms_is_an_any_unless_it_names_us() {
+    fn ambiguous_input_is_an_any_unless_its_id_and_namespace_match() {
         let confusable = Any {
             type_url: "c1".to_owned(),
             value: b"other".to_vec(),
