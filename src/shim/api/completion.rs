@@ -1,4 +1,4 @@
-//! Calls that run to their end whatever their client does.
+//! Calls that run to completion even if their client disconnects.
 
 use std::{future::Future, sync::Arc};
 

@@ -1,4 +1,4 @@
-//! Connections of containerd: who may connect, and when the last reply has arrived.
+//! Connections of containerd: access control, and the delivery of the last reply.
 
 use std::{
     io,
@@ -16,13 +16,14 @@ use tokio::{
     sync::watch,
 };
 
-/// Tracks the last reply of the shim, so that the process exits after the client has it. Clones share their state.
+/// Tracks the last reply of the shim, so that the process exits after the client has received it. Clones share their
+/// state.
 ///
 /// Connections recognize the reply by its stream id among the bytes that they write.
 #[derive(Debug, Clone)]
 pub(crate) struct LastReply(Arc<watch::Sender<Progress>>);
 
-/// How far the last reply has got.
+/// The progress of the last reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     /// No call has announced the last reply yet.

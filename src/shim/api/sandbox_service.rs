@@ -27,7 +27,7 @@ use crate::shim::{
     tasks::{SandboxRequest, Tasks},
 };
 
-/// The Sandbox service by its name.
+/// The Sandbox service, keyed by its name.
 pub(super) fn services(tasks: &Arc<Tasks>, last_reply: &LastReply) -> HashMap<String, Service> {
     create_sandbox(Arc::new(SandboxService {
         tasks: tasks.clone(),

@@ -33,7 +33,7 @@ const REPLY_LIMIT: Duration = Duration::from_millis(500);
 /// How long the daemon waits until the client that received that reply closes its connection.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
-/// What the daemon is started with.
+/// The inputs of the daemon.
 #[derive(Debug)]
 pub(crate) struct ServeContext {
     /// The container or sandbox that the shim was started for. Others may join it.
@@ -50,7 +50,7 @@ pub(crate) struct ServeContext {
     pub(crate) listener: UnixListener,
     /// The path of `listener`, to unlink when the shim exits.
     pub(crate) socket: PathBuf,
-    /// Its lock proves to `delete` that the shim is alive, so it stays open until the shim exits.
+    /// Stays open until the shim exits: `delete` tests its lock to find out whether the shim is alive.
     pub(crate) pid_file: OwnedFd,
     pub(crate) configuration: Configuration,
 }
@@ -108,7 +108,7 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
         .register_service(services(&tasks, &last_reply));
     server.start().await?;
 
-    log::debug!("the shim of {} serves", context.id);
+    log::debug!("the shim of {} is serving", context.id);
 
     tasks.stopped().await;
     // Without the socket, `start` starts a new shim, and `delete` gives this one time to exit.
@@ -131,8 +131,8 @@ fn unlink_socket(socket: &Path) {
     }
 }
 
-/// Ignores signals that ask a daemon to terminate, as containerd's own shims do, because the containers would end
-/// with the shim. It sets a handler instead of `SIG_IGN`, which executed children would inherit.
+/// Ignores signals that would terminate the daemon, as containerd's own shims do, because the containers would end with
+/// the shim. Sets a handler instead of `SIG_IGN`, which executed children would inherit.
 fn ignore_termination_signals() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int) {}
     let action = SigAction::new(SigHandler::Handler(ignore), SaFlags::SA_RESTART, SigSet::empty());

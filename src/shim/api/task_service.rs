@@ -1,5 +1,5 @@
 //! The Task service: translates containerd's messages to and from [`Tasks`]. The same methods serve versions 2 and 3
-//! of the API, whose messages are equal.
+//! of the API, whose messages are identical.
 
 use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc};
 
@@ -32,7 +32,7 @@ use crate::shim::{
     tasks::{CreateRequest, ExecRequest, Phase, Tasks},
 };
 
-/// The names of the service. containerd 1.7 knows the second only.
+/// The names of the service. containerd 1.7 uses only the second.
 const TASK_SERVICES: [&str; 2] = ["containerd.task.v3.Task", "containerd.task.v2.Task"];
 
 /// The Task service under each of its names.

@@ -9,8 +9,7 @@ pub(super) const FORWARD_LIMIT: Duration = Duration::from_secs(5);
 
 /// A way to deliver events to containerd.
 pub(crate) trait Forwarder: Send + 'static {
-    /// Delivers one event. After an error containerd may or may not have the event; the queue sends it
-    /// again.
+    /// Delivers one event. After an error, the queue sends it again: containerd may or may not have received it.
     fn forward(&mut self, envelope: Envelope) -> impl Future<Output = Result<(), String>> + Send;
 }
 
@@ -21,7 +20,7 @@ pub(crate) struct NoForwarder;
 impl Forwarder for NoForwarder {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
         log::warn!(
-            "containerd passed neither TTRPC_ADDRESS nor -publish-binary: dropped an event of {}",
+            "containerd passed neither TTRPC_ADDRESS nor -publish-binary: dropped an event with topic {}",
             envelope.topic
         );
         Ok(())

@@ -1,8 +1,8 @@
 //! The task events that a shim publishes to containerd.
 //!
-//! What lives here: the queue of events, and the ways to deliver them. What may not live here: when an event happens,
-//! which [`tasks`](super::tasks) decides. `tasks` publishes, and `api` starts the queue with the forwarder that
-//! containerd's command line asks for.
+//! What lives here: the queue of events, and the ways to deliver them. What may not live here: the decision when to
+//! publish an event, which [`tasks`](super::tasks) makes. `tasks` publishes, and `api` starts the queue with a
+//! forwarder.
 
 mod forwarder;
 mod publish_binary;

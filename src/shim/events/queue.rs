@@ -1,8 +1,8 @@
 //! One queue of events, delivered in order.
 //!
-//! Publishing never blocks. One tokio task delivers the oldest event until containerd has it, then the next.
-//! While containerd is away, events stay in the queue and keep their order. The queue is bounded: when it is
-//! full, the oldest event is dropped.
+//! Publishing never blocks. One tokio task retries the oldest event until containerd has accepted it, then continues
+//! with the next. While containerd is unavailable, events stay in the queue and keep their order. The queue is bounded:
+//! when it is full, the oldest event is dropped.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +23,7 @@ use super::forwarder::Forwarder;
 /// Maximum number of events in the queue. Beyond it the oldest is dropped.
 const CAPACITY: usize = 2048;
 
-/// Number of queued events from which optional ones ([`is_optional`]) are not added any more.
+/// Length of the queue at which optional events ([`is_optional`]) are no longer added.
 const OPTIONAL_CAPACITY: usize = 256;
 
 /// Delay before the first retry of an event. It doubles with each retry.
@@ -32,7 +32,7 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Maximum delay between two retries.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
 
-/// A handle of the queue. Clones share it.
+/// A handle to the queue. Clones share it.
 #[derive(Debug, Clone)]
 pub(crate) struct EventQueue {
     shared: Arc<Shared>,
@@ -52,7 +52,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Pending {
     envelopes: VecDeque<Envelope>,
-    /// Number of events that were ever removed from the front.
+    /// Number of events that were removed from the front so far.
     removed: u64,
 }
 
@@ -86,7 +86,7 @@ impl EventQueue {
         let topic = event.topic();
         let event = match convert_to_any(Box::new(event)) {
             Ok(event) => event,
-            Err(error) => return log::error!("encode an event of {topic}: {error}"),
+            Err(error) => return log::error!("encode an event with topic {topic}: {error}"),
         };
         let envelope = Envelope {
             timestamp: MessageField::some(SystemTime::now().into()),
@@ -104,7 +104,7 @@ impl EventQueue {
                 && let Some(oldest) = pending.pop()
             {
                 log::warn!(
-                    "containerd accepts no events and the queue is full: dropped an event of {}",
+                    "containerd accepts no events and the queue is full: dropped an event with topic {}",
                     oldest.topic
                 );
             }
@@ -139,7 +139,7 @@ impl Shared {
     }
 }
 
-/// Whether containerd's state stays correct without an event of this topic, so that it is not added to a long queue.
+/// Whether containerd's state stays correct without events of this topic. They are not added to a long queue.
 fn is_optional(topic: &str) -> bool {
     topic == topics::TASK_OOM_EVENT_TOPIC
 }
@@ -160,7 +160,7 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
         while let Err(error) = forwarder.forward(envelope.clone()).await {
             if delay == MIN_RETRY_DELAY {
                 log::warn!(
-                    "forward an event of {} to containerd: {error}; trying again",
+                    "forward an event with topic {} to containerd: {error}; trying again",
                     envelope.topic
                 );
             }
@@ -168,7 +168,7 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
             delay = (delay * 2).min(MAX_RETRY_DELAY);
         }
         let mut pending = shared.pending();
-        // A full queue may have dropped this event meanwhile: then the front is another one.
+        // A full queue may have dropped this event in the meantime. The front is then another event.
         if pending.removed == removed {
             pending.pop();
         }
