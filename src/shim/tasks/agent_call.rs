@@ -11,7 +11,8 @@ use crate::shim::{
     pod::Pod,
 };
 
-/// Waits for `response` of the agent of `pod`, for at most `limit` of the time in which its machine could run.
+/// Waits for `response` of the agent of `pod`, for at most `limit` of its machine's run time (see
+/// [`Machine::within`](crate::shim::machine::Machine::within)).
 ///
 /// # Errors
 ///
@@ -28,7 +29,8 @@ pub(super) async fn call_agent<T>(
     }
 }
 
-/// Replaces an `error` that a machine's end has caused by the reason for that end.
+/// Converts an `error` that the end of a machine caused. Its text becomes the reason for that end, if it is known in
+/// time.
 pub(super) async fn machine_ended(pod: &Pod, error: &impl std::error::Error) -> TaskError {
     let text = match tokio::time::timeout(END_REASON_LIMIT, pod.machine().ended()).await {
         Ok(ending) => ending.to_string(),

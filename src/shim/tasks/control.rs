@@ -1,4 +1,4 @@
-//! Kill, and the other calls of the Task service for a process that exists.
+//! Kill, and the other calls of the Task service for an existing process.
 
 use std::{process, sync::Arc};
 
@@ -31,7 +31,7 @@ pub(crate) struct ProcessState {
     /// The pid on this host, 0 for an exec that was not started.
     pub(crate) pid: u32,
     pub(crate) phase: Phase,
-    /// Its standard streams as containerd named them.
+    /// Its standard streams as containerd specified them.
     pub(crate) stdio_spec: StdioSpec,
 }
 
@@ -90,7 +90,7 @@ impl Tasks {
             return Err(TaskError::new(ErrorCode::FailedPrecondition, "process not started"));
         }
         if container.is_sandbox() {
-            // Like the pause program: it ends on a terminating signal and ignores others.
+            // Like the pause program, a sandbox ends on a terminating signal and ignores others.
             if is_terminating(signal) {
                 self.end_sandbox(container, 128 + signal, WRITE_BACK_LIMIT).await;
             }
@@ -214,7 +214,7 @@ impl Tasks {
         }
     }
 
-    /// CloseIO: ends a process's standard input.
+    /// CloseIO: closes a process's standard input.
     pub(crate) fn close_stdin(&self, id: &str, exec: &str) -> Result<(), TaskError> {
         let (_, process) = self.process(id, exec)?;
         process.close_stdin();
@@ -270,7 +270,7 @@ impl Tasks {
     }
 }
 
-/// Replaces the guest pids of the processes that containerd started by their host pids.
+/// Replaces guest pids with host pids for the processes that containerd started.
 fn with_host_pids(container: &Container, entries: Vec<ProcessEntry>) -> Vec<ListedProcess> {
     entries
         .into_iter()
@@ -302,8 +302,8 @@ fn wrong_phase(action: &str, phase: Phase) -> TaskError {
     )
 }
 
-/// The container's id for a request to the agent. Fails for a sandbox, which has no process there that could be
-/// `participle`.
+/// The container's id for a request to the agent. Fails for a sandbox, which has no process in the guest. `participle`
+/// is the action in the error text.
 fn guest_id(container: &Container, participle: &str) -> Result<String, TaskError> {
     if container.is_sandbox() {
         let text = format!("a sandbox has no process in the virtual machine that could be {participle}");

@@ -38,7 +38,7 @@ pub(crate) struct CreateRequest {
 }
 
 impl Tasks {
-    /// Creates a container or a sandbox that is a task, and returns its pid. After an error nothing of it is left.
+    /// Creates a container or a sandbox that is a task, and returns its pid. Leaves nothing behind after an error.
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
@@ -113,7 +113,7 @@ impl Tasks {
         }
     }
 
-    /// The pod of a sandbox that accepts containers.
+    /// Finds the pod of a sandbox. Fails if the sandbox does not exist or has ended.
     fn pod_of_sandbox(&self, sandbox: &str) -> Result<Arc<Pod>, TaskError> {
         let precondition = |text| TaskError::new(ErrorCode::FailedPrecondition, text);
         let container = self
@@ -130,7 +130,7 @@ impl Tasks {
         }
     }
 
-    /// Translates the pid namespace of a spec, which may name a task by its host pid, to that of the guest.
+    /// Translates the pid namespace of a spec, which may refer to a task by its host pid, to one in the guest.
     fn resolve_pid_namespace(&self, pod: &Pod, namespace: oci::PidNamespace) -> Result<PidNamespace, TaskError> {
         let pid = match namespace {
             oci::PidNamespace::Specified => return Ok(PidNamespace::Specified),
@@ -177,8 +177,8 @@ impl Tasks {
             plan.limits,
         ));
         let (root, shares) = (plan.root, plan.shares);
-        // Both run while the guest boots, and both run to their end: the cleanup after an error must not meet
-        // one that is still in progress.
+        // Both run while the guest boots. If one fails, the other still runs to completion: the cleanup must not start
+        // while it is in progress.
         let (rootfs, streams) = tokio::join!(
             pod.attach(&request.id, &request.bundle, root, shares),
             prepare_host_side(&container, &plan.network, plan.console_size, &self.stdio),
@@ -196,7 +196,7 @@ impl Tasks {
                 ready.kernel
             );
             self.set_up_pod(pod).await?;
-            // A limit guarantees nothing: in a machine that cannot grow, the container runs with less.
+            // A limit is not a guarantee: in a machine that cannot grow, the container runs with less.
             if let Err(error) = self.resize_to_limits(pod).await {
                 log::warn!("task {}: {error}", request.id);
             }
@@ -257,7 +257,7 @@ async fn create_in_guest(
     call_agent(pod, CREATE_LIMIT, pod.machine().agent().create(create))
         .await
         .map_err(|error| {
-            // containerd would take NOT_FOUND for a task that is gone.
+            // containerd would take NOT_FOUND to mean that the task is gone.
             let code = match error.code() {
                 ErrorCode::InvalidArgument => ErrorCode::InvalidArgument,
                 _ => ErrorCode::Unknown,

@@ -1,4 +1,4 @@
-//! Delete: frees everything that a process which has ended holds on this host.
+//! Delete: frees the resources on this host of a process that has ended.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,7 +37,7 @@ impl Tasks {
         }
         let exit = match process.lifecycle.begin_deletion()? {
             Deletion::Begun(exit) => exit,
-            // A client repeats a call after its timeout.
+            // A client repeats a call that timed out.
             Deletion::InProgress => {
                 let exit = process.lifecycle.wait_deleted().await;
                 return Ok(Deleted { pid, exit });

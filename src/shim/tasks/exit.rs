@@ -21,7 +21,7 @@ use crate::shim::{pod::Pod, record::ExitRecord};
 
 impl Tasks {
     /// Handles an event of the agent of a pod. Does not block. It spawns at most one task for each process that
-    /// containerd started, whatever the agent sends.
+    /// containerd started, no matter how many events the agent sends.
     pub(super) fn on_event(self: &Arc<Self>, pod: u64, event: Event) {
         match event {
             Event::OutOfMemory { container } => {
@@ -49,11 +49,11 @@ impl Tasks {
         }
     }
 
-    /// Records an exit that the agent reported, after the output that the process had written by then was delivered.
+    /// Records an exit that the agent reported. First waits for delivery of the output that the process had written.
     async fn on_exit(&self, container: &Container, process: &Process, exited: &Exited) {
         let exit = Exit::now(exited.status.into());
         log::debug!(
-            "task {} {:?}: ended with {} after {} and {} bytes",
+            "task {} {:?}: exited with status {} after writing {} bytes to stdout and {} to stderr",
             exited.container,
             exited.exec,
             exit.status,
@@ -158,7 +158,7 @@ impl Tasks {
                 return;
             };
             log::info!(
-                "task {}: its host pid {} received signal {signal}; the signal goes to the process in the guest",
+                "task {}: its host pid {} received signal {signal}; forwarding it to the process in the guest",
                 container.id,
                 holder.pid()
             );
@@ -187,7 +187,7 @@ impl Tasks {
         for member in members.iter().filter(|member| !member.is_sandbox()) {
             member.init.lifecycle.wait_exit().await;
         }
-        // Before the exit is announced, because CNI then removes the network namespace.
+        // Before the exit is announced, because CNI removes the network namespace after that.
         container.pod.disconnect_network().await;
         self.record_exit(container, &container.init, Exit::now(status)).await;
     }

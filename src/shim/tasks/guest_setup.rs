@@ -1,4 +1,5 @@
-//! Steps in the guest that precede its first container: what the pod's containers share, and the network.
+//! Steps in the guest that precede its first container: the set-up of the resources that the pod's containers share,
+//! and of the network.
 
 use nutshell_protocol::Request;
 
@@ -6,8 +7,8 @@ use super::{agent_call::call_agent, limits::CREATE_LIMIT, table::Tasks};
 use crate::shim::{error::TaskError, pod::Pod};
 
 impl Tasks {
-    /// Waits until the guest of a pod is ready and has what the pod's containers share. Does so once: later calls
-    /// return the result of the first. Returns at once for the pod of a single container, which shares nothing.
+    /// Waits until the guest of a pod is ready, and sets up the resources that the pod's containers share. Does so
+    /// once: later calls return the result of the first. No-op for the pod of a single container, which shares nothing.
     pub(super) async fn set_up_pod(&self, pod: &Pod) -> Result<(), TaskError> {
         pod.set_up(|request| async {
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
@@ -25,8 +26,8 @@ impl Tasks {
         .await
     }
 
-    /// Connects the machine of a pod to the network namespace of the process `pid`. With `forward_loopback`, connections
-    /// to the namespace's loopback interface are forwarded to the guest.
+    /// Connects the machine of a pod to the network namespace of the process `pid`. With `forward_loopback`,
+    /// connections to the namespace's loopback interface are forwarded to the guest.
     pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forward_loopback: bool) -> Result<(), TaskError> {
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
@@ -38,7 +39,7 @@ impl Tasks {
             Some(Ok(())) => Ok(()),
             Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
             None => Err(TaskError::unknown(format!(
-                "the virtual machine did not take its network within {} s",
+                "the virtual machine did not get its network within {} s",
                 CREATE_LIMIT.as_secs()
             ))),
         }

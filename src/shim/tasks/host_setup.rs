@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// Starts the error text of a failed creation. It is that of runc's shim, because users search for it.
+/// The prefix of the error text of a failed creation: the same as in runc's shim, because users search for it.
 pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
 
 impl Tasks {
@@ -41,7 +41,7 @@ impl Tasks {
         })
         .await
         .map_err(create_error)?;
-        log::debug!("task {id}: virtual machine {} boots", pod.machine().pid());
+        log::debug!("task {id}: virtual machine {} is booting", pod.machine().pid());
         self.watch_machine(&pod);
         Ok(pod)
     }
@@ -61,8 +61,8 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
     TaskError::new(code, error.to_string()).during(CREATE_CONTEXT)
 }
 
-/// Gives a container its pid on the host, in the network namespace that the spec asks for. The pid joins the pod's
-/// control group, because clients find the group by the pid.
+/// Creates a container's process on the host, in the network namespace that the spec selects. It joins the pod's
+/// control group, because clients find the group by its pid.
 pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
     let holder = PidHolder::spawn(&network_namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;

@@ -1,4 +1,4 @@
-//! The time limits of calls and of what happens between them.
+//! Time limits of calls and of the work between them.
 //!
 //! [`REQUEST_LIMIT`], [`CREATE_LIMIT`], [`KILL_LIMIT`], [`WRITE_BACK_LIMIT`] and [`PLUG_LIMIT`] count only the time in
 //! which the machine could run (see [`Machine::within`](crate::shim::machine::Machine::within)). The others are elapsed
@@ -23,10 +23,10 @@ pub(super) const END_REASON_LIMIT: Duration = Duration::from_secs(2);
 pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
-/// them wait for guest or host kernel.
+/// them wait for the kernel of the guest or of the host.
 pub(super) const CREATE_LIMIT: Duration = Duration::from_secs(30);
 
-/// A signal. A guest that does not deliver SIGKILL in this time is ended with its machine.
+/// A signal. If a guest does not deliver SIGKILL in this time, its machine is killed.
 pub(super) const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// The list of processes. Without an answer the shim returns the container's first process only: containerd takes

@@ -12,7 +12,7 @@
 //! | `sandbox` | the sandbox of a pod, and the calls of the Sandbox service |
 //! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
-//! | `size` | the size of a machine follows the limits of its containers |
+//! | `size` | the resizing of a machine to the limits of its containers |
 //! | `agent_call`, `limits` | requests to the agent, and how long they may take |
 //!
 //! All of it runs on the shim's main thread. A call that has begun is finished even if its client disconnects, so

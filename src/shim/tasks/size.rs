@@ -1,4 +1,4 @@
-//! The size of a pod's machine follows the limits of its containers.
+//! Resizes a pod's machine when the limits of its containers change.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::{
 
 impl Tasks {
     /// Resizes the machine of `pod` to the sum of its containers' limits. Additional memory and vCPUs are usable
-    /// when this returns. Memory that is removed goes later, when the guest has freed it.
+    /// when this returns. Excess memory is removed later, when the guest has freed it.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ impl Tasks {
             if resized.is_err() {
                 // A slow guest could complete the change later and use more than the pod is accounted for.
                 if let Err(error) = request_size(pod, to, from).await {
-                    log::info!("{action}, and back again: {error}");
+                    log::info!("undo: {action}: {error}");
                 }
             }
             resized.map_err(|error| error.during(&action))
@@ -44,7 +44,7 @@ impl Tasks {
         pod.resize(|| self.wanted_size(pod), change).await
     }
 
-    /// [`Self::resize_to_limits`] in the background, after a container needs less.
+    /// [`Self::resize_to_limits`] in the background, for when a container needs less than before.
     pub(super) fn resize_in_background(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
@@ -83,12 +83,15 @@ async fn resize(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
         .within(PLUG_LIMIT, machine.memory_plugged(hotplugged_memory(pod, to)))
         .await
         .ok_or_else(|| {
-            let text = format!("the guest did not take the memory within {} s", PLUG_LIMIT.as_secs());
+            let text = format!(
+                "the guest did not start to use the added memory within {} s",
+                PLUG_LIMIT.as_secs()
+            );
             TaskError::unknown(text)
         })
 }
 
-/// Offers the guest additional memory and vCPUs, and asks for the return of excess ones.
+/// Offers the guest additional memory and vCPUs, and requests the return of excess ones.
 async fn request_size(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
     let machine = pod.machine();
     match machine.resize(hotplugged_memory(pod, to), to.vcpus).await {

@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// Beginnings of the error texts of a failed Start. They are those of runc's shim, because users search for them.
+/// The prefixes of the error texts of a failed Start: the same as in runc's shim, because users search for them.
 const START_CONTEXT: &str = "OCI runtime start failed";
 const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
 
@@ -40,7 +40,7 @@ pub(crate) struct ExecRequest {
 }
 
 impl Tasks {
-    /// Adds a process to the container `id`. Start starts it.
+    /// Adds a process to the container `id`. [`Self::start`] runs it.
     pub(crate) fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
         let container = self.container(id)?;
         // The id is sent to the guest, where it must be one path component.
@@ -90,7 +90,7 @@ impl Tasks {
         let init = &container.init;
         if let Err(wrong) = init.lifecycle.begin_start() {
             if container.is_sandbox() && !container.pod.machine().was_stopped() {
-                // If the sandbox ended because its machine did not boot, the user needs that reason.
+                // If the sandbox ended because its machine did not boot, return that reason.
                 self.set_up_pod(&container.pod).await?;
             }
             return Err(wrong.into());
@@ -99,7 +99,7 @@ impl Tasks {
         let started = match container.role {
             // A running sandbox must accept containers.
             Role::Sandbox(_) => self.set_up_pod(&container.pod).await,
-            // Not at Create: clients add network interfaces to the namespace of a created container.
+            // Connected here, not at Create: clients add network interfaces to the namespace of a created container.
             Role::Single { .. } => match self.connect_network(&container.pod, init.pid(), false).await {
                 Ok(()) => start_in_guest(container).await,
                 Err(error) => Err(error),
@@ -205,8 +205,8 @@ fn check_accepts_execs(container: &Container) -> Result<(), TaskError> {
     Err(TaskError::new(ErrorCode::FailedPrecondition, text))
 }
 
-/// Replaces `NOT_FOUND`, which containerd would take for a task that is gone. Here something that the process needs is
-/// missing.
+/// Replaces `NOT_FOUND`, which containerd would take to mean that the task is gone. Here it means that something that
+/// the process needs is missing.
 fn replace_not_found(error: TaskError) -> TaskError {
     match error.code() {
         ErrorCode::NotFound => TaskError::unknown(error.to_string()),

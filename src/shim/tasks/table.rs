@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-/// All containers of this shim, and what their calls need.
+/// All containers of this shim, and the resources that calls use.
 #[derive(Debug)]
 pub(crate) struct Tasks {
     pub(super) configuration: Configuration,
@@ -142,7 +142,7 @@ impl Tasks {
         table.containers.remove(id)
     }
 
-    /// No container or sandbox exists or is being created.
+    /// Whether no container or sandbox exists or is being created.
     pub(super) fn is_empty(&self) -> bool {
         self.table().reserved.is_empty()
     }

@@ -22,7 +22,7 @@ pub(crate) struct HookError {
     reason: String,
 }
 
-/// What the hooks of a container get to know of it.
+/// The part of a container's state that its hooks receive.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HookContainer<'a> {
     pub(crate) id: &'a ContainerId,
@@ -72,7 +72,7 @@ pub(crate) async fn run_all(moment: &'static str, hooks: &[Hook], status: &str, 
 
 /// The container's state as JSON (OCI spec, "State").
 fn encode_state(status: &str, container: HookContainer<'_>) -> String {
-    // The spec was read before, when the container was planned. If it is gone, hooks get no annotations.
+    // The spec was readable when the container was planned. If it has been removed since, hooks get no annotations.
     let annotations = oci::read_annotations(container.bundle).unwrap_or_default();
     let mut state = json!({
         "ociVersion": "1.2.0",
@@ -115,7 +115,7 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
         Some(limit) => match tokio::time::timeout(limit, child.reap()).await {
             Ok(ended) => ended,
             Err(_) => {
-                // Kills the processes that the hook started too. The group's id is not reused before the hook is
+                // Also kills the processes that the hook started. The group's id is not reused before the hook is
                 // reaped.
                 if let Some(group) = i32::try_from(child.pid()).ok().and_then(Pid::from_raw) {
                     let _ = rustix::process::kill_process_group(group, Signal::KILL);

@@ -89,12 +89,12 @@ impl From<WrongPhase> for TaskError {
     }
 }
 
-/// Which caller deletes the process.
+/// The caller that deletes the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deletion {
-    /// This one. It calls [`Lifecycle::mark_deleted`] when it is done.
+    /// This caller. It calls [`Lifecycle::mark_deleted`] when it is done.
     Begun(Exit),
-    /// An earlier one. Wait for it with [`Lifecycle::wait_deleted`].
+    /// An earlier caller. Wait for it with [`Lifecycle::wait_deleted`].
     InProgress,
 }
 
@@ -165,7 +165,7 @@ impl Lifecycle {
     }
 
     /// Created, running or paused → stopped. Waits while a creation or start is in progress. Runs `announce` before
-    /// the exit becomes visible. If an exit was recorded before, that one stands and `announce` does not run.
+    /// the exit becomes visible. An exit that was recorded before is kept, and `announce` does not run.
     pub(crate) async fn record_exit(&self, exit: Exit, announce: impl FnOnce()) {
         let mut announce = Some(announce);
         loop {
@@ -246,7 +246,7 @@ impl Lifecycle {
         }
     }
 
-    /// Enters the phase that `next` returns for the current one. Returns whether there was one.
+    /// Enters the phase that `next` returns for the current one. Returns false if `next` returned none.
     fn transition(&self, next: impl FnOnce(Phase) -> Option<Phase>) -> bool {
         self.phase.send_if_modified(|phase| match next(*phase) {
             Some(next) => {
@@ -458,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn second_of_two_deletions_is_in_progress() {
+    fn second_caller_finds_the_deletion_in_progress() {
         let lifecycle = at(Phase::Stopped(EXIT));
         assert_eq!(lifecycle.begin_deletion(), Ok(Deletion::Begun(EXIT)));
         assert_eq!(lifecycle.begin_deletion(), Ok(Deletion::InProgress));

@@ -42,7 +42,7 @@ pub(super) enum Role {
     /// It is the pod's sandbox, which has no process in the guest. The lifecycle of its first process is the state
     /// of the pod.
     Sandbox(SandboxApi),
-    /// It lives in the pod of a sandbox.
+    /// It is in the pod of a sandbox.
     Member {
         /// Its root is a disk that the guest may have to write back.
         writes_disk: bool,
@@ -105,12 +105,12 @@ impl Container {
         matches!(self.role, Role::Sandbox(_))
     }
 
-    /// Whether the Task service knows it, and its events are published.
+    /// Whether it is available in the Task service, and its events are published.
     pub(super) fn is_task(&self) -> bool {
         self.role != Role::Sandbox(SandboxApi::Service)
     }
 
-    /// What its hooks get to know of it.
+    /// The state that its hooks receive.
     pub(super) fn hook_container(&self) -> HookContainer<'_> {
         HookContainer {
             id: &self.id,

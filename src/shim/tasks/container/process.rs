@@ -20,7 +20,7 @@ use crate::shim::{
 pub(crate) struct Process {
     /// containerd's id of an exec; `None` for a container's first process.
     pub(crate) exec: Option<String>,
-    /// Its standard streams as containerd named them.
+    /// Its standard streams as containerd specified them.
     pub(crate) stdio_spec: StdioSpec,
     /// Its state.
     pub(crate) lifecycle: Lifecycle,
@@ -34,7 +34,7 @@ pub(crate) struct Process {
 #[derive(Debug, Default)]
 struct State {
     pid_holder: Option<Arc<PidHolder>>,
-    /// OCI `Process` as JSON, of an exec that was not started yet.
+    /// OCI `Process` as JSON, for the start of an exec.
     spec: Vec<u8>,
     /// Columns and rows.
     terminal_size: Option<(u16, u16)>,
@@ -149,7 +149,7 @@ impl Process {
         !self.exit_claimed.swap(true, Ordering::Relaxed)
     }
 
-    /// Closes those of its streams that are open.
+    /// Closes its open streams.
     pub(crate) async fn close_streams(&self, machine: &Machine) {
         if let Some(streams) = self.streams() {
             streams.close(machine, CLOSE_STREAMS_LIMIT).await;

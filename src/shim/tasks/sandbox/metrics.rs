@@ -8,7 +8,7 @@ use crate::shim::{
 };
 
 impl Tasks {
-    /// SandboxMetrics: what all containers of the pod use together.
+    /// SandboxMetrics: the total resource use of the pod's containers.
     pub(crate) async fn sandbox_metrics(&self, id: &str) -> Result<ContainerStats, TaskError> {
         let sandbox = self.find_sandbox(id)?;
         let mut sum = ContainerStats::default();
@@ -28,7 +28,7 @@ impl Tasks {
 }
 
 /// Adds the resource use of one container of a pod to `sum`. Network interfaces belong to the pod, so they are taken
-/// from one container. Limits of containers do not add up to one of the pod, so the sum is unlimited.
+/// from one container. Limits of containers do not add up to a limit of the pod, so the sum has none.
 fn add(sum: &mut ContainerStats, one: ContainerStats) {
     let ContainerStats {
         cpu,

@@ -255,7 +255,7 @@ impl Tasks {
     }
 }
 
-/// The request that gives the guest what the pod's containers share.
+/// The request that sets up the resources that the pod's containers share.
 fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
     let files = match &shared.resolv_conf {
         None => Vec::new(),
@@ -270,8 +270,8 @@ fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
     })
 }
 
-/// The files that containerd's CRI creates for a pod with `sandboxer = "podsandbox"`, and the shim for all others
-/// (containerd `internal/cri/server/podsandbox`, `setupSandboxFiles`).
+/// The files that the shim provides for a pod of the Sandbox service. With `sandboxer = "podsandbox"`, containerd's CRI
+/// provides them (containerd `internal/cri/server/podsandbox`, `setupSandboxFiles`).
 fn pod_files(hostname: Option<&str>, resolv_conf: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
     const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
     let resolv_conf = match resolv_conf {
