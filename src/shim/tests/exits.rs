@@ -28,7 +28,7 @@ async fn delete_of_created_task_kills_it_first() {
 }
 
 #[tokio::test]
-async fn exit_is_reported_after_the_output_before_it() {
+async fn exit_is_reported_after_the_output_is_drained() {
     let mut shim = Shim::start_with(Behaviour::NeverDrains).await;
     shim.run("c1").await;
     shim.fake.report_exit("c1", None, 0, [5, 0]);
@@ -162,7 +162,7 @@ async fn end_of_the_machine_ends_its_processes_and_not_the_shim() {
     assert_eq!(shim.next_events(6).await[4..], ["exit e1 137", "exit c1 137"]);
     assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
     assert_eq!(shim.next_events(1).await, ["delete c1 137"]);
-    // The shim goes on.
+    // The shim still works.
     shim.create("c2").await;
 }
 

@@ -113,7 +113,7 @@ async fn calls_in_the_wrong_phase_fail_with_their_codes() {
 }
 
 #[tokio::test]
-async fn failed_create_has_runcs_text_and_leaves_nothing() {
+async fn failed_create_has_runcs_text_and_leaves_nothing_behind() {
     let mut shim = Shim::start().await;
     let request = shim.request("c1");
     let bundle = shim.folder.path().join("c1");

@@ -1,4 +1,4 @@
-//! The services from containerd's side, with fake machines (see [`fake`]).
+//! Tests of the services through a ttrpc client, with fake machines (see [`fake`]).
 
 mod exits;
 mod fake;

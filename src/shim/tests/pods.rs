@@ -27,7 +27,7 @@ impl Shim {
             bundle_path: bundle.display().to_string(),
             options: MessageField::some(Any {
                 type_url: "runtime.v1.PodSandboxConfig".to_owned(),
-                // hostname
+                // Field 2: `hostname`.
                 value: b"\x12\x05web-0".to_vec(),
                 ..Any::default()
             }),
@@ -129,7 +129,7 @@ impl Shim {
         self.task.shutdown(context::Context::default(), &request).await.unwrap();
     }
 
-    fn is_ending(&self) -> bool {
+    fn is_stopping(&self) -> bool {
         self.tasks.is_stopping()
     }
 }
@@ -168,7 +168,7 @@ async fn service_sandbox_passes_all_states_without_events() {
     );
     assert_eq!(error_of(shim.ping_sandbox("pod").await).0, Code::FAILED_PRECONDITION);
     shim.shut_down_sandbox("pod").await.unwrap();
-    assert!(shim.is_ending() && !process_exists(created.pid));
+    assert!(shim.is_stopping() && !process_exists(created.pid));
     shim.assert_no_more_events().await;
 }
 
@@ -193,7 +193,7 @@ async fn sandbox_calls_in_the_wrong_phase_fail_with_their_codes() {
         late.0 == Code::FAILED_PRECONDITION && late.1.contains("stopped"),
         "{late:?}"
     );
-    assert!(!shim.is_ending());
+    assert!(!shim.is_stopping());
 }
 
 #[tokio::test]
@@ -214,13 +214,13 @@ async fn service_sandbox_is_no_task_and_keeps_the_shim_until_its_shutdown() {
     shim.wait("c1", "").await.unwrap();
     shim.delete("c1", "").await.unwrap();
     shim.shut_down().await;
-    assert!(!shim.is_ending());
+    assert!(!shim.is_stopping());
     shim.stop_sandbox("pod").await.unwrap();
     shim.shut_down().await;
-    assert!(!shim.is_ending());
+    assert!(!shim.is_stopping());
 
     shim.shut_down_sandbox("pod").await.unwrap();
-    assert!(shim.is_ending() && !process_exists(pid));
+    assert!(shim.is_stopping() && !process_exists(pid));
 }
 
 #[tokio::test]
@@ -230,12 +230,12 @@ async fn sandbox_shutdown_ends_all_containers_and_works_without_a_sandbox() {
     let pid = shim.start_sandbox("pod").await.unwrap();
     let member = shim.run_member("c1").await;
     shim.shut_down_sandbox("pod").await.unwrap();
-    assert!(shim.is_ending() && !process_exists(pid) && !process_exists(member));
+    assert!(shim.is_stopping() && !process_exists(pid) && !process_exists(member));
     assert_eq!(shim.next_events(3).await, ["create", "start", "exit c1 137"]);
 
     let shim = Shim::start().await;
     shim.shut_down_sandbox("pod").await.unwrap();
-    assert!(shim.is_ending());
+    assert!(shim.is_stopping());
 }
 
 #[tokio::test]
@@ -282,7 +282,7 @@ async fn service_sandbox_provides_etc_files() {
 }
 
 #[tokio::test]
-async fn sandbox_start_fails_and_names_the_refused_sysctl() {
+async fn failed_sandbox_start_names_the_refused_sysctl() {
     let mut shim = Shim::start().await;
     let sysctl = |spec: &mut Value| spec["linux"]["sysctl"] = json!({"no.such": "1"});
     shim.create_in_pod("pod", "sandbox", sysctl).await.unwrap();
@@ -492,7 +492,7 @@ async fn exit_of_a_container_affects_neither_its_siblings_nor_the_pod() {
     shim.wait("b", "").await.unwrap();
     shim.delete("b", "").await.unwrap();
     shim.shut_down().await;
-    assert!(!shim.is_ending(), "the pod ends without a container");
+    assert!(!shim.is_stopping(), "the pod ends without a container");
     shim.run_member("a").await;
     assert_eq!(shim.status("a").await, Status::RUNNING);
     let mut events = shim.next_events(13).await;
@@ -526,8 +526,8 @@ async fn guest_writes_back_the_disks_of_containers_that_end_with_their_sandbox()
         request.rootfs[0].options = vec![options.to_owned()];
         shim.task.create(context::Context::default(), &request).await.unwrap();
         shim.stop_sandbox("pod").await.unwrap();
-        let asked = shim.fake.requests().contains(&Request::Shutdown);
-        assert_eq!(asked, written, "{options}");
+        let requested = shim.fake.requests().contains(&Request::Shutdown);
+        assert_eq!(requested, written, "{options}");
         assert_eq!(shim.wait("a", "").await.unwrap(), 137);
     }
 }

@@ -58,7 +58,7 @@ impl Shim {
         }
     }
 
-    /// Runs `c1` with such streams.
+    /// Runs `c1` with streams that this opens: standard input and output.
     async fn run_streaming(&self) -> (ClientStream<Any, Any>, ClientStream<Any, Any>) {
         let streams = (self.open("c1-stdin").await, self.open("c1-stdout").await);
         self.create_as(&self.streaming_request("c1")).await.unwrap();
@@ -147,7 +147,7 @@ async fn output_stays_writable_without_a_reader() {
 }
 
 #[tokio::test]
-async fn stdin_ends_with_close_io_and_not_with_a_client() {
+async fn stdin_ends_with_close_io_and_not_when_a_client_disconnects() {
     let shim = Shim::start().await;
     shim.run("c1").await;
     let mut input = shim.fake.take_input("c1");
@@ -192,7 +192,7 @@ async fn close_io_before_the_start_of_an_exec_takes_effect() {
     };
     let closed: ttrpc::Result<Empty> = shim.task.close_io(context::Context::default(), &close).await;
     closed.unwrap();
-    // The container's own input is the same fifo.
+    // The container's standard input is the same fifo, and would keep it open.
     shim.close_stdin("c1").await;
 
     shim.start_task("c1", "e1").await.unwrap();
@@ -332,7 +332,7 @@ async fn reconnected_client_gets_the_remaining_output() {
 }
 
 #[tokio::test]
-async fn streamed_stdin_ends_with_close_io_and_not_with_a_client() {
+async fn streamed_stdin_ends_with_close_io_and_not_when_a_client_disconnects() {
     let shim = Shim::start().await;
     let (mut stdin, _stdout) = shim.run_streaming().await;
     let input = shim.fake.take_input("c1");
