@@ -8,7 +8,6 @@ use super::{IdMap, Limits, PodSize, Size};
 /// `defaultShmSize`).
 pub(super) const DEFAULT_SHM_SIZE: u64 = 64 << 20;
 
-/// The plan for a bundle.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum BundlePlan {
     /// A container that runs in a machine.

@@ -160,7 +160,7 @@ pub enum PidNamespace {
     Container(String),
 }
 
-/// A container to create.
+/// The arguments of [`Request::CreateContainer`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CreateContainer {
     /// containerd's id of the container.
@@ -349,7 +349,7 @@ pub struct ContainerStats {
     pub io: Vec<IoStats>,
     /// `memory.stat`, `memory.current`, `memory.max` and the same for swap.
     pub memory: MemoryStats,
-    /// `memory.events`.
+    /// The counters of the cgroup file `memory.events`.
     pub memory_events: MemoryEvents,
     /// The interfaces in the container's network namespace, except `lo`.
     pub network: Vec<NetworkStats>,

@@ -87,7 +87,6 @@ pub(super) struct LinuxContainerResources {
     /// CPU time in each period, in microseconds.
     #[prost(int64, tag = "2")]
     pub(super) cpu_quota: i64,
-    /// In bytes.
     #[prost(int64, tag = "4")]
     pub(super) memory_limit_in_bytes: i64,
 }

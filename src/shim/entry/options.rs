@@ -15,7 +15,6 @@ pub(crate) struct Options {
     pub(crate) config_path: Option<PathBuf>,
     /// The runtime's configuration itself. Ignored if there is a `config_path`.
     pub(crate) config_body: Option<String>,
-    /// The cgroup for the shim.
     pub(crate) shim_cgroup: Option<String>,
 }
 

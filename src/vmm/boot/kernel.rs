@@ -35,7 +35,6 @@ pub(crate) enum KernelError {
     Read(#[source] io::Error),
 }
 
-/// A loaded kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::vmm) struct LoadedKernel {
     /// The address of the first instruction.

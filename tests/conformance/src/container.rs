@@ -24,9 +24,9 @@ pub const SIGTERM: u32 = 15;
 #[derive(Debug)]
 pub struct Prepared<'c> {
     containerd: &'c Containerd,
-    /// Its bundle.
+    /// The bundle for the Create request.
     pub bundle: Arc<Bundle>,
-    /// Its shim.
+    /// The shim that `start` printed the address of.
     pub shim: Shim,
     /// The Create request, which a test may change.
     pub request: CreateTaskRequest,
@@ -40,11 +40,11 @@ pub struct Prepared<'c> {
 #[derive(Debug)]
 pub struct Container<'c> {
     containerd: &'c Containerd,
-    /// Its id.
+    /// The id in every request.
     pub id: String,
-    /// Its bundle.
+    /// The bundle of the Create request.
     pub bundle: Arc<Bundle>,
-    /// Its shim.
+    /// The shim that serves the container.
     pub shim: Shim,
     /// Its pid on the host.
     pub pid: u32,
@@ -58,7 +58,7 @@ pub struct Container<'c> {
 #[derive(Debug)]
 pub struct Exec<'c> {
     container: &'c Container<'c>,
-    /// Its id.
+    /// The id of the exec in every request.
     pub id: String,
     /// Its standard output, which includes standard error.
     pub stdout: Arc<Output>,

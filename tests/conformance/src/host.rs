@@ -27,7 +27,7 @@ pub(crate) fn run_folder() -> &'static Path {
 pub struct Process {
     /// The name, at most 15 bytes (`/proc/<pid>/comm`).
     pub name: String,
-    /// The pid.
+    /// The pid in the namespace of the test.
     pub pid: u32,
 }
 

@@ -303,7 +303,7 @@ impl SandboxClient {
         self.0.call("StartSandbox", &request)
     }
 
-    /// Platform.
+    /// Calls Platform of the Sandbox service.
     pub fn platform(&self, id: &str) -> CallResult<PlatformResponse> {
         let request = PlatformRequest {
             sandbox_id: id.to_owned(),

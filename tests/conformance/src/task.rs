@@ -52,7 +52,7 @@ impl From<ttrpc::Error> for CallError {
     }
 }
 
-/// The result of a call.
+/// A response, or the gRPC code and text of an error.
 pub type CallResult<T> = Result<T, CallError>;
 
 /// A connection to a shim, for calls of one service.
@@ -132,7 +132,7 @@ impl TaskClient {
         self.call("Start", &request).map(|response: StartResponse| response.pid)
     }
 
-    /// State.
+    /// Calls State of the Task service.
     pub fn state(&self, id: &str, exec: &str) -> CallResult<StateResponse> {
         let request = StateRequest {
             id: id.to_owned(),
@@ -142,7 +142,7 @@ impl TaskClient {
         self.call("State", &request)
     }
 
-    /// Delete.
+    /// Calls Delete of the Task service.
     pub fn delete(&self, id: &str, exec: &str) -> CallResult<DeleteResponse> {
         let request = DeleteRequest {
             id: id.to_owned(),
@@ -152,7 +152,7 @@ impl TaskClient {
         self.call("Delete", &request)
     }
 
-    /// Pids.
+    /// Calls Pids of the Task service.
     pub fn pids(&self, id: &str) -> CallResult<PidsResponse> {
         let request = PidsRequest {
             id: id.to_owned(),
@@ -161,7 +161,7 @@ impl TaskClient {
         self.call("Pids", &request)
     }
 
-    /// Pause.
+    /// Calls Pause of the Task service.
     pub fn pause(&self, id: &str) -> CallResult<Empty> {
         let request = PauseRequest {
             id: id.to_owned(),
@@ -170,7 +170,7 @@ impl TaskClient {
         self.call("Pause", &request)
     }
 
-    /// Resume.
+    /// Calls Resume of the Task service.
     pub fn resume(&self, id: &str) -> CallResult<Empty> {
         let request = ResumeRequest {
             id: id.to_owned(),
@@ -234,7 +234,7 @@ impl TaskClient {
         self.call("Update", &request)
     }
 
-    /// Wait.
+    /// Calls Wait of the Task service.
     pub fn wait(&self, id: &str, exec: &str) -> CallResult<WaitResponse> {
         let request = WaitRequest {
             id: id.to_owned(),

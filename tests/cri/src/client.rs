@@ -12,7 +12,6 @@ use crate::messages::Call;
 /// The socket of containerd.
 pub(crate) const SOCKET: &str = "/run/containerd/containerd.sock";
 
-/// Timeout of a call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Why a call failed: the status that the service sent, or an error of the connection.

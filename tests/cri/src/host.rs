@@ -16,7 +16,6 @@ pub(crate) struct LogLine {
     pub(crate) stream: String,
     /// Whether the tag is `F`. Otherwise the next line of the same stream continues the text.
     pub(crate) is_complete: bool,
-    /// The text.
     pub(crate) text: String,
 }
 
@@ -131,7 +130,6 @@ fn held_namespaces() -> Vec<String> {
 /// The resources of a process of the runtime: a shim, a vmm or a file server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RuntimeProcess {
-    /// The pid.
     pub(crate) pid: u32,
     /// Number of open descriptors.
     pub(crate) descriptors: usize,

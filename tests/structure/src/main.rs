@@ -3,7 +3,8 @@
 //! - no import cycle between the files of a crate, and none between the modules of a folder;
 //! - no import from a lower layer of the executable into a higher one ([`layers::LAYERS`]);
 //! - no source file over [`sizes::MAX_LINES`] lines, no folder over [`sizes::MAX_FILES`] source files;
-//! - every folder's module opens with its documentation.
+//! - every folder's module opens with its documentation;
+//! - no doc comment only repeats the name of its item.
 //!
 //! Prints each finding on a line and exits with 1 if there is one. Imports of unit tests are not checked: tests may use
 //! any module.
@@ -12,6 +13,7 @@ mod cycles;
 mod imports;
 mod layers;
 mod modules;
+mod repeats;
 mod sizes;
 
 use std::{
@@ -23,13 +25,15 @@ use std::{
 use self::modules::{Crate, SourceError};
 
 /// The crates whose imports are checked, by the file that is their root.
-const ROOTS: [&str; 7] = [
+const ROOTS: [&str; 9] = [
     "src/main.rs",
     "guest/agent/src/main.rs",
     "guest/protocol/src/lib.rs",
+    "linux/src/lib.rs",
     "tests/conformance/src/lib.rs",
     "tests/conformance/tests/direct/main.rs",
     "tests/cri/src/main.rs",
+    "tests/spec/src/lib.rs",
     "tests/structure/src/main.rs",
 ];
 
@@ -61,6 +65,7 @@ fn findings(top: &Path) -> Result<Vec<String>, SourceError> {
         let imports = imports::find_imports(&source);
         findings.extend(cycles::between_files(&source, &imports));
         findings.extend(cycles::between_modules(&source, &imports));
+        findings.extend(repeats::findings(&source));
         if root == Path::new("src/main.rs") {
             findings.extend(layers::findings(&source, &imports));
         }

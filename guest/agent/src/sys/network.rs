@@ -24,7 +24,6 @@ pub(crate) fn bring_loopback_up(socket: impl AsFd) -> io::Result<()> {
 pub(crate) struct VsockAddress {
     /// The context id.
     pub(crate) cid: u32,
-    /// The port.
     pub(crate) port: u32,
 }
 

@@ -58,7 +58,6 @@ pub(super) enum SandboxApi {
     Service,
 }
 
-/// A container.
 #[derive(Debug)]
 pub(crate) struct Container {
     pub(super) id: ContainerId,
