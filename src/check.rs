@@ -1,6 +1,6 @@
-//! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers, in
-//! the same jail and with the same code as a pod's, prints the result, and ends the guest. An argument after `check` is
-//! added to the guest kernel's command line, and the kernel's log is then printed too.
+//! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers,
+//! in the same jail and with the same code as a pod's, prints the result, and ends the guest. An argument after `check`
+//! is added to the guest kernel's command line, and the kernel's log is then printed too.
 
 use std::{
     fs::File,
@@ -69,7 +69,8 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-/// Boots a guest and ends it. Returns the agent's first message, and the time from the start of the vmm to that message.
+/// Boots a guest and ends it. Returns the agent's first message, and the time from the start of the vmm to that
+/// message.
 fn boot() -> Result<(Ready, Duration), CheckError> {
     let kvm = File::options()
         .read(true)

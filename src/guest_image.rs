@@ -23,7 +23,8 @@ use crate::control::Extent;
 
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
 
-/// The sections with the guest image. They are aligned to pages in the file, because the vmm maps the kernel from there.
+/// The sections with the guest image. They are aligned to pages in the file, because the vmm maps the kernel from
+/// there.
 const KERNEL_SECTION: &str = ".nutshell.kernel";
 const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
@@ -58,7 +59,7 @@ pub(crate) struct GuestImage {
     pub(crate) initramfs_extent: Extent,
 }
 
-/// Opens the given files. Instead of a file that is `None`, opens the section of this executable.
+/// Opens the given files. For `None`, opens the section of this executable instead.
 pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<GuestImage, GuestImageError> {
     let (kernel, kernel_extent) = open_part("kernel", kernel, KERNEL_SECTION)?;
     let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, INITRAMFS_SECTION)?;

@@ -18,7 +18,7 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     // chmod, utimes and extended attributes of any user's files.
     .union(CapabilitySet::FOWNER)
-    // Without it, writes and chmod would clear set-id bits that the guest's kernel wants to keep.
+    // Without it, writes and chmod would clear set-id bits that the guest's kernel does not clear.
     .union(CapabilitySet::FSETID)
     // setfsuid and setfsgid: new files belong to the guest's user and group.
     .union(CapabilitySet::SETGID)

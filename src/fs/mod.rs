@@ -2,11 +2,11 @@
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
 //! Lives here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`]). May not live here: mounts. The tree is the root of a mount namespace that [`crate::shim`] makes
-//! and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and [`OWNED_BY_GUEST`].
+//! queues ([`backend`]). May not live here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
+//! makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and [`OWNED_BY_GUEST`].
 //!
-//! Everything that a guest sends is hostile. The worst that it can do is to end this process, and with it its own
-//! machine. It cannot name anything outside of the tree, and [`MAX_DESCRIPTORS`] bounds what this process holds for it.
+//! Requests of a guest are untrusted. At worst they end this process, and with it the guest's own machine. They cannot
+//! name files outside of the tree, and [`MAX_DESCRIPTORS`] bounds the number of files that this process has open.
 
 mod backend;
 mod credentials;
@@ -40,17 +40,17 @@ use crate::jail::{self, Jail, JailError, Root};
 pub(crate) const ROLE: &str = "fs";
 
 /// Maximum number of descriptors of this process, if the shim's own limit allows as many: the kernel's default for
-/// `fs.nr_open`. Each file that the guest knows or holds open takes one.
+/// `fs.nr_open`. Each file that the guest has looked up or holds open takes one.
 const MAX_DESCRIPTORS: u32 = 1 << 20;
 
-/// Number of these descriptors that the guest's files cannot take.
+/// Number of these descriptors that are reserved for the process itself.
 const RESERVED_DESCRIPTORS: u64 = 256;
 
 #[derive(Debug, thiserror::Error)]
 enum FsError {
     #[error(transparent)]
     Jail(#[from] JailError),
-    #[error("cannot take over the descriptors from the shim: {0}")]
+    #[error("cannot use the descriptors that the shim passed: {0}")]
     Inherit(#[source] io::Error),
     #[error("cannot open the tree: {0}")]
     Tree(#[source] io::Error),
@@ -101,7 +101,7 @@ fn run() -> Result<(), FsError> {
 struct Inherited {
     listener: UnixListener,
     namespace: OwnedFd,
-    /// `/proc/self/fd`, for opening files that the guest knows.
+    /// `/proc/self/fd`, for opening files that the guest has looked up.
     own_descriptors: OwnedFd,
 }
 

@@ -1,7 +1,7 @@
-//! Node ids as the guest knows them, and for how long the guest may cache names and attributes of a node.
+//! Node ids as the guest sees them, and for how long the guest may cache names and attributes of a node.
 //!
 //! A node id of the guest is virtiofsd's id with the node's class in the two highest bits. virtiofsd counts its ids up
-//! from 1 and never reaches these bits. A guest that invents an id with other bits misleads only itself.
+//! from 1 and never reaches these bits. A guest that sends an id with wrong bits affects only its own caches.
 
 use std::{ffi::CStr, time::Duration};
 

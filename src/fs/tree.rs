@@ -30,7 +30,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// Opens the tree at this process's root. The guest can know or hold open at most `max_files` files at a time.
+    /// Opens the tree at this process's root. The guest can have at most `max_files` files looked up or open at a time.
     /// `own_descriptors` is `/proc/self/fd`.
     pub(super) fn open(own_descriptors: File, max_files: u64) -> io::Result<Self> {
         let inner = PassthroughFs::new(Config {

@@ -38,7 +38,7 @@ pub(crate) use self::error::{FailedStep, JailError, step};
 /// and pids are below 2^22 (`PID_MAX_LIMIT`).
 const FIRST_ID: u32 = 0x7000_0000;
 
-/// What a jailed process keeps.
+/// The privileges and resources that a jailed process keeps.
 #[derive(Debug)]
 pub(crate) struct Jail<'a> {
     /// For errors.
@@ -60,7 +60,7 @@ pub(crate) struct Jail<'a> {
     pub(crate) max_threads: u32,
 }
 
-/// What a jailed process sees as `/`.
+/// The root directory of a jailed process.
 #[derive(Debug)]
 pub(crate) enum Root<'a> {
     /// An empty read-only directory.
@@ -185,7 +185,7 @@ fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
 fn drop_privileges(kept: CapabilitySet) -> Result<(), FailedStep> {
     // Changing the bounding set and the securebits needs CAP_SETPCAP, so it comes before the other sets.
     clear_bounding_set().map_err(step("clear the bounding set"))?;
-    // Capabilities then depend on the sets alone and not on user ids: uid 0 gains none, and a change of the user loses
+    // Capabilities then depend only on the sets and not on user ids: uid 0 gains none, and a change of the user loses
     // none (capabilities(7)).
     rustix::thread::set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT

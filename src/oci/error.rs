@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-/// Why there is no plan. The text names the field of the spec, or the path.
+/// Why a plan cannot be made. The text names the field of the spec, or the path.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PlanError {
     #[error("cannot read {}: {source}", path.display())]

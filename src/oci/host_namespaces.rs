@@ -7,7 +7,7 @@ use super::PlanError;
 /// Why hostNetwork is refused.
 pub(super) const HOST_NETWORK: &str = "a virtual machine cannot share the network of its host";
 
-/// What hostPID and hostIPC mean for a pod, from the host's configuration.
+/// The meaning of hostPID and hostIPC for a pod, from the host's configuration.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum HostNamespaces {

@@ -5,8 +5,8 @@ use std::{fmt, str::FromStr};
 /// Maximum length of an identifier in bytes (containerd `pkg/identifiers`: `maxLength`).
 const MAX_LENGTH: usize = 76;
 
-/// A valid identifier: ASCII letters, digits, `.`, `_` and `-`, with a letter or digit at both ends, at most 76 bytes. It
-/// is always a single path component, never `.` or `..`.
+/// A valid identifier: ASCII letters, digits, `.`, `_` and `-`, with a letter or digit at both ends, at most 76 bytes.
+/// It is always a single path component, never `.` or `..`.
 ///
 /// This accepts every identifier of containerd (`pkg/identifiers`), and some with several separators in a row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -16,7 +16,7 @@ pub(crate) enum BundlePlan {
     Sandbox(Box<PodPlan>),
 }
 
-/// What a pod needs before any of its containers is created.
+/// The resources and settings that a pod needs before its first container is created.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PodPlan {
     /// The size of the pod's machine.
@@ -30,7 +30,7 @@ pub(crate) struct PodPlan {
     pub(crate) shared: PodShared,
 }
 
-/// What the containers of a pod share in the guest.
+/// Settings in the guest that the containers of a pod share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PodShared {
     pub(crate) hostname: Option<String>,
@@ -53,7 +53,7 @@ pub(crate) enum ResolvConf {
     Contents(String),
 }
 
-/// What a container needs from its machine.
+/// The resources and settings of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) placement: Placement,

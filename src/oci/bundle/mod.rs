@@ -31,7 +31,7 @@ use super::{
 
 /// Plans the container `id` from its bundle and the mounts of its snapshot (`rootfs`).
 ///
-/// Reads `config.json` in `bundle`, and looks at the host only through `inspect`.
+/// Reads `config.json` in `bundle`, and inspects the host only through `inspect`.
 ///
 /// # Errors
 ///

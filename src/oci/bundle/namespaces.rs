@@ -2,7 +2,7 @@
 //!
 //! Namespace paths in a spec are paths on the host. They are never opened here, and the guest never sees them. The path
 //! of the network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes
-//! from the sandbox's pid, stand for what the containers share in the pod's machine.
+//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine.
 
 use std::path::Path;
 

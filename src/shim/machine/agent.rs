@@ -1,7 +1,7 @@
 //! The client of the guest's agent: sends requests, and receives replies and events on the same stream.
 //!
-//! Every received byte is treated as hostile: the size of a frame is bounded, a reply to no request is ignored, and
-//! a violation of the framing ends the stream, and with it the machine.
+//! Received bytes are untrusted: the size of a frame is bounded, a reply to no request is ignored, and a violation of
+//! the framing ends the stream, and with it the machine.
 
 use std::{
     collections::HashMap,
@@ -66,7 +66,7 @@ type Pending = Option<HashMap<u64, oneshot::Sender<Result<Response, Failure>>>>;
 
 impl Agent {
     /// Starts a client on `stream`. `on_event` gets each event in order, and must not block. The returned future
-    /// completes with a reason when the stream has ended. Needs the runtime.
+    /// completes with a reason when the stream has ended. Needs the Tokio runtime.
     pub(crate) fn start(
         stream: StdUnixStream,
         on_event: impl FnMut(Event) + Send + 'static,

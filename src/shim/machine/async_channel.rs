@@ -9,7 +9,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::control::{Channel, Command, ControlError, Notice};
 
-/// A [`Channel`] that is registered with the runtime.
+/// A [`Channel`] that is registered with the Tokio runtime.
 #[derive(Debug)]
 pub(super) struct AsyncChannel(AsyncFd<RawChannel>);
 
@@ -24,7 +24,7 @@ impl AsRawFd for RawChannel {
 }
 
 impl AsyncChannel {
-    /// Makes `channel` non-blocking and registers it. Needs the runtime.
+    /// Makes `channel` non-blocking and registers it. Needs the Tokio runtime.
     pub(super) fn new(channel: Channel) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&channel, true)?;
         // SAFETY: a `Channel` owns its descriptor, which stays open and the same until it is dropped, and `AsyncFd`

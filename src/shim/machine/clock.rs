@@ -24,7 +24,7 @@ use super::agent::{Agent, AgentError};
 pub(super) struct ClockJumps(AsyncFd<OwnedFd>);
 
 impl ClockJumps {
-    /// Watches from now on. Needs the runtime.
+    /// Watches from now on. Needs the Tokio runtime.
     pub(super) fn watch() -> io::Result<Self> {
         let timer = timerfd_create(TimerfdClockId::Realtime, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
         // Centuries away, so that only a jump makes the timer readable.

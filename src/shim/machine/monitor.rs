@@ -24,7 +24,7 @@ pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
 type AnswerSender = oneshot::Sender<Result<(), String>>;
 
-/// What [`run`] keeps up to date. A dropped sender means that the machine has ended.
+/// The state that [`run`] updates. A dropped sender means that the machine has ended.
 #[derive(Debug)]
 pub(super) struct MachineState {
     pub(super) streams: StreamTable,

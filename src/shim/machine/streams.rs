@@ -1,4 +1,4 @@
-//! The byte streams between host and guest: which host ports are open, and the state of each.
+//! The byte streams between host and guest: which vsock ports of the host are open, and the state of each.
 
 use std::collections::HashMap;
 
@@ -22,7 +22,7 @@ pub(crate) struct GuestStream {
 }
 
 impl GuestStream {
-    /// The host port that the guest connects to.
+    /// The vsock port of the host that the guest connects to.
     pub(crate) fn port(&self) -> u32 {
         self.port
     }

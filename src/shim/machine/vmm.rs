@@ -37,8 +37,8 @@ pub(crate) enum VmmError {
 }
 
 impl VmmProcess {
-    /// Starts the process. Call it on the shim's main thread: the kernel kills the process when the thread that
-    /// started it ends. Needs the runtime.
+    /// Starts the process. Call it on the shim's main thread: the kernel kills the process when the thread that started
+    /// it ends. Needs the Tokio runtime.
     pub(crate) fn spawn() -> io::Result<Self> {
         let (control, vmm_end) = Channel::pair().map_err(io::Error::other)?;
         let (stderr, writer) = io::pipe()?;

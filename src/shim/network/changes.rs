@@ -38,7 +38,7 @@ impl ChangeSocket {
         bound.map_err(|errno| NetlinkError::new("watch the pod's network", errno.into()))
     }
 
-    /// Registers the socket. Needs the runtime.
+    /// Registers the socket. Needs the Tokio runtime.
     pub(super) fn listen(self) -> io::Result<ChangeListener> {
         // SAFETY: an `OwnedFd` stays open and the same descriptor while it is owned, and `AsyncFd` owns it from here
         // on.

@@ -17,7 +17,7 @@ pub(crate) enum NetworkError {
     #[error("make a tap device for {link}: {step}: {source}")]
     Tap {
         link: String,
-        /// What failed.
+        /// The failed step.
         step: &'static str,
         source: io::Error,
     },

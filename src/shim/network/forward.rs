@@ -52,7 +52,7 @@ impl ForwardListeners {
         self.sockets[index].accept().unwrap().0
     }
 
-    /// Forwards connections to `machine` until the result is dropped. Needs the runtime.
+    /// Forwards connections to `machine` until the result is dropped. Needs the Tokio runtime.
     pub(super) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = self

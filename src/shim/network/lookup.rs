@@ -30,7 +30,7 @@ const BPF_FUNC_SK_ASSIGN: i32 = 124;
 const LAST_WORD_OF_LOOPBACK: i32 = 1_i32.to_be();
 
 /// Selects the socket at index 0 of the map for TCP to 127.0.0.0/8, and that at index 1 for TCP to ::1. For other
-/// connections the kernel's own lookup goes on.
+/// connections the kernel's own lookup continues.
 const fn build_program(map: RawFd) -> [Instruction; 36] {
     // The jump from the instruction at this index to the last two, which return `SK_PASS`.
     const fn pass(from: i16) -> i16 {
@@ -217,6 +217,6 @@ unsafe fn bpf<T>(command: libc::c_int, attribute: &T) -> io::Result<RawFd> {
 }
 
 fn own_descriptor(descriptor: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made it for this process, and nothing else knows its number yet.
+    // SAFETY: the kernel has just made it for this process, and nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(descriptor) }
 }

@@ -128,7 +128,7 @@ impl Network {
         })
     }
 
-    /// Removes the redirects and releases the namespace. The tap devices are gone when the vmm ends.
+    /// Removes the redirects and releases the namespace. The kernel removes the tap devices when the vmm ends.
     pub(crate) async fn disconnect(self) {
         if let Some(follower) = &self.follower {
             follower.abort();

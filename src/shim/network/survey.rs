@@ -31,7 +31,7 @@ pub(super) struct TappedLink {
     pub(super) queues: Vec<OwnedFd>,
 }
 
-/// What [`survey`] found and made.
+/// The result of [`survey`].
 #[derive(Default)]
 pub(super) struct Survey {
     pub(super) config: IpConfig,
@@ -77,7 +77,7 @@ fn tap_link(netlink: &mut NetlinkSocket, survey: &mut Survey, link: Link, queues
         source,
     })?;
     tap::bring_up(netlink, tap.index, &link)?;
-    // This direction needs no removal: it is gone with the tap device.
+    // Not recorded: the kernel removes this direction with the tap device.
     Redirect::install(netlink, tap.index, link.index)?;
     survey
         .redirects

@@ -88,7 +88,7 @@ fn configure(messages: &[(String, Vec<u8>)]) {
     }
 }
 
-/// A namespace for the guest: its two Ethernet links stand for the network devices of the machine.
+/// A namespace for the guest: its two Ethernet links represent the network devices of the machine.
 fn guest_namespace() -> OwnedFd {
     new_namespace(&["link set lo up", "link add veth0 type veth peer name veth1"])
 }

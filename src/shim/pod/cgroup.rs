@@ -74,7 +74,7 @@ impl ControlGroup {
 }
 
 /// The path below the root for a `linux.cgroupsPath`. With the systemd driver the value is `slice:prefix:name`, and
-/// `a-b.slice` lies in `a.slice` (systemd.slice(5)). `None` if it would leave the root, or is of neither form.
+/// `a-b.slice` is below `a.slice` (systemd.slice(5)). `None` if the path would leave the root, or has neither form.
 fn relative_path(path: &str) -> Option<PathBuf> {
     let relative = match *path.split(':').collect::<Vec<_>>() {
         [path] => PathBuf::from(path.trim_start_matches('/')),

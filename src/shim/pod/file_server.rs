@@ -21,7 +21,7 @@ pub(super) struct RunningFileServer {
 
 impl RunningFileServer {
     /// Starts a file server. The socket is for the vmm. `None` if the launcher has none. Call it on the shim's main
-    /// thread. Needs the runtime.
+    /// thread. Needs the Tokio runtime.
     pub(super) fn start(launcher: &dyn Launcher) -> Result<Option<(Self, OwnedFd)>, ShareError> {
         let Some((server, socket)) = launcher.spawn_file_server()? else {
             return Ok(None);
@@ -52,9 +52,9 @@ impl RunningFileServer {
         Ok(changed.map_err(|error| PodError::Shim(error.to_string()))??)
     }
 
-    /// Kills `machine` when the process ends: its guest cannot work without its files. Needs the runtime.
+    /// Kills `machine` when the process ends: its guest cannot work without its files. Needs the Tokio runtime.
     pub(super) fn kill_machine_at_exit(&self, machine: Weak<Machine>) {
-        // Only the child: a reference to the server would keep the mounts of its tree.
+        // Passes only the child: a reference to the server would keep the mounts of its tree.
         tokio::spawn(follow_process(self.child.clone(), machine));
     }
 

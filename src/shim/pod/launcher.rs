@@ -33,7 +33,7 @@ pub(crate) struct HostLauncher {
 }
 
 impl HostLauncher {
-    /// Starts a first vmm process at once. Call it on the shim's main thread. Needs the runtime.
+    /// Starts a first vmm process at once. Call it on the shim's main thread. Needs the Tokio runtime.
     pub(crate) fn new(configuration: Configuration) -> Self {
         let vmm = VmmProcess::spawn()
             .inspect_err(|error| log::warn!("start the process of a virtual machine in advance: {error}"))

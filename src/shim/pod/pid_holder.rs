@@ -62,7 +62,8 @@ struct HolderParameters {
 
 impl PidHolder {
     /// Starts a holder. It is in its namespace, and has its name and its signal mask, when this returns. Call it on a
-    /// thread that lives as long as the shim: the kernel kills the holder when that thread ends. Needs the runtime.
+    /// thread that lives as long as the shim: the kernel kills the holder when that thread ends. Needs the Tokio
+    /// runtime.
     pub(crate) fn spawn(namespace: &NetworkNamespace) -> io::Result<Self> {
         let (mut report, reporter) = io::pipe()?;
         let mut memory = Box::new(HolderMemory {

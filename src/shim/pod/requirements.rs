@@ -1,4 +1,4 @@
-//! What a pod needs from the host, derived from the plan of its container or sandbox.
+//! The resources that a pod needs from the host, derived from the plan of its container or sandbox.
 
 use std::path::PathBuf;
 

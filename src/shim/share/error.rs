@@ -7,7 +7,7 @@ use std::{
 
 use crate::jail::FailedStep;
 
-/// Why the file server cannot be started, or its tree cannot be changed. `step` is what failed, as an infinitive.
+/// Why the file server cannot be started, or its tree cannot be changed. `step` is the failed step, as an infinitive.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShareError {
     #[error("start the file server: {step}: {source}")]

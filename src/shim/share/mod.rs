@@ -2,9 +2,9 @@
 //! that it serves.
 //!
 //! The tree is a small tmpfs at the root of a mount namespace. What is shared is mounted into it. Mounts are made
-//! detached and moved there, so they appear in no other namespace, and they are gone with the last user of the
-//! namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is resolved
-//! below a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
+//! detached and moved there, so they appear in no other namespace, and the kernel removes them with the last user of
+//! the namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is
+//! resolved below a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
 //!
 //! What lives here: everything that mounts on behalf of a pod. What may not live here: serving files, which is the task
 //! of the process. [`super::pod`] calls it.
@@ -116,7 +116,7 @@ impl FileServer {
                 Some(directory) => clone_mount(directory, true).map_err(step("open it")).map_err(&failed)?,
                 None => rootfs::mount_detached(mounts, bundle_rootfs)?,
             };
-            // Mounts of a snapshotter belong to this container alone; a directory may have other users.
+            // Mounts of a snapshotter belong only to this container; a directory may have other users.
             let owned_by_guest = directory.is_none();
             self.attach_detached(&mount, path, owned_by_guest, read_only)
                 .map_err(&failed)
@@ -255,7 +255,7 @@ impl FileServer {
     }
 }
 
-/// What [`FileServer::spawn`] needs.
+/// The result of [`prepare_tree`].
 struct PreparedTree {
     namespace: OwnedFd,
     tree: OwnedFd,

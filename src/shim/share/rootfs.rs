@@ -197,8 +197,8 @@ impl MountOptions {
     }
 
     /// Replaces the lower layers of an overlay with id-mapped ones. Each layer is mounted again, in a small tmpfs that
-    /// is mounted at `target`; the overlay covers it afterwards. The upper directory belongs to the container alone and
-    /// is left as the snapshotter made it.
+    /// is mounted at `target`; the overlay covers it afterwards. The upper directory belongs only to the container and
+    /// stays as the snapshotter made it.
     fn map_lower_layers(&mut self, map: &IdMap, target: &str) -> io::Result<()> {
         mount("tmpfs", target, "tmpfs", MountFlags::empty(), c"mode=755,size=64k")?;
         // The descriptor behind `target` refers to the directory below the tmpfs, its path to the tmpfs.

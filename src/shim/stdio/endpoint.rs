@@ -92,8 +92,8 @@ impl Endpoint {
         }))
     }
 
-    /// Whether standard error goes here too if it has no name itself, as with runc.
-    pub(super) fn takes_stderr_by_default(&self) -> bool {
+    /// Whether standard error also goes to this endpoint of standard output if it has no endpoint itself, as with runc.
+    pub(super) fn is_default_for_stderr(&self) -> bool {
         matches!(self, Self::File(_) | Self::Program(_))
     }
 }

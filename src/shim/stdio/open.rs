@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{control::ControlError, shim::machine::Machine};
 
-/// What the streams of all processes of this shim have in common.
+/// The settings that the streams of all processes of this shim share.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct StdioContext {
     /// containerd's namespace.
@@ -75,7 +75,7 @@ impl StdioSpec {
         let stderr = match self.terminal {
             true => None,
             false => Endpoint::parse("stderr", &self.stderr)?
-                .or_else(|| stdout.clone().filter(Endpoint::takes_stderr_by_default)),
+                .or_else(|| stdout.clone().filter(Endpoint::is_default_for_stderr)),
         };
         let source = LogSource {
             id,
@@ -174,8 +174,8 @@ async fn open_output(
 }
 
 impl OpenedStreams {
-    /// Hands the streams to `machine`. Returns them with their host ports, which the agent needs. `size` is that of the
-    /// terminal: columns, rows.
+    /// Hands the streams to `machine`. Returns them with their vsock ports on the host, which the agent needs. `size`
+    /// is that of the terminal: columns, rows.
     pub(crate) async fn connect(
         self,
         machine: &Machine,

@@ -125,7 +125,7 @@ impl StandardStreams {
 }
 
 impl OutputStream {
-    /// The host port that the guest connects to.
+    /// The vsock port of the host that the guest connects to.
     pub(super) fn port(&self) -> u32 {
         self.stream.port()
     }

@@ -4,8 +4,8 @@
 //! CRI names a stream `ttrpc+unix://SOCKET?streaming_id=ID`, where SOCKET is the shim's own, and opens it there,
 //! usually long before it creates the task (containerd `internal/cri/io/streaming.go`, `core/streaming/proxy`). The
 //! client sends a `StreamInit` with the id and gets an empty message back. After that, the side where the bytes come
-//! from sends `Data`, and the other side `WindowUpdate` (`core/transfer/streaming`). A client that is gone may return
-//! with the same id, as containerd does after a restart.
+//! from sends `Data`, and the other side `WindowUpdate` (`core/transfer/streaming`). A client that has disconnected may
+//! reconnect with the same id, as containerd does after a restart.
 //!
 //! A relay moves the bytes between a stream and a pipe, whose other end the machine has. It holds at most one message.
 //! While a client is slow or absent, the pipe fills up and the process blocks.
@@ -259,7 +259,7 @@ impl Drop for Relay {
 enum ClientEnd {
     /// No more bytes follow, or the other side of the pipe is closed.
     StreamEnded,
-    /// The stream goes on with the next client, as with a fifo.
+    /// The stream continues with the next client, as with a fifo.
     ClientGone,
 }
 

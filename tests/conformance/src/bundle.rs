@@ -60,7 +60,7 @@ impl Bundle {
         }
     }
 
-    /// Removes the bundle, as containerd does last. A bundle that is gone is no error.
+    /// Removes the bundle, as containerd does last. It is not an error if the bundle does not exist.
     pub fn remove(&self) {
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != ErrorKind::NotFound => panic!("remove {}: {error}", self.path.display()),

@@ -228,8 +228,8 @@ impl<'c> Container<'c> {
         deleted
     }
 
-    /// Removes the container, which must be the last one of its shim: as [`Self::remove`], then shuts the shim down, calls
-    /// `delete`, and removes the bundle.
+    /// Removes the container, which must be the last one of its shim: as [`Self::remove`], then shuts the shim down,
+    /// calls `delete`, and removes the bundle.
     pub fn end(self) {
         let deleted = self.remove();
         self.task().shutdown(&self.id, false).unwrap();

@@ -290,7 +290,7 @@ impl Containerd {
         command
     }
 
-    /// What this test has left on the host, one line each.
+    /// Processes, control groups, mounts, sockets and bundles that this test has left on the host, one line each.
     fn leftovers(&self) -> Vec<String> {
         let mut left = Vec::new();
         for process in self.processes() {

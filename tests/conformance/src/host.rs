@@ -106,7 +106,7 @@ pub fn read_usage(pid: u32) -> Usage {
     }
 }
 
-/// Sends a signal. It is no error if the process has ended.
+/// Sends a signal. It is not an error if the process has ended.
 pub fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);

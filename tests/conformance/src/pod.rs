@@ -118,15 +118,16 @@ impl<'c> Pod<'c> {
         self.spec(&["/bin/sh", "-c", script])
     }
 
-    /// The spec of a container that sleeps, in the pid namespace of the task with this pid. With the sandbox's pid it is
-    /// the pid namespace of the pod.
+    /// The spec of a container that sleeps, in the pid namespace of the task with this pid. With the sandbox's pid it
+    /// is the pid namespace of the pod.
     pub fn idle_in_pid_namespace_of(&self, pid: u32) -> Value {
         let mut spec = self.spec(&["sleep", "100000"]);
         share_pid_namespace(&mut spec, pid);
         spec
     }
 
-    /// Creates a container in the sandbox's shim, as containerd does for a shim of version 3: without a call of `start`.
+    /// Creates a container in the sandbox's shim, as containerd does for a shim of version 3: without a call of
+    /// `start`.
     ///
     /// # Errors
     ///

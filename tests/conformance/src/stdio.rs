@@ -102,7 +102,8 @@ impl Drop for Output {
 fn collect(mut fifo: File, (lock, changed): &(Mutex<Collected>, Condvar)) {
     let mut buffer = vec![0; 64 << 10];
     loop {
-        // poll(2) reports the end when the last writer closes the fifo, and not before the first writer opens it (fifo(7)).
+        // poll(2) reports the end when the last writer closes the fifo, and not before the first writer opens it
+        // (fifo(7)).
         poll(&mut [PollFd::new(&fifo, PollFlags::IN)], None).unwrap();
         match fifo.read(&mut buffer) {
             Ok(0) => break,

@@ -50,8 +50,8 @@ fn parse_line(line: &str) -> LogLine {
     }
 }
 
-/// Removes a pod's control group as a kubelet does: descendants first, with retries for 5 s, since the last process of the
-/// pod may still be about to exit.
+/// Removes a pod's control group as a kubelet does: descendants first, with retries for 5 s, since the last process of
+/// the pod may still be about to exit.
 pub(crate) fn remove_cgroup(group: &Path) -> io::Result<()> {
     let start = Instant::now();
     loop {

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Lives here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
-//! ([`streaming`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the cases
-//! ([`cases`]). May not live here: anything of the product; no test may depend on its code. Run in the lab by
+//! ([`streaming`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the
+//! cases ([`cases`]). May not live here: anything of the product; no test may depend on its code. Run in the lab by
 //! tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]

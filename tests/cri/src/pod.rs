@@ -1,5 +1,5 @@
-//! Pods and containers as a kubelet creates them: each pod has a control group and a log folder, each container a name and
-//! an attempt, and everything is removed at the end.
+//! Pods and containers as a kubelet creates them: each pod has a control group and a log folder, each container a name
+//! and an attempt, and everything is removed at the end.
 
 use std::{
     fs,
@@ -446,7 +446,7 @@ impl Container {
         output
     }
 
-    /// What the log contains for `stream` (`stdout` or `stderr`), as the container wrote it.
+    /// The container's output on `stream` (`stdout` or `stderr`), from its log.
     pub(crate) fn output(&self, stream: &str) -> String {
         host::read_log(&self.log)
             .into_iter()

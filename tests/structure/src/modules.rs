@@ -39,7 +39,7 @@ impl std::fmt::Display for SourceError {
     }
 }
 
-/// A module that is a file or lies inside one.
+/// A module: a whole file or a part of one.
 #[derive(Debug)]
 pub(crate) struct Module {
     /// The file, relative to the top of the tree.

@@ -83,7 +83,7 @@ impl MountTranslator<'_> {
         Ok(translated)
     }
 
-    /// Takes the id mapping out of a mount: the host maps the ids, and the guest mounts the result as it is.
+    /// Takes the id mapping out of a mount: the host maps the ids, so the guest's mount needs no mapping.
     fn take_id_map(&self, mount: &mut Mount) -> Result<Option<ShareIdMap>, PlanError> {
         let invalid = |mount: &Mount, reason: String| PlanError::invalid(field_name(mount), reason);
         let explicit = IdMap::from_spec(mount.uid_mappings().as_deref(), mount.gid_mappings().as_deref())

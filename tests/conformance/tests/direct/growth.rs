@@ -78,8 +78,8 @@ fn thirty_concurrent_containers_do_not_grow_the_shim() {
                 }
             });
         };
-        // How many threads run at once is random, and the stacks of threads stay allocated. The maximum is reached after a
-        // few rounds.
+        // How many threads run at once is random, and the stacks of threads stay allocated. The maximum is reached
+        // after a few rounds.
         let mut history = vec![settled_usage(pod.shim.pid)];
         loop {
             run_thirty();

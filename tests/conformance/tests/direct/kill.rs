@@ -135,7 +135,7 @@ fn hung_guest_does_not_delay_calls_and_can_be_killed() {
         for vmm in containerd.pids_of("nutshell-vmm") {
             host::signal(vmm, Signal::STOP);
         }
-        // These calls need no answer of the guest.
+        // These calls need no answer from the guest.
         let task = container.task().with_timeout(Duration::from_secs(2));
         for _ in 0..3 {
             let state = task.state(&container.id, "").unwrap();

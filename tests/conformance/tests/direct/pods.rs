@@ -1,5 +1,5 @@
-//! Pods, with both sandbox APIs of containerd: what the containers of a pod share, and how they are isolated from each
-//! other.
+//! Pods, with both sandbox APIs of containerd: the namespaces and files that the containers of a pod share, and their
+//! isolation from each other.
 
 use std::{fs, path::PathBuf};
 
@@ -346,7 +346,7 @@ fn host_namespaces_are_refused_with_the_field_name_and_leave_nothing() {
             let failure = sandboxes.create(&bundle, &config).unwrap_err();
             assert_eq!(failure.code, Some(Code::INVALID_ARGUMENT), "{failure}");
             assert!(failure.message.contains(field), "{failure}");
-            // What containerd does after a failed CreateSandbox.
+            // As containerd does after a failed CreateSandbox.
             sandboxes.shut_down(&bundle.id).unwrap();
             assert!(host::ends_within(shim.pid, TIMEOUT));
             containerd.delete_bundle(&bundle);

@@ -5,8 +5,8 @@ use crate::{
     wait::wait_until,
 };
 
-/// Creates more containers in sequence than a machine has slots for disks, while one container keeps its disk. Then uses
-/// all slots at once.
+/// Creates more containers in sequence than a machine has slots for disks, while one container keeps its disk. Then
+/// uses all slots at once.
 pub(crate) fn attach_and_detach(handler: Handler) {
     let pod = Pod::run(handler);
     let stays = pod.start("stays", &["sleep", "1000"]);

@@ -9,8 +9,8 @@ use crate::{
     streaming::ForwardedPort,
 };
 
-/// A server that reads a length in 8 bytes and as many bytes, and answers with their SHA-256 and as many bytes of a
-/// pattern. It has a separate port for each address.
+/// A server that reads a length in 8 bytes and then that many bytes. It answers with their SHA-256 and the same number
+/// of bytes of a pattern. It has a separate port for each address.
 const SERVER: &str = r#"
 import hashlib, socket, struct, sys, threading
 def exactly(connection, length):

@@ -190,7 +190,8 @@ pub(crate) fn restarted_containerd(handler: Handler) {
     assert_eq!((pod.addresses(), long.pid(), long.status().started_at), before);
     assert_eq!(long.sh("cat /mine"), "mine");
     let exit_code = short.wait().exit_code;
-    // With runc's shim, containerd loses the exit status of a container that ended while containerd was down: it is 255.
+    // With runc's shim, containerd loses the exit status of a container that ended while containerd was down: it is
+    // 255.
     assert!(
         exit_code == 42 || (exit_code == 255 && !handler.is_nutshell()),
         "{exit_code}"

@@ -145,8 +145,8 @@ pub(crate) fn statistics(handler: Handler) {
     pod.remove();
 }
 
-/// The control group of a pod as a kubelet names it with the cgroupfs and with the systemd driver, and the group below it
-/// that containerd requests for the sandbox.
+/// The control group of a pod as a kubelet names it with the cgroupfs and with the systemd driver, and the group below
+/// it that containerd requests for the sandbox.
 pub(crate) fn cgroup_of_both_drivers(handler: Handler) {
     let parents = Path::new("/sys/fs/cgroup/kubepods.slice");
     fs::create_dir(parents).unwrap();
