@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_needs_a_network_namespace_whatever_is_configured() {
+    fn sandbox_needs_a_network_namespace_with_any_configuration() {
         for host in [HostNamespaces::Refuse, HostNamespaces::Pod] {
             let network = |path| sandbox_network(&namespaces(&[("pid", ""), ("ipc", ""), ("network", path)]), host);
             assert_eq!(network("").unwrap(), Network::Loopback);

@@ -246,7 +246,7 @@ fn member_uses_the_pods_namespaces_and_shares_its_volumes_in_order() {
 }
 
 #[test]
-fn settings_that_do_not_apply_are_removed_with_a_warning_each() {
+fn inapplicable_settings_are_removed_with_one_warning_each() {
     let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
     let guest = guest(&plan);
     assert_eq!(guest["process"].get("apparmorProfile"), None);

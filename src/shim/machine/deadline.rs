@@ -87,7 +87,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(10);
 
     #[tokio::test(start_paused = true)]
-    async fn process_that_never_waits_has_exactly_its_limit() {
+    async fn deadline_without_run_queue_wait_is_exactly_the_limit() {
         let deadline = RunTimeDeadline::with_wait_source(0, LIMIT, |_| Duration::from_secs(3));
         assert_eq!(deadline.expired().await.as_secs(), 10);
     }

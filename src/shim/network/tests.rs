@@ -239,7 +239,7 @@ async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
 }
 
 #[tokio::test]
-async fn change_in_the_namespace_is_reported_and_nothing_before_it() {
+async fn change_in_the_namespace_is_reported_but_not_before_it_happens() {
     let pod = new_namespace(&["link set lo up"]);
     let mut changes = run_in(&pod, || ChangeSocket::open().unwrap()).await.listen().unwrap();
 

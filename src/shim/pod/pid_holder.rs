@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_network_namespace_is_opened_as_one() {
+    fn files_other_than_network_namespaces_are_refused() {
         for path in ["/proc/self/ns/mnt", "/dev/null", "/no/such/file"] {
             assert!(open_network_namespace(Path::new(path)).is_err(), "{path}");
         }

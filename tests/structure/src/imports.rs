@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_in_code_and_in_macros_count_and_other_crates_and_unit_tests_do_not() {
+    fn imports_include_paths_in_code_and_macros_but_not_other_crates_or_unit_tests() {
         let files = [
             ("main.rs", "mod a; mod b; fn main() { println!(\"{}\", b::value()); }"),
             (

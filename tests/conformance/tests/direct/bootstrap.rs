@@ -257,7 +257,7 @@ fn failing_start_reports_the_cause_in_one_line() {
 }
 
 #[test]
-fn info_reports_the_features_without_environment() {
+fn info_reports_the_features_with_an_empty_environment() {
     let run = |arguments: &[&str]| {
         let mut command = Command::new(executable());
         Outcome::run(

@@ -135,7 +135,7 @@ fn unknown_container_or_exec_is_not_found_by_any_method() {
 }
 
 #[test]
-fn unsupported_methods_are_unimplemented() {
+fn unsupported_methods_fail_with_unimplemented() {
     with_containerd(|containerd| {
         let container = containerd.create(&idle());
         for (service, method) in [
@@ -216,7 +216,7 @@ fn call_in_the_wrong_phase_fails_and_changes_nothing() {
 }
 
 #[test]
-fn killed_or_deleted_created_container_has_an_exit_and_no_start() {
+fn container_that_never_started_has_an_exit_event_and_no_start_event() {
     with_containerd(|containerd| {
         for kill in [true, false] {
             let container = containerd.create(&idle());
@@ -244,7 +244,7 @@ fn killed_or_deleted_created_container_has_an_exit_and_no_start() {
 }
 
 #[test]
-fn every_wait_before_and_after_the_exit_returns_it() {
+fn wait_before_or_after_the_exit_returns_the_exit_status() {
     with_containerd(|containerd| {
         let container = containerd.create(&shell("sleep 1; exit 42"));
         let other = TaskClient::connect(&container.shim.answer.address, V2);
