@@ -19,7 +19,7 @@ KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
 # What takes long and repeats other suites with containerd 1.7 is left to `make soak`.
-SOAK_SUITES := containers-1.7 failures-1.7 pods-1.7
+SOAK_SUITES := containers-1.7 failures-1.7 pods-1.7 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 PHASE := tools/phase
@@ -84,7 +84,7 @@ soak: build ## run the suites that `make test` leaves out, and 200 rounds of cha
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
 
 soak-suites:
-	@$(PHASE) "soak: suites" "20 minutes" tests/run $(SOAK_SUITES)
+	@$(PHASE) "soak: suites" "25 minutes" tests/run $(SOAK_SUITES)
 
 soak-chaos:
 	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: chaos" "90 minutes" tests/run failures-2.1
