@@ -13,7 +13,7 @@ TARGET := x86_64-unknown-linux-gnu
 # The executable as cargo links it, and with the guest inside.
 LINKED := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
 SHIM := $(CARGO_TARGET_DIR)/nutshell/$(NAME)
-AGENT := $(CARGO_TARGET_DIR)/$(TARGET)/guest/nutshell-agent
+AGENT_PATH := $(CARGO_TARGET_DIR)/guest/agent.path
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
@@ -110,10 +110,9 @@ executable: agent
 		$(CARGO) build --quiet --locked --release -p nutshell --target $(TARGET)
 
 agent: setup
-	+@RUSTFLAGS='-C target-feature=+crt-static -C relocation-model=static' $(PHASE) "build: guest agent" "2 minutes" \
-		$(CARGO) build --quiet --locked --profile guest -p nutshell-agent --target $(TARGET)
 	@mkdir -p $(dir $(INITRAMFS))
-	@guest/image/build $(AGENT) $(INITRAMFS)
+	+@$(PHASE) "build: guest agent" "2 minutes" guest/agent/build >$(AGENT_PATH)
+	@guest/image/build "$$(cat $(AGENT_PATH))" $(INITRAMFS)
 
 kernel: setup
 	@mkdir -p $(dir $(KERNEL_PATH))
