@@ -10,7 +10,7 @@ mod queue;
 mod ttrpc;
 
 #[cfg(test)]
-pub(crate) use self::forwarder::Forwarder;
+pub(crate) use self::forwarder::{ForwardError, Forwarder};
 pub(crate) use self::{
     forwarder::NoForwarder, publish_binary::BinaryForwarder, queue::EventQueue, ttrpc::TtrpcForwarder,
 };

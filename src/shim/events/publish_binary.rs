@@ -7,8 +7,9 @@ use std::{
 };
 
 use containerd_shim::protos::{protobuf::Message, shim::event::Envelope};
+use tokio::net::UnixStream;
 
-use super::forwarder::{FORWARD_LIMIT, Forwarder};
+use super::forwarder::{FORWARD_LIMIT, ForwardError, Forwarder};
 use crate::shim::child::{Child, WaitStatus};
 
 /// Runs containerd's executable once per event. Used when containerd passes no ttrpc address.
@@ -21,9 +22,10 @@ pub(crate) struct BinaryForwarder {
 }
 
 impl Forwarder for BinaryForwarder {
-    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
-        let failed = |error: io::Error| format!("{}: {error}", self.program.display());
-        let event = envelope.event.write_to_bytes().map_err(|error| error.to_string())?;
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
+        let failed = |error: io::Error| ForwardError::Unreachable(format!("{}: {error}", self.program.display()));
+        let event = envelope.event.write_to_bytes();
+        let event = event.map_err(|error| ForwardError::Refused(format!("it cannot be encoded: {error}")))?;
         let (reader, mut writer) = io::pipe().map_err(failed)?;
         let child = Command::new(&self.program)
             .args(["--address", &self.address, "publish", "--topic", &envelope.topic])
@@ -39,15 +41,22 @@ impl Forwarder for BinaryForwarder {
         drop(writer);
         match tokio::time::timeout(FORWARD_LIMIT, child.reap()).await {
             Ok(Ok(WaitStatus::Exited(0))) => Ok(()),
-            Ok(Ok(status)) => Err(format!("{} {status}", self.program.display())),
+            Ok(Ok(status)) => {
+                let text = format!("{} {status}", self.program.display());
+                // The program does not report the cause. It refuses an event only if containerd listens.
+                Err(match UnixStream::connect(&self.address).await {
+                    Ok(_) => ForwardError::Refused(text),
+                    Err(_) => ForwardError::Unreachable(text),
+                })
+            }
             Ok(Err(error)) => Err(failed(error)),
             Err(_) => {
                 child.kill_and_reap();
-                Err(format!(
+                Err(ForwardError::Unreachable(format!(
                     "{} did not exit within {} s",
                     self.program.display(),
                     FORWARD_LIMIT.as_secs()
-                ))
+                )))
             }
         }
     }

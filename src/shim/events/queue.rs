@@ -1,8 +1,9 @@
 //! One queue of events, delivered in order.
 //!
 //! Publishing never blocks. One tokio task retries the oldest event until containerd has accepted it, then continues
-//! with the next. While containerd is unavailable, events stay in the queue and keep their order. The queue is bounded:
-//! when it is full, the oldest event is dropped.
+//! with the next. While containerd cannot be reached, events stay in the queue and keep their order. The queue is
+//! bounded: when it is full, the oldest event is dropped. An event that containerd refuses [`MAX_REFUSALS`] times is
+//! dropped too, so that it does not block those after it.
 
 use std::{
     collections::VecDeque,
@@ -18,7 +19,7 @@ use containerd_shim::{
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
-use super::forwarder::Forwarder;
+use super::forwarder::{ForwardError, Forwarder};
 
 /// Maximum number of events in the queue. Beyond it the oldest is dropped.
 const CAPACITY: usize = 2048;
@@ -31,6 +32,10 @@ const MIN_RETRY_DELAY: Duration = Duration::from_millis(20);
 
 /// Maximum delay between two retries.
 const MAX_RETRY_DELAY: Duration = Duration::from_secs(2);
+
+/// How often containerd may refuse an event before it is dropped. More than once, because a containerd that is starting
+/// refuses events of services that it has not registered yet.
+const MAX_REFUSALS: u32 = 8;
 
 /// A handle to the queue. Clones share it.
 #[derive(Debug, Clone)]
@@ -156,11 +161,18 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
             shared.added.notified().await;
             continue;
         };
-        let mut delay = MIN_RETRY_DELAY;
+        let (mut delay, mut refusals) = (MIN_RETRY_DELAY, 0);
         while let Err(error) = forwarder.forward(envelope.clone()).await {
+            if matches!(error, ForwardError::Refused(_)) {
+                refusals += 1;
+                if refusals == MAX_REFUSALS {
+                    log::error!("dropped an event with topic {}: {error}", envelope.topic);
+                    break;
+                }
+            }
             if delay == MIN_RETRY_DELAY {
                 log::warn!(
-                    "forward an event with topic {} to containerd: {error}; trying again",
+                    "cannot deliver an event with topic {}: {error}; trying again",
                     envelope.topic
                 );
             }
@@ -187,12 +199,12 @@ mod tests {
 
     /// Reports every attempt, and answers it with the next result that the test provides.
     struct ScriptedForwarder {
-        results: mpsc::UnboundedReceiver<Result<(), String>>,
+        results: mpsc::UnboundedReceiver<Result<(), ForwardError>>,
         attempts: mpsc::UnboundedSender<String>,
     }
 
     impl Forwarder for ScriptedForwarder {
-        async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+        async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
             let event = TaskStart::parse_from_bytes(&envelope.event.value).unwrap();
             self.attempts.send(event.container_id).unwrap();
             match self.results.recv().await {
@@ -202,7 +214,7 @@ mod tests {
         }
     }
 
-    type Results = mpsc::UnboundedSender<Result<(), String>>;
+    type Results = mpsc::UnboundedSender<Result<(), ForwardError>>;
 
     fn queue() -> (EventQueue, Results, mpsc::UnboundedReceiver<String>) {
         let (result, results) = mpsc::unbounded_channel();
@@ -224,7 +236,8 @@ mod tests {
         for id in ["a", "b", "c"] {
             queue.publish(start_event(id));
         }
-        for result in [Ok(()), Err("away".to_owned()), Err("away".to_owned()), Ok(()), Ok(())] {
+        let away = || Err(ForwardError::Unreachable("away".to_owned()));
+        for result in [Ok(()), away(), away(), Ok(()), Ok(())] {
             results.send(result).unwrap();
         }
 
@@ -234,6 +247,24 @@ mod tests {
         }
 
         assert_eq!(order, ["a", "b", "b", "b", "c"]);
+        queue.flush(Duration::from_secs(1)).await;
+        assert!(queue.shared.pending().envelopes.is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refused_event_does_not_block_the_next_one() {
+        let (queue, results, mut attempted) = queue();
+        queue.publish(start_event("refused"));
+        queue.publish(start_event("next"));
+        for _ in 0..MAX_REFUSALS {
+            results.send(Err(ForwardError::Refused("invalid".to_owned()))).unwrap();
+        }
+        results.send(Ok(())).unwrap();
+
+        for _ in 0..MAX_REFUSALS {
+            assert_eq!(attempted.recv().await.unwrap(), "refused");
+        }
+        assert_eq!(attempted.recv().await.unwrap(), "next");
         queue.flush(Duration::from_secs(1)).await;
         assert!(queue.shared.pending().envelopes.is_empty());
     }

@@ -5,11 +5,11 @@ use containerd_shim::protos::{
     protobuf::MessageField,
     shim::event::Envelope,
     shim_async::{Client, EventsClient},
-    ttrpc::{self, asynchronous::transport::Socket},
+    ttrpc::{self, Code, asynchronous::transport::Socket},
 };
 use tokio::net::UnixStream;
 
-use super::forwarder::{FORWARD_LIMIT, Forwarder};
+use super::forwarder::{FORWARD_LIMIT, ForwardError, Forwarder};
 
 /// A client of containerd's events service. It connects for the first event, and reconnects after an error.
 #[derive(Debug)]
@@ -41,13 +41,13 @@ impl TtrpcForwarder {
         }
     }
 
-    async fn connect(&mut self) -> Result<EventsClient, String> {
+    async fn connect(&mut self) -> Result<EventsClient, ForwardError> {
         if let Connection::Open(client) = &self.connection {
             return Ok(client.clone());
         }
         let stream = UnixStream::connect(&self.address)
             .await
-            .map_err(|error| format!("{}: {error}", self.address))?;
+            .map_err(|error| ForwardError::Unreachable(format!("{}: {error}", self.address)))?;
         let client = EventsClient::new(Client::new(Socket::from(stream)));
         self.connection = Connection::Open(client.clone());
         Ok(client)
@@ -55,7 +55,7 @@ impl TtrpcForwarder {
 }
 
 impl Forwarder for TtrpcForwarder {
-    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
         let client = self.connect().await?;
         let request = ForwardRequest {
             envelope: MessageField::some(envelope),
@@ -68,9 +68,25 @@ impl Forwarder for TtrpcForwarder {
             Ok(_) => Ok(()),
             Err(error) => {
                 self.connection = Connection::Closed;
-                Err(error.to_string())
+                Err(classify(&error))
             }
         }
+    }
+}
+
+/// Whether containerd has decided on the event. The client library reports a timeout, too, as a status.
+fn classify(error: &ttrpc::Error) -> ForwardError {
+    let text = error.to_string();
+    match error {
+        ttrpc::Error::RpcStatus(status)
+            if !matches!(
+                status.code(),
+                Code::UNAVAILABLE | Code::DEADLINE_EXCEEDED | Code::CANCELLED | Code::RESOURCE_EXHAUSTED
+            ) =>
+        {
+            ForwardError::Refused(text)
+        }
+        _ => ForwardError::Unreachable(text),
     }
 }
 
@@ -109,6 +125,26 @@ mod tests {
             container_id: id.to_owned(),
             ..TaskStart::default()
         }
+    }
+
+    #[test]
+    fn only_a_decision_of_containerd_is_a_refusal() {
+        for (code, refused) in [
+            (Code::INVALID_ARGUMENT, true),
+            (Code::UNIMPLEMENTED, true),
+            (Code::UNKNOWN, true),
+            (Code::UNAVAILABLE, false),
+            (Code::DEADLINE_EXCEEDED, false),
+        ] {
+            let error = ttrpc::Error::RpcStatus(ttrpc::get_status(code, "text"));
+            assert_eq!(
+                matches!(classify(&error), ForwardError::Refused(_)),
+                refused,
+                "{code:?}"
+            );
+        }
+        let gone = classify(&ttrpc::Error::Socket("gone".to_owned()));
+        assert!(matches!(gone, ForwardError::Unreachable(_)), "{gone}");
     }
 
     #[tokio::test]

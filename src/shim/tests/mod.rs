@@ -6,6 +6,7 @@ mod lifecycle;
 mod pods;
 pub(super) mod script;
 mod streams;
+mod timeouts;
 
 use std::{
     fs::{self, File},
@@ -43,7 +44,7 @@ use crate::{
         api::connection::{self, LastReply},
         api::services::services,
         configuration::Configuration,
-        events::{EventQueue, Forwarder},
+        events::{EventQueue, ForwardError, Forwarder},
         stdio::{StdioContext, read_next},
         tasks::Tasks,
     },
@@ -65,8 +66,9 @@ struct Shim {
 struct Recorder(mpsc::UnboundedSender<Envelope>);
 
 impl Forwarder for Recorder {
-    async fn forward(&mut self, envelope: Envelope) -> Result<(), String> {
-        self.0.send(envelope).map_err(|error| error.to_string())
+    async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
+        let sent = self.0.send(envelope);
+        sent.map_err(|error| ForwardError::Unreachable(error.to_string()))
     }
 }
 
