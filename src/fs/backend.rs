@@ -9,7 +9,7 @@ use std::{
     sync::{
         Arc, OnceLock,
         atomic::Ordering,
-        mpsc::{self, Sender},
+        mpsc::{self, SyncSender, TrySendError},
     },
     thread,
 };
@@ -61,7 +61,7 @@ pub(super) struct Backend {
     server: Arc<Server<Tree>>,
     memory: Memory,
     /// Starts with the first of [`SYNC_OPERATIONS`].
-    sync_thread: OnceLock<Sender<Request>>,
+    sync_thread: OnceLock<SyncSender<Request>>,
 }
 
 /// A request that was taken from its queue and is not yet answered.
@@ -85,7 +85,7 @@ impl Backend {
         loop {
             ring.disable_notification()?;
             while let Some(request) = self.pop(ring)? {
-                if let Some(request) = self.defer_sync(request) {
+                if let Some(request) = self.defer_sync(request)? {
                     request.handle(&self.server)?;
                 }
             }
@@ -98,29 +98,36 @@ impl Backend {
     fn pop(&self, ring: &VringMutex<Memory>) -> Result<Option<Request>, RingError> {
         let mut state = ring.get_mut();
         let queue = state.get_queue_mut();
-        if queue.avail_idx(&*self.memory.memory(), Ordering::Acquire)?.0 == queue.next_avail() {
-            return Ok(None);
+        let available = queue.avail_idx(&*self.memory.memory(), Ordering::Acquire)?.0;
+        match available.wrapping_sub(queue.next_avail()) {
+            0 => return Ok(None),
+            count if count > queue.size() => return Err(RingError::InvalidAvailRingIndex),
+            _ => {}
         }
         // Not before: the buffers of the request may be in memory that was added just before the request.
         let memory = self.memory.memory();
-        let chain = queue.pop_descriptor_chain(memory.clone());
-        Ok(chain.map(|chain| Request {
+        // None if the entry of the ring is invalid. It would be found again and again.
+        let chain = queue
+            .pop_descriptor_chain(memory.clone())
+            .ok_or(RingError::InvalidChain)?;
+        Ok(Some(Request {
             ring: ring.clone(),
             memory,
             chain,
         }))
     }
 
-    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle.
-    fn defer_sync(&self, request: Request) -> Option<Request> {
+    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle. More
+    /// requests than the queues have descriptors are an error: the guest repeats descriptors that are in use.
+    fn defer_sync(&self, request: Request) -> Result<Option<Request>, RingError> {
         if !request
             .opcode()
             .is_some_and(|opcode| SYNC_OPERATIONS.map(|sync| sync as u32).contains(&opcode))
         {
-            return Some(request);
+            return Ok(Some(request));
         }
         let sender = self.sync_thread.get_or_init(|| {
-            let (sender, receiver) = mpsc::channel::<Request>();
+            let (sender, receiver) = mpsc::sync_channel::<Request>(NUM_QUEUES * MAX_QUEUE_SIZE);
             let server = self.server.clone();
             let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
                 for request in receiver {
@@ -134,8 +141,12 @@ impl Backend {
             }
             sender
         });
-        // Without the thread there is no receiver, and the request is returned.
-        sender.send(request).err().map(|unsent| unsent.0)
+        match sender.try_send(request) {
+            Ok(()) => Ok(None),
+            Err(TrySendError::Full(_)) => Err(RingError::InvalidChain),
+            // The thread could not be started.
+            Err(TrySendError::Disconnected(request)) => Ok(Some(request)),
+        }
     }
 }
 

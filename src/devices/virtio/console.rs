@@ -8,7 +8,7 @@ use super::{
     device::{ActivateError, Activation, Device},
     queue::{DeviceQueue, QueueError},
 };
-use crate::devices::console_tail::ConsoleTail;
+use crate::{control::MAX_CONSOLE_TAIL, devices::console_tail::ConsoleTail};
 
 /// Receive and transmit queue.
 const QUEUE_SIZES: [u16; 2] = [16, 16];
@@ -33,6 +33,9 @@ impl Console {
         let mut bytes = [0; 512];
         queue.pause_kicks()?;
         queue.serve(|chain| {
+            // A chain may have 4 GiB, and the event loop must not copy more of it than is kept.
+            let surplus = chain.readable.len().saturating_sub(MAX_CONSOLE_TAIL);
+            chain.readable.split_to(surplus);
             while chain.readable.len() > 0 {
                 let count = chain.readable.len().min(bytes.len());
                 if chain.readable.take(&mut bytes[..count]) {
@@ -63,5 +66,44 @@ impl Device for Console {
 
     fn reset(&mut self) {
         self.transmit = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::devices::virtio::mock::{NEXT, descriptor, device_queue, memory};
+
+    #[test]
+    fn of_a_long_chain_only_the_tail_is_copied() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        // 16 times the same 64 KiB: more than the tail, whose end is known.
+        let length = 0x1_0000;
+        memory
+            .write_slice(b"the end", GuestAddress(0x8_0000 + length - 7))
+            .unwrap();
+        for index in 0..16 {
+            let flags = if index < 15 { NEXT } else { 0 };
+            let length = u32::try_from(length).unwrap();
+            mock.desc_table()
+                .store(index, descriptor(0x8_0000, length, flags, index + 1))
+                .unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let tail = Arc::new(ConsoleTail::default());
+        let mut console = Console::new(tail.clone());
+        console.transmit = Some(device_queue(&mock, &memory).0);
+
+        console.serve().unwrap();
+
+        let bytes = tail.to_vec();
+        assert_eq!(bytes.len(), MAX_CONSOLE_TAIL);
+        assert!(bytes.ends_with(b"the end"));
+        assert_eq!(mock.used().idx().load(), 1);
     }
 }

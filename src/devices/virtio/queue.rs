@@ -96,9 +96,13 @@ impl DeviceQueue {
         // Read the regions after the available index: the chain's buffers may lie in memory that was added just
         // before the chain.
         let memory = self.memory.regions();
-        let Some(chain) = self.queue.iter(memory)?.next() else {
-            return Ok(None);
-        };
+        // The entry of the ring cannot be read, or is no index of the descriptor table. The device would find it again
+        // and again.
+        let chain = self
+            .queue
+            .iter(memory)?
+            .next()
+            .ok_or(virtio_queue::Error::InvalidChain)?;
         Ok(Some(Chain::parse(chain, memory)?))
     }
 

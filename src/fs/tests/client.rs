@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::{MemfdFlags, ftruncate, memfd_create},
 };
 use vhost::{
@@ -224,6 +224,30 @@ impl Client {
         let mut reply = vec![0; usize::try_from(written).unwrap()];
         self.memory.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
         reply
+    }
+
+    /// Sets the available index to a value that no driver may use, and waits until the server has received the kick.
+    pub(crate) fn break_available_index(&mut self) {
+        self.write_memory(AVAILABLE + 2, self.next.wrapping_add(QUEUE_SIZE + 1));
+        self.notify_and_wait_for_receipt();
+    }
+
+    /// Makes a chain available whose head is beyond the descriptor table, and waits until the server has received the
+    /// kick.
+    pub(crate) fn send_head_beyond_the_table(&mut self) {
+        self.write_memory(AVAILABLE + 4 + 2 * u64::from(self.next % QUEUE_SIZE), QUEUE_SIZE);
+        self.write_memory(AVAILABLE + 2, self.next.wrapping_add(1));
+        self.notify_and_wait_for_receipt();
+    }
+
+    fn notify_and_wait_for_receipt(&self) {
+        self.kick.write(1).unwrap();
+        // SAFETY: the descriptor is open as long as `self` is borrowed.
+        let kick = unsafe { BorrowedFd::borrow_raw(self.kick.as_raw_fd()) };
+        let is_pending = || poll(&mut [PollFd::new(&kick, PollFlags::IN)], Some(&Timespec::default())).unwrap() > 0;
+        while is_pending() {
+            std::thread::yield_now();
+        }
     }
 
     fn write_descriptor(&self, index: u64, address: u64, length: u32, flags: u16) {

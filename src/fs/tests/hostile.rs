@@ -2,7 +2,10 @@
 
 use virtiofsd::fuse::Opcode;
 
-use super::{client::ROOT, start_server};
+use super::{
+    client::{Client, ROOT},
+    start_server,
+};
 
 #[test]
 fn names_of_more_than_one_component_are_refused() {
@@ -51,6 +54,27 @@ fn malformed_requests_do_not_end_the_server() {
     let request = client.frame(Opcode::Init as u32, 0, &[&init[..], &[0; 48]].concat());
     client.exchange(&request, 4096);
     assert_eq!(client.walk("c/0").unwrap().attr.mode & libc::S_IFMT, libc::S_IFDIR);
+}
+
+/// The time that a process has run, in clock ticks: fields 14 and 15 of `stat` (proc(5)).
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields = stat.rsplit(')').next().unwrap().split_ascii_whitespace();
+    fields.skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn broken_ring_does_not_occupy_a_cpu() {
+    for break_ring in [Client::break_available_index, Client::send_head_beyond_the_table] {
+        let mut server = start_server();
+        break_ring(&mut server.client);
+        let pid = server.process.child().id();
+        let before = cpu_ticks(pid);
+        // A loop would use 30 ticks of 10 ms.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let used = cpu_ticks(pid) - before;
+        assert!(used < 10, "{used} ticks");
+    }
 }
 
 #[test]
