@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, Ready};
+use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, MAX_FROM_AGENT, Ready};
 
 use crate::{
     control::{Channel, Command, ControlError, MachineConfig, Notice},
@@ -134,7 +134,7 @@ impl Drop for KillOnDrop {
 /// Waits for the agent's first message. If the machine ends, the agent's stream ends.
 fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
     agent.set_read_timeout(Some(BOOT_TIMEOUT)).map_err(CheckError::Start)?;
-    let mut frames = FrameBuffer::default();
+    let mut frames = FrameBuffer::new(MAX_FROM_AGENT);
     let mut bytes = [0; 4096];
     loop {
         match agent.read(&mut bytes) {

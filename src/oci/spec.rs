@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 use super::PlanError;
 
 /// The largest `config.json` that is read, in bytes: a larger one would not fit into a message to the agent.
-const MAX_SIZE: u64 = nutshell_protocol::MAX_FRAME as u64;
+const MAX_SIZE: u64 = nutshell_protocol::MAX_TO_AGENT as u64;
 
 pub(super) fn read<T: DeserializeOwned>(bundle: &Path) -> Result<T, PlanError> {
     let path = bundle.join("config.json");

@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
-use nutshell_protocol::{AGENT_PORT, FrameBuffer, FrameError, FromAgent, HOST_CID, ToAgent, encode};
+use nutshell_protocol::{
+    AGENT_PORT, FrameBuffer, FrameError, FromAgent, HOST_CID, MAX_FROM_AGENT, MAX_TO_AGENT, ToAgent, encode,
+};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
@@ -107,7 +109,7 @@ impl ControlStream {
         rustix::net::sockopt::socket_error(&stream)??;
         Ok(Self {
             stream,
-            incoming: FrameBuffer::default(),
+            incoming: FrameBuffer::new(MAX_TO_AGENT),
             outgoing: Vec::new(),
         })
     }
@@ -131,7 +133,7 @@ impl ControlStream {
 
     /// Queues a message, and sends as much of the queue as the stream accepts.
     pub(crate) fn send(&mut self, message: &FromAgent) -> Result<(), ControlError> {
-        self.outgoing.extend(encode(message)?);
+        self.outgoing.extend(encode(message, MAX_FROM_AGENT)?);
         self.flush()
     }
 

@@ -38,8 +38,8 @@ pub(crate) struct Job {
     socket: OwnedFd,
 }
 
-/// The largest report, in bytes. A job truncates a longer error text.
-const MAX_REPORT_SIZE: usize = 64 << 10;
+/// The largest body of a report's frame, in bytes. A job truncates a longer error text.
+const MAX_REPORT_BODY: usize = 64 << 10;
 
 /// A job's work. It returns the parts of a [`Report`].
 pub(crate) type JobWork<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
@@ -70,7 +70,7 @@ impl Job {
 
     /// Receives the report, or returns `None` if it has not arrived. A job that ended without a report has failed.
     pub(crate) fn receive_report(&self) -> Option<Report> {
-        let mut bytes = vec![0; MAX_REPORT_SIZE];
+        let mut bytes = vec![0; MAX_REPORT_BODY + size_of::<u32>()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
@@ -88,7 +88,7 @@ impl Job {
             RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
             _ => None,
         });
-        let mut frame = FrameBuffer::default();
+        let mut frame = FrameBuffer::new(MAX_REPORT_BODY);
         frame.push(&bytes[..length]);
         let result = match frame.next() {
             Ok(Some(result)) => result,
@@ -105,15 +105,17 @@ impl AsFd for Job {
 }
 
 fn send_report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<&OwnedFd>) -> io::Result<()> {
-    let mut frame = encode(result).map_err(io::Error::other)?;
-    if let (true, Err(failure)) = (frame.len() > MAX_REPORT_SIZE, result) {
-        let message = failure.message.chars().take(MAX_REPORT_SIZE / 8).collect();
-        frame = encode(&Err::<Outcome, _>(Failure {
-            message,
-            kind: failure.kind,
-        }))
-        .map_err(io::Error::other)?;
-    }
+    let encode = |result| encode(result, MAX_REPORT_BODY).map_err(io::Error::other);
+    let frame = match result {
+        Err(failure) if failure.message.len() > MAX_REPORT_BODY / 2 => {
+            let message = failure.message.chars().take(MAX_REPORT_BODY / 8).collect();
+            encode(&Err(Failure {
+                message,
+                kind: failure.kind,
+            }))?
+        }
+        result => encode(result)?,
+    };
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let descriptors = terminal.map(|fd| [fd.as_fd()]);
@@ -175,7 +177,7 @@ mod tests {
 
     #[test]
     fn long_failure_is_truncated() {
-        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(MAX_REPORT_SIZE * 2)))).unwrap();
-        assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_SIZE / 8);
+        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(MAX_REPORT_BODY * 2)))).unwrap();
+        assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_BODY / 8);
     }
 }

@@ -5,17 +5,18 @@
 //! agent answers each with one [`FromAgent::Reply`] of the same id, in any order, and sends events as they happen.
 //! Each standard stream of a process has a separate connection (see [`Stdio`]).
 //!
-//! The shim treats every byte from the agent as hostile: frames are at most [`MAX_FRAME`] bytes long, decoding
-//! never panics, and no string from the agent is used as a name of anything on the host.
+//! The shim treats every byte from the agent as hostile: frames have at most [`MAX_FROM_AGENT`] bytes and
+//! lists have limits, decoding never panics, and no string from the agent is used as a name of anything on the host.
 
+mod bounds;
 mod frame;
 mod message;
 
-pub use frame::{FrameBuffer, FrameError, MAX_FRAME, encode};
+pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
 pub use message::{
-    ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MemoryEvents,
-    MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs,
-    SetUpPod, StartExec, Stdio, ToAgent,
+    ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MAX_PROCESSES,
+    MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready,
+    Reply, Request, Response, Rootfs, SetUpPod, StartExec, Stdio, ToAgent,
 };
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).

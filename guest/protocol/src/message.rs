@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{NETWORK_SLOTS, bounds};
+
 /// A message from the shim to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ToAgent {
@@ -226,6 +228,12 @@ pub struct StartExec {
     pub stdio: Stdio,
 }
 
+/// The largest number of processes in a response.
+pub const MAX_PROCESSES: usize = 4096;
+
+/// The largest length of each list in [`ContainerStats`].
+pub const MAX_STATISTICS: usize = 256;
+
 /// A message from the agent to the shim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromAgent {
@@ -265,10 +273,10 @@ pub enum Response {
         /// Its pid in the guest's initial pid namespace.
         pid: u32,
     },
-    /// The processes of a container.
-    Processes(Vec<ProcessEntry>),
+    /// The processes of a container, or the first [`MAX_PROCESSES`] of them.
+    Processes(#[serde(deserialize_with = "bounds::list::<_, _, MAX_PROCESSES>")] Vec<ProcessEntry>),
     /// The kernel's index of the network interface in each requested slot, in the order of the request.
-    InterfaceIndexes(Vec<u32>),
+    InterfaceIndexes(#[serde(deserialize_with = "bounds::list::<_, _, { NETWORK_SLOTS as usize }>")] Vec<u32>),
     /// The resource usage of a container.
     Stats(Box<ContainerStats>),
 }
@@ -346,12 +354,14 @@ pub struct ContainerStats {
     /// `cpu.stat`.
     pub cpu: CpuStats,
     /// `io.stat`, one entry for each device.
+    #[serde(deserialize_with = "bounds::list::<_, _, MAX_STATISTICS>")]
     pub io: Vec<IoStats>,
     /// `memory.stat`, `memory.current`, `memory.max` and the same for swap.
     pub memory: MemoryStats,
     /// The counters of the cgroup file `memory.events`.
     pub memory_events: MemoryEvents,
     /// The interfaces in the container's network namespace, except `lo`.
+    #[serde(deserialize_with = "bounds::list::<_, _, MAX_STATISTICS>")]
     pub network: Vec<NetworkStats>,
     /// `pids.current` and `pids.max`.
     pub pids: PidsStats,
@@ -393,6 +403,7 @@ pub struct MemoryStats {
     /// `memory.swap.max`; `u64::MAX` means unlimited.
     pub swap_limit: u64,
     /// The lines of `memory.stat`, in their order.
+    #[serde(deserialize_with = "bounds::list::<_, _, MAX_STATISTICS>")]
     pub stat: Vec<(String, u64)>,
 }
 

@@ -1,7 +1,7 @@
 //! The client of the guest's agent: sends requests, and receives replies and events on the same stream.
 //!
-//! Received bytes are untrusted: the size of a frame is bounded, a reply to no request is ignored, and a violation of
-//! the framing ends the stream, and with it the machine.
+//! Received bytes are untrusted: the sizes of frames, lists and texts are bounded, a reply to no request is ignored, and
+//! a violation of the protocol ends the stream, and with it the machine.
 
 use std::{
     collections::HashMap,
@@ -13,7 +13,11 @@ use std::{
     },
 };
 
-use nutshell_protocol::{Event, Failure, FrameBuffer, FromAgent, Ready, Reply, Request, Response, ToAgent, encode};
+use super::console::printable_line;
+use nutshell_protocol::{
+    Event, Failure, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready, Reply, Request, Response, ToAgent,
+    encode,
+};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -29,6 +33,12 @@ const MAX_QUEUED_FRAMES: usize = 16;
 
 /// The size of the read buffer, in bytes. Most messages are far smaller.
 const READ_SIZE: usize = 4 << 10;
+
+/// The maximum number of characters of a failure's text that are kept.
+const MAX_FAILURE_TEXT: usize = 4096;
+
+/// The maximum number of characters of the guest's versions that are kept.
+const MAX_VERSION: usize = 128;
 
 /// Why a request has no response.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -114,7 +124,8 @@ impl Agent {
     /// sent as a whole.
     pub(crate) async fn request(&self, request: Request) -> Result<Response, AgentError> {
         let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-        let frame = encode(&ToAgent { id, request }).map_err(|error| AgentError::TooLarge(error.to_string()))?;
+        let frame =
+            encode(&ToAgent { id, request }, MAX_TO_AGENT).map_err(|error| AgentError::TooLarge(error.to_string()))?;
         let (sender, response) = oneshot::channel();
         self.shared
             .pending()
@@ -169,7 +180,7 @@ impl Shared {
     }
 
     async fn read(&self, mut reader: OwnedReadHalf, mut on_event: impl FnMut(Event)) -> String {
-        let mut buffer = FrameBuffer::default();
+        let mut buffer = FrameBuffer::new(MAX_FROM_AGENT);
         let mut bytes = vec![0; READ_SIZE];
         loop {
             match reader.read(&mut bytes).await {
@@ -189,12 +200,19 @@ impl Shared {
 
     fn dispatch(&self, message: FromAgent, on_event: &mut impl FnMut(Event)) {
         match message {
-            FromAgent::Ready(ready) => {
-                self.ready.send_replace(Some(ready));
+            FromAgent::Ready(Ready { version, kernel }) => {
+                self.ready.send_replace(Some(Ready {
+                    version: printable_line(&version, MAX_VERSION),
+                    kernel: printable_line(&kernel, MAX_VERSION),
+                }));
             }
             FromAgent::Reply(Reply { id, result }) => {
                 let waiting = self.pending().as_mut().and_then(|pending| pending.remove(&id));
                 if let Some(waiting) = waiting {
+                    let result = result.map_err(|Failure { kind, message }| Failure {
+                        kind,
+                        message: printable_line(&message, MAX_FAILURE_TEXT),
+                    });
                     // The receiver may have timed out.
                     let _ = waiting.send(result);
                 }
@@ -217,7 +235,7 @@ async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) 
 pub(super) mod tests {
     use std::io::{Read, Write};
 
-    use nutshell_protocol::{Exited, FailureKind};
+    use nutshell_protocol::{Exited, FailureKind, MAX_PROCESSES, ProcessEntry};
 
     use super::*;
 
@@ -229,7 +247,9 @@ pub(super) mod tests {
 
     impl Peer {
         pub(in crate::shim::machine) fn send(&mut self, message: &FromAgent) {
-            self.stream.write_all(&encode(message).unwrap()).unwrap();
+            self.stream
+                .write_all(&encode(message, MAX_FROM_AGENT).unwrap())
+                .unwrap();
         }
 
         pub(in crate::shim::machine) fn receive(&mut self) -> ToAgent {
@@ -248,7 +268,7 @@ pub(super) mod tests {
     /// A stream for [`Agent::start`], and its other end.
     pub(in crate::shim::machine) fn connect() -> (StdUnixStream, Peer) {
         let (ours, stream) = StdUnixStream::pair().unwrap();
-        let buffer = FrameBuffer::default();
+        let buffer = FrameBuffer::new(MAX_TO_AGENT);
         (ours, Peer { stream, buffer })
     }
 
@@ -298,6 +318,38 @@ pub(super) mod tests {
         assert_eq!(good, Ok(()));
         assert_eq!(bad.unwrap_err().to_string(), "no such container");
         answering.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn text_of_a_failure_is_clipped_and_escaped() {
+        let (stream, mut peer) = connect();
+        let (agent, _end) = Agent::start(stream, |_| {}).unwrap();
+        let answering = tokio::task::spawn_blocking(move || {
+            let id = peer.receive().id;
+            let failure = Failure {
+                kind: FailureKind::Internal,
+                message: format!("\x1b[31m\n{}", "x".repeat(100_000)),
+            };
+            peer.send(&FromAgent::Reply(Reply {
+                id,
+                result: Err(failure),
+            }));
+            peer
+        });
+        let text = agent.run(start("a")).await.unwrap_err().to_string();
+        assert!(text.starts_with("\\u{1b}[31m\\nxxx"), "{}", &text[..20]);
+        assert!(text.len() < MAX_FAILURE_TEXT + 32, "{}", text.len());
+        answering.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn list_beyond_its_limit_ends_the_stream() {
+        let (stream, mut peer) = connect();
+        let (_agent, end) = Agent::start(stream, |_| {}).unwrap();
+        let processes = vec![ProcessEntry { pid: 1, exec: None }; MAX_PROCESSES + 1];
+        let result = Ok(Response::Processes(processes));
+        peer.send(&FromAgent::Reply(Reply { id: 1, result }));
+        assert!(end.await.contains("violated the protocol"));
     }
 
     #[tokio::test]

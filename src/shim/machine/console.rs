@@ -14,9 +14,33 @@ pub(super) fn printable_tail(bytes: &[u8]) -> String {
     lines[lines.len().saturating_sub(MAX_LINES)..].join("\n")
 }
 
+/// The first `max` characters of `text`, in one line, with control characters escaped.
+pub(super) fn printable_line(text: &str, max: usize) -> String {
+    let mut line = String::new();
+    for (index, character) in text.chars().enumerate() {
+        if index == max {
+            line.push('…');
+            break;
+        }
+        if character.is_control() {
+            line.extend(character.escape_debug());
+        } else {
+            line.push(character);
+        }
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn line_is_clipped_and_its_control_characters_escaped() {
+        assert_eq!(printable_line("exec: \"é\"", 20), "exec: \"é\"");
+        assert_eq!(printable_line("a\n\x1b[2J", 20), "a\\n\\u{1b}[2J");
+        assert_eq!(printable_line("abcdef", 3), "abc…");
+    }
 
     #[test]
     fn tail_has_the_last_lines_without_blank_ones_and_control_characters() {

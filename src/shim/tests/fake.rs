@@ -13,8 +13,8 @@ use std::{
 };
 
 use nutshell_protocol::{
-    CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, ProcessEntry, Ready, Reply, Request,
-    Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
+    CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT,
+    ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
 use crate::{
@@ -39,10 +39,20 @@ pub(super) enum Behaviour {
     NeverReady,
     /// It boots and creates containers, and answers no other request.
     Unresponsive,
+    /// It never answers requests of one kind.
+    Ignores(Ignored),
     /// It cannot grow.
     CannotGrow,
     /// It reports no stream as drained before [`Fake::report_drained`].
     NeverDrains,
+}
+
+/// A kind of request that the agent does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ignored {
+    CreateContainer,
+    StartContainer,
+    StartExec,
 }
 
 /// A launcher of fake machines.
@@ -74,6 +84,18 @@ struct State {
     requests: Vec<Request>,
     /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
+}
+
+impl Behaviour {
+    fn answers(self, request: &Request) -> bool {
+        match (self, request) {
+            (Self::Unresponsive, request) => matches!(request, Request::CreateContainer(_)),
+            (Self::Ignores(Ignored::CreateContainer), Request::CreateContainer(_))
+            | (Self::Ignores(Ignored::StartContainer), Request::StartContainer { .. })
+            | (Self::Ignores(Ignored::StartExec), Request::StartExec(_)) => false,
+            _ => true,
+        }
+    }
 }
 
 impl FakeLauncher {
@@ -207,6 +229,7 @@ impl Fake {
                 }
                 notify(control, &Notice::StreamClosed { port });
             }
+            Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {
                 assert_eq!(descriptors.len(), 1);
@@ -263,13 +286,13 @@ impl Fake {
 
     /// The agent: answers the requests of the shim.
     fn serve_agent(&self, mut stream: UnixStream) {
-        let mut buffer = FrameBuffer::default();
+        let mut buffer = FrameBuffer::new(MAX_TO_AGENT);
         let mut bytes = [0; 4096];
         loop {
             while let Some(ToAgent { id, request }) = buffer.next().unwrap() {
                 self.state().requests.push(request.clone());
                 self.changed.notify_all();
-                if self.behaviour != Behaviour::Unresponsive || matches!(request, Request::CreateContainer(_)) {
+                if self.behaviour.answers(&request) {
                     let (result, event) = self.answer(request);
                     self.send(&FromAgent::Reply(Reply { id, result }));
                     if let Some(event) = event {
@@ -347,7 +370,7 @@ impl Fake {
     }
 
     fn send(&self, message: &FromAgent) {
-        let frame = encode(message).unwrap();
+        let frame = encode(message, MAX_FROM_AGENT).unwrap();
         // Fails if the shim has ended the machine.
         if let Some(agent) = &mut self.state().agent {
             let _ = agent.write_all(&frame);

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use nutshell_protocol::{ContainerStats, CpuStats, IoStats, MemoryEvents, MemoryStats, NetworkStats, PidsStats};
+use nutshell_protocol::{
+    ContainerStats, CpuStats, IoStats, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidsStats,
+};
 use rustix::process::Pid;
 
 use super::Cgroup;
@@ -16,7 +18,7 @@ pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
     let network = init.map(|init| format!("/proc/{}/net/dev", init.as_raw_nonzero()));
     ContainerStats {
         cpu: cpu(&file("cpu.stat")),
-        io: io(&file("io.stat")),
+        io: first_entries(io(&file("io.stat"))),
         memory: MemoryStats {
             usage: number("memory.current"),
             usage_limit: number("memory.max"),
@@ -24,17 +26,26 @@ pub(crate) fn read(cgroup: &Cgroup, init: Option<Pid>) -> ContainerStats {
             swap_limit: number("memory.swap.max"),
             stat: keyed(&file("memory.stat"))
                 .map(|(key, value)| (key.to_owned(), value))
+                .take(MAX_STATISTICS)
                 .collect(),
         },
         memory_events: memory_events(&file("memory.events")),
         network: network.map_or_else(Vec::new, |path| {
-            network_interfaces(&fs::read_to_string(Path::new(&path)).unwrap_or_default())
+            first_entries(network_interfaces(
+                &fs::read_to_string(Path::new(&path)).unwrap_or_default(),
+            ))
         }),
         pids: PidsStats {
             current: number("pids.current"),
             limit: number("pids.max"),
         },
     }
+}
+
+/// Cuts a list to what a response may hold: a container can create any number of network interfaces.
+fn first_entries<T>(mut entries: Vec<T>) -> Vec<T> {
+    entries.truncate(MAX_STATISTICS);
+    entries
 }
 
 /// Parses a number. `max` is `u64::MAX`, invalid text is 0.

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nutshell_protocol::{
-    AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, PidNamespace,
-    Request, Response, Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
+    AGENT_PORT, CONTAINERS_PATH, CreateContainer, Event, Exited, Failure, FrameBuffer, FromAgent, MAX_FROM_AGENT,
+    MAX_TO_AGENT, PidNamespace, Request, Response, Rootfs, SHARE_PATH, StartExec, Stdio, ToAgent, encode,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags};
@@ -83,7 +83,7 @@ impl Agent {
             child,
             host,
             stream: port.accept(),
-            incoming: FrameBuffer::default(),
+            incoming: FrameBuffer::new(MAX_FROM_AGENT),
             queue: VecDeque::new(),
             last_request: 0,
         };
@@ -126,7 +126,7 @@ impl Agent {
         self.last_request += 1;
         let id = self.last_request;
         self.stream
-            .write_all(&encode(&ToAgent { id, request }).unwrap())
+            .write_all(&encode(&ToAgent { id, request }, MAX_TO_AGENT).unwrap())
             .unwrap();
         id
     }
