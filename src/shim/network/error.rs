@@ -1,6 +1,6 @@
 //! The failures of a pod's network.
 
-use std::io;
+use std::{io, time::Duration};
 
 use nutshell_protocol::NETWORK_SLOTS;
 
@@ -28,4 +28,6 @@ pub(crate) enum NetworkError {
     Plug { link: String, source: VmmError },
     #[error("set the guest's network up: {0}")]
     Guest(#[from] AgentError),
+    #[error("set the guest's network up: no answer within {} s", .0.as_secs())]
+    NoAnswer(Duration),
 }

@@ -22,7 +22,7 @@ use crate::shim::machine::Machine;
 /// How many forwarded connections a pod may have at a time. Further ones wait in the sockets' backlogs.
 const MAX_CONNECTIONS: usize = 128;
 
-/// How long the guest may take to connect, in run time of the machine. The agent has a shorter timeout itself.
+/// How long the guest may take to connect. The agent has a shorter timeout itself.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The sockets that accept connections to any loopback port.
@@ -126,14 +126,13 @@ async fn connect_to_guest(machine: &Machine, connection: &TcpStream, target: Soc
         stream_port: stream.port(),
         targets: targets(target),
     };
-    let connected = machine.within(CONNECT_TIMEOUT, machine.agent().run(request)).await;
-    let failure = match connected {
-        Some(Ok(())) => {
+    let failure = match tokio::time::timeout(CONNECT_TIMEOUT, machine.agent().run(request)).await {
+        Ok(Ok(())) => {
             stream.closed().await;
             return Ok(());
         }
-        Some(Err(error)) => error.to_string(),
-        None => "the guest did not connect in time".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "the guest did not connect in time".to_owned(),
     };
     // Before the vmm closes its descriptor, so that the client sees a reset and not an orderly end.
     reset(connection);

@@ -29,8 +29,10 @@ mod tests;
 
 use std::{
     collections::HashSet,
+    future::Future,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use nutshell_protocol::{Request, Response};
@@ -47,6 +49,9 @@ use self::{
     survey::{KnownLinks, Survey, TappedLink, survey},
 };
 use crate::shim::machine::{AgentError, Machine};
+
+/// How long the agent may take to probe or configure interfaces.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The network of a running pod. It follows the namespace until [`Self::disconnect`].
 #[derive(Debug)]
@@ -67,6 +72,8 @@ struct NetworkState {
     redirects: Vec<Redirect>,
     /// The links that the machine has, in the order in which it got them.
     links: Vec<Link>,
+    /// Links in slots of the machine whose interface index in the guest is not known yet, with their slots.
+    unprobed: Vec<(Link, u32)>,
     /// The interface indexes of all tap devices, which are links of the namespace too.
     taps: Vec<u32>,
     /// For each of `links` its interface index in the guest.
@@ -99,6 +106,7 @@ impl Network {
             queues,
             redirects: Vec::new(),
             links: Vec::new(),
+            unprobed: Vec::new(),
             taps: Vec::new(),
             guest_indexes: Vec::new(),
             free_slot: 0,
@@ -151,24 +159,27 @@ async fn follow_changes(mut changes: ChangeListener, state: Arc<Mutex<NetworkSta
     }
 }
 
+/// Waits for an answer of the agent for at most [`AGENT_TIMEOUT`].
+async fn within_limit<T>(answer: impl Future<Output = Result<T, AgentError>>) -> Result<T, NetworkError> {
+    let answer = tokio::time::timeout(AGENT_TIMEOUT, answer).await;
+    Ok(answer.map_err(|_| NetworkError::NoAnswer(AGENT_TIMEOUT))??)
+}
+
 impl NetworkState {
-    /// Reads the namespace's configuration, and passes on what the guest does not have.
+    /// Reads the namespace's configuration, and passes on what the guest does not have. What fails is tried again by the
+    /// next call.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
+        let plugged = self.links.iter().chain(self.unprobed.iter().map(|(link, _)| link));
         let known = KnownLinks {
-            links: self.links.iter().map(|link| link.index).collect(),
+            links: plugged.map(|link| link.index).collect(),
             taps: self.taps.clone(),
         };
         let queues = self.queues;
         let surveyed = run_in_namespace(&self.namespace, move || survey(&known, queues)).await;
-        let Survey {
-            config,
-            new_links,
-            redirects,
-        } = surveyed.map_err(NetworkError::Namespace)??;
-        self.redirects.extend(redirects);
-        self.taps.extend(new_links.iter().map(|new| new.tap));
+        let Survey { config, new_links } = surveyed.map_err(NetworkError::Namespace)??;
         // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
+        self.probe(machine).await?;
         let mut messages = guest_config::link_messages(
             &self.links[self.configured_links..],
             &self.guest_indexes[self.configured_links..],
@@ -184,46 +195,67 @@ impl NetworkState {
         if !messages.is_empty() {
             let sent: Vec<_> = messages.iter().map(|(_, message)| message.clone()).collect();
             // On a failure the next update sends them again: a route may have been read before its address.
-            machine.agent().run(Request::ConfigureNetwork { messages }).await?;
+            within_limit(machine.agent().run(Request::ConfigureNetwork { messages })).await?;
             self.sent.extend(sent);
         }
         self.configured_links = self.links.len();
         plugged
     }
 
-    /// Puts links into free slots of the machine, and reads their interface indexes in the guest.
+    /// Puts links into free slots of the machine. After a failure, nothing is left of the links that have none.
     async fn plug(&mut self, machine: &Machine, new_links: Vec<TappedLink>) -> Result<(), NetworkError> {
-        let mut result = Ok(());
-        let (mut links, mut slots) = (Vec::new(), Vec::new());
-        for TappedLink { link, queues, .. } in new_links {
+        let mut new_links = new_links.into_iter();
+        while let Some(TappedLink {
+            link,
+            tap,
+            queues,
+            redirect,
+        }) = new_links.next()
+        {
             let descriptors: Vec<_> = queues.iter().map(AsFd::as_fd).collect();
             let plugged = machine
                 .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
                 .await;
             if let Err(source) = plugged {
-                let link = link.name;
-                result = Err(NetworkError::Plug { link, source });
-                break;
+                let unused = new_links.map(|new| new.redirect);
+                self.remove(std::iter::once(redirect).chain(unused).collect()).await;
+                return Err(NetworkError::Plug {
+                    link: link.name,
+                    source,
+                });
             }
-            links.push(link);
-            slots.push(self.free_slot);
+            self.redirects.push(redirect);
+            self.taps.push(tap);
+            self.unprobed.push((link, self.free_slot));
             self.free_slot += 1;
         }
-        if !slots.is_empty() {
-            match machine.agent().request(Request::ProbeNetworkDevices { slots }).await? {
-                Response::InterfaceIndexes(indexes) if indexes.len() == links.len() => {
-                    self.links.extend(links);
-                    self.guest_indexes.extend(indexes);
-                }
-                _ => return Err(AgentError::Unexpected.into()),
-            }
-        }
-        result
+        Ok(())
     }
 
-    /// Removes the redirects. Failures are ignored: if a link is gone, its redirect is too.
+    /// Reads the interface indexes in the guest of links that were plugged.
+    async fn probe(&mut self, machine: &Machine) -> Result<(), NetworkError> {
+        if self.unprobed.is_empty() {
+            return Ok(());
+        }
+        let slots = self.unprobed.iter().map(|(_, slot)| *slot).collect();
+        match within_limit(machine.agent().request(Request::ProbeNetworkDevices { slots })).await? {
+            Response::InterfaceIndexes(indexes) if indexes.len() == self.unprobed.len() => {
+                self.links.extend(self.unprobed.drain(..).map(|(link, _)| link));
+                self.guest_indexes.extend(indexes);
+                Ok(())
+            }
+            _ => Err(AgentError::Unexpected.into()),
+        }
+    }
+
+    /// Removes all redirects.
     async fn remove_redirects(&mut self) {
         let redirects = std::mem::take(&mut self.redirects);
+        self.remove(redirects).await;
+    }
+
+    /// Removes redirects. Failures are ignored: if a link is gone, its redirect is too.
+    async fn remove(&self, redirects: Vec<Redirect>) {
         if redirects.is_empty() {
             return;
         }

@@ -29,6 +29,8 @@ pub(super) struct TappedLink {
     pub(super) tap: u32,
     /// The queues of the tap device.
     pub(super) queues: Vec<OwnedFd>,
+    /// From the link to the tap device. The kernel removes the other direction with the tap device.
+    pub(super) redirect: Redirect,
 }
 
 /// The result of [`survey`].
@@ -36,7 +38,6 @@ pub(super) struct TappedLink {
 pub(super) struct Survey {
     pub(super) config: IpConfig,
     pub(super) new_links: Vec<TappedLink>,
-    pub(super) redirects: Vec<Redirect>,
 }
 
 /// Reads the configuration of the calling thread's namespace. Makes a tap device with `queues` queues for each link
@@ -60,9 +61,9 @@ pub(super) fn survey(known: &KnownLinks, queues: usize) -> Result<Survey, Networ
     };
     for link in new {
         if let Err(error) = tap_link(&mut netlink, &mut survey, link, queues) {
-            for redirect in survey.redirects {
+            for link in survey.new_links {
                 // The first error is the one to report.
-                let _ = redirect.remove(&mut netlink);
+                let _ = link.redirect.remove(&mut netlink);
             }
             return Err(error);
         }
@@ -77,15 +78,13 @@ fn tap_link(netlink: &mut NetlinkSocket, survey: &mut Survey, link: Link, queues
         source,
     })?;
     tap::bring_up(netlink, tap.index, &link)?;
-    // Not recorded: the kernel removes this direction with the tap device.
     Redirect::install(netlink, tap.index, link.index)?;
-    survey
-        .redirects
-        .push(Redirect::install(netlink, link.index, tap.index)?);
+    let redirect = Redirect::install(netlink, link.index, tap.index)?;
     survey.new_links.push(TappedLink {
         link,
         tap: tap.index,
         queues: tap.queues,
+        redirect,
     });
     Ok(())
 }
