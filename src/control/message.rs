@@ -59,6 +59,8 @@ pub(crate) enum Command {
         /// The minimum number of vCPUs: they are never removed.
         vcpus: u8,
     },
+    /// Requests [`Notice::Progress`].
+    ReadProgress,
     /// Requests [`Notice::Console`].
     ReadConsole,
 }
@@ -119,6 +121,11 @@ pub(crate) enum Notice {
     MemoryPlugged {
         /// The memory in addition to the boot memory, in bytes.
         bytes: u64,
+    },
+    /// The reply to [`Command::ReadProgress`].
+    Progress {
+        /// How many different I/O addresses the guest has used since its start. It grows while a guest boots.
+        count: u64,
     },
     /// The reply to [`Command::ReadConsole`]: the last [`MAX_CONSOLE_TAIL`] bytes of the guest's console.
     Console(Vec<u8>),

@@ -19,6 +19,7 @@ use super::{
     growth::Growth,
     kvm::{self, Vm},
     machine::RunningMachine,
+    progress::BootProgress,
     vcpu::{self, Peripherals},
     wiring::{BusBuilder, eventfd},
 };
@@ -182,6 +183,7 @@ pub(super) fn start(
     let peripherals = Arc::new(Peripherals {
         bus: bus.bus,
         uart: Mutex::new(Uart::new(console_tail.clone())),
+        progress: BootProgress::new(),
     });
     for (index, vcpu) in vm
         .create_vcpus(0..config.vcpus, config.max_vcpus)?

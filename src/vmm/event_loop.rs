@@ -238,6 +238,12 @@ fn execute(
             send(channel, &Notice::Resized { result })?;
             report_memory(machine, channel)?;
         }
+        Command::ReadProgress => send(
+            channel,
+            &Notice::Progress {
+                count: machine.peripherals.progress.count(),
+            },
+        )?,
         Command::ReadConsole => send(channel, &Notice::Console(console_tail.to_vec()))?,
     }
     Ok(())

@@ -15,6 +15,7 @@ mod event_loop;
 mod growth;
 mod kvm;
 mod machine;
+mod progress;
 mod vcpu;
 mod wiring;
 

@@ -7,7 +7,7 @@ use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use parking_lot::Mutex;
 
-use super::end_signal::EndSignal;
+use super::{end_signal::EndSignal, progress::BootProgress};
 use crate::{
     control::EndReason,
     devices::{
@@ -24,6 +24,7 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 pub(super) struct Peripherals {
     pub(super) bus: Bus,
     pub(super) uart: Mutex<Uart>,
+    pub(super) progress: BootProgress,
 }
 
 /// Runs `vcpu` on a new thread until the machine ends.
@@ -46,8 +47,14 @@ pub(super) fn start(
 fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
     loop {
         match vcpu.run() {
-            Ok(VcpuExit::MmioRead(address, data)) => peripherals.bus.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => peripherals.bus.write(address, data),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                peripherals.progress.record(address);
+                peripherals.bus.read(address, data);
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                peripherals.progress.record(address);
+                peripherals.bus.write(address, data);
+            }
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.fill(0xff);
                 if let (Some(offset), [value]) = (uart_register(port), data) {

@@ -1,79 +1,102 @@
-//! Deadlines that count only the time in which the vmm process could run. When many machines start at once, each waits
-//! for a CPU most of the time, because of the host's load and not because of a fault in the guest.
+//! The deadline of a boot, which follows the guest's progress. A host may be so slow that a boot takes minutes: it is
+//! under load, or is an emulated machine. A guest that hangs must be ended all the same, and soon.
 
-use std::{fs, time::Duration};
+use std::{collections::HashMap, fs, future::Future, time::Duration};
 
 use tokio::time::Instant;
 
-/// A deadline expires after this multiple of its limit, however long the process has waited for a CPU: some minutes for
-/// a boot, which is enough if twenty machines start at once on a laptop under load.
-const MAX_EXTENSION_FACTOR: u32 = 30;
+/// A boot ends after this multiple of its limit even if the guest makes progress all the time.
+pub(super) const MAX_EXTENSION_FACTOR: u32 = 30;
 
-/// A deadline for a process that is extended by the time in which its threads waited for a CPU.
-#[derive(Debug)]
-pub(super) struct RunTimeDeadline<W = fn(u32) -> Duration> {
+/// How often the guest's progress is checked within the limit.
+const CHECKS_PER_LIMIT: u32 = 4;
+
+/// What changes while a guest boots, and stays the same when it hangs. Both values have upper bounds, so a guest cannot
+/// make progress for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BootProgress {
+    /// The resident memory of the vmm process, in pages: it grows when the guest uses memory for the first time.
+    pub(super) resident_pages: u64,
+    /// See [`Notice::Progress`](crate::control::Notice::Progress).
+    pub(super) io_addresses: u64,
+}
+
+/// Why a boot has taken too long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum BootStall {
+    #[error("it made no progress for {} s", .0.as_secs_f32())]
+    NoProgress(Duration),
+    #[error("it takes longer than {} s", .0.as_secs_f32())]
+    TooLong(Duration),
+}
+
+/// How long each thread of a process was runnable without running, by thread id.
+pub(super) type RunQueueWaits = HashMap<u32, Duration>;
+
+/// Waits until a guest has made no progress for `limit`, in which the time that its vmm waited for a CPU does not
+/// count, or until the boot has taken [`MAX_EXTENSION_FACTOR`] times `limit`.
+pub(super) async fn stalled<F: Future<Output = BootProgress>>(
     limit: Duration,
-    start: Instant,
-    pid: u32,
-    /// The process's run queue wait at `start`.
-    wait_at_start: Duration,
-    /// Returns the total run queue wait of a process.
-    run_queue_wait: W,
-}
-
-impl RunTimeDeadline {
-    /// A deadline for the process `pid`, `limit` of run time from now.
-    pub(super) fn new(pid: u32, limit: Duration) -> Self {
-        Self::with_wait_source(pid, limit, run_queue_wait)
-    }
-}
-
-impl<W: Fn(u32) -> Duration> RunTimeDeadline<W> {
-    fn with_wait_source(pid: u32, limit: Duration, run_queue_wait: W) -> Self {
-        Self {
-            limit,
-            start: Instant::now(),
-            pid,
-            wait_at_start: run_queue_wait(pid),
-            run_queue_wait,
+    progress: impl Fn() -> F,
+    run_queue_waits: impl Fn() -> RunQueueWaits,
+) -> BootStall {
+    let start = Instant::now();
+    let interval = limit / CHECKS_PER_LIMIT;
+    // The first check finds progress: until then, nothing is known of the guest.
+    let (mut latest, mut changed, mut waits_then) = (None, start, RunQueueWaits::new());
+    loop {
+        tokio::time::sleep(interval).await;
+        let (now, current, waits) = (Instant::now(), progress().await, run_queue_waits());
+        if now - start >= limit * MAX_EXTENSION_FACTOR {
+            return BootStall::TooLong(limit * MAX_EXTENSION_FACTOR);
         }
-    }
-
-    /// Waits until the deadline has passed. Returns the time since it was set.
-    pub(super) async fn expired(&self) -> Duration {
-        let mut sleep = self.limit;
-        loop {
-            tokio::time::sleep(sleep).await;
-            let elapsed = self.start.elapsed();
-            let waited = (self.run_queue_wait)(self.pid).saturating_sub(self.wait_at_start);
-            let ran = elapsed.saturating_sub(waited);
-            if ran >= self.limit || elapsed >= self.limit * MAX_EXTENSION_FACTOR {
-                return elapsed;
-            }
-            // At least a tenth of the limit: there is no need to poll often near the end.
-            sleep = self.limit.saturating_sub(ran).max(self.limit / 10);
+        if latest != Some(current) {
+            (latest, changed, waits_then) = (Some(current), now, waits);
+        } else if (now - changed).saturating_sub(longest_wait(&waits_then, &waits)) >= limit {
+            return BootStall::NoProgress(limit);
         }
     }
 }
 
-/// How long the threads of a process were runnable without running, in total: the second field of each thread's
-/// `schedstat` (kernel, `Documentation/scheduler/sched-stats.rst`). Zero if the process or the file does not exist.
-fn run_queue_wait(pid: u32) -> Duration {
-    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return Duration::ZERO;
+/// How long the thread that waited longest has waited between two readings. Not the sum over threads: a guest with many
+/// vCPUs would extend its deadline by it even if each of them runs most of the time.
+fn longest_wait(before: &RunQueueWaits, after: &RunQueueWaits) -> Duration {
+    let waited = |(thread, wait): (&u32, &Duration)| {
+        let before = before.get(thread).copied().unwrap_or_default();
+        wait.saturating_sub(before)
     };
-    threads
-        .filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("schedstat")).ok())
-        .filter_map(|fields| fields.split_ascii_whitespace().nth(1)?.parse().ok())
-        .map(Duration::from_nanos)
-        .sum()
+    after.iter().map(waited).max().unwrap_or_default()
+}
+
+/// The run queue waits of the threads of a process: the second field of each thread's `schedstat` (kernel,
+/// `Documentation/scheduler/sched-stats.rst`). Empty if the process or the file does not exist.
+pub(super) fn run_queue_waits(pid: u32) -> RunQueueWaits {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return RunQueueWaits::new();
+    };
+    let wait = |thread: fs::DirEntry| {
+        let fields = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        let nanoseconds = fields.split_ascii_whitespace().nth(1)?.parse().ok()?;
+        Some((
+            thread.file_name().to_str()?.parse().ok()?,
+            Duration::from_nanos(nanoseconds),
+        ))
+    };
+    threads.filter_map(|thread| wait(thread.ok()?)).collect()
+}
+
+/// The resident memory of a process in pages, 0 if it does not exist (proc(5), `statm`).
+pub(super) fn resident_pages(pid: u32) -> u64 {
+    let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+    let resident = statm.split_ascii_whitespace().nth(1);
+    resident.and_then(|pages| pages.parse().ok()).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
+        future::ready,
         process::{Child, Command},
-        sync::atomic::{AtomicU64, Ordering},
         thread,
     };
 
@@ -84,30 +107,79 @@ mod tests {
 
     use super::*;
 
-    const LIMIT: Duration = Duration::from_secs(10);
+    const LIMIT: Duration = Duration::from_secs(8);
 
-    #[tokio::test(start_paused = true)]
-    async fn deadline_without_run_queue_wait_is_exactly_the_limit() {
-        let deadline = RunTimeDeadline::with_wait_source(0, LIMIT, |_| Duration::from_secs(3));
-        assert_eq!(deadline.expired().await.as_secs(), 10);
+    fn pages(resident_pages: u64) -> BootProgress {
+        BootProgress {
+            resident_pages,
+            io_addresses: 0,
+        }
+    }
+
+    fn seconds(start: Instant) -> u64 {
+        start.elapsed().as_secs()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn run_queue_wait_extends_the_deadline() {
+    async fn guest_that_hangs_from_the_start_stalls_after_the_first_check_and_the_limit() {
         let start = Instant::now();
-        // Waits half of the time for the first 20 seconds.
-        let waited = move |_| start.elapsed().min(Duration::from_secs(20)) / 2;
-        let elapsed = RunTimeDeadline::with_wait_source(0, LIMIT, waited).expired().await;
-        assert!((20..=21).contains(&elapsed.as_secs()), "{elapsed:?}");
+        let stall = stalled(LIMIT, || ready(pages(3)), RunQueueWaits::new).await;
+        assert_eq!((stall, seconds(start)), (BootStall::NoProgress(LIMIT), 10));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn deadline_expires_even_for_a_process_that_never_runs() {
-        let seconds = AtomicU64::new(0);
-        let waited = |_| Duration::from_secs(seconds.fetch_add(1000, Ordering::Relaxed));
-        let elapsed = RunTimeDeadline::with_wait_source(0, LIMIT, waited).expired().await;
-        let max = u64::from(MAX_EXTENSION_FACTOR) * LIMIT.as_secs();
-        assert!((max..=max + 1).contains(&elapsed.as_secs()), "{elapsed:?}");
+    async fn guest_that_makes_progress_slowly_has_the_limit_again_after_each_step() {
+        let start = Instant::now();
+        // One new page every 7 seconds for a minute.
+        let progress = || ready(pages(seconds(start).min(60) / 7));
+        let stall = stalled(LIMIT, progress, RunQueueWaits::new).await;
+        assert_eq!(stall, BootStall::NoProgress(LIMIT));
+        assert!((64..=70).contains(&seconds(start)), "{}", seconds(start));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn new_io_addresses_are_progress() {
+        let start = Instant::now();
+        let progress = || {
+            ready(BootProgress {
+                resident_pages: 3,
+                io_addresses: seconds(start).min(20),
+            })
+        };
+        stalled(LIMIT, progress, RunQueueWaits::new).await;
+        assert_eq!(seconds(start), 28);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guest_that_makes_progress_for_ever_is_ended_at_last() {
+        let start = Instant::now();
+        let stall = stalled(LIMIT, || ready(pages(seconds(start))), RunQueueWaits::new).await;
+        let max = LIMIT * MAX_EXTENSION_FACTOR;
+        assert_eq!((stall, seconds(start)), (BootStall::TooLong(max), max.as_secs()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_in_which_a_thread_waits_for_a_cpu_does_not_count() {
+        let start = Instant::now();
+        // Half of the time.
+        let waits = || RunQueueWaits::from([(1, start.elapsed() / 2)]);
+        stalled(LIMIT, || ready(pages(3)), waits).await;
+        assert_eq!(seconds(start), 18);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_of_many_threads_are_not_added_up() {
+        let start = Instant::now();
+        // Eight threads that wait an eighth of the time each.
+        let waits = || (0..8).map(|thread| (thread, start.elapsed() / 8)).collect();
+        stalled(LIMIT, || ready(pages(3)), waits).await;
+        assert_eq!(seconds(start), 12);
+    }
+
+    #[test]
+    fn resident_memory_of_this_process_is_found() {
+        assert!(resident_pages(std::process::id()) > 100);
+        assert_eq!(resident_pages(u32::MAX), 0);
     }
 
     /// A process that never sleeps. Dropped, it is killed.
@@ -142,9 +214,10 @@ mod tests {
         let busy = [BusyLoop::spawn_on(cpu), BusyLoop::spawn_on(cpu)];
 
         let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        let none = RunQueueWaits::new();
         while busy
             .iter()
-            .any(|busy| run_queue_wait(busy.pid()) < Duration::from_millis(20))
+            .any(|busy| longest_wait(&none, &run_queue_waits(busy.pid())) < Duration::from_millis(20))
         {
             assert!(std::time::Instant::now() < deadline, "no wait was measured");
             thread::sleep(Duration::from_millis(10));
@@ -152,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn run_queue_wait_of_an_unknown_process_is_zero() {
-        assert_eq!(run_queue_wait(u32::MAX), Duration::ZERO);
+    fn unknown_process_has_no_run_queue_waits() {
+        assert_eq!(run_queue_waits(u32::MAX), RunQueueWaits::new());
     }
 }

@@ -28,7 +28,7 @@ use std::{
 };
 
 use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready};
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::Instant};
 
 pub(crate) use self::{
     agent::{Agent, AgentError},
@@ -39,14 +39,20 @@ pub(crate) use self::{
     vmm::{VmmError, VmmProcess},
 };
 use self::{
-    async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::RunTimeDeadline,
-    exit::EndRequest, monitor::MachineState,
+    async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::BootProgress, exit::EndRequest,
+    monitor::MachineState,
 };
 use super::{child::Child, logging};
 use crate::control::{Channel, Command, ControlError};
 
 /// How long the vmm may take to send the guest's console.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the vmm may take to plug or unplug a device, or to change the size of the machine.
+const VMM_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the vmm may take to send the progress of the boot.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A running machine. It ends by itself, on [`Self::kill`] or [`Self::stop`], and when the last reference is dropped;
 /// [`Self::ended`] reports the end.
@@ -145,23 +151,25 @@ impl Machine {
         self.child.pid()
     }
 
-    /// Waits until the agent accepts requests. Kills a guest that is not ready within `limit` of run time (see
-    /// [`RunTimeDeadline`]).
+    /// Waits until the agent accepts requests. Kills a guest that makes no progress for `limit`, or that is not ready
+    /// after a multiple of it (see [`deadline::stalled`]).
     pub(crate) async fn ready(&self, limit: Duration) -> Result<Ready, Arc<MachineExit>> {
-        let deadline = RunTimeDeadline::new(self.pid(), limit);
-        let elapsed = tokio::select! {
+        let start = Instant::now();
+        let stalled = deadline::stalled(
+            limit,
+            || self.boot_progress(limit),
+            || deadline::run_queue_waits(self.pid()),
+        );
+        let stall = tokio::select! {
             biased;
             ready = self.agent.ready() => return Ok(ready),
             exit = self.ended() => return Err(exit),
-            elapsed = deadline.expired() => elapsed,
+            stall = stalled => stall,
         };
         let console = self.read_console().await;
-        self.kill(&format!(
-            "the guest did not become ready within {} s",
-            limit.as_secs_f32()
-        ));
+        self.kill(&format!("the guest did not become ready: {stall}"));
         let exit = self.ended().await;
-        log::debug!("machine {}: waited {elapsed:?} for the agent", self.pid());
+        log::debug!("machine {}: waited {:?} for the agent", self.pid(), start.elapsed());
         Err(Arc::new(MachineExit {
             reason: exit.reason.clone(),
             requested: exit.requested,
@@ -169,14 +177,19 @@ impl Machine {
         }))
     }
 
-    /// Runs `future` for at most `limit` of the machine's run time (see [`RunTimeDeadline`]); `None` if it takes
-    /// longer.
-    pub(crate) async fn within<T>(&self, limit: Duration, future: impl Future<Output = T>) -> Option<T> {
-        let deadline = RunTimeDeadline::new(self.pid(), limit);
-        tokio::select! {
-            biased;
-            output = future => Some(output),
-            _ = deadline.expired() => None,
+    /// The progress of the boot. Waits at most for [`PROGRESS_TIMEOUT`] or `limit`: a vmm that does not answer has made
+    /// no progress.
+    async fn boot_progress(&self, limit: Duration) -> BootProgress {
+        let (sender, receiver) = oneshot::channel();
+        self.state.progress_requests.lock().push(sender);
+        let answer = async {
+            self.control.send(&Command::ReadProgress, &[]).await.ok()?;
+            receiver.await.ok()
+        };
+        let io_addresses = tokio::time::timeout(limit.min(PROGRESS_TIMEOUT), answer).await;
+        BootProgress {
+            resident_pages: deadline::resident_pages(self.pid()),
+            io_addresses: io_addresses.ok().flatten().unwrap_or_default(),
         }
     }
 
@@ -192,6 +205,11 @@ impl Machine {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state.exit.borrow().is_some()
     }
 
     /// Whether it has ended because of [`Self::stop`].
@@ -284,9 +302,7 @@ impl Machine {
     async fn change_slot(&self, slot: u32, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
         self.state.slot_requests.lock().insert(slot, sender);
-        self.control.send(command, descriptors).await?;
-        let result = receiver.await.map_err(|_| ControlError::Closed)?;
-        result.map_err(VmmError::Refused)
+        self.send_and_wait(command, descriptors, receiver).await
     }
 
     /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the least number of vCPUs
@@ -294,9 +310,24 @@ impl Machine {
     pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
         *self.state.resize_request.lock() = Some(sender);
-        self.control.send(&Command::Resize { memory, vcpus }, &[]).await?;
-        let result = receiver.await.map_err(|_| ControlError::Closed)?;
-        result.map_err(VmmError::Refused)
+        self.send_and_wait(&Command::Resize { memory, vcpus }, &[], receiver)
+            .await
+    }
+
+    async fn send_and_wait(
+        &self,
+        command: &Command,
+        descriptors: &[BorrowedFd<'_>],
+        answer: oneshot::Receiver<Result<(), String>>,
+    ) -> Result<(), VmmError> {
+        let answer = async {
+            self.control.send(command, descriptors).await?;
+            answer.await.map_err(|_| ControlError::Closed)
+        };
+        let answer = tokio::time::timeout(VMM_TIMEOUT, answer).await;
+        answer
+            .map_err(|_| VmmError::Timeout(VMM_TIMEOUT))??
+            .map_err(VmmError::Refused)
     }
 
     /// Waits until the guest has exactly `bytes` of memory beyond its boot memory.

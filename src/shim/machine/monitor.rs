@@ -21,6 +21,9 @@ use crate::{
 /// How long the vmm may take to report why it ends, once the agent or the file server that it serves has ended.
 pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long to wait for the end of standard error of a vmm that has ended.
+const STDERR_TIMEOUT: Duration = Duration::from_millis(500);
+
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
 type AnswerSender = oneshot::Sender<Result<(), String>>;
 
@@ -30,6 +33,8 @@ pub(super) struct MachineState {
     pub(super) streams: StreamTable,
     /// Callers that wait for the console.
     pub(super) console_requests: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
+    /// Callers that wait for the progress of the boot.
+    pub(super) progress_requests: Mutex<Vec<oneshot::Sender<u64>>>,
     /// Callers that plug or unplug a device, by slot on the bus.
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that changes the machine's size.
@@ -48,6 +53,7 @@ impl MachineState {
         Self {
             streams: StreamTable::default(),
             console_requests: Mutex::default(),
+            progress_requests: Mutex::default(),
             slot_requests: Mutex::default(),
             resize_request: Mutex::default(),
             plugged_memory: watch::Sender::new(None),
@@ -82,7 +88,9 @@ pub(super) async fn run(
     };
     child.kill();
     let status = child.reap().await;
-    let stderr = stderr.await.unwrap_or_default();
+    // Another process may keep the stream open: the task then ends later.
+    let stderr = tokio::time::timeout(STDERR_TIMEOUT, stderr).await;
+    let stderr = stderr.ok().and_then(Result::ok).unwrap_or_default();
     let end_request = state.end_request.lock().take();
     let requested = end_request.as_ref().is_some_and(|request| request.requested);
     let reason = end_request
@@ -113,6 +121,11 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
                 let waiting = std::mem::take(&mut *state.console_requests.lock());
                 for sender in waiting {
                     let _ = sender.send(console.clone());
+                }
+            }
+            Ok(Notice::Progress { count }) => {
+                for sender in state.progress_requests.lock().drain(..) {
+                    let _ = sender.send(count);
                 }
             }
             Ok(Notice::Plugged { slot, result }) => answer(state.slot_requests.lock().remove(&slot), result),

@@ -1,6 +1,6 @@
 //! The vmm process: its start and its standard error.
 
-use std::{io, os::fd::OwnedFd, process::Stdio};
+use std::{io, os::fd::OwnedFd, process::Stdio, time::Duration};
 
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver};
 
@@ -34,6 +34,8 @@ pub(crate) enum VmmError {
     /// The vmm reports that it cannot execute the request. The machine continues unchanged.
     #[error("{0}")]
     Refused(String),
+    #[error("the vmm did not answer within {} s", .0.as_secs())]
+    Timeout(Duration),
 }
 
 impl VmmProcess {

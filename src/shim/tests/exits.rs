@@ -119,6 +119,18 @@ async fn out_of_memory_is_announced_before_the_exit() {
 }
 
 #[tokio::test]
+async fn flood_of_out_of_memory_reports_is_announced_once() {
+    let mut shim = Shim::start().await;
+    shim.run("c1").await;
+    for _ in 0..50 {
+        shim.fake.report_out_of_memory("c1");
+    }
+    shim.fake.report_exit("c1", None, 137, [0, 0]);
+    assert_eq!(shim.next_events(4).await, ["create", "start", "oom", "exit c1 137"]);
+    shim.assert_no_more_events().await;
+}
+
+#[tokio::test]
 async fn all_waiters_get_the_exit_status() {
     let shim = Shim::start().await;
     shim.run("c1").await;
@@ -186,7 +198,7 @@ async fn guest_that_is_never_ready_is_killed_and_its_console_reported() {
     let (_, text) = error_of(shim.task.create(context::Context::default(), &shim.request("c1")).await);
     assert_eq!(
         text,
-        "OCI runtime create failed: the guest did not become ready within 0.3 s; \
+        "OCI runtime create failed: the guest did not become ready: it made no progress for 0.3 s; \
          the end of the guest's console:\nLinux version\nno init"
     );
     assert!(!process_exists(shim.fake.vmm_pid()));
