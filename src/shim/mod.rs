@@ -17,6 +17,7 @@
 //! Imports point downwards in this table. All folders use `events` and the single files.
 
 mod api;
+mod blocking;
 mod child;
 mod configuration;
 mod entry;

@@ -33,6 +33,9 @@ const REPLY_LIMIT: Duration = Duration::from_millis(500);
 /// How long the daemon waits until the client that received that reply closes its connection.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
+/// The maximum number of calls that hang in file systems of the host at a time. Further ones are not started.
+const MAX_BLOCKING_THREADS: usize = 128;
+
 /// The inputs of the daemon.
 #[derive(Debug)]
 pub(crate) struct ServeContext {
@@ -70,10 +73,15 @@ pub(crate) fn serve(context: ServeContext) -> ExitCode {
     let socket = context.socket.clone();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(8)
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
         .build();
     let result = match runtime {
-        Ok(runtime) => runtime.block_on(serve_until_stopped(context)),
+        Ok(runtime) => {
+            let result = runtime.block_on(serve_until_stopped(context));
+            // Dropping it would wait for calls that hang in a file system.
+            runtime.shutdown_background();
+            result
+        }
         Err(error) => Err(error.into()),
     };
     match result {

@@ -2,12 +2,21 @@
 //! put the processes of the containers. The shim itself stays outside.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read, Seek},
     path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
 };
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::shim::blocking;
 
 /// The mount point of cgroup v2 on a host without cgroup v1.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// How long killed processes may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A control group, which may not exist yet.
 #[derive(Debug)]
@@ -62,13 +71,51 @@ impl ControlGroup {
         }
     }
 
-    /// Removes it, but not its ancestors. Fails, and logs that, while it has processes.
-    pub(super) fn remove(&self) {
-        match fs::remove_dir(&self.path) {
+    /// Removes it, but not its ancestors. Kills processes that are still in it: a vmm that its guest controls may have
+    /// forked, and the fork has the pod's devices.
+    pub(super) async fn remove(&self) {
+        let mut removed = fs::remove_dir(&self.path);
+        if matches!(&removed, Err(error) if error.kind() == io::ErrorKind::ResourceBusy) {
+            log::warn!(
+                "kill the processes that are left in control group {}",
+                self.path.display()
+            );
+            let path = self.path.clone();
+            let killed = blocking::run("kill the processes of a control group", move || kill_processes(&path)).await;
+            if let Err(error) = killed.map_err(io::Error::other).flatten() {
+                log::warn!(
+                    "cannot kill the processes of control group {}: {error}",
+                    self.path.display()
+                );
+            }
+            removed = fs::remove_dir(&self.path);
+        }
+        match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                log::warn!("remove control group {}: {error}", self.path.display());
+                log::warn!("cannot remove control group {}: {error}", self.path.display());
             }
             _ => {}
+        }
+    }
+}
+
+/// Kills all processes in the group at `path`, and waits until they have ended, for at most [`KILL_TIMEOUT`]: `cgroup.kill`
+/// and the notification of `cgroup.events` (kernel, `Documentation/admin-guide/cgroup-v2.rst`).
+fn kill_processes(path: &Path) -> io::Result<()> {
+    let deadline = Instant::now() + KILL_TIMEOUT;
+    let mut events = fs::File::open(path.join("cgroup.events"))?;
+    fs::write(path.join("cgroup.kill"), "1")?;
+    loop {
+        let mut text = String::new();
+        events.rewind()?;
+        events.read_to_string(&mut text)?;
+        if text.lines().any(|line| line == "populated 0") {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        if poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&timeout))? == 0 {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "they do not end after SIGKILL"));
         }
     }
 }
@@ -134,16 +181,16 @@ mod tests {
         assert_eq!(group.memory_limit(), Some(1152 << 20));
     }
 
-    #[test]
-    fn removal_keeps_the_ancestors() {
+    #[tokio::test]
+    async fn removal_keeps_the_ancestors() {
         let root = tempfile::tempdir().unwrap();
         let group = ControlGroup {
             path: root.path().join("default/a"),
         };
         group.create();
         assert!(root.path().join("default/a").is_dir());
-        group.remove();
-        group.remove();
+        group.remove().await;
+        group.remove().await;
         assert!(root.path().join("default").is_dir());
         assert!(!root.path().join("default/a").exists());
     }

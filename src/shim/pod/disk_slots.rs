@@ -5,13 +5,16 @@ use std::{collections::HashMap, os::fd::AsFd, path::Path, time::Duration};
 use nutshell_protocol::Request;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::error::PodError;
+use super::{error::PodError, requirements::OPEN_DISK};
 use crate::{
     oci::ContainerId,
-    shim::machine::{Machine, open_disk},
+    shim::{
+        blocking,
+        machine::{Machine, open_disk},
+    },
 };
 
-/// How long guest and vmm may take to release a disk that no container uses any more, in run time of the machine.
+/// How long guest and vmm may take to release a disk that no container uses any more.
 const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The disk slots of a machine, at most one disk a container.
@@ -48,7 +51,8 @@ impl DiskSlots {
         source: &Path,
         read_only: bool,
     ) -> Result<u32, PodError> {
-        let file = open_disk(source, read_only)?;
+        let source = source.to_owned();
+        let file = blocking::run(OPEN_DISK, move || open_disk(&source, read_only)).await??;
         let slot = {
             let mut inner = self.lock();
             let slot = inner.free.pop().ok_or(PodError::NoSlot { max: self.count })?;
@@ -70,8 +74,8 @@ impl DiskSlots {
             let unplugged = machine.unplug_disk(slot).await;
             unplugged.map_err(|error| error.to_string())
         };
-        let released = machine.within(DISK_RELEASE_TIMEOUT, release).await;
-        match released.unwrap_or_else(|| Err(format!("not done within {} s", DISK_RELEASE_TIMEOUT.as_secs()))) {
+        let released = tokio::time::timeout(DISK_RELEASE_TIMEOUT, release).await;
+        match released.unwrap_or_else(|_| Err(format!("not done within {} s", DISK_RELEASE_TIMEOUT.as_secs()))) {
             Ok(()) => self.lock().free.push(slot),
             // The slot stays taken: a guest that still uses the old disk would not look for a new one in it.
             Err(error) => log::warn!("take the disk of {id} out of the virtual machine: {error}"),

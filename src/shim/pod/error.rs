@@ -1,6 +1,7 @@
 //! The failures of a pod.
 
 use crate::shim::{
+    blocking::BlockingError,
     machine::{BootError, VmmError},
     network::NetworkError,
     share::ShareError,
@@ -24,7 +25,7 @@ pub(crate) enum PodError {
     /// The machine was started without a file server.
     #[error("the virtual machine shares no directories with its host")]
     NotShared,
-    /// A task of the shim panicked.
-    #[error("the shim failed: {0}")]
-    Shim(String),
+    /// A file system of the host hangs.
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
 }

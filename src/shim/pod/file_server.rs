@@ -3,14 +3,22 @@
 use std::{
     os::fd::OwnedFd,
     sync::{Arc, Weak},
+    time::Duration,
 };
 
 use super::{error::PodError, launcher::Launcher};
-use crate::shim::{
-    child::{Child, WaitStatus},
-    machine::{FINAL_NOTICE_TIMEOUT, Machine},
-    share::{FileServer, ShareError},
+use crate::{
+    oci::ContainerId,
+    shim::{
+        blocking::{self, FILE_SYSTEM_LIMIT},
+        child::{Child, WaitStatus},
+        machine::{FINAL_NOTICE_TIMEOUT, Machine},
+        share::{FileServer, ShareError},
+    },
 };
+
+/// How long a killed file server may take to end. A file system can keep it in an uninterruptible call.
+const REAP_LIMIT: Duration = Duration::from_secs(5);
 
 /// A file server and its process. Clones refer to the same process.
 #[derive(Debug, Clone)]
@@ -41,15 +49,32 @@ impl RunningFileServer {
         self.child.pid()
     }
 
-    /// Runs a change of the shared files on a thread for blocking calls: a file system that hangs must not hang the
-    /// shim.
-    pub(super) async fn run<T: Send + 'static>(
+    /// Makes files of the container `id` available with `attach`. If their file system hangs, the caller gets an error,
+    /// and what appears later is removed again.
+    pub(super) async fn attach(
         &self,
-        change: impl FnOnce(&FileServer) -> Result<T, ShareError> + Send + 'static,
-    ) -> Result<T, PodError> {
-        let server = self.server.clone();
-        let changed = tokio::task::spawn_blocking(move || change(&server)).await;
-        Ok(changed.map_err(|error| PodError::Shim(error.to_string()))??)
+        id: &ContainerId,
+        attach: impl FnOnce(&FileServer) -> Result<(), ShareError> + Send + 'static,
+    ) -> Result<(), PodError> {
+        let (server, late_server, id) = (self.server.clone(), self.server.clone(), id.to_string());
+        let attached = blocking::run_or_undo(
+            "mount the container's files",
+            FILE_SYSTEM_LIMIT,
+            move || attach(&server),
+            move |_late| {
+                if let Err(error) = late_server.detach(&id) {
+                    log::warn!("container {id}: {error}");
+                }
+            },
+        );
+        Ok(attached.await??)
+    }
+
+    /// Removes all files of the container `id`.
+    pub(super) async fn detach(&self, id: &ContainerId) -> Result<(), PodError> {
+        let (server, id) = (self.server.clone(), id.to_string());
+        let detached = blocking::run("unmount the container's files", move || server.detach(&id));
+        Ok(detached.await??)
     }
 
     /// Kills `machine` when the process ends: its guest cannot work without its files. Needs the Tokio runtime.
@@ -66,8 +91,13 @@ impl RunningFileServer {
     /// Kills the process and reaps it.
     pub(super) async fn end(self) {
         self.kill();
-        if let Err(error) = self.child.reap().await {
-            log::warn!("wait for the file server: {error}");
+        match tokio::time::timeout(REAP_LIMIT, self.child.reap()).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => log::warn!("cannot reap the file server process {}: {error}", self.pid()),
+            Err(_) => log::warn!(
+                "the file server process {} does not end after SIGKILL: a file system of this host hangs",
+                self.pid()
+            ),
         }
     }
 }

@@ -90,7 +90,9 @@ impl Pod {
             Ok(started) => started.flatten().unzip(),
             Err(error) => {
                 vmm.discard().await;
-                cgroup.inspect(ControlGroup::remove);
+                if let Some(cgroup) = &cgroup {
+                    cgroup.remove().await;
+                }
                 return Err(error.into());
             }
         };
@@ -112,7 +114,9 @@ impl Pod {
                 if let Some(server) = file_server {
                     server.end().await;
                 }
-                cgroup.inspect(ControlGroup::remove);
+                if let Some(cgroup) = &cgroup {
+                    cgroup.remove().await;
+                }
                 return Err(error.into());
             }
         };
@@ -241,7 +245,7 @@ impl Pod {
         }
         let file_server = self.file_server().clone().ok_or(PodError::NotShared)?;
         let bundle_rootfs = bundle.join("rootfs");
-        let attach = file_server.run(move |server| {
+        let attach = file_server.attach(id, move |server| {
             if let Some((mounts, directory, read_only)) = shared_root {
                 server.attach_rootfs(&mounts, directory.as_deref(), &bundle_rootfs, &path, read_only)?;
             }
@@ -259,8 +263,7 @@ impl Pod {
         let Some(file_server) = self.file_server().clone() else {
             return;
         };
-        let path = id.to_string();
-        if let Err(error) = file_server.run(move |server| server.detach(&path)).await {
+        if let Err(error) = file_server.detach(id).await {
             log::warn!("container {id}: {error}");
         }
     }
@@ -285,8 +288,8 @@ impl Pod {
         }
     }
 
-    /// Ends the machine and releases all resources of the pod. The control group is removed only if all processes of
-    /// [`Self::add_process`] have ended before.
+    /// Ends the machine and releases all resources of the pod. Call it after
+    /// the end of all processes of [`Self::add_process`]: with the control group, those left in it are killed.
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
@@ -303,7 +306,7 @@ impl Pod {
                 }
                 self.disconnect_network().await;
                 if let Some(cgroup) = &self.cgroup {
-                    cgroup.remove();
+                    cgroup.remove().await;
                 }
             })
             .await;

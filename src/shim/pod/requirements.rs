@@ -4,11 +4,17 @@ use std::path::PathBuf;
 
 use nutshell_protocol::SetUpPod;
 
-use super::cgroup::ControlGroup;
+use super::{cgroup::ControlGroup, error::PodError};
 use crate::{
     oci::{Plan, PodPlan, PodSize, Root},
-    shim::machine::{BootError, DiskFile, open_disk},
+    shim::{
+        blocking,
+        machine::{DiskFile, open_disk},
+    },
 };
+
+/// The name of that step in errors.
+pub(super) const OPEN_DISK: &str = "open the disk of the root file system";
 
 /// How many disks the containers of a pod can have at a time.
 const MAX_MEMBER_DISKS: u32 = 8;
@@ -29,14 +35,13 @@ pub(crate) struct PodRequirements {
 
 impl PodRequirements {
     /// For a machine with one container.
-    pub(crate) fn for_container(plan: &Plan) -> Result<Self, BootError> {
+    pub(crate) async fn for_container(plan: &Plan) -> Result<Self, PodError> {
         let (file_server, disks) = match &plan.root {
             Root::Share { .. } => (true, Vec::new()),
             Root::Disk { source, read_only, .. } => {
-                let disk = DiskFile {
-                    file: open_disk(source, *read_only)?,
-                    read_only: *read_only,
-                };
+                let (source, read_only) = (source.clone(), *read_only);
+                let file = blocking::run(OPEN_DISK, move || open_disk(&source, read_only)).await??;
+                let disk = DiskFile { file, read_only };
                 (!plan.shares.is_empty(), vec![disk])
             }
         };

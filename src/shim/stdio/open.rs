@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nutshell_protocol::Stdio;
@@ -16,7 +16,10 @@ use super::{
     standard::{HostReader, HostWriter, OutputStream, StandardStreams},
     streaming::{Relay, StreamRegistry, StreamingError},
 };
-use crate::{control::ControlError, shim::machine::Machine};
+use crate::{
+    control::ControlError,
+    shim::{blocking, machine::Machine},
+};
 
 /// The settings that the streams of all processes of this shim share.
 #[derive(Debug, Clone, Default)]
@@ -103,7 +106,7 @@ impl StdioSpec {
     async fn open_input(&self, endpoint: Endpoint, context: &StdioContext) -> Result<Input, StdioError> {
         match endpoint {
             Endpoint::Fifo(path) => {
-                let FileEnds { machine, opposite } = files::open_input(&path).map_err(open_error("stdin", &path))?;
+                let FileEnds { machine, opposite } = open_file("stdin", path, files::open_input).await?;
                 Ok(Input {
                     machine: machine.into(),
                     writer: HostWriter::Fifo { _writer: opposite },
@@ -156,8 +159,8 @@ async fn open_output(
     };
     Ok(match endpoint {
         None => None,
-        Some(Endpoint::Fifo(path)) => Some(to_file(files::open_output(&path).map_err(open_error(stream, &path))?)),
-        Some(Endpoint::File(path)) => Some(to_file(files::open_log(&path).map_err(open_error(stream, &path))?)),
+        Some(Endpoint::Fifo(path)) => Some(to_file(open_file(stream, path, files::open_output).await?)),
+        Some(Endpoint::File(path)) => Some(to_file(open_file(stream, path, files::open_log).await?)),
         Some(Endpoint::Program(_)) => pipe.map(|machine| Output {
             machine,
             reader: HostReader::Direct { _reader: None },
@@ -208,11 +211,21 @@ async fn connect_output(output: Option<Output>, machine: &Machine) -> Result<Opt
     Ok(Some(OutputStream { stream, reader }))
 }
 
-fn open_error<'a>(stream: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StdioError + use<'a> {
-    move |source| StdioError::Open {
-        stream,
-        path: path.to_owned(),
-        source,
+/// Opens a fifo or file, whose file system may hang.
+async fn open_file(
+    stream: &'static str,
+    path: PathBuf,
+    open: fn(&Path) -> io::Result<FileEnds>,
+) -> Result<FileEnds, StdioError> {
+    let opened = {
+        let path = path.clone();
+        blocking::run("open it", move || open(&path)).await
+    };
+    let failed = |source| StdioError::Open { stream, path, source };
+    match opened {
+        Ok(Ok(ends)) => Ok(ends),
+        Ok(Err(error)) => Err(failed(error)),
+        Err(error) => Err(failed(io::Error::other(error))),
     }
 }
 

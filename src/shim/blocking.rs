@@ -1,0 +1,117 @@
+//! Work that blocks on a file system, with a deadline. A hung volume must not hang the shim: a call that does not return
+//! occupies a thread of its own until the file system answers, and its caller gets an error.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+/// How long a file system of the host may take for one step of a call: a few lookups, an open, or a mount.
+pub(crate) const FILE_SYSTEM_LIMIT: Duration = Duration::from_secs(8);
+
+/// Why there is no result.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BlockingError {
+    /// The work continues on its thread.
+    #[error(
+        "{action}: not done within {} s, because a file system of this host does not answer: look for a dead network \
+         file system or FUSE server among the container's volumes",
+        limit.as_secs_f32()
+    )]
+    TimedOut { action: &'static str, limit: Duration },
+    /// The work panicked, or the runtime is shutting down.
+    #[error("{0}: the shim failed")]
+    Lost(&'static str),
+}
+
+/// Runs `work` on another thread, and waits for at most [`FILE_SYSTEM_LIMIT`]. `action` names it in errors. A result
+/// that comes later is dropped. Needs the Tokio runtime.
+pub(crate) async fn run<T: Send + 'static>(
+    action: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, BlockingError> {
+    run_or_undo(action, FILE_SYSTEM_LIMIT, work, drop).await
+}
+
+/// Like [`run`], with a `limit`. A result that comes later is passed to `undo`, on the same thread.
+pub(crate) async fn run_or_undo<T: Send + 'static>(
+    action: &'static str,
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+    undo: impl FnOnce(T) + Send + 'static,
+) -> Result<T, BlockingError> {
+    let (sender, mut receiver) = oneshot::channel();
+    // Locked while a result is delivered and while the caller gives up, so that exactly one of them happens.
+    let abandoned = Arc::new(Mutex::new(false));
+    let abandoned_by_caller = abandoned.clone();
+    tokio::task::spawn_blocking(move || {
+        let result = work();
+        let abandoned = abandoned_by_caller.lock();
+        if *abandoned {
+            drop(abandoned);
+            undo(result);
+        } else if let Err(result) = sender.send(result) {
+            // The caller's future was dropped.
+            drop(abandoned);
+            undo(result);
+        }
+    });
+    if let Ok(result) = tokio::time::timeout(limit, &mut receiver).await {
+        return result.map_err(|_| BlockingError::Lost(action));
+    }
+    let mut abandoned = abandoned.lock();
+    // It may have been sent just now.
+    receiver.try_recv().map_err(|_| {
+        *abandoned = true;
+        BlockingError::TimedOut { action, limit }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn result_in_time_is_returned_and_not_undone() {
+        let result = run_or_undo("count", Duration::from_secs(20), || 7, |_| panic!("undone")).await;
+        assert_eq!(result.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn work_that_hangs_times_out_and_its_late_result_is_undone() {
+        let (answer, hung) = mpsc::channel::<u32>();
+        let (sender, undone) = mpsc::channel();
+        let result = run_or_undo(
+            "open it",
+            SHORT,
+            move || hung.recv().unwrap(),
+            move |late| sender.send(late).unwrap(),
+        );
+
+        let error = result.await.unwrap_err().to_string();
+        assert!(error.starts_with("open it: not done within 0.05 s"), "{error}");
+        assert!(undone.try_recv().is_err());
+
+        answer.send(7).unwrap();
+        assert_eq!(undone.recv_timeout(Duration::from_secs(20)), Ok(7));
+    }
+
+    #[tokio::test]
+    async fn hung_work_does_not_delay_other_work() {
+        let (_answer, hung) = mpsc::channel::<()>();
+        let hung = run_or_undo("hang", SHORT, move || hung.recv(), |_| {});
+        let (hung, other) = tokio::join!(hung, run("work", || 7));
+        assert!(matches!(hung, Err(BlockingError::TimedOut { .. })));
+        assert_eq!(other.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn panic_of_the_work_is_an_error() {
+        let result = run::<()>("work", || panic!("on purpose")).await;
+        assert_eq!(result.unwrap_err().to_string(), "work: the shim failed");
+    }
+}
