@@ -11,8 +11,7 @@ use crate::shim::{
     pod::Pod,
 };
 
-/// Waits for `response` of the agent of `pod`, for at most `limit` of its machine's run time (see
-/// [`Machine::within`](crate::shim::machine::Machine::within)).
+/// Waits for `response` of the agent of `pod`, for at most `limit`.
 ///
 /// # Errors
 ///
@@ -22,8 +21,7 @@ pub(super) async fn call_agent<T>(
     limit: Duration,
     response: impl Future<Output = Result<T, AgentError>>,
 ) -> Result<T, TaskError> {
-    let response = pod.machine().within(limit, response).await;
-    match response {
+    match tokio::time::timeout(limit, response).await.ok() {
         Some(Err(error @ AgentError::Gone)) => Err(machine_ended(pod, &error).await),
         response => check_response(limit, response),
     }

@@ -12,7 +12,7 @@ use super::{
         lifecycle::{Exit, Phase},
         process::Process,
     },
-    limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
+    limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, STATS_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
 };
 use crate::shim::{
@@ -82,9 +82,8 @@ impl Tasks {
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
-        let finished = || Err(TaskError::new(ErrorCode::NotFound, "process already finished"));
         if process.lifecycle.phase().exit().is_some() {
-            return finished();
+            return Err(already_finished());
         }
         if process.is_unstarted_exec() {
             return Err(TaskError::new(ErrorCode::FailedPrecondition, "process not started"));
@@ -96,29 +95,7 @@ impl Tasks {
             }
             return Ok(());
         }
-        let machine = container.pod.machine();
-        let request = Request::Signal {
-            container: container.id.to_string(),
-            exec: process.exec.clone(),
-            signal,
-            all,
-        };
-        match machine.within(KILL_LIMIT, machine.agent().run(request)).await {
-            // The guest hangs. The end of its machine ends the process.
-            None if signal == SIGKILL => {
-                machine.kill(&format!(
-                    "the guest did not kill a process within {} s",
-                    KILL_LIMIT.as_secs()
-                ));
-                machine.ended().await;
-                Ok(())
-            }
-            Some(Err(AgentError::Gone)) => {
-                machine.ended().await;
-                finished()
-            }
-            response => check_response(KILL_LIMIT, response),
-        }
+        signal_in_guest(container, process, signal, all).await
     }
 
     /// Pids: the processes of a container, at least its first one.
@@ -266,8 +243,48 @@ impl Tasks {
                 _ => Err(AgentError::Unexpected),
             }
         };
-        container.call_agent(REQUEST_LIMIT, response).await
+        container.call_agent(STATS_LIMIT, response).await
     }
+}
+
+/// Makes the guest send a signal to a process of a container, or to all of its processes. If the guest does not send
+/// SIGKILL in time, its machine is killed.
+pub(super) async fn signal_in_guest(
+    container: &Container,
+    process: &Process,
+    signal: u32,
+    all: bool,
+) -> Result<(), TaskError> {
+    let machine = container.pod.machine();
+    let request = Request::Signal {
+        container: container.id.to_string(),
+        exec: process.exec.clone(),
+        signal,
+        all,
+    };
+    match tokio::time::timeout(KILL_LIMIT, machine.agent().run(request))
+        .await
+        .ok()
+    {
+        // The guest hangs. The end of its machine ends the process.
+        None if signal == SIGKILL => {
+            machine.kill(&format!(
+                "the guest did not kill a process within {} s",
+                KILL_LIMIT.as_secs()
+            ));
+            machine.ended().await;
+            Ok(())
+        }
+        Some(Err(AgentError::Gone)) => {
+            machine.ended().await;
+            Err(already_finished())
+        }
+        response => check_response(KILL_LIMIT, response),
+    }
+}
+
+fn already_finished() -> TaskError {
+    TaskError::new(ErrorCode::NotFound, "process already finished")
 }
 
 /// Replaces guest pids with host pids for the processes that containerd started.

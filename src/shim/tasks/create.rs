@@ -12,6 +12,7 @@ use nutshell_protocol::{CreateContainer, PidNamespace, Request, Rootfs, Stdio};
 use super::{
     agent_call::{call_agent, machine_ended},
     container::{Container, Role, SandboxApi, lifecycle::Phase},
+    delete::remove_from_guest,
     host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks},
     limits::CREATE_LIMIT,
     table::Tasks,
@@ -19,6 +20,7 @@ use super::{
 use crate::{
     oci::{self, BundlePlan, ContainerId, HostMount, Network, Placement, Plan, Root, SourceKind},
     shim::{
+        blocking,
         error::{ErrorCode, TaskError},
         pod::{Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
@@ -42,7 +44,7 @@ impl Tasks {
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
-        let container = match self.plan(&request)? {
+        let container = match self.plan(&request).await? {
             BundlePlan::Sandbox(plan) => {
                 let stdio = request.stdio.clone();
                 self.build_sandbox(&request.id, &request.bundle, stdio, *plan, SandboxApi::Task)
@@ -66,21 +68,21 @@ impl Tasks {
         Ok(container.init.pid())
     }
 
-    fn plan(&self, request: &CreateRequest) -> Result<BundlePlan, TaskError> {
-        oci::plan_bundle(
-            &request.bundle,
-            &request.id,
-            &request.rootfs,
-            &self.configuration.sizing,
-            self.configuration.host_namespaces,
-            &SourceKind::inspect,
-        )
-        .map_err(|error| plan_error(&error))
+    /// Translates the bundle. Inspects the sources of its mounts, whose file systems may hang.
+    async fn plan(&self, request: &CreateRequest) -> Result<BundlePlan, TaskError> {
+        let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
+        let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
+        let plan = blocking::run("inspect the sources of the container's mounts", move || {
+            oci::plan_bundle(&bundle, &id, &rootfs, &sizing, host_namespaces, &SourceKind::inspect)
+        });
+        plan.await
+            .map_err(|error| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT))?
+            .map_err(|error| plan_error(&error))
     }
 
     /// Creates a container in a pod of its own.
     async fn create_single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
-        let requirements = PodRequirements::for_container(&plan).map_err(|error| create_error(error.into()))?;
+        let requirements = PodRequirements::for_container(&plan).await.map_err(create_error)?;
         let pod = self.start_pod(&request.id, &request.bundle, requirements).await?;
         match self.create_in_pod(request, plan, PidNamespace::Specified, &pod).await {
             Ok(container) => Ok(container),
@@ -232,7 +234,10 @@ async fn prepare_host_side(
     assign_host_pid(container, network)?;
     let (streams, stdio) = match opened.connect(container.pod.machine(), terminal_size).await {
         Ok(connected) => connected,
-        Err(error) => return Err(machine_ended(&container.pod, &error).await),
+        Err(error) => {
+            let ended = machine_ended(&container.pod, &error).await;
+            return Err(TaskError::unknown(ended.to_string()));
+        }
     };
     init.set_streams(streams);
     run_create_hooks(container).await?;
@@ -254,16 +259,23 @@ async fn create_in_guest(
         pid_namespace,
         stdio,
     });
-    call_agent(pod, CREATE_LIMIT, pod.machine().agent().create(create))
-        .await
-        .map_err(|error| {
-            // containerd would take NOT_FOUND to mean that the task is gone.
-            let code = match error.code() {
-                ErrorCode::InvalidArgument => ErrorCode::InvalidArgument,
-                _ => ErrorCode::Unknown,
-            };
-            TaskError::new(code, error.to_string()).during("unable to start container process")
-        })
+    let created = call_agent(pod, CREATE_LIMIT, pod.machine().agent().create(create)).await;
+    if created
+        .as_ref()
+        .is_err_and(|error| error.code() == ErrorCode::Unavailable)
+        && !pod.machine().has_ended()
+    {
+        // The guest may create it later, and must not have it then.
+        remove_from_guest(pod, &request.id).await;
+    }
+    created.map_err(|error| {
+        // containerd would take NOT_FOUND to mean that the task is gone.
+        let code = match error.code() {
+            ErrorCode::InvalidArgument => ErrorCode::InvalidArgument,
+            _ => ErrorCode::Unknown,
+        };
+        TaskError::new(code, error.to_string()).during("unable to start container process")
+    })
 }
 
 fn create_event(request: &CreateRequest, pid: u32) -> TaskCreate {

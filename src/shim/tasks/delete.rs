@@ -6,6 +6,7 @@ use containerd_shim::protos::{events::task::TaskDelete, protobuf::MessageField};
 use nutshell_protocol::Request;
 
 use super::{
+    agent_call::call_agent,
     container::{
         Container, Role,
         hooks::{self, HookContainer},
@@ -16,7 +17,13 @@ use super::{
     limits::{DRAIN_LIMIT, EXIT_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
 };
-use crate::shim::error::{ErrorCode, TaskError};
+use crate::{
+    oci::ContainerId,
+    shim::{
+        error::{ErrorCode, TaskError},
+        pod::Pod,
+    },
+};
 
 /// The response to Delete.
 #[derive(Debug, Clone, Copy)]
@@ -108,7 +115,7 @@ impl Tasks {
             }
             Role::Sandbox(_) => container.pod.end().await,
             Role::Member { .. } => {
-                remove_from_guest(container).await;
+                remove_from_guest(&container.pod, &container.id).await;
                 container.pod.detach(&container.id).await;
             }
         }
@@ -127,7 +134,7 @@ async fn finish_streams(container: &Container, process: &Process) {
     let machine = container.pod.machine();
     if !streams.finished(Duration::ZERO).await {
         if process.exec.is_none() {
-            remove_from_guest(container).await;
+            remove_from_guest(&container.pod, &container.id).await;
         }
         streams.finished(DRAIN_LIMIT).await;
     }
@@ -135,14 +142,13 @@ async fn finish_streams(container: &Container, process: &Process) {
 }
 
 /// Makes the guest kill the remaining processes of a container and delete it. A second call is a no-op.
-async fn remove_from_guest(container: &Container) {
+pub(super) async fn remove_from_guest(pod: &Pod, id: &ContainerId) {
     let delete = Request::DeleteContainer {
-        container: container.id.to_string(),
+        container: id.to_string(),
     };
-    let machine = container.pod.machine();
-    match container.call_agent(REQUEST_LIMIT, machine.agent().run(delete)).await {
+    match call_agent(pod, REQUEST_LIMIT, pod.machine().agent().run(delete)).await {
         Err(error) if !matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {
-            log::warn!("task {}: remove it from the guest: {error}", container.id);
+            log::warn!("task {id}: cannot remove it from the guest: {error}");
         }
         _ => {}
     }

@@ -25,7 +25,8 @@ impl Tasks {
     pub(super) fn on_event(self: &Arc<Self>, pod: u64, event: Event) {
         match event {
             Event::OutOfMemory { container } => {
-                if self.container_in_pod(pod, &container).is_some() {
+                let known = self.container_in_pod(pod, &container);
+                if known.is_some_and(|known| known.should_announce_out_of_memory()) {
                     self.events.publish(TaskOOM {
                         container_id: container,
                         ..TaskOOM::default()

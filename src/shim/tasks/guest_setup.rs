@@ -31,14 +31,10 @@ impl Tasks {
     pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forward_loopback: bool) -> Result<(), TaskError> {
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
-        let connected = pod
-            .machine()
-            .within(CREATE_LIMIT, pod.connect_network(pid, forward_loopback))
-            .await;
-        match connected {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(TaskError::unknown(error.to_string())),
-            None => Err(TaskError::unknown(format!(
+        match tokio::time::timeout(CREATE_LIMIT, pod.connect_network(pid, forward_loopback)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(TaskError::unknown(error.to_string())),
+            Err(_) => Err(TaskError::unknown(format!(
                 "the virtual machine did not get its network within {} s",
                 CREATE_LIMIT.as_secs()
             ))),

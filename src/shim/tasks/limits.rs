@@ -1,8 +1,4 @@
-//! Time limits of calls and of the work between them.
-//!
-//! [`REQUEST_LIMIT`], [`CREATE_LIMIT`], [`KILL_LIMIT`], [`WRITE_BACK_LIMIT`] and [`PLUG_LIMIT`] count only the time in
-//! which the machine could run (see [`Machine::within`](crate::shim::machine::Machine::within)). The others are elapsed
-//! time.
+//! Time limits of calls and of the work between them. All are elapsed time, so that nothing a guest does extends them.
 
 use std::time::Duration;
 
@@ -24,17 +20,30 @@ pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
 /// them wait for the kernel of the guest or of the host.
-pub(super) const CREATE_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(60));
 
 /// A signal. If a guest does not deliver SIGKILL in this time, its machine is killed.
-pub(super) const KILL_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));
 
 /// The list of processes. Without an answer the shim returns the container's first process only: containerd takes
 /// a task without processes for leaked, so a guest that hangs must not delay it.
 pub(super) const PIDS_LIMIT: Duration = Duration::from_secs(2);
 
+/// The resource use of a container. containerd collects that of all containers one after the other, so a guest that
+/// hangs must not delay it.
+pub(super) const STATS_LIMIT: Duration = Duration::from_secs(2);
+
 /// Write-back of the guest's disks before its machine is ended.
 pub(super) const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// From a resize until the guest uses the additional memory.
-pub(super) const PLUG_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const PLUG_LIMIT: Duration = Duration::from_secs(20);
+
+/// Unit tests have guests that never answer, and wait for these limits.
+const fn shorter_in_tests(limit: Duration) -> Duration {
+    if cfg!(test) {
+        Duration::from_millis(limit.as_secs() * 100)
+    } else {
+        limit
+    }
+}

@@ -12,7 +12,11 @@ use super::{
 };
 use crate::{
     oci::{Limits, Size},
-    shim::{error::TaskError, machine::VmmError, pod::Pod},
+    shim::{
+        error::{ErrorCode, TaskError},
+        machine::VmmError,
+        pod::Pod,
+    },
 };
 
 impl Tasks {
@@ -79,10 +83,9 @@ async fn resize(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
         return Ok(());
     }
     let machine = pod.machine();
-    machine
-        .within(PLUG_LIMIT, machine.memory_plugged(hotplugged_memory(pod, to)))
+    tokio::time::timeout(PLUG_LIMIT, machine.memory_plugged(hotplugged_memory(pod, to)))
         .await
-        .ok_or_else(|| {
+        .map_err(|_| {
             let text = format!(
                 "the guest did not start to use the added memory within {} s",
                 PLUG_LIMIT.as_secs()
@@ -97,6 +100,7 @@ async fn request_size(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> 
     match machine.resize(hotplugged_memory(pod, to), to.vcpus).await {
         Ok(()) => {}
         Err(VmmError::Refused(reason)) => return Err(TaskError::unknown(reason)),
+        Err(error @ VmmError::Timeout(_)) => return Err(TaskError::new(ErrorCode::Unavailable, error.to_string())),
         Err(VmmError::Channel(error)) => return Err(machine_ended(pod, &error).await),
     }
     let request = Request::ResizeMachine {

@@ -12,6 +12,7 @@ use super::{
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
         process::Process,
     },
+    control::{SIGKILL, signal_in_guest},
     limits::{CREATE_LIMIT, REQUEST_LIMIT},
     table::Tasks,
 };
@@ -107,6 +108,9 @@ impl Tasks {
             Role::Member { .. } => start_in_guest(container).await,
         };
         if let Err(error) = started {
+            if !container.is_sandbox() {
+                end_unanswered_start(container, init, &error).await;
+            }
             init.lifecycle.mark_start_failed(None);
             return Err(replace_not_found(error).during(START_CONTEXT));
         }
@@ -145,6 +149,7 @@ impl Tasks {
                 Ok(process.pid())
             }
             Err(error) => {
+                end_unanswered_start(container, process, &error).await;
                 process.close_streams(container.pod.machine()).await;
                 process.release_pid();
                 process.lifecycle.mark_start_failed(Some(Exit::now(UNKNOWN_STATUS)));
@@ -193,6 +198,24 @@ async fn start_exec_in_guest(
         .call_agent(CREATE_LIMIT, machine.agent().create(start))
         .await
         .map_err(|error| error.during(EXEC_CONTEXT))
+}
+
+/// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process, or
+/// may do so later.
+async fn end_unanswered_start(container: &Container, process: &Process, error: &TaskError) {
+    if error.code() != ErrorCode::Unavailable || container.pod.machine().has_ended() {
+        return;
+    }
+    match signal_in_guest(container, process, SIGKILL, process.exec.is_none()).await {
+        Err(error) if error.code() != ErrorCode::NotFound => {
+            let exec = process.exec.as_deref().unwrap_or_default();
+            log::warn!(
+                "task {} {exec}: cannot kill a process that did not start in time: {error}",
+                container.id
+            );
+        }
+        _ => {}
+    }
 }
 
 /// Fails if the container is paused or has ended.

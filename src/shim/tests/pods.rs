@@ -19,7 +19,7 @@ impl Shim {
         SandboxClient::new(self.client.clone())
     }
 
-    async fn create_sandbox(&self, id: &str) -> ttrpc::Result<()> {
+    pub(super) async fn create_sandbox(&self, id: &str) -> ttrpc::Result<()> {
         let bundle = self.folder.path().join(id);
         fs::create_dir_all(&bundle).unwrap();
         let request = CreateSandboxRequest {
@@ -37,7 +37,7 @@ impl Shim {
         self.sandboxes().create_sandbox(context, &request).await.map(drop)
     }
 
-    async fn start_sandbox(&self, id: &str) -> ttrpc::Result<u32> {
+    pub(super) async fn start_sandbox(&self, id: &str) -> ttrpc::Result<u32> {
         let request = StartSandboxRequest {
             sandbox_id: id.to_owned(),
             ..StartSandboxRequest::default()
@@ -95,7 +95,7 @@ impl Shim {
     }
 
     /// A request for a container of the pod `pod`, with a spec changed by `change`. `kind` is `sandbox` or `container`.
-    fn request_in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> CreateTaskRequest {
+    pub(super) fn request_in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> CreateTaskRequest {
         let request = self.request(id);
         let path = self.folder.path().join(id).join("config.json");
         let mut spec: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();

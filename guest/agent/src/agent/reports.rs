@@ -160,6 +160,10 @@ impl Agent {
             process.pid = Some(pid);
             process.pumps = pumps;
             process.terminal = terminal;
+            if process.killed_before_start {
+                // Fails if it has ended already.
+                let _ = sys::kill(pid, libc::SIGKILL.unsigned_abs());
+            }
         }
         self.reply(request, Ok(Response::Created { pid: sys::raw_pid(pid) }))?;
         self.record_early_exit(pid)

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use nutshell_protocol::{
-    CreateContainer, Failure, PidNamespace, ProcessEntry, Request, Response, SetUpPod, StartExec, ToAgent,
+    CreateContainer, Failure, MAX_PROCESSES, PidNamespace, ProcessEntry, Request, Response, SetUpPod, StartExec,
+    ToAgent,
 };
 use rustix::fs::{Mode, OFlags};
 
@@ -248,6 +249,14 @@ impl Agent {
                 Err(finished())
             };
         }
+        if let Some(exec) = exec.and_then(|exec| container.execs.get_mut(exec))
+            && exec.pid.is_none()
+            && signal == KILL
+        {
+            // Its job is still running. The host stopped waiting for it.
+            exec.killed_before_start = true;
+            return Ok(Answer::Now(Response::Done));
+        }
         let process = container.process(exec).ok_or_else(finished)?;
         let pid = process.pid.filter(|_| process.exit.is_none()).ok_or_else(finished)?;
         let mut sent = signal;
@@ -285,7 +294,9 @@ impl Agent {
                 .find(|(_, exec)| exec.pid == Some(pid))
                 .map(|(id, _)| id.clone()),
         };
-        Ok(Answer::Now(Response::Processes(pids.into_iter().map(entry).collect())))
+        Ok(Answer::Now(Response::Processes(
+            pids.into_iter().take(MAX_PROCESSES).map(entry).collect(),
+        )))
     }
 
     fn stats(&mut self, name: &str) -> Result<Answer, Failure> {

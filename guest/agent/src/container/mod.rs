@@ -118,4 +118,6 @@ pub(crate) struct Process {
     /// The signal to report as the cause of its exit, if it was killed with SIGKILL instead because it would have
     /// ignored that signal.
     pub(crate) reported_signal: Option<u32>,
+    /// It is an exec whose job is running, and must be killed when the job reports its pid.
+    pub(crate) killed_before_start: bool,
 }

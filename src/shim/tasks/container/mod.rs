@@ -13,7 +13,7 @@ use std::{
     future::Future,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use nutshell_protocol::Request;
@@ -30,6 +30,9 @@ use crate::{
         stdio::StdioSpec,
     },
 };
+
+/// The minimum time between two announcements that a container ran out of memory.
+const OUT_OF_MEMORY_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The relation of a container to its pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +73,8 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(super) hooks: Hooks,
     limits: Mutex<Limits>,
+    /// When containerd was last told that the container ran out of memory.
+    out_of_memory_announced: Mutex<Option<Instant>>,
     /// Held by a call that changes `limits`.
     pub(super) update_lock: tokio::sync::Mutex<()>,
 }
@@ -95,6 +100,7 @@ impl Container {
             execs: Mutex::default(),
             hooks,
             limits: Mutex::new(limits),
+            out_of_memory_announced: Mutex::default(),
             update_lock: tokio::sync::Mutex::default(),
         }
     }
@@ -129,6 +135,17 @@ impl Container {
 
     pub(super) fn set_limits(&self, limits: Limits) {
         *self.limits.lock() = limits;
+    }
+
+    /// Whether to announce now that it ran out of memory. True at most once per [`OUT_OF_MEMORY_INTERVAL`]: containerd
+    /// only needs to know that it happened, and writes each event to its disk.
+    pub(super) fn should_announce_out_of_memory(&self) -> bool {
+        let mut announced = self.out_of_memory_announced.lock();
+        let due = announced.is_none_or(|at| at.elapsed() >= OUT_OF_MEMORY_INTERVAL);
+        if due {
+            *announced = Some(Instant::now());
+        }
+        due
     }
 
     /// Its execs by id, locked.

@@ -1,0 +1,63 @@
+//! Guests that do not answer: each call ends in time and is undone.
+
+use nutshell_protocol::Request;
+
+use super::{fake::Ignored, *};
+
+fn assert_no_answer<T: std::fmt::Debug>(result: ttrpc::Result<T>) {
+    let (_, text) = error_of(result);
+    assert!(text.contains("the virtual machine did not answer within"), "{text}");
+}
+
+#[tokio::test]
+async fn container_whose_creation_is_not_answered_is_deleted_from_the_guest() {
+    let mut shim = Shim::start_with(Behaviour::Ignores(Ignored::CreateContainer)).await;
+    shim.create_sandbox("pod").await.unwrap();
+    shim.start_sandbox("pod").await.unwrap();
+    let request = shim.request_in_pod("c1", "container", |_| {});
+
+    assert_no_answer(shim.task.create(context::Context::default(), &request).await);
+
+    let requests: Vec<_> = shim.fake.requests();
+    let position = |wanted: fn(&Request) -> bool| requests.iter().position(wanted);
+    let created = position(|request| matches!(request, Request::CreateContainer(create) if create.container == "c1"));
+    let deleted = position(|request| matches!(request, Request::DeleteContainer { container } if container == "c1"));
+    assert!(created.is_some() && deleted > created, "{requests:?}");
+    assert_eq!(error_of(shim.state("c1", "").await).0, Code::NOT_FOUND);
+    assert_eq!(shim.events.try_recv().ok().map(|event| summarize(&event)), None);
+}
+
+#[tokio::test]
+async fn container_whose_start_is_not_answered_is_killed() {
+    let mut shim = Shim::start_with(Behaviour::Ignores(Ignored::StartContainer)).await;
+    shim.create("c1").await;
+
+    assert_no_answer(shim.start_task("c1", "").await);
+
+    // The guest had started it. Its exit is announced without a start, because Start has failed.
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    assert_eq!(shim.next_events(2).await, ["create", "exit c1 137"]);
+    shim.delete("c1", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn exec_whose_start_is_not_answered_is_killed_and_its_container_is_not() {
+    let shim = Shim::start_with(Behaviour::Ignores(Ignored::StartExec)).await;
+    shim.run("c1").await;
+    shim.exec("c1", "e1", "true").await.unwrap();
+
+    assert_no_answer(shim.start_task("c1", "e1").await);
+
+    let killed = shim.fake.wait_for_request(|request| match request {
+        Request::Signal {
+            exec,
+            signal: 9,
+            all: false,
+            ..
+        } => Some(exec.clone()),
+        _ => None,
+    });
+    assert_eq!(killed.as_deref(), Some("e1"));
+    assert_eq!(shim.state("c1", "e1").await.unwrap().status.unwrap(), Status::STOPPED);
+    assert_eq!(shim.status("c1").await, Status::RUNNING);
+}
