@@ -93,9 +93,6 @@ conf_dir = \"/run/cni/net.d\"
 runtime_type = \"io.containerd.runc.v2\"
 [$runtime.containerd.runtimes.nutshell]
 runtime_type = \"io.containerd.nutshell.v2\""
-  # The emulated machine makes no progress while its host is busy: a boot may take long.
-  mkdir -p /etc/nutshell
-  printf 'debug = true\n[guest]\nready_timeout_seconds = 60\n' >/etc/nutshell/config.toml
   cp "$NUTSHELL_TEST_CRI" /run/bin/cri
   export NUTSHELL_TEST_LAB=$lab
   start_containerd -c "$version" pause "$@"

@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod failures;
 mod growth;
+mod hung_volumes;
 mod kill;
 mod lifecycle;
 mod pods;

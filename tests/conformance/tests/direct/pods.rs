@@ -28,13 +28,13 @@ pub(super) fn config(containerd: &Containerd) -> SandboxConfig {
 }
 
 /// Runs a test with a pod of each sandbox API. The test removes the containers that it creates.
-pub(super) fn with_both_apis(test: impl Fn(&Pod<'_>)) {
+pub(super) fn with_both_apis(test: impl Fn(&Containerd, &Pod<'_>)) {
     with_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
-        test(&pod);
+        test(containerd, &pod);
         pod.end();
         let pod = Pod::by_service(containerd, &config(containerd));
-        test(&pod);
+        test(containerd, &pod);
         pod.end();
     });
 }
@@ -139,7 +139,7 @@ fn unknown_sysctl_is_named_and_the_pod_does_not_start() {
 
 #[test]
 fn containers_of_a_pod_share_namespaces_except_pid_and_mount() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let containers = [pod.run(&idle(pod)), pod.run(&idle(pod))];
         let [one, other] = [&containers[0], &containers[1]].map(|container| {
             let script =
@@ -156,7 +156,7 @@ fn containers_of_a_pod_share_namespaces_except_pid_and_mount() {
 
 #[test]
 fn containers_of_a_pod_reach_each_other_over_loopback() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let server = pod.run(&pod.shell("while :; do echo served | nc -l -p 7000; done"));
         let client = pod.run(&idle(pod));
         let script = "until nc 127.0.0.1 7000 </dev/null; do :; done";
@@ -249,7 +249,7 @@ fn sandbox_service_provides_etc_files_and_dev_shm() {
 
 #[test]
 fn containers_with_a_shared_pid_namespace_see_each_other_and_end_separately() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let mut spec = pod.shell("setsid sleep 1001 & sleep 1002 & exec sleep 1003");
         share_pid_namespace(&mut spec, pod.pid);
         let (first, second) = (pod.run(&spec), pod.run(&pod.idle_in_pid_namespace_of(pod.pid)));
@@ -291,7 +291,7 @@ fn containers_with_a_shared_pid_namespace_see_each_other_and_end_separately() {
 
 #[test]
 fn ephemeral_container_sees_the_processes_of_its_target_only() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let (target, other) = (
             pod.run(&pod.spec(&["sleep", "2001"])),
             pod.run(&pod.spec(&["sleep", "2002"])),
@@ -359,7 +359,7 @@ fn host_namespaces_are_refused_with_the_field_name_and_leave_nothing() {
 #[test]
 fn configuration_replaces_host_namespaces_with_the_pods() {
     with_containerd(|containerd| {
-        let caller = caller_with_config("[guest]\nready_timeout_seconds = 60\n[pod]\nhost_namespaces = \"pod\"\n");
+        let caller = caller_with_config("[pod]\nhost_namespaces = \"pod\"\n");
         let pod = Pod::by_task_with(containerd, &caller, |spec| {
             let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
             namespaces.retain(|namespace| !["pid", "ipc"].contains(&namespace["type"].as_str().unwrap()));
@@ -381,7 +381,7 @@ fn configuration_replaces_host_namespaces_with_the_pods() {
 
 #[test]
 fn out_of_memory_or_crash_of_a_container_does_not_affect_its_siblings() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let sibling = pod.run(&idle(pod));
         let mut greedy = pod.shell("x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done");
         greedy["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
@@ -399,7 +399,7 @@ fn out_of_memory_or_crash_of_a_container_does_not_affect_its_siblings() {
 
 #[test]
 fn pod_without_containers_stays_ready_for_the_next() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         for status in [0, 3, 0] {
             // The kubelet restarts a container under a new id.
             let container = pod.run(&pod.shell(&format!("exit {status}")));

@@ -139,7 +139,7 @@ fn shim_stays_while_its_sandbox_lives_and_ends_with_it() {
 
 #[test]
 fn start_of_a_pod_member_returns_the_address_of_its_sandbox() {
-    with_both_apis(|pod| {
+    with_both_apis(|_, pod| {
         let container = pod.create(&idle(pod)).unwrap();
         for caller in [Caller::V1_7(None), Caller::V2_2(None)] {
             let answer = container.containerd().start(&container.bundle, &caller).unwrap();
