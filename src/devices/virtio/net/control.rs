@@ -5,7 +5,7 @@ use std::sync::Arc;
 use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::tap::Tap;
+use super::tap::TapQueue;
 use crate::devices::virtio::{
     buffers::Chain,
     queue::{DeviceQueue, QueueError},
@@ -18,12 +18,12 @@ const ACK_ERROR: u8 = 1;
 #[derive(Debug)]
 pub(super) struct ControlQueue {
     queue: DeviceQueue,
-    taps: Vec<Arc<Tap>>,
+    taps: Vec<Arc<TapQueue>>,
 }
 
 impl ControlQueue {
     /// `taps` contains one queue of the tap device for each queue pair.
-    pub(super) fn new(queue: DeviceQueue, taps: Vec<Arc<Tap>>) -> Self {
+    pub(super) fn new(queue: DeviceQueue, taps: Vec<Arc<TapQueue>>) -> Self {
         Self { queue, taps }
     }
 

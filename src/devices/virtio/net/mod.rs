@@ -1,7 +1,7 @@
 //! virtio-net (virtio 1.3 §5.1) on a tap device of the host.
 //!
-//! Lives here: the device, its configuration, and one thread per queue pair. [`worker`] is that thread, [`control`] the
-//! control queue, [`tap`] a queue of the tap device. A vhost backend would replace the threads.
+//! Belongs here: the device, its configuration, and one thread per queue pair. [`worker`] is that thread, [`control`]
+//! the control queue, [`tap`] a queue of the tap device. A vhost backend would replace the threads.
 
 mod control;
 mod tap;
@@ -23,7 +23,7 @@ use virtio_bindings::{
 
 use self::{
     control::ControlQueue,
-    tap::Tap,
+    tap::TapQueue,
     worker::{QueuePair, Worker},
 };
 use super::device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
@@ -52,7 +52,7 @@ pub(crate) struct Net {
     mac: [u8; 6],
     mtu: u16,
     /// One queue of the tap device per queue pair of the guest.
-    taps: Vec<Arc<Tap>>,
+    tap_queues: Vec<Arc<TapQueue>>,
     udp_offloads: bool,
     workers: Vec<Worker>,
 }
@@ -65,22 +65,22 @@ impl Net {
     ///
     /// `queues` is empty, or a descriptor in it is not a queue of a tap device.
     pub(crate) fn new(mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> io::Result<Self> {
-        let taps: Vec<_> = queues.into_iter().map(|queue| Arc::new(Tap::new(queue))).collect();
-        let first = taps.first().ok_or(io::ErrorKind::InvalidInput)?;
+        let tap_queues: Vec<_> = queues.into_iter().map(|queue| Arc::new(TapQueue::new(queue))).collect();
+        let first = tap_queues.first().ok_or(io::ErrorKind::InvalidInput)?;
         // This only probes for support: activation sets the offloads that the driver accepts.
         let udp_offloads = first.set_offloads(OFFLOADS | UDP_OFFLOADS).is_ok();
         first.set_offloads(0)?;
         Ok(Self {
             mac,
             mtu,
-            taps,
+            tap_queues,
             udp_offloads,
             workers: Vec::new(),
         })
     }
 
     fn pairs(&self) -> u16 {
-        u16::try_from(self.taps.len()).unwrap_or(u16::MAX)
+        u16::try_from(self.tap_queues.len()).unwrap_or(u16::MAX)
     }
 
     /// struct virtio_net_config (virtio 1.3 §5.1.4).
@@ -96,13 +96,13 @@ impl Net {
     /// Starts one thread per queue pair that the driver enabled.
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         let Activation { features, queues, .. } = activation;
-        self.taps[0].set_offloads(features)?;
+        self.tap_queues[0].set_offloads(features)?;
         let has = |feature: u32| features & 1 << feature != 0;
-        let pairs = if has(VIRTIO_NET_F_MQ) { self.taps.len() } else { 1 };
+        let pairs = if has(VIRTIO_NET_F_MQ) { self.tap_queues.len() } else { 1 };
         let mut queues = queues.into_iter();
         let mut control = None;
         let mut queue_pairs = Vec::new();
-        for tap in self.taps.iter().take(pairs) {
+        for tap in self.tap_queues.iter().take(pairs) {
             let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) else {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
@@ -114,13 +114,13 @@ impl Net {
             });
         }
         // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
-        for (index, tap) in self.taps.iter().enumerate() {
+        for (index, tap) in self.tap_queues.iter().enumerate() {
             tap.set_attached(index == 0)?;
         }
         if has(VIRTIO_NET_F_CTRL_VQ)
             && let Some(queue) = queues.next()
         {
-            control = Some(ControlQueue::new(queue, self.taps[..pairs].to_vec()));
+            control = Some(ControlQueue::new(queue, self.tap_queues[..pairs].to_vec()));
         }
         for pair in queue_pairs {
             self.workers.push(Worker::start(pair, control.take())?);
@@ -141,15 +141,15 @@ impl Device for Net {
         if self.udp_offloads {
             features |= UDP_OFFLOADS;
         }
-        if self.taps.len() > 1 {
+        if self.tap_queues.len() > 1 {
             features |= 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ;
         }
         features
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
-        let mut sizes = vec![QUEUE_SIZE; self.taps.len() * 2];
-        if self.taps.len() > 1 {
+        let mut sizes = vec![QUEUE_SIZE; self.tap_queues.len() * 2];
+        if self.tap_queues.len() > 1 {
             sizes.push(CONTROL_QUEUE_SIZE);
         }
         sizes

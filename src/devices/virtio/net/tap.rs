@@ -27,16 +27,16 @@ const UDP_SEGMENTATION: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 /// One queue of a tap device.
 #[derive(Debug)]
-pub(super) struct Tap {
-    queue: OwnedFd,
+pub(super) struct TapQueue {
+    file: OwnedFd,
     attached: AtomicBool,
 }
 
-impl Tap {
-    /// `queue` must be attached, as a new queue is.
-    pub(super) fn new(queue: OwnedFd) -> Self {
+impl TapQueue {
+    /// The queue of `file`, which must be attached, as a new queue is.
+    pub(super) fn new(file: OwnedFd) -> Self {
         Self {
-            queue,
+            file,
             attached: AtomicBool::new(true),
         }
     }
@@ -56,7 +56,7 @@ impl Tap {
         }
         let flags = libc::c_ulong::from(flags);
         // SAFETY: the argument of TUNSETOFFLOAD is a number.
-        check(unsafe { libc::ioctl(self.queue.as_raw_fd(), libc::TUNSETOFFLOAD as libc::Ioctl, flags) })
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOFFLOAD as libc::Ioctl, flags) })
     }
 
     /// Sets whether the tap device puts packets into this queue.
@@ -75,7 +75,7 @@ impl Tap {
         // SAFETY: TUNSETQUEUE reads one `ifreq`, which `request` is.
         check(unsafe {
             libc::ioctl(
-                self.queue.as_raw_fd(),
+                self.file.as_raw_fd(),
                 libc::TUNSETQUEUE as libc::Ioctl,
                 &raw const request,
             )
@@ -85,9 +85,9 @@ impl Tap {
     }
 }
 
-impl AsFd for Tap {
+impl AsFd for TapQueue {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.queue.as_fd()
+        self.file.as_fd()
     }
 }
 

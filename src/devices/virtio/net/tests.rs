@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     control::ControlQueue,
-    tap::Tap,
+    tap::TapQueue,
     worker::{QueuePair, Worker},
     *,
 };
@@ -32,11 +32,11 @@ use crate::{
 const BUFFERS: u64 = 0x1_0000;
 
 /// The device's end and the network's end of a link.
-fn link() -> (Arc<Tap>, UnixDatagram) {
+fn link() -> (Arc<TapQueue>, UnixDatagram) {
     let (device, network) = UnixDatagram::pair().unwrap();
     device.set_nonblocking(true).unwrap();
     network.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    (Arc::new(Tap::new(OwnedFd::from(device))), network)
+    (Arc::new(TapQueue::new(OwnedFd::from(device))), network)
 }
 
 /// Makes one chain per length available, each of a single descriptor. The buffers are contiguous, from [`BUFFERS`] on.
@@ -72,7 +72,7 @@ fn wait_for_used(mock: &MockSplitQueue<'_, MemoryRegions>, count: u16) {
 }
 
 fn pair<'m>(
-    tap: &Arc<Tap>,
+    tap: &Arc<TapQueue>,
     receive: &MockSplitQueue<'m, MemoryRegions>,
     transmit: &MockSplitQueue<'m, MemoryRegions>,
     memory: &GuestMemory,
@@ -86,12 +86,12 @@ fn pair<'m>(
 }
 
 /// Whether no worker and no control queue holds the tap device.
-fn is_tap_released(tap: &Arc<Tap>) -> bool {
+fn is_tap_released(tap: &Arc<TapQueue>) -> bool {
     Arc::strong_count(tap) == 1
 }
 
 /// Waits until the worker ends without being stopped.
-fn wait_for_end(tap: &Arc<Tap>) {
+fn wait_for_end(tap: &Arc<TapQueue>) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !is_tap_released(tap) {
         assert!(Instant::now() < deadline, "the worker is still running");

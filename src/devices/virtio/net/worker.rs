@@ -11,7 +11,7 @@ use std::{
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{control::ControlQueue, tap::Tap};
+use super::{control::ControlQueue, tap::TapQueue};
 use crate::{
     control::VNET_HEADER_SIZE,
     devices::virtio::{
@@ -34,7 +34,7 @@ const MAX_PACKETS_PER_TURN: usize = 64;
 
 #[derive(Debug)]
 pub(super) struct QueuePair {
-    pub(super) tap: Arc<Tap>,
+    pub(super) tap: Arc<TapQueue>,
     pub(super) receive: DeviceQueue,
     pub(super) transmit: DeviceQueue,
     /// A received packet may span several descriptor chains (VIRTIO_NET_F_MRG_RXBUF).
@@ -105,7 +105,7 @@ const EVENT_SOURCES: [EventSource; 5] = [
 ];
 
 struct PacketLoop {
-    tap: Arc<Tap>,
+    tap: Arc<TapQueue>,
     receiver: Receiver,
     transmit: DeviceQueue,
     control: Option<ControlQueue>,
@@ -274,7 +274,7 @@ struct Receiver {
 
 impl Receiver {
     /// Moves packets from `tap` to the guest.
-    fn receive(&mut self, tap: &Tap) -> Result<ReceiveOutcome, QueueError> {
+    fn receive(&mut self, tap: &TapQueue) -> Result<ReceiveOutcome, QueueError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
             if !self.take_space()? {
                 return Ok(ReceiveOutcome::NoSpace);

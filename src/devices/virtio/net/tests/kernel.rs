@@ -255,7 +255,7 @@ fn frames_pass_between_guest_and_kernel_before_and_after_a_reset() {
             net.reset();
 
             // No thread is left that could access a queue.
-            assert_eq!(Arc::strong_count(&net.taps[0]), 1);
+            assert_eq!(Arc::strong_count(&net.tap_queues[0]), 1);
         }
     });
 }
