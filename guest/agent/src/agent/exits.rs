@@ -43,7 +43,7 @@ impl Agent {
         }
         process.exit = Some((
             exit,
-            [self.streams.bytes_written(stdout), self.streams.bytes_written(stderr)],
+            [self.pumps.bytes_written(stdout), self.pumps.bytes_written(stderr)],
         ));
         if exit.status != 0 {
             self.report_oom_kills(&name)?;
@@ -111,7 +111,7 @@ impl Agent {
             container.init.pid.is_some() || !container.execs.is_empty() || self.pending_jobs.values().any(is_creation);
         match container.deletion.filter(|_| !has_processes) {
             Some(request) => {
-                self.streams.remove_container(name);
+                self.pumps.remove_container(name);
                 self.containers.remove(name);
                 self.reply(request, Ok(Response::Done))
             }
@@ -124,8 +124,8 @@ impl Agent {
             return Ok(());
         };
         for pump in process.pumps.into_iter().flatten() {
-            self.streams.transfer(pump);
-            self.streams.detach(pump);
+            self.pumps.transfer(pump);
+            self.pumps.detach(pump);
         }
         self.send_event(Event::Exited(Exited {
             container: name.to_string(),

@@ -1,13 +1,13 @@
-//! The event loop and its state: the containers, the running jobs, the streams.
+//! The event loop and its state: the containers, the running jobs, the pumps.
 //!
 //! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all three
-//! are parts of [`Agent`]. `streams` holds the pumps. Nothing here may block: work that may block runs in a job. Only
+//! are parts of [`Agent`]. `pumps` holds the pumps. Nothing here may block: work that may block runs in a job. Only
 //! `main` calls this.
 
 mod exits;
+mod pumps;
 mod reports;
 mod requests;
-mod streams;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -23,7 +23,7 @@ use crate::pod::Pod;
 use crate::poller::{Poller, Token};
 use crate::reaper::Reaper;
 use crate::stdio::AgentEnds;
-use streams::Streams;
+use pumps::Pumps;
 
 /// Why the event loop ended.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,7 @@ pub(crate) struct Agent {
     host: HostAddress,
     control: ControlStream,
     reaper: Reaper,
-    streams: Streams,
+    pumps: Pumps,
     /// `None` until the pod has been set up.
     pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
@@ -93,7 +93,7 @@ impl Agent {
             host,
             control,
             reaper,
-            streams: Streams::default(),
+            pumps: Pumps::default(),
             pod: None,
             containers: BTreeMap::new(),
             pending_jobs: BTreeMap::new(),
@@ -109,14 +109,14 @@ impl Agent {
     /// Runs the event loop until the host closes the control stream or an error occurs.
     pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
         loop {
-            let tokens = self.poller.wait(!self.streams.has_more())?;
-            self.streams.transfer_ready();
+            let tokens = self.poller.wait(!self.pumps.has_more())?;
+            self.pumps.transfer_ready();
             for token in tokens {
                 match token {
                     Token::Control => self.handle_requests()?,
                     Token::Signals => self.handle_exits()?,
                     Token::Job(number) => self.handle_report(number)?,
-                    Token::Pump(number) => self.streams.transfer(number),
+                    Token::Pump(number) => self.pumps.transfer(number),
                     Token::Memory(number) => self.handle_memory_event(number)?,
                 }
             }

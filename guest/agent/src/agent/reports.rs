@@ -102,12 +102,12 @@ impl Agent {
     /// fail here: containers that run as root share the agent's per-user limits (such as that of epoll watches).
     fn adopt(&mut self, name: &Rc<str>, new_process: NewProcess) -> Result<(), Failure> {
         let number = self.next_source_number();
-        let memory =
-            MemoryWatch::open(&Cgroup::of_container(name), number).context(|| "open memory.events".to_owned())?;
+        let memory = MemoryWatch::open(&Cgroup::of_container(name), number)
+            .context(|| format!("open memory.events of container {name}"))?;
         let pidfd = rustix::process::pidfd_open(new_process.pid, PidfdFlags::empty());
         self.poller
             .watch_cgroup_file(memory.as_fd(), Token::Memory(number))
-            .context(|| "watch memory.events".to_owned())?;
+            .context(|| format!("watch memory.events of container {name}"))?;
         if let Ok(container) = self.container(name) {
             container.memory_watch = Some(memory);
             // Fails if the process has ended already. Then the container cannot run execs.
@@ -124,7 +124,7 @@ impl Agent {
 
     /// Deletes a container whose process could not be adopted, and replies with the failure.
     fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
-        self.streams.remove_container(name);
+        self.pumps.remove_container(name);
         self.containers.remove(name);
         // This blocks the event loop: it cannot run in a job, because there is no request to reply to. The user needs
         // the first error, so this one is ignored.
@@ -209,13 +209,13 @@ impl Agent {
         };
         let pumps = agent_ends
             .into_pumps(terminal)
-            .context(|| "open the standard streams".to_owned())?;
+            .context(|| format!("start the pumps of a process in container {container}"))?;
         for (number, pump) in numbers.iter_mut().zip(pumps) {
             if let Some(pump) = pump {
                 let source_number = self.next_source_number();
-                self.streams
+                self.pumps
                     .add(&self.poller, source_number, pump, container)
-                    .context(|| "watch the standard streams".to_owned())?;
+                    .context(|| format!("watch the standard streams of a process in container {container}"))?;
                 *number = Some(source_number);
             }
         }

@@ -80,7 +80,7 @@ impl Agent {
             }
             Request::ReleaseDisk { slot } => {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
-                    disk::release(slot).context(|| "release a disk".to_owned())?;
+                    disk::release(slot).context(|| format!("release the disk in disk slot {slot}"))?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)
@@ -103,7 +103,7 @@ impl Agent {
                 let stream = self
                     .host
                     .dial(stream_port)
-                    .context(|| "connect the stream to the host".to_owned())?;
+                    .context(|| format!("connect to the host's port {stream_port}"))?;
                 self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
                     forward::start(&stream, &targets)?;
                     Ok((Outcome::Done, None))
@@ -131,8 +131,8 @@ impl Agent {
         if self.containers.contains_key(name.as_str()) {
             return Err(Failure::exists(format!("container {name} exists")));
         }
-        let (agent_ends, process_ends) =
-            AgentEnds::open(&self.host, &request.stdio).context(|| "open the standard streams".to_owned())?;
+        let (agent_ends, process_ends) = AgentEnds::open(&self.host, &request.stdio)
+            .context(|| format!("open the standard streams of container {name}"))?;
         let pid_namespace = self.open_pid_namespace(&request.pid_namespace)?;
         let pod = self.pod.clone();
         let pod_context = PodContext {
@@ -204,12 +204,14 @@ impl Agent {
         let (Some(init), Some(pidfd)) = (container.init.pid, &container.pidfd) else {
             return Err(Failure::internal(format!("container {name} has no first process")));
         };
-        let pidfd = pidfd.try_clone().context(|| "duplicate a pidfd".to_owned())?;
+        let pidfd = pidfd
+            .try_clone()
+            .context(|| format!("duplicate the pidfd of container {name}"))?;
         let (spec, cgroup) = (Rc::clone(&container.spec), container.cgroup.clone());
         slot.insert(Process::default());
 
         let started = AgentEnds::open(&self.host, &request.stdio)
-            .context(|| "open the standard streams".to_owned())
+            .context(|| format!("open the standard streams of exec {} in container {name}", request.exec))
             .and_then(|(agent_ends, process_ends)| {
                 let target = TargetContainer {
                     spec: &spec,
@@ -278,7 +280,8 @@ impl Agent {
             ))
         })?;
         if let Some(terminal) = &process.terminal {
-            stdio::resize_terminal(terminal, width, height).context(|| "resize the terminal".to_owned())?;
+            stdio::resize_terminal(terminal, width, height)
+                .context(|| format!("resize a terminal in container {name} to {width} x {height}"))?;
         }
         Ok(Answer::Now(Response::Done))
     }
@@ -393,11 +396,11 @@ impl Agent {
         keep: &[BorrowedFd<'_>],
         work: JobWork<'_>,
     ) -> Result<(), Failure> {
-        let job = Job::start(keep, work).context(|| "start a job".to_owned())?;
+        let job = Job::start(keep, work).context(|| format!("start the job of request {request}"))?;
         let number = self.next_source_number();
         self.poller
             .watch_input(&job, Token::Job(number))
-            .context(|| "watch a job".to_owned())?;
+            .context(|| format!("watch the job of request {request}"))?;
         let pending = PendingJob {
             job,
             request,

@@ -24,11 +24,12 @@ pub(crate) fn update(cgroup: &Cgroup, resources: &[u8]) -> Result<(), Failure> {
     let below = cgroup
         .path()
         .strip_prefix(ROOT)
-        .context(|| "find the container's cgroup".to_owned())?;
-    let manager = Manager::new(ROOT.into(), below.into()).context(|| "find the container's cgroup".to_owned())?;
+        .context(|| format!("find the cgroup {}", cgroup.path().display()))?;
+    let manager =
+        Manager::new(ROOT.into(), below.into()).context(|| format!("find the cgroup {}", cgroup.path().display()))?;
     manager
         .apply(&options)
-        .context(|| "update the container's limits".to_owned())
+        .context(|| format!("update the limits of cgroup {}", cgroup.path().display()))
 }
 
 /// Drops limits that refer to the host (CPUs by number, devices, page sizes that the guest lacks) and those that only

@@ -105,13 +105,13 @@ fn build(
         only.set_create_container(Some(vec![hook]));
         prepared.spec.set_hooks(Some(only));
     }
-    let start = (!hooks.start_container.is_empty())
+    let start_hooks = (!hooks.start_container.is_empty())
         .then(|| StartHooks::new(id, &bundle, &prepared.spec, hooks.start_container))
         .transpose()
-        .context(|| "create the start pipe".to_owned())?;
+        .context(|| format!("create the FIFO for the start of container {id}"))?;
     // libcontainer reads the spec from this file.
     write_config(&bundle, &prepared.spec)?;
-    let executor = ProgramExecutor::new(prepared.program, start, diagnosis.writer());
+    let executor = ProgramExecutor::new(prepared.program, start_hooks, diagnosis.writer());
     let [stdin, stdout, stderr] = [0, 1, 2].map(|index| stdio.ends[index].try_clone());
     let failed = |error| Failure::internal(format!("duplicate the standard streams: {error}"));
     let built = ContainerBuilder::new(id.clone(), SyscallType::Linux)

@@ -60,7 +60,8 @@ pub(crate) fn exec(
         .context(|| "set the owner of the standard streams".to_owned())?;
     fs::write("/proc/self/oom_score_adj", settings.oom_score.to_string())
         .context(|| format!("set oom_score_adj to {}", settings.oom_score))?;
-    let cgroup = open_directory(target.cgroup.path()).context(|| "open the container's cgroup".to_owned())?;
+    let cgroup = open_directory(target.cgroup.path())
+        .context(|| format!("open the cgroup {}", target.cgroup.path().display()))?;
     // If the container has enabled controllers for cgroups below its own, its own may not contain processes (cgroup v2,
     // "No Internal Process Constraint"). Then the process joins the cgroup of the first process.
     let init_cgroup = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
@@ -74,33 +75,37 @@ pub(crate) fn exec(
     if settings.has_time_namespace {
         kinds |= ThreadNameSpaceType::TIME;
     }
-    move_into_thread_name_spaces(target.pidfd, kinds).context(|| "enter the container's namespaces".to_owned())?;
+    move_into_thread_name_spaces(target.pidfd, kinds)
+        .context(|| format!("enter the namespaces of container {}", request.container))?;
 
     let terminal = request
         .stdio
         .terminal
         .then(|| open_terminal(request.stdio.size, settings.outer_uid))
         .transpose();
-    let terminal = terminal.context(|| "open a terminal of the container".to_owned())?;
+    let terminal = terminal.context(|| format!("open a terminal in container {}", request.container))?;
     let slave = terminal.as_ref().map(|(_, slave)| slave);
-    let (error_reader, error_writer) =
-        rustix::pipe::pipe_with(PipeFlags::CLOEXEC).context(|| "open a pipe".to_owned())?;
+    let (error_reader, error_writer) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .context(|| "open the pipe for an error of the process".to_owned())?;
     let forked = match (sys::fork_sibling_into(cgroup.as_fd()), &init_cgroup) {
         (Err(error), Ok(init_cgroup)) if error.raw_os_error() == Some(libc::EBUSY) => {
             sys::fork_sibling_into(init_cgroup.as_fd())
         }
         (result, _) => result,
     };
-    let Some(pid) = forked.context(|| "fork".to_owned())? else {
+    let Some(pid) = forked.context(|| format!("fork exec {} of container {}", request.exec, request.container))? else {
         let Err(error) = become_program(&settings, target.pidfd, process_ends, slave, &error_writer);
         let _ = rustix::io::write(&error_writer, error.as_bytes());
         sys::exit_now(255)
     };
     drop(error_writer);
     let mut error = String::new();
-    File::from(error_reader)
-        .read_to_string(&mut error)
-        .context(|| "wait for the process".to_owned())?;
+    File::from(error_reader).read_to_string(&mut error).context(|| {
+        format!(
+            "wait for exec {} of container {} to start",
+            request.exec, request.container
+        )
+    })?;
     if !error.is_empty() {
         return Err(Failure::internal(error));
     }

@@ -17,18 +17,18 @@ use crate::sys;
 #[derive(Debug, Clone)]
 pub(super) struct ProgramExecutor {
     program: Program,
-    start: Option<StartHooks>,
+    start_hooks: Option<StartHooks>,
     resolved: RefCell<Option<ResolvedProgram>>,
     causes: CauseWriter,
 }
 
 impl ProgramExecutor {
-    /// Creates an executor that runs the hooks `start`, then `program`. An executable that cannot be found is reported
-    /// to `causes`.
-    pub(super) fn new(program: Program, start: Option<StartHooks>, causes: CauseWriter) -> Self {
+    /// Creates an executor that runs `start_hooks`, then `program`. An executable that cannot be found is reported to
+    /// `causes`.
+    pub(super) fn new(program: Program, start_hooks: Option<StartHooks>, causes: CauseWriter) -> Self {
         Self {
             program,
-            start,
+            start_hooks,
             resolved: RefCell::new(None),
             causes,
         }
@@ -50,7 +50,8 @@ impl Executor for ProgramExecutor {
     }
 
     fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // execve(2) gets the environment as a list, which keeps its order.
+        // Nothing to set: `ResolvedProgram::execute` passes the environment to execve(2) as a list, in the spec's
+        // order, which this map does not keep.
         Ok(())
     }
 
@@ -58,12 +59,12 @@ impl Executor for ProgramExecutor {
         let Some(resolved) = self.resolved.borrow().clone() else {
             return Err(ExecutorError::InvalidArg);
         };
-        if let Some(start) = &self.start {
-            let error = match start.run() {
+        if let Some(start_hooks) = &self.start_hooks {
+            let error = match start_hooks.run() {
                 Ok(()) => resolved.execute(),
                 Err(error) => error,
             };
-            start.report(&error);
+            start_hooks.report(&error);
             sys::exit_now(1);
         }
         let error = resolved.execute();

@@ -35,7 +35,7 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<
             filesystem,
             options,
         } => {
-            let device = disk::find(*slot).context(|| format!("disk slot {slot}"))?;
+            let device = disk::find(*slot).context(|| format!("find the disk in disk slot {slot}"))?;
             let (flags, data) = split_options(options);
             let data =
                 CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs contains a NUL byte"))?;

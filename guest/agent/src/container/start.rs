@@ -17,7 +17,7 @@ use crate::failure::{Context, FailureExt};
 
 /// A FIFO in the bundle of a container with `startContainer` hooks. The first process writes an error text to it if it
 /// cannot start, or closes it by executing the program.
-const START_PIPE: &str = "starting";
+const START_FIFO: &str = "starting";
 
 /// The `startContainer` hooks, which the first process runs before its program, and the FIFO for their errors.
 #[derive(Debug, Clone)]
@@ -25,16 +25,16 @@ pub(super) struct StartHooks {
     hooks: Vec<Hook>,
     /// The container's state without the pid (OCI runtime spec, "State").
     state: Value,
-    pipe: Arc<OwnedFd>,
+    fifo: Arc<OwnedFd>,
 }
 
 impl StartHooks {
     /// Creates the FIFO in `bundle`, from which [`start_with_hooks`] reads.
     pub(super) fn new(id: &str, bundle: &Path, spec: &Spec, hooks: Vec<Hook>) -> io::Result<Self> {
-        let path = bundle.join(START_PIPE);
+        let path = bundle.join(START_FIFO);
         rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
         // Opened for reading, too: opening a FIFO only for writing would wait for a reader.
-        let pipe = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        let fifo = rustix::fs::open(&path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         let state = json!({
             "ociVersion": spec.version(),
             "id": id,
@@ -45,7 +45,7 @@ impl StartHooks {
         Ok(Self {
             hooks,
             state,
-            pipe: Arc::new(pipe),
+            fifo: Arc::new(fifo),
         })
     }
 
@@ -59,13 +59,13 @@ impl StartHooks {
     /// Reports an error to the job that starts the container.
     pub(super) fn report(&self, error: &str) {
         // The job may be gone. The process ends in any case.
-        let _ = rustix::io::write(&*self.pipe, error.as_bytes());
+        let _ = rustix::io::write(&*self.fifo, error.as_bytes());
     }
 }
 
 /// Whether a created container has `startContainer` hooks, so that it must be started with [`start_with_hooks`].
 pub(crate) fn has_start_hooks(id: &str) -> bool {
-    bundle_path(id).join(START_PIPE).exists()
+    bundle_path(id).join(START_FIFO).exists()
 }
 
 /// Starts a created container that has `startContainer` hooks, and waits until its first process executes the
@@ -73,15 +73,15 @@ pub(crate) fn has_start_hooks(id: &str) -> bool {
 pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
     // Opened before the process may write. With O_NONBLOCK this does not wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let pipe = rustix::fs::open(bundle_path(id).join(START_PIPE), flags, Mode::empty())
-        .context(|| "open the start pipe".to_owned())?;
+    let fifo = rustix::fs::open(bundle_path(id).join(START_FIFO), flags, Mode::empty())
+        .context(|| format!("open the FIFO for the start of container {id}"))?;
     start(id).context(|| format!("start container {id}"))?;
     let mut error_text = Vec::new();
     let mut read_all = || -> std::io::Result<()> {
         loop {
-            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&pipe, PollFlags::IN)], None))?;
+            rustix::io::retry_on_intr(|| rustix::event::poll(&mut [PollFd::new(&fifo, PollFlags::IN)], None))?;
             let mut bytes = [0; 1024];
-            match rustix::io::read(&pipe, &mut bytes) {
+            match rustix::io::read(&fifo, &mut bytes) {
                 Ok(0) => return Ok(()),
                 Ok(read) => error_text.extend_from_slice(&bytes[..read]),
                 Err(Errno::AGAIN | Errno::INTR) => {}
@@ -89,14 +89,14 @@ pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
             }
         }
     };
-    read_all().context(|| "wait for the container's first process".to_owned())?;
+    read_all().context(|| format!("wait for the start of container {id}"))?;
     match String::from_utf8_lossy(&error_text) {
         text if text.is_empty() => Ok(()),
         text => Err(Failure::internal(text)),
     }
 }
 
-/// Starts a created container without waiting for it.
+/// Tells the first process of a created container to start its program, and does not wait until it has.
 pub(crate) fn start(id: &str) -> std::io::Result<()> {
     let socket = state_path(id).join(libcontainer::notify_socket::NOTIFY_FILE);
     let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);

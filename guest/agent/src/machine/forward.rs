@@ -25,13 +25,16 @@ pub(crate) fn start(stream: &OwnedFd, targets: &[SocketAddr]) -> Result<(), Fail
     let socket = connect(targets).context(|| format!("connect to {targets:?} in the pod"))?;
     let socket = OwnedFd::from(socket);
     // `stream` has been connecting in the meantime.
-    await_connection(stream).context(|| "connect the stream to the host".to_owned())?;
+    await_connection(stream).context(|| "wait for the stream to the host to connect".to_owned())?;
     for end in [stream, &socket] {
         rustix::io::ioctl_fionbio(end, true)
             .map_err(io::Error::from)
             .context(|| "set a socket to non-blocking".to_owned())?;
     }
-    if sys::fork().context(|| "fork".to_owned())?.is_some() {
+    if sys::fork()
+        .context(|| "fork the process that forwards the connection".to_owned())?
+        .is_some()
+    {
         return Ok(());
     }
     sys::close_all_but(&[stream.as_fd(), socket.as_fd()]);

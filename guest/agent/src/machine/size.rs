@@ -38,12 +38,16 @@ fn set_online_vcpus(cpu_directory: &Path, count: u32) -> io::Result<()> {
         .collect();
     for (number, switch) in (1..).zip(&switches) {
         let wanted = if number < count { "1" } else { "0" };
-        if fs::read_to_string(switch)?.trim() != wanted {
-            fs::write(switch, wanted)?;
+        let failed =
+            |error: io::Error, step| io::Error::new(error.kind(), format!("{step} {}: {error}", switch.display()));
+        let current = fs::read_to_string(switch).map_err(|error| failed(error, "read".to_owned()))?;
+        if current.trim() != wanted {
+            fs::write(switch, wanted).map_err(|error| failed(error, format!("write {wanted} to")))?;
         }
     }
     if switches.len() + 1 < count as usize {
-        return Err(io::Error::other(format!("the machine has {}", switches.len() + 1)));
+        let present = switches.len() + 1;
+        return Err(io::Error::other(format!("the machine has only {present} vCPUs")));
     }
     Ok(())
 }
@@ -81,6 +85,6 @@ mod tests {
     fn more_vcpus_than_the_machine_has_is_an_error() {
         let directory = cpu_directory(&["0"]);
         let error = set_online_vcpus(directory.path(), 3).unwrap_err();
-        assert_eq!(error.to_string(), "the machine has 2");
+        assert_eq!(error.to_string(), "the machine has only 2 vCPUs");
     }
 }

@@ -7,6 +7,13 @@ use nutshell_linux::bpf::Instruction;
 
 use super::check;
 
+// Commands, program and attach types, and flags of bpf(2) (kernel, `include/uapi/linux/bpf.h`).
+const BPF_PROG_LOAD: libc::c_int = 5;
+const BPF_PROG_ATTACH: libc::c_int = 8;
+const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+const BPF_CGROUP_DEVICE: u32 = 6;
+const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
+
 /// The first fields of `union bpf_attr` for BPF_PROG_LOAD. The kernel treats missing fields as zero (bpf(2)).
 #[repr(C)]
 struct BpfLoad {
@@ -30,10 +37,8 @@ struct BpfAttach {
 
 /// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE, and returns its descriptor.
 pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
-    const PROG_LOAD: libc::c_int = 5;
-    const CGROUP_DEVICE: u32 = 15;
     let attributes = BpfLoad {
-        program_type: CGROUP_DEVICE,
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
         instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
         instructions: program.as_ptr().addr() as u64,
         license: c"".as_ptr().addr() as u64,
@@ -42,7 +47,14 @@ pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd
         log: 0,
     };
     // SAFETY: the attributes, and the instructions and string that they point to, outlive the call.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const attributes, size_of::<BpfLoad>()) };
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const attributes,
+            size_of::<BpfLoad>(),
+        )
+    };
     let fd = check(i32::try_from(fd).unwrap_or(-1))?;
     // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
@@ -50,20 +62,17 @@ pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd
 
 /// Attaches a program of [`load_device_program`] to the cgroup whose directory is `cgroup`.
 pub(crate) fn attach_device_program(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
-    const PROG_ATTACH: libc::c_int = 8;
-    const CGROUP_DEVICE: u32 = 6;
-    const ALLOW_MULTI: u32 = 2;
     let attributes = BpfAttach {
         target: cgroup.as_fd().as_raw_fd().unsigned_abs(),
         program: program.as_fd().as_raw_fd().unsigned_abs(),
-        attach_type: CGROUP_DEVICE,
-        flags: ALLOW_MULTI,
+        attach_type: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
     };
     // SAFETY: the attributes outlive the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
-            PROG_ATTACH,
+            BPF_PROG_ATTACH,
             &raw const attributes,
             size_of::<BpfAttach>(),
         )

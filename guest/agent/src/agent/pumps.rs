@@ -1,4 +1,4 @@
-//! The pumps of all processes, by source number.
+//! The pumps of all processes, by the number of their event source ([`Token::Pump`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -17,13 +17,13 @@ struct RunningPump {
 
 /// The pumps of all processes.
 #[derive(Debug, Default)]
-pub(super) struct Streams {
+pub(super) struct Pumps {
     pumps: BTreeMap<u32, RunningPump>,
     /// Pumps that used up their turn and have more data to move.
     ready: BTreeSet<u32>,
 }
 
-impl Streams {
+impl Pumps {
     /// Adds a pump of `container`, and watches its descriptors.
     pub(super) fn add(&mut self, poller: &Poller, number: u32, pump: Pump, container: &Rc<str>) -> io::Result<()> {
         for end in pump.descriptors().into_iter().flatten() {
@@ -69,7 +69,8 @@ impl Streams {
         }
     }
 
-    /// Returns the number of bytes that were written into the source of pump `number`, or 0 if there is no such pump.
+    /// Returns how many bytes the process has written so far to the stream that pump `number` copies, or 0 if there is
+    /// no such pump.
     pub(super) fn bytes_written(&mut self, number: Option<u32>) -> u64 {
         let entry = number.and_then(|number| self.pumps.get_mut(&number));
         entry.map_or(0, |entry| entry.pump.bytes_written())
