@@ -56,7 +56,7 @@ round() {
   done
   if [[ $what == containerd ]]; then
     while [[ -e /proc/$killed ]]; do read -r -t 0.05 -u "$never" || true; done
-    serve_containerd
+    start_containerd
   fi
   wait "$life"
   # A user cleans up like this, in any state of the container.

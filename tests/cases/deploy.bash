@@ -144,7 +144,7 @@ forget_nutshell() {
     >"$work/unit/ExecStart"
   write_stub /run/bin/systemctl "case \$1 in
     show) cat $work/unit/\$3 ;;
-    restart) source $lab/containerd.bash && end_containerd && serve_containerd ;;
+    restart) source $lab/containerd.bash && stop_containerd && start_containerd ;;
   esac"
   systemctl restart
 }

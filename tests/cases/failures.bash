@@ -26,8 +26,8 @@ container_survives_when_containerd_is_killed() {
   nutshell "$name" -d -- sleep 1000
   local pid
   pid=$(pid_of "$name")
-  end_containerd KILL
-  serve_containerd
+  stop_containerd KILL
+  start_containerd
   assert_contains "$(ctr task ls)" RUNNING
   assert_equal "$pid" "$(pid_of "$name")"
   assert_equal inside "$(ctr task exec --exec-id one "$name" echo inside)"
@@ -42,10 +42,10 @@ exit_while_containerd_is_down_is_reported_after_its_restart() {
   mkdir /run/tmp/shared
   nutshell "$name" -d --mount type=bind,src=/run/tmp/shared,dst=/shared,options=rbind:rw -- \
     sh -c 'while [ ! -e /shared/go ]; do sleep 0.1; done; echo last output; touch /shared/gone; exit 42'
-  end_containerd KILL
+  stop_containerd KILL
   touch /run/tmp/shared/go
   wait_for_file /run/tmp/shared/gone
-  serve_containerd
+  start_containerd
   wait_for_task "$name" STOPPED
   assert_contains "$(ctr task delete "$name" 2>&1)" "exit code 42"
   ctr container delete "$name"
@@ -58,9 +58,9 @@ shim_killed_while_containerd_is_down_is_cleaned_up_after_its_restart() {
   nutshell "$name" -d -- sleep 1000
   local shim
   shim=$(pids_of shim)
-  end_containerd KILL
+  stop_containerd KILL
   kill -9 $shim
-  serve_containerd
+  start_containerd
   assert_equal "" "$(pids_of vmm)$(pids_of fs)"
   remove "$name"
   rm -rf /run/containerd/fifo/*

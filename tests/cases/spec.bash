@@ -1,5 +1,5 @@
 # Settings of the OCI spec, and the environment that users expect in a container. Sourced after containers.bash. A suite
-# calls start_containerd and then prepare_specs.
+# calls set_up_containerd and then prepare_specs.
 #
 # Settings that `ctr run` has no flag for come from a config.json: ctr's default, changed by perl.
 

@@ -1,21 +1,21 @@
-# A containerd for tests, inside the lab machine: start_containerd, serve_containerd, end_containerd,
-# stop_containerd. Sourced by test.bash, by first-container and by the measurements in benches/.
+# A containerd for tests, inside the lab machine: set_up_containerd (configuration, start, images), start_containerd and
+# stop_containerd (the process only), remove_containerd (the process and all data). Sourced by test.bash, by
+# first-container and by the measurements in benches/.
 
 lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # A descriptor that never becomes readable: `read -t SECONDS -u "$never"` waits without starting a process.
 exec {never}<> <(:)
 
-# start_containerd [-c] VERSION [IMAGE...]
+# set_up_containerd [-c] VERSION [IMAGE...]
 #
-# Starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
-# memory, and imports images (busybox, debian, one-binary, pause). Returns when containerd serves, and exits if
-# it does not start.
+# Configures and starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
+# memory, and imports images (busybox, debian, one-binary, pause). Exits if containerd does not start.
 #
 #   -c  enables the CRI service and imports the images into its namespace
 #
 # The shim under test, NUTSHELL_TEST_SHIM, is copied to the PATH of containerd. CONTAINERD_CONFIG is appended to
 # the configuration, whose version is CONTAINERD_CONFIG_VERSION, 2 if not set.
-start_containerd() {
+set_up_containerd() {
   local cri='' version folder images image program
   [[ $1 != -c ]] || {
     cri=1
@@ -44,11 +44,11 @@ start_containerd() {
     [[ -z ${CONTAINERD_CONFIG:-} ]] || printf '%s\n' "$CONTAINERD_CONFIG"
   } >/run/containerd.toml
 
-  # containerd has a cgroup, as on a node. The cgroup of ctr's namespace is created here, because no runtime
-  # removes a parent that it shares with others.
+  # containerd runs in its own cgroup, as on a node. /default is the parent of the cgroups of ctr's containers. No
+  # runtime removes it, because others may use it, so it is created here and does not count as a leftover of a test.
   mkdir -p /sys/fs/cgroup/containerd /sys/fs/cgroup/default
   : >/run/containerd.log
-  serve_containerd || exit 1
+  start_containerd || exit 1
 
   (($#)) || return 0
   images=$("$lab/../images/build" "$@")
@@ -57,8 +57,8 @@ start_containerd() {
   done
 }
 
-# Starts containerd with the setup of start_containerd, also after it was killed. Returns when it serves.
-serve_containerd() {
+# Starts the containerd that set_up_containerd has configured, also after it was killed. Returns when it is ready.
+start_containerd() {
   local from pid
   from=$(stat -c %s /run/containerd.log)
   (
@@ -67,7 +67,7 @@ serve_containerd() {
   ) >>/run/containerd.log 2>&1 &
   pid=$!
   echo "$pid" >/run/containerd.pid
-  # Otherwise bash reports its end by a signal, which tests cause on purpose.
+  # Otherwise bash would print a message when a signal kills containerd, and tests do that on purpose.
   disown "$pid"
   grep -q -m 1 'containerd successfully booted' \
     < <(tail -c "+$((from + 1))" -f --pid="$pid" /run/containerd.log) || {
@@ -77,20 +77,20 @@ serve_containerd() {
   }
 }
 
-# end_containerd [SIGNAL]: ends only the containerd process, by SIGNAL, TERM if none is given.
-end_containerd() {
+# stop_containerd [SIGNAL]: ends only the containerd process, by SIGNAL, TERM if none is given. Its data is kept.
+stop_containerd() {
   local pid
   pid=$(</run/containerd.pid)
   kill "-${1:-TERM}" "$pid"
-  # `wait` is not possible: it may be the child of a shell that has ended.
+  # `wait` is not possible: containerd may have been started by a shell that has ended.
   while [[ -e /proc/$pid ]]; do read -r -t 0.05 -u "$never" || true; done
   rm /run/containerd.pid
 }
 
-# Ends containerd and deletes its images, snapshots and state.
-stop_containerd() {
+# Ends containerd and removes its images, snapshots and state.
+remove_containerd() {
   [[ -e /run/containerd.pid ]] || return 0
-  end_containerd
+  stop_containerd
   local mount
   while read -r mount; do
     umount "$mount"

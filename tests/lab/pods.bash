@@ -4,8 +4,8 @@
 # start_node VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 with its CRI service and the runtime handlers `runc` and `nutshell`; 2.1 also with
-# `nutshell-shim` (pods by the Sandbox service) and `nutshell-disk` (a disk for each container). The pod network is
-# the bridge `pods` with 10.88.0.0/16 and fd00:88::/64; the host has the first address of each.
+# `nutshell-sandbox-service` (sandboxes through the Sandbox service) and `nutshell-disk` (a disk for each container).
+# The pod network is the bridge `pods` with 10.88.0.0/16 and fd00:88::/64; the host has the first address of each.
 start_node() {
   local version=$1 program runtime programs
   shift
@@ -69,7 +69,7 @@ enable_unprivileged_icmp = true"
       mkdir -p /run/containerd/io.containerd.grpc.v1.cri/{containers,sandboxes}
       CONTAINERD_CONFIG="[plugins.\"io.containerd.cri.v1.images\".pinned_images]
 sandbox = \"localhost/pause:latest\"
-[$runtime.containerd.runtimes.nutshell-shim]
+[$runtime.containerd.runtimes.nutshell-sandbox-service]
 runtime_type = \"io.containerd.nutshell.v2\"
 sandboxer = \"shim\"
 [$runtime.containerd.runtimes.nutshell-disk]
@@ -95,7 +95,7 @@ runtime_type = \"io.containerd.runc.v2\"
 runtime_type = \"io.containerd.nutshell.v2\""
   cp "$NUTSHELL_TEST_CRI" /run/bin/cri
   export NUTSHELL_TEST_LAB=$lab
-  start_containerd -c "$version" pause "$@"
+  set_up_containerd -c "$version" pause "$@"
   cri node
 }
 
@@ -103,6 +103,6 @@ runtime_type = \"io.containerd.nutshell.v2\""
 pod() {
   [[ $2 == *"${NUTSHELL_TEST_FILTER:-}"* ]] || return 0
   # If the previous case killed containerd, the next cases must not fail for that.
-  [[ -e /proc/$(</run/containerd.pid) ]] || serve_containerd
+  [[ -e /proc/$(</run/containerd.pid) ]] || start_containerd
   check "$handler: $1" cri "$2" "$handler"
 }

@@ -2,7 +2,7 @@
 # machine (tests/run), and by tests/deploy.
 #
 #   source "$(dirname "$0")/../lab/test.bash"
-#   start_containerd 2.1 busybox
+#   set_up_containerd 2.1 busybox
 #   exit_status_is_exact() { ... }
 #   check "exit status is exact" exit_status_is_exact
 #   finish
@@ -93,7 +93,7 @@ check() {
 
 # finish: reports the result to tests/run. The last command of every suite.
 finish() {
-  stop_containerd
+  remove_containerd
   echo "$passed $failed" >/out/result
   exit $((failed > 0))
 }

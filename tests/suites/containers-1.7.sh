@@ -2,7 +2,7 @@
 # Single containers on containerd 1.7, which starts shims with the older protocol.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
-start_containerd 1.7 busybox debian one-binary
+set_up_containerd 1.7 busybox debian one-binary
 
 every_case
 finish

@@ -2,7 +2,7 @@
 # Single containers on containerd 2.1.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
-start_containerd 2.1 busybox debian one-binary
+set_up_containerd 2.1 busybox debian one-binary
 
 every_case
 finish

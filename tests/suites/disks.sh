@@ -12,7 +12,7 @@ CONTAINERD_CONFIG='[plugins."io.containerd.snapshotter.v1.blockfile"]
   fs_type = "ext4"
   mount_options = []
   recreate_scratch = true'
-start_containerd 2.1 busybox
+set_up_containerd 2.1 busybox
 snapshotter=blockfile
 
 root_is_an_ext4_disk_of_the_guest() {

@@ -8,7 +8,7 @@ source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/failures.bash"
 source "$(dirname "$0")/../cases/chaos.bash"
-start_containerd 1.7 busybox
+set_up_containerd 1.7 busybox
 
 failure_cases
 chaos_cases "${NUTSHELL_TEST_ROUNDS:-8}" "${NUTSHELL_TEST_SEED:-$((0x$(head -c 3 /dev/urandom | od -An -tx1 | tr -d ' ')))}"

@@ -19,9 +19,9 @@ leftover_is_detected() {
 }
 
 for version in 1.7 2.1; do
-  start_containerd "$version" busybox one-binary
+  set_up_containerd "$version" busybox one-binary
   check "containerd $version runs containers with runc" runc_reports_output_and_exit_status
-  [[ $version == 2.1 ]] || stop_containerd
+  [[ $version == 2.1 ]] || remove_containerd
 done
 
 check "leftover process is detected" leftover_is_detected 'sleep 600 & child=$!' 'kill $child; wait $child || true'

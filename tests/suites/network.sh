@@ -3,7 +3,7 @@
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/network.bash"
-start_containerd 2.1 busybox
+set_up_containerd 2.1 busybox
 
 network_cases
 finish

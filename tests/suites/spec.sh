@@ -3,7 +3,7 @@
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/spec.bash"
-start_containerd 2.1 busybox debian
+set_up_containerd 2.1 busybox debian
 prepare_specs
 
 check "host hooks run in order and receive the state" host_hooks_run_in_order_and_receive_the_state

@@ -3,7 +3,7 @@
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/streams.bash"
-start_containerd 1.7 busybox
+set_up_containerd 1.7 busybox
 
 stream_cases
 finish

@@ -17,7 +17,7 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 /// Why a call failed: the status that the service sent, or an error of the connection.
 #[derive(Debug)]
 pub(crate) struct CallError {
-    /// The gRPC status code; 14 (unavailable) if there was no answer.
+    /// The gRPC status code; 14 (unavailable) if there was no response.
     pub(crate) code: u32,
     /// The message of the status.
     pub(crate) message: String,
@@ -36,19 +36,19 @@ fn unavailable(error: impl fmt::Display) -> CallError {
     }
 }
 
-/// Calls a method and returns its answer.
-pub(crate) fn call<C: Call>(request: &C) -> Result<C::Answer, CallError> {
-    let answer = async {
+/// Calls a method and returns its response.
+pub(crate) fn call<C: Call>(request: &C) -> Result<C::Response, CallError> {
+    let response = async {
         tokio::time::timeout(CALL_TIMEOUT, exchange(C::METHOD, &request.encode_to_vec()))
             .await
-            .map_err(|_| unavailable(format_args!("{}: no answer within {CALL_TIMEOUT:?}", C::METHOD)))?
+            .map_err(|_| unavailable(format_args!("{}: no response within {CALL_TIMEOUT:?}", C::METHOD)))?
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(unavailable)?;
-    let answer = runtime.block_on(answer)?;
-    C::Answer::decode(answer).map_err(unavailable)
+    let response = runtime.block_on(response)?;
+    C::Response::decode(response).map_err(unavailable)
 }
 
 async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, CallError> {
@@ -82,7 +82,7 @@ async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, CallError> {
     let trailers = body.trailers().await.map_err(unavailable)?;
     check_status(&trailers.unwrap_or_default())?;
     if received.len() < 5 {
-        return Err(unavailable(format_args!("{method}: the answer is empty")));
+        return Err(unavailable(format_args!("{method}: the response is empty")));
     }
     received.advance(5);
     Ok(received.freeze())

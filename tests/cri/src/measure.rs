@@ -16,7 +16,7 @@ const STEPS: [&str; 4] = [
 const HANDLERS: [(Handler, &str); 3] = [
     (Handler::Runc, "runc"),
     (Handler::Nutshell, "nutshell"),
-    (Handler::NutshellShim, "nutshell, Sandbox service"),
+    (Handler::NutshellSandboxService, "nutshell, Sandbox service"),
 ];
 
 /// Measures `rounds` pods of each runtime handler, alternately, and prints a table of medians in microseconds.

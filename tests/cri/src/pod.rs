@@ -26,10 +26,10 @@ pub(crate) const DEBIAN: &str = "localhost/debian:latest";
 pub(crate) enum Handler {
     /// runc, as the reference: a case that fails with runc is wrong.
     Runc,
-    /// nutshell, with a pause container as the sandbox.
+    /// nutshell; containerd creates the sandbox as a task (`sandboxer = "podsandbox"`, the default).
     Nutshell,
-    /// nutshell, with a sandbox of the Sandbox service.
-    NutshellShim,
+    /// nutshell; containerd creates the sandbox through the Sandbox service (`sandboxer = "shim"`).
+    NutshellSandboxService,
     /// nutshell, with a disk for each container.
     NutshellDisk,
 }
@@ -37,16 +37,21 @@ pub(crate) enum Handler {
 impl Handler {
     /// The handler with this name in the configuration.
     pub(crate) fn from_name(name: &str) -> Option<Self> {
-        [Self::Runc, Self::Nutshell, Self::NutshellShim, Self::NutshellDisk]
-            .into_iter()
-            .find(|handler| handler.name() == name)
+        [
+            Self::Runc,
+            Self::Nutshell,
+            Self::NutshellSandboxService,
+            Self::NutshellDisk,
+        ]
+        .into_iter()
+        .find(|handler| handler.name() == name)
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
             Self::Nutshell => "nutshell",
-            Self::NutshellShim => "nutshell-shim",
+            Self::NutshellSandboxService => "nutshell-sandbox-service",
             Self::NutshellDisk => "nutshell-disk",
         }
     }
@@ -157,7 +162,7 @@ impl Pod {
             config: Some(pod.config.clone()),
             runtime_handler: handler.name().into(),
         };
-        // In case of an error the drop of the pod removes its folders.
+        // On an error, `drop` removes the pod's folders.
         pod.id = call(&request)?.pod_sandbox_id;
         pod.exists = true;
         Ok(pod)
@@ -216,13 +221,13 @@ impl Pod {
         };
         change(&mut config);
         let log = Path::new(&self.config.log_directory).join(&config.log_path);
-        let answer = call(&CreateContainerRequest {
+        let response = call(&CreateContainerRequest {
             pod_sandbox_id: self.id.clone(),
             config: Some(config),
             sandbox_config: Some(self.config.clone()),
         })?;
         Ok(Container {
-            id: answer.container_id,
+            id: response.container_id,
             log,
         })
     }
@@ -279,8 +284,8 @@ impl Pod {
         self.end().unwrap();
     }
 
-    /// As [`Self::remove`], while another pod exists.
-    pub(crate) fn remove_beside(mut self, _other: &Self) {
+    /// As [`Self::remove`], but does not check for leftovers in the host's network, because `_other` still uses it.
+    pub(crate) fn remove_while_other_exists(mut self, _other: &Self) {
         self.is_only_pod = false;
         self.end().unwrap();
     }
@@ -290,18 +295,18 @@ impl Pod {
         if std::mem::take(&mut self.exists) {
             let pod_sandbox_id = self.id.clone();
             if let Err(error) = call(&StopPodSandboxRequest { pod_sandbox_id }) {
-                errors.push(format!("stop: {error}"));
+                errors.push(format!("stop pod {}: {error}", self.id));
             }
             let pod_sandbox_id = self.id.clone();
             if let Err(error) = call(&RemovePodSandboxRequest { pod_sandbox_id }) {
-                errors.push(format!("remove: {error}"));
+                errors.push(format!("remove pod {}: {error}", self.id));
             }
             if self.is_only_pod {
                 errors.extend(host::network_leftovers());
             }
         }
         if let Err(error) = fs::remove_dir_all(&self.config.log_directory) {
-            errors.push(format!("{}: {error}", self.config.log_directory));
+            errors.push(format!("remove {}: {error}", self.config.log_directory));
         }
         if let Err(error) = host::remove_cgroup(&self.cgroup) {
             errors.push(format!("{}: {error}", self.cgroup.display()));
@@ -323,7 +328,10 @@ impl Drop for Pod {
         let end = self.end();
         if std::thread::panicking() {
             if let Err(errors) = end {
-                eprintln!("removal of the pod after the failure: {errors}");
+                eprintln!(
+                    "the test failed, and then its pod {} could not be removed completely: {errors}",
+                    self.cgroup.display()
+                );
             }
         } else {
             end.unwrap();
@@ -435,13 +443,13 @@ impl Container {
 
     /// Runs a shell script in the container, asserts that it succeeds, and returns its output.
     pub(crate) fn sh(&self, script: &str) -> String {
-        let answer = self.exec(&["sh", "-c", script]);
-        let output = String::from_utf8_lossy(&answer.stdout).trim_end().to_owned();
+        let response = self.exec(&["sh", "-c", script]);
+        let output = String::from_utf8_lossy(&response.stdout).trim_end().to_owned();
         assert_eq!(
-            answer.exit_code,
+            response.exit_code,
             0,
             "{script}\n{output}\n{}",
-            String::from_utf8_lossy(&answer.stderr)
+            String::from_utf8_lossy(&response.stderr)
         );
         output
     }
@@ -462,10 +470,10 @@ impl Container {
                 return Some(());
             }
             let status = self.status();
-            let ended = status.state() == ContainerState::Exited && self.output("stdout").is_empty();
+            let ended_without_output = status.state() == ContainerState::Exited && self.output("stdout").is_empty();
             assert!(
-                !ended,
-                "the container exited with {}: {}",
+                !ended_without_output,
+                "the container exited with {} before it printed {text:?}: {}",
                 status.exit_code,
                 self.output("stderr")
             );

@@ -43,8 +43,9 @@ pub(crate) fn failures_affect_one_container_only(handler: Handler) {
     pod.remove();
 }
 
-/// Without overhead the pod's control group allows less memory than machine and containers use together. Then a process
-/// must be killed, and not the machine.
+/// If the RuntimeClass declares no pod overhead, the limit of the pod's control group has no room for the machine
+/// itself beside its containers. When a container uses all the memory, one of its processes must be killed, not the
+/// machine.
 pub(crate) fn pod_without_overhead_runs_out_of_memory(handler: Handler) {
     let pod = Pod::run_with(handler, |config| {
         let limits = config.linux.get_or_insert_default();

@@ -1,7 +1,7 @@
 //! The cases, one module for each topic. A case gets a runtime handler, creates its pods, and panics if it fails.
 //!
-//! Lives here: the list of cases. May not live here: code that several cases use, which is in the modules of the crate.
-//! Called by `main`.
+//! Belongs here: the list of cases. Does not belong here: code that several cases use, which is in the modules of the
+//! crate. Called by `main`.
 
 mod disks;
 mod failures;

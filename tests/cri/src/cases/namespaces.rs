@@ -130,7 +130,7 @@ pub(crate) fn host_namespaces_are_refused(handler: Handler) {
     ];
     for (name, set) in fields {
         // containerd 2.1 crashes before it calls the runtime (containerd issue 12983).
-        if handler == Handler::NutshellShim && name == "hostNetwork" {
+        if handler == Handler::NutshellSandboxService && name == "hostNetwork" {
             continue;
         }
         let refused = Pod::try_run(handler, |config| set(namespaces(config))).map(drop);

@@ -78,12 +78,12 @@ pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
         // Packets may be lost: one answer is enough.
         tools.sh(&format!("ping -c 3 -w 10 {address}"));
         tools.sh(&format!("ping -c 3 -w 10 -s 1472 {address}"));
-        let answer = client.exec(&["python3", "-c", ECHO_CLIENT, address]);
+        let response = client.exec(&["python3", "-c", ECHO_CLIENT, address]);
         assert_eq!(
-            answer.exit_code,
+            response.exit_code,
             0,
             "{address}: {}",
-            String::from_utf8_lossy(&answer.stderr)
+            String::from_utf8_lossy(&response.stderr)
         );
     }
     // From the host to the pod.
@@ -97,8 +97,8 @@ pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
         assert_eq!(exchange_datagram(address, 7, b"hello"), b"hello");
     }
     // A closed port is reported in both directions.
-    let answer = tools.exec(&["nc", "-w", "10", HOST[0], "9"]);
-    assert_ne!(answer.exit_code, 0);
+    let response = tools.exec(&["nc", "-w", "10", HOST[0], "9"]);
+    assert_ne!(response.exit_code, 0);
     let refused = TcpStream::connect((addresses[0].as_str(), 9)).unwrap_err();
     assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     // The pod has the addresses and routes that CNI has set up.
@@ -108,7 +108,7 @@ pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
     }
     assert!(tools.sh("ip route").contains("default via 10.88.0.1 dev eth0"));
     assert!(tools.sh("ip -6 route").contains("default via fd00:88::1 dev eth0"));
-    client_pod.remove_beside(&echo);
+    client_pod.remove_while_other_exists(&echo);
     echo.remove();
 }
 
@@ -160,12 +160,12 @@ pub(crate) fn names_are_resolved(handler: Handler) {
     let small = pod.start("small", &["sleep", "1000"]);
     let large = pod.start_debian("large", &["sleep", "1000"]);
     let address = dns::ADDRESS.to_string();
-    let answer = small.exec(&["nslookup", dns::NAME]);
-    let text = String::from_utf8_lossy(&answer.stdout);
+    let response = small.exec(&["nslookup", dns::NAME]);
+    let text = String::from_utf8_lossy(&response.stdout);
     assert!(
         text.contains(&address),
         "{text}{}",
-        String::from_utf8_lossy(&answer.stderr)
+        String::from_utf8_lossy(&response.stderr)
     );
     let found = large.sh("getent ahostsv4 service");
     assert!(found.starts_with(&address), "{found}");

@@ -181,11 +181,11 @@ pub(crate) fn restarted_containerd(handler: Handler) {
     let script = "while [ ! -e /volume/go ]; do sleep 0.1; done; echo last output; touch /volume/gone; exit 42";
     let short = pod.start_with("short", &["sh", "-c", script], &volume);
     let before = (pod.addresses(), long.pid(), long.status().started_at);
-    run_lab_script("end_containerd KILL");
+    run_lab_script("stop_containerd KILL");
     let folder = Path::new(&pod.config.log_directory).join("volume");
     fs::write(folder.join("go"), "").unwrap();
     wait_until("a file of a container", || folder.join("gone").exists().then_some(()));
-    run_lab_script("serve_containerd");
+    run_lab_script("start_containerd");
     assert_eq!(pod.status().state(), PodState::Ready);
     assert_eq!((pod.addresses(), long.pid(), long.status().started_at), before);
     assert_eq!(long.sh("cat /mine"), "mine");

@@ -220,8 +220,8 @@ pub(crate) fn updated_limits(handler: Handler) {
     assert!((12..=28).contains(&percent), "{percent} % instead of 20 % of a CPU");
     // The new memory limit is enforced.
     update(&container, limits(100, 48));
-    let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1; exit $?"]);
-    assert_eq!(answer.exit_code, 137);
+    let response = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=64M count=1; exit $?"]);
+    assert_eq!(response.exit_code, 137);
     pod.remove();
 }
 
@@ -250,8 +250,8 @@ pub(crate) fn machine_resize(handler: Handler) {
     update(&container, limits(200, 384));
     assert_eq!(effective_limits(&container), format!("200000 100000\n{}", 384 << 20));
     let start = Instant::now();
-    let answer = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=320M count=1"]);
-    assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
+    let response = container.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=320M count=1"]);
+    assert_eq!(response.exit_code, 0, "{}", String::from_utf8_lossy(&response.stderr));
     assert!(start.elapsed() < Duration::from_secs(60));
     assert!(cpus(&container) >= 2);
     assert!(total_memory(&container) >= 384, "{} MiB", total_memory(&container));
@@ -269,8 +269,8 @@ pub(crate) fn machine_resize(handler: Handler) {
     let further = pod.start_with("further", &["sleep", "1000"], |config| {
         *resources(config) = limits(50, 512)
     });
-    let answer = further.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=480M count=1"]);
-    assert_eq!(answer.exit_code, 0, "{}", String::from_utf8_lossy(&answer.stderr));
+    let response = further.exec(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=480M count=1"]);
+    assert_eq!(response.exit_code, 0, "{}", String::from_utf8_lossy(&response.stderr));
     let largest = total_memory(&further);
     assert!(largest >= 384 + 512, "{largest} MiB");
 

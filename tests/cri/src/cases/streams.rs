@@ -18,14 +18,18 @@ use crate::{
 pub(crate) fn executed_commands(handler: Handler) {
     let pod = Pod::run(handler);
     let container = pod.start("one", &["sleep", "1000"]);
-    let answer = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
+    let response = container.exec(&["sh", "-c", "echo out; echo err >&2; exit 7"]);
     assert_eq!(
-        (answer.stdout.as_slice(), answer.stderr.as_slice(), answer.exit_code),
+        (
+            response.stdout.as_slice(),
+            response.stderr.as_slice(),
+            response.exit_code
+        ),
         (&b"out\n"[..], &b"err\n"[..], 7)
     );
-    let answer = container.exec(&["sh", "-c", "head -c 1048576 /dev/zero"]);
-    assert_eq!((answer.stdout.len(), answer.exit_code), (1 << 20, 0));
-    assert!(answer.stdout.iter().all(|&byte| byte == 0));
+    let response = container.exec(&["sh", "-c", "head -c 1048576 /dev/zero"]);
+    assert_eq!((response.stdout.len(), response.exit_code), (1 << 20, 0));
+    assert!(response.stdout.iter().all(|&byte| byte == 0));
 
     let refused = container.try_exec(&["no-such-program"], 0).unwrap_err();
     assert!(refused.message.contains("not found"), "{refused}");

@@ -1,8 +1,8 @@
 //! Messages of Kubernetes' Container Runtime Interface, version 1.
 //!
-//! Lives here: the messages and fields that the tests use, and which method takes which request. Names and numbers of
+//! Belongs here: the messages and fields that the tests use, and which method takes which request. Names and numbers of
 //! fields are those of the published `api.proto` (package `runtime.v1`). A field that no test sets or reads is left
-//! out: protobuf skips it. May not live here: calls (`client`) and defaults (`pod`). Used by all of the crate.
+//! out: protobuf skips it. Does not belong here: calls (`client`) and defaults (`pod`). Used by all of the crate.
 
 mod common;
 mod container;
@@ -15,19 +15,19 @@ use prost::Message;
 
 pub(crate) use self::{common::*, container::*, node::*, pod::*, stats::*, streams::*};
 
-/// A request message, with its method and the type of the answer.
+/// A request message, with its method and the type of its response.
 pub(crate) trait Call: Message {
     /// `Service/Method`: the path of the HTTP request without the package name.
     const METHOD: &'static str;
-    /// The type of the answer.
-    type Answer: Message + Default;
+    /// The type of the response.
+    type Response: Message + Default;
 }
 
 macro_rules! calls {
-    ($($method:literal: $request:ty => $answer:ty;)*) => {
+    ($($method:literal: $request:ty => $response:ty;)*) => {
         $(impl Call for $request {
             const METHOD: &'static str = $method;
-            type Answer = $answer;
+            type Response = $response;
         })*
     };
 }
@@ -58,6 +58,6 @@ calls! {
     "ImageService/ImageStatus": ImageStatusRequest => ImageStatusResponse;
 }
 
-/// An answer without fields.
+/// A response without fields.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct Empty {}

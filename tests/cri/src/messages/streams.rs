@@ -61,7 +61,7 @@ pub(crate) struct PortForwardRequest {
     pub(crate) port: Vec<i32>,
 }
 
-/// The answer of Exec, Attach and PortForward. `api.proto` has a type for each of them, with the same field.
+/// The response of Exec, Attach and PortForward. `api.proto` has a type for each of them, with the same field.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct StreamResponse {
     #[prost(string, tag = "1")]
