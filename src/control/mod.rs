@@ -1,7 +1,7 @@
 //! The control channel between shim and vmm.
 //!
-//! Lives here: the messages ([`Command`] to the vmm, [`Notice`] to the shim) and the socket that carries them
-//! ([`Channel`]). May not live here: the handling of a message. The shim sends commands (`shim/machine`), the vmm
+//! Belongs here: the messages ([`Command`] to the vmm, [`Notice`] to the shim) and the socket that carries them
+//! ([`Channel`]). Does not belong here: the handling of a message. The shim sends commands (`shim/machine`), the vmm
 //! executes them (`vmm/event_loop.rs`).
 //!
 //! Both ends are the same executable, so messages carry no version. The shim still treats everything that the vmm

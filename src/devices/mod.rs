@@ -1,8 +1,8 @@
 //! The devices that the guest sees, and the bus that carries its accesses to them.
 //!
-//! Lives here: the MMIO bus, the UART of the early console, the tail of console output, and [`virtio`]. May not live
-//! here: anything about KVM, containerd or paths. A device uses no host resource except the descriptors that it was
-//! created with. The vmm creates devices and drives them from its event loop; the guest's accesses arrive from vCPU
+//! Belongs here: the MMIO bus, the UART of the early console, the tail of console output, and [`virtio`]. Does not
+//! belong here: anything about KVM, containerd or paths. A device uses no host resource except the descriptors that it
+//! was created with. The vmm creates devices and drives them from its event loop; the guest's accesses arrive from vCPU
 //! threads through [`bus`].
 
 pub(crate) mod bus;

@@ -1,8 +1,8 @@
 //! The file server: a jailed child of the shim, one per pod that shares directories. It serves one tree over vhost-user
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
-//! Lives here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`]). May not live here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
+//! Belongs here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
+//! queues ([`backend`]). Does not belong here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
 //! makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and [`OWNED_BY_GUEST`].
 //!
 //! Requests of a guest are untrusted. At worst they end this process, and with it the guest's own machine. They cannot

@@ -1,7 +1,7 @@
 //! Guest memory: its layout in guest physical address space, the host mappings behind it, and the table of regions that
 //! devices use.
 //!
-//! May not live here: anything about the users of memory. [`crate::vmm`] allocates and grows it, [`crate::devices`]
+//! Does not belong here: anything about the users of memory. [`crate::vmm`] allocates and grows it, [`crate::devices`]
 //! read and write it. No other module maps guest memory.
 
 mod error;

@@ -1,9 +1,9 @@
 //! The shim: the short-lived actions of a containerd v2 shim (`start`, `delete`, `-info`, `-v`), and the daemon that
 //! serves containerd.
 //!
-//! What lives here: everything that communicates with containerd or owns resources of the host for a pod. What may
-//! not live here: access to guest memory, and the interpretation of a spec (that is [`crate::oci`]). `main` calls it
-//! for every role except those of the child processes.
+//! Belongs here: everything that communicates with containerd or owns resources of the host for a pod. Does not belong
+//! here: access to guest memory, and the interpretation of a spec (that is [`crate::oci`]). `main` calls it for every
+//! role except those of the child processes.
 //!
 //! | folder | holds |
 //! |---|---|

@@ -1,9 +1,9 @@
 //! Virtio 1.3: devices, their queues, and the MMIO transport.
 //!
-//! Lives here: [`device`], the interface between device and transport; [`negotiation`], the state machine of device
+//! Belongs here: [`device`], the interface between device and transport; [`negotiation`], the state machine of device
 //! status and features, for any transport; [`mmio`], the transport; [`queue`] and [`buffers`], the data path; and one
-//! file or folder per device. May not live here: anything about KVM. The vmm creates devices and attaches them to the
-//! bus.
+//! file or folder per device. Does not belong here: anything about KVM. The vmm creates devices and attaches them to
+//! the bus.
 //!
 //! The transport owns everything that a driver may change. When the driver sets DRIVER_OK, the queues move to the
 //! device as immutable values ([`queue::DeviceQueue`]); the transport keeps none.

@@ -1,8 +1,8 @@
 //! Plans a container, or the sandbox of a pod, from an OCI bundle.
 //!
-//! Lives here: the pure translation of a spec into a [`BundlePlan`], one file for each part of the spec. May not live
-//! here: the types of a plan (`plan`), and any I/O other than reading `config.json` and inspecting the sources of bind
-//! mounts. Called by the shim through [`plan_bundle`].
+//! Belongs here: the pure translation of a spec into a [`BundlePlan`], one file for each part of the spec. Does not
+//! belong here: the types of a plan (`plan`), and any I/O other than reading `config.json` and inspecting the sources
+//! of bind mounts. Called by the shim through [`plan_bundle`].
 
 mod devices;
 mod hooks;

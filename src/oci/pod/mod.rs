@@ -1,8 +1,8 @@
 //! Plans the pod of a sandbox that has no bundle, from CRI's `PodSandboxConfig`. With `sandboxer = "shim"` containerd
 //! passes that message as the options of CreateSandbox (containerd `plugins/sandbox/controller.go`).
 //!
-//! Lives here: the message ([`cri`]) and its conversion into a [`PodPlan`]. May not live here: sandboxes that have a
-//! bundle (`bundle`). Called by the shim through [`plan_pod`].
+//! Belongs here: the message ([`cri`]) and its conversion into a [`PodPlan`]. Does not belong here: sandboxes that have
+//! a bundle (`bundle`). Called by the shim through [`plan_pod`].
 
 mod cri;
 

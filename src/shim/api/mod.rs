@@ -1,7 +1,7 @@
 //! The ttrpc server and its services.
 //!
-//! What lives here: ttrpc connections, and the translation of protobuf messages to and from the types of
-//! [`tasks`](super::tasks). What may not live here: the effect of a call. The daemon process calls [`serve()`] once.
+//! Belongs here: ttrpc connections, and the translation of protobuf messages to and from the types of
+//! [`tasks`](super::tasks). Does not belong here: the effect of a call. The daemon process calls [`serve()`] once.
 
 mod completion;
 pub(super) mod connection;

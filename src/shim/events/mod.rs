@@ -1,8 +1,7 @@
 //! The task events that a shim publishes to containerd.
 //!
-//! What lives here: the queue of events, and the ways to deliver them. What may not live here: the decision when to
-//! publish an event, which [`tasks`](super::tasks) makes. `tasks` publishes, and `api` starts the queue with a
-//! forwarder.
+//! Belongs here: the queue of events, and the ways to deliver them. Does not belong here: the decision when to publish
+//! an event, which [`tasks`](super::tasks) makes. `tasks` publishes, and `api` starts the queue with a forwarder.
 
 mod forwarder;
 mod publish_binary;

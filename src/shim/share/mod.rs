@@ -6,8 +6,8 @@
 //! the namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is
 //! resolved below a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
 //!
-//! What lives here: everything that mounts on behalf of a pod. What may not live here: serving files, which is the task
-//! of the process. [`super::pod`] calls it.
+//! Belongs here: everything that mounts on behalf of a pod. Does not belong here: serving files, which is the task of
+//! the process. [`super::pod`] calls it.
 
 mod detached;
 mod error;

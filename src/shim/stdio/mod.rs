@@ -1,9 +1,9 @@
 //! The standard streams of a process on the host: the streams that containerd names are opened and handed to the
 //! machine.
 //!
-//! What lives here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
+//! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
 //! ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
-//! them while it runs ([`standard`]). What may not live here: when a process starts or ends. [`super::tasks`] calls it;
+//! them while it runs ([`standard`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
 //! [`super::api`] serves the streaming scheme.
 //!
 //! Bytes flow directly between the machine and a fifo, file or pipe. Only those of the streaming scheme pass through

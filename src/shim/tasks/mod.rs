@@ -1,8 +1,8 @@
 //! The containers of this shim and the calls that change them.
 //!
-//! What lives here: the effect of each call of the Task and Sandbox services, in the types of this crate. What may
-//! not live here: protobuf services and ttrpc (those are in [`super::api`]), and the start of machines (that is
-//! [`super::pod`]). `api` calls it.
+//! Belongs here: the effect of each call of the Task and Sandbox services, in the types of this crate. Does not belong
+//! here: protobuf services and ttrpc (those are in [`super::api`]), and the start of machines (that is [`super::pod`]).
+//! `api` calls it.
 //!
 //! | file | holds |
 //! |---|---|

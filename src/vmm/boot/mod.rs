@@ -1,7 +1,7 @@
 //! The content of guest memory at the first instruction: the kernel ([`kernel`]), the list of vCPUs and interrupt lines
 //! ([`mptable`]), and the structures of Linux's 64-bit boot protocol ([`tables`]). [`layout`] has the addresses.
 //!
-//! May not live here: anything about KVM, such as the initial registers, which [`super::kvm`] sets. [`super::build`]
+//! Does not belong here: anything about KVM, such as the initial registers, which [`super::kvm`] sets. [`super::build`]
 //! calls these functions.
 
 pub(super) mod kernel;

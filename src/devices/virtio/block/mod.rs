@@ -1,6 +1,6 @@
 //! virtio-blk (virtio 1.3 §5.2) on a file or block device of the host.
 //!
-//! Lives here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
+//! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
 //! [`request`] parses and executes one request.
 
 mod disk;

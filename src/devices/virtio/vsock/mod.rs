@@ -1,8 +1,8 @@
 //! virtio-vsock (virtio 1.3 §5.10) with a muxer in user space: no vhost, no named socket, and no process on the host
 //! can connect to the guest.
 //!
-//! Lives here: the device, which moves packets between the muxer and the queues. [`packet`] is the header of a packet,
-//! [`connection`] the state machine of one connection, [`muxer`] all streams of the machine.
+//! Belongs here: the device, which moves packets between the muxer and the queues. [`packet`] is the header of a
+//! packet, [`connection`] the state machine of one connection, [`muxer`] all streams of the machine.
 
 mod connection;
 pub(crate) mod muxer;

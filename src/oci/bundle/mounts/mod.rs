@@ -3,8 +3,8 @@
 //! A machine has its own kernel file systems, and it sees a directory or file of the host only through the pod's file
 //! server. So the source of a bind mount becomes a [`Share`], or the same path in the guest, or an error.
 //!
-//! Lives here: the translation of mounts, with shared memory in [`shm`] and access to one mount of a spec in
-//! [`spec_mount`]. May not live here: the root file system (`rootfs`), and mounting. Called by `plan_bundle`.
+//! Belongs here: the translation of mounts, with shared memory in [`shm`] and access to one mount of a spec in
+//! [`spec_mount`]. Does not belong here: the root file system (`rootfs`), and mounting. Called by `plan_bundle`.
 
 mod shm;
 mod spec_mount;

@@ -1,7 +1,7 @@
 //! The sandbox of a pod, and the calls of the Sandbox service.
 //!
-//! What lives here: sandboxes of both APIs, whose state is the [`Phase`] of their first process. What may not live
-//! here: the containers of the pod. `create` calls it for sandboxes that are tasks, and `api` for the Sandbox service.
+//! Belongs here: sandboxes of both APIs, whose state is the [`Phase`] of their first process. Does not belong here: the
+//! containers of the pod. `create` calls it for sandboxes that are tasks, and `api` for the Sandbox service.
 //!
 //! A sandbox is a pid on the host, in the pod's network namespace, and a machine, which boots in the background and
 //! runs the containers that are created later. containerd creates, starts and ends it by one of two [`SandboxApi`]s.
