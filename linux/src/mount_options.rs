@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn clearing_option_undoes_its_setting_option() {
+    fn option_that_clears_a_flag_undoes_the_one_that_sets_it() {
         for (set, clear, flag) in [
             ("ro", "rw", MountFlags::RDONLY),
             ("nosuid", "suid", MountFlags::NOSUID),

@@ -132,7 +132,7 @@ impl Backend {
             let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
                 for request in receiver {
                     if let Err(error) = request.handle(&server) {
-                        log::error!("a queue is unusable: {error}");
+                        log::error!("the queue of a request to flush a file is unusable: {error}");
                     }
                 }
             });

@@ -1,18 +1,20 @@
 //! The credentials with which the calling thread accesses files.
 //!
-//! The process has ids that no file has. A new file belongs to the thread's file system ids (credentials(7)), which
-//! affect nothing but file access. The jail's securebits keep the capabilities as they are when these ids change.
+//! No file belongs to the user and group of this process. For a request that creates a file, or whose permissions a
+//! file system may check itself (NFS), the thread first sets its file system ids (credentials(7)) to those of the
+//! request. They become the owner of new files and affect nothing but file access. The jail's securebits keep the
+//! capabilities as they are when these ids change.
 
 use std::{cell::Cell, io};
 
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
-/// The capabilities of the file server: access to files, and nothing else. The guest's kernel has checked what its
-/// processes may do; the file server then acts for all of their users, including root.
+/// The capabilities of the file server: access to files, and nothing else. The guest's kernel has already checked what
+/// the process may do, so the file server may act as any of the guest's users, including root.
 ///
-/// Without `DAC_READ_SEARCH`, which opens files by handle anywhere on the file system of a share. Without `SYS_ADMIN`,
-/// so there are no `trusted.*` attributes.
+/// `DAC_READ_SEARCH` is left out, because with it files anywhere on a share's file system could be opened by handle,
+/// also outside the share. `SYS_ADMIN` is left out too, so the guest cannot use `trusted.*` attributes.
 pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // Files of any user and any mode.
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -23,7 +25,8 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // setfsuid and setfsgid: new files belong to the guest's user and group.
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
-    // Device nodes in a root file system. They cannot be opened on the host: its mounts are nodev.
+    // Device nodes in a root file system. They cannot be opened on the host, because the shim mounts that file system
+    // there with nodev.
     .union(CapabilitySet::MKNOD)
     // File capabilities (`security.capability`), which package installers set.
     .union(CapabilitySet::SETFCAP);

@@ -1,4 +1,4 @@
-//! System calls that neither rustix nor nix has. Nothing else may live here.
+//! System calls that neither rustix nor nix has. Nothing else belongs here.
 
 use std::{
     io,
@@ -79,14 +79,14 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: &libc::mount_attr, recursiv
     }
 }
 
-/// Forks a process into a new user namespace that has no mappings yet. The process only waits to be killed, and ends
-/// with the calling thread at the latest.
+/// Forks a process into a new user namespace that has no mappings yet. The process only waits to be killed. If
+/// nothing else kills it, the kernel does when the calling thread ends.
 pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
     let parent = rustix::process::getpid().as_raw_pid();
     let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
     let (stack, unused) = (0_usize, 0_usize);
     // SAFETY: without CLONE_VM and without a stack the child continues as a copy of this thread with its own memory.
-    // Other threads may hold locks in that copy, so the child only makes system calls.
+    // Locks that other threads held stay locked in that copy for ever, so the child only makes system calls.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, stack, unused, unused, unused) };
     if pid == 0 {
         loop {

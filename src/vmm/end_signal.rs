@@ -25,10 +25,11 @@ impl EndSignal {
         })
     }
 
-    /// Ends the machine for `reason`, unless it has ended already.
+    /// Records `reason` as the reason for the end of the machine, unless one is recorded already, and makes
+    /// [`Self::event`] readable.
     pub(super) fn report(&self, reason: EndReason) {
         self.reason.lock().get_or_insert(reason);
-        // The counter cannot overflow: each thread adds one.
+        // The counter cannot overflow: each report adds one.
         let _ = self.event.write(1);
     }
 

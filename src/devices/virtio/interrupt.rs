@@ -14,7 +14,8 @@ pub(crate) trait Interrupt: Send + Sync {
     fn notify_config_change(&self);
 }
 
-/// Internal bit of [`InterruptLine::status`], not visible to drivers: the status register always reports used buffers.
+/// A bit of [`InterruptLine::status`] that drivers do not see. If it is set, the status register always reports used
+/// buffers.
 const ALWAYS_USED: u32 = 1 << 31;
 
 /// The bits of the status register that a driver can acknowledge.

@@ -35,7 +35,6 @@ fn malformed_requests_do_not_end_the_server() {
     let client = &mut server.client;
     let garbage = [0xff; 64];
     for opcode in (0..64).chain([4096, u32::MAX]) {
-        // FUSE_INIT may succeed with such a body: it starts a new session.
         for body in [&[][..], &garbage[..1], &garbage[..8], &garbage] {
             let mut request = client.frame(opcode, ROOT, body);
             client.exchange(&request, 4096);
@@ -50,6 +49,8 @@ fn malformed_requests_do_not_end_the_server() {
     for length in [0, 1, 39] {
         client.exchange(&[0; 39][..length], 4096);
     }
+    // One of the FUSE_INIT requests above may have succeeded and changed the session. A valid one (FUSE 7.38) starts a
+    // new session.
     let init = [7_u32, 38, 0, 1 << 27].map(u32::to_le_bytes).concat();
     let request = client.frame(Opcode::Init as u32, 0, &[&init[..], &[0; 48]].concat());
     client.exchange(&request, 4096);

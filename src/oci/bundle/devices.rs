@@ -38,9 +38,9 @@ pub(super) fn find_character_device(major: u32, minor: u32) -> Option<&'static s
         .map(|(_, _, path)| *path)
 }
 
-/// Refuses device nodes whose numbers mean another device in the guest, or no device. For a privileged container, whose
-/// spec lists all device nodes of the host, removes them instead.
-pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), PlanError> {
+/// Refuses a spec with a device node whose numbers stand for another device in the guest, or for none. The spec of a
+/// privileged container lists all devices of the host, so there such nodes are removed, with a warning.
+pub(super) fn filter(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<(), PlanError> {
     let Some(devices) = linux.devices_mut().take() else {
         return Ok(());
     };
@@ -53,8 +53,10 @@ pub(super) fn translate(linux: &mut Linux, warnings: &mut Vec<String>) -> Result
             ));
         }
         warnings.push(format!(
-            "linux.devices: {} devices of the host are not in the machine. To remove this warning, {PRIVILEGED_REMEDY}",
-            unknown.len()
+            "linux.devices: removed {} of the spec's device nodes, such as {}, because the virtual machine does not have \
+             these devices of the host. To avoid this warning, {PRIVILEGED_REMEDY}",
+            unknown.len(),
+            device.path().display()
         ));
     }
     linux.set_devices(Some(known));

@@ -72,7 +72,7 @@ pub(super) fn strip_linux(linux: &mut Linux, id: &ContainerId, warnings: &mut Ve
         warnings.push("linux.memoryPolicy is not applied: it refers to NUMA nodes of the host".to_owned());
     }
     normalize_propagation(linux)?;
-    devices::translate(linux, warnings)?;
+    devices::filter(linux, warnings)?;
     if let Some(resources) = linux.resources_mut() {
         strip_resources(resources, warnings)?;
     }

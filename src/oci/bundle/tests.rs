@@ -158,7 +158,9 @@ fn host_devices_are_removed_from_privileged_containers_and_refused_in_others() {
         .collect();
     assert_eq!(nodes, ["/dev/fuse", "/dev/kmsg", "/dev/net/tun", "/dev/null"]);
     assert!(
-        plan.warnings.iter().any(|warning| warning.contains("2 devices")),
+        plan.warnings
+            .iter()
+            .any(|warning| warning.contains("removed 2 of the spec's device nodes")),
         "{:?}",
         plan.warnings
     );

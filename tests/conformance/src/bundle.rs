@@ -108,7 +108,7 @@ pub fn rootfs_mounts() -> Vec<Mount> {
 pub fn rootfs() -> &'static Path {
     static ROOTFS: OnceLock<PathBuf> = OnceLock::new();
     ROOTFS.get_or_init(|| {
-        let root = crate::host::run_folder().join("rootfs");
+        let root = crate::host::work_folder().join("rootfs");
         fill_root(&root);
         root
     })

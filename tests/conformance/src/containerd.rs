@@ -109,7 +109,7 @@ impl Containerd {
     fn new() -> Self {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1);
-        let folder = host::run_folder().join(&name);
+        let folder = host::work_folder().join(&name);
         for part in ["bundles", "stdio"] {
             fs::create_dir_all(folder.join(part)).unwrap();
         }

@@ -12,8 +12,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open},
 };
 
-/// The folder of this run of the test program.
-pub(crate) fn run_folder() -> &'static Path {
+/// The folder for the files of the tests: `conformance` in the directory for temporary files.
+pub(crate) fn work_folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let folder = env::temp_dir().join("conformance");
@@ -123,9 +123,9 @@ pub fn ends_within(pid: u32, limit: Duration) -> bool {
             let limit = Timespec::try_from(limit).unwrap();
             poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit)).unwrap() == 1
         }
-        // Older kernels return EINVAL for the pid of a process that has ended but is still the id of a session.
+        // Older kernels return EINVAL if the process has ended but its pid is still the id of a session.
         Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => true,
-        Err(error) => panic!("pidfd_open: {error}"),
+        Err(error) => panic!("pidfd_open of process {pid:?}: {error}"),
     }
 }
 
@@ -157,10 +157,8 @@ pub fn eventually<T>(limit: Duration, mut check: impl FnMut() -> Result<T, Strin
 pub fn remove_cgroup(group: &Path) -> Result<(), String> {
     let _ = fs::write(group.join("cgroup.kill"), "1");
     eventually(Duration::from_secs(10), || {
-        cgroups_at(group)
-            .iter()
-            .rev()
-            .try_for_each(fs::remove_dir)
-            .map_err(|error| format!("{}: {error}", group.display()))
+        cgroups_at(group).iter().rev().try_for_each(|folder| {
+            fs::remove_dir(folder).map_err(|error| format!("remove control group {}: {error}", folder.display()))
+        })
     })
 }

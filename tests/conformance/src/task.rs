@@ -25,7 +25,7 @@ pub const V3: &str = "containerd.task.v3.Task";
 /// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CallError {
-    /// The code in the shim's answer; `None` if there was no answer.
+    /// The code in the shim's response; `None` if there was no response.
     pub code: Option<Code>,
     /// The text of the error.
     pub message: String,
@@ -99,7 +99,7 @@ impl TaskClient {
     ///
     /// # Errors
     ///
-    /// The shim answered with an error, or did not answer within the timeout.
+    /// The shim responded with an error, or did not respond within the timeout.
     pub fn call<R: Message>(&self, method: &str, request: &impl Message) -> CallResult<R> {
         let request = Request {
             service: self.service.to_owned(),

@@ -1,7 +1,7 @@
 //! OCI specs and root file systems that tests start from and change.
 //!
-//! Lives here: the default spec, the default process, a busybox root file system. May not live here: anything of the
-//! product, and anything that only one of the callers needs. Used by the tests of the shim (`tests/conformance`) and
+//! Belongs here: the default spec, the default process, a busybox root file system. Does not belong here: nutshell's
+//! own code, and anything that only one of the callers needs. Used by the tests of the shim (`tests/conformance`) and
 //! of the agent (`guest/agent/tests`).
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panic")]
@@ -61,7 +61,7 @@ pub fn process(args: &[&str]) -> Value {
     })
 }
 
-/// A mount of a spec whose source is named after its type, such as `proc`.
+/// A mount for a spec. Its source has the name of its type, such as `proc`.
 pub fn mount(destination: &str, kind: &str, options: &[&str]) -> Value {
     json!({"destination": destination, "type": kind, "source": kind, "options": options})
 }
