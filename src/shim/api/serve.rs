@@ -61,9 +61,9 @@ pub(crate) struct ServeContext {
 /// A failure that ends the daemon.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("prepare to serve: {0}")]
+    #[error("cannot prepare to serve: {0}")]
     System(#[from] io::Error),
-    #[error("serve ttrpc: {0}")]
+    #[error("cannot serve ttrpc: {0}")]
     Server(#[from] ttrpc::Error),
 }
 
@@ -135,7 +135,7 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
 
 fn unlink_socket(socket: &Path) {
     if let Err(error) = fs::remove_file(socket) {
-        log::warn!("remove {}: {error}", socket.display());
+        log::warn!("cannot remove the socket {}: {error}", socket.display());
     }
 }
 

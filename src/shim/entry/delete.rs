@@ -49,10 +49,12 @@ const AFTER_KILL_LIMIT: Duration = Duration::from_millis(1000);
 pub(crate) fn delete(bundle: Option<&Path>) -> io::Result<()> {
     let bundle = match bundle {
         Some(bundle) => bundle.to_owned(),
-        None => std::env::current_dir()?,
+        None => std::env::current_dir().map_err(|error| with_step(error, "find the bundle"))?,
     };
     let response = clean_up(&bundle);
-    io::stdout().write_all(&response.write_to_bytes()?)
+    io::stdout()
+        .write_all(&response.write_to_bytes()?)
+        .map_err(|error| with_step(error, "print the DeleteResponse"))
 }
 
 fn clean_up(bundle: &Path) -> DeleteResponse {
@@ -94,7 +96,10 @@ fn end_shim(bundle: &Path) {
         return;
     }
     match pid {
-        Some(pid) => drop(report(kill_shim(bundle, pid))),
+        Some(pid) => {
+            let step = format!("kill shim {}", pid.as_raw_nonzero());
+            report(kill_shim(bundle, pid).map_err(|error| with_step(error, &step)));
+        }
         None => eprintln!(
             "delete: {}: the shim is starting and its pid is not known yet",
             bundle.display()
@@ -140,10 +145,7 @@ fn kill_shim(bundle: &Path, pid: Pid) -> io::Result<()> {
     if wait(process.as_fd(), PollFlags::IN, AFTER_KILL_LIMIT)? {
         Ok(())
     } else {
-        Err(io::Error::new(
-            ErrorKind::TimedOut,
-            format!("shim {pid} did not exit after SIGKILL"),
-        ))
+        Err(io::Error::new(ErrorKind::TimedOut, "it did not exit after SIGKILL"))
     }
 }
 
@@ -160,20 +162,21 @@ fn unmount_all(path: &Path) -> io::Result<()> {
             Ok(()) => {}
             // Nothing is mounted there, or everything is unmounted.
             Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
-            Err(error) => return Err(with_path(error, path)),
+            Err(error) => return Err(with_step(error, &format!("unmount {}", path.display()))),
         }
     }
 }
 
 /// Kills the processes of a cgroup and removes it. A concurrent removal by another `delete` is not an error.
 fn remove_cgroup(path: &Path) -> io::Result<()> {
+    let step = format!("remove control group {}", path.display());
     if !path.starts_with("/sys/fs/cgroup") {
-        return Err(with_path(ErrorKind::InvalidInput, path));
+        return Err(with_step(ErrorKind::InvalidInput, &step));
     }
     match empty_and_remove_cgroup(path) {
         // Open files of a removed cgroup fail with ENODEV (kernfs).
         Err(error) if error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV) => {
-            Err(with_path(error, path))
+            Err(with_step(error, &step))
         }
         _ => Ok(()),
     }
@@ -199,9 +202,10 @@ fn empty_and_remove_cgroup(path: &Path) -> io::Result<()> {
     }
 }
 
-fn with_path(error: impl Into<io::Error>, path: &Path) -> io::Error {
+/// Puts the failed step, an infinitive, before the text of the error.
+fn with_step(error: impl Into<io::Error>, step: &str) -> io::Error {
     let error = error.into();
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+    io::Error::new(error.kind(), format!("{step}: {error}"))
 }
 
 /// Waits for `event` on `fd`. Returns whether it came within `timeout`.

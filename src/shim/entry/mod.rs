@@ -1,8 +1,8 @@
 //! The command line of a v2 shim and its actions.
 //!
-//! What lives here: the actions that print one answer and exit (`start`, `delete`, `-info`, `-v`), the files and the
-//! socket by which they find a running shim, and the set-up of the daemon. What may not live here: the work of a
-//! running shim. [`main`] is called for every command line that names no role of a child process.
+//! Belongs here: the actions that print one answer and exit (`start`, `delete`, `-info`, `-v`), the files and the
+//! socket by which they find a running shim, and the set-up of the daemon. Does not belong here: the work of a running
+//! shim. [`main`] is called for every command line that names no role of a child process.
 
 mod arguments;
 mod bootstrap;
@@ -23,15 +23,15 @@ use super::api;
 /// Runs the action of the command line. An error is one line on standard error, which containerd shows to its user.
 pub(crate) fn main() -> ExitCode {
     let result = match arguments::parse(std::env::args_os().skip(1)) {
-        Ok(Action::Version) => info::print_version().map_err(|error| error.to_string()),
-        Ok(Action::Info) => info::print_info().map_err(|error| error.to_string()),
+        Ok(Action::Version) => info::print_version().map_err(|error| format!("print the version: {error}")),
+        Ok(Action::Info) => info::print_info().map_err(|error| format!("print the RuntimeInfo: {error}")),
         Ok(Action::Start(target)) => bootstrap::start(&target).map_err(|error| error.to_string()),
         Ok(Action::Delete(bundle)) => delete::delete(bundle.as_deref()).map_err(|error| error.to_string()),
         Ok(Action::Serve(target, socket)) => {
             match daemon::become_shim(target, socket.clone()) {
                 Ok(context) => return api::serve(context),
                 Err(error) => {
-                    log::error!("{error}");
+                    log::error!("cannot start the shim: {error}");
                     // containerd cleans up only after shims that it has connected to.
                     let _ = std::fs::remove_file(socket);
                     Err(error.to_string())

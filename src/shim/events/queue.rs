@@ -91,7 +91,7 @@ impl EventQueue {
         let topic = event.topic();
         let event = match convert_to_any(Box::new(event)) {
             Ok(event) => event,
-            Err(error) => return log::error!("encode an event with topic {topic}: {error}"),
+            Err(error) => return log::error!("cannot encode an event with topic {topic}: {error}"),
         };
         let envelope = Envelope {
             timestamp: MessageField::some(SystemTime::now().into()),
@@ -172,7 +172,7 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
             }
             if delay == MIN_RETRY_DELAY {
                 log::warn!(
-                    "cannot deliver an event with topic {}: {error}; trying again",
+                    "cannot forward an event with topic {} to containerd, trying again: {error}",
                     envelope.topic
                 );
             }

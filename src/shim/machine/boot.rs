@@ -29,7 +29,7 @@ pub(crate) enum BootError {
     /// `/dev/kvm` cannot be opened: the cause, and a remedy if one is known.
     #[error("/dev/kvm: {0}")]
     Kvm(String),
-    #[error("start the process of a virtual machine: {0}")]
+    #[error("start the vmm process of a virtual machine: {0}")]
     Spawn(#[source] io::Error),
 }
 

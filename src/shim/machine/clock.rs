@@ -73,7 +73,7 @@ where
         match agent.run(Request::SetClock { nanoseconds }).await {
             Ok(()) => log::debug!("the guest's clock was set to the host's"),
             Err(AgentError::Gone) => return Ok(()),
-            Err(error) => log::warn!("set the guest's clock to the host's: {error}"),
+            Err(error) => log::warn!("cannot set the guest's clock to the host's: {error}"),
         }
         next_jump().await?;
     }

@@ -1,8 +1,8 @@
 //! The virtual machine of a pod as the shim sees it: a vmm process behind a control channel, and the agent in its
 //! guest.
 //!
-//! What lives here: the start of the process; the machine's streams, disks, links and size; its end. What may not live
-//! here: the notion of a container. Callers send requests to the [`Agent`] for that. [`super::pod`] owns the machine;
+//! Belongs here: the start of the process; the machine's streams, disks, links and size; its end. Does not belong here:
+//! the notion of a container. Callers send requests to the [`Agent`] for that. [`super::pod`] owns the machine;
 //! `network`, `stdio` and `tasks` use it.
 
 mod agent;
@@ -101,7 +101,7 @@ impl Machine {
         // The socket is empty, so there is room for this packet. If the process is gone already, its exit status and
         // standard error explain more than this failure.
         if let Err(error) = control.try_send(&command, &descriptors) {
-            log::warn!("boot a virtual machine: {error}");
+            log::warn!("cannot send the boot command to the vmm: {error}");
         }
         Ok((control, agent, agent_end))
     }
@@ -126,12 +126,12 @@ impl Machine {
                     tokio::select! {
                         _ = exit.changed() => {}
                         result = clock::follow_host_clock(&agent, || jumps.next()) => if let Err(error) = result {
-                            log::warn!("watch the host's clock: {error}");
+                            log::warn!("cannot follow the host's clock; the guest's clock may be wrong: {error}");
                         }
                     }
                 });
             }
-            Err(error) => log::warn!("watch the host's clock: {error}"),
+            Err(error) => log::warn!("cannot follow the host's clock; the guest's clock may be wrong: {error}"),
         }
         Self {
             agent,
@@ -169,7 +169,7 @@ impl Machine {
         let console = self.read_console().await;
         self.kill(&format!("the guest did not become ready: {stall}"));
         let exit = self.ended().await;
-        log::debug!("machine {}: waited {:?} for the agent", self.pid(), start.elapsed());
+        log::debug!("vmm process {}: waited {:?} for the agent", self.pid(), start.elapsed());
         Err(Arc::new(MachineExit {
             reason: exit.reason.clone(),
             requested: exit.requested,
@@ -287,7 +287,7 @@ impl Machine {
             .await
     }
 
-    /// Puts a network device into the empty slot `slot`. `queues` are the descriptors of its tap device, one a queue.
+    /// Puts a network device into the empty slot `slot`. `queues` are the descriptors of its tap device, one per queue.
     pub(crate) async fn plug_link(
         &self,
         slot: u32,
@@ -343,7 +343,7 @@ impl Machine {
     pub(crate) async fn log_console(&self) {
         if logging::debug_enabled() {
             for line in self.read_console().await.lines() {
-                log::debug!("console of virtual machine {}: {line}", self.pid());
+                log::debug!("console of the guest of vmm process {}: {line}", self.pid());
             }
         }
     }

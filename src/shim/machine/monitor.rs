@@ -98,7 +98,7 @@ pub(super) async fn run(
         .or(reported)
         .unwrap_or_else(|| match status {
             Ok(status) => describe_death(status, &stderr),
-            Err(error) => format!("wait for the virtual machine's process: {error}"),
+            Err(error) => format!("cannot reap the vmm process: {error}"),
         });
     state.streams.close_all();
     state.slot_requests.lock().clear();
@@ -139,7 +139,7 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
             Err(ControlError::Closed) => return None,
             Err(error) => {
-                log::warn!("virtual machine: {error}");
+                log::warn!("cannot receive from the vmm: {error}");
                 return None;
             }
         }

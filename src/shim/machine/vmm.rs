@@ -12,7 +12,8 @@ use crate::{
     vmm,
 };
 
-/// How much of a vmm's standard error is logged, in bytes. A guest that controls its vmm can write there too.
+/// How much of a vmm's standard error is logged, in bytes. The limit is for a guest that has compromised its vmm: it
+/// can write any amount.
 const MAX_LOGGED_STDERR: usize = 16 << 10;
 
 /// A vmm process that waits for its first command.
@@ -60,12 +61,13 @@ impl VmmProcess {
     pub(crate) async fn discard(self) {
         self.child.kill();
         if let Err(error) = self.child.reap().await {
-            log::warn!("wait for the process of a virtual machine: {error}");
+            log::warn!("cannot reap the unused vmm process {}: {error}", self.child.pid());
         }
     }
 }
 
-/// Logs the standard error of the vmm `pid` until its end, and returns it. Both are cut at [`MAX_LOGGED_STDERR`].
+/// Logs what the vmm `pid` writes to its standard error until end of file, and returns the text. Anything beyond the
+/// first [`MAX_LOGGED_STDERR`] bytes is dropped.
 pub(super) async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
     let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
         return String::new();
@@ -76,7 +78,7 @@ pub(super) async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
         let room = MAX_LOGGED_STDERR - kept.len();
         let new = &bytes[..length.min(room)];
         for line in printable_tail(new).lines() {
-            log::warn!("virtual machine {pid}: {line}");
+            log::warn!("vmm process {pid}: {line}");
         }
         kept.extend_from_slice(new);
     }

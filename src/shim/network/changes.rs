@@ -38,16 +38,16 @@ impl ChangeSocket {
         bound.map_err(|errno| NetlinkError::new("watch the pod's network", errno.into()))
     }
 
-    /// Registers the socket. Needs the Tokio runtime.
+    /// Registers the socket with the current Tokio runtime.
     pub(super) fn listen(self) -> io::Result<ChangeListener> {
-        // SAFETY: an `OwnedFd` stays open and the same descriptor while it is owned, and `AsyncFd` owns it from here
-        // on.
+        // SAFETY: the descriptor of an `OwnedFd` stays open and does not change while it is owned, and `AsyncFd` owns
+        // it from here on.
         let socket = unsafe { AsyncFd::register_with_interest(self.0, Interest::READABLE) }?;
         Ok(ChangeListener(socket))
     }
 }
 
-/// Waits for changes.
+/// A [`ChangeSocket`] that is registered with the Tokio runtime.
 #[derive(Debug)]
 pub(super) struct ChangeListener(AsyncFd<OwnedFd>);
 

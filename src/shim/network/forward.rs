@@ -104,7 +104,7 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
                 });
             }
             // The connection is gone already, or the shim has no free descriptor.
-            Err(error) => log::warn!("forward a port: {error}"),
+            Err(error) => log::warn!("cannot accept a connection to a port of the pod: {error}"),
         }
     }
 }
@@ -112,7 +112,10 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
 async fn forward(machine: &Machine, connection: TcpStream) {
     let Ok(target) = connection.local_addr() else { return };
     if let Err(error) = connect_to_guest(machine, &connection, target).await {
-        log::debug!("forward port {}: {error}", target.port());
+        log::debug!(
+            "cannot forward a connection to port {} of the pod: {error}",
+            target.port()
+        );
         reset(&connection);
     }
 }

@@ -8,10 +8,10 @@
 //! of the guest. Links, addresses and routes that appear later are passed on when they appear; those that disappear
 //! stay in the guest.
 //!
-//! What lives here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends
-//! requests to the kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and
-//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback
-//! ports. What may not live here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
+//! to the kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and [`redirect`],
+//! [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback ports. Does not
+//! belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod discovery;
@@ -121,14 +121,16 @@ impl Network {
         let forwarding = listeners
             .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
             .unwrap_or_else(|error| {
-                log::warn!("connections to ports of the pod cannot be forwarded: {error}");
+                log::warn!("cannot forward connections to ports of the pod: {error}");
                 None
             });
         let state = Arc::new(Mutex::new(state));
         let follower = changes
             .listen()
             .map(|changes| tokio::spawn(follow_changes(changes, state.clone(), Arc::downgrade(machine))))
-            .inspect_err(|error| log::warn!("watch the pod's network: {error}"));
+            .inspect_err(|error| {
+                log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
+            });
         Ok(Self {
             state,
             follower: follower.ok(),
@@ -149,12 +151,12 @@ impl Network {
 async fn follow_changes(mut changes: ChangeListener, state: Arc<Mutex<NetworkState>>, machine: Weak<Machine>) {
     loop {
         if let Err(error) = changes.next().await {
-            log::warn!("watch the pod's network: {error}");
+            log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
             return;
         }
         let Some(machine) = machine.upgrade() else { return };
         if let Err(error) = state.lock().await.update(&machine).await {
-            log::warn!("the pod's network has changed: {error}");
+            log::warn!("cannot pass a change of the pod's network on to the guest: {error}");
         }
     }
 }
@@ -266,7 +268,7 @@ impl NetworkState {
             }
         });
         if let Err(error) = removed.await {
-            log::warn!("enter the pod's network namespace: {error}");
+            log::warn!("cannot remove the redirects in the pod's network namespace: {error}");
         }
     }
 }

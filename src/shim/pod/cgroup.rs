@@ -60,14 +60,17 @@ impl ControlGroup {
     /// Creates it with its ancestors. A failure is logged.
     pub(super) fn create(&self) {
         if let Err(error) = fs::create_dir_all(&self.path) {
-            log::warn!("create control group {}: {error}", self.path.display());
+            log::warn!("cannot create control group {}: {error}", self.path.display());
         }
     }
 
     /// Moves a process into it. A failure is logged.
     pub(super) fn add_process(&self, pid: u32) {
         if let Err(error) = fs::write(self.path.join("cgroup.procs"), pid.to_string()) {
-            log::warn!("move process {pid} to {}: {error}", self.path.display());
+            log::warn!(
+                "cannot move process {pid} to control group {}: {error}",
+                self.path.display()
+            );
         }
     }
 
@@ -77,7 +80,7 @@ impl ControlGroup {
         let mut removed = fs::remove_dir(&self.path);
         if matches!(&removed, Err(error) if error.kind() == io::ErrorKind::ResourceBusy) {
             log::warn!(
-                "kill the processes that are left in control group {}",
+                "killing the processes that are left in control group {}",
                 self.path.display()
             );
             let path = self.path.clone();

@@ -14,10 +14,10 @@ use crate::{
     },
 };
 
-/// How long guest and vmm may take to release a disk that no container uses any more.
+/// The time limit for guest and vmm to release a disk that no container uses any more.
 const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The disk slots of a machine, at most one disk a container.
+/// The disk slots of a machine. A container uses at most one.
 #[derive(Debug)]
 pub(super) struct DiskSlots {
     count: u32,
@@ -42,8 +42,8 @@ impl DiskSlots {
         }
     }
 
-    /// Opens the disk of the container `id` and puts it into a free slot, whose number it returns. After a failure call
-    /// [`Self::unplug`] as well: the slot may be taken.
+    /// Opens the disk of the container `id` and puts it into a free slot, whose number it returns. Call
+    /// [`Self::unplug`] even if this fails: the container may already hold a slot.
     pub(super) async fn plug(
         &self,
         machine: &Machine,
@@ -51,15 +51,19 @@ impl DiskSlots {
         source: &Path,
         read_only: bool,
     ) -> Result<u32, PodError> {
-        let source = source.to_owned();
-        let file = blocking::run(OPEN_DISK, move || open_disk(&source, read_only)).await??;
+        let path = source.to_owned();
+        let file = blocking::run(OPEN_DISK, move || open_disk(&path, read_only)).await??;
         let slot = {
             let mut inner = self.lock();
             let slot = inner.free.pop().ok_or(PodError::NoSlot { max: self.count })?;
             inner.taken.insert(id.clone(), slot);
             slot
         };
-        machine.plug_disk(slot, read_only, file.as_fd()).await?;
+        let plugged = machine.plug_disk(slot, read_only, file.as_fd()).await;
+        plugged.map_err(|error| PodError::Disk {
+            path: source.to_owned(),
+            source: error,
+        })?;
         Ok(slot)
     }
 
@@ -77,8 +81,10 @@ impl DiskSlots {
         let released = tokio::time::timeout(DISK_RELEASE_TIMEOUT, release).await;
         match released.unwrap_or_else(|_| Err(format!("not done within {} s", DISK_RELEASE_TIMEOUT.as_secs()))) {
             Ok(()) => self.lock().free.push(slot),
-            // The slot stays taken: a guest that still uses the old disk would not look for a new one in it.
-            Err(error) => log::warn!("take the disk of {id} out of the virtual machine: {error}"),
+            // The slot is never used again: a driver that is still bound to the old disk would not notice a new one.
+            Err(error) => {
+                log::warn!("cannot remove the disk of {id} from the virtual machine; its slot is lost: {error}");
+            }
         }
     }
 

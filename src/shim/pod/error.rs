@@ -1,5 +1,7 @@
 //! The failures of a pod.
 
+use std::path::PathBuf;
+
 use crate::shim::{
     blocking::BlockingError,
     machine::{BootError, VmmError},
@@ -13,8 +15,8 @@ pub(crate) enum PodError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// The vmm cannot plug a disk.
-    #[error("give a disk to the virtual machine: {0}")]
-    Disk(#[from] VmmError),
+    #[error("give the disk {} to the virtual machine: {source}", path.display())]
+    Disk { path: PathBuf, source: VmmError },
     /// Every disk slot is taken.
     #[error("the pod's virtual machine has no slot left for another disk: at most {max} at a time")]
     NoSlot { max: u32 },

@@ -63,7 +63,7 @@ impl RunningFileServer {
             move || attach(&server),
             move |_late| {
                 if let Err(error) = late_server.detach(&id) {
-                    log::warn!("container {id}: {error}");
+                    log::warn!("cannot detach the files of container {id}: {error}");
                 }
             },
         );

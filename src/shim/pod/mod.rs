@@ -2,8 +2,8 @@
 //! with the guest, a control group, and the pod's network. A container that belongs to no pod is handled as a pod with
 //! one container.
 //!
-//! What lives here: the start and the end of these resources, and what containers attach to them. What may not live
-//! here: the state of containers and processes. [`super::tasks`] calls it.
+//! Belongs here: the start and the end of these resources, and what containers attach to them. Does not belong here:
+//! the state of containers and processes. [`super::tasks`] calls it.
 
 mod cgroup;
 mod disk_slots;
@@ -264,7 +264,7 @@ impl Pod {
             return;
         };
         if let Err(error) = file_server.detach(id).await {
-            log::warn!("container {id}: {error}");
+            log::warn!("cannot detach the files of container {id}: {error}");
         }
     }
 

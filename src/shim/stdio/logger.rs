@@ -212,7 +212,7 @@ async fn reap(child: Arc<Child>, path: PathBuf, stderr: StderrTail) {
             let stderr = stderr.finish().await;
             log::warn!("the logging program {} {status}: {stderr}", path.display());
         }
-        Err(error) => log::error!("wait for the logging program {}: {error}", path.display()),
+        Err(error) => log::error!("cannot reap the logging program {}: {error}", path.display()),
     }
 }
 

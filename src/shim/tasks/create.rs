@@ -200,7 +200,10 @@ impl Tasks {
             self.set_up_pod(pod).await?;
             // A limit is not a guarantee: in a machine that cannot grow, the container runs with less.
             if let Err(error) = self.resize_to_limits(pod).await {
-                log::warn!("task {}: {error}", request.id);
+                log::warn!(
+                    "task {}: the container may get less than its limits: cannot {error}",
+                    request.id
+                );
             }
             create_in_guest(request, plan.spec, pids, rootfs, stdio, pod).await
         };

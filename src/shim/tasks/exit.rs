@@ -165,7 +165,7 @@ impl Tasks {
             );
             // The process may have ended meanwhile.
             if let Err(error) = tasks.kill_process(&container, &process, signal, false).await {
-                log::info!("task {}: {error}", container.id);
+                log::info!("task {}: cannot forward signal {signal}: {error}", container.id);
             }
         });
     }
@@ -198,7 +198,7 @@ impl Tasks {
 fn store_exit(container: &Container, exit: Exit) {
     let record = ExitRecord::new(container.init.pid(), exit.status, exit.at);
     if let Err(error) = record.store(&container.bundle) {
-        log::warn!("task {}: {error}", container.id);
+        log::warn!("task {}: cannot store its exit in the bundle: {error}", container.id);
     }
 }
 

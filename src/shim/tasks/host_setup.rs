@@ -31,7 +31,7 @@ impl Tasks {
             cgroups: requirements.cgroup_paths(),
         };
         if let Err(error) = record.store(bundle) {
-            log::warn!("task {id}: {error}");
+            log::warn!("task {id}: cannot store the record of its resources: {error}");
         }
         let tasks = Arc::downgrade(self);
         let pod = Pod::start(self.launcher.as_ref(), requirements, move |pod, event| {
@@ -41,7 +41,10 @@ impl Tasks {
         })
         .await
         .map_err(create_error)?;
-        log::debug!("task {id}: virtual machine {} is booting", pod.machine().pid());
+        log::debug!(
+            "task {id}: vmm process {} is booting its virtual machine",
+            pod.machine().pid()
+        );
         self.watch_machine(&pod);
         Ok(pod)
     }

@@ -40,7 +40,7 @@ impl Tasks {
             if resized.is_err() {
                 // A slow guest could complete the change later and use more than the pod is accounted for.
                 if let Err(error) = request_size(pod, to, from).await {
-                    log::info!("undo: {action}: {error}");
+                    log::info!("cannot undo a failed resize ({action}): {error}");
                 }
             }
             resized.map_err(|error| error.during(&action))
@@ -53,7 +53,7 @@ impl Tasks {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
             if let Err(error) = tasks.resize_to_limits(&pod).await {
-                log::info!("{error}");
+                log::info!("cannot {error}");
             }
         });
     }

@@ -1,8 +1,7 @@
 //! One container: its place in a pod, its processes and its limits.
 //!
-//! What lives here: the state of a container and of its processes, and the hooks of its spec. What may not live
-//! here: the table of all containers, and the calls that act on several of them. The other files of
-//! [`tasks`](super) call it.
+//! Belongs here: the state of a container and of its processes, and the hooks of its spec. Does not belong here: the
+//! table of all containers, and the calls that act on several of them. The other files of [`tasks`](super) call it.
 
 pub(super) mod hooks;
 pub(super) mod lifecycle;
@@ -188,7 +187,10 @@ impl Container {
     pub(super) async fn write_back_disks(&self, limit: Duration) {
         let agent = self.pod.machine().agent();
         if let Err(error) = self.call_agent(limit, agent.run(Request::Shutdown)).await {
-            log::error!("task {}: its disk may lack the last writes: {error}", self.id);
+            log::error!(
+                "task {}: cannot write its disk back, which may lack the last writes: {error}",
+                self.id
+            );
         }
     }
 }
