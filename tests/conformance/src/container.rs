@@ -9,7 +9,7 @@ use crate::{
     TIMEOUT,
     bootstrap::Caller,
     bundle::{self, Bundle, process},
-    containerd::{Containerd, Shim},
+    fake_containerd::{FakeContainerd, Shim},
     host,
     stdio::Output,
     task::{CallResult, TaskClient, json_any},
@@ -23,7 +23,7 @@ pub const SIGTERM: u32 = 15;
 /// A container that is ready for Create: its shim serves and its fifos exist.
 #[derive(Debug)]
 pub struct Prepared<'c> {
-    containerd: &'c Containerd,
+    containerd: &'c FakeContainerd,
     /// The bundle for the Create request.
     pub bundle: Arc<Bundle>,
     /// The shim that `start` printed the address of.
@@ -39,7 +39,7 @@ pub struct Prepared<'c> {
 /// A container after Create.
 #[derive(Debug)]
 pub struct Container<'c> {
-    containerd: &'c Containerd,
+    containerd: &'c FakeContainerd,
     /// The id in every request.
     pub id: String,
     /// The bundle of the Create request.
@@ -64,7 +64,7 @@ pub struct Exec<'c> {
     pub stdout: Arc<Output>,
 }
 
-impl Containerd {
+impl FakeContainerd {
     /// Prepares a container in a new shim, as the newest containerd does.
     pub fn prepare(&self, spec: &Value) -> Prepared<'_> {
         let bundle = self.bundle(spec);
@@ -145,7 +145,7 @@ impl<'c> Container<'c> {
     }
 
     /// The containerd that it belongs to.
-    pub fn containerd(&self) -> &'c Containerd {
+    pub fn containerd(&self) -> &'c FakeContainerd {
         self.containerd
     }
 

@@ -6,15 +6,15 @@
 //! of the host ([`host`]). Does not belong here: code of nutshell; no test may depend on it. Used by the tests in
 //! `tests/direct`, which run in the lab.
 //!
-//! A test is a closure that [`with_containerd`] runs.
+//! A test is a closure that [`with_fake_containerd`] runs.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]
 
 pub mod bootstrap;
 pub mod bundle;
 pub mod container;
-pub mod containerd;
 pub mod events;
+pub mod fake_containerd;
 pub mod host;
 pub mod pod;
 pub mod stdio;
@@ -22,7 +22,7 @@ pub mod task;
 
 use std::time::Duration;
 
-pub use containerd::{Containerd, with_containerd};
+pub use fake_containerd::{FakeContainerd, with_fake_containerd};
 
 /// Time limit of a call or of a wait. The lab is emulated and slow; nothing takes this long unless it hangs.
 pub const TIMEOUT: Duration = Duration::from_secs(60);

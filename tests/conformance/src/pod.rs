@@ -19,7 +19,7 @@ use crate::{
     bootstrap::Caller,
     bundle::{self, Bundle, idle},
     container::Container,
-    containerd::{Containerd, Shim},
+    fake_containerd::{FakeContainerd, Shim},
     host,
     task::{CallResult, TaskClient},
 };
@@ -35,7 +35,7 @@ pub const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// A pod with a started sandbox.
 #[derive(Debug)]
 pub struct Pod<'c> {
-    containerd: &'c Containerd,
+    containerd: &'c FakeContainerd,
     /// The sandbox's id.
     pub id: String,
     /// The sandbox's bundle.
@@ -50,12 +50,12 @@ pub struct Pod<'c> {
 
 impl<'c> Pod<'c> {
     /// Starts a pod as containerd's CRI service does by default: the sandbox is a task.
-    pub fn by_task(containerd: &'c Containerd) -> Self {
+    pub fn by_task(containerd: &'c FakeContainerd) -> Self {
         Self::by_task_with(containerd, &Caller::newest(), |_| {})
     }
 
     /// As [`Self::by_task`], with a change of the sandbox's spec.
-    pub fn by_task_with(containerd: &'c Containerd, caller: &Caller, change: impl FnOnce(&mut Value)) -> Self {
+    pub fn by_task_with(containerd: &'c FakeContainerd, caller: &Caller, change: impl FnOnce(&mut Value)) -> Self {
         let sandbox = create_sandbox_task(containerd, caller, change).unwrap();
         sandbox.start();
         Self {
@@ -69,7 +69,7 @@ impl<'c> Pod<'c> {
     }
 
     /// Starts a pod whose sandbox is of the Sandbox service.
-    pub fn by_service(containerd: &'c Containerd, config: &SandboxConfig) -> Self {
+    pub fn by_service(containerd: &'c FakeContainerd, config: &SandboxConfig) -> Self {
         let (bundle, shim) = start_sandbox_shim(containerd);
         let sandboxes = SandboxClient::new(&shim);
         sandboxes.create(&bundle, config).unwrap();
@@ -195,7 +195,7 @@ pub fn share_pid_namespace(spec: &mut Value, pid: u32) {
 ///
 /// The error of Create. The shim is ended and the bundle removed then.
 pub fn create_sandbox_task<'c>(
-    containerd: &'c Containerd,
+    containerd: &'c FakeContainerd,
     caller: &Caller,
     change: impl FnOnce(&mut Value),
 ) -> CallResult<Container<'c>> {
@@ -221,7 +221,7 @@ fn with_pod_annotations(spec: &Value, sandbox: &str, kind: &str) -> Value {
 }
 
 /// Starts a shim for a sandbox of the Sandbox service, whose bundle has no spec.
-pub fn start_sandbox_shim(containerd: &Containerd) -> (Arc<Bundle>, Shim) {
+pub fn start_sandbox_shim(containerd: &FakeContainerd) -> (Arc<Bundle>, Shim) {
     let bundle = containerd.bundle_without_spec(&containerd.new_name("sandbox"));
     let shim = containerd.start_shim(&bundle);
     (bundle, shim)

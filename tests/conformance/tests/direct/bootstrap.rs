@@ -14,18 +14,18 @@ use containerd_shim_protos::{
     types::introspection::RuntimeInfo,
 };
 use nutshell_conformance::{
-    Containerd, TIMEOUT,
+    FakeContainerd, TIMEOUT,
     bootstrap::{Caller, StartAnswer, options},
     bundle::{Bundle, idle, spec},
-    containerd::{Outcome, executable},
+    fake_containerd::{Outcome, executable},
     host,
     task::{TaskClient, V2, V3},
-    with_containerd,
+    with_fake_containerd,
 };
 use serde_json::Value;
 
 /// Ends a shim that has no container, as containerd does after a failed Create, and removes the bundle.
-fn shut_down(containerd: &Containerd, bundle: &Bundle, answer: &StartAnswer) {
+fn shut_down(containerd: &FakeContainerd, bundle: &Bundle, answer: &StartAnswer) {
     let task = TaskClient::connect(&answer.address, V2);
     let pid = task.connect_to(&bundle.id).unwrap().shim_pid;
     task.shutdown(&bundle.id, false).unwrap();
@@ -36,7 +36,7 @@ fn shut_down(containerd: &Containerd, bundle: &Bundle, answer: &StartAnswer) {
 }
 
 /// Asserts that one shim runs. Retries, because a new child of the shim has the shim's name until it sets its own.
-fn assert_one_shim(containerd: &Containerd) {
+fn assert_one_shim(containerd: &FakeContainerd) {
     let one = host::eventually(TIMEOUT, || match containerd.pids_of("containerd-shim")[..] {
         [_] => Ok(()),
         _ => Err(format!("{:?}", containerd.processes())),
@@ -68,7 +68,7 @@ fn runc_options() -> Any {
 
 #[test]
 fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let directory = containerd.folder().join("s");
         let newest = |options, socket_directory| Caller::V2_3 {
             options,
@@ -119,7 +119,7 @@ fn start_answers_every_containerd_version_with_an_address_to_connect_to() {
 
 #[test]
 fn longest_namespace_and_id_get_a_socket() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let bundle = containerd.bundle_with_id(&"i".repeat(76), &idle());
         let namespace = "n".repeat(76);
         let flags = ["-namespace", &namespace, "-id", &bundle.id];
@@ -132,7 +132,7 @@ fn longest_namespace_and_id_get_a_socket() {
 
 #[test]
 fn shim_has_its_parents_oom_score_plus_one_and_its_own_session() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         let shim = containerd.start_shim(&bundle);
         let score = |pid: &str| -> i32 {
@@ -150,7 +150,7 @@ fn shim_has_its_parents_oom_score_plus_one_and_its_own_session() {
 
 #[test]
 fn shim_ignores_termination_signals() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         use rustix::process::Signal;
         let bundle = containerd.bundle(&idle());
         let shim = containerd.start_shim(&bundle);
@@ -164,7 +164,7 @@ fn shim_ignores_termination_signals() {
 
 #[test]
 fn repeated_and_concurrent_starts_return_the_same_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         let first = containerd.start(&bundle, &Caller::newest()).unwrap();
         let again = containerd.start(&bundle, &Caller::newest()).unwrap();
@@ -181,7 +181,7 @@ fn repeated_and_concurrent_starts_return_the_same_shim() {
 
 #[test]
 fn containers_of_a_group_get_the_address_of_one_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for annotation in [
             "io.containerd.nutshell.v2.group",
             "io.containerd.runc.v2.group",
@@ -209,7 +209,7 @@ fn containers_of_a_group_get_the_address_of_one_shim() {
 
 #[test]
 fn bundle_without_a_spec_gets_a_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let bundle = containerd.bundle_without_spec("sandbox");
         let answer = containerd.start(&bundle, &Caller::newest()).unwrap();
         shut_down(containerd, &bundle, &answer);
@@ -218,7 +218,7 @@ fn bundle_without_a_spec_gets_a_shim() {
 
 #[test]
 fn failing_start_reports_the_cause_in_one_line() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let generic = |path: &str| {
             let length = u8::try_from(path.len()).unwrap();
             let value = [&[0x12, length], path.as_bytes()].concat();
@@ -292,7 +292,7 @@ fn info_reports_the_features_with_an_empty_environment() {
 
 #[test]
 fn container_runs_to_completion_under_every_containerd_version() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for (caller, service) in [
             (Caller::V1_7(None), V2),
             (Caller::V2_2(Some(generic_options(CONFIGURATION))), V2),

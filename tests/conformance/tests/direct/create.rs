@@ -6,7 +6,7 @@ use containerd_shim_protos::{api::Status, ttrpc::Code, types::mount::Mount};
 use nutshell_conformance::{
     bundle::{self, idle, mount, shell, spec},
     container::Prepared,
-    with_containerd,
+    with_fake_containerd,
 };
 use serde_json::{Value, json};
 
@@ -17,7 +17,7 @@ fn refused_create_reports_the_cause_leaves_nothing_and_sends_no_event() {
         *spec.pointer_mut(pointer).unwrap() = value;
         spec
     };
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for (spec, code, reason) in [
             (
                 spec(&["no-such-command"]),
@@ -55,7 +55,7 @@ fn refused_create_reports_the_cause_leaves_nothing_and_sends_no_event() {
 
 #[test]
 fn malformed_request_is_refused_without_side_effects() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let prepared = containerd.prepare(&idle());
         type Change = fn(&mut Prepared<'_>);
         let table: [(Change, Code, &str); 4] = [
@@ -97,7 +97,7 @@ fn malformed_request_is_refused_without_side_effects() {
 
 #[test]
 fn duplicate_id_fails_with_already_exists_and_leaves_the_container_running() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let again = containerd.prepare_in(container.bundle.clone(), container.shim.clone());
         let failure = again.shim.task.create(&again.request).unwrap_err();
@@ -111,7 +111,7 @@ fn duplicate_id_fails_with_already_exists_and_leaves_the_container_running() {
 
 #[test]
 fn bind_overlay_bundle_and_read_only_roots_are_used_as_given() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let root = bundle::rootfs().to_str().unwrap();
         let make_folder = |part: &str| {
             let folder = containerd.folder().join(part);

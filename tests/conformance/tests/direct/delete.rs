@@ -6,7 +6,7 @@ use nutshell_conformance::{
     TIMEOUT,
     bundle::{idle, shell},
     container::SIGKILL,
-    host, with_containerd,
+    host, with_fake_containerd,
 };
 use rustix::process::Signal;
 
@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(5);
 
 #[test]
 fn delete_of_an_unknown_container_reports_137() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let bundle = containerd.bundle(&idle());
         for removed in [false, true] {
             if removed {
@@ -30,7 +30,7 @@ fn delete_of_an_unknown_container_reports_137() {
 
 #[test]
 fn delete_ends_a_running_container_and_its_shim_in_time_and_is_repeatable() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         for _ in 0..2 {
             let start = Instant::now();
@@ -46,7 +46,7 @@ fn delete_ends_a_running_container_and_its_shim_in_time_and_is_repeatable() {
 
 #[test]
 fn concurrent_deletes_all_succeed() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -59,7 +59,7 @@ fn concurrent_deletes_all_succeed() {
 
 #[test]
 fn delete_after_a_kill_of_the_shim_leaves_no_process_and_reports_137() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         host::signal(container.shim.pid, Signal::KILL);
         assert!(host::ends_within(container.shim.pid, TIMEOUT));
@@ -72,7 +72,7 @@ fn delete_after_a_kill_of_the_shim_leaves_no_process_and_reports_137() {
 
 #[test]
 fn delete_after_a_kill_of_the_shim_reports_the_recorded_exit() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&shell("exit 42"));
         let exit = container.task().wait(&container.id, "").unwrap();
         assert_eq!(exit.exit_status, 42);
@@ -89,7 +89,7 @@ fn delete_after_a_kill_of_the_shim_reports_the_recorded_exit() {
 
 #[test]
 fn delete_ends_the_container_of_a_hung_guest_in_time() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         for vmm in containerd.pids_of("nutshell-vmm") {
             host::signal(vmm, Signal::STOP);
@@ -103,7 +103,7 @@ fn delete_ends_the_container_of_a_hung_guest_in_time() {
 
 #[test]
 fn delete_of_a_group_member_leaves_the_others_running() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec = idle();
         spec["annotations"]["io.containerd.runc.v2.group"] = containerd.new_name("group").into();
         let (first, second) = (containerd.run(&spec), containerd.run(&spec));

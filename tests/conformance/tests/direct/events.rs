@@ -6,12 +6,12 @@ use std::time::Duration;
 use nutshell_conformance::{
     bundle::{idle, shell, spec},
     container::{SIGKILL, SIGTERM},
-    with_containerd,
+    with_fake_containerd,
 };
 
 #[test]
 fn immediate_exit_is_reported_after_the_start() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&spec(&["true"]));
         assert_eq!(container.wait(), 0);
         for _ in 0..20 {
@@ -36,7 +36,7 @@ fn immediate_exit_is_reported_after_the_start() {
 
 #[test]
 fn exits_of_running_execs_precede_the_exit_of_the_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let execs: Vec<_> = (0..5).map(|_| container.exec(&["sleep", "1000"])).collect();
         for exec in &execs {
@@ -56,7 +56,7 @@ fn exits_of_running_execs_precede_the_exit_of_the_container() {
 
 #[test]
 fn concurrent_kills_cause_one_exit_event() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {
             for _ in 0..8 {
@@ -77,7 +77,7 @@ fn concurrent_kills_cause_one_exit_event() {
 
 #[test]
 fn events_are_kept_while_containerd_is_down() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&shell("trap 'exit 5' TERM; echo ready; while :; do sleep 0.1; done"));
         container.stdout.wait_for("ready");
         containerd.events.wait_for(&container.id, "start");
@@ -111,7 +111,7 @@ fn events_are_kept_while_containerd_is_down() {
 
 #[test]
 fn pending_events_are_sent_before_the_shim_ends() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let id = container.id.clone();
         containerd.events.wait_for(&id, "start");

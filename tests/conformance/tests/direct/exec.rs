@@ -6,12 +6,12 @@ use nutshell_conformance::{
     container::{SIGKILL, SIGTERM},
     stdio::{Input, make_fifo},
     task::json_any,
-    with_containerd,
+    with_fake_containerd,
 };
 
 #[test]
 fn exec_goes_through_all_states_and_events() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&[
             "sh",
@@ -66,7 +66,7 @@ fn exec_goes_through_all_states_and_events() {
 
 #[test]
 fn exec_id_is_unique_in_its_container_until_it_is_deleted() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let (mut request, _stdout) = container.exec_request(&["true"]);
         request.exec_id = "e".to_owned();
@@ -86,7 +86,7 @@ fn exec_id_is_unique_in_its_container_until_it_is_deleted() {
 
 #[test]
 fn exec_that_cannot_run_fails_with_runcs_error_text_and_can_be_deleted() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         for (command, reason) in [
             (
@@ -113,7 +113,7 @@ fn exec_that_cannot_run_fails_with_runcs_error_text_and_can_be_deleted() {
 
 #[test]
 fn exec_ends_with_its_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let waiting = container.exec(&["true"]);
         let running = container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
@@ -132,7 +132,7 @@ fn exec_ends_with_its_container() {
 
 #[test]
 fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let fifo = containerd.fifo_path("stdin");
         make_fifo(&fifo);
         let mut prepared = containerd.prepare(&shell("cat; echo end"));
@@ -161,7 +161,7 @@ fn close_io_ends_stdin_after_all_input_and_is_repeatable() {
 
 #[test]
 fn close_io_before_the_start_of_an_exec_takes_effect() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let fifo = containerd.fifo_path("stdin");
         make_fifo(&fifo);
@@ -180,7 +180,7 @@ fn close_io_before_the_start_of_an_exec_takes_effect() {
 
 #[test]
 fn terminal_has_the_size_of_the_last_resize_before_and_after_the_start() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec = shell("stty size; trap 'stty size' WINCH; echo ready; while :; do sleep 0.1; done");
         spec["process"]["terminal"] = true.into();
         spec["process"]["consoleSize"] = serde_json::json!({"width": 101, "height": 41});
@@ -217,7 +217,7 @@ fn terminal_has_the_size_of_the_last_resize_before_and_after_the_start() {
 
 #[test]
 fn resize_without_a_terminal_is_a_no_op() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         container.task().resize(&container.id, "", 80, 24).unwrap();
         container.end();

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use containerd_shim_protos::{api::Status, ttrpc::Code};
-use nutshell_conformance::{TIMEOUT, bundle::idle, host, with_containerd};
+use nutshell_conformance::{TIMEOUT, bundle::idle, host, with_fake_containerd};
 use rustix::process::Signal;
 
 #[test]
 fn killed_vmm_or_fs_ends_all_processes_and_the_shim_keeps_serving() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for name in ["nutshell-vmm", "nutshell-fs"] {
             let container = containerd.run(&idle());
             let exec = container.exec(&["sleep", "1000"]);
@@ -45,7 +45,7 @@ fn killed_vmm_or_fs_ends_all_processes_and_the_shim_keeps_serving() {
 
 #[test]
 fn killed_vmm_ends_a_created_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
         for vmm in containerd.pids_of("nutshell-vmm") {
             host::signal(vmm, Signal::KILL);
@@ -59,7 +59,7 @@ fn killed_vmm_ends_a_created_container() {
 
 #[test]
 fn killed_shim_ends_its_processes_and_a_new_shim_can_be_started() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         host::signal(container.shim.pid, Signal::KILL);
         assert!(host::ends_within(container.shim.pid, TIMEOUT));

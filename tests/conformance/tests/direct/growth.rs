@@ -6,7 +6,7 @@ use nutshell_conformance::{
     bundle::idle,
     host::{self, Usage},
     pod::Pod,
-    with_containerd,
+    with_fake_containerd,
 };
 
 /// Memory in KiB by which two measurements may differ: buffers that the allocator keeps.
@@ -60,7 +60,7 @@ fn run_one(pod: &Pod<'_>) {
 
 #[test]
 fn hundred_containers_in_sequence_do_not_grow_the_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         assert_hundred_rounds_do_not_grow(pod.shim.pid, || run_one(&pod));
         pod.end();
@@ -69,7 +69,7 @@ fn hundred_containers_in_sequence_do_not_grow_the_shim() {
 
 #[test]
 fn thirty_concurrent_containers_do_not_grow_the_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         let run_thirty = || {
             std::thread::scope(|scope| {
@@ -97,7 +97,7 @@ fn thirty_concurrent_containers_do_not_grow_the_shim() {
 
 #[test]
 fn hundred_execs_do_not_grow_the_shim() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         assert_hundred_rounds_do_not_grow(container.shim.pid, || {
             assert_eq!(container.output_of("echo out"), "out\n");
@@ -109,7 +109,7 @@ fn hundred_execs_do_not_grow_the_shim() {
 /// khugepaged runs at an unknown time, so its effect cannot be tested. The flag that disables it can.
 #[test]
 fn shim_does_not_use_transparent_huge_pages() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let status = std::fs::read_to_string(format!("/proc/{}/status", container.shim.pid)).unwrap();
         assert!(status.contains("THP_enabled:\t0\n"), "{status}");

@@ -16,7 +16,7 @@ use containerd_shim_protos::{
     api::{CreateTaskRequest, Status},
     types::mount::Mount,
 };
-use nutshell_conformance::{Containerd, pod::Pod};
+use nutshell_conformance::{FakeContainerd, pod::Pod};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     mount::{MountFlags, UnmountFlags},
@@ -41,7 +41,7 @@ struct HungVolume {
 }
 
 impl HungVolume {
-    fn mount(containerd: &Containerd) -> Self {
+    fn mount(containerd: &FakeContainerd) -> Self {
         let path = containerd.folder().join("hung");
         fs::create_dir_all(&path).unwrap();
         let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
@@ -78,7 +78,7 @@ impl Drop for HungVolume {
 /// Creates a container that needs a hung volume, in a pod in which another container runs. Asserts that the other one
 /// can be listed and killed meanwhile, that Create fails in time, and that it leaves nothing in the shim.
 fn assert_only_create_fails(
-    containerd: &Containerd,
+    containerd: &FakeContainerd,
     pod: &Pod<'_>,
     use_volume: impl Fn(&HungVolume, &mut Value, &mut CreateTaskRequest),
 ) {

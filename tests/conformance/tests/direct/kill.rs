@@ -6,13 +6,13 @@ use containerd_shim_protos::{api::Status, ttrpc::Code};
 use nutshell_conformance::{
     bundle::{idle, shell},
     container::{SIGKILL, SIGTERM},
-    host, with_containerd,
+    host, with_fake_containerd,
 };
 use rustix::process::Signal;
 
 #[test]
 fn kill_works_in_every_phase_and_fails_with_not_found_after_the_exit() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for (phase, signal, status) in [
             ("created", SIGKILL, 137),
             ("created", SIGTERM, 143),
@@ -41,7 +41,7 @@ fn kill_works_in_every_phase_and_fails_with_not_found_after_the_exit() {
 
 #[test]
 fn signals_reach_the_process_unchanged() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         // The first process of a pid namespace only receives signals that it handles.
         // The shell of busybox only supports numbers for real-time signals.
         let script = "for signal in HUP USR1 USR2 34 64; do trap \"echo got $signal\" $signal; done
@@ -65,7 +65,7 @@ fn signals_reach_the_process_unchanged() {
 
 #[test]
 fn kill_of_an_exec_affects_only_the_exec() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&shell("trap 'echo init' USR1; echo ready; while :; do sleep 0.1; done"));
         container.stdout.wait_for("ready");
         let sleeper = || container.exec(&["sh", "-c", "echo ready; exec sleep 1000"]);
@@ -94,7 +94,7 @@ fn kill_of_an_exec_affects_only_the_exec() {
 
 #[test]
 fn kill_all_reaches_every_process() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let trap =
             |name: &str| format!("trap 'echo {name} got it' USR1; echo {name} ready; while :; do sleep 0.1; done");
         let container = containerd.run(&shell(&format!("({}) & {}", trap("child"), trap("init"))));
@@ -115,7 +115,7 @@ fn kill_all_reaches_every_process() {
 
 #[test]
 fn signal_to_the_host_pid_reaches_the_process() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&["sleep", "1000"]);
         host::signal(exec.start(), Signal::TERM);
@@ -128,7 +128,7 @@ fn signal_to_the_host_pid_reaches_the_process() {
 
 #[test]
 fn hung_guest_does_not_delay_calls_and_can_be_killed() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&["sleep", "1000"]);
         exec.start();

@@ -13,7 +13,7 @@ use nutshell_conformance::{
     container::{SIGKILL, SIGTERM},
     host,
     task::{CallError, CallResult, TaskClient, V2, V3},
-    with_containerd,
+    with_fake_containerd,
 };
 
 /// The code of a call that fails.
@@ -23,7 +23,7 @@ fn code<T: std::fmt::Debug>(answer: CallResult<T>) -> Code {
 
 #[test]
 fn state_reports_every_field_in_every_phase() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 3' TERM; echo ready; while :; do sleep 0.1; done"));
         let assert_state = |task: &TaskClient, status: Status| {
             let state = task.state(&container.id, "").unwrap();
@@ -108,7 +108,7 @@ const METHODS: [(&str, bool, Call); 14] = [
 
 #[test]
 fn unknown_container_or_exec_is_not_found_by_any_method() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
         for service in [V2, V3] {
             let task = container.task().with_service(service);
@@ -136,7 +136,7 @@ fn unknown_container_or_exec_is_not_found_by_any_method() {
 
 #[test]
 fn unsupported_methods_fail_with_unimplemented() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
         for (service, method) in [
             (V2, "Levitate"),
@@ -177,7 +177,7 @@ fn unsupported_methods_fail_with_unimplemented() {
 
 #[test]
 fn call_in_the_wrong_phase_fails_and_changes_nothing() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&shell("trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done"));
         let task = container.task();
         let refused = |name: &str, answer: Result<(), CallError>| {
@@ -217,7 +217,7 @@ fn call_in_the_wrong_phase_fails_and_changes_nothing() {
 
 #[test]
 fn container_that_never_started_has_an_exit_event_and_no_start_event() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for kill in [true, false] {
             let container = containerd.create(&idle());
             let id = container.id.clone();
@@ -245,7 +245,7 @@ fn container_that_never_started_has_an_exit_event_and_no_start_event() {
 
 #[test]
 fn wait_before_or_after_the_exit_returns_the_exit_status() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&shell("sleep 1; exit 42"));
         let other = TaskClient::connect(&container.shim.answer.address, V2);
         std::thread::scope(|scope| {
@@ -272,7 +272,7 @@ fn wait_before_or_after_the_exit_returns_the_exit_status() {
 
 #[test]
 fn pids_lists_each_process_once_and_names_the_execs() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&shell("sleep 1000 & sleep 1000 & echo ready; wait"));
         let list = || -> Vec<(u32, Option<String>)> {
             let pids = container.task().pids(&container.id).unwrap().processes;
@@ -311,7 +311,7 @@ fn pids_lists_each_process_once_and_names_the_execs() {
 
 #[test]
 fn task_pid_is_in_the_network_namespace_and_cgroup_of_the_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
         let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(link(&container.pid.to_string()), link("self"));
@@ -323,7 +323,7 @@ fn task_pid_is_in_the_network_namespace_and_cgroup_of_the_container() {
 
 #[test]
 fn shutdown_ends_the_shim_only_after_the_last_delete() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
         for _ in 0..2 {
             container.task().shutdown(&container.id, false).unwrap();
@@ -341,7 +341,7 @@ fn shutdown_ends_the_shim_only_after_the_last_delete() {
 
 #[test]
 fn forced_shutdown_ends_the_shim_with_its_containers() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         container.task().shutdown(&container.id, true).unwrap();
         assert!(host::ends_within(container.shim.pid, Duration::from_secs(10)));
@@ -353,7 +353,7 @@ fn forced_shutdown_ends_the_shim_with_its_containers() {
 
 #[test]
 fn concurrent_calls_do_not_interfere() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         std::thread::scope(|scope| {
             let waiter = scope.spawn(|| container.wait());
@@ -402,7 +402,7 @@ fn concurrent_calls_do_not_interfere() {
 
 #[test]
 fn exit_status_is_that_of_the_process() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         for status in [0, 1, 42, 127, 255] {
             assert_eq!(container.run_script(&format!("exit {status}")).0, status);

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 use nutshell_conformance::{
-    Containerd, TIMEOUT,
+    FakeContainerd, TIMEOUT,
     bootstrap::Caller,
     container::Container,
     host,
@@ -13,13 +13,13 @@ use nutshell_conformance::{
         Pod, SandboxClient, SandboxConfig, caller_with_config, create_sandbox_task, share_pid_namespace,
         start_sandbox_shim,
     },
-    with_containerd,
+    with_fake_containerd,
 };
 use rustix::mount::{MountFlags, UnmountFlags};
 use serde_json::{Value, json};
 
 /// The config of a pod named `web-0`, whose control group belongs to the test.
-pub(super) fn config(containerd: &Containerd) -> SandboxConfig {
+pub(super) fn config(containerd: &FakeContainerd) -> SandboxConfig {
     SandboxConfig {
         hostname: "web-0".to_owned(),
         cgroup_parent: containerd.cgroups_path("").trim_end_matches('/').to_owned(),
@@ -28,8 +28,8 @@ pub(super) fn config(containerd: &Containerd) -> SandboxConfig {
 }
 
 /// Runs a test with a pod of each sandbox API. The test removes the containers that it creates.
-pub(super) fn with_both_apis(test: impl Fn(&Containerd, &Pod<'_>)) {
-    with_containerd(|containerd| {
+pub(super) fn with_both_apis(test: impl Fn(&FakeContainerd, &Pod<'_>)) {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         test(containerd, &pod);
         pod.end();
@@ -53,7 +53,7 @@ fn has_process(container: &Container<'_>, name: &str) -> bool {
 struct SharedMemory(PathBuf);
 
 impl SharedMemory {
-    fn mount(containerd: &Containerd) -> Self {
+    fn mount(containerd: &FakeContainerd) -> Self {
         let folder = containerd.folder().join("shm");
         fs::create_dir(&folder).unwrap();
         rustix::mount::mount("shm", &folder, "tmpfs", MountFlags::empty(), c"size=1m").unwrap();
@@ -78,7 +78,7 @@ impl Drop for SharedMemory {
 
 #[test]
 fn containers_have_the_host_name_and_sysctls_of_their_sandbox() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_task_with(containerd, &Caller::newest(), |spec| {
             spec["hostname"] = json!("web-0");
             spec["domainname"] = json!("example");
@@ -111,7 +111,7 @@ fn containers_have_the_host_name_and_sysctls_of_their_sandbox() {
 
 #[test]
 fn unknown_sysctl_is_named_and_the_pod_does_not_start() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let sandbox = create_sandbox_task(containerd, &Caller::newest(), |spec| {
             spec["linux"]["sysctl"] = json!({"net.ipv4.no_such_setting": "1"});
         });
@@ -170,7 +170,7 @@ fn containers_of_a_pod_reach_each_other_over_loopback() {
 
 #[test]
 fn containers_of_a_pod_share_dev_shm_with_the_size_of_the_hosts_tmpfs() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let memory = SharedMemory::mount(containerd);
         let pod = Pod::by_task_with(containerd, &Caller::newest(), |spec| memory.set_in(spec));
         let mut spec = idle(&pod);
@@ -198,7 +198,7 @@ fn containers_of_a_pod_share_dev_shm_with_the_size_of_the_hosts_tmpfs() {
 
 #[test]
 fn sandbox_service_provides_etc_files_and_dev_shm() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let config = SandboxConfig {
             dns: vec!["10.96.0.10".to_owned()],
             ..config(containerd)
@@ -322,7 +322,7 @@ fn ephemeral_container_sees_the_processes_of_its_target_only() {
 
 #[test]
 fn host_namespaces_are_refused_with_the_field_name_and_leave_nothing() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for (kind, field) in [("network", "hostNetwork"), ("pid", "hostPID"), ("ipc", "hostIPC")] {
             let failure = create_sandbox_task(containerd, &Caller::newest(), |spec| {
                 let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
@@ -358,7 +358,7 @@ fn host_namespaces_are_refused_with_the_field_name_and_leave_nothing() {
 
 #[test]
 fn configuration_replaces_host_namespaces_with_the_pods() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let caller = caller_with_config("[pod]\nhost_namespaces = \"pod\"\n");
         let pod = Pod::by_task_with(containerd, &caller, |spec| {
             let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();

@@ -8,13 +8,13 @@ use nutshell_conformance::{
     bundle::{idle, shell},
     container::SIGKILL,
     host::eventually,
-    with_containerd,
+    with_fake_containerd,
 };
 use serde_json::json;
 
 #[test]
 fn paused_container_makes_no_progress_until_it_is_resumed() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let container = containerd.run(&shell("while :; do echo tick; sleep 0.02; done"));
         container.stdout.wait_for("tick");
         container.task().pause(&container.id).unwrap();
@@ -52,7 +52,7 @@ fn paused_container_makes_no_progress_until_it_is_resumed() {
 
 #[test]
 fn update_changes_the_limits_of_a_running_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec = idle();
         spec["linux"]["resources"] = json!({
             "memory": {"limit": 64 << 20},
@@ -103,7 +103,7 @@ fn assert_complete(stats: &Metrics, phase: &str) {
 
 #[test]
 fn stats_are_complete_and_plausible_from_create_to_delete() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec =
             shell("read line </dev/null; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo done; exec sleep 1000");
         spec["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}, "pids": {"limit": 50}});
@@ -138,7 +138,7 @@ fn stats_are_complete_and_plausible_from_create_to_delete() {
 
 #[test]
 fn oom_event_precedes_the_exit_and_is_counted_until_delete() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec = shell("exec tail /dev/zero");
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
         let container = containerd.run(&spec);
@@ -156,7 +156,7 @@ fn oom_event_precedes_the_exit_and_is_counted_until_delete() {
 
 #[test]
 fn out_of_memory_in_an_exec_does_not_end_its_container() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let mut spec = idle();
         spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20}});
         let container = containerd.run(&spec);

@@ -9,7 +9,7 @@ use nutshell_conformance::{
     host,
     pod::{NOT_READY, Pod, READY, SandboxClient, start_sandbox_shim},
     task::CallError,
-    with_containerd,
+    with_fake_containerd,
 };
 use rustix::process::Signal;
 
@@ -17,7 +17,7 @@ use super::pods::{config, idle, with_both_apis};
 
 #[test]
 fn sandbox_service_answers_in_every_state() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let (bundle, shim) = start_sandbox_shim(containerd);
         let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
         let code = |failure: CallError| failure.code.unwrap();
@@ -87,7 +87,7 @@ fn sandbox_service_answers_in_every_state() {
 
 #[test]
 fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let (bundle, shim) = start_sandbox_shim(containerd);
         let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
         sandboxes.create(&bundle, &config(containerd)).unwrap();
@@ -114,7 +114,7 @@ fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
 
 #[test]
 fn shim_stays_while_its_sandbox_lives_and_ends_with_it() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
         let metrics = pod.sandboxes().metrics(&pod.id).unwrap().metrics;
@@ -154,7 +154,7 @@ fn start_of_a_pod_member_returns_the_address_of_its_sandbox() {
 
 #[test]
 fn killed_vmm_ends_the_pod_and_the_rest_can_be_removed_in_any_order() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
         for vmm in containerd.pids_of("nutshell-vmm") {
@@ -185,7 +185,7 @@ fn killed_vmm_ends_the_pod_and_the_rest_can_be_removed_in_any_order() {
 
 #[test]
 fn kill_of_the_sandbox_pid_ends_the_pod() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_service(containerd, &config(containerd));
         let container = pod.run(&idle(&pod));
         host::signal(pod.pid, Signal::KILL);
@@ -198,7 +198,7 @@ fn kill_of_the_sandbox_pid_ends_the_pod() {
 
 #[test]
 fn delete_of_a_sandbox_with_or_without_a_shim_leaves_nothing() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         for killed in [true, false] {
             let pod = Pod::by_service(containerd, &config(containerd));
             let container = pod.run(&idle(&pod));
@@ -217,7 +217,7 @@ fn delete_of_a_sandbox_with_or_without_a_shim_leaves_nothing() {
 
 #[test]
 fn stopped_sandbox_ends_its_containers_and_refuses_new_ones() {
-    with_containerd(|containerd| {
+    with_fake_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
         let container = pod.run(&idle(&pod));
         pod.shim.task.kill(&pod.id, "", 15).unwrap();

@@ -26,9 +26,9 @@ use crate::{
     task::{TaskClient, V3},
 };
 
-/// A containerd for one test.
+/// Plays containerd's part in one test.
 #[derive(Debug)]
-pub struct Containerd {
+pub struct FakeContainerd {
     /// The containerd namespace of this test.
     pub namespace: String,
     /// The events service.
@@ -63,15 +63,15 @@ pub struct Outcome {
     pub stderr: String,
 }
 
-/// Runs a test with a new [`Containerd`], and then asserts that nothing is left on the host and that all events came in
-/// order. If the test fails, prints the output of the containers, the logs of the shims, and the events.
+/// Runs a test with a new [`FakeContainerd`], and then asserts that nothing is left on the host and that all events came
+/// in order. If the test fails, prints the output of the containers, the logs of the shims, and the events.
 ///
 /// # Panics
 ///
 /// If the test fails.
-pub fn with_containerd(test: impl FnOnce(&Containerd)) {
+pub fn with_fake_containerd(test: impl FnOnce(&FakeContainerd)) {
     let start = Instant::now();
-    let containerd = Containerd::new();
+    let containerd = FakeContainerd::new();
     let outcome = catch_unwind(AssertUnwindSafe(|| test(&containerd)));
     let outcome = outcome.and_then(|()| {
         catch_unwind(AssertUnwindSafe(|| {
@@ -105,7 +105,7 @@ pub fn executable() -> PathBuf {
     PathBuf::from(env::var_os("NUTSHELL_TEST_SHIM").expect("NUTSHELL_TEST_SHIM names the executable under test"))
 }
 
-impl Containerd {
+impl FakeContainerd {
     fn new() -> Self {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", LAST.fetch_add(1, Ordering::Relaxed) + 1);
