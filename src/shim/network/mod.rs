@@ -9,11 +9,12 @@
 //! stay in the guest.
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
-//! to the kernel, [`discovery`] reads the configuration, [`survey`] makes tap devices with [`tap`] and [`redirect`],
-//! [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback ports. Does not
-//! belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! to the kernel, [`discovery`] reads the configuration, [`connect`] connects links to tap devices with [`tap`] and
+//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback
+//! ports. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
+mod connect;
 mod discovery;
 mod error;
 mod forward;
@@ -22,7 +23,6 @@ mod lookup;
 mod namespace;
 mod netlink;
 mod redirect;
-mod survey;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -41,12 +41,12 @@ use tokio::{sync::Mutex, task::JoinHandle};
 pub(crate) use self::error::NetworkError;
 use self::{
     changes::{ChangeListener, ChangeSocket},
+    connect::{ConnectedLinks, KnownLinks, TappedLink, connect_new_links},
     discovery::Link,
     forward::{ForwardListeners, Forwarding},
     namespace::run_in_namespace,
     netlink::{NetlinkError, NetlinkSocket},
     redirect::Redirect,
-    survey::{KnownLinks, Survey, TappedLink, survey},
 };
 use crate::shim::machine::{AgentError, Machine};
 
@@ -177,8 +177,8 @@ impl NetworkState {
             taps: self.taps.clone(),
         };
         let queues = self.queues;
-        let surveyed = run_in_namespace(&self.namespace, move || survey(&known, queues)).await;
-        let Survey { config, new_links } = surveyed.map_err(NetworkError::Namespace)??;
+        let connected = run_in_namespace(&self.namespace, move || connect_new_links(&known, queues)).await;
+        let ConnectedLinks { config, new_links } = connected.map_err(NetworkError::Namespace)??;
         // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
         self.probe(machine).await?;

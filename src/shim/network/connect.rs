@@ -1,5 +1,5 @@
-//! Reads the configuration of a network namespace, and makes a tap device for each link that is new. Everything here
-//! runs on a thread in that namespace.
+//! Reads the configuration of a network namespace, and connects each new link to a new tap device. Everything here runs
+//! on a thread in that namespace.
 
 use std::os::fd::OwnedFd;
 
@@ -13,11 +13,11 @@ use super::{
     tap,
 };
 
-/// Links, by interface index, that get no tap device.
+/// Interfaces, by index, for which no new tap device is made.
 pub(super) struct KnownLinks {
-    /// Links that have a tap device.
+    /// Links that already have one.
     pub(super) links: Vec<u32>,
-    /// The tap devices of this shim.
+    /// The tap devices that this shim has made.
     pub(super) taps: Vec<u32>,
 }
 
@@ -33,21 +33,21 @@ pub(super) struct TappedLink {
     pub(super) redirect: Redirect,
 }
 
-/// The result of [`survey`].
+/// The result of [`connect_new_links`].
 #[derive(Default)]
-pub(super) struct Survey {
+pub(super) struct ConnectedLinks {
     pub(super) config: IpConfig,
     pub(super) new_links: Vec<TappedLink>,
 }
 
 /// Reads the configuration of the calling thread's namespace. Makes a tap device with `queues` queues for each link
 /// that is not `known`, and redirects packets between the two. A failure leaves no redirect.
-pub(super) fn survey(known: &KnownLinks, queues: usize) -> Result<Survey, NetworkError> {
+pub(super) fn connect_new_links(known: &KnownLinks, queues: usize) -> Result<ConnectedLinks, NetworkError> {
     let mut netlink = NetlinkSocket::open()?;
     let links = discovery::list_links(&mut netlink)?;
     if links.is_empty() {
-        // The usual case for a container that belongs to no pod: only a loopback interface.
-        return Ok(Survey::default());
+        // The usual case for a single container: only a loopback interface.
+        return Ok(ConnectedLinks::default());
     }
     let is_new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
     let new: Vec<_> = links.into_iter().filter(is_new).collect();
@@ -55,23 +55,28 @@ pub(super) fn survey(known: &KnownLinks, queues: usize) -> Result<Survey, Networ
     if count > NETWORK_SLOTS as usize {
         return Err(NetworkError::TooManyLinks(count));
     }
-    let mut survey = Survey {
+    let mut connected = ConnectedLinks {
         config: discovery::read_ip_config(&mut netlink)?,
-        ..Survey::default()
+        ..ConnectedLinks::default()
     };
     for link in new {
-        if let Err(error) = tap_link(&mut netlink, &mut survey, link, queues) {
-            for link in survey.new_links {
+        if let Err(error) = tap_link(&mut netlink, &mut connected, link, queues) {
+            for link in connected.new_links {
                 // The first error is the one to report.
                 let _ = link.redirect.remove(&mut netlink);
             }
             return Err(error);
         }
     }
-    Ok(survey)
+    Ok(connected)
 }
 
-fn tap_link(netlink: &mut NetlinkSocket, survey: &mut Survey, link: Link, queues: usize) -> Result<(), NetworkError> {
+fn tap_link(
+    netlink: &mut NetlinkSocket,
+    connected: &mut ConnectedLinks,
+    link: Link,
+    queues: usize,
+) -> Result<(), NetworkError> {
     let tap = tap::create(queues).map_err(|(step, source)| NetworkError::Tap {
         link: link.name.clone(),
         step,
@@ -80,7 +85,7 @@ fn tap_link(netlink: &mut NetlinkSocket, survey: &mut Survey, link: Link, queues
     tap::bring_up(netlink, tap.index, &link)?;
     Redirect::install(netlink, tap.index, link.index)?;
     let redirect = Redirect::install(netlink, link.index, tap.index)?;
-    survey.new_links.push(TappedLink {
+    connected.new_links.push(TappedLink {
         link,
         tap: tap.index,
         queues: tap.queues,
