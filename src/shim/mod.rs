@@ -1,5 +1,5 @@
-//! The shim: the short-lived actions of a containerd v2 shim (`start`, `delete`, `-info`, `-v`), and the daemon that
-//! serves containerd.
+//! The shim: the short-lived actions of a containerd v2 shim (`start`, `delete`, `-info`, `-v`), and the process
+//! that serves containerd until a shutdown.
 //!
 //! Belongs here: everything that communicates with containerd or owns resources of the host for a pod. Does not belong
 //! here: access to guest memory, and the interpretation of a spec (that is [`crate::oci`]). `main` calls it for every
@@ -7,7 +7,7 @@
 //!
 //! | folder | holds |
 //! |---|---|
-//! | `entry` | the command line, the short-lived actions, the set-up of the daemon |
+//! | `entry` | the command line, the short-lived actions, the set-up of the shim process |
 //! | `api` | the ttrpc server, and the services that translate containerd's messages |
 //! | `tasks` | the effect of each call: the lifecycle of containers, sandboxes and their processes |
 //! | `pod` | the resources of one pod: processes, control group, host-visible pids |

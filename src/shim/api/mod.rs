@@ -1,7 +1,7 @@
 //! The ttrpc server and its services.
 //!
 //! Belongs here: ttrpc connections, and the translation of protobuf messages to and from the types of
-//! [`tasks`](super::tasks). Does not belong here: the effect of a call. The daemon process calls [`serve()`] once.
+//! [`tasks`](super::tasks). Does not belong here: the effect of a call. The shim process calls [`serve()`] once.
 
 mod completion;
 pub(super) mod connection;

@@ -1,4 +1,4 @@
-//! The daemon: serves containerd until a shutdown is requested.
+//! The work of the shim process: it serves containerd until a shutdown is requested.
 
 use std::{
     fs, io,
@@ -24,19 +24,19 @@ use crate::shim::{
     tasks::Tasks,
 };
 
-/// How long the daemon waits for containerd to accept the last events before it exits.
+/// How long the shim waits for containerd to accept the last events before it exits.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
-/// How long the daemon waits until the reply to Shutdown is written.
+/// How long the shim waits until the reply to Shutdown is written.
 const REPLY_LIMIT: Duration = Duration::from_millis(500);
 
-/// How long the daemon waits until the client that received that reply closes its connection.
+/// How long the shim waits until the client that received that reply closes its connection.
 const CLOSE_LIMIT: Duration = Duration::from_millis(500);
 
 /// The maximum number of calls that hang in file systems of the host at a time. Further ones are not started.
 const MAX_BLOCKING_THREADS: usize = 128;
 
-/// The inputs of the daemon.
+/// The inputs of [`serve`].
 #[derive(Debug)]
 pub(crate) struct ServeContext {
     /// The container or sandbox that the shim was started for. Others may join it.
@@ -58,7 +58,7 @@ pub(crate) struct ServeContext {
     pub(crate) configuration: Configuration,
 }
 
-/// A failure that ends the daemon.
+/// A failure that ends the shim.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
     #[error("cannot prepare to serve: {0}")]
@@ -139,7 +139,7 @@ fn unlink_socket(socket: &Path) {
     }
 }
 
-/// Ignores signals that would terminate the daemon, as containerd's own shims do, because the containers would end with
+/// Ignores signals that would terminate the shim, as containerd's own shims do, because the containers would end with
 /// the shim. Sets a handler instead of `SIG_IGN`, which executed children would inherit.
 fn ignore_termination_signals() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int) {}

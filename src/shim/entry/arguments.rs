@@ -7,8 +7,8 @@ use containerd_shim::Flags;
 
 use crate::oci::{ContainerId, IdError};
 
-/// The environment variable with which `start` passes the path of the configuration to the daemon. Unset for the
-/// default configuration.
+/// The environment variable with which `start` passes the path of the configuration to the shim process. Unset
+/// for the default configuration.
 pub(crate) const CONFIGURATION_VARIABLE: &str = "NUTSHELL_CONFIGURATION";
 
 /// An action of the shim.
@@ -22,7 +22,7 @@ pub(crate) enum Action {
     Start(Target),
     /// `delete`: clean up after the container with this bundle (`-bundle`).
     Delete(Option<PathBuf>),
-    /// No action: run as the daemon, which listens on the socket at this path.
+    /// No action: run as the shim, which listens on the socket at this path.
     Serve(Target, PathBuf),
 }
 
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn delete_takes_a_bundle_and_the_daemon_a_socket() {
+    fn delete_takes_a_bundle_and_the_shim_a_socket() {
         let line = format!("{CONTAINERD} -bundle /run/b delete");
         assert_eq!(parsed(&line), Ok(Action::Delete(Some("/run/b".into()))));
         assert_eq!(parsed(&format!("{CONTAINERD} delete")), Ok(Action::Delete(None)));

@@ -1,17 +1,17 @@
 //! The command line of a v2 shim and its actions.
 //!
 //! Belongs here: the actions that print one answer and exit (`start`, `delete`, `-info`, `-v`), the files and the
-//! socket by which they find a running shim, and the set-up of the daemon. Does not belong here: the work of a running
-//! shim. [`main`] is called for every command line that names no role of a child process.
+//! socket by which they find a running shim, and the set-up of the shim process. Does not belong here: the work of a
+//! running shim. [`main`] is called for every command line that names no role of a child process.
 
 mod arguments;
 mod bootstrap;
 mod configuration_source;
-mod daemon;
 mod delete;
 mod group;
 mod info;
 mod options;
+mod shim_process;
 mod socket;
 mod start_request;
 
@@ -28,7 +28,7 @@ pub(crate) fn main() -> ExitCode {
         Ok(Action::Start(target)) => bootstrap::start(&target).map_err(|error| error.to_string()),
         Ok(Action::Delete(bundle)) => delete::delete(bundle.as_deref()).map_err(|error| error.to_string()),
         Ok(Action::Serve(target, socket)) => {
-            match daemon::become_shim(target, socket.clone()) {
+            match shim_process::become_shim(target, socket.clone()) {
                 Ok(context) => return api::serve(context),
                 Err(error) => {
                     log::error!("cannot start the shim: {error}");

@@ -1,5 +1,5 @@
-//! The set-up of the daemon, which `start` has spawned: descriptors, log, configuration, session and mount namespace.
-//! All of it happens before the process has a second thread.
+//! The set-up of the shim process, which `start` has spawned: descriptors, log, configuration, session and mount
+//! namespace. All of it happens before the process has a second thread.
 
 use std::{
     env, io,
@@ -27,7 +27,7 @@ use crate::shim::{
 
 /// A failure of the set-up.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum DaemonError {
+pub(crate) enum ShimProcessError {
     /// `start` did not start this process.
     #[error("standard input is not a listening socket: a shim is started with the action `start`")]
     NoListener,
@@ -39,15 +39,15 @@ pub(crate) enum DaemonError {
     System { action: &'static str, source: io::Error },
 }
 
-fn system_error<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> DaemonError {
-    move |source| DaemonError::System {
+fn system_error<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> ShimProcessError {
+    move |source| ShimProcessError::System {
         action,
         source: source.into(),
     }
 }
 
 /// Turns this process into the shim of `target`, which listens on `socket`.
-pub(super) fn become_shim(target: Target, socket: PathBuf) -> Result<ServeContext, DaemonError> {
+pub(super) fn become_shim(target: Target, socket: PathBuf) -> Result<ServeContext, ShimProcessError> {
     let bundle = env::current_dir().map_err(system_error("find the bundle"))?;
     let (listener, pid_file) = take_descriptors()?;
     logging::start(&bundle, target.debug);
@@ -72,10 +72,10 @@ pub(super) fn become_shim(target: Target, socket: PathBuf) -> Result<ServeContex
 
 /// Takes the listener from standard input and the locked pid file from standard output, which become `/dev/null`.
 /// Children inherit neither.
-fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
+fn take_descriptors() -> Result<(UnixListener, OwnedFd), ShimProcessError> {
     let stdin = io::stdin();
     if !socket_acceptconn(stdin.as_fd()).unwrap_or(false) {
-        return Err(DaemonError::NoListener);
+        return Err(ShimProcessError::NoListener);
     }
     let keep =
         |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned().map_err(system_error("duplicate a descriptor"));
@@ -97,7 +97,7 @@ fn take_descriptors() -> Result<(UnixListener, OwnedFd), DaemonError> {
 /// - it gets a new session, so that signals of a terminal or process group do not end it;
 /// - orphaned descendants become its children;
 /// - it gets a new mount namespace, which ends with the shim and still receives the mounts of the host.
-fn detach() -> Result<(), DaemonError> {
+fn detach() -> Result<(), ShimProcessError> {
     // Fails on a kernel without huge pages, which needs no setting. Hooks and logging programs inherit the setting; vmm
     // and fs revert it.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
