@@ -88,18 +88,18 @@ impl Fs {
         let regions = vhost_regions(activation.memory.regions())?;
         frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
         for (index, queue) in activation.queues.iter().enumerate() {
-            let geometry = queue.geometry();
+            let configuration = queue.configuration();
             let config = VringConfigData {
-                queue_max_size: geometry.max_size(),
-                queue_size: geometry.size(),
+                queue_max_size: configuration.max_size(),
+                queue_size: configuration.size(),
                 flags: 0,
-                desc_table_addr: ring_address(&regions, geometry.desc_table())?,
-                used_ring_addr: ring_address(&regions, geometry.used_ring())?,
-                avail_ring_addr: ring_address(&regions, geometry.avail_ring())?,
+                desc_table_addr: ring_address(&regions, configuration.desc_table())?,
+                used_ring_addr: ring_address(&regions, configuration.used_ring())?,
+                avail_ring_addr: ring_address(&regions, configuration.avail_ring())?,
                 log_addr: None,
             };
             frontend
-                .set_vring_num(index, geometry.size())
+                .set_vring_num(index, configuration.size())
                 .map_err(step("SET_VRING_NUM"))?;
             frontend
                 .set_vring_addr(index, &config)

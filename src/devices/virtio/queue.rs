@@ -1,4 +1,5 @@
-//! A virtqueue that a device owns: its geometry is fixed at activation, and it has a kick eventfd and an interrupt.
+//! A virtqueue that a device owns: its size and ring addresses are fixed at activation, and it has a kick eventfd and
+//! an interrupt.
 
 use std::{
     num::Wrapping,
@@ -83,8 +84,8 @@ impl DeviceQueue {
         &self.memory
     }
 
-    /// Size and addresses, for a backend in another process.
-    pub(crate) fn geometry(&self) -> &Queue {
+    /// The size and the ring addresses, for a backend in another process.
+    pub(crate) fn configuration(&self) -> &Queue {
         &self.queue
     }
 

@@ -18,13 +18,13 @@ const ACK_ERROR: u8 = 1;
 #[derive(Debug)]
 pub(super) struct ControlQueue {
     queue: DeviceQueue,
-    taps: Vec<Arc<TapQueue>>,
+    tap_queues: Vec<Arc<TapQueue>>,
 }
 
 impl ControlQueue {
-    /// `taps` contains one queue of the tap device for each queue pair.
-    pub(super) fn new(queue: DeviceQueue, taps: Vec<Arc<TapQueue>>) -> Self {
-        Self { queue, taps }
+    /// `tap_queues` are the queues of the tap device, one for each queue pair.
+    pub(super) fn new(queue: DeviceQueue, tap_queues: Vec<Arc<TapQueue>>) -> Self {
+        Self { queue, tap_queues }
     }
 
     /// The eventfd that is signalled when there is a command.
@@ -60,11 +60,11 @@ impl ControlQueue {
             return None;
         }
         let pairs = usize::from(u16::from_le_bytes([low, high]));
-        if pairs == 0 || pairs > self.taps.len() {
+        if pairs == 0 || pairs > self.tap_queues.len() {
             return None;
         }
-        for (index, tap) in self.taps.iter().enumerate() {
-            tap.set_attached(index < pairs).ok()?;
+        for (index, tap_queue) in self.tap_queues.iter().enumerate() {
+            tap_queue.set_attached(index < pairs).ok()?;
         }
         Some(())
     }

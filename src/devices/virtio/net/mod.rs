@@ -102,20 +102,20 @@ impl Net {
         let mut queues = queues.into_iter();
         let mut control = None;
         let mut queue_pairs = Vec::new();
-        for tap in self.tap_queues.iter().take(pairs) {
+        for tap_queue in self.tap_queues.iter().take(pairs) {
             let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) else {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
             queue_pairs.push(QueuePair {
-                tap: tap.clone(),
+                tap: tap_queue.clone(),
                 receive,
                 transmit,
                 mergeable_buffers: has(VIRTIO_NET_F_MRG_RXBUF),
             });
         }
         // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
-        for (index, tap) in self.tap_queues.iter().enumerate() {
-            tap.set_attached(index == 0)?;
+        for (index, tap_queue) in self.tap_queues.iter().enumerate() {
+            tap_queue.set_attached(index == 0)?;
         }
         if has(VIRTIO_NET_F_CTRL_VQ)
             && let Some(queue) = queues.next()
