@@ -127,11 +127,13 @@ pub(super) fn start(
     let hotplug_disks = (0..config.hotplug_disks)
         .map(|_| bus.reserve())
         .collect::<Result<Vec<_>, _>>()?;
-    let mut muxer = Muxer::new().map_err(device_error("vsock"))?;
-    let agent_output = agent.try_clone().map_err(device_error("vsock"))?;
+    let mut muxer = Muxer::new().map_err(device_error("set up the vsock device"))?;
+    let agent_output = agent
+        .try_clone()
+        .map_err(device_error("duplicate the agent's stream"))?;
     muxer
         .open(AGENT_PORT, Some(agent), Some(agent_output))
-        .map_err(device_error("vsock"))?;
+        .map_err(device_error("open the agent's stream"))?;
     let vsock = SharedDevice::new(Vsock::new(muxer));
     let [vsock_receive_kick, vsock_transmit_kick, _event_kick] = kicks(bus.add(Box::new(vsock.clone()))?)?;
     let console = SharedDevice::new(Console::new(console_tail.clone()));
@@ -152,7 +154,8 @@ pub(super) fn start(
     let queues_per_disk = u16::from(config.vcpus);
     let mut boot_disks = 0;
     for backing in disks {
-        let disk = Block::new(disk_serial(boot_disks), backing, queues_per_disk).map_err(device_error("disk"))?;
+        let disk =
+            Block::new(disk_serial(boot_disks), backing, queues_per_disk).map_err(device_error("set up the disk"))?;
         bus.add(Box::new(disk))?;
         boot_disks += 1;
     }
@@ -193,7 +196,8 @@ pub(super) fn start(
         if index == 0 {
             kvm::set_entry(&vcpu, kernel.entry)?;
         }
-        vcpu::start(index, vcpu, peripherals.clone(), end.clone()).map_err(device_error("vCPU thread"))?;
+        vcpu::start(index, vcpu, peripherals.clone(), end.clone())
+            .map_err(device_error("start the thread of a vCPU"))?;
     }
     Ok(RunningMachine {
         vm,
@@ -218,6 +222,6 @@ pub(super) fn start(
 
 /// The kicks of a device with `N` queues.
 fn kicks<const N: usize>(kicks: Vec<EventFd>) -> Result<[EventFd; N], MachineError> {
-    let wrong_number = |_| device_error("queues")(std::io::ErrorKind::InvalidData.into());
+    let wrong_number = |_| device_error("create the queues of a device")(std::io::ErrorKind::InvalidData.into());
     kicks.try_into().map_err(wrong_number)
 }

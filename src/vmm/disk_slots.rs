@@ -64,16 +64,20 @@ impl DiskSlots {
         let found = self.index_of(slot).and_then(|index| self.slots.get_mut(index));
         let empty = found.filter(|slot| slot.reserved.slot.is_empty());
         let DiskSlot { reserved, events } = empty.ok_or(MachineError::Slot(slot))?;
-        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device_error("disk"))?);
+        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device_error("set up the disk"))?);
         let transport = if let Some(events) = events {
-            let SlotEvents { irqfd, kicks } = events.try_clone().map_err(device_error("eventfd"))?;
+            let SlotEvents { irqfd, kicks } = events
+                .try_clone()
+                .map_err(device_error("duplicate an eventfd of a disk slot"))?;
             Mmio::new(block, memory.clone(), Arc::new(InterruptLine::new(irqfd)), kicks)
         } else {
             let new_events = SlotEvents {
                 irqfd: eventfd()?,
                 kicks: create_kicks(&*block)?,
             };
-            let SlotEvents { irqfd, kicks } = new_events.try_clone().map_err(device_error("eventfd"))?;
+            let SlotEvents { irqfd, kicks } = new_events
+                .try_clone()
+                .map_err(device_error("duplicate an eventfd of a disk slot"))?;
             let line = Arc::new(InterruptLine::new(irqfd));
             let transport = connect_to_kvm(vm, memory, reserved.address, block, line, kicks)?;
             *events = Some(new_events);
@@ -86,7 +90,7 @@ impl DiskSlots {
         }
     }
 
-    /// The slot on the bus of disk slot `slot`, if it exists.
+    /// Returns the bus slot behind disk slot number `slot`; `None` if there is no such disk slot.
     pub(super) fn hotplug_slot(&self, slot: u32) -> Option<HotplugSlot> {
         let slot = self.slots.get(self.index_of(slot)?)?;
         Some(slot.reserved.slot.clone())

@@ -16,8 +16,8 @@ pub(crate) enum MachineError {
     BootCommand(&'static str),
     #[error(transparent)]
     Boot(#[from] BootError),
-    #[error("{what}: {source}")]
-    Device { what: &'static str, source: io::Error },
+    #[error("{step}: {source}")]
+    Device { step: &'static str, source: io::Error },
     #[error("the file server cannot map the added guest memory: {0}")]
     FileServer(String),
     #[error("the machine has more devices than interrupt lines: give it fewer disks")]
@@ -35,7 +35,7 @@ pub(crate) enum MachineError {
     Slot(u32),
 }
 
-/// Returns a function that adds `what`, the failed device or step, to an error of the operating system.
-pub(super) fn device_error(what: &'static str) -> impl Fn(io::Error) -> MachineError {
-    move |source| MachineError::Device { what, source }
+/// Returns a function that adds the failed `step`, in the infinitive, to an error of the operating system.
+pub(super) fn device_error(step: &'static str) -> impl Fn(io::Error) -> MachineError {
+    move |source| MachineError::Device { step, source }
 }

@@ -151,7 +151,7 @@ impl Growth {
         for vcpu in context.vm.create_vcpus(id..id + 1, self.listed_vcpus)? {
             kvm::make_reachable(&vcpu)?;
             vcpu::start(id.into(), vcpu, context.peripherals.clone(), context.end.clone())
-                .map_err(device_error("vCPU thread"))?;
+                .map_err(device_error("start the thread of a vCPU"))?;
         }
         Ok(())
     }
@@ -170,7 +170,10 @@ impl Growth {
     fn plug_device(&mut self, bytes: u64, context: &GrowthContext<'_>) -> Result<(), MachineError> {
         let device = SharedDevice::new(Mem::new(self.region.clone()));
         device.lock().request_size(bytes, self.mapped_size);
-        let kick = self.kick.try_clone().map_err(device_error("eventfd"))?;
+        let kick = self
+            .kick
+            .try_clone()
+            .map_err(device_error("duplicate an eventfd of the memory device"))?;
         let line = Arc::new(InterruptLine::new(eventfd()?));
         let address = self.reserved.address;
         let transport = connect_to_kvm(

@@ -57,7 +57,7 @@ impl RunningMachine {
         let reserved = reserved
             .filter(|reserved| reserved.slot.is_empty())
             .ok_or(MachineError::Slot(slot))?;
-        let net = Net::new(mac, mtu, queues).map_err(device_error("tap device"))?;
+        let net = Net::new(mac, mtu, queues).map_err(device_error("set up the queues of the tap device"))?;
         let (kicks, line) = (create_kicks(&net)?, Arc::new(InterruptLine::new(eventfd()?)));
         let transport = connect_to_kvm(&self.vm, &self.memory, reserved.address, Box::new(net), line, kicks)?;
         if reserved.slot.plug(transport) {

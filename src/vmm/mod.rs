@@ -1,7 +1,7 @@
 //! The vmm: a jailed child process of the shim, one per pod, that runs the pod's machine.
 //!
-//! Lives here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that
-//! drives them. May not live here: anything that opens a path, a socket or a network interface. Every host resource
+//! Belongs here: KVM, boot, vCPU threads, the attachment of [`crate::devices`] to the guest, and the event loop that
+//! drives them. Does not belong here: anything that opens a path, a socket or a network interface. Every host resource
 //! arrives as a descriptor over the control channel ([`crate::control`]). The executable's `main` calls [`main`] if the
 //! first argument is [`ROLE`].
 
@@ -50,7 +50,7 @@ const DESCRIPTOR_TABLE_SIZE: u32 = 256;
 /// The maximum number of threads: vCPUs, queues of disks and network devices, and the event loop.
 const MAX_THREADS: u32 = 2048;
 
-/// Runs the role: enters the jail and runs the machine until it ends. The final message to the shim contains the
+/// The vmm process: enters the jail and runs the machine until it ends. The final message to the shim contains the
 /// reason.
 pub(crate) fn main() -> ExitCode {
     // If a thread panics, the machine must not continue without it.
@@ -92,7 +92,7 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
     let Ok((Command::Boot(config), descriptors)) = channel.receive() else {
         return Ok(LoopExit::ShimGone);
     };
-    let end = Arc::new(EndSignal::new().map_err(device_error("eventfd"))?);
+    let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
     let resources = BootResources::parse(config, descriptors)?;
     let mut machine = build::start(resources, console_tail, &end)?;
     Ok(event_loop::run(&mut machine, channel, &end, console_tail))

@@ -41,7 +41,7 @@ pub(super) struct ReservedSlot {
 }
 
 pub(super) fn eventfd() -> Result<EventFd, MachineError> {
-    EventFd::new(EFD_CLOEXEC).map_err(device_error("eventfd"))
+    EventFd::new(EFD_CLOEXEC).map_err(device_error("create an eventfd"))
 }
 
 /// Creates one eventfd per queue of `device`.
@@ -102,7 +102,10 @@ impl<'v> BusBuilder<'v> {
         let kicks = create_kicks(&*device)?;
         let clones = kicks
             .iter()
-            .map(|kick| kick.try_clone().map_err(device_error("eventfd")))
+            .map(|kick| {
+                kick.try_clone()
+                    .map_err(device_error("duplicate an eventfd of a device"))
+            })
             .collect::<Result<_, _>>()?;
         let transport = connect_to_kvm(self.vm, &self.memory, address, device, line, kicks)?;
         self.bus

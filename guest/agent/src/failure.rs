@@ -1,4 +1,6 @@
-//! Creates the [`Failure`] of a request.
+//! Creates the [`Failure`] of a request, and adds steps to errors.
+
+use std::{fmt, io};
 
 use nutshell_protocol::{Failure, FailureKind};
 
@@ -53,8 +55,17 @@ pub(crate) trait Context<T> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
 }
 
-impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
+impl<T, E: fmt::Display> Context<T> for Result<T, E> {
     fn context(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
         self.map_err(|error| Failure::internal(format!("{}: {error}", what())))
+    }
+}
+
+/// Returns a function that adds the failed `step`, in the infinitive, to an error of the operating system. The error
+/// keeps its kind.
+pub(crate) fn at_step<E: Into<io::Error>>(step: impl fmt::Display) -> impl FnOnce(E) -> io::Error {
+    move |error| {
+        let error = error.into();
+        io::Error::new(error.kind(), format!("{step}: {error}"))
     }
 }

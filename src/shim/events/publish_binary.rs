@@ -23,10 +23,11 @@ pub(crate) struct BinaryForwarder {
 
 impl Forwarder for BinaryForwarder {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
-        let failed = |error: io::Error| ForwardError::Unreachable(format!("{}: {error}", self.program.display()));
+        let program = self.program.display();
+        let failed = |step: &str, error: io::Error| ForwardError::Unreachable(format!("{step}: {error}"));
         let event = envelope.event.write_to_bytes();
         let event = event.map_err(|error| ForwardError::Refused(format!("it cannot be encoded: {error}")))?;
-        let (reader, mut writer) = io::pipe().map_err(failed)?;
+        let (reader, mut writer) = io::pipe().map_err(|error| failed("create a pipe", error))?;
         let child = Command::new(&self.program)
             .args(["--address", &self.address, "publish", "--topic", &envelope.topic])
             .args(["--namespace", &envelope.namespace])
@@ -35,26 +36,26 @@ impl Forwarder for BinaryForwarder {
             .stderr(Stdio::null())
             .spawn()
             .and_then(|child| Child::from_std(&child))
-            .map_err(failed)?;
+            .map_err(|error| failed(&format!("start {program}"), error))?;
         // An event is far smaller than a pipe's buffer, so this does not block.
-        writer.write_all(&event).map_err(failed)?;
+        let written = writer.write_all(&event);
+        written.map_err(|error| failed(&format!("write the event to {program}"), error))?;
         drop(writer);
         match tokio::time::timeout(FORWARD_LIMIT, child.reap()).await {
             Ok(Ok(WaitStatus::Exited(0))) => Ok(()),
             Ok(Ok(status)) => {
-                let text = format!("{} {status}", self.program.display());
+                let text = format!("{program} {status}");
                 // The program does not report the cause. It refuses an event only if containerd listens.
                 Err(match UnixStream::connect(&self.address).await {
                     Ok(_) => ForwardError::Refused(text),
                     Err(_) => ForwardError::Unreachable(text),
                 })
             }
-            Ok(Err(error)) => Err(failed(error)),
+            Ok(Err(error)) => Err(failed(&format!("wait for {program}"), error)),
             Err(_) => {
                 child.kill_and_reap();
                 Err(ForwardError::Unreachable(format!(
-                    "{} did not exit within {} s",
-                    self.program.display(),
+                    "{program} did not exit within {} s",
                     FORWARD_LIMIT.as_secs()
                 )))
             }

@@ -47,7 +47,7 @@ impl TtrpcForwarder {
         }
         let stream = UnixStream::connect(&self.address)
             .await
-            .map_err(|error| ForwardError::Unreachable(format!("{}: {error}", self.address)))?;
+            .map_err(|error| ForwardError::Unreachable(format!("connect to {}: {error}", self.address)))?;
         let client = EventsClient::new(Client::new(Socket::from(stream)));
         self.connection = Connection::Open(client.clone());
         Ok(client)

@@ -45,7 +45,7 @@ impl ControlGroup {
         &self.path
     }
 
-    /// How much memory it may hold, in bytes: the smallest `memory.max` of the group and its ancestors (kernel,
+    /// Its memory limit, in bytes: the smallest `memory.max` of the group and its ancestors (kernel,
     /// `Documentation/admin-guide/cgroup-v2.rst`). `None` means unlimited. The kubelet creates and limits the parent of
     /// a pod's group before it creates the pod.
     pub(super) fn memory_limit(&self) -> Option<u64> {

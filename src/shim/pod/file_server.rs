@@ -28,8 +28,8 @@ pub(super) struct RunningFileServer {
 }
 
 impl RunningFileServer {
-    /// Starts a file server. The socket is for the vmm. `None` if the launcher has none. Call it on the shim's main
-    /// thread. Needs the Tokio runtime.
+    /// Starts a file server, and returns it with the vmm's socket. `None` if the launcher starts no file servers. Call
+    /// it on the shim's main thread. Needs the Tokio runtime.
     pub(super) fn start(launcher: &dyn Launcher) -> Result<Option<(Self, OwnedFd)>, ShareError> {
         let Some((server, socket)) = launcher.spawn_file_server()? else {
             return Ok(None);
@@ -107,7 +107,7 @@ async fn follow_process(child: Arc<Child>, machine: Weak<Machine>) {
         return;
     };
     if status == WaitStatus::Exited(0) {
-        // The vmm has closed the connection. Then it is ending too, and its reason explains more.
+        // The vmm has closed the connection, so it is ending too. Its own message says why the machine ended.
         let ended = machine.ended();
         if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, ended).await.is_ok() {
             return;

@@ -20,11 +20,12 @@ pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
     /// Starts a vmm process, which waits for its first command.
     fn spawn_vmm(&self) -> io::Result<VmmProcess>;
-    /// Starts a file server, and returns it with the socket that the vmm connects by. `None` if this launcher has none.
+    /// Starts a file server, and returns it with the socket through which the vmm reaches it. `None` if this launcher
+    /// starts no file servers, as in tests.
     fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
 }
 
-/// Launches on this host.
+/// Starts real processes on this host, unlike the launcher of the tests.
 #[derive(Debug)]
 pub(crate) struct HostLauncher {
     configuration: Configuration,
@@ -36,7 +37,9 @@ impl HostLauncher {
     /// Starts a first vmm process at once. Call it on the shim's main thread. Needs the Tokio runtime.
     pub(crate) fn new(configuration: Configuration) -> Self {
         let vmm = VmmProcess::spawn()
-            .inspect_err(|error| log::warn!("start the process of a virtual machine in advance: {error}"))
+            .inspect_err(|error| {
+                log::warn!("cannot start a vmm process in advance, the first pod starts its own: {error}")
+            })
             .ok();
         Self {
             configuration,

@@ -19,7 +19,8 @@ pub(super) const OPEN_DISK: &str = "open the disk of the root file system";
 /// How many disks the containers of a pod can have at a time.
 const MAX_MEMBER_DISKS: u32 = 8;
 
-/// The resources that [`Pod::start`](super::Pod::start) takes or starts.
+/// What [`Pod::start`](super::Pod::start) needs: resources that are already open, and descriptions of those that it
+/// creates.
 #[derive(Debug)]
 pub(crate) struct PodRequirements {
     pub(super) size: PodSize,
@@ -29,7 +30,7 @@ pub(crate) struct PodRequirements {
     /// How many disk slots are empty at boot.
     pub(super) hotplug_disks: u32,
     pub(super) cgroup: Option<ControlGroup>,
-    /// The settings that several containers share; `None` for a container that belongs to no pod.
+    /// The settings that several containers share; `None` for a single container, which has no sandbox.
     pub(super) set_up_request: Option<SetUpPod>,
 }
 
@@ -55,16 +56,17 @@ impl PodRequirements {
         })
     }
 
-    /// For a machine that any number of containers may join. `set_up_request` has the settings that they share. Boot
-    /// memory is cut to what the pod's control group may hold.
+    /// For a machine that any number of containers may join. `set_up_request` has the settings that they share. The
+    /// memory at boot is limited to the memory limit of the pod's control group.
     pub(crate) fn for_pod(plan: &PodPlan, set_up_request: SetUpPod) -> Self {
         let cgroup = plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path);
         let limit = cgroup.as_ref().and_then(ControlGroup::memory_limit);
         let size = plan.size.bound_boot_memory(limit);
-        if size != plan.size {
+        if let Some(group) = cgroup.as_ref().filter(|_| size != plan.size) {
             log::warn!(
-                "the pod's control group may hold {} MiB: its virtual machine gets {} MiB instead of {} MiB: \
-                 give its RuntimeClass more overhead",
+                "control group {}: its memory limit is {} MiB, so the pod's virtual machine gets {} MiB instead of \
+                 {} MiB; give its RuntimeClass more overhead",
+                group.path().display(),
                 limit.unwrap_or_default() >> 20,
                 size.boot.memory >> 20,
                 plan.size.boot.memory >> 20

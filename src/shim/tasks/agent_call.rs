@@ -43,7 +43,10 @@ pub(super) fn check_response<T>(limit: Duration, response: Option<Result<T, Agen
         Some(Ok(response)) => return Ok(response),
         Some(Err(error)) => error,
         None => {
-            let text = format!("the virtual machine did not answer within {} s", limit.as_secs());
+            let text = format!(
+                "the guest agent did not answer the request within {} s",
+                limit.as_secs()
+            );
             return Err(TaskError::new(ErrorCode::Unavailable, text));
         }
     };

@@ -76,7 +76,7 @@ impl Tasks {
     }
 }
 
-/// Changes the size, and waits until the guest uses additional memory.
+/// Changes the size, and waits until the guest's kernel has added any new memory.
 async fn resize(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
     request_size(pod, from, to).await?;
     if to.memory <= from.memory {
@@ -87,7 +87,7 @@ async fn resize(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> {
         .await
         .map_err(|_| {
             let text = format!(
-                "the guest did not start to use the added memory within {} s",
+                "the guest's kernel did not add the new memory within {} s",
                 PLUG_LIMIT.as_secs()
             );
             TaskError::unknown(text)

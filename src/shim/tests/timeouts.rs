@@ -6,7 +6,10 @@ use super::{fake::Ignored, *};
 
 fn assert_no_answer<T: std::fmt::Debug>(result: ttrpc::Result<T>) {
     let (_, text) = error_of(result);
-    assert!(text.contains("the virtual machine did not answer within"), "{text}");
+    assert!(
+        text.contains("the guest agent did not answer the request within"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ pub(crate) enum KernelError {
     Format(&'static str),
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    #[error("reading the guest's kernel: {0}")]
+    #[error("cannot read the guest's kernel: {0}")]
     Read(#[source] io::Error),
 }
 

@@ -1,9 +1,9 @@
-//! Checks the shape of the source tree, as `make lint` does:
+//! Checks the structure of the source tree; `make lint` runs it:
 //!
 //! - no import cycle between the files of a crate, and none between the modules of a folder;
 //! - no import from a lower layer of the executable into a higher one ([`layers::LAYERS`]);
 //! - no source file over [`sizes::MAX_LINES`] lines, no folder over [`sizes::MAX_FILES`] source files;
-//! - every folder's module opens with its documentation;
+//! - every `mod.rs` starts with the documentation of its module;
 //! - no doc comment only repeats the name of its item.
 //!
 //! Prints each finding on a line and exits with 1 if there is one. Imports of unit tests are not checked: tests may use

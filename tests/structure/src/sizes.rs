@@ -1,4 +1,4 @@
-//! Sizes of files and folders, and the documentation that opens each folder.
+//! Sizes of files and folders, and the documentation at the top of each `mod.rs`.
 
 use std::{
     collections::BTreeMap,
@@ -33,7 +33,9 @@ pub(crate) fn findings(top: &Path) -> Result<Vec<String>, SourceError> {
             lines.push(format!("{shown} has {count} lines: more than {MAX_LINES}"));
         }
         if path.ends_with("mod.rs") && !text.starts_with("//!") {
-            lines.push(format!("{shown} does not open with the documentation of its folder"));
+            lines.push(format!(
+                "{shown} does not start with a `//!` comment that documents the module"
+            ));
         }
         if let Some(folder) = path.parent() {
             *folders.entry(folder).or_default() += 1;

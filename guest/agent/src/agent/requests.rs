@@ -1,7 +1,6 @@
 //! Handles the requests of the host. Work that may take long becomes a job, and `reports` handles its result.
 
 use std::collections::btree_map::Entry;
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
@@ -73,9 +72,8 @@ impl Agent {
             Request::ProbeNetworkDevices { slots } => {
                 let indexes = slots
                     .iter()
-                    .map(|slot| network::probe(*slot))
-                    .collect::<io::Result<_>>();
-                let indexes = indexes.context(|| "probe a network device".to_owned())?;
+                    .map(|slot| network::probe(*slot).context(|| format!("probe the network device in slot {slot}")))
+                    .collect::<Result<_, _>>()?;
                 Ok(Answer::Now(Response::InterfaceIndexes(indexes)))
             }
             Request::ReleaseDisk { slot } => {

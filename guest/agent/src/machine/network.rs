@@ -9,16 +9,18 @@ use nutshell_protocol::Failure;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::slot;
-use crate::failure::Context;
+use crate::failure::{Context, at_step};
 
 /// Binds the driver of the network device in bus slot `slot`, and returns the index of its interface.
 pub(crate) fn probe(slot: u32) -> io::Result<u32> {
     let device = slot::bind(slot)?;
     let interface = find_entry(&device, "virtio")
         .and_then(|virtio| find_entry(&virtio.join("net"), ""))
-        .map_err(|error| with_step(&error, &format!("find the interface of {}", device.display())))?;
-    let index = fs::read_to_string(interface.join("ifindex"))?;
-    index.trim().parse().map_err(io::Error::other)
+        .map_err(at_step(format!("find the interface of {}", device.display())))?;
+    let path = interface.join("ifindex");
+    fs::read_to_string(&path)
+        .and_then(|index| index.trim().parse().map_err(io::Error::other))
+        .map_err(at_step(format!("read {}", path.display())))
 }
 
 /// Finds the entry of a directory whose name begins with `prefix`.
@@ -30,10 +32,6 @@ fn find_entry(directory: &Path, prefix: &str) -> io::Result<std::path::PathBuf> 
         }
     }
     Err(io::ErrorKind::NotFound.into())
-}
-
-fn with_step(error: &io::Error, step: &str) -> io::Error {
-    io::Error::new(error.kind(), format!("{step}: {error}"))
 }
 
 /// Sends rtnetlink requests to the kernel, in order, until one fails. `EEXIST` counts as success, since the object
@@ -66,6 +64,9 @@ fn send_request(socket: &OwnedFd, message: &[u8]) -> io::Result<()> {
     match error {
         Some(0) => Ok(()),
         Some(error) => Err(io::Error::from_raw_os_error(error.saturating_neg())),
-        None => Err(io::ErrorKind::InvalidData.into()),
+        None => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the kernel's answer is too short",
+        )),
     }
 }

@@ -6,12 +6,12 @@ use nutshell_protocol::Failure;
 
 use crate::failure::{Context, FailureExt};
 
-/// Sets the host name.
+/// Sets the host name in the UTS namespace that the containers of a pod share.
 pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
     rustix::system::sethostname(name.as_bytes()).context(|| format!("set the host name {name}"))
 }
 
-/// Sets the NIS domain name.
+/// Sets the NIS domain name in the same namespace.
 pub(crate) fn set_domainname(name: &str) -> Result<(), Failure> {
     rustix::system::setdomainname(name.as_bytes()).context(|| format!("set the domain name {name}"))
 }
