@@ -58,8 +58,8 @@ enum FsError {
     Serve(DaemonError),
 }
 
-/// Runs the role until the machine closes its end of the connection. Descriptor 0 is the listening vhost-user socket
-/// with one pending connection, descriptor 1 the mount namespace of the tree.
+/// The file server process: serves the machine until the vmm closes its end of the connection. Descriptor 0 is the
+/// listening vhost-user socket with one pending connection, descriptor 1 the mount namespace of the tree.
 pub(crate) fn main() -> ExitCode {
     stderr_log::install();
     match run() {

@@ -1,9 +1,9 @@
-//! The file system that the guest sees: virtiofsd's passthrough file system with these changes. New files belong to the
+//! The file system that the guest sees: virtiofsd's passthrough file system with three changes: new files belong to the
 //! guest's users, names are single components, and caching depends on who may change a file.
 //!
-//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. The guest may
-//! cache files that only it can change for a day. It may cache names and attributes of other files for a second, and
-//! their contents as long as the file is unchanged at each open (close-to-open).
+//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. Files that
+//! only the guest can change may be cached by it for a day. It may cache names and attributes of other files for a
+//! second, and their contents as long as the file is unchanged at each open (close-to-open).
 
 use std::{ffi::CStr, fs::File, io, time::Duration};
 
@@ -81,7 +81,7 @@ impl Tree {
         }
     }
 
-    /// How the guest may cache the file `node`, which it opens now.
+    /// Returns how the guest may cache the file `node`, which it is opening.
     fn cache_options(&self, ctx: Context, node: u64) -> OpenOptions {
         if is_owned(node) {
             // The guest need not send a flush at close: it can fail only on network file systems.
@@ -107,8 +107,8 @@ fn check_name(name: &CStr) -> io::Result<&CStr> {
     }
 }
 
-/// Sets the ids of the request for a file that it creates. The returned context keeps the inner file system from
-/// changing them.
+/// Makes this thread create files as the user and group of the request. The returned context has the ids 0, so that the
+/// inner file system does not switch ids itself.
 fn set_creator(ctx: Context) -> io::Result<Context> {
     set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner())?;
     Ok(Context {
@@ -118,7 +118,8 @@ fn set_creator(ctx: Context) -> io::Result<Context> {
     })
 }
 
-/// Sets the ids of the request, for file systems that check them (NFS).
+/// Makes this thread access files as the user and group of the request, for file systems that check permissions
+/// themselves (NFS).
 fn set_user(ctx: Context) {
     // A failure is ignored: the guest's kernel has already checked the user's permissions.
     let _ = set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner());

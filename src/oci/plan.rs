@@ -65,7 +65,7 @@ pub(crate) struct Plan {
     /// Directories and files of the host that the spec's bind mounts refer to, in the order of the spec.
     pub(crate) shares: Vec<Share>,
     pub(crate) network: Network,
-    /// The size of the machine, if the container belongs to no pod.
+    /// The size of the machine of a single container.
     pub(crate) size: Size,
     /// The container's limits, from which the machine of a pod is sized.
     pub(crate) limits: Limits,
@@ -85,7 +85,7 @@ pub(crate) struct Plan {
 /// The container's relation to a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Placement {
-    /// The container belongs to no pod, as with `ctr run`. It has its own machine.
+    /// A single container, as with `ctr run`: it has no sandbox, and a machine for itself.
     Single,
     /// The container belongs to a pod, and runs in the pod's machine.
     Member {

@@ -75,7 +75,7 @@ pub(crate) struct Sizing {
 }
 
 impl Sizing {
-    /// The size of the machine of a container that belongs to no pod.
+    /// The size of the machine of a single container.
     pub(super) fn size_for_container(
         &self,
         annotations: &HashMap<String, String>,

@@ -9,7 +9,7 @@
 //! kernel = "/path/to/vmlinux"
 //! initramfs = "/path/to/initramfs.cpio"
 //! kernel_arguments = ""          # appended to the kernel's command line
-//! ready_timeout_seconds = 8      # from the start of a guest until its agent answers
+//! ready_timeout_seconds = 8      # limit for the boot; it starts again whenever the guest makes progress
 //!
 //! [machine]                      # sizes; `oci` documents which containers they apply to
 //! default_memory_mib = 512
@@ -48,7 +48,8 @@ pub(crate) struct Configuration {
     pub(crate) initramfs: Option<PathBuf>,
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
-    /// Limit from the start of a guest until its agent answers.
+    /// How long a booting guest may make no progress until its agent answers. Time in which the guest waits for a CPU
+    /// of the host does not count.
     pub(crate) ready_timeout: Duration,
     /// Default and maximum sizes of machines.
     pub(crate) sizing: Sizing,

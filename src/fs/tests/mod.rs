@@ -1,4 +1,4 @@
-//! Tests of the role as it runs: a jailed process that serves requests from a virtqueue.
+//! Tests of the running file server: a jailed process that serves requests from a virtqueue.
 
 pub(crate) mod client;
 mod hostile;

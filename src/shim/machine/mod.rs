@@ -306,7 +306,8 @@ impl Machine {
     }
 
     /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the least number of vCPUs
-    /// (see [`Command::Resize`]). One call at a time. The guest uses the difference after `Request::ResizeMachine`.
+    /// (see [`Command::Resize`]). One call at a time. The guest starts to add or remove memory and vCPUs after
+    /// `Request::ResizeMachine`.
     pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {
         let (sender, receiver) = oneshot::channel();
         *self.state.resize_request.lock() = Some(sender);

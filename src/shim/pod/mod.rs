@@ -1,6 +1,5 @@
 //! The resources that the containers of a pod share on the host: a machine, a file server if directories are shared
-//! with the guest, a control group, and the pod's network. A container that belongs to no pod is handled as a pod with
-//! one container.
+//! with the guest, a control group, and the pod's network. A single container is handled as a pod with one container.
 //!
 //! Belongs here: the start and the end of these resources, and what containers attach to them. Does not belong here:
 //! the state of containers and processes. [`super::tasks`] calls it.
@@ -55,7 +54,7 @@ pub(crate) struct Pod {
     cgroup: Option<ControlGroup>,
     /// `None` if the machine has no slots for hot-plugged disks.
     disk_slots: Option<DiskSlots>,
-    /// `None` for a container that belongs to no pod.
+    /// `None` for a single container, which has no sandbox.
     set_up: Option<SetUp>,
     size: PodSize,
     current_size: Mutex<Size>,
@@ -185,7 +184,7 @@ impl Pod {
     }
 
     /// Calls `send` with the settings that the pod's containers share, once: later calls return the first result. A
-    /// container that belongs to no pod has no such settings: this is a no-op.
+    /// single container has no such settings: this is a no-op.
     pub(crate) async fn set_up<F>(&self, send: impl FnOnce(SetUpPod) -> F) -> Result<(), TaskError>
     where
         F: Future<Output = Result<(), TaskError>>,

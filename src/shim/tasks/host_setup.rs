@@ -50,12 +50,12 @@ impl Tasks {
     }
 }
 
-/// The error of a creation whose pod failed.
+/// The error of a Create call whose pod could not be started.
 pub(super) fn create_error(error: PodError) -> TaskError {
     TaskError::unknown(error.to_string()).during(CREATE_CONTEXT)
 }
 
-/// The error of a creation whose plan failed: `INVALID_ARGUMENT` if the request or the spec is wrong.
+/// The error of a Create call for which no plan could be made: `INVALID_ARGUMENT` if the request or the spec is wrong.
 pub(super) fn plan_error(error: &PlanError) -> TaskError {
     let code = match error {
         PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => ErrorCode::InvalidArgument,
@@ -64,8 +64,8 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
     TaskError::new(code, error.to_string()).during(CREATE_CONTEXT)
 }
 
-/// Creates a container's process on the host, in the network namespace that the spec selects. It joins the pod's
-/// control group, because clients find the group by its pid.
+/// Starts the holder whose pid is the container's pid on the host, in the network namespace that the spec selects. The
+/// holder joins the pod's control group, because clients look up the group by that pid.
 pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
     let holder = PidHolder::spawn(&network_namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;
@@ -90,7 +90,7 @@ fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
     }
 }
 
-/// Runs the hooks that set up the namespaces of the host pid, mostly the network.
+/// Runs the prestart and createRuntime hooks. Most of them configure the holder's network namespace.
 pub(super) async fn run_create_hooks(container: &Container) -> Result<(), TaskError> {
     let Hooks {
         prestart,

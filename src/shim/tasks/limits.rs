@@ -36,7 +36,7 @@ pub(super) const STATS_LIMIT: Duration = Duration::from_secs(2);
 /// Write-back of the guest's disks before its machine is ended.
 pub(super) const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 
-/// From a resize until the guest uses the additional memory.
+/// From a resize until the guest's kernel has added the new memory.
 pub(super) const PLUG_LIMIT: Duration = Duration::from_secs(20);
 
 /// Unit tests have guests that never answer, and wait for these limits.

@@ -7,9 +7,9 @@
 //! cri measure ROUNDS    measures pods and prints a table
 //! ```
 //!
-//! Lives here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
+//! Belongs here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
 //! ([`streaming`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the
-//! cases ([`cases`]). May not live here: anything of the product; no test may depend on its code. Run in the lab by
+//! cases ([`cases`]). Does not belong here: code of nutshell; no test may depend on it. Run in the lab by
 //! tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]
