@@ -18,7 +18,7 @@ INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
-# What takes long and repeats other suites with containerd 1.7 is left to `make soak`.
+# Suites that take long and repeat others with containerd 1.7 are left to `make soak`.
 SOAK_SUITES := containers-1.7 failures-1.7 pods-1.7 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
@@ -80,14 +80,14 @@ suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "agent's tests in the lab" "2 minutes" guest/agent/tests/run-in-lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "45 minutes" tests/run $(SUITES)
 
-soak: build ## run the suites that `make test` leaves out, and 200 rounds of chaos
+soak: build ## run the suites that `make test` leaves out, and 200 rounds of random kills
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
 
 soak-suites:
 	@$(PHASE) "soak: suites" "25 minutes" tests/run $(SOAK_SUITES)
 
 soak-chaos:
-	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: chaos" "90 minutes" tests/run failures-2.1
+	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: random kills" "90 minutes" tests/run failures-2.1
 
 bench: build ## compare with runc and QEMU (docs/BENCHMARKS.md)
 	@NUTSHELL_TEST_SHIM=$(SHIM) benches/run

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Failures around containers, and chaos: random kills at random moments. On containerd 2.1.
+# Failures around containers, and random kills at random moments (chaos). On containerd 2.1.
 #
 # Environment:
-#   NUTSHELL_TEST_ROUNDS  number of chaos rounds, default 8
-#   NUTSHELL_TEST_SEED    seed of the chaos, which a run prints; default: random
+#   NUTSHELL_TEST_ROUNDS  number of rounds of random kills, default 8
+#   NUTSHELL_TEST_SEED    seed of the random kills, which a run prints; default: random
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/failures.bash"
