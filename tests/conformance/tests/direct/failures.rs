@@ -1,10 +1,40 @@
-//! Kills of the shim, the vmm, and the fs process.
+//! Kills of the shim, the vmm, and the fs process. Volumes whose file system never answers, as with a dead NFS or FUSE
+//! server: Create fails in time, and everything else in the shim continues.
 
-use std::time::Duration;
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io::{Read, Write},
+    os::fd::AsRawFd,
+    path::PathBuf,
+    sync::mpsc,
+    thread,
+    time::{Duration, Instant},
+};
 
-use containerd_shim_protos::{api::Status, ttrpc::Code};
-use nutshell_conformance::{TIMEOUT, bundle::idle, host, with_fake_containerd};
-use rustix::process::Signal;
+use containerd_shim_protos::{
+    api::{CreateTaskRequest, Status},
+    ttrpc::Code,
+    types::mount::Mount,
+};
+use nutshell_conformance::{FakeContainerd, TIMEOUT, bundle::idle, host, pod::Pod, with_fake_containerd};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    mount::{MountFlags, UnmountFlags},
+    process::Signal,
+};
+use serde_json::{Value, json};
+
+use super::pods::{self, with_both_apis};
+
+/// The time limit for State, which needs no file system.
+const STATE_LIMIT: Duration = Duration::from_secs(1);
+
+/// The time limit from SIGKILL to the exit event, in the emulated machine.
+const KILL_LIMIT: Duration = Duration::from_secs(4);
+
+/// The time limit for a call that needs a file system.
+const DEADLINE: Duration = Duration::from_secs(12);
 
 #[test]
 fn killed_vmm_or_fs_ends_all_processes_and_the_shim_keeps_serving() {
@@ -77,5 +107,123 @@ fn killed_shim_ends_its_processes_and_a_new_shim_can_be_started() {
         assert!(host::ends_within(shim.pid, TIMEOUT));
         containerd.delete_bundle(&bundle);
         bundle.remove();
+    });
+}
+
+/// A FUSE mount whose server answers nothing but the first request, which starts the session.
+struct HungVolume {
+    path: PathBuf,
+    connection: File,
+}
+
+impl HungVolume {
+    fn mount(containerd: &FakeContainerd) -> Self {
+        let path = containerd.folder().join("hung");
+        fs::create_dir_all(&path).unwrap();
+        let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
+        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
+        let options = CString::new(options).unwrap();
+        rustix::mount::mount("hung", &path, "fuse", MountFlags::empty(), options.as_c_str()).unwrap();
+        // include/uapi/linux/fuse.h: `fuse_in_header` has the unique id at 8; the reply is `fuse_out_header`, and
+        // `fuse_init_out` with version 7.31 and 4 KiB in a write.
+        let mut request = [0; 8192];
+        assert!(connection.read(&mut request).unwrap() >= 40);
+        let mut reply = [80_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
+        reply.extend(&request[8..16]);
+        reply.extend([7_u32, 31, 0, 0, 0, 4096].map(u32::to_le_bytes).concat());
+        reply.resize(80, 0);
+        connection.write_all(&reply).unwrap();
+        Self { path, connection }
+    }
+
+    /// Waits until a process waits for an answer.
+    fn wait_for_request(&self) {
+        let limit = Timespec::try_from(DEADLINE).unwrap();
+        let waiting = poll(&mut [PollFd::new(&self.connection, PollFlags::IN)], Some(&limit)).unwrap();
+        assert_eq!(waiting, 1, "nothing needs the volume");
+    }
+}
+
+impl Drop for HungVolume {
+    fn drop(&mut self) {
+        // The end of the connection, which follows, ends the calls that wait.
+        let _ = rustix::mount::unmount(&self.path, UnmountFlags::DETACH);
+    }
+}
+
+/// Creates a container that needs a hung volume, in a pod in which another container runs. Asserts that the other one
+/// can be listed and killed meanwhile, that Create fails in time, and that it leaves nothing in the shim.
+fn assert_only_create_fails(
+    containerd: &FakeContainerd,
+    pod: &Pod<'_>,
+    use_volume: impl Fn(&HungVolume, &mut Value, &mut CreateTaskRequest),
+) {
+    let other = pod.run(&pods::idle(pod));
+    let volume = HungVolume::mount(containerd);
+    let (mut spec, mut changed) = (pods::idle(pod), CreateTaskRequest::default());
+    use_volume(&volume, &mut spec, &mut changed);
+    let bundle = containerd.bundle(&spec);
+    let mut stuck = containerd.prepare_in(bundle.clone(), pod.shim.clone());
+    use_volume(&volume, &mut spec, &mut stuck.request);
+
+    let (sender, failed) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || sender.send(stuck.create().unwrap_err()).unwrap());
+        volume.wait_for_request();
+
+        let task = other.task().with_timeout(STATE_LIMIT);
+        assert_eq!(task.state(&other.id, "").unwrap().status.unwrap(), Status::RUNNING);
+        let killed = Instant::now();
+        task.kill(&other.id, "", 9).unwrap();
+        assert_eq!(other.wait(), 137);
+        containerd.events.wait_for(&other.id, "exit 137");
+        assert!(killed.elapsed() < KILL_LIMIT, "{:?}", killed.elapsed());
+
+        let failure = failed.recv_timeout(DEADLINE).expect("Create fails in time");
+        let expected = "a file system of this host does not answer";
+        assert!(failure.message.contains(expected), "{failure}");
+    });
+
+    pod.remove_container(&other);
+    drop(volume);
+    containerd.delete_bundle(&bundle);
+    bundle.remove();
+    // The shim still creates containers, also one with the same id.
+    let bundle = containerd.bundle_with_id(&bundle.id, &pods::idle(pod));
+    let again = containerd.prepare_in(bundle, pod.shim.clone()).create().unwrap();
+    again.start();
+    pod.remove_container(&again);
+}
+
+#[test]
+fn hung_bind_mount_fails_only_its_create() {
+    with_both_apis(|containerd, pod| {
+        assert_only_create_fails(containerd, pod, |volume, spec, _| {
+            let mount = json!({"destination": "/data", "type": "bind", "source": volume.path, "options": ["rbind"]});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+        });
+    });
+}
+
+#[test]
+fn hung_root_file_system_fails_only_its_create() {
+    with_both_apis(|containerd, pod| {
+        assert_only_create_fails(containerd, pod, |volume, _, request| {
+            request.rootfs = vec![Mount {
+                type_: "bind".to_owned(),
+                source: volume.path.join("rootfs").display().to_string(),
+                options: vec!["rbind".to_owned()],
+                ..Mount::default()
+            }];
+        });
+    });
+}
+
+#[test]
+fn hung_log_file_fails_only_its_create() {
+    with_both_apis(|containerd, pod| {
+        assert_only_create_fails(containerd, pod, |volume, _, request| {
+            request.stdout = format!("file://{}", volume.path.join("log").display());
+        });
     });
 }

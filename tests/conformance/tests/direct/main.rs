@@ -11,7 +11,6 @@ mod events;
 mod exec;
 mod failures;
 mod growth;
-mod hung_volumes;
 mod kill;
 mod lifecycle;
 mod pods;
