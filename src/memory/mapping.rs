@@ -6,7 +6,7 @@
 use std::{fs::File, io, sync::Arc};
 
 use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
+    fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
     mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous},
 };
 use vm_memory::{
@@ -60,8 +60,10 @@ pub(crate) fn add_region(memory: &MemoryRegions, base: u64, length: u64) -> Resu
 }
 
 fn backing_file(bytes: u64) -> io::Result<File> {
-    let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC)?;
+    let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&file, bytes)?;
+    // The file server has this file too. If it could shrink it, the vmm would get SIGBUS. The vmm itself extends it.
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(File::from(file))
 }
 
@@ -111,6 +113,14 @@ mod tests {
         for bytes in [0, 1, 4096, (2 << 20) + 4096] {
             assert!(matches!(allocate(bytes, false), Err(MemoryError::Size(_))), "{bytes}");
         }
+    }
+
+    #[test]
+    fn memory_that_is_shared_cannot_be_truncated() {
+        let memory = allocate(2 << 20, true).unwrap();
+        let file = memory.iter().find_map(|region| region.file_offset()).unwrap().file();
+        assert_eq!(ftruncate(file, 4096), Err(rustix::io::Errno::PERM));
+        assert_eq!(fcntl_add_seals(file, SealFlags::WRITE), Err(rustix::io::Errno::PERM));
     }
 
     #[test]
