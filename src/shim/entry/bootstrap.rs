@@ -82,8 +82,13 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
             shim.stdout(Stdio::from(
                 pid_file.share().map_err(system_error("share the pid file"))?,
             ));
-            let shim = shim.spawn().map_err(system_error("start the shim"))?;
-            pid_file.write(shim.id()).map_err(system_error("write the pid file"))
+            let mut shim = shim.spawn().map_err(system_error("start the shim"))?;
+            pid_file.write(shim.id()).map_err(|error| {
+                // Nothing would find it. Neither call can fail for a child that was not reaped.
+                let _ = shim.kill();
+                let _ = shim.wait();
+                system_error("write the pid file")(error)
+            })
         });
         if let Err(error) = started {
             // This process has closed its listener by now. The error of the start is the one to report.

@@ -13,19 +13,24 @@ pub(crate) enum Group {
 
 impl Group {
     /// Reads the group from the annotations of a spec, as runc's shim does (containerd
-    /// `cmd/containerd-shim-runc-v2/manager`). `None` if the container has a shim to itself.
+    /// `cmd/containerd-shim-runc-v2/manager`). `None` if the container has a shim to itself. A container of Kubernetes
+    /// belongs to its pod, whatever group its other annotations name: they come from the pod's author, who must not
+    /// choose the shim of another pod.
     pub(super) fn from_annotations(annotations: &HashMap<String, String>) -> Option<Self> {
         let value = |name| annotations.get(name).filter(|value| !value.is_empty()).cloned();
-        value("io.containerd.nutshell.v2.group")
-            .or_else(|| value("io.containerd.runc.v2.group"))
-            .map(Self::Named)
-            .or_else(|| value("io.kubernetes.cri.sandbox-id").map(Self::Pod))
+        value("io.kubernetes.cri.sandbox-id").map(Self::Pod).or_else(|| {
+            value("io.containerd.nutshell.v2.group")
+                .or_else(|| value("io.containerd.runc.v2.group"))
+                .map(Self::Named)
+        })
     }
 
-    /// The group's key, which is part of the name of its shim's socket.
+    /// The group's key, which is part of the name of its shim's socket. Named groups have keys that are no ids of
+    /// sandboxes and containers, which the other keys are.
     pub(super) fn into_key(self) -> String {
         match self {
-            Self::Pod(key) | Self::Named(key) => key,
+            Self::Pod(id) => id,
+            Self::Named(name) => format!("group:{name}"),
         }
     }
 }
@@ -35,14 +40,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nutshell_annotation_precedes_runcs_and_the_sandbox_id() {
+    fn sandbox_id_precedes_named_groups() {
         let ours = ("io.containerd.nutshell.v2.group", "a");
         let runcs = ("io.containerd.runc.v2.group", "b");
         let pods = ("io.kubernetes.cri.sandbox-id", "c");
         let named = |name: &str| Some(Group::Named(name.to_owned()));
         for (annotations, group) in [
-            (vec![ours, runcs, pods], named("a")),
-            (vec![pods, runcs], named("b")),
+            (vec![ours, runcs, pods], Some(Group::Pod("c".to_owned()))),
+            (vec![pods, runcs], Some(Group::Pod("c".to_owned()))),
+            (vec![ours, runcs], named("a")),
+            (vec![runcs], named("b")),
             (vec![pods], Some(Group::Pod("c".to_owned()))),
             (vec![(pods.0, "")], None),
             (vec![("other", "x")], None),
@@ -52,5 +59,12 @@ mod tests {
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
             assert_eq!(Group::from_annotations(&annotations.collect()), group);
         }
+    }
+
+    #[test]
+    fn named_group_has_another_key_than_a_pod_with_its_name() {
+        let pod = Group::Pod("victim".to_owned());
+        let group = Group::Named("victim".to_owned());
+        assert_ne!(pod.into_key(), group.into_key());
     }
 }

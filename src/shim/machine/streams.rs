@@ -1,9 +1,10 @@
 //! The byte streams between host and guest: which vsock ports of the host are open, and the state of each.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io};
 
 use nutshell_protocol::FIRST_STREAM_PORT;
 use parking_lot::{Mutex, MutexGuard};
+use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::sync::watch;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,19 +57,32 @@ pub(super) struct StreamTable {
 
 #[derive(Debug, Default)]
 struct Inner {
-    /// How many streams were ever opened: no port is used twice.
-    opened: u32,
     /// The machine has ended.
     ended: bool,
     open: HashMap<u32, watch::Sender<StreamState>>,
 }
 
+impl Inner {
+    /// A random port that is not open. The first connection to a port gets its stream, and any container can connect to
+    /// ports of the host: it must not be able to guess one before the agent connects.
+    fn unused_port(&self) -> io::Result<u32> {
+        loop {
+            let mut bytes = [0; 4];
+            getrandom(&mut bytes, GetRandomFlags::empty())?;
+            let port = u32::from_ne_bytes(bytes);
+            // The highest number means "any port" (vsock(7), `VMADDR_PORT_ANY`).
+            if (FIRST_STREAM_PORT..u32::MAX).contains(&port) && !self.open.contains_key(&port) {
+                return Ok(port);
+            }
+        }
+    }
+}
+
 impl StreamTable {
-    /// A new stream. It is closed already if the machine has ended.
-    pub(super) fn open(&self) -> GuestStream {
+    /// A new stream. It is closed already if the machine has ended. An error is that of getrandom(2).
+    pub(super) fn open(&self) -> io::Result<GuestStream> {
         let mut inner = self.lock();
-        let port = FIRST_STREAM_PORT.saturating_add(inner.opened);
-        inner.opened = inner.opened.saturating_add(1);
+        let port = inner.unused_port()?;
         let state = if inner.ended {
             StreamState::Closed
         } else {
@@ -78,7 +92,7 @@ impl StreamTable {
         if !inner.ended {
             inner.open.insert(port, sender);
         }
-        GuestStream { port, state }
+        Ok(GuestStream { port, state })
     }
 
     pub(super) fn mark_drained(&self, port: u32) {
@@ -114,11 +128,8 @@ mod tests {
     #[tokio::test]
     async fn drained_stream_is_open_until_it_is_closed() {
         let streams = StreamTable::default();
-        let (mut first, second) = (streams.open(), streams.open());
-        assert_eq!(
-            (first.port(), second.port()),
-            (FIRST_STREAM_PORT, FIRST_STREAM_PORT + 1)
-        );
+        let (mut first, second) = (streams.open().unwrap(), streams.open().unwrap());
+        assert_ne!(first.port(), second.port());
 
         streams.mark_drained(first.port());
         first.drained().await;
@@ -128,20 +139,30 @@ mod tests {
         assert!(!second.is_closed());
     }
 
+    #[test]
+    fn ports_cannot_be_guessed_from_earlier_ones() {
+        let streams = StreamTable::default();
+        let ports: Vec<_> = (0..1000).map(|_| streams.open().unwrap().port()).collect();
+        assert!(ports.iter().all(|port| *port >= FIRST_STREAM_PORT && *port < u32::MAX));
+        let close = |pair: &[u32]| pair[0].abs_diff(pair[1]) < 1 << 16;
+        // About 0.03 of 999 pairs are so close by chance.
+        assert!(ports.windows(2).filter(|pair| close(pair)).count() < 5, "{ports:?}");
+    }
+
     #[tokio::test]
     async fn end_of_machine_closes_open_and_later_streams() {
         let streams = StreamTable::default();
-        let mut before = streams.open();
+        let mut before = streams.open().unwrap();
         streams.close_all();
         before.drained().await;
         before.closed().await;
-        assert!(streams.open().is_closed());
+        assert!(streams.open().unwrap().is_closed());
     }
 
     #[test]
     fn notices_about_unknown_ports_change_nothing() {
         let streams = StreamTable::default();
-        let stream = streams.open();
+        let stream = streams.open().unwrap();
         streams.mark_drained(7);
         streams.mark_closed(7);
         streams.mark_closed(stream.port());
