@@ -76,6 +76,8 @@ pub(crate) struct Plan {
     /// The spec's cgroup path, unchanged. It names the cgroup of the machine on the host.
     pub(crate) cgroups_path: Option<String>,
     pub(crate) pid_namespace: PidNamespace,
+    /// The `oom_score_adj` of the container's processes, which is that of the machine on the host.
+    pub(crate) oom_score_adj: i32,
     /// The hooks that run on the host. The guest's spec contains the others.
     pub(crate) hooks: Hooks,
     /// For the log: one line for each setting of the spec that is not applied.

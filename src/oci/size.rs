@@ -110,8 +110,7 @@ impl Sizing {
         limits: Limits,
     ) -> Result<PodSize, PlanError> {
         let boot = self.size_for_container(annotations, limits)?;
-        let exact_memory = annotations.contains_key(MEMORY_ANNOTATION);
-        let max_memory = if exact_memory {
+        let max_memory = if annotations.contains_key(MEMORY_ANNOTATION) {
             boot.memory
         } else {
             boot.memory.max(self.max_memory / ALIGNMENT * ALIGNMENT)
@@ -130,7 +129,6 @@ impl Sizing {
                 memory: max_memory,
                 vcpus: max_vcpus,
             },
-            exact_memory,
         })
     }
 }
@@ -141,18 +139,12 @@ pub(crate) struct PodSize {
     /// At boot. The machine never has less.
     pub(crate) boot: Size,
     pub(crate) max: Size,
-    /// An annotation sets the memory; neither limits nor the cgroup change it.
-    pub(crate) exact_memory: bool,
 }
 
 impl PodSize {
     /// A machine that keeps its size.
     pub(crate) fn fixed(size: Size) -> Self {
-        Self {
-            boot: size,
-            max: size,
-            exact_memory: true,
-        }
+        Self { boot: size, max: size }
     }
 
     /// Lowers the memory at boot to what fits into a cgroup of the host with a limit of `cgroup_limit` bytes. `None`
@@ -185,7 +177,7 @@ impl PodSize {
 
     fn max_memory_within(&self, cgroup_limit: Option<u64>) -> u64 {
         match cgroup_limit {
-            Some(limit) if !self.exact_memory => {
+            Some(limit) => {
                 // The rest is guest memory, and one part in HOST_OVERHEAD_DIVISOR on top of it.
                 let rest = limit.saturating_sub(HOST_OVERHEAD);
                 let memory = rest - rest.div_ceil(HOST_OVERHEAD_DIVISOR + 1);
@@ -302,11 +294,7 @@ mod tests {
             memory: 2048 * MIB,
             vcpus: 4,
         };
-        let size = PodSize {
-            boot,
-            max,
-            exact_memory: false,
-        };
+        let size = PodSize { boot, max };
         for (members, memory, vcpus) in [
             (vec![], 512, 1),
             (vec![of(-1, -1)], 512, 1),
@@ -322,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_by_the_cgroup_unless_an_annotation_sets_it() {
+    fn memory_is_bounded_by_the_cgroup_also_if_an_annotation_sets_it() {
         let pod = annotations(&[("io.kubernetes.cri.sandbox-memory", "1073741824")]);
         let size = size_for_pod(&pod).unwrap();
         for (cgroup_limit, boot) in [
@@ -358,8 +346,10 @@ mod tests {
         let size = size_for_pod(&pod).unwrap();
         assert_eq!(size.bound_boot_memory(Some((3072 + 130) * MIB)), size);
         let exact = size_for_pod(&annotations(&[(MEMORY_ANNOTATION, "512")])).unwrap();
-        assert_eq!(exact.bound_boot_memory(Some(256 * MIB)), exact);
-        assert_eq!(exact.size_for(limits, Some(256 * MIB)).memory, 512 * MIB);
+        assert_eq!(exact.bound_boot_memory(Some(1024 * MIB)), exact);
+        let bounded = exact.bound_boot_memory(Some(256 * MIB));
+        assert!(bounded.boot.memory < 256 * MIB, "{bounded:?}");
+        assert_eq!(exact.size_for(limits, None).memory, 512 * MIB);
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub(crate) fn plan_bundle(
         ));
     }
     let cgroups_path = cgroups_path(&linux);
+    let process = spec.process().as_ref();
+    let oom_score_adj = process.and_then(oci_spec::runtime::Process::oom_score_adj).unwrap_or(0);
     let limits = Limits::from_resources(linux.resources().as_ref());
     let size = sizing.size_for_container(&annotations, limits)?;
     let hooks = take_host_hooks(&mut spec)?;
@@ -108,6 +110,7 @@ pub(crate) fn plan_bundle(
         console_size,
         cgroups_path,
         pid_namespace: pid,
+        oom_score_adj,
         hooks,
         warnings,
     })))

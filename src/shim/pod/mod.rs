@@ -9,6 +9,7 @@ mod disk_slots;
 mod error;
 mod file_server;
 mod launcher;
+mod oom_score;
 mod pid_holder;
 mod requirements;
 
@@ -25,7 +26,7 @@ use nutshell_protocol::{Event, Rootfs, SetUpPod};
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::OnceCell;
 
-use self::{cgroup::ControlGroup, disk_slots::DiskSlots, file_server::RunningFileServer};
+use self::{cgroup::ControlGroup, disk_slots::DiskSlots, file_server::RunningFileServer, oom_score::OomScore};
 pub(crate) use self::{
     error::PodError,
     launcher::{HostLauncher, Launcher},
@@ -61,6 +62,7 @@ pub(crate) struct Pod {
     /// Serializes changes of the size.
     resizing: tokio::sync::Mutex<()>,
     network: Mutex<Option<Network>>,
+    oom_score: OomScore,
     end: OnceCell<()>,
 }
 
@@ -100,6 +102,8 @@ impl Pod {
             cgroup.add_process(vmm.child.pid());
             file_server.iter().for_each(|server| cgroup.add_process(server.pid()));
         }
+        let oom_score = OomScore::new(vmm.child.pid(), file_server.as_ref().map(RunningFileServer::pid));
+        oom_score.set(requirements.oom_score_adj);
         let boot = BootRequest {
             guest,
             size: requirements.size,
@@ -136,6 +140,7 @@ impl Pod {
             current_size: Mutex::new(requirements.size.boot),
             resizing: tokio::sync::Mutex::default(),
             network: Mutex::default(),
+            oom_score,
             end: OnceCell::new(),
         }))
     }
@@ -193,6 +198,12 @@ impl Pod {
             None => Ok(()),
             Some(SetUp { request, result }) => result.get_or_init(|| send(request.clone())).await.clone(),
         }
+    }
+
+    /// Protects the machine from the host's out-of-memory killer as the pod's containers are to be protected, one of
+    /// which has `oom_score_adj`.
+    pub(crate) fn protect_from_oom(&self, oom_score_adj: i32) {
+        self.oom_score.lower_to(oom_score_adj);
     }
 
     /// Moves a process of the host into the pod's control group.

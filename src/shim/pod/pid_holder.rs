@@ -16,7 +16,12 @@ use std::{
 
 use nix::libc;
 use nix::sys::signal::{SigSet, SigmaskHow};
-use rustix::process::{Pid, Signal, WaitOptions};
+use parking_lot::Mutex;
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+    process::{Pid, Signal, WaitOptions},
+};
 
 use crate::shim::child::{Child, WaitStatus};
 
@@ -56,6 +61,8 @@ struct HolderParameters {
     parent: libc::pid_t,
     /// The network namespace to join; negative for none.
     namespace: RawFd,
+    /// The directory that becomes the root.
+    root: RawFd,
     /// The pipe for the result: one byte, an errno or 0.
     report: RawFd,
 }
@@ -65,6 +72,7 @@ impl PidHolder {
     /// thread that lives as long as the shim: the kernel kills the holder when that thread ends. Needs the Tokio
     /// runtime.
     pub(crate) fn spawn(namespace: &NetworkNamespace) -> io::Result<Self> {
+        let root = empty_directory()?;
         let (mut report, reporter) = io::pipe()?;
         let mut memory = Box::new(HolderMemory {
             stack: [0; STACK_SIZE],
@@ -74,6 +82,7 @@ impl PidHolder {
                     NetworkNamespace::Join(namespace) => namespace.as_raw_fd(),
                     NetworkNamespace::Inherited | NetworkNamespace::New => -1,
                 },
+                root: root.as_raw_fd(),
                 report: reporter.as_raw_fd(),
             },
         });
@@ -172,6 +181,28 @@ fn namespace_type(file: BorrowedFd<'_>) -> Option<libc::c_int> {
     (kind >= 0).then_some(kind)
 }
 
+/// A directory that is empty for ever: it is deleted, so nothing can be created in it. As the root of a holder it keeps
+/// programs that look for the container's files at `/proc/<pid>/root`, such as `nerdctl cp`, from the files of the host.
+fn empty_directory() -> io::Result<OwnedFd> {
+    static OPENED: Mutex<Option<OwnedFd>> = Mutex::new(None);
+    let mut opened = OPENED.lock();
+    if let Some(directory) = &*opened {
+        return directory.try_clone();
+    }
+    let name = format!("/run/nutshell-empty-{}", rustix::process::getpid().as_raw_nonzero());
+    match rustix::fs::mkdir(&name, Mode::from_raw_mode(0o755)) {
+        // Left by a process with this pid that was killed.
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let directory = rustix::fs::open(&name, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    rustix::fs::rmdir(&name)?;
+    let directory = directory?;
+    let copy = directory.try_clone()?;
+    *opened = Some(directory);
+    Ok(copy)
+}
+
 /// Blocks all signals on this thread until it is dropped.
 struct SignalsBlocked(SigSet);
 
@@ -230,6 +261,9 @@ fn prepare(parameters: &HolderParameters) -> Result<(), u8> {
             [register(parameters.namespace), register(libc::CLONE_NEWNET), 0, 0],
         ))?;
     }
+    check(system_call(libc::SYS_fchdir, [register(parameters.root), 0, 0, 0]))?;
+    let here = c".".as_ptr().addr();
+    check(system_call(libc::SYS_chroot, [here, 0, 0, 0]))?;
     // SIGTERM and SIGKILL kill the holder; all other signals are blocked.
     let default_action = [0_usize; 4];
     check(system_call(
@@ -326,6 +360,16 @@ mod tests {
             network_namespace_of(holder.pid()),
             network_namespace_of(std::process::id())
         );
+    }
+
+    #[tokio::test]
+    async fn root_of_a_holder_is_empty_and_cannot_be_written() {
+        let holder = PidHolder::spawn(&NetworkNamespace::Inherited).unwrap();
+        let root = format!("/proc/{}/root", holder.pid());
+        assert_eq!(std::fs::read_dir(format!("{root}/.")).unwrap().count(), 0);
+        assert!(std::fs::write(format!("{root}/file"), "text").is_err());
+        assert!(std::fs::metadata(format!("{root}/etc/passwd")).is_err());
+        assert!(std::fs::metadata(format!("{root}/../etc/passwd")).is_err());
     }
 
     #[tokio::test]

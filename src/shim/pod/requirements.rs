@@ -30,6 +30,8 @@ pub(crate) struct PodRequirements {
     /// How many disk slots are empty at boot.
     pub(super) hotplug_disks: u32,
     pub(super) cgroup: Option<ControlGroup>,
+    /// Of the container; `None` if the pod's containers are not known yet.
+    pub(super) oom_score_adj: Option<i32>,
     /// The settings that several containers share; `None` for a single container, which has no sandbox.
     pub(super) set_up_request: Option<SetUpPod>,
 }
@@ -52,6 +54,7 @@ impl PodRequirements {
             disks,
             hotplug_disks: 0,
             cgroup: plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path),
+            oom_score_adj: Some(plan.oom_score_adj),
             set_up_request: None,
         })
     }
@@ -78,6 +81,7 @@ impl PodRequirements {
             disks: Vec::new(),
             hotplug_disks: MAX_MEMBER_DISKS,
             cgroup,
+            oom_score_adj: None,
             set_up_request: Some(set_up_request),
         }
     }

@@ -1,0 +1,78 @@
+//! The `oom_score_adj` of a pod's processes on the host (proc_pid_oom_score_adj(5)). They start with that of the shim,
+//! which the kernel kills last: a pod whose memory is not limited would make it kill other tenants first.
+
+use std::fs;
+
+use parking_lot::Mutex;
+
+/// The value before the first container is known, which is that of an ordinary process.
+const DEFAULT: i32 = 0;
+
+/// The processes, and the value that they have.
+#[derive(Debug)]
+pub(super) struct OomScore {
+    vmm: u32,
+    file_server: Option<u32>,
+    /// That of the container that is protected most.
+    lowest: Mutex<Option<i32>>,
+}
+
+impl OomScore {
+    /// For processes that still have the shim's value.
+    pub(super) fn new(vmm: u32, file_server: Option<u32>) -> Self {
+        Self {
+            vmm,
+            file_server,
+            lowest: Mutex::default(),
+        }
+    }
+
+    /// Sets the value of the only container; `None` if the containers are not known yet.
+    pub(super) fn set(&self, value: Option<i32>) {
+        *self.lowest.lock() = value;
+        self.write(value.unwrap_or(DEFAULT));
+    }
+
+    /// Takes another container into account: the end of the machine would end it too, so the lowest value counts.
+    pub(super) fn lower_to(&self, value: i32) {
+        let mut lowest = self.lowest.lock();
+        if lowest.is_none_or(|lowest| value < lowest) {
+            *lowest = Some(value);
+            self.write(value);
+        }
+    }
+
+    fn write(&self, value: i32) {
+        for pid in [Some(self.vmm), self.file_server].into_iter().flatten() {
+            let path = format!("/proc/{pid}/oom_score_adj");
+            if let Err(error) = fs::write(&path, value.to_string()) {
+                log::warn!("cannot write {value} to {path}: {error}");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn lowest_value_of_the_containers_counts() {
+        let mut child = Command::new("sleep").arg("100").spawn().unwrap();
+        let value = || {
+            let text = fs::read_to_string(format!("/proc/{}/oom_score_adj", child.id())).unwrap();
+            text.trim().parse::<i32>().unwrap()
+        };
+        let score = OomScore::new(child.id(), None);
+        score.set(None);
+        assert_eq!(value(), DEFAULT);
+        for (container, expected) in [(1000, 1000), (500, 500), (999, 500)] {
+            score.lower_to(container);
+            assert_eq!(value(), expected, "after {container}");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
