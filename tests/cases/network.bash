@@ -233,6 +233,22 @@ more_links_than_a_machine_can_have_are_an_error() {
   remove_network
 }
 
+second_machine_in_a_namespace_is_refused_and_the_first_not_disturbed() {
+  make_network
+  new_name
+  local first=$name
+  in_pod "$first" -d -- sleep 1000
+  ping -c 1 -W 10 10.77.0.5 >/dev/null
+  new_name
+  assert_contains "$(in_pod "$name" --rm -- true 2>&1 || true)" "belongs to another virtual machine"
+  ping -c 1 -W 10 10.77.0.5 >/dev/null
+  remove "$first"
+  # The namespace is free again.
+  new_name
+  in_pod "$name" --rm -- ping -c 1 -W 10 10.77.0.1 >/dev/null
+  remove_network
+}
+
 network_cases() {
   # The first namespace creates mounts that stay: they must exist before the first check.
   ip netns add first
@@ -244,5 +260,7 @@ network_cases() {
   check "link added to a running container appears in it" link_added_to_a_running_container_appears_in_it
   check "network namespace is restored and can be reused" namespace_is_restored_and_can_be_reused
   check "firewall rules and rate limits at the host's end of a link apply" firewall_rules_and_rate_limits_at_the_hosts_end_apply
+  check "second machine in a network namespace is refused, and the first not disturbed" \
+    second_machine_in_a_namespace_is_refused_and_the_first_not_disturbed
   check "more links than a machine can have are an error" more_links_than_a_machine_can_have_are_an_error
 }

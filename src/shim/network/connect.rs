@@ -34,7 +34,7 @@ pub(super) struct TappedLink {
 }
 
 /// The result of [`connect_new_links`].
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct ConnectedLinks {
     pub(super) config: IpConfig,
     pub(super) new_links: Vec<TappedLink>,
@@ -48,6 +48,11 @@ pub(super) fn connect_new_links(known: &KnownLinks, queues: usize) -> Result<Con
     if links.is_empty() {
         // The usual case for a single container: only a loopback interface.
         return Ok(ConnectedLinks::default());
+    }
+    // A second redirect of a link would take its packets from the first machine.
+    let is_foreign_tap = |link: &&Link| tap::is_tap_name(&link.name) && !known.taps.contains(&link.index);
+    if let Some(tap) = links.iter().find(is_foreign_tap) {
+        return Err(NetworkError::Occupied { tap: tap.name.clone() });
     }
     let is_new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
     let new: Vec<_> = links.into_iter().filter(is_new).collect();

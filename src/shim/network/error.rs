@@ -23,6 +23,11 @@ pub(crate) enum NetworkError {
     },
     #[error("the pod's network namespace has {0} links that are up, and a virtual machine can have {NETWORK_SLOTS}")]
     TooManyLinks(usize),
+    #[error(
+        "the network namespace belongs to another virtual machine, whose tap device is {tap}: two machines cannot have the \
+         same addresses; put the containers into one pod, or give each a network namespace of its own"
+    )]
+    Occupied { tap: String },
     /// The vmm cannot plug the link's device.
     #[error("give {link} to the virtual machine: {source}")]
     Plug { link: String, source: VmmError },

@@ -26,6 +26,12 @@ use crate::control::VNET_HEADER_SIZE;
 /// The name of a new device. The kernel replaces `%d` with a number.
 const TAP_NAME_PATTERN: &[u8] = b"nutshell%d\0";
 
+/// Whether a link with this name is a tap device of a machine.
+pub(super) fn is_tap_name(name: &str) -> bool {
+    let number = name.strip_prefix("nutshell");
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// `IFF_TAP | IFF_MULTI_QUEUE | IFF_NO_PI | IFF_VNET_HDR` (`linux/if_tun.h`).
 const TAP_FLAGS: libc::c_short = 0x0002 | 0x0100 | 0x1000 | 0x4000;
 

@@ -14,8 +14,14 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
-    changes::ChangeSocket, discovery, forward::ForwardListeners, guest_config, namespace::run_in_namespace,
-    netlink::NetlinkSocket, tap,
+    changes::ChangeSocket,
+    connect::{KnownLinks, connect_new_links},
+    discovery,
+    forward::ForwardListeners,
+    guest_config,
+    namespace::run_in_namespace,
+    netlink::NetlinkSocket,
+    tap,
 };
 
 /// A new network namespace, configured by `commands` of ip(8).
@@ -209,6 +215,33 @@ async fn tap_device_has_queues_mtu_of_its_link_and_no_address() {
         let change = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
         change.expect("the tap device is removed").unwrap();
     }
+}
+
+#[tokio::test]
+async fn namespace_with_the_tap_device_of_another_machine_is_refused() {
+    let pod = new_namespace(&["link add eth0 type veth peer name peer", "link set eth0 up"]);
+
+    let error = run_in(&pod, || {
+        let other = tap::create(1).unwrap();
+        let link = discovery::Link {
+            index: 7,
+            name: "eth0".to_owned(),
+            mac: [2, 0, 0, 0, 0, 7],
+            mtu: 1500,
+        };
+        tap::bring_up(&mut NetlinkSocket::open().unwrap(), other.index, &link).unwrap();
+        let known = KnownLinks {
+            links: Vec::new(),
+            taps: Vec::new(),
+        };
+        connect_new_links(&known, 1).unwrap_err().to_string()
+    })
+    .await;
+
+    assert!(
+        error.contains("another virtual machine, whose tap device is nutshell0"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
