@@ -16,7 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use super::diagnosis::Diagnosis;
 use super::executor::ProgramExecutor;
 use super::start::StartHooks;
-use super::{STATE_PATH, bundle_path, delete, hooks, rootfs, spec};
+use super::{STATE_PATH, bundle_path, delete, hooks, mount_targets, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
@@ -82,6 +82,9 @@ fn build(
     fs::create_dir_all(STATE_PATH).context(|| format!("create {STATE_PATH}"))?;
     let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
     rootfs::mount(&request.rootfs, mounts, &rootfs)?;
+    if let Some(mounts) = prepared.spec.mounts_mut() {
+        mount_targets::adapt(&rootfs, mounts).context(|| "resolve the mount points of the OCI spec".to_owned())?;
+    }
     prepared.machine_settings.apply()?;
     rootfs::create_working_directory(&rootfs, &prepared.program.cwd)
         .context(|| format!("create the working directory {}", prepared.program.cwd.display()))?;
