@@ -41,7 +41,7 @@ run: ## set everything up, then run a container in its own VM
 	@$(PHASE) -p "make run" $(MAKE_PHASES) PARTS=first-run-parts build run-container
 
 build: setup ## build the executable, with guest kernel and initramfs inside
-	@$(PHASE) "build (in parallel)" "8 minutes on two cores, seconds when little changed" \
+	@$(PHASE) "build (in parallel)" "9 minutes on two cores, seconds when little changed" \
 		$(MAKE_PHASES) -j$(shell nproc) kernel executable $(PARTS)
 	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) $(SHIM)
 
@@ -116,7 +116,7 @@ agent: setup
 
 kernel: setup
 	@mkdir -p $(dir $(KERNEL_PATH))
-	+@$(PHASE) "build: guest kernel" "6 minutes" guest/kernel/build >$(KERNEL_PATH).new && mv $(KERNEL_PATH).new $(KERNEL_PATH)
+	+@$(PHASE) "build: guest kernel" "9 minutes with Rust beside it" guest/kernel/build >$(KERNEL_PATH).new && mv $(KERNEL_PATH).new $(KERNEL_PATH)
 
 # What the first container needs, fetched while the executable is built.
 first-run-parts:

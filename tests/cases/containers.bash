@@ -295,6 +295,54 @@ boot_failure_is_reported_with_its_cause() {
   rm /run/tmp/kernel
 }
 
+# No global limit of the guest's kernel is lower than the node's, whatever the size of the machine.
+limits_of_the_node_hold_in_the_container() {
+  new_name
+  local nr_open name value inside outside
+  nr_open=$(</proc/sys/fs/nr_open)
+  echo 2500000 >/proc/sys/fs/nr_open
+  local names="fs/nr_open fs/file-max fs/aio-max-nr fs/epoll/max_user_watches fs/inotify/max_user_watches kernel/pid_max
+    kernel/threads-max kernel/keys/maxkeys vm/max_map_count user/max_user_namespaces"
+  inside=$(nutshell "$name" --rm --rlimit-nofile 2000000 --memory-limit $((96 << 20)) -- \
+    sh -c "ulimit -n; for name in $(echo $names); do echo \$name \$(cat /proc/sys/\$name); done")
+  assert_equal 2000000 "$(head -n 1 <<<"$inside")"
+  while read -r name value; do
+    outside=$(<"/proc/sys/$name")
+    ((value >= outside)) || { echo "$name: $value in the container, $outside on the node" >&2 && return 1; }
+  done <<<"$(tail -n +2 <<<"$inside")"
+  assert_equal 11 "$(wc -l <<<"$inside")"
+  echo "$nr_open" >/proc/sys/fs/nr_open
+}
+
+host_name_is_the_nodes() {
+  new_name
+  assert_equal "$(uname -n)" "$(nutshell "$name" --rm -- hostname)"
+}
+
+tmpfs_has_the_mode_of_its_folder() {
+  new_name
+  assert_equal "755 1777" "$(nutshell "$name" --rm --mount type=tmpfs,src=tmpfs,dst=/root,options=nosuid \
+    --mount type=tmpfs,src=tmpfs,dst=/new,options=nosuid -- sh -c 'echo $(stat -c %a /root /new)')"
+}
+
+# Programs such as `nerdctl cp` look for a container's files at /proc/<pid>/root.
+pid_of_a_container_shows_no_files_of_the_host() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local pid
+  pid=$(ctr task ls | awk -v name="$name" '$1 == name { print $2 }')
+  assert_equal "" "$(ls -A "/proc/$pid/root/")"
+  ! echo text >"/proc/$pid/root/file" || return 1
+  remove "$name"
+}
+
+machine_has_the_oom_score_of_its_container() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  assert_equal "0 0" "$(echo $(cat "/proc/$(pids_of vmm)/oom_score_adj" "/proc/$(pids_of fs)/oom_score_adj"))"
+  remove "$name"
+}
+
 # Python needs a dynamic linker, threads, entropy and files.
 python_runs() {
   new_name
@@ -339,6 +387,11 @@ every_case() {
   for process in shim vmm fs; do
     check "killed $process ends the container" killed_process_ends_the_container "$process"
   done
+  check "limits of the node hold in the container" limits_of_the_node_hold_in_the_container
+  check "host name is the node's" host_name_is_the_nodes
+  check "tmpfs has the mode of its folder" tmpfs_has_the_mode_of_its_folder
+  check "pid of a container shows no files of the host" pid_of_a_container_shows_no_files_of_the_host
+  check "machine has the oom_score_adj of its container" machine_has_the_oom_score_of_its_container
   check "guest kernel panic ends the container" guest_kernel_panic_ends_the_container
   check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause
   check "twenty containers start concurrently" twenty_containers_start_concurrently

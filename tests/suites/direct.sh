@@ -12,6 +12,8 @@ cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
 export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
 resident sh
 modprobe fuse
+# As systemd does: a shim gets mounts that are made after its start.
+mount --make-rshared /
 # The shims of these tests have the default configuration.
 rm /etc/nutshell/config.toml
 # Folders that containerd or the administrator creates and never removes.

@@ -14,9 +14,9 @@ mod message;
 
 pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
 pub use message::{
-    ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MAX_PROCESSES,
-    MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready,
-    Reply, Request, Response, Rootfs, SetUpPod, StartExec, Stdio, ToAgent,
+    ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, GuestSettings, IoStats,
+    MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile,
+    ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, StartExec, Stdio, ToAgent,
 };
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).

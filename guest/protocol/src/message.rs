@@ -86,6 +86,8 @@ pub enum Request {
         /// The id of the container.
         container: String,
     },
+    /// Apply settings of the node: [`Response::Done`]. Sent once, as the first request.
+    ConfigureGuest(GuestSettings),
     /// Set the guest's clock: [`Response::Done`]. Sent at boot and when the host's clock has jumped.
     SetClock {
         /// The host's clock at the time of sending, in nanoseconds since the epoch.
@@ -226,6 +228,18 @@ pub struct StartExec {
     pub process: Vec<u8>,
     /// The standard streams of the process.
     pub stdio: Stdio,
+}
+
+/// Settings of the node that containers also have in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestSettings {
+    /// The host name of containers whose spec has none.
+    pub hostname: String,
+    /// Limits of the kernel, by the name of their parameter (sysctl(8)). A limit of the guest that is lower is raised
+    /// to this value.
+    pub minimum_limits: Vec<(String, u64)>,
+    /// Parameters of the kernel that are set to a value. Unknown ones are ignored.
+    pub parameters: Vec<(String, String)>,
 }
 
 /// The largest number of processes in a response.

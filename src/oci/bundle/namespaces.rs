@@ -2,7 +2,8 @@
 //!
 //! Namespace paths in a spec are paths on the host. They are never opened here, and the guest never sees them. The path
 //! of the network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes
-//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine.
+//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine. So does any other path:
+//! nothing else can be shared.
 
 use std::path::Path;
 
@@ -78,10 +79,7 @@ pub(super) fn translate(
             (LinuxNamespaceType::Network, None) => translated.network = Network::Loopback,
             (LinuxNamespaceType::Network, Some(path)) => translated.network = Network::Namespace(path.to_owned()),
             (LinuxNamespaceType::Pid, Some(path)) if !is_single => {
-                translated.pid = parse_task_pid(path).map(PidNamespace::Task).ok_or_else(|| {
-                    let reason = format!("{} does not have the form /proc/<pid>/ns/pid", path.display());
-                    PlanError::unsupported("linux.namespaces: pid", reason)
-                })?;
+                translated.pid = parse_task_pid(path).map_or(PidNamespace::Pod, PidNamespace::Task);
             }
             (LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts, _) if !is_single => {}
             (kind, Some(path)) => {
@@ -203,8 +201,8 @@ mod tests {
         }
         for path in ["/run/pid", "/proc/self/ns/pid", "/proc/41/ns/net"] {
             let spec = namespaces(&[("pid", path), ("ipc", "")]);
-            let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
-            assert!(error.to_string().contains(path), "{error}");
+            let translated = translate(&spec, &member(), HostNamespaces::Refuse).unwrap();
+            assert_eq!(translated.pid, PidNamespace::Pod, "{path}");
         }
     }
 

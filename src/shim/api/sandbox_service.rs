@@ -1,7 +1,7 @@
 //! The Sandbox service (`containerd.runtime.sandbox.v1`): translates containerd's messages to and from [`Tasks`].
 //! containerd uses it for runtimes with `sandboxer = "shim"` (containerd `api/runtime/sandbox/v1/sandbox.proto`).
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim::protos::{
@@ -156,10 +156,9 @@ fn to_sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, T
         .sandbox_id
         .parse()
         .map_err(|error| invalid(format!("sandbox id: {error}")))?;
-    let bundle = PathBuf::from(request.bundle_path);
-    if !bundle.is_absolute() {
-        return Err(invalid(format!("bundle {} is not an absolute path", bundle.display())));
-    }
+    // A relative path starts at the shim's folder.
+    let bundle = std::path::absolute(&request.bundle_path)
+        .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle_path)))?;
     Ok(SandboxRequest {
         id,
         bundle,

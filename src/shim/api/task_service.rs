@@ -1,7 +1,7 @@
 //! The Task service: translates containerd's messages to and from [`Tasks`]. The same methods serve versions 2 and 3
 //! of the API, whose messages are identical.
 
-use std::{collections::HashMap, future::Future, path::PathBuf, sync::Arc};
+use std::{collections::HashMap, future::Future, sync::Arc};
 
 use async_trait::async_trait;
 use containerd_shim::{
@@ -257,10 +257,9 @@ fn to_create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskEr
         .id
         .parse()
         .map_err(|error| invalid(format!("task id: {error}")))?;
-    let bundle = PathBuf::from(request.bundle);
-    if !bundle.is_absolute() {
-        return Err(invalid(format!("bundle {} is not an absolute path", bundle.display())));
-    }
+    // A relative path starts at the shim's folder.
+    let bundle = std::path::absolute(&request.bundle)
+        .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle)))?;
     Ok(CreateRequest {
         id,
         bundle,

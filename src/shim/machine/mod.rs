@@ -13,6 +13,7 @@ mod console;
 mod deadline;
 mod exit;
 mod monitor;
+mod node_settings;
 mod streams;
 mod vmm;
 
@@ -27,7 +28,7 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready};
+use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready, Request};
 use tokio::{sync::oneshot, time::Instant};
 
 pub(crate) use self::{
@@ -118,6 +119,16 @@ impl Machine {
         tokio::spawn({
             let (child, control, state) = (child.clone(), control.clone(), state.clone());
             async move { monitor::run(&state, &control, &child, stderr, agent_end).await }
+        });
+        // Queued before the guest has booted, and so before any other request.
+        tokio::spawn({
+            let agent = agent.clone();
+            async move {
+                match agent.run(Request::ConfigureGuest(node_settings::read())).await {
+                    Ok(()) | Err(AgentError::Gone) => {}
+                    Err(error) => log::warn!("the guest does not have all settings of this node: {error}"),
+                }
+            }
         });
         match ClockJumps::watch() {
             Ok(jumps) => {
@@ -241,7 +252,7 @@ impl Machine {
         input: Option<BorrowedFd<'_>>,
         output: Option<BorrowedFd<'_>>,
     ) -> Result<GuestStream, ControlError> {
-        let stream = self.state.streams.open();
+        let stream = self.state.streams.open().map_err(ControlError::Socket)?;
         let command = Command::OpenStream {
             port: stream.port(),
             input: input.is_some(),

@@ -149,10 +149,8 @@ impl Tasks {
                 let text = format!("linux.namespaces: pid: container {} has ended", target.id);
                 Err(TaskError::new(ErrorCode::FailedPrecondition, text))
             }
-            None => {
-                let text = format!("linux.namespaces: pid: no container of this pod has pid {pid}");
-                Err(TaskError::new(ErrorCode::InvalidArgument, text))
-            }
+            // Not a namespace of this pod. Nothing but the pod's can be shared.
+            None => Ok(PidNamespace::Pod),
         }
     }
 
@@ -165,6 +163,9 @@ impl Tasks {
         pod: &Arc<Pod>,
     ) -> Result<Arc<Container>, TaskError> {
         let writes_disk = matches!(plan.root, Root::Disk { read_only: false, .. });
+        if matches!(plan.placement, Placement::Member { .. }) {
+            pod.protect_from_oom(plan.oom_score_adj);
+        }
         let role = match plan.placement {
             Placement::Single => Role::Single { writes_disk },
             Placement::Member { .. } => Role::Member { writes_disk },
@@ -268,6 +269,7 @@ async fn create_in_guest(
         .is_err_and(|error| error.code() == ErrorCode::Unavailable)
         && !pod.machine().has_ended()
     {
+        pod.machine().log_console().await;
         // The guest may create it later, and must not have it then.
         remove_from_guest(pod, &request.id).await;
     }

@@ -20,7 +20,7 @@ pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
 
 /// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
 /// them wait for the kernel of the guest or of the host.
-pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(60));
+pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(40));
 
 /// A signal. If a guest does not deliver SIGKILL in this time, its machine is killed.
 pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));

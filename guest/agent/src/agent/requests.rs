@@ -17,7 +17,7 @@ use crate::container::exec::{self, TargetContainer};
 use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
-use crate::machine::{clock, disk, forward, network, size};
+use crate::machine::{clock, disk, forward, network, settings, size};
 use crate::pod;
 use crate::poller::Token;
 use crate::stdio::{self, AgentEnds};
@@ -65,6 +65,10 @@ impl Agent {
             Request::Pause { container } => self.freeze(id, container, true),
             Request::Resume { container } => self.freeze(id, container, false),
             Request::DeleteContainer { container } => self.delete(id, &container),
+            Request::ConfigureGuest(guest_settings) => {
+                settings::apply(&guest_settings)?;
+                Ok(Answer::Now(Response::Done))
+            }
             Request::SetClock { nanoseconds } => {
                 clock::set(nanoseconds).context(|| "set the clock".to_owned())?;
                 Ok(Answer::Now(Response::Done))

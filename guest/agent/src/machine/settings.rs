@@ -1,14 +1,35 @@
-//! Settings of the machine's own namespaces, which all containers of a pod share.
+//! Settings of the machine: of its own namespaces, which all containers of a pod share, and of its kernel.
 
+use std::fs;
 use std::path::{Component, Path};
 
-use nutshell_protocol::Failure;
+use nutshell_protocol::{Failure, GuestSettings};
 
 use crate::failure::{Context, FailureExt};
 
 /// Sets the host name in the UTS namespace that the containers of a pod share.
 pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
     rustix::system::sethostname(name.as_bytes()).context(|| format!("set the host name {name}"))
+}
+
+/// Applies the node's settings. Parameters that this kernel does not have are ignored, because the node's kernel is
+/// another version.
+pub(crate) fn apply(settings: &GuestSettings) -> Result<(), Failure> {
+    set_hostname(&settings.hostname)?;
+    let path = |name: &str| Path::new("/proc/sys").join(name.replace('.', "/"));
+    for (name, minimum) in &settings.minimum_limits {
+        let current = fs::read_to_string(path(name)).ok();
+        let is_lower = |current: String| current.trim().parse().is_ok_and(|current: u64| current < *minimum);
+        if current.is_some_and(is_lower) {
+            set_sysctl(name, &minimum.to_string())?;
+        }
+    }
+    for (name, value) in &settings.parameters {
+        if path(name).exists() {
+            set_sysctl(name, value)?;
+        }
+    }
+    Ok(())
 }
 
 /// Sets the NIS domain name in the same namespace.

@@ -124,5 +124,7 @@ fn raise_limits() -> Result<(), SetupError> {
         maximum: limit,
     };
     rustix::process::setrlimit(Resource::Nofile, both(Some(MAX_OPEN_FILES))).step("raise RLIMIT_NOFILE")?;
-    rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")
+    rustix::process::setrlimit(Resource::Nproc, both(None)).step("raise RLIMIT_NPROC")?;
+    // The kernel's default depends on the memory of the machine.
+    rustix::process::setrlimit(Resource::Sigpending, both(None)).step("raise RLIMIT_SIGPENDING")
 }

@@ -1,0 +1,89 @@
+//! The settings of this node that containers also have in the guest.
+
+use std::{fs, path::Path};
+
+use nutshell_protocol::GuestSettings;
+
+/// Limits of the kernel that apply to all containers of a node together. The guest's kernel derives many of them from the
+/// machine's memory, which is small, but a container may rely on what it has on the node.
+const LIMITS: [&str; 34] = [
+    "fs.aio-max-nr",
+    "fs.epoll.max_user_watches",
+    "fs.file-max",
+    "fs.inotify.max_queued_events",
+    "fs.inotify.max_user_instances",
+    "fs.inotify.max_user_watches",
+    "fs.mount-max",
+    "fs.nr_open",
+    "fs.pipe-max-size",
+    "fs.pipe-user-pages-soft",
+    "kernel.keys.maxbytes",
+    "kernel.keys.maxkeys",
+    "kernel.keys.root_maxbytes",
+    "kernel.keys.root_maxkeys",
+    "kernel.pid_max",
+    "kernel.pty.max",
+    "kernel.threads-max",
+    "net.core.optmem_max",
+    "net.core.rmem_max",
+    "net.core.wmem_max",
+    "net.netfilter.nf_conntrack_max",
+    "user.max_cgroup_namespaces",
+    "user.max_fanotify_groups",
+    "user.max_fanotify_marks",
+    "user.max_inotify_instances",
+    "user.max_inotify_watches",
+    "user.max_ipc_namespaces",
+    "user.max_mnt_namespaces",
+    "user.max_net_namespaces",
+    "user.max_pid_namespaces",
+    "user.max_time_namespaces",
+    "user.max_user_namespaces",
+    "user.max_uts_namespaces",
+    "vm.max_map_count",
+];
+
+/// Parameters that are neither limits nor belong to a namespace: containers see the value of the node.
+const PARAMETERS: [&str; 1] = ["vm.overcommit_memory"];
+
+/// Reads the settings. What this node does not have is left out.
+pub(super) fn read() -> GuestSettings {
+    let parameter = |name: &str| {
+        let path = Path::new("/proc/sys").join(name.replace('.', "/"));
+        Some(fs::read_to_string(path).ok()?.trim().to_owned())
+    };
+    GuestSettings {
+        hostname: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        minimum_limits: LIMITS
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), parameter(name)?.parse().ok()?)))
+            .collect(),
+        parameters: PARAMETERS
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), parameter(name)?)))
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_those_of_this_node() {
+        let settings = read();
+        let limit = |wanted: &str| {
+            let found = settings.minimum_limits.iter().find(|(name, _)| name == wanted);
+            found.map(|(_, value)| *value)
+        };
+        assert!(limit("fs.nr_open") >= Some(1 << 16), "{settings:?}");
+        assert!(limit("kernel.pid_max") >= Some(1 << 15), "{settings:?}");
+        assert!(!settings.hostname.is_empty());
+        assert!(
+            settings
+                .parameters
+                .iter()
+                .any(|(name, _)| name == "vm.overcommit_memory")
+        );
+    }
+}
