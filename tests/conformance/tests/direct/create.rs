@@ -58,16 +58,22 @@ fn malformed_request_is_refused_without_side_effects() {
     with_fake_containerd(|containerd| {
         let prepared = containerd.prepare(&idle());
         type Change = fn(&mut Prepared<'_>);
-        let table: [(Change, Code, &str); 4] = [
+        let table: [(Change, Code, &str); 5] = [
             (
                 |prepared| prepared.request.checkpoint = "/checkpoint".to_owned(),
                 Code::UNIMPLEMENTED,
                 "cannot be restored from a checkpoint",
             ),
             (
-                |prepared| prepared.request.bundle = "bundle".to_owned(),
+                |prepared| prepared.request.bundle = String::new(),
                 Code::INVALID_ARGUMENT,
-                "not an absolute path",
+                "bundle \"\"",
+            ),
+            (
+                // Below the shim's folder, which is the bundle.
+                |prepared| prepared.request.bundle = "no-such-folder".to_owned(),
+                Code::UNKNOWN,
+                "/no-such-folder/config.json",
             ),
             (
                 |prepared| prepared.request.id = "../c".to_owned(),
