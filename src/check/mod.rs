@@ -1,0 +1,217 @@
+//! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers,
+//! in the same jail and with the same code as a pod's, prints the result, and ends the guest. A table of the host's
+//! settings follows, with advice ([`host`]). An argument after `check` is added to the guest kernel's command line, and
+//! the kernel's log is then printed in place of the table.
+//!
+//! Belongs here: what an administrator wants to know of a host. Does not belong here: anything that a pod needs; the
+//! executable's `main` is the only caller.
+
+mod host;
+
+use std::{
+    env,
+    fs::File,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    process::{Child, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, MAX_FROM_AGENT, Ready};
+
+use self::host::Host;
+use crate::{
+    control::{Channel, Command, ControlError, MachineConfig, Notice},
+    guest_image::{self, GuestImageError},
+    jail, vmm,
+};
+
+/// The first argument that selects this role.
+pub(crate) const ROLE: &str = "check";
+
+/// Guest memory in bytes. Small, so that the boot time does not depend on memory.
+const MEMORY: u64 = 128 << 20;
+
+/// How long the guest may take to boot.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why this host cannot run guests.
+#[derive(Debug, thiserror::Error)]
+enum CheckError {
+    #[error("/dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
+    Kvm(#[source] io::Error),
+    #[error(transparent)]
+    Guest(#[from] GuestImageError),
+    #[error("cannot start the machine: {0}")]
+    Start(#[source] io::Error),
+    #[error("cannot print the guest's console: {0}")]
+    Print(#[source] io::Error),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the agent in the guest sent a malformed message: {0}")]
+    Agent(#[from] FrameError),
+    #[error("the guest did not start: {reason}{console}")]
+    Ended { reason: String, console: String },
+    #[error("the guest was not ready within {} s", BOOT_TIMEOUT.as_secs())]
+    TimedOut,
+}
+
+/// Boots a guest, and prints its kernel's release and the boot time, and the table of the host's settings.
+pub(crate) fn main() -> ExitCode {
+    let result = boot();
+    let status = report(&result);
+    if env::args().nth(2).is_none() {
+        print!("{}", host::table(&Host::at("/").examine()));
+    }
+    status
+}
+
+fn report(result: &Result<(Ready, Duration), CheckError>) -> ExitCode {
+    match result {
+        Ok((ready, took)) => {
+            println!(
+                "guest kernel {} ready after {:.1} ms: this host can run nutshell",
+                ready.kernel,
+                took.as_secs_f64() * 1e3
+            );
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("this host cannot run nutshell: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Boots a guest and ends it. Returns the agent's first message, and the time from the start of the vmm to that
+/// message.
+fn boot() -> Result<(Ready, Duration), CheckError> {
+    let kvm = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(CheckError::Kvm)?;
+    let image = guest_image::open(None, None)?;
+
+    let (channel, vmm_channel) = Channel::pair()?;
+    let (agent, vmm_agent) = UnixStream::pair().map_err(CheckError::Start)?;
+    let started = Instant::now();
+    // Every return below ends the vmm.
+    let _vmm = KillOnDrop(
+        jail::build_command(vmm::ROLE)
+            .stdin(Stdio::from(OwnedFd::from(vmm_channel)))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(CheckError::Start)?,
+    );
+
+    let machine = MachineConfig {
+        memory: MEMORY,
+        max_memory: MEMORY,
+        vcpus: 1,
+        max_vcpus: 1,
+        file_server: false,
+        disks: Vec::new(),
+        hotplug_disks: 0,
+        kernel: image.kernel_extent,
+        initramfs: image.initramfs_extent,
+        kernel_arguments: env::args().nth(2).unwrap_or_default(),
+    };
+    let descriptors = [
+        kvm.as_fd(),
+        image.kernel.as_fd(),
+        image.initramfs.as_fd(),
+        vmm_agent.as_fd(),
+    ];
+    channel.send(&Command::Boot(machine), &descriptors)?;
+    drop(vmm_agent);
+
+    let ready = wait_for_ready(&agent, &channel)?;
+    let took = started.elapsed();
+    if env::args().nth(2).is_some() {
+        print_console(&channel)?;
+    }
+    Ok((ready, took))
+}
+
+/// Kills and reaps the child process when it is dropped.
+struct KillOnDrop(Child);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        // Both can fail only if the child was already reaped, and nothing else reaps it.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits for the agent's first message. If the machine ends, the agent's stream ends.
+fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
+    agent.set_read_timeout(Some(BOOT_TIMEOUT)).map_err(CheckError::Start)?;
+    let mut frames = FrameBuffer::new(MAX_FROM_AGENT);
+    let mut bytes = [0; 4096];
+    loop {
+        match agent.read(&mut bytes) {
+            Ok(0) => return Err(end_reason(channel)),
+            Ok(count) => frames.push(&bytes[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return Err(CheckError::TimedOut),
+        }
+        if let Some(FromAgent::Ready(ready)) = frames.next()? {
+            return Ok(ready);
+        }
+    }
+}
+
+/// Prints the guest's console.
+fn print_console(channel: &Channel) -> Result<(), CheckError> {
+    channel.send(&Command::ReadConsole, &[])?;
+    loop {
+        if let (Notice::Console(tail), _) = channel.receive()? {
+            print!("{}", String::from_utf8_lossy(&tail));
+            return io::stdout().flush().map_err(CheckError::Print);
+        }
+    }
+}
+
+/// Waits for the vmm's notice that the machine has ended.
+fn end_reason(channel: &Channel) -> CheckError {
+    loop {
+        match channel.receive() {
+            Ok((Notice::Ended { reason, console }, _)) => {
+                let console = String::from_utf8_lossy(&console).into_owned();
+                return CheckError::Ended {
+                    reason: reason.to_string(),
+                    console: if console.is_empty() {
+                        console
+                    } else {
+                        format!("\n{console}")
+                    },
+                };
+            }
+            Ok(_) => {}
+            Err(error) => return error.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, process};
+
+    use super::*;
+
+    #[test]
+    fn dropped_child_is_killed_and_reaped() {
+        let child = process::Command::new("sleep").arg("600").spawn().unwrap();
+        let entry = format!("/proc/{}", child.id());
+        assert!(Path::new(&entry).exists());
+
+        drop(KillOnDrop(child));
+
+        assert!(!Path::new(&entry).exists(), "a zombie would still have an entry");
+    }
+}
