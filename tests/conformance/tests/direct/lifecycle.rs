@@ -144,6 +144,8 @@ fn unsupported_methods_fail_with_unimplemented() {
             // Methods that containerd never calls.
             ("containerd.runtime.sandbox.v1.Sandbox", "PortForward"),
             ("containerd.runtime.sandbox.v1.Sandbox", "UpdateSandbox"),
+            // A service that this shim does not have.
+            ("containerd.services.transfer.v1.Transfer", "Transfer"),
         ] {
             let answer = container
                 .task()
@@ -151,7 +153,7 @@ fn unsupported_methods_fail_with_unimplemented() {
                 .call::<Empty>(method, &Empty::default());
             assert_eq!(code(answer), Code::UNIMPLEMENTED, "{service}/{method}");
         }
-        // The ttrpc crate returns this code for an unknown service. containerd never calls one.
+        // The ttrpc crate returns this code for a service that containerd does not have either.
         let answer = container
             .task()
             .with_service("no.such.Service")
