@@ -12,6 +12,9 @@ pub(crate) const VNET_HEADER_SIZE: u32 = 12;
 /// The maximum size of the console tail, which the vmm keeps for error messages, in bytes.
 pub(crate) const MAX_CONSOLE_TAIL: usize = 16 << 10;
 
+/// The maximum size of the text of a warning, in bytes.
+pub(crate) const MAX_WARNING: usize = 1 << 10;
+
 /// A message from the shim to the vmm.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Command {
@@ -129,6 +132,13 @@ pub(crate) enum Notice {
     },
     /// The reply to [`Command::ReadConsole`]: the last [`MAX_CONSOLE_TAIL`] bytes of the guest's console.
     Console(Vec<u8>),
+    /// Something in the vmm has failed that the guest does not report, or whose cause it does not know.
+    Warning {
+        /// The device: the serial of a disk, or what the user calls another device.
+        device: String,
+        /// In one line, at most [`MAX_WARNING`] bytes.
+        text: String,
+    },
     /// The machine could not be built or has ended. The final notice: the vmm exits after it.
     Ended {
         reason: EndReason,

@@ -1,7 +1,7 @@
 //! The control channel between shim and vmm.
 //!
-//! Belongs here: the messages ([`Command`] to the vmm, [`Notice`] to the shim) and the socket that carries them
-//! ([`Channel`]). Does not belong here: the handling of a message. The shim sends commands (`shim/machine`), the vmm
+//! Belongs here: the messages ([`Command`] to the vmm, [`Notice`] to the shim), the socket that carries them
+//! ([`Channel`]), and the limit that both ends set to warnings ([`RateLimit`]). Does not belong here: the handling of a message. The shim sends commands (`shim/machine`), the vmm
 //! executes them (`vmm/event_loop.rs`).
 //!
 //! Both ends are the same executable, so messages carry no version. The shim still treats everything that the vmm
@@ -10,9 +10,11 @@
 
 mod channel;
 mod message;
+mod rate_limit;
 
 pub(crate) use self::{
     channel::{Channel, ControlError},
-    message::{Command, DiskAccess, EndReason, MAX_CONSOLE_TAIL, MachineConfig, Notice, VNET_HEADER_SIZE},
+    message::{Command, DiskAccess, EndReason, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, Notice, VNET_HEADER_SIZE},
+    rate_limit::RateLimit,
 };
 pub(crate) use crate::memory::Extent;

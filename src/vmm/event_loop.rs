@@ -152,7 +152,8 @@ fn handle_event(
             drain(&machine.console_transmit_kick);
             let mut console = machine.console.lock();
             // A guest that breaks a queue of its console, rng or balloon continues without that device.
-            if console.serve().is_err() {
+            if let Err(error) = console.serve() {
+                log::warn!(target: "console", "the guest continues without it: {error}");
                 console.reset();
             }
             None
@@ -160,7 +161,8 @@ fn handle_event(
         EventSource::Rng => {
             drain(&machine.rng_kick);
             let mut rng = machine.rng.lock();
-            if rng.serve().is_err() {
+            if let Err(error) = rng.serve() {
+                log::warn!(target: "random number generator", "the guest continues without it: {error}");
                 rng.reset();
             }
             None
@@ -168,7 +170,8 @@ fn handle_event(
         EventSource::BalloonReporting => {
             drain(&machine.balloon_reporting_kick);
             let mut balloon = machine.balloon.lock();
-            if balloon.serve().is_err() {
+            if let Err(error) = balloon.serve() {
+                log::warn!(target: "balloon", "the guest continues without it: {error}");
                 balloon.reset();
             }
             None

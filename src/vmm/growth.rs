@@ -206,7 +206,8 @@ impl Growth {
         if let Some(device) = &self.device {
             let mut device = device.lock();
             // A guest that breaks the queue keeps the memory that it has.
-            if device.serve().is_err() {
+            if let Err(error) = device.serve() {
+                log::warn!(target: "memory device", "the guest keeps the memory that it has: {error}");
                 device.reset();
             }
         }

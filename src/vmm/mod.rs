@@ -17,6 +17,7 @@ mod kvm;
 mod machine;
 mod progress;
 mod vcpu;
+mod warnings;
 mod wiring;
 
 use std::{
@@ -72,6 +73,10 @@ pub(crate) fn main() -> ExitCode {
     // SAFETY: the shim started this process with its end of the control channel on descriptor 0, which nothing else in
     // this process uses.
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(0) });
+    // If this fails, the machine works all the same.
+    if let Ok(channel) = channel.try_clone() {
+        warnings::install(channel);
+    }
     let console_tail = Arc::new(ConsoleTail::default());
     let reason = match confined {
         Ok(()) => match run(&channel, &console_tail) {

@@ -12,6 +12,9 @@ CONTAINERD_CONFIG='[plugins."io.containerd.snapshotter.v1.blockfile"]
   fs_type = "ext4"
   mount_options = []
   recreate_scratch = true'
+# Small enough to be filled by a test.
+mkdir -p /run/containerd-root/blockfile
+mount -t tmpfs -o size=200M tmpfs /run/containerd-root/blockfile
 set_up_containerd 2.1 busybox
 snapshotter=blockfile
 
@@ -59,11 +62,36 @@ bind_mounts_work_beside_a_disk() {
   rm -r /run/tmp/volume
 }
 
+# The guest only knows that a write failed. The log of the host names the file and the cause.
+full_host_disk_under_a_guests_write_is_named_in_the_log() {
+  new_name
+  local fill=/run/containerd-root/blockfile/fill logged
+  logged=$(stat -c %s /run/containerd.log)
+  nutshell "$name" -d -- sleep 1000
+  dd if=/dev/zero of=$fill bs=1M >/dev/null 2>&1 || true
+  ! ctr task exec --exec-id write "$name" sh -c 'dd if=/dev/urandom of=/data bs=1M count=30 conv=fsync' >/dev/null 2>&1 || return 1
+  rm $fill
+  wait_for_log "$logged" 'disk /run/containerd-root/blockfile/[^ ]*: write at byte [0-9]* failed.*No space left on device'
+  remove "$name"
+}
+
+# wait_for_log OFFSET PATTERN: waits until containerd's log has a matching line after OFFSET. Limited to 100 tries.
+wait_for_log() {
+  local try
+  for try in {1..100}; do
+    ! tail -c "+$(($1 + 1))" /run/containerd.log | grep -q -- "$2" || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "no '$2' in containerd's log" >&2
+  return 1
+}
+
 check "root is an ext4 disk of the guest" root_is_an_ext4_disk_of_the_guest
 check "no fs process runs" no_fs_process_runs
 check "bind mounts work beside a disk" bind_mounts_work_beside_a_disk
 check "exit status is exact" exit_status_is_exact
 check "writes are on the disk after the delete" writes_are_on_the_disk_after_the_delete
+check "full host disk under a guest's write is named in the log" full_host_disk_under_a_guests_write_is_named_in_the_log
 check "missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
 rm /run/scratch.ext4
 finish

@@ -30,7 +30,9 @@ impl Balloon {
         let memory = queue.memory().clone();
         queue.serve(|chain| {
             // On failure, the pages stay allocated, as if the guest used them.
-            let _ = chain.writable.discard(memory.regions());
+            if let Err(error) = chain.writable.discard(memory.regions()) {
+                log::warn!(target: "balloon", "memory that the guest freed stays allocated: {error}");
+            }
             0
         })
     }

@@ -148,7 +148,13 @@ impl Mmio {
             queues,
             interrupt: self.line.clone(),
         };
-        self.device.activate(activation).ok()
+        let activated = self.device.activate(activation);
+        activated
+            .inspect_err(|error| {
+                let id = self.device.device_id();
+                log::warn!(target: "virtual machine", "a device with the virtio id {id} cannot be used: {error}");
+            })
+            .ok()
     }
 }
 

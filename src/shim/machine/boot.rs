@@ -7,7 +7,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use crate::{
@@ -38,6 +38,8 @@ pub(crate) enum BootError {
 pub(crate) struct DiskFile {
     /// From [`open_disk`].
     pub(crate) file: File,
+    /// Its path, for messages.
+    pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
 }
 
@@ -122,14 +124,14 @@ pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
 }
 
 /// Opens the regular file or block device behind a disk. Any other file is an error.
-pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError> {
+pub(crate) fn open_disk(path: PathBuf, read_only: bool) -> Result<DiskFile, BootError> {
     let open = || {
         // Without O_NONBLOCK, opening a fifo would block the shim.
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
             .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
+            .open(&path)?;
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(io::Error::other("neither a file nor a block device"));
@@ -138,14 +140,16 @@ pub(crate) fn open_disk(path: &Path, read_only: bool) -> Result<File, BootError>
         rustix::fs::fcntl_setfl(file.as_fd(), flags)?;
         Ok(file)
     };
-    open().map_err(|source| BootError::Disk {
-        path: path.to_owned(),
-        source,
-    })
+    match open() {
+        Ok(file) => Ok(DiskFile { file, path, read_only }),
+        Err(source) => Err(BootError::Disk { path, source }),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::{control::Extent, oci::Size};
 
@@ -180,6 +184,7 @@ mod tests {
     fn boot_command_announces_the_descriptors_that_go_with_it() {
         let disk = |read_only| DiskFile {
             file: null(),
+            path: "/dev/null".into(),
             read_only,
         };
         let disks = || vec![disk(true), disk(false)];
@@ -206,11 +211,11 @@ mod tests {
             Path::new("/dev/null"),
             Path::new("/no/such/file"),
         ] {
-            let error = open_disk(path, true).unwrap_err().to_string();
+            let error = open_disk(path.to_owned(), true).unwrap_err().to_string();
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
         let image = folder.path().join("image");
         std::fs::write(&image, [0; 512]).unwrap();
-        open_disk(&image, false).unwrap();
+        open_disk(image, false).unwrap();
     }
 }

@@ -21,14 +21,14 @@ use std::{
     future::Future,
     io,
     os::{
-        fd::{BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
     sync::Arc,
     time::Duration,
 };
 
-use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready, Request};
+use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready, Request, disk_serial};
 use tokio::{sync::oneshot, time::Instant};
 
 pub(crate) use self::{
@@ -37,7 +37,7 @@ pub(crate) use self::{
     exit::MachineExit,
     monitor::FINAL_NOTICE_TIMEOUT,
     streams::GuestStream,
-    vmm::{VmmError, VmmProcess},
+    vmm::{VmmError, VmmProcess, log_stderr},
 };
 use self::{
     async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::BootProgress, exit::EndRequest,
@@ -79,8 +79,14 @@ impl Machine {
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, BootError> {
         let VmmProcess { child, control, stderr } = vmm;
+        let disk_paths: Vec<_> = boot.disks.iter().map(|disk| disk.path.clone()).collect();
         match Self::open_channels(control, boot, on_event) {
-            Ok((control, agent, agent_end)) => Ok(Self::spawn_monitor(child, stderr, control, agent, agent_end)),
+            Ok((control, agent, agent_end)) => {
+                let state = Arc::new(MachineState::new());
+                let serials = (0..).map(disk_serial);
+                state.disk_paths.lock().extend(serials.zip(disk_paths));
+                Ok(Self::spawn_monitor(child, stderr, control, state, agent, agent_end))
+            }
             Err(error) => {
                 child.kill();
                 // The first error is the one to report.
@@ -111,11 +117,11 @@ impl Machine {
         child: Child,
         stderr: OwnedFd,
         control: Arc<AsyncChannel>,
+        state: Arc<MachineState>,
         agent: Agent,
         agent_end: impl Future<Output = String> + Send + 'static,
     ) -> Self {
         let child = Arc::new(child);
-        let state = Arc::new(MachineState::new());
         tokio::spawn({
             let (child, control, state) = (child.clone(), control.clone(), state.clone());
             async move { monitor::run(&state, &control, &child, stderr, agent_end).await }
@@ -285,7 +291,12 @@ impl Machine {
     }
 
     /// Puts a disk into the free disk slot `slot`.
-    pub(crate) async fn plug_disk(&self, slot: u32, read_only: bool, file: BorrowedFd<'_>) -> Result<(), VmmError> {
+    pub(crate) async fn plug_disk(&self, slot: u32, disk: &DiskFile) -> Result<(), VmmError> {
+        self.state
+            .disk_paths
+            .lock()
+            .insert(disk_serial(slot), disk.path.clone());
+        let (read_only, file) = (disk.read_only, disk.file.as_fd());
         let command = Command::PlugDisk { slot, read_only };
         self.change_slot(FIRST_DISK_SLOT.saturating_add(slot), &command, &[file])
             .await

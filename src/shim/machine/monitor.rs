@@ -1,20 +1,27 @@
 //! The task that receives the vmm's notices and follows a machine to its end, and the state that it shares with
 //! [`Machine`](super::Machine).
 
-use std::{collections::HashMap, future::Future, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use super::{
     async_channel::AsyncChannel,
-    console::printable_tail,
+    console::{printable_line, printable_tail},
     exit::{EndRequest, MachineExit, describe_death, describe_end},
     streams::StreamTable,
     vmm::log_stderr,
 };
 use crate::{
-    control::{ControlError, EndReason, Notice},
+    control::{ControlError, EndReason, MAX_WARNING, Notice, RateLimit},
     shim::child::Child,
 };
 
@@ -23,6 +30,13 @@ pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long to wait for the end of standard error of a vmm that has ended.
 const STDERR_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// How many warnings of a vmm are logged at once, and how often one is logged after that.
+const WARNING_BURST: u32 = 50;
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The maximum length of the name of a device in a warning, in characters.
+const MAX_DEVICE_NAME: usize = 64;
 
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
 type AnswerSender = oneshot::Sender<Result<(), String>>;
@@ -42,6 +56,9 @@ pub(super) struct MachineState {
     /// How much memory the guest has beyond its boot memory, in bytes, as the vmm reported it when the guest had
     /// reached the requested size. `None` while the guest has not reached it.
     pub(super) plugged_memory: watch::Sender<Option<u64>>,
+    /// The files behind the disks, by serial.
+    pub(super) disk_paths: Mutex<HashMap<String, PathBuf>>,
+    warnings: Mutex<RateLimit<()>>,
     /// The first decision of the shim to end the machine.
     pub(super) end_request: Mutex<Option<EndRequest>>,
     /// Set once, when the process is gone.
@@ -57,8 +74,27 @@ impl MachineState {
             slot_requests: Mutex::default(),
             resize_request: Mutex::default(),
             plugged_memory: watch::Sender::new(None),
+            disk_paths: Mutex::default(),
+            warnings: Mutex::new(RateLimit::new(WARNING_BURST, WARNING_INTERVAL)),
             end_request: Mutex::default(),
             exit: watch::Sender::new(None),
+        }
+    }
+}
+
+impl MachineState {
+    /// Logs a warning of the vmm. The vmm limits their number too, but a guest may control it.
+    fn warn(&self, device: &str, text: &str) {
+        let Some(suppressed) = self.warnings.lock().admit((), Instant::now()) else {
+            return;
+        };
+        let text = printable_line(text, MAX_WARNING);
+        match self.disk_paths.lock().get(device) {
+            Some(path) => log::warn!("disk {}: {text}", path.display()),
+            None => log::warn!("{}: {text}", printable_line(device, MAX_DEVICE_NAME)),
+        }
+        if suppressed > 0 {
+            log::warn!("{suppressed} warnings of the virtual machine were dropped");
         }
     }
 }
@@ -72,7 +108,7 @@ pub(super) async fn run(
     stderr: OwnedFd,
     agent_end: impl Future<Output = String>,
 ) {
-    let stderr = tokio::spawn(log_stderr(stderr, child.pid()));
+    let stderr = tokio::spawn(log_stderr(stderr, "vmm", child.pid()));
     let agent_gone = async {
         let reason = agent_end.await;
         tokio::time::sleep(FINAL_NOTICE_TIMEOUT).await;
@@ -136,6 +172,7 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
                 answer(state.resize_request.lock().take(), result);
             }
             Ok(Notice::MemoryPlugged { bytes }) => drop(state.plugged_memory.send_replace(Some(bytes))),
+            Ok(Notice::Warning { device, text }) => state.warn(&device, &text),
             Ok(Notice::Ended { reason, console }) => return Some((reason, console)),
             Err(ControlError::Closed) => return None,
             Err(error) => {

@@ -66,9 +66,9 @@ impl VmmProcess {
     }
 }
 
-/// Logs what the vmm `pid` writes to its standard error until end of file, and returns the text. Anything beyond the
-/// first [`MAX_LOGGED_STDERR`] bytes is dropped.
-pub(super) async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
+/// Logs what a process writes to its standard error until end of file, and returns the text. Anything beyond the first
+/// [`MAX_LOGGED_STDERR`] bytes is dropped. `process` is what the log calls it, and `pid` its pid.
+pub(crate) async fn log_stderr(stderr: OwnedFd, process: &'static str, pid: u32) -> String {
     let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
         return String::new();
     };
@@ -78,7 +78,7 @@ pub(super) async fn log_stderr(stderr: OwnedFd, pid: u32) -> String {
         let room = MAX_LOGGED_STDERR - kept.len();
         let new = &bytes[..length.min(room)];
         for line in printable_tail(new).lines() {
-            log::warn!("vmm process {pid}: {line}");
+            log::warn!("{process} process {pid}: {line}");
         }
         kept.extend_from_slice(new);
     }

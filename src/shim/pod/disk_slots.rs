@@ -1,6 +1,6 @@
 //! The hot-plugged disks of a pod's containers.
 
-use std::{collections::HashMap, os::fd::AsFd, path::Path, time::Duration};
+use std::{collections::HashMap, path::Path, time::Duration};
 
 use nutshell_protocol::Request;
 use parking_lot::{Mutex, MutexGuard};
@@ -52,14 +52,14 @@ impl DiskSlots {
         read_only: bool,
     ) -> Result<u32, PodError> {
         let path = source.to_owned();
-        let file = blocking::run(OPEN_DISK, move || open_disk(&path, read_only)).await??;
+        let disk = blocking::run(OPEN_DISK, move || open_disk(path, read_only)).await??;
         let slot = {
             let mut inner = self.lock();
             let slot = inner.free.pop().ok_or(PodError::NoSlot { max: self.count })?;
             inner.taken.insert(id.clone(), slot);
             slot
         };
-        let plugged = machine.plug_disk(slot, read_only, file.as_fd()).await;
+        let plugged = machine.plug_disk(slot, &disk).await;
         plugged.map_err(|error| PodError::Disk {
             path: source.to_owned(),
             source: error,

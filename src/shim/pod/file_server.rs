@@ -12,7 +12,7 @@ use crate::{
     shim::{
         blocking::{self, FILE_SYSTEM_LIMIT},
         child::{Child, WaitStatus},
-        machine::{FINAL_NOTICE_TIMEOUT, Machine},
+        machine::{FINAL_NOTICE_TIMEOUT, Machine, log_stderr},
         share::{FileServer, ShareError},
     },
 };
@@ -31,13 +31,17 @@ impl RunningFileServer {
     /// Starts a file server, and returns it with the vmm's socket. `None` if the launcher starts no file servers. Call
     /// it on the shim's main thread. Needs the Tokio runtime.
     pub(super) fn start(launcher: &dyn Launcher) -> Result<Option<(Self, OwnedFd)>, ShareError> {
-        let Some((server, socket)) = launcher.spawn_file_server()? else {
+        let Some((mut server, socket)) = launcher.spawn_file_server()? else {
             return Ok(None);
         };
+        let stderr = server.take_stderr();
         let child = Child::from_std(server.child()).map_err(|source| ShareError::Start {
             step: "watch the process",
             source,
         })?;
+        if let Some(stderr) = stderr {
+            tokio::spawn(log_stderr(stderr, "file server", child.pid()));
+        }
         let running = Self {
             server: Arc::new(server),
             child: Arc::new(child),

@@ -43,8 +43,7 @@ impl PodRequirements {
             Root::Share { .. } => (true, Vec::new()),
             Root::Disk { source, read_only, .. } => {
                 let (source, read_only) = (source.clone(), *read_only);
-                let file = blocking::run(OPEN_DISK, move || open_disk(&source, read_only)).await??;
-                let disk = DiskFile { file, read_only };
+                let disk = blocking::run(OPEN_DISK, move || open_disk(source, read_only)).await??;
                 (!plan.shares.is_empty(), vec![disk])
             }
         };

@@ -81,7 +81,7 @@ impl FileServer {
         let child = jail::build_command(ROLE)
             .stdin(OwnedFd::from(listener))
             .stdout(inherited)
-            .stderr(Stdio::inherit())
+            .stderr(Stdio::piped())
             .spawn()
             .map_err(step("execute /proc/self/exe"))
             .map_err(start)?;
@@ -92,6 +92,11 @@ impl FileServer {
             root,
         };
         Ok((server, connection.into()))
+    }
+
+    /// Takes the reading end of the process's standard error, which has its warnings.
+    pub(crate) fn take_stderr(&mut self) -> Option<OwnedFd> {
+        self.child.stderr.take().map(OwnedFd::from)
     }
 
     /// The process. The caller waits for its end.

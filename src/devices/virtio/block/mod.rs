@@ -135,12 +135,20 @@ impl Worker {
             .stack_size(128 << 10)
             .spawn(move || {
                 // Serve before the first wait: the first kick may have happened before the thread started.
-                loop {
-                    if stopped.load(Ordering::SeqCst) || serve(&disk, &mut queue, &stopped).is_err() {
-                        // A broken queue is no longer served: the driver's requests are not completed.
-                        return;
-                    }
-                    if queue.kick().read().is_err() {
+                while !stopped.load(Ordering::SeqCst) {
+                    let served = serve(&disk, &mut queue, &stopped)
+                        .map_err(|error| error.to_string())
+                        .and_then(|()| {
+                            queue
+                                .kick()
+                                .read()
+                                .map_err(|error| format!("wait for requests: {error}"))
+                        });
+                    if let Err(error) = served {
+                        log::warn!(
+                            target: disk.serial.as_str(),
+                            "a queue is no longer served, its requests are not completed: {error}"
+                        );
                         return;
                     }
                 }

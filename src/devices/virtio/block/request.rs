@@ -22,15 +22,17 @@ pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 /// The error statuses of a request.
 #[derive(Debug)]
 enum RequestError {
-    /// The request failed or lies outside the disk.
-    Io,
+    /// A system call on the disk's file failed.
+    Host(io::Error),
+    /// The request lies outside the disk, is malformed, or writes to a read-only disk.
+    Invalid,
     /// The type or a flag is unknown.
     Unsupported,
 }
 
 impl From<io::Error> for RequestError {
-    fn from(_: io::Error) -> Self {
-        Self::Io
+    fn from(error: io::Error) -> Self {
+        Self::Host(error)
     }
 }
 
@@ -43,14 +45,26 @@ pub(super) fn process(mut chain: Chain<'_>, disk: &Disk) -> u32 {
     let mut data = chain.writable.split_to(data_length);
     let mut status = chain.writable;
     let mut header = [0; 16];
-    let outcome = if chain.readable.take(&mut header) {
-        execute(header, &mut chain.readable, &mut data, disk)
+    let has_header = chain.readable.take(&mut header);
+    // struct virtio_blk_req: type, reserved, sector, all little-endian.
+    let [kind, _, sector_low, sector_high] = [0, 4, 8, 12].map(|offset| {
+        let field = header[offset..].first_chunk().copied().unwrap_or_default();
+        u32::from_le_bytes(field)
+    });
+    let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
+    let outcome = if has_header {
+        execute(kind, sector, &mut chain.readable, &mut data, disk)
     } else {
-        Err(RequestError::Io)
+        Err(RequestError::Invalid)
     };
     let (written, code) = match outcome {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
-        Err(RequestError::Io) => (0, VIRTIO_BLK_S_IOERR),
+        Err(RequestError::Host(error)) => {
+            let operation = operation_name(kind, sector);
+            log::warn!(target: disk.serial.as_str(), "{operation} failed, the guest gets an I/O error: {error}");
+            (0, VIRTIO_BLK_S_IOERR)
+        }
+        Err(RequestError::Invalid) => (0, VIRTIO_BLK_S_IOERR),
         Err(RequestError::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
     };
     let status_length = status.put(&[u8::try_from(code).unwrap_or(1)]);
@@ -59,7 +73,8 @@ pub(super) fn process(mut chain: Chain<'_>, disk: &Disk) -> u32 {
 
 /// Returns the number of bytes written to `writable`.
 fn execute(
-    header: [u8; 16],
+    kind: u32,
+    sector: u64,
     readable: &mut Buffers<'_>,
     writable: &mut Buffers<'_>,
     disk: &Disk,
@@ -70,9 +85,6 @@ fn execute(
         serial,
     } = disk;
     let capacity = *capacity;
-    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-    let (_, sector) = header.split_at(8);
-    let sector = u64::from_le_bytes(sector.try_into().map_err(|_| RequestError::Io)?);
     if kind == VIRTIO_BLK_T_GET_ID {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let length = serial.len().min(id.len());
@@ -84,7 +96,7 @@ fn execute(
         VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
     );
     if writes && backing.read_only {
-        return Err(RequestError::Io);
+        return Err(RequestError::Invalid);
     }
     match kind {
         VIRTIO_BLK_T_IN => {
@@ -93,7 +105,9 @@ fn execute(
             while writable.len() > 0 {
                 let count = retry_interrupted(|| writable.read_from(backing.file.as_fd(), Some(offset)))?;
                 if count == 0 {
-                    return Err(RequestError::Io);
+                    return Err(RequestError::Host(io::Error::other(
+                        "the file is shorter than the disk",
+                    )));
                 }
                 offset += count as u64;
                 writable.split_to(count);
@@ -105,7 +119,7 @@ fn execute(
             while readable.len() > 0 {
                 let count = retry_interrupted(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
                 if count == 0 {
-                    return Err(RequestError::Io);
+                    return Err(RequestError::Host(io::ErrorKind::WriteZero.into()));
                 }
                 offset += count as u64;
                 readable.split_to(count);
@@ -123,9 +137,9 @@ fn execute(
             if !readable.take(&mut segment) || readable.len() > 0 {
                 return Err(RequestError::Unsupported);
             }
-            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| RequestError::Io)?);
-            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| RequestError::Io)?);
-            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| RequestError::Io)?);
+            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| RequestError::Invalid)?);
+            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| RequestError::Invalid)?);
+            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| RequestError::Invalid)?);
             let discard = kind == VIRTIO_BLK_T_DISCARD;
             let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
             if flags & !known != 0 || count > MAX_ZERO_SECTORS {
@@ -140,6 +154,18 @@ fn execute(
     }
 }
 
+/// What a request does, for the log.
+fn operation_name(kind: u32, sector: u64) -> String {
+    let name = match kind {
+        VIRTIO_BLK_T_IN => "read",
+        VIRTIO_BLK_T_OUT => "write",
+        VIRTIO_BLK_T_FLUSH => return "flush".to_owned(),
+        VIRTIO_BLK_T_DISCARD => return "discard".to_owned(),
+        _ => return "write of zeroes".to_owned(),
+    };
+    format!("{name} at byte {}", u128::from(sector) * u128::from(SECTOR_SIZE))
+}
+
 /// The byte offset of `sector`, if `length` bytes from there lie inside the disk.
 fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, RequestError> {
     let inside = length.is_multiple_of(SECTOR_SIZE)
@@ -149,7 +175,7 @@ fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Reques
     if inside {
         Ok(sector * SECTOR_SIZE)
     } else {
-        Err(RequestError::Io)
+        Err(RequestError::Invalid)
     }
 }
 

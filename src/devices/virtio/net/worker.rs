@@ -57,8 +57,9 @@ impl Worker {
             .name("net".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                // After an error, for example a broken queue, the guest continues without this queue pair.
-                let _ = PacketLoop::new(pair, control).run(&stopped);
+                if let Err(error) = PacketLoop::new(pair, control).run(&stopped) {
+                    log::warn!(target: "network interface", "the guest continues without a pair of queues: {error}");
+                }
             })?;
         Ok(Self {
             stop,

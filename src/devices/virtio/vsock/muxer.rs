@@ -166,7 +166,8 @@ impl Muxer {
             && header.operation == Some(Operation::Request)
             && let Some(stream) = self.unconnected.remove(&header.destination_port)
         {
-            if self.accept(header, key, stream).is_err() {
+            if let Err(error) = self.accept(header, key, stream) {
+                log::warn!(target: "streams", "a stream of a process is closed at its start: {error}");
                 self.keys_by_host_port.remove(&key.host_port);
                 self.notices.push(StreamNotice::Closed(key.host_port));
                 self.queue_reset(key);
