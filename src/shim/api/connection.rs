@@ -1,6 +1,7 @@
 //! Connections of containerd: access control, and the delivery of the last reply.
 
 use std::{
+    collections::HashSet,
     io,
     os::unix::net::UnixListener as StdUnixListener,
     pin::Pin,
@@ -8,7 +9,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use containerd_shim::protos::ttrpc::{MessageHeader, asynchronous::transport::Listener};
+use containerd_shim::protos::ttrpc::{MessageHeader, asynchronous::transport::Listener, proto::MESSAGE_TYPE_REQUEST};
 use futures_core::Stream;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -19,7 +20,8 @@ use tokio::{
 /// Tracks the last reply of the shim, so that the process exits after the client has received it. Clones share their
 /// state.
 ///
-/// Connections recognize the reply by its stream id among the bytes that they write.
+/// Connections recognize the reply by its stream id among the bytes that they write. Stream ids are per connection, so
+/// only a connection that carried a request to shut down can carry the last reply.
 #[derive(Debug, Clone)]
 pub(crate) struct LastReply(Arc<watch::Sender<Progress>>);
 
@@ -118,6 +120,7 @@ impl Stream for OwnUserListener {
                         stream,
                         last_reply: self.last_reply.clone(),
                         header: HeaderStart::default(),
+                        shutdown_requests: ShutdownRequests::default(),
                         carried_last_reply: false,
                     })));
                 }
@@ -132,6 +135,7 @@ struct Connection {
     stream: UnixStream,
     last_reply: LastReply,
     header: HeaderStart,
+    shutdown_requests: ShutdownRequests,
     carried_last_reply: bool,
 }
 
@@ -177,6 +181,63 @@ impl HeaderStart {
     }
 }
 
+/// The requests to shut down among the messages that a client sends.
+#[derive(Debug, Default)]
+struct ShutdownRequests {
+    /// Of the message that is being read.
+    header: Vec<u8>,
+    /// The first bytes of its payload, which name service and method.
+    payload_start: Vec<u8>,
+    /// How many bytes of its payload are still to come.
+    left: usize,
+    /// The stream ids of the requests without a reply.
+    streams: HashSet<u32>,
+}
+
+/// The size of a ttrpc header: length, stream id, type and flags (containerd/ttrpc PROTOCOL.md), in bytes.
+const HEADER_SIZE: usize = 10;
+
+/// How many bytes of a request contain the names of its service and method, which come first.
+const NAMES_SIZE: usize = 128;
+
+impl ShutdownRequests {
+    /// Adds bytes that the client sent.
+    fn push(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.header.len() < HEADER_SIZE {
+                let (part, rest) = bytes.split_at(bytes.len().min(HEADER_SIZE - self.header.len()));
+                self.header.extend_from_slice(part);
+                bytes = rest;
+                if let Some([length @ .., _, _, _, _, _, _]) = self.header.first_chunk::<HEADER_SIZE>() {
+                    self.left = u32::from_be_bytes(*length) as usize;
+                }
+            } else {
+                let (part, rest) = bytes.split_at(bytes.len().min(self.left));
+                let names = &part[..part.len().min(NAMES_SIZE - self.payload_start.len())];
+                self.payload_start.extend_from_slice(names);
+                self.left -= part.len();
+                bytes = rest;
+            }
+            if self.header.len() == HEADER_SIZE && self.left == 0 {
+                self.end_message();
+            }
+        }
+    }
+
+    fn end_message(&mut self) {
+        const METHOD: &[u8] = b"Shutdown";
+        if let [_, _, _, _, stream @ .., kind, _] = &self.header[..]
+            && let Ok(stream) = stream.try_into()
+            && *kind == MESSAGE_TYPE_REQUEST
+            && self.payload_start.windows(METHOD.len()).any(|window| window == METHOD)
+        {
+            self.streams.insert(u32::from_be_bytes(stream));
+        }
+        self.header.clear();
+        self.payload_start.clear();
+    }
+}
+
 impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -185,8 +246,12 @@ impl AsyncRead for Connection {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let poll = self.as_mut().stream().poll_read(context, buffer);
-        if poll.is_ready() && buffer.filled().len() == before {
-            self.on_close();
+        if poll.is_ready() {
+            let new = &buffer.filled()[before..];
+            if new.is_empty() {
+                self.on_close();
+            }
+            self.shutdown_requests.push(new);
         }
         poll
     }
@@ -206,6 +271,7 @@ impl AsyncWrite for Connection {
         let poll = self.as_mut().stream().poll_flush(context);
         if poll.is_ready()
             && let Some(stream) = self.header.take_stream_id()
+            && self.shutdown_requests.streams.remove(&stream)
         {
             self.carried_last_reply |= self.last_reply.note_written(stream);
         }
@@ -228,36 +294,81 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn only_the_expected_reply_counts_as_the_last_one() {
-        let last_reply = LastReply::new();
-        let (stream, peer) = UnixStream::pair().unwrap();
-        let mut connection = Connection {
+    fn connection(stream: UnixStream, last_reply: &LastReply) -> Connection {
+        Connection {
             stream,
             last_reply: last_reply.clone(),
             header: HeaderStart::default(),
+            shutdown_requests: ShutdownRequests::default(),
             carried_last_reply: false,
-        };
-        let mut write_reply = async |stream: u32| {
-            let mut message = MessageHeader::new_response(stream, 3);
-            message.length = 3;
-            // In two parts, as ttrpc writes it.
-            let bytes = [Vec::from(message), b"abc".to_vec()].concat();
-            connection.write_all(&bytes[..7]).await.unwrap();
-            connection.write_all(&bytes[7..]).await.unwrap();
-            connection.flush().await.unwrap();
-        };
+        }
+    }
+
+    fn message(mut header: MessageHeader, payload: &[u8]) -> Vec<u8> {
+        header.length = u32::try_from(payload.len()).unwrap();
+        [Vec::from(header), payload.to_vec()].concat()
+    }
+
+    /// Sends a request on `stream`, and lets the server read it.
+    async fn send_request(client: &mut UnixStream, server: &mut Connection, stream: u32, method: &str) {
+        let bytes = message(
+            MessageHeader::new_request(stream, 0),
+            format!("Task {method}").as_bytes(),
+        );
+        client.write_all(&bytes).await.unwrap();
+        // In small parts.
+        let mut read = 0;
+        while read < bytes.len() {
+            read += server.read(&mut [0; 7]).await.unwrap();
+        }
+    }
+
+    async fn write_reply(server: &mut Connection, stream: u32) {
+        let bytes = message(MessageHeader::new_response(stream, 0), b"abc");
+        // In two parts, as ttrpc writes it.
+        server.write_all(&bytes[..7]).await.unwrap();
+        server.write_all(&bytes[7..]).await.unwrap();
+        server.flush().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn reply_of_another_connection_with_the_same_stream_id_is_not_the_last_one() {
+        let last_reply = LastReply::new();
+        let (stream, mut client) = UnixStream::pair().unwrap();
+        let (other_stream, mut other_client) = UnixStream::pair().unwrap();
+        let mut server = connection(stream, &last_reply);
+        let mut other = connection(other_stream, &last_reply);
+        send_request(&mut other_client, &mut other, 5, "Wait").await;
+        send_request(&mut client, &mut server, 5, "Shutdown").await;
+        last_reply.expect(&MessageHeader::new_request(5, 0));
         let short = Duration::from_millis(50);
 
-        write_reply(1).await;
+        write_reply(&mut other, 5).await;
+        assert!(timeout(short, last_reply.written()).await.is_err());
+        write_reply(&mut server, 5).await;
+
+        timeout(short, last_reply.written()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_the_expected_reply_counts_as_the_last_one() {
+        let last_reply = LastReply::new();
+        let (stream, mut peer) = UnixStream::pair().unwrap();
+        let mut connection = connection(stream, &last_reply);
+        for stream in [1, 3, 5] {
+            send_request(&mut peer, &mut connection, stream, "ShutdownSandbox").await;
+        }
+        let short = Duration::from_millis(50);
+
+        write_reply(&mut connection, 1).await;
         last_reply.written().await;
         last_reply.expect(&MessageHeader::new_request(5, 0));
-        write_reply(3).await;
+        write_reply(&mut connection, 3).await;
         assert!(
             timeout(short, last_reply.written()).await.is_err(),
             "another reply counts as the last one"
         );
-        write_reply(5).await;
+        write_reply(&mut connection, 5).await;
 
         timeout(short, last_reply.written()).await.unwrap();
         assert!(
