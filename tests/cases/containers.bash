@@ -298,17 +298,17 @@ boot_failure_is_reported_with_its_cause() {
 # No global limit of the guest's kernel is lower than the node's, whatever the size of the machine.
 limits_of_the_node_hold_in_the_container() {
   new_name
-  local nr_open name value inside outside
+  local nr_open limit value inside outside
   nr_open=$(</proc/sys/fs/nr_open)
   echo 2500000 >/proc/sys/fs/nr_open
   local names="fs/nr_open fs/file-max fs/aio-max-nr fs/epoll/max_user_watches fs/inotify/max_user_watches kernel/pid_max
     kernel/threads-max kernel/keys/maxkeys vm/max_map_count user/max_user_namespaces"
   inside=$(nutshell "$name" --rm --rlimit-nofile 2000000 --memory-limit $((96 << 20)) -- \
-    sh -c "ulimit -n; for name in $(echo $names); do echo \$name \$(cat /proc/sys/\$name); done")
+    sh -c "ulimit -n; for limit in $(echo $names); do echo \$limit \$(cat /proc/sys/\$limit); done")
   assert_equal 2000000 "$(head -n 1 <<<"$inside")"
-  while read -r name value; do
-    outside=$(<"/proc/sys/$name")
-    ((value >= outside)) || { echo "$name: $value in the container, $outside on the node" >&2 && return 1; }
+  while read -r limit value; do
+    outside=$(<"/proc/sys/$limit")
+    ((value >= outside)) || { echo "$limit: $value in the container, $outside on the node" >&2 && return 1; }
   done <<<"$(tail -n +2 <<<"$inside")"
   assert_equal 11 "$(wc -l <<<"$inside")"
   echo "$nr_open" >/proc/sys/fs/nr_open
