@@ -131,6 +131,8 @@ fn shim_command(
     configuration: Option<&Path>,
 ) -> Result<Command, BootstrapError> {
     let mut shim = Command::new(env::current_exe().map_err(system_error("find this executable"))?);
+    // Each thread that blocks on a file system would get, and keep, a heap (mallopt(3)).
+    shim.env("MALLOC_ARENA_MAX", "1");
     shim.args([
         "-namespace",
         &target.namespace,

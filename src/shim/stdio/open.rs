@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use nutshell_protocol::Stdio;
@@ -70,15 +70,18 @@ impl StdioSpec {
     /// Opens all streams of a process. `id` is that of its container or exec. Waits until logging programs are ready
     /// and until clients have opened streams of the streaming scheme, but not for the other end of a fifo.
     pub(crate) async fn open(&self, id: &str, context: &StdioContext) -> Result<OpenedStreams, StdioError> {
-        let stdin = match Endpoint::parse("stdin", &self.stdin)? {
-            Some(endpoint) => Some(self.open_input(endpoint, context).await?),
-            None => None,
-        };
+        let stdin = Endpoint::parse("stdin", &self.stdin)?;
         let stdout = Endpoint::parse("stdout", &self.stdout)?;
         let stderr = match self.terminal {
             true => None,
             false => Endpoint::parse("stderr", &self.stderr)?
                 .or_else(|| stdout.clone().filter(Endpoint::is_default_for_stderr)),
+        };
+        let [stdin_file, stdout_file, stderr_file] =
+            open_files([stdin.as_ref(), stdout.as_ref(), stderr.as_ref()]).await?;
+        let stdin = match stdin {
+            Some(endpoint) => Some(self.open_input(endpoint, stdin_file, context).await?),
+            None => None,
         };
         let source = LogSource {
             id,
@@ -97,21 +100,26 @@ impl StdioSpec {
         Ok(OpenedStreams {
             terminal: self.terminal,
             stdin,
-            stdout: open_output("stdout", stdout, stdout_pipe, context).await?,
-            stderr: open_output("stderr", stderr, stderr_pipe, context).await?,
+            stdout: open_output("stdout", stdout, stdout_file, stdout_pipe, context).await?,
+            stderr: open_output("stderr", stderr, stderr_file, stderr_pipe, context).await?,
             loggers,
         })
     }
 
-    async fn open_input(&self, endpoint: Endpoint, context: &StdioContext) -> Result<Input, StdioError> {
+    /// Opens the input, or takes its `file` if it has one.
+    async fn open_input(
+        &self,
+        endpoint: Endpoint,
+        file: Option<FileEnds>,
+        context: &StdioContext,
+    ) -> Result<Input, StdioError> {
+        if let Some(FileEnds { machine, opposite }) = file {
+            return Ok(Input {
+                machine: machine.into(),
+                writer: HostWriter::Fifo { _writer: opposite },
+            });
+        }
         match endpoint {
-            Endpoint::Fifo(path) => {
-                let FileEnds { machine, opposite } = open_file("stdin", path, files::open_input).await?;
-                Ok(Input {
-                    machine: machine.into(),
-                    writer: HostWriter::Fifo { _writer: opposite },
-                })
-            }
             Endpoint::Streaming(id) => {
                 let relay = Relay::start_input(&context.streaming, &id).await;
                 let (relay, machine) = relay.map_err(streaming_error("stdin", &id))?;
@@ -120,7 +128,7 @@ impl StdioSpec {
                     writer: HostWriter::Relay(relay),
                 })
             }
-            Endpoint::File(_) | Endpoint::Program(_) => Err(StdioError::Endpoint(EndpointError {
+            Endpoint::Fifo(_) | Endpoint::File(_) | Endpoint::Program(_) => Err(StdioError::Endpoint(EndpointError {
                 stream: "stdin",
                 uri: self.stdin.clone(),
                 reason: "input must come from a fifo or a stream".to_owned(),
@@ -146,21 +154,22 @@ fn logging_programs<'a>(stdout: Option<&'a Endpoint>, stderr: Option<&'a Endpoin
     }
 }
 
-/// Opens an output. `pipe` is the pipe to its logging program, if it has one.
+/// Opens an output, or takes its `file`, or the `pipe` to its logging program, if it has one.
 async fn open_output(
     stream: &'static str,
     endpoint: Option<Endpoint>,
+    file: Option<FileEnds>,
     pipe: Option<OwnedFd>,
     context: &StdioContext,
 ) -> Result<Option<Output>, StdioError> {
-    let to_file = |FileEnds { machine, opposite }| Output {
-        machine: machine.into(),
-        reader: HostReader::Direct { _reader: opposite },
-    };
+    if let Some(FileEnds { machine, opposite }) = file {
+        return Ok(Some(Output {
+            machine: machine.into(),
+            reader: HostReader::Direct { _reader: opposite },
+        }));
+    }
     Ok(match endpoint {
-        None => None,
-        Some(Endpoint::Fifo(path)) => Some(to_file(open_file(stream, path, files::open_output).await?)),
-        Some(Endpoint::File(path)) => Some(to_file(open_file(stream, path, files::open_log).await?)),
+        None | Some(Endpoint::Fifo(_) | Endpoint::File(_)) => None,
         Some(Endpoint::Program(_)) => pipe.map(|machine| Output {
             machine,
             reader: HostReader::Direct { _reader: None },
@@ -211,22 +220,41 @@ async fn connect_output(output: Option<Output>, machine: &Machine) -> Result<Opt
     Ok(Some(OutputStream { stream, reader }))
 }
 
-/// Opens a fifo or file, whose file system may hang.
-async fn open_file(
-    stream: &'static str,
-    path: PathBuf,
-    open: fn(&Path) -> io::Result<FileEnds>,
-) -> Result<FileEnds, StdioError> {
-    let opened = {
-        let path = path.clone();
-        blocking::run("open it", move || open(&path)).await
+/// Opens the fifos and files among the endpoints of standard input, output and error. Their file systems may hang.
+async fn open_files(endpoints: [Option<&Endpoint>; 3]) -> Result<[Option<FileEnds>; 3], StdioError> {
+    type Open = fn(&Path) -> io::Result<FileEnds>;
+    let [stdin, stdout, stderr] = endpoints;
+    let output = |endpoint: Option<&Endpoint>| match endpoint? {
+        Endpoint::Fifo(path) => Some((path.clone(), files::open_output as Open)),
+        Endpoint::File(path) => Some((path.clone(), files::open_log as Open)),
+        Endpoint::Program(_) | Endpoint::Streaming(_) => None,
     };
-    let failed = |source| StdioError::Open { stream, path, source };
-    match opened {
-        Ok(Ok(ends)) => Ok(ends),
-        Ok(Err(error)) => Err(failed(error)),
-        Err(error) => Err(failed(io::Error::other(error))),
-    }
+    let input = match stdin {
+        Some(Endpoint::Fifo(path)) => Some((path.clone(), files::open_input as Open)),
+        _ => None,
+    };
+    let wanted = [("stdin", input), ("stdout", output(stdout)), ("stderr", output(stderr))];
+    let Some((stream, path)) = wanted
+        .iter()
+        .find_map(|(stream, file)| Some((*stream, file.as_ref()?.0.clone())))
+    else {
+        return Ok([None, None, None]);
+    };
+    // All in one step, because each change of the thread costs time.
+    let opened = blocking::run("open it", move || {
+        let mut opened = [None, None, None];
+        for (opened, (stream, file)) in opened.iter_mut().zip(wanted) {
+            if let Some((path, open)) = file {
+                let ends = open(&path).map_err(|source| StdioError::Open { stream, path, source })?;
+                *opened = Some(ends);
+            }
+        }
+        Ok(opened)
+    });
+    opened.await.unwrap_or_else(|error| {
+        let source = io::Error::other(error);
+        Err(StdioError::Open { stream, path, source })
+    })
 }
 
 fn streaming_error<'a>(stream: &'static str, id: &'a str) -> impl FnOnce(StreamingError) -> StdioError + use<'a> {
