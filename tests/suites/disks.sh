@@ -14,7 +14,7 @@ CONTAINERD_CONFIG='[plugins."io.containerd.snapshotter.v1.blockfile"]
   recreate_scratch = true'
 # Small enough to be filled by a test.
 mkdir -p /run/containerd-root/blockfile
-mount -t tmpfs -o size=200M tmpfs /run/containerd-root/blockfile
+mount -t tmpfs -o size=600M tmpfs /run/containerd-root/blockfile
 set_up_containerd 2.1 busybox
 snapshotter=blockfile
 
@@ -65,9 +65,12 @@ bind_mounts_work_beside_a_disk() {
 # The guest only knows that a write failed. The log of the host names the file and the cause.
 full_host_disk_under_a_guests_write_is_named_in_the_log() {
   new_name
-  local fill=/run/containerd-root/blockfile/fill logged
+  local fill=/run/containerd-root/blockfile/fill file logged
   logged=$(stat -c %s /run/containerd.log)
   nutshell "$name" -d -- sleep 1000
+  file=$(ctr snapshot --snapshotter blockfile mounts /run/target "$name" | grep -o '/run/containerd-root/blockfile/[^ ]*')
+  # The snapshotter's copy has no holes.
+  fallocate --dig-holes "$file"
   dd if=/dev/zero of=$fill bs=1M >/dev/null 2>&1 || true
   ! ctr task exec --exec-id write "$name" sh -c 'dd if=/dev/urandom of=/data bs=1M count=30 conv=fsync' >/dev/null 2>&1 || return 1
   rm $fill
