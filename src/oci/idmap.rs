@@ -72,6 +72,14 @@ impl IdMap {
 }
 
 impl Ranges {
+    /// Whether the id of the container is mapped.
+    pub(crate) fn covers(&self, id: u32) -> bool {
+        self.0.iter().any(|range| {
+            id.checked_sub(range.container)
+                .is_some_and(|offset| offset < range.size)
+        })
+    }
+
     fn new(ranges: impl Iterator<Item = Range>) -> Result<Option<Self>, String> {
         let ranges: Vec<_> = ranges.collect();
         for range in &ranges {
@@ -151,5 +159,13 @@ mod tests {
         assert_eq!(map.uids.to_string(), "0 9 2\n");
         assert_eq!(IdMap::from_spec(None, Some(&[])), Ok(None));
         assert!(IdMap::from_spec(Some(&mapping), None).is_err());
+    }
+    #[test]
+    fn ids_of_the_container_in_a_range_are_covered() {
+        let map = IdMap::from_options(&options(&["uidmap=0:1000:10,20:5000:1", "gidmap=5:7:1"]));
+        let map = map.unwrap().unwrap();
+        let covered = |ids: &Ranges| (0..30).filter(|id| ids.covers(*id)).collect::<Vec<_>>();
+        assert_eq!(covered(&map.uids), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20]);
+        assert_eq!(covered(&map.gids), [5]);
     }
 }

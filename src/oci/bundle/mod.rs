@@ -193,6 +193,10 @@ fn parse_id_map(linux: &Linux) -> Result<Option<IdMap>, PlanError> {
             FIELD,
             "a user namespace in the guest can have only one range of users and one range of groups",
         )),
+        Some(map) if !map.uids.covers(0) || !map.gids.covers(0) => Err(PlanError::invalid(
+            FIELD,
+            "id 0 of the container is not mapped: the user namespace would have no root",
+        )),
         _ => Ok(map),
     }
 }

@@ -344,6 +344,15 @@ fn unsupported_or_invalid_field_is_an_error_that_names_it() {
         ("/linux/uidMappings", mapping, "linux.uidMappings"),
         ("/linux/namespaces", json!([{"type": "user"}]), "linux.uidMappings"),
         (
+            "/linux",
+            json!({
+                "namespaces": [{"type": "mount"}, {"type": "user"}],
+                "uidMappings": [{"containerID": 1, "hostID": 1000, "size": 1}],
+                "gidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
+            }),
+            "id 0 of the container",
+        ),
+        (
             "/linux/timeOffsets",
             json!({"boottime": {"secs": 1}}),
             "linux.timeOffsets",

@@ -25,6 +25,9 @@ const MAX_CONNECTIONS: usize = 128;
 /// How long the guest may take to connect. The agent has a shorter timeout itself.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long to wait after a connection could not be accepted.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+
 /// The sockets that accept connections to any loopback port.
 #[derive(Debug)]
 pub(super) struct ForwardListeners {
@@ -90,6 +93,7 @@ impl Drop for Forwarding {
 }
 
 async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Machine>, permits: Arc<Semaphore>) {
+    let mut last_error = None;
     loop {
         // An error means that the semaphore was closed, which never happens.
         let Ok(permit) = permits.clone().acquire_owned().await else {
@@ -97,14 +101,21 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
         };
         match listener.accept().await {
             Ok((connection, _)) => {
+                last_error = None;
                 let Some(machine) = machine.upgrade() else { return };
                 tokio::spawn(async move {
                     forward(&machine, connection).await;
                     drop(permit);
                 });
             }
-            // The connection is gone already, or the shim has no free descriptor.
-            Err(error) => log::warn!("cannot accept a connection to a port of the pod: {error}"),
+            // The connection is gone already, or the shim has no free descriptor. The connection then stays in the queue,
+            // and nothing reports that there is a descriptor again.
+            Err(error) => {
+                if last_error.replace(error.kind()) != Some(error.kind()) {
+                    log::warn!("cannot accept a connection to a port of the pod: {error}");
+                }
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+            }
         }
     }
 }

@@ -18,6 +18,15 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 /// How long killed processes may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// A failed change of a control group.
+#[derive(Debug, thiserror::Error)]
+#[error("control group {}: {step}: {source}", path.display())]
+pub(crate) struct CgroupError {
+    path: PathBuf,
+    step: &'static str,
+    source: io::Error,
+}
+
 /// A control group, which may not exist yet.
 #[derive(Debug)]
 pub(super) struct ControlGroup {
@@ -57,20 +66,22 @@ impl ControlGroup {
         self.path.ancestors().filter_map(limit).min()
     }
 
-    /// Creates it with its ancestors. A failure is logged.
-    pub(super) fn create(&self) {
-        if let Err(error) = fs::create_dir_all(&self.path) {
-            log::warn!("cannot create control group {}: {error}", self.path.display());
-        }
+    /// Creates it with its ancestors.
+    pub(super) fn create(&self) -> Result<(), CgroupError> {
+        fs::create_dir_all(&self.path).map_err(|source| self.error("create it", source))
     }
 
-    /// Moves a process into it. A failure is logged.
-    pub(super) fn add_process(&self, pid: u32) {
-        if let Err(error) = fs::write(self.path.join("cgroup.procs"), pid.to_string()) {
-            log::warn!(
-                "cannot move process {pid} to control group {}: {error}",
-                self.path.display()
-            );
+    /// Moves a process into it.
+    pub(super) fn add_process(&self, pid: u32) -> Result<(), CgroupError> {
+        fs::write(self.path.join("cgroup.procs"), pid.to_string())
+            .map_err(|source| self.error("move a process into it", source))
+    }
+
+    fn error(&self, step: &'static str, source: io::Error) -> CgroupError {
+        CgroupError {
+            path: self.path.clone(),
+            step,
+            source,
         }
     }
 
@@ -175,7 +186,7 @@ mod tests {
             path: root.path().join("kubepods/pod/sandbox"),
         };
         assert_eq!(group.memory_limit(), None);
-        group.create();
+        group.create().unwrap();
         let limit = |path: &str, text: &str| fs::write(root.path().join(path).join("memory.max"), text).unwrap();
         limit("kubepods/pod/sandbox", "max\n");
         assert_eq!(group.memory_limit(), None);
@@ -184,13 +195,26 @@ mod tests {
         assert_eq!(group.memory_limit(), Some(1152 << 20));
     }
 
+    #[test]
+    fn failed_changes_name_the_group() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "").unwrap();
+        let group = ControlGroup {
+            path: root.path().join("file/a"),
+        };
+        for failed in [group.create(), group.add_process(1)] {
+            let text = failed.unwrap_err().to_string();
+            assert!(text.contains(&group.path.display().to_string()), "{text}");
+        }
+    }
+
     #[tokio::test]
     async fn removal_keeps_the_ancestors() {
         let root = tempfile::tempdir().unwrap();
         let group = ControlGroup {
             path: root.path().join("default/a"),
         };
-        group.create();
+        group.create().unwrap();
         assert!(root.path().join("default/a").is_dir());
         group.remove().await;
         group.remove().await;

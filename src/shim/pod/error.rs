@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::cgroup::CgroupError;
 use crate::shim::{
     blocking::BlockingError,
     machine::{BootError, VmmError},
@@ -14,6 +15,8 @@ use crate::shim::{
 pub(crate) enum PodError {
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(transparent)]
+    ControlGroup(#[from] CgroupError),
     /// The vmm cannot plug a disk.
     #[error("give the disk {} to the virtual machine: {source}", path.display())]
     Disk { path: PathBuf, source: VmmError },

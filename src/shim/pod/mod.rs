@@ -85,22 +85,27 @@ impl Pod {
         let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let guest = launcher.open_guest_resources()?;
         let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
-        let cgroup = requirements.cgroup.inspect(ControlGroup::create);
+        let cgroup = requirements.cgroup;
         let started = requirements.file_server.then(|| RunningFileServer::start(launcher));
         let (file_server, socket) = match started.transpose() {
             Ok(started) => started.flatten().unzip(),
             Err(error) => {
                 vmm.discard().await;
-                if let Some(cgroup) = &cgroup {
-                    cgroup.remove().await;
-                }
                 return Err(error.into());
             }
         };
         if let Some(cgroup) = &cgroup {
-            // Before the machine boots, so that all of its memory is counted.
-            cgroup.add_process(vmm.child.pid());
-            file_server.iter().for_each(|server| cgroup.add_process(server.pid()));
+            // Before the machine boots, so that all of its memory is counted. Outside of the group nothing would limit it.
+            let pids = [Some(vmm.child.pid()), file_server.as_ref().map(RunningFileServer::pid)];
+            let added = cgroup.create().and_then(|()| {
+                let mut pids = pids.into_iter().flatten();
+                pids.try_for_each(|pid| cgroup.add_process(pid))
+            });
+            if let Err(error) = added {
+                vmm.discard().await;
+                release(file_server, Some(cgroup)).await;
+                return Err(error.into());
+            }
         }
         let oom_score = OomScore::new(vmm.child.pid(), file_server.as_ref().map(RunningFileServer::pid));
         oom_score.set(requirements.oom_score_adj);
@@ -114,12 +119,7 @@ impl Pod {
         let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
-                if let Some(server) = file_server {
-                    server.end().await;
-                }
-                if let Some(cgroup) = &cgroup {
-                    cgroup.remove().await;
-                }
+                release(file_server, cgroup.as_ref()).await;
                 return Err(error.into());
             }
         };
@@ -207,9 +207,10 @@ impl Pod {
     }
 
     /// Moves a process of the host into the pod's control group.
-    pub(crate) fn add_process(&self, pid: u32) {
-        if let Some(cgroup) = &self.cgroup {
-            cgroup.add_process(pid);
+    pub(crate) fn add_process(&self, pid: u32) -> Result<(), PodError> {
+        match &self.cgroup {
+            Some(cgroup) => Ok(cgroup.add_process(pid)?),
+            None => Ok(()),
         }
     }
 
@@ -324,5 +325,15 @@ impl Pod {
 
     fn file_server(&self) -> MutexGuard<'_, Option<RunningFileServer>> {
         self.file_server.lock()
+    }
+}
+
+/// Ends the file server and removes the control group of a pod that did not start.
+async fn release(file_server: Option<RunningFileServer>, cgroup: Option<&ControlGroup>) {
+    if let Some(server) = file_server {
+        server.end().await;
+    }
+    if let Some(cgroup) = cgroup {
+        cgroup.remove().await;
     }
 }

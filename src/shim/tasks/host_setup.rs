@@ -69,7 +69,8 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
 pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
     let holder = PidHolder::spawn(&network_namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;
-    container.pod.add_process(holder.pid());
+    let added = container.pod.add_process(holder.pid());
+    added.map_err(|error| TaskError::unknown(error.to_string()))?;
     container.init.set_pid_holder(Arc::new(holder));
     Ok(())
 }
