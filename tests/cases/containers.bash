@@ -374,6 +374,7 @@ basic_cases() {
 }
 
 # Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one program.
+# The combination of the second snapshotter and the second image is in combination_cases.
 every_case() {
   basic_cases "overlayfs"
   check "overlayfs: exec killed by a signal reports 128 plus the signal's number" \
@@ -400,8 +401,11 @@ every_case() {
   snapshotter=overlayfs image=debian
   basic_cases "debian"
   check "python3 of the debian image runs" python_runs
-  snapshotter=native
-  basic_cases "debian, native"
   snapshotter=overlayfs image=one-binary
   check "image with a single binary runs" single_binary_runs
+}
+
+combination_cases() {
+  snapshotter=native image=debian
+  basic_cases "debian, native"
 }

@@ -1,7 +1,8 @@
 # Pods as a kubelet creates them: life cycle, namespaces, failures, streams, network, resources. The cases are in
 # tests/cri/src/cases. Sourced after lab/pods.bash.
 
-pod_cases() {
+# What depends on the API by which the sandbox is created.
+sandbox_cases() {
   pod "pod with one container runs it to completion" pods::run_to_completion
   pod "init containers run in sequence, then the other containers together" pods::init_containers
   pod "five containers of a pod can be removed in any order" pods::removal_in_any_order
@@ -18,17 +19,22 @@ pod_cases() {
   pod "pod without overhead that runs out of memory loses a process and not its machine" failures::pod_without_overhead_runs_out_of_memory
   pod "stop sends SIGTERM before SIGKILL" failures::stop_sends_sigterm_first
   pod "execs report output, exit status and a missed deadline" streams::executed_commands
+  pod "forwarded ports carry 10 MiB in both directions over IPv4 and IPv6" forward::forwarded_ports
+  [[ $handler == runc ]] ||
+    pod "machine is in the pod's cgroup with the cgroupfs and the systemd driver" resources::cgroup_of_both_drivers
+}
+
+# Every case. What is not in sandbox_cases is the same with both APIs once the sandbox has started.
+pod_cases() {
+  sandbox_cases
   pod "one probe a second does not grow the shim" streams::probes
   pod "logs are complete while they are rotated" streams::logs
   pod "clients can attach to streams and resize terminals" streams::terminals
-  pod "forwarded ports carry 10 MiB in both directions over IPv4 and IPv6" forward::forwarded_ports
   pod "fifty forwarded connections work concurrently" forward::fifty_connections
   pod "pods reach each other and the host by TCP, UDP and ICMP" network::pods_reach_each_other_and_the_host
   pod "names resolve with the pod's DNS settings" network::names_are_resolved
   pod "host ports reach the pod" network::host_ports
   pod "statistics match what was used" resources::statistics
-  [[ $handler == runc ]] ||
-    pod "machine is in the pod's cgroup with the cgroupfs and the systemd driver" resources::cgroup_of_both_drivers
   pod "limits of a running container can be changed" resources::updated_limits
   pod "machine grows and shrinks with the limits of its containers" resources::machine_resize
   [[ $handler == runc ]] ||
