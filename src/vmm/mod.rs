@@ -7,7 +7,6 @@
 
 mod boot;
 mod build;
-mod cpuid;
 mod disk_slots;
 mod end_signal;
 mod error;

@@ -1,5 +1,9 @@
 //! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, ioeventfds and irqfds, and the
-//! features and initial state of vCPUs.
+//! features ([`cpuid`]) and initial state of vCPUs.
+//!
+//! Does not belong here: devices, and the content of guest memory. [`super::build`] and [`super::growth`] call it.
+
+mod cpuid;
 
 use std::{
     io,
@@ -15,7 +19,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{boot, cpuid};
+use super::boot;
 use crate::memory::MemoryRegions;
 
 /// The guest physical address of three pages that VT-x needs for real mode. They lie in the device window, at addresses
