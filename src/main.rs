@@ -2,9 +2,10 @@
 //!
 //! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it
 //! again as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not
-//! need before they read anything that a guest wrote. An administrator runs `check`: it boots a guest and reports
-//! whether this host can run nutshell.
+//! need before they read anything that a guest wrote. An administrator runs `check`, which boots a guest and reports
+//! whether this host can run nutshell, and `ps`, `inspect` and `console`, which show running pods.
 
+mod admin;
 mod check;
 mod control;
 mod devices;
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match arguments.next().as_deref().and_then(|role| role.to_str()) {
+        Some(role) if admin::ROLES.contains(&role) => admin::main(),
         Some(check::ROLE) => check::main(),
         Some(vmm::ROLE) => vmm::main(),
         Some(fs::ROLE) => fs::main(),

@@ -29,6 +29,21 @@ pub(crate) enum ErrorCode {
     Unknown,
 }
 
+impl ErrorCode {
+    /// The code in the type of the ttrpc library.
+    pub(crate) fn to_grpc(self) -> Code {
+        match self {
+            Self::AlreadyExists => Code::ALREADY_EXISTS,
+            Self::FailedPrecondition => Code::FAILED_PRECONDITION,
+            Self::InvalidArgument => Code::INVALID_ARGUMENT,
+            Self::NotFound => Code::NOT_FOUND,
+            Self::Unavailable => Code::UNAVAILABLE,
+            Self::Unimplemented => Code::UNIMPLEMENTED,
+            Self::Unknown => Code::UNKNOWN,
+        }
+    }
+}
+
 impl TaskError {
     pub(crate) fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
@@ -57,15 +72,6 @@ impl TaskError {
 
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
-        let code = match error.code {
-            ErrorCode::AlreadyExists => Code::ALREADY_EXISTS,
-            ErrorCode::FailedPrecondition => Code::FAILED_PRECONDITION,
-            ErrorCode::InvalidArgument => Code::INVALID_ARGUMENT,
-            ErrorCode::NotFound => Code::NOT_FOUND,
-            ErrorCode::Unavailable => Code::UNAVAILABLE,
-            ErrorCode::Unimplemented => Code::UNIMPLEMENTED,
-            ErrorCode::Unknown => Code::UNKNOWN,
-        };
-        Self::RpcStatus(ttrpc::get_status(code, error.message))
+        Self::RpcStatus(ttrpc::get_status(error.code.to_grpc(), error.message))
     }
 }

@@ -28,6 +28,7 @@ mod machine;
 mod network;
 mod pod;
 mod record;
+pub(crate) mod report;
 pub(crate) mod share;
 mod stdio;
 mod tasks;

@@ -336,6 +336,26 @@ pid_of_a_container_shows_no_files_of_the_host() {
   remove "$name"
 }
 
+administrator_sees_the_container() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local listed inspected
+  listed=$(containerd-shim-nutshell-v2 ps)
+  assert_contains "$listed" "NAMESPACE"
+  assert_contains "$(grep -o "default *$name *container *running" <<<"$listed")" "$name"
+  inspected=$(containerd-shim-nutshell-v2 inspect "$name")
+  echo "$inspected"
+  assert_contains "$inspected" "guest kernel:     $(ctr task exec --exec-id uname "$name" uname -r)"
+  assert_contains "$inspected" "vmm:              $(pids_of vmm)"
+  grep -q '^boot:  *[0-9]* ms$' <<<"$inspected"
+  grep -q '^start:  *[0-9]* ms$' <<<"$inspected"
+  assert_contains "$(containerd-shim-nutshell-v2 inspect "default/$name" --json)" '"state": "running"'
+  containerd-shim-nutshell-v2 console "$name"
+  remove "$name"
+  assert_equal 1 "$(containerd-shim-nutshell-v2 ps | wc -l)"
+  ! containerd-shim-nutshell-v2 inspect "$name" 2>/dev/null || return 1
+}
+
 machine_has_the_oom_score_of_its_container() {
   new_name
   nutshell "$name" -d -- sleep 1000
@@ -392,6 +412,7 @@ every_case() {
   check "host name is the node's" host_name_is_the_nodes
   check "tmpfs has the mode of its folder" tmpfs_has_the_mode_of_its_folder
   check "pid of a container shows no files of the host" pid_of_a_container_shows_no_files_of_the_host
+  check "administrator sees the container" administrator_sees_the_container
   check "machine has the oom_score_adj of its container" machine_has_the_oom_score_of_its_container
   check "guest kernel panic ends the container" guest_kernel_panic_ends_the_container
   check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use containerd_shim::protos::ttrpc::asynchronous::Service;
 
-use super::{connection::LastReply, sandbox_service, task_service};
+use super::{admin_service, connection::LastReply, sandbox_service, task_service};
 use crate::shim::{stdio, tasks::Tasks};
 
 /// Services of containerd's API that a shim may have and this one does not. Clients find out by a call, and expect
@@ -18,6 +18,7 @@ const ABSENT_SERVICES: [&str; 2] = [
 pub(crate) fn services(tasks: &Arc<Tasks>, last_reply: &LastReply) -> HashMap<String, Service> {
     let mut services = task_service::services(tasks, last_reply);
     services.extend(sandbox_service::services(tasks, last_reply));
+    services.extend(admin_service::services(tasks));
     for name in ABSENT_SERVICES {
         let absent = Service {
             methods: HashMap::new(),

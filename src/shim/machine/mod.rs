@@ -24,7 +24,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -63,6 +63,9 @@ pub(crate) struct Machine {
     child: Arc<Child>,
     control: Arc<AsyncChannel>,
     state: Arc<MachineState>,
+    started: Instant,
+    /// The agent's first message, and how long after the start it came.
+    boot: OnceLock<(Ready, Duration)>,
 }
 
 impl Machine {
@@ -155,7 +158,14 @@ impl Machine {
             child,
             control,
             state,
+            started: Instant::now(),
+            boot: OnceLock::new(),
         }
+    }
+
+    /// The agent's first message, and how long after the start it came; `None` before that.
+    pub(crate) fn boot(&self) -> Option<&(Ready, Duration)> {
+        self.boot.get()
     }
 
     /// The client of the guest's agent.
@@ -179,7 +189,10 @@ impl Machine {
         );
         let stall = tokio::select! {
             biased;
-            ready = self.agent.ready() => return Ok(ready),
+            ready = self.agent.ready() => {
+                self.boot.get_or_init(|| (ready.clone(), self.started.elapsed()));
+                return Ok(ready);
+            }
             exit = self.ended() => return Err(exit),
             stall = stalled => stall,
         };
@@ -372,7 +385,7 @@ impl Machine {
     }
 
     /// The tail of the guest's console, empty if the vmm does not send it within [`CONSOLE_TIMEOUT`].
-    async fn read_console(&self) -> String {
+    pub(crate) async fn read_console(&self) -> String {
         let (sender, receiver) = oneshot::channel();
         self.state.console_requests.lock().push(sender);
         let answer = async {

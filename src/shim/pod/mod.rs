@@ -206,6 +206,11 @@ impl Pod {
         self.oom_score.lower_to(oom_score_adj);
     }
 
+    /// The pid of the file server, if the pod has one.
+    pub(crate) fn file_server_pid(&self) -> Option<u32> {
+        self.file_server().as_ref().map(RunningFileServer::pid)
+    }
+
     /// Moves a process of the host into the pod's control group.
     pub(crate) fn add_process(&self, pid: u32) -> Result<(), PodError> {
         match &self.cgroup {

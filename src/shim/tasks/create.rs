@@ -62,6 +62,7 @@ impl Tasks {
         };
         self.watch_pid_holder(&container, &container.init);
         self.events.publish(create_event(&request, container.init.pid()));
+        container.note_created();
         container.init.lifecycle.mark_created();
         log::debug!("task {}: created", request.id);
         reservation.keep();

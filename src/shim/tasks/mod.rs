@@ -13,6 +13,7 @@
 //! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
 //! | `size` | the resizing of a machine to the limits of its containers |
+//! | `report` | the answers to an administrator |
 //! | `agent_call`, `limits` | requests to the agent, and how long they may take |
 //!
 //! All of it runs on the shim's main thread. A call that has begun is finished even if its client disconnects, so
@@ -27,6 +28,7 @@ mod exit;
 mod guest_setup;
 mod host_setup;
 mod limits;
+mod report;
 mod sandbox;
 mod size;
 mod start;

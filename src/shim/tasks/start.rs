@@ -1,6 +1,6 @@
 //! Start, and Exec, which adds a process to be started later.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
 use nutshell_protocol::{Request, StartExec};
@@ -96,6 +96,7 @@ impl Tasks {
             }
             return Err(wrong.into());
         }
+        let begun = Instant::now();
         log::debug!("task {}: start", container.id);
         let started = match container.role {
             // A running sandbox must accept containers.
@@ -121,6 +122,7 @@ impl Tasks {
                 ..TaskStart::default()
             });
         }
+        container.note_started(begun);
         init.lifecycle.mark_started();
         log::debug!("task {}: started", container.id);
         // The failure of a poststart hook does not end the container (OCI spec, "Lifecycle", step 10).

@@ -98,6 +98,11 @@ impl Tasks {
         (container.pod.number() == pod).then_some(container)
     }
 
+    /// All containers and sandboxes, also those that are being created.
+    pub(super) fn all(&self) -> Vec<Arc<Container>> {
+        self.table().containers.values().cloned().collect()
+    }
+
     /// All containers of a pod, its sandbox included.
     pub(super) fn members(&self, pod: u64) -> Vec<Arc<Container>> {
         let table = self.table();

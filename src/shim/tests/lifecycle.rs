@@ -292,3 +292,41 @@ async fn call_completes_when_its_client_disconnects() {
         assert_eq!(shim.next_events(1).await, ["create"]);
     }
 }
+
+#[tokio::test]
+async fn administrator_gets_the_state_of_all_containers_and_the_guests_console() {
+    use crate::shim::report::{ADMIN_SERVICE, CONSOLE, REPORT, ShimReport};
+
+    let shim = Shim::start().await;
+    let pid = shim.run("c1").await;
+    shim.create("c2").await;
+    shim.exec("c1", "e1", "true").await.unwrap();
+    let call = async |method: &str, payload: &[u8]| {
+        let request = RawRequest {
+            service: ADMIN_SERVICE.to_owned(),
+            method: method.to_owned(),
+            payload: payload.to_vec(),
+            ..RawRequest::default()
+        };
+        shim.client.request(request).await.map(|response| response.payload)
+    };
+
+    let report: ShimReport = serde_json::from_slice(&call(REPORT, b"").await.unwrap()).unwrap();
+
+    assert_eq!(report.pid, std::process::id());
+    let [first, second] = &report.containers[..] else {
+        panic!("{report:?}");
+    };
+    assert_eq!(
+        (first.id.as_str(), first.state.as_str(), first.pid),
+        ("c1", "running", pid)
+    );
+    assert_eq!(first.execs, ["e1"]);
+    assert!(first.create_milliseconds.is_some() && first.start_milliseconds.is_some());
+    assert!(first.machine.boot_milliseconds.is_some() && first.machine.memory_bytes > 0);
+    assert_eq!((second.id.as_str(), second.state.as_str()), ("c2", "created"));
+    assert_eq!(second.start_milliseconds, None);
+
+    assert_eq!(call(CONSOLE, b"c1").await.unwrap(), b"Linux version\nno init");
+    assert_eq!(error_of(call(CONSOLE, b"unknown").await).0, Code::NOT_FOUND);
+}

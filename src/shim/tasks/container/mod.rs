@@ -51,6 +51,30 @@ pub(super) enum Role {
     },
 }
 
+/// How long the phases of a container took.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timings {
+    begun: Instant,
+    /// Since its creation began.
+    pub(super) age: Duration,
+    /// `None` while it is being created.
+    pub(super) create: Option<Duration>,
+    /// `None` if it has not started.
+    pub(super) start: Option<Duration>,
+}
+
+impl Default for Timings {
+    /// Of a container whose creation begins now.
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            age: Duration::ZERO,
+            create: None,
+            start: None,
+        }
+    }
+}
+
 /// Which API created the sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SandboxApi {
@@ -72,6 +96,7 @@ pub(crate) struct Container {
     execs: Mutex<HashMap<String, Arc<Process>>>,
     pub(super) hooks: Hooks,
     limits: Mutex<Limits>,
+    timings: Mutex<Timings>,
     /// When containerd was last told that the container ran out of memory.
     out_of_memory_announced: Mutex<Option<Instant>>,
     /// Held by a call that changes `limits`.
@@ -99,6 +124,7 @@ impl Container {
             execs: Mutex::default(),
             hooks,
             limits: Mutex::new(limits),
+            timings: Mutex::new(Timings::default()),
             out_of_memory_announced: Mutex::default(),
             update_lock: tokio::sync::Mutex::default(),
         }
@@ -145,6 +171,26 @@ impl Container {
             *announced = Some(Instant::now());
         }
         due
+    }
+
+    /// How long its phases took until now.
+    pub(super) fn timings(&self) -> Timings {
+        let timings = *self.timings.lock();
+        Timings {
+            age: timings.begun.elapsed(),
+            ..timings
+        }
+    }
+
+    /// Notes that its creation has ended.
+    pub(super) fn note_created(&self) {
+        let mut timings = self.timings.lock();
+        timings.create = Some(timings.begun.elapsed());
+    }
+
+    /// Notes that its start has ended, which began at `begun`.
+    pub(super) fn note_started(&self, begun: Instant) {
+        self.timings.lock().start = Some(begun.elapsed());
     }
 
     /// Its execs by id, locked.

@@ -136,6 +136,7 @@ impl Tasks {
             .build_sandbox(&id, &bundle, stdio, plan, SandboxApi::Service)
             .await?;
         self.watch_pid_holder(&container, &container.init);
+        container.note_created();
         container.init.lifecycle.mark_created();
         reservation.keep();
         Ok(())

@@ -1,0 +1,70 @@
+//! Calls of the private service of a shim.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use containerd_shim::protos::ttrpc::{
+    self,
+    asynchronous::{Client, transport::Socket},
+    proto::Request,
+};
+use tokio::net::UnixStream;
+
+use crate::shim::report::{ADMIN_SERVICE, CONSOLE, REPORT, ShimReport};
+
+/// How long a shim may take to answer. It never waits for its guest for longer.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A shim that cannot be asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CallError {
+    #[error("cannot connect to the shim at {}: {source}: run this as root", socket.display())]
+    Connect { socket: PathBuf, source: io::Error },
+    #[error("the shim at {} does not answer: {source}", socket.display())]
+    Call { socket: PathBuf, source: ttrpc::Error },
+    #[error("the shim at {} is of another version: {source}", socket.display())]
+    Decode { socket: PathBuf, source: serde_json::Error },
+}
+
+/// Asks the shim at `socket` for its state.
+pub(super) async fn call_report(socket: &Path) -> Result<ShimReport, CallError> {
+    let bytes = call(socket, REPORT, Vec::new()).await?;
+    serde_json::from_slice(&bytes).map_err(|source| CallError::Decode {
+        socket: socket.to_owned(),
+        source,
+    })
+}
+
+/// Asks the shim at `socket` for the end of the console of the guest in which the container `id` runs.
+pub(super) async fn call_console(socket: &Path, id: &str) -> Result<String, CallError> {
+    let bytes = call(socket, CONSOLE, id.as_bytes().to_vec()).await?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Ok(if text.is_empty() || text.ends_with('\n') {
+        text
+    } else {
+        text + "\n"
+    })
+}
+
+async fn call(socket: &Path, method: &str, payload: Vec<u8>) -> Result<Vec<u8>, CallError> {
+    let stream = UnixStream::connect(socket).await.map_err(|source| CallError::Connect {
+        socket: socket.to_owned(),
+        source,
+    })?;
+    let client = Client::new(Socket::from(stream));
+    let request = Request {
+        service: ADMIN_SERVICE.to_owned(),
+        method: method.to_owned(),
+        payload,
+        timeout_nano: i64::try_from(TIMEOUT.as_nanos()).unwrap_or(i64::MAX),
+        ..Request::default()
+    };
+    let response = client.request(request).await.map_err(|source| CallError::Call {
+        socket: socket.to_owned(),
+        source,
+    })?;
+    Ok(response.payload)
+}

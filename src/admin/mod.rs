@@ -1,0 +1,368 @@
+//! The actions of an administrator on running pods: `ps`, `inspect ID` and `console ID`.
+//!
+//! Belongs here: finding the shims of this host, asking them, and printing their answers. Does not belong here: the
+//! answers themselves, which [`crate::shim`] makes. The executable's `main` calls [`main`] if the first argument is one
+//! of [`ROLES`].
+
+mod client;
+mod discovery;
+
+use std::{
+    fmt::Write,
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
+
+use self::{
+    client::{CallError, call_console, call_report},
+    discovery::find_sockets,
+};
+use crate::shim::report::{ContainerReport, ShimReport};
+
+/// The first arguments that select this role.
+pub(crate) const ROLES: [&str; 3] = ["ps", "inspect", "console"];
+
+/// containerd's state directory, unless `--state` names another.
+const DEFAULT_STATE_DIRECTORY: &str = "/run/containerd";
+
+/// A failed action.
+#[derive(Debug, thiserror::Error)]
+enum AdminError {
+    #[error("usage: containerd-shim-nutshell-v2 ps|inspect ID|console ID [--json] [--state DIRECTORY]")]
+    Usage,
+    #[error("start the runtime for asynchronous calls: {0}")]
+    Runtime(#[source] io::Error),
+    #[error("no container {0} of nutshell runs below {1}: `ps` lists all, with their namespaces")]
+    NotFound(String, String),
+    #[error("{0} is the id of containers in several namespaces: use NAMESPACE/{0}")]
+    Ambiguous(String),
+    #[error("{0}")]
+    Call(#[from] CallError),
+    #[error("encode the report: {0}")]
+    Encode(#[from] serde_json::Error),
+    #[error("print: {0}")]
+    Print(#[source] io::Error),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Action {
+    List,
+    Inspect(String),
+    Console(String),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Arguments {
+    action: Action,
+    json: bool,
+    state: PathBuf,
+}
+
+/// Runs the action of the command line. An error is one line on standard error.
+pub(crate) fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<(), AdminError> {
+    let Arguments { action, json, state } = parse(arguments).ok_or(AdminError::Usage)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AdminError::Runtime)?;
+    let shims = runtime.block_on(ask_all(&state));
+    let text = match action {
+        Action::List if json => to_json(&shims.iter().map(|shim| &shim.report).collect::<Vec<_>>())?,
+        Action::List => list(&shims),
+        Action::Inspect(name) => {
+            let (shim, container) = find(&shims, &name, &state)?;
+            if json {
+                to_json(container)?
+            } else {
+                describe(&shim.report, container)
+            }
+        }
+        Action::Console(name) => {
+            let (shim, container) = find(&shims, &name, &state)?;
+            runtime.block_on(call_console(&shim.socket, &container.id))?
+        }
+    };
+    io::stdout().write_all(text.as_bytes()).map_err(AdminError::Print)
+}
+
+/// `None` for a wrong command line.
+fn parse(arguments: &[String]) -> Option<Arguments> {
+    let (mut words, mut json, mut state) = (Vec::new(), false, PathBuf::from(DEFAULT_STATE_DIRECTORY));
+    let mut rest = arguments.iter();
+    while let Some(argument) = rest.next() {
+        match argument.as_str() {
+            "--json" => json = true,
+            "--state" => state = rest.next()?.into(),
+            option if option.starts_with('-') => return None,
+            word => words.push(word),
+        }
+    }
+    let action = match words[..] {
+        ["ps"] => Action::List,
+        ["inspect", id] => Action::Inspect(id.to_owned()),
+        ["console", id] => Action::Console(id.to_owned()),
+        _ => return None,
+    };
+    Some(Arguments { action, json, state })
+}
+
+/// A shim that has answered.
+#[derive(Debug)]
+struct Shim {
+    socket: PathBuf,
+    report: ShimReport,
+}
+
+/// Asks all shims below containerd's state directory. One that does not answer is named on standard error.
+async fn ask_all(state: &std::path::Path) -> Vec<Shim> {
+    let mut shims = Vec::new();
+    for socket in find_sockets(state) {
+        match call_report(&socket).await {
+            Ok(report) => shims.push(Shim { socket, report }),
+            Err(error) => eprintln!("{error}"),
+        }
+    }
+    shims
+}
+
+/// Finds the container `name`: an id, or NAMESPACE/ID.
+fn find<'a>(
+    shims: &'a [Shim],
+    name: &str,
+    state: &std::path::Path,
+) -> Result<(&'a Shim, &'a ContainerReport), AdminError> {
+    let (namespace, id) = match name.split_once('/') {
+        Some((namespace, id)) => (Some(namespace), id),
+        None => (None, name),
+    };
+    let mut found = shims
+        .iter()
+        .filter(|shim| namespace.is_none_or(|namespace| shim.report.namespace == namespace))
+        .flat_map(|shim| shim.report.containers.iter().map(move |container| (shim, container)))
+        .filter(|(_, container)| container.id == id);
+    let first = found
+        .next()
+        .ok_or_else(|| AdminError::NotFound(name.to_owned(), state.display().to_string()))?;
+    match found.next() {
+        None => Ok(first),
+        Some(_) => Err(AdminError::Ambiguous(id.to_owned())),
+    }
+}
+
+fn to_json(value: &impl serde::Serialize) -> Result<String, AdminError> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
+}
+
+/// A table of all containers.
+fn list(shims: &[Shim]) -> String {
+    let mut rows = vec![
+        [
+            "NAMESPACE",
+            "ID",
+            "KIND",
+            "STATE",
+            "PID",
+            "VMM",
+            "MEMORY",
+            "VCPUS",
+            "AGE",
+        ]
+        .map(str::to_owned),
+    ];
+    for Shim { report, .. } in shims {
+        rows.extend(report.containers.iter().map(|container| {
+            let machine = &container.machine;
+            [
+                report.namespace.clone(),
+                container.id.clone(),
+                container.kind.clone(),
+                container.state.clone(),
+                container.pid.to_string(),
+                machine.pid.to_string(),
+                format!("{} MiB", machine.memory_bytes >> 20),
+                machine.vcpus.to_string(),
+                age(container.age_seconds),
+            ]
+        }));
+    }
+    let widths: Vec<usize> = (0..rows[0].len())
+        .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
+        .collect();
+    let mut table = String::new();
+    for row in &rows {
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:<width$}"))
+            .collect();
+        table.push_str(cells.join("  ").trim_end());
+        table.push('\n');
+    }
+    table
+}
+
+fn age(seconds: u64) -> String {
+    // Two units, such as `3days 4h`.
+    let text = humantime::format_duration(Duration::from_secs(seconds)).to_string();
+    text.split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+/// All that is known of a container, one property in a line.
+fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
+    let machine = &container.machine;
+    let milliseconds = |value: Option<u64>| value.map_or("not yet".to_owned(), |value| format!("{value} ms"));
+    let state = match container.exit_status {
+        Some(status) => format!("{}, with status {status}", container.state),
+        None => container.state.clone(),
+    };
+    let lines = [
+        ("namespace", shim.namespace.clone()),
+        ("id", container.id.clone()),
+        ("kind", container.kind.clone()),
+        ("state", state),
+        ("age", age(container.age_seconds)),
+        ("pid", container.pid.to_string()),
+        ("pid in the guest", container.guest_pid.to_string()),
+        ("execs", container.execs.join(", ")),
+        ("bundle", container.bundle.clone()),
+        ("shim", format!("{}, version {}", shim.pid, shim.version)),
+        ("vmm", machine.pid.to_string()),
+        (
+            "file server",
+            machine.file_server_pid.map_or("none".to_owned(), |pid| pid.to_string()),
+        ),
+        (
+            "machine",
+            format!("{} MiB, {} vCPUs", machine.memory_bytes >> 20, machine.vcpus),
+        ),
+        (
+            "guest kernel",
+            machine.kernel.clone().unwrap_or_else(|| "not ready".to_owned()),
+        ),
+        ("boot", milliseconds(machine.boot_milliseconds)),
+        ("create", milliseconds(container.create_milliseconds)),
+        ("start", milliseconds(container.start_milliseconds)),
+    ];
+    let mut text = String::new();
+    for (name, value) in lines {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "{:<18}{value}", format!("{name}:"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shim::report::MachineReport;
+
+    fn arguments(line: &str) -> Option<Arguments> {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        parse(&words)
+    }
+
+    fn container(id: &str) -> ContainerReport {
+        ContainerReport {
+            id: id.to_owned(),
+            kind: "container".to_owned(),
+            state: "running".to_owned(),
+            exit_status: None,
+            pid: 41,
+            guest_pid: 7,
+            bundle: "/run/b".to_owned(),
+            execs: vec!["e1".to_owned()],
+            age_seconds: 90_061,
+            create_milliseconds: Some(150),
+            start_milliseconds: None,
+            machine: MachineReport {
+                pid: 40,
+                file_server_pid: None,
+                memory_bytes: 512 << 20,
+                vcpus: 2,
+                kernel: Some("6.12".to_owned()),
+                boot_milliseconds: Some(124),
+            },
+        }
+    }
+
+    fn shim(namespace: &str, ids: &[&str]) -> Shim {
+        Shim {
+            socket: "/socket".into(),
+            report: ShimReport {
+                version: "1".to_owned(),
+                pid: 39,
+                namespace: namespace.to_owned(),
+                containers: ids.iter().map(|id| container(id)).collect(),
+            },
+        }
+    }
+
+    #[test]
+    fn command_line_selects_action_and_options() {
+        let state = PathBuf::from(DEFAULT_STATE_DIRECTORY);
+        for (line, action, json, state) in [
+            ("ps", Action::List, false, state.clone()),
+            ("ps --json --state /run/x", Action::List, true, "/run/x".into()),
+            (
+                "inspect c1 --json",
+                Action::Inspect("c1".to_owned()),
+                true,
+                state.clone(),
+            ),
+            ("console c1", Action::Console("c1".to_owned()), false, state),
+        ] {
+            assert_eq!(arguments(line), Some(Arguments { action, json, state }), "{line}");
+        }
+        for line in ["inspect", "ps c1", "console a b", "ps --all", "ps --state"] {
+            assert_eq!(arguments(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn list_has_aligned_columns() {
+        assert_eq!(
+            list(&[shim("k8s.io", &["a-long-id", "b"])]),
+            "NAMESPACE  ID         KIND       STATE    PID  VMM  MEMORY   VCPUS  AGE\n\
+             k8s.io     a-long-id  container  running  41   40   512 MiB  2      1day 1h\n\
+             k8s.io     b          container  running  41   40   512 MiB  2      1day 1h\n"
+        );
+    }
+
+    #[test]
+    fn container_is_found_by_its_id_and_if_need_be_its_namespace() {
+        let shims = [shim("default", &["a", "b"]), shim("k8s.io", &["b"])];
+        let found = |name| {
+            find(&shims, name, "/run".as_ref())
+                .map(|(shim, container)| (shim.report.namespace.as_str(), container.id.as_str()))
+        };
+        assert_eq!(found("a").unwrap(), ("default", "a"));
+        assert_eq!(found("k8s.io/b").unwrap(), ("k8s.io", "b"));
+        assert!(matches!(found("b"), Err(AdminError::Ambiguous(_))));
+        assert!(matches!(found("k8s.io/a"), Err(AdminError::NotFound(..))));
+    }
+
+    #[test]
+    fn description_has_the_phases_of_the_start() {
+        let text = describe(&shim("default", &[]).report, &container("a"));
+        for line in [
+            "boot:             124 ms",
+            "create:           150 ms",
+            "start:            not yet",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{text}");
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The service for an administrator: the actions `ps`, `inspect` and `console` call it. The socket accepts connections
+//! of the shim's own user only, which is root.
+
+use std::{collections::HashMap, sync::Arc};
+
+use async_trait::async_trait;
+use containerd_shim::protos::ttrpc::{
+    self, Code,
+    asynchronous::{MethodHandler, Service, TtrpcContext},
+    proto::{Request, Response},
+};
+
+use crate::shim::{
+    error::TaskError,
+    report::{ADMIN_SERVICE, CONSOLE, REPORT},
+    tasks::Tasks,
+};
+
+/// The service by its name.
+pub(super) fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 2] = [
+        (REPORT, Box::new(Report(tasks.clone()))),
+        (CONSOLE, Box::new(Console(tasks.clone()))),
+    ];
+    let service = Service {
+        methods: methods
+            .into_iter()
+            .map(|(name, method)| (name.to_owned(), method))
+            .collect(),
+        streams: HashMap::new(),
+    };
+    HashMap::from([(ADMIN_SERVICE.to_owned(), service)])
+}
+
+struct Report(Arc<Tasks>);
+
+#[async_trait]
+impl MethodHandler for Report {
+    async fn handler(&self, _: TtrpcContext, _: Request) -> ttrpc::Result<Response> {
+        Ok(match serde_json::to_vec(&self.0.report()) {
+            Ok(report) => response(report),
+            Err(error) => failure(&TaskError::unknown(format!("encode the report: {error}"))),
+        })
+    }
+}
+
+struct Console(Arc<Tasks>);
+
+#[async_trait]
+impl MethodHandler for Console {
+    async fn handler(&self, _: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        let id = String::from_utf8_lossy(&request.payload);
+        Ok(match self.0.console(&id).await {
+            Ok(console) => response(console.into_bytes()),
+            Err(error) => failure(&error),
+        })
+    }
+}
+
+fn failure(error: &TaskError) -> Response {
+    let mut response = Response::new();
+    response.set_status(ttrpc::get_status(error.code().to_grpc(), error.to_string()));
+    response
+}
+
+fn response(payload: Vec<u8>) -> Response {
+    let mut response = Response::new();
+    response.set_status(ttrpc::get_status(Code::OK, String::new()));
+    response.payload = payload;
+    response
+}
