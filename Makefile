@@ -19,7 +19,7 @@ KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
 # Suites that take long and repeat others, with containerd 1.7 or with the other sandbox API, are left to `make soak`.
-SOAK_SUITES := containers-1.7 failures-1.7 pods-1.7 pods-shim-all-2.1 streams-1.7
+SOAK_SUITES := containers-1.7 failures-1.7 growth pods-1.7 pods-shim-all-2.1 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 PHASE := tools/phase
@@ -52,7 +52,7 @@ install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 test: ## run everything that CI runs: lint, unit tests, end-to-end suites
 	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
 		'  lint                    1    7' '  unit tests              2    4' '  build                   1   12' \
-		'  deploy tests            1    1' "  agent's tests           2    8" '  end-to-end suites      45   47'
+		'  deploy tests            1    1' "  agent's tests           2    8" '  end-to-end suites      38   44'
 	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
 
 lint: setup ## check formatting, clippy, licences, structure
@@ -78,13 +78,13 @@ unit: setup ## run the unit tests
 suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
 	@$(PHASE) "agent's tests in the lab" "2 minutes" guest/agent/tests/run-in-lab
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "45 minutes" tests/run $(SUITES)
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "38 minutes" tests/run $(SUITES)
 
 soak: build ## run the suites that `make test` leaves out, and 200 rounds of random kills
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
 
 soak-suites:
-	@$(PHASE) "soak: suites" "35 minutes" tests/run $(SOAK_SUITES)
+	@$(PHASE) "soak: suites" "40 minutes" tests/run $(SOAK_SUITES)
 
 soak-chaos:
 	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: random kills" "90 minutes" tests/run failures-2.1
