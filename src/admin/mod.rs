@@ -1,4 +1,4 @@
-//! The actions of an administrator on running pods: `ps`, `inspect ID` and `console ID`.
+//! The actions of an administrator on running pods: `ps`, `metrics`, `inspect ID` and `console ID`.
 //!
 //! Belongs here: finding the shims of this host, asking them, and printing their answers. Does not belong here: the
 //! answers themselves, which [`crate::shim`] makes. The executable's `main` calls [`main`] if the first argument is one
@@ -6,6 +6,7 @@
 
 mod client;
 mod discovery;
+mod metrics;
 
 use std::{
     fmt::Write,
@@ -22,7 +23,7 @@ use self::{
 use crate::shim::report::{ContainerReport, ShimReport};
 
 /// The first arguments that select this role.
-pub(crate) const ROLES: [&str; 3] = ["ps", "inspect", "console"];
+pub(crate) const ROLES: [&str; 4] = ["ps", "metrics", "inspect", "console"];
 
 /// containerd's state directory, unless `--state` names another.
 const DEFAULT_STATE_DIRECTORY: &str = "/run/containerd";
@@ -30,7 +31,7 @@ const DEFAULT_STATE_DIRECTORY: &str = "/run/containerd";
 /// A failed action.
 #[derive(Debug, thiserror::Error)]
 enum AdminError {
-    #[error("usage: containerd-shim-nutshell-v2 ps|inspect ID|console ID [--json] [--state DIRECTORY]")]
+    #[error("usage: containerd-shim-nutshell-v2 ps|metrics|inspect ID|console ID [--json] [--state DIRECTORY]")]
     Usage,
     #[error("start the runtime for asynchronous calls: {0}")]
     Runtime(#[source] io::Error),
@@ -49,6 +50,7 @@ enum AdminError {
 #[derive(Debug, PartialEq, Eq)]
 enum Action {
     List,
+    Metrics,
     Inspect(String),
     Console(String),
 }
@@ -82,6 +84,7 @@ fn run(arguments: &[String]) -> Result<(), AdminError> {
     let text = match action {
         Action::List if json => to_json(&shims.iter().map(|shim| &shim.report).collect::<Vec<_>>())?,
         Action::List => list(&shims),
+        Action::Metrics => metrics::to_openmetrics(shims.iter().map(|shim| &shim.report)),
         Action::Inspect(name) => {
             let (shim, container) = find(&shims, &name, &state)?;
             if json {
@@ -112,6 +115,7 @@ fn parse(arguments: &[String]) -> Option<Arguments> {
     }
     let action = match words[..] {
         ["ps"] => Action::List,
+        ["metrics"] => Action::Metrics,
         ["inspect", id] => Action::Inspect(id.to_owned()),
         ["console", id] => Action::Console(id.to_owned()),
         _ => return None,
@@ -298,7 +302,7 @@ mod tests {
         }
     }
 
-    fn shim(namespace: &str, ids: &[&str]) -> Shim {
+    pub(super) fn shim(namespace: &str, ids: &[&str]) -> Shim {
         Shim {
             socket: "/socket".into(),
             report: ShimReport {
@@ -322,6 +326,7 @@ mod tests {
                 true,
                 state.clone(),
             ),
+            ("metrics", Action::Metrics, false, state.clone()),
             ("console c1", Action::Console("c1".to_owned()), false, state),
         ] {
             assert_eq!(arguments(line), Some(Arguments { action, json, state }), "{line}");

@@ -351,6 +351,7 @@ administrator_sees_the_container() {
   grep -q '^start:  *[0-9]* ms$' <<<"$inspected"
   assert_contains "$(containerd-shim-nutshell-v2 inspect "default/$name" --json)" '"state": "running"'
   containerd-shim-nutshell-v2 console "$name"
+  assert_contains "$(containerd-shim-nutshell-v2 metrics)" "nutshell_container_running{namespace=\"default\",id=\"$name\""
   remove "$name"
   assert_equal 1 "$(containerd-shim-nutshell-v2 ps | wc -l)"
   ! containerd-shim-nutshell-v2 inspect "$name" 2>/dev/null || return 1
