@@ -303,8 +303,8 @@ limits_of_the_node_hold_in_the_container() {
   echo 2500000 >/proc/sys/fs/nr_open
   local names="fs/nr_open fs/file-max fs/aio-max-nr fs/epoll/max_user_watches fs/inotify/max_user_watches kernel/pid_max
     kernel/threads-max kernel/keys/maxkeys vm/max_map_count user/max_user_namespaces"
-  inside=$(nutshell "$name" --rm --rlimit-nofile 2000000 --memory-limit $((96 << 20)) -- \
-    sh -c "ulimit -n; for limit in $(echo $names); do echo \$limit \$(cat /proc/sys/\$limit); done")
+  inside=$(nutshell "$name" --rm --privileged --memory-limit $((96 << 20)) -- \
+    sh -c "ulimit -n 2000000 && ulimit -n; for limit in $(echo $names); do echo \$limit \$(cat /proc/sys/\$limit); done")
   assert_equal 2000000 "$(head -n 1 <<<"$inside")"
   while read -r limit value; do
     outside=$(<"/proc/sys/$limit")
