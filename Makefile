@@ -19,7 +19,7 @@ KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
 # Suites that take long and repeat others, with containerd 1.7 or with the other sandbox API, are left to `make soak`.
-SOAK_SUITES := containers-1.7 failures-1.7 growth pods-1.7 pods-shim-all-2.1 streams-1.7
+SOAK_SUITES := containers-1.7 failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 PHASE := tools/phase

@@ -27,7 +27,7 @@ set_up_containerd() {
   for program in "$folder"/{containerd,containerd-shim-runc-v2,ctr} ${NUTSHELL_TEST_SHIM:+"$NUTSHELL_TEST_SHIM"}; do
     cp "$program" /run/bin/
   done
-  resident runc
+  copy_to_memory runc
 
   # Plugins that no test uses slow down the start.
   local disabled=(io.containerd.snapshotter.v1.{btrfs,zfs,aufs} io.containerd.internal.v1.opt

@@ -5,14 +5,14 @@ export LAB=1 TMPDIR=/run/tmp PATH=/run/bin:$PATH LD_LIBRARY_PATH=/run/lib
 mkdir -p -m 1777 /run/tmp
 mkdir -p /run/bin /run/lib
 
-# resident PROGRAM...: copies programs and their libraries into memory, where the search paths find them first.
+# copy_to_memory PROGRAM...: copies programs and their libraries into memory, where the search paths find them first.
 # Reads over 9p are slow. With `lab -i` they also falsify measurements: the machine is idle during a read, and idle
 # time counts up to the next timer.
-resident() {
+copy_to_memory() {
   local program file library
   for program; do
     file=$(type -P "$program") || {
-      echo "resident: $program: not found" >&2
+      echo "copy_to_memory: $program: not found" >&2
       return 1
     }
     [[ $file == /run/bin/* ]] || cp -L "$file" /run/bin/
@@ -36,7 +36,7 @@ timed() {
   }
   echo $((${to/./} - ${from/./}))
 }
-export -f resident timed
+export -f copy_to_memory timed
 
 # With `lab -i` also the files that all processes read: the dynamic linker, /etc and common tools.
 if [[ -n ${LAB_COUNTED:-} ]]; then
@@ -45,6 +45,6 @@ if [[ -n ${LAB_COUNTED:-} ]]; then
   mount --bind /run/linker "$linker"
   cp -a /etc /run/etc
   mount --bind /run/etc /etc
-  resident bash cat cp env grep head ls mkdir mount rm sed seq sh sleep sort tail true umount
+  copy_to_memory bash cat cp env grep head ls mkdir mount rm sed seq sh sleep sort tail true umount
   unset linker
 fi

@@ -10,9 +10,9 @@ start_node() {
   local version=$1 program runtime programs
   shift
   for program in bridge host-local portmap loopback; do cp "/usr/lib/cni/$program" /run/bin/; done
-  resident bridge iptables ip6tables modprobe
+  copy_to_memory bridge iptables ip6tables modprobe
 
-  # CNI plugins create these and never remove them.
+  # CNI plugins create these and never remove them. They exist beforehand, so that they do not count as left behind.
   mkdir -p /run/cni/net.d /run/cni/addresses/pods /run/netns
   touch /run/cni/addresses/pods/lock /run/xtables.lock
   echo 10.88.0.1 >/run/cni/addresses/pods/last_reserved_ip.0
@@ -45,7 +45,8 @@ NETWORK
   ip address add fd00:88::1/64 dev pods nodad
   # As on any distribution: containerd resolves localhost when it forwards ports.
   printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
-  # As a kubelet creates them.
+  # A kubelet creates the group kubepods and the folder for logs. containerd and runc create the other groups and
+  # folders and never remove them.
   mkdir -p /sys/fs/cgroup/kubepods /sys/fs/cgroup/k8s.io /run/pods
   echo "+cpu +cpuset +io +memory +pids +hugetlb" >/sys/fs/cgroup/kubepods/cgroup.subtree_control
   mkdir -p /run/containerd/io.containerd.runtime.v2.task/k8s.io /run/containerd/runc/k8s.io

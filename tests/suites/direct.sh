@@ -10,7 +10,7 @@ source "$(dirname "$0")/../lab/test.bash"
 cp "$NUTSHELL_TEST_DIRECT" /run/bin/direct
 cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
 export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
-resident sh
+copy_to_memory sh
 modprobe fuse
 # As systemd does: a shim gets mounts that are made after its start.
 mount --make-rshared /
@@ -26,8 +26,8 @@ arguments=(--test-threads=2)
 if [[ -n ${NUTSHELL_TEST_FILTER:-} ]]; then
   arguments+=("$NUTSHELL_TEST_FILTER")
 else
-  # The suite `growth` runs these: they take minutes.
-  arguments+=(--skip growth::hundred_containers --skip growth::thirty_concurrent)
+  # The suite `leaks` runs these: they take minutes.
+  arguments+=(--skip leaks::hundred_containers --skip leaks::thirty_concurrent)
 fi
 declare -A took
 while read -r first second third fourth; do

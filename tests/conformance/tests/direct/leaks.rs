@@ -1,4 +1,4 @@
-//! A shim does not grow: after a hundred containers or execs it uses no more than after ten.
+//! A shim leaks nothing: after a hundred containers or execs it uses no more than after ten.
 
 use std::time::Duration;
 
