@@ -1,4 +1,4 @@
-//! Connections to the host: the control stream, and one stream for each standard stream of a process and each
+//! Connections to the host: the agent stream, and one stream for each standard stream of a process and each
 //! forwarded connection.
 
 use std::io;
@@ -75,32 +75,32 @@ pub(crate) fn await_connection(stream: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Why the control stream cannot be used any longer.
+/// Why the agent stream cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ControlError {
+pub(crate) enum AgentStreamError {
     /// The host closed it.
-    #[error("the host closed the control stream")]
+    #[error("the host closed the agent stream")]
     Closed,
     /// The host sent something that is not a request.
     #[error("the host sent an invalid request: {0}")]
     Frame(#[from] FrameError),
     /// Reading or writing failed.
-    #[error("the control stream failed: {0}")]
-    Stream(#[from] io::Error),
+    #[error("the agent stream failed: {0}")]
+    Io(#[from] io::Error),
 }
 
-/// The control stream, which carries the messages of `nutshell_protocol`.
+/// The agent stream, which carries the messages of `nutshell_protocol`.
 #[derive(Debug)]
-pub(crate) struct ControlStream {
+pub(crate) struct AgentStream {
     stream: OwnedFd,
     incoming: FrameBuffer,
     outgoing: Vec<u8>,
 }
 
-/// The maximum number of bytes in one read of the control stream.
+/// The maximum number of bytes in one read of the agent stream.
 const READ_SIZE: usize = 16 << 10;
 
-impl ControlStream {
+impl AgentStream {
     /// Connects to the host, and waits until the host accepts the connection.
     pub(crate) fn dial(host: &HostAddress) -> io::Result<Self> {
         let stream = host.dial(AGENT_PORT)?;
@@ -115,38 +115,38 @@ impl ControlStream {
     }
 
     /// Returns the next request, or `None` if none has arrived completely.
-    pub(crate) fn next(&mut self) -> Result<Option<ToAgent>, ControlError> {
+    pub(crate) fn next(&mut self) -> Result<Option<ToAgent>, AgentStreamError> {
         loop {
             if let Some(message) = self.incoming.next()? {
                 return Ok(Some(message));
             }
             let mut bytes = [0; READ_SIZE];
             match rustix::io::read(&self.stream, &mut bytes) {
-                Ok(0) | Err(Errno::CONNRESET) => return Err(ControlError::Closed),
+                Ok(0) | Err(Errno::CONNRESET) => return Err(AgentStreamError::Closed),
                 Ok(read) => self.incoming.push(&bytes[..read]),
                 Err(Errno::AGAIN) => return Ok(None),
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(ControlError::Stream(error.into())),
+                Err(error) => return Err(AgentStreamError::Io(error.into())),
             }
         }
     }
 
     /// Queues a message, and sends as much of the queue as the stream accepts.
-    pub(crate) fn send(&mut self, message: &FromAgent) -> Result<(), ControlError> {
+    pub(crate) fn send(&mut self, message: &FromAgent) -> Result<(), AgentStreamError> {
         self.outgoing.extend(encode(message, MAX_FROM_AGENT)?);
         self.flush()
     }
 
     /// Sends as much of the queue as the stream accepts.
-    pub(crate) fn flush(&mut self) -> Result<(), ControlError> {
+    pub(crate) fn flush(&mut self) -> Result<(), AgentStreamError> {
         let mut sent = 0;
         while sent < self.outgoing.len() {
             match rustix::net::send(&self.stream, &self.outgoing[sent..], SendFlags::NOSIGNAL) {
                 Ok(count) => sent += count,
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(ControlError::Closed),
-                Err(error) => return Err(ControlError::Stream(error.into())),
+                Err(Errno::PIPE | Errno::CONNRESET) => return Err(AgentStreamError::Closed),
+                Err(error) => return Err(AgentStreamError::Io(error.into())),
             }
         }
         self.outgoing.drain(..sent);
@@ -159,7 +159,7 @@ impl ControlStream {
     }
 }
 
-impl AsFd for ControlStream {
+impl AsFd for AgentStream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }

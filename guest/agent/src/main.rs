@@ -27,7 +27,7 @@ mod sys;
 use std::process::ExitCode;
 
 use agent::{Agent, AgentError};
-use connection::{ControlError, HostAddress};
+use connection::{AgentStreamError, HostAddress};
 use container::hooks;
 
 fn main() -> ExitCode {
@@ -58,7 +58,7 @@ fn serve_test(host: &HostAddress) -> ExitCode {
         .map_err(AgentError::from)
         .and_then(|()| Agent::connect(host.clone())?.serve());
     match served {
-        Err(AgentError::Control(ControlError::Closed)) => ExitCode::SUCCESS,
+        Err(AgentError::Stream(AgentStreamError::Closed)) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nutshell-agent: {error}");
             ExitCode::FAILURE

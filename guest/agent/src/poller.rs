@@ -8,8 +8,8 @@ use rustix::event::{Timespec, epoll};
 /// Identifies the source of an event. Source numbers are not reused, so a late event of a removed source is ignored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Token {
-    /// The control stream to the host.
-    Control,
+    /// The agent stream, to the shim.
+    Host,
     /// SIGCHLD: a child has ended.
     Signals,
     /// A job has sent its report.
@@ -23,7 +23,7 @@ pub(crate) enum Token {
 impl Token {
     fn encode(self) -> epoll::EventData {
         let (kind, number): (u64, u32) = match self {
-            Self::Control => (0, 0),
+            Self::Host => (0, 0),
             Self::Signals => (1, 0),
             Self::Job(number) => (2, number),
             Self::Pump(number) => (3, number),
@@ -36,7 +36,7 @@ impl Token {
         let data = data.u64();
         let number = u32::try_from(data & u64::from(u32::MAX)).ok()?;
         match data >> 32 {
-            0 => Some(Self::Control),
+            0 => Some(Self::Host),
             1 => Some(Self::Signals),
             2 => Some(Self::Job(number)),
             3 => Some(Self::Pump(number)),
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn tokens_are_decoded_as_they_were_encoded() {
         for token in [
-            Token::Control,
+            Token::Host,
             Token::Signals,
             Token::Job(0),
             Token::Pump(u32::MAX),

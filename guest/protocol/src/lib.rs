@@ -1,6 +1,6 @@
 //! The messages between the shim and the guest's agent, and their framing.
 //!
-//! All messages share one vsock connection, the control stream. When the agent is ready, it connects to
+//! All messages share one vsock connection, the agent stream. When the agent is ready, it connects to
 //! [`AGENT_PORT`] on the host and sends [`FromAgent::Ready`]. After that the shim sends [`ToAgent`] requests. The
 //! agent answers each with one [`FromAgent::Reply`] of the same id, in any order, and sends events as they happen.
 //! Each standard stream of a process has a separate connection (see [`Stdio`]).
@@ -26,11 +26,12 @@ pub const HOST_CID: u32 = 2;
 /// same id.
 pub const GUEST_CID: u32 = 3;
 
-/// The host's vsock port for the control stream. The agent connects to it when it is ready.
+/// The host's vsock port for the agent stream. The agent connects to it when it is ready.
 pub const AGENT_PORT: u32 = 1;
 
-/// The first host port that the shim assigns to a stream other than the control stream. Lower ports are reserved.
-pub const FIRST_STREAM_PORT: u32 = 1024;
+/// The lowest host port that the shim may assign, at random, to a stream other than the agent stream. Lower ports are
+/// reserved.
+pub const MIN_STREAM_PORT: u32 = 1024;
 
 /// The tag of the virtio-fs device that serves the pod's shared directories (virtio 1.3 §5.11.4).
 pub const SHARE_TAG: &str = "nutshell";

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io};
 
-use nutshell_protocol::FIRST_STREAM_PORT;
+use nutshell_protocol::MIN_STREAM_PORT;
 use parking_lot::{Mutex, MutexGuard};
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::sync::watch;
@@ -71,7 +71,7 @@ impl Inner {
             getrandom(&mut bytes, GetRandomFlags::empty())?;
             let port = u32::from_ne_bytes(bytes);
             // The highest number means "any port" (vsock(7), `VMADDR_PORT_ANY`).
-            if (FIRST_STREAM_PORT..u32::MAX).contains(&port) && !self.open.contains_key(&port) {
+            if (MIN_STREAM_PORT..u32::MAX).contains(&port) && !self.open.contains_key(&port) {
                 return Ok(port);
             }
         }
@@ -143,7 +143,7 @@ mod tests {
     fn ports_cannot_be_guessed_from_earlier_ones() {
         let streams = StreamTable::default();
         let ports: Vec<_> = (0..1000).map(|_| streams.open().unwrap().port()).collect();
-        assert!(ports.iter().all(|port| *port >= FIRST_STREAM_PORT && *port < u32::MAX));
+        assert!(ports.iter().all(|port| *port >= MIN_STREAM_PORT && *port < u32::MAX));
         let close = |pair: &[u32]| pair[0].abs_diff(pair[1]) < 1 << 16;
         // About 0.03 of 999 pairs are so close by chance.
         assert!(ports.windows(2).filter(|pair| close(pair)).count() < 5, "{ports:?}");

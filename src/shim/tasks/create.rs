@@ -140,8 +140,8 @@ impl Tasks {
             oci::PidNamespace::Pod => return Ok(PidNamespace::Pod),
             oci::PidNamespace::Task(pid) => pid,
         };
-        let members = self.members(pod.number());
-        match members.iter().find(|member| member.init.pid() == pid) {
+        let tasks = self.tasks_of_pod(pod.number());
+        match tasks.iter().find(|task| task.init.pid() == pid) {
             Some(sandbox) if sandbox.is_sandbox() => Ok(PidNamespace::Pod),
             Some(target) if target.init.lifecycle.phase().exit().is_none() => {
                 Ok(PidNamespace::Container(target.id.to_string()))

@@ -114,19 +114,19 @@ impl Tasks {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
             let ending = pod.machine().ended().await;
-            let members = tasks.members(pod.number());
-            if members
+            let containers = tasks.tasks_of_pod(pod.number());
+            if containers
                 .iter()
                 .any(|container| container.init.lifecycle.phase().exit().is_none())
             {
-                let text = format!("the virtual machine of {} ended: {ending}", join_ids(&members));
+                let text = format!("the virtual machine of {} ended: {ending}", join_ids(&containers));
                 if pod.machine().was_stopped() {
                     log::debug!("{text}");
                 } else {
                     log::error!("{text}");
                 }
             }
-            for container in members {
+            for container in containers {
                 let tasks = tasks.clone();
                 tokio::spawn(async move { tasks.end_lost_container(&container).await });
             }
@@ -177,15 +177,15 @@ impl Tasks {
             container.init.lifecycle.wait_exit().await;
             return;
         }
-        let members = self.members(container.pod.number());
-        let writes = |member: &Arc<Container>| member.role == Role::Member { writes_disk: true };
-        if members.iter().any(writes) {
+        let tasks = self.tasks_of_pod(container.pod.number());
+        let writes = |task: &Arc<Container>| task.role == Role::Member { writes_disk: true };
+        if tasks.iter().any(writes) {
             container.write_back_disks(limit).await;
         }
         container.pod.machine().log_console().await;
         container.pod.machine().stop("its sandbox was stopped");
         container.pod.machine().ended().await;
-        for member in members.iter().filter(|member| !member.is_sandbox()) {
+        for member in tasks.iter().filter(|task| !task.is_sandbox()) {
             member.init.lifecycle.wait_exit().await;
         }
         // Before the exit is announced, because CNI removes the network namespace after that.

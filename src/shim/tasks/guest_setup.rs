@@ -14,8 +14,8 @@ impl Tasks {
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
             // The pod's sysctls may name network interfaces, which CNI has created before the sandbox.
-            let members = self.members(pod.number());
-            if let Some(sandbox) = members.iter().find(|member| member.is_sandbox()) {
+            let tasks = self.tasks_of_pod(pod.number());
+            if let Some(sandbox) = tasks.iter().find(|task| task.is_sandbox()) {
                 self.connect_network(pod, sandbox.init.pid(), true).await?;
             }
             let response = pod.machine().agent().run(Request::SetUpPod(request));

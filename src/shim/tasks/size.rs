@@ -38,7 +38,8 @@ impl Tasks {
             log::debug!("{action}");
             let resized = resize(pod, from, to).await;
             if resized.is_err() {
-                // A slow guest could complete the change later and use more than the pod is accounted for.
+                // A slow guest could complete the change later, and then have more than the size that the pod has
+                // recorded.
                 if let Err(error) = request_size(pod, to, from).await {
                     log::info!("cannot undo a failed resize ({action}): {error}");
                 }
@@ -67,11 +68,9 @@ impl Tasks {
 
     /// The size for all containers of a pod that have not ended.
     fn wanted_size(&self, pod: &Pod) -> Size {
-        let members = self.members(pod.number());
-        let present = members
-            .iter()
-            .filter(|member| member.init.lifecycle.phase().exit().is_none());
-        let limits = Limits::sum(present.map(|member| member.limits()));
+        let tasks = self.tasks_of_pod(pod.number());
+        let present = tasks.iter().filter(|task| task.init.lifecycle.phase().exit().is_none());
+        let limits = Limits::sum(present.map(|task| task.limits()));
         pod.size().size_for(limits, pod.memory_limit())
     }
 }

@@ -103,14 +103,14 @@ impl Tasks {
         self.table().containers.values().cloned().collect()
     }
 
-    /// All containers of a pod, its sandbox included.
-    pub(super) fn members(&self, pod: u64) -> Vec<Arc<Container>> {
+    /// All containers of a pod and its sandbox.
+    pub(super) fn tasks_of_pod(&self, pod: u64) -> Vec<Arc<Container>> {
         let table = self.table();
-        let members = table
+        let tasks = table
             .containers
             .values()
             .filter(|container| container.pod.number() == pod);
-        members.cloned().collect()
+        tasks.cloned().collect()
     }
 
     /// Reserves an id for a container that is about to be created.

@@ -153,7 +153,7 @@ impl Agent {
             .containers
             .get_mut(name)
             .and_then(|container| container.memory_watch.as_mut());
-        if watch.is_some_and(|watch| watch.has_new_kills()) && self.control.backlog() < MAX_BACKLOG {
+        if watch.is_some_and(|watch| watch.has_new_kills()) && self.stream.backlog() < MAX_BACKLOG {
             self.send_event(Event::OutOfMemory {
                 container: name.to_string(),
             })?;

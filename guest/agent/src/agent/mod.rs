@@ -16,7 +16,7 @@ use std::rc::Rc;
 
 use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
 
-use crate::connection::{ControlError, ControlStream, HostAddress};
+use crate::connection::{AgentStream, AgentStreamError, HostAddress};
 use crate::container::Container;
 use crate::job::Job;
 use crate::pod::Pod;
@@ -28,9 +28,9 @@ use pumps::Pumps;
 /// Why the event loop ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
-    /// The control stream to the host failed or was closed.
+    /// The agent stream failed or was closed.
     #[error(transparent)]
-    Control(#[from] ControlError),
+    Stream(#[from] AgentStreamError),
     /// A system call of the loop itself failed.
     #[error("the event loop failed: {0}")]
     System(#[from] io::Error),
@@ -68,7 +68,7 @@ struct PendingJob {
 pub(crate) struct Agent {
     poller: Poller,
     host: HostAddress,
-    control: ControlStream,
+    stream: AgentStream,
     reaper: Reaper,
     pumps: Pumps,
     /// `None` until the pod has been set up.
@@ -84,14 +84,14 @@ impl Agent {
     /// Connects to the host, and reports that the agent is ready.
     pub(crate) fn connect(host: HostAddress) -> Result<Self, AgentError> {
         let reaper = Reaper::new()?;
-        let control = ControlStream::dial(&host)?;
+        let stream = AgentStream::dial(&host)?;
         let poller = Poller::new()?;
-        poller.watch_changes(&control, Token::Control)?;
+        poller.watch_changes(&stream, Token::Host)?;
         poller.watch_input(&reaper, Token::Signals)?;
         let mut agent = Self {
             poller,
             host,
-            control,
+            stream,
             reaper,
             pumps: Pumps::default(),
             pod: None,
@@ -106,14 +106,14 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Runs the event loop until the host closes the control stream or an error occurs.
+    /// Runs the event loop until the host closes the agent stream or an error occurs.
     pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
         loop {
             let tokens = self.poller.wait(!self.pumps.has_more())?;
             self.pumps.transfer_ready();
             for token in tokens {
                 match token {
-                    Token::Control => self.handle_requests()?,
+                    Token::Host => self.handle_requests()?,
                     Token::Signals => self.handle_exits()?,
                     Token::Job(number) => self.handle_report(number)?,
                     Token::Pump(number) => self.pumps.transfer(number),
@@ -124,15 +124,15 @@ impl Agent {
     }
 
     fn handle_requests(&mut self) -> Result<(), AgentError> {
-        self.control.flush()?;
-        while let Some(message) = self.control.next()? {
+        self.stream.flush()?;
+        while let Some(message) = self.stream.next()? {
             self.handle(message)?;
         }
         Ok(())
     }
 
     fn send(&mut self, message: &FromAgent) -> Result<(), AgentError> {
-        Ok(self.control.send(message)?)
+        Ok(self.stream.send(message)?)
     }
 
     fn reply(&mut self, id: u64, result: Result<Response, nutshell_protocol::Failure>) -> Result<(), AgentError> {

@@ -160,7 +160,7 @@ impl Agent {
             process.pid = Some(pid);
             process.pumps = pumps;
             process.terminal = terminal;
-            if process.killed_before_start {
+            if process.kill_when_started {
                 // Fails if it has ended already.
                 let _ = sys::kill(pid, libc::SIGKILL.unsigned_abs());
             }

@@ -257,8 +257,9 @@ impl Agent {
             && exec.pid.is_none()
             && signal == KILL
         {
-            // Its job is still running. The host stopped waiting for it.
-            exec.killed_before_start = true;
+            // Its job is still running. Either the shim no longer waits for the start, or a client kills the exec
+            // while it is starting.
+            exec.kill_when_started = true;
             return Ok(Answer::Now(Response::Done));
         }
         let process = container.process(exec).ok_or_else(finished)?;

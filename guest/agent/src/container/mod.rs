@@ -104,21 +104,22 @@ impl Container {
     }
 }
 
-/// The record of a container's process.
+/// The record of a container's process. After its exit is reported, the record of a first process is empty, and that
+/// of an exec is removed.
 #[derive(Debug, Default)]
 pub(crate) struct Process {
-    /// `None` until a job has reported it.
+    /// `None` until a job has reported it, and in an empty record.
     pub(crate) pid: Option<Pid>,
     /// The source numbers of the pumps of its standard input, output and error.
     pub(crate) pumps: [Option<u32>; 3],
     /// The master of its terminal.
     pub(crate) terminal: Option<OwnedFd>,
-    /// Its exit, and the number of bytes that it had written to standard output and error by then. `None` again after
-    /// the exit is reported.
+    /// Its exit, until it is reported, and the number of bytes that it had written to standard output and error by
+    /// then.
     pub(crate) exit: Option<(ProcessExit, [u64; 2])>,
     /// The signal to report as the cause of its exit, if it was killed with SIGKILL instead because it would have
     /// ignored that signal.
     pub(crate) reported_signal: Option<u32>,
     /// It is an exec whose job is running, and must be killed when the job reports its pid.
-    pub(crate) killed_before_start: bool,
+    pub(crate) kill_when_started: bool,
 }

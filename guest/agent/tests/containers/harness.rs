@@ -116,7 +116,7 @@ impl Agent {
             }
             let mut bytes = [0; 4096];
             let read = self.stream.read(&mut bytes).expect("the agent sent nothing in time");
-            assert!(read > 0, "the agent closed the control stream");
+            assert!(read > 0, "the agent closed its stream");
             self.incoming.push(&bytes[..read]);
         }
     }
@@ -249,7 +249,7 @@ impl Agent {
 }
 
 impl Drop for Agent {
-    /// Closes the control stream, and checks that the agent ends by itself and with success.
+    /// Closes the agent stream, and checks that the agent ends by itself and with success.
     fn drop(&mut self) {
         let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
         let pid = Pid::from_child(&self.child);

@@ -330,7 +330,7 @@ fn shutdown_leaves_a_clean_file_system() {
 }
 
 #[test]
-fn machine_ends_when_the_host_closes_the_control_stream() {
+fn machine_ends_when_the_host_closes_the_agent_stream() {
     let mut machine = Machine::boot(&[&create_image()]);
     machine.create(0, "c", &shell("sleep 1000"), Stdio::default());
     machine.agent.start_container("c");

@@ -12,11 +12,11 @@ impl Tasks {
     pub(crate) async fn sandbox_metrics(&self, id: &str) -> Result<ContainerStats, TaskError> {
         let sandbox = self.find_sandbox(id)?;
         let mut sum = ContainerStats::default();
-        for member in self.members(sandbox.pod.number()) {
-            if member.is_sandbox() || member.init.lifecycle.phase().exit().is_some() {
+        for task in self.tasks_of_pod(sandbox.pod.number()) {
+            if task.is_sandbox() || task.init.lifecycle.phase().exit().is_some() {
                 continue;
             }
-            match self.stats(member.id.as_str()).await {
+            match self.stats(task.id.as_str()).await {
                 Ok(stats) => add(&mut sum, stats),
                 // It ended meanwhile, or its creation is still in progress.
                 Err(error) if matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {}

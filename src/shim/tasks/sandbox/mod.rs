@@ -222,8 +222,8 @@ impl Tasks {
 
     /// Frees the pids of containers that were not deleted, because the pod's control group is removed next.
     async fn release_members(&self, sandbox: &Container) {
-        let members = self.members(sandbox.pod.number());
-        for member in members.iter().filter(|member| !member.is_sandbox()) {
+        let tasks = self.tasks_of_pod(sandbox.pod.number());
+        for member in tasks.iter().filter(|task| !task.is_sandbox()) {
             member.init.lifecycle.wait_exit().await;
             for exec in member.all_execs() {
                 exec.release_pid();
@@ -240,11 +240,11 @@ impl Tasks {
     }
 
     fn verbose_info(&self, sandbox: &Container) -> HashMap<String, String> {
-        let members = self.members(sandbox.pod.number());
-        let containers = members
+        let tasks = self.tasks_of_pod(sandbox.pod.number());
+        let containers = tasks
             .iter()
-            .filter(|member| !member.is_sandbox())
-            .map(|member| member.id.as_str());
+            .filter(|task| !task.is_sandbox())
+            .map(|container| container.id.as_str());
         let containers: Vec<_> = containers.collect();
         let size = sandbox.pod.current_size();
         HashMap::from([
