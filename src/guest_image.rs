@@ -1,5 +1,5 @@
 //! The guest image, a kernel and an initramfs: sections of this executable, or files that the host's configuration
-//! names. The shim opens them and passes them to the vmm, which maps them.
+//! names. The shim opens them and passes them to the vmm, which maps or copies them.
 //!
 //! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and the
 //! executable can be built in parallel. The sections are not loaded: only their position in the file matters.

@@ -14,7 +14,7 @@ use rustix::fs::{major, minor};
 pub(crate) enum SourceKind {
     /// A directory or regular file.
     Tree,
-    /// The mount point of a tmpfs for shared memory, which has the name `shm`.
+    /// The mount point of a tmpfs whose mount source is `shm`: shared memory.
     SharedMemory {
         /// In bytes.
         size: u64,
@@ -73,8 +73,8 @@ impl SourceKind {
     }
 }
 
-/// Whether the file system mounted at `path` has the name `shm`, which containerd's CRI, nerdctl and Docker give it
-/// (proc_pid_mountinfo(5)).
+/// Whether the mount source at `path` is `shm`, which containerd's CRI, nerdctl and Docker give to a tmpfs for shared
+/// memory (proc_pid_mountinfo(5)).
 fn is_shared_memory(path: &Path) -> io::Result<bool> {
     let path = path.canonicalize()?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;

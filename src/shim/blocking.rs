@@ -20,7 +20,7 @@ pub(crate) enum BlockingError {
     )]
     TimedOut { action: &'static str, limit: Duration },
     /// The work panicked, or the runtime is shutting down.
-    #[error("{0}: the shim failed")]
+    #[error("{0}: interrupted by a bug in the shim (see containerd's log) or by its shutdown")]
     Lost(&'static str),
 }
 
@@ -112,6 +112,7 @@ mod tests {
     #[tokio::test]
     async fn panic_of_the_work_is_an_error() {
         let result = run::<()>("work", || panic!("on purpose")).await;
-        assert_eq!(result.unwrap_err().to_string(), "work: the shim failed");
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with("work: interrupted by a bug in the shim"), "{error}");
     }
 }

@@ -7,9 +7,9 @@
 //!
 //! [guest]                        # replaces parts of the guest that this executable contains
 //! kernel = "/path/to/vmlinux"
-//! initramfs = "/path/to/initramfs.cpio"
+//! initramfs = "/path/to/initramfs.cpio"   # from the same build as this executable
 //! kernel_arguments = ""          # appended to the kernel's command line
-//! ready_timeout_seconds = 8      # limit for the boot; it starts again whenever the guest makes progress
+//! ready_timeout_seconds = 8      # how long the boot may make no progress; a boot may take 30 times that in total
 //!
 //! [machine]                      # sizes; `oci` documents which containers they apply to
 //! default_memory_mib = 512
@@ -44,7 +44,8 @@ const DEFAULT_READY_TIMEOUT: u64 = 8;
 pub(crate) struct Configuration {
     /// The path of a guest kernel (uncompressed ELF) that replaces the embedded one.
     pub(crate) kernel: Option<PathBuf>,
-    /// The path of an initramfs that replaces the embedded one.
+    /// The path of an initramfs that replaces the embedded one. Must be from the same build: the encoding of the
+    /// messages between shim and agent has no versions.
     pub(crate) initramfs: Option<PathBuf>,
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,

@@ -17,6 +17,9 @@ where
     F: Future<Output = Result<T, TaskError>> + Send + 'static,
 {
     let result = tokio::spawn(call(tasks.clone())).await;
-    let result = result.unwrap_or_else(|panic| Err(TaskError::unknown(format!("the shim failed: {panic}"))));
+    let result = result.unwrap_or_else(|error| {
+        let text = format!("interrupted by a bug in the shim (see containerd's log) or by its shutdown: {error}");
+        Err(TaskError::unknown(text))
+    });
     Ok(result?)
 }

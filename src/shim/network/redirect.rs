@@ -34,7 +34,8 @@ impl Redirect {
         let owns_qdisc = match created {
             Ok(()) => true,
             Err(error) if error.errno() == Some(libc::EEXIST) => {
-                // A shim that was killed may have left its filter, which would run first.
+                // A shim that was killed may have left its filter. It has the same priority, and matchall allows only
+                // one filter per priority, so the new one would be refused with EEXIST.
                 let _ = netlink.change(
                     "remove an old filter",
                     RouteNetlinkMessage::DelTrafficFilter(filter_key(from)),

@@ -1,4 +1,4 @@
-//! Tap devices: the host's end of a link whose other end is a network device of a machine (kernel,
+//! Tap devices: each is the host's counterpart of one network device of a machine (kernel,
 //! `Documentation/networking/tuntap.rst`).
 
 use std::{
@@ -40,7 +40,7 @@ const TAP_FLAGS: libc::c_short = 0x0002 | 0x0100 | 0x1000 | 0x4000;
 pub(super) struct Tap {
     /// The interface index.
     pub(super) index: u32,
-    /// One non-blocking descriptor a queue.
+    /// One non-blocking descriptor for each queue.
     pub(super) queues: Vec<OwnedFd>,
 }
 

@@ -1,5 +1,6 @@
-//! The `oom_score_adj` of a pod's processes on the host (proc_pid_oom_score_adj(5)). They start with that of the shim,
-//! which the kernel kills last: a pod whose memory is not limited would make it kill other tenants first.
+//! The `oom_score_adj` of a pod's processes on the host (proc_pid_oom_score_adj(5)). The processes
+//! start with the shim's value, with which the kernel kills a process last. If they kept it, a pod without a memory
+//! limit would make the kernel kill other tenants first.
 
 use std::fs;
 

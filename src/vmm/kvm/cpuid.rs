@@ -7,8 +7,8 @@ const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_MULTI_THREADED: u32 = 1 << 28;
 
-/// The CPUID table for vCPU `id` of `count`. The vCPUs are the cores of one package: one package needs only one
-/// calibration in the guest, and hardware threads would misrepresent the host's topology.
+/// The CPUID table for vCPU `id` of `count`. The vCPUs are the cores of one package, so that the guest calibrates its
+/// delay loop only once; hardware threads would misrepresent the host's topology.
 pub(super) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
     let mut table = supported.clone();
     for entry in table.as_mut_slice() {

@@ -54,7 +54,7 @@ pub(crate) fn call<C: Call>(request: &C) -> Result<C::Response, CallError> {
 async fn exchange(method: &str, message: &[u8]) -> Result<Bytes, CallError> {
     let stream = UnixStream::connect(SOCKET).await.map_err(unavailable)?;
     let (client, connection) = h2::client::handshake(stream).await.map_err(unavailable)?;
-    // An error of the connection is also an error of the stream.
+    // This task is not awaited: if the connection fails, the request below fails too.
     tokio::spawn(connection);
     let mut client = client.ready().await.map_err(unavailable)?;
     let request = Request::post(format!("http://localhost/runtime.v1.{method}"))

@@ -19,7 +19,8 @@ const HANDLERS: [(Handler, &str); 3] = [
     (Handler::NutshellSandboxService, "nutshell, Sandbox service"),
 ];
 
-/// Measures `rounds` pods of each runtime handler, alternately, and prints a table of medians in microseconds.
+/// Measures `rounds` pods of each runtime handler, alternately, and prints a table of medians in microseconds, which
+/// are thousands of instructions in a lab machine that counts them.
 pub(crate) fn print_table(rounds: usize) {
     let mut results = HANDLERS.map(|_| STEPS.map(|_| Vec::new()));
     // Round 0 is a warm-up.

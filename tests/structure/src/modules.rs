@@ -44,7 +44,7 @@ impl std::fmt::Display for SourceError {
 pub(crate) struct Module {
     /// The file, relative to the top of the tree.
     pub(crate) file: PathBuf,
-    /// Its items, without the bodies of modules that lie in other files and without unit tests.
+    /// Its items, without child modules, which have entries of their own, and without unit tests.
     pub(crate) items: Vec<Item>,
 }
 
