@@ -9,7 +9,7 @@ use tokio::time::Instant;
 pub(super) const MAX_EXTENSION_FACTOR: u32 = 30;
 
 /// How often the guest's progress is checked within the limit.
-const CHECKS_PER_LIMIT: u32 = 4;
+const CHECKS_PER_LIMIT: u32 = 8;
 
 /// What changes while a guest boots, and stays the same when it hangs. Both values have upper bounds, so a guest cannot
 /// make progress for ever.
@@ -124,7 +124,7 @@ mod tests {
     async fn guest_that_hangs_from_the_start_stalls_after_the_first_check_and_the_limit() {
         let start = Instant::now();
         let stall = stalled(LIMIT, || ready(pages(3)), RunQueueWaits::new).await;
-        assert_eq!((stall, seconds(start)), (BootStall::NoProgress(LIMIT), 10));
+        assert_eq!((stall, seconds(start)), (BootStall::NoProgress(LIMIT), 9));
     }
 
     #[tokio::test(start_paused = true)]
@@ -164,7 +164,7 @@ mod tests {
         // Half of the time.
         let waits = || RunQueueWaits::from([(1, start.elapsed() / 2)]);
         stalled(LIMIT, || ready(pages(3)), waits).await;
-        assert_eq!(seconds(start), 18);
+        assert_eq!(seconds(start), 17);
     }
 
     #[tokio::test(start_paused = true)]
@@ -173,7 +173,7 @@ mod tests {
         // Eight threads that wait an eighth of the time each.
         let waits = || (0..8).map(|thread| (thread, start.elapsed() / 8)).collect();
         stalled(LIMIT, || ready(pages(3)), waits).await;
-        assert_eq!(seconds(start), 12);
+        assert_eq!(seconds(start), 11);
     }
 
     #[test]
