@@ -53,6 +53,21 @@ impl Channel {
 
     /// Sends `message` with `descriptors`. Blocks while the socket's buffer is full, unless the socket is non-blocking.
     pub(crate) fn send(&self, message: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+        self.send_packet(message, descriptors, MsgFlags::empty())
+    }
+
+    /// Like [`Self::send`], but never blocks: if the socket's buffer is full, it fails with [`ControlError::Socket`]
+    /// (`WouldBlock`).
+    pub(crate) fn send_without_blocking(&self, message: &impl Serialize) -> Result<(), ControlError> {
+        self.send_packet(message, &[], MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_packet(
+        &self,
+        message: &impl Serialize,
+        descriptors: &[BorrowedFd<'_>],
+        flags: MsgFlags,
+    ) -> Result<(), ControlError> {
         let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
         if packet.len() > MAX_PACKET_SIZE || descriptors.len() > MAX_DESCRIPTORS {
             return Err(ControlError::Malformed);
@@ -63,7 +78,7 @@ impl Channel {
             self.socket.as_raw_fd(),
             &[io::IoSlice::new(&packet)],
             if raw.is_empty() { &[] } else { &rights },
-            MsgFlags::MSG_NOSIGNAL,
+            MsgFlags::MSG_NOSIGNAL | flags,
             None,
         )
         .map_err(|error| match error {

@@ -86,7 +86,7 @@ pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
     let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
     let (stack, unused) = (0_usize, 0_usize);
     // SAFETY: without CLONE_VM and without a stack the child continues as a copy of this thread with its own memory.
-    // Locks that other threads held stay locked in that copy for ever, so the child only makes system calls.
+    // Locks that other threads held are never unlocked in that copy, so the child only makes system calls.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags, stack, unused, unused, unused) };
     if pid == 0 {
         loop {

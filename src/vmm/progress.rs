@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const SLOTS: u64 = 4096;
 
 /// Counts the I/O addresses that the guest has used. A guest that hangs, or that repeats a loop, uses no new ones, so
-/// the count stops; it also has an upper bound, so that no guest can make progress for ever.
+/// the count stops; it also has an upper bound, so that no guest can make progress without end.
 #[derive(Debug)]
 pub(super) struct BootProgress {
     used: Box<[AtomicU64]>,

@@ -50,8 +50,8 @@ impl Log for ChannelLog {
             device: device.to_owned(),
             text: warning_text(&record.args().to_string(), suppressed),
         };
-        // If the shim is gone, nothing reads it.
-        let _ = self.channel.send(&warning, &[]);
+        // If the shim is gone, nothing reads it. If it does not read, a device must not wait for it.
+        let _ = self.channel.send_without_blocking(&warning);
     }
 
     fn flush(&self) {}
@@ -79,6 +79,19 @@ mod tests {
             long.len() <= MAX_WARNING && long.ends_with("since the last one)"),
             "{long}"
         );
+    }
+
+    #[test]
+    fn shim_that_does_not_read_blocks_no_device() {
+        let (_shim, vmm) = Channel::pair().unwrap();
+        let log = ChannelLog {
+            channel: vmm,
+            limit: Mutex::new(RateLimit::new(u32::MAX, INTERVAL)),
+        };
+        // More than the socket's buffer holds.
+        for _ in 0..10_000 {
+            log.log(&Record::builder().args(format_args!("failed")).build());
+        }
     }
 
     #[test]

@@ -11,14 +11,24 @@ pub(super) const MAX_EXTENSION_FACTOR: u32 = 30;
 /// How often the guest's progress is checked within the limit.
 const CHECKS_PER_LIMIT: u32 = 8;
 
-/// What changes while a guest boots, and stays the same when it hangs. Both values have upper bounds, so a guest cannot
-/// make progress for ever.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What grows while a guest boots, and stays the same when it hangs. Both values have upper bounds, and only growth
+/// counts, so a guest cannot make progress without end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct BootProgress {
     /// The resident memory of the vmm process, in pages: it grows when the guest uses memory for the first time.
     pub(super) resident_pages: u64,
     /// See [`Notice::Progress`](crate::control::Notice::Progress).
     pub(super) io_addresses: u64,
+}
+
+impl BootProgress {
+    /// The larger of each value. A guest may free memory again, and a vmm that does not answer has no count.
+    fn max(self, other: Self) -> Self {
+        Self {
+            resident_pages: self.resident_pages.max(other.resident_pages),
+            io_addresses: self.io_addresses.max(other.io_addresses),
+        }
+    }
 }
 
 /// Why a boot has taken too long.
@@ -43,15 +53,16 @@ pub(super) async fn stalled<F: Future<Output = BootProgress>>(
     let start = Instant::now();
     let interval = limit / CHECKS_PER_LIMIT;
     // The first check finds progress: until then, nothing is known of the guest.
-    let (mut latest, mut changed, mut waits_then) = (None, start, RunQueueWaits::new());
+    let (mut reached, mut changed, mut waits_then) = (BootProgress::default(), start, RunQueueWaits::new());
     loop {
         tokio::time::sleep(interval).await;
         let (now, current, waits) = (Instant::now(), progress().await, run_queue_waits());
         if now - start >= limit * MAX_EXTENSION_FACTOR {
             return BootStall::TooLong(limit * MAX_EXTENSION_FACTOR);
         }
-        if latest != Some(current) {
-            (latest, changed, waits_then) = (Some(current), now, waits);
+        let best = reached.max(current);
+        if best != reached {
+            (reached, changed, waits_then) = (best, now, waits);
         } else if (now - changed).saturating_sub(longest_wait(&waits_then, &waits)) >= limit {
             return BootStall::NoProgress(limit);
         }
@@ -151,7 +162,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn guest_that_makes_progress_for_ever_is_ended_at_last() {
+    async fn memory_that_is_freed_and_used_again_is_no_progress() {
+        let start = Instant::now();
+        let progress = || ready(pages(3 + seconds(start) % 2));
+        stalled(LIMIT, progress, RunQueueWaits::new).await;
+        assert!(seconds(start) <= 10, "{}", seconds(start));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guest_that_makes_progress_without_end_is_ended_at_last() {
         let start = Instant::now();
         let stall = stalled(LIMIT, || ready(pages(seconds(start))), RunQueueWaits::new).await;
         let max = LIMIT * MAX_EXTENSION_FACTOR;

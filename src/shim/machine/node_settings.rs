@@ -44,7 +44,12 @@ const LIMITS: [&str; 34] = [
 ];
 
 /// Parameters that are neither limits nor belong to a namespace: containers see the value of the node.
+/// `vm.overcommit_memory` is left out if it is [`STRICT_OVERCOMMIT`].
 const PARAMETERS: [&str; 1] = ["vm.overcommit_memory"];
+
+/// The value with which the kernel bounds allocations by its memory (proc_sys_vm(5)). In the guest that is the small
+/// memory of the machine, so containers could allocate less than on the node.
+const STRICT_OVERCOMMIT: &str = "2";
 
 /// Reads the settings. What this node does not have is left out.
 pub(super) fn read() -> GuestSettings {
@@ -61,6 +66,7 @@ pub(super) fn read() -> GuestSettings {
         parameters: PARAMETERS
             .iter()
             .filter_map(|name| Some(((*name).to_owned(), parameter(name)?)))
+            .filter(|(_, value)| value != STRICT_OVERCOMMIT)
             .collect(),
     }
 }
@@ -79,11 +85,11 @@ mod tests {
         assert!(limit("fs.nr_open") >= Some(1 << 16), "{settings:?}");
         assert!(limit("kernel.pid_max") >= Some(1 << 15), "{settings:?}");
         assert!(!settings.hostname.is_empty());
-        assert!(
-            settings
-                .parameters
-                .iter()
-                .any(|(name, _)| name == "vm.overcommit_memory")
-        );
+        let strict = fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap().trim() == STRICT_OVERCOMMIT;
+        let passed_on = settings
+            .parameters
+            .iter()
+            .any(|(name, _)| name == "vm.overcommit_memory");
+        assert_ne!(passed_on, strict);
     }
 }

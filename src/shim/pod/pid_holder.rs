@@ -181,7 +181,7 @@ fn namespace_type(file: BorrowedFd<'_>) -> Option<libc::c_int> {
     (kind >= 0).then_some(kind)
 }
 
-/// A directory that is empty for ever: it is deleted, so nothing can be created in it. As the root of a holder it keeps
+/// A directory that stays empty: it is deleted, so nothing can be created in it. As the root of a holder it keeps
 /// programs that look for the container's files at `/proc/<pid>/root`, such as `nerdctl cp`, from the files of the host.
 fn empty_directory() -> io::Result<OwnedFd> {
     static OPENED: Mutex<Option<OwnedFd>> = Mutex::new(None);

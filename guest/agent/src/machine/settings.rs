@@ -13,23 +13,29 @@ pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
 }
 
 /// Applies the node's settings. Parameters that this kernel does not have are ignored, because the node's kernel is
-/// another version.
+/// another version. Continues after a failure and returns the first one.
 pub(crate) fn apply(settings: &GuestSettings) -> Result<(), Failure> {
-    set_hostname(&settings.hostname)?;
+    let mut result = set_hostname(&settings.hostname);
+    let mut set = |name: &str, value: &str| {
+        let set = set_sysctl(name, value);
+        if result.is_ok() {
+            result = set;
+        }
+    };
     let path = |name: &str| Path::new("/proc/sys").join(name.replace('.', "/"));
     for (name, minimum) in &settings.minimum_limits {
         let current = fs::read_to_string(path(name)).ok();
         let is_lower = |current: String| current.trim().parse().is_ok_and(|current: u64| current < *minimum);
         if current.is_some_and(is_lower) {
-            set_sysctl(name, &minimum.to_string())?;
+            set(name, &minimum.to_string());
         }
     }
     for (name, value) in &settings.parameters {
         if path(name).exists() {
-            set_sysctl(name, value)?;
+            set(name, value);
         }
     }
-    Ok(())
+    result
 }
 
 /// Sets the NIS domain name in the same namespace.
