@@ -197,42 +197,36 @@ impl Host {
     }
 
     fn simultaneous_multithreading(&self) -> Finding {
-        const SUBJECT: &str = "SMT";
-        if self.read("sys/devices/system/cpu/smt/active").as_deref() == Some("1") {
-            Finding::not_good(
-                SUBJECT,
-                "on",
-                "guests on two threads of a core can observe each other; boot with nosmt, or set SCHED_CORE in the \
-                 environment of containerd",
-            )
-        } else {
-            Finding::good(SUBJECT, "off")
-        }
+        self.switch(
+            ("SMT", "sys/devices/system/cpu/smt/active"),
+            ("on", "off"),
+            "guests on two threads of a core can observe each other; boot with nosmt, or set SCHED_CORE in the \
+             environment of containerd",
+        )
     }
 
     fn same_page_merging(&self) -> Finding {
-        const SUBJECT: &str = "KSM";
-        if self.read("sys/kernel/mm/ksm/run").as_deref() == Some("1") {
-            Finding::not_good(
-                SUBJECT,
-                "on",
-                "equal pages of different guests are shared, which reveals their content; echo 2 >/sys/kernel/mm/ksm/run",
-            )
-        } else {
-            Finding::good(SUBJECT, "off")
-        }
+        self.switch(
+            ("KSM", "sys/kernel/mm/ksm/run"),
+            ("on", "off"),
+            "equal pages of different guests are shared, which reveals their content; echo 2 >/sys/kernel/mm/ksm/run",
+        )
     }
 
     fn userfaultfd(&self) -> Finding {
-        const SUBJECT: &str = "userfaultfd";
-        if self.read("proc/sys/vm/unprivileged_userfaultfd").as_deref() == Some("1") {
-            Finding::not_good(
-                SUBJECT,
-                "for every user",
-                "it makes flaws of the kernel easier to use; sysctl -w vm.unprivileged_userfaultfd=0",
-            )
+        self.switch(
+            ("userfaultfd", "proc/sys/vm/unprivileged_userfaultfd"),
+            ("for every user", "for root only"),
+            "it makes flaws of the kernel easier to use; sysctl -w vm.unprivileged_userfaultfd=0",
+        )
+    }
+
+    /// A setting that should not be on, which is "1" in its file.
+    fn switch(&self, (subject, path): (&'static str, &str), (on, off): (&str, &str), advice: &str) -> Finding {
+        if self.read(path).as_deref() == Some("1") {
+            Finding::not_good(subject, on, advice)
         } else {
-            Finding::good(SUBJECT, "for root only")
+            Finding::good(subject, off)
         }
     }
 

@@ -64,7 +64,8 @@ pub(crate) fn main() -> ExitCode {
     let result = boot();
     let status = report(&result);
     if env::args().nth(2).is_none() {
-        print!("{}", host::table(&Host::at("/").examine()));
+        // The reader may have closed the pipe; the status is what counts.
+        let _ = io::stdout().write_all(host::table(&Host::at("/").examine()).as_bytes());
     }
     status
 }
