@@ -27,6 +27,11 @@ pub(super) fn adapt(rootfs: &Path, mounts: &mut [Mount]) -> io::Result<()> {
     )?;
     let mut earlier: Vec<PathBuf> = Vec::new();
     for mount in mounts {
+        // An image must not move these by a link: settings such as masked paths are at their usual paths.
+        if matches!(mount.typ().as_deref(), Some("proc" | "sysfs")) {
+            earlier.push(mount.destination().clone());
+            continue;
+        }
         let target = resolve(&root, mount.destination(), &earlier)?;
         // The file system of an earlier mount is not visible yet.
         if !earlier.iter().any(|earlier| target.starts_with(earlier)) && mount.typ().as_deref() == Some("tmpfs") {
@@ -155,6 +160,16 @@ mod tests {
         }
         let error = adapt(&rootfs, &mut [mount("bind", "/loop/x", &[])]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::LOOP.raw_os_error()));
+        fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn links_do_not_move_proc_and_sysfs() {
+        let rootfs = rootfs("kernel");
+        let mut mounts = [mount("proc", "/absolute", &[]), mount("sysfs", "/etc/localtime", &[])];
+        adapt(&rootfs, &mut mounts).unwrap();
+        assert_eq!(mounts[0].destination(), Path::new("/absolute"));
+        assert_eq!(mounts[1].destination(), Path::new("/etc/localtime"));
         fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
     }
 
