@@ -3,11 +3,15 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    time::Duration,
 };
 
 use tokio::io::unix::AsyncFd;
 
 use crate::control::{Channel, Command, ControlError, Notice};
+
+/// How long the socket may have no room for a command, which means that the vmm does not read it.
+const SEND_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// A [`Channel`] that is registered with the Tokio runtime.
 #[derive(Debug)]
@@ -38,8 +42,16 @@ impl AsyncChannel {
         self.0.get_ref().0.send(command, &descriptors)
     }
 
-    /// Waits until the socket has room, and sends a command.
+    /// Waits until the socket has room, for at most [`SEND_TIMEOUT`], and sends a command.
     pub(super) async fn send(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+        let sent = tokio::time::timeout(SEND_TIMEOUT, self.send_when_writable(command, descriptors)).await;
+        sent.unwrap_or_else(|_| {
+            let full = io::Error::new(io::ErrorKind::TimedOut, "the vmm does not read its commands");
+            Err(ControlError::Socket(full))
+        })
+    }
+
+    async fn send_when_writable(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         loop {
             match self.try_send(command, descriptors) {
                 Err(error) if is_would_block(&error) => {}
@@ -68,4 +80,29 @@ impl AsyncChannel {
 
 fn is_would_block(error: &ControlError) -> bool {
     matches!(error, ControlError::Socket(error) if error.kind() == io::ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn command_to_a_vmm_that_does_not_read_fails_in_time() {
+        let (channel, vmm_end) = Channel::pair().unwrap();
+        let channel = AsyncChannel::new(channel).unwrap();
+        while channel
+            .try_send(&Command::ReadConsole, &[] as &[BorrowedFd<'_>])
+            .is_ok()
+        {}
+
+        let sent = tokio::time::timeout(SEND_TIMEOUT * 4, channel.send(&Command::ReadConsole, &[])).await;
+
+        let error = sent.expect("an error in time").unwrap_err().to_string();
+        assert!(error.contains("does not read its commands"), "{error}");
+        // The channel is usable when the vmm reads again.
+        assert!(matches!(vmm_end.receive(), Ok((Command::ReadConsole, _))));
+        while vmm_end.try_receive::<Command>().unwrap().is_some() {}
+        channel.send(&Command::ReadProgress, &[]).await.unwrap();
+        assert!(matches!(vmm_end.receive(), Ok((Command::ReadProgress, _))));
+    }
 }

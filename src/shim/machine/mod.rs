@@ -14,6 +14,7 @@ mod deadline;
 mod exit;
 mod monitor;
 mod node_settings;
+mod stderr;
 mod streams;
 mod vmm;
 
@@ -36,8 +37,9 @@ pub(crate) use self::{
     boot::{BootError, BootRequest, DiskFile, GuestResources, open_disk, open_kvm},
     exit::MachineExit,
     monitor::FINAL_NOTICE_TIMEOUT,
+    stderr::{STDERR_TIMEOUT, StderrLog},
     streams::GuestStream,
-    vmm::{VmmError, VmmProcess, log_stderr},
+    vmm::{VmmError, VmmProcess},
 };
 use self::{
     async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::BootProgress, exit::EndRequest,
@@ -50,7 +52,7 @@ use crate::control::{Channel, Command, ControlError};
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the vmm may take to plug or unplug a device, or to change the size of the machine.
-const VMM_TIMEOUT: Duration = Duration::from_secs(10);
+const VMM_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// How long the vmm may take to send the progress of the boot.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -377,7 +379,7 @@ impl Machine {
 
     /// Logs the tail of the guest's console, at debug level.
     pub(crate) async fn log_console(&self) {
-        if logging::debug_enabled() {
+        if logging::debug_enabled() && !self.has_ended() {
             for line in self.read_console().await.lines() {
                 log::debug!("console of the guest of vmm process {}: {line}", self.pid());
             }

@@ -17,8 +17,8 @@ use super::{
     async_channel::AsyncChannel,
     console::{printable_line, printable_tail},
     exit::{EndRequest, MachineExit, describe_death, describe_end},
+    stderr::{STDERR_TIMEOUT, StderrLog},
     streams::StreamTable,
-    vmm::log_stderr,
 };
 use crate::{
     control::{ControlError, EndReason, MAX_WARNING, Notice, RateLimit},
@@ -28,8 +28,9 @@ use crate::{
 /// How long the vmm may take to report why it ends, once the agent or the file server that it serves has ended.
 pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long to wait for the end of standard error of a vmm that has ended.
-const STDERR_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long to receive the notices of a vmm that has ended. All of them are in the socket's buffer by then. A process
+/// that a compromised vmm has forked can keep the channel open, and can go on sending.
+const DEAD_NOTICES_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// How many warnings of a vmm are logged at once, and how often one is logged after that.
 const WARNING_BURST: u32 = 50;
@@ -108,25 +109,30 @@ pub(super) async fn run(
     stderr: OwnedFd,
     agent_end: impl Future<Output = String>,
 ) {
-    let stderr = tokio::spawn(log_stderr(stderr, "vmm", child.pid()));
+    let stderr = StderrLog::start(stderr, "vmm", child.pid());
     let agent_gone = async {
         let reason = agent_end.await;
         tokio::time::sleep(FINAL_NOTICE_TIMEOUT).await;
         reason
     };
+    let vmm_gone = async {
+        // `Child::reap` below reports a failure.
+        let _ = child.wait().await;
+        tokio::time::sleep(DEAD_NOTICES_TIMEOUT).await;
+    };
+    // The last two are unconstrained, because a flood of notices uses up the budget of this task whenever it runs.
     let (reported, console) = tokio::select! {
         biased;
         ended = receive_notices(state, control) => match ended {
             Some((reason, console)) => (Some(describe_end(&reason)), console),
             None => (None, Vec::new()),
         },
-        reason = agent_gone => (Some(reason), Vec::new()),
+        reason = tokio::task::unconstrained(agent_gone) => (Some(reason), Vec::new()),
+        () = tokio::task::unconstrained(vmm_gone) => (None, Vec::new()),
     };
     child.kill();
     let status = child.reap().await;
-    // Another process may keep the stream open: the task then ends later.
-    let stderr = tokio::time::timeout(STDERR_TIMEOUT, stderr).await;
-    let stderr = stderr.ok().and_then(Result::ok).unwrap_or_default();
+    let stderr = stderr.finish(STDERR_TIMEOUT).await;
     let end_request = state.end_request.lock().take();
     let requested = end_request.as_ref().is_some_and(|request| request.requested);
     let reason = end_request

@@ -1,20 +1,13 @@
-//! The vmm process: its start and its standard error.
+//! The start of the vmm process.
 
 use std::{io, os::fd::OwnedFd, process::Stdio, time::Duration};
 
-use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver};
-
-use super::console::printable_tail;
 use crate::{
     control::{Channel, ControlError},
     jail,
     shim::child::Child,
     vmm,
 };
-
-/// How much of a vmm's standard error is logged, in bytes. The limit is for a guest that has compromised its vmm: it
-/// can write any amount.
-const MAX_LOGGED_STDERR: usize = 16 << 10;
 
 /// A vmm process that waits for its first command.
 #[derive(Debug)]
@@ -64,23 +57,4 @@ impl VmmProcess {
             log::warn!("cannot reap the unused vmm process {}: {error}", self.child.pid());
         }
     }
-}
-
-/// Logs what a process writes to its standard error until end of file, and returns the text. Anything beyond the first
-/// [`MAX_LOGGED_STDERR`] bytes is dropped. `process` is what the log calls it, and `pid` its pid.
-pub(crate) async fn log_stderr(stderr: OwnedFd, process: &'static str, pid: u32) -> String {
-    let Ok(mut stderr) = Receiver::from_owned_fd(stderr) else {
-        return String::new();
-    };
-    let mut kept = Vec::new();
-    let mut bytes = [0; 1024];
-    while let Ok(length @ 1..) = stderr.read(&mut bytes).await {
-        let room = MAX_LOGGED_STDERR - kept.len();
-        let new = &bytes[..length.min(room)];
-        for line in printable_tail(new).lines() {
-            log::warn!("{process} process {pid}: {line}");
-        }
-        kept.extend_from_slice(new);
-    }
-    printable_tail(&kept)
 }

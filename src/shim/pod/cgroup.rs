@@ -85,6 +85,20 @@ impl ControlGroup {
         }
     }
 
+    /// Sends SIGKILL to all processes in it and does not wait for their end.
+    pub(super) fn kill(&self) {
+        match fs::write(self.path.join("cgroup.kill"), "1") {
+            // Linux has `cgroup.kill` since 5.14; without it, `remove` fails and reports the group.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                log::warn!(
+                    "cannot kill the processes of control group {}: {error}",
+                    self.path.display()
+                );
+            }
+            _ => {}
+        }
+    }
+
     /// Removes it, but not its ancestors. Kills processes that are still in it: a vmm that its guest controls may have
     /// forked, and the fork has the pod's devices.
     pub(super) async fn remove(&self) {

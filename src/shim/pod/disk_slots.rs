@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The time limit for guest and vmm to release a disk that no container uses any more.
-const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
+const DISK_RELEASE_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// The disk slots of a machine. A container uses at most one.
 #[derive(Debug)]

@@ -6,13 +6,15 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
+
 use super::{error::PodError, launcher::Launcher};
 use crate::{
     oci::ContainerId,
     shim::{
         blocking::{self, FILE_SYSTEM_LIMIT},
         child::{Child, WaitStatus},
-        machine::{FINAL_NOTICE_TIMEOUT, Machine, log_stderr},
+        machine::{FINAL_NOTICE_TIMEOUT, Machine, STDERR_TIMEOUT, StderrLog},
         share::{FileServer, ShareError},
     },
 };
@@ -25,6 +27,8 @@ const REAP_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct RunningFileServer {
     server: Arc<FileServer>,
     child: Arc<Child>,
+    /// `None` after the end.
+    stderr: Arc<Mutex<Option<StderrLog>>>,
 }
 
 impl RunningFileServer {
@@ -39,12 +43,11 @@ impl RunningFileServer {
             step: "watch the process",
             source,
         })?;
-        if let Some(stderr) = stderr {
-            tokio::spawn(log_stderr(stderr, "file server", child.pid()));
-        }
+        let stderr = stderr.map(|stderr| StderrLog::start(stderr, "file server", child.pid()));
         let running = Self {
             server: Arc::new(server),
             child: Arc::new(child),
+            stderr: Arc::new(Mutex::new(stderr)),
         };
         Ok(Some((running, socket)))
     }
@@ -102,6 +105,10 @@ impl RunningFileServer {
                 "the file server process {} does not end after SIGKILL: a file system of this host hangs",
                 self.pid()
             ),
+        }
+        let stderr = self.stderr.lock().take();
+        if let Some(stderr) = stderr {
+            stderr.finish(STDERR_TIMEOUT).await;
         }
     }
 }

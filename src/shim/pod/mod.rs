@@ -304,8 +304,8 @@ impl Pod {
         }
     }
 
-    /// Ends the machine and releases all resources of the pod. Call it after
-    /// the end of all processes of [`Self::add_process`]: with the control group, those left in it are killed.
+    /// Ends the machine and releases all resources of the pod. Call it after the end of all processes of
+    /// [`Self::add_process`]: those left in the control group are killed.
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
@@ -315,6 +315,10 @@ impl Pod {
                 let file_server = self.file_server().take();
                 if let Some(server) = &file_server {
                     server.kill();
+                }
+                // Also what a compromised process has forked: a fork can hold the descriptors whose end others wait for.
+                if let Some(cgroup) = &self.cgroup {
+                    cgroup.kill();
                 }
                 self.machine.ended().await;
                 if let Some(server) = file_server {

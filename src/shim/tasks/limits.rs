@@ -16,7 +16,7 @@ pub(super) const CLOSE_STREAMS_LIMIT: Duration = Duration::from_secs(2);
 pub(super) const END_REASON_LIMIT: Duration = Duration::from_secs(2);
 
 /// A request that the agent answers without waiting for anything.
-pub(super) const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const REQUEST_LIMIT: Duration = shorter_in_tests(Duration::from_secs(10));
 
 /// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
 /// them wait for the kernel of the guest or of the host.

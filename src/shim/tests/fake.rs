@@ -45,6 +45,8 @@ pub(super) enum Behaviour {
     CannotGrow,
     /// It reports no stream as drained before [`Fake::report_drained`].
     NeverDrains,
+    /// After the end of its vmm, another process holds all that the vmm had open.
+    OutlivedByFork,
 }
 
 /// A kind of request that the agent does not answer.
@@ -74,6 +76,10 @@ struct State {
     agent: Option<UnixStream>,
     control: Option<Arc<Channel>>,
     pid: u32,
+    /// Neither vmm nor guest react to anything, as after SIGSTOP.
+    is_stopped: bool,
+    /// The writing end of the vmm's standard error.
+    forks_stderr: Option<io::PipeWriter>,
     /// The files of open streams, by port.
     inputs: HashMap<u32, File>,
     outputs: HashMap<u32, File>,
@@ -133,6 +139,9 @@ impl Launcher for FakeLauncher {
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {
         let (control, theirs) = Channel::pair().unwrap();
         let (stderr, writer) = io::pipe()?;
+        if self.fake.behaviour == Behaviour::OutlivedByFork {
+            self.fake.state().forks_stderr = Some(writer.try_clone()?);
+        }
         // It lives until it is killed, or until the fake vmm ends and closes its standard input.
         let child = Program::new("cat").stdin(Stdio::piped()).stderr(writer).spawn()?;
         let pid = child.id();
@@ -176,17 +185,23 @@ impl Fake {
     /// The vmm: serves the control channel until the shim closes it or the child process is killed.
     fn serve_control(self: &Arc<Self>, control: Arc<Channel>, pid: u32) {
         // The kernel closes the channel of a killed vmm. Here a thread does it.
-        let dying = control.clone();
+        let (fake, dying) = (self.clone(), control.clone());
         thread::spawn(move || {
             let process = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
             if let Ok(pidfd) = rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()) {
                 let mut poll = [rustix::event::PollFd::new(&pidfd, rustix::event::PollFlags::IN)];
                 rustix::event::poll(&mut poll, None).unwrap();
             }
-            shut_down(&dying);
+            fake.state().is_stopped = false;
+            fake.changed.notify_all();
+            if fake.behaviour != Behaviour::OutlivedByFork {
+                shut_down(&dying);
+            }
         });
         loop {
-            match control.receive::<Command>() {
+            let received = control.receive::<Command>();
+            self.wait_while_stopped();
+            match received {
                 Ok((command, descriptors)) => self.execute(&control, command, descriptors),
                 Err(ControlError::Closed | ControlError::Socket(_)) => break,
                 Err(error) => panic!("{error}"),
@@ -300,11 +315,18 @@ impl Fake {
                     }
                 }
             }
-            match stream.read(&mut bytes) {
+            let read = stream.read(&mut bytes);
+            self.wait_while_stopped();
+            match read {
                 Ok(length @ 1..) => buffer.push(&bytes[..length]),
                 _ => return,
             }
         }
+    }
+
+    fn wait_while_stopped(&self) {
+        let state = self.state();
+        drop(self.changed.wait_while(state, |state| state.is_stopped).unwrap());
     }
 
     fn answer(&self, request: Request) -> (Result<Response, Failure>, Option<Event>) {
@@ -468,6 +490,11 @@ impl Fake {
     /// Waits for a request for which `wanted` returns a value.
     pub(super) fn wait_for_request<T>(&self, wanted: impl Fn(&Request) -> Option<T>) -> T {
         self.wait_until(|state| state.requests.iter().find_map(&wanted))
+    }
+
+    /// Stops the vmm of the newest machine, as SIGSTOP would. SIGKILL still ends it.
+    pub(super) fn stop_vmm(&self) {
+        self.state().is_stopped = true;
     }
 
     /// Kills the vmm of the newest machine.

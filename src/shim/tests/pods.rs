@@ -48,7 +48,7 @@ impl Shim {
         Ok(response.pid)
     }
 
-    async fn stop_sandbox(&self, id: &str) -> ttrpc::Result<()> {
+    pub(super) async fn stop_sandbox(&self, id: &str) -> ttrpc::Result<()> {
         let request = StopSandboxRequest {
             sandbox_id: id.to_owned(),
             ..StopSandboxRequest::default()
@@ -112,13 +112,18 @@ impl Shim {
         request
     }
 
-    async fn create_in_pod(&self, id: &str, kind: &str, change: impl FnOnce(&mut Value)) -> ttrpc::Result<u32> {
+    pub(super) async fn create_in_pod(
+        &self,
+        id: &str,
+        kind: &str,
+        change: impl FnOnce(&mut Value),
+    ) -> ttrpc::Result<u32> {
         let request = self.request_in_pod(id, kind, change);
         let response = self.task.create(context::Context::default(), &request).await?;
         Ok(response.pid)
     }
 
-    async fn run_member(&self, id: &str) -> u32 {
+    pub(super) async fn run_member(&self, id: &str) -> u32 {
         let pid = self.create_in_pod(id, "container", |_| {}).await.unwrap();
         self.start_task(id, "").await.unwrap();
         pid

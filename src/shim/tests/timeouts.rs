@@ -1,6 +1,9 @@
-//! Guests that do not answer: each call ends in time and is undone.
+//! Guests and vmms that do not answer: each call ends in time and is undone.
+
+use std::time::Instant;
 
 use nutshell_protocol::Request;
+use serde_json::Value;
 
 use super::{fake::Ignored, *};
 
@@ -63,4 +66,53 @@ async fn exec_whose_start_is_not_answered_is_killed_and_its_container_is_not() {
     assert_eq!(killed.as_deref(), Some("e1"));
     assert_eq!(shim.state("c1", "e1").await.unwrap().status.unwrap(), Status::STOPPED);
     assert_eq!(shim.status("c1").await, Status::RUNNING);
+}
+
+#[tokio::test]
+async fn stopped_vmm_fails_calls_in_time_and_its_pod_can_be_killed_and_deleted() {
+    let shim = Shim::start().await;
+    shim.create_sandbox("pod").await.unwrap();
+    shim.start_sandbox("pod").await.unwrap();
+    shim.run_member("c1").await;
+    shim.fake.stop_vmm();
+    let grow = |spec: &mut Value| spec["linux"]["resources"] = json!({ "memory": { "limit": 128 << 20 } });
+
+    let start = Instant::now();
+    let (_, disk) = error_of(shim.create_in_pod("c2", "container", |_| {}).await);
+    let (_, size) = error_of(shim.create_in_pod("c3", "container", grow).await);
+    let calls = start.elapsed();
+    let start = Instant::now();
+    shim.kill("c1", "", 9).await.unwrap();
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    shim.delete("c1", "").await.unwrap();
+    shim.stop_sandbox("pod").await.unwrap();
+    let end = start.elapsed();
+
+    for error in [disk, size] {
+        assert!(error.contains("the vmm did not answer within"), "{error}");
+    }
+    assert!(calls < Duration::from_secs(10), "{calls:?}");
+    assert!(end < Duration::from_secs(6), "{end:?}");
+    assert!(!process_exists(shim.fake.vmm_pid()));
+}
+
+/// A compromised vmm may fork, and the fork keeps everything open that the vmm had.
+#[tokio::test]
+async fn fork_of_a_vmm_does_not_delay_the_end_of_its_pod() {
+    for vmm_dies in [true, false] {
+        let shim = Shim::start_with(Behaviour::OutlivedByFork).await;
+        shim.run("c1").await;
+
+        let start = Instant::now();
+        if vmm_dies {
+            shim.fake.kill_vmm();
+        } else {
+            shim.kill("c1", "", 9).await.unwrap();
+        }
+        assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+        shim.delete("c1", "").await.unwrap();
+
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        assert!(!process_exists(shim.fake.vmm_pid()));
+    }
 }
