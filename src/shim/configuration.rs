@@ -19,6 +19,7 @@
 //!
 //! [pod]
 //! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC then mean the namespaces of the pod
+//!                                # or "pod-and-network": hostNetwork also means the network of the pod
 //! ```
 //!
 //! An unknown key is an error, so that a misspelt limit does not go unnoticed.

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType};
 
-use crate::oci::{HostNamespaces, Network, PidNamespace, Placement, PlanError, host_namespaces::HOST_NETWORK};
+use crate::oci::{HostNamespaces, Network, PidNamespace, Placement, PlanError};
 
 #[derive(Debug)]
 pub(super) struct Namespaces {
@@ -32,10 +32,10 @@ pub(super) fn sandbox_network(namespaces: &[LinuxNamespace], host: HostNamespace
     match find(LinuxNamespaceType::Network).map(path_of) {
         Some(None) => Ok(Network::Loopback),
         Some(Some(path)) => Ok(Network::Namespace(path.to_owned())),
-        None => Err(PlanError::unsupported(
-            "hostNetwork (linux.namespaces: no network)",
-            HOST_NETWORK,
-        )),
+        None => {
+            host.refuse_network_unless_pod("hostNetwork (linux.namespaces: no network)")?;
+            Ok(Network::Loopback)
+        }
     }
 }
 
@@ -64,7 +64,10 @@ pub(super) fn translate(
     refuse_duplicates(namespaces)?;
     let mut translated = Namespaces {
         guest: Vec::new(),
-        network: Network::Host,
+        network: match host {
+            HostNamespaces::Refuse | HostNamespaces::Pod => Network::Host,
+            HostNamespaces::PodAndNetwork => Network::Loopback,
+        },
         pid: PidNamespace::Specified,
     };
     let is_single = *placement == Placement::Single;
@@ -223,23 +226,43 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_needs_a_network_namespace_with_any_configuration() {
-        for host in [HostNamespaces::Refuse, HostNamespaces::Pod] {
+    fn sandbox_without_a_network_namespace_is_refused_or_has_the_machines_network() {
+        for (host, allowed) in [
+            (HostNamespaces::Refuse, false),
+            (HostNamespaces::Pod, false),
+            (HostNamespaces::PodAndNetwork, true),
+        ] {
             let network = |path| sandbox_network(&namespaces(&[("pid", ""), ("ipc", ""), ("network", path)]), host);
             assert_eq!(network("").unwrap(), Network::Loopback);
             assert_eq!(
                 network("/run/netns/x").unwrap(),
                 Network::Namespace("/run/netns/x".into())
             );
-            let error = sandbox_network(&namespaces(&[("pid", ""), ("ipc", "")]), host).unwrap_err();
-            assert!(error.to_string().starts_with("hostNetwork"), "{error}");
+            match sandbox_network(&namespaces(&[("pid", ""), ("ipc", "")]), host) {
+                Ok(network) => assert!(allowed && network == Network::Loopback, "{host:?}"),
+                Err(error) => assert!(!allowed && error.to_string().starts_with("hostNetwork"), "{error}"),
+            }
         }
     }
 
     #[test]
-    fn missing_network_namespace_means_the_hosts_and_missing_mount_namespace_is_added() {
+    fn missing_network_namespace_means_the_hosts_or_the_machines_network() {
+        for (host, expected) in [
+            (HostNamespaces::Refuse, Network::Host),
+            (HostNamespaces::Pod, Network::Host),
+            (HostNamespaces::PodAndNetwork, Network::Loopback),
+        ] {
+            for placement in [Placement::Single, member()] {
+                let spec = namespaces(&[("pid", ""), ("ipc", "")]);
+                let translated = translate(&spec, &placement, host).unwrap();
+                assert_eq!(translated.network, expected, "{host:?} {placement:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn missing_mount_namespace_is_added() {
         let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
-        assert_eq!(translated.network, Network::Host);
         assert_eq!(kept(&translated), ["mnt"]);
     }
 

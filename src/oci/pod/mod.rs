@@ -13,7 +13,7 @@ use prost::Message;
 use self::cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use super::{
     ContainerId, Hooks, HostNamespaces, Limits, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
-    host_namespaces::HOST_NETWORK, plan::DEFAULT_SHM_SIZE,
+    plan::DEFAULT_SHM_SIZE,
 };
 
 /// The end of the type URL of the options.
@@ -88,7 +88,7 @@ fn decode(options: Option<(&str, &[u8])>) -> Result<PodSandboxConfig, PlanError>
 
 fn refuse_host_namespaces(namespaces: &NamespaceOption, host: HostNamespaces) -> Result<(), PlanError> {
     if namespaces.network() == NamespaceMode::Node {
-        return Err(PlanError::unsupported("hostNetwork", HOST_NETWORK));
+        host.refuse_network_unless_pod("hostNetwork")?;
     }
     if namespaces.pid() == NamespaceMode::Node {
         host.refuse_unless_pod("hostPID", "pid")?;

@@ -77,7 +77,8 @@ pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Resul
 
 fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
     const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
-        give the container a network namespace";
+        give the container a network namespace, or set `host_namespaces = \"pod-and-network\"` in section [pod] of the \
+        configuration to use the machine's";
     match network {
         Network::Host => Err(TaskError::new(ErrorCode::InvalidArgument, HOST)),
         Network::Loopback => Ok(NetworkNamespace::New),

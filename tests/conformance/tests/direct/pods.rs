@@ -380,6 +380,32 @@ fn configuration_replaces_host_namespaces_with_the_pods() {
 }
 
 #[test]
+fn configuration_replaces_the_hosts_network_with_the_machines() {
+    with_fake_containerd(|containerd| {
+        let caller = caller_with_config("[pod]\nhost_namespaces = \"pod-and-network\"\n");
+        let without_network = |spec: &mut serde_json::Value| {
+            let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+            namespaces.retain(|namespace| namespace["type"] != "network");
+        };
+        let pod = Pod::by_task_with(containerd, &caller, without_network);
+        let run = |mut spec| {
+            without_network(&mut spec);
+            pod.run(&spec)
+        };
+        let server = run(pod.shell("while :; do echo served | nc -l -p 7000; done"));
+        let client = run(idle(&pod));
+        assert_eq!(
+            client.output_of("until nc 127.0.0.1 7000 </dev/null; do :; done"),
+            "served\n"
+        );
+        assert_eq!(client.output_of("ls /sys/class/net"), "lo\n");
+        pod.remove_container(&server);
+        pod.remove_container(&client);
+        pod.end();
+    });
+}
+
+#[test]
 fn out_of_memory_or_crash_of_a_container_does_not_affect_its_siblings() {
     with_both_apis(|_, pod| {
         let sibling = pod.run(&idle(pod));
