@@ -27,9 +27,9 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared, ResolvConf, Root,
-    Share, ShareIdMap,
+    BundlePlan, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
+    ResolvConf, Root, Share, ShareIdMap,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};
-pub(crate) use source::{Inspect, SourceKind};
+pub(crate) use source::{HostInspector, Inspect, SourceKind};

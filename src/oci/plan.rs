@@ -140,12 +140,22 @@ pub(crate) struct Share {
     pub(crate) source: PathBuf,
     /// The path in the file server's tree: `<container id>/<index>`.
     pub(crate) path: String,
-    /// The guest can only read. Enforced on the host.
-    pub(crate) read_only: bool,
+    /// Enforced on the host.
+    pub(crate) read_only: ReadOnly,
     /// Mounts below the source are shared too (`rbind`).
     pub(crate) recursive: bool,
     /// The mapping of the ids of its files.
     pub(crate) id_map: Option<ShareIdMap>,
+}
+
+/// Which mounts of a share are read-only for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ReadOnly {
+    None,
+    /// The mount of the share, and not those below it (mount option `ro`).
+    Top,
+    /// The mount of the share and all below it (mount option `rro`).
+    All,
 }
 
 /// An id-mapped share (OCI spec, "Mounts": `uidMappings`, `gidMappings`, `idmap`, `ridmap`).

@@ -1,10 +1,15 @@
-//! Sources of bind mounts. Planning inspects them on the host through a function, so that the translation itself stays
+//! Sources of bind mounts. Planning inspects them on the host through [`Inspect`], so that the translation itself stays
 //! pure.
 
 use std::{
+    cell::OnceCell,
+    ffi::OsString,
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    os::unix::{
+        ffi::OsStringExt,
+        fs::{FileTypeExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
 };
 
 use rustix::fs::{major, minor};
@@ -12,8 +17,9 @@ use rustix::fs::{major, minor};
 /// The kind of file at a path, after symbolic links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SourceKind {
-    /// A directory or regular file.
-    Tree,
+    Directory,
+    /// A regular file.
+    File,
     /// The mount point of a tmpfs whose mount source is `shm`: shared memory.
     SharedMemory {
         /// In bytes.
@@ -32,59 +38,133 @@ pub(crate) enum SourceKind {
     Fifo,
 }
 
-/// Inspects a source on the host, as [`SourceKind::inspect`] does.
-pub(crate) type Inspect<'a> = &'a dyn Fn(&Path) -> io::Result<SourceKind>;
-
-impl SourceKind {
-    /// Inspects `path` on this host.
+/// Inspects sources of bind mounts.
+pub(crate) trait Inspect {
+    /// The kind of file at `path`.
     ///
     /// # Errors
     ///
     /// Those of stat(2) and statfs(2), most often that the path does not exist.
-    pub(crate) fn inspect(path: &Path) -> io::Result<Self> {
+    fn kind(&self, path: &Path) -> io::Result<SourceKind>;
+
+    /// Whether something is mounted below the directory `path`.
+    ///
+    /// # Errors
+    ///
+    /// Those of realpath(3), and of reading the mount table.
+    fn has_mounts_below(&self, path: &Path) -> io::Result<bool>;
+}
+
+/// Inspects this host. Reads the mount table at most once.
+#[derive(Debug, Default)]
+pub(crate) struct HostInspector {
+    mounts: OnceCell<Vec<MountEntry>>,
+}
+
+/// A line of the mount table (proc_pid_mountinfo(5)).
+#[derive(Debug, PartialEq, Eq)]
+struct MountEntry {
+    mount_point: PathBuf,
+    /// The source of its file system: a device, or any text.
+    source: String,
+}
+
+impl Inspect for HostInspector {
+    fn kind(&self, path: &Path) -> io::Result<SourceKind> {
         let metadata = std::fs::metadata(path)?;
         let kind = metadata.file_type();
         if kind.is_char_device() {
-            return Ok(Self::Character {
+            return Ok(SourceKind::Character {
                 major: major(metadata.rdev()),
                 minor: minor(metadata.rdev()),
             });
         }
         if kind.is_block_device() {
-            return Ok(Self::Block);
+            return Ok(SourceKind::Block);
         }
         if kind.is_socket() {
-            return Ok(Self::Socket);
+            return Ok(SourceKind::Socket);
         }
         if kind.is_fifo() {
-            return Ok(Self::Fifo);
+            return Ok(SourceKind::Fifo);
         }
         let system = rustix::fs::statfs(path)?;
         Ok(match system.f_type {
-            libc::TMPFS_MAGIC if is_shared_memory(path)? => Self::SharedMemory {
+            libc::TMPFS_MAGIC if self.is_shared_memory(path)? => SourceKind::SharedMemory {
                 size: system.f_blocks.saturating_mul(system.f_bsize.unsigned_abs()),
             },
-            libc::HUGETLBFS_MAGIC => Self::HugePages,
+            libc::HUGETLBFS_MAGIC => SourceKind::HugePages,
             libc::PROC_SUPER_MAGIC | libc::SYSFS_MAGIC | libc::CGROUP_SUPER_MAGIC | libc::CGROUP2_SUPER_MAGIC => {
-                Self::Kernel
+                SourceKind::Kernel
             }
-            _ => Self::Tree,
+            _ if kind.is_dir() => SourceKind::Directory,
+            _ => SourceKind::File,
         })
+    }
+
+    fn has_mounts_below(&self, path: &Path) -> io::Result<bool> {
+        let path = path.canonicalize()?;
+        let is_below = |mount: &MountEntry| mount.mount_point != path && mount.mount_point.starts_with(&path);
+        Ok(self.mounts()?.iter().any(is_below))
     }
 }
 
-/// Whether the mount source at `path` is `shm`, which containerd's CRI, nerdctl and Docker give to a tmpfs for shared
-/// memory (proc_pid_mountinfo(5)).
-fn is_shared_memory(path: &Path) -> io::Result<bool> {
-    let path = path.canonicalize()?;
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    // The last mount at a path hides the others.
-    let last = mounts.lines().rev().find_map(|line| {
-        let (mount, system) = line.split_once(" - ")?;
-        let is_here = Path::new(mount.split(' ').nth(4)?) == path;
-        is_here.then(|| system.split(' ').nth(1) == Some("shm"))
-    });
-    Ok(last.unwrap_or(false))
+impl HostInspector {
+    /// Whether the mount source at `path` is `shm`, which containerd's CRI, nerdctl and Docker give to a tmpfs for
+    /// shared memory.
+    fn is_shared_memory(&self, path: &Path) -> io::Result<bool> {
+        let path = path.canonicalize()?;
+        // The last mount at a path hides the others.
+        let mut from_last = self.mounts()?.iter().rev();
+        let last = from_last.find(|mount| mount.mount_point == path);
+        Ok(last.is_some_and(|mount| mount.source == "shm"))
+    }
+
+    fn mounts(&self) -> io::Result<&[MountEntry]> {
+        if let Some(mounts) = self.mounts.get() {
+            return Ok(mounts);
+        }
+        let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+        Ok(self
+            .mounts
+            .get_or_init(|| table.lines().filter_map(parse_mount).collect()))
+    }
+}
+
+fn parse_mount(line: &str) -> Option<MountEntry> {
+    let (mount, system) = line.split_once(" - ")?;
+    Some(MountEntry {
+        mount_point: unescape(mount.split(' ').nth(4)?),
+        source: system.split(' ').nth(1)?.to_owned(),
+    })
+}
+
+/// Replaces the escapes of the mount table: a backslash and three octal digits for one byte.
+fn unescape(text: &str) -> PathBuf {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, tail)) = rest.split_first() {
+        let escaped = tail
+            .get(..3)
+            .filter(|_| first == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        bytes.push(escaped.unwrap_or(first));
+        rest = if escaped.is_some() { &tail[3..] } else { tail };
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+/// A function that gives the kinds of files, which have no mounts below them.
+#[cfg(test)]
+impl<F: Fn(&Path) -> io::Result<SourceKind>> Inspect for F {
+    fn kind(&self, path: &Path) -> io::Result<SourceKind> {
+        self(path)
+    }
+
+    fn has_mounts_below(&self, _: &Path) -> io::Result<bool> {
+        Ok(false)
+    }
 }
 
 #[cfg(test)]
@@ -95,6 +175,7 @@ mod tests {
 
     #[test]
     fn kinds_of_sources_are_recognized() {
+        let inspector = HostInspector::default();
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
         let _listener = UnixListener::bind(&socket).unwrap();
@@ -103,15 +184,37 @@ mod tests {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink("/proc/version", &link).unwrap();
         for (path, kind) in [
-            (directory.path(), SourceKind::Tree),
-            (&file, SourceKind::Tree),
+            (directory.path(), SourceKind::Directory),
+            (&file, SourceKind::File),
             (&socket, SourceKind::Socket),
             (&link, SourceKind::Kernel),
             (Path::new("/dev/null"), SourceKind::Character { major: 1, minor: 3 }),
         ] {
-            assert_eq!(SourceKind::inspect(path).unwrap(), kind, "{}", path.display());
+            assert_eq!(inspector.kind(path).unwrap(), kind, "{}", path.display());
         }
-        let missing = SourceKind::inspect(&directory.path().join("missing")).unwrap_err();
+        let missing = inspector.kind(&directory.path().join("missing")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn mounts_below_a_directory_are_found() {
+        let inspector = HostInspector::default();
+        for (path, expected) in [("/", true), ("/proc/self/fd", false)] {
+            assert_eq!(inspector.has_mounts_below(Path::new(path)).unwrap(), expected, "{path}");
+        }
+        let table = [
+            "36 35 98:0 / /srv/data rw,noatime master:1 - ext4 /dev/sda rw",
+            "37 36 0:40 / /srv/data/a\\040b rw - tmpfs shm rw,size=65536k",
+            "38 35 0:41 / /srv/data2/x rw - tmpfs tmpfs rw",
+        ];
+        let inspector = HostInspector {
+            mounts: table
+                .iter()
+                .filter_map(|line| parse_mount(line))
+                .collect::<Vec<_>>()
+                .into(),
+        };
+        assert_eq!(inspector.mounts().unwrap()[1].mount_point, Path::new("/srv/data/a b"));
+        assert_eq!(inspector.mounts().unwrap()[1].source, "shm");
     }
 }

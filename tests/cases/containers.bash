@@ -325,6 +325,35 @@ tmpfs_has_the_mode_of_its_folder() {
     --mount type=tmpfs,src=tmpfs,dst=/new,options=nosuid -- sh -c 'echo $(stat -c %a /root /new)')"
 }
 
+# `ro` applies to the mount of the source, `rro` also to mounts below it. Kubernetes asks for `ro` unless a pod sets
+# recursiveReadOnly.
+mounts_below_a_read_only_mount_stay_writable() {
+  local option
+  mkdir -p /run/tmp/volume/below
+  mount -t tmpfs tmpfs /run/tmp/volume/below
+  for option in ro rro; do
+    new_name
+    nutshell "$name" --rm --mount "type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rprivate:$option" -- \
+      sh -c "touch /volume/$option; touch /volume/below/$option" >/run/tmp/out 2>&1 || true
+    assert_contains "$(</run/tmp/out)" "/volume/$option: Read-only file system"
+  done
+  assert_contains "$(</run/tmp/out)" "/volume/below/rro: Read-only file system"
+  assert_equal ro "$(ls /run/tmp/volume/below)"
+  umount /run/tmp/volume/below
+  rm -r /run/tmp/volume /run/tmp/out
+}
+
+later_mounts_of_the_host_are_refused() {
+  new_name
+  mkdir /run/tmp/volume
+  local status=0
+  nutshell "$name" --rm --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rslave -- true \
+    2>/run/tmp/err || status=$?
+  ((status != 0))
+  assert_contains "$(</run/tmp/err)" 'mount /volume: mounts that the host makes later do not appear in a machine'
+  rm -r /run/tmp/volume /run/tmp/err
+}
+
 # Programs such as `nerdctl cp` look for a container's files at /proc/<pid>/root.
 pid_of_a_container_shows_no_files_of_the_host() {
   new_name
@@ -412,6 +441,8 @@ every_case() {
   check "limits of the node hold in the container" limits_of_the_node_hold_in_the_container
   check "host name is the node's" host_name_is_the_nodes
   check "tmpfs has the mode of its folder" tmpfs_has_the_mode_of_its_folder
+  check "mounts below a read-only mount stay writable" mounts_below_a_read_only_mount_stay_writable
+  check "later mounts of the host are refused" later_mounts_of_the_host_are_refused
   check "pid of a container shows no files of the host" pid_of_a_container_shows_no_files_of_the_host
   check "administrator sees the container" administrator_sees_the_container
   check "machine has the oom_score_adj of its container" machine_has_the_oom_score_of_its_container

@@ -14,7 +14,7 @@ use client::{BY_ROOT, Client, KEEP_CACHE};
 use tempfile::TempDir;
 
 use crate::{
-    oci::{HostMount, Share},
+    oci::{HostMount, ReadOnly, Share},
     shim::share::FileServer,
 };
 
@@ -37,7 +37,7 @@ pub(crate) fn start_server() -> TestServer {
         .attach(&Share {
             source: directory.path().to_owned(),
             path: "c/0".to_owned(),
-            read_only: false,
+            read_only: ReadOnly::None,
             recursive: false,
             id_map: None,
         })

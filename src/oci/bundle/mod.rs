@@ -42,7 +42,7 @@ pub(crate) fn plan_bundle(
     rootfs: &[HostMount],
     sizing: &Sizing,
     host: HostNamespaces,
-    inspect: Inspect<'_>,
+    inspect: &dyn Inspect,
 ) -> Result<BundlePlan, PlanError> {
     let mut spec: Spec = spec::read(bundle)?;
     let annotations = spec.annotations().clone().unwrap_or_default();
@@ -121,7 +121,7 @@ fn plan_sandbox(
     linux: &Linux,
     size: PodSize,
     host: HostNamespaces,
-    inspect: Inspect<'_>,
+    inspect: &dyn Inspect,
 ) -> Result<PodPlan, PlanError> {
     let network = namespaces::sandbox_network(linux.namespaces().as_deref().unwrap_or_default(), host)?;
     let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();

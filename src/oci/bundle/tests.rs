@@ -5,7 +5,7 @@ use std::{fs, io, path::PathBuf, time::Duration};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, Share, SourceKind};
+use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, ReadOnly, Share, SourceKind};
 
 const CTR: &str = include_str!("testdata/ctr-run.json");
 const CTR_PRIVILEGED: &str = include_str!("testdata/ctr-run-privileged.json");
@@ -51,7 +51,7 @@ fn planned(spec: &Value) -> Result<BundlePlan, PlanError> {
     let inspect = |path: &Path| -> io::Result<SourceKind> {
         Ok(match path.ends_with("5d4e/shm") {
             true => SourceKind::SharedMemory { size: 128 * MIB },
-            false => SourceKind::Tree,
+            false => SourceKind::Directory,
         })
     };
     let id = "c7".parse().unwrap();
@@ -232,9 +232,9 @@ fn member_uses_the_pods_namespaces_and_shares_its_volumes_in_order() {
         id_map: None,
     };
     let shares = [
-        share("etc-hosts", 0, false),
-        share("containers/nginx/7f", 1, false),
-        share("volumes/kubernetes.io~projected/token", 2, true),
+        share("etc-hosts", 0, ReadOnly::None),
+        share("containers/nginx/7f", 1, ReadOnly::None),
+        share("volumes/kubernetes.io~projected/token", 2, ReadOnly::Top),
     ];
     assert_eq!(plan.shares, shares);
     let guest = guest(&plan);
@@ -415,7 +415,7 @@ fn unset_memory_limits_do_not_reach_the_guest_as_zero() {
 #[test]
 fn root_without_mounts_is_the_directory_in_the_spec() {
     let bundle = tempfile::tempdir().unwrap();
-    let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
+    let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Directory) };
     for (path, expected) in [
         ("rootfs", bundle.path().join("rootfs")),
         ("/srv/root", PathBuf::from("/srv/root")),

@@ -163,7 +163,7 @@ mod tests {
             max_memory: DEFAULT_MEMORY,
             max_vcpus: DEFAULT_VCPUS,
         };
-        let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Tree) };
+        let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Directory) };
         let id = "c1".parse().unwrap();
         match oci::plan_bundle(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &tree)? {
             BundlePlan::Container(plan) => Ok(*plan),

@@ -11,7 +11,7 @@ use rustix::{
     mount::{MountAttrFlags, MountPropagationFlags, OpenTreeFlags},
 };
 
-use crate::jail::syscalls::mount_setattr;
+use crate::{jail::syscalls::mount_setattr, oci::ReadOnly};
 
 /// A detached copy of the mount at `path`, with the mounts below it if `recursive`.
 pub(super) fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
@@ -24,11 +24,16 @@ pub(super) fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 
 /// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, and a device node
 /// that the guest makes must not open a device of the host.
-pub(super) fn restrict(mount: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+pub(super) fn restrict(mount: BorrowedFd<'_>, read_only: ReadOnly) -> io::Result<()> {
     let mut attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    if read_only {
+    if read_only == ReadOnly::All {
         attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
-    mount_setattr(mount, attributes, MountPropagationFlags::PRIVATE, true)
+    mount_setattr(mount, attributes, MountPropagationFlags::PRIVATE, true)?;
+    if read_only == ReadOnly::Top {
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
+        mount_setattr(mount, attributes, MountPropagationFlags::empty(), false)?;
+    }
+    Ok(())
 }

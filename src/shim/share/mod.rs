@@ -47,7 +47,7 @@ use self::{
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
     jail::{self, FailedStep, root::Access, step, syscalls::mount_setattr},
-    oci::{HostMount, Share},
+    oci::{HostMount, ReadOnly, Share},
 };
 
 /// A pod's file server and its tree. The process ends when the vmm closes the connection, when the thread that started
@@ -123,6 +123,7 @@ impl FileServer {
             };
             // Mounts of a snapshotter belong only to this container; a directory may have other users.
             let owned_by_guest = directory.is_none();
+            let read_only = if read_only { ReadOnly::All } else { ReadOnly::None };
             self.attach_detached(&mount, path, owned_by_guest, read_only)
                 .map_err(&failed)
         })
@@ -167,7 +168,7 @@ impl FileServer {
         mount: &OwnedFd,
         path: &str,
         owned_by_guest: bool,
-        read_only: bool,
+        read_only: ReadOnly,
     ) -> Result<(), FailedStep> {
         let path = parse_tree_path(path).map_err(step("check its path"))?;
         restrict(mount.as_fd(), read_only).map_err(step("set its mount options"))?;

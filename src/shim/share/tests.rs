@@ -26,7 +26,7 @@ fn share(source: &Path, path: &str) -> Share {
     Share {
         source: source.to_owned(),
         path: path.to_owned(),
-        read_only: false,
+        read_only: ReadOnly::None,
         recursive: false,
         id_map: None,
     }
@@ -249,7 +249,7 @@ fn read_only_shares_are_read_only_on_the_host() {
     fs::write(directory.path().join("file"), "x").unwrap();
     let (server, mut client) = start_server();
     let read_only = Share {
-        read_only: true,
+        read_only: ReadOnly::All,
         ..share(directory.path(), "c/0")
     };
     server.attach(&read_only).unwrap();
@@ -284,7 +284,7 @@ fn single_file_is_shared_and_stays_cached_in_the_guest_while_unchanged() {
     let (server, mut client) = start_server();
     server
         .attach(&Share {
-            read_only: true,
+            read_only: ReadOnly::All,
             ..share(Path::new("/usr/bin/env"), "c/0")
         })
         .unwrap();
@@ -308,14 +308,39 @@ fn mounts_below_a_source_are_shared_only_if_recursive() {
     server.attach(&share(directory.path(), "c/0")).unwrap();
     let recursive = Share {
         recursive: true,
-        read_only: true,
         ..share(directory.path(), "c/1")
     };
     server.attach(&recursive).unwrap();
     assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
     client.walk("c/1/below/file").unwrap();
-    let below = client.walk("c/1/below").unwrap().id;
-    assert_eq!(client.create(below, "x", 0o644).unwrap_err(), libc::EROFS);
+}
+
+#[test]
+fn mounts_below_a_read_only_source_are_read_only_only_if_requested() {
+    enter_new_mount_namespace();
+    let directory = TempDir::new().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    mount_tmpfs(&below);
+    let (server, mut client) = start_server();
+    for (path, read_only, is_below_writable) in [
+        ("c/0", ReadOnly::None, true),
+        ("c/1", ReadOnly::Top, true),
+        ("c/2", ReadOnly::All, false),
+    ] {
+        let recursive = Share {
+            recursive: true,
+            read_only,
+            ..share(directory.path(), path)
+        };
+        server.attach(&recursive).unwrap();
+        let top = client.walk(path).unwrap().id;
+        let is_top_writable = client.create(top, &format!("top{}", &path[2..]), 0o644).is_ok();
+        assert_eq!(is_top_writable, read_only == ReadOnly::None, "{read_only:?}");
+        let mount = client.walk(&format!("{path}/below")).unwrap().id;
+        let created = client.create(mount, &format!("below{}", &path[2..]), 0o644);
+        assert_eq!(created.is_ok(), is_below_writable, "{read_only:?}");
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use super::{
     table::Tasks,
 };
 use crate::{
-    oci::{self, BundlePlan, ContainerId, HostMount, Network, Placement, Plan, Root, SourceKind},
+    oci::{self, BundlePlan, ContainerId, HostInspector, HostMount, Network, Placement, Plan, Root},
     shim::{
         blocking,
         error::{ErrorCode, TaskError},
@@ -74,7 +74,14 @@ impl Tasks {
         let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let plan = blocking::run("inspect the sources of the container's mounts", move || {
-            oci::plan_bundle(&bundle, &id, &rootfs, &sizing, host_namespaces, &SourceKind::inspect)
+            oci::plan_bundle(
+                &bundle,
+                &id,
+                &rootfs,
+                &sizing,
+                host_namespaces,
+                &HostInspector::default(),
+            )
         });
         plan.await
             .map_err(|error| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT))?

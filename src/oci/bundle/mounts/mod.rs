@@ -11,7 +11,10 @@ mod spec_mount;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use nutshell_protocol::SHARE_PATH;
 use oci_spec::runtime::Mount;
@@ -19,11 +22,12 @@ use oci_spec::runtime::Mount;
 pub(super) use self::shm::pod_shm_size;
 use self::{
     shm::SHM_PATH,
-    spec_mount::{field_name, is_bind, is_read_only, normalize, options, set_bind, set_filesystem},
+    spec_mount::{field_name, is_bind, normalize, options, read_only, remove_read_only, set_bind, set_filesystem},
 };
 use super::devices;
 use crate::oci::{
-    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, Share, ShareIdMap, SourceKind, plan::DEFAULT_SHM_SIZE,
+    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, ReadOnly, Share, ShareIdMap, SourceKind,
+    plan::DEFAULT_SHM_SIZE,
 };
 
 /// File systems without a source on the host: the guest mounts its own.
@@ -60,7 +64,7 @@ pub(super) struct MountTranslator<'a> {
     pub(super) host: HostNamespaces,
     /// The mapping of the container's user namespace.
     pub(super) id_map: Option<&'a IdMap>,
-    pub(super) inspect: Inspect<'a>,
+    pub(super) inspect: &'a dyn Inspect,
 }
 
 impl MountTranslator<'_> {
@@ -141,7 +145,7 @@ impl MountTranslator<'_> {
                 refuse_id_map(mount, id_map.as_ref())?;
                 path
             }
-            None => self.add_share(mount, source, id_map, shares),
+            None => self.add_share(mount, source, id_map, shares)?,
         };
         set_bind(mount, guest_source);
         Ok(())
@@ -163,10 +167,7 @@ impl MountTranslator<'_> {
     }
 
     fn inspect(&self, source: &Path) -> Result<SourceKind, PlanError> {
-        (self.inspect)(source).map_err(|error| PlanError::Source {
-            path: source.to_owned(),
-            source: error,
-        })
+        self.inspect.kind(source).map_err(source_error(source))
     }
 
     /// The path in the guest, if the guest has its own file or directory for `source`. `None` if it must be shared from
@@ -184,10 +185,14 @@ impl MountTranslator<'_> {
         let no_such_device = || devices::no_such_device(&format!("{}: {}", field_name(mount), source.display()));
         match self.inspect(source)? {
             // Directories below /dev/shm are ordinary ones, and the guest does not have them.
-            SourceKind::Tree if source.starts_with("/dev") && !source.starts_with(SHM_PATH) => {
+            SourceKind::Directory | SourceKind::File if source.starts_with("/dev") && !source.starts_with(SHM_PATH) => {
                 Ok(Some(source.to_owned()))
             }
-            SourceKind::Tree | SourceKind::SharedMemory { .. } => Ok(None),
+            SourceKind::Directory | SourceKind::SharedMemory { .. } => {
+                refuse_slave_propagation(mount)?;
+                Ok(None)
+            }
+            SourceKind::File => Ok(None),
             SourceKind::Kernel => {
                 unsupported("is on a file system of the host's kernel: use its path below /proc or /sys")
             }
@@ -205,21 +210,30 @@ impl MountTranslator<'_> {
     /// Shares `source` and returns its path in the guest.
     fn add_share(
         &self,
-        mount: &Mount,
+        mount: &mut Mount,
         source: PathBuf,
         id_map: Option<ShareIdMap>,
         shares: &mut Vec<Share>,
-    ) -> PathBuf {
+    ) -> Result<PathBuf, PlanError> {
+        let read_only = read_only(mount);
+        let recursive = options(mount).any(|option| option == "rbind");
+        // In the guest, mounts below a share inherit its options. The host makes only the top mount read-only.
+        if read_only == ReadOnly::Top
+            && recursive
+            && self.inspect.has_mounts_below(&source).map_err(source_error(&source))?
+        {
+            remove_read_only(mount);
+        }
         let path = format!("{}/{}", self.id, shares.len());
         let guest_source = Path::new(SHARE_PATH).join(&path);
         shares.push(Share {
             source,
             path,
-            read_only: is_read_only(mount),
-            recursive: options(mount).any(|option| option == "rbind"),
+            read_only,
+            recursive,
             id_map,
         });
-        guest_source
+        Ok(guest_source)
     }
 }
 
@@ -259,6 +273,28 @@ fn refuse_id_map(mount: &Mount, id_map: Option<&ShareIdMap>) -> Result<(), PlanE
         Some(_) => Err(PlanError::unsupported(
             field_name(mount),
             "ids can be mapped only in directories and files of the host, and this one belongs to the guest",
+        )),
+    }
+}
+
+/// The error of an inspection of `path`.
+fn source_error(path: &Path) -> impl FnOnce(io::Error) -> PlanError {
+    move |source| PlanError::Source {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Mounts that the host makes below a share after its start do not appear in it.
+fn refuse_slave_propagation(mount: &Mount) -> Result<(), PlanError> {
+    match options(mount).find(|option| matches!(*option, "slave" | "rslave")) {
+        None => Ok(()),
+        Some(option) => Err(PlanError::unsupported(
+            field_name(mount),
+            format!(
+                "mounts that the host makes later do not appear in a machine: use a propagation other than {option:?} \
+                 (in Kubernetes: \"HostToContainer\")"
+            ),
         )),
     }
 }

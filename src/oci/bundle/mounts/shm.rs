@@ -5,8 +5,11 @@ use std::path::Path;
 
 use oci_spec::runtime::Mount;
 
-use super::spec_mount::{is_read_only, normalize, options, set_bind, set_filesystem, set_options};
-use crate::oci::{Inspect, SourceKind, plan::DEFAULT_SHM_SIZE};
+use super::spec_mount::{normalize, options, read_only, set_bind, set_filesystem, set_options};
+use crate::oci::{
+    Inspect, SourceKind,
+    plan::{DEFAULT_SHM_SIZE, ReadOnly},
+};
 
 /// Where containers expect shared memory, and where the agent mounts the tmpfs that the containers of a pod share.
 pub(super) const SHM_PATH: &str = "/dev/shm";
@@ -16,12 +19,12 @@ const SHM_OPTIONS: [&str; 4] = ["nosuid", "noexec", "nodev", "mode=1777"];
 
 /// The size in bytes of a pod's shared memory, from the mounts of its sandbox: containerd's CRI makes a tmpfs on the
 /// host for it.
-pub(in crate::oci::bundle) fn pod_shm_size(mounts: &[Mount], inspect: Inspect<'_>) -> u64 {
+pub(in crate::oci::bundle) fn pod_shm_size(mounts: &[Mount], inspect: &dyn Inspect) -> u64 {
     let source = mounts
         .iter()
         .filter(|mount| normalize(mount.destination()) == Path::new(SHM_PATH))
         .find_map(|mount| mount.source().as_deref());
-    match source.map(inspect) {
+    match source.map(|source| inspect.kind(source)) {
         Some(Ok(SourceKind::SharedMemory { size })) => size,
         _ => DEFAULT_SHM_SIZE,
     }
@@ -45,11 +48,7 @@ pub(super) fn bind_pod_shm(mount: &mut Mount) {
 /// Turns `mount` into a tmpfs of `size` bytes that only this container uses.
 pub(super) fn mount_private_shm(mount: &mut Mount, size: u64) {
     let size = format!("size={size}");
-    let read_only = is_read_only(mount).then_some("ro");
-    let options: Vec<&str> = SHM_OPTIONS
-        .into_iter()
-        .chain([size.as_str()])
-        .chain(read_only)
-        .collect();
+    let ro = (read_only(mount) != ReadOnly::None).then_some("ro");
+    let options: Vec<&str> = SHM_OPTIONS.into_iter().chain([size.as_str()]).chain(ro).collect();
     set_filesystem(mount, "tmpfs", &options);
 }

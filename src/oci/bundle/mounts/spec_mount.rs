@@ -4,6 +4,8 @@ use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::Mount;
 
+use crate::oci::plan::ReadOnly;
+
 /// The mount's name in errors.
 pub(super) fn field_name(mount: &Mount) -> String {
     format!("mount {}", mount.destination().display())
@@ -18,11 +20,20 @@ pub(super) fn is_bind(mount: &Mount) -> bool {
 }
 
 /// The last of contradicting options wins, as with mount(8).
-pub(super) fn is_read_only(mount: &Mount) -> bool {
-    options(mount)
-        .filter(|option| matches!(*option, "ro" | "rro" | "rw"))
-        .last()
-        .is_some_and(|option| option != "rw")
+pub(super) fn read_only(mount: &Mount) -> ReadOnly {
+    options(mount).fold(ReadOnly::None, |before, option| match (option, before) {
+        ("rw", _) => ReadOnly::None,
+        ("rro", _) | ("ro", ReadOnly::All) => ReadOnly::All,
+        ("ro", _) => ReadOnly::Top,
+        _ => before,
+    })
+}
+
+/// Removes the options that make the mount read-only.
+pub(super) fn remove_read_only(mount: &mut Mount) {
+    let mut options = mount.options().clone().unwrap_or_default();
+    options.retain(|option| !matches!(option.as_str(), "ro" | "rro"));
+    mount.set_options(Some(options));
 }
 
 /// Turns `mount` into a bind mount of `source`, and keeps its options.

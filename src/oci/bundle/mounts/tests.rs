@@ -16,7 +16,8 @@ fn inspect(path: &Path) -> io::Result<SourceKind> {
         "/dev/hugepages" => SourceKind::HugePages,
         "/link-to-proc" => SourceKind::Kernel,
         "/run/containerd/sandboxes/p/shm" => SourceKind::SharedMemory { size: 1 << 20 },
-        _ => SourceKind::Tree,
+        "/bundle/hosts" => SourceKind::File,
+        _ => SourceKind::Directory,
     })
 }
 
@@ -56,9 +57,9 @@ fn directories_of_the_host_become_shares_numbered_in_order() {
         id_map: None,
     };
     let shares = [
-        share("/srv/data", "c1/0", false, true),
-        share("/bundle/hosts", "c1/1", true, false),
-        share("/dev/shm/y", "c1/2", true, false),
+        share("/srv/data", "c1/0", ReadOnly::None, true),
+        share("/bundle/hosts", "c1/1", ReadOnly::Top, false),
+        share("/dev/shm/y", "c1/2", ReadOnly::All, false),
     ];
     assert_eq!(translated.shares, shares);
     let expected = json!([
@@ -69,6 +70,52 @@ fn directories_of_the_host_become_shares_numbered_in_order() {
         {"destination": "/x", "type": "bind", "source": "/run/nutshell/share/c1/2", "options": ["rro", "bind"]},
     ]);
     assert_eq!(guest(&translated), expected);
+}
+
+/// All directories have mounts below them.
+struct MountsBelow;
+
+impl Inspect for MountsBelow {
+    fn kind(&self, path: &Path) -> io::Result<SourceKind> {
+        inspect(path)
+    }
+
+    fn has_mounts_below(&self, _: &Path) -> io::Result<bool> {
+        Ok(true)
+    }
+}
+
+#[test]
+fn host_alone_makes_a_share_read_only_if_mounts_below_it_stay_writable() {
+    for (options, read_only, in_guest) in [
+        (json!(["rbind", "ro"]), ReadOnly::Top, json!(["rbind"])),
+        (json!(["rbind", "rro"]), ReadOnly::All, json!(["rbind", "rro"])),
+        (
+            json!(["rbind", "rro", "ro"]),
+            ReadOnly::All,
+            json!(["rbind", "rro", "ro"]),
+        ),
+        (json!(["bind", "ro"]), ReadOnly::Top, json!(["bind", "ro"])),
+        (
+            json!(["rbind", "ro", "rw"]),
+            ReadOnly::None,
+            json!(["rbind", "ro", "rw"]),
+        ),
+        (json!(["rbind"]), ReadOnly::None, json!(["rbind"])),
+    ] {
+        let translator = MountTranslator {
+            bundle: Path::new("/bundle"),
+            id: &"c1".parse().unwrap(),
+            in_pod: false,
+            host: HostNamespaces::Refuse,
+            id_map: None,
+            inspect: &MountsBelow,
+        };
+        let mount = json!([{"destination": "/x", "type": "bind", "source": "/srv/data", "options": options}]);
+        let translated = translator.translate(serde_json::from_value(mount).unwrap()).unwrap();
+        assert_eq!(translated.shares[0].read_only, read_only, "{options}");
+        assert_eq!(guest(&translated)[0]["options"], in_guest, "{options}");
+    }
 }
 
 #[test]
@@ -219,6 +266,10 @@ fn mount_that_a_machine_cannot_make_is_an_error_with_destination_and_reason() {
         (
             json!({"type": "bind", "source": "/a", "options": ["rbind", "rshared"]}),
             "rshared",
+        ),
+        (
+            json!({"type": "bind", "source": "/a", "options": ["rbind", "ro", "rslave"]}),
+            "rslave",
         ),
         (
             json!({"type": "bind", "source": "/a", "options": ["idmap"]}),
