@@ -432,6 +432,11 @@ impl Fake {
         }));
     }
 
+    /// The agent's end of the stream of the newest machine.
+    pub(super) fn agent_stream(&self) -> UnixStream {
+        self.state().agent.as_ref().unwrap().try_clone().unwrap()
+    }
+
     /// Waits for a request to drain a stream, and reports the stream as drained.
     pub(super) fn report_drained(&self) {
         let port = self.wait_until(|state| state.undrained.pop());

@@ -2,6 +2,7 @@
 
 mod exits;
 mod fake;
+mod hostile;
 mod lifecycle;
 mod pods;
 pub(super) mod script;
