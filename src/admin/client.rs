@@ -13,7 +13,7 @@ use containerd_shim::protos::ttrpc::{
 };
 use tokio::net::UnixStream;
 
-use crate::shim::report::{ADMIN_SERVICE, CONSOLE, REPORT, ShimReport};
+use crate::shim::report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, ShimReport};
 
 /// How long a shim may take to answer. It never waits for its guest for longer.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -29,9 +29,10 @@ pub(super) enum CallError {
     Decode { socket: PathBuf, source: serde_json::Error },
 }
 
-/// Asks the shim at `socket` for its state.
-pub(super) async fn call_report(socket: &Path) -> Result<ShimReport, CallError> {
-    let bytes = call(socket, REPORT, Vec::new()).await?;
+/// Asks the shim at `socket` for its state. With `full`, the report has what only the vmms know.
+pub(super) async fn call_report(socket: &Path, full: bool) -> Result<ShimReport, CallError> {
+    let method = if full { FULL_REPORT } else { REPORT };
+    let bytes = call(socket, method, Vec::new()).await?;
     serde_json::from_slice(&bytes).map_err(|source| CallError::Decode {
         socket: socket.to_owned(),
         source,

@@ -20,7 +20,7 @@ use self::{
     client::{CallError, call_console, call_report},
     discovery::find_sockets,
 };
-use crate::shim::report::{ContainerReport, ShimReport};
+use crate::shim::report::{ContainerReport, MachineReport, ShimReport};
 
 /// The first arguments that select this role.
 pub(crate) const ROLES: [&str; 4] = ["ps", "metrics", "inspect", "console"];
@@ -80,7 +80,8 @@ fn run(arguments: &[String]) -> Result<(), AdminError> {
         .enable_all()
         .build()
         .map_err(AdminError::Runtime)?;
-    let shims = runtime.block_on(ask_all(&state));
+    let full = matches!(action, Action::Inspect(_) | Action::Metrics);
+    let shims = runtime.block_on(ask_all(&state, full));
     let text = match action {
         Action::List if json => to_json(&shims.iter().map(|shim| &shim.report).collect::<Vec<_>>())?,
         Action::List => list(&shims),
@@ -130,12 +131,21 @@ struct Shim {
     report: ShimReport,
 }
 
-/// Asks all shims below containerd's state directory. One that does not answer is named on standard error.
-async fn ask_all(state: &std::path::Path) -> Vec<Shim> {
+/// Asks all shims below containerd's state directory, at the same time. One that does not answer is named on standard
+/// error.
+async fn ask_all(state: &std::path::Path, full: bool) -> Vec<Shim> {
+    let ask = |socket: PathBuf| {
+        tokio::spawn(async move {
+            let report = call_report(&socket, full).await?;
+            Ok::<_, CallError>(Shim { socket, report })
+        })
+    };
+    let calls: Vec<_> = find_sockets(state).into_iter().map(ask).collect();
     let mut shims = Vec::new();
-    for socket in find_sockets(state) {
-        match call_report(&socket).await {
-            Ok(report) => shims.push(Shim { socket, report }),
+    for call in calls {
+        match call.await {
+            Ok(Ok(shim)) => shims.push(shim),
+            Ok(Err(error)) => eprintln!("{error}"),
             Err(error) => eprintln!("{error}"),
         }
     }
@@ -202,11 +212,16 @@ fn list(shims: &[Shim]) -> String {
             ]
         }));
     }
-    let widths: Vec<usize> = (0..rows[0].len())
-        .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
+    to_table(&rows)
+}
+
+/// Lines of aligned columns.
+fn to_table<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
+    let widths: Vec<usize> = (0..COLUMNS)
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
         .collect();
     let mut table = String::new();
-    for row in &rows {
+    for row in rows {
         let cells: Vec<String> = row
             .iter()
             .zip(&widths)
@@ -224,10 +239,46 @@ fn age(seconds: u64) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
-/// All that is known of a container, one property in a line.
+/// The devices of a machine.
+fn list_devices(machine: &MachineReport) -> String {
+    if let Some(error) = &machine.devices_error {
+        return format!("{:<18}not known, the vmm gave no answer: {error}\n", "devices:");
+    }
+    let mut rows = vec![
+        [
+            "DEVICE",
+            "REQUESTS",
+            "ERRORS",
+            "STALLS",
+            "TO GUEST",
+            "FROM GUEST",
+            "FILE",
+        ]
+        .map(str::to_owned),
+    ];
+    rows.extend(machine.devices.iter().map(|device| {
+        [
+            device.name.clone(),
+            device.requests.to_string(),
+            device.errors.to_string(),
+            device.stalls.to_string(),
+            device.bytes_to_guest.to_string(),
+            device.bytes_from_guest.to_string(),
+            device.path.clone().unwrap_or_default(),
+        ]
+    }));
+    format!("\n{}", to_table(&rows))
+}
+
+/// All that is known of a container: one property in a line, then its devices.
 fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
     let machine = &container.machine;
     let milliseconds = |value: Option<u64>| value.map_or("not yet".to_owned(), |value| format!("{value} ms"));
+    let from_vmm = |value| match (value, &machine.devices_error) {
+        (None, Some(_)) => "not known".to_owned(),
+        (value, _) => milliseconds(value),
+    };
+    let phases = &machine.phases;
     let state = match container.exit_status {
         Some(status) => format!("{}, with status {status}", container.state),
         None => container.state.clone(),
@@ -256,22 +307,27 @@ fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
             "guest kernel",
             machine.kernel.clone().unwrap_or_else(|| "not ready".to_owned()),
         ),
-        ("boot", milliseconds(machine.boot_milliseconds)),
-        ("create", milliseconds(container.create_milliseconds)),
-        ("start", milliseconds(container.start_milliseconds)),
+        ("spawn", format!("{} ms", phases.spawn_milliseconds)),
+        ("vmm ready", from_vmm(phases.vmm_ready_milliseconds)),
+        ("kernel", from_vmm(phases.kernel_milliseconds)),
+        ("agent ready", milliseconds(phases.agent_ready_milliseconds)),
+        ("created", milliseconds(container.create_milliseconds)),
+        ("started", milliseconds(container.started_milliseconds)),
+        ("start call", milliseconds(container.start_milliseconds)),
     ];
     let mut text = String::new();
     for (name, value) in lines {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "{:<18}{value}", format!("{name}:"));
     }
+    text.push_str(&list_devices(machine));
     text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shim::report::MachineReport;
+    use crate::shim::report::{DeviceReport, MachinePhases};
 
     fn arguments(line: &str) -> Option<Arguments> {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
@@ -290,14 +346,43 @@ mod tests {
             execs: vec!["e1".to_owned()],
             age_seconds: 90_061,
             create_milliseconds: Some(150),
+            started_milliseconds: None,
             start_milliseconds: None,
             machine: MachineReport {
                 pid: 40,
+                sandbox: id.to_owned(),
                 file_server_pid: None,
                 memory_bytes: 512 << 20,
                 vcpus: 2,
                 kernel: Some("6.12".to_owned()),
                 boot_milliseconds: Some(124),
+                phases: MachinePhases {
+                    spawn_milliseconds: 0,
+                    vmm_ready_milliseconds: Some(12),
+                    kernel_milliseconds: Some(31),
+                    agent_ready_milliseconds: Some(130),
+                },
+                devices: vec![
+                    DeviceReport {
+                        name: "nutshell-0".to_owned(),
+                        path: Some("/images/1".to_owned()),
+                        requests: 20,
+                        errors: 1,
+                        bytes_to_guest: 81_920,
+                        bytes_from_guest: 512,
+                        stalls: 2,
+                    },
+                    DeviceReport {
+                        name: "rng".to_owned(),
+                        path: None,
+                        requests: 3,
+                        errors: 0,
+                        bytes_to_guest: 96,
+                        bytes_from_guest: 0,
+                        stalls: 0,
+                    },
+                ],
+                devices_error: None,
             },
         }
     }
@@ -360,12 +445,41 @@ mod tests {
     }
 
     #[test]
-    fn description_has_the_phases_of_the_start() {
+    fn description_has_the_phases_of_the_start_and_the_devices() {
         let text = describe(&shim("default", &[]).report, &container("a"));
+        let expected = "\
+spawn:            0 ms
+vmm ready:        12 ms
+kernel:           31 ms
+agent ready:      130 ms
+created:          150 ms
+started:          not yet
+start call:       not yet
+
+DEVICE      REQUESTS  ERRORS  STALLS  TO GUEST  FROM GUEST  FILE
+nutshell-0  20        1       2       81920     512         /images/1
+rng         3         0       0       96        0
+";
+        assert!(text.ends_with(expected), "{text}");
+    }
+
+    #[test]
+    fn vmm_that_gave_no_answer_is_named_and_the_rest_is_described() {
+        let mut container = container("a");
+        let machine = &mut container.machine;
+        machine.devices.clear();
+        machine.devices_error = Some("the vmm did not answer within 1 s".to_owned());
+        machine.phases = MachinePhases {
+            agent_ready_milliseconds: Some(130),
+            ..MachinePhases::default()
+        };
+
+        let text = describe(&shim("default", &[]).report, &container);
+
         for line in [
-            "boot:             124 ms",
-            "create:           150 ms",
-            "start:            not yet",
+            "vmm ready:        not known",
+            "agent ready:      130 ms",
+            "devices:          not known, the vmm gave no answer: the vmm did not answer within 1 s",
         ] {
             assert!(text.lines().any(|found| found == line), "{text}");
         }

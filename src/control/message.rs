@@ -1,7 +1,8 @@
 //! The messages of the control channel. Descriptors are sent with a message, in the documented order.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::Extent;
@@ -66,6 +67,8 @@ pub(crate) enum Command {
     ReadProgress,
     /// Requests [`Notice::Console`].
     ReadConsole,
+    /// Requests [`Notice::Statistics`].
+    ReadStatistics,
 }
 
 /// The configuration of a machine.
@@ -132,6 +135,8 @@ pub(crate) enum Notice {
     },
     /// The reply to [`Command::ReadConsole`]: the last [`MAX_CONSOLE_TAIL`] bytes of the guest's console.
     Console(Vec<u8>),
+    /// The reply to [`Command::ReadStatistics`].
+    Statistics(MachineStatistics),
     /// Something in the vmm has failed that the guest does not report, or whose cause it does not know.
     Warning {
         /// The device: the serial of a disk, or what the user calls another device.
@@ -145,6 +150,39 @@ pub(crate) enum Notice {
         /// The last [`MAX_CONSOLE_TAIL`] bytes of the guest's console.
         console: Vec<u8>,
     },
+}
+
+/// What the devices of a machine have done, and when it passed the phases of its boot.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MachineStatistics {
+    pub(crate) devices: Vec<DeviceCounters>,
+    /// When the machine was built and its first processor started, on the clock of [`monotonic_now`].
+    pub(crate) ready: Option<Duration>,
+    /// When the guest's kernel did its first I/O, on the same clock.
+    pub(crate) kernel: Option<Duration>,
+}
+
+/// What a device has done since it was created.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DeviceCounters {
+    /// The serial of a disk, or what the log calls another device.
+    pub(crate) name: String,
+    /// Requests, packets or messages.
+    pub(crate) requests: u64,
+    /// Requests that failed, data that was lost, and queues that are no longer served.
+    pub(crate) errors: u64,
+    /// Bytes that the guest received.
+    pub(crate) bytes_to_guest: u64,
+    /// Bytes that the guest sent.
+    pub(crate) bytes_from_guest: u64,
+    /// How often a queue or stream was not served for a while.
+    pub(crate) stalls: u64,
+}
+
+/// The time since the host's start, which is the same for shim and vmm (`CLOCK_MONOTONIC`).
+pub(crate) fn monotonic_now() -> Duration {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(now.tv_sec.try_into().unwrap_or(0), now.tv_nsec.try_into().unwrap_or(0))
 }
 
 /// Why a machine has ended.

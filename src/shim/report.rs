@@ -5,8 +5,11 @@ use serde::{Deserialize, Serialize};
 /// The name of the ttrpc service. containerd does not know it.
 pub(crate) const ADMIN_SERVICE: &str = "nutshell.admin.v1.Admin";
 
-/// The method that returns a [`ShimReport`]. Its request is empty.
+/// The method that returns a [`ShimReport`] without what only the vmms know. Its request is empty.
 pub(crate) const REPORT: &str = "Report";
+
+/// The method that returns a complete [`ShimReport`]. It waits for the vmms, for a second at most. Its request is empty.
+pub(crate) const FULL_REPORT: &str = "FullReport";
 
 /// The method that returns the end of a guest's console, as text. Its request is the id of a container of the pod.
 pub(crate) const CONSOLE: &str = "Console";
@@ -38,10 +41,12 @@ pub(crate) struct ContainerReport {
     pub(crate) bundle: String,
     /// The ids of its execs.
     pub(crate) execs: Vec<String>,
-    /// Seconds since its creation began.
+    /// Seconds since its creation was requested.
     pub(crate) age_seconds: u64,
-    /// How long its creation took, in milliseconds; `None` while it is in progress.
+    /// From the request of its creation until it was created, in milliseconds; `None` before.
     pub(crate) create_milliseconds: Option<u64>,
+    /// From the request of its creation until it was started, in milliseconds; `None` before.
+    pub(crate) started_milliseconds: Option<u64>,
     /// How long its start took, in milliseconds; `None` if it has not started.
     pub(crate) start_milliseconds: Option<u64>,
     /// The machine that it runs in, which it shares with the other containers of its pod.
@@ -53,6 +58,8 @@ pub(crate) struct ContainerReport {
 pub(crate) struct MachineReport {
     /// The pid of its vmm.
     pub(crate) pid: u32,
+    /// The id of the sandbox, or of the single container, that it was started for.
+    pub(crate) sandbox: String,
     /// The pid of its file server, if it has one.
     pub(crate) file_server_pid: Option<u32>,
     /// Its present memory, in bytes.
@@ -62,4 +69,42 @@ pub(crate) struct MachineReport {
     pub(crate) kernel: Option<String>,
     /// From the boot command until the agent was ready, in milliseconds; `None` before.
     pub(crate) boot_milliseconds: Option<u64>,
+    pub(crate) phases: MachinePhases,
+    /// What its devices have done; empty if the vmm was not asked.
+    pub(crate) devices: Vec<DeviceReport>,
+    /// Why `devices` is empty although the vmm was asked.
+    pub(crate) devices_error: Option<String>,
+}
+
+/// When a machine passed the phases of its start, in milliseconds since it was requested, that is, since the request
+/// of its pod's first container. `None` before, and for phases that only the vmm knows if it gave no answer.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MachinePhases {
+    /// The vmm process was started. 0 if that was before the request.
+    pub(crate) spawn_milliseconds: u64,
+    /// The vmm had built the machine.
+    pub(crate) vmm_ready_milliseconds: Option<u64>,
+    /// The guest's kernel did its first I/O.
+    pub(crate) kernel_milliseconds: Option<u64>,
+    /// The agent in the guest was ready.
+    pub(crate) agent_ready_milliseconds: Option<u64>,
+}
+
+/// What a device has done since it was created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DeviceReport {
+    /// The serial of a disk, `net-` and the number of a network interface, or the kind of another device.
+    pub(crate) name: String,
+    /// The file of the host behind a disk.
+    pub(crate) path: Option<String>,
+    /// Requests, packets or messages.
+    pub(crate) requests: u64,
+    /// Requests that failed, data that was lost, and queues that are no longer served.
+    pub(crate) errors: u64,
+    /// Bytes that the guest received.
+    pub(crate) bytes_to_guest: u64,
+    /// Bytes that the guest sent.
+    pub(crate) bytes_from_guest: u64,
+    /// How often a queue or stream was not served for a while.
+    pub(crate) stalls: u64,
 }

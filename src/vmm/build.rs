@@ -20,13 +20,15 @@ use super::{
     kvm::{self, Vm},
     machine::RunningMachine,
     progress::BootProgress,
+    stalls::StallWatch,
     vcpu::{self, Peripherals},
     wiring::{BusBuilder, eventfd},
 };
 use crate::{
-    control::{DiskAccess, MachineConfig},
+    control::{DiskAccess, MachineConfig, monotonic_now},
     devices::{
         console_tail::ConsoleTail,
+        stall_timer::StallTimer,
         uart::Uart,
         virtio::{
             balloon::Balloon,
@@ -118,6 +120,7 @@ pub(super) fn start(
     let memory = GuestMemory::new(allocate(config.memory, config.file_server)?);
     let vm = Vm::new(kvm, memory.regions())?;
     let mut bus = BusBuilder::new(&vm, memory.clone());
+    let stall_timer = Arc::new(StallTimer::new().map_err(device_error("create the timer for stalled queues"))?);
 
     // The slots come first on the bus, because the guest finds them by their position (see `slot_device_name`).
     let network_slots = (0..NETWORK_SLOTS)
@@ -127,7 +130,7 @@ pub(super) fn start(
     let hotplug_disks = (0..config.hotplug_disks)
         .map(|_| bus.reserve())
         .collect::<Result<Vec<_>, _>>()?;
-    let mut muxer = Muxer::new().map_err(device_error("set up the vsock device"))?;
+    let mut muxer = Muxer::new(&stall_timer).map_err(device_error("set up the vsock device"))?;
     let agent_output = agent
         .try_clone()
         .map_err(device_error("duplicate the agent's stream"))?;
@@ -154,8 +157,8 @@ pub(super) fn start(
     let queues_per_disk = u16::from(config.vcpus);
     let mut boot_disks = 0;
     for backing in disks {
-        let disk =
-            Block::new(disk_serial(boot_disks), backing, queues_per_disk).map_err(device_error("set up the disk"))?;
+        let disk = Block::new(disk_serial(boot_disks), backing, queues_per_disk, &stall_timer)
+            .map_err(device_error("set up the disk"))?;
         bus.add(Box::new(disk))?;
         boot_disks += 1;
     }
@@ -183,8 +186,9 @@ pub(super) fn start(
     boot::tables::write(&memory, config.memory, command_line.trim_end(), initramfs)?;
     boot::mptable::write(&memory, config.max_vcpus).map_err(BootError::from)?;
 
+    let BusBuilder { bus, counters, .. } = bus;
     let peripherals = Arc::new(Peripherals {
-        bus: bus.bus,
+        bus,
         uart: Mutex::new(Uart::new(console_tail.clone())),
         progress: BootProgress::new(),
     });
@@ -206,6 +210,10 @@ pub(super) fn start(
         end: end.clone(),
         network_slots,
         disk_slots: DiskSlots::new(boot_disks, hotplug_disks, queues_per_disk),
+        counters,
+        stall_timer,
+        stall_watch: StallWatch::default(),
+        ready: monotonic_now(),
         growth,
         fs,
         vsock,

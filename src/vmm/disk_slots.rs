@@ -11,10 +11,15 @@ use super::{
     wiring::{ReservedSlot, connect_to_kvm, create_kicks, eventfd},
 };
 use crate::{
-    devices::virtio::{
-        block::{Backing, Block},
-        interrupt::InterruptLine,
-        mmio::{HotplugSlot, Mmio},
+    devices::{
+        counters::Counters,
+        stall_timer::StallTimer,
+        virtio::{
+            block::{Backing, Block},
+            device::Device,
+            interrupt::InterruptLine,
+            mmio::{HotplugSlot, Mmio},
+        },
     },
     memory::GuestMemory,
 };
@@ -33,6 +38,8 @@ struct DiskSlot {
     reserved: ReservedSlot,
     /// The eventfds that KVM has for this slot, registered with the first disk. Later disks use the same ones.
     events: Option<SlotEvents>,
+    /// Those of its disk.
+    counters: Option<Arc<Counters>>,
 }
 
 #[derive(Debug)]
@@ -44,7 +51,11 @@ struct SlotEvents {
 impl DiskSlots {
     /// Empty slots, numbered from `first` on.
     pub(super) fn new(first: u32, reserved: Vec<ReservedSlot>, queues_per_disk: u16) -> Self {
-        let slots = reserved.into_iter().map(|reserved| DiskSlot { reserved, events: None });
+        let slots = reserved.into_iter().map(|reserved| DiskSlot {
+            reserved,
+            events: None,
+            counters: None,
+        });
         Self {
             first,
             slots: slots.collect(),
@@ -57,14 +68,21 @@ impl DiskSlots {
         &mut self,
         slot: u32,
         backing: Backing,
+        stall_timer: &Arc<StallTimer>,
         vm: &Vm,
         memory: &GuestMemory,
     ) -> Result<(), MachineError> {
         let queues = self.queues_per_disk;
         let found = self.index_of(slot).and_then(|index| self.slots.get_mut(index));
         let empty = found.filter(|slot| slot.reserved.slot.is_empty());
-        let DiskSlot { reserved, events } = empty.ok_or(MachineError::Slot(slot))?;
-        let block = Box::new(Block::new(disk_serial(slot), backing, queues).map_err(device_error("set up the disk"))?);
+        let DiskSlot {
+            reserved,
+            events,
+            counters,
+        } = empty.ok_or(MachineError::Slot(slot))?;
+        let block = Block::new(disk_serial(slot), backing, queues, stall_timer);
+        let block = Box::new(block.map_err(device_error("set up the disk"))?);
+        let new_counters = block.counters();
         let transport = if let Some(events) = events {
             let SlotEvents { irqfd, kicks } = events
                 .try_clone()
@@ -84,16 +102,25 @@ impl DiskSlots {
             transport
         };
         if reserved.slot.plug(transport) {
+            *counters = Some(new_counters);
             Ok(())
         } else {
             Err(MachineError::Slot(slot))
         }
     }
 
-    /// Returns the bus slot behind disk slot number `slot`; `None` if there is no such disk slot.
-    pub(super) fn hotplug_slot(&self, slot: u32) -> Option<HotplugSlot> {
-        let slot = self.slots.get(self.index_of(slot)?)?;
+    /// Drops the counters of the disk in disk slot number `slot`, and returns the bus slot, from which the caller must
+    /// unplug the disk; `None` if there is no such disk slot.
+    pub(super) fn release(&mut self, slot: u32) -> Option<HotplugSlot> {
+        let index = self.index_of(slot)?;
+        let slot = self.slots.get_mut(index)?;
+        slot.counters = None;
         Some(slot.reserved.slot.clone())
+    }
+
+    /// The counters of the disks in the slots.
+    pub(super) fn counters(&self) -> impl Iterator<Item = &Arc<Counters>> {
+        self.slots.iter().filter_map(|slot| slot.counters.as_ref())
     }
 
     fn index_of(&self, slot: u32) -> Option<usize> {

@@ -13,14 +13,17 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{end_signal::EndSignal, machine::RunningMachine};
 use crate::{
-    control::{Channel, Command, EndReason, Notice},
+    control::{Channel, Command, ControlError, EndReason, Notice},
     devices::{
         console_tail::ConsoleTail,
         virtio::{
+            balloon::Balloon,
             block::Backing,
-            device::Device,
+            console::Console,
+            device::serve_or_reset,
             mmio::HotplugSlot,
             queue::QueueError,
+            rng::Rng,
             vsock::{Vsock, muxer::StreamNotice},
         },
     },
@@ -39,9 +42,10 @@ enum EventSource {
     Rng,
     BalloonReporting,
     Memory,
+    StallTimer,
 }
 
-const EVENT_SOURCES: [EventSource; 9] = [
+const EVENT_SOURCES: [EventSource; 10] = [
     EventSource::Control,
     EventSource::End,
     EventSource::Streams,
@@ -51,6 +55,7 @@ const EVENT_SOURCES: [EventSource; 9] = [
     EventSource::Rng,
     EventSource::BalloonReporting,
     EventSource::Memory,
+    EventSource::StallTimer,
 ];
 
 /// Why the event loop ended.
@@ -58,7 +63,7 @@ const EVENT_SOURCES: [EventSource; 9] = [
 pub(super) enum LoopExit {
     /// The machine has ended, which must be reported to the shim.
     Ended(EndReason),
-    /// The shim is gone or sent an invalid command: the reason cannot be reported.
+    /// The shim is gone: the reason cannot be reported.
     ShimGone,
 }
 
@@ -69,17 +74,14 @@ pub(super) fn run(
     end: &EndSignal,
     console_tail: &ConsoleTail,
 ) -> LoopExit {
-    let failed = |error: io::Error| LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {error}")));
     let epoll = match create_epoll(&*machine, channel, end) {
         Ok(epoll) => epoll,
-        Err(error) => return failed(error),
+        Err(error) => return failed("watch the sources of events", error),
     };
     let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
     loop {
-        events.clear();
-        match epoll::wait(&epoll, spare_capacity(&mut events), None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return failed(error.into()),
+        if let Err(exit) = wait(&epoll, &mut events) {
+            return exit;
         }
         for event in &events {
             let number = event.data.u64();
@@ -94,6 +96,35 @@ pub(super) fn run(
             return exit;
         }
     }
+}
+
+/// Waits for events. There may be none after all.
+fn wait(epoll: &OwnedFd, events: &mut Vec<epoll::Event>) -> Result<(), LoopExit> {
+    events.clear();
+    match epoll::wait(epoll, spare_capacity(events), None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(failed("wait for events", error.into())),
+    }
+}
+
+/// The end of a machine whose event loop cannot continue.
+fn failed(step: &str, error: io::Error) -> LoopExit {
+    LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {step}: {error}")))
+}
+
+/// The end of a machine whose control channel failed. Only if the shim is gone, the reason cannot be reported.
+fn channel_failed(error: &ControlError) -> LoopExit {
+    match error {
+        ControlError::Closed => LoopExit::ShimGone,
+        error => LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {error}"))),
+    }
+}
+
+/// The end of a machine whose shim sent a command that is not possible, which is a bug in the shim.
+fn invalid_command(reason: &str) -> LoopExit {
+    LoopExit::Ended(EndReason::DeviceFailed(format!(
+        "event loop: invalid command: {reason}"
+    )))
 }
 
 fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) -> io::Result<OwnedFd> {
@@ -111,6 +142,7 @@ fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) ->
     add(EventSource::Rng, borrow(&machine.rng_kick))?;
     add(EventSource::BalloonReporting, borrow(&machine.balloon_reporting_kick))?;
     add(EventSource::Memory, borrow(machine.growth.kick()))?;
+    add(EventSource::StallTimer, machine.stall_timer.as_fd())?;
     Ok(epoll)
 }
 
@@ -128,7 +160,9 @@ fn handle_event(
 ) -> Option<LoopExit> {
     let drain = |kick: &EventFd| {
         // It is readable, so this does not block. The count does not matter.
-        let _ = kick.read();
+        if let Err(error) = kick.read() {
+            log::warn!(target: "virtual machine", "event loop: read the kick of {source:?}: {error}");
+        }
     };
     match source {
         EventSource::Control => execute_commands(machine, channel, console_tail).err(),
@@ -150,36 +184,28 @@ fn handle_event(
         }
         EventSource::ConsoleTransmit => {
             drain(&machine.console_transmit_kick);
-            let mut console = machine.console.lock();
             // A guest that breaks a queue of its console, rng or balloon continues without that device.
-            if let Err(error) = console.serve() {
-                log::warn!(target: "console", "the guest continues without it: {error}");
-                console.reset();
-            }
+            serve_or_reset(&mut *machine.console.lock(), Console::serve);
             None
         }
         EventSource::Rng => {
             drain(&machine.rng_kick);
-            let mut rng = machine.rng.lock();
-            if let Err(error) = rng.serve() {
-                log::warn!(target: "random number generator", "the guest continues without it: {error}");
-                rng.reset();
-            }
+            serve_or_reset(&mut *machine.rng.lock(), Rng::serve);
             None
         }
         EventSource::BalloonReporting => {
             drain(&machine.balloon_reporting_kick);
-            let mut balloon = machine.balloon.lock();
-            if let Err(error) = balloon.serve() {
-                log::warn!(target: "balloon", "the guest continues without it: {error}");
-                balloon.reset();
-            }
+            serve_or_reset(&mut *machine.balloon.lock(), Balloon::serve);
             None
         }
         EventSource::Memory => {
             drain(machine.growth.kick());
             machine.growth.serve();
             report_memory(machine, channel).err()
+        }
+        EventSource::StallTimer => {
+            machine.check_stalls();
+            None
         }
     }
 }
@@ -190,7 +216,7 @@ fn execute_commands(
     channel: &Channel,
     console_tail: &ConsoleTail,
 ) -> Result<(), LoopExit> {
-    while let Some((command, descriptors)) = channel.try_receive().map_err(|_| LoopExit::ShimGone)? {
+    while let Some((command, descriptors)) = channel.try_receive().map_err(|error| channel_failed(&error))? {
         execute(command, descriptors, machine, channel, console_tail)?;
     }
     Ok(())
@@ -205,11 +231,12 @@ fn execute(
 ) -> Result<(), LoopExit> {
     let mut descriptors = descriptors.into_iter();
     match command {
-        Command::Boot(_) => return Err(LoopExit::ShimGone),
+        Command::Boot(_) => return Err(invalid_command("a second boot command")),
         Command::OpenStream { port, input, output } => {
             let input = if input { descriptors.next() } else { None };
             let output = if output { descriptors.next() } else { None };
-            if machine.vsock.lock().muxer().open(port, input, output).is_err() {
+            if let Err(error) = machine.vsock.lock().muxer().open(port, input, output) {
+                log::warn!(target: "vsock", "stream of port {port}: a process gets no stream: open it: {error}");
                 send(channel, &Notice::StreamClosed { port })?;
             }
         }
@@ -220,14 +247,17 @@ fn execute(
             vsock.deliver().map_err(vsock_failed)?;
         }
         Command::PlugDisk { slot, read_only } => {
-            let file = descriptors.next().ok_or(LoopExit::ShimGone)?.into();
+            let file = descriptors
+                .next()
+                .ok_or_else(|| invalid_command("no file for a disk"))?
+                .into();
             let result = machine.plug_disk(slot, Backing { file, read_only });
             let result = result.map_err(|error| error.to_string());
             let slot = FIRST_DISK_SLOT.saturating_add(slot);
             send(channel, &Notice::Plugged { slot, result })?;
         }
         Command::UnplugDisk { slot } => {
-            let hotplug_slot = machine.disk_slots.hotplug_slot(slot);
+            let hotplug_slot = machine.disk_slots.release(slot);
             unplug_in_background(hotplug_slot, slot, channel)
                 .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
         }
@@ -248,6 +278,7 @@ fn execute(
             },
         )?,
         Command::ReadConsole => send(channel, &Notice::Console(console_tail.to_vec()))?,
+        Command::ReadStatistics => send(channel, &Notice::Statistics(machine.statistics()))?,
     }
     Ok(())
 }
@@ -292,5 +323,53 @@ fn report_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), LoopExit> 
 }
 
 fn send(channel: &Channel, notice: &Notice) -> Result<(), LoopExit> {
-    channel.send(notice, &[]).map_err(|_| LoopExit::ShimGone)
+    channel.send(notice, &[]).map_err(|error| channel_failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::devices::virtio::queue::QueueFault;
+
+    #[test]
+    fn failure_of_the_event_loop_ends_the_machine_with_its_cause() {
+        let null: OwnedFd = File::open("/dev/null").unwrap().into();
+        let (shim, vmm) = Channel::pair().unwrap();
+        rustix::net::send(&shim, &[0xff; 9], rustix::net::SendFlags::empty()).unwrap();
+        let malformed = vmm.try_receive::<Command>().unwrap_err();
+        let broken = QueueError {
+            queue: 1,
+            fault: QueueFault::BufferTooSmall(3),
+        };
+        for (exit, expected) in [
+            (
+                wait(&null, &mut Vec::with_capacity(1)).unwrap_err(),
+                "event loop: wait for events: Invalid argument (os error 22)",
+            ),
+            (
+                channel_failed(&malformed),
+                "event loop: a packet of the control channel is malformed or too large",
+            ),
+            (
+                invalid_command("a second boot command"),
+                "event loop: invalid command: a second boot command",
+            ),
+            (
+                vsock_failed(broken),
+                "vsock: queue 1: the driver provided a buffer of 3 bytes, which is too small",
+            ),
+        ] {
+            match exit {
+                LoopExit::Ended(EndReason::DeviceFailed(reason)) => assert_eq!(reason, expected),
+                other => panic!("{expected}: {other:?}"),
+            }
+        }
+        drop(shim);
+        assert!(matches!(
+            channel_failed(&vmm.try_receive::<Command>().unwrap_err()),
+            LoopExit::ShimGone
+        ));
+    }
 }

@@ -17,11 +17,14 @@ use super::{
 };
 use crate::{
     control::MachineConfig,
-    devices::virtio::{
-        device::{Device, SharedDevice},
-        fs::Fs,
-        interrupt::InterruptLine,
-        mem::{self, Mem},
+    devices::{
+        counters::Counters,
+        virtio::{
+            device::{Device, SharedDevice, serve_or_reset},
+            fs::Fs,
+            interrupt::InterruptLine,
+            mem::{self, Mem},
+        },
     },
     memory::{DEVICE_WINDOW, GuestMemory, add_region, ram_ranges},
 };
@@ -201,15 +204,16 @@ impl Growth {
         new
     }
 
+    /// The counters of the memory device, if it is plugged.
+    pub(super) fn counters(&self) -> Option<Arc<Counters>> {
+        self.device.as_ref().map(Device::counters)
+    }
+
     /// Handles requests of the guest's driver.
     pub(super) fn serve(&self) {
         if let Some(device) = &self.device {
-            let mut device = device.lock();
             // A guest that breaks the queue keeps the memory that it has.
-            if let Err(error) = device.serve() {
-                log::warn!(target: "memory device", "the guest keeps the memory that it has: {error}");
-                device.reset();
-            }
+            serve_or_reset(&mut *device.lock(), Mem::serve);
         }
     }
 }

@@ -15,6 +15,7 @@ mod growth;
 mod kvm;
 mod machine;
 mod progress;
+mod stalls;
 mod vcpu;
 mod warnings;
 mod wiring;
@@ -34,7 +35,7 @@ use self::{
     event_loop::LoopExit,
 };
 use crate::{
-    control::{Channel, Command, EndReason, Notice},
+    control::{Channel, Command, ControlError, EndReason, Notice},
     devices::console_tail::ConsoleTail,
     jail::{self, Jail, Root},
 };
@@ -72,9 +73,10 @@ pub(crate) fn main() -> ExitCode {
     // SAFETY: the shim started this process with its end of the control channel on descriptor 0, which nothing else in
     // this process uses.
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(0) });
-    // If this fails, the machine works all the same.
-    if let Ok(channel) = channel.try_clone() {
-        warnings::install(channel);
+    match channel.try_clone() {
+        Ok(channel) => warnings::install(channel),
+        // The machine works all the same. The shim logs standard error.
+        Err(error) => eprintln!("warnings of this process are lost: duplicate the control channel: {error}"),
     }
     let console_tail = Arc::new(ConsoleTail::default());
     let reason = match confined {
@@ -93,8 +95,11 @@ pub(crate) fn main() -> ExitCode {
 
 /// Receives the boot command, builds the machine, and runs it until it ends.
 fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, MachineError> {
-    let Ok((Command::Boot(config), descriptors)) = channel.receive() else {
-        return Ok(LoopExit::ShimGone);
+    let (config, descriptors) = match channel.receive() {
+        Ok((Command::Boot(config), descriptors)) => (config, descriptors),
+        Ok(_) => return Err(MachineError::BootCommand("the first command is another one")),
+        Err(ControlError::Closed) => return Ok(LoopExit::ShimGone),
+        Err(error) => return Err(device_error("receive the boot command")(std::io::Error::other(error))),
     };
     let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
     let resources = BootResources::parse(config, descriptors)?;

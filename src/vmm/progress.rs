@@ -1,6 +1,14 @@
 //! Evidence that the guest's boot moves on, for the shim's deadline.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::control::monotonic_now;
 
 /// The number of slots for addresses. More than the registers that a booting guest uses, so that few collide.
 const SLOTS: u64 = 4096;
@@ -11,6 +19,7 @@ const SLOTS: u64 = 4096;
 pub(super) struct BootProgress {
     used: Box<[AtomicU64]>,
     count: AtomicU64,
+    first_access: OnceLock<Duration>,
 }
 
 impl BootProgress {
@@ -19,6 +28,7 @@ impl BootProgress {
         Self {
             used: (0..SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
             count: AtomicU64::new(0),
+            first_access: OnceLock::new(),
         }
     }
 
@@ -31,6 +41,17 @@ impl BootProgress {
         if word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
             self.count.fetch_add(1, Ordering::Relaxed);
         }
+        self.record_first();
+    }
+
+    /// Records any I/O access of the guest, if it is the first one.
+    pub(super) fn record_first(&self) {
+        self.first_access.get_or_init(monotonic_now);
+    }
+
+    /// When the guest did its first I/O, on the clock of [`monotonic_now`].
+    pub(super) fn first_access(&self) -> Option<Duration> {
+        self.first_access.get().copied()
     }
 
     /// The number of different addresses so far. Two addresses may count as one.

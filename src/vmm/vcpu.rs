@@ -56,12 +56,14 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
                 peripherals.bus.write(address, data);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
+                peripherals.progress.record_first();
                 data.fill(0xff);
                 if let (Some(offset), [value]) = (uart_register(port), data) {
                     *value = peripherals.uart.lock().read(offset);
                 }
             }
             Ok(VcpuExit::IoOut(port, data)) => {
+                peripherals.progress.record_first();
                 if let Some(offset) = uart_register(port) {
                     let mut uart = peripherals.uart.lock();
                     for value in data {
@@ -69,18 +71,30 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
                     }
                 }
             }
-            Ok(VcpuExit::Shutdown) => return EndReason::GuestReset,
-            Ok(VcpuExit::SystemEvent(kind, _)) if kind != KVM_SYSTEM_EVENT_CRASH => return EndReason::GuestReset,
             Ok(VcpuExit::InternalError) => return internal_error(vcpu),
-            Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                return EndReason::KvmFailed(format!(
-                    "the processor refused to enter the guest (hardware reason {reason:#x} on CPU {cpu})"
-                ));
+            other => {
+                if let Some(reason) = end_reason(&other) {
+                    return reason;
+                }
             }
-            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
-            Ok(other) => return EndReason::KvmFailed(format!("unexpected KVM exit: {other:?}")),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-            Err(error) => return EndReason::KvmFailed(format!("KVM_RUN: {}", io::Error::from(error))),
+        }
+    }
+}
+
+/// The reason for the end of the machine after this exit. `None` if the vCPU continues.
+fn end_reason(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<EndReason> {
+    match exit {
+        Ok(VcpuExit::Shutdown) => Some(EndReason::GuestReset),
+        Ok(VcpuExit::SystemEvent(kind, _)) if *kind != KVM_SYSTEM_EVENT_CRASH => Some(EndReason::GuestReset),
+        Ok(VcpuExit::FailEntry(reason, cpu)) => Some(EndReason::KvmFailed(format!(
+            "the processor refused to enter the guest (hardware reason {reason:#x} on CPU {cpu})"
+        ))),
+        Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => None,
+        Ok(other) => Some(EndReason::KvmFailed(format!("unexpected KVM exit: {other:?}"))),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+        Err(error) => {
+            let error = io::Error::from(*error);
+            Some(EndReason::KvmFailed(format!("KVM_RUN: {error}")))
         }
     }
 }
@@ -118,4 +132,37 @@ fn internal_error(vcpu: &mut VcpuFd) -> EndReason {
             words.join(" ")
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_that_ends_the_machine_has_a_reason_with_the_cause() {
+        let failed = |text: &str| Some(EndReason::KvmFailed(text.to_owned()));
+        let errno = |errno| Err(kvm_ioctls::Error::new(errno));
+        for (exit, expected) in [
+            (Ok(VcpuExit::Shutdown), Some(EndReason::GuestReset)),
+            (Ok(VcpuExit::Intr), None),
+            (Ok(VcpuExit::Hlt), None),
+            (errno(libc::EINTR), None),
+            (errno(libc::EAGAIN), None),
+            (errno(libc::EFAULT), failed("KVM_RUN: Bad address (os error 14)")),
+            (
+                Ok(VcpuExit::FailEntry(0x80, 3)),
+                failed("the processor refused to enter the guest (hardware reason 0x80 on CPU 3)"),
+            ),
+            (Ok(VcpuExit::Debug(kvm_bindings::kvm_debug_exit_arch::default())), None),
+        ] {
+            let reason = end_reason(&exit);
+            match exit {
+                Ok(VcpuExit::Debug(_)) => {
+                    let text = reason.unwrap().to_string();
+                    assert!(text.starts_with("unexpected KVM exit: Debug"), "{text}");
+                }
+                _ => assert_eq!(reason, expected, "{exit:?}"),
+            }
+        }
+    }
 }

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     devices::{
         bus::Bus,
+        counters::Counters,
         virtio::{
             device::Device,
             interrupt::InterruptLine,
@@ -72,6 +73,8 @@ pub(super) struct BusBuilder<'v> {
     pub(super) bus: Bus,
     /// Begins with a space, unless it is empty.
     pub(super) kernel_arguments: String,
+    /// The counters of the devices of [`Self::add`].
+    pub(super) counters: Vec<Arc<Counters>>,
     device_count: u32,
 }
 
@@ -82,6 +85,7 @@ impl<'v> BusBuilder<'v> {
             memory,
             bus: Bus::default(),
             kernel_arguments: String::new(),
+            counters: Vec::new(),
             device_count: 0,
         }
     }
@@ -89,10 +93,11 @@ impl<'v> BusBuilder<'v> {
     /// Adds a device. Returns the kick of each queue.
     pub(super) fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError> {
         let line = Arc::new(InterruptLine::new(eventfd()?));
+        self.counters.push(device.counters());
         self.add_with_line(device, line)
     }
 
-    /// Adds a device that interrupts over `line`. Returns the kick of each queue.
+    /// Adds a device that interrupts over `line` and that counts nothing. Returns the kick of each queue.
     pub(super) fn add_with_line(
         &mut self,
         device: Box<dyn Device>,

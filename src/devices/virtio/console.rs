@@ -8,7 +8,10 @@ use super::{
     device::{ActivateError, Activation, Device},
     queue::{DeviceQueue, QueueError},
 };
-use crate::{control::MAX_CONSOLE_TAIL, devices::console_tail::ConsoleTail};
+use crate::{
+    control::MAX_CONSOLE_TAIL,
+    devices::{console_tail::ConsoleTail, counters::Counters},
+};
 
 /// Receive and transmit queue.
 const QUEUE_SIZES: [u16; 2] = [16, 16];
@@ -16,13 +19,18 @@ const QUEUE_SIZES: [u16; 2] = [16, 16];
 #[derive(Debug)]
 pub(crate) struct Console {
     tail: Arc<ConsoleTail>,
+    counters: Arc<Counters>,
     transmit: Option<DeviceQueue>,
 }
 
 impl Console {
     /// A console whose output is appended to `tail`.
     pub(crate) fn new(tail: Arc<ConsoleTail>) -> Self {
-        Self { tail, transmit: None }
+        Self {
+            tail,
+            counters: Counters::new("console"),
+            transmit: None,
+        }
     }
 
     /// Appends the guest's output to the tail. Call this after a kick of the transmit queue.
@@ -34,6 +42,8 @@ impl Console {
         queue.pause_kicks()?;
         queue.serve(|chain| {
             // A chain may have 4 GiB, and the event loop must not copy more of it than is kept.
+            self.counters.add_requests(1);
+            self.counters.add_bytes_from_guest(chain.readable.len() as u64);
             let surplus = chain.readable.len().saturating_sub(MAX_CONSOLE_TAIL);
             chain.readable.split_to(surplus);
             while chain.readable.len() > 0 {
@@ -52,6 +62,10 @@ impl Device for Console {
         VIRTIO_ID_CONSOLE
     }
 
+    fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         QUEUE_SIZES.to_vec()
     }
@@ -59,7 +73,7 @@ impl Device for Console {
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let [_receive, transmit] = activation.take_queues()?;
         // The event loop may have consumed a kick before activation.
-        let _ = transmit.kick().write(1);
+        transmit.kick_again().map_err(ActivateError::Queue)?;
         self.transmit = Some(transmit);
         Ok(())
     }

@@ -8,8 +8,11 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use super::{interrupt::Interrupt, queue::DeviceQueue};
-use crate::memory::GuestMemory;
+use super::{
+    interrupt::Interrupt,
+    queue::{DeviceQueue, QueueError},
+};
+use crate::{devices::counters::Counters, memory::GuestMemory};
 
 /// The features that every device offers: virtio 1.x, and the two ring features that reduce VM exits.
 pub(crate) const COMMON_FEATURES: u64 =
@@ -26,6 +29,9 @@ pub(crate) const COMMON_FEATURES: u64 =
 pub(crate) trait Device: Send {
     /// The device ID (virtio 1.3 §5).
     fn device_id(&self) -> u32;
+
+    /// What the device has done.
+    fn counters(&self) -> Arc<Counters>;
 
     /// The offered features, [`COMMON_FEATURES`] included.
     fn features(&self) -> u64 {
@@ -83,6 +89,10 @@ impl<D: Device> Device for SharedDevice<D> {
         self.lock().device_id()
     }
 
+    fn counters(&self) -> Arc<Counters> {
+        self.lock().counters()
+    }
+
     fn features(&self) -> u64 {
         self.lock().features()
     }
@@ -105,6 +115,16 @@ impl<D: Device> Device for SharedDevice<D> {
 
     fn reset(&mut self) {
         self.lock().reset();
+    }
+}
+
+/// Calls `serve`. If the guest has broken a queue, resets the device: the guest continues without it.
+pub(crate) fn serve_or_reset<D: Device>(device: &mut D, serve: impl FnOnce(&mut D) -> Result<(), QueueError>) {
+    if let Err(error) = serve(device) {
+        let counters = device.counters();
+        counters.add_error();
+        log::warn!(target: counters.name(), "the guest continues without this device: {error}");
+        device.reset();
     }
 }
 
@@ -144,6 +164,8 @@ impl Activation {
 pub(crate) enum ActivateError {
     #[error("the device's backend failed: {0}")]
     Backend(String),
+    #[error(transparent)]
+    Queue(QueueError),
     #[error("the driver enabled {found} queues, but the device needs {needed}")]
     QueueCount { found: usize, needed: usize },
 }
@@ -155,5 +177,72 @@ pub(crate) fn copy_config(config: &[u8], offset: u64, data: &mut [u8]) {
     if let Some(available) = available {
         let length = available.len().min(data.len());
         data[..length].copy_from_slice(&available[..length]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::devices::{
+        console_tail::ConsoleTail,
+        log_capture::LogCapture,
+        virtio::{
+            balloon::Balloon,
+            console::Console,
+            mem::Mem,
+            mock::{InterruptCounter, device_queue, memory},
+            rng::Rng,
+        },
+    };
+
+    /// Activates `device`, whose queue `broken` of `count` has an invalid available index, and serves it.
+    fn break_queue<D: Device>(
+        mut device: D,
+        count: u64,
+        broken: u64,
+        serve: impl FnOnce(&mut D) -> Result<(), QueueError>,
+    ) -> (Vec<String>, u64) {
+        let counters = device.counters();
+        let log = LogCapture::on_this_thread(counters.name());
+        let memory = memory();
+        let queues = (0..count).map(|index| {
+            let mock = MockSplitQueue::create(&*memory, GuestAddress(index * 0x1000), 16);
+            mock.avail().idx().store(if index == broken { 17 } else { 0 });
+            device_queue(&mock, &memory).0
+        });
+        let activation = Activation {
+            features: device.features(),
+            queues: queues.collect(),
+            interrupt: Arc::new(InterruptCounter::default()),
+            memory: memory.clone(),
+        };
+        device.activate(activation).unwrap();
+
+        serve_or_reset(&mut device, serve);
+
+        (log.lines(), counters.read().errors)
+    }
+
+    #[test]
+    fn broken_queue_of_each_device_of_the_event_loop_is_logged_and_counted_once() {
+        let tail = Arc::new(ConsoleTail::default());
+        let region = 4 << 30..5 << 30;
+        for (name, outcome) in [
+            ("console", break_queue(Console::new(tail), 2, 1, Console::serve)),
+            ("rng", break_queue(Rng::default(), 1, 0, Rng::serve)),
+            ("balloon", break_queue(Balloon::default(), 3, 2, Balloon::serve)),
+            ("mem", break_queue(Mem::new(region), 1, 0, Mem::serve)),
+        ] {
+            let (lines, errors) = outcome;
+            let [line] = &lines[..] else {
+                panic!("{name}: {lines:?}")
+            };
+            let expected = "the guest continues without this device: queue 0: the virtqueue is broken";
+            assert!(line.starts_with(expected), "{name}: {line}");
+            assert_eq!(errors, 1, "{name}");
+        }
     }
 }

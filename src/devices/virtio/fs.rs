@@ -16,7 +16,7 @@ use super::{
     device::{ActivateError, Activation, Device, copy_config},
     interrupt::InterruptLine,
 };
-use crate::memory::MemoryRegions;
+use crate::{devices::counters::Counters, memory::MemoryRegions};
 
 /// High-priority and request queue. The size of the request queue limits the size of a request.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
@@ -28,6 +28,7 @@ pub(crate) struct Fs {
     socket: Option<UnixStream>,
     frontend: Option<Frontend>,
     line: Arc<InterruptLine>,
+    counters: Arc<Counters>,
     config: [u8; TAG_LENGTH + 4],
 }
 
@@ -43,6 +44,7 @@ impl Fs {
             socket: Some(socket),
             frontend: None,
             line,
+            counters: Counters::new("fs"),
             config,
         }
     }
@@ -151,6 +153,10 @@ fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u
 impl Device for Fs {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_FS
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

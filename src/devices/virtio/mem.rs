@@ -1,7 +1,7 @@
 //! virtio-mem (virtio 1.3 §5.15): memory that is plugged and unplugged while the machine runs, in blocks. The host
 //! requests a size; the guest's driver plugs or unplugs blocks until it has that size.
 
-use std::{ops::Range, sync::Arc};
+use std::{io, ops::Range, sync::Arc};
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_MEM;
 
@@ -11,7 +11,7 @@ use super::{
     interrupt::Interrupt,
     queue::{DeviceQueue, QueueError},
 };
-use crate::memory::MemoryRegions;
+use crate::{devices::counters::Counters, memory::MemoryRegions};
 
 /// The size of a block in bytes: a huge page.
 pub(crate) const BLOCK_SIZE: u64 = 2 << 20;
@@ -57,6 +57,7 @@ pub(crate) struct Mem {
     /// The size that the guest should have, in bytes.
     requested_size: u64,
     config_generation: u32,
+    counters: Arc<Counters>,
     running: Option<(DeviceQueue, Arc<dyn Interrupt>)>,
 }
 
@@ -68,6 +69,7 @@ impl Mem {
             plugged: Vec::new(),
             requested_size: 0,
             config_generation: 0,
+            counters: Counters::new("mem"),
             running: None,
         }
     }
@@ -111,8 +113,10 @@ impl Mem {
         queue.serve(|chain| {
             let mut request = [0; REQUEST_SIZE];
             let (response_type, state) = if chain.readable.take(&mut request) {
-                self.handle_request(&request, |address, length| discard(memory.regions(), address, length))
+                let discard = |address, length| discard(memory.regions(), address, length);
+                self.handle_request(&request, discard)
             } else {
+                self.refuse("it is shorter than a request");
                 (Response::Error, 0)
             };
             // struct virtio_mem_resp: type, padding, then the state for a state request.
@@ -125,8 +129,49 @@ impl Mem {
     }
 
     /// Returns the response and, for [`REQUEST_STATE`], the state. `discard` frees a range, given as address and
-    /// length, on the host, and returns `true` on success.
-    fn handle_request(&mut self, request: &[u8; REQUEST_SIZE], discard: impl Fn(u64, u64) -> bool) -> (Response, u16) {
+    /// length, on the host.
+    fn handle_request(
+        &mut self,
+        request: &[u8; REQUEST_SIZE],
+        discard: impl Fn(u64, u64) -> io::Result<()>,
+    ) -> (Response, u16) {
+        self.counters.add_requests(1);
+        let (response, state) = self.execute(request, discard);
+        if response == Response::Error {
+            self.refuse("its type or range is invalid");
+        }
+        (response, state)
+    }
+
+    /// Counts and logs a request of the guest that virtio forbids.
+    fn refuse(&self, reason: &str) {
+        self.counters.add_error();
+        log::warn!(
+            target: self.counters.name(),
+            "queue 0: a request of the guest's driver is refused: {reason}"
+        );
+    }
+
+    /// Frees a range on the host with `discard`. Returns `false` if that failed: the guest keeps the memory.
+    fn free(&self, address: u64, length: u64, discard: impl Fn(u64, u64) -> io::Result<()>) -> bool {
+        match discard(address, length) {
+            Ok(()) => true,
+            Err(error) => {
+                self.counters.add_error();
+                log::warn!(
+                    target: self.counters.name(),
+                    "queue 0: memory that the guest unplugs stays allocated, the guest retries: madvise: {error}"
+                );
+                false
+            }
+        }
+    }
+
+    fn execute(
+        &mut self,
+        request: &[u8; REQUEST_SIZE],
+        discard: impl Fn(u64, u64) -> io::Result<()>,
+    ) -> (Response, u16) {
         let [t0, t1, _, _, _, _, _, _, address @ .., c0, c1, _, _, _, _, _, _] = request;
         let (kind, count) = (u16::from_le_bytes([*t0, *t1]), u16::from_le_bytes([*c0, *c1]));
         if kind == REQUEST_UNPLUG_ALL {
@@ -142,12 +187,14 @@ impl Mem {
             REQUEST_PLUG if plugged > 0 => (Response::Error, 0),
             REQUEST_PLUG if self.plugged_size() + size > self.requested_size => (Response::Nack, 0),
             REQUEST_PLUG => {
+                self.counters.add_bytes_to_guest(size);
                 self.plugged[blocks].fill(true);
                 (Response::Ack, 0)
             }
             REQUEST_UNPLUG if plugged < usize::from(count) => (Response::Error, 0),
-            REQUEST_UNPLUG if !discard(address, size) => (Response::Busy, 0),
+            REQUEST_UNPLUG if !self.free(address, size, discard) => (Response::Busy, 0),
             REQUEST_UNPLUG => {
+                self.counters.add_bytes_from_guest(size);
                 self.plugged[blocks].fill(false);
                 (Response::Ack, 0)
             }
@@ -158,10 +205,11 @@ impl Mem {
         }
     }
 
-    fn unplug_all(&mut self, discard: impl Fn(u64, u64) -> bool) -> Response {
-        if self.plugged.contains(&true) && !discard(self.region.start, self.usable_size()) {
+    fn unplug_all(&mut self, discard: impl Fn(u64, u64) -> io::Result<()>) -> Response {
+        if self.plugged.contains(&true) && !self.free(self.region.start, self.usable_size(), discard) {
             return Response::Busy;
         }
+        self.counters.add_bytes_from_guest(self.plugged_size());
         self.plugged.fill(false);
         Response::Ack
     }
@@ -181,15 +229,20 @@ impl Mem {
     }
 }
 
-/// Frees a range of guest memory on the host. Returns `true` on success.
-fn discard(memory: &MemoryRegions, address: u64, length: u64) -> bool {
-    let buffers = usize::try_from(length).map(|length| Buffers::from_range(memory, address, length));
-    matches!(buffers, Ok(Ok(buffers)) if buffers.discard(memory).is_ok())
+/// Frees a range of guest memory on the host.
+fn discard(memory: &MemoryRegions, address: u64, length: u64) -> io::Result<()> {
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    let buffers = Buffers::from_range(memory, address, length).map_err(io::Error::other)?;
+    buffers.discard(memory)
 }
 
 impl Device for Mem {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_MEM
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     fn features(&self) -> u64 {
@@ -220,7 +273,7 @@ impl Device for Mem {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let [queue] = activation.take_queues()?;
-        let _ = queue.kick().write(1);
+        queue.kick_again().map_err(ActivateError::Queue)?;
         self.running = Some((queue, activation.interrupt));
         Ok(())
     }
@@ -246,6 +299,7 @@ mod tests {
     use std::cell::RefCell;
 
     use super::*;
+    use crate::devices::log_capture::LogCapture;
 
     const START: u64 = 4 << 30;
 
@@ -273,7 +327,7 @@ mod tests {
     #[test]
     fn guest_can_plug_the_requested_size_and_no_more() {
         let mut device = device(4, 8);
-        let discard = |_, _| true;
+        let discard = |_, _| Ok(());
 
         assert_eq!(
             device.handle_request(&request(REQUEST_PLUG, START, 5), discard).0,
@@ -303,10 +357,11 @@ mod tests {
 
     #[test]
     fn unplugged_blocks_are_returned_to_the_host() {
+        let log = LogCapture::on_this_thread("mem");
         let discarded = RefCell::new(Vec::new());
         let discard = |address, length| {
             discarded.borrow_mut().push((address, length));
-            true
+            Ok(())
         };
         let mut device = device(4, 8);
         device.handle_request(&request(REQUEST_PLUG, START, 4), discard);
@@ -331,17 +386,27 @@ mod tests {
         device.handle_request(&request(REQUEST_PLUG, START, 1), discard);
         assert_eq!(
             device
-                .handle_request(&request(REQUEST_UNPLUG, START, 1), |_, _| false)
+                .handle_request(&request(REQUEST_UNPLUG, START, 1), |_, _| Err(
+                    io::ErrorKind::OutOfMemory.into()
+                ))
                 .0,
             Response::Busy
         );
         assert_eq!(device.plugged_size(), BLOCK_SIZE);
+        let failed =
+            "queue 0: memory that the guest unplugs stays allocated, the guest retries: madvise: out of memory";
+        assert_eq!(log.lines(), [failed]);
+        let counters = device.counters.read();
+        assert_eq!(
+            (counters.bytes_to_guest, counters.bytes_from_guest),
+            (5 * BLOCK_SIZE, 4 * BLOCK_SIZE)
+        );
     }
 
     #[test]
     fn invalid_requests_get_an_error() {
         let mut device = device(4, 8);
-        device.handle_request(&request(REQUEST_PLUG, START, 1), |_, _| true);
+        device.handle_request(&request(REQUEST_PLUG, START, 1), |_, _| Ok(()));
         let cases = [
             ("before the region", request(REQUEST_PLUG, START - BLOCK_SIZE, 1)),
             ("not the start of a block", request(REQUEST_PLUG, START + 4096, 1)),
@@ -356,17 +421,24 @@ mod tests {
             ("partly not plugged", request(REQUEST_UNPLUG, START, 2)),
             ("unknown type", request(4, START, 1)),
         ];
+        let (log, count) = (LogCapture::on_this_thread("mem"), cases.len() as u64);
         for (name, request) in cases {
             let (response, _) = device.handle_request(&request, |_, _| panic!("{name}: memory was discarded"));
             assert_eq!(response, Response::Error, "{name}");
+            let expected = "queue 0: a request of the guest's driver is refused: its type or range is invalid";
+            assert_eq!(log.lines().pop().as_deref(), Some(expected), "{name}");
             assert_eq!(device.plugged_size(), BLOCK_SIZE, "{name}");
         }
+        assert_eq!(
+            (log.lines().len() as u64, device.counters.read().errors),
+            (count, count)
+        );
     }
 
     #[test]
     fn configuration_reports_plugged_and_requested_size() {
         let mut device = device(4, 8);
-        device.handle_request(&request(REQUEST_PLUG, START, 3), |_, _| true);
+        device.handle_request(&request(REQUEST_PLUG, START, 3), |_, _| Ok(()));
         let config = [0, 1, 2, 3, 4, 5, 6].map(|index| config_word(&device, index));
         assert_eq!(
             config,

@@ -14,7 +14,7 @@ use virtio_bindings::virtio_mmio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    device::{Activation, Device},
+    device::{ActivateError, Activation, Device},
     interrupt::{Interrupt, InterruptLine},
     negotiation::{Negotiation, QueueArea, Transition},
     queue::DeviceQueue,
@@ -118,22 +118,33 @@ impl Mmio {
                 self.line.reset();
             }
             Transition::Activate { queues, features } => {
-                if self.activate(queues, features).is_none() {
+                if let Err(error) = self.activate(queues, features) {
+                    self.report_unusable(&error);
                     self.negotiation.set_needs_reset();
                     self.line.notify_config_change();
                 }
             }
+            Transition::Refuse(refusal) => self.report_unusable(&refusal),
         }
     }
 
-    fn activate(&mut self, queues: Vec<virtio_queue::Queue>, features: u64) -> Option<()> {
+    /// Counts and logs that the guest cannot use the device, which needs a reset.
+    fn report_unusable(&self, reason: &dyn std::fmt::Display) {
+        let counters = self.device.counters();
+        counters.add_error();
+        log::warn!(target: counters.name(), "the guest cannot use this device: {reason}");
+    }
+
+    fn activate(&mut self, queues: Vec<virtio_queue::Queue>, features: u64) -> Result<(), ActivateError> {
         let queues = queues
             .into_iter()
             .zip(&self.kicks)
             .zip(0..)
             .map(|((queue, kick), index)| {
-                let kick = kick.try_clone().ok()?;
-                Some(DeviceQueue::new(
+                let kick = kick
+                    .try_clone()
+                    .map_err(|error| ActivateError::Backend(format!("queue {index}: duplicate the kick: {error}")))?;
+                Ok(DeviceQueue::new(
                     index,
                     queue,
                     kick,
@@ -141,20 +152,14 @@ impl Mmio {
                     self.line.clone(),
                 ))
             })
-            .collect::<Option<Vec<_>>>()?;
+            .collect::<Result<Vec<_>, ActivateError>>()?;
         let activation = Activation {
             memory: self.memory.clone(),
             features,
             queues,
             interrupt: self.line.clone(),
         };
-        let activated = self.device.activate(activation);
-        activated
-            .inspect_err(|error| {
-                let id = self.device.device_id();
-                log::warn!(target: "virtual machine", "a device with the virtio id {id} cannot be used: {error}");
-            })
-            .ok()
+        self.device.activate(activation)
     }
 }
 
@@ -254,7 +259,10 @@ fn low_word(value: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::devices::virtio::{mock::memory, rng::Rng};
+    use crate::devices::{
+        log_capture::LogCapture,
+        virtio::{fs::Fs, mock::memory, rng::Rng},
+    };
 
     fn transport() -> Mmio {
         let line = Arc::new(InterruptLine::new(EventFd::new(0).unwrap()));
@@ -265,6 +273,62 @@ mod tests {
         let mut bytes = [0xff; 4];
         slot.read(register.into(), &mut bytes);
         u32::from_le_bytes(bytes)
+    }
+
+    /// Performs the driver's steps up to DRIVER_OK, with one queue of 16 entries.
+    fn drive(mmio: &mut Mmio, queue_area: u32) {
+        let write = |mmio: &mut Mmio, register: u32, value: u32| mmio.write(register.into(), &value.to_le_bytes());
+        write(mmio, VIRTIO_MMIO_STATUS, 1);
+        write(mmio, VIRTIO_MMIO_STATUS, 3);
+        write(mmio, VIRTIO_MMIO_DRIVER_FEATURES_SEL, 1);
+        write(mmio, VIRTIO_MMIO_DRIVER_FEATURES, 1);
+        write(mmio, VIRTIO_MMIO_STATUS, 11);
+        write(mmio, VIRTIO_MMIO_QUEUE_NUM, 16);
+        write(mmio, VIRTIO_MMIO_QUEUE_DESC_LOW, queue_area);
+        write(mmio, VIRTIO_MMIO_QUEUE_AVAIL_LOW, queue_area + 0x1000);
+        write(mmio, VIRTIO_MMIO_QUEUE_USED_LOW, queue_area + 0x2000);
+        write(mmio, VIRTIO_MMIO_QUEUE_READY, 1);
+        write(mmio, VIRTIO_MMIO_STATUS, 15);
+    }
+
+    #[test]
+    fn device_that_the_guest_cannot_use_is_logged_with_its_reason() {
+        let event = || EventFd::new(0).unwrap();
+        let line = || Arc::new(InterruptLine::new(event()));
+        let (socket, server) = std::os::unix::net::UnixStream::pair().unwrap();
+        drop(server);
+        let fs = Box::new(Fs::new("share", socket, line()));
+        let rng = || Box::new(Rng::default());
+        let cases: [(&str, Box<dyn Device>, u32, &str); 3] = [
+            ("fs", fs, 0x8000, "the device's backend failed: SET_OWNER: "),
+            (
+                "rng",
+                rng(),
+                0xff_0000,
+                "its driver configured a queue that is invalid, or no queue",
+            ),
+            (
+                "rng",
+                rng(),
+                0x8001,
+                "its driver configured a queue that is invalid, or no queue",
+            ),
+        ];
+        for (name, device, queue_area, reason) in cases {
+            let (counters, log) = (device.counters(), LogCapture::on_this_thread(name));
+            let kicks = device.queue_sizes().iter().map(|_| event()).collect();
+            let mut mmio = Mmio::new(device, memory(), line(), kicks);
+
+            drive(&mut mmio, queue_area);
+
+            let lines = log.lines();
+            let [text] = &lines[..] else {
+                panic!("{name}: {lines:?}")
+            };
+            let expected = format!("the guest cannot use this device: {reason}");
+            assert!(text.starts_with(&expected), "{name}: {text}");
+            assert_eq!(counters.read().errors, 1, "{name}");
+        }
     }
 
     #[test]

@@ -14,17 +14,20 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{interrupt::Interrupt, queue::DeviceQueue};
-use crate::memory::{GuestMemory, MemoryRegions};
+use crate::{
+    devices::stall_timer::StallTimer,
+    memory::{GuestMemory, MemoryRegions},
+};
 
 /// Descriptor flags (virtio 1.3 §2.7.5). The constants of `virtio_bindings` are wider than the field.
-pub(super) const NEXT: u16 = 1;
-pub(super) const WRITE: u16 = 2;
-pub(super) const INDIRECT: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// Counts interrupts for used buffers.
 #[derive(Debug, Default)]
-pub(super) struct InterruptCounter {
-    pub(super) used: AtomicUsize,
+pub(crate) struct InterruptCounter {
+    pub(crate) used: AtomicUsize,
 }
 
 impl Interrupt for InterruptCounter {
@@ -35,13 +38,18 @@ impl Interrupt for InterruptCounter {
     fn notify_config_change(&self) {}
 }
 
+/// A timer for devices that do not wait.
+pub(crate) fn stall_timer() -> Arc<StallTimer> {
+    Arc::new(StallTimer::new().unwrap())
+}
+
 /// 1 MiB of guest memory.
-pub(super) fn memory() -> GuestMemory {
+pub(crate) fn memory() -> GuestMemory {
     GuestMemory::new(MemoryRegions::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap())
 }
 
 /// The device's side of `mock`.
-pub(super) fn device_queue(
+pub(crate) fn device_queue(
     mock: &MockSplitQueue<'_, MemoryRegions>,
     memory: &GuestMemory,
 ) -> (DeviceQueue, Arc<InterruptCounter>) {
@@ -52,6 +60,6 @@ pub(super) fn device_queue(
     (queue, interrupts)
 }
 
-pub(super) fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
+pub(crate) fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
     RawDescriptor::from(Descriptor::new(address, length, flags, next))
 }

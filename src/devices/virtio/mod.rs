@@ -18,7 +18,7 @@ pub(crate) mod interrupt;
 pub(crate) mod mem;
 pub(crate) mod mmio;
 #[cfg(test)]
-mod mock;
+pub(crate) mod mock;
 pub(crate) mod negotiation;
 pub(crate) mod net;
 pub(crate) mod queue;

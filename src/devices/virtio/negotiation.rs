@@ -35,6 +35,19 @@ pub(crate) enum Transition {
         /// The negotiated features.
         features: u64,
     },
+    /// Report that the guest cannot use the device.
+    Refuse(Refusal),
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("its driver accepted a feature that was not offered, or not version 1 of virtio")]
+    Features,
+    #[error("its driver configured a queue that is invalid, or no queue")]
+    Queues,
+    #[error("its driver gave up")]
+    Driver,
 }
 
 /// The configuration of a queue, which the driver sets, and its maximum size.
@@ -169,15 +182,19 @@ impl Negotiation {
             return Transition::None;
         }
         match (self.status & !NEEDS_RESET, added) {
-            (_, FAILED) => self.status |= FAILED,
+            (_, FAILED) => {
+                self.status |= FAILED;
+                return Transition::Refuse(Refusal::Driver);
+            }
             (0, ACKNOWLEDGE) | (ACKNOWLEDGE, DRIVER) => self.status |= added,
             // Some drivers set both bits in one write.
             (0, both) if both == ACKNOWLEDGE | DRIVER => self.status |= both,
             (stage, FEATURES_OK) if stage == ACKNOWLEDGE | DRIVER => {
                 let acceptable = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
-                if acceptable {
-                    self.status |= FEATURES_OK;
+                if !acceptable {
+                    return Transition::Refuse(Refusal::Features);
                 }
+                self.status |= FEATURES_OK;
             }
             (stage, DRIVER_OK) if stage == ACKNOWLEDGE | DRIVER | FEATURES_OK => {
                 self.status |= DRIVER_OK;
@@ -188,7 +205,10 @@ impl Negotiation {
                             features: self.accepted,
                         };
                     }
-                    None => self.set_needs_reset(),
+                    None => {
+                        self.set_needs_reset();
+                        return Transition::Refuse(Refusal::Queues);
+                    }
                 }
             }
             _ => {}
@@ -344,7 +364,7 @@ mod tests {
             let mut state = configured(&memory);
             damage(&mut state.queues[0]);
             let transition = state.write_status(UP_TO_FEATURES | DRIVER_OK, &memory);
-            assert_eq!(transition, Transition::None, "{name}");
+            assert_eq!(transition, Transition::Refuse(Refusal::Queues), "{name}");
             assert_ne!(state.status() & NEEDS_RESET, 0, "{name}");
         }
     }

@@ -2,6 +2,7 @@
 //! an interrupt.
 
 use std::{
+    io,
     num::Wrapping,
     sync::{
         Arc,
@@ -19,9 +20,19 @@ use super::{
 };
 use crate::memory::{GuestMemory, MemoryRegions};
 
-/// Why a queue cannot continue. Its device needs a reset.
+/// A queue that cannot continue. Its device needs a reset.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum QueueError {
+#[error("queue {queue}: {fault}")]
+pub(crate) struct QueueError {
+    /// The queue's index.
+    pub(crate) queue: u16,
+    #[source]
+    pub(crate) fault: QueueFault,
+}
+
+/// Why a queue cannot continue.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QueueFault {
     #[error(transparent)]
     Chain(#[from] ChainError),
     /// The available index is more than the queue's size ahead, or a ring cannot be accessed.
@@ -30,6 +41,8 @@ pub(crate) enum QueueError {
     /// A buffer is smaller than virtio requires. The value is its size in bytes.
     #[error("the driver provided a buffer of {0} bytes, which is too small")]
     BufferTooSmall(usize),
+    #[error("signal the kick of the virtqueue: {0}")]
+    Kick(io::Error),
 }
 
 /// A virtqueue that its device owns from DRIVER_OK to reset.
@@ -75,6 +88,10 @@ impl DeviceQueue {
         }
     }
 
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
     /// The eventfd that is signalled when the driver makes buffers available.
     pub(crate) fn kick(&self) -> &EventFd {
         &self.kick
@@ -89,8 +106,20 @@ impl DeviceQueue {
         &self.queue
     }
 
+    /// The error of this queue.
+    pub(crate) fn error(&self, fault: impl Into<QueueFault>) -> QueueError {
+        QueueError {
+            queue: self.index,
+            fault: fault.into(),
+        }
+    }
+
     /// Takes the next available chain.
     pub(crate) fn pop(&mut self) -> Result<Option<Chain<'static>>, QueueError> {
+        self.try_pop().map_err(|fault| self.error(fault))
+    }
+
+    fn try_pop(&mut self) -> Result<Option<Chain<'static>>, QueueFault> {
         if self.queue.avail_idx(self.rings, Ordering::Acquire)?.0 == self.queue.next_avail() {
             return Ok(None);
         }
@@ -122,8 +151,13 @@ impl DeviceQueue {
                 }
             }
         }
-        let _ = self.kick.write(1);
+        self.kick_again()?;
         self.notify_driver()
+    }
+
+    /// Signals the kick, so that the queue is served again although the driver may not kick it.
+    pub(crate) fn kick_again(&self) -> Result<(), QueueError> {
+        self.kick.write(1).map_err(|error| self.error(QueueFault::Kick(error)))
     }
 
     /// Makes the chain that was popped last available again.
@@ -133,7 +167,8 @@ impl DeviceQueue {
 
     /// Returns a chain to the driver, with `written` bytes in its writable buffers.
     pub(crate) fn add_used(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        Ok(self.queue.add_used(self.rings, head, written)?)
+        let added = self.queue.add_used(self.rings, head, written);
+        added.map_err(|error| self.error(error))
     }
 
     /// Returns several chains, given as head and number of written bytes. The driver sees all of them or none.
@@ -144,12 +179,13 @@ impl DeviceQueue {
         let mut next = self.queue.next_used();
         for (head, written) in others {
             let offset = u64::from(next % self.queue.size()) * size_of::<u64>() as u64;
-            let address = ring_address(self.queue.used_ring(), offset + USED_RING_HEADER_SIZE)?;
+            let address = ring_address(self.queue.used_ring(), offset + USED_RING_HEADER_SIZE);
+            let address = address.map_err(|fault| self.error(fault))?;
             // struct virtq_used_elem: head, then length, both little-endian.
             let element = u64::from(*head) | u64::from(*written) << 32;
             self.rings
                 .write_obj(element.to_le(), address)
-                .map_err(virtio_queue::Error::GuestMemory)?;
+                .map_err(|error| self.error(virtio_queue::Error::GuestMemory(error)))?;
             next = next.wrapping_add(1);
         }
         // Adding the last one moves the used index past all of them.
@@ -181,24 +217,27 @@ impl DeviceQueue {
 
     /// Reads the 16-bit field of the available ring at `offset`.
     fn avail_field(&self, offset: u64) -> Result<u16, QueueError> {
-        let address = ring_address(self.queue.avail_ring(), offset)?;
+        let address = ring_address(self.queue.avail_ring(), offset).map_err(|fault| self.error(fault))?;
         let field = self.rings.load::<u16>(address, Ordering::Relaxed);
-        Ok(u16::from_le(field.map_err(virtio_queue::Error::GuestMemory)?))
+        let field = field.map_err(|error| self.error(virtio_queue::Error::GuestMemory(error)))?;
+        Ok(u16::from_le(field))
     }
 
     /// Suppresses kicks while the queue is served.
     pub(crate) fn pause_kicks(&mut self) -> Result<(), QueueError> {
-        Ok(self.queue.disable_notification(self.rings)?)
+        let disabled = self.queue.disable_notification(self.rings);
+        disabled.map_err(|error| self.error(error))
     }
 
     /// Enables kicks again. Returns `true` if chains have become available in the meantime: the caller must check the
     /// queue again, since there will be no kick for them.
     pub(crate) fn resume_kicks(&mut self) -> Result<bool, QueueError> {
-        Ok(self.queue.enable_notification(self.rings)?)
+        let enabled = self.queue.enable_notification(self.rings);
+        enabled.map_err(|error| self.error(error))
     }
 }
 
-fn ring_address(base: u64, offset: u64) -> Result<GuestAddress, QueueError> {
+fn ring_address(base: u64, offset: u64) -> Result<GuestAddress, QueueFault> {
     let address = base.checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
     Ok(GuestAddress(address))
 }
@@ -223,7 +262,7 @@ mod tests {
     use super::*;
     use crate::devices::virtio::mock::{INDIRECT, NEXT, WRITE, descriptor, device_queue, memory};
 
-    fn parse_error(descriptors: &[RawDescriptor]) -> Option<QueueError> {
+    fn parse_error(descriptors: &[RawDescriptor]) -> Option<QueueFault> {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         for (index, descriptor) in (0..).zip(descriptors) {
@@ -232,7 +271,7 @@ mod tests {
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
-        queue.pop().err()
+        queue.pop().err().map(|error| error.fault)
     }
 
     #[test]
@@ -291,7 +330,7 @@ mod tests {
         ];
         for (name, descriptors, expected) in cases {
             match parse_error(&descriptors) {
-                Some(QueueError::Chain(error)) => assert_eq!(error, expected, "{name}"),
+                Some(QueueFault::Chain(error)) => assert_eq!(error, expected, "{name}"),
                 other => panic!("{name}: {other:?}"),
             }
         }
@@ -303,7 +342,11 @@ mod tests {
         let mock = MockSplitQueue::new(&*memory, 16);
         mock.avail().idx().store(17);
         let (mut queue, _) = device_queue(&mock, &memory);
-        assert!(matches!(queue.pop(), Err(QueueError::Ring(_))));
+        let error = queue.pop().unwrap_err();
+        assert!(
+            error.to_string().starts_with("queue 0: the virtqueue is broken"),
+            "{error}"
+        );
     }
 
     #[test]

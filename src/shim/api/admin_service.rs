@@ -1,4 +1,4 @@
-//! The service for an administrator: the actions `ps`, `inspect` and `console` call it. The socket accepts connections
+//! The service for an administrator: the actions `ps`, `inspect`, `metrics` and `console` call it. The socket accepts connections
 //! of the shim's own user only, which is root.
 
 use std::{collections::HashMap, sync::Arc};
@@ -12,14 +12,15 @@ use containerd_shim::protos::ttrpc::{
 
 use crate::shim::{
     error::TaskError,
-    report::{ADMIN_SERVICE, CONSOLE, REPORT},
+    report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, ShimReport},
     tasks::Tasks,
 };
 
 /// The service by its name.
 pub(super) fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 2] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
         (REPORT, Box::new(Report(tasks.clone()))),
+        (FULL_REPORT, Box::new(FullReport(tasks.clone()))),
         (CONSOLE, Box::new(Console(tasks.clone()))),
     ];
     let service = Service {
@@ -37,10 +38,16 @@ struct Report(Arc<Tasks>);
 #[async_trait]
 impl MethodHandler for Report {
     async fn handler(&self, _: TtrpcContext, _: Request) -> ttrpc::Result<Response> {
-        Ok(match serde_json::to_vec(&self.0.report()) {
-            Ok(report) => response(report),
-            Err(error) => failure(&TaskError::unknown(format!("encode the report: {error}"))),
-        })
+        Ok(encode(&self.0.report()))
+    }
+}
+
+struct FullReport(Arc<Tasks>);
+
+#[async_trait]
+impl MethodHandler for FullReport {
+    async fn handler(&self, _: TtrpcContext, _: Request) -> ttrpc::Result<Response> {
+        Ok(encode(&self.0.full_report().await))
     }
 }
 
@@ -54,6 +61,13 @@ impl MethodHandler for Console {
             Ok(console) => response(console.into_bytes()),
             Err(error) => failure(&error),
         })
+    }
+}
+
+fn encode(report: &ShimReport) -> Response {
+    match serde_json::to_vec(report) {
+        Ok(report) => response(report),
+        Err(error) => failure(&TaskError::unknown(format!("encode the report: {error}"))),
     }
 }
 

@@ -21,6 +21,7 @@ use containerd_shim::protos::{
 };
 
 use super::{completion::run_to_completion, connection::LastReply, metrics::encode_metrics};
+use crate::control::monotonic_now;
 use crate::oci::ContainerId;
 use crate::shim::{
     error::{ErrorCode, TaskError},
@@ -161,6 +162,7 @@ fn to_sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, T
         .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle_path)))?;
     Ok(SandboxRequest {
         id,
+        requested_at: monotonic_now(),
         bundle,
         options: request.options.into_option().map(|any| (any.type_url, any.value)),
         network: request.netns_path,

@@ -25,6 +25,7 @@ use containerd_shim::{
 };
 
 use super::{completion::run_to_completion, connection::LastReply, metrics::encode_metrics};
+use crate::control::monotonic_now;
 use crate::oci::{ContainerId, HostMount};
 use crate::shim::{
     error::{ErrorCode, TaskError},
@@ -262,6 +263,7 @@ fn to_create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskEr
         .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle)))?;
     Ok(CreateRequest {
         id,
+        requested_at: monotonic_now(),
         bundle,
         rootfs: request
             .rootfs

@@ -25,6 +25,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
+    path::PathBuf,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -46,7 +47,7 @@ use self::{
     monitor::MachineState,
 };
 use super::{child::Child, logging};
-use crate::control::{Channel, Command, ControlError};
+use crate::control::{Channel, Command, ControlError, MachineStatistics, monotonic_now};
 
 /// How long the vmm may take to send the guest's console.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -57,6 +58,9 @@ const VMM_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 
 /// How long the vmm may take to send the progress of the boot.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long the vmm may take to report what the machine's devices have done.
+const STATISTICS_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A running machine. It ends by itself, on [`Self::kill`] or [`Self::stop`], and when the last reference is dropped;
 /// [`Self::ended`] reports the end.
 #[derive(Debug)]
@@ -65,13 +69,38 @@ pub(crate) struct Machine {
     child: Arc<Child>,
     control: Arc<AsyncChannel>,
     state: Arc<MachineState>,
-    started: Instant,
-    /// The agent's first message, and how long after the start it came.
+    times: StartTimes,
+    /// The agent's first message, and when it came on the clock of [`monotonic_now`].
     boot: OnceLock<(Ready, Duration)>,
 }
 
+/// When a machine was started, on the clock of [`monotonic_now`].
+#[derive(Debug, Clone, Copy)]
+struct StartTimes {
+    requested_at: Duration,
+    spawned_at: Duration,
+    /// When its boot command was sent.
+    booted_at: Duration,
+}
+
+/// How long after its request a machine passed the phases of its start. `None` before, or if it is not known.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StartPhases {
+    /// Its vmm process was started. Zero if that was before the request.
+    pub(crate) spawned: Duration,
+    /// The vmm had built the machine.
+    pub(crate) vmm_ready: Option<Duration>,
+    /// The guest's kernel did its first I/O.
+    pub(crate) kernel: Option<Duration>,
+    /// The guest's agent accepted requests.
+    pub(crate) agent_ready: Option<Duration>,
+    /// From the boot command until then.
+    pub(crate) boot: Option<Duration>,
+}
+
 impl Machine {
-    /// Sends `boot` to `vmm` and returns before the machine has booted; [`Self::ready`] waits for that. `on_event` gets
+    /// Sends `boot` to `vmm` and returns before the machine has booted; [`Self::ready`] waits for that. `requested_at` is
+    /// when the machine was requested, on the clock of [`monotonic_now`](crate::control::monotonic_now). `on_event` gets
     /// the agent's events in order, and must not block.
     ///
     /// # Errors
@@ -80,17 +109,30 @@ impl Machine {
     /// reports it.
     pub(crate) async fn start(
         vmm: VmmProcess,
+        requested_at: Duration,
         boot: BootRequest,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<Self, BootError> {
-        let VmmProcess { child, control, stderr } = vmm;
+        let VmmProcess {
+            child,
+            control,
+            stderr,
+            spawned_at,
+        } = vmm;
         let disk_paths: Vec<_> = boot.disks.iter().map(|disk| disk.path.clone()).collect();
         match Self::open_channels(control, boot, on_event) {
             Ok((control, agent, agent_end)) => {
                 let state = Arc::new(MachineState::new());
                 let serials = (0..).map(disk_serial);
                 state.disk_paths.lock().extend(serials.zip(disk_paths));
-                Ok(Self::spawn_monitor(child, stderr, control, state, agent, agent_end))
+                let times = StartTimes {
+                    requested_at,
+                    spawned_at,
+                    booted_at: monotonic_now(),
+                };
+                Ok(Self::spawn_monitor(
+                    child, stderr, control, state, agent, agent_end, times,
+                ))
             }
             Err(error) => {
                 child.kill();
@@ -125,6 +167,7 @@ impl Machine {
         state: Arc<MachineState>,
         agent: Agent,
         agent_end: impl Future<Output = String> + Send + 'static,
+        times: StartTimes,
     ) -> Self {
         let child = Arc::new(child);
         tokio::spawn({
@@ -160,14 +203,61 @@ impl Machine {
             child,
             control,
             state,
-            started: Instant::now(),
+            times,
             boot: OnceLock::new(),
         }
     }
 
-    /// The agent's first message, and how long after the start it came; `None` before that.
-    pub(crate) fn boot(&self) -> Option<&(Ready, Duration)> {
-        self.boot.get()
+    /// The agent's first message; `None` before that.
+    pub(crate) fn agent_version(&self) -> Option<&Ready> {
+        self.boot.get().map(|(ready, _)| ready)
+    }
+
+    /// The phases of the start. Those that only the vmm knows are in `statistics`.
+    pub(crate) fn start_phases(&self, statistics: Option<&MachineStatistics>) -> StartPhases {
+        let StartTimes {
+            requested_at,
+            spawned_at,
+            booted_at,
+        } = self.times;
+        let since_request = |time: Duration| time.saturating_sub(requested_at);
+        let ready_at = self.boot.get().map(|(_, ready_at)| *ready_at);
+        StartPhases {
+            spawned: since_request(spawned_at),
+            vmm_ready: statistics.and_then(|statistics| statistics.ready).map(since_request),
+            kernel: statistics.and_then(|statistics| statistics.kernel).map(since_request),
+            agent_ready: ready_at.map(since_request),
+            boot: ready_at.map(|ready_at| ready_at.saturating_sub(booted_at)),
+        }
+    }
+
+    /// Asks the vmm what the machine's devices have done.
+    ///
+    /// # Errors
+    ///
+    /// The machine has ended, or the vmm does not answer within [`STATISTICS_TIMEOUT`].
+    pub(crate) async fn statistics(&self) -> Result<MachineStatistics, VmmError> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut requests = self.state.statistics_requests.lock();
+            // A vmm that never answers must not collect the requests of callers that have timed out.
+            requests.retain(|request| !request.is_closed());
+            requests.push(sender);
+        }
+        if self.has_ended() {
+            return Err(ControlError::Closed.into());
+        }
+        let answer = async {
+            self.control.send(&Command::ReadStatistics, &[]).await?;
+            receiver.await.map_err(|_| ControlError::Closed)
+        };
+        let answer = tokio::time::timeout(STATISTICS_TIMEOUT, answer).await;
+        Ok(answer.map_err(|_| VmmError::Timeout(STATISTICS_TIMEOUT))??)
+    }
+
+    /// The files of the host behind the machine's disks, by serial.
+    pub(crate) fn disk_path(&self, serial: &str) -> Option<PathBuf> {
+        self.state.disk_paths.lock().get(serial).cloned()
     }
 
     /// The client of the guest's agent.
@@ -192,7 +282,7 @@ impl Machine {
         let stall = tokio::select! {
             biased;
             ready = self.agent.ready() => {
-                self.boot.get_or_init(|| (ready.clone(), self.started.elapsed()));
+                self.boot.get_or_init(|| (ready.clone(), monotonic_now()));
                 return Ok(ready);
             }
             exit = self.ended() => return Err(exit),

@@ -21,7 +21,7 @@ use super::{
     streams::StreamTable,
 };
 use crate::{
-    control::{ControlError, EndReason, MAX_WARNING, Notice, RateLimit},
+    control::{ControlError, EndReason, MAX_WARNING, MachineStatistics, Notice, RateLimit},
     shim::child::Child,
 };
 
@@ -36,7 +36,10 @@ const DEAD_NOTICES_TIMEOUT: Duration = Duration::from_millis(100);
 const WARNING_BURST: u32 = 50;
 const WARNING_INTERVAL: Duration = Duration::from_secs(1);
 
-/// The maximum length of the name of a device in a warning, in characters.
+/// The maximum number of devices in the statistics of a machine.
+const MAX_DEVICES: usize = 64;
+
+/// The maximum length of the name of a device, in characters.
 const MAX_DEVICE_NAME: usize = 64;
 
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
@@ -50,6 +53,8 @@ pub(super) struct MachineState {
     pub(super) console_requests: Mutex<Vec<oneshot::Sender<Vec<u8>>>>,
     /// Callers that wait for the progress of the boot.
     pub(super) progress_requests: Mutex<Vec<oneshot::Sender<u64>>>,
+    /// Callers that wait for the statistics of the machine.
+    pub(super) statistics_requests: Mutex<Vec<oneshot::Sender<MachineStatistics>>>,
     /// Callers that plug or unplug a device, by slot on the bus.
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that changes the machine's size.
@@ -72,6 +77,7 @@ impl MachineState {
             streams: StreamTable::default(),
             console_requests: Mutex::default(),
             progress_requests: Mutex::default(),
+            statistics_requests: Mutex::default(),
             slot_requests: Mutex::default(),
             resize_request: Mutex::default(),
             plugged_memory: watch::Sender::new(None),
@@ -144,6 +150,7 @@ pub(super) async fn run(
         });
     state.streams.close_all();
     state.slot_requests.lock().clear();
+    state.statistics_requests.lock().clear();
     state.resize_request.lock().take();
     state.exit.send_replace(Some(Arc::new(MachineExit {
         reason,
@@ -170,6 +177,12 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
                     let _ = sender.send(count);
                 }
             }
+            Ok(Notice::Statistics(statistics)) => {
+                let statistics = checked(statistics);
+                for sender in state.statistics_requests.lock().drain(..) {
+                    let _ = sender.send(statistics.clone());
+                }
+            }
             Ok(Notice::Plugged { slot, result }) => answer(state.slot_requests.lock().remove(&slot), result),
             Ok(Notice::Unplugged { slot }) => answer(state.slot_requests.lock().remove(&slot), Ok(())),
             Ok(Notice::Resized { result }) => {
@@ -187,6 +200,15 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
             }
         }
     }
+}
+
+/// Limits what a vmm that a guest controls can report: the number of devices, and their names.
+fn checked(mut statistics: MachineStatistics) -> MachineStatistics {
+    statistics.devices.truncate(MAX_DEVICES);
+    for device in &mut statistics.devices {
+        device.name = printable_line(&device.name, MAX_DEVICE_NAME);
+    }
+    statistics
 }
 
 fn answer(request: Option<AnswerSender>, result: Result<(), String>) {

@@ -3,7 +3,7 @@
 use std::{io, os::fd::OwnedFd, process::Stdio, time::Duration};
 
 use crate::{
-    control::{Channel, ControlError},
+    control::{Channel, ControlError, monotonic_now},
     jail,
     shim::child::Child,
     vmm,
@@ -17,6 +17,8 @@ pub(crate) struct VmmProcess {
     pub(crate) control: Channel,
     /// The reading end of the process's standard error.
     pub(crate) stderr: OwnedFd,
+    /// When it was started, on the clock of [`monotonic_now`].
+    pub(crate) spawned_at: Duration,
 }
 
 /// Why a request to the vmm failed.
@@ -47,6 +49,7 @@ impl VmmProcess {
             child: Child::from_std(&child)?,
             control,
             stderr: stderr.into(),
+            spawned_at: monotonic_now(),
         })
     }
 

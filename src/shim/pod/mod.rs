@@ -20,6 +20,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use nutshell_protocol::{Event, Rootfs, SetUpPod};
@@ -74,10 +75,11 @@ struct SetUp {
 }
 
 impl Pod {
-    /// Starts a machine and returns before it has booted. `on_event` gets the pod's number with each event of the
+    /// Starts a machine, which was requested at `requested_at`, and returns before it has booted. `on_event` gets the pod's number with each event of the
     /// agent, and must not block. Call it on the shim's main thread.
     pub(crate) async fn start(
         launcher: &dyn Launcher,
+        requested_at: Duration,
         requirements: PodRequirements,
         mut on_event: impl FnMut(u64, Event) + Send + 'static,
     ) -> Result<Arc<Self>, PodError> {
@@ -116,7 +118,7 @@ impl Pod {
             disks: requirements.disks,
             hotplug_disks: requirements.hotplug_disks,
         };
-        let machine = match Machine::start(vmm, boot, move |event| on_event(number, event)).await {
+        let machine = match Machine::start(vmm, requested_at, boot, move |event| on_event(number, event)).await {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
                 release(file_server, cgroup.as_ref()).await;
@@ -150,7 +152,7 @@ impl Pod {
         self.number
     }
 
-    pub(crate) fn machine(&self) -> &Machine {
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
         &self.machine
     }
 

@@ -1,6 +1,6 @@
 //! Create: everything up to the first instruction of a container, which waits for Start.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use containerd_shim::protos::{
     events::task::{TaskCreate, TaskIO},
@@ -31,6 +31,8 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct CreateRequest {
     pub(crate) id: ContainerId,
+    /// When the request came, on the clock of [`monotonic_now`](crate::control::monotonic_now).
+    pub(crate) requested_at: Duration,
     /// The bundle's folder, an absolute path.
     pub(crate) bundle: PathBuf,
     /// The mounts of its snapshot.
@@ -47,7 +49,8 @@ impl Tasks {
         let container = match self.plan(&request).await? {
             BundlePlan::Sandbox(plan) => {
                 let stdio = request.stdio.clone();
-                self.build_sandbox(&request.id, &request.bundle, stdio, *plan, SandboxApi::Task)
+                let (id, requested_at) = (&request.id, request.requested_at);
+                self.build_sandbox(id, requested_at, &request.bundle, stdio, *plan, SandboxApi::Task)
                     .await?
             }
             BundlePlan::Container(plan) => {
@@ -91,7 +94,9 @@ impl Tasks {
     /// Creates a container in a pod of its own.
     async fn create_single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
         let requirements = PodRequirements::for_container(&plan).await.map_err(create_error)?;
-        let pod = self.start_pod(&request.id, &request.bundle, requirements).await?;
+        let pod = self
+            .start_pod(&request.id, request.requested_at, &request.bundle, requirements)
+            .await?;
         match self.create_in_pod(request, plan, PidNamespace::Specified, &pod).await {
             Ok(container) => Ok(container),
             Err(error) => {
@@ -178,7 +183,7 @@ impl Tasks {
             Placement::Single => Role::Single { writes_disk },
             Placement::Member { .. } => Role::Member { writes_disk },
         };
-        let container = self.insert(Container::new(
+        let container = Container::new(
             request.id.clone(),
             request.bundle.clone(),
             role,
@@ -186,7 +191,8 @@ impl Tasks {
             request.stdio.clone(),
             plan.hooks,
             plan.limits,
-        ));
+        );
+        let container = self.insert(container.with_request_time(request.requested_at));
         let (root, shares) = (plan.root, plan.shares);
         // Both run while the guest boots. If one fails, the other still runs to completion: the cleanup must not start
         // while it is in progress.

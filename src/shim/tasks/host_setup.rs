@@ -1,7 +1,7 @@
 //! Steps on the host that the creation of a container and of a sandbox have in common: the pod, the pid on the
 //! host, the hooks.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use super::{
     container::{Container, hooks},
@@ -20,10 +20,12 @@ use crate::{
 pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
 
 impl Tasks {
-    /// Starts a pod for the container or sandbox `id`. Returns before its machine has booted.
+    /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its machine
+    /// has booted.
     pub(super) async fn start_pod(
         self: &Arc<Self>,
         id: &ContainerId,
+        requested_at: Duration,
         bundle: &Path,
         requirements: PodRequirements,
     ) -> Result<Arc<Pod>, TaskError> {
@@ -34,7 +36,7 @@ impl Tasks {
             log::warn!("task {id}: cannot store the record of its resources: {error}");
         }
         let tasks = Arc::downgrade(self);
-        let pod = Pod::start(self.launcher.as_ref(), requirements, move |pod, event| {
+        let pod = Pod::start(self.launcher.as_ref(), requested_at, requirements, move |pod, event| {
             if let Some(tasks) = tasks.upgrade() {
                 tasks.on_event(pod, event);
             }

@@ -1,20 +1,58 @@
 //! The answers to an administrator.
 
-use std::{process, time::Duration};
+use std::{collections::HashMap, process, sync::Arc, time::Duration};
 
 use super::{
     container::{Container, Role},
     table::Tasks,
 };
-use crate::shim::{
-    error::{ErrorCode, TaskError},
-    report::{ContainerReport, MachineReport, ShimReport},
+use crate::{
+    control::{DeviceCounters, MachineStatistics},
+    shim::{
+        error::{ErrorCode, TaskError},
+        machine::Machine,
+        pod::Pod,
+        report::{ContainerReport, DeviceReport, MachinePhases, MachineReport, ShimReport},
+    },
 };
 
 impl Tasks {
-    /// The state of this shim. Never waits.
+    /// The state of this shim, without what only its vmms know. Never waits.
     pub(crate) fn report(&self) -> ShimReport {
-        let mut containers: Vec<_> = self.all().iter().map(|container| report_of(container)).collect();
+        self.report_with(&HashMap::new())
+    }
+
+    /// The state of this shim. Asks its vmms: one that does not answer delays the report by a second at most.
+    pub(crate) async fn full_report(&self) -> ShimReport {
+        let mut calls = HashMap::new();
+        for container in self.all() {
+            let machine = container.pod.machine().clone();
+            let call = || tokio::spawn(async move { machine.statistics().await.map_err(|error| error.to_string()) });
+            calls.entry(container.pod.number()).or_insert_with(call);
+        }
+        let mut statistics = HashMap::new();
+        for (pod, call) in calls {
+            let answer = call.await.unwrap_or_else(|error| Err(error.to_string()));
+            statistics.insert(pod, answer);
+        }
+        self.report_with(&statistics)
+    }
+
+    /// `statistics` are the vmms' answers, by the number of the pod.
+    fn report_with(&self, statistics: &HashMap<u64, Result<MachineStatistics, String>>) -> ShimReport {
+        let all = self.all();
+        let owners = all
+            .iter()
+            .filter(|container| !matches!(container.role, Role::Member { .. }));
+        let owners: HashMap<_, _> = owners
+            .map(|container| (container.pod.number(), container.id.to_string()))
+            .collect();
+        let report = |container: &Arc<Container>| {
+            let pod = container.pod.number();
+            let sandbox = owners.get(&pod).cloned().unwrap_or_default();
+            report_of(container, sandbox, statistics.get(&pod))
+        };
+        let mut containers: Vec<_> = all.iter().map(report).collect();
         containers.sort_by(|one, other| one.id.cmp(&other.id));
         ShimReport {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -37,14 +75,16 @@ impl Tasks {
     }
 }
 
-fn report_of(container: &Container) -> ContainerReport {
+fn report_of(
+    container: &Container,
+    sandbox: String,
+    statistics: Option<&Result<MachineStatistics, String>>,
+) -> ContainerReport {
     let (init, pod) = (&container.init, &container.pod);
     let phase = init.lifecycle.phase();
-    let size = pod.current_size();
     let mut execs: Vec<_> = container.execs().keys().cloned().collect();
     execs.sort();
     let timings = container.timings();
-    let boot = pod.machine().boot();
     ContainerReport {
         id: container.id.to_string(),
         kind: match container.role {
@@ -60,16 +100,46 @@ fn report_of(container: &Container) -> ContainerReport {
         bundle: container.bundle().display().to_string(),
         execs,
         age_seconds: timings.age.as_secs(),
-        create_milliseconds: timings.create.map(milliseconds),
+        create_milliseconds: timings.created.map(milliseconds),
+        started_milliseconds: timings.started.map(milliseconds),
         start_milliseconds: timings.start.map(milliseconds),
-        machine: MachineReport {
-            pid: pod.machine().pid(),
-            file_server_pid: pod.file_server_pid(),
-            memory_bytes: size.memory,
-            vcpus: size.vcpus,
-            kernel: boot.map(|(ready, _)| ready.kernel.clone()),
-            boot_milliseconds: boot.map(|(_, took)| milliseconds(*took)),
+        machine: machine_report(pod, sandbox, statistics),
+    }
+}
+
+fn machine_report(pod: &Pod, sandbox: String, statistics: Option<&Result<MachineStatistics, String>>) -> MachineReport {
+    let (machine, size) = (pod.machine(), pod.current_size());
+    let answer = statistics.and_then(|statistics| statistics.as_ref().ok());
+    let phases = machine.start_phases(answer);
+    let devices = answer.map(|statistics| &statistics.devices[..]).unwrap_or_default();
+    MachineReport {
+        pid: machine.pid(),
+        sandbox,
+        file_server_pid: pod.file_server_pid(),
+        memory_bytes: size.memory,
+        vcpus: size.vcpus,
+        kernel: machine.agent_version().map(|ready| ready.kernel.clone()),
+        boot_milliseconds: phases.boot.map(milliseconds),
+        phases: MachinePhases {
+            spawn_milliseconds: milliseconds(phases.spawned),
+            vmm_ready_milliseconds: phases.vmm_ready.map(milliseconds),
+            kernel_milliseconds: phases.kernel.map(milliseconds),
+            agent_ready_milliseconds: phases.agent_ready.map(milliseconds),
         },
+        devices: devices.iter().map(|device| device_report(machine, device)).collect(),
+        devices_error: statistics.and_then(|statistics| statistics.as_ref().err().cloned()),
+    }
+}
+
+fn device_report(machine: &Machine, device: &DeviceCounters) -> DeviceReport {
+    DeviceReport {
+        name: device.name.clone(),
+        path: machine.disk_path(&device.name).map(|path| path.display().to_string()),
+        requests: device.requests,
+        errors: device.errors,
+        bytes_to_guest: device.bytes_to_guest,
+        bytes_from_guest: device.bytes_from_guest,
+        stalls: device.stalls,
     }
 }
 

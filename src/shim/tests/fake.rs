@@ -18,7 +18,9 @@ use nutshell_protocol::{
 };
 
 use crate::{
-    control::{Channel, Command, ControlError, EndReason, Extent, Notice},
+    control::{
+        Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, monotonic_now,
+    },
     guest_image::GuestImage,
     shim::{
         child::Child,
@@ -43,6 +45,8 @@ pub(super) enum Behaviour {
     Ignores(Ignored),
     /// It cannot grow.
     CannotGrow,
+    /// It does not answer questions about its devices.
+    NoStatistics,
     /// It reports no stream as drained before [`Fake::report_drained`].
     NeverDrains,
     /// After the end of its vmm, another process holds all that the vmm had open.
@@ -90,6 +94,22 @@ struct State {
     requests: Vec<Request>,
     /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
+}
+
+/// The devices of a fake machine.
+fn statistics() -> MachineStatistics {
+    let device = |name: &str, requests| DeviceCounters {
+        name: name.to_owned(),
+        requests,
+        errors: 1,
+        bytes_to_guest: 4096,
+        ..DeviceCounters::default()
+    };
+    MachineStatistics {
+        devices: vec![device("vsock", 9), device("nutshell-0", 7), device("\x1b[31mred", 0)],
+        ready: Some(monotonic_now()),
+        kernel: None,
+    }
 }
 
 impl Behaviour {
@@ -157,6 +177,7 @@ impl Launcher for FakeLauncher {
             child: watched,
             control,
             stderr: stderr.into(),
+            spawned_at: monotonic_now(),
         })
     }
 }
@@ -245,6 +266,8 @@ impl Fake {
                 notify(control, &Notice::StreamClosed { port });
             }
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
+            Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
+            Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {
                 assert_eq!(descriptors.len(), 1);

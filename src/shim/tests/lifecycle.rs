@@ -295,7 +295,7 @@ async fn call_completes_when_its_client_disconnects() {
 
 #[tokio::test]
 async fn administrator_gets_the_state_of_all_containers_and_the_guests_console() {
-    use crate::shim::report::{ADMIN_SERVICE, CONSOLE, REPORT, ShimReport};
+    use crate::shim::report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, ShimReport};
 
     let shim = Shim::start().await;
     let pid = shim.run("c1").await;
@@ -327,6 +327,52 @@ async fn administrator_gets_the_state_of_all_containers_and_the_guests_console()
     assert_eq!((second.id.as_str(), second.state.as_str()), ("c2", "created"));
     assert_eq!(second.start_milliseconds, None);
 
+    assert_eq!(
+        (&first.machine.devices[..], &first.machine.devices_error),
+        (&[][..], &None)
+    );
+    assert!(first.started_milliseconds >= first.create_milliseconds);
+
+    let report: ShimReport = serde_json::from_slice(&call(FULL_REPORT, b"").await.unwrap()).unwrap();
+
+    let machine = &report.containers[0].machine;
+    let found: Vec<_> = machine
+        .devices
+        .iter()
+        .map(|device| (device.name.as_str(), device.requests, device.path.is_some()))
+        .collect();
+    // The vmm may be hostile: its control characters are escaped.
+    let expected = [
+        ("vsock", 9, false),
+        ("nutshell-0", 7, true),
+        ("\\u{1b}[31mred", 0, false),
+    ];
+    assert_eq!(found, expected);
+    assert_eq!(machine.sandbox, "c1");
+    assert!(machine.phases.agent_ready_milliseconds.is_some() && machine.phases.vmm_ready_milliseconds.is_some());
+    assert_eq!(
+        (machine.phases.kernel_milliseconds, &machine.devices_error),
+        (None, &None)
+    );
+
     assert_eq!(call(CONSOLE, b"c1").await.unwrap(), b"Linux version\nno init");
     assert_eq!(error_of(call(CONSOLE, b"unknown").await).0, Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn vmm_that_does_not_answer_delays_the_full_report_by_a_second_only() {
+    let shim = Shim::start_with(Behaviour::NoStatistics).await;
+    shim.run("c1").await;
+    shim.run("c2").await;
+    let start = std::time::Instant::now();
+
+    let report = shim.tasks.full_report().await;
+
+    assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
+    for container in &report.containers {
+        let error = container.machine.devices_error.as_deref();
+        assert_eq!(error, Some("the vmm did not answer within 1 s"));
+        assert_eq!(container.state, "running");
+    }
+    shim.kill("c2", "", 9).await.unwrap();
 }

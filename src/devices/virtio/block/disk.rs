@@ -1,6 +1,8 @@
 //! A disk of the host: its file or block device, capacity and serial.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{fs::File, io, os::fd::AsRawFd, sync::Arc};
+
+use crate::devices::counters::Counters;
 
 /// The unit of positions and capacities, in bytes. It does not depend on the block size (virtio 1.3 §5.2).
 pub(super) const SECTOR_SIZE: u64 = 512;
@@ -18,16 +20,21 @@ pub(super) struct Disk {
     pub(super) backing: Backing,
     /// In sectors.
     pub(super) capacity: u64,
-    pub(super) serial: String,
+    /// Their name is the serial.
+    pub(super) counters: Arc<Counters>,
 }
 
 impl Disk {
-    pub(super) fn new(backing: Backing, serial: String) -> io::Result<Self> {
+    pub(super) fn new(backing: Backing, counters: Arc<Counters>) -> io::Result<Self> {
         Ok(Self {
             capacity: size_in_bytes(&backing.file)? / SECTOR_SIZE,
             backing,
-            serial,
+            counters,
         })
+    }
+
+    pub(super) fn serial(&self) -> &str {
+        self.counters.name()
     }
 }
 

@@ -30,6 +30,7 @@ use super::{
     device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
     queue::{DeviceQueue, QueueError},
 };
+use crate::devices::{counters::Counters, stall_timer::StallTimer};
 
 const QUEUE_SIZE: u16 = 256;
 
@@ -44,15 +45,23 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// A device with `queues` queues, at least one, for the disk on `backing`.
+    /// A device with `queues` queues, at least one, for the disk on `backing`. `stall_timer` is started while a request
+    /// is in progress.
     ///
     /// # Errors
     ///
     /// The size of the disk cannot be read.
-    pub(crate) fn new(serial: String, backing: Backing, queues: u16) -> io::Result<Self> {
+    pub(crate) fn new(
+        serial: String,
+        backing: Backing,
+        queues: u16,
+        stall_timer: &Arc<StallTimer>,
+    ) -> io::Result<Self> {
+        let queues = usize::from(queues.max(1));
+        let counters = Counters::with_queues(serial, queues, stall_timer);
         Ok(Self {
-            disk: Arc::new(Disk::new(backing, serial)?),
-            queue_sizes: vec![QUEUE_SIZE; usize::from(queues.max(1))],
+            disk: Arc::new(Disk::new(backing, counters)?),
+            queue_sizes: vec![QUEUE_SIZE; queues],
             workers: Vec::new(),
         })
     }
@@ -80,6 +89,10 @@ impl Block {
 impl Device for Block {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_BLOCK
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.disk.counters.clone()
     }
 
     fn features(&self) -> u64 {
@@ -139,14 +152,13 @@ impl Worker {
                     let served = serve(&disk, &mut queue, &stopped)
                         .map_err(|error| error.to_string())
                         .and_then(|()| {
-                            queue
-                                .kick()
-                                .read()
-                                .map_err(|error| format!("wait for requests: {error}"))
+                            let wait = |error| format!("queue {}: wait for requests: {error}", queue.index());
+                            queue.kick().read().map_err(wait)
                         });
                     if let Err(error) = served {
+                        disk.counters.add_error();
                         log::warn!(
-                            target: disk.serial.as_str(),
+                            target: disk.serial(),
                             "a queue is no longer served, its requests are not completed: {error}"
                         );
                         return;
@@ -164,8 +176,10 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
+        // The counter cannot overflow: each write adds one.
         let _ = self.kick.write(1);
         if let Some(thread) = self.thread.take() {
+            // A panic of the thread ends the process.
             let _ = thread.join();
         }
     }
@@ -177,7 +191,7 @@ fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(
         queue.pause_kicks()?;
         while let Some(chain) = queue.pop()? {
             let head = chain.head;
-            let written = request::process(chain, disk);
+            let written = request::process(chain, disk, queue.index());
             queue.add_used(head, written)?;
             queue.notify_driver()?;
             if stopped.load(Ordering::SeqCst) {
@@ -187,5 +201,116 @@ fn serve(disk: &Disk, queue: &mut DeviceQueue, stopped: &AtomicBool) -> Result<(
         if !queue.resume_kicks()? {
             return Ok(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+    use crate::devices::{
+        log_capture::LogCapture,
+        virtio::mock::{NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
+    };
+    use nix::{
+        fcntl::AT_FDCWD,
+        sys::fanotify::{EventFFlags, Fanotify, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response},
+    };
+    use virtio_queue::mock::MockSplitQueue;
+
+    /// Waits until `condition` returns a value.
+    fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            if let Some(value) = condition() {
+                return value;
+            }
+            assert!(Instant::now() < deadline, "{what}");
+            thread::yield_now();
+        }
+    }
+
+    fn disk(name: &str, file: File) -> Arc<Disk> {
+        Arc::new(Disk {
+            backing: Backing { file, read_only: false },
+            capacity: 8,
+            counters: Counters::with_queues(name, 1, &stall_timer()),
+        })
+    }
+
+    #[test]
+    fn worker_that_ends_because_of_a_broken_queue_names_disk_and_queue() {
+        let log = LogCapture::start("broken-disk");
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        mock.avail().idx().store(17);
+        let disk = disk("broken-disk", tempfile::tempfile().unwrap());
+
+        let worker = Worker::start(disk.clone(), device_queue(&mock, &memory).0).unwrap();
+        let line = wait_for("no line", || log.lines().pop());
+        drop(worker);
+
+        assert!(
+            line.starts_with(
+                "a queue is no longer served, its requests are not completed: queue 0: the virtqueue is broken"
+            ),
+            "{line}"
+        );
+        assert_eq!(disk.counters.read().errors, 1);
+    }
+
+    #[test]
+    fn queue_is_pending_while_the_host_does_not_complete_a_read() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let layout = [(0x8000, 16, NEXT), (0x9000, 512, NEXT | WRITE), (0xf000, 1, WRITE)];
+        for (index, (address, length, flags)) in (0..).zip(layout) {
+            let entry = descriptor(address, length, flags, index + 1);
+            mock.desc_table().store(index, entry).unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096).unwrap();
+        // The kernel holds each read of the file until this process allows it: a host whose storage hangs.
+        let hold = Fanotify::init(InitFlags::FAN_CLASS_CONTENT, EventFFlags::O_RDONLY).unwrap();
+        hold.mark(
+            MarkFlags::FAN_MARK_ADD,
+            MaskFlags::FAN_ACCESS_PERM,
+            AT_FDCWD,
+            Some(file.path()),
+        )
+        .unwrap();
+        let disk = disk("slow-disk", file.reopen().unwrap());
+
+        let worker = Worker::start(disk.clone(), device_queue(&mock, &memory).0).unwrap();
+        let event = hold.read_events().unwrap().remove(0);
+
+        let [pending] = &disk.counters.pending()[..] else {
+            panic!("{:?}", disk.counters);
+        };
+        assert_eq!(pending.place, "queue 0");
+        assert!(
+            pending.reason.starts_with("a read of the disk's file does not return"),
+            "{pending:?}"
+        );
+
+        let allow = FanotifyResponse::new(event.fd().unwrap(), Response::FAN_ALLOW);
+        hold.write_response(allow).unwrap();
+        wait_for("the request is not served", || {
+            (mock.used().idx().load() == 1).then_some(())
+        });
+        drop(worker);
+
+        assert_eq!(disk.counters.pending(), []);
+        let counters = disk.counters.read();
+        assert_eq!(
+            (counters.requests, counters.bytes_to_guest, counters.errors),
+            (1, 512, 0)
+        );
     }
 }

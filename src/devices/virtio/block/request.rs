@@ -1,9 +1,6 @@
 //! Parses one virtio-blk request (virtio 1.3 §5.2.6), checks it against the disk and executes it.
 
-use std::{
-    io,
-    os::fd::{AsFd, AsRawFd},
-};
+use std::{io, os::fd::AsFd};
 
 use rustix::fs::{FallocateFlags, fallocate};
 use virtio_bindings::virtio_blk::{
@@ -13,7 +10,10 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::disk::{Backing, Disk, SECTOR_SIZE};
-use crate::devices::virtio::buffers::{Buffers, Chain};
+use crate::devices::{
+    counters::Obstacle,
+    virtio::buffers::{Buffers, Chain},
+};
 
 /// The maximum number of sectors of one discard or write-zeroes request, 1 GiB. It limits the time for which one slow
 /// system call can delay the requests after it.
@@ -24,8 +24,8 @@ pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 enum RequestError {
     /// A system call on the disk's file failed.
     Host(io::Error),
-    /// The request lies outside the disk, is malformed, or writes to a read-only disk.
-    Invalid,
+    /// The request of the guest is wrong in this way.
+    Invalid(&'static str),
     /// The type or a flag is unknown.
     Unsupported,
 }
@@ -36,10 +36,14 @@ impl From<io::Error> for RequestError {
     }
 }
 
-/// Executes a request and writes its status. Returns the number of bytes written to guest memory, status included.
-pub(super) fn process(mut chain: Chain<'_>, disk: &Disk) -> u32 {
+/// Executes a request of queue `queue` and writes its status. Returns the number of bytes written to guest memory,
+/// status included.
+pub(super) fn process(mut chain: Chain<'_>, disk: &Disk, queue: u16) -> u32 {
+    let counters = &disk.counters;
+    counters.add_requests(1);
     let Some(data_length) = chain.writable.len().checked_sub(1) else {
-        // There is no space for a status.
+        counters.add_error();
+        log::warn!(target: disk.serial(), "queue {queue}: a request of the guest has no space for its status");
         return 0;
     };
     let mut data = chain.writable.split_to(data_length);
@@ -53,19 +57,47 @@ pub(super) fn process(mut chain: Chain<'_>, disk: &Disk) -> u32 {
     });
     let sector = u64::from(sector_high) << 32 | u64::from(sector_low);
     let outcome = if has_header {
-        execute(kind, sector, &mut chain.readable, &mut data, disk)
+        if let Some(obstacle) = obstacle(kind) {
+            counters.wait(queue, obstacle);
+        }
+        let outcome = execute(kind, sector, &mut chain.readable, &mut data, disk);
+        counters.resume(queue);
+        outcome
     } else {
-        Err(RequestError::Invalid)
+        Err(RequestError::Invalid("it has no complete header"))
     };
+    let operation = || match has_header {
+        true => operation_name(kind, sector),
+        false => "request".to_owned(),
+    };
+    if outcome.is_err() {
+        counters.add_error();
+    }
     let (written, code) = match outcome {
         Ok(written) => (written, VIRTIO_BLK_S_OK),
         Err(RequestError::Host(error)) => {
-            let operation = operation_name(kind, sector);
-            log::warn!(target: disk.serial.as_str(), "{operation} failed, the guest gets an I/O error: {error}");
+            log::warn!(
+                target: disk.serial(),
+                "queue {queue}: {} failed, the guest gets an I/O error: {error}",
+                operation()
+            );
             (0, VIRTIO_BLK_S_IOERR)
         }
-        Err(RequestError::Invalid) => (0, VIRTIO_BLK_S_IOERR),
-        Err(RequestError::Unsupported) => (0, VIRTIO_BLK_S_UNSUPP),
+        Err(RequestError::Invalid(reason)) => {
+            log::warn!(
+                target: disk.serial(),
+                "queue {queue}: {} is refused, the guest gets an I/O error: {reason}",
+                operation()
+            );
+            (0, VIRTIO_BLK_S_IOERR)
+        }
+        Err(RequestError::Unsupported) => {
+            log::warn!(
+                target: disk.serial(),
+                "queue {queue}: a request of type {kind} is refused: its type or a flag is unknown"
+            );
+            (0, VIRTIO_BLK_S_UNSUPP)
+        }
     };
     let status_length = status.put(&[u8::try_from(code).unwrap_or(1)]);
     u32::try_from(written + status_length).unwrap_or(u32::MAX)
@@ -79,12 +111,8 @@ fn execute(
     writable: &mut Buffers<'_>,
     disk: &Disk,
 ) -> Result<usize, RequestError> {
-    let Disk {
-        backing,
-        capacity,
-        serial,
-    } = disk;
-    let capacity = *capacity;
+    let Disk { backing, counters, .. } = disk;
+    let (capacity, serial) = (disk.capacity, disk.serial());
     if kind == VIRTIO_BLK_T_GET_ID {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let length = serial.len().min(id.len());
@@ -96,7 +124,7 @@ fn execute(
         VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
     );
     if writes && backing.read_only {
-        return Err(RequestError::Invalid);
+        return Err(RequestError::Invalid("the disk is read-only"));
     }
     match kind {
         VIRTIO_BLK_T_IN => {
@@ -112,10 +140,12 @@ fn execute(
                 offset += count as u64;
                 writable.split_to(count);
             }
+            counters.add_bytes_to_guest(length as u64);
             Ok(length)
         }
         VIRTIO_BLK_T_OUT => {
-            let mut offset = checked_offset(sector, readable.len() as u64, capacity)?;
+            let length = readable.len() as u64;
+            let mut offset = checked_offset(sector, length, capacity)?;
             while readable.len() > 0 {
                 let count = retry_interrupted(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
                 if count == 0 {
@@ -124,6 +154,7 @@ fn execute(
                 offset += count as u64;
                 readable.split_to(count);
             }
+            counters.add_bytes_from_guest(length);
             Ok(0)
         }
         VIRTIO_BLK_T_FLUSH => {
@@ -137,9 +168,11 @@ fn execute(
             if !readable.take(&mut segment) || readable.len() > 0 {
                 return Err(RequestError::Unsupported);
             }
-            let sector = u64::from_le_bytes(segment[..8].try_into().map_err(|_| RequestError::Invalid)?);
-            let count = u32::from_le_bytes(segment[8..12].try_into().map_err(|_| RequestError::Invalid)?);
-            let flags = u32::from_le_bytes(segment[12..].try_into().map_err(|_| RequestError::Invalid)?);
+            // struct virtio_blk_discard_write_zeroes: sector, number of sectors, flags, all little-endian.
+            let [s0, s1, s2, s3, s4, s5, s6, s7, c0, c1, c2, c3, f0, f1, f2, f3] = segment;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let count = u32::from_le_bytes([c0, c1, c2, c3]);
+            let flags = u32::from_le_bytes([f0, f1, f2, f3]);
             let discard = kind == VIRTIO_BLK_T_DISCARD;
             let known = if discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
             if flags & !known != 0 || count > MAX_ZERO_SECTORS {
@@ -154,6 +187,17 @@ fn execute(
     }
 }
 
+/// What the queue waits for while it executes a request of type `kind`. `None` if it accesses no file.
+fn obstacle(kind: u32) -> Option<Obstacle> {
+    match kind {
+        VIRTIO_BLK_T_IN => Some(Obstacle::HostRead),
+        VIRTIO_BLK_T_OUT => Some(Obstacle::HostWrite),
+        VIRTIO_BLK_T_FLUSH => Some(Obstacle::HostFlush),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => Some(Obstacle::HostDiscard),
+        _ => None,
+    }
+}
+
 /// What a request does, for the log.
 fn operation_name(kind: u32, sector: u64) -> String {
     let name = match kind {
@@ -161,7 +205,8 @@ fn operation_name(kind: u32, sector: u64) -> String {
         VIRTIO_BLK_T_OUT => "write",
         VIRTIO_BLK_T_FLUSH => return "flush".to_owned(),
         VIRTIO_BLK_T_DISCARD => return "discard".to_owned(),
-        _ => return "write of zeroes".to_owned(),
+        VIRTIO_BLK_T_WRITE_ZEROES => return "write of zeroes".to_owned(),
+        _ => return "request".to_owned(),
     };
     format!("{name} at byte {}", u128::from(sector) * u128::from(SECTOR_SIZE))
 }
@@ -175,7 +220,9 @@ fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Reques
     if inside {
         Ok(sector * SECTOR_SIZE)
     } else {
-        Err(RequestError::Invalid)
+        Err(RequestError::Invalid(
+            "it lies outside the disk, or is not a multiple of a sector",
+        ))
     }
 }
 
@@ -201,12 +248,7 @@ fn zero_range(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::R
             }
             Ok(())
         }
-        other => other.map_err(|error| {
-            io::Error::new(
-                io::Error::from(error).kind(),
-                format!("fallocate of descriptor {}: {error}", backing.file.as_raw_fd()),
-            )
-        }),
+        other => Ok(other?),
     }
 }
 
@@ -222,13 +264,20 @@ fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Seek, Write};
+    use std::{
+        fs::File,
+        io::{Read, Seek, Write},
+    };
 
     use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::devices::virtio::mock::{NEXT, WRITE, descriptor, device_queue, memory};
+    use crate::devices::{
+        counters::Counters,
+        log_capture::LogCapture,
+        virtio::mock::{NEXT, WRITE, descriptor, device_queue, memory},
+    };
 
     const CAPACITY: u64 = 8;
 
@@ -265,11 +314,11 @@ mod tests {
         let (mut queue, _) = device_queue(&mock, &memory);
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[b'x'; 4096]).unwrap();
-        let disk = Disk::new(Backing { file, read_only }, "nutshell-0".to_owned()).unwrap();
+        let disk = Disk::new(Backing { file, read_only }, Counters::new("nutshell-0")).unwrap();
         assert_eq!(disk.capacity, CAPACITY);
 
         let chain = queue.pop().unwrap().unwrap();
-        let written = process(chain, &disk);
+        let written = process(chain, &disk, 0);
 
         let mut data = vec![0; in_length as usize];
         memory.read_slice(&mut data, GuestAddress(0xb000)).unwrap();
@@ -321,6 +370,138 @@ mod tests {
             assert!(outcome.file.iter().all(|&byte| byte == b'x'), "{name}");
             assert_eq!(outcome.file.len() as u64, CAPACITY * SECTOR_SIZE, "{name}");
         }
+    }
+
+    /// Executes a request on `file`, and returns its status and the log lines of the disk `name`.
+    fn run_on(name: &str, file: File, kind: u32, layout: &[(u64, u32, u16)], data: &[u8]) -> (u8, Vec<String>, u64) {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let header = [u64::from(kind).to_le_bytes(), 2_u64.to_le_bytes()].concat();
+        memory.write_slice(&header, GuestAddress(0x8000)).unwrap();
+        memory.write_slice(data, GuestAddress(0x9000)).unwrap();
+        memory.write_obj(0xaa_u8, GuestAddress(0xf000)).unwrap();
+        for (index, (address, length, flags)) in (0..).zip(layout) {
+            let entry = descriptor(*address, *length, *flags, index + 1);
+            mock.desc_table().store(index, entry).unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        let disk = Disk {
+            backing: Backing { file, read_only: false },
+            capacity: CAPACITY,
+            counters: Counters::new(name),
+        };
+        let log = LogCapture::start(name);
+
+        process(queue.pop().unwrap().unwrap(), &disk, 3);
+
+        (
+            memory.read_obj(GuestAddress(0xf000)).unwrap(),
+            log.lines(),
+            disk.counters.read().errors,
+        )
+    }
+
+    #[test]
+    fn each_failure_is_counted_and_logged_once_with_queue_operation_and_cause() {
+        const HEADER: (u64, u32, u16) = (0x8000, 16, NEXT);
+        const OUT: (u64, u32, u16) = (0x9000, 512, NEXT);
+        const SEGMENT: (u64, u32, u16) = (0x9000, 16, NEXT);
+        const IN: (u64, u32, u16) = (0xb000, 512, NEXT | WRITE);
+        const STATUS: (u64, u32, u16) = (0xf000, 1, WRITE);
+        let open = |path: &str, write: bool| File::options().read(!write).write(write).open(path).unwrap();
+        let full = || open("/dev/full", true);
+        let short = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(512).unwrap();
+            file
+        };
+        // Sector 1, one sector, no flags.
+        let segment = [1_u64.to_le_bytes(), 1_u64.to_le_bytes()].concat();
+        let io_error = "the guest gets an I/O error";
+        let cases: [(&str, File, u32, &[_], String); 9] = [
+            (
+                "d-read",
+                full(),
+                VIRTIO_BLK_T_IN,
+                &[HEADER, IN, STATUS],
+                format!("read at byte 1024 failed, {io_error}: Bad file descriptor (os error 9)"),
+            ),
+            (
+                "d-gone",
+                short(),
+                VIRTIO_BLK_T_IN,
+                &[HEADER, IN, STATUS],
+                format!("read at byte 1024 failed, {io_error}: the file is shorter than the disk"),
+            ),
+            (
+                "d-write",
+                full(),
+                VIRTIO_BLK_T_OUT,
+                &[HEADER, OUT, STATUS],
+                format!("write at byte 1024 failed, {io_error}: No space left on device (os error 28)"),
+            ),
+            (
+                "d-flush",
+                full(),
+                VIRTIO_BLK_T_FLUSH,
+                &[HEADER, STATUS],
+                format!("flush failed, {io_error}: Invalid argument (os error 22)"),
+            ),
+            (
+                "d-discard",
+                full(),
+                VIRTIO_BLK_T_DISCARD,
+                &[HEADER, SEGMENT, STATUS],
+                format!("discard failed, {io_error}: No such device (os error 19)"),
+            ),
+            (
+                "d-zero",
+                full(),
+                VIRTIO_BLK_T_WRITE_ZEROES,
+                &[HEADER, SEGMENT, STATUS],
+                format!("write of zeroes failed, {io_error}: No such device (os error 19)"),
+            ),
+            (
+                "d-header",
+                full(),
+                VIRTIO_BLK_T_OUT,
+                &[(0x8000, 8, NEXT), STATUS],
+                format!("request is refused, {io_error}: it has no complete header"),
+            ),
+            (
+                "d-range",
+                full(),
+                VIRTIO_BLK_T_IN,
+                &[HEADER, (0xb000, 100, NEXT | WRITE), STATUS],
+                format!(
+                    "read at byte 1024 is refused, {io_error}: it lies outside the disk, or is not a multiple of a sector"
+                ),
+            ),
+            (
+                "d-status",
+                full(),
+                VIRTIO_BLK_T_FLUSH,
+                &[(0x8000, 16, 0)],
+                "a request of the guest has no space for its status".to_owned(),
+            ),
+        ];
+        for (name, file, kind, layout, expected) in cases {
+            let (status, lines, errors) = run_on(name, file, kind, layout, &segment);
+            assert_eq!(lines, [format!("queue 3: {expected}")], "{name}");
+            assert_eq!(errors, 1, "{name}");
+            assert!(
+                status == 0xaa || u32::from(status) == VIRTIO_BLK_S_IOERR,
+                "{name}: {status}"
+            );
+        }
+        let (status, lines, _) = run_on("d-type", full(), 0x77, &[HEADER, STATUS], &[]);
+        assert_eq!(u32::from(status), VIRTIO_BLK_S_UNSUPP);
+        assert_eq!(
+            lines,
+            ["queue 3: a request of type 119 is refused: its type or a flag is unknown"]
+        );
     }
 
     #[test]

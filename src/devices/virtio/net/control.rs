@@ -1,30 +1,51 @@
 //! The control queue (virtio 1.3 §5.1.6.5): sets the number of active queue pairs.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::tap::TapQueue;
-use crate::devices::virtio::{
-    buffers::Chain,
-    queue::{DeviceQueue, QueueError},
+use crate::devices::{
+    counters::Counters,
+    virtio::{
+        buffers::Chain,
+        queue::{DeviceQueue, QueueError},
+    },
 };
 
 /// VIRTIO_NET_OK and VIRTIO_NET_ERR (virtio 1.3 §5.1.6.5). The constants of `virtio_bindings` are wider than the field.
 const ACK_OK: u8 = 0;
 const ACK_ERROR: u8 = 1;
 
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum CommandError {
+    #[error("its length is wrong")]
+    Length,
+    #[error("it is unknown")]
+    Unknown,
+    #[error("there are no {0} pairs of queues")]
+    Pairs(usize),
+    #[error("attach or detach a queue of the tap device: {0}")]
+    Tap(#[from] io::Error),
+}
+
 #[derive(Debug)]
 pub(super) struct ControlQueue {
     queue: DeviceQueue,
     tap_queues: Vec<Arc<TapQueue>>,
+    counters: Arc<Counters>,
 }
 
 impl ControlQueue {
     /// `tap_queues` are the queues of the tap device, one for each queue pair.
-    pub(super) fn new(queue: DeviceQueue, tap_queues: Vec<Arc<TapQueue>>) -> Self {
-        Self { queue, tap_queues }
+    pub(super) fn new(queue: DeviceQueue, tap_queues: Vec<Arc<TapQueue>>, counters: Arc<Counters>) -> Self {
+        Self {
+            queue,
+            tap_queues,
+            counters,
+        }
     }
 
     /// The eventfd that is signalled when there is a command.
@@ -39,8 +60,16 @@ impl ControlQueue {
             return self.queue.resume_kicks();
         };
         let ack = match self.execute(&mut chain) {
-            Some(()) => ACK_OK,
-            None => ACK_ERROR,
+            Ok(()) => ACK_OK,
+            Err(error) => {
+                self.counters.add_error();
+                log::warn!(
+                    target: self.counters.name(),
+                    "queue {}: a command of the guest's driver failed: {error}",
+                    self.queue.index()
+                );
+                ACK_ERROR
+            }
         };
         let written = chain.writable.put(&[ack]);
         self.queue.add_used(chain.head, u32::try_from(written).unwrap_or(0))?;
@@ -48,24 +77,23 @@ impl ControlQueue {
         Ok(true)
     }
 
-    /// Executes the command in `chain`: class, command, and the number of queue pairs. Returns `None` if the command is
-    /// malformed, unknown, or failed.
-    fn execute(&self, chain: &mut Chain<'_>) -> Option<()> {
+    /// Executes the command in `chain`: class, command, and the number of queue pairs.
+    fn execute(&self, chain: &mut Chain<'_>) -> Result<(), CommandError> {
         let mut command = [0; 4];
         if chain.readable.len() != command.len() || !chain.readable.take(&mut command) {
-            return None;
+            return Err(CommandError::Length);
         }
         let [class, command, low, high] = command;
         if (u32::from(class), u32::from(command)) != (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) {
-            return None;
+            return Err(CommandError::Unknown);
         }
         let pairs = usize::from(u16::from_le_bytes([low, high]));
         if pairs == 0 || pairs > self.tap_queues.len() {
-            return None;
+            return Err(CommandError::Pairs(pairs));
         }
         for (index, tap_queue) in self.tap_queues.iter().enumerate() {
-            tap_queue.set_attached(index < pairs).ok()?;
+            tap_queue.set_attached(index < pairs)?;
         }
-        Some(())
+        Ok(())
     }
 }

@@ -27,6 +27,7 @@ use self::{
     worker::{QueuePair, Worker},
 };
 use super::device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
+use crate::devices::{counters::Counters, stall_timer::StallTimer};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -53,18 +54,25 @@ pub(crate) struct Net {
     mtu: u16,
     /// One queue of the tap device per queue pair of the guest.
     tap_queues: Vec<Arc<TapQueue>>,
+    counters: Arc<Counters>,
     udp_offloads: bool,
     workers: Vec<Worker>,
 }
 
 impl Net {
-    /// A device on the queues of one tap device, which are non-blocking and have headers of
+    /// The device `name` on the queues of one tap device, which are non-blocking and have headers of
     /// [`crate::control::VNET_HEADER_SIZE`] bytes. `mtu` is in bytes, without the link header.
     ///
     /// # Errors
     ///
     /// `queues` is empty, or a descriptor in it is not a queue of a tap device.
-    pub(crate) fn new(mac: [u8; 6], mtu: u16, queues: Vec<OwnedFd>) -> io::Result<Self> {
+    pub(crate) fn new(
+        name: String,
+        mac: [u8; 6],
+        mtu: u16,
+        queues: Vec<OwnedFd>,
+        stall_timer: &Arc<StallTimer>,
+    ) -> io::Result<Self> {
         let tap_queues: Vec<_> = queues.into_iter().map(|queue| Arc::new(TapQueue::new(queue))).collect();
         let first = tap_queues.first().ok_or(io::ErrorKind::InvalidInput)?;
         // This only probes for support: activation sets the offloads that the driver accepts.
@@ -73,6 +81,7 @@ impl Net {
         Ok(Self {
             mac,
             mtu,
+            counters: Counters::with_queues(name, tap_queues.len() * 2, stall_timer),
             tap_queues,
             udp_offloads,
             workers: Vec::new(),
@@ -111,6 +120,7 @@ impl Net {
                 receive,
                 transmit,
                 mergeable_buffers: has(VIRTIO_NET_F_MRG_RXBUF),
+                counters: self.counters.clone(),
             });
         }
         // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
@@ -120,7 +130,11 @@ impl Net {
         if has(VIRTIO_NET_F_CTRL_VQ)
             && let Some(queue) = queues.next()
         {
-            control = Some(ControlQueue::new(queue, self.tap_queues[..pairs].to_vec()));
+            control = Some(ControlQueue::new(
+                queue,
+                self.tap_queues[..pairs].to_vec(),
+                self.counters.clone(),
+            ));
         }
         for pair in queue_pairs {
             self.workers.push(Worker::start(pair, control.take())?);
@@ -132,6 +146,10 @@ impl Net {
 impl Device for Net {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_NET
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
     }
 
     fn features(&self) -> u64 {

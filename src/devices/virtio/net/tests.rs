@@ -21,9 +21,12 @@ use super::{
     *,
 };
 use crate::{
-    devices::virtio::{
-        mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory},
-        queue::DeviceQueue,
+    devices::{
+        log_capture::LogCapture,
+        virtio::{
+            mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
+            queue::DeviceQueue,
+        },
     },
     memory::{GuestMemory, MemoryRegions},
 };
@@ -82,6 +85,7 @@ fn pair<'m>(
         receive: device_queue(receive, memory).0,
         transmit: device_queue(transmit, memory).0,
         mergeable_buffers: true,
+        counters: Counters::with_queues("net-test", 2, &stall_timer()),
     }
 }
 
@@ -204,6 +208,7 @@ fn broken_queue_ends_its_worker() {
         ),
     ];
     for (what, to_guest, broken) in cases {
+        let log = LogCapture::start(what);
         let memory = memory();
         let receive = MockSplitQueue::new(&*memory, 16);
         let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
@@ -214,9 +219,17 @@ fn broken_queue_ends_its_worker() {
         queue.avail().idx().store(1);
         network.send(&[1; 64]).unwrap();
 
-        let worker = Worker::start(pair(&tap, &receive, &transmit, &memory), None).unwrap();
+        let mut pair = pair(&tap, &receive, &transmit, &memory);
+        pair.counters = Counters::new(what);
+        let counters = pair.counters.clone();
+        let worker = Worker::start(pair, None).unwrap();
         wait_for_end(&tap);
         drop(worker);
+
+        let lines = log.lines();
+        assert_eq!((lines.len(), counters.read().errors), (1, 1), "{what}: {lines:?}");
+        let expected = "the guest continues without the queues 0 and 0: queue 0: ";
+        assert!(lines[0].starts_with(expected), "{what}: {lines:?}");
 
         assert_eq!(used(queue), [], "{what}");
     }
@@ -234,6 +247,7 @@ fn control_queue_refuses_unknown_and_malformed_commands() {
         ("too long", &[4, 0, 1, 0, 0], 1),
     ];
     for (what, command, expected) in cases {
+        let log = LogCapture::on_this_thread("net-test");
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         memory.write_slice(command, GuestAddress(BUFFERS)).unwrap();
@@ -244,11 +258,16 @@ fn control_queue_refuses_unknown_and_malformed_commands() {
         table.store(1, descriptor(BUFFERS + 100, 1, WRITE, 0)).unwrap();
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
-        let mut control = ControlQueue::new(device_queue(&mock, &memory).0, vec![link().0]);
+        let mut control = ControlQueue::new(
+            device_queue(&mock, &memory).0,
+            vec![link().0],
+            Counters::new("net-test"),
+        );
 
         while control.serve().unwrap() {}
 
         assert_eq!(used(&mock), [(0, 1)], "{what}");
+        assert_eq!(log.lines().len(), usize::from(expected), "{what}");
         assert_eq!(
             memory.read_obj::<u8>(GuestAddress(BUFFERS + 100)).unwrap(),
             expected,
@@ -258,9 +277,84 @@ fn control_queue_refuses_unknown_and_malformed_commands() {
 }
 
 #[test]
+fn packet_that_the_tap_device_does_not_take_is_logged_with_its_cause_and_counted() {
+    let log = LogCapture::start("net-full");
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
+    let (tap, _network) = link();
+    // Nothing reads from the network's end: fill the socket.
+    while rustix::io::write(&*tap, &[0; 4096]).is_ok() {}
+    offer(&transmit, &[100, 5], 0);
+    let mut pair = pair(&tap, &receive, &transmit, &memory);
+    pair.counters = Counters::new("net-full");
+    let counters = pair.counters.clone();
+
+    let worker = Worker::start(pair, None).unwrap();
+    wait_for_used(&transmit, 2);
+    drop(worker);
+
+    assert_eq!(
+        log.lines(),
+        [
+            "queue 0: a packet of the guest is dropped: write to the tap device: Resource temporarily unavailable \
+             (os error 11)",
+            "queue 0: a packet of the guest is dropped: 5 bytes is not a valid length"
+        ]
+    );
+    let counters = counters.read();
+    assert_eq!((counters.requests, counters.errors), (0, 2));
+}
+
+#[test]
+fn packets_that_wait_for_the_guests_buffers_are_pending_until_it_provides_some() {
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
+    let (tap, network) = link();
+    let mut pair = pair(&tap, &receive, &transmit, &memory);
+    let (counters, kick) = (pair.counters.clone(), pair.receive.kick().try_clone().unwrap());
+    pair.mergeable_buffers = false;
+    let wait_until = |what: &str, condition: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !condition() {
+            assert!(Instant::now() < deadline, "{what}: {counters:?}");
+            thread::yield_now();
+        }
+    };
+    offer(&receive, &[2000], WRITE);
+
+    let worker = Worker::start(pair, None).unwrap();
+    network.send(&[1; 100]).unwrap();
+    wait_for_used(&receive, 1);
+    assert_eq!(counters.pending(), [], "no packet waits");
+    network.send(&[1; 100]).unwrap();
+    wait_until("the wait is not noticed", &|| !counters.pending().is_empty());
+    assert_eq!(counters.pending()[0].place, "queue 0");
+
+    offer(&receive, &[2000, 2000], WRITE);
+    kick.write(1).unwrap();
+    wait_for_used(&receive, 2);
+    wait_until("the wait does not end", &|| counters.pending().is_empty());
+    drop(worker);
+
+    let counters = counters.read();
+    assert_eq!(
+        (counters.requests, counters.bytes_to_guest, counters.errors),
+        (2, 2 * 88, 0)
+    );
+}
+
+#[test]
 fn descriptor_that_is_not_a_tap_device_is_an_error() {
-    let no_queue = Net::new([2, 0, 0, 0, 0, 1], 1500, Vec::new());
-    let socket = Net::new([2, 0, 0, 0, 0, 1], 1500, vec![UnixDatagram::pair().unwrap().0.into()]);
+    let no_queue = Net::new("net-0".to_owned(), [2, 0, 0, 0, 0, 1], 1500, Vec::new(), &stall_timer());
+    let socket = Net::new(
+        "net-0".to_owned(),
+        [2, 0, 0, 0, 0, 1],
+        1500,
+        vec![UnixDatagram::pair().unwrap().0.into()],
+        &stall_timer(),
+    );
 
     assert!(no_queue.is_err());
     assert!(socket.is_err());
@@ -305,7 +399,7 @@ fn worker_stops_while_the_guest_keeps_sending_commands() {
     let kick = EventFd::new(0).unwrap();
     let guest_kick = kick.try_clone().unwrap();
     let queue = DeviceQueue::new(0, queue, kick, memory.clone(), Arc::new(InterruptCounter::default()));
-    let control = ControlQueue::new(queue, vec![tap.clone()]);
+    let control = ControlQueue::new(queue, vec![tap.clone()], Counters::new("net-test"));
     // Makes the same command available again, as fast as the device executes it. Returns the used index.
     let send_commands = || {
         let used: u16 = memory.read_obj(GuestAddress(used_ring + 2)).unwrap();

@@ -14,9 +14,12 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::{control::ControlQueue, tap::TapQueue};
 use crate::{
     control::VNET_HEADER_SIZE,
-    devices::virtio::{
-        buffers::Buffers,
-        queue::{DeviceQueue, QueueError},
+    devices::{
+        counters::{Counters, Obstacle},
+        virtio::{
+            buffers::Buffers,
+            queue::{DeviceQueue, QueueError, QueueFault},
+        },
     },
 };
 
@@ -39,6 +42,7 @@ pub(super) struct QueuePair {
     pub(super) transmit: DeviceQueue,
     /// A received packet may span several descriptor chains (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) mergeable_buffers: bool,
+    pub(super) counters: Arc<Counters>,
 }
 
 /// The handle of a thread. Dropping it stops and joins the thread.
@@ -53,12 +57,19 @@ impl Worker {
     pub(super) fn start(pair: QueuePair, control: Option<ControlQueue>) -> io::Result<Self> {
         let stop = EventFd::new(EFD_CLOEXEC)?;
         let stopped = stop.try_clone()?;
+        let (counters, receive, transmit) = (pair.counters.clone(), pair.receive.index(), pair.transmit.index());
         let thread = thread::Builder::new()
             .name("net".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
-                if let Err(error) = PacketLoop::new(pair, control).run(&stopped) {
-                    log::warn!(target: "network interface", "the guest continues without a pair of queues: {error}");
+                let ended = PacketLoop::new(pair, control).run(&stopped);
+                counters.resume(receive);
+                if let Err(error) = ended {
+                    counters.add_error();
+                    log::warn!(
+                        target: counters.name(),
+                        "the guest continues without the queues {receive} and {transmit}: {error}"
+                    );
                 }
             })?;
         Ok(Self {
@@ -70,8 +81,10 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        // The counter cannot overflow: this is the only write.
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {
+            // A panic of the thread ends the process.
             let _ = thread.join();
         }
     }
@@ -111,6 +124,7 @@ struct PacketLoop {
     transmit: DeviceQueue,
     control: Option<ControlQueue>,
     tap_watch: TapWatch,
+    counters: Arc<Counters>,
 }
 
 /// Whether epoll watches the tap device.
@@ -118,7 +132,7 @@ struct PacketLoop {
 enum TapWatch {
     /// Yes, for packets.
     Active,
-    /// Only for the removal of the device: the guest has no space for a packet.
+    /// For one packet, and the removal of the device: the guest has no space for a packet.
     Paused,
     /// No: the device was removed, and its descriptor would always be ready.
     Removed,
@@ -134,10 +148,13 @@ impl PacketLoop {
                 space: Buffers::default(),
                 chains: VecDeque::new(),
                 used: Vec::new(),
+                had_space: false,
+                delivered: Tally::default(),
             },
             transmit: pair.transmit,
             control,
             tap_watch: TapWatch::Active,
+            counters: pair.counters,
         }
     }
 
@@ -184,6 +201,18 @@ impl PacketLoop {
                         if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
                             epoll::delete(&epoll, self.tap.as_fd()).map_err(io::Error::from)?;
                             self.tap_watch = TapWatch::Removed;
+                            self.counters.add_error();
+                            log::warn!(
+                                target: self.counters.name(),
+                                "queue {}: the tap device is gone, the guest has no network on this interface",
+                                self.receiver.queue.index()
+                            );
+                        } else if self.tap_watch == TapWatch::Paused {
+                            // Before its driver has provided the first buffers, the guest's interface is down.
+                            if self.receiver.had_space {
+                                self.counters
+                                    .wait(self.receiver.queue.index(), Obstacle::NoGuestBuffers);
+                            }
                         } else {
                             can_receive = true;
                         }
@@ -213,16 +242,24 @@ impl PacketLoop {
         if self.tap_watch == TapWatch::Removed {
             return Ok(false);
         }
-        let outcome = self.receiver.receive(&self.tap);
+        let outcome = self.receiver.receive(&self.tap, &self.counters);
+        let delivered = std::mem::take(&mut self.receiver.delivered);
+        self.counters.add_requests(delivered.packets);
+        self.counters.add_bytes_to_guest(delivered.bytes);
         self.receiver.queue.notify_driver()?;
         let outcome = outcome?;
         // A readable tap device must not keep this thread awake while the guest provides no buffers.
         let (tap_watch, flags) = if outcome == ReceiveOutcome::NoSpace {
-            (TapWatch::Paused, epoll::EventFlags::empty())
+            let once = epoll::EventFlags::IN | epoll::EventFlags::ONESHOT;
+            (TapWatch::Paused, once)
         } else {
             (TapWatch::Active, epoll::EventFlags::IN)
         };
-        if tap_watch != self.tap_watch {
+        let progress = delivered.packets > 0;
+        if progress || tap_watch == TapWatch::Active {
+            self.counters.resume(self.receiver.queue.index());
+        }
+        if tap_watch != self.tap_watch || tap_watch == TapWatch::Paused && progress {
             let data = epoll::EventData::new_u64(EventSource::Tap as u64);
             epoll::modify(epoll, self.tap.as_fd(), data, flags).map_err(io::Error::from)?;
             self.tap_watch = tap_watch;
@@ -232,6 +269,14 @@ impl PacketLoop {
 
     /// Moves packets from the guest. Returns `true` if there may be more.
     fn transmit(&mut self) -> Result<bool, WorkerError> {
+        let mut sent = Tally::default();
+        let outcome = self.transmit_turn(&mut sent);
+        self.counters.add_requests(sent.packets);
+        self.counters.add_bytes_from_guest(sent.bytes);
+        outcome
+    }
+
+    fn transmit_turn(&mut self, sent: &mut Tally) -> Result<bool, WorkerError> {
         let queue = &mut self.transmit;
         queue.pause_kicks()?;
         for _ in 0..MAX_PACKETS_PER_TURN {
@@ -241,8 +286,25 @@ impl PacketLoop {
             };
             let length = chain.readable.len();
             if (HEADER_SIZE..=MAX_PACKET_SIZE).contains(&length) && chain.writable.len() == 0 {
-                // A packet that the host does not accept is dropped, as on any link.
-                let _ = chain.readable.write_to(self.tap.as_fd(), None);
+                match chain.readable.write_to(self.tap.as_fd(), None) {
+                    Ok(_) => sent.add(length),
+                    // A packet that the host does not accept is dropped, as on any link.
+                    Err(error) => {
+                        self.counters.add_error();
+                        log::warn!(
+                            target: self.counters.name(),
+                            "queue {}: a packet of the guest is dropped: write to the tap device: {error}",
+                            queue.index()
+                        );
+                    }
+                }
+            } else {
+                self.counters.add_error();
+                log::warn!(
+                    target: self.counters.name(),
+                    "queue {}: a packet of the guest is dropped: {length} bytes is not a valid length",
+                    queue.index()
+                );
             }
             queue.add_used(chain.head, 0)?;
         }
@@ -260,6 +322,21 @@ enum ReceiveOutcome {
     MayHaveMore,
 }
 
+/// The packets of one turn, and their bytes without vnet headers.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tally {
+    packets: u64,
+    bytes: u64,
+}
+
+impl Tally {
+    /// Adds a packet of `length` bytes, vnet header included.
+    fn add(&mut self, length: usize) {
+        self.packets += 1;
+        self.bytes += length.saturating_sub(HEADER_SIZE) as u64;
+    }
+}
+
 /// The direction from the tap device to the guest.
 struct Receiver {
     queue: DeviceQueue,
@@ -271,20 +348,35 @@ struct Receiver {
     chains: VecDeque<(u16, usize)>,
     /// The chains of the current packet: head and written bytes. Kept to reuse its allocation.
     used: Vec<(u16, u32)>,
+    /// Whether the driver has ever provided a buffer.
+    had_space: bool,
+    /// The packets of the current turn.
+    delivered: Tally,
 }
 
 impl Receiver {
     /// Moves packets from `tap` to the guest.
-    fn receive(&mut self, tap: &TapQueue) -> Result<ReceiveOutcome, QueueError> {
+    fn receive(&mut self, tap: &TapQueue, counters: &Counters) -> Result<ReceiveOutcome, QueueError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
             if !self.take_space()? {
                 return Ok(ReceiveOutcome::NoSpace);
             }
             match self.space.read_from(tap.as_fd(), None) {
-                Ok(length) => self.deliver(length)?,
+                Ok(length) => {
+                    self.deliver(length)?;
+                    self.delivered.add(length);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // There is no packet, or the device was removed, which epoll reports.
-                Err(_) => return Ok(ReceiveOutcome::NoPacket),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(ReceiveOutcome::NoPacket),
+                Err(error) => {
+                    counters.add_error();
+                    log::warn!(
+                        target: counters.name(),
+                        "queue {}: the guest receives no packet: read from the tap device: {error}",
+                        self.queue.index()
+                    );
+                    return Ok(ReceiveOutcome::NoPacket);
+                }
             }
         }
         Ok(ReceiveOutcome::MayHaveMore)
@@ -303,9 +395,10 @@ impl Receiver {
             }
             match self.queue.pop()? {
                 Some(chain) => {
+                    self.had_space = true;
                     let size = chain.writable.len();
                     if size < HEADER_SIZE || !self.space.append(chain.writable) {
-                        return Err(QueueError::BufferTooSmall(size));
+                        return Err(self.queue.error(QueueFault::BufferTooSmall(size)));
                     }
                     self.chains.push_back((chain.head, size));
                 }

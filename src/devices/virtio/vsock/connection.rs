@@ -61,6 +61,17 @@ enum Input {
     Closed,
 }
 
+/// Why a stream lost data or ended early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StreamFailure {
+    #[error("queue 1: output of a process is lost: write it on the host: {0}")]
+    Write(#[source] io::Error),
+    #[error("queue 0: input of a process ends early: read it on the host: {0}")]
+    Read(#[source] io::Error),
+    #[error("queue 1: the stream is closed because the guest {0}")]
+    Protocol(&'static str),
+}
+
 /// Whether the muxer keeps a connection after a packet or an event.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ConnectionStatus {
@@ -97,6 +108,7 @@ pub(super) struct Connection {
     guest_send_shut_down: bool,
     /// The guest has sent a RESET: it gets no more packets.
     guest_reset: bool,
+    failure: Option<StreamFailure>,
 }
 
 impl Connection {
@@ -124,6 +136,7 @@ impl Connection {
             guest_receive_shut_down: false,
             guest_send_shut_down: false,
             guest_reset: false,
+            failure: None,
         }
     }
 
@@ -146,6 +159,16 @@ impl Connection {
     /// The total number of bytes written to the output.
     pub(super) fn delivered(&self) -> u64 {
         self.delivered
+    }
+
+    /// The number of bytes from the guest that the host's reader has not taken yet.
+    pub(super) fn pending_bytes(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// The failure since the last call.
+    pub(super) fn take_failure(&mut self) -> Option<StreamFailure> {
+        self.failure.take()
     }
 
     /// Handles a packet from the guest.
@@ -173,7 +196,7 @@ impl Connection {
             Some(Operation::CreditUpdate) => {}
             // Only the guest opens connections, and this one is open already.
             Some(Operation::Request | Operation::Response) | None => {
-                return ConnectionStatus::Closed { send_reset: true };
+                return self.close_for_violation("sent a packet that does not fit its state");
             }
         }
         self.status()
@@ -198,7 +221,7 @@ impl Connection {
                 }
                 Err(rustix::io::Errno::INTR) => {}
                 Err(rustix::io::Errno::AGAIN) => break,
-                Err(_) => return self.close_broken_output(),
+                Err(error) => return self.close_broken_output(error.into()),
             }
         }
         if self.pending.is_empty() {
@@ -244,7 +267,10 @@ impl Connection {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => *readable = false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // After an error, the input yields no more data.
-                Err(_) => self.input = Input::EndOfFile,
+                Err(error) => {
+                    self.failure = Some(StreamFailure::Read(error));
+                    self.input = Input::EndOfFile;
+                }
             }
         }
         if let Input::EndOfFile = self.input {
@@ -261,12 +287,11 @@ impl Connection {
     fn take_payload(&mut self, payload: &mut Buffers<'_>) -> ConnectionStatus {
         let length = payload.len();
         let Output::Open(output) = &self.output else {
-            // The guest has shut down sending, or the stream has no output.
-            return ConnectionStatus::Closed { send_reset: true };
+            return self.close_for_violation("sent data after the end of its output, or to a stream without output");
         };
         if length > (RECEIVE_BUFFER_SIZE as usize).saturating_sub(self.pending.len()) {
-            // The guest exceeds its credit (virtio 1.3 §5.10.6.3).
-            return ConnectionStatus::Closed { send_reset: true };
+            // Virtio 1.3 §5.10.6.3.
+            return self.close_for_violation("sent more than its credit");
         }
         self.received += Wrapping(u32::try_from(length).unwrap_or(u32::MAX));
         if self.pending.is_empty() {
@@ -278,7 +303,7 @@ impl Connection {
                     }
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => return self.close_broken_output(),
+                    Err(error) => return self.close_broken_output(error),
                 }
             }
         }
@@ -307,13 +332,23 @@ impl Connection {
         let output = std::mem::replace(&mut self.output, Output::Closed);
         if let (Output::Open(socket) | Output::Draining(socket), Input::Open { .. }) = (output, &self.input) {
             // If input and output are the same socket, closing one descriptor does not send end of file to the peer.
+            // Fails if it is no socket, or if the peer is gone.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         }
     }
 
-    /// Ends the connection because the host's reader is gone. The RESET makes the guest's writes fail, as with a broken
-    /// pipe.
-    fn close_broken_output(&mut self) -> ConnectionStatus {
+    fn close_for_violation(&mut self, violation: &'static str) -> ConnectionStatus {
+        self.failure = Some(StreamFailure::Protocol(violation));
+        ConnectionStatus::Closed { send_reset: true }
+    }
+
+    /// Ends the connection because a write to its output failed. The RESET makes the guest's writes fail, as with a
+    /// broken pipe.
+    fn close_broken_output(&mut self, error: io::Error) -> ConnectionStatus {
+        // That a reader closes its end is no failure.
+        if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
+            self.failure = Some(StreamFailure::Write(error));
+        }
         self.pending = VecDeque::new();
         self.output = Output::Closed;
         ConnectionStatus::Closed {

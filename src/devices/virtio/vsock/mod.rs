@@ -8,6 +8,8 @@ mod connection;
 pub(crate) mod muxer;
 mod packet;
 
+use std::sync::Arc;
+
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use self::{
@@ -16,8 +18,9 @@ use self::{
 };
 use super::{
     device::{ActivateError, Activation, Device, copy_config},
-    queue::{DeviceQueue, QueueError},
+    queue::{DeviceQueue, QueueError, QueueFault},
 };
+use crate::devices::counters::{Counters, Obstacle};
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -60,20 +63,34 @@ impl Vsock {
         loop {
             transmit.pause_kicks()?;
             while let Some(mut chain) = transmit.pop()? {
+                let counters = self.muxer.counters();
+                counters.add_requests(1);
                 let mut header = [0; HEADER_SIZE];
+                let mut is_complete = false;
                 if chain.readable.take(&mut header) {
                     let header = PacketHeader::parse(&header);
                     // Drop a packet whose payload is shorter than the length in its header.
-                    if header.length as usize <= chain.readable.len() {
+                    is_complete = header.length as usize <= chain.readable.len();
+                    if is_complete {
+                        counters.add_bytes_from_guest(header.length.into());
                         let mut payload = chain.readable.split_to(header.length as usize);
                         self.muxer.receive(&header, &mut payload);
                     }
+                }
+                if !is_complete {
+                    let counters = self.muxer.counters();
+                    counters.add_error();
+                    log::warn!(
+                        target: counters.name(),
+                        "queue {}: a packet of the guest is dropped: it is shorter than its header says",
+                        transmit.index()
+                    );
                 }
                 transmit.add_used(chain.head, 0)?;
                 budget -= 1;
                 if budget == 0 {
                     // Continue from the event loop, after the other devices.
-                    let _ = transmit.kick().write(1);
+                    transmit.kick_again()?;
                     transmit.notify_driver()?;
                     return self.deliver();
                 }
@@ -87,8 +104,11 @@ impl Vsock {
 
     /// Handles events of the streams' descriptors. Call this when the muxer's poller is readable.
     pub(crate) fn serve_streams(&mut self) -> Result<(), QueueError> {
-        // Fails only if the epoll descriptor itself is broken.
-        let _ = self.muxer.poll();
+        if let Err(error) = self.muxer.poll() {
+            let counters = self.muxer.counters();
+            counters.add_error();
+            log::warn!(target: counters.name(), "the streams of processes may stop: wait for events: {error}");
+        }
         self.deliver()
     }
 
@@ -106,21 +126,27 @@ impl Vsock {
                     receive.pause_kicks()?;
                     continue;
                 }
-                break;
+                self.muxer.counters().wait(receive.index(), Obstacle::NoGuestBuffers);
+                return receive.notify_driver();
             };
+            self.muxer.counters().resume(receive.index());
             if chain.writable.len() <= HEADER_SIZE {
-                return Err(QueueError::BufferTooSmall(chain.writable.len()));
+                return Err(receive.error(QueueFault::BufferTooSmall(chain.writable.len())));
             }
             let mut header_space = chain.writable.split_to(HEADER_SIZE);
             match self.muxer.next_packet(&chain.writable) {
                 Some(header) => {
                     header_space.put(&header.to_bytes());
+                    let counters = self.muxer.counters();
+                    counters.add_requests(1);
+                    counters.add_bytes_to_guest(header.length.into());
                     let written = u32::try_from(HEADER_SIZE).unwrap_or(0) + header.length;
                     receive.add_used(chain.head, written)?;
                 }
                 None => receive.undo_pop(),
             }
         }
+        self.muxer.counters().resume(receive.index());
         receive.notify_driver()
     }
 }
@@ -128,6 +154,10 @@ impl Vsock {
 impl Device for Vsock {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_VSOCK
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.muxer.counters().clone()
     }
 
     fn queue_sizes(&self) -> Vec<u16> {
@@ -140,7 +170,7 @@ impl Device for Vsock {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let [receive, transmit, event] = activation.take_queues()?;
-        let _ = transmit.kick().write(1);
+        transmit.kick_again().map_err(ActivateError::Queue)?;
         self.queues = Some(Queues {
             receive,
             transmit,
@@ -150,6 +180,70 @@ impl Device for Vsock {
     }
 
     fn reset(&mut self) {
+        for queue in [0, 1, 2] {
+            self.muxer.counters().resume(queue);
+        }
         self.queues = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::devices::virtio::mock::{InterruptCounter, device_queue, memory, stall_timer};
+
+    /// A running device, whose receive and transmit queue have these available indices.
+    fn device(receive: u16, transmit: u16) -> Vsock {
+        let memory = memory();
+        let queues = [receive, transmit, 0].into_iter().zip(0..).map(|(available, index)| {
+            let mock = MockSplitQueue::create(&*memory, GuestAddress(index * 0x1000), 16);
+            mock.avail().idx().store(available);
+            device_queue(&mock, &memory).0
+        });
+        let mut vsock = Vsock::new(Muxer::new(&stall_timer()).unwrap());
+        let activation = Activation {
+            features: vsock.features(),
+            queues: queues.collect(),
+            interrupt: Arc::new(InterruptCounter::default()),
+            memory: memory.clone(),
+        };
+        vsock.activate(activation).unwrap();
+        vsock.muxer().open(5, None, None).unwrap();
+        vsock
+    }
+
+    /// Makes the device send a packet.
+    fn send_reset(vsock: &mut Vsock) -> Result<(), QueueError> {
+        let mut header = PacketHeader::parse(&[0; HEADER_SIZE]);
+        (header.source_cid, header.operation) = (nutshell_protocol::GUEST_CID.into(), None);
+        vsock.muxer().receive(&header, &mut Default::default());
+        vsock.deliver()
+    }
+
+    #[test]
+    fn broken_queue_is_an_error_that_names_it() {
+        for error in [
+            send_reset(&mut device(17, 0)).unwrap_err(),
+            device(0, 17).serve_transmit().unwrap_err(),
+        ] {
+            let text = error.to_string();
+            assert!(text.starts_with("queue 0: the virtqueue is broken"), "{text}");
+        }
+    }
+
+    #[test]
+    fn packets_for_a_guest_without_buffers_are_pending() {
+        let mut vsock = device(0, 0);
+        vsock.deliver().unwrap();
+        assert_eq!(vsock.muxer().pending(), []);
+
+        send_reset(&mut vsock).unwrap();
+
+        assert_eq!(vsock.muxer().pending()[0].place, "queue 0");
+        vsock.reset();
+        assert_eq!(vsock.muxer().pending(), []);
     }
 }

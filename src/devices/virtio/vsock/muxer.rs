@@ -8,6 +8,7 @@ use std::{
     collections::{HashMap, HashSet, VecDeque},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use nutshell_protocol::{GUEST_CID, HOST_CID};
@@ -21,11 +22,18 @@ use super::{
     connection::{Connection, ConnectionKey, ConnectionStatus},
     packet::{Operation, PacketHeader, TYPE_STREAM},
 };
-use crate::devices::virtio::buffers::Buffers;
+use crate::devices::{
+    counters::{Counters, Pending},
+    stall_timer::StallTimer,
+    virtio::buffers::Buffers,
+};
 
 /// The maximum number of RESETs that wait to be sent. It limits the memory that a guest can use up by sending packets
 /// without a connection and receiving no replies; further RESETs are dropped.
 const MAX_PENDING_RESETS: usize = 256;
+
+/// The receive and the transmit queue, which may wait.
+const QUEUES: usize = 2;
 
 /// The maximum number of events that one [`Muxer::poll`] handles.
 const MAX_EVENTS_PER_POLL: usize = 32;
@@ -62,6 +70,7 @@ const OUTPUT_EVENT: u64 = 1;
 #[derive(Debug)]
 pub(crate) struct Muxer {
     epoll: OwnedFd,
+    counters: Arc<Counters>,
     /// By host port.
     unconnected: HashMap<u32, UnconnectedStream>,
     /// The drain requests for unconnected streams: the number of bytes, by host port.
@@ -79,9 +88,10 @@ pub(crate) struct Muxer {
 }
 
 impl Muxer {
-    /// A muxer without streams.
-    pub(crate) fn new() -> io::Result<Self> {
+    /// A muxer without streams. `stall_timer` is started when data waits.
+    pub(crate) fn new(stall_timer: &Arc<StallTimer>) -> io::Result<Self> {
         Ok(Self {
+            counters: Counters::with_queues("vsock", QUEUES, stall_timer),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             unconnected: HashMap::new(),
             early_drains: HashMap::new(),
@@ -94,6 +104,29 @@ impl Muxer {
             pending_resets: VecDeque::new(),
             notices: Vec::new(),
         })
+    }
+
+    /// What the device has done.
+    pub(crate) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// The streams whose reader on the host has not taken all data, and the queues that wait.
+    pub(crate) fn pending(&self) -> Vec<Pending> {
+        let mut pending = self.counters.pending();
+        let waiting = self.connections.iter().filter_map(|(key, entry)| {
+            let bytes = entry.connection.pending_bytes();
+            (bytes > 0).then(|| Pending {
+                place: format!("queue 1, stream of port {}", key.host_port),
+                progress: entry.connection.delivered(),
+                reason: format!(
+                    "the reader of a container's output, on the host, does not read, {bytes} bytes wait: the process \
+                     blocks when it writes more"
+                ),
+            })
+        });
+        pending.extend(waiting);
+        pending
     }
 
     /// A descriptor that is readable when [`Self::poll`] has events to handle.
@@ -152,6 +185,12 @@ impl Muxer {
     pub(super) fn receive(&mut self, header: &PacketHeader, payload: &mut Buffers<'_>) {
         if header.source_cid != u64::from(GUEST_CID) {
             // The driver must send with its CID (virtio 1.3 §5.10.6.4.1), and there is no other CID to reply to.
+            self.counters.add_error();
+            log::warn!(
+                target: self.counters.name(),
+                "queue 1: a packet of the guest is dropped: its source is CID {}",
+                header.source_cid
+            );
             return;
         }
         let key = ConnectionKey {
@@ -167,7 +206,11 @@ impl Muxer {
             && let Some(stream) = self.unconnected.remove(&header.destination_port)
         {
             if let Err(error) = self.accept(header, key, stream) {
-                log::warn!(target: "streams", "a stream of a process is closed at its start: {error}");
+                self.counters.add_error();
+                log::warn!(
+                    target: self.counters.name(),
+                    "queue 1: a stream of a process is closed at its start: watch it: {error}"
+                );
                 self.keys_by_host_port.remove(&key.host_port);
                 self.notices.push(StreamNotice::Closed(key.host_port));
                 self.queue_reset(key);
@@ -269,16 +312,23 @@ impl Muxer {
     /// Updates the muxer after a connection changed: removes it if it is closed, reports its drain, and marks it as
     /// ready to send.
     fn update(&mut self, key: ConnectionKey, status: ConnectionStatus) {
+        let Some(entry) = self.connections.get_mut(&key) else {
+            return;
+        };
+        if let Some(failure) = entry.connection.take_failure() {
+            self.counters.add_error();
+            log::warn!(target: self.counters.name(), "stream of port {}: {failure}", key.host_port);
+        }
         if let ConnectionStatus::Closed { send_reset } = status {
             self.remove(key, send_reset);
             return;
         }
-        let Some(entry) = self.connections.get_mut(&key) else {
-            return;
-        };
         if entry.drain.is_some_and(|bytes| entry.connection.delivered() >= bytes) {
             entry.drain = None;
             self.notices.push(StreamNotice::Drained(key.host_port));
+        }
+        if entry.connection.pending_bytes() > 0 {
+            self.counters.watch();
         }
         if entry.connection.has_packet() && self.ready_set.insert(key) {
             self.ready.push_back(key);
@@ -302,6 +352,12 @@ impl Muxer {
     fn queue_reset(&mut self, key: ConnectionKey) {
         if self.pending_resets.len() < MAX_PENDING_RESETS {
             self.pending_resets.push_back(key);
+        } else {
+            self.counters.add_error();
+            log::warn!(
+                target: self.counters.name(),
+                "queue 0: a reset is dropped: the guest does not receive the {MAX_PENDING_RESETS} before it"
+            );
         }
     }
 }

@@ -21,6 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use self::{hooks::HookContainer, process::Process};
 use super::agent_call::call_agent;
 use crate::{
+    control::monotonic_now,
     oci::{ContainerId, Hooks, Limits},
     shim::{
         error::{ErrorCode, TaskError},
@@ -54,24 +55,33 @@ pub(super) enum Role {
 /// How long the phases of a container took.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timings {
-    begun: Instant,
-    /// Since its creation began.
+    /// On the clock of [`monotonic_now`].
+    requested_at: Duration,
+    /// Since its creation was requested.
     pub(super) age: Duration,
-    /// `None` while it is being created.
-    pub(super) create: Option<Duration>,
-    /// `None` if it has not started.
+    /// From the request until it was created. `None` before.
+    pub(super) created: Option<Duration>,
+    /// From the request of its creation until it was started. `None` before.
+    pub(super) started: Option<Duration>,
+    /// How long its start took. `None` if it has not started.
     pub(super) start: Option<Duration>,
 }
 
-impl Default for Timings {
-    /// Of a container whose creation begins now.
-    fn default() -> Self {
+impl Timings {
+    /// Of a container that was requested at `requested_at`.
+    fn since(requested_at: Duration) -> Self {
         Self {
-            begun: Instant::now(),
+            requested_at,
             age: Duration::ZERO,
-            create: None,
+            created: None,
+            started: None,
             start: None,
         }
+    }
+
+    /// The time since the request.
+    fn elapsed(&self) -> Duration {
+        monotonic_now().saturating_sub(self.requested_at)
     }
 }
 
@@ -104,7 +114,7 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// A container whose creation has begun.
+    /// A container whose creation is requested now.
     pub(super) fn new(
         id: ContainerId,
         bundle: PathBuf,
@@ -124,10 +134,16 @@ impl Container {
             execs: Mutex::default(),
             hooks,
             limits: Mutex::new(limits),
-            timings: Mutex::new(Timings::default()),
+            timings: Mutex::new(Timings::since(monotonic_now())),
             out_of_memory_announced: Mutex::default(),
             update_lock: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// The container, requested at `requested_at` on the clock of [`monotonic_now`].
+    pub(super) fn with_request_time(self, requested_at: Duration) -> Self {
+        *self.timings.lock() = Timings::since(requested_at);
+        self
     }
 
     /// Whether it is a sandbox, which has no process in the guest.
@@ -177,7 +193,7 @@ impl Container {
     pub(super) fn timings(&self) -> Timings {
         let timings = *self.timings.lock();
         Timings {
-            age: timings.begun.elapsed(),
+            age: timings.elapsed(),
             ..timings
         }
     }
@@ -185,12 +201,14 @@ impl Container {
     /// Notes that its creation has ended.
     pub(super) fn note_created(&self) {
         let mut timings = self.timings.lock();
-        timings.create = Some(timings.begun.elapsed());
+        timings.created = Some(timings.elapsed());
     }
 
     /// Notes that its start has ended, which began at `begun`.
     pub(super) fn note_started(&self, begun: Instant) {
-        self.timings.lock().start = Some(begun.elapsed());
+        let mut timings = self.timings.lock();
+        timings.started = Some(timings.elapsed());
+        timings.start = Some(begun.elapsed());
     }
 
     /// Its execs by id, locked.

@@ -42,6 +42,8 @@ const HOST_RESOLV_CONF: &str = "/etc/resolv.conf";
 #[derive(Debug)]
 pub(crate) struct SandboxRequest {
     pub(crate) id: ContainerId,
+    /// When the request came, on the clock of [`monotonic_now`](crate::control::monotonic_now).
+    pub(crate) requested_at: Duration,
     /// The bundle's folder, an absolute path.
     pub(crate) bundle: PathBuf,
     /// Type URL and bytes of its configuration, a `PodSandboxConfig` of the CRI.
@@ -72,6 +74,7 @@ impl Tasks {
     pub(super) async fn build_sandbox(
         self: &Arc<Self>,
         id: &ContainerId,
+        requested_at: Duration,
         bundle: &Path,
         stdio: StdioSpec,
         plan: PodPlan,
@@ -79,8 +82,8 @@ impl Tasks {
     ) -> Result<Arc<Container>, TaskError> {
         let shared = set_up_request(&plan.shared).map_err(|error| error.during(CREATE_CONTEXT))?;
         let requirements = PodRequirements::for_pod(&plan, shared);
-        let pod = self.start_pod(id, bundle, requirements).await?;
-        let container = self.insert(Container::new(
+        let pod = self.start_pod(id, requested_at, bundle, requirements).await?;
+        let container = Container::new(
             id.clone(),
             bundle.to_owned(),
             Role::Sandbox(api),
@@ -88,7 +91,8 @@ impl Tasks {
             stdio,
             plan.hooks,
             Limits::default(),
-        ));
+        );
+        let container = self.insert(container.with_request_time(requested_at));
         let prepared = async {
             assign_host_pid(&container, &plan.network)?;
             run_create_hooks(&container).await
@@ -113,6 +117,7 @@ impl Tasks {
     pub(crate) async fn create_sandbox(self: &Arc<Self>, request: SandboxRequest) -> Result<(), TaskError> {
         let SandboxRequest {
             id,
+            requested_at,
             bundle,
             options,
             network,
@@ -133,7 +138,7 @@ impl Tasks {
         .map_err(|error| plan_error(&error))?;
         let stdio = StdioSpec::default();
         let container = self
-            .build_sandbox(&id, &bundle, stdio, plan, SandboxApi::Service)
+            .build_sandbox(&id, requested_at, &bundle, stdio, plan, SandboxApi::Service)
             .await?;
         self.watch_pid_holder(&container, &container.init);
         container.note_created();

@@ -203,7 +203,7 @@ fn wait_until_blocked(net: &Net) {
 fn configuration_is_reported_and_multiqueue_is_offered_only_with_several_pairs() {
     in_new_namespace(|| {
         for pairs in [1, 2] {
-            let net = Net::new(MAC, 1450, create_tap(pairs)).unwrap();
+            let net = Net::new("net-0".to_owned(), MAC, 1450, create_tap(pairs), &stall_timer()).unwrap();
             let mut config = [0xff; 14];
             net.read_config(0, &mut config);
             let mut mtu = [0xff; 2];
@@ -226,7 +226,7 @@ fn configuration_is_reported_and_multiqueue_is_offered_only_with_several_pairs()
 fn frames_pass_between_guest_and_kernel_before_and_after_a_reset() {
     in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
+        let mut net = Net::new("net-0".to_owned(), MAC, 1500, create_tap(1), &stall_timer()).unwrap();
         let host = packet_socket(ETHERTYPE);
         for number in [1, 2] {
             let mocks = mocks(&memory, 2);
@@ -264,8 +264,9 @@ fn frames_pass_between_guest_and_kernel_before_and_after_a_reset() {
 fn worker_of_a_removed_tap_device_sleeps_and_drops_transmitted_packets() {
     for (what, buffers) in [("with receive buffers", 64), ("without receive buffers", 0)] {
         in_new_namespace(move || {
+            let log = LogCapture::start(what);
             let memory = memory();
-            let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
+            let mut net = Net::new(what.to_owned(), MAC, 1500, create_tap(1), &stall_timer()).unwrap();
             let mocks = mocks(&memory, 2);
             offer_more(&mocks[0], buffers, 2048, WRITE);
             let kicks = activate(&mut net, None, &mocks, &memory);
@@ -278,6 +279,15 @@ fn worker_of_a_removed_tap_device_sleeps_and_drops_transmitted_packets() {
             wait_until_blocked(&net);
             net.reset();
             assert_eq!(used(&mocks[0]), [], "{what}");
+            let lines = log.lines();
+            let gone = "queue 0: the tap device is gone, the guest has no network on this interface";
+            assert!(lines.iter().any(|line| line == gone), "{what}: {lines:?}");
+            let dropped = "queue 0: a packet of the guest is dropped: write to the tap device: ";
+            assert_eq!(
+                lines.iter().filter(|line| line.starts_with(dropped)).count(),
+                3,
+                "{lines:?}"
+            );
         });
     }
 }
@@ -286,7 +296,7 @@ fn worker_of_a_removed_tap_device_sleeps_and_drops_transmitted_packets() {
 fn driver_may_accept_any_single_offered_offload() {
     in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, create_tap(1)).unwrap();
+        let mut net = Net::new("net-0".to_owned(), MAC, 1500, create_tap(1), &stall_timer()).unwrap();
         let checksum = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_NET_F_GUEST_CSUM;
         for offload in [
             VIRTIO_NET_F_GUEST_CSUM,
@@ -307,7 +317,7 @@ fn second_pair_receives_packets_after_the_driver_enables_it() {
     const FLOWS: u16 = 32;
     in_new_namespace(|| {
         let memory = memory();
-        let mut net = Net::new(MAC, 1500, create_tap(2)).unwrap();
+        let mut net = Net::new("net-0".to_owned(), MAC, 1500, create_tap(2), &stall_timer()).unwrap();
         let host = packet_socket(IPV4);
         let mut mocks = mocks(&memory, 4);
         mocks.push(MockSplitQueue::create(&*memory, GuestAddress(BUFFERS), 16));

@@ -8,9 +8,10 @@ use std::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
+use crate::devices::log_capture::LogCapture;
 use crate::devices::virtio::{
     buffers::Buffers,
-    mock::memory,
+    mock::{memory, stall_timer},
     vsock::{
         connection::RECEIVE_BUFFER_SIZE,
         packet::{SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
@@ -36,7 +37,7 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         Self {
-            muxer: Muxer::new().unwrap(),
+            muxer: Muxer::new(&stall_timer()).unwrap(),
             memory: memory(),
             buf_alloc: 1 << 18,
             fwd_cnt: 0,
@@ -366,4 +367,133 @@ fn packet_of_another_type_or_from_another_cid_is_refused() {
     other_cid.source_cid = 99;
     guest.send_packet(other_cid, b"");
     assert_eq!(guest.received_packets(), [], "there is no CID to reply to");
+}
+
+#[test]
+fn failure_of_a_stream_is_logged_and_counted_once() {
+    let full = || OwnedFd::from(File::options().write(true).open("/dev/full").unwrap());
+    // Reads of a directory fail.
+    let unreadable = || OwnedFd::from(File::open("/").unwrap());
+    let (_reader, output) = pipe();
+    /// What it is called, its input and output, its cause, and its line in the log.
+    type Failure = (
+        &'static str,
+        Option<OwnedFd>,
+        Option<OwnedFd>,
+        fn(&mut Guest),
+        &'static str,
+    );
+    let cases: [Failure; 5] = [
+        (
+            "output to a full file system",
+            None,
+            Some(full()),
+            |guest| guest.send_operation(Operation::Payload, 0, b"text"),
+            "stream of port 1024: queue 1: output of a process is lost: write it on the host: No space left on device \
+             (os error 28)",
+        ),
+        (
+            "unreadable input",
+            Some(unreadable()),
+            None,
+            |guest| drop(guest.received_packets()),
+            "stream of port 1024: queue 0: input of a process ends early: read it on the host: Is a directory (os error 21)",
+        ),
+        (
+            "data without an output",
+            None,
+            None,
+            |guest| guest.send_operation(Operation::Payload, 0, b"text"),
+            "stream of port 1024: queue 1: the stream is closed because the guest sent data after the end of its output, \
+             or to a stream without output",
+        ),
+        (
+            "second request",
+            None,
+            Some(output),
+            |guest| guest.send_operation(Operation::Request, 0, b""),
+            "stream of port 1024: queue 1: the stream is closed because the guest sent a packet that does not fit its state",
+        ),
+        (
+            "foreign source",
+            None,
+            None,
+            |guest| {
+                let header = PacketHeader {
+                    source_cid: 9,
+                    ..guest.header(Operation::Payload, 0, 0)
+                };
+                guest.send_packet(header, b"");
+            },
+            "queue 1: a packet of the guest is dropped: its source is CID 9",
+        ),
+    ];
+    for (what, input, output, cause, expected) in cases {
+        let log = LogCapture::on_this_thread("vsock");
+        let mut guest = Guest::new();
+        guest.muxer.open(PORT, input, output).unwrap();
+        guest.send_operation(Operation::Request, 0, b"");
+
+        cause(&mut guest);
+
+        assert_eq!(log.lines(), [expected], "{what}");
+        assert_eq!(guest.muxer.counters().read().errors, 1, "{what}");
+    }
+}
+
+#[test]
+fn reader_that_closes_its_end_is_no_failure() {
+    let log = LogCapture::on_this_thread("vsock");
+    let (reader, output) = pipe();
+    let mut guest = Guest::connected(None, Some(output));
+    drop(reader);
+
+    guest.send_operation(Operation::Payload, 0, b"text");
+
+    assert_eq!(guest.muxer.take_notices(), [StreamNotice::Closed(PORT)]);
+    assert_eq!(log.lines(), Vec::<String>::new());
+}
+
+#[test]
+fn stream_whose_reader_does_not_read_is_pending_and_starts_the_stall_timer() {
+    let timer = stall_timer();
+    let (mut reader, output) = pipe();
+    let mut guest = Guest::new();
+    guest.muxer = Muxer::new(&timer).unwrap();
+    guest.muxer.open(PORT, None, Some(output)).unwrap();
+    guest.send_operation(Operation::Request, 0, b"");
+    // The pipe takes 64 KiB.
+    for _ in 0..16 {
+        guest.send_operation(Operation::Payload, 0, &[b'x'; 4096]);
+    }
+    assert_eq!((guest.muxer.pending(), timer.is_running()), (vec![], false));
+    guest.send_operation(Operation::Payload, 0, b"more");
+
+    let [pending] = &guest.muxer.pending()[..] else {
+        panic!("{:?}", guest.muxer);
+    };
+    assert_eq!(
+        (pending.place.as_str(), pending.progress),
+        ("queue 1, stream of port 1024", 65_536)
+    );
+    assert!(pending.reason.contains("does not read, 4 bytes wait"), "{pending:?}");
+    assert!(timer.is_running());
+
+    read_available(&mut reader);
+    guest.muxer.poll().unwrap();
+    assert_eq!(guest.muxer.pending(), []);
+}
+
+#[test]
+fn broken_poller_is_logged_and_the_device_goes_on() {
+    use crate::devices::virtio::vsock::Vsock;
+
+    let log = LogCapture::on_this_thread("vsock");
+    let mut muxer = Muxer::new(&stall_timer()).unwrap();
+    muxer.epoll = File::open("/dev/null").unwrap().into();
+
+    Vsock::new(muxer).serve_streams().unwrap();
+
+    let expected = "the streams of processes may stop: wait for events: Invalid argument (os error 22)";
+    assert_eq!(log.lines(), [expected]);
 }

@@ -1,0 +1,116 @@
+//! Finds queues and streams that are not served for a while, and reports them once. The event loop calls it when the
+//! stall timer expires, which only runs while something waits.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::devices::counters::{Counters, Pending};
+
+/// How long a queue or stream must make no progress until it is reported.
+const STALL_LIMIT: Duration = Duration::from_secs(10);
+
+/// The queues and streams that waited at the last check, by device and place.
+#[derive(Debug, Default)]
+pub(super) struct StallWatch {
+    suspects: HashMap<(String, String), Suspect>,
+}
+
+#[derive(Debug)]
+struct Suspect {
+    progress: u64,
+    /// When a check first found it without further progress.
+    since: Instant,
+    reported: bool,
+}
+
+impl StallWatch {
+    /// Checks all devices, with what waits in each. Returns `true` if something waits: check again after a while.
+    pub(super) fn check(&mut self, devices: Vec<(Arc<Counters>, Vec<Pending>)>, now: Instant) -> bool {
+        let mut previous = std::mem::take(&mut self.suspects);
+        for (counters, pending) in devices {
+            for Pending {
+                place,
+                progress,
+                reason,
+            } in pending
+            {
+                let key = (counters.name().to_owned(), place);
+                let mut suspect = match previous.remove(&key) {
+                    Some(suspect) if suspect.progress == progress => suspect,
+                    before => {
+                        report_end(&key, before, now);
+                        Suspect {
+                            progress,
+                            since: now,
+                            reported: false,
+                        }
+                    }
+                };
+                let waited = now.duration_since(suspect.since);
+                if waited >= STALL_LIMIT && !suspect.reported {
+                    suspect.reported = true;
+                    counters.add_stall();
+                    log::warn!(
+                        target: counters.name(),
+                        "{}: no progress for {} s: {reason}",
+                        key.1,
+                        waited.as_secs()
+                    );
+                }
+                self.suspects.insert(key, suspect);
+            }
+        }
+        for (key, suspect) in previous {
+            report_end(&key, Some(suspect), now);
+        }
+        !self.suspects.is_empty()
+    }
+}
+
+/// Logs the end of a stall, if it was reported.
+fn report_end((device, place): &(String, String), suspect: Option<Suspect>, now: Instant) {
+    if let Some(suspect) = suspect.filter(|suspect| suspect.reported) {
+        let seconds = now.duration_since(suspect.since).as_secs();
+        log::warn!(target: device.as_str(), "{place}: it makes progress again after {seconds} s");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::{log_capture::LogCapture, stall_timer::StallTimer};
+
+    #[test]
+    fn stall_is_reported_once_and_so_is_its_end() {
+        let timer = Arc::new(StallTimer::new().unwrap());
+        let disk = Counters::with_queues("stalled-disk", 2, &timer);
+        let log = LogCapture::start("stalled-disk");
+        let (mut watch, start) = (StallWatch::default(), Instant::now());
+        let mut check = |seconds, progress: Option<u64>| {
+            let pending = progress.map(|progress| Pending {
+                place: "queue 1".to_owned(),
+                progress,
+                reason: "a write does not return".to_owned(),
+            });
+            let devices = vec![(disk.clone(), pending.into_iter().collect())];
+            watch.check(devices, start + Duration::from_secs(seconds))
+        };
+
+        // Progress restarts the time.
+        assert!(check(0, Some(1)) && check(5, Some(3)) && check(10, Some(3)));
+        assert_eq!(log.lines(), Vec::<String>::new());
+        assert!(check(15, Some(3)) && check(20, Some(3)));
+        assert_eq!(log.lines(), ["queue 1: no progress for 10 s: a write does not return"]);
+        assert_eq!(disk.read().stalls, 1);
+
+        assert!(!check(25, None), "nothing waits");
+        assert_eq!(log.lines()[1..], ["queue 1: it makes progress again after 20 s"]);
+
+        // A wait that ends in time is not reported.
+        assert!(check(30, Some(5)) && !check(39, None));
+        assert_eq!(log.lines().len(), 2);
+    }
+}
