@@ -376,8 +376,8 @@ administrator_sees_the_container() {
   echo "$inspected"
   assert_contains "$inspected" "guest kernel:     $(ctr task exec --exec-id uname "$name" uname -r)"
   assert_contains "$inspected" "vmm:              $(pids_of vmm)"
-  grep -q '^boot:  *[0-9]* ms$' <<<"$inspected"
-  grep -q '^start:  *[0-9]* ms$' <<<"$inspected"
+  grep -q '^agent ready:  *[0-9]* ms$' <<<"$inspected"
+  grep -q '^started:  *[0-9]* ms$' <<<"$inspected"
   assert_contains "$(containerd-shim-nutshell-v2 inspect "default/$name" --json)" '"state": "running"'
   containerd-shim-nutshell-v2 console "$name"
   assert_contains "$(containerd-shim-nutshell-v2 metrics)" "nutshell_container_running{namespace=\"default\",id=\"$name\""

@@ -3,6 +3,7 @@
 # the guest gets as a virtio-blk device and mounts itself.
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
+source "$(dirname "$0")/../cases/network.bash"
 
 truncate -s 64M /run/scratch.ext4
 mkfs.ext4 -q /run/scratch.ext4
@@ -17,6 +18,9 @@ mkdir -p /run/containerd-root/blockfile
 mount -t tmpfs -o size=600M tmpfs /run/containerd-root/blockfile
 set_up_containerd 2.1 busybox
 snapshotter=blockfile
+# The first network namespace creates mounts that stay: they must exist before the first check.
+ip netns add first
+ip netns del first
 
 root_is_an_ext4_disk_of_the_guest() {
   new_name
@@ -74,8 +78,48 @@ full_host_disk_under_a_guests_write_is_named_in_the_log() {
   dd if=/dev/zero of=$fill bs=1M >/dev/null 2>&1 || true
   ! ctr task exec --exec-id write "$name" sh -c 'dd if=/dev/urandom of=/data bs=1M count=30 conv=fsync' >/dev/null 2>&1 || return 1
   rm $fill
-  wait_for_log "$logged" 'disk /run/containerd-root/blockfile/[^ ]*: write at byte [0-9]* failed.*No space left on device'
+  wait_for_log "$logged" 'disk /run/containerd-root/blockfile/[^ ]*: queue 0: write at byte [0-9]* failed.*No space left on device'
   remove "$name"
+}
+
+# counter METRICS FAMILY DEVICE: prints a counter of the container $name.
+counter() {
+  sed -n "s|^$2_total{namespace=\"default\",sandbox=\"$name\",device=\"$3\"} ||p" <<<"$1"
+}
+
+# Four MiB and three pings. A vmm that does not answer holds nothing up.
+administrator_sees_what_the_devices_have_done() {
+  make_network
+  new_name
+  local inspected metrics vmm start
+  nutshell "$name" -d --with-ns network:/run/netns/pod -- sleep 1000
+  ctr task exec --exec-id io "$name" sh -c \
+    'dd if=/dev/urandom of=/data bs=1M count=4 conv=fsync 2>/dev/null; for i in 1 2 3; do ping -c 1 -W 5 10.77.0.1 || exit; done' >/dev/null
+  inspected=$(containerd-shim-nutshell-v2 inspect "$name")
+  echo "$inspected"
+  grep -q '^nutshell-0  *[1-9][0-9]*  *0  *0  *[1-9][0-9]*  *[1-9][0-9]*  */run/containerd-root/blockfile/' <<<"$inspected"
+  local phase
+  for phase in spawn "vmm ready" kernel "agent ready" created started; do
+    grep -q "^$phase:  *[0-9]* ms$" <<<"$inspected"
+  done
+  metrics=$(containerd-shim-nutshell-v2 metrics)
+  echo "$metrics"
+  (($(counter "$metrics" nutshell_device_from_guest_bytes nutshell-0) >= 4 << 20))
+  (($(counter "$metrics" nutshell_device_requests net-0) >= 6))
+  (($(counter "$metrics" nutshell_device_to_guest_bytes net-0) >= 3 * 98))
+  assert_equal 0 "$(counter "$metrics" nutshell_device_errors nutshell-0)"
+  assert_contains "$metrics" "# TYPE nutshell_device_stalls counter"
+  assert_equal "# EOF" "$(tail -n 1 <<<"$metrics")"
+  vmm=$(sed -n 's/^vmm:  *//p' <<<"$inspected")
+  kill -STOP "$vmm"
+  start=$SECONDS
+  inspected=$(containerd-shim-nutshell-v2 inspect "$name")
+  kill -CONT "$vmm"
+  ((SECONDS - start <= 3))
+  assert_contains "$inspected" "devices:          not known, the vmm gave no answer: the vmm did not answer within 1 s"
+  assert_contains "$inspected" "state:            running"
+  remove "$name"
+  remove_network
 }
 
 # wait_for_log OFFSET PATTERN: waits until containerd's log has a matching line after OFFSET. Limited to 100 tries.
@@ -95,6 +139,7 @@ check "bind mounts work beside a disk" bind_mounts_work_beside_a_disk
 check "exit status is exact" exit_status_is_exact
 check "writes are on the disk after the delete" writes_are_on_the_disk_after_the_delete
 check "full host disk under a guest's write is named in the log" full_host_disk_under_a_guests_write_is_named_in_the_log
+check "administrator sees what the devices have done" administrator_sees_what_the_devices_have_done
 check "missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
 rm /run/scratch.ext4
 finish
