@@ -315,7 +315,7 @@ impl Machine {
         }
     }
 
-    /// Waits for the machine's end. The process has been reaped then.
+    /// Waits for the machine's end. The process has been reaped then, unless a disk of the host keeps it from ending.
     pub(crate) async fn ended(&self) -> Arc<MachineExit> {
         let mut receiver = self.state.exit.subscribe();
         loop {
@@ -355,6 +355,7 @@ impl Machine {
             requested,
         });
         self.child.kill();
+        self.state.end_requested.notify_one();
     }
 
     /// Lets the guest open one stream, whose bytes come from `input` and go to `output`.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use super::{
     async_channel::AsyncChannel,
@@ -31,6 +31,9 @@ pub(crate) const FINAL_NOTICE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long to receive the notices of a vmm that has ended. All of them are in the socket's buffer by then. A process
 /// that a compromised vmm has forked can keep the channel open, and can go on sending.
 const DEAD_NOTICES_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// How long a killed vmm may take to end. A disk whose file system hangs can keep it in an uninterruptible call.
+const REAP_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
 /// How many warnings of a vmm are logged at once, and how often one is logged after that.
 const WARNING_BURST: u32 = 50;
@@ -67,6 +70,8 @@ pub(super) struct MachineState {
     warnings: Mutex<RateLimit<()>>,
     /// The first decision of the shim to end the machine.
     pub(super) end_request: Mutex<Option<EndRequest>>,
+    /// Wakes [`run`] after the first decision.
+    pub(super) end_requested: Notify,
     /// Set once, when the process is gone.
     pub(super) exit: watch::Sender<Option<Arc<MachineExit>>>,
 }
@@ -84,6 +89,7 @@ impl MachineState {
             disk_paths: Mutex::default(),
             warnings: Mutex::new(RateLimit::new(WARNING_BURST, WARNING_INTERVAL)),
             end_request: Mutex::default(),
+            end_requested: Notify::new(),
             exit: watch::Sender::new(None),
         }
     }
@@ -106,7 +112,7 @@ impl MachineState {
     }
 }
 
-/// Follows the machine to its end, kills and reaps its process, and publishes the reason. `agent_end` completes with a
+/// Follows the machine to its end, kills its process, publishes the reason, and reaps the process, usually before that. `agent_end` completes with a
 /// reason when the stream to the agent has ended.
 pub(super) async fn run(
     state: &MachineState,
@@ -126,7 +132,11 @@ pub(super) async fn run(
         let _ = child.wait().await;
         tokio::time::sleep(DEAD_NOTICES_TIMEOUT).await;
     };
-    // The last two are unconstrained, because a flood of notices uses up the budget of this task whenever it runs.
+    let vmm_stays = async {
+        state.end_requested.notified().await;
+        tokio::time::sleep(REAP_LIMIT).await;
+    };
+    // All but the first are unconstrained, because a flood of notices uses up the budget of this task whenever it runs.
     let (reported, console) = tokio::select! {
         biased;
         ended = receive_notices(state, control) => match ended {
@@ -135,18 +145,20 @@ pub(super) async fn run(
         },
         reason = tokio::task::unconstrained(agent_gone) => (Some(reason), Vec::new()),
         () = tokio::task::unconstrained(vmm_gone) => (None, Vec::new()),
+        () = tokio::task::unconstrained(vmm_stays) => (None, Vec::new()),
     };
     child.kill();
-    let status = child.reap().await;
+    let status = tokio::time::timeout(REAP_LIMIT, child.reap()).await;
     let stderr = stderr.finish(STDERR_TIMEOUT).await;
     let end_request = state.end_request.lock().take();
     let requested = end_request.as_ref().is_some_and(|request| request.requested);
     let reason = end_request
         .map(|request| request.reason)
         .or(reported)
-        .unwrap_or_else(|| match status {
-            Ok(status) => describe_death(status, &stderr),
-            Err(error) => format!("cannot reap the vmm process: {error}"),
+        .unwrap_or_else(|| match &status {
+            Ok(Ok(status)) => describe_death(*status, &stderr),
+            Ok(Err(error)) => format!("cannot reap the vmm process: {error}"),
+            Err(_) => "the virtual machine's process does not end: a disk of this host hangs".to_owned(),
         });
     state.streams.close_all();
     state.slot_requests.lock().clear();
@@ -157,6 +169,15 @@ pub(super) async fn run(
         requested,
         console: printable_tail(&console),
     })));
+    if status.is_err() {
+        log::warn!(
+            "vmm process {} does not end after SIGKILL: a disk of this host hangs",
+            child.pid()
+        );
+        if let Err(error) = child.reap().await {
+            log::warn!("cannot reap the vmm process {}: {error}", child.pid());
+        }
+    }
 }
 
 /// Handles notices until the last one. `None` if the channel ends without [`Notice::Ended`].

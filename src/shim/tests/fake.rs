@@ -17,6 +17,7 @@ use nutshell_protocol::{
     ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
+use super::hung_volume::HungVolume;
 use crate::{
     control::{
         Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, monotonic_now,
@@ -49,6 +50,8 @@ pub(super) enum Behaviour {
     NoStatistics,
     /// It reports no stream as drained before [`Fake::report_drained`].
     NeverDrains,
+    /// Its vmm waits for a disk that does not answer, and cannot be killed before [`Fake::release_disk`].
+    WaitsForDisk,
     /// After the end of its vmm, another process holds all that the vmm had open.
     OutlivedByFork,
 }
@@ -82,6 +85,8 @@ struct State {
     pid: u32,
     /// Neither vmm nor guest react to anything, as after SIGSTOP.
     is_stopped: bool,
+    /// The file system with the disk that the vmm waits for.
+    volume: Option<HungVolume>,
     /// The writing end of the vmm's standard error.
     forks_stderr: Option<io::PipeWriter>,
     /// The files of open streams, by port.
@@ -163,7 +168,16 @@ impl Launcher for FakeLauncher {
             self.fake.state().forks_stderr = Some(writer.try_clone()?);
         }
         // It lives until it is killed, or until the fake vmm ends and closes its standard input.
-        let child = Program::new("cat").stdin(Stdio::piped()).stderr(writer).spawn()?;
+        let mut program = Program::new("cat");
+        if self.fake.behaviour == Behaviour::WaitsForDisk {
+            let volume = HungVolume::mount();
+            program.arg(volume.path().join("disk"));
+            self.fake.state().volume = Some(volume);
+        }
+        let child = program.stdin(Stdio::piped()).stderr(writer).spawn()?;
+        if let Some(volume) = &self.fake.state().volume {
+            volume.wait_for_request();
+        }
         let pid = child.id();
         let watched = Child::from_std(&child)?;
         self.fake.state().pid = pid;
@@ -523,6 +537,11 @@ impl Fake {
     /// Stops the vmm of the newest machine, as SIGSTOP would. SIGKILL still ends it.
     pub(super) fn stop_vmm(&self) {
         self.state().is_stopped = true;
+    }
+
+    /// Fails the call of the vmm that waits for a disk.
+    pub(super) fn release_disk(&self) {
+        self.state().volume = None;
     }
 
     /// Kills the vmm of the newest machine.

@@ -3,6 +3,7 @@
 mod exits;
 mod fake;
 mod hostile;
+mod hung_volume;
 mod lifecycle;
 mod pods;
 pub(super) mod script;

@@ -96,6 +96,27 @@ async fn stopped_vmm_fails_calls_in_time_and_its_pod_can_be_killed_and_deleted()
     assert!(!process_exists(shim.fake.vmm_pid()));
 }
 
+/// A flush of a disk whose file system hangs, for example.
+#[tokio::test]
+async fn vmm_that_waits_for_a_disk_does_not_delay_the_end_of_its_pod() {
+    let shim = Shim::start_with(Behaviour::WaitsForDisk).await;
+    shim.run("c1").await;
+    let pid = shim.fake.vmm_pid();
+
+    let start = Instant::now();
+    shim.kill("c1", "", 9).await.unwrap();
+    assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+    shim.delete("c1", "").await.unwrap();
+
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+    assert!(process_exists(pid), "the vmm could be killed");
+    shim.fake.release_disk();
+    // The shim still reaps it.
+    while process_exists(pid) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// A compromised vmm may fork, and the fork keeps everything open that the vmm had.
 #[tokio::test]
 async fn fork_of_a_vmm_does_not_delay_the_end_of_its_pod() {
