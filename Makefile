@@ -16,7 +16,7 @@ SHIM := $(CARGO_TARGET_DIR)/nutshell/$(NAME)
 AGENT_PATH := $(CARGO_TARGET_DIR)/guest/agent.path
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
-PACKAGES := bc bison build-essential flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
+PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
 # Suites that take long and repeat others, with containerd 1.7 or with the other sandbox API, are left to `make soak`.
 SOAK_SUITES := containers-1.7 failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
@@ -43,7 +43,7 @@ run: ## set everything up, then run a container in its own VM
 build: setup ## build the executable, with guest kernel and initramfs inside
 	@$(PHASE) "build (in parallel)" "9 minutes on two cores, seconds when little changed" \
 		$(MAKE_PHASES) -j$(shell nproc) kernel executable $(PARTS)
-	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) $(SHIM)
+	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" $(INITRAMFS) "$$(command -v busybox)" $(SHIM)
 
 install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 	@test -x $(SHIM) || { echo "$(SHIM) does not exist: run \`make build\` first" >&2; exit 1; }

@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -28,6 +29,9 @@ const OWN_EXECUTABLE: &str = "/proc/self/exe";
 const KERNEL_SECTION: &str = ".nutshell.kernel";
 const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
+/// The section with the program of an administrator's shell.
+const SHELL_SECTION: &str = ".nutshell.shell";
+
 /// Why the guest image cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestImageError {
@@ -35,6 +39,10 @@ pub(crate) enum GuestImageError {
         "this executable contains no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
     )]
     NotEmbedded(&'static str),
+    #[error("this executable contains no shell for the guest: build it with `make build`")]
+    NoShell,
+    #[error("cannot read the shell for the guest in {OWN_EXECUTABLE}: {0}: install the executable again")]
+    UnreadableShell(#[source] io::Error),
     #[error("cannot read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]
     Executable(#[from] object::Error),
     #[error("cannot open the guest {part} {}: {source}", path.display())]
@@ -71,6 +79,17 @@ pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Gu
     })
 }
 
+/// Reads the program of an administrator's shell, a statically linked BusyBox.
+pub(crate) fn read_shell() -> Result<Vec<u8>, GuestImageError> {
+    let file = File::open(OWN_EXECUTABLE).map_err(GuestImageError::UnreadableShell)?;
+    let Extent { offset, length } = find_section(&file, SHELL_SECTION)?.ok_or(GuestImageError::NoShell)?;
+    let length = usize::try_from(length).map_err(io::Error::other);
+    let mut program = vec![0; length.map_err(GuestImageError::UnreadableShell)?];
+    file.read_exact_at(&mut program, offset)
+        .map_err(GuestImageError::UnreadableShell)?;
+    Ok(program)
+}
+
 fn open_part(part: &'static str, configured: Option<&Path>, section: &str) -> Result<(File, Extent), GuestImageError> {
     let path = configured.unwrap_or(Path::new(OWN_EXECUTABLE));
     let unreadable = |source| GuestImageError::Unreadable {
@@ -103,8 +122,6 @@ fn find_section(file: &File, name: &str) -> Result<Option<Extent>, object::Error
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     #[used]

@@ -3,7 +3,8 @@
 //! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it
 //! again as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not
 //! need before they read anything that a guest wrote. An administrator runs `check`, which boots a guest and reports
-//! whether this host can run nutshell, and `ps`, `metrics`, `inspect` and `console`, which show running pods.
+//! whether this host can run nutshell, `ps`, `metrics`, `inspect` and `console`, which show running pods, and `shell`,
+//! which opens a shell in a guest.
 
 mod admin;
 mod check;

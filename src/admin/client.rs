@@ -13,10 +13,13 @@ use containerd_shim::protos::ttrpc::{
 };
 use tokio::net::UnixStream;
 
-use crate::shim::report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, ShimReport};
+use crate::shim::report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, SHELL, ShellRequest, ShimReport};
 
 /// How long a shim may take to answer. It never waits for its guest for longer.
 const TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long the start of a shell may take, which waits for the guest.
+const SHELL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A shim that cannot be asked.
 #[derive(Debug, thiserror::Error)]
@@ -25,14 +28,18 @@ pub(super) enum CallError {
     Connect { socket: PathBuf, source: io::Error },
     #[error("the shim at {} does not answer: {source}", socket.display())]
     Call { socket: PathBuf, source: ttrpc::Error },
+    #[error("{0}")]
+    Refused(String),
     #[error("the shim at {} is of another version: {source}", socket.display())]
     Decode { socket: PathBuf, source: serde_json::Error },
+    #[error("encode the request: {0}")]
+    Encode(#[source] serde_json::Error),
 }
 
 /// Asks the shim at `socket` for its state. With `full`, the report has what only the vmms know.
 pub(super) async fn call_report(socket: &Path, full: bool) -> Result<ShimReport, CallError> {
     let method = if full { FULL_REPORT } else { REPORT };
-    let bytes = call(socket, method, Vec::new()).await?;
+    let bytes = call(socket, method, Vec::new(), TIMEOUT).await?;
     serde_json::from_slice(&bytes).map_err(|source| CallError::Decode {
         socket: socket.to_owned(),
         source,
@@ -41,7 +48,7 @@ pub(super) async fn call_report(socket: &Path, full: bool) -> Result<ShimReport,
 
 /// Asks the shim at `socket` for the end of the console of the guest in which the container `id` runs.
 pub(super) async fn call_console(socket: &Path, id: &str) -> Result<String, CallError> {
-    let bytes = call(socket, CONSOLE, id.as_bytes().to_vec()).await?;
+    let bytes = call(socket, CONSOLE, id.as_bytes().to_vec(), TIMEOUT).await?;
     let text = String::from_utf8_lossy(&bytes).into_owned();
     Ok(if text.is_empty() || text.ends_with('\n') {
         text
@@ -50,7 +57,13 @@ pub(super) async fn call_console(socket: &Path, id: &str) -> Result<String, Call
     })
 }
 
-async fn call(socket: &Path, method: &str, payload: Vec<u8>) -> Result<Vec<u8>, CallError> {
+/// Asks the shim at `socket` for a shell. When this returns, the shim has connected to the socket in `request`.
+pub(super) async fn call_shell(socket: &Path, request: &ShellRequest) -> Result<(), CallError> {
+    let payload = serde_json::to_vec(request).map_err(CallError::Encode)?;
+    call(socket, SHELL, payload, SHELL_TIMEOUT).await.map(drop)
+}
+
+async fn call(socket: &Path, method: &str, payload: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, CallError> {
     let stream = UnixStream::connect(socket).await.map_err(|source| CallError::Connect {
         socket: socket.to_owned(),
         source,
@@ -60,12 +73,15 @@ async fn call(socket: &Path, method: &str, payload: Vec<u8>) -> Result<Vec<u8>, 
         service: ADMIN_SERVICE.to_owned(),
         method: method.to_owned(),
         payload,
-        timeout_nano: i64::try_from(TIMEOUT.as_nanos()).unwrap_or(i64::MAX),
+        timeout_nano: i64::try_from(timeout.as_nanos()).unwrap_or(i64::MAX),
         ..Request::default()
     };
-    let response = client.request(request).await.map_err(|source| CallError::Call {
-        socket: socket.to_owned(),
-        source,
+    let response = client.request(request).await.map_err(|error| match error {
+        ttrpc::Error::RpcStatus(status) => CallError::Refused(status.message),
+        source => CallError::Call {
+            socket: socket.to_owned(),
+            source,
+        },
     })?;
     Ok(response.payload)
 }

@@ -1,4 +1,5 @@
-//! The actions of an administrator on running pods: `ps`, `metrics`, `inspect ID` and `console ID`.
+//! The actions of an administrator on running pods: `ps`, `metrics`, `inspect ID`, `console ID` and
+//! `shell ID`.
 //!
 //! Belongs here: finding the shims of this host, asking them, and printing their answers. Does not belong here: the
 //! answers themselves, which [`crate::shim`] makes. The executable's `main` calls [`main`] if the first argument is one
@@ -7,6 +8,7 @@
 mod client;
 mod discovery;
 mod metrics;
+mod shell;
 
 use std::{
     fmt::Write,
@@ -19,11 +21,12 @@ use std::{
 use self::{
     client::{CallError, call_console, call_report},
     discovery::find_sockets,
+    shell::ShellError,
 };
 use crate::shim::report::{ContainerReport, MachineReport, ShimReport};
 
 /// The first arguments that select this role.
-pub(crate) const ROLES: [&str; 4] = ["ps", "metrics", "inspect", "console"];
+pub(crate) const ROLES: [&str; 5] = ["ps", "metrics", "inspect", "console", "shell"];
 
 /// containerd's state directory, unless `--state` names another.
 const DEFAULT_STATE_DIRECTORY: &str = "/run/containerd";
@@ -31,7 +34,9 @@ const DEFAULT_STATE_DIRECTORY: &str = "/run/containerd";
 /// A failed action.
 #[derive(Debug, thiserror::Error)]
 enum AdminError {
-    #[error("usage: containerd-shim-nutshell-v2 ps|metrics|inspect ID|console ID [--json] [--state DIRECTORY]")]
+    #[error(
+        "usage: containerd-shim-nutshell-v2 ps|metrics|inspect ID|console ID|shell ID [--json] [--state DIRECTORY]"
+    )]
     Usage,
     #[error("start the runtime for asynchronous calls: {0}")]
     Runtime(#[source] io::Error),
@@ -41,6 +46,8 @@ enum AdminError {
     Ambiguous(String),
     #[error("{0}")]
     Call(#[from] CallError),
+    #[error("{0}")]
+    Shell(#[from] ShellError),
     #[error("encode the report: {0}")]
     Encode(#[from] serde_json::Error),
     #[error("print: {0}")]
@@ -53,6 +60,7 @@ enum Action {
     Metrics,
     Inspect(String),
     Console(String),
+    Shell(String),
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -66,7 +74,7 @@ struct Arguments {
 pub(crate) fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE
@@ -74,7 +82,8 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &[String]) -> Result<(), AdminError> {
+/// Returns the exit status.
+fn run(arguments: &[String]) -> Result<ExitCode, AdminError> {
     let Arguments { action, json, state } = parse(arguments).ok_or(AdminError::Usage)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -98,8 +107,13 @@ fn run(arguments: &[String]) -> Result<(), AdminError> {
             let (shim, container) = find(&shims, &name, &state)?;
             runtime.block_on(call_console(&shim.socket, &container.id))?
         }
+        Action::Shell(name) => {
+            let (shim, container) = find(&shims, &name, &state)?;
+            return Ok(shell::run(&runtime, &shim.socket, &container.id, &state)?.into());
+        }
     };
-    io::stdout().write_all(text.as_bytes()).map_err(AdminError::Print)
+    io::stdout().write_all(text.as_bytes()).map_err(AdminError::Print)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// `None` for a wrong command line.
@@ -119,6 +133,7 @@ fn parse(arguments: &[String]) -> Option<Arguments> {
         ["metrics"] => Action::Metrics,
         ["inspect", id] => Action::Inspect(id.to_owned()),
         ["console", id] => Action::Console(id.to_owned()),
+        ["shell", id] => Action::Shell(id.to_owned()),
         _ => return None,
     };
     Some(Arguments { action, json, state })
@@ -412,7 +427,8 @@ mod tests {
                 state.clone(),
             ),
             ("metrics", Action::Metrics, false, state.clone()),
-            ("console c1", Action::Console("c1".to_owned()), false, state),
+            ("console c1", Action::Console("c1".to_owned()), false, state.clone()),
+            ("shell c1", Action::Shell("c1".to_owned()), false, state),
         ] {
             assert_eq!(arguments(line), Some(Arguments { action, json, state }), "{line}");
         }

@@ -10,6 +10,7 @@
 //! initramfs = "/path/to/initramfs.cpio"   # from the same build as this executable
 //! kernel_arguments = ""          # appended to the kernel's command line
 //! ready_timeout_seconds = 8      # how long the boot may make no progress; a boot may take 30 times that in total
+//! shell = true                   # whether root may open a shell in a guest
 //!
 //! [machine]                      # sizes; `oci` documents which containers they apply to
 //! default_memory_mib = 512
@@ -53,6 +54,8 @@ pub(crate) struct Configuration {
     /// How long a booting guest may make no progress until its agent answers. Time in which the guest waits for a CPU
     /// of the host does not count.
     pub(crate) ready_timeout: Duration,
+    /// Whether an administrator may open a shell in a guest.
+    pub(crate) shell: bool,
     /// Default and maximum sizes of machines.
     pub(crate) sizing: Sizing,
     /// The meaning of hostPID and hostIPC.
@@ -120,6 +123,7 @@ impl Configuration {
             initramfs: guest.initramfs,
             kernel_arguments: guest.kernel_arguments,
             ready_timeout: Duration::from_secs(ready_timeout),
+            shell: guest.shell.unwrap_or(true),
             sizing: machine.sizing(host)?,
             host_namespaces: pod.host_namespaces,
             debug,
@@ -149,6 +153,7 @@ struct GuestSection {
     initramfs: Option<PathBuf>,
     kernel_arguments: String,
     ready_timeout_seconds: Option<u64>,
+    shell: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -245,6 +250,7 @@ mod tests {
             initramfs: None,
             kernel_arguments: String::new(),
             ready_timeout: Duration::from_secs(8),
+            shell: true,
             sizing: Sizing {
                 default_memory: 512 << 20,
                 default_vcpus: 1,
@@ -272,6 +278,7 @@ mod tests {
             initramfs = "/boot/initramfs"
             kernel_arguments = "quiet loglevel=1"
             ready_timeout_seconds = 30
+            shell = false
             [machine]
             default_memory_mib = 256
             default_vcpus = 2
@@ -286,6 +293,7 @@ mod tests {
             initramfs: Some("/boot/initramfs".into()),
             kernel_arguments: "quiet loglevel=1".to_owned(),
             ready_timeout: Duration::from_secs(30),
+            shell: false,
             sizing: Sizing {
                 default_memory: 256 << 20,
                 default_vcpus: 2,

@@ -1,5 +1,8 @@
 //! What a shim tells an administrator about itself: the messages of its private service, in JSON.
 
+use std::path::PathBuf;
+
+use nutshell_protocol::ShellTerminal;
 use serde::{Deserialize, Serialize};
 
 /// The name of the ttrpc service. containerd does not know it.
@@ -13,6 +16,21 @@ pub(crate) const FULL_REPORT: &str = "FullReport";
 
 /// The method that returns the end of a guest's console, as text. Its request is the id of a container of the pod.
 pub(crate) const CONSOLE: &str = "Console";
+
+/// The method that starts a shell in a guest. Its request is a [`ShellRequest`], its response is empty.
+pub(crate) const SHELL: &str = "Shell";
+
+/// A shell in the guest for an administrator.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShellRequest {
+    /// The id of a container of the pod.
+    pub(crate) id: String,
+    /// A Unix socket at which the client listens. The shim connects to it once, for the messages of the shell
+    /// ([`nutshell_protocol::ShellInput`], [`nutshell_protocol::ShellOutput`]).
+    pub(crate) socket: PathBuf,
+    /// `None` if the client has no terminal.
+    pub(crate) terminal: Option<ShellTerminal>,
+}
 
 /// The state of a shim.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]

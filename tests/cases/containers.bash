@@ -386,6 +386,37 @@ administrator_sees_the_container() {
   ! containerd-shim-nutshell-v2 inspect "$name" 2>/dev/null || return 1
 }
 
+administrator_opens_a_shell_in_the_guest() {
+  new_name
+  nutshell "$name" -d -- sleep 1000
+  local output status=0
+  output=$(echo 'uname -r; ls /run/nutshell/containers; cat >/run/file; exit 7' |
+    containerd-shim-nutshell-v2 shell "$name") || status=$?
+  assert_equal 7 "$status"
+  assert_equal "$(ctr task exec --exec-id uname "$name" uname -r) $name" "$(echo $output)"
+  # On a terminal, which script(1) provides. The container is unaffected by what the shell leaves behind.
+  script -qec "stty columns 99 rows 44; containerd-shim-nutshell-v2 shell default/$name; echo status \$?" /dev/null \
+    <<<'stty size; tty; sleep 1000 & exit 3' >/run/tmp/out
+  assert_contains "$(</run/tmp/out)" "44 99"
+  assert_contains "$(</run/tmp/out)" "/dev/pts/"
+  assert_contains "$(</run/tmp/out)" "status 3"
+  # A shell ends with its client, and with its container.
+  containerd-shim-nutshell-v2 shell "$name" <&"$never" &
+  local client=$!
+  remove "$name"
+  status=0
+  wait "$client" || status=$?
+  assert_equal 1 "$status"
+  echo '[guest]
+    shell = false' >/run/tmp/nutshell.toml
+  new_name
+  nutshell "$name" -d --runtime-config-path /run/tmp/nutshell.toml -- sleep 1000
+  output=$(containerd-shim-nutshell-v2 shell "$name" 2>&1 </dev/null) && return 1
+  assert_contains "$output" "shells are disabled"
+  remove "$name"
+  rm /run/tmp/out /run/tmp/nutshell.toml
+}
+
 machine_has_the_oom_score_of_its_container() {
   new_name
   nutshell "$name" -d -- sleep 1000
@@ -445,6 +476,7 @@ every_case() {
   check "later mounts of the host are refused" later_mounts_of_the_host_are_refused
   check "pid of a container shows no files of the host" pid_of_a_container_shows_no_files_of_the_host
   check "administrator sees the container" administrator_sees_the_container
+  check "administrator opens a shell in the guest" administrator_opens_a_shell_in_the_guest
   check "machine has the oom_score_adj of its container" machine_has_the_oom_score_of_its_container
   check "guest kernel panic ends the container" guest_kernel_panic_ends_the_container
   check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause

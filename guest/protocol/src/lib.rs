@@ -11,13 +11,15 @@
 mod bounds;
 mod frame;
 mod message;
+mod shell;
 
 pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
 pub use message::{
     ContainerStats, CpuStats, CreateContainer, Event, Exited, Failure, FailureKind, FromAgent, GuestSettings, IoStats,
-    MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidNamespace, PidsStats, PodFile,
-    ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, StartExec, Stdio, ToAgent,
+    MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, OpenShell, PidNamespace, PidsStats,
+    PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
+pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).
 pub const HOST_CID: u32 = 2;

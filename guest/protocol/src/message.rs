@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{NETWORK_SLOTS, bounds};
+use crate::{NETWORK_SLOTS, TerminalSize, bounds};
 
 /// A message from the shim to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -125,8 +125,31 @@ pub enum Request {
         /// Addresses on the guest's loopback interface. The agent connects to the first that accepts.
         targets: Vec<SocketAddr>,
     },
+    /// Start a shell in the guest, beside the containers, for the host's administrator: [`Response::Done`] once it runs.
+    OpenShell(OpenShell),
     /// Remove all containers and write back all file systems: [`Response::Done`]. The shim then ends the machine.
     Shutdown,
+}
+
+/// A shell in the guest, outside of all containers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenShell {
+    /// The host's vsock port, to which the agent connects the stream of [`crate::ShellInput`] and
+    /// [`crate::ShellOutput`].
+    pub stream_port: u32,
+    /// A statically linked BusyBox.
+    pub program: Vec<u8>,
+    /// `None` for a shell that reads commands from a pipe.
+    pub terminal: Option<ShellTerminal>,
+}
+
+/// Settings of the terminal that the agent opens for a shell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShellTerminal {
+    /// The initial size.
+    pub size: TerminalSize,
+    /// The kind of the client's terminal, for the variable `TERM`.
+    pub kind: String,
 }
 
 /// Settings that the containers of a pod share. The agent applies them to the machine's own namespaces.

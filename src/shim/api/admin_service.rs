@@ -1,5 +1,5 @@
-//! The service for an administrator: the actions `ps`, `inspect`, `metrics` and `console` call it. The socket accepts connections
-//! of the shim's own user only, which is root.
+//! The service for an administrator: the actions `ps`, `inspect`, `metrics`, `console` and `shell` call it. The socket
+//! accepts connections of the shim's own user only, which is root.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -11,17 +11,18 @@ use containerd_shim::protos::ttrpc::{
 };
 
 use crate::shim::{
-    error::TaskError,
-    report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, ShimReport},
+    error::{ErrorCode, TaskError},
+    report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, SHELL, ShimReport},
     tasks::Tasks,
 };
 
 /// The service by its name.
 pub(super) fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
-    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 3] = [
+    let methods: [(&str, Box<dyn MethodHandler + Send + Sync>); 4] = [
         (REPORT, Box::new(Report(tasks.clone()))),
         (FULL_REPORT, Box::new(FullReport(tasks.clone()))),
         (CONSOLE, Box::new(Console(tasks.clone()))),
+        (SHELL, Box::new(Shell(tasks.clone()))),
     ];
     let service = Service {
         methods: methods
@@ -59,6 +60,25 @@ impl MethodHandler for Console {
         let id = String::from_utf8_lossy(&request.payload);
         Ok(match self.0.console(&id).await {
             Ok(console) => response(console.into_bytes()),
+            Err(error) => failure(&error),
+        })
+    }
+}
+
+struct Shell(Arc<Tasks>);
+
+#[async_trait]
+impl MethodHandler for Shell {
+    async fn handler(&self, _: TtrpcContext, request: Request) -> ttrpc::Result<Response> {
+        let opened = match serde_json::from_slice(&request.payload) {
+            Ok(request) => self.0.open_shell(request).await,
+            Err(error) => Err(TaskError::new(
+                ErrorCode::InvalidArgument,
+                format!("decode the request for a shell: {error}"),
+            )),
+        };
+        Ok(match opened {
+            Ok(()) => response(Vec::new()),
             Err(error) => failure(&error),
         })
     }

@@ -13,12 +13,13 @@
 //! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
 //! | `size` | the resizing of a machine to the limits of its containers |
-//! | `report` | the answers to an administrator |
+//! | `admin` | reports for an administrator, and shells in the guest |
 //! | `agent_call`, `limits` | requests to the agent, and how long they may take |
 //!
 //! All of it runs on the shim's main thread. A call that has begun is finished even if its client disconnects, so
 //! that it leaves nothing half-done.
 
+mod admin;
 mod agent_call;
 mod container;
 mod control;
@@ -28,7 +29,6 @@ mod exit;
 mod guest_setup;
 mod host_setup;
 mod limits;
-mod report;
 mod sandbox;
 mod size;
 mod start;

@@ -87,6 +87,7 @@ impl Shim {
             initramfs: None,
             kernel_arguments: String::new(),
             ready_timeout: Duration::from_millis(300),
+            shell: true,
             sizing: Sizing {
                 default_memory: 64 << 20,
                 default_vcpus: 1,

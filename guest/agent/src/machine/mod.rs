@@ -1,5 +1,5 @@
 //! The guest as a whole. `setup` prepares it at boot, [`reboot`] ends it. The other modules serve requests of the host:
-//! clock, size, disks, share, network devices, forwarded connections, and settings of the machine's own namespaces.
+//! clock, size, disks, share, network devices, forwarded connections, shells, and settings of the machine's own namespaces.
 //!
 //! Nothing here depends on containers. `main`, the event loop and its jobs call this.
 
@@ -10,6 +10,7 @@ pub(crate) mod network;
 pub(crate) mod settings;
 mod setup;
 pub(crate) mod share;
+pub(crate) mod shell;
 pub(crate) mod size;
 mod slot;
 

@@ -2,10 +2,6 @@
 
 use std::{collections::HashMap, process, sync::Arc, time::Duration};
 
-use super::{
-    container::{Container, Role},
-    table::Tasks,
-};
 use crate::{
     control::{DeviceCounters, MachineStatistics},
     shim::{
@@ -13,6 +9,10 @@ use crate::{
         machine::Machine,
         pod::Pod,
         report::{ContainerReport, DeviceReport, MachinePhases, MachineReport, ShimReport},
+        tasks::{
+            Tasks,
+            container::{Container, Role},
+        },
     },
 };
 
