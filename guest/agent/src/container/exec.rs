@@ -251,11 +251,13 @@ fn become_program(
         .collect();
     rustix::thread::set_thread_groups(&groups).describe(|| "set the additional groups".to_owned())?;
     set_ids(user.uid(), user.gid())?;
+    // The change to another user than root has cleared the effective capabilities (capabilities(7)). Without
+    // no_new_privs, seccomp(2) needs CAP_SYS_ADMIN.
+    capabilities::reset_effective(&*syscall).describe(|| "set the capabilities".to_owned())?;
     let has_late_filter = settings.process.no_new_privileges() == Some(true);
     if !has_late_filter {
         load_seccomp(settings)?;
     }
-    capabilities::reset_effective(&*syscall).describe(|| "set the capabilities".to_owned())?;
     if let Some(wanted) = &settings.capabilities {
         capabilities::drop_privileges(wanted, &*syscall).describe(|| "set the capabilities".to_owned())?;
     }

@@ -132,13 +132,16 @@ fn exec_has_the_containers_seccomp_filter() {
             "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95}],
         });
         let id = &start_container(&mut agent, &spec);
-        let mut process = process(&["/bin/sh", "-c", "mkdir /tmp/new 2>&1; grep Seccomp: /proc/self/status"]);
-        process["noNewPrivileges"] = json!(no_new_privileges);
-        let (_, text) = run_exec(&mut agent, id, &process);
-        assert!(
-            text.contains("not supported") && text.contains("Seccomp:\t2"),
-            "{no_new_privileges}: {text}"
-        );
+        for user in [0, 1000] {
+            let mut process = process(&["/bin/sh", "-c", "mkdir /tmp/new 2>&1; grep Seccomp: /proc/self/status"]);
+            process["noNewPrivileges"] = json!(no_new_privileges);
+            process["user"] = json!({"uid": user, "gid": user});
+            let (_, text) = run_exec(&mut agent, id, &process);
+            assert!(
+                text.contains("not supported") && text.contains("Seccomp:\t2"),
+                "no_new_privs {no_new_privileges}, user {user}: {text}"
+            );
+        }
         stop(&mut agent, id);
     }
 }
