@@ -287,7 +287,12 @@ fn already_finished() -> TaskError {
     TaskError::new(ErrorCode::NotFound, "process already finished")
 }
 
-/// Replaces guest pids with host pids for the processes that containerd started.
+/// One more than the largest pid that any kernel of 64 bits assigns (kernel, `PID_MAX_LIMIT`).
+const PID_LIMIT: u32 = 4 << 20;
+
+/// Replaces guest pids with host pids for the processes that containerd started. Other processes have no pid on the
+/// host: theirs become numbers that no process of the host can have, because clients such as `docker top` look for the
+/// processes on the host.
 fn with_host_pids(container: &Container, entries: Vec<ProcessEntry>) -> Vec<ListedProcess> {
     entries
         .into_iter()
@@ -299,7 +304,7 @@ fn with_host_pids(container: &Container, entries: Vec<ProcessEntry>) -> Vec<List
                 None => None,
             };
             ListedProcess {
-                pid: started.map_or(entry.pid, |process| process.pid()),
+                pid: started.map_or(PID_LIMIT + entry.pid % PID_LIMIT, |process| process.pid()),
                 exec,
             }
         })

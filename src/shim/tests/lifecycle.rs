@@ -204,7 +204,7 @@ async fn unstarted_exec_is_deleted_without_an_exit_event() {
 }
 
 #[tokio::test]
-async fn pids_are_host_pids_for_processes_that_containerd_started() {
+async fn pids_are_host_pids_for_started_processes_and_too_large_for_others() {
     let shim = Shim::start().await;
     let init = shim.run("c1").await;
     shim.exec("c1", "e1", "true").await.unwrap();
@@ -217,7 +217,8 @@ async fn pids_are_host_pids_for_processes_that_containerd_started() {
     let response = shim.task.pids(context::Context::default(), &request).await.unwrap();
 
     let pids: Vec<_> = response.processes.iter().map(|process| process.pid).collect();
-    assert_eq!(pids, [init, exec, 3000]);
+    // The third process has no pid on the host, where the largest is 4194303.
+    assert_eq!(pids, [init, exec, 4_194_304 + 3000]);
     let details = &response.processes[1].info;
     assert_eq!(details.type_url, "containerd.runc.v1.ProcessDetails");
     assert_eq!(ProcessDetails::parse_from_bytes(&details.value).unwrap().exec_id, "e1");
