@@ -1,10 +1,15 @@
 //! What a device has done so far, and what its queues wait for. The device's threads write it with relaxed atomics, and
 //! the vmm reads it from its event loop.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU8, AtomicU64, Ordering},
+use std::{
+    fmt::Debug,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU64, Ordering},
+    },
 };
+
+use parking_lot::Mutex;
 
 use super::stall_timer::StallTimer;
 use crate::control::DeviceCounters;
@@ -44,6 +49,13 @@ impl Obstacle {
     }
 }
 
+/// How much of a queue's used ring its driver has accepted.
+pub(crate) trait Acceptance: Debug + Send {
+    /// The number of used chains that the driver has not accepted, and the index up to which it has accepted them.
+    /// `None` if the rings cannot be read.
+    fn unaccepted(&self) -> Option<(u16, u16)>;
+}
+
 /// Work of a device that has not ended yet.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Pending {
@@ -75,6 +87,8 @@ struct QueueState {
     waits: AtomicU64,
     /// An [`Obstacle`], of the last wait.
     obstacle: AtomicU8,
+    /// If the driver must accept used chains soon: what it has accepted.
+    acceptance: Mutex<Option<Box<dyn Acceptance>>>,
 }
 
 impl Counters {
@@ -151,6 +165,13 @@ impl Counters {
         }
     }
 
+    /// From now on a queue is also pending while its driver does not accept used chains. `None` ends that.
+    pub(crate) fn expect_acceptance(&self, queue: u16, acceptance: Option<Box<dyn Acceptance>>) {
+        if let Some(state) = self.queues.get(usize::from(queue)) {
+            *state.acceptance.lock() = acceptance;
+        }
+    }
+
     /// Makes the vmm check the device for stalls after a while.
     pub(crate) fn watch(&self) {
         if let Some(timer) = &self.timer {
@@ -158,17 +179,24 @@ impl Counters {
         }
     }
 
-    /// The queues that wait.
+    /// The queues that wait for the host, or whose driver does not accept used chains.
     pub(crate) fn pending(&self) -> Vec<Pending> {
         let queues = self.queues.iter().enumerate();
         let waiting = queues.filter_map(|(index, state)| {
             let progress = state.waits.load(Ordering::SeqCst);
             let obstacle = state.obstacle.load(Ordering::Relaxed);
             let obstacle = OBSTACLES.into_iter().find(|candidate| *candidate as u8 == obstacle)?;
-            (progress % 2 == 1).then(|| Pending {
+            let (progress, reason) = if progress % 2 == 1 {
+                (progress, obstacle.describe().to_owned())
+            } else {
+                let (count, accepted) = state.acceptance.lock().as_ref()?.unaccepted()?;
+                let hangs = format!("the guest does not accept {count} completed requests: it hangs");
+                (count > 0).then(|| (u64::MAX - u64::from(accepted), hangs))?
+            };
+            Some(Pending {
                 place: format!("queue {index}"),
                 progress,
-                reason: obstacle.describe().to_owned(),
+                reason,
             })
         });
         waiting.collect()

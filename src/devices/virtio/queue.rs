@@ -18,7 +18,10 @@ use super::{
     buffers::{Chain, ChainError},
     interrupt::Interrupt,
 };
-use crate::memory::{GuestMemory, MemoryRegions};
+use crate::{
+    devices::counters::Acceptance,
+    memory::{GuestMemory, MemoryRegions},
+};
 
 /// A queue that cannot continue. Its device needs a reset.
 #[derive(Debug, thiserror::Error)]
@@ -62,11 +65,36 @@ pub(crate) struct DeviceQueue {
 const AVAIL_RING_HEADER_SIZE: u64 = 4;
 const USED_RING_HEADER_SIZE: u64 = 4;
 
+/// The offset of the index in the used ring, in bytes.
+const USED_INDEX_OFFSET: u64 = 2;
+
 /// The maximum number of chains that one [`DeviceQueue::serve`] call takes.
 const MAX_CHAINS_PER_TURN: usize = 64;
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT: the driver needs no interrupts.
 const NO_INTERRUPT: u16 = 1;
+
+/// The [`Acceptance`] of a queue, for a thread that does not serve it.
+#[derive(Debug)]
+struct UsedRing {
+    rings: &'static MemoryRegions,
+    used_index: GuestAddress,
+    used_event: GuestAddress,
+}
+
+impl Acceptance for UsedRing {
+    /// With VIRTIO_F_EVENT_IDX, a driver that waits for an interrupt has written the index (virtio 1.3 §2.7.7.1).
+    fn unaccepted(&self) -> Option<(u16, u16)> {
+        let load = |address| {
+            self.rings
+                .load::<u16>(address, Ordering::Relaxed)
+                .ok()
+                .map(u16::from_le)
+        };
+        let accepted = load(self.used_event)?;
+        Some((load(self.used_index)?.wrapping_sub(accepted), accepted))
+    }
+}
 
 impl DeviceQueue {
     /// Wraps a queue that was validated against `memory`.
@@ -112,6 +140,20 @@ impl DeviceQueue {
             queue: self.index,
             fault: fault.into(),
         }
+    }
+
+    /// `None` if the driver does not report what it has accepted.
+    pub(crate) fn acceptance(&self) -> Option<Box<dyn Acceptance>> {
+        if !self.queue.event_idx_enabled() {
+            return None;
+        }
+        let event = u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER_SIZE;
+        Some(Box::new(UsedRing {
+            rings: self.rings,
+            // The addresses were validated at activation.
+            used_index: ring_address(self.queue.used_ring(), USED_INDEX_OFFSET).ok()?,
+            used_event: ring_address(self.queue.avail_ring(), event).ok()?,
+        }))
     }
 
     /// Takes the next available chain.

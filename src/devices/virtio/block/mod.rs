@@ -119,6 +119,8 @@ impl Device for Block {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |error: io::Error| ActivateError::Backend(error.to_string());
         for queue in activation.queues {
+            // The driver accepts completed requests at once, unless the guest hangs.
+            self.disk.counters.expect_acceptance(queue.index(), queue.acceptance());
             self.workers
                 .push(Worker::start(self.disk.clone(), queue).map_err(failed)?);
         }
@@ -127,6 +129,9 @@ impl Device for Block {
 
     fn reset(&mut self) {
         self.workers.clear();
+        for queue in (0..).take(self.queue_sizes.len()) {
+            self.disk.counters.expect_acceptance(queue, None);
+        }
     }
 }
 
@@ -214,13 +219,14 @@ mod tests {
     use super::*;
     use crate::devices::{
         log_capture::LogCapture,
-        virtio::mock::{NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
+        virtio::mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
     };
     use nix::{
         fcntl::AT_FDCWD,
         sys::fanotify::{EventFFlags, Fanotify, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response},
     };
-    use virtio_queue::mock::MockSplitQueue;
+    use virtio_queue::{Queue, QueueT, mock::MockSplitQueue};
+    use vm_memory::{Bytes, GuestAddress};
 
     /// Waits until `condition` returns a value.
     fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
@@ -261,6 +267,51 @@ mod tests {
             "{line}"
         );
         assert_eq!(disk.counters.read().errors, 1);
+    }
+
+    #[test]
+    fn queue_is_pending_while_the_guest_does_not_accept_completed_requests() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        // A request without a header, which fails.
+        mock.desc_table().store(0, descriptor(0xf000, 1, WRITE, 0)).unwrap();
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let mut queue: Queue = mock.create_queue().unwrap();
+        queue.set_event_idx(true);
+        let used_event = GuestAddress(queue.avail_ring() + 4 + 2 * 16);
+        memory.write_obj(0_u16, used_event).unwrap();
+        let (kick, interrupt) = (EventFd::new(0).unwrap(), Arc::new(InterruptCounter::default()));
+        let backing = Backing {
+            file: tempfile::tempfile().unwrap(),
+            read_only: false,
+        };
+        let mut block = Block::new("unaccepted".to_owned(), backing, 1, &stall_timer()).unwrap();
+        let activation = Activation {
+            memory: memory.clone(),
+            features: block.features(),
+            queues: vec![DeviceQueue::new(0, queue, kick, memory.clone(), interrupt.clone())],
+            interrupt,
+        };
+        block.activate(activation).unwrap();
+        wait_for("the request is not served", || {
+            (mock.used().idx().load() == 1).then_some(())
+        });
+
+        let [pending] = &block.counters().pending()[..] else {
+            panic!("{:?}", block.counters());
+        };
+        assert_eq!(pending.place, "queue 0");
+        assert_eq!(
+            pending.reason,
+            "the guest does not accept 1 completed requests: it hangs"
+        );
+
+        memory.write_obj(1_u16, used_event).unwrap();
+        assert_eq!(block.counters().pending(), []);
+        memory.write_obj(0_u16, used_event).unwrap();
+        block.reset();
+        assert_eq!(block.counters().pending(), []);
     }
 
     #[test]
