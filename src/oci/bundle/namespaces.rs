@@ -52,6 +52,14 @@ fn refuse_duplicates(namespaces: &[LinuxNamespace]) -> Result<(), PlanError> {
     Ok(())
 }
 
+fn add_if_missing(namespaces: &mut Vec<LinuxNamespace>, kind: LinuxNamespaceType) {
+    if !namespaces.iter().any(|namespace| namespace.typ() == kind) {
+        let mut namespace = LinuxNamespace::default();
+        namespace.set_typ(kind);
+        namespaces.push(namespace);
+    }
+}
+
 fn path_of(namespace: &LinuxNamespace) -> Option<&Path> {
     namespace.path().as_deref().filter(|path| !path.as_os_str().is_empty())
 }
@@ -104,16 +112,11 @@ pub(super) fn translate(
             translated.pid = PidNamespace::Pod;
         }
     }
-    // Without a mount namespace a container would see the agent's mounts.
-    if !translated
-        .guest
-        .iter()
-        .any(|namespace| namespace.typ() == LinuxNamespaceType::Mount)
-    {
-        let mut mount = LinuxNamespace::default();
-        mount.set_typ(LinuxNamespaceType::Mount);
-        translated.guest.push(mount);
+    // Without these a container would see the agent's mounts and processes.
+    if translated.pid == PidNamespace::Specified {
+        add_if_missing(&mut translated.guest, LinuxNamespaceType::Pid);
     }
+    add_if_missing(&mut translated.guest, LinuxNamespaceType::Mount);
     Ok(translated)
 }
 
@@ -261,9 +264,9 @@ mod tests {
     }
 
     #[test]
-    fn missing_mount_namespace_is_added() {
+    fn missing_pid_and_mount_namespaces_are_added() {
         let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
-        assert_eq!(kept(&translated), ["mnt"]);
+        assert_eq!(kept(&translated), ["pid", "mnt"]);
     }
 
     #[test]
