@@ -4,7 +4,7 @@
 #
 # Environment:
 #   NUTSHELL_TEST_DIRECT  the test program, set by tests/run (tests/conformance/build builds it)
-#   NUTSHELL_TEST_FILTER  runs only the tests whose name contains it
+#   NUTSHELL_TEST_FILTER  runs only the tests whose name contains one of these words
 source "$(dirname "$0")/../lab/test.bash"
 
 cp "$NUTSHELL_TEST_DIRECT" /run/bin/direct
@@ -24,7 +24,8 @@ mkdir -p /sys/fs/cgroup/conformance /run/tmp/conformance
 host_state /run/check.before
 arguments=(--test-threads=2)
 if [[ -n ${NUTSHELL_TEST_FILTER:-} ]]; then
-  arguments+=("$NUTSHELL_TEST_FILTER")
+  # shellcheck disable=SC2206 # several words
+  arguments+=($NUTSHELL_TEST_FILTER)
 else
   # The suite `leaks` runs these: they take minutes.
   arguments+=(--skip leaks::hundred_containers --skip leaks::thirty_concurrent)

@@ -281,14 +281,19 @@ impl SandboxClient {
     ///
     /// As [`TaskClient::call`], also for all methods below.
     pub fn create(&self, bundle: &Bundle, config: &SandboxConfig) -> CallResult<CreateSandboxResponse> {
+        self.create_in(&bundle.id, bundle.path.to_str().unwrap(), config)
+    }
+
+    /// CreateSandbox with this path of the bundle.
+    pub fn create_in(&self, id: &str, bundle_path: &str, config: &SandboxConfig) -> CallResult<CreateSandboxResponse> {
         let options = Any {
             type_url: "runtime.v1.PodSandboxConfig".to_owned(),
             value: config.encode(),
             ..Any::default()
         };
         let request = CreateSandboxRequest {
-            sandbox_id: bundle.id.clone(),
-            bundle_path: bundle.path.display().to_string(),
+            sandbox_id: id.to_owned(),
+            bundle_path: bundle_path.to_owned(),
             options: MessageField::some(options),
             ..CreateSandboxRequest::default()
         };

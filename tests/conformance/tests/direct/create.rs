@@ -102,6 +102,21 @@ fn malformed_request_is_refused_without_side_effects() {
 }
 
 #[test]
+fn relative_bundle_is_below_the_shims_folder() {
+    with_fake_containerd(|containerd| {
+        let mut prepared = containerd.prepare(&shell("echo in the bundle"));
+        prepared.request.bundle = ".".to_owned();
+        let container = prepared.create().unwrap();
+        let state = container.task().state(&container.id, "").unwrap();
+        assert_eq!(state.bundle, container.bundle.path.to_str().unwrap());
+        container.start();
+        assert_eq!(container.wait(), 0);
+        assert_eq!(container.stdout.read_to_end(), "in the bundle\n");
+        container.end();
+    });
+}
+
+#[test]
 fn duplicate_id_fails_with_already_exists_and_leaves_the_container_running() {
     with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());

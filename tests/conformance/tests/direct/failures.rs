@@ -5,8 +5,9 @@ use std::{
     ffi::CString,
     fs::{self, File},
     io::{Read, Write},
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::process::ExitStatusExt},
     path::PathBuf,
+    process::{Child, Command, Stdio},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -17,11 +18,18 @@ use containerd_shim_protos::{
     ttrpc::Code,
     types::mount::Mount,
 };
-use nutshell_conformance::{FakeContainerd, TIMEOUT, bundle::idle, host, pod::Pod, with_fake_containerd};
+use nutshell_conformance::{
+    FakeContainerd, TIMEOUT,
+    bundle::idle,
+    container::SIGKILL,
+    host,
+    pod::{Pod, SandboxClient, start_sandbox_shim},
+    with_fake_containerd,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     mount::{MountFlags, UnmountFlags},
-    process::Signal,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open},
 };
 use serde_json::{Value, json};
 
@@ -107,6 +115,117 @@ fn killed_shim_ends_its_processes_and_a_new_shim_can_be_started() {
         assert!(host::ends_within(shim.pid, TIMEOUT));
         containerd.delete_bundle(&bundle);
         bundle.remove();
+    });
+}
+
+/// Starts processes in the control group `group` that hold the pipes and sockets of the process `pid`, as its forks would.
+fn fork_with_descriptors(pid: u32, group: &str) -> Vec<Child> {
+    let process = pidfd_open(Pid::from_raw(pid.cast_signed()).unwrap(), PidfdFlags::empty()).unwrap();
+    let mut held: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .map(Result::unwrap)
+        .filter(|entry| {
+            let target = fs::read_link(entry.path()).unwrap();
+            let target = target.to_str().unwrap();
+            target.starts_with("pipe:") || target.starts_with("socket:")
+        })
+        .map(|entry| entry.file_name().to_str().unwrap().parse().unwrap())
+        .map(|fd| pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).unwrap())
+        .collect();
+    // Standard error, the control channel and the stream to the agent.
+    assert!(held.len() >= 3, "the vmm has only {} pipes and sockets", held.len());
+    let mut forks = Vec::new();
+    while !held.is_empty() {
+        let mut take = || held.pop().map_or(Stdio::null(), Stdio::from);
+        let script = r#"echo 0 >"/sys/fs/cgroup$0/cgroup.procs" && exec sleep 1000"#;
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, group]);
+        let fork = command.stdin(take()).stdout(take()).stderr(take()).spawn().unwrap();
+        host::eventually(TIMEOUT, || {
+            let name = fs::read_to_string(format!("/proc/{}/comm", fork.id())).unwrap();
+            (name == "sleep\n").then_some(()).ok_or(name)
+        })
+        .unwrap();
+        forks.push(fork);
+    }
+    forks
+}
+
+/// A guest that controls its vmm can make it fork.
+#[test]
+fn forks_of_a_vmm_that_keep_its_descriptors_end_with_the_pod_in_time() {
+    with_fake_containerd(|containerd| {
+        for vmm_dies in [true, false] {
+            let container = containerd.run(&idle());
+            let [vmm] = containerd.pids_of("nutshell-vmm")[..] else {
+                panic!("not exactly one vmm: {:?}", containerd.processes());
+            };
+            let forks = fork_with_descriptors(vmm, &containerd.cgroups_path(&container.id));
+
+            let killed = Instant::now();
+            if vmm_dies {
+                host::signal(vmm, Signal::KILL);
+            } else {
+                container.kill(SIGKILL);
+            }
+            assert_eq!(container.wait(), 137);
+            container.delete();
+            let took = killed.elapsed();
+
+            for mut fork in forks {
+                let status = fork.try_wait().unwrap().expect("the forks end before Delete returns");
+                assert_eq!(status.signal(), Some(9));
+            }
+            assert!(took < KILL_LIMIT, "{took:?}");
+            container.task().shutdown(&container.id, false).unwrap();
+            assert_eq!(containerd.delete_bundle(&container.bundle).exit_status, 137);
+            container.bundle.remove();
+        }
+    });
+}
+
+/// Without its group, nothing would limit the machine.
+#[test]
+fn pod_whose_control_group_cannot_be_created_or_entered_does_not_start() {
+    with_fake_containerd(|containerd| {
+        for (setting, value) in [
+            // No group can be created below the parent.
+            ("cgroup.max.descendants", "0"),
+            // A group below a threaded one accepts no process before it is threaded too.
+            ("cgroup.type", "threaded"),
+        ] {
+            // One level deeper, because a threaded group affects the others in its parent.
+            let top = containerd.cgroups_path(&containerd.new_name("top"));
+            let parent = format!("{top}/parent");
+            let folder = PathBuf::from(format!("/sys/fs/cgroup{parent}"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join(setting), value).unwrap();
+            let assert_refused = |message: &str| {
+                let expected = format!("control group {}/", folder.display());
+                assert!(message.contains(&expected), "{setting}: {message}");
+                assert_eq!(containerd.pids_of("nutshell-"), [0_u32; 0], "{setting}");
+            };
+
+            let mut spec = idle();
+            let prepared = containerd.prepare(&spec);
+            spec["linux"]["cgroupsPath"] = format!("{parent}/{}", prepared.bundle.id).into();
+            fs::write(prepared.bundle.path.join("config.json"), spec.to_string()).unwrap();
+            assert_refused(&prepared.shim.task.create(&prepared.request).unwrap_err().message);
+            prepared.abandon();
+
+            let (bundle, shim) = start_sandbox_shim(containerd);
+            let mut config = pods::config(containerd);
+            config.cgroup_parent = parent;
+            let sandboxes = SandboxClient::new(&shim);
+            assert_refused(&sandboxes.create(&bundle, &config).unwrap_err().message);
+            sandboxes.shut_down(&bundle.id).unwrap();
+            assert!(host::ends_within(shim.pid, TIMEOUT));
+            containerd.delete_bundle(&bundle);
+            bundle.remove();
+            fs::remove_dir(&folder).unwrap();
+            fs::remove_dir(folder.parent().unwrap()).unwrap();
+        }
+        assert_eq!(containerd.events.all(), []);
     });
 }
 

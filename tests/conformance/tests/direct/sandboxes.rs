@@ -86,6 +86,39 @@ fn sandbox_service_answers_in_every_state() {
 }
 
 #[test]
+fn relative_bundle_is_below_the_shims_folder_and_an_existing_sandbox_is_not_created_again() {
+    with_fake_containerd(|containerd| {
+        // The shim's folder is the bundle.
+        for path in [".", "rootfs/.."] {
+            let (bundle, shim) = start_sandbox_shim(containerd);
+            let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
+            let create = |path: &str| sandboxes.create_in(id, path, &config(containerd));
+            let code = |path: &str| create(path).unwrap_err().code.unwrap();
+            assert_eq!(code(""), Code::INVALID_ARGUMENT);
+
+            create(path).unwrap();
+            assert!(bundle.path.join("nutshell.json").exists(), "{path}");
+
+            let absolute = bundle.path.to_str().unwrap();
+            for again in [".", absolute, "no-such-folder"] {
+                assert_eq!(code(again), Code::ALREADY_EXISTS, "{again}");
+            }
+            sandboxes.start(id).unwrap();
+            assert_eq!(code("."), Code::ALREADY_EXISTS);
+            assert_eq!(sandboxes.status(id).unwrap().state, READY);
+            sandboxes.stop(id).unwrap();
+            assert_eq!(code("."), Code::ALREADY_EXISTS);
+            assert_eq!(sandboxes.status(id).unwrap().state, NOT_READY);
+
+            sandboxes.shut_down(id).unwrap();
+            assert!(host::ends_within(shim.pid, TIMEOUT));
+            containerd.delete_bundle(&bundle);
+            bundle.remove();
+        }
+    });
+}
+
+#[test]
 fn unstarted_sandbox_can_be_stopped_and_shut_down_concurrently() {
     with_fake_containerd(|containerd| {
         let (bundle, shim) = start_sandbox_shim(containerd);
