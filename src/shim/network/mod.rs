@@ -30,8 +30,9 @@ mod tests;
 use std::{
     collections::HashSet,
     future::Future,
+    io,
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Weak},
+    sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
 
@@ -53,10 +54,16 @@ use crate::shim::machine::{AgentError, Machine};
 /// How long the agent may take to probe or configure interfaces.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The network of a running pod. It follows the namespace until [`Self::disconnect`].
+/// The network of a pod. After [`Self::connect`] it follows the namespace until [`Self::disconnect`].
 #[derive(Debug)]
 pub(crate) struct Network {
     state: Arc<Mutex<NetworkState>>,
+    connected: OnceLock<Connected>,
+}
+
+/// What serves a network once it is connected.
+#[derive(Debug)]
+struct Connected {
     follower: Option<JoinHandle<()>>,
     _forwarding: Option<Forwarding>,
 }
@@ -87,21 +94,9 @@ struct NetworkState {
 }
 
 impl Network {
-    /// Connects all links of `namespace` to `machine`, with `queues` queues each. The guest's network is configured
-    /// when this returns. With `forwarding`, connections to the namespace's loopback interface go to the guest too.
-    pub(crate) async fn connect(
-        machine: &Arc<Machine>,
-        namespace: OwnedFd,
-        queues: usize,
-        forwarding: bool,
-    ) -> Result<Self, NetworkError> {
-        let inner = namespace.try_clone().map_err(NetworkError::Namespace)?;
-        let opened = run_in_namespace(&namespace, move || {
-            let listeners = forwarding.then(|| ForwardListeners::open(inner.as_fd()));
-            Ok::<_, NetlinkError>((ChangeSocket::open()?, listeners.transpose()))
-        });
-        let (changes, listeners) = opened.await.map_err(NetworkError::Namespace)??;
-        let mut state = NetworkState {
+    /// The network for a machine whose links have `queues` queues each. No link is connected yet.
+    pub(crate) fn new(namespace: OwnedFd, queues: usize) -> Self {
+        let state = NetworkState {
             namespace,
             queues,
             redirects: Vec::new(),
@@ -113,10 +108,28 @@ impl Network {
             configured_links: 0,
             sent: HashSet::new(),
         };
-        if let Err(error) = state.update(machine).await {
-            state.remove_redirects().await;
-            return Err(error);
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            connected: OnceLock::new(),
         }
+    }
+
+    /// Connects all links of the namespace to `machine`. The guest's network is configured when this returns. With
+    /// `forwarding`, connections to the namespace's loopback interface go to the guest too.
+    ///
+    /// After a failure the machine keeps the links that it already has, and nothing is left of the others. A further
+    /// call continues from there. Dropping the future does not interrupt the work.
+    pub(crate) async fn connect(&self, machine: &Arc<Machine>, forwarding: bool) -> Result<(), NetworkError> {
+        let (state, machine_copy) = (self.state.clone(), machine.clone());
+        let update = tokio::spawn(async move {
+            let mut state = state.lock().await;
+            let opened = state.open_sockets(forwarding).await?;
+            state.update(&machine_copy).await?;
+            Ok::<_, NetworkError>(opened)
+        });
+        let (changes, listeners) = update
+            .await
+            .map_err(|error| NetworkError::Namespace(io::Error::other(error)))??;
         // A pod is usable without forwarding, and without later changes of its network.
         let forwarding = listeners
             .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
@@ -124,23 +137,23 @@ impl Network {
                 log::warn!("cannot forward connections to ports of the pod: {error}");
                 None
             });
-        let state = Arc::new(Mutex::new(state));
         let follower = changes
             .listen()
-            .map(|changes| tokio::spawn(follow_changes(changes, state.clone(), Arc::downgrade(machine))))
+            .map(|changes| tokio::spawn(follow_changes(changes, self.state.clone(), Arc::downgrade(machine))))
             .inspect_err(|error| {
                 log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
             });
-        Ok(Self {
-            state,
+        // Unset: a connected network is not connected again.
+        let _ = self.connected.set(Connected {
             follower: follower.ok(),
             _forwarding: forwarding,
-        })
+        });
+        Ok(())
     }
 
     /// Removes the redirects and releases the namespace. The kernel removes the tap devices when the vmm ends.
-    pub(crate) async fn disconnect(self) {
-        if let Some(follower) = &self.follower {
+    pub(crate) async fn disconnect(&self) {
+        if let Some(follower) = self.connected.get().and_then(|connected| connected.follower.as_ref()) {
             follower.abort();
         }
         self.state.lock().await.remove_redirects().await;
@@ -168,6 +181,19 @@ async fn within_limit<T>(answer: impl Future<Output = Result<T, AgentError>>) ->
 }
 
 impl NetworkState {
+    /// Opens the socket that reports later changes, and with `forwarding` the sockets that accept connections.
+    async fn open_sockets(
+        &self,
+        forwarding: bool,
+    ) -> Result<(ChangeSocket, io::Result<Option<ForwardListeners>>), NetworkError> {
+        let namespace = self.namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let opened = run_in_namespace(&self.namespace, move || {
+            let listeners = forwarding.then(|| ForwardListeners::open(namespace.as_fd()));
+            Ok::<_, NetlinkError>((ChangeSocket::open()?, listeners.transpose()))
+        });
+        Ok(opened.await.map_err(NetworkError::Namespace)??)
+    }
+
     /// Reads the namespace's configuration, and passes on what the guest does not have. What fails is tried again by the
     /// next call.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
@@ -218,6 +244,8 @@ impl NetworkState {
             let plugged = machine
                 .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
                 .await;
+            // Also after a failure: the vmm may still hold the tap device for a moment.
+            self.taps.push(tap);
             if let Err(source) = plugged {
                 let unused = new_links.map(|new| new.redirect);
                 self.remove(std::iter::once(redirect).chain(unused).collect()).await;
@@ -227,7 +255,6 @@ impl NetworkState {
                 });
             }
             self.redirects.push(redirect);
-            self.taps.push(tap);
             self.unprobed.push((link, self.free_slot));
             self.free_slot += 1;
         }

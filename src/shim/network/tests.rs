@@ -245,6 +245,41 @@ async fn namespace_with_the_tap_device_of_another_machine_is_refused() {
 }
 
 #[tokio::test]
+async fn links_that_cannot_all_be_connected_are_left_as_they_were() {
+    // The largest MTU of a veth link. That of a tap device is 14 bytes less, so the second link fails, and on a kernel
+    // without tc's matchall even the first.
+    let pod = new_namespace(&[
+        "link add eth0 type veth peer name peer0",
+        "link set eth0 up",
+        "link add eth1 type veth peer name peer1",
+        "link set eth1 mtu 65535",
+        "link set eth1 up",
+    ]);
+    let state = || {
+        let qdiscs = Command::new("tc").args(["qdisc", "show"]).output().unwrap();
+        assert!(qdiscs.status.success());
+        (ip("-o link"), String::from_utf8(qdiscs.stdout).unwrap())
+    };
+    let before = run_in(&pod, state).await;
+
+    let failed = run_in(&pod, || {
+        let known = KnownLinks {
+            links: Vec::new(),
+            taps: Vec::new(),
+        };
+        connect_new_links(&known, 2).is_err()
+    })
+    .await;
+
+    assert!(failed);
+    // A child process that another test is starting may have copies of the queues' descriptors for a moment.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while run_in(&pod, state).await != before {
+        assert!(Instant::now() < deadline, "{:?}", run_in(&pod, state).await);
+    }
+}
+
+#[tokio::test]
 async fn connection_to_any_loopback_port_arrives_and_keeps_its_port() {
     let pod = new_namespace(&["link set lo up", "addr add 192.0.2.9/32 dev lo"]);
     let inside = pod.try_clone().unwrap();

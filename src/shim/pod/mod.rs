@@ -62,7 +62,8 @@ pub(crate) struct Pod {
     current_size: Mutex<Size>,
     /// Serializes changes of the size.
     resizing: tokio::sync::Mutex<()>,
-    network: Mutex<Option<Network>>,
+    /// `None` before the first [`Self::connect_network`], and after the end.
+    network: Mutex<Option<Arc<Network>>>,
     oom_score: OomScore,
     end: OnceCell<()>,
 }
@@ -287,15 +288,17 @@ impl Pod {
     }
 
     /// Connects the guest to the network namespace of the process `pid`; later changes in the namespace are passed on
-    /// to the guest. With `forwarding`, connections to the namespace's loopback interface go to the guest too. Call it
-    /// once.
+    /// to the guest. With `forwarding`, connections to the namespace's loopback interface go to the guest too. May be
+    /// called again after a failure, for the same namespace.
     pub(crate) async fn connect_network(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = open_network_namespace(Path::new(&path)).map_err(NetworkError::Namespace)?;
-        let queues = self.size.boot.vcpus.into();
-        let network = Network::connect(&self.machine, namespace, queues, forwarding).await?;
-        *self.network.lock() = Some(network);
-        Ok(())
+        let network = {
+            let mut network = self.network.lock();
+            let new = || Arc::new(Network::new(namespace, self.size.boot.vcpus.into()));
+            network.get_or_insert_with(new).clone()
+        };
+        Ok(network.connect(&self.machine, forwarding).await?)
     }
 
     /// Removes what [`Self::connect_network`] made in the network namespace, and releases the namespace.

@@ -21,7 +21,7 @@ use containerd_shim_protos::{
 use nutshell_conformance::{
     FakeContainerd, TIMEOUT,
     bundle::idle,
-    container::SIGKILL,
+    container::{Container, SIGKILL},
     host,
     pod::{Pod, SandboxClient, start_sandbox_shim},
     with_fake_containerd,
@@ -226,6 +226,85 @@ fn pod_whose_control_group_cannot_be_created_or_entered_does_not_start() {
             fs::remove_dir(folder.parent().unwrap()).unwrap();
         }
         assert_eq!(containerd.events.all(), []);
+    });
+}
+
+/// Runs ip(8) or tc(8) with `arguments` in the network namespace of a container, and returns its output.
+fn run_in_network(container: &Container<'_>, program: &str, arguments: &str) -> String {
+    let output = Command::new("nsenter")
+        .arg(format!("--net=/proc/{}/ns/net", container.pid))
+        .arg(program)
+        .args(arguments.split(' '))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn start_whose_network_fails_leaves_no_device_and_succeeds_once_the_cause_is_gone() {
+    with_fake_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        let ip = |arguments: &str| run_in_network(&container, "ip", arguments);
+        let state = || [ip("-o link"), run_in_network(&container, "tc", "qdisc show")].concat();
+        for (link, address) in [("eth0", "10.1.0.5/24"), ("eth1", "10.2.0.5/24")] {
+            ip(&format!("link add {link} type veth peer name {link}-peer"));
+            ip(&format!("link set {link}-peer up"));
+            ip(&format!("link set {link} up"));
+            ip(&format!("addr add {address} dev {link}"));
+        }
+        // The largest MTU of a veth link. That of a tap device is 14 bytes less, so the second link fails.
+        ip("link set eth1 mtu 65535");
+        let before = state();
+
+        for _ in 0..2 {
+            let failure = container.task().start(&container.id, "").unwrap_err();
+            assert!(failure.message.contains("tap device for eth1"), "{failure}");
+            assert_eq!(state(), before);
+            assert_eq!(container.status(""), Status::CREATED);
+        }
+        ip("link set eth1 mtu 1500");
+        container.start();
+
+        let inside = container.output_of("ip -o addr");
+        assert!(
+            inside.contains("10.1.0.5/24") && inside.contains("10.2.0.5/24"),
+            "{inside}"
+        );
+        // At each of the four links and at its tap device.
+        assert_eq!(state().matches("ingress").count(), 8, "{}", state());
+        container.end();
+    });
+}
+
+#[test]
+fn start_whose_network_fails_in_the_guest_succeeds_once_the_cause_is_gone() {
+    with_fake_containerd(|containerd| {
+        let container = containerd.create(&idle());
+        let ip = |arguments: &str| run_in_network(&container, "ip", arguments);
+        ip("link add eth0 type veth peer name peer");
+        ip("link set peer up");
+        ip("link set eth0 up");
+        ip("addr add 10.1.0.5/24 dev eth0");
+        // The guest's kernel has no tunnels.
+        ip("route add 10.9.0.0/16 encap ip id 7 dst 10.1.0.9 dev eth0");
+
+        for _ in 0..2 {
+            let failure = container.task().start(&container.id, "").unwrap_err();
+            assert!(failure.message.contains("add route"), "{failure}");
+            assert_eq!(container.status(""), Status::CREATED);
+        }
+        ip("route del 10.9.0.0/16");
+        container.start();
+
+        let inside = container.output_of("ip -o addr; ip route");
+        assert!(
+            inside.contains("10.1.0.5/24") && inside.contains("10.1.0.0/24"),
+            "{inside}"
+        );
+        assert_eq!(container.output_of("ls /sys/class/net"), "eth0\nlo\npeer\n");
+        container.end();
     });
 }
 
