@@ -70,7 +70,7 @@ lint-clippy:
 
 lint-format:
 	@$(CARGO) fmt --all --check
-	@rustfmt --edition 2024 --check tests/images/*.rs
+	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs
 
 unit: setup ## run the unit tests
 	@$(PHASE) "unit tests" "1 minute, 4 from scratch" $(CARGO) test --locked --workspace

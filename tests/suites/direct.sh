@@ -4,10 +4,12 @@
 #
 # Environment:
 #   NUTSHELL_TEST_DIRECT  the test program, set by tests/run (tests/conformance/build builds it)
+#   NUTSHELL_TEST_EXECS   the number of execs while a container scans for their streams; default: 100
 #   NUTSHELL_TEST_FILTER  runs only the tests whose name contains one of these words
 source "$(dirname "$0")/../lab/test.bash"
 
 cp "$NUTSHELL_TEST_DIRECT" /run/bin/direct
+cp "$(dirname "$NUTSHELL_TEST_DIRECT")"/{eventfds,vsock-scanner} /run/bin/
 cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
 export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
 copy_to_memory sh

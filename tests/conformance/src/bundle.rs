@@ -89,6 +89,14 @@ pub fn spec(args: &[&str]) -> Value {
     spec
 }
 
+/// The spec of a container that runs a static program of the host with `args`.
+pub fn spec_of_program(program: &Path, args: &[&str]) -> Value {
+    let mut spec = spec(&[&["/program"], args].concat());
+    let mount = json!({"destination": "/program", "type": "bind", "source": program, "options": ["bind", "ro"]});
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+    spec
+}
+
 /// A mount in the rootfs of a Create request.
 pub fn mount(kind: &str, source: &str, options: &[&str]) -> Mount {
     Mount {

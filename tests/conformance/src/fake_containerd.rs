@@ -105,6 +105,11 @@ pub fn executable() -> PathBuf {
     PathBuf::from(env::var_os("NUTSHELL_TEST_SHIM").expect("NUTSHELL_TEST_SHIM names the executable under test"))
 }
 
+/// The path of a program of `tests/conformance/programs`.
+pub fn program(name: &str) -> PathBuf {
+    executable().with_file_name(name)
+}
+
 impl FakeContainerd {
     fn new() -> Self {
         static LAST: AtomicU32 = AtomicU32::new(0);

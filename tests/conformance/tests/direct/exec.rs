@@ -1,13 +1,37 @@
 //! Execs, standard streams and terminals.
 
+use std::env;
+
 use containerd_shim_protos::{api::Status, ttrpc::Code};
 use nutshell_conformance::{
-    bundle::{idle, process, shell},
+    bundle::{idle, process, shell, spec_of_program},
     container::{SIGKILL, SIGTERM},
+    fake_containerd::program,
     stdio::{Input, make_fifo},
     task::json_any,
     with_fake_containerd,
 };
+
+/// Streams of processes are vsock connections to ports of the host, to which any container could connect too.
+#[test]
+fn container_that_scans_for_the_streams_of_others_gets_none() {
+    let execs = env::var("NUTSHELL_TEST_EXECS").map_or(100, |count| count.parse().unwrap());
+    with_fake_containerd(|containerd| {
+        let container = containerd.run(&spec_of_program(&program("vsock-scanner"), &[]));
+        container.stdout.wait_for("scanning\n");
+        let expected: String = (1..=2000).map(|line| format!("{line}\n")).collect();
+
+        for _ in 0..execs {
+            assert_eq!(container.output_of("seq 2000"), expected);
+        }
+
+        let scan = container.stdout.so_far();
+        // A guest without vsock sockets for containers is safe too.
+        assert!(scan.contains("attempts") || scan.contains("no sockets"), "{scan}");
+        assert!(!scan.contains("stream"), "{scan}");
+        container.end();
+    });
+}
 
 #[test]
 fn exec_goes_through_all_states_and_events() {

@@ -5,8 +5,9 @@ use std::time::Duration;
 use containerd_shim_protos::{api::Status, cgroups_v2::metrics::Metrics};
 use nutshell_conformance::{
     TIMEOUT,
-    bundle::{idle, shell},
+    bundle::{idle, shell, spec_of_program},
     container::SIGKILL,
+    fake_containerd::program,
     host::eventually,
     with_fake_containerd,
 };
@@ -47,6 +48,21 @@ fn paused_container_makes_no_progress_until_it_is_resumed() {
             containerd.events.of_container(&id),
             ["create", "start", "paused", "resumed", "exit 137", "delete 137"]
         );
+    });
+}
+
+/// Kernels derive the limit of open files from their memory: of 256 MiB it is about 25,000.
+#[test]
+fn small_container_can_open_sixty_thousand_files() {
+    with_fake_containerd(|containerd| {
+        let mut spec = spec_of_program(&program("eventfds"), &["60000"]);
+        spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "hard": 65_536, "soft": 65_536}]);
+        spec["linux"]["resources"] = json!({"memory": {"limit": 256 << 20}});
+        let container = containerd.run(&spec);
+        let status = container.wait();
+        assert_eq!(status, 0, "{}", container.stderr.read_to_end());
+        assert_eq!(container.stdout.read_to_end(), "60000\n");
+        container.end();
     });
 }
 
