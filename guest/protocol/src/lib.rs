@@ -8,9 +8,12 @@
 //! The shim treats every byte from the agent as hostile: frames have at most [`MAX_FROM_AGENT`] bytes and
 //! lists have limits, decoding never panics, and no string from the agent is used as a name of anything on the host.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
+
 mod bounds;
 mod frame;
 mod message;
+mod names;
 mod shell;
 
 pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
@@ -19,6 +22,7 @@ pub use message::{
     MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, OpenShell, PidNamespace, PidsStats,
     PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
+pub use names::{MAX_NAME_FRAME, MAX_NAME_QUERIES, NameAnswer, NameQuery};
 pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).
@@ -34,6 +38,10 @@ pub const AGENT_PORT: u32 = 1;
 /// The lowest host port that the shim may assign, at random, to a stream other than the agent stream. Lower ports are
 /// reserved.
 pub const MIN_STREAM_PORT: u32 = 1024;
+
+/// The address of Docker's resolver for the names of a network, in the network namespace of each container on such a
+/// network (`resolverIPSandbox` in Docker's `libnetwork/sandbox_dns_unix.go`).
+pub const DOCKER_RESOLVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 11), 53);
 
 /// The tag of the virtio-fs device that serves the pod's shared directories (virtio 1.3 §5.11.4).
 pub const SHARE_TAG: &str = "nutshell";

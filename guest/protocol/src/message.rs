@@ -127,6 +127,12 @@ pub enum Request {
     },
     /// Start a shell in the guest, beside the containers, for the host's administrator: [`Response::Done`] once it runs.
     OpenShell(OpenShell),
+    /// Relay DNS queries for [`crate::DOCKER_RESOLVER`] to the host: [`Response::Done`] once queries are received. The
+    /// stream carries [`crate::NameQuery`] to the host and [`crate::NameAnswer`] to the guest. Sent at most once.
+    RelayNames {
+        /// The host's vsock port, to which the agent connects the stream.
+        stream_port: u32,
+    },
     /// Remove all containers and write back all file systems: [`Response::Done`]. The shim then ends the machine.
     Shutdown,
 }

@@ -8,6 +8,7 @@ use nutshell_protocol::NETWORK_SLOTS;
 use super::{
     discovery::{self, IpConfig, Link},
     error::NetworkError,
+    loopback,
     netlink::NetlinkSocket,
     redirect::Redirect,
     tap,
@@ -38,6 +39,8 @@ pub(super) struct TappedLink {
 pub(super) struct ConnectedLinks {
     pub(super) config: IpConfig,
     pub(super) new_links: Vec<TappedLink>,
+    /// Docker's resolver runs in the namespace.
+    pub(super) has_resolver: bool,
 }
 
 /// Reads the configuration of the calling thread's namespace. Makes a tap device with `queues` queues for each link
@@ -62,6 +65,7 @@ pub(super) fn connect_new_links(known: &KnownLinks, queues: usize) -> Result<Con
     }
     let mut connected = ConnectedLinks {
         config: discovery::read_ip_config(&mut netlink)?,
+        has_resolver: loopback::has_resolver().map_err(NetworkError::Names)?,
         ..ConnectedLinks::default()
     };
     for link in new {

@@ -10,16 +10,14 @@
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] reads the configuration, [`connect`] connects links to tap devices with [`tap`] and
-//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`forward`] accepts connections to loopback
-//! ports. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback addresses. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod connect;
 mod discovery;
 mod error;
-mod forward;
 mod guest_config;
-mod lookup;
+mod loopback;
 mod namespace;
 mod netlink;
 mod redirect;
@@ -44,7 +42,7 @@ use self::{
     changes::{ChangeListener, ChangeSocket},
     connect::{ConnectedLinks, KnownLinks, TappedLink, connect_new_links},
     discovery::Link,
-    forward::{ForwardListeners, Forwarding},
+    loopback::{ForwardListeners, Forwarding, NameRelay},
     namespace::run_in_namespace,
     netlink::{NetlinkError, NetlinkSocket},
     redirect::Redirect,
@@ -91,6 +89,8 @@ struct NetworkState {
     configured_links: usize,
     /// The messages that the guest's kernel has received.
     sent: HashSet<Vec<u8>>,
+    /// Started when Docker's resolver was first seen in the namespace.
+    names: Option<NameRelay>,
 }
 
 impl Network {
@@ -107,6 +107,7 @@ impl Network {
             free_slot: 0,
             configured_links: 0,
             sent: HashSet::new(),
+            names: None,
         };
         Self {
             state: Arc::new(Mutex::new(state)),
@@ -204,7 +205,11 @@ impl NetworkState {
         };
         let queues = self.queues;
         let connected = run_in_namespace(&self.namespace, move || connect_new_links(&known, queues)).await;
-        let ConnectedLinks { config, new_links } = connected.map_err(NetworkError::Namespace)??;
+        let ConnectedLinks {
+            config,
+            new_links,
+            has_resolver,
+        } = connected.map_err(NetworkError::Namespace)??;
         // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
         self.probe(machine).await?;
@@ -227,7 +232,21 @@ impl NetworkState {
             self.sent.extend(sent);
         }
         self.configured_links = self.links.len();
+        if has_resolver && self.names.is_none() {
+            self.relay_names(machine).await;
+        }
         plugged
+    }
+
+    /// Starts to relay the guest's DNS queries. A pod is usable without the names of Docker's networks.
+    async fn relay_names(&mut self, machine: &Machine) {
+        let relay = match self.namespace.try_clone() {
+            Ok(namespace) => NameRelay::start(machine, namespace).await,
+            Err(error) => Err(NetworkError::Names(error)),
+        };
+        self.names = relay
+            .inspect_err(|error| log::warn!("the names of Docker's networks do not resolve: {error}"))
+            .ok();
     }
 
     /// Puts links into free slots of the machine. After a failure, nothing is left of the links that have none.

@@ -16,9 +16,8 @@ use nix::sched::{CloneFlags, unshare};
 use super::{
     changes::ChangeSocket,
     connect::{KnownLinks, connect_new_links},
-    discovery,
-    forward::ForwardListeners,
-    guest_config,
+    discovery, guest_config,
+    loopback::ForwardListeners,
     namespace::run_in_namespace,
     netlink::NetlinkSocket,
     tap,

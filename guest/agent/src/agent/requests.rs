@@ -17,7 +17,7 @@ use crate::container::exec::{self, TargetContainer};
 use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
-use crate::machine::{clock, disk, forward, network, settings, shell, size};
+use crate::machine::{clock, disk, forward, names, network, settings, shell, size};
 use crate::pod;
 use crate::poller::Token;
 use crate::stdio::{self, AgentEnds};
@@ -120,6 +120,17 @@ impl Agent {
                     .context(|| format!("connect to the host's port {port}"))?;
                 self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
                     shell::start(&stream, &request)?;
+                    Ok((Outcome::Done, None))
+                })?;
+                Ok(Answer::Later)
+            }
+            Request::RelayNames { stream_port } => {
+                let stream = self
+                    .host
+                    .dial(stream_port)
+                    .context(|| format!("connect to the host's port {stream_port}"))?;
+                self.start_job(id, Purpose::Other, None, &[stream.as_fd()], &mut || {
+                    names::start(&stream)?;
                     Ok((Outcome::Done, None))
                 })?;
                 Ok(Answer::Later)

@@ -4,12 +4,16 @@
 //! the agent may call this.
 
 mod device_program;
+mod name_lookup;
 mod network;
 mod process;
 mod scheduling;
 mod signals;
 
 pub(crate) use device_program::{attach_device_program, load_device_program};
+pub(crate) use name_lookup::direct_name_queries;
+#[cfg(test)]
+pub(crate) use network::unshare_network;
 pub(crate) use network::{VsockAddress, bring_loopback_up};
 pub(crate) use process::{
     become_subreaper, close_all_but, execve, exit_now, fork, fork_pid_namespace_init, fork_sibling_into, raw_pid,

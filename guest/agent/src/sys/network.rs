@@ -19,6 +19,13 @@ pub(crate) fn bring_loopback_up(socket: impl AsFd) -> io::Result<()> {
     check(unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).map(drop)
 }
 
+/// Moves the calling thread into a new network namespace.
+#[cfg(test)]
+pub(crate) fn unshare_network() -> io::Result<()> {
+    // SAFETY: unshare takes an integer, and CLONE_NEWNET affects no descriptor.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).map(drop)
+}
+
 /// An AF_VSOCK address (vsock(7)).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct VsockAddress {

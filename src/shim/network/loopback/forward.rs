@@ -30,14 +30,14 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// The sockets that accept connections to any loopback port.
 #[derive(Debug)]
-pub(super) struct ForwardListeners {
+pub(in crate::shim::network) struct ForwardListeners {
     sockets: Vec<TcpListener>,
     lookup: SocketLookup,
 }
 
 impl ForwardListeners {
     /// Opens them in `namespace`, which must be the calling thread's network namespace.
-    pub(super) fn open(namespace: BorrowedFd<'_>) -> io::Result<Self> {
+    pub(in crate::shim::network) fn open(namespace: BorrowedFd<'_>) -> io::Result<Self> {
         let ipv4 = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         // The namespace may have no IPv6.
         let ipv6 = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).ok();
@@ -51,12 +51,12 @@ impl ForwardListeners {
 
     /// Accepts a connection of the socket at `index`: 0 for IPv4, 1 for IPv6.
     #[cfg(test)]
-    pub(super) fn accept(&self, index: usize) -> std::net::TcpStream {
+    pub(in crate::shim::network) fn accept(&self, index: usize) -> std::net::TcpStream {
         self.sockets[index].accept().unwrap().0
     }
 
     /// Forwards connections to `machine` until the result is dropped. Needs the Tokio runtime.
-    pub(super) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
+    pub(in crate::shim::network) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = self
             .sockets
@@ -79,7 +79,7 @@ impl ForwardListeners {
 
 /// Running port forwarding. Dropped, it accepts no more connections; existing ones continue.
 #[derive(Debug)]
-pub(super) struct Forwarding {
+pub(in crate::shim::network) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,
     _lookup: SocketLookup,
 }
