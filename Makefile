@@ -18,8 +18,9 @@ INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 
-# Suites that take long and repeat others, with containerd 1.7 or with the other sandbox API, are left to `make soak`.
-SOAK_SUITES := containers-1.7 failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
+# Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
+# API.
+SOAK_SUITES := containers-1.7 docker failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 PHASE := tools/phase
@@ -84,7 +85,7 @@ soak: build ## run the suites that `make test` leaves out, and 200 rounds of ran
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
 
 soak-suites:
-	@$(PHASE) "soak: suites" "40 minutes" tests/run $(SOAK_SUITES)
+	@$(PHASE) "soak: suites" "50 minutes" tests/run $(SOAK_SUITES)
 
 soak-chaos:
 	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: random kills" "90 minutes" tests/run failures-2.1

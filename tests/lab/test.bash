@@ -28,21 +28,25 @@ mkdir -p /run/mount
 # host_state FILE: writes everything that a container can leave behind on the host, one sorted line each. Lists the
 # processes before it starts any.
 host_state() {
-  local stat pid rest file containerd=
-  # containerd may have been restarted.
+  local stat pid rest file containerd='' docker=''
+  # containerd and dockerd may have been restarted.
   [[ ! -e /run/containerd.pid ]] || containerd=$(</run/containerd.pid)
+  [[ ! -e /run/dockerd.pid ]] || docker=$(</run/dockerd.pid)
   {
     for stat in /proc/[0-9]*/stat; do
       # pid (name) state parent ...; 2 is the parent of kernel threads.
       { read -r pid rest <"$stat"; } 2>/dev/null || continue
       set -- "$1" ${rest##*) }
-      [[ $pid == 2 || $3 == 2 || $pid == "$$" || $pid == "$containerd" ]] || echo "process $pid ${rest%)*})"
+      [[ $pid == 2 || $3 == 2 || $pid == "$$" || $pid == "$containerd" || $pid == "$docker" ]] ||
+        echo "process $pid ${rest%)*})"
     done
     while read -r _ _ _ rest; do echo "mount $rest"; done </proc/self/mountinfo
     for file in /sys/class/net/*; do echo "link ${file##*/}"; done
     for file in /sys/block/loop*/loop/backing_file /sys/block/dm-*; do [[ ! -e $file ]] || echo "device $file"; done
     find /sys/fs/cgroup -mindepth 1 -type d -printf 'cgroup %p\n'
+    # Docker removes the files of its network namespaces once a minute. Those in use are in the list of mounts.
     find /run /dev/shm ${tmp:-} -mindepth 1 \( -path /run/containerd-root -o -path '/run/containerd.*' \
+      -o -path /run/docker-root -o -path '/run/dockerd.*' -o -path '/run/docker/netns/*' \
       -o -path '/run/check.*' -o -path /run/last \) -prune -o -printf 'file %p (%y)\n'
   } >/run/check.state
   sort -o "$1" /run/check.state
