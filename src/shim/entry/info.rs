@@ -163,9 +163,10 @@ mod tests {
             max_memory: DEFAULT_MEMORY,
             max_vcpus: DEFAULT_VCPUS,
         };
-        let tree = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::Directory) };
+        // Directories refuse the propagations `slave` and `rslave`, which are accepted for files.
+        let file = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::File) };
         let id = "c1".parse().unwrap();
-        match oci::plan_bundle(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &tree)? {
+        match oci::plan_bundle(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &file)? {
             BundlePlan::Container(plan) => Ok(*plan),
             BundlePlan::Sandbox(pod) => panic!("{pod:?}"),
         }
