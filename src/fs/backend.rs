@@ -1,4 +1,4 @@
-//! The vhost-user backend: takes requests from the queues and passes them to the tree, one at a time.
+//! The vhost-user backend: takes requests from the queues and passes them to the tree, one at a time unless one hangs.
 //!
 //! virtiofsd's own `VhostUserFsBackend` is not used. It ends the process at a malformed request, panics if there is no
 //! room for a reply, and supports migration, which is code that a vmm under a guest's control could reach.
@@ -24,7 +24,7 @@ use virtiofsd::{
     fuse::{InHeader, Opcode, OutHeader},
     server::Server,
 };
-use virtiofsd_memory::{Address, Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use virtiofsd_memory::{Address, Bytes, GuestAddressSpace};
 use virtiofsd_queue::{DescriptorChain, QueueT};
 use virtiofsd_vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vmm_sys_util::{
@@ -32,18 +32,11 @@ use vmm_sys_util::{
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
 };
 
-use super::tree::Tree;
-
-/// The guest's memory, as the vmm shares it.
-pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap<BitmapMmapRegion>>;
-
-/// Guest memory without regions: the vmm sends the regions before it starts a queue.
-pub(super) fn empty_memory() -> Memory {
-    GuestMemoryAtomic::new(GuestMemoryMmap::new())
-}
-
-/// The guest's memory at one moment: the vmm may add memory later.
-type MemorySnapshot = GuestMemoryLoadGuard<GuestMemoryMmap<BitmapMmapRegion>>;
+use super::{
+    guest_memory::{Memory, MemorySnapshot},
+    standby::{ServeQueue, Standby, Worker},
+    tree::Tree,
+};
 
 /// The high-priority queue and one request queue (virtio 1.3 §5.11.2).
 const NUM_QUEUES: usize = 2;
@@ -56,9 +49,16 @@ const SYNC_OPERATIONS: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::S
 
 /// Serves both queues in one thread: a request is a few system calls on files that are mostly cached, and passing it
 /// to another thread would cost as much again. Only [`SYNC_OPERATIONS`] go to a second thread, so that one container's
-/// `fsync` does not delay the other containers.
+/// `fsync` does not delay the other containers, and other threads take over while a request hangs ([`Standby`]).
 pub(super) struct Backend {
+    queues: Arc<Queues>,
+    standby: Arc<Standby>,
+}
+
+/// What each thread needs to serve the queues.
+struct Queues {
     server: Arc<Server<Tree>>,
+    standby: Arc<Standby>,
     memory: Memory,
     /// Starts with the first of [`SYNC_OPERATIONS`].
     sync_thread: OnceLock<SyncSender<Request>>,
@@ -72,21 +72,39 @@ struct Request {
 }
 
 impl Backend {
-    pub(super) fn new(tree: Tree, memory: Memory) -> Self {
-        Self {
-            server: Arc::new(Server::new(tree)),
-            memory,
-            sync_thread: OnceLock::new(),
+    pub(super) fn new(tree: Tree, memory: Memory) -> io::Result<Self> {
+        let standby = Arc::new(Standby::new()?);
+        Ok(Self {
+            queues: Arc::new(Queues {
+                server: Arc::new(Server::new(tree)),
+                standby: standby.clone(),
+                memory,
+                sync_thread: OnceLock::new(),
+            }),
+            standby,
+        })
+    }
+}
+
+impl ServeQueue for Queues {
+    fn serve_queue(&self, ring: &VringMutex<Memory>, worker: &Worker) {
+        let is_ready = ring.get_ref().get_queue().ready();
+        if is_ready && let Err(error) = self.process_queue(ring, worker) {
+            log::error!("a queue is unusable: {error}");
         }
     }
+}
 
-    /// Handles all requests in the queue. An invalid ring is an error: the guest then gets no more replies.
-    fn process_queue(&self, ring: &VringMutex<Memory>) -> Result<(), RingError> {
+impl Queues {
+    /// Handles all requests in the queue of `ring`, on the thread of `worker`.
+    ///
+    /// An invalid ring is an error: the guest then gets no more replies.
+    fn process_queue(&self, ring: &VringMutex<Memory>, worker: &Worker) -> Result<(), RingError> {
         loop {
             ring.disable_notification()?;
             while let Some(request) = self.pop(ring)? {
                 if let Some(request) = self.defer_sync(request)? {
-                    request.handle(&self.server)?;
+                    self.standby.watch(worker, || request.handle(&self.server))?;
                 }
             }
             if !ring.enable_notification()? {
@@ -225,7 +243,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn reset_device(&self) {
-        self.server.destroy();
+        self.queues.server.destroy();
     }
 
     // The queues have this setting already.
@@ -240,12 +258,12 @@ impl VhostUserBackend for Backend {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
     }
 
-    fn handle_event(&self, queue: u16, _: EventSet, queues: &[VringMutex<Memory>], _: usize) -> io::Result<()> {
-        if let Some(ring) = queues.get(usize::from(queue))
-            && let Err(error) = self.process_queue(ring)
-        {
-            log::error!("queue {queue} is unusable: {error}");
+    fn handle_event(&self, queue: u16, _: EventSet, rings: &[VringMutex<Memory>], _: usize) -> io::Result<()> {
+        self.standby.start(&self.queues, rings);
+        if let Some(ring) = rings.get(usize::from(queue)) {
+            self.queues.serve_queue(ring, self.standby.main());
         }
+        self.standby.main_returns();
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
 //! Belongs here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`]). Does not belong here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
+//! queues ([`backend`], [`standby`]). Does not belong here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
 //! makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and [`OWNED_BY_GUEST`].
 //!
 //! Requests of a guest are untrusted. At worst they end this process, and with it the guest's own machine. They cannot
@@ -10,8 +10,10 @@
 
 mod backend;
 mod credentials;
+mod guest_memory;
 mod node_id;
 mod open_history;
+mod standby;
 mod stderr_log;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -32,7 +34,7 @@ use rustix::{fs::CWD, mount::OpenTreeFlags, process::Resource};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use virtiofsd_vhost::vhost_user::{Error as ConnectionError, Listener};
 
-use self::{backend::Backend, tree::Tree};
+use self::{backend::Backend, standby::MAX_HUNG_REQUESTS, tree::Tree};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
 use crate::jail::{self, Jail, JailError, Root};
 
@@ -42,6 +44,9 @@ pub(crate) const ROLE: &str = "fs";
 /// Maximum number of descriptors of this process, if the shim's own limit allows as many: the kernel's default for
 /// `fs.nr_open`. Each file that the guest has looked up or holds open takes one.
 const MAX_DESCRIPTORS: u32 = 1 << 20;
+
+/// Maximum number of threads: those of the vhost-user daemon, one for fsync, and one for each request that hangs.
+const MAX_THREADS: u32 = 8 + MAX_HUNG_REQUESTS;
 
 /// Number of these descriptors that are reserved for the process itself.
 const RESERVED_DESCRIPTORS: u64 = 256;
@@ -54,6 +59,8 @@ enum FsError {
     Inherit(#[source] io::Error),
     #[error("cannot open the tree: {0}")]
     Tree(#[source] io::Error),
+    #[error("cannot create a timer: {0}")]
+    Timer(#[source] io::Error),
     #[error("cannot serve the machine: {0}")]
     Serve(DaemonError),
 }
@@ -85,7 +92,7 @@ fn run() -> Result<(), FsError> {
         keep: &[listener.as_fd(), namespace.as_fd(), own_descriptors.as_fd()],
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: 4096,
-        max_threads: 8,
+        max_threads: MAX_THREADS,
     })?;
     drop(namespace);
 
@@ -128,8 +135,8 @@ impl Inherited {
 }
 
 fn serve(tree: Tree, listener: UnixListener) -> Result<(), FsError> {
-    let memory = backend::empty_memory();
-    let backend = Arc::new(Backend::new(tree, memory.clone()));
+    let memory = guest_memory::empty_memory();
+    let backend = Arc::new(Backend::new(tree, memory.clone()).map_err(FsError::Timer)?);
     let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend, memory).map_err(FsError::Serve)?;
     daemon.start(&mut Listener::from(listener)).map_err(FsError::Serve)?;
     match daemon.wait() {

@@ -1,4 +1,4 @@
-//! A minimal FUSE client as in a guest: one request at a time through a real virtqueue to a real file server, over the
+//! A minimal FUSE client as in a guest: one request at a time, unless it hangs, through a real virtqueue to a real file server, over the
 //! vhost-user protocol. Layouts and flags are those of include/uapi/linux/fuse.h, protocol 7.38.
 
 use std::{
@@ -36,6 +36,10 @@ const REQUEST: u64 = 0x10_0000;
 const REPLY: u64 = 0x20_0000;
 const REPLY_SIZE: u32 = 0x10_2000;
 
+/// The first of the buffers of requests that hang, and the size of each.
+const HUNG: u64 = 0x38_0000;
+const HUNG_SIZE: u64 = 0x1000;
+
 /// The node id of the tree's root.
 pub(crate) const ROOT: u64 = 1;
 
@@ -55,6 +59,8 @@ pub(crate) struct Client {
     kick: EventFd,
     call: EventFd,
     next: u16,
+    /// How many requests hang.
+    hung: u16,
     ids: Ids,
 }
 
@@ -194,6 +200,7 @@ impl Client {
             kick,
             call,
             next: 0,
+            hung: 0,
             ids: BY_ROOT,
         }
     }
@@ -212,18 +219,46 @@ impl Client {
         let (next, write) = (1_u16, 2_u16);
         self.write_descriptor(0, REQUEST, length, if room > 0 { next } else { 0 });
         self.write_descriptor(1, REPLY, room, write);
-        let slot = u64::from(self.next % QUEUE_SIZE);
-        self.write_memory(AVAILABLE + 4 + 2 * slot, 0_u16);
-        self.next = self.next.wrapping_add(1);
-        self.write_memory(AVAILABLE + 2, self.next);
-        self.kick.write(1).unwrap();
-        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != self.next {
-            self.wait();
-        }
+        self.make_available(0);
+        let used = self.next.wrapping_sub(self.hung);
+        self.wait_until_used(used);
+        let slot = u64::from(used.wrapping_sub(1) % QUEUE_SIZE);
         let written: u32 = self.memory.read_obj(GuestAddress(USED + 4 + 8 * slot + 4)).unwrap();
         let mut reply = vec![0; usize::try_from(written).unwrap()];
         self.memory.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
         reply
+    }
+
+    /// Sends a lookup that hangs, and does not wait for its reply. At most seven requests can hang.
+    pub(crate) fn start_hung_lookup(&mut self, parent: u64, name: &str) {
+        let request = self.frame(Opcode::Lookup as u32, parent, &Body::default().name(name).0);
+        let buffer = HUNG + 2 * HUNG_SIZE * u64::from(self.hung);
+        self.memory.write_slice(&request, GuestAddress(buffer)).unwrap();
+        let (head, next, write) = (2 + 2 * self.hung, 1_u16, 2_u16);
+        let length = u32::try_from(request.len()).unwrap();
+        self.write_descriptor_with_next(head.into(), buffer, length, next, head + 1);
+        self.write_descriptor_with_next((head + 1).into(), buffer + HUNG_SIZE, 0x1000, write, 0);
+        self.hung += 1;
+        self.make_available(head);
+    }
+
+    /// Waits until the requests that hung are answered.
+    pub(crate) fn wait_for_hung_requests(&mut self) {
+        self.wait_until_used(self.next);
+        self.hung = 0;
+    }
+
+    fn make_available(&mut self, head: u16) {
+        self.write_memory(AVAILABLE + 4 + 2 * u64::from(self.next % QUEUE_SIZE), head);
+        self.next = self.next.wrapping_add(1);
+        self.write_memory(AVAILABLE + 2, self.next);
+        self.kick.write(1).unwrap();
+    }
+
+    fn wait_until_used(&self, index: u16) {
+        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() != index {
+            self.wait();
+        }
     }
 
     /// Sets the available index to a value that no driver may use, and waits until the server has received the kick.
@@ -251,11 +286,15 @@ impl Client {
     }
 
     fn write_descriptor(&self, index: u64, address: u64, length: u32, flags: u16) {
+        self.write_descriptor_with_next(index, address, length, flags, 1);
+    }
+
+    fn write_descriptor_with_next(&self, index: u64, address: u64, length: u32, flags: u16, next: u16) {
         let at = DESCRIPTORS + 16 * index;
         self.write_memory(at, address);
         self.write_memory(at + 8, length);
         self.write_memory(at + 12, flags);
-        self.write_memory(at + 14, 1_u16);
+        self.write_memory(at + 14, next);
     }
 
     fn write_memory<T: vm_memory::ByteValued>(&self, address: u64, value: T) {

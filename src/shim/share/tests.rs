@@ -11,7 +11,10 @@ use rustix::{
 use tempfile::TempDir;
 
 use super::*;
-use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
+use crate::{
+    fs::tests::client::{BY_ROOT, Client, KEEP_CACHE},
+    shim::tests::hung_volume::HungVolume,
+};
 
 fn start_server() -> (FileServer, Client) {
     assert!(
@@ -448,4 +451,42 @@ fn mounts_are_gone_when_the_server_is_killed_and_dropped() {
     let mut buffer = [MaybeUninit::uninit(); 256];
     let mut events = inotify::Reader::new(&end, &mut buffer);
     assert!(events.next().unwrap().events().contains(inotify::ReadFlags::UNMOUNT));
+}
+
+#[test]
+fn requests_for_a_volume_that_hangs_do_not_delay_others() {
+    enter_new_mount_namespace();
+    let directory = TempDir::new().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let volume = HungVolume::mount();
+    let none = None::<&str>;
+    mount(Some(volume.path()), &below, none, MsFlags::MS_BIND, none).unwrap();
+    let (server, mut client) = start_server();
+    let recursive = Share {
+        recursive: true,
+        ..share(directory.path(), "c/0")
+    };
+    server.attach(&recursive).unwrap();
+    let top = client.walk("c/0").unwrap().id;
+    let count_threads = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", server.child().id())).unwrap();
+        let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
+        names.filter(|name| name == "standby\n").count()
+    };
+    for hung in 0..3 {
+        client.start_hung_lookup(top, "below");
+        volume.wait_for_request();
+        client.attr(top).unwrap();
+        client.create(top, &format!("file{hung}"), 0o644).unwrap();
+        assert_eq!(count_threads(), hung + 2, "one that serves, and one that watches");
+    }
+
+    drop(volume);
+    client.wait_for_hung_requests();
+    // The threads find out with the next request that they are not needed any more.
+    while count_threads() > 1 {
+        client.attr(top).unwrap();
+    }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
 }

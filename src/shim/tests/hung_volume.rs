@@ -17,16 +17,19 @@ use tempfile::TempDir;
 /// A FUSE mount whose server reads all requests, and answers only the one that starts the session. Dropped, it is
 /// removed, and the calls that wait fail.
 #[derive(Debug)]
-pub(super) struct HungVolume {
+pub(in crate::shim) struct HungVolume {
     folder: TempDir,
     requests: mpsc::Receiver<()>,
 }
 
 impl HungVolume {
-    pub(super) fn mount() -> Self {
+    pub(in crate::shim) fn mount() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
+        let options = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0,allow_other",
+            connection.as_raw_fd()
+        );
         let options = CString::new(options).unwrap();
         mount("hung", folder.path(), "fuse", MountFlags::empty(), options.as_c_str()).unwrap();
         // include/uapi/linux/fuse.h: `fuse_in_header` has the unique id at 8; the reply is `fuse_out_header`, and
@@ -44,12 +47,12 @@ impl HungVolume {
         Self { folder, requests }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(in crate::shim) fn path(&self) -> &Path {
         self.folder.path()
     }
 
     /// Waits until a process waits for an answer, which makes it unkillable.
-    pub(super) fn wait_for_request(&self) {
+    pub(in crate::shim) fn wait_for_request(&self) {
         self.requests.recv_timeout(Duration::from_secs(20)).unwrap();
     }
 }

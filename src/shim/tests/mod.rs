@@ -3,7 +3,7 @@
 mod exits;
 mod fake;
 mod hostile;
-mod hung_volume;
+pub(in crate::shim) mod hung_volume;
 mod lifecycle;
 mod pods;
 pub(super) mod script;
