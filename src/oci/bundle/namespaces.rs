@@ -102,13 +102,13 @@ pub(super) fn translate(
             (_, None) => translated.guest.push(namespace.clone()),
         }
     }
-    if !is_single {
-        let is_missing = |kind| !namespaces.iter().any(|namespace| namespace.typ() == kind);
-        if is_missing(LinuxNamespaceType::Ipc) {
-            host.refuse_unless_pod("hostIPC", "ipc")?;
-        }
-        if is_missing(LinuxNamespaceType::Pid) {
-            host.refuse_unless_pod("hostPID", "pid")?;
+    let is_missing = |kind| !namespaces.iter().any(|namespace| namespace.typ() == kind);
+    if is_missing(LinuxNamespaceType::Ipc) {
+        host.refuse_unless_pod("hostIPC", "ipc")?;
+    }
+    if is_missing(LinuxNamespaceType::Pid) {
+        host.refuse_unless_pod("hostPID", "pid")?;
+        if !is_single {
             translated.pid = PidNamespace::Pod;
         }
     }
@@ -216,9 +216,11 @@ mod tests {
     fn host_namespaces_are_refused_or_replaced_by_the_pods() {
         for (spec, field) in [(vec![("ipc", "")], "hostPID"), (vec![("pid", "")], "hostIPC")] {
             let mut spec = namespaces(&spec);
-            let error = translate(&spec, &member(), HostNamespaces::Refuse).unwrap_err();
-            assert!(error.to_string().starts_with(field), "{error}");
-            translate(&spec, &member(), HostNamespaces::Pod).unwrap();
+            for placement in [Placement::Single, member()] {
+                let error = translate(&spec, &placement, HostNamespaces::Refuse).unwrap_err();
+                assert!(error.to_string().starts_with(field), "{error}");
+                translate(&spec, &placement, HostNamespaces::Pod).unwrap();
+            }
             spec.extend(namespaces(&[("network", "/run/netns/x")]));
             let error = sandbox_network(&spec, HostNamespaces::Refuse).unwrap_err();
             assert!(error.to_string().starts_with(field), "{error}");
@@ -265,7 +267,7 @@ mod tests {
 
     #[test]
     fn missing_pid_and_mount_namespaces_are_added() {
-        let translated = translate(&[], &Placement::Single, HostNamespaces::Refuse).unwrap();
+        let translated = translate(&[], &Placement::Single, HostNamespaces::Pod).unwrap();
         assert_eq!(kept(&translated), ["pid", "mnt"]);
     }
 

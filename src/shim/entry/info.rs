@@ -151,7 +151,7 @@ mod tests {
             "root": {"path": "rootfs"},
             "mounts": [],
             "hooks": {},
-            "linux": {"namespaces": [{"type": "user"}], "uidMappings": mapping, "gidMappings": mapping},
+            "linux": {"namespaces": [{"type": "user"}, {"type": "pid"}, {"type": "ipc"}], "uidMappings": mapping, "gidMappings": mapping},
         });
         let (parent, name) = pointer.rsplit_once('/').unwrap();
         spec.pointer_mut(parent).unwrap()[name] = value;
@@ -192,8 +192,8 @@ mod tests {
     #[test]
     fn listed_namespaces_are_in_the_guest_spec_or_the_network_plan() {
         for kind in NAMESPACES {
-            let mut namespaces = vec![json!({"type": "user"})];
-            if kind != "user" {
+            let mut namespaces: Vec<_> = ["user", "pid", "ipc"].map(|kind| json!({"type": kind})).into();
+            if !["user", "pid", "ipc"].contains(&kind) {
                 namespaces.push(json!({"type": kind}));
             }
             let plan = plan("/linux/namespaces", json!(namespaces)).unwrap();

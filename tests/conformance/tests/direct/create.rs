@@ -35,9 +35,22 @@ fn refused_create_reports_the_cause_leaves_nothing_and_sends_no_event() {
                 "exec: \"/not-executable\": permission denied",
             ),
             (
-                with("/linux/namespaces", json!([{"type": "pid"}, {"type": "mount"}])),
+                with(
+                    "/linux/namespaces",
+                    json!([{"type": "pid"}, {"type": "ipc"}, {"type": "mount"}]),
+                ),
                 Code::INVALID_ARGUMENT,
                 "cannot share the network of its host",
+            ),
+            (
+                with("/linux/namespaces", json!([{"type": "ipc"}, {"type": "network"}])),
+                Code::INVALID_ARGUMENT,
+                "cannot share the pid namespace of its host",
+            ),
+            (
+                with("/linux/namespaces", json!([{"type": "pid"}, {"type": "network"}])),
+                Code::INVALID_ARGUMENT,
+                "cannot share the ipc namespace of its host",
             ),
             (with("/process/args", json!([])), Code::INVALID_ARGUMENT, "process.args"),
         ] {
