@@ -286,8 +286,8 @@ clock='import sys, time
 for line in sys.stdin: print(repr(time.time()), flush=True)'
 
 # ask_clock IN OUT: asserts that the guest's clock is within 1 ms of the host's clock before and after the question.
-# With a TSC clocksource on the host, KVM gives the host's clock to the guest with a precision of microseconds. The
-# emulated lab has another clocksource: there the guest gets the time by a message, and the tolerance is 25 ms.
+# With a TSC clocksource on the host, KVM gives the host's clock to the guest with a precision of microseconds. With
+# another one the guest gets the time by a message, and the tolerance is 25 ms.
 ask_clock() {
   local tolerance=0.025
   [[ $(</sys/devices/system/clocksource/clocksource0/current_clocksource) != tsc ]] || tolerance=0.001
@@ -323,6 +323,53 @@ guest_clock_follows_the_hosts_clock() {
   done
   date -s '-100 seconds' >/dev/null
   ((try < 50)) || { echo "the guest does not follow the host's clock" >&2; return 1; }
+  exec {in}>&-
+  wait "$client"
+}
+
+# follow_slews IN OUT: slews the host's clock by 1 % in both directions for some seconds each, and compares the guest's
+# clock with it all the time. A guest's time is wrong if it is more than 5 ms outside of the host's times before and after
+# the question, however long the answer takes. A clock that does not follow is 35 ms off at the end of a slew; answers
+# within 10 ms are quick enough to find that.
+follow_slews() {
+  perl -MTime::HiRes=time -e '$| = 1;
+    # struct timex on x86-64: modes, padding, three longs, status, padding, ..., tick at byte 88.
+    sub set_tick {
+      my $timex = pack("x208");
+      substr($timex, 0, 4) = pack("L", 0x4000);
+      substr($timex, 88, 8) = pack("q", $_[0]);
+      die "adjtimex: $!" if syscall(159, $timex) < 0;
+    }
+    sub ask { print "?\n"; my $guest = <STDIN>; die "no answer" unless defined $guest; $guest }
+    END { my $status = $?; set_tick(10000); $? = $status }
+    # The first answer takes as long as the interpreter takes to start.
+    my $last = ask;
+    for my $phase ([10000, 0.5], [10100, 3.5], [10000, 1.5], [9900, 3.5], [10000, 1.5]) {
+      my ($tick, $seconds) = @$phase;
+      set_tick($tick);
+      my ($start, $asked, $quick, $least, $most) = (time, 0, 0, 0, 0);
+      while (time < $start + $seconds || $quick < 10) {
+        die "tick $tick: only $quick of $asked answers took less than 10 ms" if time > $start + 30;
+        my $before = time; my $guest = ask; my $after = time;
+        die sprintf "tick %d: guest is at %.6f, host between %.6f and %.6f", $tick, $guest, $before, $after
+          if $guest < $before - 0.005 || $guest > $after + 0.005;
+        die sprintf "tick %d: the clock of the guest went back from %.6f to %.6f", $tick, $last, $guest if $guest < $last;
+        $last = $guest;
+        $asked++;
+        $quick++ if $after - $before < 0.01;
+        $least = $guest - $before if $guest - $before < $least;
+        $most = $guest - $after if $guest - $after > $most;
+      }
+      printf STDERR "tick %d: %d of %d answers within 10 ms; the guest was at least %.1f ms late, %.1f ms ahead\n",
+        $tick, $quick, $asked, -$least * 1000, $most * 1000;
+    }' <&"$1" >&"$2"
+}
+
+guest_clock_follows_slews_of_the_hosts_clock() {
+  new_name
+  coproc nutshell "$name" --rm -- python3 -c "$clock"
+  local client=$COPROC_PID in=${COPROC[1]} out=${COPROC[0]}
+  follow_slews "$out" "$in"
   exec {in}>&-
   wait "$client"
 }

@@ -27,6 +27,7 @@ check "process that uses all memory of the machine is killed alone" process_that
 check "metrics are complete" metrics_are_complete
 image=debian
 check "guest clock follows the host's clock" guest_clock_follows_the_hosts_clock
+check "guest clock follows slews of the host's clock" guest_clock_follows_slews_of_the_hosts_clock
 check "entropy is available at once" entropy_is_available_at_once
 check "user and group names resolve and a missing locale is no error" names_resolve_and_a_missing_locale_is_no_error
 finish

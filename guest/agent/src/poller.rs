@@ -18,6 +18,8 @@ pub(crate) enum Token {
     Pump(u32),
     /// The `memory.events` of a container's cgroup have changed.
     Memory(u32),
+    /// A temporary rate of the clock has ended.
+    Clock,
 }
 
 impl Token {
@@ -28,6 +30,7 @@ impl Token {
             Self::Job(number) => (2, number),
             Self::Pump(number) => (3, number),
             Self::Memory(number) => (4, number),
+            Self::Clock => (5, 0),
         };
         epoll::EventData::new_u64((kind << 32) | u64::from(number))
     }
@@ -41,6 +44,7 @@ impl Token {
             2 => Some(Self::Job(number)),
             3 => Some(Self::Pump(number)),
             4 => Some(Self::Memory(number)),
+            5 => Some(Self::Clock),
             _ => None,
         }
     }
@@ -115,6 +119,7 @@ mod tests {
             Token::Job(0),
             Token::Pump(u32::MAX),
             Token::Memory(7),
+            Token::Clock,
         ] {
             assert_eq!(Token::decode(token.encode()), Some(token));
         }

@@ -88,11 +88,19 @@ pub enum Request {
     },
     /// Apply settings of the node: [`Response::Done`]. Sent once, as the first request.
     ConfigureGuest(GuestSettings),
-    /// Set the guest's clock: [`Response::Done`]. Sent at boot and when the host's clock has jumped.
+    /// Set the guest's clock, and end a temporary rate: [`Response::Clock`]. Sent at boot, when the host's clock has
+    /// jumped, and when the guest's clock is far off.
     SetClock {
-        /// The host's clock at the time of sending, in nanoseconds since the epoch.
+        /// The host's clock at the time of sending, in nanoseconds since the epoch. Used if the guest cannot read the
+        /// host's clock.
         nanoseconds: u64,
+        /// The rate from now on, as in [`ClockSteering::rate`].
+        rate: i32,
     },
+    /// Change the rate of the guest's clock: [`Response::Clock`], read after the change.
+    SteerClock(ClockSteering),
+    /// Read the guest's clock: [`Response::Clock`].
+    ReadClock,
     /// Bind the drivers of network devices that the host has added: [`Response::InterfaceIndexes`].
     ProbeNetworkDevices {
         /// The bus slots of the devices (see [`crate::slot_device_name`]).
@@ -259,6 +267,23 @@ pub struct StartExec {
     pub stdio: Stdio,
 }
 
+/// The rate of the guest's clock. Replaces all earlier rates. Rates are in billionths: the clock gains `rate`
+/// nanoseconds on its clock source in each second. The agent limits the sum of both rates to [`MAX_CLOCK_RATE`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockSteering {
+    /// The permanent rate.
+    pub rate: i32,
+    /// What is added to `rate` at first, to remove an error of the clock. The agent ends it without another request, so
+    /// that a shim that stops cannot leave it in place.
+    pub temporary_rate: i32,
+    /// For how long `temporary_rate` is added, in milliseconds by the guest's clock.
+    pub temporary_milliseconds: u32,
+}
+
+/// The largest and, negated, the smallest rate of the guest's clock, in billionths: Linux allows a tick that is 10 %
+/// longer or shorter (adjtimex(2), `tick`).
+pub const MAX_CLOCK_RATE: i32 = 100_000_000;
+
 /// Settings of the node that containers also have in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestSettings {
@@ -322,6 +347,18 @@ pub enum Response {
     InterfaceIndexes(#[serde(deserialize_with = "bounds::list::<_, _, { NETWORK_SLOTS as usize }>")] Vec<u32>),
     /// The resource usage of a container.
     Stats(Box<ContainerStats>),
+    /// The guest's clock.
+    Clock(ClockReading),
+}
+
+/// A reading of the guest's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockReading {
+    /// The guest's clock, in nanoseconds since the epoch, at some moment between request and response.
+    pub nanoseconds: i64,
+    /// Limits of what the guest's clock is ahead of the host's, in nanoseconds: the least and the most. `None` if the
+    /// guest cannot read the host's clock.
+    pub lead: Option<(i64, i64)>,
 }
 
 /// A process of a container.

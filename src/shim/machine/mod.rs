@@ -187,10 +187,11 @@ impl Machine {
         match ClockJumps::watch() {
             Ok(jumps) => {
                 let (agent, mut exit) = (agent.clone(), state.exit.subscribe());
+                let is_busy = clock::is_busy(child.pid());
                 tokio::spawn(async move {
                     tokio::select! {
                         _ = exit.changed() => {}
-                        result = clock::follow_host_clock(&agent, || jumps.next()) => if let Err(error) = result {
+                        result = clock::follow_host_clock(&agent, || jumps.next(), is_busy) => if let Err(error) = result {
                             log::warn!("cannot follow the host's clock; the guest's clock may be wrong: {error}");
                         }
                     }

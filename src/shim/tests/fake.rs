@@ -9,12 +9,12 @@ use std::{
     process::{Command as Program, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use nutshell_protocol::{
-    CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT,
-    ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
+    ClockReading, CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT,
+    MAX_TO_AGENT, ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
 use super::hung_volume::HungVolume;
@@ -424,6 +424,13 @@ impl Fake {
                 (Ok(Response::Done), None)
             }
             Request::Stats { .. } => (Ok(Response::Stats(Box::default())), None),
+            // Its clock is the host's.
+            Request::SetClock { .. } | Request::SteerClock(_) | Request::ReadClock => {
+                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+                let nanoseconds = i64::try_from(now.as_nanos()).unwrap();
+                let lead = Some((0, 0));
+                (Ok(Response::Clock(ClockReading { nanoseconds, lead })), None)
+            }
             _ => (Ok(Response::Done), None),
         }
     }

@@ -5,8 +5,9 @@ use std::{env, io::Write, process::Command, thread, time::Instant};
 
 use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::{
-    ContainerStats, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MAX_FROM_AGENT, MAX_PROCESSES,
-    MAX_STATISTICS, MemoryStats, NETWORK_SLOTS, NetworkStats, ProcessEntry, Ready, Reply, Response, encode,
+    ClockReading, ContainerStats, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MAX_FROM_AGENT,
+    MAX_PROCESSES, MAX_STATISTICS, MemoryStats, NETWORK_SLOTS, NetworkStats, ProcessEntry, Ready, Reply, Response,
+    encode,
 };
 
 use super::*;
@@ -57,7 +58,7 @@ fn long_text(used: usize) -> String {
 type MakeMessage = fn(u64) -> FromAgent;
 
 /// Each kind of message, as large as it can be.
-const MESSAGES: [MakeMessage; 12] = [
+const MESSAGES: [MakeMessage; 13] = [
     |_| {
         FromAgent::Ready(Ready {
             version: long_text(MAX_FROM_AGENT / 2),
@@ -95,6 +96,13 @@ const MESSAGES: [MakeMessage; 12] = [
             ..ContainerStats::default()
         };
         reply(id, Ok(Response::Stats(Box::new(stats))))
+    },
+    |id| {
+        let reading = ClockReading {
+            nanoseconds: i64::MIN,
+            lead: Some((i64::MIN, i64::MAX)),
+        };
+        reply(id, Ok(Response::Clock(reading)))
     },
     |id| {
         let failure = Failure {
@@ -143,6 +151,7 @@ fn name(message: &FromAgent) -> &'static str {
             Response::Processes(_) => "processes",
             Response::InterfaceIndexes(_) => "interface indexes",
             Response::Stats(_) => "stats",
+            Response::Clock(_) => "clock",
         },
         FromAgent::Event(Event::Exited(_)) => "exit",
         FromAgent::Event(Event::OutOfMemory { .. }) => "out of memory",

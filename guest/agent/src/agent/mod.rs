@@ -19,6 +19,7 @@ use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
 use crate::connection::{AgentStream, AgentStreamError, HostAddress};
 use crate::container::Container;
 use crate::job::Job;
+use crate::machine::clock::Clock;
 use crate::pod::Pod;
 use crate::poller::{Poller, Token};
 use crate::reaper::Reaper;
@@ -71,6 +72,7 @@ pub(crate) struct Agent {
     stream: AgentStream,
     reaper: Reaper,
     pumps: Pumps,
+    clock: Clock,
     /// `None` until the pod has been set up.
     pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
@@ -94,6 +96,7 @@ impl Agent {
             stream,
             reaper,
             pumps: Pumps::default(),
+            clock: Clock::default(),
             pod: None,
             containers: BTreeMap::new(),
             pending_jobs: BTreeMap::new(),
@@ -118,6 +121,7 @@ impl Agent {
                     Token::Job(number) => self.handle_report(number)?,
                     Token::Pump(number) => self.pumps.transfer(number),
                     Token::Memory(number) => self.handle_memory_event(number)?,
+                    Token::Clock => self.clock.end_temporary_rate(),
                 }
             }
         }

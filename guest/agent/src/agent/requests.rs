@@ -69,10 +69,19 @@ impl Agent {
                 settings::apply(&guest_settings)?;
                 Ok(Answer::Now(Response::Done))
             }
-            Request::SetClock { nanoseconds } => {
-                clock::set(nanoseconds).context(|| "set the clock".to_owned())?;
-                Ok(Answer::Now(Response::Done))
+            Request::SetClock { nanoseconds, rate } => {
+                let reading = self.clock.set(nanoseconds, rate);
+                Ok(Answer::Now(Response::Clock(
+                    reading.context(|| "set the clock".to_owned())?,
+                )))
             }
+            Request::SteerClock(steering) => {
+                let reading = self.clock.steer(&self.poller, &steering);
+                Ok(Answer::Now(Response::Clock(
+                    reading.context(|| "change the rate of the clock".to_owned())?,
+                )))
+            }
+            Request::ReadClock => Ok(Answer::Now(Response::Clock(clock::read()))),
             Request::ProbeNetworkDevices { slots } => {
                 let indexes = slots
                     .iter()

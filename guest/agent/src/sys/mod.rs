@@ -3,6 +3,7 @@
 //! Each function makes one system call or a fixed sequence of them; policy belongs to the callers. Every module of
 //! the agent may call this.
 
+mod clock;
 mod device_program;
 mod name_lookup;
 mod network;
@@ -10,6 +11,7 @@ mod process;
 mod scheduling;
 mod signals;
 
+pub(crate) use clock::set_clock_rate;
 pub(crate) use device_program::{attach_device_program, load_device_program};
 pub(crate) use name_lookup::direct_name_queries;
 #[cfg(test)]
