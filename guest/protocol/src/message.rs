@@ -80,6 +80,21 @@ pub enum Request {
         /// The id of the container.
         container: String,
     },
+    /// List the threads that are blocked in the kernel and keep a process that was sent SIGKILL from ending:
+    /// [`Response::BlockedThreads`]. The list is empty if a thread still runs, such as one that frees memory. The first
+    /// process of a container may also wait for the other processes in its pid namespace, so theirs count too.
+    BlockedThreads {
+        /// The id of the container.
+        container: String,
+        /// The id of the exec, or `None` for the container's first process.
+        exec: Option<String>,
+    },
+    /// Like [`Self::DeleteContainer`], for a container with processes that do not end: [`Response::Done`]. They and
+    /// their cgroup stay until the end of the machine, and no [`Event::Exited`] follows.
+    AbandonContainer {
+        /// The id of the container.
+        container: String,
+    },
     /// Kill the container's remaining processes, unmount its root file system and remove all of its state:
     /// [`Response::Done`].
     DeleteContainer {
@@ -299,6 +314,9 @@ pub struct GuestSettings {
 /// The largest number of processes in a response.
 pub const MAX_PROCESSES: usize = 4096;
 
+/// The largest number of threads in a response.
+pub const MAX_BLOCKED_THREADS: usize = 16;
+
 /// The largest length of each list in [`ContainerStats`].
 pub const MAX_STATISTICS: usize = 256;
 
@@ -343,6 +361,8 @@ pub enum Response {
     },
     /// The processes of a container, or the first [`MAX_PROCESSES`] of them.
     Processes(#[serde(deserialize_with = "bounds::list::<_, _, MAX_PROCESSES>")] Vec<ProcessEntry>),
+    /// The blocked threads of a process or container, or the first [`MAX_BLOCKED_THREADS`] of them.
+    BlockedThreads(#[serde(deserialize_with = "bounds::list::<_, _, MAX_BLOCKED_THREADS>")] Vec<BlockedThread>),
     /// The kernel's index of the network interface in each requested slot, in the order of the request.
     InterfaceIndexes(#[serde(deserialize_with = "bounds::list::<_, _, { NETWORK_SLOTS as usize }>")] Vec<u32>),
     /// The resource usage of a container.
@@ -368,6 +388,19 @@ pub struct ProcessEntry {
     pub pid: u32,
     /// The exec's id, or `None` for a process that is not the first process of an exec.
     pub exec: Option<String>,
+}
+
+/// A thread whose wait in the kernel no signal ends: it is uninterruptible (state D of proc(5)), or the thread is ending.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockedThread {
+    /// The pid of its process in the guest's initial pid namespace.
+    pub pid: u32,
+    /// Its thread id in that namespace.
+    pub thread: u32,
+    /// Its name, which the program may have chosen.
+    pub name: String,
+    /// How often it has given up the CPU. An unchanged number means that it is still in the same wait.
+    pub switches: u64,
 }
 
 /// Why a request failed. The shim turns it into a gRPC status.

@@ -5,9 +5,9 @@ use std::{env, io::Write, process::Command, thread, time::Instant};
 
 use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::{
-    ClockReading, ContainerStats, Event, Exited, Failure, FailureKind, FromAgent, IoStats, MAX_FROM_AGENT,
-    MAX_PROCESSES, MAX_STATISTICS, MemoryStats, NETWORK_SLOTS, NetworkStats, ProcessEntry, Ready, Reply, Response,
-    encode,
+    BlockedThread, ClockReading, ContainerStats, Event, Exited, Failure, FailureKind, FromAgent, IoStats,
+    MAX_BLOCKED_THREADS, MAX_FROM_AGENT, MAX_PROCESSES, MAX_STATISTICS, MemoryStats, NETWORK_SLOTS, NetworkStats,
+    ProcessEntry, Ready, Reply, Response, encode,
 };
 
 use super::*;
@@ -58,7 +58,7 @@ fn long_text(used: usize) -> String {
 type MakeMessage = fn(u64) -> FromAgent;
 
 /// Each kind of message, as large as it can be.
-const MESSAGES: [MakeMessage; 13] = [
+const MESSAGES: [MakeMessage; 14] = [
     |_| {
         FromAgent::Ready(Ready {
             version: long_text(MAX_FROM_AGENT / 2),
@@ -73,6 +73,15 @@ const MESSAGES: [MakeMessage; 13] = [
             exec: Some("e".repeat(MAX_FROM_AGENT / MAX_PROCESSES - 16)),
         };
         reply(id, Ok(Response::Processes(vec![process; MAX_PROCESSES])))
+    },
+    |id| {
+        let thread = BlockedThread {
+            pid: u32::MAX,
+            thread: u32::MAX,
+            name: "n".repeat(MAX_FROM_AGENT / MAX_BLOCKED_THREADS - 64),
+            switches: u64::MAX,
+        };
+        reply(id, Ok(Response::BlockedThreads(vec![thread; MAX_BLOCKED_THREADS])))
     },
     |id| {
         reply(
@@ -149,6 +158,7 @@ fn name(message: &FromAgent) -> &'static str {
             Response::Done => "done",
             Response::Created { .. } => "created",
             Response::Processes(_) => "processes",
+            Response::BlockedThreads(_) => "blocked threads",
             Response::InterfaceIndexes(_) => "interface indexes",
             Response::Stats(_) => "stats",
             Response::Clock(_) => "clock",

@@ -50,6 +50,8 @@ enum Purpose {
     Freeze(Rc<str>, bool),
     /// Deletes the container.
     Delete(Rc<str>),
+    /// Deletes the container, and leaves processes that do not end.
+    Abandon(Rc<str>),
     /// The report only becomes a reply; it changes no state.
     Other,
 }

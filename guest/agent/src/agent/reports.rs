@@ -81,6 +81,7 @@ impl Agent {
                 self.reply(request, result)?;
             }
             (Purpose::Delete(name), _) => self.finish_delete(request, &name, result)?,
+            (Purpose::Abandon(name), _) => self.finish_abandon(request, &name, result)?,
             (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
         }
         if self.pending_jobs.is_empty() {
@@ -195,6 +196,23 @@ impl Agent {
             Err(_) => return self.reply(request, result),
         }
         self.report_exits(name)
+    }
+
+    /// Forgets a container whose exits are not reported any more.
+    fn finish_abandon(
+        &mut self,
+        request: u64,
+        name: &Rc<str>,
+        result: Result<Response, Failure>,
+    ) -> Result<(), AgentError> {
+        if result.is_ok() {
+            self.pumps.remove_container(name);
+            self.containers.remove(name);
+        } else if let Ok(container) = self.container(name) {
+            // A later request may try again.
+            container.stage = Stage::Stopped;
+        }
+        self.reply(request, result)
     }
 
     fn start_pumps(

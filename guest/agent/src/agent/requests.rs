@@ -14,7 +14,7 @@ use super::{Agent, AgentError, PendingJob, Purpose};
 use crate::cgroup::{Cgroup, freeze, limits, stats};
 use crate::container::create::PodContext;
 use crate::container::exec::{self, TargetContainer};
-use crate::container::{Container, Process, Stage, create, delete, start};
+use crate::container::{Container, Process, Stage, blocked, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
 use crate::machine::{clock, disk, forward, names, network, settings, shell, size};
@@ -64,7 +64,12 @@ impl Agent {
             Request::Update { container, resources } => self.update(id, &container, &resources),
             Request::Pause { container } => self.freeze(id, container, true),
             Request::Resume { container } => self.freeze(id, container, false),
-            Request::DeleteContainer { container } => self.delete(id, &container),
+            Request::BlockedThreads { container, exec } => {
+                let threads = blocked::find(self.container(&container)?, exec.as_deref());
+                Ok(Answer::Now(Response::BlockedThreads(threads)))
+            }
+            Request::DeleteContainer { container } => self.delete(id, &container, Purpose::Delete, delete::remove_all),
+            Request::AbandonContainer { container } => self.delete(id, &container, Purpose::Abandon, delete::abandon),
             Request::ConfigureGuest(guest_settings) => {
                 settings::apply(&guest_settings)?;
                 Ok(Answer::Now(Response::Done))
@@ -366,14 +371,20 @@ impl Agent {
         })
     }
 
-    fn delete(&mut self, id: u64, name: &str) -> Result<Answer, Failure> {
+    fn delete(
+        &mut self,
+        id: u64,
+        name: &str,
+        purpose: fn(Rc<str>) -> Purpose,
+        remove: fn(&str) -> Result<(), Failure>,
+    ) -> Result<Answer, Failure> {
         let container = self.container(name)?;
         if container.stage == Stage::Deleting {
             return Err(wrong_stage(name, container.stage));
         }
         container.stage = Stage::Deleting;
         self.kill_jobs(name);
-        let started = self.run_job(id, Purpose::Delete(name.into()), &mut || delete::remove_all(name));
+        let started = self.run_job(id, purpose(name.into()), &mut || remove(name));
         if started.is_err() {
             self.container(name)?.stage = Stage::Stopped;
         }

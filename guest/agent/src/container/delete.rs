@@ -14,22 +14,43 @@ use crate::failure::Context;
 /// The maximum time for killed processes to end. After it, the deletion fails.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The maximum time for processes that probably never end.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Kills the container's processes, removes its cgroup, unmounts its root file system and removes its files. Continues
 /// after an error and returns the first one. A part that does not exist is not an error.
 pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
+    let cgroup = Cgroup::of_container(id);
+    let killed = kill_processes(&cgroup, KILL_TIMEOUT).context(|| format!("kill the processes of container {id}"));
+    let removed = remove_cgroup(&cgroup);
+    let files = remove_files(id);
+    killed.and(removed).and(files)
+}
+
+/// Like [`remove_all`], but leaves processes that do not end, and their cgroup. The kernel unmounts what they use when
+/// they end.
+pub(crate) fn abandon(id: &str) -> Result<(), Failure> {
+    let cgroup = Cgroup::of_container(id);
+    let have_ended = kill_processes(&cgroup, ABANDON_TIMEOUT).is_ok();
+    let removed = if have_ended { remove_cgroup(&cgroup) } else { Ok(()) };
+    let files = remove_files(id);
+    removed.and(files)
+}
+
+fn remove_cgroup(cgroup: &Cgroup) -> Result<(), Failure> {
+    cgroup
+        .remove()
+        .context(|| format!("remove cgroup {}", cgroup.path().display()))
+}
+
+/// Unmounts the container's root file system and removes its files. Continues after an error and returns the first one.
+fn remove_files(id: &str) -> Result<(), Failure> {
     let mut first = Ok(());
     let mut keep_first_error = |result: Result<(), Failure>| {
         if first.is_ok() {
             first = result;
         }
     };
-    let cgroup = Cgroup::of_container(id);
-    keep_first_error(kill_processes(&cgroup).context(|| format!("kill the processes of container {id}")));
-    keep_first_error(
-        cgroup
-            .remove()
-            .context(|| format!("remove cgroup {}", cgroup.path().display())),
-    );
     let bundle = bundle_path(id);
     let unmounted = rootfs::unmount(&bundle.join("rootfs")).context(|| format!("unmount the rootfs of container {id}"));
     // If the root file system is still mounted, removing the bundle would delete its files.
@@ -42,15 +63,15 @@ pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     first
 }
 
-/// Kills the processes of the cgroup, and waits until they have ended.
-fn kill_processes(cgroup: &Cgroup) -> io::Result<()> {
+/// Kills the processes of the cgroup, and waits until they have ended. Fails after `timeout`.
+fn kill_processes(cgroup: &Cgroup, timeout: Duration) -> io::Result<()> {
     let events = match fs::File::open(cgroup.file("cgroup.events")) {
         Ok(events) => events,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
     cgroup.kill()?;
-    match cgroup::wait_for_event(&events, "populated", 0, KILL_TIMEOUT)? {
+    match cgroup::wait_for_event(&events, "populated", 0, timeout)? {
         true => Ok(()),
         false => Err(io::Error::new(
             io::ErrorKind::TimedOut,

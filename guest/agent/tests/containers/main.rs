@@ -8,6 +8,7 @@
 #[allow(dead_code, reason = "shared with the tests of machines, which use all of it")]
 mod harness;
 
+mod blocked;
 mod exec;
 mod lifecycle;
 mod limits;
