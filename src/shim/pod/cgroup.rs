@@ -28,7 +28,7 @@ pub(crate) struct CgroupError {
 }
 
 /// A control group, which may not exist yet.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct ControlGroup {
     path: PathBuf,
 }

@@ -95,20 +95,27 @@ impl RunningFileServer {
         self.child.kill();
     }
 
-    /// Kills the process and reaps it.
-    pub(super) async fn end(self) {
+    /// Kills the process and reaps it. Returns it if it does not end in time; call [`Self::reap`] then.
+    pub(super) async fn end(self) -> Option<Self> {
         self.kill();
-        match tokio::time::timeout(REAP_LIMIT, self.child.reap()).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => log::warn!("cannot reap the file server process {}: {error}", self.pid()),
-            Err(_) => log::warn!(
+        let reaped = tokio::time::timeout(REAP_LIMIT, self.reap()).await;
+        if reaped.is_err() {
+            log::warn!(
                 "the file server process {} does not end after SIGKILL: a file system of this host hangs",
                 self.pid()
-            ),
+            );
         }
         let stderr = self.stderr.lock().take();
         if let Some(stderr) = stderr {
             stderr.finish(STDERR_TIMEOUT).await;
+        }
+        reaped.is_err().then_some(self)
+    }
+
+    /// Reaps the process when it ends. A file system that hangs can delay that without limit.
+    pub(super) async fn reap(&self) {
+        if let Err(error) = self.child.reap().await {
+            log::warn!("cannot reap the file server process {}: {error}", self.pid());
         }
     }
 }

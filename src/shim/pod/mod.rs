@@ -106,7 +106,7 @@ impl Pod {
             });
             if let Err(error) = added {
                 vmm.discard().await;
-                release(file_server, Some(cgroup)).await;
+                release(file_server, Some(cgroup.clone())).await;
                 return Err(error.into());
             }
         }
@@ -122,7 +122,7 @@ impl Pod {
         let machine = match Machine::start(vmm, requested_at, boot, move |event| on_event(number, event)).await {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
-                release(file_server, cgroup.as_ref()).await;
+                release(file_server, cgroup).await;
                 return Err(error.into());
             }
         };
@@ -326,13 +326,8 @@ impl Pod {
                     cgroup.kill();
                 }
                 self.machine.ended().await;
-                if let Some(server) = file_server {
-                    server.end().await;
-                }
-                self.disconnect_network().await;
-                if let Some(cgroup) = &self.cgroup {
-                    cgroup.remove().await;
-                }
+                let network = self.disconnect_network();
+                let ((), ()) = tokio::join!(release(file_server, self.cgroup.clone()), network);
             })
             .await;
     }
@@ -342,12 +337,23 @@ impl Pod {
     }
 }
 
-/// Ends the file server and removes the control group of a pod that did not start.
-async fn release(file_server: Option<RunningFileServer>, cgroup: Option<&ControlGroup>) {
-    if let Some(server) = file_server {
-        server.end().await;
-    }
-    if let Some(cgroup) = cgroup {
-        cgroup.remove().await;
+/// Ends the file server and removes the control group. If a file system of the host keeps the file server from ending,
+/// both are freed when it answers, provided that this shim still runs.
+async fn release(file_server: Option<RunningFileServer>, cgroup: Option<ControlGroup>) {
+    let hung = match file_server {
+        Some(server) => server.end().await,
+        None => None,
+    };
+    let remove_cgroup = async {
+        if let Some(cgroup) = cgroup {
+            cgroup.remove().await;
+        }
+    };
+    match hung {
+        None => remove_cgroup.await,
+        Some(server) => drop(tokio::spawn(async move {
+            server.reap().await;
+            remove_cgroup.await;
+        })),
     }
 }
