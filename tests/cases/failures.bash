@@ -130,6 +130,56 @@ full_state_folder_is_reported_and_leaves_nothing() {
   ctr snapshot --snapshotter "$snapshotter" rm "$name" >/dev/null 2>&1 || true
 }
 
+# wait_until_blocked PID: waits until a thread of the process is in an uninterruptible wait. Limited to 300 tries.
+wait_until_blocked() {
+  local try
+  for try in {1..300}; do
+    ! grep -q '^State:[[:space:]]*D' /proc/"$1"/task/*/status || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "process $1 is not blocked" >&2
+  return 1
+}
+
+# A process in the guest waits for a volume that hangs, and so does its file server: SIGKILL ends neither.
+container_that_waits_for_a_hung_volume_can_be_killed_and_deleted() {
+  new_name
+  local server
+  truncate -s 16M /run/tmp/volume
+  mkfs.ext4 -q /run/tmp/volume
+  mkdir /run/tmp/hung
+  mount -o loop /run/tmp/volume /run/tmp/hung
+  trap 'fsfreeze -u /run/tmp/hung 2>/dev/null || true' EXIT
+  nutshell "$name" -d --mount type=bind,src=/run/tmp/hung,dst=/hung,options=rbind:rw -- \
+    sh -c 'while :; do echo text >/hung/file; done'
+  server=$(pids_of fs)
+  wait_for_file /run/tmp/hung/file
+  fsfreeze -f /run/tmp/hung
+  wait_until_blocked "$server"
+
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  assert_contains "$(within 15 ctr task delete "$name" 2>&1)" "exit code 137"
+  ctr container delete "$name"
+  assert_equal "" "$(pids_of vmm)"
+  assert_equal "$server" "$(pids_of fs)"
+  grep -q "SIGKILL did not end its container, because of processes that are blocked in the guest's kernel (sh with" \
+    /run/containerd.log
+  grep -q "the file server process $server does not end after SIGKILL" /run/containerd.log
+
+  fsfreeze -u /run/tmp/hung
+  tail --pid="$server" -f /dev/null
+  # The shim has ended before the file server could.
+  rmdir "/sys/fs/cgroup/default/$name"
+  umount /run/tmp/hung
+  rm -r /run/tmp/hung /run/tmp/volume
+}
+
+hung_volume_cases() {
+  check "container that waits for a hung volume can be killed and deleted" \
+    container_that_waits_for_a_hung_volume_can_be_killed_and_deleted
+}
+
 failure_cases() {
   check "container survives when containerd is killed" container_survives_when_containerd_is_killed
   check "exit while containerd is down is reported after its restart" exit_while_containerd_is_down_is_reported_after_its_restart

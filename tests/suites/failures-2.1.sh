@@ -11,5 +11,6 @@ source "$(dirname "$0")/../cases/chaos.bash"
 set_up_containerd 2.1 busybox
 
 failure_cases
+hung_volume_cases
 chaos_cases "${NUTSHELL_TEST_ROUNDS:-8}" "${NUTSHELL_TEST_SEED:-$((0x$(head -c 3 /dev/urandom | od -An -tx1 | tr -d ' ')))}"
 finish

@@ -15,7 +15,7 @@ pub(super) fn printable_tail(bytes: &[u8]) -> String {
 }
 
 /// The first `max` characters of `text`, in one line, with control characters escaped.
-pub(super) fn printable_line(text: &str, max: usize) -> String {
+pub(crate) fn printable_line(text: &str, max: usize) -> String {
     let mut line = String::new();
     for (index, character) in text.chars().enumerate() {
         if index == max {

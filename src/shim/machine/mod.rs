@@ -36,6 +36,7 @@ use tokio::{sync::oneshot, time::Instant};
 pub(crate) use self::{
     agent::{Agent, AgentError},
     boot::{BootError, BootRequest, DiskFile, GuestResources, open_disk, open_kvm},
+    console::printable_line,
     exit::MachineExit,
     monitor::FINAL_NOTICE_TIMEOUT,
     stderr::{STDERR_TIMEOUT, StderrLog},

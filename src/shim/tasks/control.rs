@@ -78,7 +78,7 @@ impl Tasks {
     pub(super) async fn kill_process(
         self: &Arc<Self>,
         container: &Arc<Container>,
-        process: &Process,
+        process: &Arc<Process>,
         signal: u32,
         all: bool,
     ) -> Result<(), TaskError> {
@@ -95,7 +95,13 @@ impl Tasks {
             }
             return Ok(());
         }
-        signal_in_guest(container, process, signal, all).await
+        let sent = signal_in_guest(container, process, signal, all).await;
+        let has_failed = |error: &TaskError| error.code() != ErrorCode::NotFound;
+        if signal == SIGKILL && !sent.as_ref().is_err_and(has_failed) {
+            // Also if the guest does not find the process: its exit may wait for others that are blocked.
+            self.follow_kill(container, if all { &container.init } else { process });
+        }
+        sent
     }
 
     /// Pids: the processes of a container, at least its first one.

@@ -115,7 +115,7 @@ impl Tasks {
             }
             Role::Sandbox(_) => container.pod.end().await,
             Role::Member { .. } => {
-                remove_from_guest(&container.pod, &container.id).await;
+                delete_from_guest(container).await;
                 container.pod.detach(&container.id).await;
             }
         }
@@ -134,11 +134,25 @@ async fn finish_streams(container: &Container, process: &Process) {
     let machine = container.pod.machine();
     if !streams.finished(Duration::ZERO).await {
         if process.exec.is_none() {
-            remove_from_guest(&container.pod, &container.id).await;
+            delete_from_guest(container).await;
         }
         streams.finished(DRAIN_LIMIT).await;
     }
     process.close_streams(machine).await;
+}
+
+/// Makes the guest kill the remaining processes of a container and delete it, and leave those that cannot end. A second
+/// call is a no-op.
+pub(super) async fn delete_from_guest(container: &Container) {
+    let (pod, id) = (&container.pod, &container.id);
+    if container.is_abandoned() {
+        let abandon = Request::AbandonContainer {
+            container: id.to_string(),
+        };
+        run_deletion(pod, id, abandon).await;
+    } else {
+        remove_from_guest(pod, id).await;
+    }
 }
 
 /// Makes the guest kill the remaining processes of a container and delete it. A second call is a no-op.
@@ -146,7 +160,11 @@ pub(super) async fn remove_from_guest(pod: &Pod, id: &ContainerId) {
     let delete = Request::DeleteContainer {
         container: id.to_string(),
     };
-    match call_agent(pod, REQUEST_LIMIT, pod.machine().agent().run(delete)).await {
+    run_deletion(pod, id, delete).await;
+}
+
+async fn run_deletion(pod: &Pod, id: &ContainerId, request: Request) {
+    match call_agent(pod, REQUEST_LIMIT, pod.machine().agent().run(request)).await {
         Err(error) if !matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {
             log::warn!("task {id}: cannot remove it from the guest: {error}");
         }

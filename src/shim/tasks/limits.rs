@@ -22,8 +22,12 @@ pub(super) const REQUEST_LIMIT: Duration = shorter_in_tests(Duration::from_secs(
 /// them wait for the kernel of the guest or of the host.
 pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(40));
 
-/// A signal. If a guest does not deliver SIGKILL in this time, its machine is killed.
+/// A signal. If a guest does not deliver SIGKILL in this time, its machine is killed. If a process has not ended this
+/// long after SIGKILL, the guest is asked whether it is blocked.
 pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));
+
+/// Between two looks at threads that seem to be blocked.
+pub(super) const BLOCKED_INTERVAL: Duration = shorter_in_tests(Duration::from_secs(1));
 
 /// The list of processes. Without an answer the shim returns the container's first process only: containerd takes
 /// a task without processes for leaked, so a guest that hangs must not delay it.

@@ -12,6 +12,7 @@
 //! | `sandbox` | the sandbox of a pod, and the calls of the Sandbox service |
 //! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
+//! | `killed` | processes that do not end after SIGKILL |
 //! | `size` | the resizing of a machine to the limits of its containers |
 //! | `admin` | reports for an administrator, and shells in the guest |
 //! | `agent_call`, `limits` | requests to the agent, and how long they may take |
@@ -28,6 +29,7 @@ mod delete;
 mod exit;
 mod guest_setup;
 mod host_setup;
+mod killed;
 mod limits;
 mod sandbox;
 mod size;

@@ -17,7 +17,7 @@ use nutshell_protocol::{
     MAX_TO_AGENT, ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
-use super::hung_volume::HungVolume;
+use super::{behaviour::Behaviour, hung_volume::HungVolume};
 use crate::{
     control::{
         Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, monotonic_now,
@@ -30,39 +30,6 @@ use crate::{
         share::{FileServer, ShareError},
     },
 };
-
-/// How a fake machine reacts to the shim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Behaviour {
-    /// It does everything that is requested.
-    Cooperative,
-    /// It cannot be built.
-    BootFails,
-    /// Its agent never becomes ready.
-    NeverReady,
-    /// It boots and creates containers, and answers no other request.
-    Unresponsive,
-    /// It never answers requests of one kind.
-    Ignores(Ignored),
-    /// It cannot grow.
-    CannotGrow,
-    /// It does not answer questions about its devices.
-    NoStatistics,
-    /// It reports no stream as drained before [`Fake::report_drained`].
-    NeverDrains,
-    /// Its vmm waits for a disk that does not answer, and cannot be killed before [`Fake::release_disk`].
-    WaitsForDisk,
-    /// After the end of its vmm, another process holds all that the vmm had open.
-    OutlivedByFork,
-}
-
-/// A kind of request that the agent does not answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ignored {
-    CreateContainer,
-    StartContainer,
-    StartExec,
-}
 
 /// A launcher of fake machines.
 #[derive(Debug, Clone)]
@@ -114,18 +81,6 @@ fn statistics() -> MachineStatistics {
         devices: vec![device("vsock", 9), device("nutshell-0", 7), device("\x1b[31mred", 0)],
         ready: Some(monotonic_now()),
         kernel: None,
-    }
-}
-
-impl Behaviour {
-    fn answers(self, request: &Request) -> bool {
-        match (self, request) {
-            (Self::Unresponsive, request) => matches!(request, Request::CreateContainer(_)),
-            (Self::Ignores(Ignored::CreateContainer), Request::CreateContainer(_))
-            | (Self::Ignores(Ignored::StartContainer), Request::StartContainer { .. })
-            | (Self::Ignores(Ignored::StartExec), Request::StartExec(_)) => false,
-            _ => true,
-        }
     }
 }
 
@@ -395,6 +350,13 @@ impl Fake {
                 }
                 self.state().ports.insert((container, Some(exec)), stdio);
                 (Ok(Response::Created { pid: 2000 }), None)
+            }
+            Request::Signal { signal: 9, .. } if matches!(self.behaviour, Behaviour::SurvivesKill(_)) => {
+                (Ok(Response::Done), None)
+            }
+            Request::BlockedThreads { .. } => {
+                let threads = self.behaviour.blocked_threads(self.state().requests.len());
+                (Ok(Response::BlockedThreads(threads)), None)
             }
             Request::Signal {
                 container,

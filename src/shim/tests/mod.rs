@@ -1,9 +1,11 @@
 //! Tests of the services through a ttrpc client, with fake machines (see [`fake`]).
 
+mod behaviour;
 mod exits;
 mod fake;
 mod hostile;
 pub(in crate::shim) mod hung_volume;
+mod killed;
 mod lifecycle;
 mod pods;
 pub(super) mod script;
@@ -39,7 +41,10 @@ use serde_json::json;
 use tempfile::TempDir;
 use tokio::{net::UnixStream, sync::mpsc};
 
-use self::fake::{Behaviour, Fake, FakeLauncher};
+use self::{
+    behaviour::Behaviour,
+    fake::{Fake, FakeLauncher},
+};
 use crate::{
     oci::{HostNamespaces, Sizing},
     shim::{

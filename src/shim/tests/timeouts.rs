@@ -5,7 +5,7 @@ use std::time::Instant;
 use nutshell_protocol::Request;
 use serde_json::Value;
 
-use super::{fake::Ignored, *};
+use super::{behaviour::Ignored, *};
 
 fn assert_no_answer<T: std::fmt::Debug>(result: ttrpc::Result<T>) {
     let (_, text) = error_of(result);

@@ -11,7 +11,10 @@ use std::{
     collections::HashMap,
     future::Future,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -109,6 +112,8 @@ pub(crate) struct Container {
     timings: Mutex<Timings>,
     /// When containerd was last told that the container ran out of memory.
     out_of_memory_announced: Mutex<Option<Instant>>,
+    /// Whether processes of it cannot end.
+    abandoned: AtomicBool,
     /// Held by a call that changes `limits`.
     pub(super) update_lock: tokio::sync::Mutex<()>,
 }
@@ -136,6 +141,7 @@ impl Container {
             limits: Mutex::new(limits),
             timings: Mutex::new(Timings::since(monotonic_now())),
             out_of_memory_announced: Mutex::default(),
+            abandoned: AtomicBool::new(false),
             update_lock: tokio::sync::Mutex::default(),
         }
     }
@@ -209,6 +215,16 @@ impl Container {
         let mut timings = self.timings.lock();
         timings.started = Some(timings.elapsed());
         timings.start = Some(begun.elapsed());
+    }
+
+    /// Notes that processes of it cannot end. The guest must not wait for them when it deletes the container.
+    pub(super) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::abandon`] was called.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Relaxed)
     }
 
     /// Its execs by id, locked.

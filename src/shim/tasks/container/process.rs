@@ -29,6 +29,7 @@ pub(crate) struct Process {
     pid: AtomicU32,
     guest_pid: AtomicU32,
     exit_claimed: AtomicBool,
+    kill_followed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +67,7 @@ impl Process {
             pid: AtomicU32::new(0),
             guest_pid: AtomicU32::new(0),
             exit_claimed: AtomicBool::new(false),
+            kill_followed: AtomicBool::new(false),
         }
     }
 
@@ -147,6 +149,16 @@ impl Process {
     /// same exit.
     pub(crate) fn try_claim_exit(&self) -> bool {
         !self.exit_claimed.swap(true, Ordering::Relaxed)
+    }
+
+    /// Whether [`Self::try_claim_exit`] was called: its exit is or will be recorded.
+    pub(crate) fn is_exit_claimed(&self) -> bool {
+        self.exit_claimed.load(Ordering::Relaxed)
+    }
+
+    /// Whether to follow its end after SIGKILL. True for the first caller only.
+    pub(crate) fn should_follow_kill(&self) -> bool {
+        !self.kill_followed.swap(true, Ordering::Relaxed)
     }
 
     /// Closes its open streams.
