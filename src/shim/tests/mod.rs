@@ -140,7 +140,7 @@ impl Shim {
             "ociVersion": "1.0.2",
             "process": { "args": ["true"], "cwd": "/", "user": { "uid": 0, "gid": 0 } },
             "root": { "path": "rootfs" },
-            "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "network" }] },
+            "linux": { "namespaces": [{ "type": "mount" }, { "type": "pid" }, { "type": "network" }, { "type": "ipc" }] },
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         let path = |name| bundle.join(name).display().to_string();

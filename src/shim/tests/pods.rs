@@ -103,10 +103,6 @@ impl Shim {
             "io.kubernetes.cri.container-type": kind,
             "io.kubernetes.cri.sandbox-id": "pod",
         });
-        spec["linux"]["namespaces"]
-            .as_array_mut()
-            .unwrap()
-            .push(json!({"type": "ipc"}));
         change(&mut spec);
         fs::write(path, spec.to_string()).unwrap();
         request
