@@ -3,6 +3,7 @@
 #
 # The cases use the snapshotter $snapshotter and the image localhost/$image.
 
+cases=$(dirname "${BASH_SOURCE[0]}")
 snapshotter=overlayfs
 image=busybox
 serial=0
@@ -436,6 +437,12 @@ threads = [threading.Thread(target=results.append, args=[number]) for number in 
 print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
 }
 
+guest_kernel_is_what_its_page_says() {
+  new_name
+  { cat "$cases/guest-kernel.pl" "$cases/../../docs/GUEST_KERNEL.md" && echo "## End"; } |
+    nutshell "$name" --rm --privileged -- perl -
+}
+
 single_binary_runs() {
   new_name
   assert_status 42 nutshell "$name" --rm -- /one-binary 42 a b >/run/tmp/out
@@ -486,6 +493,7 @@ every_case() {
   snapshotter=overlayfs image=debian
   basic_cases "debian"
   check "python3 of the debian image runs" python_runs
+  check "guest kernel is what its page says" guest_kernel_is_what_its_page_says
   snapshotter=overlayfs image=one-binary
   check "image with a single binary runs" single_binary_runs
 }

@@ -80,8 +80,12 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         linux.set_resources(Some(clean_resources(resources)));
     }
     let namespaces: Vec<_> = linux.namespaces().iter().flatten().map(LinuxNamespace::typ).collect();
-    if !namespaces.contains(&LinuxNamespaceType::Mount) {
-        return Err(Failure::invalid("the OCI spec has no mount namespace"));
+    // In the agent's pid namespace, a container could control the agent, and create sockets of AF_VSOCK
+    // (guest/kernel/patches/required/vsock-containers.patch).
+    for (kind, name) in [(LinuxNamespaceType::Mount, "mount"), (LinuxNamespaceType::Pid, "pid")] {
+        if !namespaces.contains(&kind) {
+            return Err(Failure::invalid(format!("the OCI spec has no {name} namespace")));
+        }
     }
     let mut machine_settings = MachineSettings::default();
     if !namespaces.contains(&LinuxNamespaceType::Uts) {
@@ -121,7 +125,6 @@ fn bind_if_not_owned(mount: &mut Mount, namespaces: &[LinuxNamespaceType]) {
     let (namespace, source) = match mount.typ().as_deref() {
         Some("sysfs") => (LinuxNamespaceType::Network, "/sys"),
         Some("mqueue") => (LinuxNamespaceType::Ipc, "/dev/mqueue"),
-        Some("proc") => (LinuxNamespaceType::Pid, "/proc"),
         _ => return,
     };
     if namespaces.contains(&namespace) {
@@ -225,7 +228,7 @@ mod tests {
             "hostname": "h",
             "process": {"args": ["x"], "cwd": "/", "user": {"uid": 5, "gid": 0}, "env": ["A=b"],
                 "apparmorProfile": "p", "selinuxLabel": "l", "noNewPrivileges": false},
-            "linux": {"mountLabel": "m", "namespaces": [{"type": "mount"}, {"type": "ipc"}],
+            "linux": {"mountLabel": "m", "namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "ipc"}],
                 "sysctl": {"net.ipv4.ip_forward": "1", "kernel.shmmax": "5"}, "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}],
                 "resources": {"cpu": {"shares": 2, "cpus": "7", "mems": "1"},
                     "hugepageLimits": [{"pageSize": "3GB", "limit": 0}],
@@ -288,6 +291,19 @@ mod tests {
         for option in nutshell_protocol::MOUNT_OPTIONS {
             let known = MountOption::from_str(option).is_ok() || MountRecursive::from_str(option).is_ok();
             assert!(known, "{option}");
+        }
+    }
+
+    #[test]
+    fn container_without_its_own_mount_or_pid_namespace_is_invalid() {
+        for (kept, missing) in [("pid", "mount"), ("mount", "pid")] {
+            let spec = spec(
+                serde_json::json!({"ociVersion": "1.2.0", "linux": {"namespaces": [{"type": kept}]},
+                "process": {"args": ["x"], "cwd": "/", "user": {"uid": 0, "gid": 0}}}),
+            );
+            let failure = prepare(spec, &Cgroup::of_container("id"), false).unwrap_err();
+            assert_eq!(failure.kind, nutshell_protocol::FailureKind::InvalidArgument);
+            assert_eq!(failure.message, format!("the OCI spec has no {missing} namespace"));
         }
     }
 

@@ -2,10 +2,10 @@
 
 use std::io::{Read, Write};
 
-use nutshell_protocol::{FailureKind, ProcessEntry, Request, Response, StartExec, Stdio};
+use nutshell_protocol::{FailureKind, PidNamespace, ProcessEntry, Request, Response, StartExec, Stdio};
 use serde_json::{Value, json};
 
-use crate::harness::{Agent, process, shell, unique};
+use crate::harness::{Agent, create_request, process, shell, unique};
 
 /// Starts a container that sleeps until it is killed, and returns its id.
 fn start_sleeper(agent: &mut Agent) -> String {
@@ -216,13 +216,16 @@ fn list_of_processes_names_execs() {
 #[test]
 fn exits_of_execs_are_reported_before_their_containers() {
     let mut agent = Agent::start();
-    for own_pid_namespace in [true, false] {
-        let mut spec = shell("sleep 1000");
-        if !own_pid_namespace {
-            let kept = ["ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
-            spec["linux"]["namespaces"] = json!(kept);
-        }
-        let id = &start_container(&mut agent, &spec);
+    let other = start_container(&mut agent, &shell("sleep 1000"));
+    for namespace in [PidNamespace::Specified, PidNamespace::Container(other.clone())] {
+        let id = &format!("sleeper-{}", unique());
+        let mut request = create_request(id, &shell("sleep 1000"), Stdio::default());
+        let Request::CreateContainer(create) = &mut request else {
+            unreachable!("{request:?} creates no container");
+        };
+        create.pid_namespace = namespace;
+        agent.ask(request).unwrap();
+        agent.start_container(id);
         for exec in ["a", "b", "c"] {
             agent
                 .exec(id, exec, &process(&["/bin/sleep", "1000"]), Stdio::default())
@@ -239,6 +242,7 @@ fn exits_of_execs_are_reported_before_their_containers() {
         assert_eq!(failure.kind, FailureKind::FailedPrecondition);
         agent.delete(id);
     }
+    stop(&mut agent, &other);
 }
 
 #[test]

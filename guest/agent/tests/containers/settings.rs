@@ -6,7 +6,7 @@ use std::io::Read;
 use nutshell_protocol::{Request, Stdio};
 use serde_json::json;
 
-use crate::harness::{Agent, process, shell, spec, unique};
+use crate::harness::{Agent, assert_nothing_left, process, shell, spec, unique};
 
 #[test]
 fn process_has_exactly_the_users_privileges() {
@@ -195,30 +195,14 @@ fn exec_has_its_scheduling_settings_and_umask() {
 }
 
 #[test]
-fn agent_reaps_orphans_of_a_container_without_pid_namespace() {
+fn container_without_its_own_pid_namespace_is_refused() {
     let mut agent = Agent::start();
-    let id = &format!("orphan-{}", unique());
-    let mut spec = shell("sleep 1000");
+    let id = &format!("host-{}", unique());
+    let mut spec = shell("true");
     spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "cgroup"}]);
-    agent.create(id, &spec, Stdio::default()).unwrap();
-    agent.start_container(id);
-    let (_, before) = agent.count_resources();
-    for number in 0..3 {
-        let script = "(sleep 0.1 & exec true) >/dev/null; exit 0";
-        let exec = format!("x{number}");
-        agent
-            .exec(id, &exec, &process(&["/bin/sh", "-c", script]), Stdio::default())
-            .unwrap();
-        assert_eq!(agent.exit().status, 0);
-    }
-    // A zombie counts as a child. The exit of an orphan causes no event, hence the polling.
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while agent.count_resources().1 > before {
-        assert!(std::time::Instant::now() < deadline, "zombies are left");
-        std::thread::sleep(std::time::Duration::from_millis(50));
-    }
-    agent.delete(id);
-    agent.exit();
+    let failure = agent.create(id, &spec, Stdio::default()).unwrap_err();
+    assert_eq!(failure.message, "the OCI spec has no pid namespace");
+    assert_nothing_left(id);
 }
 
 /// Returns hooks that each run one shell script.

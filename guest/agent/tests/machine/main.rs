@@ -137,14 +137,16 @@ fn container_runs_on_a_disk() {
 #[test]
 fn agent_sets_up_the_machine() {
     let mut machine = Machine::boot(&[&create_image()]);
-    let script = "cat /proc/1/oom_score_adj; cat /sys/fs/cgroup/cgroup.controllers; ip link show lo | head -n 1; \
-        ulimit -n; grep -c . /proc/1/net/dev";
+    let script = "cat /machine/1/oom_score_adj; cat /sys/fs/cgroup/cgroup.controllers; ip link show lo | head -n 1; \
+        ulimit -n; grep -c . /machine/1/net/dev";
     let mut spec = shell(script);
-    // The container shares the machine's pid, network and cgroup namespaces, so that it sees the agent and its cgroups.
-    spec["linux"]["namespaces"] = json!(["ipc", "uts", "mount"].map(|kind| json!({"type": kind})));
+    // The container shares the machine's network and cgroup namespaces and sees its processes, so that it can look at
+    // the agent and its cgroups.
+    spec["linux"]["namespaces"] = json!(["pid", "ipc", "uts", "mount"].map(|kind| json!({"type": kind})));
     spec["process"]["rlimits"] = json!([]);
     let mounts = spec["mounts"].as_array_mut().unwrap();
     mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    mounts.push(json!({"destination": "/machine", "type": "bind", "source": "/proc", "options": ["rbind", "ro"]}));
     let (_, text) = machine.run(&spec);
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "-1000");
