@@ -10,11 +10,11 @@ use nutshell_protocol::{
 };
 use rustix::fs::{Mode, OFlags};
 
-use super::{Agent, AgentError, PendingJob, Purpose};
+use super::{Agent, AgentError, PendingJob, Purpose, blocked};
 use crate::cgroup::{Cgroup, freeze, limits, stats};
 use crate::container::create::PodContext;
 use crate::container::exec::{self, TargetContainer};
-use crate::container::{Container, Process, Stage, blocked, create, delete, start};
+use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
 use crate::machine::{clock, disk, forward, names, network, settings, shell, size};

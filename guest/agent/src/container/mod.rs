@@ -4,7 +4,6 @@
 //! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. Nothing here
 //! sends to the host. The event loop calls this.
 
-pub(crate) mod blocked;
 pub(crate) mod create;
 pub(crate) mod delete;
 mod diagnosis;

@@ -6,7 +6,7 @@ use std::path::Path;
 use nutshell_protocol::{BlockedThread, MAX_BLOCKED_THREADS};
 use rustix::process::Pid;
 
-use super::Container;
+use crate::container::Container;
 use crate::sys;
 
 /// The maximum number of threads to look at, because this runs in the event loop.
