@@ -162,7 +162,10 @@ fn containers_of_a_pod_reach_each_other_over_loopback() {
         let script = "until nc 127.0.0.1 7000 </dev/null; do :; done";
         assert_eq!(client.output_of(script), "served\n");
         // The pod has no network namespace on the host.
-        assert_eq!(client.output_of("ls /sys/class/net; ip route"), "lo\n");
+        assert_eq!(
+            client.output_of("ls -d /sys/class/net/*/; ip route"),
+            "/sys/class/net/lo/\n"
+        );
         pod.remove_container(&client);
         pod.remove_container(&server);
     });
@@ -398,7 +401,7 @@ fn configuration_replaces_the_hosts_network_with_the_machines() {
             client.output_of("until nc 127.0.0.1 7000 </dev/null; do :; done"),
             "served\n"
         );
-        assert_eq!(client.output_of("ls /sys/class/net"), "lo\n");
+        assert_eq!(client.output_of("ls -d /sys/class/net/*/"), "/sys/class/net/lo/\n");
         pod.remove_container(&server);
         pod.remove_container(&client);
         pod.end();
