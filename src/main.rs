@@ -1,4 +1,4 @@
-//! `containerd-shim-nutshell-v2`: one executable with four roles, which the first argument selects.
+//! `containerd-shim-nutshell-v2`: one executable with five roles, which the first argument selects.
 //!
 //! containerd starts it as a v2 shim: `start`, `delete`, `-info`, or without an action to serve. The shim starts it
 //! again as `vmm` and, if a pod shares directories with its guest, as `fs`. Both drop all privileges that they do not

@@ -1,5 +1,5 @@
-//! The reports as OpenMetrics text (OpenMetrics 1.0, "Text Format"), for the node exporter's textfile collector or a
-//! scraper of its own.
+//! The reports as OpenMetrics text (OpenMetrics 1.0, "Text Format"), for the node exporter's textfile collector or
+//! another scraper.
 
 use std::{collections::BTreeMap, fmt::Write};
 
@@ -70,7 +70,7 @@ const MACHINE_FAMILIES: [Family<MachineReport>; 5] = [
     Family {
         name: "nutshell_machine_answers",
         unit: None,
-        help: "1 if the vmm answered the question for its devices, else 0.",
+        help: "1 if the vmm answered the request for its devices' counters, else 0.",
         value: |machine| Some(f64::from(u8::from(machine.devices_error.is_none()))),
     },
     Family {

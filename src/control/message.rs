@@ -139,7 +139,7 @@ pub(crate) enum Notice {
     Statistics(MachineStatistics),
     /// Something in the vmm has failed that the guest does not report, or whose cause it does not know.
     Warning {
-        /// The device: the serial of a disk, or what the user calls another device.
+        /// The device: the serial of a disk, or the name that the log has for a device of another kind.
         device: String,
         /// In one line, at most [`MAX_WARNING`] bytes.
         text: String,
@@ -165,7 +165,7 @@ pub(crate) struct MachineStatistics {
 /// What a device has done since it was created.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceCounters {
-    /// The serial of a disk, or what the log calls another device.
+    /// The serial of a disk, or the name that the log has for a device of another kind.
     pub(crate) name: String,
     /// Requests, packets or messages.
     pub(crate) requests: u64,

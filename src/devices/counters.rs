@@ -92,13 +92,13 @@ struct QueueState {
 }
 
 impl Counters {
-    /// Of a device whose requests end before it returns to the event loop, so that no queue waits. `name` is the
-    /// device's name for users and in the log.
+    /// The counters of a device whose requests end before it returns to the event loop, so that no queue waits. `name`
+    /// is the device's name for users and in the log.
     pub(crate) fn new(name: impl Into<String>) -> Arc<Self> {
         Arc::new(Self::build(name.into(), 0, None))
     }
 
-    /// Of a device with `queues` queues that may wait. `timer` is started when one of them does.
+    /// The counters of a device with `queues` queues that may wait. `timer` is started when one of them does.
     pub(crate) fn with_queues(name: impl Into<String>, queues: usize, timer: &Arc<StallTimer>) -> Arc<Self> {
         Arc::new(Self::build(name.into(), queues, Some(timer.clone())))
     }

@@ -31,7 +31,7 @@ impl StallTimer {
         })
     }
 
-    /// Starts the timer unless it runs. This is one load while requests follow each other.
+    /// Starts the timer unless it runs. If it runs, this costs one atomic load.
     pub(crate) fn start(&self) {
         if self.running.load(Ordering::SeqCst) || self.running.swap(true, Ordering::SeqCst) {
             return;
@@ -45,7 +45,7 @@ impl StallTimer {
         };
         if let Err(error) = timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &value) {
             self.running.store(false, Ordering::SeqCst);
-            log::warn!(target: "virtual machine", "stalled queues are not reported: start the timer: {error}");
+            log::warn!(target: "virtual machine", "stalled queues are not reported: cannot start the timer: {error}");
         }
     }
 

@@ -135,8 +135,8 @@ impl Queues {
         }))
     }
 
-    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle. More
-    /// requests than the queues have descriptors are an error: the guest repeats descriptors that are in use.
+    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle.
+    /// More requests than the queues have descriptors are an error: the guest repeats descriptors that are in use.
     fn defer_sync(&self, request: Request) -> Result<Option<Request>, RingError> {
         if !request
             .opcode()

@@ -2,8 +2,9 @@
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
 //! Belongs here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`], [`standby`]). Does not belong here: mounts. The tree is the root of a mount namespace that [`crate::shim`]
-//! makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and [`OWNED_BY_GUEST`].
+//! queues ([`backend`], [`standby`]). Does not belong here: mounts. The tree is the root of a mount namespace that
+//! [`crate::shim`] makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and
+//! [`OWNED_BY_GUEST`].
 //!
 //! Requests of a guest are untrusted. At worst they end this process, and with it the guest's own machine. They cannot
 //! name files outside of the tree, and [`MAX_DESCRIPTORS`] bounds the number of files that this process has open.
@@ -45,11 +46,11 @@ pub(crate) const ROLE: &str = "fs";
 /// `fs.nr_open`. Each file that the guest has looked up or holds open takes one.
 const MAX_DESCRIPTORS: u32 = 1 << 20;
 
+/// How many of the [`MAX_DESCRIPTORS`] descriptors are reserved for the process itself.
+const RESERVED_DESCRIPTORS: u64 = 256;
+
 /// Maximum number of threads: those of the vhost-user daemon, one for fsync, and one for each request that hangs.
 const MAX_THREADS: u32 = 8 + MAX_HUNG_REQUESTS;
-
-/// Number of these descriptors that are reserved for the process itself.
-const RESERVED_DESCRIPTORS: u64 = 256;
 
 #[derive(Debug, thiserror::Error)]
 enum FsError {

@@ -45,7 +45,8 @@ pub(super) trait ServeQueue: Send + Sync + 'static {
 /// A thread that serves the queues.
 #[derive(Debug, Default)]
 pub(super) struct Worker {
-    /// When the request began that it handles, in milliseconds since [`Standby::epoch`], at least 1. 0 between requests.
+    /// When the request began that it handles, in milliseconds since [`Standby::epoch`], at least 1. 0 between
+    /// requests.
     started: AtomicU64,
     /// Another thread serves the queues, because a request hung.
     replaced: AtomicBool,

@@ -80,7 +80,7 @@ pub(crate) struct Plan {
     pub(crate) oom_score_adj: i32,
     /// The hooks that run on the host. The guest's spec contains the others.
     pub(crate) hooks: Hooks,
-    /// For the log: one line for each setting of the spec that is not applied.
+    /// Lines for the log, one for each setting of the spec that is not applied.
     pub(crate) warnings: Vec<String>,
 }
 
@@ -180,7 +180,7 @@ pub(crate) enum Network {
 /// The pid namespace that a spec requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PidNamespace {
-    /// As in the guest's spec: a new one, or the machine's if the spec has none.
+    /// As in the guest's spec, which then always has a new one.
     Specified,
     /// The one that the containers of the pod share: hostPID, if the configuration allows it.
     Pod,

@@ -58,7 +58,7 @@ pub(crate) struct Configuration {
     pub(crate) shell: bool,
     /// Default and maximum sizes of machines.
     pub(crate) sizing: Sizing,
-    /// The meaning of hostPID and hostIPC.
+    /// The meaning of hostPID, hostIPC and hostNetwork.
     pub(crate) host_namespaces: HostNamespaces,
     /// Log debug messages.
     pub(crate) debug: bool,

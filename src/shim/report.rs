@@ -11,7 +11,8 @@ pub(crate) const ADMIN_SERVICE: &str = "nutshell.admin.v1.Admin";
 /// The method that returns a [`ShimReport`] without what only the vmms know. Its request is empty.
 pub(crate) const REPORT: &str = "Report";
 
-/// The method that returns a complete [`ShimReport`]. It waits for the vmms, for a second at most. Its request is empty.
+/// The method that returns a complete [`ShimReport`]. It waits for the vmms, for a second at most. Its request is
+/// empty.
 pub(crate) const FULL_REPORT: &str = "FullReport";
 
 /// The method that returns the end of a guest's console, as text. Its request is the id of a container of the pod.
@@ -61,9 +62,9 @@ pub(crate) struct ContainerReport {
     pub(crate) execs: Vec<String>,
     /// Seconds since its creation was requested.
     pub(crate) age_seconds: u64,
-    /// From the request of its creation until it was created, in milliseconds; `None` before.
+    /// The time from the request of its creation until it was created, in milliseconds; `None` before.
     pub(crate) create_milliseconds: Option<u64>,
-    /// From the request of its creation until it was started, in milliseconds; `None` before.
+    /// The time from the request of its creation until it was started, in milliseconds; `None` before.
     pub(crate) started_milliseconds: Option<u64>,
     /// How long its start took, in milliseconds; `None` if it has not started.
     pub(crate) start_milliseconds: Option<u64>,
@@ -85,7 +86,7 @@ pub(crate) struct MachineReport {
     pub(crate) vcpus: u8,
     /// The kernel's release in the guest; `None` before the agent is ready.
     pub(crate) kernel: Option<String>,
-    /// From the boot command until the agent was ready, in milliseconds; `None` before.
+    /// The time from the boot command until the agent was ready, in milliseconds; `None` before.
     pub(crate) boot_milliseconds: Option<u64>,
     pub(crate) phases: MachinePhases,
     /// What its devices have done; empty if the vmm was not asked.

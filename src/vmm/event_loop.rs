@@ -236,7 +236,10 @@ fn execute(
             let input = if input { descriptors.next() } else { None };
             let output = if output { descriptors.next() } else { None };
             if let Err(error) = machine.vsock.lock().muxer().open(port, input, output) {
-                log::warn!(target: "vsock", "stream of port {port}: a process gets no stream: open it: {error}");
+                log::warn!(
+                    target: "vsock",
+                    "stream of port {port}: a process gets no stream: it cannot be opened: {error}"
+                );
                 send(channel, &Notice::StreamClosed { port })?;
             }
         }

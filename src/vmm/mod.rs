@@ -76,7 +76,7 @@ pub(crate) fn main() -> ExitCode {
     match channel.try_clone() {
         Ok(channel) => warnings::install(channel),
         // The machine works all the same. The shim logs standard error.
-        Err(error) => eprintln!("warnings of this process are lost: duplicate the control channel: {error}"),
+        Err(error) => eprintln!("warnings of this process are lost: cannot duplicate the control channel: {error}"),
     }
     let console_tail = Arc::new(ConsoleTail::default());
     let reason = match confined {
@@ -97,7 +97,7 @@ pub(crate) fn main() -> ExitCode {
 fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, MachineError> {
     let (config, descriptors) = match channel.receive() {
         Ok((Command::Boot(config), descriptors)) => (config, descriptors),
-        Ok(_) => return Err(MachineError::BootCommand("the first command is another one")),
+        Ok(_) => return Err(MachineError::BootCommand("the first command is not Boot")),
         Err(ControlError::Closed) => return Ok(LoopExit::ShimGone),
         Err(error) => return Err(device_error("receive the boot command")(std::io::Error::other(error))),
     };

@@ -89,8 +89,8 @@ pub enum Request {
         /// The id of the exec, or `None` for the container's first process.
         exec: Option<String>,
     },
-    /// Like [`Self::DeleteContainer`], for a container with processes that do not end: [`Response::Done`]. They and
-    /// their cgroup stay until the end of the machine, and no [`Event::Exited`] follows.
+    /// Like [`Self::DeleteContainer`], for a container with processes that do not end: [`Response::Done`]. They stay
+    /// until they can end or the machine ends, their cgroup until the machine ends. No [`Event::Exited`] follows.
     AbandonContainer {
         /// The id of the container.
         container: String,
@@ -137,7 +137,7 @@ pub enum Request {
     /// Send rtnetlink(7) requests to the kernel, in order, until one fails: [`Response::Done`]. A request for an
     /// object that exists (`EEXIST`) counts as success.
     ConfigureNetwork {
-        /// For each request its purpose, for an error text, and the netlink message including its header.
+        /// The requests: the purpose of each, for an error text, and the netlink message including its header.
         messages: Vec<(String, Vec<u8>)>,
     },
     /// Connect to a TCP port of the pod and relay bytes between that connection and a stream to the host:
@@ -148,7 +148,8 @@ pub enum Request {
         /// Addresses on the guest's loopback interface. The agent connects to the first that accepts.
         targets: Vec<SocketAddr>,
     },
-    /// Start a shell in the guest, beside the containers, for the host's administrator: [`Response::Done`] once it runs.
+    /// Start a shell in the guest, beside the containers, for the host's administrator: [`Response::Done`] once it
+    /// runs.
     OpenShell(OpenShell),
     /// Relay DNS queries for [`crate::DOCKER_RESOLVER`] to the host: [`Response::Done`] once queries are received. The
     /// stream carries [`crate::NameQuery`] to the host and [`crate::NameAnswer`] to the guest. Sent at most once.
@@ -291,7 +292,7 @@ pub struct ClockSteering {
     /// What is added to `rate` at first, to remove an error of the clock. The agent ends it without another request, so
     /// that a shim that stops cannot leave it in place.
     pub temporary_rate: i32,
-    /// For how long `temporary_rate` is added, in milliseconds by the guest's clock.
+    /// How long `temporary_rate` is added, in milliseconds by the guest's clock.
     pub temporary_milliseconds: u32,
 }
 
@@ -376,8 +377,8 @@ pub enum Response {
 pub struct ClockReading {
     /// The guest's clock, in nanoseconds since the epoch, at some moment between request and response.
     pub nanoseconds: i64,
-    /// Limits of what the guest's clock is ahead of the host's, in nanoseconds: the least and the most. `None` if the
-    /// guest cannot read the host's clock.
+    /// Bounds of how far the guest's clock is ahead of the host's, in nanoseconds: the lower and the upper one. `None`
+    /// if the guest cannot read the host's clock.
     pub lead: Option<(i64, i64)>,
 }
 
@@ -390,7 +391,8 @@ pub struct ProcessEntry {
     pub exec: Option<String>,
 }
 
-/// A thread whose wait in the kernel no signal ends: it is uninterruptible (state D of proc(5)), or the thread is ending.
+/// A thread whose wait in the kernel no signal ends: it is uninterruptible (state D of proc(5)), or the thread is
+/// ending.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockedThread {
     /// The pid of its process in the guest's initial pid namespace.

@@ -25,7 +25,8 @@ pub enum ShellInput {
 pub enum ShellOutput {
     /// Output of the shell and its programs, at most [`MAX_SHELL_DATA`] bytes.
     Data(Vec<u8>),
-    /// The shell has ended, as the last message: its exit status, or 128 plus the number of the signal that killed it.
+    /// The last message: the shell has ended with this exit status, or 128 plus the number of the signal that killed
+    /// it.
     Exited(u8),
 }
 

@@ -42,7 +42,7 @@ pub(crate) enum Transition {
 /// Why a device cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("its driver accepted a feature that was not offered, or not version 1 of virtio")]
+    #[error("its driver accepted a feature that was not offered, or did not accept VIRTIO_F_VERSION_1")]
     Features,
     #[error("its driver configured a queue that is invalid, or no queue")]
     Queues,

@@ -1,5 +1,6 @@
-//! A minimal FUSE client as in a guest: one request at a time, unless it hangs, through a real virtqueue to a real file server, over the
-//! vhost-user protocol. Layouts and flags are those of include/uapi/linux/fuse.h, protocol 7.38.
+//! A minimal FUSE client, like that in a guest. It sends requests through a real virtqueue to a real file server, over
+//! the vhost-user protocol, one at a time except those that hang. Layouts and flags are those of
+//! include/uapi/linux/fuse.h, protocol 7.38.
 
 use std::{
     fs::File,

@@ -2,8 +2,8 @@
 //!
 //! Namespace paths in a spec are paths on the host. They are never opened here, and the guest never sees them. The path
 //! of the network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes
-//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine. So does any other path:
-//! nothing else can be shared.
+//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine. So does any other
+//! path: nothing else can be shared.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::oci::{HostNamespaces, Network, PidNamespace, Placement, PlanError};
 
 #[derive(Debug)]
 pub(super) struct Namespaces {
-    /// For the guest's spec.
+    /// The namespaces in the guest's spec.
     pub(super) guest: Vec<LinuxNamespace>,
     pub(super) network: Network,
     pub(super) pid: PidNamespace,

@@ -95,14 +95,14 @@ pub(crate) struct StartPhases {
     pub(crate) kernel: Option<Duration>,
     /// The guest's agent accepted requests.
     pub(crate) agent_ready: Option<Duration>,
-    /// From the boot command until then.
+    /// The time from the boot command until the agent accepted requests.
     pub(crate) boot: Option<Duration>,
 }
 
 impl Machine {
-    /// Sends `boot` to `vmm` and returns before the machine has booted; [`Self::ready`] waits for that. `requested_at` is
-    /// when the machine was requested, on the clock of [`monotonic_now`](crate::control::monotonic_now). `on_event` gets
-    /// the agent's events in order, and must not block.
+    /// Sends `boot` to `vmm` and returns before the machine has booted; [`Self::ready`] waits for that. `requested_at`
+    /// is when the machine was requested, on the clock of [`monotonic_now`](crate::control::monotonic_now). `on_event`
+    /// gets the agent's events in order, and must not block.
     ///
     /// # Errors
     ///
@@ -257,7 +257,7 @@ impl Machine {
         Ok(answer.map_err(|_| VmmError::Timeout(STATISTICS_TIMEOUT))??)
     }
 
-    /// The files of the host behind the machine's disks, by serial.
+    /// The file of the host behind the disk with this serial.
     pub(crate) fn disk_path(&self, serial: &str) -> Option<PathBuf> {
         self.state.disk_paths.lock().get(serial).cloned()
     }

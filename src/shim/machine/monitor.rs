@@ -112,8 +112,8 @@ impl MachineState {
     }
 }
 
-/// Follows the machine to its end, kills its process, publishes the reason, and reaps the process, usually before that. `agent_end` completes with a
-/// reason when the stream to the agent has ended.
+/// Follows the machine to its end: kills and reaps its process, and publishes the reason. If the process does not end
+/// in time, the reason is published first. `agent_end` completes with a reason when the stream to the agent has ended.
 pub(super) async fn run(
     state: &MachineState,
     control: &AsyncChannel,
@@ -136,7 +136,8 @@ pub(super) async fn run(
         state.end_requested.notified().await;
         tokio::time::sleep(REAP_LIMIT).await;
     };
-    // All but the first are unconstrained, because a flood of notices uses up the budget of this task whenever it runs.
+    // All branches but the first are exempt from Tokio's budget: a flood of notices uses it up whenever this task runs,
+    // and the others would never complete.
     let (reported, console) = tokio::select! {
         biased;
         ended = receive_notices(state, control) => match ended {

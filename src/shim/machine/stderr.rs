@@ -11,12 +11,12 @@ use super::console::printable_tail;
 /// the process: it can write any amount.
 const MAX_LOGGED_STDERR: usize = 16 << 10;
 
-/// How long to wait for the end of standard error of a process that has ended. A process that it has forked can keep the
-/// stream open.
+/// How long to wait for the end of standard error of a process that has ended. A process that it has forked can keep
+/// the stream open.
 pub(crate) const STDERR_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Reads and logs the standard error of a process until end of file, until [`Self::finish`], or until it is dropped. The
-/// process then cannot write to it any more.
+/// Reads and logs the standard error of a process until end of file, until [`Self::finish`], or until it is dropped.
+/// The process then cannot write to it any more.
 #[derive(Debug)]
 pub(crate) struct StderrLog {
     reader: JoinHandle<()>,
@@ -40,8 +40,8 @@ impl StderrLog {
         Self { reader, kept }
     }
 
-    /// Waits for end of file, for at most `limit`: another process may keep the stream open. Returns the end of what was
-    /// read.
+    /// Waits for end of file, for at most `limit`: another process may keep the stream open. Returns the end of what
+    /// was read.
     pub(crate) async fn finish(mut self, limit: Duration) -> String {
         // After the limit the reader is aborted. It does not panic.
         let _ = tokio::time::timeout(limit, &mut self.reader).await;

@@ -30,7 +30,7 @@ pub(super) struct TappedLink {
     pub(super) tap: u32,
     /// The queues of the tap device.
     pub(super) queues: Vec<OwnedFd>,
-    /// From the link to the tap device. The kernel removes the other direction with the tap device.
+    /// The redirection from the link to the tap device. The kernel removes the other direction with the tap device.
     pub(super) redirect: Redirect,
 }
 

@@ -31,7 +31,7 @@ pub(crate) enum NetworkError {
     /// The vmm cannot plug the link's device.
     #[error("give {link} to the virtual machine: {source}")]
     Plug { link: String, source: VmmError },
-    #[error("connect the guest to Docker's resolver: {0}")]
+    #[error("cannot connect the guest to Docker's resolver: {0}")]
     Names(#[source] io::Error),
     #[error("set the guest's network up: {0}")]
     Guest(#[from] AgentError),

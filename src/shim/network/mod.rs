@@ -10,7 +10,8 @@
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] reads the configuration, [`connect`] connects links to tap devices with [`tap`] and
-//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback addresses. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback addresses. Does
+//! not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod connect;
@@ -73,7 +74,7 @@ struct NetworkState {
     namespace: OwnedFd,
     /// How many queues each tap device has.
     queues: usize,
-    /// From the host's links to their tap devices.
+    /// The redirections from the host's links to their tap devices.
     redirects: Vec<Redirect>,
     /// The links that the machine has, in the order in which it got them.
     links: Vec<Link>,
@@ -81,7 +82,7 @@ struct NetworkState {
     unprobed: Vec<(Link, u32)>,
     /// The interface indexes of all tap devices, which are links of the namespace too.
     taps: Vec<u32>,
-    /// For each of `links` its interface index in the guest.
+    /// The interface index in the guest of each of `links`.
     guest_indexes: Vec<u32>,
     /// The machine's next free network slot.
     free_slot: u32,
@@ -195,8 +196,8 @@ impl NetworkState {
         Ok(opened.await.map_err(NetworkError::Namespace)??)
     }
 
-    /// Reads the namespace's configuration, and passes on what the guest does not have. What fails is tried again by the
-    /// next call.
+    /// Reads the namespace's configuration, and passes on what the guest does not have. What fails is tried again by
+    /// the next call.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
         let plugged = self.links.iter().chain(self.unprobed.iter().map(|(link, _)| link));
         let known = KnownLinks {

@@ -127,8 +127,8 @@ impl ControlGroup {
     }
 }
 
-/// Kills all processes in the group at `path`, and waits until they have ended, for at most [`KILL_TIMEOUT`]: `cgroup.kill`
-/// and the notification of `cgroup.events` (kernel, `Documentation/admin-guide/cgroup-v2.rst`).
+/// Kills all processes in the group at `path`, and waits until they have ended, for at most [`KILL_TIMEOUT`]:
+/// `cgroup.kill` and the notification of `cgroup.events` (kernel, `Documentation/admin-guide/cgroup-v2.rst`).
 fn kill_processes(path: &Path) -> io::Result<()> {
     let deadline = Instant::now() + KILL_TIMEOUT;
     let mut events = fs::File::open(path.join("cgroup.events"))?;

@@ -76,8 +76,8 @@ struct SetUp {
 }
 
 impl Pod {
-    /// Starts a machine, which was requested at `requested_at`, and returns before it has booted. `on_event` gets the pod's number with each event of the
-    /// agent, and must not block. Call it on the shim's main thread.
+    /// Starts a machine, which was requested at `requested_at`, and returns before it has booted. `on_event` gets the
+    /// pod's number with each event of the agent, and must not block. Call it on the shim's main thread.
     pub(crate) async fn start(
         launcher: &dyn Launcher,
         requested_at: Duration,
@@ -98,7 +98,8 @@ impl Pod {
             }
         };
         if let Some(cgroup) = &cgroup {
-            // Before the machine boots, so that all of its memory is counted. Outside of the group nothing would limit it.
+            // Before the machine boots, so that all of its memory is counted. Outside of the group nothing would limit
+            // it.
             let pids = [Some(vmm.child.pid()), file_server.as_ref().map(RunningFileServer::pid)];
             let added = cgroup.create().and_then(|()| {
                 let mut pids = pids.into_iter().flatten();
@@ -203,8 +204,8 @@ impl Pod {
         }
     }
 
-    /// Protects the machine from the host's out-of-memory killer as the pod's containers are to be protected, one of
-    /// which has `oom_score_adj`.
+    /// Takes the `oom_score_adj` of one of the pod's containers into account: the machine's processes get the lowest of
+    /// all, so that the host's out-of-memory killer spares them like the best protected container.
     pub(crate) fn protect_from_oom(&self, oom_score_adj: i32) {
         self.oom_score.lower_to(oom_score_adj);
     }
@@ -321,7 +322,8 @@ impl Pod {
                 if let Some(server) = &file_server {
                     server.kill();
                 }
-                // Also what a compromised process has forked: a fork can hold the descriptors whose end others wait for.
+                // Kill forks of a compromised process too: while one holds a pipe or socket open, its readers see no
+                // end of file.
                 if let Some(cgroup) = &self.cgroup {
                     cgroup.kill();
                 }

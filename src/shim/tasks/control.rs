@@ -38,7 +38,7 @@ pub(crate) struct ProcessState {
 /// A process in the response to Pids.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct ListedProcess {
-    /// The pid on this host if containerd started the process, else the pid in the guest.
+    /// The pid on this host if containerd started the process, else a number that no process of the host can have.
     pub(crate) pid: u32,
     /// Its exec id, if containerd started it with Exec.
     pub(crate) exec: Option<String>,

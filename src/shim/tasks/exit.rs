@@ -133,7 +133,8 @@ impl Tasks {
         });
     }
 
-    /// Records the exits of a container whose machine has ended, or whose processes cannot end, except those that the agent reported before.
+    /// Records the exits of a container whose machine has ended, or whose processes cannot end, except those that the
+    /// agent reported before.
     pub(super) async fn end_lost_container(&self, container: &Container) {
         for exec in container.all_execs() {
             if !exec.is_unstarted_exec() && exec.try_claim_exit() {

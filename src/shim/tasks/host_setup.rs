@@ -20,8 +20,8 @@ use crate::{
 pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
 
 impl Tasks {
-    /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its machine
-    /// has booted.
+    /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its
+    /// machine has booted.
     pub(super) async fn start_pod(
         self: &Arc<Self>,
         id: &ContainerId,

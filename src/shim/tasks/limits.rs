@@ -6,13 +6,13 @@ use std::time::Duration;
 /// closed. A reader that does not read must not hide an exit.
 pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
-/// From the kill of a process to the record of its exit, which waits for its output.
+/// The time from the kill of a process to the record of its exit, which waits for its output.
 pub(super) const EXIT_LIMIT: Duration = DRAIN_LIMIT;
 
 /// Closing of a process's streams by the vmm, which copies no more data then.
 pub(super) const CLOSE_STREAMS_LIMIT: Duration = Duration::from_secs(2);
 
-/// From a broken connection to the machine until the reason for its end is known.
+/// The time from a broken connection to the machine until the reason for its end is known.
 pub(super) const END_REASON_LIMIT: Duration = Duration::from_secs(2);
 
 /// A request that the agent answers without waiting for anything.
@@ -26,7 +26,7 @@ pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(4
 /// long after SIGKILL, the guest is asked whether it is blocked.
 pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));
 
-/// Between two looks at threads that seem to be blocked.
+/// The interval of the looks at threads that seem to be blocked.
 pub(super) const BLOCKED_INTERVAL: Duration = shorter_in_tests(Duration::from_secs(1));
 
 /// The list of processes. Without an answer the shim returns the container's first process only: containerd takes
@@ -40,7 +40,7 @@ pub(super) const STATS_LIMIT: Duration = Duration::from_secs(2);
 /// Write-back of the guest's disks before its machine is ended.
 pub(super) const WRITE_BACK_LIMIT: Duration = Duration::from_secs(10);
 
-/// From a resize until the guest's kernel has added the new memory.
+/// The time from a resize until the guest's kernel has added the new memory.
 pub(super) const PLUG_LIMIT: Duration = Duration::from_secs(20);
 
 /// Unit tests have guests that never answer, and wait for these limits.

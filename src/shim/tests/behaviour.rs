@@ -21,7 +21,8 @@ pub(super) enum Behaviour {
     NoStatistics,
     /// It reports no stream as drained before [`Fake::report_drained`](super::fake::Fake::report_drained).
     NeverDrains,
-    /// Its vmm waits for a disk that does not answer, and cannot be killed before [`Fake::release_disk`](super::fake::Fake::release_disk).
+    /// Its vmm waits for a disk that does not answer, and cannot be killed before
+    /// [`Fake::release_disk`](super::fake::Fake::release_disk).
     WaitsForDisk,
     /// Its processes do not end after SIGKILL.
     SurvivesKill(Survival),

@@ -488,7 +488,8 @@ impl Fake {
         self.wait_until(|state| state.ports.get(&key).and_then(&which))
     }
 
-    /// Waits until the shim has requested at least `count` sizes, and returns them: MiB beyond the boot size, and vCPUs.
+    /// Waits until the shim has requested at least `count` sizes, and returns them: MiB beyond the boot size, and
+    /// vCPUs.
     pub(super) fn resizes(&self, count: usize) -> Vec<(u64, u8)> {
         self.wait_until(|state| (state.resizes.len() >= count).then(|| state.resizes.clone()))
     }

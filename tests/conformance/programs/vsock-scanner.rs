@@ -1,8 +1,8 @@
 //! Runs in a container and tries to open streams that belong to others: it connects to vsock ports of the host, of the
 //! guest itself, and of the loopback device, until it is killed.
 //!
-//! Prints `scanning` at its start, a line `attempts N` after each round, and a line `stream CID PORT` for each connection
-//! that it gets. If the guest's kernel gives containers no vsock sockets, it prints `no sockets` and sleeps.
+//! Prints `scanning` at its start, a line `attempts N` after each round, and a line `stream CID PORT` for each
+//! connection that it gets. If the guest's kernel gives containers no vsock sockets, it prints `no sockets` and sleeps.
 
 use std::{
     fs::File,

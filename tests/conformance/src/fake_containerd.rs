@@ -63,8 +63,8 @@ pub struct Outcome {
     pub stderr: String,
 }
 
-/// Runs a test with a new [`FakeContainerd`], and then asserts that nothing is left on the host and that all events came
-/// in order. If the test fails, prints the output of the containers, the logs of the shims, and the events.
+/// Runs a test with a new [`FakeContainerd`], and then asserts that nothing is left on the host and that all events
+/// came in order. If the test fails, prints the output of the containers, the logs of the shims, and the events.
 ///
 /// # Panics
 ///

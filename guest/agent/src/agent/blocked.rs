@@ -28,8 +28,8 @@ enum Activity {
     Other,
 }
 
-/// Returns the threads that keep an exec, or the first process if `exec` is `None`, from ending. Empty if a thread still
-/// runs. Does not block: no file that it reads needs a lock that a blocked thread can hold.
+/// Returns the threads that keep an exec, or the first process if `exec` is `None`, from ending. Empty if a thread
+/// still runs. Does not block: no file that it reads needs a lock that a blocked thread can hold.
 pub(crate) fn find(container: &Container, exec: Option<&str>) -> Vec<BlockedThread> {
     if let Some(exec) = exec {
         let pid = container.execs.get(exec).and_then(|exec| exec.pid);

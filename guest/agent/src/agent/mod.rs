@@ -1,8 +1,8 @@
 //! The event loop and its state: the containers, the running jobs, the pumps.
 //!
 //! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all three
-//! are parts of [`Agent`]. `pumps` holds the pumps, and `blocked` finds threads that cannot end. Nothing here may block: work that may block runs in a job. Only
-//! `main` calls this.
+//! are parts of [`Agent`]. `pumps` holds the pumps, and `blocked` finds threads that cannot end. Nothing here may
+//! block: work that may block runs in a job. Only `main` calls this.
 
 mod blocked;
 mod exits;
@@ -79,7 +79,7 @@ pub(crate) struct Agent {
     /// `None` until the pod has been set up.
     pod: Option<Pod>,
     containers: BTreeMap<Rc<str>, Container>,
-    /// By the source number of the job.
+    /// The running jobs, by source number.
     pending_jobs: BTreeMap<u32, PendingJob>,
     /// The number most recently assigned to an event source.
     last_source_number: u32,

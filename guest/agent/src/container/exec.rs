@@ -240,8 +240,8 @@ fn become_program(
     if let Some(umask) = settings.umask {
         rustix::process::umask(Mode::from_raw_mode(umask));
     }
-    // Change as root first. If that fails, try again as the user below: the user may have access where root has none (a
-    // FUSE mount).
+    // Enter the directory as root first. If that fails, try again as the user, below: the user may have access where
+    // root has none (a FUSE mount).
     let chdir_result = enter_directory(&settings.program.cwd);
     let groups: Vec<_> = user
         .additional_gids()
@@ -251,7 +251,7 @@ fn become_program(
         .collect();
     rustix::thread::set_thread_groups(&groups).describe(|| "set the additional groups".to_owned())?;
     set_ids(user.uid(), user.gid())?;
-    // The change to another user than root has cleared the effective capabilities (capabilities(7)). Without
+    // The change to a user other than root has cleared the effective capabilities (capabilities(7)). Without
     // no_new_privs, seccomp(2) needs CAP_SYS_ADMIN.
     capabilities::reset_effective(&*syscall).describe(|| "set the capabilities".to_owned())?;
     let has_late_filter = settings.process.no_new_privileges() == Some(true);

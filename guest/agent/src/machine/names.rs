@@ -54,7 +54,7 @@ pub(crate) fn start(stream: &OwnedFd) -> Result<(), Failure> {
         sockets.raw.as_fd(),
         sockets.direction.as_fd(),
     ]);
-    // The exit status of this process is not used. Without it, queries are refused.
+    // The exit status is not used. Queries are refused after this process has ended.
     sys::exit_now(Relay::new(stream, &sockets).run().is_err().into())
 }
 
@@ -64,7 +64,7 @@ struct Sockets {
     tcp: TcpListener,
     /// Sends the answers to datagrams: `udp` has another port than the one that the queries were sent to.
     raw: OwnedFd,
-    /// Closing it ends the direction of queries to `udp` and `tcp`.
+    /// Closing it stops the BPF program from directing queries to `udp` and `tcp`.
     direction: OwnedFd,
 }
 

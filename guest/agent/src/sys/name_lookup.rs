@@ -152,7 +152,8 @@ pub(crate) fn direct_name_queries(
         attach_type: BPF_SK_LOOKUP,
         ..ProgramLoad::default()
     };
-    // SAFETY: the attributes of BPF_PROG_LOAD; instructions and license outlive the call. The result is a new descriptor.
+    // SAFETY: the attributes of BPF_PROG_LOAD; instructions and license outlive the call. The result is a new
+    // descriptor.
     let program = unsafe { OwnedFd::from_raw_fd(bpf(BPF_PROG_LOAD, &load)?) };
     let link = LinkCreate {
         program: program.as_raw_fd(),

@@ -297,8 +297,8 @@ fn packet_that_the_tap_device_does_not_take_is_logged_with_its_cause_and_counted
     assert_eq!(
         log.lines(),
         [
-            "queue 0: a packet of the guest is dropped: write to the tap device: Resource temporarily unavailable \
-             (os error 11)",
+            "queue 0: a packet of the guest is dropped: cannot write to the tap device: Resource temporarily \
+             unavailable (os error 11)",
             "queue 0: a packet of the guest is dropped: 5 bytes is not a valid length"
         ]
     );

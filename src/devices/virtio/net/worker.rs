@@ -132,7 +132,7 @@ struct PacketLoop {
 enum TapWatch {
     /// Yes, for packets.
     Active,
-    /// For one packet, and the removal of the device: the guest has no space for a packet.
+    /// Yes, for one packet and for the removal of the device: the guest has no space for a packet.
     Paused,
     /// No: the device was removed, and its descriptor would always be ready.
     Removed,
@@ -293,7 +293,7 @@ impl PacketLoop {
                         self.counters.add_error();
                         log::warn!(
                             target: self.counters.name(),
-                            "queue {}: a packet of the guest is dropped: write to the tap device: {error}",
+                            "queue {}: a packet of the guest is dropped: cannot write to the tap device: {error}",
                             queue.index()
                         );
                     }
@@ -372,7 +372,7 @@ impl Receiver {
                     counters.add_error();
                     log::warn!(
                         target: counters.name(),
-                        "queue {}: the guest receives no packet: read from the tap device: {error}",
+                        "queue {}: the guest receives no packet: cannot read from the tap device: {error}",
                         self.queue.index()
                     );
                     return Ok(ReceiveOutcome::NoPacket);

@@ -64,9 +64,9 @@ enum Input {
 /// Why a stream lost data or ended early.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StreamFailure {
-    #[error("queue 1: output of a process is lost: write it on the host: {0}")]
+    #[error("queue 1: output of a process is lost: the host cannot write it: {0}")]
     Write(#[source] io::Error),
-    #[error("queue 0: input of a process ends early: read it on the host: {0}")]
+    #[error("queue 0: input of a process ends early: the host cannot read it: {0}")]
     Read(#[source] io::Error),
     #[error("queue 1: the stream is closed because the guest {0}")]
     Protocol(&'static str),
@@ -97,7 +97,7 @@ pub(super) struct Connection {
     reported_fwd_cnt: Wrapping<u32>,
     /// The total number of payload bytes sent to the guest.
     sent: Wrapping<u32>,
-    /// From the guest's last packet.
+    /// The credit fields of the guest's last packet.
     guest_buf_alloc: u32,
     guest_fwd_cnt: Wrapping<u32>,
     response_due: bool,

@@ -107,7 +107,10 @@ impl Vsock {
         if let Err(error) = self.muxer.poll() {
             let counters = self.muxer.counters();
             counters.add_error();
-            log::warn!(target: counters.name(), "the streams of processes may stop: wait for events: {error}");
+            log::warn!(
+                target: counters.name(),
+                "the streams of processes may stop: cannot wait for their events: {error}"
+            );
         }
         self.deliver()
     }

@@ -71,7 +71,7 @@ const OUTPUT_EVENT: u64 = 1;
 pub(crate) struct Muxer {
     epoll: OwnedFd,
     counters: Arc<Counters>,
-    /// By host port.
+    /// The streams to which the guest has not connected yet, by host port.
     unconnected: HashMap<u32, UnconnectedStream>,
     /// The drain requests for unconnected streams: the number of bytes, by host port.
     early_drains: HashMap<u32, u64>,
@@ -209,7 +209,7 @@ impl Muxer {
                 self.counters.add_error();
                 log::warn!(
                     target: self.counters.name(),
-                    "queue 1: a stream of a process is closed at its start: watch it: {error}"
+                    "queue 1: a stream of a process is closed at its start: it cannot be watched: {error}"
                 );
                 self.keys_by_host_port.remove(&key.host_port);
                 self.notices.push(StreamNotice::Closed(key.host_port));

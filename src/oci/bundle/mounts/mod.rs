@@ -48,7 +48,7 @@ const GUEST_FILESYSTEMS: [&str; 11] = [
 /// The mounts of a container.
 #[derive(Debug, Default)]
 pub(super) struct Mounts {
-    /// For the guest's spec.
+    /// The mounts in the guest's spec.
     pub(super) guest: Vec<Mount>,
     /// The directories and files of the host that `guest` refers to.
     pub(super) shares: Vec<Share>,

@@ -22,7 +22,7 @@ pub(super) const BUSY_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the host's rate has changed recently, or the guest has a temporary rate.
 const UNSETTLED_INTERVAL: Duration = Duration::from_millis(100);
 
-/// For how long a change of the host's rate is recent, in nanoseconds.
+/// How long a change of the host's rate is recent, in nanoseconds.
 const SETTLING_TIME: i64 = 2 * SECOND;
 
 /// How long to measure the host's new rate before the guest is steered.
@@ -43,14 +43,17 @@ const MAX_CORRECTION_TIME: f64 = 5e9;
 /// If the guest's clock is not known to this precision after a reading, it is read again. Nanoseconds.
 const SUFFICIENT_PRECISION: f64 = 500_000.0;
 
-/// How often it is read again.
+/// How often it is read again in a row.
 const MAX_REPEATED_READINGS: u32 = 8;
 
-/// The guest's clock is read when it may be this uncertain, in nanoseconds,
+/// The guest's clock is read again when it may be this uncertain, in nanoseconds.
 const MAX_UNCERTAINTY: f64 = 300_000.0;
-/// but neither more often, and each reading that is less precise than that doubles it,
+
+/// The shortest time between two such readings, in nanoseconds. Each round of readings that leaves the clock more
+/// uncertain than [`MAX_UNCERTAINTY`] doubles it.
 const MIN_READING_INTERVAL: i64 = 5 * SECOND;
-/// nor less often, because a process of the guest may have changed it.
+
+/// The longest time between two readings, in nanoseconds: a process of the guest may have changed the clock.
 const MAX_READING_INTERVAL: i64 = 120 * SECOND;
 
 /// The pause after a reading that contradicts what the shim knows, in nanoseconds. Each further one doubles it.

@@ -5,7 +5,7 @@ use nutshell_protocol::{ClockReading, ClockSteering};
 use super::host::HostTime;
 
 /// How much the rate of the guest's clock source may differ from the rate of the host's, before it has been measured.
-/// KVM's clock has none; a guest that uses the TSC calibrates it imprecisely.
+/// With KVM's clock they do not differ; a guest that uses the TSC calibrates it imprecisely.
 const UNKNOWN_SKEW: f64 = 60e-6;
 
 /// The precision of a measured skew is never assumed to be better.
@@ -53,7 +53,7 @@ pub(super) struct GuestClock {
     skew_start: SkewStart,
 }
 
-/// The begin of a measurement of the skew.
+/// The start of a measurement of the skew.
 #[derive(Debug)]
 struct SkewStart {
     raw: i64,
@@ -160,7 +160,7 @@ impl GuestClock {
 
     /// The guest was requested to set its clock, and has answered.
     pub(super) fn set(&mut self, sent: HostTime, received: HostTime, rate: i32) {
-        /// How much a guest may take longer to set its clock than to answer, in nanoseconds.
+        /// How much longer a guest may take to set its clock than to answer, in nanoseconds.
         const SETTING_TIME: f64 = 5e6;
         let half = (received.raw - sent.raw).max(0) / 2;
         self.raw = received.raw;

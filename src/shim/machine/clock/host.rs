@@ -16,7 +16,7 @@ pub(super) struct HostTime {
 impl HostTime {
     /// Reads the clocks, without a system call unless the host's clock source requires one.
     pub(super) fn read() -> Self {
-        /// More if the process is interrupted between the readings.
+        /// A reading is repeated, up to this number of attempts, if the process was interrupted in it.
         const MAX_ATTEMPTS: usize = 4;
         const SUFFICIENT_PRECISION: i64 = 2_000;
         let read_once = || {
@@ -50,8 +50,8 @@ fn nanoseconds(time: Timespec) -> i64 {
 /// The largest rate that adjtimex(2) can set, and some more. A larger one is a jump.
 const MAX_RATE: f64 = 0.12;
 
-/// How far the host's clock may be from the line in nanoseconds: the kernel changes the multiplier of its clock all
-/// the time to approximate the rate.
+/// How far a reading may be from the line of [`HostRate`] and still be on it, in nanoseconds: the kernel changes the
+/// multiplier of its clock all the time to approximate the rate.
 const TOLERANCE: f64 = 20_000.0;
 
 /// The host's clock as a straight line: since a moment when its rate may have changed, it has had the same rate.
@@ -66,8 +66,8 @@ pub(super) struct HostRate {
     latest: f64,
 }
 
-/// The precision that makes a rate usable. An error of this size costs half a millisecond until the next reading but
-/// one, which finds it.
+/// The precision that makes a rate usable. An error of this size moves the guest's clock by about half a millisecond
+/// before a later reading finds it.
 const SUFFICIENT_PRECISION: f64 = 1e-3;
 
 impl HostRate {

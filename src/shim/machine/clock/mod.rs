@@ -1,9 +1,9 @@
 //! Keeps the guest's clock equal to the host's.
 //!
-//! The guest's clock source has the rate of the host's raw clock, almost. The host's clock has another rate, which a
-//! time daemon changes, and the kernel reports only when the clock is set. So [`follow_host_clock`] reads the host's
-//! clocks regularly (`host`), computes what the guest's clock shows (`guest`), and makes requests to the guest when the
-//! two deviate (`controller`). Only `machine` calls this.
+//! The guest's clock source has almost the rate of the host's raw clock. The host's clock has another rate, which a
+//! time daemon changes. The kernel reports that the clock was set, but not that its rate changed. So
+//! [`follow_host_clock`] reads the host's clocks regularly (`host`), computes what the guest's clock shows (`guest`),
+//! and makes requests to the guest when the two deviate (`controller`). Only `machine` calls this.
 
 mod controller;
 mod guest;
@@ -78,7 +78,7 @@ where
                     Err(error) => {
                         controller.refused(HostTime::read());
                         if warnings.admit(Warning::Refused, Instant::now()).is_some() {
-                            log::warn!("cannot set the guest's clock to the host's: {error}");
+                            log::warn!("cannot read or change the guest's clock: {error}");
                         }
                     }
                 }

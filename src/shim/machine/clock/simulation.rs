@@ -29,7 +29,7 @@ struct Scenario {
     jumps: Vec<(i64, f64)>,
     /// The rate of the guest's clock source.
     skew: f64,
-    /// The longest way of a request and of an answer, each.
+    /// The largest latency of a request, and of an answer.
     latency: i64,
     can_read_host: bool,
     is_busy: bool,
@@ -405,7 +405,8 @@ fn suspended_shim_does_not_let_the_guest_run_away() {
             });
             let worst = outcome.worst(0, from);
             assert!(worst <= BOUND, "rate {rate}: {worst}");
-            // Its rate may have been measured too early, but not the correction.
+            // The permanent rate may come from an early measurement, but the temporary rate has ended, so the deviation
+            // stays within the bound.
             let suspended = outcome.worst(from, to);
             assert!(suspended <= BOUND, "rate {rate}: {suspended}");
             assert!(outcome.worst(to + 2 * SECOND, i64::MAX) <= BOUND);

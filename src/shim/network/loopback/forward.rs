@@ -108,8 +108,8 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
                     drop(permit);
                 });
             }
-            // The connection is gone already, or the shim has no free descriptor. The connection then stays in the queue,
-            // and nothing reports that there is a descriptor again.
+            // The connection is gone already, or the shim has no free descriptor. The connection then stays in the
+            // queue, and nothing reports that there is a descriptor again.
             Err(error) => {
                 if last_error.replace(error.kind()) != Some(error.kind()) {
                     log::warn!("cannot accept a connection to a port of the pod: {error}");

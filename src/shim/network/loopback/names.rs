@@ -1,6 +1,7 @@
-//! Names of Docker's networks. Docker's resolver listens on a loopback address in the network namespace of the container
-//! on the host, where packets of the guest do not arrive. The agent receives the queries of the guest's processes for
-//! this address. Each is repeated here from a socket in that namespace, where Docker's NAT rules apply to it.
+//! Names of Docker's networks. Docker's resolver listens on a loopback address in the network namespace of the
+//! container on the host, where packets of the guest do not arrive. The agent receives the queries of the guest's
+//! processes for this address. Each is sent again here from a socket in that namespace, where Docker's NAT rules apply
+//! to it.
 //!
 //! The guest cannot choose the address. It can only choose the queries, as a container in that namespace could.
 
@@ -34,8 +35,8 @@ use crate::shim::{
 /// How long the agent may take to receive queries.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the resolver may take for an answer, and for each step with TCP. It asks servers outside itself, each for
-/// four seconds.
+/// How long the resolver may take for an answer, and for each step with TCP. It asks upstream servers, and waits four
+/// seconds for each.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The largest DNS message, in bytes (RFC 1035, section 4.2.2).

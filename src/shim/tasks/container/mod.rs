@@ -58,20 +58,20 @@ pub(super) enum Role {
 /// How long the phases of a container took.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timings {
-    /// On the clock of [`monotonic_now`].
+    /// When its creation was requested, on the clock of [`monotonic_now`].
     requested_at: Duration,
-    /// Since its creation was requested.
+    /// The time since then.
     pub(super) age: Duration,
-    /// From the request until it was created. `None` before.
+    /// The time from the request until it was created. `None` before.
     pub(super) created: Option<Duration>,
-    /// From the request of its creation until it was started. `None` before.
+    /// The time from the request of its creation until it was started. `None` before.
     pub(super) started: Option<Duration>,
     /// How long its start took. `None` if it has not started.
     pub(super) start: Option<Duration>,
 }
 
 impl Timings {
-    /// Of a container that was requested at `requested_at`.
+    /// The timings of a container that was requested at `requested_at`.
     fn since(requested_at: Duration) -> Self {
         Self {
             requested_at,

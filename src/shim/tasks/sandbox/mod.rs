@@ -61,7 +61,7 @@ pub(crate) struct SandboxStatus {
     pub(crate) pid: u32,
     /// It accepts containers.
     pub(crate) ready: bool,
-    /// By the host's clock.
+    /// On the host's clock.
     pub(crate) created_at: SystemTime,
     /// `None` while it has not ended.
     pub(crate) exit: Option<Exit>,

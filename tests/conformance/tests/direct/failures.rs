@@ -118,7 +118,8 @@ fn killed_shim_ends_its_processes_and_a_new_shim_can_be_started() {
     });
 }
 
-/// Starts processes in the control group `group` that hold the pipes and sockets of the process `pid`, as its forks would.
+/// Starts processes in the control group `group` that hold the pipes and sockets of the process `pid`, as its forks
+/// would.
 fn fork_with_descriptors(pid: u32, group: &str) -> Vec<Child> {
     let process = pidfd_open(Pid::from_raw(pid.cast_signed()).unwrap(), PidfdFlags::empty()).unwrap();
     let mut held: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))

@@ -51,7 +51,7 @@ fn paused_container_makes_no_progress_until_it_is_resumed() {
     });
 }
 
-/// Kernels derive the limit of open files from their memory: of 256 MiB it is about 25,000.
+/// Kernels derive the limit of open files from their memory: with 256 MiB it is about 25,000.
 #[test]
 fn small_container_can_open_sixty_thousand_files() {
     with_fake_containerd(|containerd| {

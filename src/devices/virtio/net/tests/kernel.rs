@@ -282,7 +282,7 @@ fn worker_of_a_removed_tap_device_sleeps_and_drops_transmitted_packets() {
             let lines = log.lines();
             let gone = "queue 0: the tap device is gone, the guest has no network on this interface";
             assert!(lines.iter().any(|line| line == gone), "{what}: {lines:?}");
-            let dropped = "queue 0: a packet of the guest is dropped: write to the tap device: ";
+            let dropped = "queue 0: a packet of the guest is dropped: cannot write to the tap device: ";
             assert_eq!(
                 lines.iter().filter(|line| line.starts_with(dropped)).count(),
                 3,

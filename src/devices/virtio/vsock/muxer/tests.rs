@@ -389,15 +389,16 @@ fn failure_of_a_stream_is_logged_and_counted_once() {
             None,
             Some(full()),
             |guest| guest.send_operation(Operation::Payload, 0, b"text"),
-            "stream of port 1024: queue 1: output of a process is lost: write it on the host: No space left on device \
-             (os error 28)",
+            "stream of port 1024: queue 1: output of a process is lost: the host cannot write it: No space left on \
+             device (os error 28)",
         ),
         (
             "unreadable input",
             Some(unreadable()),
             None,
             |guest| drop(guest.received_packets()),
-            "stream of port 1024: queue 0: input of a process ends early: read it on the host: Is a directory (os error 21)",
+            "stream of port 1024: queue 0: input of a process ends early: the host cannot read it: Is a directory \
+             (os error 21)",
         ),
         (
             "data without an output",
@@ -494,6 +495,6 @@ fn broken_poller_is_logged_and_the_device_goes_on() {
 
     Vsock::new(muxer).serve_streams().unwrap();
 
-    let expected = "the streams of processes may stop: wait for events: Invalid argument (os error 22)";
+    let expected = "the streams of processes may stop: cannot wait for their events: Invalid argument (os error 22)";
     assert_eq!(log.lines(), [expected]);
 }
