@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -55,7 +55,14 @@ impl HungVolume {
 impl Drop for HungVolume {
     fn drop(&mut self) {
         unmount(&self.path, UnmountFlags::FORCE | UnmountFlags::DETACH).unwrap();
-        fs::remove_dir(&self.path).unwrap();
+        // Containers of other tests use the same root file system. One that was created meanwhile has a copy of the mount
+        // until it is deleted.
+        let deadline = Instant::now() + TIMEOUT;
+        while let Err(error) = fs::remove_dir(&self.path) {
+            assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{error}");
+            assert!(Instant::now() < deadline, "{} stays a mount point", self.path.display());
+            thread::yield_now();
+        }
     }
 }
 
