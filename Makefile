@@ -53,7 +53,7 @@ install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 test: ## run everything that CI runs: lint, unit tests, end-to-end suites
 	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
 		'  lint                    1    7' '  unit tests              2    4' '  build                   1   12' \
-		'  deploy tests            1    1' "  agent's tests           2    8" '  end-to-end suites      38   44'
+		'  deploy tests            1    1' "  agent's tests           2    8" '  end-to-end suites      41   47'
 	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
 
 lint: setup ## check formatting, clippy, licences, structure
@@ -79,16 +79,17 @@ unit: setup ## run the unit tests
 suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
 	@$(PHASE) "agent's tests in the lab" "2 minutes" guest/agent/tests/run-in-lab
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "38 minutes" tests/run $(SUITES)
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "41 minutes" tests/run $(SUITES)
 
-soak: build ## run the suites that `make test` leaves out, and 200 rounds of random kills
+soak: build ## run the suites that `make test` leaves out, and 200 rounds of chaos
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
 
 soak-suites:
 	@$(PHASE) "soak: suites" "50 minutes" tests/run $(SOAK_SUITES)
 
 soak-chaos:
-	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_LIMIT=7200 $(PHASE) "soak: random kills" "90 minutes" tests/run failures-2.1
+	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_DISTURBANCES=1 NUTSHELL_TEST_LIMIT=7200 $(PHASE) \
+		"soak: random kills and disturbances" "100 minutes" tests/run failures-2.1
 
 bench: build ## compare with runc and QEMU (docs/BENCHMARKS.md)
 	@NUTSHELL_TEST_SHIM=$(SHIM) benches/run

@@ -4,6 +4,7 @@
 # Environment:
 #   NUTSHELL_TEST_ROUNDS  number of rounds of random kills, default 8
 #   NUTSHELL_TEST_SEED    seed of the random kills, which a run prints; default: random
+#   NUTSHELL_TEST_DISTURBANCES  if set, some rounds disturb the host: a frozen volume, a slewed clock, busy processors
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/failures.bash"
