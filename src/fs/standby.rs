@@ -32,6 +32,9 @@ const HANG_LIMIT: Duration = Duration::from_millis(50);
 /// How many requests may hang before no thread is left to serve the queues.
 pub(super) const MAX_HUNG_REQUESTS: u32 = 64;
 
+/// When to try again if no thread can serve the queues.
+const RETRY_INTERVAL: Duration = Duration::from_secs(10);
+
 /// The stack of a thread, in bytes.
 const STACK_SIZE: usize = 512 << 10;
 
@@ -158,7 +161,12 @@ impl Standby {
         unshare(CloneFlags::CLONE_FS)?;
         self.wait_for_hang()?;
         // Without a successor, a second request that hangs would stop everything.
-        self.spawn_watcher(queues, rings.clone())?;
+        while let Err(error) = self.spawn_watcher(queues, rings.clone()) {
+            log::error!("a request hangs, and no thread can be started to serve others: {error}");
+            self.hung_requests.fetch_sub(1, Ordering::AcqRel);
+            self.arm(RETRY_INTERVAL);
+            self.wait_for_hang()?;
+        }
         let worker = Arc::new(Worker::default());
         std::mem::replace(&mut *self.current.lock(), worker.clone())
             .replaced
@@ -198,7 +206,7 @@ impl Standby {
                     "{MAX_HUNG_REQUESTS} requests hang: all files of this pod wait for file systems of the host that do \
                      not answer"
                 );
-                self.arm(Duration::from_secs(10));
+                self.arm(RETRY_INTERVAL);
             }
         }
     }
