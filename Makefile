@@ -74,6 +74,7 @@ lint-format:
 	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs
 
 unit: setup ## run the unit tests
+	@tests/lab/need qemu-utils
 	@$(PHASE) "unit tests" "1 minute, 4 from scratch" $(CARGO) test --locked --workspace
 
 suites: build ## run the end-to-end suites in the lab

@@ -25,8 +25,9 @@ use std::{
 use self::modules::{Crate, SourceError};
 
 /// The crates whose imports are checked, by the file that is their root.
-const ROOTS: [&str; 9] = [
+const ROOTS: [&str; 10] = [
     "src/main.rs",
+    "disk-image/src/lib.rs",
     "guest/agent/src/main.rs",
     "guest/protocol/src/lib.rs",
     "linux/src/lib.rs",

@@ -1,0 +1,114 @@
+//! A disk: a base image, and optionally a copy-on-write file.
+
+use std::io;
+
+use crate::{
+    base::{Base, BaseError},
+    cow::{CowError, CowFile},
+    io::{ReadAt, Source, Storage, Target},
+};
+
+/// Why a disk cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The base image is refused.
+    #[error(transparent)]
+    Base(#[from] BaseError),
+    /// The copy-on-write file is refused.
+    #[error("copy-on-write file: {0}")]
+    Cow(#[from] CowError),
+}
+
+/// The disk of a guest. Several threads may use it at the same time; accesses to the same bytes at the same time have no
+/// defined order.
+#[derive(Debug)]
+pub struct Image {
+    base: Base,
+    cow: Option<CowFile>,
+}
+
+impl Image {
+    /// Opens a disk that cannot be written. See [`crate::BaseFormat::detect`] for what `base` must be.
+    ///
+    /// # Errors
+    ///
+    /// The base image cannot be read, is invalid, or needs something that is not supported.
+    pub fn open_read_only(base: Box<dyn ReadAt>) -> Result<Self, ImageError> {
+        Ok(Self {
+            base: Base::open(base)?,
+            cow: None,
+        })
+    }
+
+    /// Opens a disk whose writes go to `cow`: an empty file, or one that was used with the same base image before.
+    ///
+    /// `host_boot` identifies the run of the host's kernel (`/proc/sys/kernel/random/boot_id`). If it differs from that
+    /// of the last use, the host may have lost writes that were not flushed, and the disk has the state of the last
+    /// flush, with any part of later writes to clusters that were present by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Image::open_read_only`], or the copy-on-write file cannot be used or belongs to another base image.
+    pub fn open(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
+        let base = Base::open(base)?;
+        let cow = CowFile::open(cow, &base, host_boot)?;
+        Ok(Self { base, cow: Some(cow) })
+    }
+
+    /// The size of the disk in bytes, a multiple of [`crate::SECTOR_SIZE`].
+    pub fn size(&self) -> u64 {
+        self.base.size()
+    }
+
+    /// Whether the disk has no copy-on-write file.
+    pub fn is_read_only(&self) -> bool {
+        self.cow.is_none()
+    }
+
+    /// Fills all of `target` with the bytes of the disk at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// The range is not inside of the disk, its bytes cannot be read, or the base image is invalid there.
+    pub fn read(&self, target: &mut dyn Target, offset: u64) -> io::Result<()> {
+        let count = target.remaining();
+        match &self.cow {
+            Some(cow) => cow.read(&self.base, target, offset, count),
+            None => self.base.read(target, offset, count),
+        }
+    }
+
+    /// Writes all of `source` to the disk at `offset`.
+    ///
+    /// # Errors
+    ///
+    /// The disk is read-only, the range is not inside of it, or the host failed. Any part of `source` may have been
+    /// written then, and no other bytes have changed.
+    pub fn write(&self, source: &mut dyn Source, offset: u64) -> io::Result<()> {
+        self.writable()?.write(&self.base, source, offset)
+    }
+
+    /// Makes a range of the disk read as zeroes. With `unmap`, the host may free its blocks.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Image::write`].
+    pub fn zero(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        self.writable()?.zero(&self.base, offset, length, unmap)
+    }
+
+    /// Returns when all earlier writes are on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// The host failed; writes may be lost. After a sync of the host has failed, all later calls fail.
+    pub fn flush(&self) -> io::Result<()> {
+        self.cow.as_ref().map_or(Ok(()), CowFile::flush)
+    }
+
+    fn writable(&self) -> io::Result<&CowFile> {
+        self.cow
+            .as_ref()
+            .ok_or_else(|| io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only"))
+    }
+}

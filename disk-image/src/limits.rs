@@ -1,0 +1,34 @@
+//! The limits of a disk's size and of accesses to it.
+
+use std::io;
+
+/// The unit of positions and sizes of a disk, in bytes.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// The maximum size of a disk in bytes, 8 TiB. It limits the memory for the bitmap of a copy-on-write file to 16 MiB,
+/// and keeps that file below the maximum of ext4.
+pub const MAX_VIRTUAL_SIZE: u64 = 8 << 40;
+
+/// What is wrong with the size of a disk, in bytes.
+pub(crate) fn problem_of_size(size: u64) -> Option<&'static str> {
+    if size == 0 {
+        Some("the disk is empty")
+    } else if !size.is_multiple_of(SECTOR_SIZE) {
+        Some("not a multiple of 512: the file may be incomplete")
+    } else if size > MAX_VIRTUAL_SIZE {
+        Some("more than the maximum of 8 TiB")
+    } else {
+        None
+    }
+}
+
+/// An error unless the range is inside of a disk of `size` bytes.
+pub(crate) fn check_range(size: u64, offset: u64, length: u64) -> io::Result<()> {
+    match offset.checked_add(length) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the range lies outside the disk",
+        )),
+    }
+}
