@@ -24,6 +24,6 @@ pub use self::{
     cow::CowError,
     image::{Image, ImageError},
     io::{ReadAt, Source, Storage, Target},
-    limits::{MAX_VIRTUAL_SIZE, SECTOR_SIZE},
+    limits::{DISCARD_ALIGNMENT, MAX_VIRTUAL_SIZE, SECTOR_SIZE},
     qcow2::Qcow2Error,
 };

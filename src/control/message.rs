@@ -22,8 +22,8 @@ pub(crate) enum Command {
     /// Builds the machine and runs it. The first command, sent once.
     ///
     /// Descriptors: `/dev/kvm`; the file with the guest's kernel; the file with the guest's initramfs; the stream of
-    /// [`nutshell_protocol::AGENT_PORT`]; if `file_server`, the connected vhost-user socket of the fs process; then the
-    /// file or block device of each disk.
+    /// [`nutshell_protocol::AGENT_PORT`]; if `file_server`, the connected vhost-user socket of the fs process; then those
+    /// of each disk ([`DiskAccess`]).
     Boot(MachineConfig),
     /// Opens a stream: lets the guest connect to host port `port` once, and copies bytes between that connection and
     /// the descriptors.
@@ -98,8 +98,20 @@ pub(crate) struct MachineConfig {
 /// The guest's access to a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum DiskAccess {
+    /// Descriptor: a file or block device with the bytes of the disk, open for reading.
     ReadOnly,
+    /// Descriptor: a file or block device with the bytes of the disk, open for reading and writing. It is raw, whatever
+    /// it contains: a guest that writes the header of another format must not change how the host reads the disk.
     ReadWrite,
+    /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
+    ReadOnlyImage,
+    /// Descriptors: a raw or qcow2 image that no guest can write, open for reading; its copy-on-write file, open for
+    /// reading and writing, which is empty or was used with the same image before. No other vmm may have it.
+    CopyOnWrite {
+        /// The run of the host's kernel (`/proc/sys/kernel/random/boot_id`): if it differs from that in the file, the
+        /// disk continues with the last flush.
+        host_boot: [u8; 16],
+    },
 }
 
 /// A message from the vmm to the shim.

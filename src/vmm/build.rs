@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use nutshell_disk_image::Image;
 use nutshell_protocol::{AGENT_PORT, NETWORK_SLOTS, SHARE_TAG, disk_serial};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
@@ -82,15 +83,9 @@ impl BootResources {
             } else {
                 None
             },
-            disks: config
-                .disks
-                .iter()
-                .map(|disk| {
-                    Ok(Backing {
-                        file: next("no file for a disk")?.into(),
-                        read_only: *disk == DiskAccess::ReadOnly,
-                    })
-                })
+            disks: (0..)
+                .zip(&config.disks)
+                .map(|(index, access)| open_disk(index, *access, || Ok(next("no file for a disk")?.into())))
                 .collect::<Result<_, MachineError>>()?,
             config,
         };
@@ -99,6 +94,31 @@ impl BootResources {
             Some(_) => Err(MachineError::BootCommand("too many descriptors")),
         }
     }
+}
+
+/// Opens the disk number `index`, whose descriptors come from `next_file`.
+fn open_disk(
+    index: u32,
+    access: DiskAccess,
+    mut next_file: impl FnMut() -> Result<File, MachineError>,
+) -> Result<Backing, MachineError> {
+    let base = next_file()?;
+    let image = match access {
+        DiskAccess::ReadOnly | DiskAccess::ReadWrite => {
+            return Ok(Backing::File {
+                file: base,
+                read_only: access == DiskAccess::ReadOnly,
+            });
+        }
+        DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
+        DiskAccess::CopyOnWrite { host_boot } => Image::open(Box::new(base), Box::new(next_file()?), host_boot),
+    };
+    image
+        .map(|image| Backing::Image(Box::new(image)))
+        .map_err(|source| MachineError::DiskImage {
+            serial: disk_serial(index),
+            source,
+        })
 }
 
 /// Builds the machine and starts its vCPUs. The reason for its end is reported to `end`, and its console output is
@@ -232,4 +252,107 @@ pub(super) fn start(
 fn kicks<const N: usize>(kicks: Vec<EventFd>) -> Result<[EventFd; N], MachineError> {
     let wrong_number = |_| device_error("create the queues of a device")(std::io::ErrorKind::InvalidData.into());
     kicks.try_into().map_err(wrong_number)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::memory::Extent;
+
+    fn config(disks: Vec<DiskAccess>) -> MachineConfig {
+        let extent = Extent { offset: 0, length: 0 };
+        MachineConfig {
+            memory: 2 << 20,
+            max_memory: 2 << 20,
+            vcpus: 1,
+            max_vcpus: 1,
+            file_server: false,
+            disks,
+            hotplug_disks: 0,
+            kernel: extent,
+            initramfs: extent,
+            kernel_arguments: String::new(),
+        }
+    }
+
+    fn parse(disks: Vec<DiskAccess>, files: Vec<File>) -> Result<BootResources, String> {
+        let null = || File::open("/dev/null").unwrap().into();
+        let mut descriptors: Vec<OwnedFd> = (0..4).map(|_| null()).collect();
+        descriptors.extend(files.into_iter().map(OwnedFd::from));
+        BootResources::parse(config(disks), descriptors).map_err(|error| error.to_string())
+    }
+
+    fn file(size: u64, start: &[u8]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        file.write_all_at(start, 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn each_disk_takes_the_descriptors_of_its_kind() {
+        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        let disks = vec![
+            DiskAccess::ReadWrite,
+            copy_on_write,
+            DiskAccess::ReadOnlyImage,
+            DiskAccess::ReadOnly,
+        ];
+        // A raw disk stays one, whatever the guest has written to it.
+        let files = || {
+            vec![
+                file(1024, b"QFI\xfb"),
+                file(2048, b"base"),
+                file(0, b""),
+                file(512, b"image"),
+                file(1536, b"QFI\xfb"),
+            ]
+        };
+
+        let resources = parse(disks.clone(), files()).unwrap();
+
+        let found = resources.disks.iter().map(|disk| match disk {
+            Backing::File { file, read_only } => ("file", file.metadata().unwrap().len(), *read_only),
+            Backing::Image(image) => ("image", image.size(), image.is_read_only()),
+        });
+        assert!(found.eq([
+            ("file", 1024, false),
+            ("image", 2048, false),
+            ("image", 512, true),
+            ("file", 1536, true),
+        ]));
+        let mut missing = files();
+        missing.pop();
+        let error = parse(disks, missing).unwrap_err();
+        assert_eq!(error, "invalid boot command: no file for a disk");
+    }
+
+    #[test]
+    fn wrong_image_is_refused_with_disk_field_and_value() {
+        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        for (access, files, expected) in [
+            (
+                DiskAccess::ReadOnlyImage,
+                vec![file(72, b"QFI\xfb\0\0\0\x09")],
+                "disk nutshell-1: qcow2 base image: version is 9, and only 2 and 3 are supported",
+            ),
+            (
+                copy_on_write,
+                vec![file(1000, b""), file(0, b"")],
+                "disk nutshell-1: the size of the raw base image is 1000 bytes, not a multiple of 512: \
+                 the file may be incomplete",
+            ),
+            (
+                copy_on_write,
+                vec![file(512, b""), file(100, b"")],
+                "disk nutshell-1: copy-on-write file: its size is 100 bytes instead of 77824: it belongs to another \
+                 base image or is incomplete, remove it to start again from the base image",
+            ),
+        ] {
+            let files = std::iter::once(file(512, b"")).chain(files).collect();
+            assert_eq!(parse(vec![DiskAccess::ReadOnly, access], files).unwrap_err(), expected);
+        }
+    }
 }

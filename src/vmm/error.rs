@@ -2,6 +2,8 @@
 
 use std::io;
 
+use nutshell_disk_image::ImageError;
+
 use super::{
     boot::{BootError, kernel::KernelError},
     kvm::KvmError,
@@ -16,6 +18,8 @@ pub(crate) enum MachineError {
     BootCommand(&'static str),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error("disk {serial}: {source}")]
+    DiskImage { serial: String, source: ImageError },
     #[error("{step}: {source}")]
     Device { step: &'static str, source: io::Error },
     #[error("the file server cannot map the added guest memory: {0}")]

@@ -254,7 +254,7 @@ fn execute(
                 .next()
                 .ok_or_else(|| invalid_command("no file for a disk"))?
                 .into();
-            let result = machine.plug_disk(slot, Backing { file, read_only });
+            let result = machine.plug_disk(slot, Backing::File { file, read_only });
             let result = result.map_err(|error| error.to_string());
             let slot = FIRST_DISK_SLOT.saturating_add(slot);
             send(channel, &Notice::Plugged { slot, result })?;

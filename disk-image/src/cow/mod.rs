@@ -29,11 +29,13 @@ use self::{
 use crate::{
     base::Base,
     io::{Source, Storage, Target, drain, fill, read_exact_at},
-    limits::check_range,
+    limits::{DISCARD_ALIGNMENT, SECTOR_SIZE, check_range},
 };
 
 /// The number of adjacent clusters that share a lock, a multiple of 8: no two stripes share a byte of a bitmap.
 const STRIPE_CLUSTERS: u64 = 16;
+
+const _: () = assert!(CLUSTER_SIZE == DISCARD_ALIGNMENT as u64 * SECTOR_SIZE);
 
 /// The number of locks.
 const STRIPES: u64 = 64;

@@ -1,17 +1,47 @@
-//! A disk of the host: its file or block device, capacity and serial.
+//! A disk of the host: what holds its bytes, capacity and serial.
 
-use std::{fs::File, io, os::fd::AsRawFd, sync::Arc};
+use std::{fs::File, io, sync::Arc};
+
+use nutshell_disk_image::{DISCARD_ALIGNMENT, Image, io::file_size};
 
 use crate::devices::counters::Counters;
 
 /// The unit of positions and capacities, in bytes. It does not depend on the block size (virtio 1.3 §5.2).
-pub(super) const SECTOR_SIZE: u64 = 512;
+pub(super) const SECTOR_SIZE: u64 = nutshell_disk_image::SECTOR_SIZE;
 
-/// The file or block device behind a disk.
+/// What holds the bytes of a disk.
 #[derive(Debug)]
-pub(crate) struct Backing {
-    pub(crate) file: File,
-    pub(crate) read_only: bool,
+pub(crate) enum Backing {
+    /// A file or block device of the host, byte for byte.
+    File { file: File, read_only: bool },
+    /// A base image, which is never written. Writes go to the copy-on-write file if there is one.
+    Image(Box<Image>),
+}
+
+impl Backing {
+    pub(super) fn is_read_only(&self) -> bool {
+        match self {
+            Self::File { read_only, .. } => *read_only,
+            Self::Image(image) => image.is_read_only(),
+        }
+    }
+
+    /// The alignment of discards that free the most space, in sectors.
+    pub(super) fn discard_alignment(&self) -> u32 {
+        match self {
+            Self::File { .. } => 1,
+            Self::Image(_) => DISCARD_ALIGNMENT,
+        }
+    }
+
+    /// In bytes.
+    fn size(&self) -> io::Result<u64> {
+        match self {
+            Self::File { file, .. } => file_size(file)
+                .map_err(|error| io::Error::new(error.kind(), format!("cannot get the size of the file: {error}"))),
+            Self::Image(image) => Ok(image.size()),
+        }
+    }
 }
 
 /// A disk, which the worker threads of its device share.
@@ -27,7 +57,7 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(backing: Backing, counters: Arc<Counters>) -> io::Result<Self> {
         Ok(Self {
-            capacity: size_in_bytes(&backing.file)? / SECTOR_SIZE,
+            capacity: backing.size()? / SECTOR_SIZE,
             backing,
             counters,
         })
@@ -36,20 +66,4 @@ impl Disk {
     pub(super) fn serial(&self) -> &str {
         self.counters.name()
     }
-}
-
-fn size_in_bytes(file: &File) -> io::Result<u64> {
-    use std::os::unix::fs::FileTypeExt;
-
-    let metadata = file.metadata()?;
-    if !metadata.file_type().is_block_device() {
-        return Ok(metadata.len());
-    }
-    // Moving the position is harmless, since each request is executed at an explicit offset.
-    io::Seek::seek(&mut &*file, io::SeekFrom::End(0)).map_err(|error| {
-        io::Error::new(
-            error.kind(),
-            format!("cannot get the size of block device {}: {error}", file.as_raw_fd()),
-        )
-    })
 }

@@ -1,10 +1,11 @@
-//! virtio-blk (virtio 1.3 §5.2) on a file or block device of the host.
+//! virtio-blk (virtio 1.3 §5.2) on a file, block device or disk image of the host.
 //!
 //! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
-//! [`request`] parses and executes one request.
+//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images.
 
 mod disk;
 mod request;
+mod transfer;
 
 use std::{
     io,
@@ -74,11 +75,11 @@ impl Block {
         field(12, &MAX_SEGMENTS.to_le_bytes());
         field(20, &u32::try_from(SECTOR_SIZE).unwrap_or(0).to_le_bytes());
         field(34, &u16::try_from(self.queue_sizes.len()).unwrap_or(1).to_le_bytes());
-        // Discard: the maximum number of sectors, one segment, alignment of one sector. Then write-zeroes: the maximum
-        // number of sectors, one segment, may unmap.
+        // Discard: the maximum number of sectors, one segment, alignment. Then write-zeroes: the maximum number of
+        // sectors, one segment, may unmap.
         field(36, &request::MAX_ZERO_SECTORS.to_le_bytes());
         field(40, &1_u32.to_le_bytes());
-        field(44, &1_u32.to_le_bytes());
+        field(44, &self.disk.backing.discard_alignment().to_le_bytes());
         field(48, &request::MAX_ZERO_SECTORS.to_le_bytes());
         field(52, &1_u32.to_le_bytes());
         field(56, &[1]);
@@ -101,7 +102,7 @@ impl Device for Block {
             features |= 1 << VIRTIO_BLK_F_MQ;
         }
         features
-            | if self.disk.backing.read_only {
+            | if self.disk.backing.is_read_only() {
                 1 << VIRTIO_BLK_F_RO
             } else {
                 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
@@ -242,7 +243,7 @@ mod tests {
 
     fn disk(name: &str, file: File) -> Arc<Disk> {
         Arc::new(Disk {
-            backing: Backing { file, read_only: false },
+            backing: Backing::File { file, read_only: false },
             capacity: 8,
             counters: Counters::with_queues(name, 1, &stall_timer()),
         })
@@ -282,7 +283,7 @@ mod tests {
         let used_event = GuestAddress(queue.avail_ring() + 4 + 2 * 16);
         memory.write_obj(0_u16, used_event).unwrap();
         let (kick, interrupt) = (EventFd::new(0).unwrap(), Arc::new(InterruptCounter::default()));
-        let backing = Backing {
+        let backing = Backing::File {
             file: tempfile::tempfile().unwrap(),
             read_only: false,
         };

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::AsFd};
 
-use rustix::fs::{FallocateFlags, fallocate};
+use nutshell_disk_image::io::zero_file_range;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -123,22 +123,27 @@ fn execute(
         kind,
         VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
     );
-    if writes && backing.read_only {
+    if writes && backing.is_read_only() {
         return Err(RequestError::Invalid("the disk is read-only"));
     }
     match kind {
         VIRTIO_BLK_T_IN => {
             let length = writable.len();
             let mut offset = checked_offset(sector, length as u64, capacity)?;
-            while writable.len() > 0 {
-                let count = retry_interrupted(|| writable.read_from(backing.file.as_fd(), Some(offset)))?;
-                if count == 0 {
-                    return Err(RequestError::Host(io::Error::other(
-                        "the file is shorter than the disk",
-                    )));
+            match backing {
+                Backing::File { file, .. } => {
+                    while writable.len() > 0 {
+                        let count = retry_interrupted(|| writable.read_from(file.as_fd(), Some(offset)))?;
+                        if count == 0 {
+                            return Err(RequestError::Host(io::Error::other(
+                                "the file is shorter than the disk",
+                            )));
+                        }
+                        offset += count as u64;
+                        writable.split_to(count);
+                    }
                 }
-                offset += count as u64;
-                writable.split_to(count);
+                Backing::Image(image) => image.read(writable, offset)?,
             }
             counters.add_bytes_to_guest(length as u64);
             Ok(length)
@@ -146,20 +151,27 @@ fn execute(
         VIRTIO_BLK_T_OUT => {
             let length = readable.len() as u64;
             let mut offset = checked_offset(sector, length, capacity)?;
-            while readable.len() > 0 {
-                let count = retry_interrupted(|| readable.write_to(backing.file.as_fd(), Some(offset)))?;
-                if count == 0 {
-                    return Err(RequestError::Host(io::ErrorKind::WriteZero.into()));
+            match backing {
+                Backing::File { file, .. } => {
+                    while readable.len() > 0 {
+                        let count = retry_interrupted(|| readable.write_to(file.as_fd(), Some(offset)))?;
+                        if count == 0 {
+                            return Err(RequestError::Host(io::ErrorKind::WriteZero.into()));
+                        }
+                        offset += count as u64;
+                        readable.split_to(count);
+                    }
                 }
-                offset += count as u64;
-                readable.split_to(count);
+                Backing::Image(image) => image.write(readable, offset)?,
             }
             counters.add_bytes_from_guest(length);
             Ok(0)
         }
         VIRTIO_BLK_T_FLUSH => {
-            if !backing.read_only {
-                backing.file.sync_data()?;
+            match backing {
+                Backing::File { read_only: true, .. } => {}
+                Backing::File { file, .. } => file.sync_data()?,
+                Backing::Image(image) => image.flush()?,
             }
             Ok(0)
         }
@@ -180,7 +192,11 @@ fn execute(
             }
             let length = u64::from(count) * SECTOR_SIZE;
             let offset = checked_offset(sector, length, capacity)?;
-            zero_range(backing, offset, length, discard || flags != 0)?;
+            let unmap = discard || flags != 0;
+            match backing {
+                Backing::File { file, .. } => zero_file_range(file, offset, length, unmap)?,
+                Backing::Image(image) => image.zero(offset, length, unmap)?,
+            }
             Ok(0)
         }
         _ => Err(RequestError::Unsupported),
@@ -223,32 +239,6 @@ fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Reques
         Err(RequestError::Invalid(
             "it lies outside the disk, or is not a multiple of a sector",
         ))
-    }
-}
-
-/// Makes a range read as zeroes. With `unmap`, the host may free its blocks.
-fn zero_range(backing: &Backing, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-    if length == 0 {
-        return Ok(());
-    }
-    let mode = if unmap {
-        FallocateFlags::PUNCH_HOLE
-    } else {
-        FallocateFlags::ZERO_RANGE
-    };
-    match fallocate(&backing.file, mode | FallocateFlags::KEEP_SIZE, offset, length) {
-        // The host's file system does not support fallocate: write zeroes instead.
-        Err(rustix::io::Errno::OPNOTSUPP) => {
-            static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
-            let mut done = 0;
-            while done < length {
-                let count = usize::try_from(length - done).unwrap_or(ZEROES.len()).min(ZEROES.len());
-                std::os::unix::fs::FileExt::write_all_at(&backing.file, &ZEROES[..count], offset + done)?;
-                done += count as u64;
-            }
-            Ok(())
-        }
-        other => Ok(other?),
     }
 }
 
@@ -314,7 +304,7 @@ mod tests {
         let (mut queue, _) = device_queue(&mock, &memory);
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[b'x'; 4096]).unwrap();
-        let disk = Disk::new(Backing { file, read_only }, Counters::new("nutshell-0")).unwrap();
+        let disk = Disk::new(Backing::File { file, read_only }, Counters::new("nutshell-0")).unwrap();
         assert_eq!(disk.capacity, CAPACITY);
 
         let chain = queue.pop().unwrap().unwrap();
@@ -323,7 +313,9 @@ mod tests {
         let mut data = vec![0; in_length as usize];
         memory.read_slice(&mut data, GuestAddress(0xb000)).unwrap();
         let mut bytes = Vec::new();
-        let mut file = disk.backing.file;
+        let Backing::File { mut file, .. } = disk.backing else {
+            panic!("not a file");
+        };
         file.rewind().unwrap();
         file.read_to_end(&mut bytes).unwrap();
         Outcome {
@@ -388,7 +380,7 @@ mod tests {
         mock.avail().idx().store(1);
         let (mut queue, _) = device_queue(&mock, &memory);
         let disk = Disk {
-            backing: Backing { file, read_only: false },
+            backing: Backing::File { file, read_only: false },
             capacity: CAPACITY,
             counters: Counters::new(name),
         };
