@@ -12,7 +12,7 @@ pub(crate) enum JailError {
     #[error("the shim that started this process has ended")]
     Orphaned,
     /// The kernel refused a step.
-    #[error("cannot confine {role}: {step}: {source} (the shim must run as root on the host)")]
+    #[error("cannot confine {role}: {step}: {source} (only root on the host can start it)")]
     Step {
         role: &'static str,
         step: &'static str,

@@ -1,9 +1,9 @@
-//! Confines the processes that serve a guest. The roles `vmm` and `fs` call [`enter`] first, while they have one thread
-//! and have read nothing that a guest wrote.
+//! Confines the processes that serve a guest or read an image. The roles `vmm`, `fs` and `disk-inspector` call [`enter`]
+//! first, while they have one thread and have read nothing that a guest or a stranger wrote.
 //!
 //! Belongs here: the command that starts a child ([`build_command`]), and the steps by which the child gives up what it
-//! does not need ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim, which starts
-//! the children, and by `main` of [`crate::vmm`] and [`crate::fs`].
+//! does not need ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
+//! [`crate::disk`], which start the children, and by `main` of the children.
 
 mod error;
 pub(crate) mod root;

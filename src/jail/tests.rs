@@ -21,6 +21,9 @@ static RUN_ROLE: extern "C" fn() = run_role;
 extern "C" fn run_role() {
     match env::args().nth(1).as_deref() {
         Some(crate::fs::ROLE) => exit(i32::from(crate::fs::main() != ExitCode::SUCCESS)),
+        Some(crate::disk::inspector::ROLE) => {
+            exit(i32::from(crate::disk::inspector::main() != ExitCode::SUCCESS));
+        }
         Some("jail-empty") => run_prisoner(CapabilitySet::empty()),
         Some("jail-capable") => run_prisoner(CAPABILITIES),
         _ => return,

@@ -7,7 +7,7 @@ use crate::{imports::Import, modules::Crate};
 /// From the top down. Modules of one layer do not import each other.
 pub(crate) const LAYERS: [&[&str]; 14] = [
     &[""],
-    &["admin", "check", "shim::entry"],
+    &["admin", "check", "disk", "shim::entry"],
     &["shim::api"],
     &["shim::tasks"],
     &["shim::pod"],

@@ -1,0 +1,308 @@
+//! `containerd-shim-nutshell-v2 disk inspect FILE` reports how the vmm would use an image as the base of a disk, without
+//! a machine: its format, its size, what is allocated, or why it is refused.
+//!
+//! An image is hostile input, and the user is root. So this process opens the file and starts a child, the
+//! [`inspector`], which gives up all privileges before it reads the file, in the same jail as a vmm.
+//!
+//! Belongs here: the command line and the text of the report. Does not belong here: the formats, which
+//! `nutshell_disk_image` reads. The executable's `main` calls [`main`] and [`inspector::main`], each for its role.
+
+pub(crate) mod inspector;
+mod report;
+
+use std::{
+    fs::File,
+    io::{self, Read, Write as _},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::{ExitCode, ExitStatus, Stdio},
+};
+
+use self::report::{Findings, Report};
+use crate::jail;
+
+/// The first argument that selects this role.
+pub(crate) const ROLE: &str = "disk";
+
+/// The maximum size of the inspector's answer in bytes.
+const MAX_ANSWER: u64 = 64 << 10;
+
+/// Why a disk cannot be inspected.
+#[derive(Debug, thiserror::Error)]
+enum DiskError {
+    #[error("usage: containerd-shim-nutshell-v2 disk inspect FILE [--json]")]
+    Usage,
+    #[error("{}: {source}", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error("start the process that reads the image: {0}")]
+    Start(#[source] io::Error),
+    #[error("the process that reads the image ended without an answer ({0}): run this as root")]
+    NoAnswer(ExitStatus),
+    #[error("cannot inspect the image: {0}")]
+    Inspector(String),
+    #[error("encode the report: {0}")]
+    Encode(#[from] serde_json::Error),
+    #[error("print: {0}")]
+    Print(#[source] io::Error),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Arguments {
+    path: PathBuf,
+    json: bool,
+}
+
+/// Runs the command line. An error is one line on standard error. The exit status is 0 only if the image can be used.
+pub(crate) fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(2).collect();
+    match run(&arguments) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<ExitCode, DiskError> {
+    let Arguments { path, json } = parse(arguments).ok_or(DiskError::Usage)?;
+    let report = Report {
+        file: path.display().to_string(),
+        findings: inspect(&path)?,
+    };
+    let text = if json {
+        serde_json::to_string_pretty(&report)? + "\n"
+    } else {
+        report.to_text()
+    };
+    io::stdout().write_all(text.as_bytes()).map_err(DiskError::Print)?;
+    Ok(match report.findings.is_usable() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}
+
+/// `None` for a wrong command line.
+fn parse(arguments: &[String]) -> Option<Arguments> {
+    let (mut words, mut json) = (Vec::new(), false);
+    for argument in arguments {
+        match argument.as_str() {
+            "--json" => json = true,
+            option if option.starts_with('-') => return None,
+            word => words.push(word),
+        }
+    }
+    match words[..] {
+        ["inspect", path] => Some(Arguments {
+            path: path.into(),
+            json,
+        }),
+        _ => None,
+    }
+}
+
+/// Opens the image and has the inspector read it.
+fn inspect(path: &Path) -> Result<Findings, DiskError> {
+    let file = open(path).map_err(|source| DiskError::Open {
+        path: path.to_owned(),
+        source,
+    })?;
+    let mut child = jail::build_command(inspector::ROLE)
+        .stdin(file)
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(DiskError::Start)?;
+    let mut answer = Vec::new();
+    let read = match child.stdout.take() {
+        Some(stdout) => stdout.take(MAX_ANSWER).read_to_end(&mut answer).map(drop),
+        None => Ok(()),
+    };
+    // It has ended, or has sent too much.
+    let _ = child.kill();
+    let status = child.wait().map_err(DiskError::Start)?;
+    read.map_err(DiskError::Start)?;
+    match serde_json::from_slice::<inspector::Answer>(&answer) {
+        Ok(Ok(findings)) => Ok(findings),
+        Ok(Err(error)) => Err(DiskError::Inspector(report::printable(&error))),
+        Err(_) => Err(DiskError::NoAnswer(status)),
+    }
+}
+
+/// Opens a regular file or block device for reading.
+fn open(path: &Path) -> io::Result<File> {
+    use std::os::unix::fs::FileTypeExt;
+
+    // Without O_NONBLOCK, opening a fifo would wait for a writer.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("neither a file nor a block device"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::FileExt, process::Command};
+
+    use super::*;
+    use crate::disk::report::Clusters;
+
+    fn qemu_img(arguments: &[&str]) {
+        let output = Command::new("qemu-img")
+            .args(arguments)
+            .output()
+            .unwrap_or_else(|error| panic!("qemu-img: {error}: install the package qemu-utils"));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    #[test]
+    fn command_line_selects_file_and_format_of_the_report() {
+        let parse_line = |line: &str| {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            parse(&words)
+        };
+        for (line, json) in [
+            ("inspect /a", false),
+            ("inspect /a --json", true),
+            ("--json inspect /a", true),
+        ] {
+            assert_eq!(
+                parse_line(line),
+                Some(Arguments {
+                    path: "/a".into(),
+                    json
+                }),
+                "{line}"
+            );
+        }
+        for line in ["", "inspect", "inspect a b", "show a", "inspect --all a"] {
+            assert_eq!(parse_line(line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn only_files_and_block_devices_are_inspected() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [&fifo, folder.path(), Path::new("/dev/null"), Path::new("/no/such/file")] {
+            let error = inspect(path).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{}: ", path.display())), "{error}");
+        }
+    }
+
+    // The tests below need root, as the jail does.
+
+    #[test]
+    fn raw_image_is_reported_with_size_and_allocated_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("raw");
+        let file = File::create(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 8192).unwrap();
+
+        let findings = inspect(&path).unwrap();
+
+        assert!(findings.is_usable(), "{findings:?}");
+        assert_eq!(findings.format.as_deref(), Some("raw"));
+        assert_eq!((findings.file_size, findings.virtual_size), (1 << 20, Some(1 << 20)));
+        assert_eq!(findings.allocated_bytes, Some(4096));
+        assert_eq!(findings.qcow2, None);
+    }
+
+    #[test]
+    fn qcow2_image_is_reported_with_clusters_compression_and_features() {
+        let folder = tempfile::tempdir().unwrap();
+        let [raw, image] = ["raw", "qcow2"].map(|name| folder.path().join(name));
+        fs::write(&raw, [1; 300_032]).unwrap();
+        File::options()
+            .write(true)
+            .open(&raw)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let options = "cluster_size=16k,compression_type=zstd,lazy_refcounts=on";
+        let [raw, path] = [&raw, &image].map(|path| path.to_str().unwrap());
+        qemu_img(&["convert", "-c", "-O", "qcow2", "-o", options, raw, path]);
+        qemu_img(&["snapshot", "-c", "one", path]);
+
+        let findings = inspect(&image).unwrap();
+
+        assert!(findings.is_usable(), "{findings:?}");
+        assert_eq!(findings.format.as_deref(), Some("qcow2"));
+        assert_eq!(findings.virtual_size, Some(1 << 20));
+        assert_eq!(findings.allocated_bytes, Some(19 * 16384));
+        let qcow2 = findings.qcow2.unwrap();
+        assert_eq!((qcow2.version, qcow2.cluster_size, qcow2.snapshots), (3, 16384, 1));
+        assert_eq!(qcow2.compression, "zstd");
+        assert_eq!(qcow2.features, ["lazy refcounts"]);
+        let clusters = Clusters {
+            data: 0,
+            compressed: 19,
+            zero: 45,
+        };
+        assert_eq!(qcow2.clusters, Some(clusters));
+    }
+
+    #[test]
+    fn refused_image_is_reported_with_the_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        fs::write(&path, b"QFI\xfb\0\0\0\x09".repeat(20)).unwrap();
+        let findings = inspect(&path).unwrap();
+        assert!(!findings.is_usable());
+        assert_eq!(findings.format.as_deref(), Some("qcow2"));
+        assert_eq!(
+            findings.refusal.as_deref(),
+            Some("qcow2 base image: version is 9, and only 2 and 3 are supported")
+        );
+
+        fs::write(&path, b"KDMV").unwrap();
+        let findings = inspect(&path).unwrap();
+        assert_eq!(findings.format, None);
+        assert!(
+            findings
+                .refusal
+                .unwrap()
+                .contains("the format of the base image is VMDK")
+        );
+    }
+
+    #[test]
+    fn image_that_boots_but_has_unreadable_clusters_is_reported_as_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let [raw, image] = ["raw", "qcow2"].map(|name| folder.path().join(name));
+        fs::write(&raw, [1; 1 << 20]).unwrap();
+        let [raw, path] = [&raw, &image].map(|path| path.to_str().unwrap());
+        qemu_img(&["convert", "-O", "qcow2", raw, path]);
+        // QEMU puts the L2 table into the fifth cluster. The entry of guest cluster 2 points behind the end.
+        let file = File::options().write(true).open(path).unwrap();
+        let mut l2_entry = [0; 8];
+        File::open(path)
+            .unwrap()
+            .read_exact_at(&mut l2_entry, 4 * 65536 + 16)
+            .unwrap();
+        assert_eq!(
+            u64::from_be_bytes(l2_entry) & !(1 << 63),
+            7 * 65536,
+            "cluster 2 of the guest"
+        );
+        file.write_all_at(&(1_u64 << 40).to_be_bytes(), 4 * 65536 + 16).unwrap();
+
+        let findings = inspect(&image).unwrap();
+
+        assert!(!findings.is_usable());
+        assert_eq!(findings.refusal, None);
+        let damage = findings.damage.unwrap();
+        assert!(
+            damage.contains("truncated") && damage.contains("a cluster is at byte 1099511627776"),
+            "{damage}"
+        );
+    }
+}
