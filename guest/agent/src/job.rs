@@ -7,7 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use nutshell_protocol::{Failure, FrameBuffer, encode};
+use nutshell_protocol::{DiskKernel, Failure, FrameBuffer, encode};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, SocketFlags, SocketType,
@@ -25,6 +25,8 @@ pub(crate) enum Outcome {
     Done,
     /// The job has created a process, which is a child of the agent.
     Process { pid: u32 },
+    /// The job has sent a kernel to the host.
+    DiskKernel(DiskKernel),
 }
 
 /// A job's report: its result, and the master of the new process's terminal if it has one.

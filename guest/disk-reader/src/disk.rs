@@ -1,6 +1,7 @@
 //! Access to the files of a disk. Every other module opens files only through this one.
 
 use std::cell::Cell;
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -135,14 +136,14 @@ impl Disk {
     /// Returns the positions of the file systems, those of boot loaders first: the EFI system partition, then the
     /// extended boot loader partition, then the others in the order of the disk.
     pub(crate) fn boot_order(&self) -> Vec<usize> {
-        let rank = |file_system: &FileSystem| match file_system.partition_type {
-            PartitionType::EfiSystem => 0,
-            PartitionType::ExtendedBootLoader => 1,
-            PartitionType::Other => 2,
-        };
-        let mut order: Vec<_> = (0..self.file_systems.len()).collect();
-        order.sort_by_key(|at| rank(&self.file_systems[*at]));
-        order
+        let types = [
+            PartitionType::EfiSystem,
+            PartitionType::ExtendedBootLoader,
+            PartitionType::Other,
+        ];
+        let all = self.file_systems.iter().enumerate();
+        let of_type = |kind| all.clone().filter(move |(_, it)| it.partition_type == kind);
+        types.into_iter().flat_map(of_type).map(|(at, _)| at).collect()
     }
 
     /// Returns a description of the file systems for error texts; it is empty if there are none.
@@ -222,10 +223,9 @@ impl Disk {
             if let Ok(name) = entry?.file_name().to_str()
                 && !matches!(name, "." | "..")
             {
-                names.push(name.to_owned());
+                insert_sorted(&mut names, name.to_owned(), String::cmp);
             }
         }
-        names.sort_unstable();
         Ok(names)
     }
 
@@ -243,6 +243,12 @@ impl Disk {
         let opened = rustix::fs::openat2(&file_system.root, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve);
         Ok(opened?)
     }
+}
+
+/// Inserts `item` behind those that are equal to it or less. In the agent, this has a tenth of the code of a sort.
+pub(crate) fn insert_sorted<T>(items: &mut Vec<T>, item: T, compare: impl Fn(&T, &T) -> Ordering) {
+    let at = items.partition_point(|other| compare(other, &item).is_le());
+    items.insert(at, item);
 }
 
 /// Returns the size of a regular file.

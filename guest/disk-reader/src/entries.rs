@@ -5,7 +5,7 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::BTreeMap;
 
 use crate::boot::{BootEntry, Candidate, MAX_INITRDS, Notes, Rule, open_first};
-use crate::disk::{Disk, Location, ReadError};
+use crate::disk::{Disk, Location, ReadError, insert_sorted};
 use crate::{pattern, version};
 
 /// The variables of GRUB, which entries may use.
@@ -133,10 +133,11 @@ pub(crate) fn collect(disk: &Disk, notes: &mut Notes) -> Vec<Entry> {
     let mut entries = Vec::new();
     for file_system in disk.boot_order() {
         for directory in DIRECTORIES {
-            entries.extend(collect_in(disk, &Location::new(file_system, directory), notes));
+            for entry in collect_in(disk, &Location::new(file_system, directory), notes) {
+                insert(&mut entries, entry);
+            }
         }
     }
-    sort(&mut entries);
     entries.truncate(MAX_ENTRIES);
     entries
 }
@@ -157,16 +158,15 @@ pub(crate) fn collect_in(disk: &Disk, directory: &Location, notes: &mut Notes) -
         let location = Location::new(directory.file_system, format!("{}/{name}", directory.path));
         let text = disk.read_text(&location, MAX_FILE).map_err(|error| error.to_string());
         match text.and_then(|text| parse(&text, &location)) {
-            Ok(entry) => entries.push(entry),
+            Ok(entry) => insert(&mut entries, entry),
             Err(reason) => notes.add(format!("{} {reason}", disk.describe_location(&location))),
         }
     }
-    sort(&mut entries);
     entries
 }
 
-fn sort(entries: &mut [Entry]) {
-    entries.sort_by(|left, right| left.order.compare(&right.order));
+fn insert(entries: &mut Vec<Entry>, entry: Entry) {
+    insert_sorted(entries, entry, |left, right| left.order.compare(&right.order));
 }
 
 /// Parses an entry. Fails if it boots no Linux kernel on this architecture.
@@ -224,10 +224,12 @@ pub(crate) fn find(
     let settings = LoaderSettings::read(disk);
     let saved = variables.and_then(|variables| variables.get("saved_entry"));
     let is_saved = |entry: &Entry| saved.is_some_and(|saved| *saved == entry.order.id || *saved == entry.title);
-    let mut order: Vec<_> = entries.iter().collect();
-    // The sort is stable: the others stay in the order of the menu.
-    order.sort_by_key(|entry| !(settings.is_default(&entry.order.id) || is_saved(entry)));
-    let candidates = order.into_iter().map(|entry| entry.to_candidate(disk, variables));
+    let is_default = |entry: &&Entry| settings.is_default(&entry.order.id) || is_saved(entry);
+    let (defaults, others): (Vec<_>, Vec<_>) = entries.iter().partition(is_default);
+    let candidates = defaults
+        .into_iter()
+        .chain(others)
+        .map(|entry| entry.to_candidate(disk, variables));
     open_first(disk, candidates, notes)
 }
 
@@ -357,9 +359,10 @@ mod tests {
         ] {
             let expected: Vec<_> = names.iter().map(|(name, text)| entry(name, text)).collect();
             for rotation in 0..expected.len() {
-                let mut entries = expected.clone();
-                entries.rotate_left(rotation);
-                sort(&mut entries);
+                let mut entries = Vec::new();
+                for entry in expected.iter().cycle().skip(rotation).take(expected.len()) {
+                    insert(&mut entries, entry.clone());
+                }
                 assert_eq!(entries, expected);
             }
         }

@@ -147,13 +147,10 @@ impl Configuration {
         };
         // Modules are programs of SYSLINUX.
         let has_kernel = |label: &&Label| !label.kernel.is_empty() && !label.kernel.ends_with(".c32");
-        let mut labels: Vec<_> = self.labels.iter().filter(has_kernel).collect();
-        labels.sort_by_key(|label| !is_default(label));
-        labels.truncate(MAX_TRIED_ENTRIES);
-        labels
-            .into_iter()
-            .map(|label| self.candidate(label, location))
-            .collect()
+        let labels = self.labels.iter().filter(has_kernel);
+        let (defaults, others): (Vec<_>, Vec<_>) = labels.partition(|label| is_default(label));
+        let labels = defaults.into_iter().chain(others).take(MAX_TRIED_ENTRIES);
+        labels.map(|label| self.candidate(label, location)).collect()
     }
 
     fn candidate(&self, label: &Label, location: &Location) -> Candidate {

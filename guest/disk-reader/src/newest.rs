@@ -1,9 +1,9 @@
 //! The newest kernel in `/boot`, for disks without a configuration of a boot loader that is understood.
 
-use std::cmp::Reverse;
+use std::cmp::Ordering;
 
 use crate::boot::{BootEntry, Candidate, Notes, Rule, open_first};
-use crate::disk::{Disk, FileSystem, Location};
+use crate::disk::{Disk, FileSystem, Location, insert_sorted};
 use crate::version;
 
 /// Where kernels are: in `/boot`, or in the root of a file system that is mounted there.
@@ -24,16 +24,12 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
         for directory in DIRECTORIES {
             let names = disk.list(&Location::new(file_system, directory)).unwrap_or_default();
             let versions = names.iter().filter_map(|name| name.strip_prefix(KERNEL_PREFIX));
-            kernels.extend(versions.map(|version| (Location::new(file_system, directory), version.to_owned())));
+            for version in versions {
+                let kernel = (Location::new(file_system, directory), version.to_owned());
+                insert_sorted(&mut kernels, kernel, |(_, left), (_, right)| newest_first(left, right));
+            }
         }
     }
-    let is_rescue = |version: &str| version.contains("rescue");
-    kernels.sort_by(|(_, left), (_, right)| {
-        Reverse(is_rescue(left))
-            .cmp(&Reverse(is_rescue(right)))
-            .then_with(|| version::compare(left, right))
-            .reverse()
-    });
     let (first, _) = kernels.first()?;
     let Some(root) = find_root(disk, first.file_system) else {
         let kernel = disk.describe_location(first);
@@ -47,6 +43,14 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
         .take(MAX_KERNELS)
         .map(|(directory, version)| candidate(disk, &directory, &version, &root));
     open_first(disk, candidates, notes)
+}
+
+/// Compares two versions: the newest comes first, and rescue kernels last.
+fn newest_first(left: &str, right: &str) -> Ordering {
+    let is_rescue = |version: &str| version.contains("rescue");
+    is_rescue(left)
+        .cmp(&is_rescue(right))
+        .then_with(|| version::compare(right, left))
 }
 
 fn candidate(disk: &Disk, directory: &Location, version: &str, root: &str) -> Candidate {

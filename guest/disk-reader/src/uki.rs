@@ -10,7 +10,7 @@ use object::read::pe::ImageNtHeaders;
 
 use crate::boot::{BootEntry, Candidate, Notes, Part, Rule, open_first};
 use crate::command_line::MAX_COMMAND_LINE;
-use crate::disk::{Disk, Location};
+use crate::disk::{Disk, Location, insert_sorted};
 use crate::entries::{BootOrder, Entry, LoaderSettings, is_absent};
 use crate::partitions::PartitionType;
 
@@ -47,7 +47,6 @@ pub(crate) fn find(disk: &Disk, entries: &[Entry], notes: &mut Notes) -> Option<
         }
         collect(disk, file_system, &mut images, notes);
     }
-    images.sort_by(|left, right| left.order.compare(&right.order));
     if images.is_empty() {
         return None;
     }
@@ -78,7 +77,7 @@ fn collect(disk: &Disk, file_system: usize, images: &mut Vec<Image>, notes: &mut
         }
         let location = Location::new(file_system, format!("{DIRECTORY}/{name}"));
         match read(disk, &location) {
-            Ok(image) => images.push(image),
+            Ok(image) => insert_sorted(images, image, |left, right| left.order.compare(&right.order)),
             Err(reason) => notes.add(format!("{} {reason}", disk.describe_location(&location))),
         }
     }

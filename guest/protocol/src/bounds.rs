@@ -1,4 +1,4 @@
-//! Limits of lists in messages. A list that is too long ends its deserialization before it occupies memory.
+//! Limits of lists and texts in messages. A list that is too long ends its deserialization before it occupies memory.
 
 use std::{fmt, marker::PhantomData};
 
@@ -14,6 +14,16 @@ where
     T: Deserialize<'de>,
 {
     deserializer.deserialize_seq(ListVisitor::<T, MAX>(PhantomData))
+}
+
+/// Deserializes a text of at most `MAX` bytes. For `#[serde(deserialize_with)]`.
+pub(crate) fn text<'de, D: Deserializer<'de>, const MAX: usize>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.len() > MAX {
+        let expected = format!("a text of at most {MAX} bytes");
+        return Err(D::Error::invalid_length(text.len(), &expected.as_str()));
+    }
+    Ok(text)
 }
 
 struct ListVisitor<T, const MAX: usize>(PhantomData<T>);
@@ -45,6 +55,19 @@ mod tests {
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     struct Message(#[serde(deserialize_with = "list::<_, _, 3>")] Vec<u32>);
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct TextMessage(#[serde(deserialize_with = "text::<_, 3>")] String);
+
+    #[test]
+    fn text_beyond_its_limit_is_refused() {
+        let decode = |text: &str| {
+            let bytes = postcard::to_stdvec(&TextMessage(text.to_owned())).unwrap();
+            postcard::from_bytes::<TextMessage>(&bytes)
+        };
+        assert_eq!(decode("abc").unwrap(), TextMessage("abc".to_owned()));
+        assert!(decode("abcd").is_err());
+    }
 
     #[test]
     fn list_beyond_its_limit_is_refused() {

@@ -126,6 +126,17 @@ pub enum Request {
         /// The disk slot.
         slot: u32,
     },
+    /// Find what the boot loader of an unused disk would boot, and send the kernel and the initrd to the host:
+    /// [`Response::DiskKernel`] after all of their bytes, when the disk is unused again. The guest only reads the disk,
+    /// except that its kernel may replay journals of file systems. Give it a disk whose changes are thrown away.
+    FindDiskKernel {
+        /// The disk slot.
+        slot: u32,
+        /// The host's vsock port to which the agent connects the stream of the kernel.
+        kernel_stream_port: u32,
+        /// The host's vsock port to which the agent connects the stream of the initrd.
+        initrd_stream_port: u32,
+    },
     /// Adapt the guest to the machine's new size: [`Response::Done`] once the vCPUs are online or offline. Memory
     /// is plugged and unplugged by the virtio-mem driver afterwards.
     ResizeMachine {
@@ -312,6 +323,18 @@ pub struct GuestSettings {
     pub parameters: Vec<(String, String)>,
 }
 
+/// The largest kernel that is read from a disk, in bytes. Kernels of distributions have 5 to 20 MiB.
+pub const MAX_DISK_KERNEL: u64 = 256 << 20;
+
+/// The largest sum of the initrds that are read from a disk, in bytes. Those of live systems have some hundred MiB.
+pub const MAX_DISK_INITRD: u64 = 1 << 30;
+
+/// The largest length of a kernel's command line, in bytes. Linux on x86 uses 2047 (`COMMAND_LINE_SIZE`).
+pub const MAX_COMMAND_LINE: usize = 4096;
+
+/// The largest length of [`DiskKernel::source`], in bytes.
+pub const MAX_KERNEL_SOURCE: usize = 512;
+
 /// The largest number of processes in a response.
 pub const MAX_PROCESSES: usize = 4096;
 
@@ -370,6 +393,24 @@ pub enum Response {
     Stats(Box<ContainerStats>),
     /// The guest's clock.
     Clock(ClockReading),
+    /// What the boot loader of a disk would boot.
+    DiskKernel(DiskKernel),
+}
+
+/// What the boot loader of a disk would boot. The disk chooses all of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskKernel {
+    /// The number of bytes that were sent over the stream of the kernel: at most [`MAX_DISK_KERNEL`].
+    pub kernel_size: u64,
+    /// The number of bytes that were sent over the stream of the initrd: at most [`MAX_DISK_INITRD`]. Each of several
+    /// initrds is padded to a multiple of four bytes. 0 means that the kernel is booted without an initrd.
+    pub initrd_size: u64,
+    /// The kernel's command line: printable ASCII.
+    #[serde(deserialize_with = "bounds::text::<_, MAX_COMMAND_LINE>")]
+    pub command_line: String,
+    /// Which configuration on the disk describes the kernel, for log lines: printable ASCII.
+    #[serde(deserialize_with = "bounds::text::<_, MAX_KERNEL_SOURCE>")]
+    pub source: String,
 }
 
 /// A reading of the guest's clock.

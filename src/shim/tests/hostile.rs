@@ -5,9 +5,9 @@ use std::{env, io::Write, process::Command, thread, time::Instant};
 
 use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::{
-    BlockedThread, ClockReading, ContainerStats, Event, Exited, Failure, FailureKind, FromAgent, IoStats,
-    MAX_BLOCKED_THREADS, MAX_FROM_AGENT, MAX_PROCESSES, MAX_STATISTICS, MemoryStats, NETWORK_SLOTS, NetworkStats,
-    ProcessEntry, Ready, Reply, Response, encode,
+    BlockedThread, ClockReading, ContainerStats, DiskKernel, Event, Exited, Failure, FailureKind, FromAgent, IoStats,
+    MAX_BLOCKED_THREADS, MAX_COMMAND_LINE, MAX_FROM_AGENT, MAX_KERNEL_SOURCE, MAX_PROCESSES, MAX_STATISTICS,
+    MemoryStats, NETWORK_SLOTS, NetworkStats, ProcessEntry, Ready, Reply, Response, encode,
 };
 
 use super::*;
@@ -58,7 +58,7 @@ fn long_text(used: usize) -> String {
 type MakeMessage = fn(u64) -> FromAgent;
 
 /// Each kind of message, as large as it can be.
-const MESSAGES: [MakeMessage; 14] = [
+const MESSAGES: [MakeMessage; 15] = [
     |_| {
         FromAgent::Ready(Ready {
             version: long_text(MAX_FROM_AGENT / 2),
@@ -114,6 +114,15 @@ const MESSAGES: [MakeMessage; 14] = [
         reply(id, Ok(Response::Clock(reading)))
     },
     |id| {
+        let kernel = DiskKernel {
+            kernel_size: u64::MAX,
+            initrd_size: u64::MAX,
+            command_line: "c".repeat(MAX_COMMAND_LINE),
+            source: "s".repeat(MAX_KERNEL_SOURCE),
+        };
+        reply(id, Ok(Response::DiskKernel(kernel)))
+    },
+    |id| {
         let failure = Failure {
             kind: FailureKind::NotFound,
             message: long_text(0),
@@ -162,6 +171,7 @@ fn name(message: &FromAgent) -> &'static str {
             Response::InterfaceIndexes(_) => "interface indexes",
             Response::Stats(_) => "stats",
             Response::Clock(_) => "clock",
+            Response::DiskKernel(_) => "disk kernel",
         },
         FromAgent::Event(Event::Exited(_)) => "exit",
         FromAgent::Event(Event::OutOfMemory { .. }) => "out of memory",

@@ -50,7 +50,10 @@ impl Agent {
             }),
             _ => None,
         };
-        let result = result.map(|_| Response::Done);
+        let result = result.map(|outcome| match outcome {
+            Outcome::DiskKernel(kernel) => Response::DiskKernel(kernel),
+            Outcome::Done | Outcome::Process { .. } => Response::Done,
+        });
         match (pending.purpose, new_process) {
             (Purpose::Create(name), new_process) => match self.containers.get(&name).map(|container| container.stage) {
                 Some(Stage::Creating) => match new_process {

@@ -17,7 +17,7 @@ use crate::container::exec::{self, TargetContainer};
 use crate::container::{Container, Process, Stage, create, delete, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
-use crate::machine::{clock, disk, forward, names, network, settings, shell, size};
+use crate::machine::{clock, disk, disk_kernel, forward, names, network, settings, shell, size};
 use crate::pod;
 use crate::poller::Token;
 use crate::stdio::{self, AgentEnds};
@@ -98,6 +98,22 @@ impl Agent {
                 self.start_job(id, Purpose::Other, None, &[], &mut || {
                     disk::release(slot).context(|| format!("release the disk in disk slot {slot}"))?;
                     Ok((Outcome::Done, None))
+                })?;
+                Ok(Answer::Later)
+            }
+            Request::FindDiskKernel {
+                slot,
+                kernel_stream_port,
+                initrd_stream_port,
+            } => {
+                let dial = |port| {
+                    let stream = self.host.dial(port);
+                    stream.context(|| format!("connect to the host's port {port}"))
+                };
+                let (kernel, initrd) = (dial(kernel_stream_port)?, dial(initrd_stream_port)?);
+                self.start_job(id, Purpose::Other, None, &[kernel.as_fd(), initrd.as_fd()], &mut || {
+                    let sent = disk_kernel::send(slot, &kernel, &initrd)?;
+                    Ok((Outcome::DiskKernel(sent), None))
                 })?;
                 Ok(Answer::Later)
             }

@@ -60,6 +60,12 @@ pub(crate) fn exit_now(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
+/// Ends this process after `seconds`, unless it has ended before (alarm(2)).
+pub(crate) fn end_after(seconds: u32) {
+    // SAFETY: alarm takes an integer.
+    unsafe { libc::alarm(seconds) };
+}
+
 /// Executes a program in place of this one. Returns only on failure.
 pub(crate) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {

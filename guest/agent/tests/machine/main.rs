@@ -7,6 +7,7 @@
 #![allow(clippy::tests_outside_test_module, reason = "this crate contains only tests")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod disk_kernel;
 #[allow(dead_code, reason = "shared with the tests of containers, which use all of it")]
 #[path = "../containers/harness.rs"]
 mod harness;
@@ -34,6 +35,11 @@ impl Machine {
 
     /// Boots a machine with `disks` and additional options for QEMU.
     fn boot_with(disks: &[&Path], options: &[String]) -> Self {
+        Self::boot_with_access(disks, options, |_| "off")
+    }
+
+    /// Boots a machine. `readonly` returns "on" for the slots of disks that cannot be written, and "off" for others.
+    fn boot_with_access(disks: &[&Path], options: &[String], readonly: fn(u32) -> &'static str) -> Self {
         let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
         let mut command = Command::new("qemu-system-x86_64");
         let machine = "-accel kvm -cpu host -m 256 -nodefaults -no-user-config -no-reboot -display none \
@@ -51,7 +57,11 @@ impl Machine {
             command
                 .args([
                     "-drive",
-                    &format!("if=none,id=disk{slot},format=raw,file={}", disk.display()),
+                    &format!(
+                        "if=none,id=disk{slot},format=raw,readonly={},file={}",
+                        readonly(slot),
+                        disk.display()
+                    ),
                 ])
                 .args([
                     "-device",
