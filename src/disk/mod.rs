@@ -277,23 +277,28 @@ mod tests {
     #[test]
     fn image_that_boots_but_has_unreadable_clusters_is_reported_as_damaged() {
         let folder = tempfile::tempdir().unwrap();
-        let [raw, image] = ["raw", "qcow2"].map(|name| folder.path().join(name));
-        fs::write(&raw, [1; 1 << 20]).unwrap();
-        let [raw, path] = [&raw, &image].map(|path| path.to_str().unwrap());
-        qemu_img(&["convert", "-O", "qcow2", raw, path]);
-        // QEMU puts the L2 table into the fifth cluster. The entry of guest cluster 2 points behind the end.
-        let file = File::options().write(true).open(path).unwrap();
-        let mut l2_entry = [0; 8];
-        File::open(path)
-            .unwrap()
-            .read_exact_at(&mut l2_entry, 4 * 65536 + 16)
-            .unwrap();
-        assert_eq!(
-            u64::from_be_bytes(l2_entry) & !(1 << 63),
-            7 * 65536,
-            "cluster 2 of the guest"
-        );
-        file.write_all_at(&(1_u64 << 40).to_be_bytes(), 4 * 65536 + 16).unwrap();
+        let image = folder.path().join("qcow2");
+        let path = image.to_str().unwrap();
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            "preallocation=metadata",
+            path,
+            "65G",
+        ]);
+        // The L2 table of the last 512 MiB, which a vmm does not check.
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        let number = |offset: u64| {
+            let mut bytes = [0; 8];
+            file.read_exact_at(&mut bytes, offset).unwrap();
+            u64::from_be_bytes(bytes) & !(1 << 63)
+        };
+        let (l1_table, l1_index) = (number(40), 129);
+        let l2_table = number(l1_table + l1_index * 8);
+        file.write_all_at(&(1_u64 << 40).to_be_bytes(), l2_table + 8).unwrap();
 
         let findings = inspect(&image).unwrap();
 

@@ -58,9 +58,6 @@ pub(super) struct Header {
     pub(super) l1_offset: u64,
     /// The number of entries of the L1 table that the disk uses.
     pub(super) l1_entries: u64,
-    pub(super) refcount_table_offset: u64,
-    pub(super) refcount_table_clusters: u32,
-    pub(super) refcount_order: u32,
     pub(super) snapshots: u32,
     pub(super) compression: Compression,
     pub(super) compatible_features: u64,
@@ -166,19 +163,12 @@ impl Header {
         if l1_offset.checked_add(l1_entries * 8).is_none_or(|end| end > file_size) {
             return Err(truncated("the L1 table", l1_offset));
         }
-        let refcount_order = if version >= 3 { fields.u32(96) } else { 4 };
-        if refcount_order > 6 {
-            return Err(field("refcount_order", refcount_order, "and must be at most 6"));
-        }
         Ok(Self {
             version,
             cluster_bits,
             size,
             l1_offset,
             l1_entries,
-            refcount_table_offset: fields.u64(48),
-            refcount_table_clusters: fields.u32(56),
-            refcount_order,
             snapshots: fields.u32(60),
             compression,
             compatible_features: if version >= 3 { fields.u64(80) } else { 0 },

@@ -51,7 +51,7 @@ impl Qcow2 {
         let header = Header::read(&*file, file_size)?;
         let tables = Tables::new(&header, file_size);
         tables.check_l1(&*file)?;
-        survey::check_end(&*file, &header, file_size)?;
+        survey::check_tables(&*file, &header, &tables)?;
         Ok(Self {
             decompressed: ClusterCache::new(header.compression, header.cluster_bits),
             file,
@@ -101,7 +101,7 @@ impl Qcow2 {
     /// # Errors
     ///
     /// A table is invalid or cannot be read.
-    pub fn survey(&self) -> io::Result<Survey> {
+    pub fn survey(&self) -> Result<Survey, Qcow2Error> {
         survey::survey(&*self.file, &self.header, &self.tables)
     }
 

@@ -93,9 +93,7 @@ impl Tables {
         let mut first = 0;
         while first < self.l1_entries {
             let count = (self.l1_entries - first).min(L1_PIECE_ENTRIES);
-            let piece = self
-                .read_entries(file, "the L1 table", self.l1_offset + first * 8, count)
-                .map_err(read_error("the L1 table"))??;
+            let piece = self.read_entries(file, "the L1 table", self.l1_offset + first * 8, count)?;
             for (index, entry) in (first..).zip(piece.iter()) {
                 self.l2_position(index, *entry)?;
             }
@@ -138,32 +136,30 @@ impl Tables {
         part: &'static str,
         position: u64,
         count: u64,
-    ) -> io::Result<Result<Piece, Qcow2Error>> {
-        let mut bytes = vec![0; usize::try_from(count * 8).map_err(io::Error::other)?];
-        if read_or_end(file, &mut bytes, position)?.is_none() {
-            return Ok(Err(self.truncated(part, position)));
-        }
+    ) -> Result<Piece, Qcow2Error> {
+        let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
+        read_or_end(file, &mut bytes, position)
+            .map_err(read_error(part))?
+            .ok_or_else(|| self.truncated(part, position))?;
         let (entries, _) = bytes.as_chunks::<8>();
-        Ok(Ok(entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect()))
+        Ok(entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect())
     }
 
     /// The piece number `number`. `None` if all of its clusters are unallocated because there is no L2 table.
-    pub(super) fn read_piece(&self, file: &dyn ReadAt, number: u64) -> io::Result<Option<Piece>> {
+    pub(super) fn read_piece(&self, file: &dyn ReadAt, number: u64) -> Result<Option<Piece>, Qcow2Error> {
         let entry_index = number * self.piece_entries();
         let l1_index = entry_index / self.l2_entries();
-        let l1 = self
-            .read_entries(file, "the L1 table", self.l1_offset + l1_index * 8, 1)?
-            .map_err(io::Error::other)?;
+        let l1 = self.read_entries(file, "the L1 table", self.l1_offset + l1_index * 8, 1)?;
         let entry = l1.first().copied().unwrap_or(0);
-        let Some(table) = self.l2_position(l1_index, entry).map_err(io::Error::other)? else {
+        let Some(table) = self.l2_position(l1_index, entry)? else {
             return Ok(None);
         };
         let position = table + entry_index % self.l2_entries() * 8;
-        let piece = self.read_entries(file, "an L2 table", position, self.piece_entries())?;
-        piece.map(Some).map_err(io::Error::other)
+        self.read_entries(file, "an L2 table", position, self.piece_entries())
+            .map(Some)
     }
 
-    fn piece(&self, file: &dyn ReadAt, number: u64) -> io::Result<Piece> {
+    fn piece(&self, file: &dyn ReadAt, number: u64) -> Result<Piece, Qcow2Error> {
         let slot = usize::try_from(number % CACHED_PIECES as u64).unwrap_or(0);
         if let Some((cached, piece)) = &*self.cache[slot].lock()
             && *cached == number
@@ -227,7 +223,7 @@ impl Tables {
         let cluster_size = self.cluster_size();
         let first = offset / cluster_size;
         let number = first / self.piece_entries();
-        let piece = self.piece(file, number)?;
+        let piece = self.piece(file, number).map_err(io::Error::other)?;
         let piece_end = (number + 1) * self.piece_entries() * cluster_size;
         let end = end.min(piece_end);
         if piece.is_empty() {
