@@ -249,6 +249,50 @@ second_machine_in_a_namespace_is_refused_and_the_first_not_disturbed() {
   remove_network
 }
 
+# As Docker does: off for all links, then on for some.
+ipv6_is_on_for_the_links_that_have_it_in_the_namespace() {
+  make_network
+  ip link add host1 type veth peer name eth1 netns pod
+  ip -n pod link set eth1 up
+  ip netns exec pod sh -c 'cd /proc/sys/net/ipv6/conf && echo 1 >all/disable_ipv6 && echo 0 >eth0/disable_ipv6'
+  ip -n pod addr add fd77::5/64 dev eth0 nodad
+  local inside
+  new_name
+  inside=$(in_pod "$name" --rm -- sh -c 'ping -q -c 1 -W 5 10.77.0.1; ping -q -c 1 -W 5 fd77::1; ip -6 -o addr
+    cd /proc/sys/net/ipv6/conf && echo $(cat all/disable_ipv6 lo/disable_ipv6 eth0/disable_ipv6 eth1/disable_ipv6)')
+  assert_equal 2 "$(grep -c "1 packets received" <<<"$inside")"
+  assert_equal "1 1 0 1" "$(tail -n 1 <<<"$inside")"
+  assert_equal "" "$(grep -E "inet6.* (lo|eth1) " <<<"$inside" || true)"
+  remove_network
+}
+
+# Also for a link that is added later. The local ports begin below the default start of the unprivileged ports: the kernel
+# compares the two.
+parameters_of_the_namespace_hold_in_the_container() {
+  make_network
+  local values name value inside
+  values=$(printf '%b\n' core/somaxconn=77 ipv4/ip_unprivileged_port_start=500 'ipv4/ip_local_port_range=600\t700' \
+    ipv4/ip_local_reserved_ports=650-660 ipv4/ip_nonlocal_bind=1 'ipv4/ping_group_range=0\t9' ipv4/tcp_fin_timeout=7 \
+    ipv4/tcp_keepalive_intvl=8 ipv4/tcp_keepalive_probes=5 ipv4/tcp_keepalive_time=66 ipv4/tcp_syncookies=2 \
+    ipv6/ip_nonlocal_bind=1 ipv4/conf/{eth0,default}/{accept_local=1,arp_announce=2,arp_ignore=3,proxy_arp=1} \
+    ipv4/conf/{eth0,default}/{route_localnet=1,rp_filter=2})
+  while IFS='=' read -r name value; do
+    ip netns exec pod sh -c "echo '$value' >/proc/sys/net/$name"
+  done <<<"$values"
+  new_name
+  in_pod "$name" -d -- sleep 1000
+  ip link add host1 type veth peer name eth1 netns pod
+  ip netns exec pod sh -c 'echo 1 >/proc/sys/net/ipv4/conf/eth1/rp_filter'
+  ip -n pod link set eth1 up
+  ip -n pod addr add 10.78.0.5/24 dev eth1
+  ctr task exec --exec-id wait "$name" timeout 10 sh -c 'until ip addr show eth1 | grep -q 10.78.0.5; do usleep 10000; done'
+  inside=$(ctr task exec --exec-id values "$name" sh -c 'cd /proc/sys/net && for name in "$@"; do echo "$name=$(cat $name)"; done' values \
+    $(cut -d= -f1 <<<"$values") ipv4/conf/eth1/{rp_filter,arp_ignore})
+  assert_equal "$values"$'\nipv4/conf/eth1/rp_filter=1\nipv4/conf/eth1/arp_ignore=3' "$inside"
+  remove "$name"
+  remove_network
+}
+
 network_cases() {
   # The first namespace creates mounts that stay: they must exist before the first check.
   ip netns add first
@@ -262,5 +306,8 @@ network_cases() {
   check "firewall rules and rate limits at the host's end of a link apply" firewall_rules_and_rate_limits_at_the_hosts_end_apply
   check "second machine in a network namespace is refused, and the first not disturbed" \
     second_machine_in_a_namespace_is_refused_and_the_first_not_disturbed
+  check "IPv6 is on for the links that have it in the network namespace" \
+    ipv6_is_on_for_the_links_that_have_it_in_the_namespace
+  check "kernel parameters of the network namespace hold in the container" parameters_of_the_namespace_hold_in_the_container
   check "more links than a machine can have are an error" more_links_than_a_machine_can_have_are_an_error
 }

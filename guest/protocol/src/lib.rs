@@ -21,8 +21,8 @@ pub use message::{
     BlockedThread, ClockReading, ClockSteering, ContainerStats, CpuStats, CreateContainer, DiskKernel, Event, Exited,
     Failure, FailureKind, FromAgent, GuestSettings, IoStats, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE,
     MAX_DISK_INITRD, MAX_DISK_KERNEL, MAX_KERNEL_SOURCE, MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats,
-    NetworkStats, OpenShell, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs,
-    SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
+    NetworkParameter, NetworkStats, OpenShell, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready, Reply, Request,
+    Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
 pub use names::{MAX_NAME_FRAME, MAX_NAME_QUERIES, NameAnswer, NameQuery};
 pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};

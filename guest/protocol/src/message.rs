@@ -148,7 +148,12 @@ pub enum Request {
     /// Send rtnetlink(7) requests to the kernel, in order, until one fails: [`Response::Done`]. A request for an
     /// object that exists (`EEXIST`) counts as success.
     ConfigureNetwork {
-        /// The requests: the purpose of each, for an error text, and the netlink message including its header.
+        /// Requests that name links and bring them up: for each its purpose, for an error text, and the netlink message
+        /// including its header.
+        links: Vec<(String, Vec<u8>)>,
+        /// Parameters to set before the requests of `messages`.
+        parameters: Vec<NetworkParameter>,
+        /// Requests for everything else, as in `links`.
         messages: Vec<(String, Vec<u8>)>,
     },
     /// Connect to a TCP port of the pod and relay bytes between that connection and a stream to the host:
@@ -215,6 +220,18 @@ pub struct PodFile {
     pub destination: String,
     /// Its initial content.
     pub content: Vec<u8>,
+}
+
+/// A kernel parameter of a network namespace. The agent sets it only if it has the expected value: otherwise the spec of
+/// a container or of the pod has set it. Parameters that the guest's kernel does not have are ignored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkParameter {
+    /// The path below `/proc/sys`.
+    pub name: String,
+    /// The value before any parameter of the request is set.
+    pub expected: String,
+    /// The value to set.
+    pub value: String,
 }
 
 /// Selects the pid namespace of a container.

@@ -10,6 +10,7 @@ use super::{
     error::NetworkError,
     loopback,
     netlink::NetlinkSocket,
+    parameters::{self, Parameter},
     redirect::Redirect,
     tap,
 };
@@ -20,6 +21,8 @@ pub(super) struct KnownLinks {
     pub(super) links: Vec<u32>,
     /// The tap devices that this shim has made.
     pub(super) taps: Vec<u32>,
+    /// Those of `links` that are configured in the guest.
+    pub(super) configured: Vec<u32>,
 }
 
 /// A link with its new tap device.
@@ -38,6 +41,8 @@ pub(super) struct TappedLink {
 #[derive(Debug, Default)]
 pub(super) struct ConnectedLinks {
     pub(super) config: IpConfig,
+    /// Only read if a link is to be configured, because the kernel does not announce their changes.
+    pub(super) parameters: Vec<Parameter>,
     pub(super) new_links: Vec<TappedLink>,
     /// Docker's resolver runs in the namespace.
     pub(super) has_resolver: bool,
@@ -57,8 +62,17 @@ pub(super) fn connect_new_links(known: &KnownLinks, queues: usize) -> Result<Con
     if let Some(tap) = links.iter().find(is_foreign_tap) {
         return Err(NetworkError::Occupied { tap: tap.name.clone() });
     }
-    let is_new = |link: &Link| !known.links.contains(&link.index) && !known.taps.contains(&link.index);
-    let new: Vec<_> = links.into_iter().filter(is_new).collect();
+    let guest_links: Vec<_> = links
+        .into_iter()
+        .filter(|link| !known.taps.contains(&link.index))
+        .collect();
+    let is_configured = |link: &Link| known.configured.contains(&link.index);
+    let parameters = match guest_links.iter().all(is_configured) {
+        true => Vec::new(),
+        false => parameters::read(&guest_links),
+    };
+    let is_new = |link: &Link| !known.links.contains(&link.index);
+    let new: Vec<_> = guest_links.into_iter().filter(is_new).collect();
     let count = known.links.len() + new.len();
     if count > NETWORK_SLOTS as usize {
         return Err(NetworkError::TooManyLinks(count));
@@ -66,6 +80,7 @@ pub(super) fn connect_new_links(known: &KnownLinks, queues: usize) -> Result<Con
     let mut connected = ConnectedLinks {
         config: discovery::read_ip_config(&mut netlink)?,
         has_resolver: loopback::has_resolver().map_err(NetworkError::Names)?,
+        parameters,
         ..ConnectedLinks::default()
     };
     for link in new {

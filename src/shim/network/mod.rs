@@ -9,9 +9,9 @@
 //! stay in the guest.
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
-//! to the kernel, [`discovery`] reads the configuration, [`connect`] connects links to tap devices with [`tap`] and
-//! [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback addresses. Does
-//! not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! to the kernel, [`discovery`] and [`parameters`] read the configuration, [`connect`] connects links to tap devices
+//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback
+//! addresses. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod connect;
@@ -21,6 +21,7 @@ mod guest_config;
 mod loopback;
 mod namespace;
 mod netlink;
+mod parameters;
 mod redirect;
 mod tap;
 #[cfg(test)]
@@ -46,6 +47,7 @@ use self::{
     loopback::{ForwardListeners, Forwarding, NameRelay},
     namespace::run_in_namespace,
     netlink::{NetlinkError, NetlinkSocket},
+    parameters::GuestParameters,
     redirect::Redirect,
 };
 use crate::shim::machine::{AgentError, Machine};
@@ -90,6 +92,7 @@ struct NetworkState {
     configured_links: usize,
     /// The messages that the guest's kernel has received.
     sent: HashSet<Vec<u8>>,
+    parameters: GuestParameters,
     /// Started when Docker's resolver was first seen in the namespace.
     names: Option<NameRelay>,
 }
@@ -108,6 +111,7 @@ impl Network {
             free_slot: 0,
             configured_links: 0,
             sent: HashSet::new(),
+            parameters: GuestParameters::default(),
             names: None,
         };
         Self {
@@ -203,21 +207,27 @@ impl NetworkState {
         let known = KnownLinks {
             links: plugged.map(|link| link.index).collect(),
             taps: self.taps.clone(),
+            configured: self.links[..self.configured_links]
+                .iter()
+                .map(|link| link.index)
+                .collect(),
         };
         let queues = self.queues;
         let connected = run_in_namespace(&self.namespace, move || connect_new_links(&known, queues)).await;
         let ConnectedLinks {
             config,
+            parameters,
             new_links,
             has_resolver,
         } = connected.map_err(NetworkError::Namespace)??;
         // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
         self.probe(machine).await?;
-        let mut messages = guest_config::link_messages(
+        let links = guest_config::link_messages(
             &self.links[self.configured_links..],
             &self.guest_indexes[self.configured_links..],
         );
+        let mut messages = Vec::new();
         if !self.links.is_empty() {
             let ip_messages = guest_config::ip_messages(&config, &self.links, &self.guest_indexes);
             messages.extend(
@@ -226,11 +236,17 @@ impl NetworkState {
                     .filter(|(_, message)| !self.sent.contains(message)),
             );
         }
-        if !messages.is_empty() {
+        if !links.is_empty() || !messages.is_empty() {
             let sent: Vec<_> = messages.iter().map(|(_, message)| message.clone()).collect();
             // On a failure the next update sends them again: a route may have been read before its address.
-            within_limit(machine.agent().run(Request::ConfigureNetwork { messages })).await?;
+            within_limit(machine.agent().run(Request::ConfigureNetwork {
+                links,
+                parameters: self.parameters.changes(&parameters),
+                messages,
+            }))
+            .await?;
             self.sent.extend(sent);
+            self.parameters.record(parameters);
         }
         self.configured_links = self.links.len();
         if has_resolver && self.names.is_none() {

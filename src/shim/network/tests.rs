@@ -232,6 +232,7 @@ async fn namespace_with_the_tap_device_of_another_machine_is_refused() {
         let known = KnownLinks {
             links: Vec::new(),
             taps: Vec::new(),
+            configured: Vec::new(),
         };
         connect_new_links(&known, 1).unwrap_err().to_string()
     })
@@ -265,6 +266,7 @@ async fn links_that_cannot_all_be_connected_are_left_as_they_were() {
         let known = KnownLinks {
             links: Vec::new(),
             taps: Vec::new(),
+            configured: Vec::new(),
         };
         connect_new_links(&known, 2).is_err()
     })

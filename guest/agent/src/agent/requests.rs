@@ -127,7 +127,13 @@ impl Agent {
                 })?;
                 Ok(Answer::Later)
             }
-            Request::ConfigureNetwork { messages } => {
+            Request::ConfigureNetwork {
+                links,
+                parameters,
+                messages,
+            } => {
+                network::configure(&links)?;
+                settings::set_network_parameters(&parameters)?;
                 network::configure(&messages)?;
                 Ok(Answer::Now(Response::Done))
             }

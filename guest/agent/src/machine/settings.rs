@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Component, Path};
 
-use nutshell_protocol::{Failure, GuestSettings};
+use nutshell_protocol::{Failure, GuestSettings, NetworkParameter};
 
 use crate::failure::{Context, FailureExt};
 
@@ -34,6 +34,31 @@ pub(crate) fn apply(settings: &GuestSettings) -> Result<(), Failure> {
         if path(name).exists() {
             set(name, value);
         }
+    }
+    result
+}
+
+/// Sets the parameters that have the expected value. Ignores those that this kernel does not have. Continues after a
+/// failure and returns the first one.
+pub(crate) fn set_network_parameters(parameters: &[NetworkParameter]) -> Result<(), Failure> {
+    let has_expected_value = |parameter: &&NetworkParameter| {
+        let current = fs::read_to_string(Path::new("/proc/sys").join(&parameter.name));
+        current.is_ok_and(|current| current.trim() == parameter.expected)
+    };
+    // Compared before the first is set, because the kernel changes some together with others.
+    let mut pending: Vec<_> = parameters.iter().filter(has_expected_value).collect();
+    let mut result = Ok(());
+    // Twice, because the kernel checks some against others: the ranges of local and of privileged ports must not overlap.
+    for _ in 0..2 {
+        result = Ok(());
+        pending.retain(|parameter| {
+            let set = set_sysctl(&parameter.name, &parameter.value);
+            let is_refused = set.is_err();
+            if result.is_ok() {
+                result = set;
+            }
+            is_refused
+        });
     }
     result
 }
@@ -73,6 +98,7 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys;
     use nutshell_protocol::FailureKind;
 
     #[test]
@@ -88,5 +114,54 @@ mod tests {
             assert_eq!(failure.kind, FailureKind::InvalidArgument, "{name}");
             assert!(failure.message.contains(name), "{}", failure.message);
         }
+    }
+
+    #[test]
+    fn network_parameters_are_set_unless_they_have_another_value() {
+        let in_namespace = std::thread::spawn(|| {
+            sys::unshare_network().unwrap();
+            fs::write("/proc/sys/net/ipv4/tcp_fin_timeout", "55").unwrap();
+            let parameter = |name: &str, expected: &str, value: &str| NetworkParameter {
+                name: format!("net/{name}"),
+                expected: expected.to_owned(),
+                value: value.to_owned(),
+            };
+
+            set_network_parameters(&[
+                parameter("ipv4/tcp_fin_timeout", "60", "7"),
+                parameter("ipv4/no_such_parameter", "0", "1"),
+                // Refused until the second is set.
+                parameter("ipv4/ip_local_port_range", "32768\t60999", "600\t700"),
+                parameter("ipv4/ip_unprivileged_port_start", "1024", "500"),
+                // Also sets that of lo.
+                parameter("ipv6/conf/all/disable_ipv6", "0", "1"),
+                parameter("ipv6/conf/lo/disable_ipv6", "0", "0"),
+            ])
+            .unwrap();
+            let refused = set_network_parameters(&[
+                parameter("ipv4/ip_unprivileged_port_start", "500", "601"),
+                parameter("ipv4/tcp_keepalive_time", "7200", "5"),
+            ]);
+
+            let failure = refused.unwrap_err();
+            assert!(
+                failure.message.contains("ip_unprivileged_port_start"),
+                "{}",
+                failure.message
+            );
+            for (name, value) in [
+                ("ipv4/tcp_fin_timeout", "55"),
+                ("ipv4/ip_local_port_range", "600\t700"),
+                ("ipv4/ip_unprivileged_port_start", "500"),
+                ("ipv4/tcp_keepalive_time", "5"),
+                ("ipv6/conf/all/disable_ipv6", "1"),
+                ("ipv6/conf/default/disable_ipv6", "1"),
+                ("ipv6/conf/lo/disable_ipv6", "0"),
+            ] {
+                let found = fs::read_to_string(format!("/proc/sys/net/{name}")).unwrap();
+                assert_eq!(found.trim(), value, "{name}");
+            }
+        });
+        in_namespace.join().unwrap();
     }
 }
