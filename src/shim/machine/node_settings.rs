@@ -4,9 +4,9 @@ use std::{fs, path::Path};
 
 use nutshell_protocol::GuestSettings;
 
-/// Limits of the kernel that apply to all containers of a node together. The guest's kernel derives many of them from the
-/// machine's memory, which is small, but a container may rely on what it has on the node.
-const LIMITS: [&str; 34] = [
+/// Limits of the kernel that apply to all containers of a node together, or to each network namespace. The guest's kernel
+/// derives many of them from the machine's memory, which is small, but a container may rely on what it has on the node.
+const LIMITS: [&str; 37] = [
     "fs.aio-max-nr",
     "fs.epoll.max_user_watches",
     "fs.file-max",
@@ -27,6 +27,9 @@ const LIMITS: [&str; 34] = [
     "net.core.optmem_max",
     "net.core.rmem_max",
     "net.core.wmem_max",
+    "net.ipv4.tcp_max_orphans",
+    "net.ipv4.tcp_max_syn_backlog",
+    "net.ipv4.tcp_max_tw_buckets",
     "net.netfilter.nf_conntrack_max",
     "user.max_cgroup_namespaces",
     "user.max_fanotify_groups",
