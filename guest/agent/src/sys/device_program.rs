@@ -1,30 +1,18 @@
 //! Loads and attaches the BPF programs that restrict a cgroup's access to devices (bpf(2)).
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nutshell_linux::bpf::Instruction;
+use nutshell_linux::bpf_program::load_program;
 
 use super::check;
 
-// Commands, program and attach types, and flags of bpf(2) (kernel, `include/uapi/linux/bpf.h`).
-const BPF_PROG_LOAD: libc::c_int = 5;
+// Command, program and attach type, and flag of bpf(2) (kernel, `include/uapi/linux/bpf.h`).
 const BPF_PROG_ATTACH: libc::c_int = 8;
 const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
 const BPF_CGROUP_DEVICE: u32 = 6;
 const BPF_F_ALLOW_MULTI: u32 = 1 << 1;
-
-/// The first fields of `union bpf_attr` for BPF_PROG_LOAD. The kernel treats missing fields as zero (bpf(2)).
-#[repr(C)]
-struct BpfLoad {
-    program_type: u32,
-    instruction_count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-}
 
 /// The first fields of `union bpf_attr` for BPF_PROG_ATTACH.
 #[repr(C)]
@@ -37,27 +25,7 @@ struct BpfAttach {
 
 /// Loads a program of type BPF_PROG_TYPE_CGROUP_DEVICE, and returns its descriptor.
 pub(crate) fn load_device_program(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let attributes = BpfLoad {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
-        instructions: program.as_ptr().addr() as u64,
-        license: c"".as_ptr().addr() as u64,
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-    };
-    // SAFETY: the attributes, and the instructions and string that they point to, outlive the call.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_LOAD,
-            &raw const attributes,
-            size_of::<BpfLoad>(),
-        )
-    };
-    let fd = check(i32::try_from(fd).unwrap_or(-1))?;
-    // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    load_program(BPF_PROG_TYPE_CGROUP_DEVICE, 0, program)
 }
 
 /// Attaches a program of [`load_device_program`] to the cgroup whose directory is `cgroup`.
