@@ -200,6 +200,31 @@ user_namespace_maps_root() {
   remove "$name"
 }
 
+# Also if a volume is below it, and in a user namespace.
+tmpfs_has_the_files_of_its_folder() {
+  local output user
+  mkdir -p /run/tmp/volume/sub
+  echo volume >/run/tmp/volume/sub/file
+  for user in '' "push @{\$spec->{linux}{namespaces}}, {type => 'user'};
+    \$spec->{linux}{\$_} = [{containerID => 0, hostID => 100000, size => 65536}] for qw(uidMappings gidMappings);"; do
+    new_name
+    write_spec "$user"'push @{$spec->{mounts}},
+      {destination => "/etc", type => "tmpfs", source => "tmpfs", options => [qw(nosuid tmpcopyup size=1m mode=755)]},
+      {destination => "/data", type => "bind", source => "/run/tmp/volume", options => ["rbind"]},
+      {destination => "/data/sub", type => "tmpfs", source => "tmpfs", options => [qw(tmpcopyup ro)]};' sh -c '
+      cat /etc/passwd /data/sub/file; echo new >/etc/new; stat -f -c %T /etc /data/sub; stat -c %u:%a /etc
+      (echo new >/data/sub/new) 2>&1 | grep -o "Read-only file system"; grep -c " /data/sub tmpfs ro" /proc/mounts'
+    output=$(run_spec)
+    assert_equal "root:x:0:0:root:/root:/bin/sh volume tmpfs tmpfs 0:755 Read-only file system 1" "$(echo $output)"
+    [[ ! -e $root/etc/new ]]
+  done
+  new_name
+  write_spec 'push @{$spec->{mounts}}, {destination => "/etc", type => "tmpfs", source => "tmpfs",
+    options => [qw(tmpcopyup size=4k nr_inodes=1)]}' true
+  fails_with "tmpcopyup: copy /etc to a tmpfs: passwd: No space left on device" run_spec
+  rm -r /run/tmp/volume
+}
+
 # The host maps the mount, if the file system supports it, as ext4 does.
 mounts_are_id_mapped() {
   truncate -s 16M /run/tmp/disk

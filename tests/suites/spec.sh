@@ -15,6 +15,7 @@ check "terminal has the size of the spec" terminal_has_the_size_of_the_spec
 check "cgroup and time namespaces of the spec are created" cgroup_and_time_namespaces_are_created
 check "devices of the guest are available and others are refused" devices_of_the_guest_are_available_and_others_refused
 check "user namespace maps root" user_namespace_maps_root
+check "tmpfs has the files of its folder" tmpfs_has_the_files_of_its_folder
 check "mounts are id-mapped" mounts_are_id_mapped
 check "mount that cannot be id-mapped is named in the error" mount_that_cannot_be_id_mapped_is_named
 check "unsupported fields are named in an error or a warning" unsupported_fields_are_named

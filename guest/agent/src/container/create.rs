@@ -16,7 +16,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use super::diagnosis::Diagnosis;
 use super::executor::ProgramExecutor;
 use super::start::StartHooks;
-use super::{STATE_PATH, bundle_path, delete, hooks, mount_targets, rootfs, spec};
+use super::{STATE_PATH, bundle_path, delete, hooks, rootfs, spec};
 use crate::cgroup::{Cgroup, devices};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
@@ -83,8 +83,13 @@ fn build(
     let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
     rootfs::mount(&request.rootfs, mounts, &rootfs)?;
     if let Some(mounts) = prepared.spec.mounts_mut() {
-        mount_targets::adapt(&rootfs, mounts).context(|| "resolve the mount points of the OCI spec".to_owned())?;
+        rootfs::adapt_mounts(&rootfs, mounts).context(|| "resolve the mount points of the OCI spec".to_owned())?;
     }
+    let linux = prepared.spec.linux().clone().unwrap_or_default();
+    let filled_mounts = match prepared.spec.mounts_mut() {
+        Some(mounts) => rootfs::fill_mounts(&bundle, &rootfs, &linux, mounts)?,
+        None => rootfs::FilledMounts::default(),
+    };
     prepared.machine_settings.apply()?;
     rootfs::create_working_directory(&rootfs, &prepared.program.cwd)
         .context(|| format!("create the working directory {}", prepared.program.cwd.display()))?;
@@ -133,6 +138,7 @@ fn build(
                 .as_sibling(true)
                 .build()
         });
+    drop(filled_mounts);
     let container = built.map_err(|error| Failure::internal(diagnosis.explain(&error, &cwd)))?;
     let pid = container
         .pid()

@@ -10,7 +10,6 @@ mod diagnosis;
 pub(crate) mod exec;
 mod executor;
 pub(crate) mod hooks;
-mod mount_targets;
 mod program;
 mod rootfs;
 mod scheduling;

@@ -4,7 +4,9 @@
 use std::collections::HashMap;
 
 use nutshell_protocol::Failure;
-use oci_spec::runtime::{Hook, Linux, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{
+    Hook, Linux, LinuxDeviceCgroup, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec,
+};
 
 use super::program::Program;
 use crate::cgroup::Cgroup;
@@ -203,13 +205,18 @@ pub(super) fn clean_process(process: &mut Process, terminal: bool) {
 
 /// Maps a user id of the container to the guest's initial user namespace.
 pub(super) fn outer_uid(linux: &Linux, uid: u32) -> u32 {
-    let mapped = linux.uid_mappings().iter().flatten().find_map(|map| {
-        let offset = uid
+    outer_id(linux.uid_mappings().as_deref(), uid)
+}
+
+/// Maps an id of the container to the guest's initial user namespace.
+pub(super) fn outer_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
+    let mapped = mappings.unwrap_or_default().iter().find_map(|map| {
+        let offset = id
             .checked_sub(map.container_id())
             .filter(|offset| *offset < map.size())?;
         map.host_id().checked_add(offset)
     });
-    mapped.unwrap_or(uid)
+    mapped.unwrap_or(id)
 }
 
 #[cfg(test)]

@@ -1,4 +1,11 @@
-//! Mounts and unmounts a container's root file system.
+//! A container's root file system.
+//!
+//! Belongs here: mounting and unmounting it, and changes of the spec's mounts that depend on its files:
+//! [`mount_targets`] and [`copy_up`]. Does not belong here: making these mounts, which libcontainer does. The jobs that
+//! create, enter and delete a container call it.
+
+mod copy_up;
+mod mount_targets;
 
 use std::ffi::CString;
 use std::fs;
@@ -13,6 +20,8 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
+pub(crate) use self::copy_up::{FilledMounts, fill_mounts, unmount_filled};
+pub(crate) use self::mount_targets::adapt_mounts;
 use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
 

@@ -19,7 +19,7 @@ use rustix::io::Errno;
 const MAX_LINKS: usize = 40;
 
 /// Adapts `mounts`, which are made in this order below `rootfs`.
-pub(super) fn adapt(rootfs: &Path, mounts: &mut [Mount]) -> io::Result<()> {
+pub(crate) fn adapt_mounts(rootfs: &Path, mounts: &mut [Mount]) -> io::Result<()> {
     let root = rustix::fs::open(
         rootfs,
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -155,10 +155,10 @@ mod tests {
             ("/", "/"),
         ] {
             let mut mounts = [mount("bind", destination, &[])];
-            adapt(&rootfs, &mut mounts).unwrap();
+            adapt_mounts(&rootfs, &mut mounts).unwrap();
             assert_eq!(mounts[0].destination(), Path::new(expected), "{destination}");
         }
-        let error = adapt(&rootfs, &mut [mount("bind", "/loop/x", &[])]).unwrap_err();
+        let error = adapt_mounts(&rootfs, &mut [mount("bind", "/loop/x", &[])]).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(Errno::LOOP.raw_os_error()));
         fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
     }
@@ -167,7 +167,7 @@ mod tests {
     fn links_do_not_move_proc_and_sysfs() {
         let rootfs = rootfs("kernel");
         let mut mounts = [mount("proc", "/absolute", &[]), mount("sysfs", "/etc/localtime", &[])];
-        adapt(&rootfs, &mut mounts).unwrap();
+        adapt_mounts(&rootfs, &mut mounts).unwrap();
         assert_eq!(mounts[0].destination(), Path::new("/absolute"));
         assert_eq!(mounts[1].destination(), Path::new("/etc/localtime"));
         fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
@@ -177,7 +177,7 @@ mod tests {
     fn links_below_an_earlier_mount_are_not_resolved() {
         let rootfs = rootfs("earlier");
         let mut mounts = [mount("bind", "/etc", &[]), mount("bind", "/etc/localtime", &[])];
-        adapt(&rootfs, &mut mounts).unwrap();
+        adapt_mounts(&rootfs, &mut mounts).unwrap();
         assert_eq!(mounts[1].destination(), Path::new("/etc/localtime"));
         fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
     }
@@ -194,7 +194,7 @@ mod tests {
             (mount("bind", "/real", &["rbind"]), vec!["rbind"]),
         ] {
             let mut mounts = [mount];
-            adapt(&rootfs, &mut mounts).unwrap();
+            adapt_mounts(&rootfs, &mut mounts).unwrap();
             assert_eq!(mounts[0].options().clone().unwrap_or_default(), expected);
         }
         fs::remove_dir_all(rootfs.parent().unwrap()).unwrap();
