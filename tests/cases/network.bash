@@ -178,6 +178,11 @@ link_added_to_a_running_container_appears_in_it() {
 namespace_is_restored_and_can_be_reused() {
   make_network
   local before try
+  # The kernel reports the carrier up to a second later.
+  for try in {1..50}; do
+    [[ $(ip -n pod link show eth0) != *"state UP"* ]] || break
+    read -r -t 0.1 -u "$never" || true
+  done
   before=$(tc -n pod qdisc; ip -n pod -o link)
   for try in 1 2; do
     new_name
