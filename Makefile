@@ -17,11 +17,16 @@ AGENT_PATH := $(CARGO_TARGET_DIR)/guest/agent.path
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
+# Read the firmware tables that the unit tests build.
+UNIT_PACKAGES := acpica-tools dmidecode qemu-utils
 
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.
 SOAK_SUITES := containers-1.7 docker failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
+
+# The suites that `make soak` also runs on the PC board.
+PC_SUITES := containers-2.1 disks network pods-2.1 streams-2.1
 
 PHASE := tools/phase
 MAKE_PHASES := $(MAKE) --no-print-directory
@@ -33,7 +38,7 @@ export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
 .PHONY: help build setup kernel agent executable first-run-parts install run run-container test lint lint-clippy lint-format unit \
-	suites soak soak-suites soak-chaos bench dist clean
+	suites soak soak-suites soak-pc soak-chaos bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' Makefile | expand -t 20
@@ -53,7 +58,8 @@ install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 test: ## run everything that CI runs: lint, unit tests, end-to-end suites
 	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
 		'  lint                    1    7' '  unit tests              2    4' '  build                   1   12' \
-		'  deploy tests            1    1' "  agent's tests           2    8" '  end-to-end suites      41   47'
+		'  deploy tests            1    1' "  agent's tests           2    8" '  kernels on the PC board 2    3' \
+		'  end-to-end suites      41   47'
 	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
 
 lint: setup ## check formatting, clippy, licences, structure
@@ -74,19 +80,26 @@ lint-format:
 	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs
 
 unit: setup ## run the unit tests
-	@tests/lab/need qemu-utils
+	@tests/lab/need $(UNIT_PACKAGES)
 	@$(PHASE) "unit tests" "1 minute, 4 from scratch" $(CARGO) test --locked --workspace
 
 suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
 	@$(PHASE) "agent's tests in the lab" "2 minutes" guest/agent/tests/run-in-lab
+	@$(PHASE) "kernels on the PC board in the lab" "2 minutes" tests/pc/run-in-lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "41 minutes" tests/run $(SUITES)
 
-soak: build ## run the suites that `make test` leaves out, and 200 rounds of chaos
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-chaos
+soak: build ## run the suites that `make test` leaves out, the PC board's, and 200 rounds of chaos
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-pc soak-chaos
 
 soak-suites:
 	@$(PHASE) "soak: suites" "50 minutes" tests/run $(SOAK_SUITES)
+
+# Containers on the PC board, and kernels of distributions that reboot again and again.
+soak-pc:
+	@NUTSHELL_TEST_REBOOTS=20 $(PHASE) "soak: kernels on the PC board" "15 minutes" tests/pc/run-in-lab
+	@NUTSHELL_TEST_PC_KERNEL="$$(guest/kernel/build --board pc)" $(PHASE) "soak: containers on the PC board" \
+		"40 minutes" tests/run $(PC_SUITES)
 
 soak-chaos:
 	@NUTSHELL_TEST_ROUNDS=200 NUTSHELL_TEST_DISTURBANCES=1 NUTSHELL_TEST_LIMIT=7200 $(PHASE) \

@@ -57,7 +57,7 @@ pub(crate) enum GuestImageError {
 /// The files that a machine boots from.
 #[derive(Debug)]
 pub(crate) struct GuestImage {
-    /// Contains an uncompressed ELF `vmlinux`.
+    /// Contains an uncompressed ELF `vmlinux` or a `bzImage`.
     pub(crate) kernel: File,
     /// The kernel's position in the file.
     pub(crate) kernel_extent: Extent,

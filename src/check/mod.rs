@@ -24,7 +24,7 @@ use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, MAX_FROM_AGENT, Read
 
 use self::host::Host;
 use crate::{
-    control::{Channel, Command, ControlError, MachineConfig, Notice},
+    control::{BoardKind, Channel, Command, ControlError, MachineConfig, Notice, Software},
     guest_image::{self, GuestImageError},
     jail, vmm,
 };
@@ -118,6 +118,9 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         disks: Vec::new(),
         hotplug_disks: 0,
         kernel: image.kernel_extent,
+    };
+    let software = Software::Agent {
+        board: BoardKind::Container,
         initramfs: image.initramfs_extent,
         kernel_arguments: env::args().nth(2).unwrap_or_default(),
     };
@@ -127,7 +130,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
         image.initramfs.as_fd(),
         vmm_agent.as_fd(),
     ];
-    channel.send(&Command::Boot(machine), &descriptors)?;
+    channel.send(&Command::Boot(machine, software), &descriptors)?;
     drop(vmm_agent);
 
     let ready = wait_for_ready(&agent, &channel)?;

@@ -21,10 +21,11 @@ pub(crate) const MAX_WARNING: usize = 1 << 10;
 pub(crate) enum Command {
     /// Builds the machine and runs it. The first command, sent once.
     ///
-    /// Descriptors: `/dev/kvm`; the file with the guest's kernel; the file with the guest's initramfs; the stream of
-    /// [`nutshell_protocol::AGENT_PORT`]; if `file_server`, the connected vhost-user socket of the fs process; then those
-    /// of each disk ([`DiskAccess`]).
-    Boot(MachineConfig),
+    /// Descriptors: `/dev/kvm`; the file with the guest's kernel; those of [`Software`]; if `file_server`, the connected
+    /// vhost-user socket of the fs process; then those of each disk ([`DiskAccess`]).
+    Boot(MachineConfig, Software),
+    /// Presses the power button of a machine with [`Software::User`]. Whether the guest shuts down is up to it.
+    PressPowerButton,
     /// Opens a stream: lets the guest connect to host port `port` once, and copies bytes between that connection and
     /// the descriptors.
     ///
@@ -71,6 +72,17 @@ pub(crate) enum Command {
     ReadStatistics,
 }
 
+/// The board of a machine: how the guest finds processors and devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum BoardKind {
+    /// Virtio over MMIO and an MP table: for the kernel of this project, which it boots fastest.
+    #[default]
+    Container,
+    /// PCI and ACPI, as the kernels of distributions need.
+    Pc,
+}
+
 /// The configuration of a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MachineConfig {
@@ -89,10 +101,48 @@ pub(crate) struct MachineConfig {
     pub(crate) hotplug_disks: u32,
     /// The part of the kernel's file that contains the kernel.
     pub(crate) kernel: Extent,
-    /// The part of the initramfs's file that contains the initramfs.
-    pub(crate) initramfs: Extent,
-    /// Additional kernel arguments, from the host's configuration and never from a pod.
-    pub(crate) kernel_arguments: String,
+}
+
+/// What runs on a machine.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) enum Software {
+    /// The kernel of this project and its agent.
+    ///
+    /// Descriptors: the file with the initramfs; the stream of [`nutshell_protocol::AGENT_PORT`].
+    Agent {
+        board: BoardKind,
+        /// The part of the initramfs's file that contains the initramfs.
+        initramfs: Extent,
+        /// Additional kernel arguments, from the host's configuration and never from a pod.
+        kernel_arguments: String,
+    },
+    /// A kernel of the user's, on [`BoardKind::Pc`].
+    ///
+    /// Descriptors: the file with the initramfs, if there is one; the input and the output of the serial console, if
+    /// there are any, non-blocking; for each link, its queues ([`Command::PlugNetworkDevice`]).
+    User {
+        /// The part of the initramfs's file that contains the initramfs.
+        initramfs: Option<Extent>,
+        /// The whole command line.
+        command_line: String,
+        /// Identifies the machine (SMBIOS).
+        uuid: [u8; 16],
+        /// Strings for the guest's software (SMBIOS, type 11), such as credentials.
+        oem_strings: Vec<String>,
+        console_input: bool,
+        console_output: bool,
+        links: Vec<LinkConfig>,
+    },
+}
+
+/// A network device that a machine boots with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LinkConfig {
+    pub(crate) mac: [u8; 6],
+    /// The maximum size of a packet without its link header, in bytes.
+    pub(crate) mtu: u16,
+    /// The number of its queues, at least one.
+    pub(crate) queues: u16,
 }
 
 /// The guest's access to a disk.
@@ -202,8 +252,11 @@ pub(crate) fn monotonic_now() -> Duration {
 pub(crate) enum EndReason {
     /// The machine could not be built. The text has the cause and, if there is one, the remedy.
     BuildFailed(String),
-    /// The guest reset itself, after a kernel panic, a triple fault, or a fatal error of the agent.
+    /// The guest reset itself, after a kernel panic, a triple fault, or a fatal error of the agent. A user's kernel does
+    /// so to reboot.
     GuestReset,
+    /// The guest switched the machine off.
+    GuestPowerOff,
     /// KVM could not continue to run the guest.
     KvmFailed(String),
     /// A device or its thread failed.
@@ -217,6 +270,7 @@ impl fmt::Display for EndReason {
                 formatter.write_str(reason)
             }
             Self::GuestReset => formatter.write_str("the guest reset itself"),
+            Self::GuestPowerOff => formatter.write_str("the guest switched itself off"),
         }
     }
 }

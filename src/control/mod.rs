@@ -15,8 +15,8 @@ mod rate_limit;
 pub(crate) use self::{
     channel::{Channel, ControlError},
     message::{
-        Command, DeviceCounters, DiskAccess, EndReason, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig,
-        MachineStatistics, Notice, VNET_HEADER_SIZE, monotonic_now,
+        BoardKind, Command, DeviceCounters, DiskAccess, EndReason, LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING,
+        MachineConfig, MachineStatistics, Notice, Software, VNET_HEADER_SIZE, monotonic_now,
     },
     rate_limit::RateLimit,
 };

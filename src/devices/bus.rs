@@ -1,16 +1,27 @@
-//! The MMIO bus: maps guest physical addresses to devices.
+//! A bus: maps the addresses of a guest's accesses to devices. A machine has one for guest physical addresses and one for
+//! I/O ports.
 
-use std::{fmt, ops::Range};
+use std::{fmt, ops::Range, sync::Arc};
 
 use parking_lot::Mutex;
 
-/// The registers of a device. vCPU threads call these methods.
+/// The registers of a device. vCPU threads call these methods, one at a time. An access has 1, 2, 4 or 8 bytes; if the
+/// guest repeats an access to a port (`rep outsb`), `data` has all of its bytes.
 pub(crate) trait Registers: Send {
     /// Fills `data` with the registers at `offset` from the device's base.
     fn read(&mut self, offset: u64, data: &mut [u8]);
 
     /// Writes `data` to the registers at `offset` from the device's base.
     fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+/// The registers of several devices, which vCPU threads use at the same time.
+pub(crate) trait SharedRegisters: Send + Sync {
+    /// As [`Registers::read`].
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// As [`Registers::write`].
+    fn write(&self, offset: u64, data: &[u8]);
 }
 
 /// The devices on the bus, by address. All are added before the first vCPU runs, and none is removed.
@@ -21,40 +32,58 @@ pub(crate) struct Bus {
 
 struct Window {
     range: Range<u64>,
-    device: Mutex<Box<dyn Registers>>,
+    device: Occupant,
+}
+
+enum Occupant {
+    One(Mutex<Box<dyn Registers>>),
+    Several(Arc<dyn SharedRegisters>),
 }
 
 impl Bus {
     /// Adds a device at `range`, which must not overlap another device's range.
     pub(crate) fn add(&mut self, range: Range<u64>, device: Box<dyn Registers>) {
+        self.add_occupant(range, Occupant::One(Mutex::new(device)));
+    }
+
+    /// Adds several devices at `range`, which must not overlap another device's range.
+    pub(crate) fn add_shared(&mut self, range: Range<u64>, devices: Arc<dyn SharedRegisters>) {
+        self.add_occupant(range, Occupant::Several(devices));
+    }
+
+    fn add_occupant(&mut self, range: Range<u64>, device: Occupant) {
         debug_assert!(
             self.windows
                 .iter()
                 .all(|other| range.end <= other.range.start || other.range.end <= range.start)
         );
-        self.windows.push(Window {
-            range,
-            device: Mutex::new(device),
-        });
+        self.windows.push(Window { range, device });
     }
 
     /// Handles a read by the guest. An address without a device reads as all ones, as on a real bus.
     pub(crate) fn read(&self, address: u64, data: &mut [u8]) {
         data.fill(0xff);
-        self.with_device(address, |offset, device| device.read(offset, data));
+        if let Some((window, offset)) = self.find(address) {
+            match &window.device {
+                Occupant::One(device) => device.lock().read(offset, data),
+                Occupant::Several(devices) => devices.read(offset, data),
+            }
+        }
     }
 
     /// Handles a write by the guest. A write to an address without a device is dropped.
     pub(crate) fn write(&self, address: u64, data: &[u8]) {
-        self.with_device(address, |offset, device| device.write(offset, data));
+        if let Some((window, offset)) = self.find(address) {
+            match &window.device {
+                Occupant::One(device) => device.lock().write(offset, data),
+                Occupant::Several(devices) => devices.write(offset, data),
+            }
+        }
     }
 
-    fn with_device(&self, address: u64, access: impl FnOnce(u64, &mut dyn Registers)) {
-        let window = self.windows.iter().find(|window| window.range.contains(&address));
-        if let Some(Window { range, device }) = window {
-            let mut device = device.lock();
-            access(address - range.start, &mut **device);
-        }
+    fn find(&self, address: u64) -> Option<(&Window, u64)> {
+        let window = self.windows.iter().find(|window| window.range.contains(&address))?;
+        Some((window, address - window.range.start))
     }
 }
 

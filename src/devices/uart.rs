@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
-use super::console_tail::ConsoleTail;
+use super::{bus::Registers, console_tail::ConsoleTail};
 
 /// The UART's first I/O port (COM1).
 pub(crate) const FIRST_PORT: u16 = 0x3f8;
@@ -24,16 +24,23 @@ impl Uart {
             serial: Serial::new(NoInterrupt, TailWriter(tail)),
         }
     }
+}
 
-    /// Reads the register at `offset` from [`FIRST_PORT`].
-    pub(crate) fn read(&mut self, offset: u8) -> u8 {
-        self.serial.read(offset)
+impl Registers for Uart {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        // Registers have one byte.
+        if let (Ok(offset), [value]) = (u8::try_from(offset), data) {
+            *value = self.serial.read(offset);
+        }
     }
 
-    /// Writes the register at `offset` from [`FIRST_PORT`].
-    pub(crate) fn write(&mut self, offset: u8, value: u8) {
-        // Fails only if the writer or the interrupt fails, and neither of them can.
-        let _ = self.serial.write(offset, value);
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let Ok(offset) = u8::try_from(offset) else { return };
+        for value in data {
+            // Fails only if the writer or the interrupt fails, and neither of them can.
+            let _ = self.serial.write(offset, *value);
+        }
     }
 }
 
@@ -72,14 +79,16 @@ mod tests {
 
     #[test]
     fn transmitted_bytes_reach_the_tail_and_the_transmitter_is_always_ready() {
-        const LINE_STATUS: u8 = 5;
+        const LINE_STATUS: u64 = 5;
         const TRANSMITTER_EMPTY: u8 = 0x20;
         let tail = Arc::new(ConsoleTail::default());
         let mut uart = Uart::new(tail.clone());
 
         for byte in b"panic" {
-            assert_ne!(uart.read(LINE_STATUS) & TRANSMITTER_EMPTY, 0);
-            uart.write(0, *byte);
+            let mut status = [0];
+            uart.read(LINE_STATUS, &mut status);
+            assert_ne!(status[0] & TRANSMITTER_EMPTY, 0);
+            uart.write(0, &[*byte]);
         }
 
         assert_eq!(tail.to_vec(), b"panic");

@@ -9,6 +9,7 @@
 //! kernel = "/path/to/vmlinux"
 //! initramfs = "/path/to/initramfs.cpio"   # from the same build as this executable
 //! kernel_arguments = ""          # appended to the kernel's command line
+//! board = "container"            # or "pc": PCI and ACPI, for a kernel that has them; the embedded one has not
 //! ready_timeout_seconds = 8      # how long the boot may make no progress; a boot may take 30 times that in total
 //! shell = true                   # whether root may open a shell in a guest
 //!
@@ -33,7 +34,10 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_MEMORY, Sizing};
+use crate::{
+    control::BoardKind,
+    oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_MEMORY, Sizing},
+};
 
 /// The configuration that applies if containerd names no other.
 const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
@@ -51,6 +55,8 @@ pub(crate) struct Configuration {
     pub(crate) initramfs: Option<PathBuf>,
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
+    /// The board that the kernel of containers boots on.
+    pub(crate) board: BoardKind,
     /// How long a booting guest may make no progress until its agent answers. Time in which the guest waits for a CPU
     /// of the host does not count.
     pub(crate) ready_timeout: Duration,
@@ -122,6 +128,7 @@ impl Configuration {
             kernel: guest.kernel,
             initramfs: guest.initramfs,
             kernel_arguments: guest.kernel_arguments,
+            board: guest.board,
             ready_timeout: Duration::from_secs(ready_timeout),
             shell: guest.shell.unwrap_or(true),
             sizing: machine.sizing(host)?,
@@ -152,6 +159,7 @@ struct GuestSection {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     kernel_arguments: String,
+    board: BoardKind,
     ready_timeout_seconds: Option<u64>,
     shell: Option<bool>,
 }
@@ -249,6 +257,7 @@ mod tests {
             kernel: None,
             initramfs: None,
             kernel_arguments: String::new(),
+            board: BoardKind::Container,
             ready_timeout: Duration::from_secs(8),
             shell: true,
             sizing: Sizing {
@@ -277,6 +286,7 @@ mod tests {
             kernel = "/boot/vmlinux"
             initramfs = "/boot/initramfs"
             kernel_arguments = "quiet loglevel=1"
+            board = "pc"
             ready_timeout_seconds = 30
             shell = false
             [machine]
@@ -292,6 +302,7 @@ mod tests {
             kernel: Some("/boot/vmlinux".into()),
             initramfs: Some("/boot/initramfs".into()),
             kernel_arguments: "quiet loglevel=1".to_owned(),
+            board: BoardKind::Pc,
             ready_timeout: Duration::from_secs(30),
             shell: false,
             sizing: Sizing {

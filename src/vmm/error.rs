@@ -5,7 +5,7 @@ use std::io;
 use nutshell_disk_image::ImageError;
 
 use super::{
-    boot::{BootError, kernel::KernelError},
+    boot::{BootError, SmbiosError, kernel::KernelError},
     kvm::KvmError,
 };
 use crate::memory::MemoryError;
@@ -24,8 +24,9 @@ pub(crate) enum MachineError {
     Device { step: &'static str, source: io::Error },
     #[error("the file server cannot map the added guest memory: {0}")]
     FileServer(String),
-    #[error("the machine has more devices than interrupt lines: give it fewer disks")]
-    InterruptLines,
+    /// The bus has no place for another one.
+    #[error("the machine has too many devices: give it fewer disks")]
+    TooManyDevices,
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error(transparent)]
@@ -34,6 +35,8 @@ pub(crate) enum MachineError {
     Memory(#[from] MemoryError),
     #[error("the machine cannot be resized: {0}")]
     Resize(&'static str),
+    #[error(transparent)]
+    Smbios(#[from] SmbiosError),
     /// The slot does not exist or is occupied.
     #[error("slot {0} is occupied, or is not a slot for a device of this kind")]
     Slot(u32),

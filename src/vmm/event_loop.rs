@@ -11,7 +11,7 @@ use nutshell_protocol::FIRST_DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{end_signal::EndSignal, machine::RunningMachine};
+use super::{end_signal::EndSignal, machine::RunningMachine, serial_console::SerialConsole};
 use crate::{
     control::{Channel, Command, ControlError, EndReason, Notice},
     devices::{
@@ -21,7 +21,6 @@ use crate::{
             block::Backing,
             console::Console,
             device::serve_or_reset,
-            mmio::HotplugSlot,
             queue::QueueError,
             rng::Rng,
             vsock::{Vsock, muxer::StreamNotice},
@@ -43,9 +42,10 @@ enum EventSource {
     BalloonReporting,
     Memory,
     StallTimer,
+    SerialConsole,
 }
 
-const EVENT_SOURCES: [EventSource; 10] = [
+const EVENT_SOURCES: [EventSource; 11] = [
     EventSource::Control,
     EventSource::End,
     EventSource::Streams,
@@ -56,6 +56,7 @@ const EVENT_SOURCES: [EventSource; 10] = [
     EventSource::BalloonReporting,
     EventSource::Memory,
     EventSource::StallTimer,
+    EventSource::SerialConsole,
 ];
 
 /// Why the event loop ended.
@@ -138,11 +139,16 @@ fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) ->
     add(EventSource::Streams, machine.vsock.lock().muxer().poller())?;
     add(EventSource::VsockReceive, borrow(&machine.vsock_receive_kick))?;
     add(EventSource::VsockTransmit, borrow(&machine.vsock_transmit_kick))?;
-    add(EventSource::ConsoleTransmit, borrow(&machine.console_transmit_kick))?;
+    if let Some((_, transmit_kick)) = &machine.console {
+        add(EventSource::ConsoleTransmit, borrow(transmit_kick))?;
+    }
     add(EventSource::Rng, borrow(&machine.rng_kick))?;
     add(EventSource::BalloonReporting, borrow(&machine.balloon_reporting_kick))?;
     add(EventSource::Memory, borrow(machine.growth.kick()))?;
     add(EventSource::StallTimer, machine.stall_timer.as_fd())?;
+    if let Some(console) = &machine.serial_console {
+        add(EventSource::SerialConsole, console.poller())?;
+    }
     Ok(epoll)
 }
 
@@ -183,9 +189,11 @@ fn handle_event(
             machine.vsock.lock().serve_transmit().err().map(vsock_failed)
         }
         EventSource::ConsoleTransmit => {
-            drain(&machine.console_transmit_kick);
             // A guest that breaks a queue of its console, rng or balloon continues without that device.
-            serve_or_reset(&mut *machine.console.lock(), Console::serve);
+            if let Some((console, transmit_kick)) = &machine.console {
+                drain(transmit_kick);
+                serve_or_reset(&mut *console.lock(), Console::serve);
+            }
             None
         }
         EventSource::Rng => {
@@ -206,6 +214,11 @@ fn handle_event(
         EventSource::StallTimer => {
             machine.check_stalls();
             None
+        }
+        EventSource::SerialConsole => {
+            let served = machine.serial_console.as_mut().map(SerialConsole::serve);
+            let failed = served.and_then(Result::err);
+            failed.map(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("serial console: {error}"))))
         }
     }
 }
@@ -231,7 +244,7 @@ fn execute(
 ) -> Result<(), LoopExit> {
     let mut descriptors = descriptors.into_iter();
     match command {
-        Command::Boot(_) => return Err(invalid_command("a second boot command")),
+        Command::Boot(..) => return Err(invalid_command("a second boot command")),
         Command::OpenStream { port, input, output } => {
             let input = if input { descriptors.next() } else { None };
             let output = if output { descriptors.next() } else { None };
@@ -260,8 +273,8 @@ fn execute(
             send(channel, &Notice::Plugged { slot, result })?;
         }
         Command::UnplugDisk { slot } => {
-            let hotplug_slot = machine.disk_slots.release(slot);
-            unplug_in_background(hotplug_slot, slot, channel)
+            let unplug = machine.disk_slots.release(slot);
+            unplug_in_background(unplug, slot, channel)
                 .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
         }
         Command::PlugNetworkDevice { slot, mac, mtu } => {
@@ -273,6 +286,14 @@ fn execute(
             let result = machine.resize(memory, vcpus).map_err(|error| error.to_string());
             send(channel, &Notice::Resized { result })?;
             report_memory(machine, channel)?;
+        }
+        Command::PressPowerButton => {
+            let Some(power_button) = &machine.power_button else {
+                return Err(invalid_command("a machine without a power button"));
+            };
+            if let Err(error) = power_button.press_power_button() {
+                log::warn!(target: "virtual machine", "the guest does not learn of the power button: {error}");
+            }
         }
         Command::ReadProgress => send(
             channel,
@@ -288,12 +309,12 @@ fn execute(
 
 /// Unplugs the disk in a slot and sends [`Notice::Unplugged`], on another thread: unplugging waits for the disk's
 /// current request, whose duration depends on the guest and on the host's disk.
-fn unplug_in_background(hotplug_slot: Option<HotplugSlot>, slot: u32, channel: &Channel) -> io::Result<()> {
+fn unplug_in_background(unplug: Option<Box<dyn FnOnce() + Send>>, slot: u32, channel: &Channel) -> io::Result<()> {
     let channel = channel.try_clone()?;
     let slot = FIRST_DISK_SLOT.saturating_add(slot);
     let unplug = move || {
-        if let Some(hotplug_slot) = hotplug_slot {
-            hotplug_slot.unplug();
+        if let Some(unplug) = unplug {
+            unplug();
         }
         // If the shim is gone, the event loop notices it.
         let _ = channel.send(&Notice::Unplugged { slot }, &[]);

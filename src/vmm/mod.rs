@@ -5,20 +5,22 @@
 //! arrives as a descriptor over the control channel ([`crate::control`]). The executable's `main` calls [`main`] if the
 //! first argument is [`ROLE`].
 
+mod board;
 mod boot;
 mod build;
-mod disk_slots;
 mod end_signal;
 mod error;
 mod event_loop;
-mod growth;
 mod kvm;
 mod machine;
 mod progress;
+mod resources;
+mod serial_console;
 mod stalls;
+#[cfg(test)]
+mod tests;
 mod vcpu;
 mod warnings;
-mod wiring;
 
 use std::{
     os::fd::{FromRawFd, OwnedFd},
@@ -29,10 +31,10 @@ use std::{
 use rustix::thread::CapabilitySet;
 
 use self::{
-    build::BootResources,
     end_signal::EndSignal,
     error::{MachineError, device_error},
     event_loop::LoopExit,
+    resources::BootResources,
 };
 use crate::{
     control::{Channel, Command, ControlError, EndReason, Notice},
@@ -95,14 +97,18 @@ pub(crate) fn main() -> ExitCode {
 
 /// Receives the boot command, builds the machine, and runs it until it ends.
 fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, MachineError> {
-    let (config, descriptors) = match channel.receive() {
-        Ok((Command::Boot(config), descriptors)) => (config, descriptors),
+    let (config, software, descriptors) = match channel.receive() {
+        Ok((Command::Boot(config, software), descriptors)) => (config, software, descriptors),
         Ok(_) => return Err(MachineError::BootCommand("the first command is not Boot")),
         Err(ControlError::Closed) => return Ok(LoopExit::ShimGone),
         Err(error) => return Err(device_error("receive the boot command")(std::io::Error::other(error))),
     };
     let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
-    let resources = BootResources::parse(config, descriptors)?;
+    let resources = BootResources::parse(config, software, descriptors)?;
     let mut machine = build::start(resources, console_tail, &end)?;
-    Ok(event_loop::run(&mut machine, channel, &end, console_tail))
+    let exit = event_loop::run(&mut machine, channel, &end, console_tail);
+    if let Some(console) = &mut machine.serial_console {
+        console.finish();
+    }
+    Ok(exit)
 }

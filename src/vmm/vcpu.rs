@@ -5,16 +5,9 @@ use std::{io, sync::Arc, thread};
 
 use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use parking_lot::Mutex;
 
 use super::{end_signal::EndSignal, progress::BootProgress};
-use crate::{
-    control::EndReason,
-    devices::{
-        bus::Bus,
-        uart::{self, Uart},
-    },
-};
+use crate::{control::EndReason, devices::bus::Bus};
 
 /// `KVM_INTERNAL_ERROR_EMULATION`: KVM could not emulate an instruction.
 const INTERNAL_ERROR_EMULATION: u32 = 1;
@@ -22,8 +15,10 @@ const INTERNAL_ERROR_EMULATION: u32 = 1;
 /// The devices of a machine, which its vCPUs share.
 #[derive(Debug)]
 pub(super) struct Peripherals {
+    /// Guest physical addresses.
     pub(super) bus: Bus,
-    pub(super) uart: Mutex<Uart>,
+    /// I/O ports.
+    pub(super) ports: Bus,
     pub(super) progress: BootProgress,
 }
 
@@ -57,19 +52,11 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 peripherals.progress.record_first();
-                data.fill(0xff);
-                if let (Some(offset), [value]) = (uart_register(port), data) {
-                    *value = peripherals.uart.lock().read(offset);
-                }
+                peripherals.ports.read(port.into(), data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 peripherals.progress.record_first();
-                if let Some(offset) = uart_register(port) {
-                    let mut uart = peripherals.uart.lock();
-                    for value in data {
-                        uart.write(offset, *value);
-                    }
-                }
+                peripherals.ports.write(port.into(), data);
             }
             Ok(VcpuExit::InternalError) => return internal_error(vcpu),
             other => {
@@ -97,14 +84,6 @@ fn end_reason(exit: &Result<VcpuExit<'_>, kvm_ioctls::Error>) -> Option<EndReaso
             Some(EndReason::KvmFailed(format!("KVM_RUN: {error}")))
         }
     }
-}
-
-/// The offset of the UART register at I/O port `port`, if there is one.
-fn uart_register(port: u16) -> Option<u8> {
-    let offset = port
-        .checked_sub(uart::FIRST_PORT)
-        .filter(|offset| *offset < uart::PORT_COUNT)?;
-    u8::try_from(offset).ok()
 }
 
 /// Returns the reason, in one line. An emulation failure usually means that the host cannot run any guest.

@@ -7,6 +7,9 @@
 #   check "exit status is exact" exit_status_is_exact
 #   finish
 
+# Environment:
+#   NUTSHELL_TEST_PC_KERNEL  runs all guests on the PC board with this kernel (guest/kernel/build --board pc)
+
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/containerd.bash"
 
@@ -22,6 +25,11 @@ esac
 # The shim's debug log and the guest's console go to containerd's log.
 mkdir -p /etc/nutshell
 echo 'debug = true' >/etc/nutshell/config.toml
+# The PC board needs a kernel with PCI. Guests find it in memory, as they do the embedded one.
+if [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]]; then
+  cp "$NUTSHELL_TEST_PC_KERNEL" /etc/nutshell/vmlinux-pc
+  printf '[guest]\nboard = "pc"\nkernel = "/etc/nutshell/vmlinux-pc"\n' >>/etc/nutshell/config.toml
+fi
 # The mount command creates this folder and never removes it.
 mkdir -p /run/mount
 

@@ -135,3 +135,12 @@ pub const FIRST_DISK_SLOT: u32 = MEMORY_SLOT + 1;
 pub fn slot_device_name(slot: u32) -> String {
     format!("virtio-mmio.{slot}")
 }
+
+/// Returns the name of the device in bus slot `slot` of a machine with a PCI bus. Device 0 of the bus is the host
+/// bridge, and the slots follow.
+///
+/// While a slot is empty, the device does not exist. After the host has filled a slot, the agent scans the bus again.
+#[must_use]
+pub fn slot_pci_name(slot: u32) -> String {
+    format!("0000:00:{:02x}.0", slot.saturating_add(1))
+}

@@ -12,10 +12,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryBackend;
 
-use super::{
-    device::{ActivateError, Activation, Device, copy_config},
-    interrupt::InterruptLine,
-};
+use super::device::{ActivateError, Activation, Device, copy_config};
 use crate::{devices::counters::Counters, memory::MemoryRegions};
 
 /// High-priority and request queue. The size of the request queue limits the size of a request.
@@ -27,15 +24,13 @@ const TAG_LENGTH: usize = 36;
 pub(crate) struct Fs {
     socket: Option<UnixStream>,
     frontend: Option<Frontend>,
-    line: Arc<InterruptLine>,
     counters: Arc<Counters>,
     config: [u8; TAG_LENGTH + 4],
 }
 
 impl Fs {
-    /// A file system with tag `tag`, which the backend at the other end of `socket` serves. `line` must report each
-    /// interrupt as one for used buffers ([`InterruptLine::always_used`]).
-    pub(crate) fn new(tag: &str, socket: UnixStream, line: Arc<InterruptLine>) -> Self {
+    /// A file system with tag `tag`, which the backend at the other end of `socket` serves.
+    pub(crate) fn new(tag: &str, socket: UnixStream) -> Self {
         let mut config = [0; TAG_LENGTH + 4];
         let length = tag.len().min(TAG_LENGTH);
         config[..length].copy_from_slice(&tag.as_bytes()[..length]);
@@ -43,7 +38,6 @@ impl Fs {
         Self {
             socket: Some(socket),
             frontend: None,
-            line,
             counters: Counters::new("fs"),
             config,
         }
@@ -89,7 +83,10 @@ impl Fs {
             .map_err(step("SET_PROTOCOL_FEATURES"))?;
         let regions = vhost_regions(activation.memory.regions())?;
         frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
-        for (index, queue) in activation.queues.iter().enumerate() {
+        for (queue_index, queue) in (0_u16..).zip(&activation.queues) {
+            let index = usize::from(queue_index);
+            let interrupt = activation.interrupt.delegate(queue_index);
+            let interrupt = interrupt.map_err(|error| format!("duplicate the eventfd of an interrupt: {error}"))?;
             let configuration = queue.configuration();
             let config = VringConfigData {
                 queue_max_size: configuration.max_size(),
@@ -108,7 +105,7 @@ impl Fs {
                 .map_err(step("SET_VRING_ADDR"))?;
             frontend.set_vring_base(index, 0).map_err(step("SET_VRING_BASE"))?;
             frontend
-                .set_vring_call(index, self.line.irqfd())
+                .set_vring_call(index, &interrupt)
                 .map_err(step("SET_VRING_CALL"))?;
             frontend
                 .set_vring_kick(index, queue.kick())

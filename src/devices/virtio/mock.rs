@@ -36,6 +36,10 @@ impl Interrupt for InterruptCounter {
     }
 
     fn notify_config_change(&self) {}
+
+    fn delegate(&self, _queue_index: u16) -> std::io::Result<EventFd> {
+        EventFd::new(0)
+    }
 }
 
 /// A timer for devices that do not wait.

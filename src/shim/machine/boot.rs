@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::{
-    control::{Command, DiskAccess, MachineConfig},
+    control::{BoardKind, Command, DiskAccess, MachineConfig, Software},
     guest_image::{GuestImage, GuestImageError},
     oci::PodSize,
 };
@@ -51,6 +51,8 @@ pub(crate) struct GuestResources {
     pub(crate) image: GuestImage,
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
+    /// The board that the kernel boots on.
+    pub(crate) board: BoardKind,
 }
 
 /// The machine to boot, with its resources.
@@ -74,6 +76,7 @@ impl BootRequest {
             kvm,
             image,
             kernel_arguments,
+            board,
         } = self.guest;
         let machine = MachineConfig {
             memory: self.size.boot.memory,
@@ -84,13 +87,16 @@ impl BootRequest {
             disks: self.disks.iter().map(DiskFile::access).collect(),
             hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
+        };
+        let software = Software::Agent {
+            board,
             initramfs: image.initramfs_extent,
             kernel_arguments,
         };
         let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
         descriptors.extend(self.file_server);
         descriptors.extend(self.disks.into_iter().map(|disk| disk.file.into()));
-        (Command::Boot(machine), descriptors)
+        (Command::Boot(machine, software), descriptors)
     }
 }
 
@@ -169,6 +175,7 @@ mod tests {
                     initramfs_extent: extent,
                 },
                 kernel_arguments: String::new(),
+                board: BoardKind::Container,
             },
             size: PodSize::fixed(Size {
                 memory: 2 << 20,
@@ -191,7 +198,7 @@ mod tests {
         for (file_server, count) in [(Some(null().into()), 7), (None, 6)] {
             let has_file_server = file_server.is_some();
             let (command, descriptors) = boot_request(file_server, disks()).into_command(null().into());
-            let Command::Boot(machine) = command else {
+            let Command::Boot(machine, Software::Agent { .. }) = command else {
                 panic!("{command:?}");
             };
             assert_eq!(machine.file_server, has_file_server);

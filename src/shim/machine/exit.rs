@@ -36,6 +36,7 @@ pub(super) struct EndRequest {
 pub(super) fn describe_end(reason: &EndReason) -> String {
     match reason {
         EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {text}"),
+        EndReason::GuestPowerOff => "the guest switched itself off".to_owned(),
         EndReason::GuestReset => "the guest reset itself: its kernel or its agent gave up".to_owned(),
         EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {text}"),
         EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {text}"),

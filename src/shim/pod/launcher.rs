@@ -57,6 +57,7 @@ impl Launcher for HostLauncher {
                 self.configuration.initramfs.as_deref(),
             )?,
             kernel_arguments: self.configuration.kernel_arguments.clone(),
+            board: self.configuration.board,
         })
     }
 

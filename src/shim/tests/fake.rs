@@ -109,6 +109,7 @@ impl Launcher for FakeLauncher {
                 initramfs_extent: extent,
             },
             kernel_arguments: String::new(),
+            board: crate::control::BoardKind::Container,
         })
     }
 
@@ -207,7 +208,7 @@ impl Fake {
 
     fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
-            Command::Boot(_) => self.boot(control, descriptors),
+            Command::Boot(..) => self.boot(control, descriptors),
             Command::OpenStream { port, input, output } => {
                 let mut files = descriptors.into_iter().map(File::from);
                 let mut state = self.state();
@@ -234,6 +235,7 @@ impl Fake {
                 }
                 notify(control, &Notice::StreamClosed { port });
             }
+            Command::PressPowerButton => {}
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
             Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),

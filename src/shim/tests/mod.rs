@@ -91,6 +91,7 @@ impl Shim {
             kernel: None,
             initramfs: None,
             kernel_arguments: String::new(),
+            board: crate::control::BoardKind::Container,
             ready_timeout: Duration::from_millis(300),
             shell: true,
             sizing: Sizing {

@@ -1,24 +1,29 @@
-//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, ioeventfds and irqfds, and the
-//! features ([`cpuid`]) and initial state of vCPUs.
+//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, [`events`], and the features ([`cpuid`])
+//! and initial state of vCPUs.
 //!
 //! Does not belong here: devices, and the content of guest memory. [`super::build`] and [`super::growth`] call it.
 
 mod cpuid;
+mod error;
+mod events;
 
 use std::{
     io,
     ops::Range,
     os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    sync::Arc,
 };
 
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment,
     kvm_userspace_memory_region, kvm_xcrs,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use self::error::KvmError;
+use self::error::check;
+pub(super) use self::events::VmEvents;
 use super::boot;
 use crate::memory::MemoryRegions;
 
@@ -41,33 +46,6 @@ const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 
-/// Why the host cannot run the virtual machine.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum KvmError {
-    /// An ioctl failed; `what` is its purpose.
-    #[error("KVM: {what}: {source}")]
-    Call { what: &'static str, source: io::Error },
-    /// The descriptor from the shim is not the KVM device.
-    #[error("/dev/kvm is not KVM's device: load the module kvm_intel or kvm_amd")]
-    NotKvm,
-    /// `KVM_CREATE_VM` failed with `EBUSY`.
-    #[error(
-        "/dev/kvm is busy: another hypervisor (VirtualBox, VMware) uses the processor's virtualization; stop it, or \
-         unload its kernel module"
-    )]
-    Busy,
-    #[error("this host's KVM lacks {0}, which nutshell needs: use a newer kernel")]
-    MissingCapability(&'static str),
-}
-
-/// Adds the purpose of a KVM call to its error.
-fn check<T>(what: &'static str, result: Result<T, kvm_ioctls::Error>) -> Result<T, KvmError> {
-    result.map_err(|error| KvmError::Call {
-        what,
-        source: error.into(),
-    })
-}
-
 fn creation_error(error: kvm_ioctls::Error) -> KvmError {
     if error.errno() == libc::EBUSY {
         return KvmError::Busy;
@@ -82,7 +60,8 @@ fn creation_error(error: kvm_ioctls::Error) -> KvmError {
 #[derive(Debug)]
 pub(super) struct Vm {
     kvm: Kvm,
-    vm: VmFd,
+    vm: Arc<VmFd>,
+    events: VmEvents,
     /// The number of memory slots in use.
     memory_slots: u32,
 }
@@ -99,6 +78,7 @@ impl Vm {
             (Cap::Irqchip, "the interrupt controller"),
             (Cap::Ioeventfd, "ioeventfd"),
             (Cap::Irqfd, "irqfd"),
+            (Cap::IrqRouting, "interrupt routing"),
             (Cap::UserMemory, "user memory"),
             (Cap::TscDeadlineTimer, "the TSC deadline timer"),
         ] {
@@ -113,8 +93,10 @@ impl Vm {
             vm.set_identity_map_address(IDENTITY_MAP_ADDRESS),
         )?;
         check("creating the interrupt controller", vm.create_irq_chip())?;
+        let vm = Arc::new(vm);
         let mut this = Self {
             kvm,
+            events: VmEvents::new(vm.clone()),
             vm,
             memory_slots: 0,
         };
@@ -147,15 +129,9 @@ impl Vm {
         Ok(())
     }
 
-    /// Makes KVM signal `event` when the guest writes the 32-bit `value` to `address`, without an exit to this process.
-    pub(super) fn register_ioeventfd(&self, event: &EventFd, address: u64, value: u32) -> Result<(), KvmError> {
-        let address = IoEventAddress::Mmio(address);
-        check("adding an ioeventfd", self.vm.register_ioevent(event, &address, value))
-    }
-
-    /// Makes KVM raise interrupt line `line` when `event` is signalled.
-    pub(super) fn register_irqfd(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
-        check("adding an irqfd", self.vm.register_irqfd(event, line))
+    /// Connects eventfds to the machine.
+    pub(super) fn events(&self) -> &VmEvents {
+        &self.events
     }
 
     /// Creates the vCPUs `ids` of a machine with at most `max` vCPUs. All but the first (ID 0) wait until the guest

@@ -4,14 +4,24 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use nutshell_protocol::slot_device_name;
+use nutshell_protocol::{slot_device_name, slot_pci_name};
 
 /// The directory of the driver for virtio-mmio devices, with its `bind` and `unbind` files.
-const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+const MMIO_DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 
-/// Whether the driver is bound to the device in `slot`.
+/// The host bridge of a machine with a PCI bus.
+const PCI_HOST_BRIDGE: &str = "/sys/bus/pci/devices/0000:00:00.0";
+
+/// Makes the kernel scan the PCI bus for new devices.
+const PCI_RESCAN: &str = "/sys/bus/pci/rescan";
+
+/// Whether a driver is bound to the device in `slot`.
 pub(super) fn is_bound(slot: u32) -> bool {
-    Path::new(DRIVER).join(slot_device_name(slot)).exists()
+    if has_pci_bus() {
+        pci_device(slot).join("driver").exists()
+    } else {
+        Path::new(MMIO_DRIVER).join(slot_device_name(slot)).exists()
+    }
 }
 
 /// Unbinds the driver from the device in `slot`, so that the host can remove the device. Does nothing if it is not
@@ -20,16 +30,38 @@ pub(super) fn unbind(slot: u32) -> io::Result<()> {
     if !is_bound(slot) {
         return Ok(());
     }
-    let name = slot_device_name(slot);
-    fs::write(Path::new(DRIVER).join("unbind"), &name)
-        .map_err(|error| io::Error::new(error.kind(), format!("unbind {name} from its driver: {error}")))
+    if has_pci_bus() {
+        return write(&pci_device(slot).join("remove"), "1");
+    }
+    write(&Path::new(MMIO_DRIVER).join("unbind"), &slot_device_name(slot))
 }
 
 /// Binds the driver to the device in `slot`, which was empty at boot. Returns the device's directory in sysfs. When
 /// this returns, the device's virtio driver has probed it.
 pub(super) fn bind(slot: u32) -> io::Result<PathBuf> {
+    if has_pci_bus() {
+        write(Path::new(PCI_RESCAN), "1")?;
+        let device = pci_device(slot);
+        if !device.join("driver").exists() {
+            let text = format!("no driver is bound to {}", device.display());
+            return Err(io::Error::new(io::ErrorKind::NotFound, text));
+        }
+        return Ok(device);
+    }
     let name = slot_device_name(slot);
-    fs::write(Path::new(DRIVER).join("bind"), &name)
-        .map_err(|error| io::Error::new(error.kind(), format!("bind {name} to its driver: {error}")))?;
+    write(&Path::new(MMIO_DRIVER).join("bind"), &name)?;
     Ok(Path::new("/sys/bus/platform/devices").join(name))
+}
+
+fn has_pci_bus() -> bool {
+    Path::new(PCI_HOST_BRIDGE).exists()
+}
+
+fn pci_device(slot: u32) -> PathBuf {
+    Path::new("/sys/bus/pci/devices").join(slot_pci_name(slot))
+}
+
+fn write(file: &Path, text: &str) -> io::Result<()> {
+    fs::write(file, text)
+        .map_err(|error| io::Error::new(error.kind(), format!("write {text} to {}: {error}", file.display())))
 }

@@ -128,6 +128,30 @@ impl Negotiation {
         self.queue(index).map_or(0, |queue| queue.max_size)
     }
 
+    /// The size of queue `index` that the driver set, else its maximum; 0 if the queue does not exist.
+    pub(crate) fn queue_size(&self, index: u32) -> u16 {
+        self.queue(index).map_or(0, |queue| queue.size)
+    }
+
+    /// The address of an area of queue `index` that the driver set, else 0.
+    pub(crate) fn queue_address(&self, index: u32, area: QueueArea) -> u64 {
+        self.queue(index).map_or(0, |queue| match area {
+            QueueArea::Descriptors => queue.descriptors,
+            QueueArea::Driver => queue.driver,
+            QueueArea::Device => queue.device,
+        })
+    }
+
+    /// The features that the driver has accepted so far.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.accepted
+    }
+
+    /// The number of queues.
+    pub(crate) fn queue_count(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Whether the driver enabled queue `index`.
     pub(crate) fn is_queue_ready(&self, index: u32) -> bool {
         self.queue(index).is_some_and(|queue| queue.ready)

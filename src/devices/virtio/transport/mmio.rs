@@ -1,25 +1,34 @@
 //! The MMIO transport (virtio 1.3 §4.2).
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    io,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
 
 use parking_lot::{Mutex, MutexGuard};
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES, VIRTIO_MMIO_DEVICE_FEATURES_SEL,
-    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INTERRUPT_ACK,
-    VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE, VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW,
-    VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM,
-    VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH,
-    VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+    VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES, VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG,
+    VIRTIO_MMIO_INT_VRING, VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH, VIRTIO_MMIO_QUEUE_DESC_LOW,
+    VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX, VIRTIO_MMIO_QUEUE_READY,
+    VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
+    VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{
-    device::{ActivateError, Activation, Device},
-    interrupt::{Interrupt, InterruptLine},
-    negotiation::{Negotiation, QueueArea, Transition},
-    queue::DeviceQueue,
+use super::{NegotiatedDevice, negotiation::QueueArea};
+use crate::{
+    devices::{
+        bus::Registers,
+        virtio::{device::Device, interrupt::Interrupt},
+    },
+    memory::GuestMemory,
 };
-use crate::{devices::bus::Registers, memory::GuestMemory};
 
 /// The size of a device's register window, in bytes.
 pub(crate) const WINDOW_SIZE: u64 = 0x1000;
@@ -34,20 +43,18 @@ const VENDOR: u32 = u32::from_le_bytes(*b"nuts");
 const CONFIG_SPACE: Range<u64> = VIRTIO_MMIO_CONFIG as u64..WINDOW_SIZE;
 
 /// A device on the MMIO transport.
+#[derive(Debug)]
 pub(crate) struct Mmio {
-    device: Box<dyn Device>,
-    negotiation: Negotiation,
-    memory: GuestMemory,
+    device: NegotiatedDevice,
     line: Arc<InterruptLine>,
-    kicks: Vec<EventFd>,
     queue_select: u32,
     device_features_select: u32,
     driver_features_select: u32,
 }
 
 impl Mmio {
-    /// Creates the transport of `device`. `kicks` has one eventfd per queue, which KVM signals when the driver writes
-    /// the queue's index at [`NOTIFY_OFFSET`].
+    /// Creates the transport of `device`, which interrupts over `line`. `kicks` has one eventfd per queue, which KVM
+    /// signals when the driver writes the queue's index at [`NOTIFY_OFFSET`].
     pub(crate) fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,
@@ -55,11 +62,8 @@ impl Mmio {
         kicks: Vec<EventFd>,
     ) -> Self {
         Self {
-            negotiation: Negotiation::new(device.features(), &device.queue_sizes()),
-            device,
-            memory,
+            device: NegotiatedDevice::new(device, memory, kicks, line.clone()),
             line,
-            kicks,
             queue_select: 0,
             device_features_select: 0,
             driver_features_select: 0,
@@ -70,36 +74,39 @@ impl Mmio {
         match register {
             VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
             VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.device_id(),
+            VIRTIO_MMIO_DEVICE_ID => self.device.device.device_id(),
             VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_select {
-                0 => low_word(self.negotiation.offered()),
-                1 => low_word(self.negotiation.offered() >> 32),
-                _ => 0,
-            },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => self.negotiation.queue_max_size(self.queue_select).into(),
-            VIRTIO_MMIO_QUEUE_READY => self.negotiation.is_queue_ready(self.queue_select).into(),
+            VIRTIO_MMIO_DEVICE_FEATURES => self.device.offered_features(self.device_features_select),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => self.device.negotiation.queue_max_size(self.queue_select).into(),
+            VIRTIO_MMIO_QUEUE_READY => self.device.negotiation.is_queue_ready(self.queue_select).into(),
             VIRTIO_MMIO_INTERRUPT_STATUS => self.line.status(),
-            VIRTIO_MMIO_STATUS => self.negotiation.status(),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.device.config_generation(),
+            VIRTIO_MMIO_STATUS => self.device.negotiation.status(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.device.device.config_generation(),
             _ => 0,
         }
     }
 
     fn write_register(&mut self, register: u32, value: u32) {
         let queue = self.queue_select;
-        let mut set_address = |area, high| self.negotiation.set_queue_address(queue, area, high, value);
+        let mut set_address = |area, high| self.device.negotiation.set_queue_address(queue, area, high, value);
         match register {
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_select = value,
-            VIRTIO_MMIO_DRIVER_FEATURES => self.negotiation.accept_features(self.driver_features_select, value),
+            VIRTIO_MMIO_DRIVER_FEATURES => self
+                .device
+                .negotiation
+                .accept_features(self.driver_features_select, value),
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_select = value,
             VIRTIO_MMIO_QUEUE_SEL => self.queue_select = value,
-            VIRTIO_MMIO_QUEUE_NUM => self.negotiation.set_queue_size(queue, value),
-            VIRTIO_MMIO_QUEUE_READY => self.negotiation.set_queue_ready(queue, value & 1 != 0),
+            VIRTIO_MMIO_QUEUE_NUM => self.device.negotiation.set_queue_size(queue, value),
+            VIRTIO_MMIO_QUEUE_READY => self.device.negotiation.set_queue_ready(queue, value & 1 != 0),
             // KVM handles the notifications of existing queues. Others have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_INTERRUPT_ACK => self.line.acknowledge(value),
-            VIRTIO_MMIO_STATUS => self.write_status(value),
+            VIRTIO_MMIO_STATUS => {
+                if self.device.write_status(value) {
+                    self.line.reset();
+                }
+            }
             VIRTIO_MMIO_QUEUE_DESC_LOW => set_address(QueueArea::Descriptors, false),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => set_address(QueueArea::Descriptors, true),
             VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_address(QueueArea::Driver, false),
@@ -109,74 +116,12 @@ impl Mmio {
             _ => {}
         }
     }
-
-    fn write_status(&mut self, value: u32) {
-        match self.negotiation.write_status(value, &self.memory) {
-            Transition::None => {}
-            Transition::Reset => {
-                self.device.reset();
-                self.line.reset();
-            }
-            Transition::Activate { queues, features } => {
-                if let Err(error) = self.activate(queues, features) {
-                    self.report_unusable(&error);
-                    self.negotiation.set_needs_reset();
-                    self.line.notify_config_change();
-                }
-            }
-            Transition::Refuse(refusal) => self.report_unusable(&refusal),
-        }
-    }
-
-    /// Counts and logs that the guest cannot use the device, which needs a reset.
-    fn report_unusable(&self, reason: &dyn std::fmt::Display) {
-        let counters = self.device.counters();
-        counters.add_error();
-        log::warn!(target: counters.name(), "the guest cannot use this device: {reason}");
-    }
-
-    fn activate(&mut self, queues: Vec<virtio_queue::Queue>, features: u64) -> Result<(), ActivateError> {
-        let queues = queues
-            .into_iter()
-            .zip(&self.kicks)
-            .zip(0..)
-            .map(|((queue, kick), index)| {
-                let kick = kick
-                    .try_clone()
-                    .map_err(|error| ActivateError::Backend(format!("queue {index}: duplicate the kick: {error}")))?;
-                Ok(DeviceQueue::new(
-                    index,
-                    queue,
-                    kick,
-                    self.memory.clone(),
-                    self.line.clone(),
-                ))
-            })
-            .collect::<Result<Vec<_>, ActivateError>>()?;
-        let activation = Activation {
-            memory: self.memory.clone(),
-            features,
-            queues,
-            interrupt: self.line.clone(),
-        };
-        self.device.activate(activation)
-    }
-}
-
-impl std::fmt::Debug for Mmio {
-    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Mmio")
-            .field("device_id", &self.device.device_id())
-            .field("negotiation", &self.negotiation)
-            .finish_non_exhaustive()
-    }
 }
 
 impl Registers for Mmio {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if CONFIG_SPACE.contains(&offset) {
-            self.device.read_config(offset - CONFIG_SPACE.start, data);
+            self.device.device.read_config(offset - CONFIG_SPACE.start, data);
         } else if let ([_, _, _, _], Ok(register)) = (&*data, u32::try_from(offset)) {
             data.copy_from_slice(&self.read_register(register).to_le_bytes());
         } else {
@@ -192,6 +137,73 @@ impl Registers for Mmio {
         {
             self.write_register(register, u32::from_le_bytes(bytes));
         }
+    }
+}
+
+/// A bit of [`InterruptLine::status`] that drivers do not see. If it is set, the status register always reports used
+/// buffers.
+const ALWAYS_USED: u32 = 1 << 31;
+
+/// The bits of the status register that a driver can acknowledge.
+const ACKNOWLEDGEABLE: u32 = 0xff;
+
+/// The interrupt of a device on the MMIO transport: an interrupt status register (virtio 1.3 §4.2.2) and an irqfd.
+#[derive(Debug)]
+pub(crate) struct InterruptLine {
+    status: AtomicU32,
+    irqfd: EventFd,
+}
+
+impl InterruptLine {
+    /// A line that KVM raises when `irqfd` is written.
+    pub(crate) fn new(irqfd: EventFd) -> Self {
+        Self {
+            status: AtomicU32::new(0),
+            irqfd,
+        }
+    }
+
+    /// The status register as the driver reads it.
+    fn status(&self) -> u32 {
+        let status = self.status.load(Ordering::SeqCst);
+        if status & ALWAYS_USED == 0 {
+            status
+        } else {
+            status & !ALWAYS_USED | VIRTIO_MMIO_INT_VRING
+        }
+    }
+
+    /// Clears `causes` in the status register.
+    fn acknowledge(&self, causes: u32) {
+        self.status.fetch_and(!(causes & ACKNOWLEDGEABLE), Ordering::SeqCst);
+    }
+
+    /// Clears the status register.
+    fn reset(&self) {
+        self.acknowledge(ACKNOWLEDGEABLE);
+    }
+
+    fn raise(&self, cause: u32) {
+        self.status.fetch_or(cause, Ordering::SeqCst);
+        // The counter cannot overflow: each write adds one, and KVM reads it.
+        let _ = self.irqfd.write(1);
+    }
+}
+
+impl Interrupt for InterruptLine {
+    fn notify_used(&self, _queue_index: u16) {
+        self.raise(VIRTIO_MMIO_INT_VRING);
+    }
+
+    fn notify_config_change(&self) {
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// From now on, the status register always reports used buffers: the other process writes to the irqfd but cannot
+    /// set the status. A driver ignores an interrupt without used buffers (virtio 1.3 §2.7.7).
+    fn delegate(&self, _queue_index: u16) -> io::Result<EventFd> {
+        self.status.fetch_or(ALWAYS_USED, Ordering::SeqCst);
+        self.irqfd.try_clone()
     }
 }
 
@@ -252,10 +264,6 @@ impl Registers for HotplugSlot {
     }
 }
 
-fn low_word(value: u64) -> u32 {
-    (value & 0xffff_ffff) as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -297,7 +305,7 @@ mod tests {
         let line = || Arc::new(InterruptLine::new(event()));
         let (socket, server) = std::os::unix::net::UnixStream::pair().unwrap();
         drop(server);
-        let fs = Box::new(Fs::new("share", socket, line()));
+        let fs = Box::new(Fs::new("share", socket));
         let rng = || Box::new(Rng::default());
         let cases: [(&str, Box<dyn Device>, u32, &str); 3] = [
             ("fs", fs, 0x8000, "the device's backend failed: SET_OWNER: "),

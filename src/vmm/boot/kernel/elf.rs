@@ -1,18 +1,17 @@
-//! Loads the kernel, an uncompressed ELF `vmlinux`: each segment at its physical address.
-//!
-//! The host's administrator provides the file, so it is trusted. Every field is checked all the same, so that an
-//! invalid file causes an error.
+//! Loads an uncompressed ELF `vmlinux`: each segment at its physical address.
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::io;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::layout::HIGH_MEMORY_START;
+use super::image::{Image, KernelError, LoadedKernel};
 use crate::{
-    control::Extent,
     memory::{ExpectedAccess, MemoryError, MemoryRegions, load_file},
+    vmm::boot::layout::HIGH_MEMORY_START,
 };
 
+/// The magic number of an ELF file.
+const MAGIC: [u8; 4] = *b"\x7fELF";
 /// The size of an ELF file header, in bytes.
 const FILE_HEADER_SIZE: usize = 64;
 /// The size of a program header, in bytes.
@@ -24,31 +23,16 @@ const PT_LOAD: u32 = 1;
 /// `PF_W`: the flag of a writable segment.
 const PF_W: u32 = 2;
 
-/// Why a kernel cannot be loaded.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum KernelError {
-    #[error("the guest's kernel is not an uncompressed x86-64 ELF vmlinux: {0}")]
-    Format(&'static str),
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error("cannot read the guest's kernel: {0}")]
-    Read(#[source] io::Error),
+pub(super) fn is_elf(image: &Image<'_>) -> Result<bool, KernelError> {
+    let mut magic = [0; MAGIC.len()];
+    Ok(image.read(0, &mut magic)? && magic == MAGIC)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::vmm) struct LoadedKernel {
-    /// The address of the first instruction.
-    pub(in crate::vmm) entry: u64,
-    /// The first address after the kernel.
-    pub(in crate::vmm) end: u64,
-}
-
-/// Loads the kernel at `extent` of `file`.
-pub(in crate::vmm) fn load(memory: &MemoryRegions, file: &File, extent: Extent) -> Result<LoadedKernel, KernelError> {
+pub(super) fn load(memory: &MemoryRegions, image: &Image<'_>) -> Result<LoadedKernel, KernelError> {
     let mut header = [0; FILE_HEADER_SIZE];
-    read(file, extent, 0, &mut header)?;
+    read(image, 0, &mut header)?;
     if header[..6] != *b"\x7fELF\x02\x01" || u16_at(&header, 18) != 62 {
-        return Err(KernelError::Format("it has no ELF header of a 64-bit x86 program"));
+        return Err(KernelError::Elf("it has no ELF header of a 64-bit x86 program"));
     }
     let (entry, table, size, count) = (
         u64_at(&header, 24),
@@ -57,46 +41,46 @@ pub(in crate::vmm) fn load(memory: &MemoryRegions, file: &File, extent: Extent) 
         u16_at(&header, 56),
     );
     if usize::from(size) != PROGRAM_HEADER_SIZE || count > MAX_PROGRAM_HEADERS {
-        return Err(KernelError::Format(
+        return Err(KernelError::Elf(
             "it has program headers of an unknown size or too many",
         ));
     }
     let mut headers = vec![0; PROGRAM_HEADER_SIZE * usize::from(count)];
-    read(file, extent, table, &mut headers)?;
+    read(image, table, &mut headers)?;
     let mut end = 0;
     for segment in headers
         .chunks_exact(PROGRAM_HEADER_SIZE)
         .filter(|header| u32_at(header, 0) == PT_LOAD)
     {
-        end = end.max(load_segment(memory, file, extent, segment)?);
+        end = end.max(load_segment(memory, image, segment)?);
     }
     if !(HIGH_MEMORY_START..end).contains(&entry) {
-        return Err(KernelError::Format("its entry point lies outside of its segments"));
+        return Err(KernelError::Elf("its entry point lies outside of its segments"));
     }
-    Ok(LoadedKernel { entry, end })
+    Ok(LoadedKernel {
+        entry,
+        end,
+        setup: None,
+    })
 }
 
 /// Loads the segment that the program header `header` describes. Returns the first address after it.
-fn load_segment(memory: &MemoryRegions, file: &File, extent: Extent, header: &[u8]) -> Result<u64, KernelError> {
+fn load_segment(memory: &MemoryRegions, image: &Image<'_>, header: &[u8]) -> Result<u64, KernelError> {
     let (offset, address) = (u64_at(header, 8), u64_at(header, 24));
     let (file_size, memory_size) = (u64_at(header, 32), u64_at(header, 40));
-    let inside = offset.checked_add(file_size).is_some_and(|end| end <= extent.length) && file_size <= memory_size;
+    let part = image.part(offset, file_size).filter(|_| file_size <= memory_size);
     let end = address
         .checked_add(memory_size)
         .filter(|_| address >= HIGH_MEMORY_START);
-    let (true, Some(end)) = (inside, end) else {
-        return Err(KernelError::Format("a segment lies outside of the file or of memory"));
-    };
-    let part = Extent {
-        offset: extent.offset + offset,
-        length: file_size,
+    let (Some(part), Some(end)) = (part, end) else {
+        return Err(KernelError::Elf("a segment lies outside of the file or of memory"));
     };
     let access = if u32_at(header, 4) & PF_W == 0 {
         ExpectedAccess::ReadMostly
     } else {
         ExpectedAccess::WriteMostly
     };
-    load_file(memory, "kernel", file, part, address, access)?;
+    load_file(memory, "kernel", image.file, part, address, access)?;
     // The remainder of the segment must be zero, as new memory is. Check that it lies in guest memory.
     if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
@@ -108,15 +92,12 @@ fn load_segment(memory: &MemoryRegions, file: &File, extent: Extent, header: &[u
     Ok(end)
 }
 
-fn read(file: &File, extent: Extent, offset: u64, target: &mut [u8]) -> Result<(), KernelError> {
-    let inside = offset
-        .checked_add(target.len() as u64)
-        .is_some_and(|end| end <= extent.length);
-    if !inside {
-        return Err(KernelError::Format("it is truncated"));
+fn read(image: &Image<'_>, offset: u64, target: &mut [u8]) -> Result<(), KernelError> {
+    if image.read(offset, target)? {
+        Ok(())
+    } else {
+        Err(KernelError::Elf("it is truncated"))
     }
-    file.read_exact_at(target, extent.offset + offset)
-        .map_err(KernelError::Read)
 }
 
 fn u16_at(bytes: &[u8], offset: usize) -> u16 {
@@ -136,7 +117,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::memory::allocate;
+    use crate::{control::Extent, memory::allocate};
 
     /// An ELF file with one segment, of 8 bytes in the file and `memory_size` bytes in memory.
     fn vmlinux(entry: u64, address: u64, offset: u64, memory_size: u64) -> Vec<u8> {
@@ -165,7 +146,7 @@ mod tests {
             offset: 0,
             length: content.len() as u64,
         };
-        let loaded = load(&memory, &file, extent)?;
+        let loaded = load(&memory, &Image { file: &file, extent })?;
         let mut bytes = [0; 9];
         memory.read_slice(&mut bytes, GuestAddress(0x10_0000)).unwrap();
         Ok((loaded, bytes))
@@ -178,7 +159,8 @@ mod tests {
             loaded,
             LoadedKernel {
                 entry: 0x10_0000,
-                end: 0x10_2000
+                end: 0x10_2000,
+                setup: None
             }
         );
         assert_eq!(&bytes, b"\xf4kernel!\0");

@@ -1,4 +1,11 @@
 //! A running machine: its devices, and the operations that change it.
+//!
+//! Belongs here: [`RunningMachine`]; [`growth`], the change of its size; and [`disk_slots`], its disks that come and go.
+//! Does not belong here: how a device is connected to the guest, which [`super::board`] knows. [`super::build`] makes the
+//! machine, and [`super::event_loop`] drives it.
+
+pub(super) mod disk_slots;
+pub(super) mod growth;
 
 use std::{
     os::fd::OwnedFd,
@@ -8,20 +15,24 @@ use std::{
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{
+use self::{
     disk_slots::DiskSlots,
+    growth::{Growth, GrowthContext},
+};
+use crate::vmm::{
+    board::{Slot, create_kicks},
     end_signal::EndSignal,
     error::{MachineError, device_error},
-    growth::{Growth, GrowthContext},
     kvm::Vm,
+    serial_console::SerialConsole,
     stalls::StallWatch,
     vcpu::Peripherals,
-    wiring::{ReservedSlot, connect_to_kvm, create_kicks, eventfd},
 };
 use crate::{
     control::MachineStatistics,
     devices::{
         counters::Counters,
+        pc::ged::GenericEvents,
         stall_timer::StallTimer,
         virtio::{
             balloon::Balloon,
@@ -29,7 +40,6 @@ use crate::{
             console::Console,
             device::{Device, SharedDevice},
             fs::Fs,
-            interrupt::InterruptLine,
             net::Net,
             rng::Rng,
             vsock::Vsock,
@@ -40,67 +50,65 @@ use crate::{
 
 /// A running machine. The event loop drives it.
 #[derive(Debug)]
-pub(super) struct RunningMachine {
+pub(in crate::vmm) struct RunningMachine {
     /// Must stay open while vCPUs run: closing the descriptor makes KVM release the irqfds.
-    pub(super) vm: Vm,
-    pub(super) memory: GuestMemory,
-    pub(super) peripherals: Arc<Peripherals>,
-    pub(super) end: Arc<EndSignal>,
-    pub(super) network_slots: Vec<ReservedSlot>,
-    pub(super) disk_slots: DiskSlots,
+    pub(in crate::vmm) vm: Vm,
+    pub(in crate::vmm) memory: GuestMemory,
+    pub(in crate::vmm) peripherals: Arc<Peripherals>,
+    pub(in crate::vmm) end: Arc<EndSignal>,
+    pub(in crate::vmm) network_slots: Vec<Box<dyn Slot>>,
+    pub(in crate::vmm) disk_slots: DiskSlots,
     /// The counters of all devices but those in disk slots and the memory device.
-    pub(super) counters: Vec<Arc<Counters>>,
-    pub(super) stall_timer: Arc<StallTimer>,
-    pub(super) stall_watch: StallWatch,
+    pub(in crate::vmm) counters: Vec<Arc<Counters>>,
+    pub(in crate::vmm) stall_timer: Arc<StallTimer>,
+    pub(in crate::vmm) stall_watch: StallWatch,
     /// When its first processor was started, on the clock of [`crate::control::monotonic_now`].
-    pub(super) ready: Duration,
-    pub(super) growth: Growth,
-    pub(super) fs: Option<SharedDevice<Fs>>,
-    pub(super) vsock: SharedDevice<Vsock>,
-    pub(super) vsock_receive_kick: EventFd,
-    pub(super) vsock_transmit_kick: EventFd,
-    pub(super) console: SharedDevice<Console>,
-    pub(super) console_transmit_kick: EventFd,
-    pub(super) rng: SharedDevice<Rng>,
-    pub(super) rng_kick: EventFd,
-    pub(super) balloon: SharedDevice<Balloon>,
-    pub(super) balloon_reporting_kick: EventFd,
+    pub(in crate::vmm) ready: Duration,
+    pub(in crate::vmm) growth: Growth,
+    pub(in crate::vmm) fs: Option<SharedDevice<Fs>>,
+    pub(in crate::vmm) vsock: SharedDevice<Vsock>,
+    pub(in crate::vmm) vsock_receive_kick: EventFd,
+    pub(in crate::vmm) vsock_transmit_kick: EventFd,
+    /// The virtio console of a guest with an agent, and the kick of its transmit queue.
+    pub(in crate::vmm) console: Option<(SharedDevice<Console>, EventFd)>,
+    /// The serial console of a user's kernel.
+    pub(in crate::vmm) serial_console: Option<SerialConsole>,
+    /// The power button of a user's kernel.
+    pub(in crate::vmm) power_button: Option<GenericEvents>,
+    pub(in crate::vmm) rng: SharedDevice<Rng>,
+    pub(in crate::vmm) rng_kick: EventFd,
+    pub(in crate::vmm) balloon: SharedDevice<Balloon>,
+    pub(in crate::vmm) balloon_reporting_kick: EventFd,
 }
 
 impl RunningMachine {
     /// Plugs a network device into an empty slot. The guest finds it when it probes the slot again.
-    pub(super) fn plug_network_device(
+    pub(in crate::vmm) fn plug_network_device(
         &mut self,
         slot: u32,
         mac: [u8; 6],
         mtu: u16,
         queues: Vec<OwnedFd>,
     ) -> Result<(), MachineError> {
-        let reserved = self.network_slots.get(slot as usize);
+        let reserved = self.network_slots.get_mut(slot as usize);
         let reserved = reserved
-            .filter(|reserved| reserved.slot.is_empty())
+            .filter(|reserved| reserved.is_empty())
             .ok_or(MachineError::Slot(slot))?;
         let net = Net::new(format!("net-{slot}"), mac, mtu, queues, &self.stall_timer)
             .map_err(device_error("set up the queues of the tap device"))?;
-        let counters = net.counters();
-        let (kicks, line) = (create_kicks(&net)?, Arc::new(InterruptLine::new(eventfd()?)));
-        let transport = connect_to_kvm(&self.vm, &self.memory, reserved.address, Box::new(net), line, kicks)?;
-        if reserved.slot.plug(transport) {
-            self.counters.push(counters);
-            Ok(())
-        } else {
-            Err(MachineError::Slot(slot))
-        }
+        let (counters, kicks) = (net.counters(), create_kicks(&net)?);
+        reserved.plug(slot, Box::new(net), kicks)?;
+        self.counters.push(counters);
+        Ok(())
     }
 
     /// Plugs a disk into an empty disk slot. The guest finds it when it probes the slot again.
-    pub(super) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), MachineError> {
-        self.disk_slots
-            .plug(slot, backing, &self.stall_timer, &self.vm, &self.memory)
+    pub(in crate::vmm) fn plug_disk(&mut self, slot: u32, backing: Backing) -> Result<(), MachineError> {
+        self.disk_slots.plug(slot, backing, &self.stall_timer)
     }
 
     /// What its devices have done, and when it passed the phases of its boot.
-    pub(super) fn statistics(&self) -> MachineStatistics {
+    pub(in crate::vmm) fn statistics(&self) -> MachineStatistics {
         MachineStatistics {
             devices: self.all_counters().map(|counters| counters.read()).collect(),
             ready: Some(self.ready),
@@ -114,7 +122,7 @@ impl RunningMachine {
     }
 
     /// Reports stalled queues and streams. Call this when [`Self::stall_timer`] has expired.
-    pub(super) fn check_stalls(&mut self) {
+    pub(in crate::vmm) fn check_stalls(&mut self) {
         self.stall_timer.expire();
         let vsock = self.vsock.lock().muxer().pending();
         let vsock_counters = self.vsock.counters();
@@ -133,7 +141,7 @@ impl RunningMachine {
     }
 
     /// Executes [`crate::control::Command::Resize`].
-    pub(super) fn resize(&mut self, bytes: u64, vcpus: u8) -> Result<(), MachineError> {
+    pub(in crate::vmm) fn resize(&mut self, bytes: u64, vcpus: u8) -> Result<(), MachineError> {
         let context = GrowthContext {
             vm: &mut self.vm,
             memory: &self.memory,

@@ -1,19 +1,20 @@
 //! Resizes a machine while it runs. Memory is added by a virtio-mem device, which is plugged when memory is first
-//! requested. vCPUs are created on request; the MP table ([`super::boot::mptable`]) lists all of them from the start.
+//! requested. vCPUs are created on request; the MP table ([`crate::vmm::boot::mptable`]) lists all of them from the start.
 //!
 //! Mapped memory only grows. A guest that unplugs memory may plug it again, up to the largest size that was requested
 //! so far.
 
 use std::{ops::Range, sync::Arc};
 
+use nutshell_protocol::MEMORY_SLOT;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{
+use crate::vmm::{
+    board::{Slot, eventfd},
     end_signal::EndSignal,
     error::{MachineError, device_error},
     kvm::{self, Vm},
     vcpu::{self, Peripherals},
-    wiring::{ReservedSlot, connect_to_kvm, eventfd},
 };
 use crate::{
     control::MachineConfig,
@@ -22,7 +23,6 @@ use crate::{
         virtio::{
             device::{Device, SharedDevice, serve_or_reset},
             fs::Fs,
-            interrupt::InterruptLine,
             mem::{self, Mem},
         },
     },
@@ -41,7 +41,7 @@ const LARGE_GUEST_MEMORY: u64 = 64 << 30;
 
 /// The size of a machine, and how far it can grow.
 #[derive(Debug)]
-pub(super) struct Growth {
+pub(in crate::vmm) struct Growth {
     /// The guest physical addresses for added memory.
     region: Range<u64>,
     /// The size in bytes by which mapped memory grows: a memory block of Linux.
@@ -53,7 +53,7 @@ pub(super) struct Growth {
     /// The settled size at the previous call of [`Self::newly_settled_size`]. `None` if the size was not settled then,
     /// or if there was no call since [`Self::resize`].
     reported_size: Option<u64>,
-    reserved: ReservedSlot,
+    slot: Box<dyn Slot>,
     device: Option<SharedDevice<Mem>>,
     /// The kick eventfd of the device. It is created before the device.
     kick: EventFd,
@@ -64,17 +64,17 @@ pub(super) struct Growth {
 }
 
 /// The parts of a running machine that growth changes or uses.
-pub(super) struct GrowthContext<'a> {
-    pub(super) vm: &'a mut Vm,
-    pub(super) memory: &'a GuestMemory,
-    pub(super) fs: Option<&'a SharedDevice<Fs>>,
-    pub(super) peripherals: &'a Arc<Peripherals>,
-    pub(super) end: &'a Arc<EndSignal>,
+pub(in crate::vmm) struct GrowthContext<'a> {
+    pub(in crate::vmm) vm: &'a mut Vm,
+    pub(in crate::vmm) memory: &'a GuestMemory,
+    pub(in crate::vmm) fs: Option<&'a SharedDevice<Fs>>,
+    pub(in crate::vmm) peripherals: &'a Arc<Peripherals>,
+    pub(in crate::vmm) end: &'a Arc<EndSignal>,
 }
 
 impl Growth {
-    /// The growth of a machine that boots with `machine`. The memory device will use the slot `reserved`.
-    pub(super) fn new(machine: &MachineConfig, reserved: ReservedSlot) -> Result<Self, MachineError> {
+    /// The growth of a machine that boots with `machine`. The memory device will use `slot`.
+    pub(in crate::vmm) fn new(machine: &MachineConfig, slot: Box<dyn Slot>) -> Result<Self, MachineError> {
         let boot_end = ram_ranges(machine.memory)
             .last()
             .map_or(0, |(base, length)| base + length);
@@ -93,7 +93,7 @@ impl Growth {
             mapped_size: 0,
             file_server_size: 0,
             reported_size: None,
-            reserved,
+            slot,
             device: None,
             kick: eventfd()?,
             vcpus: machine.vcpus,
@@ -103,7 +103,7 @@ impl Growth {
     }
 
     /// The kick of the memory device: call [`Self::serve`] when it is readable.
-    pub(super) fn kick(&self) -> &EventFd {
+    pub(in crate::vmm) fn kick(&self) -> &EventFd {
         &self.kick
     }
 
@@ -113,7 +113,12 @@ impl Growth {
     /// # Errors
     ///
     /// vCPUs and memory that were added before the failure stay.
-    pub(super) fn resize(&mut self, bytes: u64, vcpus: u8, mut context: GrowthContext<'_>) -> Result<(), MachineError> {
+    pub(in crate::vmm) fn resize(
+        &mut self,
+        bytes: u64,
+        vcpus: u8,
+        mut context: GrowthContext<'_>,
+    ) -> Result<(), MachineError> {
         if !bytes.is_multiple_of(mem::BLOCK_SIZE) || bytes > self.region.end - self.region.start {
             return Err(MachineError::Resize(
                 "the memory is not a multiple of the block size, or exceeds the maximum",
@@ -143,7 +148,7 @@ impl Growth {
         }
         match &self.device {
             Some(device) => device.lock().request_size(bytes, self.mapped_size),
-            None if bytes > 0 => self.plug_device(bytes, &context)?,
+            None if bytes > 0 => self.plug_device(bytes)?,
             None => {}
         }
         Ok(())
@@ -170,33 +175,21 @@ impl Growth {
         Ok(())
     }
 
-    fn plug_device(&mut self, bytes: u64, context: &GrowthContext<'_>) -> Result<(), MachineError> {
+    fn plug_device(&mut self, bytes: u64) -> Result<(), MachineError> {
         let device = SharedDevice::new(Mem::new(self.region.clone()));
         device.lock().request_size(bytes, self.mapped_size);
         let kick = self
             .kick
             .try_clone()
             .map_err(device_error("duplicate an eventfd of the memory device"))?;
-        let line = Arc::new(InterruptLine::new(eventfd()?));
-        let address = self.reserved.address;
-        let transport = connect_to_kvm(
-            context.vm,
-            context.memory,
-            address,
-            Box::new(device.clone()),
-            line,
-            vec![kick],
-        )?;
-        if !self.reserved.slot.plug(transport) {
-            return Err(MachineError::Resize("the slot of the memory device is occupied"));
-        }
+        self.slot.plug(MEMORY_SLOT, Box::new(device.clone()), vec![kick])?;
         self.device = Some(device);
         Ok(())
     }
 
     /// The size in bytes of the guest's memory in addition to its boot memory. `None` if the guest does not have the
     /// requested size yet, or had it already at the previous call since [`Self::resize`].
-    pub(super) fn newly_settled_size(&mut self) -> Option<u64> {
+    pub(in crate::vmm) fn newly_settled_size(&mut self) -> Option<u64> {
         let device = self.device.as_ref().map(SharedDevice::lock);
         let settled = device.map_or(Some(0), |device| device.is_settled().then(|| device.plugged_size()));
         let new = settled.filter(|_| settled != self.reported_size);
@@ -205,12 +198,12 @@ impl Growth {
     }
 
     /// The counters of the memory device, if it is plugged.
-    pub(super) fn counters(&self) -> Option<Arc<Counters>> {
+    pub(in crate::vmm) fn counters(&self) -> Option<Arc<Counters>> {
         self.device.as_ref().map(Device::counters)
     }
 
     /// Handles requests of the guest's driver.
-    pub(super) fn serve(&self) {
+    pub(in crate::vmm) fn serve(&self) {
         if let Some(device) = &self.device {
             // A guest that breaks the queue keeps the memory that it has.
             serve_or_reset(&mut *device.lock(), Mem::serve);
@@ -221,9 +214,27 @@ impl Growth {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{control::Extent, devices::virtio::mmio::HotplugSlot, vmm::wiring::BusAddress};
+    use crate::control::Extent;
 
     const GIB: u64 = 1 << 30;
+
+    /// A slot that is never used.
+    #[derive(Debug)]
+    struct NoSlot;
+
+    impl Slot for NoSlot {
+        fn plug(&mut self, number: u32, _: Box<dyn Device>, _: Vec<EventFd>) -> Result<(), MachineError> {
+            Err(MachineError::Slot(number))
+        }
+
+        fn is_empty(&self) -> bool {
+            true
+        }
+
+        fn unplugger(&self) -> Box<dyn FnOnce() + Send> {
+            Box::new(|| {})
+        }
+    }
 
     fn growth(memory: u64, max_memory: u64) -> Growth {
         let extent = Extent { offset: 0, length: 0 };
@@ -236,14 +247,8 @@ mod tests {
             disks: Vec::new(),
             hotplug_disks: 0,
             kernel: extent,
-            initramfs: extent,
-            kernel_arguments: String::new(),
         };
-        let reserved = ReservedSlot {
-            address: BusAddress { base: 0, line: 5 },
-            slot: HotplugSlot::default(),
-        };
-        Growth::new(&machine, reserved).unwrap()
+        Growth::new(&machine, Box::new(NoSlot)).unwrap()
     }
 
     #[test]

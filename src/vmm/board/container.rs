@@ -1,0 +1,194 @@
+//! The board for containers: virtio-mmio devices at fixed addresses with an interrupt line each, listed in the kernel's
+//! arguments; processors in an MP table; the early console's UART.
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Board, Buses, Slot, create_kicks, duplicate, eventfd};
+use crate::{
+    devices::{
+        console_tail::ConsoleTail,
+        uart::{self, Uart},
+        virtio::{
+            device::Device,
+            transport::mmio::{HotplugSlot, InterruptLine, Mmio, NOTIFY_OFFSET, WINDOW_SIZE},
+        },
+    },
+    memory::{DEVICE_WINDOW, GuestMemory, MemoryRegions},
+    vmm::{
+        boot::{
+            BootError,
+            mptable::{self, IO_APIC_LINES},
+        },
+        error::{MachineError, device_error},
+        kvm::VmEvents,
+    },
+};
+
+/// The first interrupt line of a device. Lower lines belong to the legacy devices of a PC.
+const FIRST_DEVICE_LINE: u32 = 5;
+
+/// The position of a device on the bus.
+#[derive(Debug, Clone, Copy)]
+struct BusAddress {
+    /// The guest physical address of the register window.
+    base: u64,
+    /// The line of the I/O APIC.
+    line: u32,
+}
+
+/// The board, while it is built.
+#[derive(Debug)]
+pub(in crate::vmm) struct ContainerBoard {
+    events: VmEvents,
+    memory: GuestMemory,
+    buses: Buses,
+    kernel_arguments: String,
+    device_count: u32,
+}
+
+impl ContainerBoard {
+    /// A board without devices, whose early console is appended to `console_tail`.
+    pub(in crate::vmm) fn new(events: &VmEvents, memory: &GuestMemory, console_tail: &Arc<ConsoleTail>) -> Self {
+        let mut buses = Buses::default();
+        let first = u64::from(uart::FIRST_PORT);
+        buses.ports.add(
+            first..first + u64::from(uart::PORT_COUNT),
+            Box::new(Uart::new(console_tail.clone())),
+        );
+        Self {
+            events: events.clone(),
+            memory: memory.clone(),
+            buses,
+            kernel_arguments: String::new(),
+            device_count: 0,
+        }
+    }
+
+    /// Allocates the next window and line, and adds them to the kernel arguments.
+    fn allocate_address(&mut self) -> Result<BusAddress, MachineError> {
+        use std::fmt::Write;
+
+        let line = FIRST_DEVICE_LINE + self.device_count;
+        if line >= u32::from(IO_APIC_LINES) {
+            return Err(MachineError::TooManyDevices);
+        }
+        let base = DEVICE_WINDOW.start + u64::from(self.device_count) * WINDOW_SIZE;
+        self.device_count += 1;
+        // Writing to a string cannot fail.
+        let _ = write!(
+            self.kernel_arguments,
+            " virtio_mmio.device={WINDOW_SIZE}@{base:#x}:{line}"
+        );
+        Ok(BusAddress { base, line })
+    }
+}
+
+impl Board for ContainerBoard {
+    fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError> {
+        let address = self.allocate_address()?;
+        let (kicks, irqfd) = (create_kicks(&*device)?, eventfd()?);
+        let clones = duplicate(&kicks)?;
+        register(&self.events, address, &irqfd, &kicks)?;
+        let line = Arc::new(InterruptLine::new(irqfd));
+        let transport = Mmio::new(device, self.memory.clone(), line, kicks);
+        self.buses
+            .memory
+            .add(address.base..address.base + WINDOW_SIZE, Box::new(transport));
+        Ok(clones)
+    }
+
+    fn reserve(&mut self) -> Result<Box<dyn Slot>, MachineError> {
+        let (address, slot) = (self.allocate_address()?, HotplugSlot::default());
+        self.buses
+            .memory
+            .add(address.base..address.base + WINDOW_SIZE, Box::new(slot.clone()));
+        Ok(Box::new(MmioSlot {
+            events: self.events.clone(),
+            memory: self.memory.clone(),
+            address,
+            slot,
+            registered: None,
+        }))
+    }
+
+    fn kernel_arguments(&self) -> &str {
+        &self.kernel_arguments
+    }
+
+    fn write_tables(&self, memory: &MemoryRegions, max_vcpus: u8) -> Result<(), MachineError> {
+        Ok(mptable::write(memory, max_vcpus).map_err(BootError::from)?)
+    }
+
+    fn finish(self: Box<Self>) -> Buses {
+        self.buses
+    }
+}
+
+/// A slot of the board.
+#[derive(Debug)]
+struct MmioSlot {
+    events: VmEvents,
+    memory: GuestMemory,
+    address: BusAddress,
+    slot: HotplugSlot,
+    /// The eventfds that KVM has for this slot, registered with the first device. Later devices use the same ones.
+    registered: Option<SlotEvents>,
+}
+
+#[derive(Debug)]
+struct SlotEvents {
+    irqfd: EventFd,
+    kicks: Vec<EventFd>,
+}
+
+impl Slot for MmioSlot {
+    fn plug(&mut self, number: u32, device: Box<dyn Device>, kicks: Vec<EventFd>) -> Result<(), MachineError> {
+        if !self.slot.is_empty() {
+            return Err(MachineError::Slot(number));
+        }
+        let registered = match self.registered.take() {
+            Some(registered) if registered.kicks.len() == kicks.len() => registered,
+            Some(registered) => {
+                self.registered = Some(registered);
+                return Err(MachineError::Slot(number));
+            }
+            None => {
+                let irqfd = eventfd()?;
+                register(&self.events, self.address, &irqfd, &kicks)?;
+                SlotEvents { irqfd, kicks }
+            }
+        };
+        let registered = self.registered.insert(registered);
+        let irqfd = registered
+            .irqfd
+            .try_clone()
+            .map_err(device_error("duplicate an eventfd of a slot"))?;
+        let kicks = duplicate(&registered.kicks)?;
+        let line = Arc::new(InterruptLine::new(irqfd));
+        if self.slot.plug(Mmio::new(device, self.memory.clone(), line, kicks)) {
+            Ok(())
+        } else {
+            Err(MachineError::Slot(number))
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.slot.is_empty()
+    }
+
+    fn unplugger(&self) -> Box<dyn FnOnce() + Send> {
+        let slot = self.slot.clone();
+        Box::new(move || slot.unplug())
+    }
+}
+
+/// Connects the interrupt line and the kicks of the device at `address` to the guest.
+fn register(events: &VmEvents, address: BusAddress, irqfd: &EventFd, kicks: &[EventFd]) -> Result<(), MachineError> {
+    events.register_irqfd(irqfd, address.line)?;
+    for (queue_index, kick) in (0..).zip(kicks) {
+        events.register_ioeventfd(kick, address.base + NOTIFY_OFFSET, queue_index)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,265 @@
+//! The boot command with its descriptors, checked and assigned.
+
+use std::{
+    fs::File,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+};
+
+use nutshell_disk_image::Image;
+use nutshell_protocol::disk_serial;
+
+use super::error::MachineError;
+use crate::{
+    control::{BoardKind, DiskAccess, Extent, LinkConfig, MachineConfig, Software},
+    devices::virtio::block::Backing,
+};
+
+/// A boot command with its descriptors.
+#[derive(Debug)]
+pub(super) struct BootResources {
+    pub(super) config: MachineConfig,
+    pub(super) kvm: OwnedFd,
+    pub(super) kernel: File,
+    pub(super) software: SoftwareResources,
+    pub(super) file_server: Option<UnixStream>,
+    pub(super) disks: Vec<Backing>,
+}
+
+/// A [`Software`] with its descriptors.
+#[derive(Debug)]
+pub(super) enum SoftwareResources {
+    Agent {
+        board: BoardKind,
+        initramfs: (File, Extent),
+        /// The stream of [`nutshell_protocol::AGENT_PORT`].
+        stream: OwnedFd,
+        kernel_arguments: String,
+    },
+    User {
+        initramfs: Option<(File, Extent)>,
+        command_line: String,
+        identity: Identity,
+        console_input: Option<OwnedFd>,
+        console_output: Option<OwnedFd>,
+        /// With the queues of each tap device.
+        links: Vec<(LinkConfig, Vec<OwnedFd>)>,
+    },
+}
+
+/// What the machine tells its guest about itself.
+#[derive(Debug, Default)]
+pub(super) struct Identity {
+    pub(super) uuid: [u8; 16],
+    pub(super) oem_strings: Vec<String>,
+}
+
+impl BootResources {
+    /// Assigns the descriptors, which come in the order that [`crate::control::Command::Boot`] documents.
+    pub(super) fn parse(
+        config: MachineConfig,
+        software: Software,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Self, MachineError> {
+        if config.vcpus == 0 || config.max_vcpus < config.vcpus {
+            return Err(MachineError::BootCommand("no vCPU, or more than max_vcpus"));
+        }
+        let mut descriptors = descriptors.into_iter();
+        let mut next = |missing| descriptors.next().ok_or(MachineError::BootCommand(missing));
+        let (kvm, kernel) = (next("no /dev/kvm")?, next("no kernel")?.into());
+        let software = parse_software(software, &mut next)?;
+        let resources = Self {
+            kvm,
+            kernel,
+            software,
+            file_server: if config.file_server {
+                Some(next("no socket of the file server")?.into())
+            } else {
+                None
+            },
+            disks: (0..)
+                .zip(&config.disks)
+                .map(|(index, access)| open_disk(index, *access, || Ok(next("no file for a disk")?.into())))
+                .collect::<Result<_, MachineError>>()?,
+            config,
+        };
+        match descriptors.next() {
+            None => Ok(resources),
+            Some(_) => Err(MachineError::BootCommand("too many descriptors")),
+        }
+    }
+}
+
+fn parse_software(
+    software: Software,
+    mut next: impl FnMut(&'static str) -> Result<OwnedFd, MachineError>,
+) -> Result<SoftwareResources, MachineError> {
+    match software {
+        Software::Agent {
+            board,
+            initramfs,
+            kernel_arguments,
+        } => Ok(SoftwareResources::Agent {
+            board,
+            initramfs: (next("no initramfs")?.into(), initramfs),
+            stream: next("no stream for the agent")?,
+            kernel_arguments,
+        }),
+        Software::User {
+            initramfs,
+            command_line,
+            uuid,
+            oem_strings,
+            console_input,
+            console_output,
+            links,
+        } => {
+            let mut optional = |wanted: bool, missing| wanted.then(|| next(missing)).transpose();
+            Ok(SoftwareResources::User {
+                initramfs: optional(initramfs.is_some(), "no initramfs")?
+                    .map(File::from)
+                    .zip(initramfs),
+                command_line,
+                identity: Identity { uuid, oem_strings },
+                console_input: optional(console_input, "no input for the console")?,
+                console_output: optional(console_output, "no output for the console")?,
+                links: links
+                    .into_iter()
+                    .map(|link| {
+                        let queues = (0..link.queues).map(|_| next("no queue for a link"));
+                        Ok((link, queues.collect::<Result<_, _>>()?))
+                    })
+                    .collect::<Result<_, MachineError>>()?,
+            })
+        }
+    }
+}
+
+/// Opens the disk number `index`, whose descriptors come from `next_file`.
+fn open_disk(
+    index: u32,
+    access: DiskAccess,
+    mut next_file: impl FnMut() -> Result<File, MachineError>,
+) -> Result<Backing, MachineError> {
+    let base = next_file()?;
+    let image = match access {
+        DiskAccess::ReadOnly | DiskAccess::ReadWrite => {
+            return Ok(Backing::File {
+                file: base,
+                read_only: access == DiskAccess::ReadOnly,
+            });
+        }
+        DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
+        DiskAccess::CopyOnWrite { host_boot } => Image::open(Box::new(base), Box::new(next_file()?), host_boot),
+    };
+    image
+        .map(|image| Backing::Image(Box::new(image)))
+        .map_err(|source| MachineError::DiskImage {
+            serial: disk_serial(index),
+            source,
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn config(disks: Vec<DiskAccess>) -> MachineConfig {
+        let extent = Extent { offset: 0, length: 0 };
+        MachineConfig {
+            memory: 2 << 20,
+            max_memory: 2 << 20,
+            vcpus: 1,
+            max_vcpus: 1,
+            file_server: false,
+            disks,
+            hotplug_disks: 0,
+            kernel: extent,
+        }
+    }
+
+    fn parse(disks: Vec<DiskAccess>, files: Vec<File>) -> Result<BootResources, String> {
+        let null = || File::open("/dev/null").unwrap().into();
+        let mut descriptors: Vec<OwnedFd> = (0..4).map(|_| null()).collect();
+        descriptors.extend(files.into_iter().map(OwnedFd::from));
+        let software = Software::Agent {
+            board: BoardKind::Container,
+            initramfs: Extent { offset: 0, length: 0 },
+            kernel_arguments: String::new(),
+        };
+        BootResources::parse(config(disks), software, descriptors).map_err(|error| error.to_string())
+    }
+
+    fn file(size: u64, start: &[u8]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        file.write_all_at(start, 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn each_disk_takes_the_descriptors_of_its_kind() {
+        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        let disks = vec![
+            DiskAccess::ReadWrite,
+            copy_on_write,
+            DiskAccess::ReadOnlyImage,
+            DiskAccess::ReadOnly,
+        ];
+        // A raw disk stays one, whatever the guest has written to it.
+        let files = || {
+            vec![
+                file(1024, b"QFI\xfb"),
+                file(2048, b"base"),
+                file(0, b""),
+                file(512, b"image"),
+                file(1536, b"QFI\xfb"),
+            ]
+        };
+
+        let resources = parse(disks.clone(), files()).unwrap();
+
+        let found = resources.disks.iter().map(|disk| match disk {
+            Backing::File { file, read_only } => ("file", file.metadata().unwrap().len(), *read_only),
+            Backing::Image(image) => ("image", image.size(), image.is_read_only()),
+        });
+        assert!(found.eq([
+            ("file", 1024, false),
+            ("image", 2048, false),
+            ("image", 512, true),
+            ("file", 1536, true),
+        ]));
+        let mut missing = files();
+        missing.pop();
+        let error = parse(disks, missing).unwrap_err();
+        assert_eq!(error, "invalid boot command: no file for a disk");
+    }
+
+    #[test]
+    fn wrong_image_is_refused_with_disk_field_and_value() {
+        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        for (access, files, expected) in [
+            (
+                DiskAccess::ReadOnlyImage,
+                vec![file(72, b"QFI\xfb\0\0\0\x09")],
+                "disk nutshell-1: qcow2 base image: version is 9, and only 2 and 3 are supported",
+            ),
+            (
+                copy_on_write,
+                vec![file(1000, b""), file(0, b"")],
+                "disk nutshell-1: the size of the raw base image is 1000 bytes, not a multiple of 512: \
+                 the file may be incomplete",
+            ),
+            (
+                copy_on_write,
+                vec![file(512, b""), file(100, b"")],
+                "disk nutshell-1: copy-on-write file: its size is 100 bytes instead of 77824: it belongs to another \
+                 base image or is incomplete, remove it to start again from the base image",
+            ),
+        ] {
+            let files = std::iter::once(file(512, b"")).chain(files).collect();
+            assert_eq!(parse(vec![DiskAccess::ReadOnly, access], files).unwrap_err(), expected);
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Moves the bytes of the serial port COM1 between the guest and the descriptors of the task's standard streams.
+//!
+//! The guest never waits for a reader: its output passes through a ring that drops the oldest bytes. Input waits in the
+//! descriptor until the guest has read what came before.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, epoll, poll},
+    io::Errno,
+};
+
+use crate::devices::{
+    counters::Counters,
+    pc::{
+        output_ring::{Moved, OutputMover, OutputRing},
+        serial::Serial,
+    },
+};
+
+/// The capacity of the ring in bytes: what a guest may write while its reader is slow. A boot writes about 50 KiB.
+const RING_CAPACITY: usize = 256 << 10;
+
+/// The size of the buffer for input in bytes.
+const INPUT_BUFFER: usize = 4096;
+
+/// How long the end of a machine may wait for the reader of the last output.
+const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The source of an event, which is the data of its epoll entry.
+const RING_READY: u64 = 0;
+const OUTPUT_WRITABLE: u64 = 1;
+const INPUT_READABLE: u64 = 2;
+const PORT_READY: u64 = 3;
+
+/// The descriptors behind a serial port.
+#[derive(Debug)]
+pub(super) struct SerialConsole {
+    poller: OwnedFd,
+    serial: Serial,
+    ring: Arc<OutputRing>,
+    mover: OutputMover,
+    /// `None` without a reader, or if the reader is gone. The ring drops the output then.
+    output: Option<OwnedFd>,
+    input: Option<OwnedFd>,
+    /// Input that the port has not taken yet.
+    refused: Vec<u8>,
+    reported_drops: u64,
+}
+
+impl SerialConsole {
+    /// A ring for the output of a port.
+    pub(super) fn create_ring() -> io::Result<Arc<OutputRing>> {
+        OutputRing::new(RING_CAPACITY).map(Arc::new)
+    }
+
+    /// Connects `serial`, which writes to `ring`, to `input` and `output`, which are non-blocking.
+    pub(super) fn new(
+        serial: Serial,
+        ring: Arc<OutputRing>,
+        input: Option<OwnedFd>,
+        output: Option<OwnedFd>,
+    ) -> io::Result<Self> {
+        let poller = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let watch = |descriptor: BorrowedFd<'_>, source| {
+            epoll::add(
+                &poller,
+                descriptor,
+                epoll::EventData::new_u64(source),
+                epoll::EventFlags::IN,
+            )
+        };
+        watch(ring.ready(), RING_READY)?;
+        watch(serial.input_ready(), PORT_READY)?;
+        if let Some(input) = &input {
+            watch(input.as_fd(), INPUT_READABLE)?;
+        }
+        Ok(Self {
+            poller,
+            serial,
+            mover: OutputMover::new(ring.clone()),
+            ring,
+            output,
+            input,
+            refused: Vec::new(),
+            reported_drops: 0,
+        })
+    }
+
+    /// What the port has done.
+    pub(super) fn counters(&self) -> Arc<Counters> {
+        self.serial.counters()
+    }
+
+    /// A descriptor that is readable when [`Self::serve`] has something to do.
+    pub(super) fn poller(&self) -> BorrowedFd<'_> {
+        self.poller.as_fd()
+    }
+
+    /// Moves what can be moved without waiting.
+    pub(super) fn serve(&mut self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(4);
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match epoll::wait(&self.poller, rustix::buffer::spare_capacity(&mut events), Some(&now)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        for event in events {
+            match event.data.u64() {
+                INPUT_READABLE => self.read_input()?,
+                PORT_READY => self.send_refused()?,
+                source => {
+                    if source == OUTPUT_WRITABLE
+                        && let Some(output) = &self.output
+                    {
+                        epoll::delete(&self.poller, output)?;
+                    }
+                    self.move_output()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn move_output(&mut self) -> io::Result<()> {
+        let Some(output) = &self.output else {
+            // Nobody reads. Take the event away; the ring keeps the latest bytes.
+            self.ring.discard_ready();
+            return Ok(());
+        };
+        match self.mover.serve(output.as_fd()) {
+            Ok(Moved::All) => {}
+            Ok(Moved::UntilFull) => {
+                let data = epoll::EventData::new_u64(OUTPUT_WRITABLE);
+                match epoll::add(&self.poller, output, data, epoll::EventFlags::OUT) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => {
+                log::warn!(target: "serial", "the console's output is lost from now on: write it: {error}");
+                self.output = None;
+            }
+        }
+        self.report_drops();
+        Ok(())
+    }
+
+    fn report_drops(&mut self) {
+        let dropped = self.ring.dropped();
+        if dropped > self.reported_drops {
+            let new = dropped - self.reported_drops;
+            self.reported_drops = dropped;
+            log::warn!(
+                target: "serial",
+                "{new} bytes of the console's output are lost: its reader is slower than the guest"
+            );
+        }
+    }
+
+    fn read_input(&mut self) -> io::Result<()> {
+        let Some(input) = &self.input else { return Ok(()) };
+        let mut buffer = [0; INPUT_BUFFER];
+        match rustix::io::read(input, &mut buffer) {
+            // A serial port has no end of file: the guest waits for more.
+            Ok(0) => self.close_input(),
+            Ok(count) => {
+                self.refused.extend_from_slice(&buffer[..count]);
+                // Read on when the port has taken all of it.
+                epoll::delete(&self.poller, input)?;
+                self.send_refused()
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
+            Err(error) => {
+                log::warn!(target: "serial", "the console takes no more input: read it: {error}");
+                self.close_input()
+            }
+        }
+    }
+
+    fn close_input(&mut self) -> io::Result<()> {
+        if let Some(input) = self.input.take() {
+            epoll::delete(&self.poller, &input)?;
+        }
+        Ok(())
+    }
+
+    /// Sends input to the port, and watches the descriptor again if the port has taken all of it.
+    fn send_refused(&mut self) -> io::Result<()> {
+        let taken = self.serial.send_input(&self.refused);
+        self.refused.drain(..taken);
+        if self.refused.is_empty()
+            && let Some(input) = &self.input
+        {
+            let data = epoll::EventData::new_u64(INPUT_READABLE);
+            match epoll::add(&self.poller, input, data, epoll::EventFlags::IN) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Delivers the last output of a machine that has ended. Waits for the reader at most 10 s.
+    pub(super) fn finish(&mut self) {
+        let deadline = Instant::now() + FINAL_OUTPUT_TIMEOUT;
+        while let Some(output) = &self.output {
+            match self.mover.serve(output.as_fd()) {
+                Ok(Moved::All) if self.ring.is_empty() => break,
+                Ok(Moved::All) => {}
+                Ok(Moved::UntilFull) => {
+                    let remaining = deadline.saturating_duration_since(Instant::now());
+                    let Ok(timeout) = Timespec::try_from(remaining) else {
+                        break;
+                    };
+                    let mut polled = [PollFd::new(output, PollFlags::OUT)];
+                    if remaining.is_zero() || matches!(poll(&mut polled, Some(&timeout)), Ok(0)) {
+                        log::warn!(target: "serial", "the last output of the console is lost: nobody reads it");
+                        break;
+                    }
+                }
+                Err(error) => {
+                    log::warn!(target: "serial", "the last output of the console is lost: write it: {error}");
+                    break;
+                }
+            }
+        }
+        self.report_drops();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
+
+    use rustix::fs::{OFlags, fcntl_setfl};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::devices::bus::Registers;
+
+    const DATA: u64 = 0;
+    const LINE_STATUS: u64 = 5;
+    const DATA_READY: u8 = 1;
+
+    struct Fixture {
+        console: SerialConsole,
+        port: Serial,
+        output: PipeReader,
+        input: PipeWriter,
+    }
+
+    fn fixture() -> Fixture {
+        let (output, output_end) = pipe().unwrap();
+        let (input_end, input) = pipe().unwrap();
+        for end in [output_end.as_fd(), input_end.as_fd()] {
+            fcntl_setfl(end, OFlags::NONBLOCK).unwrap();
+        }
+        let ring = SerialConsole::create_ring().unwrap();
+        let port = Serial::new(EventFd::new(EFD_NONBLOCK).unwrap(), vec![ring.clone()]).unwrap();
+        let console = SerialConsole::new(port.clone(), ring, Some(input_end.into()), Some(output_end.into())).unwrap();
+        Fixture {
+            console,
+            port,
+            output,
+            input,
+        }
+    }
+
+    /// Serves the console until nothing is left to do.
+    fn settle(console: &mut SerialConsole) {
+        let is_ready = |console: &SerialConsole| {
+            let mut polled = [PollFd::from_borrowed_fd(console.poller(), PollFlags::IN)];
+            poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).unwrap() == 1
+        };
+        let mut turns = 0;
+        while is_ready(console) {
+            console.serve().unwrap();
+            turns += 1;
+            assert!(turns < 10_000, "the console is always ready");
+        }
+    }
+
+    fn read_port(port: &mut Serial) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        loop {
+            let mut byte = [0];
+            port.read(LINE_STATUS, &mut byte);
+            if byte[0] & DATA_READY == 0 {
+                return bytes;
+            }
+            port.read(DATA, &mut byte);
+            bytes.push(byte[0]);
+        }
+    }
+
+    #[test]
+    fn output_reaches_the_descriptor_and_input_the_guest() {
+        let mut fixture = fixture();
+        fixture.port.write(DATA, b"login: ");
+        fixture.input.write_all(&[b'x'; 1000]).unwrap();
+
+        let mut received = Vec::new();
+        while received.len() < 1000 {
+            settle(&mut fixture.console);
+            received.extend(read_port(&mut fixture.port));
+        }
+
+        let mut output = [0; 7];
+        fixture.output.read_exact(&mut output).unwrap();
+        assert_eq!(&output, b"login: ");
+        assert_eq!(received, [b'x'; 1000]);
+        drop(fixture.input);
+        settle(&mut fixture.console);
+    }
+
+    #[test]
+    fn flood_without_a_reader_keeps_the_last_output() {
+        let mut fixture = fixture();
+        for _ in 0..1000 {
+            fixture.port.write(DATA, &[b'-'; 1024]);
+            settle(&mut fixture.console);
+        }
+        fixture.port.write(DATA, b"the end");
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            fixture.output.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+
+        fixture.console.finish();
+        drop(fixture.console);
+
+        let bytes = reader.join().unwrap();
+        assert!(bytes.ends_with(b"the end"));
+        assert!(bytes.len() >= RING_CAPACITY, "{}", bytes.len());
+        assert!(bytes.len() < 1000 * 1024, "{}", bytes.len());
+    }
+
+    #[test]
+    fn console_without_a_reader_is_not_always_ready() {
+        let mut fixture = fixture();
+        drop(fixture.output);
+        fixture.port.write(DATA, b"x");
+        settle(&mut fixture.console);
+        fixture.port.write(DATA, &[b'x'; 4096]);
+        settle(&mut fixture.console);
+        fixture.console.finish();
+    }
+}

@@ -1,0 +1,83 @@
+use std::{env, fs::File, io::Write};
+
+use super::guest::{Guest, VCPUS, kernels, release};
+use crate::control::EndReason;
+
+/// A disk of 1 MiB that begins with `content`.
+fn disk(content: &[u8]) -> File {
+    let mut disk = tempfile::tempfile().unwrap();
+    disk.write_all(content).unwrap();
+    disk.set_len(1 << 20).unwrap();
+    disk
+}
+
+#[test]
+#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+fn kernel_of_a_distribution_finds_processors_devices_and_messages_and_reboots() {
+    for kernel in kernels() {
+        let name = release(&kernel);
+        let mut guest = Guest::boot(&kernel, vec![disk(b"first"), disk(b"second")]);
+
+        assert_eq!(guest.run("nproc").trim(), VCPUS.to_string(), "{name}");
+        let interrupts = guest.run("cat /proc/interrupts");
+        for device in ["virtio0-", "virtio1-", "virtio2-"] {
+            let line = interrupts.lines().find(|line| line.contains(device));
+            let line = line.unwrap_or_else(|| panic!("{name}: no interrupt of {device}: {interrupts}"));
+            assert!(line.contains("MSI"), "{name}: {line}");
+        }
+        assert_eq!(
+            guest.run("head -c 5 /dev/vda; head -c 6 /dev/vdb"),
+            "firstsecond",
+            "{name}"
+        );
+        guest.run("echo written | dd of=/dev/vdb bs=512 seek=1 conv=fsync 2>/dev/null");
+        let requests = guest.run("dd if=/dev/vdb bs=512 skip=1 count=1 iflag=direct 2>/dev/null | head -c 7");
+        assert_eq!(requests, "written", "{name}");
+        let random = guest.run("head -c 16 /dev/hwrng | wc -c");
+        assert_eq!(random.trim(), "16", "{name}");
+        let tables = guest.run("ls /sys/firmware/acpi/tables");
+        for table in ["APIC", "DSDT", "FACP", "MCFG"] {
+            assert!(tables.contains(table), "{name}: {tables}");
+        }
+        let errors = guest.run("dmesg | grep -iE 'acpi.*(error|warn)|BAR.*(error|fail)|pci.*can.t' | head -n 20; true");
+        assert_eq!(errors, "", "{name}");
+
+        // The kernel forgets the disk, and finds it again with another address of its window.
+        let device = guest.run("basename $(readlink -f /sys/block/vda/device/..)");
+        let device = device.trim();
+        guest.run(&format!("echo 1 >/sys/bus/pci/devices/{device}/remove"));
+        guest.run("echo 1 >/sys/bus/pci/rescan");
+        assert_eq!(guest.run("head -c 5 /dev/vda"), "first", "{name}");
+
+        guest.write("reboot -f");
+        assert_eq!(guest.end(), EndReason::GuestReset, "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+fn power_button_reaches_the_guest() {
+    for kernel in kernels() {
+        let name = release(&kernel);
+        let mut guest = Guest::boot(&kernel, Vec::new());
+        guest.run("for i in /dev/input/event*; do (head -c 24 $i >/dev/null && poweroff -f) & done");
+
+        guest.press_power_button();
+
+        assert_eq!(guest.end(), EndReason::GuestPowerOff, "{name}");
+    }
+}
+
+#[test]
+#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+fn guest_reboots_again_and_again() {
+    let count = env::var("NUTSHELL_TEST_REBOOTS").expect("NUTSHELL_TEST_REBOOTS is the number of reboots");
+    let count = count.parse().unwrap();
+    for kernel in kernels() {
+        for round in 0..count {
+            let mut guest = Guest::boot(&kernel, vec![disk(b"root")]);
+            guest.write("reboot -f");
+            assert_eq!(guest.end(), EndReason::GuestReset, "{} round {round}", release(&kernel));
+        }
+    }
+}
