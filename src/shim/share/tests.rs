@@ -3,6 +3,7 @@
 use std::{fs, mem::MaybeUninit, os::unix::fs::MetadataExt};
 
 use nix::mount::{MsFlags, mount};
+use nutshell_fixtures::HungVolume;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::inotify,
@@ -11,10 +12,7 @@ use rustix::{
 use tempfile::TempDir;
 
 use super::*;
-use crate::{
-    fs::tests::client::{BY_ROOT, Client, KEEP_CACHE},
-    shim::tests::hung_volume::HungVolume,
-};
+use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
 
 fn start_server() -> (FileServer, Client) {
     assert!(
@@ -459,7 +457,7 @@ fn requests_for_a_volume_that_hangs_do_not_delay_others() {
     let directory = TempDir::new().unwrap();
     let below = directory.path().join("below");
     fs::create_dir(&below).unwrap();
-    let volume = HungVolume::mount();
+    let volume = HungVolume::mount_temporary();
     let none = None::<&str>;
     mount(Some(volume.path()), &below, none, MsFlags::MS_BIND, none).unwrap();
     let (server, mut client) = start_server();

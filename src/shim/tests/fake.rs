@@ -12,12 +12,13 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{
     ClockReading, CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT,
     MAX_TO_AGENT, ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
 };
 
-use super::{behaviour::Behaviour, hung_volume::HungVolume};
+use super::behaviour::Behaviour;
 use crate::{
     control::{
         Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, monotonic_now,
@@ -126,7 +127,7 @@ impl Launcher for FakeLauncher {
         // It lives until it is killed, or until the fake vmm ends and closes its standard input.
         let mut program = Program::new("cat");
         if self.fake.behaviour == Behaviour::WaitsForDisk {
-            let volume = HungVolume::mount();
+            let volume = HungVolume::mount_temporary();
             program.arg(volume.path().join("disk"));
             self.fake.state().volume = Some(volume);
         }

@@ -4,7 +4,6 @@ mod behaviour;
 mod exits;
 mod fake;
 mod hostile;
-pub(in crate::shim) mod hung_volume;
 mod killed;
 mod lifecycle;
 mod pods;

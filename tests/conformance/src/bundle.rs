@@ -9,7 +9,7 @@ use std::{
 };
 
 use containerd_shim_protos::types::mount::Mount;
-pub use nutshell_test_spec::process;
+pub use nutshell_fixtures::process;
 use serde_json::{Value, json};
 
 use crate::stdio::make_fifo;
@@ -81,9 +81,9 @@ pub fn idle() -> Value {
 
 /// The spec of a container that runs `args`, without limits. Its control group is mounted.
 pub fn spec(args: &[&str]) -> Value {
-    let mut spec = nutshell_test_spec::spec(args);
+    let mut spec = nutshell_fixtures::spec(args);
     let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
-    let cgroup = nutshell_test_spec::mount("/sys/fs/cgroup", "cgroup", &options);
+    let cgroup = nutshell_fixtures::mount("/sys/fs/cgroup", "cgroup", &options);
     spec["mounts"].as_array_mut().unwrap().push(cgroup);
     spec["linux"]["resources"] = json!({});
     spec
@@ -124,6 +124,6 @@ pub fn rootfs() -> &'static Path {
 
 /// Makes a busybox root file system in a folder, with a file `/not-executable`.
 pub fn fill_root(root: &Path) {
-    nutshell_test_spec::fill_root(root);
+    nutshell_fixtures::fill_root(root);
     fs::write(root.join("not-executable"), "#!/bin/sh\n").unwrap();
 }

@@ -35,7 +35,7 @@ const ROOTS: [&str; 11] = [
     "tests/conformance/src/lib.rs",
     "tests/conformance/tests/direct/main.rs",
     "tests/cri/src/main.rs",
-    "tests/spec/src/lib.rs",
+    "tests/fixtures/src/lib.rs",
     "tests/structure/src/main.rs",
 ];
 

@@ -1,70 +1,16 @@
 //! Tests of processes that SIGKILL does not end, because they wait for a file system that does not answer.
 
-use std::ffi::CString;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
-use std::sync::mpsc;
-use std::thread;
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{BlockedThread, FailureKind, Request, Response, SHARE_PATH, Stdio};
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::harness::{Agent, shell, unique};
 
 /// How long the kernel may take for a step.
 const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// A FUSE mount whose server reads all requests, and answers only the one that starts the session. Dropped, it is
-/// removed, and the calls that wait fail.
-struct HungVolume {
-    path: PathBuf,
-    requests: mpsc::Receiver<()>,
-}
-
-impl HungVolume {
-    fn mount(path: PathBuf) -> Self {
-        fs::create_dir(&path).unwrap();
-        let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
-        let options = CString::new(options).unwrap();
-        mount("hung", &path, "fuse", MountFlags::empty(), options.as_c_str()).unwrap();
-        // include/uapi/linux/fuse.h: `fuse_in_header` has the unique id at 8; the reply is `fuse_out_header`, and
-        // `fuse_init_out` with version 7.31 and 4 KiB in a write.
-        let mut request = [0; 8192];
-        assert!(connection.read(&mut request).unwrap() >= 40);
-        let mut reply = [80_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
-        reply.extend(&request[8..16]);
-        reply.extend([7_u32, 31, 0, 0, 0, 4096].map(u32::to_le_bytes).concat());
-        reply.resize(80, 0);
-        connection.write_all(&reply).unwrap();
-        let (sender, requests) = mpsc::channel();
-        // Ends with the mount.
-        thread::spawn(move || while connection.read(&mut request).is_ok() && sender.send(()).is_ok() {});
-        Self { path, requests }
-    }
-
-    /// Waits until a process waits for an answer, which makes it unkillable.
-    fn wait_for_request(&self) {
-        self.requests.recv_timeout(TIMEOUT).unwrap();
-    }
-}
-
-impl Drop for HungVolume {
-    fn drop(&mut self) {
-        unmount(&self.path, UnmountFlags::FORCE | UnmountFlags::DETACH).unwrap();
-        // Containers of other tests use the same root file system. One that was created meanwhile has a copy of the mount
-        // until it is deleted.
-        let deadline = Instant::now() + TIMEOUT;
-        while let Err(error) = fs::remove_dir(&self.path) {
-            assert_eq!(error.kind(), io::ErrorKind::ResourceBusy, "{error}");
-            assert!(Instant::now() < deadline, "{} stays a mount point", self.path.display());
-            thread::yield_now();
-        }
-    }
-}
 
 fn blocked_threads(agent: &mut Agent, id: &str, exec: Option<&str>) -> Vec<BlockedThread> {
     let request = Request::BlockedThreads {

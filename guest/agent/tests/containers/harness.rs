@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 #[allow(unused_imports, reason = "the tests of machines do not use all of them")]
-pub(crate) use nutshell_test_spec::{fill_root, process, shell, spec};
+pub(crate) use nutshell_fixtures::{fill_root, process, shell, spec};
 
 /// How long any step may take, even on a machine that is emulated in software.
 const TIMEOUT: Duration = Duration::from_secs(60);

@@ -2,10 +2,8 @@
 //! server: Create fails in time, and everything else in the shim continues.
 
 use std::{
-    ffi::CString,
-    fs::{self, File},
-    io::{Read, Write},
-    os::{fd::AsRawFd, unix::process::ExitStatusExt},
+    fs,
+    os::unix::process::ExitStatusExt,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::mpsc,
@@ -26,11 +24,8 @@ use nutshell_conformance::{
     pod::{Pod, SandboxClient, start_sandbox_shim},
     with_fake_containerd,
 };
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    mount::{MountFlags, UnmountFlags},
-    process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open},
-};
+use nutshell_fixtures::HungVolume;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
 
 use super::pods::{self, with_both_apis};
@@ -310,47 +305,6 @@ fn start_whose_network_fails_in_the_guest_succeeds_once_the_cause_is_gone() {
     });
 }
 
-/// A FUSE mount whose server answers nothing but the first request, which starts the session.
-struct HungVolume {
-    path: PathBuf,
-    connection: File,
-}
-
-impl HungVolume {
-    fn mount(containerd: &FakeContainerd) -> Self {
-        let path = containerd.folder().join("hung");
-        fs::create_dir_all(&path).unwrap();
-        let mut connection = File::options().read(true).write(true).open("/dev/fuse").unwrap();
-        let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
-        let options = CString::new(options).unwrap();
-        rustix::mount::mount("hung", &path, "fuse", MountFlags::empty(), options.as_c_str()).unwrap();
-        // include/uapi/linux/fuse.h: `fuse_in_header` has the unique id at 8; the reply is `fuse_out_header`, and
-        // `fuse_init_out` with version 7.31 and 4 KiB in a write.
-        let mut request = [0; 8192];
-        assert!(connection.read(&mut request).unwrap() >= 40);
-        let mut reply = [80_u32.to_le_bytes(), 0_u32.to_le_bytes()].concat();
-        reply.extend(&request[8..16]);
-        reply.extend([7_u32, 31, 0, 0, 0, 4096].map(u32::to_le_bytes).concat());
-        reply.resize(80, 0);
-        connection.write_all(&reply).unwrap();
-        Self { path, connection }
-    }
-
-    /// Waits until a process waits for an answer.
-    fn wait_for_request(&self) {
-        let limit = Timespec::try_from(DEADLINE).unwrap();
-        let waiting = poll(&mut [PollFd::new(&self.connection, PollFlags::IN)], Some(&limit)).unwrap();
-        assert_eq!(waiting, 1, "nothing needs the volume");
-    }
-}
-
-impl Drop for HungVolume {
-    fn drop(&mut self) {
-        // The end of the connection, which follows, ends the calls that wait.
-        let _ = rustix::mount::unmount(&self.path, UnmountFlags::DETACH);
-    }
-}
-
 /// Creates a container that needs a hung volume, in a pod in which another container runs. Asserts that the other one
 /// can be listed and killed meanwhile, that Create fails in time, and that it leaves nothing in the shim.
 fn assert_only_create_fails(
@@ -359,7 +313,7 @@ fn assert_only_create_fails(
     use_volume: impl Fn(&HungVolume, &mut Value, &mut CreateTaskRequest),
 ) {
     let other = pod.run(&pods::idle(pod));
-    let volume = HungVolume::mount(containerd);
+    let volume = HungVolume::mount(containerd.folder().join("hung"));
     let (mut spec, mut changed) = (pods::idle(pod), CreateTaskRequest::default());
     use_volume(&volume, &mut spec, &mut changed);
     let bundle = containerd.bundle(&spec);
@@ -399,7 +353,7 @@ fn assert_only_create_fails(
 fn hung_bind_mount_fails_only_its_create() {
     with_both_apis(|containerd, pod| {
         assert_only_create_fails(containerd, pod, |volume, spec, _| {
-            let mount = json!({"destination": "/data", "type": "bind", "source": volume.path, "options": ["rbind"]});
+            let mount = json!({"destination": "/data", "type": "bind", "source": volume.path(), "options": ["rbind"]});
             spec["mounts"].as_array_mut().unwrap().push(mount);
         });
     });
@@ -411,7 +365,7 @@ fn hung_root_file_system_fails_only_its_create() {
         assert_only_create_fails(containerd, pod, |volume, _, request| {
             request.rootfs = vec![Mount {
                 type_: "bind".to_owned(),
-                source: volume.path.join("rootfs").display().to_string(),
+                source: volume.path().join("rootfs").display().to_string(),
                 options: vec!["rbind".to_owned()],
                 ..Mount::default()
             }];
@@ -423,7 +377,7 @@ fn hung_root_file_system_fails_only_its_create() {
 fn hung_log_file_fails_only_its_create() {
     with_both_apis(|containerd, pod| {
         assert_only_create_fails(containerd, pod, |volume, _, request| {
-            request.stdout = format!("file://{}", volume.path.join("log").display());
+            request.stdout = format!("file://{}", volume.path().join("log").display());
         });
     });
 }
