@@ -8,6 +8,7 @@
 
 mod annotations;
 mod bundle;
+mod cgroup_path;
 mod error;
 mod host_namespaces;
 mod id;
@@ -21,6 +22,7 @@ mod spec;
 
 pub(crate) use annotations::read_annotations;
 pub(crate) use bundle::plan_bundle;
+pub(crate) use cgroup_path::CgroupPath;
 pub(crate) use error::PlanError;
 pub(crate) use host_namespaces::HostNamespaces;
 pub(crate) use id::{ContainerId, IdError};

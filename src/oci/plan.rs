@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use super::{IdMap, Limits, PodSize, Size};
+use super::{CgroupPath, IdMap, Limits, PodSize, Size};
 
 /// Size of a pod's `/dev/shm` if nothing else sets it, in bytes: containerd's default (`internal/cri`,
 /// `defaultShmSize`).
@@ -23,8 +23,8 @@ pub(crate) struct PodPlan {
     pub(crate) size: PodSize,
     /// Never [`Network::Host`].
     pub(crate) network: Network,
-    /// The spec's cgroup path. It names the cgroup of the machine on the host.
-    pub(crate) cgroups_path: Option<String>,
+    /// The control group of the machine on the host. `None`: that of the shim.
+    pub(crate) cgroup: Option<CgroupPath>,
     /// The hooks that run on the host.
     pub(crate) hooks: Hooks,
     pub(crate) shared: PodShared,
@@ -73,8 +73,8 @@ pub(crate) struct Plan {
     pub(crate) terminal: bool,
     /// Initial columns and rows of the terminal.
     pub(crate) console_size: Option<(u16, u16)>,
-    /// The spec's cgroup path, unchanged. It names the cgroup of the machine on the host.
-    pub(crate) cgroups_path: Option<String>,
+    /// The control group of the machine on the host. `None`: that of the shim.
+    pub(crate) cgroup: Option<CgroupPath>,
     pub(crate) pid_namespace: PidNamespace,
     /// The `oom_score_adj` of the container's processes, which is that of the machine on the host.
     pub(crate) oom_score_adj: i32,

@@ -25,8 +25,8 @@ use self::{
     settings::{non_empty, refuse_unsupported, strip_linux, strip_process},
 };
 use super::{
-    BundlePlan, ContainerId, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace, Placement, Plan,
-    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, spec,
+    BundlePlan, CgroupPath, ContainerId, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace,
+    Placement, Plan, PlanError, PodPlan, PodShared, PodSize, Root, Sizing, spec,
 };
 
 /// Plans the container `id` from its bundle and the mounts of its snapshot (`rootfs`).
@@ -64,7 +64,7 @@ pub(crate) fn plan_bundle(
              shareProcessNamespace to false, or hostUsers to true",
         ));
     }
-    let cgroups_path = cgroups_path(&linux);
+    let cgroup = cgroup_path(&linux)?;
     let process = spec.process().as_ref();
     let oom_score_adj = process.and_then(oci_spec::runtime::Process::oom_score_adj).unwrap_or(0);
     let limits = Limits::from_resources(linux.resources().as_ref());
@@ -108,7 +108,7 @@ pub(crate) fn plan_bundle(
         limits,
         terminal,
         console_size,
-        cgroups_path,
+        cgroup,
         pid_namespace: pid,
         oom_score_adj,
         hooks,
@@ -129,7 +129,7 @@ fn plan_sandbox(
     Ok(PodPlan {
         size,
         network,
-        cgroups_path: cgroups_path(linux),
+        cgroup: cgroup_path(linux)?,
         hooks: take_host_hooks(spec)?,
         shared: PodShared {
             hostname: non_empty(spec.hostname()).map(str::to_owned),
@@ -142,9 +142,9 @@ fn plan_sandbox(
     })
 }
 
-fn cgroups_path(linux: &Linux) -> Option<String> {
-    let path = linux.cgroups_path().as_ref()?;
-    Some(path.to_string_lossy().into_owned())
+fn cgroup_path(linux: &Linux) -> Result<Option<CgroupPath>, PlanError> {
+    let path = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
+    CgroupPath::parse(&path.to_string_lossy()).map_err(|reason| PlanError::invalid("linux.cgroupsPath", reason))
 }
 
 /// The container's relation to a pod, from the annotations of containerd's CRI (`internal/cri/annotations`). `None` if

@@ -94,7 +94,7 @@ fn plain_ctr_run_gets_its_own_machine_of_default_size_with_loopback() {
     assert_eq!(plan.placement, Placement::Single);
     assert_eq!(plan.network, Network::Loopback);
     assert_eq!((plan.size.memory, plan.size.vcpus), (DEFAULT_MEMORY, DEFAULT_VCPUS));
-    assert_eq!(plan.cgroups_path.as_deref(), Some("/default/c1"));
+    assert_eq!(plan.cgroup, Some(CgroupPath::Absolute("default/c1".into())));
     assert_eq!(plan.pid_namespace, PidNamespace::Specified);
     assert!(!plan.terminal);
     assert_eq!((&plan.shares[..], &plan.warnings[..]), (&[][..], &[][..]));
@@ -178,8 +178,10 @@ fn sandbox_plan_contains_the_settings_of_the_pod() {
     assert_eq!((pod.size.boot.memory, pod.size.boot.vcpus), ((512 + 8 + 64) * MIB, 3));
     assert_eq!(pod.network, Network::Namespace("/var/run/netns/cni-61bf2a7e".into()));
     assert_eq!(
-        pod.cgroups_path.as_deref(),
-        Some("kubepods-burstable-pod1b2c.slice:cri-containerd:5d4e")
+        pod.cgroup,
+        Some(CgroupPath::Absolute(
+            "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1b2c.slice/cri-containerd-5d4e.scope".into()
+        ))
     );
     let sysctl = |name: &str, value: &str| (name.to_owned(), value.to_owned());
     let shared = PodShared {

@@ -6,13 +6,13 @@
 
 mod cri;
 
-use std::{collections::HashMap, path::Path};
+use std::{collections::HashMap, ffi::OsStr, path::Path};
 
 use prost::Message;
 
 use self::cri::{DnsConfig, LinuxContainerResources, NamespaceMode, NamespaceOption, PodSandboxConfig};
 use super::{
-    ContainerId, Hooks, HostNamespaces, Limits, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
+    CgroupPath, ContainerId, Hooks, HostNamespaces, Limits, Network, PlanError, PodPlan, PodShared, ResolvConf, Sizing,
     plan::DEFAULT_SHM_SIZE,
 };
 
@@ -58,7 +58,7 @@ pub(crate) fn plan_pod(
     Ok(PodPlan {
         size: sizing.size_for_pod(&size_annotations, limits)?,
         network,
-        cgroups_path: cgroups_path(&linux.cgroup_parent, id),
+        cgroup: cgroup_path(&linux.cgroup_parent, id)?,
         hooks: Hooks::default(),
         shared: PodShared {
             hostname: Some(config.hostname).filter(|name| !name.is_empty()),
@@ -122,12 +122,15 @@ fn parse_limits(resources: &LinuxContainerResources) -> Result<Limits, PlanError
 
 /// The path of a sandbox's cgroup below the pod's cgroup `parent`, in systemd's form if `parent` is a slice.
 /// containerd's CRI uses the same names (`internal/cri/server/podsandbox`).
-fn cgroups_path(parent: &str, id: &ContainerId) -> Option<String> {
-    let slice = Path::new(parent).file_name()?.to_str()?;
-    Some(match slice.ends_with(".slice") {
+fn cgroup_path(parent: &str, id: &ContainerId) -> Result<Option<CgroupPath>, PlanError> {
+    let Some(slice) = Path::new(parent).file_name().and_then(OsStr::to_str) else {
+        return Ok(None);
+    };
+    let path = match slice.ends_with(".slice") {
         true => format!("{slice}:cri-containerd:{id}"),
         false => format!("{}/{id}", parent.trim_end_matches('/')),
-    })
+    };
+    CgroupPath::parse(&path).map_err(|reason| PlanError::invalid("linux.cgroup_parent", reason))
 }
 
 /// The contents of `/etc/resolv.conf` (resolv.conf(5)).
@@ -235,7 +238,7 @@ mod tests {
         let pod = plan_of(&message, "/run/netns/x", &[]).unwrap();
         assert_eq!((pod.size.boot.memory, pod.size.boot.vcpus), ((512 + 8 + 64) * MIB, 2));
         assert_eq!(pod.network, Network::Namespace("/run/netns/x".into()));
-        assert_eq!(pod.cgroups_path.as_deref(), Some("/kubepods/podx/pod1"));
+        assert_eq!(pod.cgroup, Some(CgroupPath::Absolute("kubepods/podx/pod1".into())));
         let sysctl = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let file = "search default.svc svc\nnameserver 10.96.0.10\nnameserver fd00::a\noptions ndots:5\n";
         let shared = PodShared {
@@ -273,7 +276,7 @@ mod tests {
                 (pod.size.boot.memory, pod.size.boot.vcpus),
                 (DEFAULT_MEMORY, DEFAULT_VCPUS)
             );
-            assert_eq!((pod.network, pod.cgroups_path), (Network::Loopback, None));
+            assert_eq!((pod.network, pod.cgroup), (Network::Loopback, None));
             assert_eq!(pod.shared.resolv_conf, Some(ResolvConf::Host));
         }
         let other = plan(Some(("runtime.v1.Other", &b""[..]))).unwrap_err();
@@ -315,16 +318,19 @@ mod tests {
     fn cgroup_is_below_the_pods_with_either_driver() {
         let id = "x".parse().unwrap();
         for (parent, path) in [
-            ("/kubepods/burstable/podx", Some("/kubepods/burstable/podx/x")),
+            ("/kubepods/burstable/podx", Some("kubepods/burstable/podx/x")),
             (
                 "/kubepods.slice/kubepods-podx.slice",
-                Some("kubepods-podx.slice:cri-containerd:x"),
+                Some("kubepods.slice/kubepods-podx.slice/cri-containerd-x.scope"),
             ),
             ("", None),
             ("/", None),
         ] {
-            assert_eq!(cgroups_path(parent, &id).as_deref(), path, "{parent}");
+            let expected = path.map(|path| CgroupPath::Absolute(path.into()));
+            assert_eq!(cgroup_path(parent, &id).unwrap(), expected, "{parent}");
         }
+        let error = cgroup_path("/a--b.slice", &id).unwrap_err().to_string();
+        assert!(error.starts_with("linux.cgroup_parent: "), "{error}");
     }
 
     #[test]
@@ -343,7 +349,7 @@ mod tests {
         let pod = plan_of(&message, "", &[]).unwrap();
 
         assert_eq!(pod.shared.hostname.as_deref(), Some("web-0"));
-        assert_eq!(pod.cgroups_path.as_deref(), Some("/pod/pod1"));
+        assert_eq!(pod.cgroup, Some(CgroupPath::Absolute("pod/pod1".into())));
     }
 
     #[test]

@@ -4,13 +4,13 @@
 use std::{
     fs,
     io::{self, Read, Seek},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::shim::blocking;
+use crate::{oci::CgroupPath, shim::blocking};
 
 /// The mount point of cgroup v2 on a host without cgroup v1.
 const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -34,19 +34,17 @@ pub(super) struct ControlGroup {
 }
 
 impl ControlGroup {
-    /// The group for the value of `linux.cgroupsPath`. `None` if the host has no cgroup v2, or the value does not name
-    /// a group below its root: the machine then stays in the shim's group.
-    pub(super) fn from_cgroups_path(path: &str) -> Option<Self> {
-        if !Path::new(CGROUP_ROOT).join("cgroup.controllers").exists() {
-            return None;
+    /// The group at `path`. `None` if the host has no cgroup v2: the machine then stays in the shim's group.
+    pub(super) fn find(path: &CgroupPath) -> Result<Option<Self>, CgroupError> {
+        let root = Path::new(CGROUP_ROOT);
+        if !root.join("cgroup.controllers").exists() {
+            return Ok(None);
         }
-        let group = relative_path(path).map(|path| Self {
-            path: Path::new(CGROUP_ROOT).join(path),
-        });
-        if group.is_none() {
-            log::warn!("linux.cgroupsPath {path:?} cannot be used: the machine stays in the shim's control group");
-        }
-        group
+        let path = match path {
+            CgroupPath::Absolute(path) => root.join(path),
+            CgroupPath::Relative(path) => root.join(parent_of_own_group()?).join(path),
+        };
+        Ok(Some(Self { path }))
     }
 
     /// Its absolute path.
@@ -148,50 +146,25 @@ fn kill_processes(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The path below the root for a `linux.cgroupsPath`. With the systemd driver the value is `slice:prefix:name`, and
-/// `a-b.slice` is below `a.slice` (systemd.slice(5)). `None` if the path would leave the root, or has neither form.
-fn relative_path(path: &str) -> Option<PathBuf> {
-    let relative = match *path.split(':').collect::<Vec<_>>() {
-        [path] => PathBuf::from(path.trim_start_matches('/')),
-        [slice, prefix, name] => {
-            let stem = slice.strip_suffix(".slice")?;
-            let mut folder = PathBuf::new();
-            for (end, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
-                folder.push(format!("{}.slice", &stem[..end]));
-            }
-            folder.join(format!("{prefix}-{name}.scope"))
-        }
-        _ => return None,
+/// The parent of the group of this process, relative to the root (cgroups(7), `/proc/pid/cgroup`).
+fn parent_of_own_group() -> Result<PathBuf, CgroupError> {
+    const OWN_GROUP: &str = "/proc/self/cgroup";
+    let parse = |text: String| {
+        let group = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        Some(Path::new(group).parent().map(Path::to_owned).unwrap_or_default())
     };
-    let stays_below = relative.components().all(|part| matches!(part, Component::Normal(_)));
-    (stays_below && relative != Path::new("")).then_some(relative)
+    fs::read_to_string(OWN_GROUP)
+        .and_then(|text| parse(text).ok_or_else(|| io::Error::other("it has no line for cgroup v2")))
+        .map_err(|source| CgroupError {
+            path: OWN_GROUP.into(),
+            step: "find the shim's control group",
+            source,
+        })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn cgroups_paths_of_both_drivers_are_resolved_and_others_refused() {
-        for (path, expected) in [
-            ("/default/a", Some("default/a")),
-            ("kubepods/burstable/podx/y", Some("kubepods/burstable/podx/y")),
-            ("system.slice:nerdctl:abc", Some("system.slice/nerdctl-abc.scope")),
-            (
-                "kubepods-burstable-podx.slice:cri-containerd:y",
-                Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice/cri-containerd-y.scope"),
-            ),
-            ("", None),
-            ("/", None),
-            ("../a", None),
-            ("/a/../../b", None),
-            ("a:b", None),
-            ("notaslice:b:c", None),
-            ("a.slice:b:../../c", None),
-        ] {
-            assert_eq!(relative_path(path), expected.map(PathBuf::from), "{path}");
-        }
-    }
 
     #[test]
     fn memory_limit_is_the_smallest_of_the_group_and_its_ancestors() {

@@ -6,7 +6,7 @@ use nutshell_protocol::SetUpPod;
 
 use super::{cgroup::ControlGroup, error::PodError};
 use crate::{
-    oci::{Plan, PodPlan, PodSize, Root},
+    oci::{CgroupPath, Plan, PodPlan, PodSize, Root},
     shim::{
         blocking,
         machine::{DiskFile, open_disk},
@@ -52,7 +52,7 @@ impl PodRequirements {
             file_server,
             disks,
             hotplug_disks: 0,
-            cgroup: plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path),
+            cgroup: find_cgroup(plan.cgroup.as_ref())?,
             oom_score_adj: Some(plan.oom_score_adj),
             set_up_request: None,
         })
@@ -60,8 +60,8 @@ impl PodRequirements {
 
     /// For a machine that any number of containers may join. `set_up_request` has the settings that they share. The
     /// memory at boot is limited to the memory limit of the pod's control group.
-    pub(crate) fn for_pod(plan: &PodPlan, set_up_request: SetUpPod) -> Self {
-        let cgroup = plan.cgroups_path.as_deref().and_then(ControlGroup::from_cgroups_path);
+    pub(crate) fn for_pod(plan: &PodPlan, set_up_request: SetUpPod) -> Result<Self, PodError> {
+        let cgroup = find_cgroup(plan.cgroup.as_ref())?;
         let limit = cgroup.as_ref().and_then(ControlGroup::memory_limit);
         let size = plan.size.bound_boot_memory(limit);
         if let Some(group) = cgroup.as_ref().filter(|_| size != plan.size) {
@@ -74,7 +74,7 @@ impl PodRequirements {
                 plan.size.boot.memory >> 20
             );
         }
-        Self {
+        Ok(Self {
             size,
             file_server: true,
             disks: Vec::new(),
@@ -82,11 +82,15 @@ impl PodRequirements {
             cgroup,
             oom_score_adj: None,
             set_up_request: Some(set_up_request),
-        }
+        })
     }
 
     /// The control groups that [`Pod::start`](super::Pod::start) will create, as absolute paths.
     pub(crate) fn cgroup_paths(&self) -> Vec<PathBuf> {
         self.cgroup.iter().map(|cgroup| cgroup.path().to_owned()).collect()
     }
+}
+
+fn find_cgroup(path: Option<&CgroupPath>) -> Result<Option<ControlGroup>, PodError> {
+    Ok(path.map(ControlGroup::find).transpose()?.flatten())
 }

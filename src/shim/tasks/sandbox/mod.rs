@@ -22,7 +22,7 @@ use super::{
         Container, Role, SandboxApi,
         lifecycle::{Deletion, Exit, Phase},
     },
-    host_setup::{CREATE_CONTEXT, assign_host_pid, plan_error, run_create_hooks},
+    host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks},
     limits::WRITE_BACK_LIMIT,
     table::Tasks,
 };
@@ -81,7 +81,7 @@ impl Tasks {
         api: SandboxApi,
     ) -> Result<Arc<Container>, TaskError> {
         let shared = set_up_request(&plan.shared).map_err(|error| error.during(CREATE_CONTEXT))?;
-        let requirements = PodRequirements::for_pod(&plan, shared);
+        let requirements = PodRequirements::for_pod(&plan, shared).map_err(create_error)?;
         let pod = self.start_pod(id, requested_at, bundle, requirements).await?;
         let container = Container::new(
             id.clone(),

@@ -1,6 +1,6 @@
 //! The life cycle of a container: State, Start, Wait, Delete, Pids, Connect, Shutdown.
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use containerd_shim_protos::{
     api::{CheckpointTaskRequest, Empty, Status},
@@ -315,11 +315,49 @@ fn pids_lists_each_process_once_and_names_the_execs() {
 fn task_pid_is_in_the_network_namespace_and_cgroup_of_the_container() {
     with_fake_containerd(|containerd| {
         let container = containerd.create(&idle());
-        let link = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
+        let link = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/net")).unwrap();
         assert_ne!(link(&container.pid.to_string()), link("self"));
-        let group = std::fs::read_to_string(format!("/proc/{}/cgroup", container.pid)).unwrap();
+        let group = fs::read_to_string(format!("/proc/{}/cgroup", container.pid)).unwrap();
         assert_eq!(group.trim(), format!("0::{}", containerd.cgroups_path(&container.id)));
         container.end();
+    });
+}
+
+/// As with runc, which also drops a `..` that would leave the root.
+#[test]
+fn relative_cgroup_path_is_below_the_parent_of_the_shims_group() {
+    with_fake_containerd(|containerd| {
+        let mut spec = idle();
+        let prepared = containerd.prepare(&spec);
+        let own = fs::read_to_string(format!("/proc/{}/cgroup", prepared.shim.pid)).unwrap();
+        let (parent, _) = own.trim().rsplit_once('/').unwrap();
+        let name = prepared.bundle.id.clone();
+        spec["linux"]["cgroupsPath"] = format!("../{name}").into();
+        fs::write(prepared.bundle.path.join("config.json"), spec.to_string()).unwrap();
+        let container = prepared.create().unwrap();
+        for pid in [&[container.pid], &containerd.pids_of("nutshell-vmm")[..]].concat() {
+            let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+            assert_eq!(group.trim(), format!("{parent}/{name}"), "{pid}");
+        }
+        container.end();
+    });
+}
+
+/// Without its group, nothing would limit the machine.
+#[test]
+fn cgroup_path_that_names_no_group_is_refused() {
+    with_fake_containerd(|containerd| {
+        for path in ["/", "..", "a:b", "notaslice:b:c"] {
+            let mut spec = idle();
+            let prepared = containerd.prepare(&spec);
+            spec["linux"]["cgroupsPath"] = path.into();
+            fs::write(prepared.bundle.path.join("config.json"), spec.to_string()).unwrap();
+            let failure = prepared.shim.task.create(&prepared.request).unwrap_err();
+            assert_eq!(failure.code, Some(Code::INVALID_ARGUMENT), "{failure}");
+            assert!(failure.message.contains("linux.cgroupsPath"), "{failure}");
+            prepared.abandon();
+        }
+        assert_eq!(containerd.events.all(), []);
     });
 }
 
