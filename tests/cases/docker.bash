@@ -87,6 +87,22 @@ stdin_reaches_the_container() {
   rm /run/tmp/in
 }
 
+exec_has_its_own_settings_and_exit_status() {
+  start_container one --env FROM=run
+  assert_equal "run exec /tmp 65534:65534" \
+    "$(docker exec --env ADDED=exec --workdir /tmp --user nobody one sh -c 'echo $FROM $ADDED $(pwd) $(id -u):$(id -g)')"
+  assert_status 5 docker exec one sh -c 'exit 5'
+  assert_status 137 docker exec one sh -c 'kill -9 $$'
+  assert_contains "$(docker exec one no-such-command 2>&1 || true)" "executable file not found in \$PATH"
+  assert_equal input "$(docker exec --interactive one cat <<<input)"
+  docker exec --detach one sh -c 'echo detached >/tmp/file'
+  wait_until detached docker exec one cat /tmp/file
+  script -qec "docker exec -it one tty" /dev/null </dev/null >/run/tmp/out
+  assert_contains "$(</run/tmp/out)" /dev/pts/
+  rm /run/tmp/out
+  remove one
+}
+
 files_are_copied_in_and_out() {
   start_container one
   head -c 3M /dev/urandom >/run/tmp/in
@@ -104,6 +120,17 @@ files_are_copied_in_and_out() {
   assert_equal inside "$(</run/tmp/out)"
   rm -r /run/tmp/in /run/tmp/out /run/tmp/copy
   remove one
+}
+
+# Without `docker export`: with this engine it leaves a mount behind, with runc too.
+changes_are_listed_and_committed() {
+  start_container one -- sh -c 'echo text >/file; rm /etc/group'
+  docker wait one >/dev/null
+  assert_equal "A /file C /etc D /etc/group" "$(echo $(docker diff one | sort))"
+  docker commit one changed >/dev/null
+  assert_equal text "$(docker_run --rm changed cat /file)"
+  remove one
+  docker image rm changed >/dev/null
 }
 
 logs_are_complete_after_a_fast_exit() {
@@ -129,6 +156,34 @@ logs_follow_the_container_to_its_end() {
   assert_equal "first last" "$(echo $(</run/tmp/out))"
   assert_equal last "$(docker logs --tail 1 one)"
   rm /run/tmp/out
+  remove one
+}
+
+stats_are_those_of_the_guest() {
+  start_container one --memory 128m -- sh -c 'head -c 20971520 /dev/zero >/dev/shm/file; while :; do :; done'
+  wait_until $((20 << 20)) docker exec one stat -c %s /dev/shm/file
+  local cpu used limit processes received
+  read -r cpu used limit processes received < <(docker stats --no-stream \
+    --format '{{.CPUPerc}} {{.MemUsage}} {{.PIDs}} {{.NetIO}}' one | tr -d '/')
+  echo "cpu $cpu memory $used limit $limit processes $processes received $received"
+  ((${cpu%.*} >= 20 && ${cpu%.*} <= 220))
+  [[ $used == *MiB ]]
+  used=${used%%[.M]*}
+  ((used >= 20 && used <= 60))
+  assert_equal 128MiB "$limit"
+  ((processes >= 1 && processes <= 3))
+  [[ $received == [1-9]* ]]
+  remove one
+}
+
+top_lists_no_processes_of_the_host() {
+  start_container one -- sh -c 'sleep 1001 & sleep 1002'
+  local processes pid
+  pid=$(inspect one '{{.State.Pid}}')
+  processes=$(docker top one -eo pid,comm)
+  echo "$processes"
+  assert_contains "$processes" "$pid"
+  assert_equal "" "$(awk -v pid="$pid" 'NR > 1 && $1 != pid' <<<"$processes")"
   remove one
 }
 
@@ -229,6 +284,27 @@ limits_are_updated_while_it_runs() {
   assert_equal 2 "$(docker_run --rm --cpus 1.5 busybox nproc)"
 }
 
+events_describe_the_life_of_a_container() {
+  local from
+  from=$(date +%s.%N)
+  start_container one -- sh -c 'sleep 1000; true'
+  docker exec one true
+  docker kill --signal CONT one >/dev/null
+  docker pause one >/dev/null
+  docker unpause one >/dev/null
+  docker stop --time 0 one >/dev/null
+  remove one
+  docker events --since "$from" --until "$(date +%s.%N)" --filter container=one \
+    --format '{{.Action}}{{with .Actor.Attributes.exitCode}} {{.}}{{end}}' >/run/tmp/out
+  cat /run/tmp/out
+  # The daemon reports the end of an exec, and that of `docker stop`, before or after what follows.
+  assert_equal "create start exec_create: true exec_start: true kill pause unpause kill kill die 137 destroy" \
+    "$(echo $(grep -v -e exec_die -e stop /run/tmp/out))"
+  assert_equal stop "$(grep stop /run/tmp/out)"
+  assert_equal "exec_die 0" "$(grep exec_die /run/tmp/out)"
+  rm /run/tmp/out
+}
+
 docker_cases() {
   docker_check "run passes output and exit status" run_passes_output_and_exit_status
   docker_check "command that cannot run reports 127 or 126" command_that_cannot_run_reports_127_or_126
@@ -236,9 +312,13 @@ docker_cases() {
   docker_check "created container is started and attached" created_container_is_started_and_attached
   docker_check "terminal is a tty with the client's size" terminal_is_a_tty_with_the_clients_size
   docker_check "stdin reaches the container" stdin_reaches_the_container
+  docker_check "exec has its own settings and exit status" exec_has_its_own_settings_and_exit_status
   docker_check "files are copied in and out" files_are_copied_in_and_out
+  docker_check "changes are listed and committed" changes_are_listed_and_committed
   docker_check "logs are complete after a fast exit" logs_are_complete_after_a_fast_exit
   docker_check "logs follow the container to its end" logs_follow_the_container_to_its_end
+  docker_check "stats are those of the guest" stats_are_those_of_the_guest
+  docker_check "top lists no processes of the host" top_lists_no_processes_of_the_host
   docker_check "state reports pid and exit" state_reports_pid_and_exit
   docker_check "out of memory is reported" out_of_memory_is_reported
   docker_check "stop sends TERM and kills after the timeout" stop_sends_term_and_kills_after_the_timeout
@@ -246,4 +326,5 @@ docker_cases() {
   docker_check "paused container makes no progress" paused_container_makes_no_progress
   docker_check "restarted container keeps its files" restarted_container_keeps_its_files
   docker_check "limits are updated while it runs" limits_are_updated_while_it_runs
+  docker_check "events describe the life of a container" events_describe_the_life_of_a_container
 }

@@ -58,6 +58,18 @@ names_of_a_network_resolve() {
   docker network rm net >/dev/null
 }
 
+ipv6_works_in_a_network_that_has_it() {
+  docker network create --ipv6 --subnet fd99::/64 net >/dev/null
+  start_container one --network net --ip6 fd99::10
+  docker_run --rm --network net busybox ping -q -c 1 -W 10 fd99::10 >/dev/null
+  start_container two
+  docker network connect --ip6 fd99::20 net two
+  wait_until 1 docker exec two sh -c 'ip addr | grep -c fd99::20/64'
+  docker exec two ping -q -c 1 -W 10 fd99::10 >/dev/null
+  remove one two
+  docker network rm net >/dev/null
+}
+
 network_is_connected_and_disconnected() {
   docker network create --subnet 10.99.0.0/24 net >/dev/null
   start_container one
@@ -78,6 +90,7 @@ docker_network_cases() {
   docker_check "container reaches the host and is reached by its address" container_reaches_the_host_and_is_reached_by_address
   docker_check "containers of a network reach each other" containers_of_a_network_reach_each_other
   docker_check "names of a network resolve" names_of_a_network_resolve
+  docker_check "IPv6 works in a network that has it" ipv6_works_in_a_network_that_has_it
   docker_check "network is connected and disconnected" network_is_connected_and_disconnected
   docker_check "no network leaves the loopback" no_network_leaves_the_loopback
 }

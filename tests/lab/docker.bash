@@ -21,6 +21,8 @@ set_up_docker() {
     tail -n 40 /run/containerd.log /run/dockerd.log
     exit 1
   }
+  # The daemon mounts the host's network namespace when a container is to have it, also if the runtime refuses that.
+  ! docker run --rm --runtime "$runtime" --network host busybox true 2>/dev/null || exit 1
 }
 
 # Starts the daemon that set_up_docker has configured, also after it was killed. Returns when it answers. Containers

@@ -52,9 +52,11 @@ host_state() {
     for file in /sys/class/net/*; do echo "link ${file##*/}"; done
     for file in /sys/block/loop*/loop/backing_file /sys/block/dm-*; do [[ ! -e $file ]] || echo "device $file"; done
     find /sys/fs/cgroup -mindepth 1 -type d -printf 'cgroup %p\n'
-    # Docker removes the files of its network namespaces once a minute. Those in use are in the list of mounts.
+    # Docker removes the files of its network namespaces once a minute. Those in use are in the list of mounts. A
+    # daemon that is killed leaves its socket in libnetwork.
     find /run /dev/shm ${tmp:-} -mindepth 1 \( -path /run/containerd-root -o -path '/run/containerd.*' \
       -o -path /run/docker-root -o -path '/run/dockerd.*' -o -path '/run/docker/netns/*' \
+      -o -path '/run/docker/libnetwork/*' \
       -o -path '/run/check.*' -o -path /run/last \) -prune -o -printf 'file %p (%y)\n'
   } >/run/check.state
   sort -o "$1" /run/check.state
