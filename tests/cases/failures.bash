@@ -169,8 +169,12 @@ container_that_waits_for_a_hung_volume_can_be_killed_and_deleted() {
 
   fsfreeze -u /run/tmp/hung
   tail --pid="$server" -f /dev/null
-  # The shim has ended before the file server could.
-  rmdir "/sys/fs/cgroup/default/$name"
+  # The shim has ended before the file server could. The next one removes the control group.
+  [[ -d /sys/fs/cgroup/default/$name ]]
+  local old=$name
+  new_name
+  nutshell "$name" --rm -- true
+  [[ ! -e /sys/fs/cgroup/default/$old ]]
   umount /run/tmp/hung
   rm -r /run/tmp/hung /run/tmp/volume
 }

@@ -34,6 +34,7 @@ use rustix::{
 use super::{group::Group, socket};
 use crate::oci;
 use crate::shim::{
+    pod::leave_behind,
     record::{ExitRecord, PidFile, ResourceRecord, ShimStatus},
     tasks::SIGKILL_STATUS,
 };
@@ -41,8 +42,11 @@ use crate::shim::{
 /// How long a shim may take to exit after it has removed its socket, before it is killed.
 const SHUTDOWN_LIMIT: Duration = Duration::from_millis(1500);
 
-/// How long a killed process may take to exit, or a killed cgroup to become empty.
+/// How long a killed process may take to exit.
 const AFTER_KILL_LIMIT: Duration = Duration::from_millis(1000);
+
+/// How long after the start of `delete` a killed cgroup may become empty.
+const CGROUP_LIMIT: Duration = Duration::from_millis(4000);
 
 /// Cleans up after the container of `bundle`, by default the current directory, and prints containerd's
 /// `DeleteResponse`.
@@ -58,6 +62,7 @@ pub(crate) fn delete(bundle: Option<&Path>) -> io::Result<()> {
 }
 
 fn clean_up(bundle: &Path) -> DeleteResponse {
+    let deadline = Instant::now() + CGROUP_LIMIT;
     end_shim(bundle);
     if let Some(socket) = shim_socket(bundle) {
         report(socket::remove_stale(&socket));
@@ -66,7 +71,7 @@ fn clean_up(bundle: &Path) -> DeleteResponse {
     // containerd or a crash may have left a mount there.
     report(unmount_all(&bundle.join("rootfs")));
     for cgroup in record.cgroups.iter().rev() {
-        report(remove_cgroup(cgroup));
+        report(remove_cgroup(cgroup, deadline));
     }
     let exit = report(ExitRecord::load(bundle)).flatten();
     to_response(exit.unwrap_or_else(|| ExitRecord::new(0, SIGKILL_STATUS, SystemTime::now())))
@@ -168,14 +173,15 @@ fn unmount_all(path: &Path) -> io::Result<()> {
 }
 
 /// Kills the processes of a cgroup and removes it. A concurrent removal by another `delete` is not an error.
-fn remove_cgroup(path: &Path) -> io::Result<()> {
+fn remove_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
     let step = format!("remove control group {}", path.display());
     if !path.starts_with("/sys/fs/cgroup") {
         return Err(with_step(ErrorKind::InvalidInput, &step));
     }
-    match empty_and_remove_cgroup(path) {
+    match empty_and_remove_cgroup(path, deadline) {
         // Open files of a removed cgroup fail with ENODEV (kernfs).
         Err(error) if error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV) => {
+            leave_behind(path);
             Err(with_step(error, &step))
         }
         _ => Ok(()),
@@ -183,10 +189,9 @@ fn remove_cgroup(path: &Path) -> io::Result<()> {
 }
 
 /// Uses `cgroup.kill` of cgroup v2, and waits for a change of `cgroup.events` until the cgroup is empty.
-fn empty_and_remove_cgroup(path: &Path) -> io::Result<()> {
+fn empty_and_remove_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
     let events = fs::File::open(path.join("cgroup.events"))?;
     fs::write(path.join("cgroup.kill"), "1")?;
-    let deadline = Instant::now() + AFTER_KILL_LIMIT;
     loop {
         // A change after this read wakes the wait below, so none is missed.
         events.read_at(&mut [0; 64], 0)?;

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::XattrFlags,
+};
 
 use crate::{oci::CgroupPath, shim::blocking};
 
@@ -17,6 +20,9 @@ const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// How long killed processes may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The extended attribute of groups that could not be removed. The kernel keeps it as long as the group.
+const LEFT_BEHIND: &str = "trusted.nutshell.left_behind";
 
 /// A failed change of a control group.
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +70,13 @@ impl ControlGroup {
         self.path.ancestors().filter_map(limit).min()
     }
 
-    /// Creates it with its ancestors.
+    /// Creates it with its ancestors. Removes the groups beside it that have been left behind.
     pub(super) fn create(&self) -> Result<(), CgroupError> {
-        fs::create_dir_all(&self.path).map_err(|source| self.error("create it", source))
+        fs::create_dir_all(&self.path).map_err(|source| self.error("create it", source))?;
+        // It may be one of them itself. Without the attribute, other shims do not remove it before a process is in it.
+        let _ = rustix::fs::removexattr(&self.path, LEFT_BEHIND);
+        remove_left_behind(self.path.parent().unwrap_or(&self.path));
+        Ok(())
     }
 
     /// Moves a process into it.
@@ -119,8 +129,28 @@ impl ControlGroup {
         match removed {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 log::warn!("cannot remove control group {}: {error}", self.path.display());
+                leave_behind(&self.path);
             }
             _ => {}
+        }
+    }
+}
+
+/// Marks a group that cannot be removed, because it has processes that do not end: a file server may wait for a volume
+/// that hangs. When they have ended, the next shim that creates a group beside it removes it.
+pub(crate) fn leave_behind(group: &Path) {
+    if let Err(error) = rustix::fs::setxattr(group, LEFT_BEHIND, b"", XattrFlags::empty()) {
+        log::warn!("control group {} stays when it is empty: {error}", group.display());
+    }
+}
+
+/// Removes the groups in `parent` that are marked and empty. Ignores failures: another shim may remove them too.
+fn remove_left_behind(parent: &Path) {
+    for group in fs::read_dir(parent).into_iter().flatten().flatten() {
+        let path = group.path();
+        if rustix::fs::getxattr(&path, LEFT_BEHIND, &mut [0_u8; 0]).is_ok() {
+            // The kernel refuses the removal of a group that has processes.
+            let _ = fs::remove_dir(path);
         }
     }
 }
@@ -193,6 +223,30 @@ mod tests {
             let text = failed.unwrap_err().to_string();
             assert!(text.contains(&group.path.display().to_string()), "{text}");
         }
+    }
+
+    #[test]
+    fn groups_that_were_left_behind_are_removed_when_they_are_empty() {
+        let root = tempfile::tempdir().unwrap();
+        let group = |name: &str| ControlGroup {
+            path: root.path().join(name),
+        };
+        for name in ["empty", "used", "other", "own"] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        // Like a process, a file prevents the removal.
+        fs::write(root.path().join("used/file"), "").unwrap();
+        for name in ["empty", "used", "own"] {
+            leave_behind(&root.path().join(name));
+        }
+
+        group("own").create().unwrap();
+
+        let exists = |name: &str| root.path().join(name).exists();
+        assert_eq!(["empty", "used", "other", "own"].map(exists), [false, true, true, true]);
+        fs::remove_file(root.path().join("used/file")).unwrap();
+        group("next").create().unwrap();
+        assert_eq!(["used", "other", "own", "next"].map(exists), [false, true, true, true]);
     }
 
     #[tokio::test]

@@ -29,6 +29,7 @@ use tokio::sync::OnceCell;
 
 use self::{cgroup::ControlGroup, disk_slots::DiskSlots, file_server::RunningFileServer, oom_score::OomScore};
 pub(crate) use self::{
+    cgroup::leave_behind,
     error::PodError,
     launcher::{HostLauncher, Launcher},
     pid_holder::{NetworkNamespace, PidHolder, open_network_namespace},
