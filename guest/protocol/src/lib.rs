@@ -15,17 +15,20 @@ mod frame;
 mod message;
 mod names;
 mod shell;
+mod stats;
 
 pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
 pub use message::{
-    BlockedThread, ClockReading, ClockSteering, ContainerStats, CpuStats, CreateContainer, DiskKernel, Event, Exited,
-    Failure, FailureKind, FromAgent, GuestSettings, IoStats, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE,
-    MAX_DISK_INITRD, MAX_DISK_KERNEL, MAX_KERNEL_SOURCE, MAX_PROCESSES, MAX_STATISTICS, MemoryEvents, MemoryStats,
-    NetworkParameter, NetworkStats, OpenShell, PidNamespace, PidsStats, PodFile, ProcessEntry, Ready, Reply, Request,
-    Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
+    BlockedThread, ClockReading, ClockSteering, CreateContainer, DiskKernel, Event, Exited, Failure, FailureKind,
+    FromAgent, GuestSettings, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL,
+    MAX_KERNEL_SOURCE, MAX_PROCESSES, NetworkParameter, OpenShell, PidNamespace, PodFile, ProcessEntry, Ready, Reply,
+    Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
 pub use names::{MAX_NAME_FRAME, MAX_NAME_QUERIES, NameAnswer, NameQuery};
 pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};
+pub use stats::{
+    ContainerStats, CpuStats, IoStats, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidsStats,
+};
 
 /// The host's vsock context id (virtio 1.3 §5.10.4).
 pub const HOST_CID: u32 = 2;
