@@ -48,7 +48,7 @@ const DEFAULT_READY_TIMEOUT: u64 = 8;
 /// The host's configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Configuration {
-    /// The path of a guest kernel (uncompressed ELF) that replaces the embedded one.
+    /// The path of a guest kernel (ELF `vmlinux` or `bzImage`) that replaces the embedded one.
     pub(crate) kernel: Option<PathBuf>,
     /// The path of an initramfs that replaces the embedded one. Must be from the same build: the encoding of the
     /// messages between shim and agent has no versions.

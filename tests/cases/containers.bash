@@ -286,7 +286,7 @@ boot_failure_is_reported_with_its_cause() {
   # This kernel fails at once: the time is that of ctr and containerd.
   local overhead=$took
   echo "no kernel" >/run/tmp/kernel
-  boot_fails /run/tmp/kernel "not an uncompressed x86-64 ELF vmlinux"
+  boot_fails /run/tmp/kernel "neither an ELF vmlinux nor a bzImage"
   # ud2, then a jump to itself.
   kernel_of '\x0f\x0b' /run/tmp/kernel
   boot_fails /run/tmp/kernel "the guest reset itself"

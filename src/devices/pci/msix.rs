@@ -166,13 +166,7 @@ impl MessageTable {
             0 => (entry.message.address & 0xffff_ffff) as u32,
             4 => (entry.message.address >> 32) as u32,
             8 => entry.message.data,
-            12 => {
-                if entry.masked {
-                    VECTOR_MASKED
-                } else {
-                    0
-                }
-            }
+            12 if entry.masked => VECTOR_MASKED,
             _ => 0,
         }
     }
@@ -252,11 +246,12 @@ pub(crate) mod mock {
     /// A vector that records the message to which it is connected.
     pub(crate) struct MockVector {
         event: EventFd,
-        pub(crate) connected: Arc<Mutex<Option<Message>>>,
+        connected: Arc<Mutex<Option<Message>>>,
     }
 
     impl MockVector {
-        pub(crate) fn new() -> (Box<dyn MessageVector>, Arc<Mutex<Option<Message>>>) {
+        /// Returns a vector, and the message to which it is connected.
+        pub(crate) fn pair() -> (Box<dyn MessageVector>, Arc<Mutex<Option<Message>>>) {
             let connected = Arc::new(Mutex::new(None));
             let vector = Self {
                 event: EventFd::new(EFD_NONBLOCK).unwrap(),
@@ -306,7 +301,7 @@ mod tests {
 
     impl Fixture {
         fn new(count: usize) -> Self {
-            let (vectors, connected) = (0..count).map(|_| MockVector::new()).unzip();
+            let (vectors, connected) = (0..count).map(|_| MockVector::pair()).unzip();
             let table = MessageTable::new("test".to_owned(), vectors);
             let mut configuration = Configuration::new(Identity {
                 vendor: 1,

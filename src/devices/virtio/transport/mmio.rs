@@ -102,11 +102,7 @@ impl Mmio {
             // KVM handles the notifications of existing queues. Others have no effect.
             VIRTIO_MMIO_QUEUE_NOTIFY => {}
             VIRTIO_MMIO_INTERRUPT_ACK => self.line.acknowledge(value),
-            VIRTIO_MMIO_STATUS => {
-                if self.device.write_status(value) {
-                    self.line.reset();
-                }
-            }
+            VIRTIO_MMIO_STATUS => self.write_status(value),
             VIRTIO_MMIO_QUEUE_DESC_LOW => set_address(QueueArea::Descriptors, false),
             VIRTIO_MMIO_QUEUE_DESC_HIGH => set_address(QueueArea::Descriptors, true),
             VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_address(QueueArea::Driver, false),
@@ -114,6 +110,12 @@ impl Mmio {
             VIRTIO_MMIO_QUEUE_USED_LOW => set_address(QueueArea::Device, false),
             VIRTIO_MMIO_QUEUE_USED_HIGH => set_address(QueueArea::Device, true),
             _ => {}
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if self.device.write_status(value) {
+            self.line.reset();
         }
     }
 }

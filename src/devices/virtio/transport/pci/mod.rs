@@ -232,11 +232,7 @@ impl VirtioFunction {
             register::QUEUE_SIZE => self.device.negotiation.set_queue_size(queue, low),
             register::QUEUE_MSIX_VECTOR => self.interrupt.set_queue_vector(self.queue_select, short),
             // A driver must not write 0 (virtio 1.3 §4.1.4.3.2).
-            register::QUEUE_ENABLE => {
-                if value == 1 {
-                    self.device.negotiation.set_queue_ready(queue, true);
-                }
-            }
+            register::QUEUE_ENABLE if value == 1 => self.device.negotiation.set_queue_ready(queue, true),
             (offset, size @ (4 | 8)) => {
                 for (start, area) in QUEUE_AREAS {
                     let mut set = |is_high, value| {

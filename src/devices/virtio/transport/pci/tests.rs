@@ -78,7 +78,7 @@ fn fixture() -> Fixture {
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
     let (device, doorbells) = (Recorder::default(), RecordedDoorbells::default());
     let kicks = vec![event(), event()];
-    let (vectors, connected) = (0..3).map(|_| MockVector::new()).unzip();
+    let (vectors, connected) = (0..3).map(|_| MockVector::pair()).unzip();
     let connection = Connection {
         window: BASE,
         kicks: kicks.iter().map(|kick| kick.try_clone().unwrap()).collect(),
