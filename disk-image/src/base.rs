@@ -4,7 +4,7 @@ use std::io;
 
 use crate::{
     io::{ReadAt, Target, fill, fill_with_zeroes, read_up_to},
-    limits::{check_range, problem_of_size},
+    limits::{check_range, find_size_problem},
     qcow2::{self, Mapping, Qcow2, Qcow2Error},
 };
 
@@ -62,7 +62,7 @@ const OTHER_FORMATS: [(&[u8], &str); 8] = [
 ];
 
 impl BaseFormat {
-    /// Detects the format by the magic number at the start. What has none is raw.
+    /// Detects the format by the magic number at the start. A file without a known magic number is raw.
     ///
     /// The result depends on bytes that a guest can write, if it can write the disk. A guest that writes a qcow2 header
     /// to a raw disk must not change the disk's format: use this only for a file that no guest can write.
@@ -117,7 +117,7 @@ impl Base {
             BaseFormat::Qcow2 => Ok(Self::Qcow2(Qcow2::open(file)?)),
             BaseFormat::Raw => {
                 let size = file.size().map_err(read_error("the size"))?;
-                match problem_of_size(size) {
+                match find_size_problem(size) {
                     Some(problem) => Err(BaseError::RawSize { size, problem }),
                     None => Ok(Self::Raw { file, size }),
                 }

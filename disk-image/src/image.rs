@@ -42,9 +42,9 @@ impl Image {
 
     /// Opens a disk whose writes go to `cow`: an empty file, or one that was used with the same base image before.
     ///
-    /// `host_boot` identifies the run of the host's kernel (`/proc/sys/kernel/random/boot_id`). If it differs from that
-    /// of the last use, the host may have lost writes that were not flushed, and the disk has the state of the last
-    /// flush, with any part of later writes to clusters that were present by then.
+    /// `host_boot` is the boot ID of the host (`/proc/sys/kernel/random/boot_id`). If it differs from that of the last
+    /// use, the host may have lost writes that were not flushed. The disk then has the state of the last flush, but
+    /// later writes to clusters that were present at that flush may be there in part or in full.
     ///
     /// # Errors
     ///

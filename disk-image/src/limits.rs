@@ -9,12 +9,12 @@ pub const SECTOR_SIZE: u64 = 512;
 /// and keeps that file below the maximum of ext4.
 pub const MAX_VIRTUAL_SIZE: u64 = 8 << 40;
 
-/// The alignment in sectors of a discard that frees the most space: a cluster of the copy-on-write file. To discard a
-/// part of one that is not present, the rest of it is copied from the base image.
+/// The preferred alignment of a discard, in sectors: a cluster of the copy-on-write file. A discard of a part of a
+/// cluster that is not present copies the rest of the cluster from the base image.
 pub const DISCARD_ALIGNMENT: u32 = 128;
 
-/// What is wrong with the size of a disk, in bytes.
-pub(crate) fn problem_of_size(size: u64) -> Option<&'static str> {
+/// Returns why `size`, in bytes, is not a valid size of a disk. `None` if it is valid.
+pub(crate) fn find_size_problem(size: u64) -> Option<&'static str> {
     if size == 0 {
         Some("the disk is empty")
     } else if !size.is_multiple_of(SECTOR_SIZE) {

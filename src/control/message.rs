@@ -24,7 +24,7 @@ pub(crate) enum Command {
     /// Descriptors: `/dev/kvm`; the file with the guest's kernel; those of [`Software`]; if `file_server`, the connected
     /// vhost-user socket of the fs process; then those of each disk ([`DiskAccess`]).
     Boot(MachineConfig, Software),
-    /// Presses the power button of a machine with [`Software::User`]. Whether the guest shuts down is up to it.
+    /// Presses the power button of a machine with [`Software::User`]. The guest may ignore it.
     PressPowerButton,
     /// Opens a stream: lets the guest connect to host port `port` once, and copies bytes between that connection and
     /// the descriptors.
@@ -106,7 +106,7 @@ pub(crate) struct MachineConfig {
 /// What runs on a machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Software {
-    /// The kernel of this project and its agent.
+    /// A guest with the agent, on this project's kernel or the configured one.
     ///
     /// Descriptors: the file with the initramfs; the stream of [`nutshell_protocol::AGENT_PORT`].
     Agent {
@@ -158,8 +158,8 @@ pub(crate) enum DiskAccess {
     /// Descriptors: a raw or qcow2 image that no guest can write, open for reading; its copy-on-write file, open for
     /// reading and writing, which is empty or was used with the same image before. No other vmm may have it.
     CopyOnWrite {
-        /// The run of the host's kernel (`/proc/sys/kernel/random/boot_id`): if it differs from that in the file, the
-        /// disk continues with the last flush.
+        /// The boot ID of the host (`/proc/sys/kernel/random/boot_id`). If it differs from the one in the file, the
+        /// host may have crashed, and the disk has the state of the last flush.
         host_boot: [u8; 16],
     },
 }
@@ -199,7 +199,7 @@ pub(crate) enum Notice {
     Console(Vec<u8>),
     /// The reply to [`Command::ReadStatistics`].
     Statistics(MachineStatistics),
-    /// Something in the vmm has failed that the guest does not report, or whose cause it does not know.
+    /// A failure in the vmm that the guest cannot see, or of which it sees only the effect.
     Warning {
         /// The device: the serial of a disk, or the name that the log has for a device of another kind.
         device: String,
@@ -218,7 +218,7 @@ pub(crate) enum Notice {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachineStatistics {
     pub(crate) devices: Vec<DeviceCounters>,
-    /// When the machine was built and its first processor started, on the clock of [`monotonic_now`].
+    /// When the machine was built, just before its vCPUs start, on the clock of [`monotonic_now`].
     pub(crate) ready: Option<Duration>,
     /// When the guest's kernel did its first I/O, on the same clock.
     pub(crate) kernel: Option<Duration>,
@@ -237,7 +237,7 @@ pub(crate) struct DeviceCounters {
     pub(crate) bytes_to_guest: u64,
     /// Bytes that the guest sent.
     pub(crate) bytes_from_guest: u64,
-    /// How often a queue or stream was not served for a while.
+    /// The number of times that a queue or stream made no progress for 10 s.
     pub(crate) stalls: u64,
 }
 

@@ -80,11 +80,11 @@ pub(super) fn start(
 
     // The slots come first on the bus, because the guest finds them by their position (see `slot_device_name`).
     let network_slots = (0..NETWORK_SLOTS)
-        .map(|_| board.reserve())
+        .map(|_| board.reserve_slot())
         .collect::<Result<Vec<_>, _>>()?;
-    let growth = Growth::new(&config, board.reserve()?)?;
+    let growth = Growth::new(&config, board.reserve_slot()?)?;
     let hotplug_disks = (0..config.hotplug_disks)
-        .map(|_| board.reserve())
+        .map(|_| board.reserve_slot())
         .collect::<Result<Vec<_>, _>>()?;
     let mut counters = Vec::new();
     let mut add = |device: Box<dyn Device>| {
@@ -300,7 +300,7 @@ fn load_software(
     };
     let information = boot::tables::BootInformation {
         memory: config.memory,
-        reserved: board.reserved(),
+        reserved: board.reserved_addresses(),
         kernel: &kernel,
         command_line: command_line.trim_end(),
         initramfs,

@@ -46,7 +46,7 @@ pub(super) enum SoftwareResources {
     },
 }
 
-/// What the machine tells its guest about itself.
+/// The identity of the machine, which its guest reads from SMBIOS. `uuid` is in the byte order of RFC 9562.
 #[derive(Debug, Default)]
 pub(super) struct Identity {
     pub(super) uuid: [u8; 16],

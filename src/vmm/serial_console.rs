@@ -129,7 +129,7 @@ impl SerialConsole {
 
     fn move_output(&mut self) -> io::Result<()> {
         let Some(output) = &self.output else {
-            // Nobody reads. Take the event away; the ring keeps the latest bytes.
+            // There is no reader. Clear the event; the ring keeps the latest bytes.
             self.ring.discard_ready();
             return Ok(());
         };
@@ -143,7 +143,7 @@ impl SerialConsole {
                 }
             }
             Err(error) => {
-                log::warn!(target: "serial", "the console's output is lost from now on: write it: {error}");
+                log::warn!(target: "serial", "cannot write the console's output, it is dropped from now on: {error}");
                 self.output = None;
             }
         }
@@ -177,7 +177,7 @@ impl SerialConsole {
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             Err(error) => {
-                log::warn!(target: "serial", "the console takes no more input: read it: {error}");
+                log::warn!(target: "serial", "cannot read the console's input, which is closed: {error}");
                 self.close_input()
             }
         }
@@ -220,12 +220,12 @@ impl SerialConsole {
                     };
                     let mut polled = [PollFd::new(output, PollFlags::OUT)];
                     if remaining.is_zero() || matches!(poll(&mut polled, Some(&timeout)), Ok(0)) {
-                        log::warn!(target: "serial", "the last output of the console is lost: nobody reads it");
+                        log::warn!(target: "serial", "the last output of the console is lost: not read within 10 s");
                         break;
                     }
                 }
                 Err(error) => {
-                    log::warn!(target: "serial", "the last output of the console is lost: write it: {error}");
+                    log::warn!(target: "serial", "the last output of the console is lost: cannot write it: {error}");
                     break;
                 }
             }

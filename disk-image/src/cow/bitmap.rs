@@ -51,7 +51,8 @@ impl Bitmap {
         byte.is_some_and(|byte| byte.load(Ordering::Acquire) & 1 << (cluster % 8) != 0)
     }
 
-    /// Whether `first` is present, and the end of the range of clusters from there to `end` for which that is the same.
+    /// Whether cluster `first` is present, and the end of the run of clusters from `first` on that have the same state.
+    /// The run ends at `end` at the latest.
     pub(super) fn run(&self, first: u64, end: u64) -> (bool, u64) {
         let present = self.is_present(first);
         let mut next = first + 1;

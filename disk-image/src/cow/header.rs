@@ -59,7 +59,7 @@ pub(super) struct Header {
     disk_size: u64,
     /// Of the first cluster of the base image.
     base_checksum: u64,
-    /// The run of the host's kernel in which the bitmap `current` was last written.
+    /// The boot ID of the host when the bitmap `current` was last written.
     pub(super) host_boot: [u8; 16],
 }
 
@@ -86,8 +86,8 @@ impl Header {
         block
     }
 
-    /// Checks that `block` is the header of a copy-on-write file for the base image of `self`. Returns the run of the
-    /// host's kernel in it.
+    /// Checks that `block` is the header of a copy-on-write file for the base image of `self`. Returns the host's
+    /// boot ID in it.
     pub(super) fn check(&self, block: &[u8]) -> Result<[u8; 16], CowError> {
         let u32_at = |offset: usize| u32::from_le_bytes(field(block, offset));
         let u64_at = |offset: usize| u64::from_le_bytes(field(block, offset));

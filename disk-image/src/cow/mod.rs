@@ -77,7 +77,7 @@ impl CowFile {
             stripes: (0..STRIPES).map(|_| Mutex::default()).collect(),
             flush: Mutex::default(),
         };
-        // The process that made the file was killed before it wrote the header, or this process makes it.
+        // Without a header, the file is new, or the process that created it was killed before it wrote the header.
         if block.iter().all(|byte| *byte == 0) {
             file.create(header)?;
         } else {
@@ -93,8 +93,8 @@ impl CowFile {
             file_size,
             ..
         } = self.layout;
-        // If the host has crashed before a first flush, a bitmap may have bits without the header. And a flush must not
-        // fail because of a bitmap when the host's file system is full.
+        // Zeroed, because after a crash of the host the file may have bits in a bitmap but no header. Allocated, so
+        // that a flush can write the bitmaps when the host's file system is full.
         self.file
             .zero(start, file_size - start, true)
             .and_then(|()| self.file.allocate(start, file_size - start))
@@ -121,7 +121,7 @@ impl CowFile {
             self.present.load_block(block, valid, durable == *valid);
         }
         if host_crashed {
-            // After the bitmap: a process that is killed before this one starts again with the durable bitmap.
+            // Last: if this process is killed before this write, the next one resets the bitmap again.
             self.file
                 .write_all_at(&header.to_block(), self.layout.header)
                 .map_err(host_error("write its header"))?;

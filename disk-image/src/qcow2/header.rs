@@ -3,7 +3,7 @@
 use super::error::{Qcow2Error, Text, read_error};
 use crate::{
     io::{ReadAt, read_or_end},
-    limits::problem_of_size,
+    limits::find_size_problem,
 };
 
 /// The first bytes of an image.
@@ -138,7 +138,7 @@ impl Header {
         check_references(file, &fields)?;
 
         let size = fields.u64(24);
-        if let Some(problem) = problem_of_size(size) {
+        if let Some(problem) = find_size_problem(size) {
             return Err(field("size", size, problem));
         }
         let bytes_per_l1_entry = cluster_size * (cluster_size / 8);

@@ -31,7 +31,7 @@ const ZERO: u64 = 1;
 /// Where a part of the disk is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mapping {
-    /// Nowhere: it reads as zeroes.
+    /// Not in the file: it reads as zeroes.
     Zero,
     /// In the file, from this position on.
     Data(u64),

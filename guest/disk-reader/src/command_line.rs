@@ -1,6 +1,6 @@
 //! Command lines of kernels.
 
-/// The largest length of a command line, in bytes. Linux on x86 uses 2047 (`COMMAND_LINE_SIZE`).
+/// The largest length of a command line, in bytes. Linux on x86 uses 2047 (`COMMAND_LINE_SIZE` - 1).
 pub const MAX_COMMAND_LINE: usize = 4096;
 
 /// Returns `command_line` with single spaces between its arguments, and none at its ends.

@@ -169,7 +169,7 @@ impl Disk {
     /// Opens a regular file of at most `max` bytes, and returns it with its size. Follows symbolic links, which cannot
     /// lead out of the file system.
     pub(crate) fn open(&self, location: &Location, max: u64) -> Result<(File, u64), ReadError> {
-        // The first descriptor has no effect on what it refers to: opening a device or a FIFO may block or act.
+        // O_PATH has no side effects. Opening a device or a FIFO for reading may block or trigger an action.
         let probe = self.open_at(location, OFlags::PATH)?;
         check_regular(&probe)?;
         let file = self.open_at(location, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?;

@@ -34,7 +34,7 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
     let Some(root) = find_root(disk, first.file_system) else {
         let kernel = disk.describe_location(first);
         notes.add(format!(
-            "there are kernels in {kernel}, but no file system with an os-release file and a UUID, which would be the root"
+            "there are kernels in {kernel}, but no root file system: none has an os-release file and a UUID"
         ));
         return None;
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::superblock::{bytes_at, u32_at, u64_at};
 
-/// The purpose of a partition, as far as boot loaders use it.
+/// The types of partitions that matter to boot loaders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PartitionType {
     /// The EFI system partition.
@@ -33,7 +33,8 @@ const EXTENDED_BOOT_LOADER_GUID: [u8; 16] = [
 /// Returns the types of the partitions that are not [`PartitionType::Other`], by their number, from the first
 /// [`crate::START_SIZE`] bytes of a disk. `block_size` is the size of the disk's logical blocks in bytes.
 ///
-/// Knows the primary partitions of an MBR, and a GPT whose entries follow its header closely, as all tools write it.
+/// Supports the primary partitions of an MBR, and the entries of a GPT that lie in `start`. Tools write them directly
+/// after the header.
 #[must_use]
 pub fn partition_types(start: &[u8], block_size: usize) -> BTreeMap<u32, PartitionType> {
     gpt_types(start, block_size).unwrap_or_else(|| mbr_types(start))

@@ -9,7 +9,7 @@ pub const START_SIZE: usize = (64 << 10) + 4096;
 pub struct Superblock {
     /// The type, as for mount(2), or blkid's name for contents that cannot be mounted.
     pub kind: &'static str,
-    /// The UUID, or what takes its place.
+    /// The UUID; for FAT the volume serial number, for ISO 9660 a time.
     pub uuid: Option<String>,
     /// The name that the user gave it, for `LABEL=`.
     pub label: Option<String>,
@@ -92,7 +92,8 @@ fn lvm(start: &[u8]) -> Option<Superblock> {
     is_volume.then_some(without_name("LVM2_member"))
 }
 
-/// FAT has no magic number of its own. It comes last, because other file systems leave the first sector alone.
+/// FAT has no magic number. It comes last, because other file systems may leave an old FAT boot sector in
+/// place.
 fn fat(start: &[u8]) -> Option<Superblock> {
     if bytes_at(start, 510)? != [0x55, 0xaa] {
         return None;

@@ -39,7 +39,7 @@ impl GenericEvents {
         }
     }
 
-    /// Asks the guest to shut down. What it does, and when, is up to the guest.
+    /// Requests a shutdown of the guest, which may ignore or delay the request.
     pub(crate) fn press_power_button(&self) -> io::Result<()> {
         self.shared.pending.fetch_or(POWER_BUTTON, Ordering::SeqCst);
         self.shared.interrupt.write(1)

@@ -1,4 +1,4 @@
-//! The devices of the Pc board that are neither PCI nor virtio: the serial port COM1 with its output ring, the power
+//! The devices of the PC board that are neither PCI nor virtio: the serial port COM1 with its output ring, the power
 //! management timer, the power register and the generic event device.
 //!
 //! Belongs here: registers at I/O ports that a PC's firmware tables describe. Does not belong here: their addresses and

@@ -17,8 +17,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::devices::output_sink::OutputSink;
 
-/// The maximum number of bytes that one write to the descriptor takes.
-const CHUNK: usize = 4096;
+/// The maximum size of one write to the descriptor, in bytes.
+const MAX_WRITE_SIZE: usize = 4096;
 
 /// A bounded queue of bytes.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl OutputRing {
         unsafe { BorrowedFd::borrow_raw(self.ready.as_raw_fd()) }
     }
 
-    /// Clears the descriptor of [`Self::ready`], for a ring that nobody empties.
+    /// Clears the descriptor of [`Self::ready`], for a ring without a reader.
     pub(crate) fn discard_ready(&self) {
         // There may be nothing to read.
         let _ = self.ready.read();
@@ -97,10 +97,11 @@ impl OutputSink for OutputRing {
     }
 }
 
-/// What [`OutputMover::serve`] left to do.
+/// Why [`OutputMover::serve`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Moved {
-    /// The ring was empty. Call again when [`OutputRing::ready`] is readable.
+    /// The ring is empty, or the call has written as many bytes as it may. Call again when [`OutputRing::ready`] is
+    /// readable.
     All,
     /// The descriptor takes no more bytes now. Call again when it is writable.
     UntilFull,
@@ -118,13 +119,17 @@ impl OutputMover {
     pub(crate) fn new(ring: Arc<OutputRing>) -> Self {
         Self {
             ring,
-            chunk: Vec::with_capacity(CHUNK),
+            chunk: Vec::with_capacity(MAX_WRITE_SIZE),
         }
     }
 
-    /// Writes bytes to `output`, which must be non-blocking, at most the capacity of the ring in one call. If there are
-    /// more, [`OutputRing::ready`] is readable. After an error, such as `EPIPE`, the bytes of the failed write are
-    /// dropped. A caller may stop calling then: the ring drops its oldest bytes.
+    /// Writes bytes to `output`, which must be non-blocking. One call writes at most the capacity of the ring. If bytes
+    /// are left, [`OutputRing::ready`] is readable.
+    ///
+    /// # Errors
+    ///
+    /// The write failed, for example with `EPIPE`. Its bytes are dropped. The caller may stop calling: the ring then
+    /// drops its oldest bytes when it is full.
     pub(crate) fn serve(&mut self, output: BorrowedFd<'_>) -> io::Result<Moved> {
         // Clears readiness. There may be nothing to read, if the descriptor has become writable.
         let _ = self.ring.ready.read();
@@ -135,7 +140,7 @@ impl OutputMover {
                     self.ring.signal();
                     return Ok(Moved::All);
                 }
-                self.ring.take(CHUNK.min(budget), &mut self.chunk);
+                self.ring.take(MAX_WRITE_SIZE.min(budget), &mut self.chunk);
                 budget -= self.chunk.len();
             }
             if self.chunk.is_empty() {
@@ -241,12 +246,12 @@ mod tests {
             mover.serve(writer.as_fd()).unwrap();
         }
         assert!(ring.bytes.lock().capacity() <= 4 << 10);
-        assert!(mover.chunk.capacity() <= CHUNK);
+        assert!(mover.chunk.capacity() <= MAX_WRITE_SIZE);
         assert!(ring.dropped() > 0);
     }
 
     #[test]
-    fn guest_that_writes_faster_than_the_descriptor_takes_does_not_keep_the_event_loop() {
+    fn one_call_writes_at_most_the_capacity_of_the_ring() {
         let (mut reader, writer) = pipe().unwrap();
         fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
         let ring = Arc::new(OutputRing::new(16).unwrap());

@@ -16,7 +16,7 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// The bits of the sleep control register that are neither reserved nor ignored.
 const SLEEP_MASK: u8 = 0b11_1100;
 
-/// What the guest asks for.
+/// A request that the guest wrote to the register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PowerRequest {
     Reset,

@@ -36,7 +36,7 @@ struct Shared {
 
 struct Port {
     uart: vm_superio::Serial<Interrupt, NoEvents, Sinks>,
-    /// The port has refused input, and not signalled since that it takes input again.
+    /// Whether the port has refused input since it last signalled [`Shared::input_ready`].
     has_refused: bool,
 }
 
@@ -66,8 +66,8 @@ impl Serial {
         self.shared.counters.clone()
     }
 
-    /// Puts input into the receive buffer, which has 64 bytes. Returns the number of bytes that it took. If these are
-    /// not all, [`Self::input_ready`] becomes readable when the guest has read the buffer empty: send the rest then.
+    /// Puts input into the receive buffer of 64 bytes. Returns the number of bytes that fit. If some did not fit,
+    /// [`Self::input_ready`] becomes readable when the guest has emptied the buffer: send the rest then.
     pub(crate) fn send_input(&self, bytes: &[u8]) -> usize {
         // Clears readiness. Usually there is nothing to read.
         let _ = self.shared.input_ready.read();

@@ -69,7 +69,7 @@ impl Configuration {
         this.set(CLASS, &identity.class.to_le_bytes()[..3]);
         this.set(SUBSYSTEM_VENDOR_ID, &identity.subsystem_vendor.to_le_bytes());
         this.set(SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
-        // Software stores what it likes here. There is no interrupt pin: functions interrupt by messages.
+        // Scratch for software (PCI 3.0 §6.2.4). There is no interrupt pin: functions use MSI-X.
         this.writable[INTERRUPT_LINE] = 0xff;
         this.writable[COMMAND] = COMMAND_BUS_MASTER;
         this.writable[COMMAND + 1] = COMMAND_INTX_DISABLE_HIGH;
@@ -87,12 +87,12 @@ impl Configuration {
         self.writable[COMMAND] |= COMMAND_MEMORY;
     }
 
-    /// Appends a capability with `id`, whose bytes from the third on are `body`, of which the guest can write the bits
-    /// set in `writable`. Returns its offset.
+    /// Appends a capability: `id`, the pointer to the next capability, and `body`. The guest can write the bits of
+    /// `body` that are set in `writable`. Returns the capability's offset.
     ///
     /// # Panics
     ///
-    /// If the capabilities exceed the configuration space, which depends on no input.
+    /// If the capabilities exceed the configuration space. Their sizes are constants, not input.
     pub(crate) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let offset = self.end;
         self.bytes[STATUS] |= STATUS_CAPABILITIES;

@@ -31,10 +31,10 @@ pub(crate) struct Message {
     pub(crate) data: u32,
 }
 
-/// The way of one vector to the guest. The vmm implements it with a route and an irqfd of KVM. Dropping it disconnects
-/// it.
+/// The connection of one vector to the guest. The vmm implements it with a route and an irqfd of KVM. Dropping it
+/// disconnects the vector.
 pub(crate) trait MessageVector: Send {
-    /// Sends `message` to the guest whenever the eventfd is signalled, also if it was signalled before.
+    /// Sends `message` to the guest whenever the eventfd is signalled. A signal from before the call is sent at once.
     ///
     /// # Errors
     ///
@@ -188,7 +188,7 @@ impl MessageTable {
         self.apply(index);
     }
 
-    /// Connects or disconnects vector `index`, as its entry and the message control register say.
+    /// Connects or disconnects vector `index` according to its entry and the message control register.
     fn apply(&mut self, index: usize) {
         let open = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
         let Some(entry) = self.entries.get_mut(index) else {
@@ -205,7 +205,7 @@ impl MessageTable {
         entry.connected = wanted;
         if let Err(error) = result {
             entry.connected = None;
-            log::warn!(target: &self.name, "interrupt vector {index} of the device is lost: {error}");
+            log::warn!(target: &self.name, "cannot change the route of interrupt vector {index}: {error}");
         }
     }
 }

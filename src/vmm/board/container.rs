@@ -99,7 +99,7 @@ impl Board for ContainerBoard {
         Ok(clones)
     }
 
-    fn reserve(&mut self) -> Result<Box<dyn Slot>, MachineError> {
+    fn reserve_slot(&mut self) -> Result<Box<dyn Slot>, MachineError> {
         let (address, slot) = (self.allocate_address()?, HotplugSlot::default());
         self.buses
             .memory

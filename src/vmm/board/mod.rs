@@ -1,8 +1,8 @@
 //! Boards: the bus of a machine, where its devices are on it, and how the guest finds them.
 //!
 //! Belongs here: [`Board`] and its implementations, [`container`] (virtio-mmio, MP table) and [`pc`] (PCI, ACPI).
-//! Does not belong here: which devices a machine has, which [`super::build`] decides. That module builds the machine on
-//! a board; [`super::machine`] plugs devices into its slots.
+//! Does not belong here: the list of a machine's devices, in [`super::build`]. That module builds the machine on a
+//! board; [`super::machine`] plugs devices into its slots.
 
 pub(super) mod container;
 pub(super) mod pc;
@@ -19,17 +19,17 @@ use crate::{
 
 /// The board of a machine, while it is built.
 pub(super) trait Board {
-    /// Adds a device. Returns the kick of each queue.
+    /// Adds a device. Returns one eventfd per queue (its kick), which is signalled when the driver notifies the queue.
     fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError>;
 
     /// Reserves a slot for devices that are plugged in while the machine runs.
-    fn reserve(&mut self) -> Result<Box<dyn Slot>, MachineError>;
+    fn reserve_slot(&mut self) -> Result<Box<dyn Slot>, MachineError>;
 
     /// The kernel arguments by which the guest finds the devices. Begins with a space, unless it is empty.
     fn kernel_arguments(&self) -> &str;
 
     /// Guest physical addresses that the guest's kernel must not use.
-    fn reserved(&self) -> &[Range<u64>] {
+    fn reserved_addresses(&self) -> &[Range<u64>] {
         &[]
     }
 
@@ -38,7 +38,8 @@ pub(super) trait Board {
         None
     }
 
-    /// Writes the tables by which the guest finds processors and interrupt lines, or the devices.
+    /// Writes the firmware tables to guest memory: the MP table; or ACPI, SMBIOS and the reset code. They list
+    /// `max_vcpus` vCPUs.
     fn write_tables(&self, memory: &MemoryRegions, max_vcpus: u8) -> Result<(), MachineError>;
 
     /// The finished buses.
@@ -54,10 +55,10 @@ pub(super) struct Buses {
     pub(super) ports: Bus,
 }
 
-/// A slot for a device that is plugged in while the machine runs. It knows how to connect the device to the guest.
+/// A slot for a device that is plugged in while the machine runs. It connects the device to the guest.
 pub(super) trait Slot: fmt::Debug + Send {
     /// Plugs in `device`, whose queues have the eventfds `kicks`. The guest finds it when it probes the slot again.
-    /// `number` is the slot's, for errors.
+    /// `number` is the number of the slot, for error texts.
     fn plug(&mut self, number: u32, device: Box<dyn Device>, kicks: Vec<EventFd>) -> Result<(), MachineError>;
 
     fn is_empty(&self) -> bool;

@@ -1,4 +1,4 @@
-//! The board for guests with a kernel of their own: a PCI bus, and the tables of a PC without legacy devices
+//! The board for kernels of distributions: a PCI bus, and the firmware tables of a PC whose only legacy device is COM1
 //! (hardware-reduced ACPI).
 
 use std::{ops::Range, sync::Arc};
@@ -141,7 +141,7 @@ impl Board for PcBoard {
         }
     }
 
-    fn reserve(&mut self) -> Result<Box<dyn Slot>, MachineError> {
+    fn reserve_slot(&mut self) -> Result<Box<dyn Slot>, MachineError> {
         Ok(Box::new(PciSlot {
             bus: self.bus.clone(),
             builder: self.builder.clone(),
@@ -153,7 +153,7 @@ impl Board for PcBoard {
         ""
     }
 
-    fn reserved(&self) -> &[Range<u64>] {
+    fn reserved_addresses(&self) -> &[Range<u64>] {
         &RESERVED
     }
 
@@ -217,7 +217,7 @@ struct FunctionBuilder {
 }
 
 impl FunctionBuilder {
-    /// The function of `device` as PCI device `number`, which decides about the first place of its window.
+    /// Builds the PCI function of `device`. Its device number `number` determines the initial address of its window.
     fn build(
         &self,
         number: usize,

@@ -1,4 +1,5 @@
-//! Guest physical addresses of everything that the vmm puts into memory before boot, and the entries of the GDT.
+//! Guest physical addresses of the boot structures that both boards have, and the entries of the GDT. The kernel's
+//! address comes from its file; [`super::pc_layout`] has the firmware tables of the PC board.
 
 /// The global descriptor table.
 pub(in crate::vmm) const GDT: u64 = 0x500;

@@ -1,4 +1,4 @@
-//! The Pc board: guest physical addresses, I/O ports and interrupt lines that its firmware tables describe.
+//! The PC board: guest physical addresses, I/O ports and interrupt lines that its firmware tables describe.
 //!
 //! The structures of the boot protocol lie where [`super::layout`] puts them, on both boards.
 

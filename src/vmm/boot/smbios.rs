@@ -1,4 +1,4 @@
-//! The SMBIOS structures of the Pc board (DMTF DSP0134, SMBIOS 3.7): the identity of the machine, and strings by which
+//! The SMBIOS structures of the PC board (DMTF DSP0134, SMBIOS 3.7): the identity of the machine, and strings by which
 //! the host passes settings to the guest's software, such as credentials of systemd.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
@@ -10,11 +10,11 @@ const ENTRY_POINT_SIZE: usize = 24;
 /// The address of the first structure. The entry point is before it.
 const STRUCTURES: u64 = SMBIOS + 0x20;
 
-/// The version of SMBIOS that the structures conform to. Later ones do not change them.
+/// The version of SMBIOS, major and minor, that the structures conform to. Later versions do not change them.
 const VERSION: [u8; 2] = [3, 3];
 
 const MANUFACTURER: &str = "nutshell";
-/// Linux does not use some of PCI and ACPI if the firmware is older than they are.
+/// Linux disables some PCI and ACPI features if the firmware's date is before their introduction.
 const RELEASE_DATE: &str = "01/01/2026";
 
 /// Structure types (§7).
@@ -28,7 +28,7 @@ const END: u8 = 127;
 const CHARACTERISTICS_NOT_STATED: u64 = 1 << 3;
 /// Bit 4 of the second extension byte of the firmware's characteristics: the system is a virtual machine (§7.1.2.2).
 const VIRTUAL_MACHINE: u8 = 1 << 4;
-/// A version or release that does not exist.
+/// The release number of a component that has none (§7.1).
 const NO_RELEASE: u8 = 0xff;
 /// The machine was started by its power switch (§7.2.2).
 const WAKE_UP_POWER_SWITCH: u8 = 6;

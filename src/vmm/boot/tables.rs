@@ -51,7 +51,7 @@ pub(in crate::vmm) struct LoadedInitramfs {
     pub(in crate::vmm) length: u64,
 }
 
-/// What the kernel must know at its first instruction.
+/// The values from which [`write`] builds the boot structures.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::vmm) struct BootInformation<'i> {
     /// The size of boot memory in bytes.

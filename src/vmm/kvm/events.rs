@@ -19,16 +19,17 @@ use crate::{
     vmm::boot::mptable::IO_APIC_LINES,
 };
 
-/// The lines of one of the two legacy interrupt controllers (PIC).
+/// The number of lines of each of the two legacy interrupt controllers (PIC).
 const PIC_LINES: u8 = 8;
 
-/// The maximum number of messages. The kernel allows 4096 routes in total.
+/// The maximum number of messages. KVM allows 4096 routes in total (`KVM_MAX_IRQ_ROUTES`).
 const MAX_MESSAGES: u32 = 2048;
 
 /// Connects eventfds to a virtual machine.
 #[derive(Debug, Clone)]
 pub(in crate::vmm) struct VmEvents {
     vm: Arc<VmFd>,
+    /// The messages by their number (GSI) in KVM's routing table. `None` for a vector that was never connected.
     messages: Arc<Mutex<BTreeMap<u32, Option<Message>>>>,
 }
 
@@ -76,8 +77,8 @@ impl VmEvents {
         }))
     }
 
-    /// Changes the message of `gsi`, and gives KVM all routes: those of the interrupt lines, as it has them at first,
-    /// and those of the messages.
+    /// Changes the message of `gsi`. Replaces KVM's routing table, because KVM cannot change a single route: by KVM's
+    /// default routes of the interrupt lines, and the routes of all messages.
     fn set_message(&self, gsi: u32, message: Message) -> io::Result<()> {
         let mut messages = self.messages.lock();
         if messages.get(&gsi) == Some(&Some(message)) {
@@ -169,8 +170,8 @@ impl Drop for RoutedVector {
     fn drop(&mut self) {
         match self.disconnect() {
             Ok(()) => drop(self.events.messages.lock().remove(&self.gsi)),
-            // The number stays in use.
-            Err(error) => log::warn!(target: "virtual machine", "remove the irqfd of an unplugged device: {error}"),
+            // The GSI stays allocated, because its irqfd may still exist.
+            Err(error) => log::warn!(target: "virtual machine", "cannot remove the irqfd of a device: {error}"),
         }
     }
 }
@@ -213,7 +214,7 @@ impl Doorbells for IoEvents {
 impl Drop for IoEvents {
     fn drop(&mut self) {
         if let Err(error) = self.move_to(None, 0) {
-            log::warn!(target: "virtual machine", "remove the ioeventfds of an unplugged device: {error}");
+            log::warn!(target: "virtual machine", "cannot remove the ioeventfds of a device: {error}");
         }
     }
 }

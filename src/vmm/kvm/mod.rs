@@ -1,7 +1,8 @@
 //! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, [`events`], and the features ([`cpuid`])
 //! and initial state of vCPUs.
 //!
-//! Does not belong here: devices, and the content of guest memory. [`super::build`] and [`super::growth`] call it.
+//! Does not belong here: devices, and the content of guest memory. Callers are [`super::build`], [`super::board`] and
+//! [`super::machine::growth`].
 
 mod cpuid;
 mod error;

@@ -29,7 +29,7 @@ pub(in crate::vmm) struct DiskSlots {
 #[derive(Debug)]
 struct DiskSlot {
     reserved: Box<dyn Slot>,
-    /// Those of its disk.
+    /// The counters of the disk in the slot. `None` if the slot is empty.
     counters: Option<Arc<Counters>>,
 }
 

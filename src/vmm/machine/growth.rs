@@ -1,5 +1,5 @@
 //! Resizes a machine while it runs. Memory is added by a virtio-mem device, which is plugged when memory is first
-//! requested. vCPUs are created on request; the MP table ([`crate::vmm::boot::mptable`]) lists all of them from the start.
+//! requested. vCPUs are created on request; the MP table or the MADT lists all of them from the start.
 //!
 //! Mapped memory only grows. A guest that unplugs memory may plug it again, up to the largest size that was requested
 //! so far.
@@ -59,7 +59,7 @@ pub(in crate::vmm) struct Growth {
     kick: EventFd,
     vcpus: u8,
     max_vcpus: u8,
-    /// The number of vCPUs in the MP table.
+    /// The number of vCPUs in the MP table or MADT. CPUID describes a package with this number of cores.
     listed_vcpus: u8,
 }
 

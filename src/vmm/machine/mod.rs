@@ -1,7 +1,7 @@
 //! A running machine: its devices, and the operations that change it.
 //!
-//! Belongs here: [`RunningMachine`]; [`growth`], the change of its size; and [`disk_slots`], its disks that come and go.
-//! Does not belong here: how a device is connected to the guest, which [`super::board`] knows. [`super::build`] makes the
+//! Belongs here: [`RunningMachine`]; [`growth`], which resizes it; and [`disk_slots`], its hot-plugged disks.
+//! Does not belong here: the connection of a device to the guest, in [`super::board`]. [`super::build`] makes the
 //! machine, and [`super::event_loop`] drives it.
 
 pub(super) mod disk_slots;
@@ -62,7 +62,7 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) counters: Vec<Arc<Counters>>,
     pub(in crate::vmm) stall_timer: Arc<StallTimer>,
     pub(in crate::vmm) stall_watch: StallWatch,
-    /// When its first processor was started, on the clock of [`crate::control::monotonic_now`].
+    /// When the machine was built, just before its vCPUs start, on the clock of [`crate::control::monotonic_now`].
     pub(in crate::vmm) ready: Duration,
     pub(in crate::vmm) growth: Growth,
     pub(in crate::vmm) fs: Option<SharedDevice<Fs>>,
@@ -107,7 +107,7 @@ impl RunningMachine {
         self.disk_slots.plug(slot, backing, &self.stall_timer)
     }
 
-    /// What its devices have done, and when it passed the phases of its boot.
+    /// Reads the counters of its devices, and the times of its boot phases.
     pub(in crate::vmm) fn statistics(&self) -> MachineStatistics {
         MachineStatistics {
             devices: self.all_counters().map(|counters| counters.read()).collect(),

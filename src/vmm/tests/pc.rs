@@ -13,7 +13,7 @@ fn disk(content: &[u8]) -> File {
 
 #[test]
 #[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
-fn kernel_of_a_distribution_finds_processors_devices_and_messages_and_reboots() {
+fn distribution_kernel_finds_vcpus_and_devices_uses_msi_and_reboots() {
     for kernel in kernels() {
         let name = release(&kernel);
         let mut guest = Guest::boot(&kernel, vec![disk(b"first"), disk(b"second")]);
@@ -31,8 +31,8 @@ fn kernel_of_a_distribution_finds_processors_devices_and_messages_and_reboots() 
             "{name}"
         );
         guest.run("echo written | dd of=/dev/vdb bs=512 seek=1 conv=fsync 2>/dev/null");
-        let requests = guest.run("dd if=/dev/vdb bs=512 skip=1 count=1 iflag=direct 2>/dev/null | head -c 7");
-        assert_eq!(requests, "written", "{name}");
+        let read_back = guest.run("dd if=/dev/vdb bs=512 skip=1 count=1 iflag=direct 2>/dev/null | head -c 7");
+        assert_eq!(read_back, "written", "{name}");
         let random = guest.run("head -c 16 /dev/hwrng | wc -c");
         assert_eq!(random.trim(), "16", "{name}");
         let tables = guest.run("ls /sys/firmware/acpi/tables");
@@ -42,7 +42,7 @@ fn kernel_of_a_distribution_finds_processors_devices_and_messages_and_reboots() 
         let errors = guest.run("dmesg | grep -iE 'acpi.*(error|warn)|BAR.*(error|fail)|pci.*can.t' | head -n 20; true");
         assert_eq!(errors, "", "{name}");
 
-        // The kernel forgets the disk, and finds it again with another address of its window.
+        // The kernel removes the device and finds it again. It may assign another address to its window.
         let device = guest.run("basename $(readlink -f /sys/block/vda/device/..)");
         let device = device.trim();
         guest.run(&format!("echo 1 >/sys/bus/pci/devices/{device}/remove"));
@@ -70,7 +70,7 @@ fn power_button_reaches_the_guest() {
 
 #[test]
 #[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
-fn guest_reboots_again_and_again() {
+fn every_reboot_succeeds() {
     let count = env::var("NUTSHELL_TEST_REBOOTS").expect("NUTSHELL_TEST_REBOOTS is the number of reboots");
     let count = count.parse().unwrap();
     for kernel in kernels() {

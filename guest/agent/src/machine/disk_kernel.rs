@@ -25,10 +25,10 @@ use crate::connection::await_connection;
 use crate::failure::{Context, FailureExt};
 use crate::sys;
 
-/// How long the whole request may take. The host usually gives up earlier; this is for one that does not.
+/// The time limit of the whole request. The host usually gives up earlier; this limit applies if it does not.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// How much later than [`LIMIT`] the process is ended, in seconds. It may wait in the kernel for a disk.
+/// The time after [`LIMIT`] until SIGALRM ends the process, in seconds. It may be blocked in the kernel by a disk.
 const EXTRA_SECONDS: u32 = 5;
 
 /// How many partitions are read. Disks of virtual machines have fewer than ten.
@@ -209,7 +209,7 @@ fn mount(partition: Partition, partition_type: PartitionType, supported: &str) -
 fn mount_detached(device: &Path, kind: &str) -> io::Result<OwnedFd> {
     type Options<'o> = &'o [(&'o str, &'o str)];
     let (options, without_journal): (Options<'_>, Option<(&str, &str)>) = match kind {
-        // A superblock may ask for a panic of the kernel at the first error.
+        // A superblock may set errors=panic.
         "ext4" => (&[("errors", "continue")], Some(("noload", ""))),
         "xfs" => (&[], Some(("norecovery", ""))),
         "btrfs" => (&[], Some(("rescue", "nologreplay"))),
@@ -258,7 +258,7 @@ fn send_files<'f>(
             .map_err(|error| (file, error))?;
         sent += padded;
     }
-    // Fails if the host has closed the stream, and then it has all bytes.
+    // Fails only if the host has already closed the stream.
     let _ = rustix::net::shutdown(stream, Shutdown::Write);
     Ok(sent)
 }

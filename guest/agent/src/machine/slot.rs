@@ -24,8 +24,8 @@ pub(super) fn is_bound(slot: u32) -> bool {
     }
 }
 
-/// Unbinds the driver from the device in `slot`, so that the host can remove the device. Does nothing if it is not
-/// bound.
+/// Detaches the device in `slot` from the guest's kernel, so that the host can unplug it: unbinds a virtio-mmio device
+/// from its driver, or removes a PCI device. Does nothing if no driver is bound.
 pub(super) fn unbind(slot: u32) -> io::Result<()> {
     if !is_bound(slot) {
         return Ok(());
@@ -36,8 +36,8 @@ pub(super) fn unbind(slot: u32) -> io::Result<()> {
     write(&Path::new(MMIO_DRIVER).join("unbind"), &slot_device_name(slot))
 }
 
-/// Binds the driver to the device in `slot`, which was empty at boot. Returns the device's directory in sysfs. When
-/// this returns, the device's virtio driver has probed it.
+/// Binds the driver to the device that the host has plugged into `slot` since boot. Returns the device's directory in
+/// sysfs. When this returns, the device's virtio driver has probed it.
 pub(super) fn bind(slot: u32) -> io::Result<PathBuf> {
     if has_pci_bus() {
         write(Path::new(PCI_RESCAN), "1")?;

@@ -159,7 +159,7 @@ impl Interpreter<'_> {
         file_systems.iter().enumerate().find(is_match).map(|(at, _)| at)
     }
 
-    /// Reads variables from the environment block. Arguments without a dash limit which.
+    /// Reads variables from the environment block: those whose names are arguments, or all if no name is given.
     fn load_environment(&mut self, arguments: &[String]) -> bool {
         let mut path = format!("{}/grubenv", self.get("prefix"));
         let mut names: Vec<&str> = Vec::new();

@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 /// How deep negations and parentheses are nested. Generated files do not nest them.
 const MAX_DEPTH: usize = 16;
 
-/// What `-e`, `-f`, `-d` and `-s` ask for.
+/// The file tests `-e`, `-f`, `-d` and `-s`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileTest {
     Exists,
@@ -99,7 +99,7 @@ impl Expression<'_> {
     }
 }
 
-/// Returns `None` if `operator` compares nothing.
+/// Returns `None` if `operator` is not a comparison operator.
 fn compare(left: &str, operator: &str, right: &str) -> Option<bool> {
     // As strtoul(3): what is not a number is zero.
     let number = |text: &str| {

@@ -302,7 +302,7 @@ impl<'d> Interpreter<'d> {
         if let Some(number) = device.strip_prefix(DEVICE_PREFIX) {
             return number.parse().ok().filter(|number| *number < file_systems.len());
         }
-        // hd0,gpt2 or hd0,msdos2 or hd0,2. The disk is the only one.
+        // hd0,gpt2 or hd0,msdos2 or hd0,2. There is only one disk, so its number is ignored.
         let number = match device.split_once(',') {
             Some((_, partition)) => {
                 let digits = partition.trim_start_matches(|character: char| !character.is_ascii_digit());

@@ -120,7 +120,7 @@ impl Choice<'_> {
     }
 }
 
-/// Splits the first step off a default, such as `1>2`. Two signs in a row are part of a title.
+/// Splits the first step off a default, such as `1>2`. `>>` stands for `>` in a title.
 pub(super) fn split_default(default: &str) -> (String, &str) {
     let mut first = String::new();
     let mut characters = default.char_indices().peekable();

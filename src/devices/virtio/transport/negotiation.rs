@@ -46,7 +46,7 @@ pub(crate) enum Refusal {
     Features,
     #[error("its driver configured a queue that is invalid, or no queue")]
     Queues,
-    #[error("its driver gave up")]
+    #[error("its driver set the status bit FAILED")]
     Driver,
 }
 

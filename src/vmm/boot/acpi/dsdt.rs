@@ -23,7 +23,7 @@ use crate::{
 
 /// From revision 2 on, integers have 64 bits.
 const REVISION: u8 = 2;
-/// The size of a table's header.
+/// The size of a table's header, in bytes (ACPI 6.5 §5.2.6).
 const HEADER_SIZE: u32 = 36;
 /// The notification that a button was pressed (ACPI 6.5 §5.6.6).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -41,7 +41,7 @@ pub(super) fn build() -> Sdt {
         ],
     )
     .to_aml_bytes(&mut aml);
-    // The type of sleep state S5, power off (§7.4.2), for the two control registers, of which there is one.
+    // The sleep types of S5, power off (§7.4.2), for PM1a_CNT and PM1b_CNT. Hardware-reduced ACPI uses only the first.
     let sleep_types: [&dyn Aml; 2] = [&POWER_OFF_SLEEP_TYPE, &ZERO];
     Name::new("_S5_".into(), &Package::new(sleep_types.to_vec())).to_aml_bytes(&mut aml);
 
@@ -155,7 +155,7 @@ impl Aml for GenericEventDevice {
                     FieldUpdateRule::WriteAsZeroes,
                     vec![FieldEntry::Named(*b"GEVT", usize::from(length) * 8)],
                 ),
-                // Serialized: the events that it reads are no longer pending.
+                // Serialized, because reading the register clears the pending events.
                 &Method::new(
                     "_EVT".into(),
                     1,

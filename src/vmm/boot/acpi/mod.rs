@@ -1,9 +1,9 @@
-//! The ACPI tables of the Pc board (ACPI 6.5): what the guest cannot probe. They describe vCPUs and the I/O APIC, the
+//! The ACPI tables of the PC board (ACPI 6.5): what the guest cannot probe. They describe vCPUs and the I/O APIC, the
 //! PCI host bridge, COM1, the power button, and the registers for power off, reset and time. ACPI is hardware-reduced
 //! (§4.1): it has neither the legacy power management registers nor a system control interrupt.
 //!
 //! [`tables`] has the static tables, [`dsdt`] the definition block. [`super::pc_layout`] has all addresses. Does not
-//! belong here: the devices themselves, in [`crate::devices`]. [`crate::vmm::build`] calls [`write`].
+//! belong here: the devices themselves, in [`crate::devices`]. [`crate::vmm::board::pc`] calls [`write`].
 
 mod dsdt;
 mod tables;

@@ -26,7 +26,7 @@ const RESET_VALUE: u8 = 1;
 
 /// The revision of the MADT in ACPI 6.5 (§5.2.12). Flag "online capable" needs at least 5.
 const MADT_REVISION: u8 = 6;
-/// The size of the MADT's header: that of any table, the address of local APICs, and flags.
+/// The size of the MADT's header, in bytes: a table header, the address of the local APICs, and flags.
 const MADT_HEADER_SIZE: u32 = 44;
 /// The ID that KVM's I/O APIC has at reset.
 const IO_APIC_ID: u8 = 0;
@@ -66,8 +66,8 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
     fadt.reset_value = RESET_VALUE;
     fadt.sleep_control_reg = power_register;
     fadt.sleep_status_reg = power_register;
-    // Hardware-reduced ACPI has no such timer (§4.1), but Linux takes one, and calibrates the TSC by it if the machine
-    // has neither PIT nor HPET nor KVM's clock.
+    // Hardware-reduced ACPI defines no PM timer (§4.1). Linux uses one anyway: it calibrates the TSC against it if the
+    // machine has no PIT, HPET or KVM clock.
     fadt.pm_tmr_blk = u32::from(PM_TIMER_PORTS.start).into();
     fadt.pm_tmr_len = 4;
     fadt.x_pm_tmr_blk = GAS::new(
@@ -80,8 +80,8 @@ pub(super) fn fadt(dsdt: u64) -> FADT {
     fadt.finalize()
 }
 
-/// The MADT (ACPI 6.5 §5.2.12): local APICs, the I/O APIC and its lines. Each line has the number of the interrupt, as
-/// KVM routes them. Without the flag `PCAT_COMPAT` there is no 8259 interrupt controller.
+/// The MADT (ACPI 6.5 §5.2.12): local APICs, the I/O APIC and its lines. Line n is global system interrupt n, as in
+/// KVM's routing table. Without the flag `PCAT_COMPAT` there is no 8259 interrupt controller.
 pub(super) fn madt(vcpus: Vcpus) -> Sdt {
     let mut madt = Sdt::new(
         *b"APIC",
@@ -113,7 +113,8 @@ fn append(table: &mut Sdt, entry: &dyn Aml) {
 }
 
 /// An interrupt source override (ACPI 6.5 §5.2.12.5) that keeps the number of `line`, and makes it edge-triggered and
-/// active high. Systems take line 9 for level-triggered, because PCs have the system control interrupt there.
+/// active high. Without it, operating
+/// systems treat line 9 as level-triggered, because it is the system control interrupt of a PC.
 fn interrupt_override(line: u8) -> [u8; 10] {
     const ACTIVE_HIGH: u8 = 0b01;
     const EDGE_TRIGGERED: u8 = 0b01 << 2;

@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_without_a_setup_sector_count_has_four() {
+    fn setup_sector_count_0_means_4_sectors() {
         let mut file = changed(|header| header.setup_sects = 0);
         file.splice(1024..1024, [0; 3 * 512]);
 
@@ -282,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_kernels_are_refused_by_name() {
+    fn invalid_kernels_are_refused_with_the_reason() {
         type Change = fn(&mut setup_header);
         let cases: [(&str, Change); 15] = [
             ("no boot sector magic", |header| header.boot_flag = 0x55aa),

@@ -32,6 +32,7 @@ pub(crate) enum KernelError {
     Read(#[source] io::Error),
 }
 
+/// A kernel in guest memory. Addresses are guest physical.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in crate::vmm) struct LoadedKernel {
     /// The address of the first instruction.

@@ -36,13 +36,13 @@ const TYPE_INTERRUPT_STATUS: u8 = 3;
 const TYPE_DEVICE: u8 = 4;
 const TYPE_PCI: u8 = 5;
 
-/// Offsets in a capability (`struct virtio_pci_cap`), and in that of type 5.
+/// Offsets in a capability (`struct virtio_pci_cap`). The data follows in a capability of [`TYPE_PCI`].
 const CAPABILITY_BAR: usize = 4;
 const CAPABILITY_OFFSET: usize = 8;
 const CAPABILITY_LENGTH: usize = 12;
 const CAPABILITY_DATA: usize = 16;
 
-/// Where the capabilities are that the transport reads.
+/// The offsets of the capabilities that the transport reads, in the configuration space.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     /// MSI-X.
@@ -105,7 +105,8 @@ impl Layout {
     }
 }
 
-/// The body of a capability of type `kind` for `range` of window 0, from the length on (`struct virtio_pci_cap`).
+/// The body of a capability of type `kind` for `range` of window 0 (`struct virtio_pci_cap` without its ID and next
+/// pointer), followed by `more`.
 fn body(kind: u8, range: &Range<u64>, more: &[u8]) -> Vec<u8> {
     let word = |value: u64| u32::try_from(value).unwrap_or(0).to_le_bytes();
     let length = u8::try_from(CAPABILITY_DATA + more.len()).unwrap_or(0);

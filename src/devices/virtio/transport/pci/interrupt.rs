@@ -35,8 +35,8 @@ impl MessageInterrupt {
         self.config.load(Ordering::SeqCst)
     }
 
-    /// Sets the vector for changes of the configuration. One that does not exist reads back as "no vector", by which the
-    /// driver sees that it is refused.
+    /// Sets the vector for changes of the configuration. A vector that does not exist reads back as [`NO_VECTOR`]: so
+    /// the driver detects the refusal (virtio 1.3 §4.1.5.1.2).
     pub(super) fn set_config_vector(&self, vector: u16) {
         self.config.store(self.existing(vector), Ordering::SeqCst);
     }
@@ -55,7 +55,7 @@ impl MessageInterrupt {
         }
     }
 
-    /// Forgets all choices.
+    /// Sets all vectors to [`NO_VECTOR`].
     pub(super) fn reset(&self) {
         for chosen in self.queues.iter().chain([&self.config]) {
             chosen.store(NO_VECTOR, Ordering::SeqCst);
@@ -87,7 +87,8 @@ impl Interrupt for MessageInterrupt {
         self.signal(self.config_vector());
     }
 
-    /// The eventfd of the queue's current vector. Without a vector, the driver polls, and the eventfd leads nowhere.
+    /// The eventfd of the queue's current vector. Without a vector the driver polls, so
+    /// the eventfd is not connected.
     fn delegate(&self, queue_index: u16) -> io::Result<EventFd> {
         match self.events.get(usize::from(self.queue_vector(queue_index))) {
             Some(event) => event.try_clone(),

@@ -1,6 +1,7 @@
 //! The PCI transport (virtio 1.3 §4.1): a function whose window has the registers of the device.
 //!
-//! [`capabilities`] tells the driver where they are, [`interrupt`] turns the notifications of the device into messages.
+//! [`capabilities`] describes their locations to the driver, [`interrupt`] turns the notifications of the device into
+//! MSI-X messages.
 
 mod capabilities;
 mod interrupt;
@@ -62,7 +63,7 @@ mod register {
     pub(super) const QUEUE_DESC: u64 = 32;
     pub(super) const QUEUE_DRIVER: u64 = 40;
     pub(super) const QUEUE_DEVICE: u64 = 48;
-    /// The size of all of them that exist without VIRTIO_F_RING_RESET and VIRTIO_F_NOTIF_CONFIG_DATA.
+    /// The size of the structure in bytes, without the registers of VIRTIO_F_RING_RESET and VIRTIO_F_NOTIF_CONFIG_DATA.
     pub(super) const SIZE: usize = 56;
 }
 
@@ -165,7 +166,7 @@ impl VirtioFunction {
         if let Err(error) = self.doorbells.doorbells.move_to(start, NOTIFY_MULTIPLIER.into()) {
             log::warn!(
                 target: &self.name,
-                "notifications of the device need an exit of the guest each: move its ioeventfds: {error}"
+                "each notification of the device causes an exit of the vCPU: cannot move its ioeventfds: {error}"
             );
         }
     }
@@ -210,8 +211,8 @@ impl VirtioFunction {
         bytes
     }
 
-    /// Writes a register of the common configuration. Drivers use its own width, or two 32-bit halves for one of 64
-    /// bits (virtio 1.3 §4.1.3.1). Other accesses are ignored.
+    /// Writes a register of the common configuration. An access must have the width of the register; a 64-bit register
+    /// may also be written as two 32-bit halves (virtio 1.3 §4.1.3.1). Other accesses are ignored.
     fn write_common(&mut self, offset: u64, data: &[u8]) {
         let mut bytes = [0; 8];
         let Some(target) = bytes.get_mut(..data.len()) else {
