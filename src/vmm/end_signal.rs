@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use parking_lot::Mutex;
@@ -14,6 +15,7 @@ use crate::control::EndReason;
 pub(super) struct EndSignal {
     event: EventFd,
     reason: Mutex<Option<EndReason>>,
+    has_ended: AtomicBool,
 }
 
 impl EndSignal {
@@ -22,6 +24,7 @@ impl EndSignal {
         Ok(Self {
             event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
             reason: Mutex::new(None),
+            has_ended: AtomicBool::new(false),
         })
     }
 
@@ -29,8 +32,14 @@ impl EndSignal {
     /// [`Self::event`] readable.
     pub(super) fn report(&self, reason: EndReason) {
         self.reason.lock().get_or_insert(reason);
+        self.has_ended.store(true, Ordering::Release);
         // The counter cannot overflow: each report adds one.
         let _ = self.event.write(1);
+    }
+
+    /// Whether the end was reported.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Acquire)
     }
 
     /// The reason, if the machine has ended.
@@ -52,11 +61,11 @@ mod tests {
     #[test]
     fn first_reported_reason_is_kept() {
         let end = EndSignal::new().unwrap();
-        assert_eq!(end.reason(), None);
+        assert_eq!((end.reason(), end.has_ended()), (None, false));
 
         end.report(EndReason::GuestReset);
         end.report(EndReason::KvmFailed("later".to_owned()));
 
-        assert_eq!(end.reason(), Some(EndReason::GuestReset));
+        assert_eq!((end.reason(), end.has_ended()), (Some(EndReason::GuestReset), true));
     }
 }

@@ -63,6 +63,9 @@ impl BootResources {
         if config.vcpus == 0 || config.max_vcpus < config.vcpus {
             return Err(MachineError::BootCommand("no vCPU, or more than max_vcpus"));
         }
+        if matches!(software, Software::User { .. }) && config.max_vcpus != config.vcpus {
+            return Err(MachineError::BootCommand("vCPUs that a user's kernel would wait for"));
+        }
         let mut descriptors = descriptors.into_iter();
         let mut next = |missing| descriptors.next().ok_or(MachineError::BootCommand(missing));
         let (kvm, kernel) = (next("no /dev/kvm")?, next("no kernel")?.into());

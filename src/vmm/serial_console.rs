@@ -77,9 +77,15 @@ impl SerialConsole {
         };
         watch(ring.ready(), RING_READY)?;
         watch(serial.input_ready(), PORT_READY)?;
-        if let Some(input) = &input {
-            watch(input.as_fd(), INPUT_READABLE)?;
-        }
+        let input = match input {
+            // A regular file or /dev/null cannot be watched, and has nothing to type.
+            Some(input) => match watch(input.as_fd(), INPUT_READABLE) {
+                Ok(()) => Some(input),
+                Err(Errno::PERM) => None,
+                Err(error) => return Err(error.into()),
+            },
+            None => None,
+        };
         Ok(Self {
             poller,
             serial,
@@ -144,6 +150,11 @@ impl SerialConsole {
             }
             Err(error) => {
                 log::warn!(target: "serial", "cannot write the console's output, it is dropped from now on: {error}");
+                // It is watched if it was full before. Another process may keep it open.
+                match epoll::delete(&self.poller, output) {
+                    Ok(()) | Err(Errno::NOENT | Errno::PERM) => {}
+                    Err(error) => return Err(error.into()),
+                }
                 self.output = None;
             }
         }
@@ -210,27 +221,30 @@ impl SerialConsole {
     pub(super) fn finish(&mut self) {
         let deadline = Instant::now() + FINAL_OUTPUT_TIMEOUT;
         while let Some(output) = &self.output {
-            match self.mover.serve(output.as_fd()) {
-                Ok(Moved::All) if self.ring.is_empty() => break,
-                Ok(Moved::All) => {}
-                Ok(Moved::UntilFull) => {
-                    let remaining = deadline.saturating_duration_since(Instant::now());
-                    let Ok(timeout) = Timespec::try_from(remaining) else {
-                        break;
-                    };
-                    let mut polled = [PollFd::new(output, PollFlags::OUT)];
-                    if remaining.is_zero() || matches!(poll(&mut polled, Some(&timeout)), Ok(0)) {
-                        log::warn!(target: "serial", "the last output of the console is lost: not read within 10 s");
-                        break;
-                    }
-                }
-                Err(error) => {
-                    log::warn!(target: "serial", "the last output of the console is lost: cannot write it: {error}");
-                    break;
-                }
+            let moved = self.mover.serve(output.as_fd());
+            if matches!(moved, Ok(Moved::All)) && self.ring.is_empty() {
+                break;
+            }
+            if let Err(error) = moved.and_then(|_| wait_until_writable(output, deadline)) {
+                log::warn!(target: "serial", "the last output of the console is lost: cannot write it: {error}");
+                break;
             }
         }
         self.report_drops();
+    }
+}
+
+/// Waits for a reader, until `deadline`.
+fn wait_until_writable(output: &OwnedFd, deadline: Instant) -> io::Result<()> {
+    let remaining = deadline.saturating_duration_since(Instant::now());
+    let timeout = Timespec::try_from(remaining).map_err(io::Error::other)?;
+    if remaining.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let mut polled = [PollFd::new(output, PollFlags::OUT)];
+    match poll(&mut polled, Some(&timeout)) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -351,5 +365,32 @@ mod tests {
         fixture.port.write(DATA, &[b'x'; 4096]);
         settle(&mut fixture.console);
         fixture.console.finish();
+    }
+
+    #[test]
+    fn input_that_cannot_be_watched_is_no_input() {
+        let ring = SerialConsole::create_ring().unwrap();
+        let port = Serial::new(EventFd::new(EFD_NONBLOCK).unwrap(), vec![ring.clone()]).unwrap();
+        for path in ["/dev/null", "/proc/self/exe"] {
+            let input = std::fs::File::open(path).unwrap();
+            let mut console = SerialConsole::new(port.clone(), ring.clone(), Some(input.into()), None).unwrap();
+            settle(&mut console);
+        }
+    }
+
+    #[test]
+    fn full_output_whose_reader_leaves_is_no_longer_watched() {
+        let mut fixture = fixture();
+        // Keeps the descriptor's file open, as the shim may.
+        let _output_end = fixture.console.output.as_ref().unwrap().try_clone().unwrap();
+        for _ in 0..256 {
+            fixture.port.write(DATA, &[b'-'; 1024]);
+            settle(&mut fixture.console);
+        }
+        drop(fixture.output);
+        settle(&mut fixture.console);
+        fixture.port.write(DATA, b"more");
+        settle(&mut fixture.console);
+        assert!(fixture.console.output.is_none());
     }
 }

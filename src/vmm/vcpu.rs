@@ -33,13 +33,15 @@ pub(super) fn start(
         .name(format!("vcpu {index}"))
         .stack_size(128 << 10)
         .spawn(move || {
-            let reason = run(&mut vcpu, &peripherals);
-            end.report(reason);
+            if let Some(reason) = run(&mut vcpu, &peripherals, &end) {
+                end.report(reason);
+            }
         })?;
     Ok(())
 }
 
-fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
+/// Returns why the machine ends. `None` if it has ended already.
+fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals, end: &EndSignal) -> Option<EndReason> {
     loop {
         match vcpu.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -57,11 +59,15 @@ fn run(vcpu: &mut VcpuFd, peripherals: &Peripherals) -> EndReason {
             Ok(VcpuExit::IoOut(port, data)) => {
                 peripherals.progress.record_first();
                 peripherals.ports.write(port.into(), data);
+                // A guest that has switched itself off must not go on writing to its console.
+                if end.has_ended() {
+                    return None;
+                }
             }
-            Ok(VcpuExit::InternalError) => return internal_error(vcpu),
+            Ok(VcpuExit::InternalError) => return Some(internal_error(vcpu)),
             other => {
                 if let Some(reason) = end_reason(&other) {
-                    return reason;
+                    return Some(reason);
                 }
             }
         }

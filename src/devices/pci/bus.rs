@@ -137,15 +137,16 @@ impl PciBus {
 
     /// Calls `access` with the function whose window contains `address`, and the offset in that window.
     fn with_window(&self, address: u64, access: impl FnOnce(&mut dyn Function, u64)) {
-        let contains =
-            |slot: &&PciSlot| (slot.start.load(Ordering::Acquire)..slot.end.load(Ordering::Acquire)).contains(&address);
-        if let Some(slot) = self.devices.iter().find(contains)
-            && let Some(function) = &mut *slot.function.lock()
-            // It may have moved since.
-            && let Some(window) = function.window()
-            && window.contains(&address)
-        {
-            access(&mut **function, address - window.start);
+        for slot in &self.devices {
+            // Another vCPU may move the window between the two reads and after them, so look again with the lock.
+            let (start, end) = (slot.start.load(Ordering::Acquire), slot.end.load(Ordering::Acquire));
+            if (start..end).contains(&address)
+                && let Some(function) = &mut *slot.function.lock()
+                && let Some(window) = function.window()
+                && window.contains(&address)
+            {
+                return access(&mut **function, address - window.start);
+            }
         }
     }
 }
@@ -378,6 +379,27 @@ mod tests {
         ports.write(0, &(1_u32 << 31 | 3 << 11).to_le_bytes());
         ports.read(7, &mut byte);
         assert_eq!(byte, [0x10]);
+    }
+
+    #[test]
+    fn window_that_moves_hides_no_other_window() {
+        let bus = PciBus::new();
+        for (device, base) in [(1, 0xc000_0000), (2, 0xc000_1000)] {
+            assert!(bus.plug(device, Echo::new(base)));
+            ConfigurationWindow(bus.clone()).write((device as u64) << 15 | 4, &[2, 0]);
+        }
+        let memory = MemoryWindow {
+            bus: bus.clone(),
+            base: 0xc000_0000,
+        };
+        // As another vCPU sees it while device 1 moves: the start is new, the end is old.
+        bus.devices[1].start.store(0, Ordering::Release);
+        bus.devices[1].end.store(u64::MAX, Ordering::Release);
+
+        let mut data = [0];
+        memory.read(0x1020, &mut data);
+
+        assert_eq!(data, [0x20]);
     }
 
     #[test]

@@ -84,7 +84,16 @@ impl VmEvents {
         if messages.get(&gsi) == Some(&Some(message)) {
             return Ok(());
         }
-        messages.insert(gsi, Some(message));
+        let previous = messages.insert(gsi, Some(message)).flatten();
+        let result = self.set_routes(&messages);
+        if result.is_err() {
+            // KVM has kept the old table. With the new message it could refuse those of other vectors, too.
+            messages.insert(gsi, previous);
+        }
+        result
+    }
+
+    fn set_routes(&self, messages: &BTreeMap<u32, Option<Message>>) -> io::Result<()> {
         let connected = messages.iter().filter_map(|(gsi, message)| Some((*gsi, (*message)?)));
         let routes: Vec<_> = line_routes().chain(connected.map(message_route)).collect();
         let routes = KvmIrqRouting::from_entries(&routes).map_err(|_| io::Error::other("too many interrupt routes"))?;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::negotiation::{Negotiation, Transition};
+use self::negotiation::{Negotiation, Refusal, Transition};
 use super::{
     device::{ActivateError, Activation, Device},
     interrupt::Interrupt,
@@ -66,7 +66,13 @@ impl NegotiatedDevice {
                     self.interrupt.notify_config_change();
                 }
             }
-            Transition::Refuse(refusal) => self.report_unusable(&refusal),
+            Transition::Refuse(refusal) => {
+                self.report_unusable(&refusal);
+                // A driver that has set DRIVER_OK learns by this that the device needs a reset (virtio 1.3 §2.1.2).
+                if refusal == Refusal::Queues {
+                    self.interrupt.notify_config_change();
+                }
+            }
         }
         false
     }

@@ -34,8 +34,9 @@ use crate::{
 const VENDOR: u16 = 0x1af4;
 /// The PCI device ID of a virtio device is this plus its virtio device ID.
 const FIRST_DEVICE_ID: u16 = 0x1040;
-/// Must be at least 0x40 for devices without the legacy interface (virtio 1.3 §4.1.2.1).
-const SUBSYSTEM: u16 = 0x40;
+/// At least 0x40 for devices without the legacy interface (virtio 1.3 §4.1.2.1). Drivers for Windows look for this one,
+/// which is QEMU's.
+const SUBSYSTEM: u16 = 0x1100;
 
 /// Base class and subclass of a network adapter, a storage device, and anything else (PCI Code and ID Assignment 1.11).
 const CLASS_NETWORK: u32 = 0x02_0000;
