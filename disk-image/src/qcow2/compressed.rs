@@ -21,6 +21,9 @@ const MAX_CACHED_CLUSTERS: usize = 64;
 /// highest ordinary compression level for data of unknown size.
 const MAX_ZSTD_WINDOW: u64 = 8 << 20;
 
+/// The maximum number of clusters that are decompressed at the same time.
+const MAX_ZSTD_DECODERS: usize = 4;
+
 /// A compressed cluster of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CompressedCluster {
@@ -75,7 +78,7 @@ impl ClusterCache {
             slot.number = None;
             slot.bytes.resize(self.cluster_size, 0);
             self.decompressor
-                .decompress(&input[..count], &mut slot.bytes)
+                .decompress(index, &input[..count], &mut slot.bytes)
                 .map_err(|problem| {
                     io::Error::other(Qcow2Error::Compressed {
                         cluster: cluster.number,
@@ -92,8 +95,9 @@ impl ClusterCache {
 
 enum Decompressor {
     Zlib,
-    /// A decoder that is not in use. Its tables take more time to allocate than a cluster takes to decompress.
-    Zstd(Mutex<Option<Box<FrameDecoder>>>),
+    /// Decoders, which are kept: the tables of one take more time to allocate than a cluster takes to decompress. Their
+    /// number bounds how much memory the windows of hostile frames take, whatever the number of queues.
+    Zstd([Mutex<Option<Box<FrameDecoder>>>; MAX_ZSTD_DECODERS]),
 }
 
 impl fmt::Debug for Decompressor {
@@ -106,7 +110,7 @@ impl Decompressor {
     fn new(compression: Compression) -> Self {
         match compression {
             Compression::Zlib => Self::Zlib,
-            Compression::Zstd => Self::Zstd(Mutex::default()),
+            Compression::Zstd => Self::Zstd(Default::default()),
         }
     }
 
@@ -117,20 +121,19 @@ impl Decompressor {
         }
     }
 
-    /// Fills `output` exactly. `input` may have more bytes than the compressed data.
-    fn decompress(&self, input: &[u8], output: &mut [u8]) -> Result<(), String> {
+    /// Fills `output` exactly. `input` may have more bytes than the compressed data. `slot` is the number of the cache's
+    /// slot for the cluster.
+    fn decompress(&self, slot: usize, input: &[u8], output: &mut [u8]) -> Result<(), String> {
         match self {
             Self::Zlib => inflate(input, output),
-            Self::Zstd(unused) => {
-                let taken = unused.lock().take();
-                let mut decoder = taken.unwrap_or_else(|| {
+            Self::Zstd(decoders) => {
+                let mut decoder = decoders[slot % MAX_ZSTD_DECODERS].lock();
+                let decoder = decoder.get_or_insert_with(|| {
                     let mut decoder = Box::new(FrameDecoder::new());
                     decoder.set_max_window_size(MAX_ZSTD_WINDOW);
                     decoder
                 });
-                let result = decode_zstd(&mut decoder, input, output);
-                *unused.lock() = Some(decoder);
-                result
+                decode_zstd(decoder, input, output)
             }
         }
     }

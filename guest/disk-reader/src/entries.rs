@@ -135,10 +135,10 @@ pub(crate) fn collect(disk: &Disk, notes: &mut Notes) -> Vec<Entry> {
         for directory in DIRECTORIES {
             for entry in collect_in(disk, &Location::new(file_system, directory), notes) {
                 insert(&mut entries, entry);
+                entries.truncate(MAX_ENTRIES);
             }
         }
     }
-    entries.truncate(MAX_ENTRIES);
     entries
 }
 

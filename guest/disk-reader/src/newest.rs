@@ -27,6 +27,7 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
             for version in versions {
                 let kernel = (Location::new(file_system, directory), version.to_owned());
                 insert_sorted(&mut kernels, kernel, |(_, left), (_, right)| newest_first(left, right));
+                kernels.truncate(MAX_KERNELS);
             }
         }
     }
@@ -40,7 +41,6 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
     };
     let candidates = kernels
         .into_iter()
-        .take(MAX_KERNELS)
         .map(|(directory, version)| candidate(disk, &directory, &version, &root));
     open_first(disk, candidates, notes)
 }

@@ -115,6 +115,11 @@ impl Configuration {
         Some(base..base + u64::from(self.window_size))
     }
 
+    /// Whether the guest lets the function access memory and interrupt (bus mastering).
+    pub(crate) fn is_bus_master(&self) -> bool {
+        self.bytes[COMMAND] & COMMAND_BUS_MASTER != 0
+    }
+
     /// Fills `data` with the bytes from `offset` on.
     pub(crate) fn read(&self, offset: usize, data: &mut [u8]) {
         data.fill(0);

@@ -182,6 +182,7 @@ impl<'d> Interpreter<'d> {
             }
             Statement::If { arms, otherwise } => {
                 for (condition, body) in arms {
+                    self.spend(1)?;
                     if self.execute(condition, notes)? {
                         return self.execute(body, notes);
                     }
@@ -191,6 +192,7 @@ impl<'d> Interpreter<'d> {
             Statement::For { variable, values, body } => {
                 let variable = self.expand_all(std::slice::from_ref(variable))?.concat();
                 for value in self.expand_all(values)? {
+                    self.spend(1)?;
                     self.set(&variable, &value);
                     self.execute(body, notes)?;
                 }

@@ -88,7 +88,7 @@ fn error_names_what_was_looked_for_and_found() {
         (
             "kernel without root",
             [("/boot/vmlinuz-1", Any)],
-            "no file system with an os-release file",
+            "no root file system: none has an os-release file",
         ),
     ] {
         assert_not_found(name, &ext4(&files), &[reason]);

@@ -50,7 +50,7 @@ pub(super) fn load(memory: &MemoryRegions, image: &Image<'_>) -> Result<LoadedKe
     let mut end = 0;
     for segment in headers
         .chunks_exact(PROGRAM_HEADER_SIZE)
-        .filter(|header| u32_at(header, 0) == PT_LOAD)
+        .filter(|header| u32_at(header, 0) == PT_LOAD && u64_at(header, 40) > 0)
     {
         end = end.max(load_segment(memory, image, segment)?);
     }
@@ -82,7 +82,7 @@ fn load_segment(memory: &MemoryRegions, image: &Image<'_>, header: &[u8]) -> Res
     };
     load_file(memory, "kernel", image.file, part, address, access)?;
     // The remainder of the segment must be zero, as new memory is. Check that it lies in guest memory.
-    if end > address && memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
+    if memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
         return Err(KernelError::Memory(MemoryError::Load {
             what: "kernel",
             address,

@@ -296,7 +296,12 @@ impl Function for VirtioFunction {
     }
 
     fn write_configuration(&mut self, offset: usize, data: &[u8]) {
+        let was_bus_master = self.configuration.is_bus_master();
         self.configuration.write(offset, data);
+        if was_bus_master && !self.configuration.is_bus_master() {
+            // A kernel that hands over to another one stops its devices by this.
+            self.write_status(0);
+        }
         self.messages.update_control(&self.configuration, self.layout.messages);
         self.place_doorbells();
         if self.layout.is_indirect_data(offset)

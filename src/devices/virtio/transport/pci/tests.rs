@@ -215,6 +215,23 @@ fn driver_negotiates_and_activates_the_device() {
 }
 
 #[test]
+fn device_stops_when_it_may_no_longer_access_memory() {
+    let mut fixture = fixture();
+    fixture.function.write_configuration(COMMAND, &[6, 0]);
+    fixture.negotiate();
+    fixture.enable_queue(0);
+    fixture.write(register::DEVICE_STATUS, UP_TO_DRIVER_OK);
+
+    fixture.function.write_configuration(COMMAND, &[2, 0]);
+
+    assert_eq!(fixture.device.resets.load(Ordering::SeqCst), 1);
+    assert_eq!(fixture.read(register::DEVICE_STATUS), 0);
+    fixture.function.write_configuration(COMMAND, &[6, 0]);
+    fixture.function.write_configuration(COMMAND, &[6, 4]);
+    assert_eq!(fixture.device.resets.load(Ordering::SeqCst), 1);
+}
+
+#[test]
 fn queues_interrupt_by_the_vectors_that_the_driver_chose() {
     let mut fixture = fixture();
     fixture.negotiate();
