@@ -103,7 +103,7 @@ pub enum Base {
         size: u64,
     },
     /// A qcow2 image.
-    Qcow2(Qcow2),
+    Qcow2(Box<Qcow2>),
 }
 
 impl Base {
@@ -114,7 +114,7 @@ impl Base {
     /// The image cannot be read, is invalid, or needs something that is not supported.
     pub fn open(file: Box<dyn ReadAt>) -> Result<Self, BaseError> {
         match BaseFormat::detect(&*file)? {
-            BaseFormat::Qcow2 => Ok(Self::Qcow2(Qcow2::open(file)?)),
+            BaseFormat::Qcow2 => Ok(Self::Qcow2(Box::new(Qcow2::open(file)?))),
             BaseFormat::Raw => {
                 let size = file.size().map_err(read_error("the size"))?;
                 match find_size_problem(size) {

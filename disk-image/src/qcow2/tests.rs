@@ -46,7 +46,7 @@ fn with(changes: &[(usize, &[u8])]) -> Vec<u8> {
 
 fn open(image: Vec<u8>) -> Result<Qcow2, Qcow2Error> {
     match Base::open(Box::new(image)) {
-        Ok(Base::Qcow2(image)) => Ok(image),
+        Ok(Base::Qcow2(image)) => Ok(*image),
         Err(BaseError::Qcow2(error)) => Err(error),
         other => panic!("{other:?}"),
     }
@@ -54,7 +54,7 @@ fn open(image: Vec<u8>) -> Result<Qcow2, Qcow2Error> {
 
 /// Reads a cluster of the disk.
 fn read(image: Vec<u8>, cluster: usize) -> Result<Vec<u8>, String> {
-    let base = Base::Qcow2(open(image).map_err(|error| error.to_string())?);
+    let base = Base::Qcow2(Box::new(open(image).map_err(|error| error.to_string())?));
     let mut bytes = vec![0xee; CLUSTER];
     base.read(&mut &mut bytes[..], (cluster * CLUSTER) as u64, CLUSTER)
         .map_err(|error| error.to_string())?;
