@@ -46,8 +46,9 @@ use crate::{
 pub(crate) const ROLE: &str = "vmm";
 
 /// The maximum number of descriptors: three streams per process of the pod and the descriptors of devices, with a
-/// margin.
-const MAX_DESCRIPTORS: u32 = 4096;
+/// margin. A disk on the PC board has six for each of its queues, and a machine has at most 64 vCPUs and about a dozen
+/// disks.
+const MAX_DESCRIPTORS: u32 = 8192;
 /// The number of descriptors for which the descriptor table is allocated at start.
 const DESCRIPTOR_TABLE_SIZE: u32 = 256;
 /// The maximum number of threads: vCPUs, queues of disks and network devices, and the event loop.
