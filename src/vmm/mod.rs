@@ -108,7 +108,8 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
     let resources = BootResources::parse(config, software, descriptors)?;
     let mut machine = build::start(resources, console_tail, &end)?;
     let exit = event_loop::run(&mut machine, channel, &end, console_tail);
-    if let Some(console) = &mut machine.serial_console {
+    // Without a shim there is no reader to wait for.
+    if let (LoopExit::Ended(_), Some(console)) = (&exit, &mut machine.serial_console) {
         console.finish();
     }
     Ok(exit)

@@ -64,7 +64,9 @@ impl BootResources {
             return Err(MachineError::BootCommand("no vCPU, or more than max_vcpus"));
         }
         if matches!(software, Software::User { .. }) && config.max_vcpus != config.vcpus {
-            return Err(MachineError::BootCommand("vCPUs that a user's kernel would wait for"));
+            return Err(MachineError::BootCommand(
+                "a user's kernel starts all vCPUs at boot, but vcpus differs from max_vcpus",
+            ));
         }
         let mut descriptors = descriptors.into_iter();
         let mut next = |missing| descriptors.next().ok_or(MachineError::BootCommand(missing));

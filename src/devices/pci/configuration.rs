@@ -96,7 +96,7 @@ impl Configuration {
     pub(crate) fn add_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> usize {
         let offset = self.end;
         self.bytes[STATUS] |= STATUS_CAPABILITIES;
-        self.bytes[self.last_pointer] = u8::try_from(offset).expect("the capability lies in the first 256 bytes");
+        self.bytes[self.last_pointer] = offset.to_le_bytes()[0];
         self.bytes[offset] = id;
         let start = offset + 2;
         self.set(start, body);
