@@ -1,5 +1,6 @@
 //! The guest image, a kernel and an initramfs: sections of this executable, or files that the host's configuration
-//! names. The shim opens them and passes them to the vmm, which maps or copies them.
+//! names. The shim opens them and passes them to the vmm, which maps or copies them. The machine that reads the disk of
+//! a virtual machine has a kernel of its own, with the file systems of such disks.
 //!
 //! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and the
 //! executable can be built in parallel. The sections are not loaded: only their position in the file matters.
@@ -27,6 +28,7 @@ const OWN_EXECUTABLE: &str = "/proc/self/exe";
 /// The sections with the guest image. They are aligned to pages in the file, because the vmm maps the kernel from
 /// there.
 const KERNEL_SECTION: &str = ".nutshell.kernel";
+const DISK_READER_KERNEL_SECTION: &str = ".nutshell.disk-reader-kernel";
 const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
 /// The section with the program of an administrator's shell.
@@ -39,6 +41,8 @@ pub(crate) enum GuestImageError {
         "this executable contains no guest {0}: build it with `make build`, or name a guest {0} in the configuration"
     )]
     NotEmbedded(&'static str),
+    #[error("this executable contains no {0} for reading disks of virtual machines: build it with `make build`")]
+    NoDiskReader(&'static str),
     #[error("this executable contains no shell for the guest: build it with `make build`")]
     NoShell,
     #[error("cannot read the shell for the guest in {OWN_EXECUTABLE}: {0}: install the executable again")]
@@ -71,6 +75,30 @@ pub(crate) struct GuestImage {
 pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<GuestImage, GuestImageError> {
     let (kernel, kernel_extent) = open_part("kernel", kernel, KERNEL_SECTION)?;
     let (initramfs, initramfs_extent) = open_part("initramfs", initramfs, INITRAMFS_SECTION)?;
+    Ok(GuestImage {
+        kernel,
+        kernel_extent,
+        initramfs,
+        initramfs_extent,
+    })
+}
+
+/// Opens the image of the machine that finds the kernel on a disk of a virtual machine. It boots on the container board.
+/// Both parts are those of this executable: a configured kernel may lack the file systems of disks, and an initramfs is
+/// configured together with it.
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "no virtual machine is started from a disk yet")
+)]
+pub(crate) fn open_disk_reader() -> Result<GuestImage, GuestImageError> {
+    let open = |part, section| {
+        open_part(part, None, section).map_err(|error| match error {
+            GuestImageError::NotEmbedded(part) => GuestImageError::NoDiskReader(part),
+            error => error,
+        })
+    };
+    let (kernel, kernel_extent) = open("kernel", DISK_READER_KERNEL_SECTION)?;
+    let (initramfs, initramfs_extent) = open("initramfs", INITRAMFS_SECTION)?;
     Ok(GuestImage {
         kernel,
         kernel_extent,
@@ -141,6 +169,15 @@ mod tests {
     fn error_without_an_embedded_image_names_the_remedy() {
         let error = open(None, None).unwrap_err();
         assert!(error.to_string().contains("make build"), "{error}");
+    }
+
+    #[test]
+    fn error_without_an_embedded_disk_reader_does_not_suggest_the_configuration() {
+        let error = open_disk_reader().unwrap_err().to_string();
+        assert!(
+            error.contains("kernel for reading disks") && !error.contains("configuration"),
+            "{error}"
+        );
     }
 
     #[test]
