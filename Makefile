@@ -17,8 +17,8 @@ AGENT_PATH := $(CARGO_TARGET_DIR)/guest/agent.path
 INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
-# Read the firmware tables that the unit tests build.
-UNIT_PACKAGES := acpica-tools dmidecode qemu-utils
+# Read the firmware tables and file systems that the unit tests build.
+UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.

@@ -12,6 +12,7 @@
 //! | `tasks` | the effect of each call: the lifecycle of containers, sandboxes and their processes |
 //! | `pod` | the resources of one pod: processes, control group, host-visible pids |
 //! | `stdio`, `network`, `share` | the streams, links and files of a pod |
+//! | `vm` | the virtual machine of a user's disk |
 //! | `machine` | a client of the virtual machine: of the vmm process and of the agent in the guest |
 //!
 //! Imports point downwards in this table. All folders use `events` and the single files.
@@ -34,5 +35,6 @@ mod stdio;
 mod tasks;
 #[cfg(test)]
 mod tests;
+mod vm;
 
 pub(crate) use self::entry::main;

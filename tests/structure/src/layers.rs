@@ -11,7 +11,7 @@ pub(crate) const LAYERS: [&[&str]; 14] = [
     &["shim::api"],
     &["shim::tasks"],
     &["shim::pod"],
-    &["shim::network", "shim::share", "shim::stdio"],
+    &["shim::network", "shim::share", "shim::stdio", "shim::vm"],
     &["shim::machine"],
     &["shim"],
     &["guest_image"],

@@ -1,0 +1,112 @@
+//! The data sources: the names of the files on a seed disk, and the defaults for those that the user leaves out.
+
+use std::str::FromStr;
+
+use serde_json::json;
+
+use super::{identity::Identity, image::Contents, keys::Keys};
+
+/// Network configuration of NoCloud in version 2, which is Netplan's: DHCP on each virtio interface. It matches by
+/// driver and not by MAC address, because a guest keeps it, and the next pod that runs this guest has another address.
+///
+/// For Netplan, `eth0` is only an id. The other renderers of cloud-init configure the interface of that name, whatever its
+/// driver (`cloudinit/net/network_state.py`, `handle_ethernets`).
+const DEFAULT_NETWORK_CONFIG: &str =
+    "version: 2\nethernets:\n  eth0:\n    match:\n      driver: virtio_net\n    dhcp4: true\n";
+
+/// How the guest's software finds and reads its configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::shim) enum DataSource {
+    /// cloud-init's data source NoCloud: a file system with the label `CIDATA`.
+    NoCloud,
+    /// OpenStack's configuration drive: a file system with the label `config-2`. cloud-init reads it.
+    ConfigDrive,
+    /// Ignition reads the user data of a configuration drive, as its provider `kubevirt` does: the label must be in
+    /// lower case, because Ignition waits for `/dev/disk/by-label/config-2`.
+    Ignition,
+}
+
+impl DataSource {
+    /// Gives the values of the keys the names that guests look for. Values of the user are not changed: metadata
+    /// without an instance id or hostname stays without it.
+    pub(super) fn arrange(self, keys: Keys, identity: &Identity) -> Contents {
+        match self {
+            Self::NoCloud => no_cloud(keys, identity),
+            Self::ConfigDrive | Self::Ignition => config_drive(keys, identity),
+        }
+    }
+}
+
+impl FromStr for DataSource {
+    type Err = UnknownDataSource;
+
+    fn from_str(name: &str) -> Result<Self, UnknownDataSource> {
+        match name {
+            "nocloud" => Ok(Self::NoCloud),
+            "configdrive" => Ok(Self::ConfigDrive),
+            "ignition" => Ok(Self::Ignition),
+            _ => Err(UnknownDataSource(name.to_owned())),
+        }
+    }
+}
+
+/// A name of a data source that does not exist.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown data source {0:?}: use nocloud, configdrive or ignition")]
+pub(in crate::shim) struct UnknownDataSource(String);
+
+/// cloud-init, `doc/rtd/reference/datasources/nocloud.rst`.
+fn no_cloud(keys: Keys, identity: &Identity) -> Contents {
+    let metadata = || {
+        // A JSON string is also a YAML string.
+        format!(
+            "instance-id: {}\nlocal-hostname: {}\n",
+            json!(identity.instance_id.as_str()),
+            json!(identity.hostname.as_str())
+        )
+        .into_bytes()
+    };
+    let network_config = keys
+        .network_config
+        .unwrap_or_else(|| DEFAULT_NETWORK_CONFIG.as_bytes().to_vec());
+    Contents {
+        label: b"CIDATA     ",
+        folder: &[],
+        files: present([
+            ("user-data", Some(keys.user_data)),
+            ("meta-data", Some(keys.meta_data.unwrap_or_else(metadata))),
+            ("vendor-data", keys.vendor_data),
+            ("network-config", Some(network_config)),
+        ]),
+    }
+}
+
+/// cloud-init, `doc/rtd/reference/datasources/configdrive.rst`, and `internal/providers/kubevirt` of Ignition. There is
+/// no default for `network_data.json`: its links need MAC addresses.
+fn config_drive(keys: Keys, identity: &Identity) -> Contents {
+    let metadata = || {
+        json!({
+            "uuid": identity.instance_id.as_str(),
+            "hostname": identity.hostname.as_str(),
+        })
+        .to_string()
+        .into_bytes()
+    };
+    Contents {
+        label: b"config-2   ",
+        folder: &["openstack", "latest"],
+        files: present([
+            ("user_data", Some(keys.user_data)),
+            ("meta_data.json", Some(keys.meta_data.unwrap_or_else(metadata))),
+            ("vendor_data.json", keys.vendor_data),
+            ("network_data.json", keys.network_config),
+        ]),
+    }
+}
+
+fn present(files: [(&'static str, Option<Vec<u8>>); 4]) -> Vec<(&'static str, Vec<u8>)> {
+    let files = files.into_iter();
+    files
+        .filter_map(|(name, bytes)| bytes.map(|bytes| (name, bytes)))
+        .collect()
+}

@@ -1,0 +1,40 @@
+//! The seed of a virtual machine: a small read-only disk with the user's configuration for cloud-init or Ignition in
+//! the guest.
+//!
+//! The configuration is a Secret or ConfigMap, which the kubelet mounts as a directory: one file for each key. The shim
+//! copies their bytes into a FAT file system and parses none of them.
+//!
+//! Belongs here: the names of keys and files, the defaults for what the user leaves out, and the image. Does not belong
+//! here: attaching the disk. The code that creates such machines calls [`make_disk`].
+
+mod data_source;
+pub(in crate::shim) mod identity;
+mod image;
+mod keys;
+#[cfg(test)]
+mod tests;
+
+use std::{fs::File, io, path::Path};
+
+use self::keys::KeysError;
+pub(in crate::shim) use self::{data_source::DataSource, identity::Identity};
+
+/// Why there is no seed disk.
+#[derive(Debug, thiserror::Error)]
+pub(in crate::shim) enum SeedError {
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    #[error("make the image of the seed disk: {0}")]
+    Image(#[source] io::Error),
+}
+
+/// Makes the seed disk from the keys in `directory`. `identity` fills in the metadata that the user leaves out. Equal
+/// arguments and keys result in equal disks.
+///
+/// Returns a sealed memfd: neither its bytes nor its size can change. The size is a multiple of 4096 bytes.
+///
+/// Blocks on the file system of `directory`: run it with [`crate::shim::blocking::run`].
+pub(in crate::shim) fn make_disk(directory: &Path, source: DataSource, identity: &Identity) -> Result<File, SeedError> {
+    let contents = source.arrange(keys::read(directory)?, identity);
+    image::write(&contents).map_err(SeedError::Image)
+}
