@@ -5,6 +5,7 @@ use std::{fmt, time::Duration};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+use super::lease::Lease;
 use crate::memory::Extent;
 
 /// The size of the header before each packet of a tap device (`struct virtio_net_hdr_v1`, virtio 1.3 §5.1.6), in bytes.
@@ -136,13 +137,15 @@ pub(crate) enum Software {
 }
 
 /// A network device that a machine boots with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LinkConfig {
     pub(crate) mac: [u8; 6],
     /// The maximum size of a packet without its link header, in bytes.
     pub(crate) mtu: u16,
     /// The number of its queues, at least one.
     pub(crate) queues: u16,
+    /// What the guest receives by DHCP. `None` means that the vmm answers no DHCP request of the link.
+    pub(crate) lease: Option<Lease>,
 }
 
 /// The guest's access to a disk.

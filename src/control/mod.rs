@@ -9,11 +9,13 @@
 //! channel and opens none itself.
 
 mod channel;
+mod lease;
 mod message;
 mod rate_limit;
 
 pub(crate) use self::{
     channel::{Channel, ControlError},
+    lease::{DomainName, Lease, Prefix, Route},
     message::{
         BoardKind, Command, DeviceCounters, DiskAccess, EndReason, LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING,
         MachineConfig, MachineStatistics, Notice, Software, VNET_HEADER_SIZE, monotonic_now,

@@ -168,7 +168,7 @@ pub(super) fn start(
         balloon_reporting_kick,
     };
     for (slot, (link, queues)) in (0..).zip(links) {
-        machine.plug_network_device(slot, link.mac, link.mtu, queues)?;
+        machine.plug_network_device(slot, link.mac, link.mtu, queues, link.lease.as_ref())?;
     }
     for (index, vcpu) in vcpus.into_iter().enumerate() {
         if index == 0 {

@@ -278,7 +278,7 @@ fn execute(
                 .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
         }
         Command::PlugNetworkDevice { slot, mac, mtu } => {
-            let result = machine.plug_network_device(slot, mac, mtu, descriptors.collect());
+            let result = machine.plug_network_device(slot, mac, mtu, descriptors.collect(), None);
             let result = result.map_err(|error| error.to_string());
             send(channel, &Notice::Plugged { slot, result })?;
         }

@@ -160,7 +160,7 @@ fn has_gateway(attribute: &RouteAttribute) -> bool {
 }
 
 /// The routing table of a route. Numbers above 255 do not fit into the header and are in an attribute.
-fn routing_table(route: &RouteMessage) -> u32 {
+pub(super) fn routing_table(route: &RouteMessage) -> u32 {
     let attribute = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,

@@ -10,14 +10,17 @@
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] and [`parameters`] read the configuration, [`connect`] connects links to tap devices
-//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback
-//! addresses. Does not belong here: packets, which pass between the tap device and the vmm. [`super::pod`] calls it.
+//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, [`lease`] the lease for a guest
+//! that uses DHCP, and [`loopback`] connects loopback addresses. Does not belong here: packets, which pass between the
+//! tap device and the vmm. [`super::pod`] calls it.
 
 mod changes;
 mod connect;
 mod discovery;
 mod error;
 mod guest_config;
+#[cfg_attr(not(test), expect(dead_code, reason = "the start of virtual machine tasks uses it"))]
+mod lease;
 mod loopback;
 mod namespace;
 mod netlink;

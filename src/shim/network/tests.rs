@@ -17,11 +17,13 @@ use super::{
     changes::ChangeSocket,
     connect::{KnownLinks, connect_new_links},
     discovery, guest_config,
+    lease::{ResolverConfig, lease_of_link},
     loopback::ForwardListeners,
     namespace::run_in_namespace,
     netlink::NetlinkSocket,
     tap,
 };
+use crate::control::Lease;
 
 /// A new network namespace, configured by `commands` of ip(8).
 fn new_namespace(commands: &[&str]) -> OwnedFd {
@@ -318,4 +320,161 @@ async fn change_in_the_namespace_is_reported_but_not_before_it_happens() {
 
     assert!(early.is_err());
     change.unwrap().unwrap();
+}
+
+/// The leases of the links of `pod` with their names.
+async fn read_leases(pod: &OwnedFd, resolver: ResolverConfig) -> Vec<(String, Option<Lease>)> {
+    run_in(pod, move || {
+        let mut netlink = NetlinkSocket::open().unwrap();
+        let config = discovery::read_ip_config(&mut netlink).unwrap();
+        let links = discovery::list_links(&mut netlink).unwrap();
+        let lease = |link: &discovery::Link| lease_of_link(&config, link, &resolver, Some("web-0"));
+        links.iter().map(|link| (link.name.clone(), lease(link))).collect()
+    })
+    .await
+}
+
+/// Address and prefix, gateway, routes, and MTU of a lease, as text.
+fn describe(lease: &Lease) -> (String, Option<String>, Vec<String>, u16) {
+    let prefix = |prefix: crate::control::Prefix| format!("{}/{}", prefix.address(), prefix.length());
+    let routes = lease.routes.iter().map(|route| {
+        let gateway = route.gateway.map(|gateway| format!(" via {gateway}"));
+        prefix(route.destination) + &gateway.unwrap_or_default()
+    });
+    (
+        prefix(lease.address),
+        lease.gateway.map(|gateway| gateway.to_string()),
+        routes.collect(),
+        lease.mtu,
+    )
+}
+
+#[tokio::test]
+async fn lease_has_the_address_and_routes_of_its_link() {
+    const LINKS: [&str; 6] = [
+        "link set lo up",
+        "link add eth0 type veth peer name peer0",
+        "link add net1 type veth peer name peer1",
+        "link set eth0 up",
+        "link set net1 up",
+        "addr add 192.0.2.9/32 dev lo",
+    ];
+    // The network, the commands, and the lease of `eth0`.
+    type Case<'a> = (&'a str, &'a [&'a str], (&'a str, Option<&'a str>, &'a [&'a str], u16));
+    let cases: [Case<'_>; 8] = [
+        (
+            "bridge",
+            &["addr add 10.1.0.5/24 brd + dev eth0", "route add default via 10.1.0.1"],
+            ("10.1.0.5/24", Some("10.1.0.1"), &[], 1500),
+        ),
+        (
+            "calico",
+            &[
+                "link set eth0 mtu 1450",
+                "addr add 10.2.3.4/32 dev eth0",
+                "route add 169.254.1.1 dev eth0 scope link",
+                "route add default via 169.254.1.1 dev eth0",
+                "neigh add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent",
+            ],
+            ("10.2.3.4/32", Some("169.254.1.1"), &["169.254.1.1/32"], 1450),
+        ),
+        (
+            "cilium, which sets the MTU of routes",
+            &[
+                "addr add 10.2.3.4/32 dev eth0",
+                "route add 10.2.3.1 dev eth0 scope link",
+                "route add default via 10.2.3.1 dev eth0 mtu 1450",
+            ],
+            ("10.2.3.4/32", Some("10.2.3.1"), &["10.2.3.1/32"], 1450),
+        ),
+        (
+            "route with a larger MTU than the link",
+            &[
+                "addr add 10.1.0.5/24 dev eth0",
+                "route add default via 10.1.0.1 mtu 9000",
+            ],
+            ("10.1.0.5/24", Some("10.1.0.1"), &[], 1500),
+        ),
+        (
+            "on-link gateway without a route",
+            &[
+                "addr add 10.2.3.4/32 dev eth0",
+                "route add default via 169.254.1.1 dev eth0 onlink",
+            ],
+            ("10.2.3.4/32", Some("169.254.1.1"), &[], 1500),
+        ),
+        (
+            "several addresses, routes, and links",
+            &[
+                "addr add 10.1.0.5/24 dev eth0",
+                "addr add 10.1.0.6/24 dev eth0",
+                "addr add fd00::5/64 dev eth0 nodad",
+                "addr add 10.5.0.5/24 dev net1",
+                "route add default via 10.1.0.3 metric 9",
+                "route add default via 10.1.0.2 metric 5",
+                "route add default via 10.5.0.1 metric 1",
+                "route add 10.9.0.0/17 via 10.1.0.9",
+                "route add 10.8.0.0/16 dev eth0 scope link metric 7",
+                "route add 10.8.0.0/16 via 10.1.0.8 metric 8",
+                "route add 10.7.0.0/16 nexthop via 10.5.0.7 nexthop via 10.1.0.7",
+                "route add 10.6.0.0/16 via inet6 fd00::6 dev eth0",
+                "route add unreachable 10.4.0.0/16",
+                "route add default via 10.1.0.4 table 100",
+                "route add 10.3.0.0/16 dev eth0 table 1000",
+            ],
+            (
+                "10.1.0.5/24",
+                Some("10.1.0.2"),
+                &["10.7.0.0/16 via 10.1.0.7", "10.8.0.0/16", "10.9.0.0/17 via 10.1.0.9"],
+                1500,
+            ),
+        ),
+        (
+            "peer",
+            &[
+                "addr add 10.1.0.5 peer 10.1.0.1/32 dev eth0",
+                "route add default via 10.1.0.1",
+            ],
+            ("10.1.0.5/32", Some("10.1.0.1"), &["10.1.0.1/32"], 1500),
+        ),
+        (
+            "default route without gateway",
+            &["addr add 10.1.0.5/24 dev eth0", "route add default dev eth0"],
+            ("10.1.0.5/24", None, &["0.0.0.0/0"], 1500),
+        ),
+    ];
+    for (what, commands, expected) in cases {
+        let pod = new_namespace(&[&LINKS[..], commands].concat());
+
+        let leases = read_leases(&pod, ResolverConfig::default()).await;
+
+        let (_, lease) = leases.iter().find(|(name, _)| name == "eth0").unwrap();
+        let (address, gateway, routes, mtu) = describe(lease.as_ref().unwrap());
+        let routes: Vec<_> = routes.iter().map(String::as_str).collect();
+        assert_eq!((&*address, gateway.as_deref(), &routes[..], mtu), expected, "{what}");
+    }
+}
+
+#[tokio::test]
+async fn lease_has_names_and_servers_and_a_link_without_ipv4_address_has_none() {
+    let pod = new_namespace(&[
+        "link set lo up",
+        "link add eth0 type veth peer name eth1",
+        "link set eth0 up",
+        "link set eth1 up",
+        "addr add 10.1.0.5/24 dev eth0",
+        "addr add fd00::5/64 dev eth1 nodad",
+    ]);
+    let resolver = ResolverConfig::parse("nameserver 10.96.0.10\nsearch default.svc.cluster.local cluster.local");
+
+    let mut leases = read_leases(&pod, resolver).await;
+
+    leases.sort_by(|left, right| left.0.cmp(&right.0));
+    let [(_, Some(lease)), (_, None)] = &leases[..] else {
+        panic!("{leases:?}");
+    };
+    assert_eq!(lease.dns, [std::net::Ipv4Addr::new(10, 96, 0, 10)]);
+    let search: Vec<_> = lease.search.iter().map(|name| name.as_str()).collect();
+    assert_eq!(search, ["default.svc.cluster.local", "cluster.local"]);
+    assert_eq!(lease.hostname.as_ref().map(|name| name.as_str()), Some("web-0"));
 }

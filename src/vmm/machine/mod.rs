@@ -29,7 +29,7 @@ use crate::vmm::{
     vcpu::Peripherals,
 };
 use crate::{
-    control::MachineStatistics,
+    control::{Lease, MachineStatistics},
     devices::{
         counters::Counters,
         pc::ged::GenericEvents,
@@ -82,20 +82,25 @@ pub(in crate::vmm) struct RunningMachine {
 }
 
 impl RunningMachine {
-    /// Plugs a network device into an empty slot. The guest finds it when it probes the slot again.
+    /// Plugs a network device into an empty slot. The guest finds it when it probes the slot again, and gets `lease` by
+    /// DHCP.
     pub(in crate::vmm) fn plug_network_device(
         &mut self,
         slot: u32,
         mac: [u8; 6],
         mtu: u16,
         queues: Vec<OwnedFd>,
+        lease: Option<&Lease>,
     ) -> Result<(), MachineError> {
         let reserved = self.network_slots.get_mut(slot as usize);
         let reserved = reserved
             .filter(|reserved| reserved.is_empty())
             .ok_or(MachineError::Slot(slot))?;
-        let net = Net::new(format!("net-{slot}"), mac, mtu, queues, &self.stall_timer)
+        let mut net = Net::new(format!("net-{slot}"), mac, mtu, queues, &self.stall_timer)
             .map_err(device_error("set up the queues of the tap device"))?;
+        if let Some(lease) = lease {
+            net.serve_lease(lease);
+        }
         let (counters, kicks) = (net.counters(), create_kicks(&net)?);
         reserved.plug(slot, Box::new(net), kicks)?;
         self.counters.push(counters);

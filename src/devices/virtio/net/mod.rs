@@ -1,9 +1,11 @@
 //! virtio-net (virtio 1.3 §5.1) on a tap device of the host.
 //!
 //! Belongs here: the device, its configuration, and one thread per queue pair. [`worker`] is that thread, [`control`]
-//! the control queue, [`tap`] a queue of the tap device. A vhost backend would replace the threads.
+//! the control queue, [`tap`] a queue of the tap device, [`dhcp`] the DHCP server of a link that has a lease. A vhost
+//! backend would replace the threads.
 
 mod control;
+mod dhcp;
 mod tap;
 #[cfg(test)]
 mod tests;
@@ -23,11 +25,15 @@ use virtio_bindings::{
 
 use self::{
     control::ControlQueue,
+    dhcp::DhcpServer,
     tap::TapQueue,
     worker::{QueuePair, Worker},
 };
 use super::device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
-use crate::devices::{counters::Counters, stall_timer::StallTimer};
+use crate::{
+    control::Lease,
+    devices::{counters::Counters, stall_timer::StallTimer},
+};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -56,6 +62,7 @@ pub(crate) struct Net {
     tap_queues: Vec<Arc<TapQueue>>,
     counters: Arc<Counters>,
     udp_offloads: bool,
+    dhcp: Option<Arc<DhcpServer>>,
     workers: Vec<Worker>,
 }
 
@@ -84,8 +91,15 @@ impl Net {
             counters: Counters::with_queues(name, tap_queues.len() * 2, stall_timer),
             tap_queues,
             udp_offloads,
+            dhcp: None,
             workers: Vec::new(),
         })
+    }
+
+    /// Answers the guest's DHCP requests with `lease`, from the next activation on. The tap device then gets none of
+    /// them.
+    pub(crate) fn serve_lease(&mut self, lease: &Lease) {
+        self.dhcp = Some(Arc::new(DhcpServer::new(lease)));
     }
 
     fn pairs(&self) -> u16 {
@@ -120,6 +134,7 @@ impl Net {
                 receive,
                 transmit,
                 mergeable_buffers: has(VIRTIO_NET_F_MRG_RXBUF),
+                dhcp: self.dhcp.clone(),
                 counters: self.counters.clone(),
             });
         }

@@ -1,6 +1,7 @@
 //! Tests of the queues as a driver sees them. A datagram socket takes the place of the tap device; [`kernel`] has the
-//! tests with real tap devices.
+//! tests with real tap devices, [`dhcp`] those with a lease.
 
+mod dhcp;
 mod kernel;
 
 use std::{
@@ -85,6 +86,7 @@ fn pair<'m>(
         receive: device_queue(receive, memory).0,
         transmit: device_queue(transmit, memory).0,
         mergeable_buffers: true,
+        dhcp: None,
         counters: Counters::with_queues("net-test", 2, &stall_timer()),
     }
 }

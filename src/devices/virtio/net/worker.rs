@@ -11,7 +11,11 @@ use std::{
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{control::ControlQueue, tap::TapQueue};
+use super::{
+    control::ControlQueue,
+    dhcp::{self, DhcpServer},
+    tap::TapQueue,
+};
 use crate::{
     control::VNET_HEADER_SIZE,
     devices::{
@@ -42,6 +46,8 @@ pub(super) struct QueuePair {
     pub(super) transmit: DeviceQueue,
     /// A received packet may span several descriptor chains (VIRTIO_NET_F_MRG_RXBUF).
     pub(super) mergeable_buffers: bool,
+    /// Answers the guest's DHCP requests. `None` means that they go to the tap device.
+    pub(super) dhcp: Option<Arc<DhcpServer>>,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -122,6 +128,7 @@ struct PacketLoop {
     tap: Arc<TapQueue>,
     receiver: Receiver,
     transmit: DeviceQueue,
+    dhcp: Option<Arc<DhcpServer>>,
     control: Option<ControlQueue>,
     tap_watch: TapWatch,
     counters: Arc<Counters>,
@@ -152,6 +159,7 @@ impl PacketLoop {
                 delivered: Tally::default(),
             },
             transmit: pair.transmit,
+            dhcp: pair.dhcp,
             control,
             tap_watch: TapWatch::Active,
             counters: pair.counters,
@@ -243,10 +251,7 @@ impl PacketLoop {
             return Ok(false);
         }
         let outcome = self.receiver.receive(&self.tap, &self.counters);
-        let delivered = std::mem::take(&mut self.receiver.delivered);
-        self.counters.add_requests(delivered.packets);
-        self.counters.add_bytes_to_guest(delivered.bytes);
-        self.receiver.queue.notify_driver()?;
+        let delivered = self.receiver.announce_delivered(&self.counters)?;
         let outcome = outcome?;
         // A readable tap device must not keep this thread awake while the guest provides no buffers.
         let (tap_watch, flags) = if outcome == ReceiveOutcome::NoSpace {
@@ -273,6 +278,9 @@ impl PacketLoop {
         let outcome = self.transmit_turn(&mut sent);
         self.counters.add_requests(sent.packets);
         self.counters.add_bytes_from_guest(sent.bytes);
+        if self.dhcp.is_some() {
+            self.receiver.announce_delivered(&self.counters)?;
+        }
         outcome
     }
 
@@ -286,6 +294,13 @@ impl PacketLoop {
             };
             let length = chain.readable.len();
             if (HEADER_SIZE..=MAX_PACKET_SIZE).contains(&length) && chain.writable.len() == 0 {
+                if let Some(server) = &self.dhcp
+                    && self.receiver.answer_dhcp(&chain.readable, server, &self.counters)?
+                {
+                    sent.add(length);
+                    queue.add_used(chain.head, 0)?;
+                    continue;
+                }
                 match chain.readable.write_to(self.tap.as_fd(), None) {
                     Ok(_) => sent.add(length),
                     // A packet that the host does not accept is dropped, as on any link.
@@ -358,7 +373,7 @@ impl Receiver {
     /// Moves packets from `tap` to the guest.
     fn receive(&mut self, tap: &TapQueue, counters: &Counters) -> Result<ReceiveOutcome, QueueError> {
         for _ in 0..MAX_PACKETS_PER_TURN {
-            if !self.take_space()? {
+            if !self.take_space(MAX_PACKET_SIZE)? {
                 return Ok(ReceiveOutcome::NoSpace);
             }
             match self.space.read_from(tap.as_fd(), None) {
@@ -382,11 +397,79 @@ impl Receiver {
         Ok(ReceiveOutcome::MayHaveMore)
     }
 
-    /// Takes chains from the queue until a packet of any size fits. Returns `false` if the guest has provided too few.
-    fn take_space(&mut self) -> Result<bool, QueueError> {
+    /// Passes the guest's packet `packet` to the DHCP server if it is for it, and puts the answer into the guest's
+    /// buffers. Returns whether the packet is for the server.
+    ///
+    /// The guest may change the packet meanwhile: then the server gets another frame, which it refuses, or the tap
+    /// device gets a request. Neither harms the host.
+    fn answer_dhcp(
+        &mut self,
+        packet: &Buffers<'_>,
+        server: &DhcpServer,
+        counters: &Counters,
+    ) -> Result<bool, QueueError> {
+        let mut start = [0; HEADER_SIZE + dhcp::MAX_HEADERS];
+        if !dhcp::is_for_server(copy_frame(packet, &mut start)) {
+            return Ok(false);
+        }
+        let mut request = [0; HEADER_SIZE + dhcp::MAX_REQUEST];
+        let queue = self.queue.index();
+        match server.answer(copy_frame(packet, &mut request)) {
+            Ok(None) => {}
+            Ok(Some(answer)) => {
+                if !self.put(&answer.frame)? {
+                    counters.add_error();
+                    log::warn!(
+                        target: counters.name(),
+                        "queue {queue}: the answer to a DHCP request is dropped: the guest has provided no space for it"
+                    );
+                } else if !answer.incomplete_options.is_empty() {
+                    counters.add_error();
+                    log::warn!(
+                        target: counters.name(),
+                        "queue {queue}: the answer to a DHCP request has no space for all values of the options {:?}: \
+                         the guest accepts only short answers",
+                        answer.incomplete_options
+                    );
+                }
+            }
+            Err(error) => {
+                counters.add_error();
+                log::warn!(target: counters.name(), "queue {queue}: a DHCP request of the guest is dropped: {error}");
+            }
+        }
+        Ok(true)
+    }
+
+    /// Puts an Ethernet frame into the guest's buffers. Returns `false` if the guest has provided too few.
+    fn put(&mut self, frame: &[u8]) -> Result<bool, QueueError> {
+        let length = HEADER_SIZE + frame.len();
+        if !self.take_space(length)? || self.space.len() < length {
+            return Ok(false);
+        }
+        let mut target = self.space.prefix(length);
+        target.put(&[0; HEADER_SIZE]);
+        target.put(frame);
+        self.deliver(length)?;
+        self.delivered.add(length);
+        Ok(true)
+    }
+
+    /// Counts the packets that were delivered since the last call, and interrupts the driver for them.
+    fn announce_delivered(&mut self, counters: &Counters) -> Result<Tally, QueueError> {
+        let delivered = std::mem::take(&mut self.delivered);
+        counters.add_requests(delivered.packets);
+        counters.add_bytes_to_guest(delivered.bytes);
+        self.queue.notify_driver()?;
+        Ok(delivered)
+    }
+
+    /// Takes chains from the queue until a packet of `size` bytes fits; without mergeable buffers, until there is one.
+    /// Returns `false` if the guest has provided too few.
+    fn take_space(&mut self, size: usize) -> Result<bool, QueueError> {
         loop {
             let enough = if self.mergeable_buffers {
-                self.space.len() >= MAX_PACKET_SIZE
+                self.space.len() >= size
             } else {
                 !self.chains.is_empty()
             };
@@ -428,6 +511,15 @@ impl Receiver {
         packet.put(&count.to_le_bytes());
         self.queue.add_used_batch(&self.used)
     }
+}
+
+/// Copies the packet, without its vnet header, into `target`, as much of it as fits there.
+fn copy_frame<'t>(packet: &Buffers<'_>, target: &'t mut [u8]) -> &'t [u8] {
+    let mut prefix = packet.prefix(target.len());
+    let length = prefix.len();
+    // Cannot fail: the lengths are equal.
+    let _ = prefix.take(&mut target[..length]);
+    target[..length].get(HEADER_SIZE..).unwrap_or_default()
 }
 
 fn drain(event: &EventFd) {

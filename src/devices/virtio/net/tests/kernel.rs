@@ -21,6 +21,7 @@ use nix::{
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::*;
+use crate::devices::virtio::net::dhcp::tests::{bridge_lease, client::discover_frame};
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
@@ -356,6 +357,38 @@ fn second_pair_receives_packets_after_the_driver_enables_it() {
         let (first, second) = received();
         assert_eq!(first + second, FLOWS);
         assert!(first > 0 && second > 0, "{first} and {second}");
+        net.reset();
+    });
+}
+
+#[test]
+fn kernel_sees_no_dhcp_request_of_a_link_with_a_lease() {
+    in_new_namespace(|| {
+        let memory = memory();
+        let mut net = Net::new("net-0".to_owned(), MAC, 1500, create_tap(1), &stall_timer()).unwrap();
+        net.serve_lease(&bridge_lease());
+        let host = packet_socket(IPV4);
+        let mocks = mocks(&memory, 2);
+        offer_more(&mocks[0], 64, 2048, WRITE);
+        let kicks = activate(&mut net, None, &mocks, &memory);
+        let frames = [discover_frame(), udp_frame(1000)].map(|frame| [&[0; worker::HEADER_SIZE][..], &frame].concat());
+        memory.write_slice(&frames.concat(), GuestAddress(BUFFERS)).unwrap();
+
+        offer(
+            &mocks[1],
+            &frames.each_ref().map(|frame| frame.len().try_into().unwrap()),
+            0,
+        );
+        kicks[1].write(1).unwrap();
+
+        let mut received = [0; 2000];
+        let length = rustix::io::read(&host, &mut received).unwrap();
+        assert_eq!(received[..length], udp_frame(1000));
+        wait_for_used(&mocks[0], 1);
+        let mut ports = [0; 4];
+        let start = GuestAddress(QUEUE_BUFFERS + worker::HEADER_SIZE as u64 + 34);
+        memory.read_slice(&mut ports, start).unwrap();
+        assert_eq!(ports, [0, 67, 0, 68]);
         net.reset();
     });
 }
