@@ -57,7 +57,7 @@ pub(in super::super) fn bridge_lease() -> Lease {
 }
 
 /// The lease of a link of Calico, with a gateway outside of the subnet.
-fn calico_lease() -> Lease {
+pub(in super::super) fn calico_lease() -> Lease {
     Lease {
         address: prefix("10.2.3.4/32"),
         gateway: Some(address("169.254.1.1")),

@@ -1,10 +1,31 @@
-//! Tests of a link with a lease, as a driver sees it. The answers' content is tested in the server's module.
+//! Tests of a link with a lease, as a driver sees it, and with a DHCP client. The server's module has the tests of all
+//! answers.
 
-use super::*;
+use std::{
+    collections::HashMap,
+    fs,
+    io::Write,
+    os::fd::AsFd,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
+};
+
+use super::{
+    kernel::{create_tap, in_new_namespace},
+    *,
+};
 use crate::devices::virtio::net::{
-    dhcp::tests::{
-        bridge_lease,
-        client::{discover_frame, udp_frame},
+    dhcp::{
+        is_for_server,
+        tests::{
+            bridge_lease, calico_lease,
+            client::{discover_frame, udp_frame},
+        },
     },
     worker::HEADER_SIZE,
 };
@@ -252,4 +273,119 @@ fn broken_receive_queue_ends_the_worker_that_answers() {
 
     assert_eq!(counters.read().errors, 1);
     assert_eq!(link.frames_at_tap(), [[0; 0]; 0]);
+}
+
+/// Writes an executable file through another process: while this one had it open for writing, a child that another test
+/// is starting could keep it busy.
+fn write_script(path: &Path, text: &str) {
+    let mut install = Command::new("install")
+        .args(["-m", "755", "/dev/stdin"])
+        .arg(path)
+        .stdin(Stdio::piped())
+        .spawn()
+        .unwrap();
+    install.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success());
+}
+
+/// Runs BusyBox's DHCP client on the network's side of a tap device, whose other side has a server with `lease`.
+/// Returns what the client's script gets when the client has an address.
+fn run_client(lease: &Lease) -> HashMap<String, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let (script, output) = (folder.path().join("script"), folder.path().join("output"));
+    write_script(&script, "#!/bin/sh\nif [ \"$1\" = bound ]; then env >\"$OUTPUT\"; fi\n");
+    let tap = create_tap(1).remove(0);
+    let server = DhcpServer::new(lease);
+    let client = Command::new("busybox")
+        .args([
+            "udhcpc",
+            "-f",
+            "-q",
+            "-n",
+            "-i",
+            "tap0",
+            "-O",
+            "mtu",
+            "-O",
+            "search",
+            "-O",
+            "staticroutes",
+            "-s",
+        ])
+        .arg(&script)
+        .env("OUTPUT", &output)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let ended = pidfd_open(Pid::from_child(&client), PidfdFlags::empty()).unwrap();
+    let mut packet = [0; 4096];
+    loop {
+        let mut events = [PollFd::new(&tap, PollFlags::IN), PollFd::new(&ended, PollFlags::IN)];
+        poll(&mut events, None).unwrap();
+        if !events[1].revents().is_empty() {
+            break;
+        }
+        let length = rustix::io::read(&tap, &mut packet).unwrap();
+        let frame = &packet[HEADER_SIZE..length];
+        if is_for_server(frame)
+            && let Some(answer) = server.answer(frame).unwrap()
+        {
+            rustix::io::write(tap.as_fd(), &[&[0; HEADER_SIZE][..], &answer.frame].concat()).unwrap();
+        }
+    }
+    let result = client.wait_with_output().unwrap();
+    assert!(result.status.success(), "{}", String::from_utf8_lossy(&result.stderr));
+    let text = fs::read_to_string(output).unwrap();
+    let variables = text.lines().filter_map(|line| line.split_once('='));
+    variables
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect()
+}
+
+#[test]
+fn client_of_busybox_gets_the_lease() {
+    // The lease, and the variables of the client's script.
+    let cases: [(Lease, &[(&str, &str)]); 2] = [
+        (
+            bridge_lease(),
+            &[
+                ("ip", "10.1.0.5"),
+                ("mask", "24"),
+                ("router", "10.1.0.1"),
+                ("serverid", "10.1.0.1"),
+                ("lease", "4294967295"),
+                ("dns", "10.96.0.10 192.0.2.53"),
+                ("domain", "default.svc.cluster.local"),
+                (
+                    "search",
+                    "default.svc.cluster.local svc.cluster.local cluster.local example.org",
+                ),
+                ("hostname", "web-0"),
+                ("mtu", "1450"),
+                ("staticroutes", "0.0.0.0/0 10.1.0.1"),
+            ],
+        ),
+        (
+            calico_lease(),
+            &[
+                ("ip", "10.2.3.4"),
+                ("mask", "32"),
+                ("router", "169.254.1.1"),
+                (
+                    "staticroutes",
+                    "169.254.1.1/32 0.0.0.0 10.8.0.1/32 0.0.0.0 0.0.0.0/0 169.254.1.1 10.8.0.0/16 0.0.0.0 10.9.0.0/17 \
+                     10.8.0.1",
+                ),
+            ],
+        ),
+    ];
+    for (lease, expected) in cases {
+        in_new_namespace(move || {
+            let variables = run_client(&lease);
+
+            for (name, value) in expected {
+                assert_eq!(variables.get(*name).map(String::as_str), Some(*value), "{name}");
+            }
+        });
+    }
 }
