@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use crate::{
-    control::{Channel, Command, DiskAccess, EndReason, Extent, MachineConfig, Notice, Software},
+    control::{Channel, Command, DiskAccess, EndReason, Extent, LinkConfig, MachineConfig, Notice, Software},
     devices::console_tail::ConsoleTail,
     vmm,
 };
@@ -55,8 +55,10 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    /// Boots `kernel` with these disks, and waits until it executes commands.
-    pub(super) fn boot(kernel: &Path, disks: Vec<File>) -> Self {
+    /// Boots `kernel` with these disks and with these links, each with the queue of its tap device, and waits until it
+    /// executes commands.
+    pub(super) fn boot(kernel: &Path, disks: Vec<File>, links: Vec<(LinkConfig, OwnedFd)>) -> Self {
+        let (links, queues): (Vec<_>, Vec<_>) = links.into_iter().unzip();
         let (input_end, input) = pipe().unwrap();
         let (output, output_end) = pipe().unwrap();
         for end in [input_end.as_fd(), output_end.as_fd()] {
@@ -85,11 +87,12 @@ impl Guest {
             oem_strings: vec!["nutshell.test=1".to_owned()],
             console_input: true,
             console_output: true,
-            links: Vec::new(),
+            links,
         };
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let mut descriptors: Vec<OwnedFd> = vec![kvm.into(), kernel_file.into(), initramfs.into()];
         descriptors.extend([input_end.into(), output_end.into()]);
+        descriptors.extend(queues);
         descriptors.extend(disks.into_iter().map(OwnedFd::from));
         let (channel, vmm_channel) = Channel::pair().unwrap();
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();

@@ -1,7 +1,10 @@
-use std::{env, fs::File, io::Write};
+use std::{env, fs::File, io::Write, os::fd::OwnedFd, path::Path};
 
 use super::guest::{Guest, VCPUS, kernels, release};
-use crate::control::EndReason;
+use crate::{
+    control::{EndReason, Lease, LinkConfig, Prefix},
+    devices::virtio::net::tests::kernel::{create_tap, in_new_namespace},
+};
 
 /// A disk of 1 MiB that begins with `content`.
 fn disk(content: &[u8]) -> File {
@@ -11,47 +14,83 @@ fn disk(content: &[u8]) -> File {
     disk
 }
 
+/// A link with a lease, and the queue of its tap device, which is new in the thread's network namespace.
+fn link() -> (LinkConfig, OwnedFd) {
+    let lease = Lease {
+        address: Prefix::host([10, 2, 3, 4].into()),
+        gateway: Some([169, 254, 1, 1].into()),
+        routes: Vec::new(),
+        dns: Vec::new(),
+        search: Vec::new(),
+        hostname: None,
+        mtu: 1500,
+    };
+    let link = LinkConfig {
+        mac: [2, 0, 0, 0, 0, 7],
+        mtu: 1500,
+        queues: 1,
+        lease: Some(lease),
+    };
+    (link, create_tap(1).remove(0))
+}
+
+/// The lease of [`link`], as a DHCP client in the guest gets it.
+fn read_lease(guest: &mut Guest) -> String {
+    guest.run("printf '#!/bin/sh\\n[ $1 = bound ] && env >/run/lease\\ntrue\\n' >/run/script; chmod +x /run/script");
+    guest.run("ip link set eth0 up; udhcpc -f -q -n -i eth0 -O staticroutes -s /run/script 2>/dev/null");
+    guest.run("grep -E '^(ip|mask|router|staticroutes)=' /run/lease | sort")
+}
+
 #[test]
 #[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
-fn distribution_kernel_finds_vcpus_and_devices_uses_msi_and_reboots() {
+fn distribution_kernel_finds_vcpus_and_devices_uses_msi_and_dhcp_and_reboots() {
     for kernel in kernels() {
-        let name = release(&kernel);
-        let mut guest = Guest::boot(&kernel, vec![disk(b"first"), disk(b"second")]);
-
-        assert_eq!(guest.run("nproc").trim(), VCPUS.to_string(), "{name}");
-        let interrupts = guest.run("cat /proc/interrupts");
-        for device in ["virtio0-", "virtio1-", "virtio2-"] {
-            let line = interrupts.lines().find(|line| line.contains(device));
-            let line = line.unwrap_or_else(|| panic!("{name}: no interrupt of {device}: {interrupts}"));
-            assert!(line.contains("MSI"), "{name}: {line}");
-        }
-        assert_eq!(
-            guest.run("head -c 5 /dev/vda; head -c 6 /dev/vdb"),
-            "firstsecond",
-            "{name}"
-        );
-        guest.run("echo written | dd of=/dev/vdb bs=512 seek=1 conv=fsync 2>/dev/null");
-        let read_back = guest.run("dd if=/dev/vdb bs=512 skip=1 count=1 iflag=direct 2>/dev/null | head -c 7");
-        assert_eq!(read_back, "written", "{name}");
-        let random = guest.run("head -c 16 /dev/hwrng | wc -c");
-        assert_eq!(random.trim(), "16", "{name}");
-        let tables = guest.run("ls /sys/firmware/acpi/tables");
-        for table in ["APIC", "DSDT", "FACP", "MCFG"] {
-            assert!(tables.contains(table), "{name}: {tables}");
-        }
-        let errors = guest.run("dmesg | grep -iE 'acpi.*(error|warn)|BAR.*(error|fail)|pci.*can.t' | head -n 20; true");
-        assert_eq!(errors, "", "{name}");
-
-        // The kernel removes the device and finds it again. It may assign another address to its window.
-        let device = guest.run("basename $(readlink -f /sys/block/vda/device/..)");
-        let device = device.trim();
-        guest.run(&format!("echo 1 >/sys/bus/pci/devices/{device}/remove"));
-        guest.run("echo 1 >/sys/bus/pci/rescan");
-        assert_eq!(guest.run("head -c 5 /dev/vda"), "first", "{name}");
-
-        guest.write("reboot -f");
-        assert_eq!(guest.end(), EndReason::GuestReset, "{name}");
+        in_new_namespace(move || use_devices_and_reboot(&kernel));
     }
+}
+
+fn use_devices_and_reboot(kernel: &Path) {
+    let name = release(kernel);
+    let mut guest = Guest::boot(kernel, vec![disk(b"first"), disk(b"second")], vec![link()]);
+
+    assert_eq!(guest.run("nproc").trim(), VCPUS.to_string(), "{name}");
+    let interrupts = guest.run("cat /proc/interrupts");
+    for device in ["virtio0-", "virtio1-", "virtio2-", "virtio3-"] {
+        let line = interrupts.lines().find(|line| line.contains(device));
+        let line = line.unwrap_or_else(|| panic!("{name}: no interrupt of {device}: {interrupts}"));
+        assert!(line.contains("MSI"), "{name}: {line}");
+    }
+    assert_eq!(
+        guest.run("head -c 5 /dev/vda; head -c 6 /dev/vdb"),
+        "firstsecond",
+        "{name}"
+    );
+    guest.run("echo written | dd of=/dev/vdb bs=512 seek=1 conv=fsync 2>/dev/null");
+    let read_back = guest.run("dd if=/dev/vdb bs=512 skip=1 count=1 iflag=direct 2>/dev/null | head -c 7");
+    assert_eq!(read_back, "written", "{name}");
+    assert_eq!(
+        read_lease(&mut guest),
+        "ip=10.2.3.4\nmask=32\nrouter=169.254.1.1\nstaticroutes=169.254.1.1/32 0.0.0.0 0.0.0.0/0 169.254.1.1\n",
+        "{name}"
+    );
+    let random = guest.run("head -c 16 /dev/hwrng | wc -c");
+    assert_eq!(random.trim(), "16", "{name}");
+    let tables = guest.run("ls /sys/firmware/acpi/tables");
+    for table in ["APIC", "DSDT", "FACP", "MCFG"] {
+        assert!(tables.contains(table), "{name}: {tables}");
+    }
+    let errors = guest.run("dmesg | grep -iE 'acpi.*(error|warn)|BAR.*(error|fail)|pci.*can.t' | head -n 20; true");
+    assert_eq!(errors, "", "{name}");
+
+    // The kernel removes the device and finds it again. It may assign another address to its window.
+    let device = guest.run("basename $(readlink -f /sys/block/vda/device/..)");
+    let device = device.trim();
+    guest.run(&format!("echo 1 >/sys/bus/pci/devices/{device}/remove"));
+    guest.run("echo 1 >/sys/bus/pci/rescan");
+    assert_eq!(guest.run("head -c 5 /dev/vda"), "first", "{name}");
+
+    guest.write("reboot -f");
+    assert_eq!(guest.end(), EndReason::GuestReset, "{name}");
 }
 
 #[test]
@@ -59,7 +98,7 @@ fn distribution_kernel_finds_vcpus_and_devices_uses_msi_and_reboots() {
 fn power_button_reaches_the_guest() {
     for kernel in kernels() {
         let name = release(&kernel);
-        let mut guest = Guest::boot(&kernel, Vec::new());
+        let mut guest = Guest::boot(&kernel, Vec::new(), Vec::new());
         guest.run("for i in /dev/input/event*; do (head -c 24 $i >/dev/null && poweroff -f) & done");
 
         guest.press_power_button();
@@ -75,7 +114,7 @@ fn every_reboot_succeeds() {
     let count = count.parse().unwrap();
     for kernel in kernels() {
         for round in 0..count {
-            let mut guest = Guest::boot(&kernel, vec![disk(b"root")]);
+            let mut guest = Guest::boot(&kernel, vec![disk(b"root")], Vec::new());
             guest.write("reboot -f");
             assert_eq!(guest.end(), EndReason::GuestReset, "{} round {round}", release(&kernel));
         }

@@ -8,7 +8,7 @@ mod control;
 mod dhcp;
 mod tap;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod worker;
 
 use std::{io, os::fd::OwnedFd, sync::Arc};

@@ -2,7 +2,7 @@
 //! tests with real tap devices, [`dhcp`] those with a lease.
 
 mod dhcp;
-mod kernel;
+pub(crate) mod kernel;
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixDatagram},

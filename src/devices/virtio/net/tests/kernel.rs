@@ -36,7 +36,7 @@ const QUEUES: [u64; 4] = [0, 0x4000, 0x8000, 0xc000];
 const QUEUE_BUFFERS: u64 = 0x2_0000;
 
 /// Runs `test` in a new network namespace without IPv6, so that the kernel sends no unsolicited packets.
-pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
     let thread = thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
@@ -48,7 +48,7 @@ pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 /// The queues of a new tap device that is up, with the settings of the shim.
-pub(super) fn create_tap(count: usize) -> Vec<OwnedFd> {
+pub(crate) fn create_tap(count: usize) -> Vec<OwnedFd> {
     // SAFETY: all zeroes is a valid `ifreq`.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (target, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
