@@ -25,6 +25,7 @@ pub enum ImageError {
 pub struct Image {
     base: Base,
     cow: Option<CowFile>,
+    read_only: bool,
 }
 
 impl Image {
@@ -37,6 +38,7 @@ impl Image {
         Ok(Self {
             base: Base::open(base)?,
             cow: None,
+            read_only: true,
         })
     }
 
@@ -52,7 +54,20 @@ impl Image {
     pub fn open(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
         let base = Base::open(base)?;
         let cow = CowFile::open(cow, &base, host_boot)?;
-        Ok(Self { base, cow: Some(cow) })
+        Ok(Self {
+            base,
+            cow: Some(cow),
+            read_only: false,
+        })
+    }
+
+    /// The disk with its earlier writes, which cannot be written any more.
+    #[must_use]
+    pub fn into_read_only(self) -> Self {
+        Self {
+            read_only: true,
+            ..self
+        }
     }
 
     /// The size of the disk in bytes, a multiple of [`crate::SECTOR_SIZE`].
@@ -60,9 +75,9 @@ impl Image {
         self.base.size()
     }
 
-    /// Whether the disk has no copy-on-write file.
+    /// Whether the disk has no copy-on-write file, or [`Self::into_read_only`] was called.
     pub fn is_read_only(&self) -> bool {
-        self.cow.is_none()
+        self.read_only
     }
 
     /// Fills all of `target` with the bytes of the disk at `offset`.
@@ -109,6 +124,7 @@ impl Image {
     fn writable(&self) -> io::Result<&CowFile> {
         self.cow
             .as_ref()
+            .filter(|_| !self.read_only)
             .ok_or_else(|| io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk is read-only"))
     }
 }

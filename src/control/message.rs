@@ -164,6 +164,8 @@ pub(crate) enum DiskAccess {
         /// The boot ID of the host (`/proc/sys/kernel/random/boot_id`). If it differs from the one in the file, the
         /// host may have crashed, and the disk has the state of the last flush.
         host_boot: [u8; 16],
+        /// The guest can only read: it sees the disk with the writes of earlier guests.
+        read_only: bool,
     },
 }
 
@@ -181,6 +183,9 @@ pub(crate) enum Notice {
         slot: u32,
         result: Result<(), String>,
     },
+    /// A machine with [`Software::User`] is built, and its vCPUs run. [`Notice::Ended`] follows instead if it cannot be
+    /// built.
+    Built,
     /// The reply to [`Command::UnplugDisk`].
     Unplugged {
         /// The slot on the bus.

@@ -106,7 +106,13 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
     };
     let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
     let resources = BootResources::parse(config, software, descriptors)?;
+    let is_users = matches!(resources.software, resources::SoftwareResources::User { .. });
     let mut machine = build::start(resources, console_tail, &end)?;
+    if is_users && let Err(error) = channel.send(&Notice::Built, &[]) {
+        return Err(device_error("report that the machine is built")(std::io::Error::other(
+            error,
+        )));
+    }
     let exit = event_loop::run(&mut machine, channel, &end, console_tail);
     // Without a shim there is no reader to wait for.
     if let (LoopExit::Ended(_), Some(console)) = (&exit, &mut machine.serial_console) {

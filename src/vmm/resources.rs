@@ -154,7 +154,10 @@ fn open_disk(
             });
         }
         DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
-        DiskAccess::CopyOnWrite { host_boot } => Image::open(Box::new(base), Box::new(next_file()?), host_boot),
+        DiskAccess::CopyOnWrite { host_boot, read_only } => {
+            let image = Image::open(Box::new(base), Box::new(next_file()?), host_boot);
+            image.map(|image| if read_only { image.into_read_only() } else { image })
+        }
     };
     image
         .map(|image| Backing::Image(Box::new(image)))
@@ -205,7 +208,10 @@ mod tests {
 
     #[test]
     fn each_disk_takes_the_descriptors_of_its_kind() {
-        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        let copy_on_write = DiskAccess::CopyOnWrite {
+            host_boot: [1; 16],
+            read_only: false,
+        };
         let disks = vec![
             DiskAccess::ReadWrite,
             copy_on_write,
@@ -243,7 +249,10 @@ mod tests {
 
     #[test]
     fn wrong_image_is_refused_with_disk_field_and_value() {
-        let copy_on_write = DiskAccess::CopyOnWrite { host_boot: [1; 16] };
+        let copy_on_write = DiskAccess::CopyOnWrite {
+            host_boot: [1; 16],
+            read_only: false,
+        };
         for (access, files, expected) in [
             (
                 DiskAccess::ReadOnlyImage,
