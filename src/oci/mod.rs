@@ -1,9 +1,9 @@
 //! Plans: the resources and settings of a container or a pod, determined once when it is created.
 //!
-//! Belongs here: the types of a plan ([`Plan`], [`PodPlan`]) and the checked values in them, and the two sources of
+//! Belongs here: the types of a plan ([`Plan`], [`PodPlan`], [`VmPlan`]) and the checked values in them, and the two sources of
 //! plans: an OCI bundle with the mounts of its snapshot ([`bundle`]), and CRI's message for a sandbox without a bundle
 //! ([`pod`]). Does not belong here: I/O other than reading `config.json` and inspecting the sources of bind mounts, and
-//! anything about ttrpc, KVM or the agent's channel. The shim calls [`plan_bundle`] and [`plan_pod`] when a container
+//! anything about ttrpc, KVM or the agent's channel. The shim calls [`BundleSpec`] and [`plan_pod`] when a container
 //! or a sandbox is created, and [`read_annotations`] when a shim starts.
 
 mod annotations;
@@ -21,7 +21,7 @@ mod source;
 mod spec;
 
 pub(crate) use annotations::read_annotations;
-pub(crate) use bundle::plan_bundle;
+pub(crate) use bundle::BundleSpec;
 pub(crate) use cgroup_path::CgroupPath;
 pub(crate) use error::PlanError;
 pub(crate) use host_namespaces::HostNamespaces;
@@ -29,8 +29,8 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
-    ResolvConf, Root, Share, ShareIdMap,
+    BundlePlan, Hook, Hooks, HostMount, Network, OnReboot, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
+    ResolvConf, Root, Share, ShareIdMap, VmImage, VmKernel, VmPlan,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};

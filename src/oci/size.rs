@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `io.containerd.nutshell.memory_mib`, `io.containerd.nutshell.vcpus` | exactly that | exactly that |
 //! | the limits of the container, or their sums over the pod | limit + overhead | quota / period, rounded up |
+//! | the memory limit of a virtual machine that boots a user's disk | exactly that | as above |
 //! | neither | [`DEFAULT_MEMORY`], unless configured | [`DEFAULT_VCPUS`], unless configured |
 //!
 //! Memory is rounded up to 2 MiB. An annotation out of bounds is an error. Limits above the bounds are not: they give
@@ -96,11 +97,30 @@ impl Sizing {
             .unwrap_or(self.default_vcpus.into())
             .clamp(1, self.max_vcpus.into());
         Ok(Size {
-            memory: memory
-                .clamp(MIN_MEMORY, self.max_memory.max(MIN_MEMORY))
-                .next_multiple_of(ALIGNMENT),
+            memory: self.bound_memory(memory),
             vcpus: u8::try_from(vcpus).unwrap_or(self.max_vcpus),
         })
+    }
+
+    /// The size of a virtual machine that boots a user's disk: its memory limit is the memory that the guest has.
+    pub(super) fn size_for_virtual_machine(
+        &self,
+        annotations: &HashMap<String, String>,
+        limits: Limits,
+    ) -> Result<Size, PlanError> {
+        let size = self.size_for_container(annotations, limits)?;
+        let memory = match limits.memory {
+            Some(limit) if !annotations.contains_key(MEMORY_ANNOTATION) => self.bound_memory(limit),
+            _ => size.memory,
+        };
+        Ok(Size { memory, ..size })
+    }
+
+    /// Rounds `memory` up to a possible size.
+    fn bound_memory(&self, memory: u64) -> u64 {
+        memory
+            .clamp(MIN_MEMORY, self.max_memory.max(MIN_MEMORY))
+            .next_multiple_of(ALIGNMENT)
     }
 
     /// The sizes of a pod's machine. `limits` are the sums over the pod's containers.
@@ -255,6 +275,22 @@ mod tests {
         ] {
             let size = SIZING.size_for_container(&HashMap::new(), limits).unwrap();
             assert_eq!(size, Size { memory, vcpus }, "{limits:?}");
+        }
+    }
+
+    #[test]
+    fn memory_limit_of_a_virtual_machine_is_the_memory_of_its_guest() {
+        let mib = |mib: u64| i64::try_from(mib * MIB).unwrap();
+        for (limits, annotation, memory) in [
+            (limits(mib(2048), -1, 0), None, 2048 * MIB),
+            (limits(mib(2048), -1, 0), Some("300"), 300 * MIB),
+            (limits(mib(1), -1, 0), None, MIN_MEMORY),
+            (Limits::default(), None, DEFAULT_MEMORY),
+        ] {
+            let pairs = annotation.map(|value| (MEMORY_ANNOTATION, value));
+            let annotations = annotations(pairs.as_slice());
+            let size = SIZING.size_for_virtual_machine(&annotations, limits).unwrap();
+            assert_eq!(size.memory, memory, "{limits:?} {annotation:?}");
         }
     }
 

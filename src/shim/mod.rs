@@ -10,9 +10,9 @@
 //! | `entry` | the command line, the short-lived actions, the set-up of the shim process |
 //! | `api` | the ttrpc server, and the services that translate containerd's messages |
 //! | `tasks` | the effect of each call: the lifecycle of containers, sandboxes and their processes |
+//! | `vm` | a virtual machine with a user's disk or kernel, from one boot to the next |
 //! | `pod` | the resources of one pod: processes, control group, host-visible pids |
 //! | `stdio`, `network`, `share` | the streams, links and files of a pod |
-//! | `vm` | the virtual machine of a user's disk |
 //! | `machine` | a client of the virtual machine: of the vmm process and of the agent in the guest |
 //!
 //! Imports point downwards in this table. All folders use `events` and the single files.

@@ -1,19 +1,21 @@
-//! Plans a container, or the sandbox of a pod, from an OCI bundle.
+//! Plans a container, the sandbox of a pod, or a virtual machine from an OCI bundle.
 //!
 //! Belongs here: the pure translation of a spec into a [`BundlePlan`], one file for each part of the spec. Does not
 //! belong here: the types of a plan (`plan`), and any I/O other than reading `config.json` and inspecting the sources
-//! of bind mounts. Called by the shim through [`plan_bundle`].
+//! of bind mounts. Called by the shim through [`BundleSpec`].
 
 mod devices;
 mod hooks;
 mod mounts;
 mod namespaces;
+mod placement;
 mod rootfs;
 mod settings;
 #[cfg(test)]
 mod tests;
+mod virtual_machine;
 
-use std::{collections::HashMap, path::Path};
+use std::path::{Path, PathBuf};
 
 use nutshell_protocol::CONTAINERS_PATH;
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Process, Spec};
@@ -22,29 +24,87 @@ use self::{
     hooks::take_host_hooks,
     mounts::{MountTranslator, pod_shm_size},
     namespaces::Namespaces,
+    placement::{cgroup_path, parse_placement},
     settings::{non_empty, refuse_unsupported, strip_linux, strip_process},
 };
 use super::{
-    BundlePlan, CgroupPath, ContainerId, HostMount, HostNamespaces, IdError, IdMap, Inspect, Limits, PidNamespace,
-    Placement, Plan, PlanError, PodPlan, PodShared, PodSize, Root, Sizing, spec,
+    BundlePlan, ContainerId, HostMount, HostNamespaces, IdMap, Inspect, Limits, PidNamespace, Placement, Plan,
+    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, VmImage, VmPlan, spec,
 };
 
-/// Plans the container `id` from its bundle and the mounts of its snapshot (`rootfs`).
-///
-/// Reads `config.json` in `bundle`, and inspects the host only through `inspect`.
-///
-/// # Errors
-///
-/// [`PlanError`] with the name of the field, if the spec is malformed or requests something that a machine cannot do.
-pub(crate) fn plan_bundle(
-    bundle: &Path,
+/// The OCI spec of a bundle, not checked.
+#[derive(Debug)]
+pub(crate) struct BundleSpec {
+    bundle: PathBuf,
+    spec: Spec,
+}
+
+impl BundleSpec {
+    /// Reads `config.json` in `bundle`.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or is no OCI spec.
+    pub(crate) fn read(bundle: &Path) -> Result<Self, PlanError> {
+        Ok(Self {
+            bundle: bundle.to_owned(),
+            spec: spec::read(bundle)?,
+        })
+    }
+
+    /// The files of the image, whose snapshot has the mounts `rootfs`, if the command asks for a virtual machine. An
+    /// image without a disk is a container with a program of that name, unless [`Self::names_kernel`].
+    ///
+    /// # Errors
+    ///
+    /// The files are on a block device, which only a guest may mount.
+    pub(crate) fn virtual_machine_image(&self, rootfs: &[HostMount]) -> Result<Option<VmImage>, PlanError> {
+        virtual_machine::image(&self.spec, &self.bundle, rootfs)
+    }
+
+    /// Whether an annotation names the kernel of a virtual machine.
+    pub(crate) fn names_kernel(&self) -> bool {
+        virtual_machine::names_kernel(&self.spec)
+    }
+
+    /// Plans the container or sandbox `id` with the mounts of its snapshot (`rootfs`). Inspects the host only through
+    /// `inspect`.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError`] with the name of the field, if the spec is malformed or requests something that a machine cannot
+    /// do.
+    pub(crate) fn plan(
+        self,
+        id: &ContainerId,
+        rootfs: &[HostMount],
+        sizing: &Sizing,
+        host: HostNamespaces,
+        inspect: &dyn Inspect,
+    ) -> Result<BundlePlan, PlanError> {
+        plan_bundle(self, id, rootfs, sizing, host, inspect)
+    }
+
+    /// Plans a virtual machine.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::plan`].
+    pub(crate) fn plan_virtual_machine(self, sizing: &Sizing) -> Result<VmPlan, PlanError> {
+        virtual_machine::plan(self.spec, sizing)
+    }
+}
+
+fn plan_bundle(
+    bundle: BundleSpec,
     id: &ContainerId,
     rootfs: &[HostMount],
     sizing: &Sizing,
     host: HostNamespaces,
     inspect: &dyn Inspect,
 ) -> Result<BundlePlan, PlanError> {
-    let mut spec: Spec = spec::read(bundle)?;
+    let BundleSpec { bundle, mut spec } = bundle;
+    let bundle = bundle.as_path();
     let annotations = spec.annotations().clone().unwrap_or_default();
     let placement = parse_placement(&annotations)?;
     let mut linux = spec.linux_mut().take().ok_or(PlanError::Missing("linux"))?;
@@ -140,38 +200,6 @@ fn plan_sandbox(
             resolv_conf: None,
         },
     })
-}
-
-fn cgroup_path(linux: &Linux) -> Result<Option<CgroupPath>, PlanError> {
-    let path = linux.cgroups_path().as_deref().unwrap_or(Path::new(""));
-    CgroupPath::parse(&path.to_string_lossy()).map_err(|reason| PlanError::invalid("linux.cgroupsPath", reason))
-}
-
-/// The container's relation to a pod, from the annotations of containerd's CRI (`internal/cri/annotations`). `None` if
-/// the bundle is that of a pod's sandbox.
-fn parse_placement(annotations: &HashMap<String, String>) -> Result<Option<Placement>, PlanError> {
-    const TYPE: &str = "io.kubernetes.cri.container-type";
-    const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
-    let invalid = |name: &str, reason: String| PlanError::invalid(format!("annotation {name}"), reason);
-    match annotations.get(TYPE).map(String::as_str) {
-        None => Ok(Some(Placement::Single)),
-        Some("sandbox") => Ok(None),
-        Some("container") => {
-            let sandbox = annotations
-                .get(SANDBOX)
-                .ok_or_else(|| invalid(SANDBOX, "a container of a pod needs this annotation".to_owned()))?;
-            let sandbox: ContainerId = sandbox
-                .parse()
-                .map_err(|error: IdError| invalid(SANDBOX, error.to_string()))?;
-            Ok(Some(Placement::Member {
-                sandbox: sandbox.to_string(),
-            }))
-        }
-        Some(other) => Err(invalid(
-            TYPE,
-            format!("{other:?} is neither \"sandbox\" nor \"container\""),
-        )),
-    }
 }
 
 /// The mapping of the container's user namespace.

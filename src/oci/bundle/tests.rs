@@ -5,7 +5,7 @@ use std::{fs, io, path::PathBuf, time::Duration};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, ReadOnly, Share, SourceKind};
+use crate::oci::{CgroupPath, DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, ReadOnly, Share, SourceKind};
 
 const CTR: &str = include_str!("testdata/ctr-run.json");
 const CTR_PRIVILEGED: &str = include_str!("testdata/ctr-run-privileged.json");
@@ -55,14 +55,7 @@ fn planned(spec: &Value) -> Result<BundlePlan, PlanError> {
         })
     };
     let id = "c7".parse().unwrap();
-    plan_bundle(
-        bundle.path(),
-        &id,
-        &[overlay],
-        &SIZING,
-        HostNamespaces::Refuse,
-        &inspect,
-    )
+    BundleSpec::read(bundle.path())?.plan(&id, &[overlay], &SIZING, HostNamespaces::Refuse, &inspect)
 }
 
 fn guest(plan: &Plan) -> Value {
@@ -425,7 +418,9 @@ fn root_without_mounts_is_the_directory_in_the_spec() {
         let spec = with(CTR, "/root/path", json!(path));
         fs::write(bundle.path().join("config.json"), spec.to_string()).unwrap();
         let id = "c7".parse().unwrap();
-        let planned = plan_bundle(bundle.path(), &id, &[], &SIZING, HostNamespaces::Refuse, &tree).unwrap();
+        let planned = BundleSpec::read(bundle.path())
+            .and_then(|spec| spec.plan(&id, &[], &SIZING, HostNamespaces::Refuse, &tree))
+            .unwrap();
         let BundlePlan::Container(plan) = planned else {
             panic!("{planned:?}");
         };

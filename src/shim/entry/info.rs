@@ -166,7 +166,7 @@ mod tests {
         // Directories refuse the propagations `slave` and `rslave`, which are accepted for files.
         let file = |_: &Path| -> io::Result<SourceKind> { Ok(SourceKind::File) };
         let id = "c1".parse().unwrap();
-        match oci::plan_bundle(bundle.path(), &id, &[], &sizing, HostNamespaces::Refuse, &file)? {
+        match oci::BundleSpec::read(bundle.path())?.plan(&id, &[], &sizing, HostNamespaces::Refuse, &file)? {
             BundlePlan::Container(plan) => Ok(*plan),
             BundlePlan::Sandbox(pod) => panic!("{pod:?}"),
         }

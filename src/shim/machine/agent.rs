@@ -65,6 +65,8 @@ pub(crate) struct Agent {
 
 #[derive(Debug)]
 struct Shared {
+    /// Whether the machine was started with an agent.
+    is_present: bool,
     last_id: AtomicU64,
     frames: mpsc::Sender<Vec<u8>>,
     pending: Mutex<Pending>,
@@ -75,6 +77,21 @@ struct Shared {
 type Pending = Option<HashMap<u64, oneshot::Sender<Result<Response, Failure>>>>;
 
 impl Agent {
+    /// The client of a machine without an agent. All of its requests fail with [`AgentError::Gone`], and it never
+    /// becomes ready.
+    pub(crate) fn absent() -> Self {
+        let (frames, _) = mpsc::channel(1);
+        Self {
+            shared: Arc::new(Shared {
+                is_present: false,
+                last_id: AtomicU64::new(0),
+                frames,
+                pending: Mutex::new(None),
+                ready: watch::Sender::new(None),
+            }),
+        }
+    }
+
     /// Starts a client on `stream`. `on_event` gets each event in order, and must not block. The returned future
     /// completes with a reason when the stream has ended. Needs the Tokio runtime.
     pub(crate) fn start(
@@ -85,6 +102,7 @@ impl Agent {
         let (reader, writer) = UnixStream::from_std(stream)?.into_split();
         let (frames, queue) = mpsc::channel(MAX_QUEUED_FRAMES);
         let shared = Arc::new(Shared {
+            is_present: true,
             last_id: AtomicU64::new(0),
             frames,
             pending: Mutex::new(Some(HashMap::new())),
@@ -104,6 +122,11 @@ impl Agent {
         });
         let end = async move { end.await.unwrap_or_else(|_| "the shim stopped reading".to_owned()) };
         Ok((Self { shared }, end))
+    }
+
+    /// Whether the machine was started with an agent.
+    pub(crate) fn is_present(&self) -> bool {
+        self.shared.is_present
     }
 
     /// Waits for the agent's [`Ready`] message.

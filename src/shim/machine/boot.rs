@@ -7,13 +7,14 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use crate::{
-    control::{BoardKind, Command, DiskAccess, MachineConfig, Software},
+    control::{BoardKind, Command, DiskAccess, Extent, LinkConfig, MachineConfig, Software},
     guest_image::{GuestImage, GuestImageError},
-    oci::PodSize,
+    oci::{PodSize, Size},
 };
 
 /// Why a machine cannot be started.
@@ -55,6 +56,32 @@ pub(crate) struct GuestResources {
     pub(crate) board: BoardKind,
 }
 
+/// A disk that a machine boots with.
+#[derive(Debug)]
+pub(crate) enum BootDisk {
+    /// A raw disk.
+    File(DiskFile),
+    /// A disk whose writes go to a copy-on-write file.
+    CopyOnWrite {
+        image: Arc<DiskImage>,
+        /// The guest can only read.
+        read_only: bool,
+    },
+}
+
+/// A base image that no guest can write, and the copy-on-write file that belongs to it.
+#[derive(Debug)]
+pub(crate) struct DiskImage {
+    /// The path of the base image in its root file system, for messages.
+    pub(crate) path: PathBuf,
+    /// Open for reading.
+    pub(crate) base: File,
+    /// Open for reading and writing.
+    pub(crate) writes: File,
+    /// The host's boot ID (see [`DiskAccess::CopyOnWrite`]).
+    pub(crate) host_boot: [u8; 16],
+}
+
 /// The machine to boot, with its resources.
 #[derive(Debug)]
 pub(crate) struct BootRequest {
@@ -63,7 +90,7 @@ pub(crate) struct BootRequest {
     /// The vhost-user socket of the file server; `None` if no directories are shared.
     pub(crate) file_server: Option<OwnedFd>,
     /// The disks in the first disk slots.
-    pub(crate) disks: Vec<DiskFile>,
+    pub(crate) disks: Vec<BootDisk>,
     /// How many empty disk slots follow, for hot-plugged disks.
     pub(crate) hotplug_disks: u32,
 }
@@ -71,7 +98,11 @@ pub(crate) struct BootRequest {
 impl BootRequest {
     /// The command, and its descriptors in the order that [`Command::Boot`] documents. `agent` is the guest's end of
     /// the stream on [`nutshell_protocol::AGENT_PORT`].
-    pub(super) fn into_command(self, agent: OwnedFd) -> (Command, Vec<OwnedFd>) {
+    ///
+    /// # Errors
+    ///
+    /// A descriptor cannot be duplicated.
+    pub(super) fn into_command(self, agent: OwnedFd) -> io::Result<(Command, Vec<OwnedFd>)> {
         let GuestResources {
             kvm,
             image,
@@ -84,7 +115,7 @@ impl BootRequest {
             vcpus: self.size.boot.vcpus,
             max_vcpus: self.size.max.vcpus,
             file_server: self.file_server.is_some(),
-            disks: self.disks.iter().map(DiskFile::access).collect(),
+            disks: self.disks.iter().map(BootDisk::access).collect(),
             hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
         };
@@ -95,18 +126,105 @@ impl BootRequest {
         };
         let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
         descriptors.extend(self.file_server);
-        descriptors.extend(self.disks.into_iter().map(|disk| disk.file.into()));
-        (Command::Boot(machine, software), descriptors)
+        for disk in self.disks {
+            descriptors.extend(disk.into_descriptors()?);
+        }
+        Ok((Command::Boot(machine, software), descriptors))
     }
 }
 
-impl DiskFile {
-    fn access(&self) -> DiskAccess {
-        if self.read_only {
-            DiskAccess::ReadOnly
-        } else {
-            DiskAccess::ReadWrite
+/// A machine with a user's kernel ([`Software::User`]).
+#[derive(Debug)]
+pub(crate) struct UserBootRequest {
+    /// `/dev/kvm`.
+    pub(crate) kvm: OwnedFd,
+    pub(crate) size: Size,
+    /// The whole file.
+    pub(crate) kernel: File,
+    /// The whole file.
+    pub(crate) initramfs: Option<File>,
+    /// The whole command line.
+    pub(crate) command_line: String,
+    /// Identifies the machine, in the byte order of RFC 9562.
+    pub(crate) uuid: [u8; 16],
+    /// Non-blocking.
+    pub(crate) console_input: Option<OwnedFd>,
+    /// Non-blocking.
+    pub(crate) console_output: Option<OwnedFd>,
+    /// With the queues of each tap device.
+    pub(crate) links: Vec<(LinkConfig, Vec<OwnedFd>)>,
+    pub(crate) disks: Vec<BootDisk>,
+}
+
+impl UserBootRequest {
+    /// The command, and its descriptors in the order that [`Command::Boot`] documents.
+    ///
+    /// # Errors
+    ///
+    /// The size of a file cannot be read, or a descriptor cannot be duplicated.
+    pub(super) fn into_command(self) -> io::Result<(Command, Vec<OwnedFd>)> {
+        let whole = |file: &File| -> io::Result<Extent> {
+            let length = file.metadata()?.len();
+            Ok(Extent { offset: 0, length })
+        };
+        let machine = MachineConfig {
+            memory: self.size.memory,
+            max_memory: self.size.memory,
+            vcpus: self.size.vcpus,
+            max_vcpus: self.size.vcpus,
+            file_server: false,
+            disks: self.disks.iter().map(BootDisk::access).collect(),
+            hotplug_disks: 0,
+            kernel: whole(&self.kernel)?,
+        };
+        let (links, queues): (Vec<_>, Vec<_>) = self.links.into_iter().unzip();
+        let software = Software::User {
+            initramfs: self.initramfs.as_ref().map(whole).transpose()?,
+            command_line: self.command_line,
+            uuid: self.uuid,
+            oem_strings: Vec::new(),
+            console_input: self.console_input.is_some(),
+            console_output: self.console_output.is_some(),
+            links,
+        };
+        let mut descriptors = vec![self.kvm, self.kernel.into()];
+        descriptors.extend(self.initramfs.map(OwnedFd::from));
+        descriptors.extend(self.console_input);
+        descriptors.extend(self.console_output);
+        descriptors.extend(queues.into_iter().flatten());
+        for disk in self.disks {
+            descriptors.extend(disk.into_descriptors()?);
         }
+        Ok((Command::Boot(machine, software), descriptors))
+    }
+}
+
+impl BootDisk {
+    /// The path on the host, for messages.
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::File(disk) => &disk.path,
+            Self::CopyOnWrite { image, .. } => &image.path,
+        }
+    }
+
+    fn access(&self) -> DiskAccess {
+        match self {
+            Self::File(disk) if disk.read_only => DiskAccess::ReadOnly,
+            Self::File(_) => DiskAccess::ReadWrite,
+            Self::CopyOnWrite { image, read_only } => DiskAccess::CopyOnWrite {
+                host_boot: image.host_boot,
+                read_only: *read_only,
+            },
+        }
+    }
+
+    /// The descriptors that [`DiskAccess`] documents.
+    fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
+        Ok(match self {
+            Self::File(disk) => vec![disk.file.into()],
+            Self::CopyOnWrite { image, .. } => vec![image.base.try_clone()?.into(), image.writes.try_clone()?.into()],
+        })
     }
 }
 
@@ -154,10 +272,12 @@ pub(crate) fn open_disk(path: PathBuf, read_only: bool) -> Result<DiskFile, Boot
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
-    use crate::{control::Extent, oci::Size};
+
+    const SIZE: Size = Size {
+        memory: 2 << 20,
+        vcpus: 1,
+    };
 
     fn null() -> File {
         File::open("/dev/null").unwrap()
@@ -177,12 +297,9 @@ mod tests {
                 kernel_arguments: String::new(),
                 board: BoardKind::Container,
             },
-            size: PodSize::fixed(Size {
-                memory: 2 << 20,
-                vcpus: 1,
-            }),
+            size: PodSize::fixed(SIZE),
             file_server,
-            disks,
+            disks: disks.into_iter().map(BootDisk::File).collect(),
             hotplug_disks: 0,
         }
     }
@@ -197,12 +314,69 @@ mod tests {
         let disks = || vec![disk(true), disk(false)];
         for (file_server, count) in [(Some(null().into()), 7), (None, 6)] {
             let has_file_server = file_server.is_some();
-            let (command, descriptors) = boot_request(file_server, disks()).into_command(null().into());
+            let (command, descriptors) = boot_request(file_server, disks()).into_command(null().into()).unwrap();
             let Command::Boot(machine, Software::Agent { .. }) = command else {
                 panic!("{command:?}");
             };
             assert_eq!(machine.file_server, has_file_server);
             assert_eq!(machine.disks, [DiskAccess::ReadOnly, DiskAccess::ReadWrite]);
+            assert_eq!(descriptors.len(), count);
+        }
+    }
+
+    #[test]
+    fn boot_command_of_a_users_kernel_announces_the_descriptors_that_go_with_it() {
+        let image = Arc::new(DiskImage {
+            path: "/disk/disk.qcow2".into(),
+            base: null(),
+            writes: null(),
+            host_boot: [7; 16],
+        });
+        let link = LinkConfig {
+            mac: [2; 6],
+            mtu: 1500,
+            queues: 2,
+            lease: None,
+        };
+        for (has_initramfs, has_console, count) in [(true, true, 9), (false, true, 8), (true, false, 7)] {
+            let descriptor = |present: bool| present.then(|| OwnedFd::from(null()));
+            let request = UserBootRequest {
+                kvm: null().into(),
+                size: SIZE,
+                kernel: null(),
+                initramfs: has_initramfs.then(null),
+                command_line: "console=ttyS0".to_owned(),
+                uuid: [3; 16],
+                console_input: descriptor(has_console),
+                console_output: descriptor(has_console),
+                links: vec![(link.clone(), vec![null().into(), null().into()])],
+                disks: vec![BootDisk::CopyOnWrite {
+                    image: image.clone(),
+                    read_only: false,
+                }],
+            };
+
+            let (command, descriptors) = request.into_command().unwrap();
+
+            let Command::Boot(
+                machine,
+                Software::User {
+                    initramfs,
+                    console_input,
+                    links,
+                    ..
+                },
+            ) = command
+            else {
+                panic!("{command:?}");
+            };
+            let copy_on_write = DiskAccess::CopyOnWrite {
+                host_boot: [7; 16],
+                read_only: false,
+            };
+            assert_eq!(machine.disks, [copy_on_write]);
+            assert_eq!((initramfs.is_some(), console_input), (has_initramfs, has_console));
+            assert_eq!(links, std::slice::from_ref(&link));
             assert_eq!(descriptors.len(), count);
         }
     }

@@ -10,8 +10,22 @@ pub(crate) struct MachineExit {
     pub(super) reason: String,
     /// The shim stopped the machine on purpose: the end is not a failure.
     pub(super) requested: bool,
+    /// What the vmm reported. `None` if it reported nothing, or if the shim ended the machine.
+    pub(super) reported: Option<EndReason>,
     /// Empty if the vmm did not send it.
     pub(super) console: String,
+}
+
+impl MachineExit {
+    /// Whether the guest switched the machine off.
+    pub(crate) fn is_power_off(&self) -> bool {
+        self.reported == Some(EndReason::GuestPowerOff)
+    }
+
+    /// Whether the guest reset the machine.
+    pub(crate) fn is_reset(&self) -> bool {
+        self.reported == Some(EndReason::GuestReset)
+    }
 }
 
 impl fmt::Display for MachineExit {

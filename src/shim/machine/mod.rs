@@ -35,7 +35,9 @@ use tokio::{sync::oneshot, time::Instant};
 
 pub(crate) use self::{
     agent::{Agent, AgentError},
-    boot::{BootError, BootRequest, DiskFile, GuestResources, open_disk, open_kvm},
+    boot::{
+        BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, UserBootRequest, open_disk, open_kvm,
+    },
     console::printable_line,
     exit::MachineExit,
     monitor::FINAL_NOTICE_TIMEOUT,
@@ -120,19 +122,57 @@ impl Machine {
             stderr,
             spawned_at,
         } = vmm;
-        let disk_paths: Vec<_> = boot.disks.iter().map(|disk| disk.path.clone()).collect();
+        let state = Arc::new(MachineState::new());
+        state.record_disks(&boot.disks);
         match Self::open_channels(control, boot, on_event) {
             Ok((control, agent, agent_end)) => {
-                let state = Arc::new(MachineState::new());
-                let serials = (0..).map(disk_serial);
-                state.disk_paths.lock().extend(serials.zip(disk_paths));
                 let times = StartTimes {
                     requested_at,
                     spawned_at,
                     booted_at: monotonic_now(),
                 };
+                let machine = Self::spawn_monitor(child, stderr, control, state, agent, agent_end, times);
+                machine.serve_agent();
+                Ok(machine)
+            }
+            Err(error) => {
+                child.kill();
+                // The first error is the one to report.
+                let _ = child.reap().await;
+                Err(BootError::Descriptors(error))
+            }
+        }
+    }
+
+    /// A machine for a user's kernel, whose process waits for [`Self::boot_user`]. It has no agent.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError::Descriptors`]; the process is reaped then.
+    pub(crate) async fn prepare(vmm: VmmProcess) -> Result<Self, BootError> {
+        let VmmProcess {
+            child,
+            control,
+            stderr,
+            spawned_at,
+        } = vmm;
+        match AsyncChannel::new(control) {
+            Ok(control) => {
+                let times = StartTimes {
+                    requested_at: spawned_at,
+                    spawned_at,
+                    booted_at: spawned_at,
+                };
+                let (state, agent) = (Arc::new(MachineState::new()), Agent::absent());
+                let agent_end = std::future::pending();
                 Ok(Self::spawn_monitor(
-                    child, stderr, control, state, agent, agent_end, times,
+                    child,
+                    stderr,
+                    Arc::new(control),
+                    state,
+                    agent,
+                    agent_end,
+                    times,
                 ))
             }
             Err(error) => {
@@ -144,6 +184,43 @@ impl Machine {
         }
     }
 
+    /// Boots a user's kernel, and returns when its vCPUs run. Called once, after [`Self::prepare`]. A machine that is
+    /// not built within `limit` is killed.
+    ///
+    /// # Errors
+    ///
+    /// The reason why the machine could not be built, or ended before that.
+    pub(crate) async fn boot_user(&self, boot: UserBootRequest, limit: Duration) -> Result<(), Arc<MachineExit>> {
+        let (sender, built) = oneshot::channel();
+        self.state.record_disks(&boot.disks);
+        *self.state.boot_request.lock() = Some(sender);
+        let sent = async {
+            let (command, descriptors) = boot.into_command().map_err(|error| error.to_string())?;
+            let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            let sent = self.control.send(&command, &descriptors).await;
+            sent.map_err(|error| error.to_string())
+        };
+        match sent.await {
+            Ok(()) => tokio::select! {
+                biased;
+                exit = self.ended() => return Err(exit),
+                built = tokio::time::timeout(limit, built) => match built {
+                    Ok(Ok(())) => return Ok(()),
+                    // The machine is ending, and its own reason follows.
+                    Ok(Err(_)) => {}
+                    Err(_) => self.kill(&format!("it was not built within {} s", limit.as_secs())),
+                },
+            },
+            Err(error) => self.kill(&format!("cannot send the boot command to the vmm: {error}")),
+        }
+        Err(self.ended().await)
+    }
+
+    /// Presses the machine's power button. The guest may ignore it.
+    pub(crate) async fn press_power_button(&self) -> Result<(), VmmError> {
+        Ok(self.control.send(&Command::PressPowerButton, &[]).await?)
+    }
+
     fn open_channels(
         control: Channel,
         boot: BootRequest,
@@ -152,7 +229,7 @@ impl Machine {
         let (shim_end, guest_end) = UnixStream::pair()?;
         let control = Arc::new(AsyncChannel::new(control)?);
         let (agent, agent_end) = Agent::start(shim_end, on_event)?;
-        let (command, descriptors) = boot.into_command(guest_end.into());
+        let (command, descriptors) = boot.into_command(guest_end.into())?;
         // The socket is empty, so there is room for this packet. If the process is gone already, its exit status and
         // standard error explain more than this failure.
         if let Err(error) = control.try_send(&command, &descriptors) {
@@ -175,9 +252,21 @@ impl Machine {
             let (child, control, state) = (child.clone(), control.clone(), state.clone());
             async move { monitor::run(&state, &control, &child, stderr, agent_end).await }
         });
+        Self {
+            agent,
+            child,
+            control,
+            state,
+            times,
+            boot: OnceLock::new(),
+        }
+    }
+
+    /// Starts the tasks that keep the guest's settings and its clock like those of this node.
+    fn serve_agent(&self) {
         // Queued before the guest has booted, and so before any other request.
         tokio::spawn({
-            let agent = agent.clone();
+            let agent = self.agent.clone();
             async move {
                 match agent.run(Request::ConfigureGuest(node_settings::read())).await {
                     Ok(()) | Err(AgentError::Gone) => {}
@@ -187,8 +276,8 @@ impl Machine {
         });
         match ClockJumps::watch() {
             Ok(jumps) => {
-                let (agent, mut exit) = (agent.clone(), state.exit.subscribe());
-                let is_busy = clock::is_busy(child.pid());
+                let (agent, mut exit) = (self.agent.clone(), self.state.exit.subscribe());
+                let is_busy = clock::is_busy(self.child.pid());
                 tokio::spawn(async move {
                     tokio::select! {
                         _ = exit.changed() => {}
@@ -199,14 +288,6 @@ impl Machine {
                 });
             }
             Err(error) => log::warn!("cannot follow the host's clock; the guest's clock may be wrong: {error}"),
-        }
-        Self {
-            agent,
-            child,
-            control,
-            state,
-            times,
-            boot: OnceLock::new(),
         }
     }
 
@@ -262,6 +343,11 @@ impl Machine {
         self.state.disk_paths.lock().get(serial).cloned()
     }
 
+    /// Whether its guest is to run an agent.
+    pub(crate) fn has_agent(&self) -> bool {
+        self.agent.is_present()
+    }
+
     /// The client of the guest's agent.
     pub(crate) fn agent(&self) -> &Agent {
         &self.agent
@@ -297,6 +383,7 @@ impl Machine {
         Err(Arc::new(MachineExit {
             reason: exit.reason.clone(),
             requested: exit.requested,
+            reported: exit.reported.clone(),
             console,
         }))
     }

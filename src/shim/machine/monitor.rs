@@ -10,11 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nutshell_protocol::disk_serial;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::{
     async_channel::AsyncChannel,
+    boot::BootDisk,
     console::{printable_line, printable_tail},
     exit::{EndRequest, MachineExit, describe_death, describe_end},
     stderr::{STDERR_TIMEOUT, StderrLog},
@@ -45,6 +47,21 @@ const MAX_DEVICES: usize = 64;
 /// The maximum length of the name of a device, in characters.
 const MAX_DEVICE_NAME: usize = 64;
 
+/// What ended a machine, unless the shim did.
+enum Ending {
+    Reported(EndReason),
+    AgentGone(String),
+}
+
+impl Ending {
+    fn describe(self) -> String {
+        match self {
+            Self::Reported(reason) => describe_end(&reason),
+            Self::AgentGone(reason) => reason,
+        }
+    }
+}
+
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
 type AnswerSender = oneshot::Sender<Result<(), String>>;
 
@@ -60,6 +77,8 @@ pub(super) struct MachineState {
     pub(super) statistics_requests: Mutex<Vec<oneshot::Sender<MachineStatistics>>>,
     /// Callers that plug or unplug a device, by slot on the bus.
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
+    /// The caller that boots a user's kernel.
+    pub(super) boot_request: Mutex<Option<oneshot::Sender<()>>>,
     /// The caller that changes the machine's size.
     pub(super) resize_request: Mutex<Option<AnswerSender>>,
     /// How much memory the guest has beyond its boot memory, in bytes, as the vmm reported it when the guest had
@@ -84,6 +103,7 @@ impl MachineState {
             progress_requests: Mutex::default(),
             statistics_requests: Mutex::default(),
             slot_requests: Mutex::default(),
+            boot_request: Mutex::default(),
             resize_request: Mutex::default(),
             plugged_memory: watch::Sender::new(None),
             disk_paths: Mutex::default(),
@@ -96,6 +116,12 @@ impl MachineState {
 }
 
 impl MachineState {
+    /// Records the files behind the disks that a machine boots with.
+    pub(super) fn record_disks(&self, disks: &[BootDisk]) {
+        let paths = disks.iter().map(|disk| disk.path().to_owned());
+        self.disk_paths.lock().extend((0..).map(disk_serial).zip(paths));
+    }
+
     /// Logs a warning of the vmm. The vmm limits their number too, but a guest may control it.
     fn warn(&self, device: &str, text: &str) {
         let Some(suppressed) = self.warnings.lock().admit((), Instant::now()) else {
@@ -138,13 +164,13 @@ pub(super) async fn run(
     };
     // All branches but the first are exempt from Tokio's budget: a flood of notices uses it up whenever this task runs,
     // and the others would never complete.
-    let (reported, console) = tokio::select! {
+    let (ending, console) = tokio::select! {
         biased;
         ended = receive_notices(state, control) => match ended {
-            Some((reason, console)) => (Some(describe_end(&reason)), console),
+            Some((reason, console)) => (Some(Ending::Reported(reason)), console),
             None => (None, Vec::new()),
         },
-        reason = tokio::task::unconstrained(agent_gone) => (Some(reason), Vec::new()),
+        reason = tokio::task::unconstrained(agent_gone) => (Some(Ending::AgentGone(reason)), Vec::new()),
         () = tokio::task::unconstrained(vmm_gone) => (None, Vec::new()),
         () = tokio::task::unconstrained(vmm_stays) => (None, Vec::new()),
     };
@@ -153,9 +179,13 @@ pub(super) async fn run(
     let stderr = stderr.finish(STDERR_TIMEOUT).await;
     let end_request = state.end_request.lock().take();
     let requested = end_request.as_ref().is_some_and(|request| request.requested);
+    let reported = match &ending {
+        Some(Ending::Reported(reason)) if end_request.is_none() => Some(reason.clone()),
+        _ => None,
+    };
     let reason = end_request
         .map(|request| request.reason)
-        .or(reported)
+        .or_else(|| ending.map(Ending::describe))
         .unwrap_or_else(|| match &status {
             Ok(Ok(status)) => describe_death(*status, &stderr),
             Ok(Err(error)) => format!("cannot reap the vmm process: {error}"),
@@ -164,10 +194,12 @@ pub(super) async fn run(
     state.streams.close_all();
     state.slot_requests.lock().clear();
     state.statistics_requests.lock().clear();
+    state.boot_request.lock().take();
     state.resize_request.lock().take();
     state.exit.send_replace(Some(Arc::new(MachineExit {
         reason,
         requested,
+        reported,
         console: printable_tail(&console),
     })));
     if status.is_err() {
@@ -203,6 +235,11 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
                 let statistics = checked(statistics);
                 for sender in state.statistics_requests.lock().drain(..) {
                     let _ = sender.send(statistics.clone());
+                }
+            }
+            Ok(Notice::Built) => {
+                if let Some(sender) = state.boot_request.lock().take() {
+                    let _ = sender.send(());
                 }
             }
             Ok(Notice::Plugged { slot, result }) => answer(state.slot_requests.lock().remove(&slot), result),

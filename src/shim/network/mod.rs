@@ -10,18 +10,17 @@
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] and [`parameters`] read the configuration, [`connect`] connects links to tap devices
-//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, [`lease`] the lease for a guest
-//! that uses DHCP, and [`loopback`] connects loopback addresses. Does not belong here: packets, which pass between the
-//! tap device and the vmm. [`super::pod`] calls it.
+//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback
+//! addresses. A virtual machine without an agent has [`machine_links`], with a lease for each. Does not belong here:
+//! packets, which pass between the tap device and the vmm. [`super::pod`] and [`super::vm`] call it.
 
 mod changes;
 mod connect;
 mod discovery;
 mod error;
 mod guest_config;
-#[cfg_attr(not(test), expect(dead_code, reason = "the start of virtual machine tasks uses it"))]
-mod lease;
 mod loopback;
+mod machine_links;
 mod namespace;
 mod netlink;
 mod parameters;
@@ -42,7 +41,6 @@ use std::{
 use nutshell_protocol::{Request, Response};
 use tokio::{sync::Mutex, task::JoinHandle};
 
-pub(crate) use self::error::NetworkError;
 use self::{
     changes::{ChangeListener, ChangeSocket},
     connect::{ConnectedLinks, KnownLinks, TappedLink, connect_new_links},
@@ -52,6 +50,10 @@ use self::{
     netlink::{NetlinkError, NetlinkSocket},
     parameters::GuestParameters,
     redirect::Redirect,
+};
+pub(crate) use self::{
+    error::NetworkError,
+    machine_links::{MachineLinks, NetworkNames},
 };
 use crate::shim::machine::{AgentError, Machine};
 

@@ -30,6 +30,9 @@ pub(crate) enum PodError {
     /// The machine was started without a file server.
     #[error("the virtual machine shares no directories with its host")]
     NotShared,
+    /// The pod has ended meanwhile.
+    #[error("the pod has ended")]
+    Ended,
     /// A file system of the host hangs.
     #[error(transparent)]
     Blocking(#[from] BlockingError),

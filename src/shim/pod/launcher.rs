@@ -5,6 +5,7 @@ use std::{fmt::Debug, io, os::fd::OwnedFd};
 use parking_lot::Mutex;
 
 use crate::{
+    control::BoardKind,
     guest_image,
     shim::{
         configuration::Configuration,
@@ -18,6 +19,10 @@ use crate::{
 pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     /// Opens KVM and the guest's files.
     fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
+    /// Opens KVM and the files of the guest that reads disks.
+    fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError>;
+    /// Opens KVM.
+    fn open_kvm(&self) -> Result<OwnedFd, BootError>;
     /// Starts a vmm process, which waits for its first command.
     fn spawn_vmm(&self) -> io::Result<VmmProcess>;
     /// Starts a file server, and returns it with the socket through which the vmm reaches it. `None` if this launcher
@@ -59,6 +64,19 @@ impl Launcher for HostLauncher {
             kernel_arguments: self.configuration.kernel_arguments.clone(),
             board: self.configuration.board,
         })
+    }
+
+    fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError> {
+        Ok(GuestResources {
+            kvm: open_kvm()?,
+            image: guest_image::open(None, self.configuration.initramfs.as_deref())?,
+            kernel_arguments: String::new(),
+            board: BoardKind::Container,
+        })
+    }
+
+    fn open_kvm(&self) -> Result<OwnedFd, BootError> {
+        open_kvm()
     }
 
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {

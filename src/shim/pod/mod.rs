@@ -25,9 +25,15 @@ use std::{
 
 use nutshell_protocol::{Event, Rootfs, SetUpPod};
 use parking_lot::{Mutex, MutexGuard};
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, watch};
 
-use self::{cgroup::ControlGroup, disk_slots::DiskSlots, file_server::RunningFileServer, oom_score::OomScore};
+use self::{
+    cgroup::ControlGroup,
+    disk_slots::DiskSlots,
+    file_server::RunningFileServer,
+    oom_score::OomScore,
+    requirements::{DISK_READER_SIZE, FirstGuest},
+};
 pub(crate) use self::{
     cgroup::leave_behind,
     error::PodError,
@@ -36,10 +42,11 @@ pub(crate) use self::{
     requirements::PodRequirements,
 };
 use crate::{
+    control::monotonic_now,
     oci::{ContainerId, PodSize, Root, Share, Size},
     shim::{
         error::TaskError,
-        machine::{BootError, BootRequest, Machine},
+        machine::{BootDisk, BootError, BootRequest, Machine, VmmProcess},
         network::{Network, NetworkError},
     },
 };
@@ -51,7 +58,10 @@ const BOOT_DISK_SLOT: u32 = 0;
 #[derive(Debug)]
 pub(crate) struct Pod {
     number: u64,
-    machine: Arc<Machine>,
+    /// A virtual machine has several, one after the other: one for each boot.
+    machine: Mutex<Arc<Machine>>,
+    /// Whether the pod gets no other machine. Changed while `machine` is locked.
+    closed: watch::Sender<bool>,
     /// `None` without shared directories, and after the end.
     file_server: Mutex<Option<RunningFileServer>>,
     cgroup: Option<ControlGroup>,
@@ -87,7 +97,11 @@ impl Pod {
     ) -> Result<Arc<Self>, PodError> {
         static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
-        let guest = launcher.open_guest_resources()?;
+        let guest = match requirements.first_guest {
+            FirstGuest::Containers => Some(launcher.open_guest_resources()?),
+            FirstGuest::DiskReader => Some(launcher.open_disk_reader_resources()?),
+            FirstGuest::User => None,
+        };
         let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
         let cgroup = requirements.cgroup;
         let started = requirements.file_server.then(|| RunningFileServer::start(launcher));
@@ -114,14 +128,20 @@ impl Pod {
         }
         let oom_score = OomScore::new(vmm.child.pid(), file_server.as_ref().map(RunningFileServer::pid));
         oom_score.set(requirements.oom_score_adj);
-        let boot = BootRequest {
-            guest,
-            size: requirements.size,
-            file_server: socket,
-            disks: requirements.disks,
-            hotplug_disks: requirements.hotplug_disks,
+        let started = match guest {
+            Some(guest) => {
+                let boot = BootRequest {
+                    guest,
+                    size: requirements.size,
+                    file_server: socket,
+                    disks: requirements.disks,
+                    hotplug_disks: requirements.hotplug_disks,
+                };
+                Machine::start(vmm, requested_at, boot, move |event| on_event(number, event)).await
+            }
+            None => Machine::prepare(vmm).await,
         };
-        let machine = match Machine::start(vmm, requested_at, boot, move |event| on_event(number, event)).await {
+        let machine = match started {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
                 release(file_server, cgroup).await;
@@ -133,7 +153,8 @@ impl Pod {
         }
         Ok(Arc::new(Self {
             number,
-            machine,
+            machine: Mutex::new(machine),
+            closed: watch::Sender::new(false),
             file_server: Mutex::new(file_server),
             cgroup,
             disk_slots: (requirements.hotplug_disks > 0).then(|| DiskSlots::new(requirements.hotplug_disks)),
@@ -155,8 +176,108 @@ impl Pod {
         self.number
     }
 
-    pub(crate) fn machine(&self) -> &Arc<Machine> {
-        &self.machine
+    /// The present machine.
+    pub(crate) fn machine(&self) -> Arc<Machine> {
+        self.machine.lock().clone()
+    }
+
+    /// Replaces the machine by one of `size` for a user's kernel, which is to be booted, and ends the old one. Call it
+    /// on the shim's main thread.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be started, or the pod has ended. The pod keeps its machine.
+    pub(crate) async fn prepare_user_machine(
+        &self,
+        launcher: &dyn Launcher,
+        size: Size,
+    ) -> Result<Arc<Machine>, PodError> {
+        let vmm = self.spawn_vmm(launcher).await?;
+        let machine = Arc::new(Machine::prepare(vmm).await?);
+        self.install(machine, size).await
+    }
+
+    /// Replaces the machine by one that reads `disk`, and ends the old one. Call it on the shim's main thread.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::prepare_user_machine`].
+    pub(crate) async fn start_disk_reader(
+        &self,
+        launcher: &dyn Launcher,
+        disk: BootDisk,
+    ) -> Result<Arc<Machine>, PodError> {
+        let guest = launcher.open_disk_reader_resources()?;
+        let vmm = self.spawn_vmm(launcher).await?;
+        let boot = BootRequest {
+            guest,
+            size: PodSize::fixed(DISK_READER_SIZE),
+            file_server: None,
+            disks: vec![disk],
+            hotplug_disks: 0,
+        };
+        // No event of this guest concerns a container.
+        let machine = Machine::start(vmm, monotonic_now(), boot, |_| {}).await?;
+        self.install(Arc::new(machine), DISK_READER_SIZE).await
+    }
+
+    /// Starts a vmm process in the pod's control group.
+    async fn spawn_vmm(&self, launcher: &dyn Launcher) -> Result<VmmProcess, PodError> {
+        let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
+        if let Err(error) = self.add_process(vmm.child.pid()) {
+            vmm.discard().await;
+            return Err(error);
+        }
+        self.oom_score.replace_vmm(vmm.child.pid());
+        Ok(vmm)
+    }
+
+    /// Makes `machine` the pod's machine, and ends the one before it.
+    async fn install(&self, machine: Arc<Machine>, size: Size) -> Result<Arc<Machine>, PodError> {
+        let replaced = {
+            let mut current = self.machine.lock();
+            if self.is_closed() {
+                None
+            } else {
+                *self.current_size.lock() = size;
+                Some(std::mem::replace(&mut *current, machine.clone()))
+            }
+        };
+        let (unused, outcome) = match replaced {
+            Some(old) => (old, Ok(machine)),
+            None => (machine, Err(PodError::Ended)),
+        };
+        unused.stop("it is not used any more");
+        unused.ended().await;
+        outcome
+    }
+
+    /// Ends the machine for good, because a client or the shim is done with the pod. Returns it.
+    pub(crate) fn stop_machine(&self, reason: &str) -> Arc<Machine> {
+        let machine = {
+            let current = self.machine.lock();
+            self.closed.send_replace(true);
+            current.clone()
+        };
+        machine.stop(reason);
+        machine
+    }
+
+    /// Whether its machine has an agent, and runs containers.
+    pub(crate) fn has_agent(&self) -> bool {
+        self.machine().has_agent()
+    }
+
+    /// Whether the pod gets no other machine.
+    pub(crate) fn is_closed(&self) -> bool {
+        *self.closed.borrow()
+    }
+
+    /// Waits until the pod gets no other machine.
+    pub(crate) async fn closed(&self) {
+        let mut closed = self.closed.subscribe();
+        // An error means that `self` is dropped, which cannot be.
+        let _ = closed.wait_for(|closed| *closed).await;
     }
 
     /// The size at boot and the largest possible one.
@@ -250,7 +371,7 @@ impl Pod {
                 read_only,
             } => {
                 let slot = match &self.disk_slots {
-                    Some(slots) => slots.plug(&self.machine, id, &source, read_only).await?,
+                    Some(slots) => slots.plug(&self.machine(), id, &source, read_only).await?,
                     None => BOOT_DISK_SLOT,
                 };
                 let rootfs = Rootfs::Disk {
@@ -279,7 +400,7 @@ impl Pod {
     /// Undoes [`Self::attach`] for a container that the guest has deleted.
     pub(crate) async fn detach(&self, id: &ContainerId) {
         if let Some(slots) = &self.disk_slots {
-            slots.unplug(&self.machine, id).await;
+            slots.unplug(&self.machine(), id).await;
         }
         let Some(file_server) = self.file_server().clone() else {
             return;
@@ -300,7 +421,7 @@ impl Pod {
             let new = || Arc::new(Network::new(namespace, self.size.boot.vcpus.into()));
             network.get_or_insert_with(new).clone()
         };
-        Ok(network.connect(&self.machine, forwarding).await?)
+        Ok(network.connect(&self.machine(), forwarding).await?)
     }
 
     /// Removes what [`Self::connect_network`] made in the network namespace, and releases the namespace.
@@ -316,9 +437,9 @@ impl Pod {
     pub(crate) async fn end(&self) {
         self.end
             .get_or_init(|| async {
-                self.machine.log_console().await;
+                self.machine().log_console().await;
                 // Kill both before waiting: the kernel needs a while for each.
-                self.machine.stop("the shim ended it");
+                let machine = self.stop_machine("the shim ended it");
                 let file_server = self.file_server().take();
                 if let Some(server) = &file_server {
                     server.kill();
@@ -328,7 +449,7 @@ impl Pod {
                 if let Some(cgroup) = &self.cgroup {
                     cgroup.kill();
                 }
-                self.machine.ended().await;
+                machine.ended().await;
                 let network = self.disconnect_network();
                 let ((), ()) = tokio::join!(release(file_server, self.cgroup.clone()), network);
             })

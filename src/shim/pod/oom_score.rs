@@ -2,7 +2,10 @@
 //! start with the shim's value, with which the kernel kills a process last. If they kept it, a pod without a memory
 //! limit would make the kernel kill other tenants first.
 
-use std::fs;
+use std::{
+    fs,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use parking_lot::Mutex;
 
@@ -12,7 +15,7 @@ const DEFAULT: i32 = 0;
 /// The processes, and the value that they have.
 #[derive(Debug)]
 pub(super) struct OomScore {
-    vmm: u32,
+    vmm: AtomicU32,
     file_server: Option<u32>,
     /// That of the container that is protected most.
     lowest: Mutex<Option<i32>>,
@@ -22,10 +25,17 @@ impl OomScore {
     /// For processes that still have the shim's value.
     pub(super) fn new(vmm: u32, file_server: Option<u32>) -> Self {
         Self {
-            vmm,
+            vmm: AtomicU32::new(vmm),
             file_server,
             lowest: Mutex::default(),
         }
+    }
+
+    /// Gives another vmm process, which replaces the earlier one, the value that the earlier one has.
+    pub(super) fn replace_vmm(&self, pid: u32) {
+        self.vmm.store(pid, Ordering::Relaxed);
+        let lowest = *self.lowest.lock();
+        self.write(lowest.unwrap_or(DEFAULT));
     }
 
     /// Sets the value of the only container; `None` if the containers are not known yet.
@@ -44,7 +54,10 @@ impl OomScore {
     }
 
     fn write(&self, value: i32) {
-        for pid in [Some(self.vmm), self.file_server].into_iter().flatten() {
+        for pid in [Some(self.vmm.load(Ordering::Relaxed)), self.file_server]
+            .into_iter()
+            .flatten()
+        {
             let path = format!("/proc/{pid}/oom_score_adj");
             if let Err(error) = fs::write(&path, value.to_string()) {
                 log::warn!("cannot write {value} to {path}: {error}");

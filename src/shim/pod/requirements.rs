@@ -6,10 +6,10 @@ use nutshell_protocol::SetUpPod;
 
 use super::{cgroup::ControlGroup, error::PodError};
 use crate::{
-    oci::{CgroupPath, Plan, PodPlan, PodSize, Root},
+    oci::{CgroupPath, Plan, PodPlan, PodSize, Root, Size},
     shim::{
         blocking,
-        machine::{DiskFile, open_disk},
+        machine::{BootDisk, open_disk},
     },
 };
 
@@ -19,14 +19,22 @@ pub(super) const OPEN_DISK: &str = "open the disk of the root file system";
 /// How many disks the containers of a pod can have at a time.
 const MAX_MEMBER_DISKS: u32 = 8;
 
+/// The size of the machine that reads a disk. It boots, mounts file systems and copies two files.
+pub(super) const DISK_READER_SIZE: Size = Size {
+    memory: 256 << 20,
+    vcpus: 1,
+};
+
 /// What [`Pod::start`](super::Pod::start) needs: resources that are already open, and descriptions of those that it
 /// creates.
 #[derive(Debug)]
 pub(crate) struct PodRequirements {
     pub(super) size: PodSize,
     pub(super) file_server: bool,
+    /// What the first machine runs.
+    pub(super) first_guest: FirstGuest,
     /// Disks that the machine boots with.
-    pub(super) disks: Vec<DiskFile>,
+    pub(super) disks: Vec<BootDisk>,
     /// How many disk slots are empty at boot.
     pub(super) hotplug_disks: u32,
     pub(super) cgroup: Option<ControlGroup>,
@@ -36,7 +44,40 @@ pub(crate) struct PodRequirements {
     pub(super) set_up_request: Option<SetUpPod>,
 }
 
+/// What the first machine of a pod runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FirstGuest {
+    Containers,
+    /// The disk reader, which finds the kernel of a user's disk.
+    DiskReader,
+    /// A user's kernel, which is booted later.
+    User,
+}
+
 impl PodRequirements {
+    /// For a virtual machine of `size`, whose kernel is on `disk` if there is one. Else it boots another one.
+    pub(crate) fn for_virtual_machine(
+        cgroup: Option<&CgroupPath>,
+        oom_score_adj: i32,
+        size: Size,
+        disk: Option<BootDisk>,
+    ) -> Result<Self, PodError> {
+        let (first_guest, size) = match disk {
+            Some(_) => (FirstGuest::DiskReader, DISK_READER_SIZE),
+            None => (FirstGuest::User, size),
+        };
+        Ok(Self {
+            size: PodSize::fixed(size),
+            file_server: false,
+            first_guest,
+            disks: disk.into_iter().collect(),
+            hotplug_disks: 0,
+            cgroup: find_cgroup(cgroup)?,
+            oom_score_adj: Some(oom_score_adj),
+            set_up_request: None,
+        })
+    }
+
     /// For a machine with one container.
     pub(crate) async fn for_container(plan: &Plan) -> Result<Self, PodError> {
         let (file_server, disks) = match &plan.root {
@@ -44,12 +85,13 @@ impl PodRequirements {
             Root::Disk { source, read_only, .. } => {
                 let (source, read_only) = (source.clone(), *read_only);
                 let disk = blocking::run(OPEN_DISK, move || open_disk(source, read_only)).await??;
-                (!plan.shares.is_empty(), vec![disk])
+                (!plan.shares.is_empty(), vec![BootDisk::File(disk)])
             }
         };
         Ok(Self {
             size: PodSize::fixed(plan.size),
             file_server,
+            first_guest: FirstGuest::Containers,
             disks,
             hotplug_disks: 0,
             cgroup: find_cgroup(plan.cgroup.as_ref())?,
@@ -77,6 +119,7 @@ impl PodRequirements {
         Ok(Self {
             size,
             file_server: true,
+            first_guest: FirstGuest::Containers,
             disks: Vec::new(),
             hotplug_disks: MAX_MEMBER_DISKS,
             cgroup,

@@ -261,6 +261,24 @@ impl FileServer {
     }
 }
 
+/// Mounts the root file system of an image for the shim, which opens files in it. It is made by `mounts`, in order, at
+/// `bundle_rootfs`; without mounts it is `directory`. It appears in no mount namespace, and has no device nodes.
+pub(crate) fn mount_image(mounts: &[HostMount], directory: &Path, bundle_rootfs: &Path) -> Result<OwnedFd, ShareError> {
+    let failed = attach_error(bundle_rootfs, "the files of an image");
+    run_in_thread(|| {
+        let mount = match mounts {
+            [] => clone_mount(directory, false)
+                .map_err(step("open it"))
+                .map_err(&failed)?,
+            mounts => rootfs::mount_detached(mounts, bundle_rootfs)?,
+        };
+        restrict(mount.as_fd(), ReadOnly::None)
+            .map_err(step("set its mount options"))
+            .map_err(&failed)?;
+        Ok(mount)
+    })
+}
+
 /// The result of [`prepare_tree`].
 struct PreparedTree {
     namespace: OwnedFd,

@@ -3,7 +3,8 @@
 //!
 //! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
 //! ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
-//! them while it runs ([`standard`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
+//! them while it runs: those of a process in the guest ([`standard`]), and the console of a virtual machine
+//! ([`console`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
 //! [`super::api`] serves the streaming scheme.
 //!
 //! Bytes flow directly between the machine and a fifo, file or pipe. Only those of the streaming scheme pass through
@@ -16,6 +17,7 @@
 //! - The writing end of standard input. A client that detaches does not end the input; only
 //!   [`StandardStreams::close_stdin`] does.
 
+mod console;
 mod endpoint;
 mod error;
 mod files;
@@ -27,6 +29,7 @@ mod streaming;
 #[cfg(test)]
 pub(crate) use self::files::read_next;
 pub(crate) use self::{
+    console::ConsoleStreams,
     open::{StdioContext, StdioSpec},
     standard::StandardStreams,
     streaming::{STREAMING_SERVICE, StreamRegistry},

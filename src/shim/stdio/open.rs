@@ -9,6 +9,7 @@ use std::{
 use nutshell_protocol::Stdio;
 
 use super::{
+    console::ConsoleStreams,
     endpoint::{Endpoint, EndpointError, Program},
     error::StdioError,
     files::{self, FileEnds},
@@ -209,6 +210,29 @@ impl OpenedStreams {
         ports.stdout = stdout.as_ref().map(OutputStream::port);
         ports.stderr = stderr.as_ref().map(OutputStream::port);
         Ok((StandardStreams::new(stdin, stdout, stderr, self.loggers), ports))
+    }
+}
+
+impl OpenedStreams {
+    /// The streams as the console of a virtual machine. Standard error stays unused.
+    ///
+    /// # Errors
+    ///
+    /// Those of fcntl(2).
+    pub(crate) fn into_console(self) -> io::Result<ConsoleStreams> {
+        let non_blocking = |end: &OwnedFd| -> io::Result<()> {
+            let flags = rustix::fs::fcntl_getfl(end)?;
+            Ok(rustix::fs::fcntl_setfl(end, flags | rustix::fs::OFlags::NONBLOCK)?)
+        };
+        for end in [
+            self.stdin.as_ref().map(|input| &input.machine),
+            self.stdout.as_ref().map(|output| &output.machine),
+        ] {
+            end.map_or(Ok(()), non_blocking)?;
+        }
+        let input = self.stdin.map(|Input { machine, writer }| (machine, writer));
+        let output = self.stdout.map(|Output { machine, reader }| (machine, reader));
+        Ok(ConsoleStreams::new(input, output, self.loggers))
     }
 }
 

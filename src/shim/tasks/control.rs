@@ -11,18 +11,17 @@ use super::{
         Container,
         lifecycle::{Exit, Phase},
         process::Process,
+        signal::{SIGKILL, is_terminating},
     },
     limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, STATS_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
+    virtual_machine::calls::{signal_virtual_machine, virtual_machine_stats},
 };
 use crate::shim::{
     error::{ErrorCode, TaskError},
     machine::AgentError,
     stdio::StdioSpec,
 };
-
-/// SIGKILL in the type of containerd's requests.
-pub(super) const SIGKILL: u32 = libc::SIGKILL.unsigned_abs();
 
 /// The response to State.
 #[derive(Debug)]
@@ -95,6 +94,9 @@ impl Tasks {
             }
             return Ok(());
         }
+        if let Some(machine) = &container.virtual_machine {
+            return signal_virtual_machine(container, machine, signal).await;
+        }
         let sent = signal_in_guest(container, process, signal, all).await;
         let has_failed = |error: &TaskError| error.code() != ErrorCode::NotFound;
         if signal == SIGKILL && !sent.as_ref().is_err_and(has_failed) {
@@ -111,7 +113,8 @@ impl Tasks {
             pid: container.init.pid(),
             exec: None,
         };
-        if container.is_sandbox() || container.init.lifecycle.phase().exit().is_some() {
+        let has_processes = !container.is_sandbox() && container.virtual_machine.is_none();
+        if !has_processes || container.init.lifecycle.phase().exit().is_some() {
             return Ok(vec![init]);
         }
         let machine = container.pod.machine();
@@ -174,7 +177,8 @@ impl Tasks {
         let cells = |count| u16::try_from(count).unwrap_or(u16::MAX);
         let (width, height) = (cells(width), cells(height));
         let phase = process.lifecycle.phase();
-        if !process.stdio_spec.terminal || phase.exit().is_some() {
+        // A serial console has no size.
+        if !process.stdio_spec.terminal || phase.exit().is_some() || container.virtual_machine.is_some() {
             return Ok(());
         }
         if process.is_unstarted_exec() {
@@ -214,6 +218,16 @@ impl Tasks {
         let _lock = container.update_lock.lock().await;
         let before = container.limits();
         let after = before.with_update(&resources);
+        if container.virtual_machine.is_some() {
+            // Other limits, such as the CPUs that may be used, are those of the control group on the host.
+            return match after == before {
+                true => Ok(()),
+                false => Err(TaskError::new(
+                    ErrorCode::Unimplemented,
+                    "the memory and the vCPUs of a virtual machine with a user's kernel cannot be changed",
+                )),
+            };
+        }
         // The machine grows before the limits in the guest do, and shrinks after them.
         container.set_limits(before.max(after));
         let request = Request::Update {
@@ -239,6 +253,9 @@ impl Tasks {
         let container = self.container(id)?;
         if container.is_sandbox() {
             return Ok(ContainerStats::default());
+        }
+        if container.virtual_machine.is_some() {
+            return virtual_machine_stats(&container);
         }
         let request = Request::Stats {
             container: container.id.to_string(),
@@ -317,12 +334,6 @@ fn with_host_pids(container: &Container, entries: Vec<ProcessEntry>) -> Vec<List
         .collect()
 }
 
-fn is_terminating(signal: u32) -> bool {
-    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGKILL, libc::SIGTERM]
-        .iter()
-        .any(|terminating| terminating.unsigned_abs() == signal)
-}
-
 fn wrong_phase(action: &str, phase: Phase) -> TaskError {
     TaskError::new(
         ErrorCode::FailedPrecondition,
@@ -335,6 +346,10 @@ fn wrong_phase(action: &str, phase: Phase) -> TaskError {
 fn guest_id(container: &Container, participle: &str) -> Result<String, TaskError> {
     if container.is_sandbox() {
         let text = format!("a sandbox has no process in the virtual machine that could be {participle}");
+        return Err(TaskError::new(ErrorCode::Unimplemented, text));
+    }
+    if container.virtual_machine.is_some() {
+        let text = format!("a virtual machine with a user's kernel cannot be {participle}");
         return Err(TaskError::new(ErrorCode::Unimplemented, text));
     }
     Ok(container.id.to_string())

@@ -13,19 +13,31 @@ use super::{
     agent_call::{call_agent, machine_ended},
     container::{Container, Role, SandboxApi, lifecycle::Phase},
     delete::remove_from_guest,
-    host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks},
+    host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
     limits::CREATE_LIMIT,
     table::Tasks,
 };
 use crate::{
-    oci::{self, BundlePlan, ContainerId, HostInspector, HostMount, Network, Placement, Plan, Root},
+    oci::{
+        self, BundlePlan, BundleSpec, ContainerId, HostInspector, HostMount, Network, Placement, Plan, Root, VmPlan,
+    },
     shim::{
         blocking,
         error::{ErrorCode, TaskError},
+        machine::DiskImage,
         pod::{Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
+        vm,
     },
 };
+
+/// What a task is.
+#[derive(Debug)]
+enum TaskPlan {
+    Bundle(BundlePlan),
+    /// A virtual machine, with the disk in its image if there is one.
+    VirtualMachine(Box<VmPlan>, Option<DiskImage>),
+}
 
 /// A container to create.
 #[derive(Debug)]
@@ -47,13 +59,14 @@ impl Tasks {
         let reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
         let container = match self.plan(&request).await? {
-            BundlePlan::Sandbox(plan) => {
+            TaskPlan::VirtualMachine(plan, disk) => self.create_virtual_machine(&request, *plan, disk).await?,
+            TaskPlan::Bundle(BundlePlan::Sandbox(plan)) => {
                 let stdio = request.stdio.clone();
                 let (id, requested_at) = (&request.id, request.requested_at);
                 self.build_sandbox(id, requested_at, &request.bundle, stdio, *plan, SandboxApi::Task)
                     .await?
             }
-            BundlePlan::Container(plan) => {
+            TaskPlan::Bundle(BundlePlan::Container(plan)) => {
                 for warning in &plan.warnings {
                     log::warn!("task {}: {warning}", request.id);
                 }
@@ -72,23 +85,29 @@ impl Tasks {
         Ok(container.init.pid())
     }
 
-    /// Translates the bundle. Inspects the sources of its mounts, whose file systems may hang.
-    async fn plan(&self, request: &CreateRequest) -> Result<BundlePlan, TaskError> {
+    /// Translates the bundle. Inspects the sources of its mounts, and the image of a virtual machine, whose file systems
+    /// may hang.
+    async fn plan(&self, request: &CreateRequest) -> Result<TaskPlan, TaskError> {
         let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let plan = blocking::run("inspect the sources of the container's mounts", move || {
-            oci::plan_bundle(
-                &bundle,
-                &id,
-                &rootfs,
-                &sizing,
-                host_namespaces,
-                &HostInspector::default(),
-            )
+            let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
+            if let Some(image) = spec
+                .virtual_machine_image(&rootfs)
+                .map_err(|error| plan_error(&error))?
+            {
+                let disk = vm::find_disk(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
+                if disk.is_some() || spec.names_kernel() {
+                    let plan = spec.plan_virtual_machine(&sizing).map_err(|error| plan_error(&error))?;
+                    return Ok(TaskPlan::VirtualMachine(Box::new(plan), disk));
+                }
+            }
+            spec.plan(&id, &rootfs, &sizing, host_namespaces, &HostInspector::default())
+                .map(TaskPlan::Bundle)
+                .map_err(|error| plan_error(&error))
         });
         plan.await
             .map_err(|error| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT))?
-            .map_err(|error| plan_error(&error))
     }
 
     /// Creates a container in a pod of its own.
@@ -116,6 +135,8 @@ impl Tasks {
         let pod = self
             .pod_of_sandbox(sandbox)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
+        self.check_has_agent(&pod)
+            .map_err(|error| error.during(CREATE_CONTEXT))?;
         let pids = self
             .resolve_pid_namespace(&pod, plan.pid_namespace)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
@@ -129,7 +150,7 @@ impl Tasks {
     }
 
     /// Finds the pod of a sandbox. Fails if the sandbox does not exist or has ended.
-    fn pod_of_sandbox(&self, sandbox: &str) -> Result<Arc<Pod>, TaskError> {
+    pub(super) fn pod_of_sandbox(&self, sandbox: &str) -> Result<Arc<Pod>, TaskError> {
         let precondition = |text| TaskError::new(ErrorCode::FailedPrecondition, text);
         let container = self
             .created_container(sandbox)
@@ -228,7 +249,7 @@ impl Tasks {
                 Ok(container)
             }
             Err(error) => {
-                container.init.close_streams(pod.machine()).await;
+                container.init.close_streams(&pod.machine()).await;
                 container.init.release_pid();
                 Err(error)
             }
@@ -250,7 +271,7 @@ async fn prepare_host_side(
         .await
         .map_err(|error| TaskError::unknown(error.to_string()))?;
     assign_host_pid(container, network)?;
-    let (streams, stdio) = match opened.connect(container.pod.machine(), terminal_size).await {
+    let (streams, stdio) = match opened.connect(&container.pod.machine(), terminal_size).await {
         Ok(connected) => connected,
         Err(error) => {
             let ended = machine_ended(&container.pod, &error).await;

@@ -12,8 +12,8 @@ use super::{
         hooks::{self, HookContainer},
         lifecycle::{Deletion, Exit, Phase},
         process::Process,
+        signal::SIGKILL,
     },
-    control::SIGKILL,
     limits::{DRAIN_LIMIT, EXIT_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
 };
@@ -102,6 +102,10 @@ impl Tasks {
         if !container.is_sandbox() {
             finish_streams(container, &container.init).await;
         }
+        if let Some(machine) = &container.virtual_machine {
+            container.pod.machine().ended().await;
+            machine.release(DRAIN_LIMIT).await;
+        }
         for exec in container.all_execs() {
             exec.release_pid();
         }
@@ -114,6 +118,8 @@ impl Tasks {
                 container.pod.end().await;
             }
             Role::Sandbox(_) => container.pod.end().await,
+            // Nothing of it is in a guest with an agent.
+            Role::Member { .. } if container.virtual_machine.is_some() => {}
             Role::Member { .. } => {
                 delete_from_guest(container).await;
                 container.pod.detach(&container.id).await;
@@ -138,7 +144,7 @@ async fn finish_streams(container: &Container, process: &Process) {
         }
         streams.finished(DRAIN_LIMIT).await;
     }
-    process.close_streams(machine).await;
+    process.close_streams(&machine).await;
 }
 
 /// Makes the guest kill the remaining processes of a container and delete it, and leave those that cannot end. A second

@@ -64,7 +64,7 @@ impl Tasks {
         if let Some(streams) = process.streams() {
             let machine = container.pod.machine();
             streams
-                .drained(machine, exited.stdout_bytes, exited.stderr_bytes, DRAIN_LIMIT)
+                .drained(&machine, exited.stdout_bytes, exited.stderr_bytes, DRAIN_LIMIT)
                 .await;
         }
         if process.exec.is_none() {
@@ -113,14 +113,19 @@ impl Tasks {
     pub(super) fn watch_machine(self: &Arc<Self>, pod: &Arc<Pod>) {
         let (tasks, pod) = (self.clone(), pod.clone());
         tokio::spawn(async move {
-            let ending = pod.machine().ended().await;
+            let machine = pod.machine();
+            let ending = machine.ended().await;
+            if !Arc::ptr_eq(&machine, &pod.machine()) {
+                // A virtual machine has replaced it, and is watched by its task.
+                return;
+            }
             let containers = tasks.tasks_of_pod(pod.number());
             if containers
                 .iter()
                 .any(|container| container.init.lifecycle.phase().exit().is_none())
             {
                 let text = format!("the virtual machine of {} ended: {ending}", join_ids(&containers));
-                if pod.machine().was_stopped() {
+                if machine.was_stopped() {
                     log::debug!("{text}");
                 } else {
                     log::error!("{text}");
@@ -184,8 +189,7 @@ impl Tasks {
             container.write_back_disks(limit).await;
         }
         container.pod.machine().log_console().await;
-        container.pod.machine().stop("its sandbox was stopped");
-        container.pod.machine().ended().await;
+        container.pod.stop_machine("its sandbox was stopped").ended().await;
         for member in tasks.iter().filter(|task| !task.is_sandbox()) {
             member.init.lifecycle.wait_exit().await;
         }

@@ -18,7 +18,8 @@ impl Tasks {
             if let Some(sandbox) = tasks.iter().find(|task| task.is_sandbox()) {
                 self.connect_network(pod, sandbox.init.pid(), true).await?;
             }
-            let response = pod.machine().agent().run(Request::SetUpPod(request));
+            let machine = pod.machine();
+            let response = machine.agent().run(Request::SetUpPod(request));
             call_agent(pod, CREATE_LIMIT, response)
                 .await
                 .map_err(|error| error.during("set up the pod"))

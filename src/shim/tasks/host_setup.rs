@@ -13,6 +13,7 @@ use crate::{
         error::{ErrorCode, TaskError},
         pod::{NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace},
         record::ResourceRecord,
+        vm::VmError,
     },
 };
 
@@ -23,6 +24,19 @@ impl Tasks {
     /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its
     /// machine has booted.
     pub(super) async fn start_pod(
+        self: &Arc<Self>,
+        id: &ContainerId,
+        requested_at: Duration,
+        bundle: &Path,
+        requirements: PodRequirements,
+    ) -> Result<Arc<Pod>, TaskError> {
+        let pod = self.start_unwatched_pod(id, requested_at, bundle, requirements).await?;
+        self.watch_machine(&pod);
+        Ok(pod)
+    }
+
+    /// [`Self::start_pod`] for a caller that handles the end of the pod's machine.
+    pub(super) async fn start_unwatched_pod(
         self: &Arc<Self>,
         id: &ContainerId,
         requested_at: Duration,
@@ -47,7 +61,6 @@ impl Tasks {
             "task {id}: vmm process {} is booting its virtual machine",
             pod.machine().pid()
         );
-        self.watch_machine(&pod);
         Ok(pod)
     }
 }
@@ -64,6 +77,15 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
         _ => ErrorCode::Unknown,
     };
     TaskError::new(code, error.to_string()).during(CREATE_CONTEXT)
+}
+
+/// The error of a call for a virtual machine: `INVALID_ARGUMENT` if the image or an annotation is wrong.
+pub(super) fn vm_error(error: &VmError) -> TaskError {
+    let code = match error {
+        VmError::Image(_) | VmError::KernelFile { .. } => ErrorCode::InvalidArgument,
+        _ => ErrorCode::Unknown,
+    };
+    TaskError::new(code, error.to_string())
 }
 
 /// Starts the holder whose pid is the container's pid on the host, in the network namespace that the spec selects. The

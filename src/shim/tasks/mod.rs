@@ -11,6 +11,7 @@
 //! | `create`, `start`, `control`, `delete` | the calls of the Task service |
 //! | `sandbox` | the sandbox of a pod, and the calls of the Sandbox service |
 //! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
+//! | `virtual_machine` | the calls for a virtual machine with a user's disk or kernel |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
 //! | `killed` | processes that do not end after SIGKILL |
 //! | `size` | the resizing of a machine to the limits of its containers |
@@ -35,6 +36,7 @@ mod sandbox;
 mod size;
 mod start;
 mod table;
+mod virtual_machine;
 
 pub(crate) use self::{
     container::lifecycle::{Phase, SIGKILL_STATUS},

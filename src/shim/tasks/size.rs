@@ -61,7 +61,7 @@ impl Tasks {
 
     /// [`Self::resize_in_background`] after `container` was removed from the table. No-op unless it shared its pod.
     pub(super) fn resize_without(self: &Arc<Self>, container: &Container) {
-        if matches!(container.role, Role::Member { .. }) {
+        if matches!(container.role, Role::Member { .. }) && container.virtual_machine.is_none() {
             self.resize_in_background(&container.pod);
         }
     }

@@ -11,10 +11,12 @@ use super::{
         Container, Role, hooks,
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
         process::Process,
+        signal::SIGKILL,
     },
-    control::{SIGKILL, signal_in_guest},
+    control::signal_in_guest,
     limits::{CREATE_LIMIT, REQUEST_LIMIT},
     table::Tasks,
+    virtual_machine::calls::no_agent,
 };
 use crate::{
     oci::ContainerId,
@@ -54,6 +56,9 @@ impl Tasks {
                 ErrorCode::Unimplemented,
                 "a sandbox has no process in the virtual machine: exec in one of the pod's containers",
             ));
+        }
+        if container.virtual_machine.is_some() {
+            return Err(no_agent("start a process"));
         }
         let mut execs = container.execs();
         if execs.contains_key(&request.exec) {
@@ -99,6 +104,7 @@ impl Tasks {
         let begun = Instant::now();
         log::debug!("task {}: start", container.id);
         let started = match container.role {
+            _ if container.virtual_machine.is_some() => self.start_virtual_machine(container).await,
             // A running sandbox must accept containers.
             Role::Sandbox(_) => self.set_up_pod(&container.pod).await,
             // Connected here, not at Create: clients add network interfaces to the namespace of a created container.
@@ -109,7 +115,7 @@ impl Tasks {
             Role::Member { .. } => start_in_guest(container).await,
         };
         if let Err(error) = started {
-            if !container.is_sandbox() {
+            if !container.is_sandbox() && container.virtual_machine.is_none() {
                 end_unanswered_start(container, init, &error).await;
             }
             init.lifecycle.mark_start_failed(None);
@@ -152,7 +158,7 @@ impl Tasks {
             }
             Err(error) => {
                 end_unanswered_start(container, process, &error).await;
-                process.close_streams(container.pod.machine()).await;
+                process.close_streams(&container.pod.machine()).await;
                 process.release_pid();
                 process.lifecycle.mark_start_failed(Some(Exit::now(UNKNOWN_STATUS)));
                 Err(replace_not_found(error))
@@ -165,8 +171,8 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
     let start = Request::StartContainer {
         container: container.id.to_string(),
     };
-    let agent = container.pod.machine().agent();
-    container.call_agent(REQUEST_LIMIT, agent.run(start)).await
+    let machine = container.pod.machine();
+    container.call_agent(REQUEST_LIMIT, machine.agent().run(start)).await
 }
 
 /// Opens the streams of an exec, creates its host pid and starts it. Returns its pid in the guest.
@@ -185,7 +191,7 @@ async fn start_exec_in_guest(
     let holder = PidHolder::spawn(&NetworkNamespace::Inherited)
         .map_err(|error| TaskError::unknown(format!("create the host process of the exec: {error}")))?;
     process.set_pid_holder(Arc::new(holder));
-    let (streams, stdio) = match opened.connect(machine, process.terminal_size()).await {
+    let (streams, stdio) = match opened.connect(&machine, process.terminal_size()).await {
         Ok(connected) => connected,
         Err(error) => return Err(machine_ended(&container.pod, &error).await.during(EXEC_CONTEXT)),
     };

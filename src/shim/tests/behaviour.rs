@@ -15,6 +15,8 @@ pub(super) enum Behaviour {
     Unresponsive,
     /// It never answers requests of one kind.
     Ignores(Ignored),
+    /// It finds no kernel on a disk.
+    NoKernel,
     /// It cannot grow.
     CannotGrow,
     /// It does not answer questions about its devices.

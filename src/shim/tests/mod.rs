@@ -10,6 +10,7 @@ mod pods;
 pub(super) mod script;
 mod streams;
 mod timeouts;
+mod virtual_machines;
 
 use std::{
     fs::{self, File},

@@ -1,10 +1,25 @@
-//! The virtual machine of a user's disk, as the shim sees it: what the shim prepares for it on the host.
+//! A virtual machine that boots a user's disk or kernel, as a task.
 //!
-//! Belongs here: the choice and preparation of disks and of the data that they carry. Does not belong here: parsing
-//! bytes that a user or a guest wrote, which only jailed processes and guests do. [`super::tasks`] calls it.
+//! Belongs here: the disk in the image and its copy-on-write file ([`disk`]), disks made from a Secret or ConfigMap
+//! ([`seed`]), the kernel that it boots ([`kernel`]), the machine from one boot to the next ([`machine`]), and its
+//! resource use ([`statistics`]). Does not belong here: the calls of the Task service ([`super::tasks`], which calls
+//! this), and parsing bytes that a user or a guest wrote, which only jailed processes and guests do.
 
+mod disk;
+mod error;
+mod kernel;
+mod machine;
 #[cfg_attr(
     not(test),
-    expect(dead_code, reason = "machines of users' disks cannot be created yet")
+    expect(dead_code, reason = "machines of users' disks cannot have a seed yet")
 )]
 pub(super) mod seed;
+mod statistics;
+
+pub(crate) use self::{
+    disk::find_disk,
+    error::VmError,
+    kernel::open_kernel_files,
+    machine::{KernelSource, VirtualMachine, VmSettings},
+    statistics::process_statistics,
+};

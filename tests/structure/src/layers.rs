@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use crate::{imports::Import, modules::Crate};
 
 /// From the top down. Modules of one layer do not import each other.
-pub(crate) const LAYERS: [&[&str]; 14] = [
+pub(crate) const LAYERS: [&[&str]; 15] = [
     &[""],
     &["admin", "check", "disk", "shim::entry"],
     &["shim::api"],
     &["shim::tasks"],
+    &["shim::vm"],
     &["shim::pod"],
-    &["shim::network", "shim::share", "shim::stdio", "shim::vm"],
+    &["shim::network", "shim::share", "shim::stdio"],
     &["shim::machine"],
     &["shim"],
     &["guest_image"],

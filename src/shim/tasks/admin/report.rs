@@ -26,7 +26,7 @@ impl Tasks {
     pub(crate) async fn full_report(&self) -> ShimReport {
         let mut calls = HashMap::new();
         for container in self.all() {
-            let machine = container.pod.machine().clone();
+            let machine = container.pod.machine();
             let call = || tokio::spawn(async move { machine.statistics().await.map_err(|error| error.to_string()) });
             calls.entry(container.pod.number()).or_insert_with(call);
         }
@@ -88,6 +88,7 @@ fn report_of(
     ContainerReport {
         id: container.id.to_string(),
         kind: match container.role {
+            _ if container.virtual_machine.is_some() => "vm",
             Role::Single { .. } => "container",
             Role::Sandbox(_) => "sandbox",
             Role::Member { .. } => "member",
@@ -126,7 +127,7 @@ fn machine_report(pod: &Pod, sandbox: String, statistics: Option<&Result<Machine
             kernel_milliseconds: phases.kernel.map(milliseconds),
             agent_ready_milliseconds: phases.agent_ready.map(milliseconds),
         },
-        devices: devices.iter().map(|device| device_report(machine, device)).collect(),
+        devices: devices.iter().map(|device| device_report(&machine, device)).collect(),
         devices_error: statistics.and_then(|statistics| statistics.as_ref().err().cloned()),
     }
 }

@@ -16,6 +16,7 @@ use crate::{
             Tasks,
             agent_call::call_agent,
             limits::{CREATE_LIMIT, REQUEST_LIMIT},
+            virtual_machine::calls::no_agent,
         },
     },
 };
@@ -35,6 +36,9 @@ impl Tasks {
         let container = self
             .created_container(&request.id)
             .ok_or_else(|| TaskError::new(ErrorCode::NotFound, format!("container {} not found", request.id)))?;
+        if container.virtual_machine.is_some() {
+            return Err(no_agent("open a shell"));
+        }
         let program = blocking::run("read the shell of this executable", guest_image::read_shell)
             .await
             .map_err(|error| TaskError::unknown(error.to_string()))?

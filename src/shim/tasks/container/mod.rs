@@ -6,6 +6,7 @@
 pub(super) mod hooks;
 pub(super) mod lifecycle;
 pub(super) mod process;
+pub(super) mod signal;
 
 use std::{
     collections::HashMap,
@@ -31,6 +32,7 @@ use crate::{
         machine::AgentError,
         pod::Pod,
         stdio::StdioSpec,
+        vm::VirtualMachine,
     },
 };
 
@@ -104,6 +106,8 @@ pub(crate) struct Container {
     pub(super) role: Role,
     pub(super) created_at: SystemTime,
     pub(super) pod: Arc<Pod>,
+    /// Set if it is a virtual machine with a user's disk or kernel.
+    pub(super) virtual_machine: Option<Arc<VirtualMachine>>,
     /// Its first process.
     pub(super) init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
@@ -135,6 +139,7 @@ impl Container {
             role,
             created_at: SystemTime::now(),
             pod,
+            virtual_machine: None,
             init: Arc::new(Process::new_init(stdio)),
             execs: Mutex::default(),
             hooks,
@@ -143,6 +148,14 @@ impl Container {
             out_of_memory_announced: Mutex::default(),
             abandoned: AtomicBool::new(false),
             update_lock: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// The container as a virtual machine with a user's disk or kernel.
+    pub(super) fn with_virtual_machine(self, virtual_machine: Arc<VirtualMachine>) -> Self {
+        Self {
+            virtual_machine: Some(virtual_machine),
+            ..self
         }
     }
 
@@ -265,7 +278,8 @@ impl Container {
 
     /// Makes the guest end all containers of the pod and write its disks back.
     pub(super) async fn write_back_disks(&self, limit: Duration) {
-        let agent = self.pod.machine().agent();
+        let machine = self.pod.machine();
+        let agent = machine.agent();
         if let Err(error) = self.call_agent(limit, agent.run(Request::Shutdown)).await {
             log::error!(
                 "task {}: cannot write its disk back, which may lack the last writes: {error}",

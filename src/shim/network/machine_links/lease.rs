@@ -1,5 +1,5 @@
 //! The lease of a link, for a guest that configures its network by DHCP: a user's kernel has no agent, which would get
-//! the rtnetlink messages of [`super::guest_config`].
+//! the rtnetlink messages of [`crate::shim::network::guest_config`].
 //!
 //! DHCP has less than the namespace: no IPv6, one address per link, no routing tables, rules, metrics, source addresses
 //! or permanent neighbours. All of these are left out.
@@ -12,11 +12,11 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteType},
 };
 
-use super::{
+use crate::control::{DomainName, Lease, Prefix, Route};
+use crate::shim::network::{
     discovery::{IpConfig, Link},
     guest_config::routing_table,
 };
-use crate::control::{DomainName, Lease, Prefix, Route};
 
 /// The maximum number of routes of a lease besides the default route.
 const MAX_ROUTES: usize = 64;
@@ -29,7 +29,7 @@ const MAX_SEARCH_ENTRIES: usize = 32;
 
 /// The settings of a resolver that DHCP can pass on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct ResolverConfig {
+pub(in crate::shim::network) struct ResolverConfig {
     dns: Vec<Ipv4Addr>,
     search: Vec<DomainName>,
 }
@@ -37,7 +37,7 @@ pub(super) struct ResolverConfig {
 impl ResolverConfig {
     /// Parses the text of a `resolv.conf` (resolv.conf(5)). Invalid lines and names, options, and IPv6 servers are
     /// left out, and so are servers on the loopback interface, which the guest cannot reach.
-    pub(super) fn parse(text: &str) -> Self {
+    pub(in crate::shim::network) fn parse(text: &str) -> Self {
         let mut config = Self::default();
         for line in text.lines() {
             let mut words = line.split_ascii_whitespace();
@@ -62,7 +62,7 @@ impl ResolverConfig {
 
 /// The lease for the guest's link `link`, whose namespace has the configuration `config`. `None` if the link has no
 /// IPv4 address. A host name that DNS cannot carry is left out.
-pub(super) fn lease_of_link(
+pub(in crate::shim::network) fn lease_of_link(
     config: &IpConfig,
     link: &Link,
     resolver: &ResolverConfig,

@@ -1,6 +1,8 @@
 //! A fake vmm and agent that tests control. One thread serves the control protocol, another the agent's protocol. A
 //! real child process stands for the vmm, so that it can be killed.
 
+mod answer;
+
 use std::{
     collections::HashMap,
     fs::File,
@@ -9,19 +11,20 @@ use std::{
     process::{Command as Program, Stdio},
     sync::{Arc, Condvar, Mutex, MutexGuard},
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{
-    ClockReading, CreateContainer, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT,
-    MAX_TO_AGENT, ProcessEntry, Ready, Reply, Request, Response, SetUpPod, StartExec, Stdio as Ports, ToAgent, encode,
+    Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready, Reply, Request,
+    Stdio as Ports, ToAgent, encode,
 };
 
 use super::behaviour::Behaviour;
 use crate::{
     control::{
-        Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, monotonic_now,
+        Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, Software,
+        monotonic_now,
     },
     guest_image::GuestImage,
     shim::{
@@ -65,6 +68,8 @@ struct State {
     /// The ports of each process, by container and exec.
     ports: HashMap<(String, Option<String>), Ports>,
     requests: Vec<Request>,
+    /// The command lines of users' kernels that were booted.
+    user_boots: Vec<String>,
     /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
 }
@@ -112,6 +117,14 @@ impl Launcher for FakeLauncher {
             kernel_arguments: String::new(),
             board: crate::control::BoardKind::Container,
         })
+    }
+
+    fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError> {
+        self.open_guest_resources()
+    }
+
+    fn open_kvm(&self) -> Result<OwnedFd, BootError> {
+        Ok(File::open("/dev/null").unwrap().into())
     }
 
     fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
@@ -209,6 +222,17 @@ impl Fake {
 
     fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
+            Command::Boot(_, Software::User { command_line, .. }) => {
+                {
+                    let mut state = self.state();
+                    state.control = Some(control.clone());
+                    state.user_boots.push(command_line);
+                }
+                match self.behaviour {
+                    Behaviour::BootFails => self.end_guest(EndReason::BuildFailed("no memory".to_owned())),
+                    _ => notify(control, &Notice::Built),
+                }
+            }
             Command::Boot(..) => self.boot(control, descriptors),
             Command::OpenStream { port, input, output } => {
                 let mut files = descriptors.into_iter().map(File::from);
@@ -236,7 +260,7 @@ impl Fake {
                 }
                 notify(control, &Notice::StreamClosed { port });
             }
-            Command::PressPowerButton => {}
+            Command::PressPowerButton => self.end_guest(EndReason::GuestPowerOff),
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
             Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),
@@ -266,8 +290,8 @@ impl Fake {
     }
 
     fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
-        // KVM, kernel, initramfs, agent, and a disk unless the machine is for a pod.
-        assert!((4..=5).contains(&descriptors.len()));
+        // KVM, kernel, initramfs, agent, and unless the machine is for a pod, one or two files of a disk.
+        assert!((4..=6).contains(&descriptors.len()));
         let agent = UnixStream::from(descriptors.remove(3));
         {
             let mut state = self.state();
@@ -324,80 +348,24 @@ impl Fake {
         drop(self.changed.wait_while(state, |state| state.is_stopped).unwrap());
     }
 
-    fn answer(&self, request: Request) -> (Result<Response, Failure>, Option<Event>) {
-        match request {
-            Request::SetUpPod(SetUpPod { sysctls, .. }) if sysctls.iter().any(|(name, _)| name == "no.such") => {
-                let failure = Failure {
-                    kind: FailureKind::InvalidArgument,
-                    message: "sysctl no.such: this kernel has no such parameter".to_owned(),
-                };
-                (Err(failure), None)
-            }
-            Request::CreateContainer(CreateContainer {
-                container, spec, stdio, ..
-            }) => {
-                if let Some(failure) = missing_program(&spec) {
-                    return (Err(failure), None);
-                }
-                self.state().ports.insert((container, None), stdio);
-                (Ok(Response::Created { pid: 1000 }), None)
-            }
-            Request::StartExec(StartExec {
-                container,
-                exec,
-                process,
-                stdio,
-            }) => {
-                if let Some(failure) = missing_program(&process) {
-                    return (Err(failure), None);
-                }
-                self.state().ports.insert((container, Some(exec)), stdio);
-                (Ok(Response::Created { pid: 2000 }), None)
-            }
-            Request::Signal { signal: 9, .. } if matches!(self.behaviour, Behaviour::SurvivesKill(_)) => {
-                (Ok(Response::Done), None)
-            }
-            Request::BlockedThreads { .. } => {
-                let threads = self.behaviour.blocked_threads(self.state().requests.len());
-                (Ok(Response::BlockedThreads(threads)), None)
-            }
-            Request::Signal {
-                container,
-                exec,
-                signal: signal @ (9 | 15),
-                ..
-            } => {
-                let status = 128 + u8::try_from(signal).unwrap();
-                (
-                    Ok(Response::Done),
-                    Some(exit_event(&container, exec.as_deref(), status, [0, 0])),
-                )
-            }
-            Request::Processes { .. } => (
-                Ok(Response::Processes(vec![
-                    ProcessEntry { pid: 1000, exec: None },
-                    ProcessEntry {
-                        pid: 2000,
-                        exec: Some("e1".to_owned()),
-                    },
-                    ProcessEntry { pid: 3000, exec: None },
-                ])),
-                None,
-            ),
-            Request::DeleteContainer { container } => {
-                self.close_outputs(&container);
-                (Ok(Response::Done), None)
-            }
-            Request::Stats { .. } => (Ok(Response::Stats(Box::default())), None),
-            // Its clock is the host's.
-            Request::SetClock { .. } | Request::SteerClock(_) | Request::ReadClock => {
-                let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-                let nanoseconds = i64::try_from(now.as_nanos()).unwrap();
-                let lead = Some((0, 0));
-                (Ok(Response::Clock(ClockReading { nanoseconds, lead })), None)
-            }
-            _ => (Ok(Response::Done), None),
-        }
+    /// Writes to the output of a stream, which the vmm may not have yet.
+    fn write_to_stream(&self, port: u32, bytes: &[u8]) {
+        let mut output = self.wait_until(|state| state.outputs.get(&port).map(|file| file.try_clone().unwrap()));
+        output.write_all(bytes).unwrap();
+    }
+
+    /// Ends the guest of the present machine.
+    pub(super) fn end_guest(&self, reason: EndReason) {
+        let control = self.state().control.clone().unwrap();
+        let console = b"the last line\n".to_vec();
+        notify(&control, &Notice::Ended { reason, console });
+    }
+
+    /// Waits until `count` users' kernels were booted, and returns the last command line.
+    pub(super) async fn user_boots(self: &Arc<Self>, count: usize) -> String {
+        let fake = self.clone();
+        let wait = move || fake.wait_until(|state| state.user_boots.get(count - 1).cloned());
+        tokio::task::spawn_blocking(wait).await.unwrap()
     }
 
     fn send(&self, message: &FromAgent) {

@@ -1,0 +1,94 @@
+//! The links of a virtual machine without an agent. It boots with them, and keeps them when it boots again.
+//!
+//! Belongs here: their connection, and what the guest learns by DHCP ([`lease`]). Does not belong here: the DHCP server,
+//! which is in the vmm's network device. [`crate::shim::vm`] calls it.
+
+pub(super) mod lease;
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use self::lease::{ResolverConfig, lease_of_link};
+use super::{
+    connect::{KnownLinks, TappedLink, connect_new_links},
+    error::NetworkError,
+    namespace::run_in_namespace,
+    netlink::NetlinkSocket,
+};
+use crate::control::LinkConfig;
+
+/// What a guest learns by DHCP besides the addresses and routes of its links.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct NetworkNames {
+    /// The text of a `resolv.conf`.
+    pub(crate) resolv_conf: String,
+    pub(crate) hostname: Option<String>,
+}
+
+/// The links of a network namespace with their tap devices. Links, addresses and routes that appear later are not added.
+#[derive(Debug)]
+pub(crate) struct MachineLinks {
+    namespace: OwnedFd,
+    links: Vec<(LinkConfig, TappedLink)>,
+}
+
+impl MachineLinks {
+    /// Gives each Ethernet link of `namespace` that is up a tap device with `queues` queues. A failure leaves nothing.
+    pub(crate) async fn connect(namespace: OwnedFd, queues: usize, names: &NetworkNames) -> Result<Self, NetworkError> {
+        let none = KnownLinks {
+            links: Vec::new(),
+            taps: Vec::new(),
+            configured: Vec::new(),
+        };
+        let connected = run_in_namespace(&namespace, move || connect_new_links(&none, queues)).await;
+        let connected = connected.map_err(NetworkError::Namespace)??;
+        let resolver = ResolverConfig::parse(&names.resolv_conf);
+        let links = connected.new_links.into_iter().map(|tapped| {
+            let link = &tapped.link;
+            let config = LinkConfig {
+                mac: link.mac,
+                mtu: link.mtu,
+                queues: u16::try_from(tapped.queues.len()).unwrap_or(u16::MAX),
+                lease: lease_of_link(&connected.config, link, &resolver, names.hostname.as_deref()),
+            };
+            (config, tapped)
+        });
+        Ok(Self {
+            links: links.collect(),
+            namespace,
+        })
+    }
+
+    /// The links for the next boot of the machine, with duplicates of the queues of their tap devices.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub(crate) fn for_machine(&self) -> io::Result<Vec<(LinkConfig, Vec<OwnedFd>)>> {
+        let duplicate = |(config, tapped): &(LinkConfig, TappedLink)| -> io::Result<_> {
+            let queues = tapped.queues.iter().map(|queue| queue.as_fd().try_clone_to_owned());
+            Ok((config.clone(), queues.collect::<io::Result<_>>()?))
+        };
+        self.links.iter().map(duplicate).collect()
+    }
+
+    /// Removes what [`Self::connect`] made in the namespace. The kernel removes the tap devices when the vmm has ended.
+    pub(crate) async fn disconnect(self) {
+        if self.links.is_empty() {
+            return;
+        }
+        let redirects: Vec<_> = self.links.into_iter().map(|(_, tapped)| tapped.redirect).collect();
+        let removed = run_in_namespace(&self.namespace, move || {
+            let Ok(mut netlink) = NetlinkSocket::open() else { return };
+            for redirect in redirects {
+                // If a link is gone, its redirect is too.
+                let _ = redirect.remove(&mut netlink);
+            }
+        });
+        if let Err(error) = removed.await {
+            log::warn!("cannot remove the redirects in the network namespace of a virtual machine: {error}");
+        }
+    }
+}

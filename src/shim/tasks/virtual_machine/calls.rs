@@ -1,0 +1,63 @@
+//! Kill, Stats, and the error of other calls for a virtual machine.
+
+use nutshell_protocol::ContainerStats;
+
+use crate::shim::{
+    error::{ErrorCode, TaskError},
+    tasks::container::{
+        Container,
+        lifecycle::Phase,
+        signal::{SIGKILL, is_terminating},
+    },
+    vm::{VirtualMachine, process_statistics},
+};
+
+/// Signals that ask a guest to end: they press its power button.
+const POWER_BUTTON_SIGNALS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT, libc::SIGPWR];
+
+/// Kill: SIGKILL ends the machine at once, signals that ask a process to end press its power button, and others have no
+/// effect.
+pub(in crate::shim::tasks) async fn signal_virtual_machine(
+    container: &Container,
+    machine: &VirtualMachine,
+    signal: u32,
+) -> Result<(), TaskError> {
+    let is_unstarted = container.init.lifecycle.phase() == Phase::Created;
+    if signal == SIGKILL || (is_unstarted && is_terminating(signal)) {
+        machine.kill(&container.pod, 128 + signal);
+        return Ok(());
+    }
+    if !POWER_BUTTON_SIGNALS.iter().any(|known| known.unsigned_abs() == signal) {
+        log::debug!(
+            "task {}: signal {signal} has no effect on a virtual machine",
+            container.id
+        );
+        return Ok(());
+    }
+    log::info!("task {}: signal {signal} presses the power button", container.id);
+    match machine.press_power_button().await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            let text = format!("press the power button of the virtual machine: {error}");
+            Err(TaskError::new(ErrorCode::Unavailable, text))
+        }
+    }
+}
+
+/// Stats: the resource use of the vmm process.
+pub(in crate::shim::tasks) fn virtual_machine_stats(container: &Container) -> Result<ContainerStats, TaskError> {
+    let (pid, size) = (container.pod.machine().pid(), container.pod.current_size());
+    process_statistics(pid, size).map_err(|error| {
+        let text = format!("read the statistics of the vmm process {pid}: {error}");
+        TaskError::new(ErrorCode::FailedPrecondition, text)
+    })
+}
+
+/// The error of a call that needs an agent. `action` is a verb with its object.
+pub(in crate::shim::tasks) fn no_agent(action: &str) -> TaskError {
+    let text = format!(
+        "cannot {action} in the guest of a virtual machine with a user's kernel: it has no agent. Use its console \
+         (attach), or a login over the network"
+    );
+    TaskError::new(ErrorCode::Unimplemented, text)
+}

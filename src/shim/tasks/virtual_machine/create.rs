@@ -1,0 +1,248 @@
+//! Creates virtual machines, in a pod of their own or in that of a sandbox.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use uuid::Uuid;
+
+use crate::{
+    oci::{Network, Placement, VmKernel, VmPlan},
+    shim::{
+        blocking,
+        error::{ErrorCode, TaskError},
+        machine::DiskImage,
+        network::NetworkNames,
+        pod::{Pod, PodRequirements},
+        stdio::StdioContext,
+        tasks::{
+            Tasks,
+            container::{Container, Role},
+            create::CreateRequest,
+            host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, run_create_hooks, vm_error},
+            limits::DRAIN_LIMIT,
+        },
+        vm::{KernelSource, VirtualMachine, VmError, VmSettings, open_kernel_files},
+    },
+};
+
+/// The maximum length of a `resolv.conf` that is read, in bytes.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
+
+impl Tasks {
+    /// Creates a virtual machine, in a pod of its own or in that of a sandbox: finds its kernel, and prepares the machine
+    /// that Start boots.
+    pub(in crate::shim::tasks) async fn create_virtual_machine(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: VmPlan,
+        disk: Option<DiskImage>,
+    ) -> Result<Arc<Container>, TaskError> {
+        let kernel = open_kernel(&plan.kernel).await.map_err(|error| vm_error(&error))?;
+        let settings = VmSettings {
+            size: plan.size,
+            uuid: plan.uuid.map_or_else(random_uuid, Ok)?,
+            on_reboot: plan.on_reboot,
+            kernel_arguments: plan.kernel_arguments.clone(),
+            names: NetworkNames {
+                resolv_conf: read_resolv_conf(plan.resolv_conf.clone()).await?,
+                hostname: plan.hostname.clone(),
+            },
+        };
+        let machine = Arc::new(VirtualMachine::new(settings, disk.map(Arc::new), kernel));
+        let (pod, role) = self
+            .give_pod(request, &plan, &machine)
+            .await
+            .map_err(|error| error.during(CREATE_CONTEXT))?;
+        match self.create_machine_in_pod(request, &plan, &machine, &pod, role).await {
+            Ok(container) => {
+                self.watch_virtual_machine(&container, &machine);
+                Ok(container)
+            }
+            Err(error) => {
+                if matches!(role, Role::Single { .. }) {
+                    pod.end().await;
+                } else {
+                    // The pod stays, without a machine.
+                    pod.machine().stop("its virtual machine could not be created");
+                    pod.machine().ended().await;
+                }
+                machine.release(DRAIN_LIMIT).await;
+                Err(error.during(CREATE_CONTEXT))
+            }
+        }
+    }
+
+    /// The pod of a new virtual machine, whose machine is the disk reader or the machine to boot.
+    async fn give_pod(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: &VmPlan,
+        machine: &VirtualMachine,
+    ) -> Result<(Arc<Pod>, Role), TaskError> {
+        let disk = machine.disk_to_read();
+        let Placement::Member { sandbox } = &plan.placement else {
+            let requirements =
+                PodRequirements::for_virtual_machine(plan.cgroup.as_ref(), plan.oom_score_adj, plan.size, disk)
+                    .map_err(create_error)?;
+            let pod = self
+                .start_unwatched_pod(&request.id, request.requested_at, &request.bundle, requirements)
+                .await?;
+            return Ok((pod, Role::Single { writes_disk: false }));
+        };
+        let pod = self.pod_of_sandbox(sandbox)?;
+        self.check_is_alone(&pod)?;
+        pod.protect_from_oom(plan.oom_score_adj);
+        // The links are connected again for the new machine.
+        pod.disconnect_network().await;
+        let installed = match disk {
+            Some(disk) => pod.start_disk_reader(self.launcher.as_ref(), disk).await,
+            None => pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await,
+        };
+        installed.map_err(|error| TaskError::unknown(error.to_string()))?;
+        Ok((pod, Role::Member { writes_disk: false }))
+    }
+
+    /// Fails if a container of a pod has not ended: the machine of a pod runs containers, or one virtual machine.
+    fn check_is_alone(&self, pod: &Pod) -> Result<(), TaskError> {
+        let tasks = self.tasks_of_pod(pod.number());
+        let mut others = tasks.iter().filter(|task| !task.is_sandbox());
+        match others.find(|task| task.init.lifecycle.phase().exit().is_none()) {
+            None => Ok(()),
+            Some(other) => Err(TaskError::new(
+                ErrorCode::FailedPrecondition,
+                format!(
+                    "a virtual machine needs a pod for itself, and container {} runs in this one: remove sidecars, or run \
+                     them as init containers",
+                    other.id
+                ),
+            )),
+        }
+    }
+
+    /// Fails if the machine of a pod is that of a virtual machine, which runs no containers.
+    pub(in crate::shim::tasks) fn check_has_agent(&self, pod: &Pod) -> Result<(), TaskError> {
+        let tasks = self.tasks_of_pod(pod.number());
+        let machine = tasks.iter().find(|task| task.virtual_machine.is_some());
+        match machine {
+            None if pod.has_agent() => Ok(()),
+            machine => Err(TaskError::new(
+                ErrorCode::FailedPrecondition,
+                format!(
+                    "this pod is a virtual machine{}, which runs no other container",
+                    machine.map_or_else(String::new, |task| format!(" ({})", task.id))
+                ),
+            )),
+        }
+    }
+
+    async fn create_machine_in_pod(
+        self: &Arc<Self>,
+        request: &CreateRequest,
+        plan: &VmPlan,
+        machine: &Arc<VirtualMachine>,
+        pod: &Arc<Pod>,
+        role: Role,
+    ) -> Result<Arc<Container>, TaskError> {
+        let container = Container::new(
+            request.id.clone(),
+            request.bundle.clone(),
+            role,
+            pod.clone(),
+            request.stdio.clone(),
+            plan.hooks.clone(),
+            plan.limits,
+        );
+        let container = self.insert(
+            container
+                .with_request_time(request.requested_at)
+                .with_virtual_machine(machine.clone()),
+        );
+        let reader = pod.machine();
+        // If one fails, the other still runs to completion: the cleanup must not start while it is in progress.
+        let (found, prepared) = tokio::join!(
+            machine.find_kernel(&reader, self.configuration.ready_timeout),
+            prepare_host_side(&container, machine, &plan.network, &self.stdio),
+        );
+        let created = async {
+            prepared?;
+            found.map_err(|error| TaskError::unknown(error.to_string()))?;
+            if machine.disk_to_read().is_some() {
+                let next = pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await;
+                next.map_err(|error| TaskError::unknown(error.to_string()))?;
+            }
+            Ok(())
+        };
+        match created.await {
+            Ok(()) => Ok(container),
+            Err(error) => {
+                container.init.release_pid();
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Opens the files of the kernel, if they are in a mount.
+async fn open_kernel(kernel: &VmKernel) -> Result<KernelSource, VmError> {
+    let VmKernel::Files {
+        directory,
+        kernel,
+        initramfs,
+    } = kernel.clone()
+    else {
+        return Ok(KernelSource::Disk);
+    };
+    let opened = blocking::run("open the kernel of the virtual machine", move || {
+        open_kernel_files(&directory, &kernel, initramfs.as_deref())
+    });
+    Ok(KernelSource::Files(opened.await??))
+}
+
+/// The text of the file with the DNS servers, empty if there is none.
+async fn read_resolv_conf(path: Option<PathBuf>) -> Result<String, TaskError> {
+    let Some(path) = path else { return Ok(String::new()) };
+    let read = {
+        let path = path.clone();
+        blocking::run("read the file with the DNS servers", move || -> io::Result<String> {
+            let mut text = String::new();
+            // Without O_NONBLOCK, opening a fifo would block.
+            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+            file.take(MAX_RESOLV_CONF).read_to_string(&mut text)?;
+            Ok(text)
+        })
+    };
+    let text = read.await.map_err(|error| TaskError::unknown(error.to_string()))?;
+    text.map_err(|error| TaskError::unknown(format!("read {}: {error}", path.display())))
+}
+
+fn random_uuid() -> Result<Uuid, TaskError> {
+    let mut bytes = [0; 16];
+    getrandom(&mut bytes, GetRandomFlags::empty())
+        .map_err(|error| TaskError::unknown(format!("getrandom: {error}")))?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
+}
+
+/// Opens the console, creates the host pid, and runs the hooks.
+async fn prepare_host_side(
+    container: &Container,
+    machine: &VirtualMachine,
+    network: &Network,
+    context: &StdioContext,
+) -> Result<(), TaskError> {
+    let opened = container
+        .init
+        .stdio_spec
+        .open(container.id.as_str(), context)
+        .await
+        .map_err(|error| TaskError::unknown(error.to_string()))?;
+    let console = opened.into_console().map_err(VmError::Console);
+    machine.set_console(console.map_err(|error| TaskError::unknown(error.to_string()))?);
+    assign_host_pid(container, network)?;
+    run_create_hooks(container).await
+}

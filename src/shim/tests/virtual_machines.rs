@@ -1,0 +1,205 @@
+//! Virtual machines that boot a user's disk or kernel.
+
+use containerd_shim::protos::{
+    api::{CreateTaskRequest, ResizePtyRequest, Status},
+    ttrpc::{Code, context},
+};
+use serde_json::{Value, json};
+
+use super::{Shim, behaviour::Behaviour, error_of, process_exists};
+use crate::control::EndReason;
+
+impl Shim {
+    /// A request to create the virtual machine `id`, with a disk in its image.
+    fn vm_request(&self, id: &str, annotations: Value) -> CreateTaskRequest {
+        let request = CreateTaskRequest {
+            rootfs: Vec::new(),
+            ..self.request(id)
+        };
+        let bundle = self.folder.path().join(id);
+        let disks = bundle.join("rootfs/disk");
+        std::fs::create_dir_all(&disks).unwrap();
+        std::fs::write(disks.join("disk.raw"), [0; 512]).unwrap();
+        let config = bundle.join("config.json");
+        let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        spec["process"]["args"] = json!(["vm"]);
+        spec["annotations"] = annotations;
+        std::fs::write(config, spec.to_string()).unwrap();
+        request
+    }
+
+    async fn create_vm(&self, id: &str, annotations: Value) -> u32 {
+        let request = self.vm_request(id, annotations);
+        let created = self.task.create(context::Context::default(), &request).await;
+        created.unwrap().pid
+    }
+
+    async fn run_vm(&self, id: &str) -> u32 {
+        let pid = self.create_vm(id, json!({})).await;
+        assert_eq!(self.start_task(id, "").await.unwrap(), pid);
+        pid
+    }
+}
+
+#[tokio::test]
+async fn kernel_of_the_disk_boots_and_power_off_is_exit_status_0() {
+    let mut shim = Shim::start().await;
+    let pid = shim
+        .create_vm("v1", json!({"io.containerd.nutshell.vm.kernel-arguments": "quiet"}))
+        .await;
+    assert_eq!(shim.status("v1").await, Status::CREATED);
+    assert_eq!(shim.start_task("v1", "").await.unwrap(), pid);
+    assert_eq!(shim.fake.user_boots(1).await, "root=/dev/vda1 console=ttyS0 quiet");
+
+    shim.kill("v1", "", 15).await.unwrap();
+
+    assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+    shim.delete("v1", "").await.unwrap();
+    assert!(!process_exists(pid));
+    assert_eq!(
+        shim.next_events(4).await,
+        ["create", "start", "exit v1 0", "delete v1 0"]
+    );
+    shim.assert_no_more_events().await;
+}
+
+#[tokio::test]
+async fn reset_boots_again_with_the_kernel_that_is_on_the_disk_then() {
+    let mut shim = Shim::start().await;
+    shim.run_vm("v1").await;
+    for boot in 2..4 {
+        shim.fake.end_guest(EndReason::GuestReset);
+        shim.fake.user_boots(boot).await;
+        assert_eq!(shim.status("v1").await, Status::RUNNING);
+    }
+    shim.fake.end_guest(EndReason::GuestPowerOff);
+    assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exit v1 0"]);
+}
+
+#[tokio::test]
+async fn reset_ends_the_task_if_the_annotation_says_so() {
+    let shim = Shim::start().await;
+    shim.create_vm("v1", json!({"io.containerd.nutshell.vm.on-reboot": "exit"}))
+        .await;
+    shim.start_task("v1", "").await.unwrap();
+    shim.fake.end_guest(EndReason::GuestReset);
+    assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn kill_ends_a_machine_in_every_phase() {
+    let shim = Shim::start().await;
+    shim.create_vm("created", json!({})).await;
+    shim.kill("created", "", 9).await.unwrap();
+    assert_eq!(shim.wait("created", "").await.unwrap(), 137);
+    shim.create_vm("terminated", json!({})).await;
+    shim.kill("terminated", "", 15).await.unwrap();
+    assert_eq!(shim.wait("terminated", "").await.unwrap(), 143);
+    shim.run_vm("running").await;
+    shim.kill("running", "", 9).await.unwrap();
+    assert_eq!(shim.wait("running", "").await.unwrap(), 137);
+    shim.run_vm("rebooting").await;
+    shim.fake.end_guest(EndReason::GuestReset);
+    shim.kill("rebooting", "", 9).await.unwrap();
+    assert_eq!(shim.wait("rebooting", "").await.unwrap(), 137);
+    for id in ["created", "terminated", "running", "rebooting"] {
+        shim.delete(id, "").await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn power_button_during_a_reboot_ends_the_task() {
+    let shim = Shim::start().await;
+    shim.run_vm("v1").await;
+    shim.fake.end_guest(EndReason::GuestReset);
+    // The delay after a short run has begun, or the disk is being read.
+    shim.kill("v1", "", 15).await.unwrap();
+    assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn failure_of_the_machine_is_exit_status_137() {
+    let shim = Shim::start().await;
+    shim.run_vm("v1").await;
+    shim.fake.end_guest(EndReason::KvmFailed("KVM_RUN: EFAULT".to_owned()));
+    assert_eq!(shim.wait("v1", "").await.unwrap(), 137);
+}
+
+#[tokio::test]
+async fn disk_without_a_kernel_fails_the_creation_and_leaves_nothing() {
+    let shim = Shim::start_with(Behaviour::NoKernel).await;
+    let request = shim.vm_request("v1", json!({}));
+    let created = shim.task.create(context::Context::default(), &request).await;
+    let (code, text) = error_of(created);
+    assert_eq!(code, Code::UNKNOWN);
+    assert!(
+        text.contains("no kernel to boot was found on the disk: disk slot 0: no boot loader"),
+        "{text}"
+    );
+    assert_eq!(error_of(shim.state("v1", "").await).0, Code::NOT_FOUND);
+    // The id is free again.
+    let (_, text) = error_of(shim.task.create(context::Context::default(), &request).await);
+    assert!(text.contains("no kernel to boot"), "{text}");
+}
+
+#[tokio::test]
+async fn wrong_image_is_an_invalid_argument() {
+    let shim = Shim::start().await;
+    let request = shim.vm_request("v1", json!({}));
+    std::fs::write(shim.folder.path().join("v1/rootfs/disk/second.raw"), "").unwrap();
+    let (code, text) = error_of(shim.task.create(context::Context::default(), &request).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT);
+    assert!(text.contains("contains disk.raw, second.raw"), "{text}");
+}
+
+#[tokio::test]
+async fn kernel_of_a_mount_boots_without_the_disk_reader() {
+    let shim = Shim::start().await;
+    let kernel = shim.folder.path().join("kernel");
+    std::fs::create_dir(&kernel).unwrap();
+    std::fs::write(kernel.join("vmlinuz"), "kernel").unwrap();
+    let request = shim.vm_request("v1", json!({"io.containerd.nutshell.vm.kernel": "vmlinuz"}));
+    let config = shim.folder.path().join("v1/config.json");
+    let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    spec["mounts"] = json!([{"destination": "/kernel", "type": "bind", "source": kernel, "options": ["rbind"]}]);
+    std::fs::write(config, spec.to_string()).unwrap();
+    shim.task.create(context::Context::default(), &request).await.unwrap();
+    shim.start_task("v1", "").await.unwrap();
+
+    assert_eq!(shim.fake.user_boots(1).await, "console=ttyS0");
+    assert!(shim.fake.requests().is_empty());
+    shim.kill("v1", "", 9).await.unwrap();
+    shim.wait("v1", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn calls_that_need_an_agent_fail_at_once() {
+    let shim = Shim::start().await;
+    shim.run_vm("v1").await;
+    let (code, text) = error_of(shim.exec("v1", "e1", "true").await);
+    assert_eq!(code, Code::UNIMPLEMENTED);
+    assert!(text.contains("it has no agent"), "{text}");
+    let resize = ResizePtyRequest {
+        id: "v1".to_owned(),
+        width: 80,
+        height: 25,
+        ..ResizePtyRequest::default()
+    };
+    shim.task
+        .resize_pty(context::Context::default(), &resize)
+        .await
+        .unwrap();
+    shim.kill("v1", "", 28).await.unwrap();
+    assert_eq!(shim.status("v1").await, Status::RUNNING);
+}
+
+#[tokio::test]
+async fn image_without_a_disk_is_a_container() {
+    let shim = Shim::start().await;
+    let request = shim.vm_request("c1", json!({}));
+    std::fs::remove_dir_all(shim.folder.path().join("c1/rootfs/disk")).unwrap();
+    // Without a file server, the root of a container must be a disk.
+    let (_, text) = error_of(shim.task.create(context::Context::default(), &request).await);
+    assert!(text.contains("shares no directories"), "{text}");
+}

@@ -1,0 +1,292 @@
+//! The disk in an image, and the file with what the guest writes to it.
+//!
+//! An image may hold anything: its files are opened below its root, without links, and only if they are regular files.
+//! Nothing here reads their bytes.
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{FcntlArg, fcntl};
+use rustix::{
+    fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags},
+    io::Errno,
+};
+use uuid::Uuid;
+
+use super::error::VmError;
+use crate::{
+    oci::VmImage,
+    shim::{machine::DiskImage, share::mount_image},
+};
+
+/// The directory of an image with its disk (KubeVirt's containerDisk).
+const DIRECTORY: &str = "disk";
+
+/// The copy-on-write file, in the root directory of the snapshot. It is removed with the snapshot, and counts as part of
+/// it.
+const WRITES: &str = ".nutshell-disk-writes";
+
+/// How many names of a directory an error lists.
+const LISTED_NAMES: usize = 3;
+
+const HOST_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The values of `F_WRLCK` and `SEEK_SET` (fcntl.h, stdio.h) in the types of a lock.
+const WRITE_LOCK: libc::c_short = 1;
+const FROM_START: libc::c_short = 0;
+
+/// Links are refused, and so are mounts below the root.
+const BENEATH: ResolveFlags = ResolveFlags::IN_ROOT
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_XDEV);
+
+/// Opens the disk of an image. `None` if the image has no directory `/disk`. Blocks on the file system of the image.
+///
+/// # Errors
+///
+/// `/disk` does not contain exactly one regular file; or one that cannot be opened; or the copy-on-write file cannot be
+/// created in the snapshot.
+pub(crate) fn find_disk(image: &VmImage, bundle_rootfs: &Path) -> Result<Option<DiskImage>, VmError> {
+    let root = mount_image(&image.mounts, &image.directory, bundle_rootfs)?;
+    let Some((path, base)) = open_base(root.as_fd())? else {
+        return Ok(None);
+    };
+    Ok(Some(DiskImage {
+        path,
+        base,
+        writes: open_writes(root.as_fd())?,
+        host_boot: read_host_boot()?,
+    }))
+}
+
+fn open_base(root: BorrowedFd<'_>) -> Result<Option<(PathBuf, File)>, VmError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = match rustix::fs::openat2(root, DIRECTORY, flags, Mode::empty(), BENEATH) {
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+        Err(Errno::LOOP) => return Err(VmError::Image("it is a symbolic link, not a directory".to_owned())),
+        opened => opened.map_err(failed(Path::new("/disk"), "open the directory"))?,
+    };
+    let name = only_entry(&directory).map_err(failed(Path::new("/disk"), "list the directory"))?;
+    let name = name.map_err(VmError::Image)?;
+    let path = Path::new("/disk").join(OsStr::from_bytes(&name));
+    let failed = |step| failed(&path, step);
+    // Before it is opened, because opening a device node or a fifo can have effects.
+    let status = rustix::fs::statat(&directory, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
+    let kind = FileType::from_raw_mode(status.map_err(failed("read its type"))?.st_mode);
+    if kind != FileType::RegularFile {
+        let text = format!("{} is {}, not a regular file", path.display(), describe(kind));
+        return Err(VmError::Image(text));
+    }
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let base =
+        rustix::fs::openat2(&directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open"))?;
+    Ok(Some((path, base.into())))
+}
+
+/// The name of the only entry of a directory, or the reason why there is none.
+fn only_entry(directory: &OwnedFd) -> rustix::io::Result<Result<Vec<u8>, String>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(directory)? {
+        let name = entry?.file_name().to_bytes().to_owned();
+        if name != b"." && name != b".." {
+            names.push(name);
+        }
+        if names.len() > LISTED_NAMES {
+            break;
+        }
+    }
+    Ok(match names.len() {
+        0 => Err("it is empty, and must contain the disk, one regular file".to_owned()),
+        1 => Ok(names.remove(0)),
+        _ => {
+            names.sort();
+            let mut listed: Vec<_> = names
+                .iter()
+                .map(|name| String::from_utf8_lossy(name).escape_debug().to_string())
+                .collect();
+            if listed.len() > LISTED_NAMES {
+                listed.truncate(LISTED_NAMES);
+                listed.push("…".to_owned());
+            }
+            Err(format!(
+                "it must contain the disk, one regular file, and contains {}",
+                listed.join(", ")
+            ))
+        }
+    })
+}
+
+fn describe(kind: FileType) -> &'static str {
+    match kind {
+        FileType::Symlink => "a symbolic link",
+        FileType::Directory => "a directory",
+        FileType::BlockDevice | FileType::CharacterDevice => "a device node",
+        FileType::Fifo => "a fifo",
+        FileType::Socket => "a socket",
+        _ => "a special file",
+    }
+}
+
+/// Opens the copy-on-write file of a snapshot, which exists if the container was started before, and locks it.
+fn open_writes(root: BorrowedFd<'_>) -> Result<File, VmError> {
+    let path = Path::new("/").join(WRITES);
+    let failed = |step| failed(&path, step);
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let writes = rustix::fs::openat2(root, WRITES, flags, Mode::RUSR | Mode::WUSR, BENEATH)
+        .map_err(failed("create the file for the disk's writes in the snapshot"))?;
+    let status = rustix::fs::fstat(&writes).map_err(failed("read its type"))?;
+    let kind = FileType::from_raw_mode(status.st_mode);
+    if kind != FileType::RegularFile {
+        let source = io::Error::other(format!("{}, not a regular file", describe(kind)));
+        return Err(VmError::Disk {
+            path,
+            step: "open the file for the disk's writes",
+            source,
+        });
+    }
+    let lock = libc::flock {
+        l_type: WRITE_LOCK,
+        l_whence: FROM_START,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    let writes = File::from(writes);
+    fcntl(&writes, FcntlArg::F_OFD_SETLK(&lock))
+        .map_err(|errno| failed("lock it (another virtual machine uses this snapshot)")(errno_of(errno)))?;
+    Ok(writes)
+}
+
+fn errno_of(errno: nix::Error) -> Errno {
+    Errno::from_raw_os_error(errno as i32)
+}
+
+fn failed(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
+    let path = path.to_owned();
+    move |errno| VmError::Disk {
+        path,
+        step,
+        source: errno.into(),
+    }
+}
+
+/// The host's boot ID.
+fn read_host_boot() -> Result<[u8; 16], VmError> {
+    let failed = |reason: String| VmError::HostBoot {
+        path: HOST_BOOT_ID,
+        reason,
+    };
+    let text = std::fs::read_to_string(HOST_BOOT_ID).map_err(|error| failed(error.to_string()))?;
+    let id = Uuid::try_parse(text.trim()).map_err(|error| failed(error.to_string()))?;
+    Ok(id.into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io::Read, os::unix::fs::symlink};
+
+    use nix::{sys::stat::Mode as NixMode, unistd::mkfifo};
+
+    use super::*;
+
+    fn image(files: &[&str]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("disk")).unwrap();
+        for name in files {
+            fs::write(root.path().join("disk").join(name), name).unwrap();
+        }
+        root
+    }
+
+    fn open(root: &tempfile::TempDir) -> Result<Option<(PathBuf, File)>, String> {
+        let root = File::open(root.path()).unwrap();
+        open_base(root.as_fd()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn only_file_in_the_directory_is_the_disk() {
+        let root = image(&["debian.qcow2"]);
+        let (path, mut base) = open(&root).unwrap().unwrap();
+        let mut text = String::new();
+        base.read_to_string(&mut text).unwrap();
+        assert_eq!(
+            (path.as_path(), text.as_str()),
+            (Path::new("/disk/debian.qcow2"), "debian.qcow2")
+        );
+    }
+
+    #[test]
+    fn image_without_the_directory_has_no_disk() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(open(&root).unwrap().is_none());
+        fs::write(root.path().join("disk"), "a file").unwrap();
+        assert!(open(&root).unwrap().is_none());
+    }
+
+    #[test]
+    fn anything_but_one_regular_file_is_refused_by_name() {
+        let empty = image(&[]);
+        let two = image(&["a.raw", "b.raw"]);
+        let five = image(&["1", "2", "3", "4", "5"]);
+        let link = image(&[]);
+        symlink("/etc/passwd", link.path().join("disk/link.raw")).unwrap();
+        let fifo = image(&[]);
+        mkfifo(&fifo.path().join("disk/fifo.raw"), NixMode::S_IRWXU).unwrap();
+        let directory = image(&[]);
+        fs::create_dir(directory.path().join("disk/sub")).unwrap();
+        let linked = tempfile::tempdir().unwrap();
+        symlink("/", linked.path().join("disk")).unwrap();
+        for (root, expected) in [
+            (empty, "/disk of the image: it is empty"),
+            (two, "and contains a.raw, b.raw"),
+            (five, "…"),
+            (link, "/disk/link.raw is a symbolic link, not a regular file"),
+            (fifo, "/disk/fifo.raw is a fifo, not a regular file"),
+            (directory, "/disk/sub is a directory, not a regular file"),
+            (linked, "/disk of the image: it is a symbolic link"),
+        ] {
+            let error = open(&root).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn file_for_writes_is_created_once_and_locked() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = File::open(root.path()).unwrap();
+        let writes = open_writes(directory.as_fd()).unwrap();
+        writes.set_len(7).unwrap();
+
+        let error = open_writes(directory.as_fd()).unwrap_err().to_string();
+
+        assert!(error.contains("another virtual machine uses this snapshot"), "{error}");
+        drop(writes);
+        assert_eq!(open_writes(directory.as_fd()).unwrap().metadata().unwrap().len(), 7);
+    }
+
+    #[test]
+    fn file_for_writes_is_never_a_link_or_a_fifo() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = File::open(root.path()).unwrap();
+        symlink("/tmp/elsewhere", root.path().join(WRITES)).unwrap();
+        open_writes(directory.as_fd()).unwrap_err();
+        fs::remove_file(root.path().join(WRITES)).unwrap();
+        mkfifo(&root.path().join(WRITES), NixMode::S_IRWXU).unwrap();
+        let error = open_writes(directory.as_fd()).unwrap_err().to_string();
+        assert!(error.contains("a fifo, not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn host_boot_id_is_readable() {
+        assert_ne!(read_host_boot().unwrap(), [0; 16]);
+    }
+}

@@ -1,0 +1,67 @@
+//! The failures of virtual machines.
+
+use std::{io, path::PathBuf, sync::Arc};
+
+use crate::{
+    control::ControlError,
+    shim::{
+        blocking::BlockingError,
+        machine::{AgentError, MachineExit},
+        network::NetworkError,
+        pod::PodError,
+        share::ShareError,
+    },
+};
+
+/// Why a virtual machine cannot be created or booted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum VmError {
+    /// The image has no disk, or more than one.
+    #[error("/disk of the image: {0}")]
+    Image(String),
+    #[error("{} of the image: {step}: {source}", path.display())]
+    Disk {
+        path: PathBuf,
+        step: &'static str,
+        source: io::Error,
+    },
+    #[error("{field} {}: {reason}", path.display())]
+    KernelFile {
+        /// The annotation.
+        field: &'static str,
+        path: PathBuf,
+        reason: String,
+    },
+    #[error("read {path}: {reason}")]
+    HostBoot { path: &'static str, reason: String },
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
+    /// The machine that reads the disk ended.
+    #[error("cannot read the disk: {0}")]
+    Reader(Arc<MachineExit>),
+    /// No kernel was found, or it could not be sent.
+    #[error("no kernel to boot was found on the disk: {0}")]
+    NoKernel(#[source] AgentError),
+    #[error("the kernel of the disk: {0}")]
+    Kernel(String),
+    #[error("the kernel of the disk: {step}: {source}")]
+    KernelMemory { step: &'static str, source: io::Error },
+    #[error("the kernel of the disk: {0}")]
+    Stream(#[from] ControlError),
+    #[error("the console: {0}")]
+    Console(#[source] io::Error),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error("the network: {0}")]
+    Links(#[source] io::Error),
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// A client has asked for its end.
+    #[error("a client has asked for its end")]
+    Ended,
+    /// The machine could not be built.
+    #[error("the virtual machine does not start: {0}")]
+    Start(Arc<MachineExit>),
+}

@@ -1,0 +1,278 @@
+//! The kernel that a virtual machine boots: copied from its disk by the guest of the disk reader, or opened in a mount.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
+use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
+
+use super::error::VmError;
+use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
+
+/// The time from the boot of the disk reader's guest until the kernel is copied, which is the time of a few lookups and
+/// of a copy of 50 MB.
+const READ_LIMIT: Duration = Duration::from_secs(90);
+
+/// The last bytes are in flight when the guest has answered.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+
+/// The slot of the disk in the machine of the disk reader.
+const DISK_SLOT: u32 = 0;
+
+/// The maximum length of the description of a kernel's source in the log, in characters.
+const MAX_SOURCE: usize = 512;
+
+/// A kernel with its initramfs, ready to be booted.
+#[derive(Debug)]
+pub(crate) struct BootFiles {
+    pub(super) kernel: File,
+    pub(super) initramfs: Option<File>,
+    pub(super) command_line: String,
+    /// Where the kernel was found, for the log.
+    source: String,
+}
+
+impl BootFiles {
+    /// Where the kernel was found, for the log.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The same files once more. Their descriptors are not read through a common position.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            kernel: self.kernel.try_clone()?,
+            initramfs: self.initramfs.as_ref().map(File::try_clone).transpose()?,
+            command_line: self.command_line.clone(),
+            source: self.source.clone(),
+        })
+    }
+}
+
+/// Waits for the guest of the disk reader in `machine`, and copies the kernel that it finds on its disk into memory. What
+/// the guest sends is bounded and checked: it may be under the control of the disk's file systems.
+///
+/// # Errors
+///
+/// The guest does not boot or answer in time, finds no kernel, or sends something that cannot be booted.
+pub(crate) async fn read_disk_kernel(machine: &Machine, ready_timeout: Duration) -> Result<BootFiles, VmError> {
+    machine.ready(ready_timeout).await.map_err(VmError::Reader)?;
+    match tokio::time::timeout(READ_LIMIT, copy_kernel(machine)).await {
+        Ok(Err(VmError::NoKernel(AgentError::Gone))) => Err(VmError::Reader(machine.ended().await)),
+        Ok(result) => result,
+        Err(_) => Err(VmError::Kernel(format!(
+            "it was not read within {} s",
+            READ_LIMIT.as_secs()
+        ))),
+    }
+}
+
+async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
+    let kernel = create_memory_file(c"kernel", MAX_DISK_KERNEL)?;
+    let initramfs = create_memory_file(c"initrd", MAX_DISK_INITRD)?;
+    let mut kernel_stream = machine.open_stream(None, Some(kernel.as_fd())).await?;
+    let mut initramfs_stream = machine.open_stream(None, Some(initramfs.as_fd())).await?;
+    let request = Request::FindDiskKernel {
+        slot: DISK_SLOT,
+        kernel_stream_port: kernel_stream.port(),
+        initrd_stream_port: initramfs_stream.port(),
+    };
+    let found = match machine.agent().request(request).await {
+        Ok(Response::DiskKernel(found)) => found,
+        Ok(_) => return Err(VmError::NoKernel(AgentError::Unexpected)),
+        Err(error) => return Err(VmError::NoKernel(error)),
+    };
+    let DiskKernel {
+        kernel_size,
+        initrd_size,
+        command_line,
+        source,
+    } = found;
+    finish(machine, &mut kernel_stream, &kernel, kernel_size, "kernel").await?;
+    finish(machine, &mut initramfs_stream, &initramfs, initrd_size, "initrd").await?;
+    if kernel_size == 0 {
+        return Err(VmError::Kernel("its file is empty".to_owned()));
+    }
+    Ok(BootFiles {
+        kernel,
+        initramfs: (initrd_size > 0).then_some(initramfs),
+        command_line: check_command_line(command_line)?,
+        source: printable_line(&source, MAX_SOURCE),
+    })
+}
+
+/// A file in memory that cannot grow beyond `max_size` bytes.
+fn create_memory_file(name: &std::ffi::CStr, max_size: u64) -> Result<File, VmError> {
+    let failed = |step| {
+        move |errno: rustix::io::Errno| VmError::KernelMemory {
+            step,
+            source: errno.into(),
+        }
+    };
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = rustix::fs::memfd_create(name, flags).map_err(failed("create a file in memory"))?;
+    rustix::fs::ftruncate(&file, max_size).map_err(failed("set the size of a file in memory"))?;
+    fcntl_add_seals(&file, SealFlags::GROW).map_err(failed("seal a file in memory"))?;
+    Ok(file.into())
+}
+
+/// Waits until `file` has all `size` bytes, and cuts it there.
+async fn finish(
+    machine: &Machine,
+    stream: &mut GuestStream,
+    file: &File,
+    size: u64,
+    what: &'static str,
+) -> Result<(), VmError> {
+    let max = file.metadata().map_or(0, |metadata| metadata.len());
+    if size > max {
+        return Err(VmError::Kernel(format!(
+            "the {what} has {size} bytes, more than the maximum of {max}"
+        )));
+    }
+    let drained = tokio::time::timeout(DRAIN_LIMIT, machine.drain_stream(stream, size)).await;
+    machine.close_stream(stream).await;
+    if drained.is_err() {
+        return Err(VmError::Kernel(format!(
+            "the {what} did not arrive within {} s",
+            DRAIN_LIMIT.as_secs()
+        )));
+    }
+    file.set_len(size).map_err(|source| VmError::KernelMemory {
+        step: "set the size of a file in memory",
+        source,
+    })
+}
+
+/// Opens a kernel and its initramfs below `directory`, whose links may not lead out of it. Blocks on its file system.
+///
+/// # Errors
+///
+/// A file does not exist, or is not a regular file. The error names the annotation.
+pub(crate) fn open_kernel_files(
+    directory: &Path,
+    kernel: &Path,
+    initramfs: Option<&Path>,
+) -> Result<BootFiles, VmError> {
+    const KERNEL: &str = "annotation io.containerd.nutshell.vm.kernel";
+    const INITRD: &str = "annotation io.containerd.nutshell.vm.initrd";
+    Ok(BootFiles {
+        kernel: open_beneath(directory, kernel, KERNEL)?,
+        initramfs: initramfs
+            .map(|path| open_beneath(directory, path, INITRD))
+            .transpose()?,
+        command_line: String::new(),
+        source: format!("the kernel {} of the mount at /kernel", kernel.display()),
+    })
+}
+
+fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<File, VmError> {
+    let path = PathBuf::from("/kernel").join(file);
+    let failed = |reason: String| VmError::KernelFile {
+        field,
+        path: path.clone(),
+        reason,
+    };
+    let open = || -> io::Result<File> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())?;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        // A path does not open a device node or wait for a fifo.
+        let found = rustix::fs::openat2(&root, file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
+        if FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::other("not a regular file"));
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat2(&root, file, flags, Mode::empty(), resolve)?.into())
+    };
+    open().map_err(|error| failed(error.to_string()))
+}
+
+/// Checks a command line from a disk: a control character could change the log of a host.
+fn check_command_line(line: String) -> Result<String, VmError> {
+    if line.len() > MAX_COMMAND_LINE {
+        return Err(VmError::Kernel(format!(
+            "its command line has {} bytes, more than the maximum of {MAX_COMMAND_LINE}",
+            line.len()
+        )));
+    }
+    match line.chars().find(|character| character.is_control()) {
+        None => Ok(line),
+        Some(character) => Err(VmError::Kernel(format!(
+            "its command line contains the control character {character:?}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        io::{Read, Write},
+        os::unix::fs::symlink,
+    };
+
+    use super::*;
+
+    #[test]
+    fn file_in_memory_does_not_grow_beyond_its_maximum() {
+        let mut file = create_memory_file(c"test", 4096).unwrap();
+        assert_eq!(file.write(&[1; 8192]).unwrap(), 4096);
+        file.write(&[1]).unwrap_err();
+        file.set_len(10).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 10);
+    }
+
+    #[test]
+    fn kernel_is_opened_through_links_inside_of_its_mount_only() {
+        let mount = tempfile::tempdir().unwrap();
+        fs::create_dir(mount.path().join("boot")).unwrap();
+        fs::write(mount.path().join("boot/vmlinuz-6.1"), "kernel").unwrap();
+        symlink("/boot/vmlinuz-6.1", mount.path().join("vmlinuz")).unwrap();
+        symlink("/etc/passwd", mount.path().join("outside")).unwrap();
+        let open = |kernel: &str, initramfs: Option<&str>| {
+            open_kernel_files(mount.path(), Path::new(kernel), initramfs.map(Path::new))
+        };
+
+        let mut text = String::new();
+        open("vmlinuz", None).unwrap().kernel.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "kernel");
+
+        for (kernel, initramfs, expected) in [
+            (
+                "outside",
+                None,
+                "annotation io.containerd.nutshell.vm.kernel /kernel/outside: No such file",
+            ),
+            ("boot", None, "vm.kernel /kernel/boot: not a regular file"),
+            (
+                "vmlinuz",
+                Some("initrd.img"),
+                "vm.initrd /kernel/initrd.img: No such file",
+            ),
+        ] {
+            let error = open(kernel, initramfs).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn command_line_with_a_control_character_is_refused() {
+        assert_eq!(
+            check_command_line("root=/dev/vda1 é".to_owned()).unwrap(),
+            "root=/dev/vda1 é"
+        );
+        let error = check_command_line("a\nb".to_owned()).unwrap_err().to_string();
+        assert!(error.contains("control character '\\n'"), "{error}");
+        check_command_line("a".repeat(MAX_COMMAND_LINE + 1)).unwrap_err();
+    }
+}
