@@ -1,4 +1,5 @@
-//! Tests of what is found on disks of virtual machines. They need sfdisk(8).
+//! Tests of what is found on disks of virtual machines, with the kernel for that. They need sfdisk(8), mcopy(1) and the
+//! mkfs programs of the file systems.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -15,29 +16,99 @@ const MIB: u64 = 1 << 20;
 
 /// A partition, or a whole disk: what is in it.
 enum Content<'c> {
-    /// An ext4 file system with these files and this UUID.
-    Ext4(&'c str, &'c [(&'c str, &'c [u8])]),
+    /// A file system of this kind with this UUID and these files.
+    Files(Kind, &'c str, &'c [(&'c str, &'c [u8])]),
     /// Bytes at an offset.
     Bytes(u64, &'c [u8]),
 }
 
-/// Creates an ext4 file system in a file.
-fn format(uuid: &str, files: &[(&str, &[u8])], size: u64) -> PathBuf {
+#[derive(Clone, Copy)]
+enum Kind {
+    Btrfs,
+    Ext4,
+    Vfat,
+    Xfs,
+}
+
+/// Creates a file system in a file.
+fn format(kind: Kind, uuid: &str, files: &[(&str, &[u8])], size: u64) -> PathBuf {
     let root = std::env::temp_dir().join(format!("disk-{}", unique()));
     for (path, content) in files {
         let path = root.join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, content).unwrap();
     }
-    let image = root.with_extension("ext4");
+    let image = root.with_extension("image");
     File::create(&image).unwrap().set_len(size).unwrap();
-    let mut command = Command::new("mke2fs");
-    command
-        .args(["-q", "-t", "ext4", "-U", uuid, "-d"])
-        .arg(&root)
-        .arg(&image);
-    assert!(command.status().unwrap().success());
+    let [folder, file] = [root.to_str().unwrap(), image.to_str().unwrap()];
+    match kind {
+        Kind::Btrfs => run(&[
+            "mkfs.btrfs",
+            "-q",
+            "-m",
+            "single",
+            "-U",
+            uuid,
+            "--rootdir",
+            folder,
+            file,
+        ]),
+        Kind::Ext4 => run(&["mke2fs", "-q", "-t", "ext4", "-U", uuid, "-d", folder, file]),
+        Kind::Vfat => {
+            run(&["mkfs.vfat", "-i", &uuid.replace('-', ""), file]);
+            for entry in fs::read_dir(&root).unwrap() {
+                run(&[
+                    "mcopy",
+                    "-s",
+                    "-i",
+                    file,
+                    entry.unwrap().path().to_str().unwrap(),
+                    "::/",
+                ]);
+            }
+        }
+        Kind::Xfs => {
+            let prototype = root.with_extension("prototype");
+            fs::write(&prototype, format!("/dev/null\n0 0\n{}", xfs_prototype(&root))).unwrap();
+            let prototype = prototype.to_str().unwrap();
+            // Without --unsupported, it makes no file systems below 300 MiB.
+            run(&[
+                "mkfs.xfs",
+                "-q",
+                "--unsupported",
+                "-m",
+                &format!("uuid={uuid}"),
+                "-p",
+                prototype,
+                file,
+            ]);
+        }
+    }
     image
+}
+
+/// Describes a directory for mkfs.xfs(8).
+fn xfs_prototype(directory: &Path) -> String {
+    let mut text = "d--755 0 0\n".to_owned();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        text += &match path.is_dir() {
+            true => format!("{name} {}", xfs_prototype(&path)),
+            false => format!("{name} ---644 0 0 {}\n", path.display()),
+        };
+    }
+    text + "$\n"
+}
+
+fn run(command: &[&str]) {
+    let output = Command::new(command[0]).args(&command[1..]).output();
+    let output = output.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(
+        output.status.success(),
+        "{command:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// Creates a disk with a partition table of the kind `label` and partitions of 16 MiB, each with its type.
@@ -59,8 +130,8 @@ fn partition(label: &str, partitions: &[(&str, Content<'_>)]) -> PathBuf {
     for (number, (_, content)) in (0..).zip(partitions) {
         let start = (1 + 16 * number) * MIB;
         match content {
-            Content::Ext4(uuid, files) => {
-                let bytes = fs::read(format(uuid, files, 16 * MIB)).unwrap();
+            Content::Files(kind, uuid, files) => {
+                let bytes = fs::read(format(*kind, uuid, files, 16 * MIB)).unwrap();
                 file.write_all_at(&bytes, start).unwrap();
             }
             Content::Bytes(offset, bytes) => file.write_all_at(bytes, start + offset).unwrap(),
@@ -103,7 +174,11 @@ fn kernels_of_disks_are_sent_to_the_host() {
         &[
             (
                 "linux",
-                Content::Ext4("66666666-2222-3333-4444-555555555555", &[("etc/os-release", b"ID=x")]),
+                Content::Files(
+                    Kind::Ext4,
+                    "66666666-2222-3333-4444-555555555555",
+                    &[("etc/os-release", b"ID=x")],
+                ),
             ),
             // Like the partition for GRUB on a disk that boots without EFI: there is no file system in it.
             (
@@ -112,7 +187,8 @@ fn kernels_of_disks_are_sent_to_the_host() {
             ),
             (
                 "BC13C2FF-59E6-4262-A352-B275FD6F7172",
-                Content::Ext4(
+                Content::Files(
+                    Kind::Ext4,
                     "11111111-2222-3333-4444-555555555555",
                     &[
                         ("grub/grub.cfg", grub.as_bytes()),
@@ -129,13 +205,15 @@ fn kernels_of_disks_are_sent_to_the_host() {
         "dos",
         &[(
             "83",
-            Content::Ext4(
+            Content::Files(
+                Kind::Ext4,
                 "11111111-2222-3333-4444-555555555555",
                 &[("boot/extlinux.conf", extlinux), ("boot/vmlinuz-virt", b"kernel")],
             ),
         )],
     );
     let whole = format(
+        Kind::Ext4,
         "11111111-2222-3333-4444-555555555555",
         &[
             ("boot/vmlinuz-6", b"kernel"),
@@ -152,7 +230,7 @@ fn kernels_of_disks_are_sent_to_the_host() {
     assert!(command.status().unwrap().success());
 
     let disks: [&Path; 4] = [&gpt, &mbr, &whole, &dirty];
-    let mut machine = Machine::boot_with_access(&disks, &[], |slot| if slot == 3 { "on" } else { "off" });
+    let mut machine = Machine::boot_disk_reader(&disks, |slot| if slot == 3 { "on" } else { "off" });
     let newest = "root=UUID=11111111-2222-3333-4444-555555555555 ro";
     for (slot, expected_kernel, initrd, command_line, source) in [
         (
@@ -184,20 +262,69 @@ fn kernels_of_disks_are_sent_to_the_host() {
             "the newest kernel /boot/vmlinuz-6 on vdd",
         ),
     ] {
-        let (found, sent_kernel, sent_initrd) = find(&mut machine, slot).unwrap();
-        let expected = DiskKernel {
-            kernel_size: expected_kernel.len() as u64,
-            initrd_size: initrd.len() as u64,
-            command_line: command_line.to_owned(),
-            source: source.to_owned(),
-        };
-        assert_eq!(found, expected);
-        assert!(
-            sent_kernel == expected_kernel,
-            "{} bytes of disk {slot}",
-            sent_kernel.len()
-        );
-        assert_eq!(sent_initrd, initrd);
+        let expected = (expected_kernel, initrd, command_line, source);
+        assert_found(&mut machine, slot, expected);
+    }
+}
+
+/// Asserts that the agent finds a kernel in `slot`: its bytes, its initrd, its command line and its source.
+fn assert_found(machine: &mut Machine, slot: u32, (kernel, initrd, command_line, source): (&[u8], &[u8], &str, &str)) {
+    let (found, sent_kernel, sent_initrd) = find(machine, slot).unwrap();
+    let expected = DiskKernel {
+        kernel_size: kernel.len() as u64,
+        initrd_size: initrd.len() as u64,
+        command_line: command_line.to_owned(),
+        source: source.to_owned(),
+    };
+    assert_eq!(found, expected);
+    assert!(sent_kernel == kernel, "{} bytes of disk {slot}", sent_kernel.len());
+    assert_eq!(sent_initrd, initrd);
+}
+
+#[test]
+fn kernels_are_found_on_all_file_systems_of_distributions() {
+    const ROOT: &str = "11111111-2222-3333-4444-555555555555";
+    let entry =
+        format!("linux /Debian/6.12.1-amd64/linux\ninitrd /Debian/6.12.1-amd64/initrd\noptions root=UUID={ROOT} ro\n");
+    let esp = partition(
+        "gpt",
+        &[
+            (
+                "uefi",
+                Content::Files(
+                    Kind::Vfat,
+                    "AAAA-BBBB",
+                    &[
+                        ("loader/entries/Debian-6.12.1-amd64.conf", entry.as_bytes()),
+                        ("Debian/6.12.1-amd64/linux", b"kernel"),
+                        ("Debian/6.12.1-amd64/initrd", b"initrd"),
+                    ],
+                ),
+            ),
+            (
+                "linux",
+                Content::Files(Kind::Xfs, ROOT, &[("etc/os-release", b"ID=debian")]),
+            ),
+        ],
+    );
+    let root: &[(&str, &[u8])] = &[
+        ("boot/vmlinuz-6", b"kernel"),
+        ("boot/initrd.img-6", b"initrd"),
+        ("usr/lib/os-release", b""),
+    ];
+    let xfs = format(Kind::Xfs, ROOT, root, 16 * MIB);
+    let btrfs = format(Kind::Btrfs, ROOT, root, 64 * MIB);
+    let mut machine = Machine::boot_disk_reader(&[&esp, &xfs, &btrfs], |slot| if slot == 2 { "on" } else { "off" });
+    for (slot, source) in [
+        (
+            0,
+            "the boot loader entry /loader/entries/Debian-6.12.1-amd64.conf on vda1",
+        ),
+        (1, "the newest kernel /boot/vmlinuz-6 on vdb"),
+        (2, "the newest kernel /boot/vmlinuz-6 on vdc"),
+    ] {
+        let command_line = format!("root=UUID={ROOT} ro");
+        assert_found(&mut machine, slot, (b"kernel", b"initrd\0\0", &command_line, source));
     }
 }
 
@@ -215,7 +342,7 @@ fn disk_without_a_kernel_is_an_error_and_unused_afterwards() {
     );
     let blank = std::env::temp_dir().join(format!("disk-{}", unique()));
     File::create(&blank).unwrap().set_len(MIB).unwrap();
-    let mut machine = Machine::boot(&[&create_image(), &unsupported, &blank]);
+    let mut machine = Machine::boot_disk_reader(&[&create_image(), &unsupported, &blank], |_| "off");
     for (slot, parts) in [
         (
             0,

@@ -1,7 +1,7 @@
 //! Tests of the guest: boots machines with the agent as PID 1 and drives it over vsock, as the shim does. QEMU replaces
 //! nutshell's VMM and has the same devices.
 //!
-//! Needs /dev/kvm, /dev/vhost-vsock, and the guest's kernel and initramfs. `run-in-lab` runs it, one test at a time,
+//! Needs /dev/kvm, /dev/vhost-vsock, and the guest's kernels and initramfs. `run-in-lab` runs it, one test at a time,
 //! because all machines connect to the same port.
 
 #![allow(clippy::tests_outside_test_module, reason = "this crate contains only tests")]
@@ -35,11 +35,17 @@ impl Machine {
 
     /// Boots a machine with `disks` and additional options for QEMU.
     fn boot_with(disks: &[&Path], options: &[String]) -> Self {
-        Self::boot_with_access(disks, options, |_| "off")
+        Self::boot_kernel("NUTSHELL_GUEST_KERNEL", disks, options, |_| "off")
     }
 
-    /// Boots a machine. `readonly` returns "on" for the slots of disks that cannot be written, and "off" for others.
-    fn boot_with_access(disks: &[&Path], options: &[String], readonly: fn(u32) -> &'static str) -> Self {
+    /// Boots a machine with the kernel that reads disks of virtual machines. `readonly` returns "on" for the slots of
+    /// disks that cannot be written, and "off" for others.
+    fn boot_disk_reader(disks: &[&Path], readonly: fn(u32) -> &'static str) -> Self {
+        Self::boot_kernel("NUTSHELL_GUEST_DISK_READER_KERNEL", disks, &[], readonly)
+    }
+
+    /// Boots a machine with the kernel that the environment variable `kernel` names.
+    fn boot_kernel(kernel: &str, disks: &[&Path], options: &[String], readonly: fn(u32) -> &'static str) -> Self {
         let setting = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
         let mut command = Command::new("qemu-system-x86_64");
         let machine = "-accel kvm -cpu host -m 256 -nodefaults -no-user-config -no-reboot -display none \
@@ -49,7 +55,7 @@ impl Machine {
         command
             .args(machine.split_whitespace())
             .args(["-append", "console=hvc0 reboot=t panic=-1 quiet"])
-            .args(["-kernel", &setting("NUTSHELL_GUEST_KERNEL")])
+            .args(["-kernel", &setting(kernel)])
             .args(["-initrd", &setting("NUTSHELL_GUEST_INITRAMFS")])
             .args(options);
         for (slot, disk) in (0..).zip(disks) {
