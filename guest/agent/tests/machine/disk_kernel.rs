@@ -26,6 +26,8 @@ enum Content<'c> {
 enum Kind {
     Btrfs,
     Ext4,
+    /// Its UUID is the time of its creation.
+    Iso9660,
     Vfat,
     Xfs,
 }
@@ -54,6 +56,7 @@ fn format(kind: Kind, uuid: &str, files: &[(&str, &[u8])], size: u64) -> PathBuf
             file,
         ]),
         Kind::Ext4 => run(&["mke2fs", "-q", "-t", "ext4", "-U", uuid, "-d", folder, file]),
+        Kind::Iso9660 => run(&["genisoimage", "-quiet", "-rock", "-joliet", "-output", file, folder]),
         Kind::Vfat => {
             run(&["mkfs.vfat", "-i", &uuid.replace('-', ""), file]);
             for entry in fs::read_dir(&root).unwrap() {
@@ -286,21 +289,15 @@ fn kernels_are_found_on_all_file_systems_of_distributions() {
     const ROOT: &str = "11111111-2222-3333-4444-555555555555";
     let entry =
         format!("linux /Debian/6.12.1-amd64/linux\ninitrd /Debian/6.12.1-amd64/initrd\noptions root=UUID={ROOT} ro\n");
+    let boot: &[(&str, &[u8])] = &[
+        ("loader/entries/Debian-6.12.1-amd64.conf", entry.as_bytes()),
+        ("Debian/6.12.1-amd64/linux", b"kernel"),
+        ("Debian/6.12.1-amd64/initrd", b"initrd"),
+    ];
     let esp = partition(
         "gpt",
         &[
-            (
-                "uefi",
-                Content::Files(
-                    Kind::Vfat,
-                    "AAAA-BBBB",
-                    &[
-                        ("loader/entries/Debian-6.12.1-amd64.conf", entry.as_bytes()),
-                        ("Debian/6.12.1-amd64/linux", b"kernel"),
-                        ("Debian/6.12.1-amd64/initrd", b"initrd"),
-                    ],
-                ),
-            ),
+            ("uefi", Content::Files(Kind::Vfat, "AAAA-BBBB", boot)),
             (
                 "linux",
                 Content::Files(Kind::Xfs, ROOT, &[("etc/os-release", b"ID=debian")]),
@@ -314,7 +311,9 @@ fn kernels_are_found_on_all_file_systems_of_distributions() {
     ];
     let xfs = format(Kind::Xfs, ROOT, root, 16 * MIB);
     let btrfs = format(Kind::Btrfs, ROOT, root, 64 * MIB);
-    let mut machine = Machine::boot_disk_reader(&[&esp, &xfs, &btrfs], |slot| if slot == 2 { "on" } else { "off" });
+    let iso = format(Kind::Iso9660, "", boot, 0);
+    let disks: [&Path; 4] = [&esp, &xfs, &btrfs, &iso];
+    let mut machine = Machine::boot_disk_reader(&disks, |slot| if slot > 1 { "on" } else { "off" });
     for (slot, source) in [
         (
             0,
@@ -322,6 +321,10 @@ fn kernels_are_found_on_all_file_systems_of_distributions() {
         ),
         (1, "the newest kernel /boot/vmlinuz-6 on vdb"),
         (2, "the newest kernel /boot/vmlinuz-6 on vdc"),
+        (
+            3,
+            "the boot loader entry /loader/entries/Debian-6.12.1-amd64.conf on vdd",
+        ),
     ] {
         let command_line = format!("root=UUID={ROOT} ro");
         assert_found(&mut machine, slot, (b"kernel", b"initrd\0\0", &command_line, source));
