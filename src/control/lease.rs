@@ -1,4 +1,4 @@
-//! The IP configuration of a link, for a guest that reads it by DHCP.
+//! The IP configuration of a link, for a guest that gets it by DHCP.
 
 use std::net::Ipv4Addr;
 

@@ -7,7 +7,7 @@
 console=/run/tmp/console
 
 # start_vm [OPTION...] -- [WORD...]: starts the VM $name from the image $image as a client in the background, whose pid is
-# $client. The words are the command, `vm` if there is none.
+# $client. The words are the command, `vm` if there are none.
 start_vm() {
   local options=()
   while [[ $1 != -- ]]; do
@@ -23,7 +23,7 @@ start_vm() {
   client=$!
 }
 
-# start_image [OPTION...]: start_vm of the image $image, until its guest is ready.
+# start_image [OPTION...]: starts a VM from the image $image, and waits until its guest is ready.
 start_image() {
   start_vm "$@" "localhost/$image:latest" --
   wait_for_console "ready: "
@@ -42,7 +42,7 @@ wait_for_console() {
   done
 }
 
-# in_guest COMMAND: executes it in the guest, and prints its output. Fails if the command does.
+# in_guest COMMAND: executes it in the guest, and prints its output. Fails if the command fails.
 in_guest() {
   local before
   before=$(stat -c %s $console.out)
@@ -59,7 +59,7 @@ in_guest() {
   tail -c "+$((before + 1))" $console.out | grep -q '^end: 0'
 }
 
-# end_vm STATUS: waits until the client ends with this status, and removes what the case has made.
+# end_vm STATUS: waits until the client ends with this status, and removes the container and the files of the console.
 end_vm() {
   local status=0
   wait "$client" || status=$?
@@ -100,7 +100,7 @@ qcow2_disk_with_zstd_boots() {
   boots_its_own_kernel_and_switches_off_on_sigterm vm-zstd 6.1.
 }
 
-# The guest keeps what it has written, and a new configuration of its boot loader counts.
+# The guest keeps the data that it has written, and a changed boot loader configuration takes effect.
 reboot_in_the_guest_boots_the_same_disk_again() {
   new_name
   local image=vm-raw vmm again
@@ -118,7 +118,7 @@ reboot_in_the_guest_boots_the_same_disk_again() {
   end_vm 0
 }
 
-reboot_ends_the_task_if_the_annotation_says_so() {
+reboot_ends_the_task_if_on_reboot_is_exit() {
   new_name
   local image=vm-raw
   start_image --annotation io.containerd.nutshell.vm.on-reboot=exit
@@ -134,7 +134,7 @@ kill_ends_the_machine_at_once() {
   end_vm 137
 }
 
-# The guest writes more than all buffers hold while its client does not read, and goes on: the oldest output is lost.
+# The guest writes more than all buffers hold while its client does not read, and continues: the oldest output is lost.
 console_without_a_reader_does_not_stall_the_guest() {
   new_name
   local image=vm-raw
@@ -171,7 +171,7 @@ exec_fails_at_once_and_names_the_console() {
   end_vm 137
 }
 
-# refused_vm EXPECTED ROOTFS [OPTION...]: a VM with this root directory is refused with this text.
+# refused_vm EXPECTED ROOTFS [OPTION...]: checks that a VM with this root directory is refused with this text.
 refused_vm() {
   local expected=$1 rootfs=$2 error
   shift 2
@@ -181,7 +181,7 @@ refused_vm() {
   ctr container delete "$name" 2>/dev/null || true
 }
 
-wrong_images_are_refused_by_name() {
+unusable_images_are_refused_with_the_reason() {
   local root=/run/tmp/image
   mkdir -p $root/disk
   refused_vm "/disk of the image: it is empty" $root
@@ -222,8 +222,8 @@ kernel_and_initrd_of_a_mount_boot_without_a_disk() {
   rm -r /run/tmp/kernel /run/tmp/image
 }
 
-# The snapshot is full: the guest gets an error for its write, and goes on.
-full_snapshot_is_an_error_for_the_guest_and_nothing_else() {
+# The snapshot is full: the guest gets an error for its write, and continues.
+full_snapshot_is_only_an_io_error_in_the_guest() {
   new_name
   local root=/run/tmp/image archive
   mkdir -p $root

@@ -52,19 +52,19 @@ impl BundleSpec {
         })
     }
 
-    /// The files of the image, whose snapshot has the mounts `rootfs`, if the command asks for a virtual machine. An
-    /// image without a disk is a container with a program of that name, unless [`Self::names_kernel`].
+    /// The files of the image, whose snapshot has the mounts `rootfs`, if the command requests a virtual machine. An
+    /// image without a disk is a container with a program of that name, unless [`Self::has_kernel_annotation`].
     ///
     /// # Errors
     ///
     /// The files are on a block device, which only a guest may mount.
     pub(crate) fn virtual_machine_image(&self, rootfs: &[HostMount]) -> Result<Option<VmImage>, PlanError> {
-        virtual_machine::image(&self.spec, &self.bundle, rootfs)
+        virtual_machine::find_image(&self.spec, &self.bundle, rootfs)
     }
 
     /// Whether an annotation names the kernel of a virtual machine.
-    pub(crate) fn names_kernel(&self) -> bool {
-        virtual_machine::names_kernel(&self.spec)
+    pub(crate) fn has_kernel_annotation(&self) -> bool {
+        virtual_machine::has_kernel_annotation(&self.spec)
     }
 
     /// Plans the container or sandbox `id` with the mounts of its snapshot (`rootfs`). Inspects the host only through

@@ -18,8 +18,8 @@ use crate::oci::{
     HostMount, HostNamespaces, Limits, OnReboot, Placement, PlanError, Root, Sizing, VmImage, VmKernel, VmPlan,
 };
 
-/// The commands that ask for a virtual machine: an image without a command cannot be started. The second one is what
-/// images for crun-vm have as their entrypoint.
+/// The commands that request a virtual machine. Without a command, an image cannot be started. The second one is the
+/// entrypoint of images for crun-vm.
 const COMMAND: &str = "vm";
 const ENTRYPOINT_OF_DISK_IMAGES: &str = "no-entrypoint";
 
@@ -35,8 +35,9 @@ const KERNEL_MOUNT: &str = "/kernel";
 /// The maximum length of additional kernel arguments, in bytes.
 const MAX_KERNEL_ARGUMENTS: usize = 1024;
 
-/// Bind mounts that containerd and the kubelet add to every container. A guest has a system of its own for these.
-const OWN_MOUNTS_OF_CONTAINERS: [&str; 6] = [
+/// Bind mounts that containerd and the kubelet add to every container. They are ignored, because a guest has no access
+/// to files of the host.
+const IGNORED_MOUNTS: [&str; 6] = [
     "/dev/shm",
     "/dev/termination-log",
     "/etc/hostname",
@@ -45,9 +46,9 @@ const OWN_MOUNTS_OF_CONTAINERS: [&str; 6] = [
     "/var/run/secrets/kubernetes.io/serviceaccount",
 ];
 
-/// The files of the image of a spec whose command asks for a virtual machine.
-pub(super) fn image(spec: &Spec, bundle: &Path, mounts: &[HostMount]) -> Result<Option<VmImage>, PlanError> {
-    if !names_virtual_machine(spec) {
+/// Returns the image with the disk, if the command of `spec` requests a virtual machine.
+pub(super) fn find_image(spec: &Spec, bundle: &Path, mounts: &[HostMount]) -> Result<Option<VmImage>, PlanError> {
+    if !requests_virtual_machine(spec) {
         return Ok(None);
     }
     let root = spec.root().as_ref().ok_or(PlanError::Missing("root"))?;
@@ -62,13 +63,13 @@ pub(super) fn image(spec: &Spec, bundle: &Path, mounts: &[HostMount]) -> Result<
     }
 }
 
-/// Whether an annotation names the kernel of a virtual machine.
-pub(super) fn names_kernel(spec: &Spec) -> bool {
+/// Whether an annotation gives the path of a virtual machine's kernel.
+pub(super) fn has_kernel_annotation(spec: &Spec) -> bool {
     let annotations = spec.annotations().as_ref();
     annotations.is_some_and(|annotations| annotations.contains_key(&format!("{PREFIX}kernel")))
 }
 
-fn names_virtual_machine(spec: &Spec) -> bool {
+fn requests_virtual_machine(spec: &Spec) -> bool {
     let arguments = spec.process().as_ref().and_then(|process| process.args().as_ref());
     match arguments.map(Vec::as_slice) {
         Some([command]) => command == COMMAND || command == ENTRYPOINT_OF_DISK_IMAGES,
@@ -133,7 +134,7 @@ fn find_kernel_mount(mounts: &[Mount]) -> Result<Option<PathBuf>, PlanError> {
         let is_bind =
             mount.typ().as_deref() == Some("bind") || options.iter().any(|name| name == "bind" || name == "rbind");
         let destination = mount.destination();
-        if !is_bind || OWN_MOUNTS_OF_CONTAINERS.iter().any(|own| destination == Path::new(own)) {
+        if !is_bind || IGNORED_MOUNTS.iter().any(|ignored| destination == Path::new(ignored)) {
             continue;
         }
         if destination != Path::new(KERNEL_MOUNT) {
@@ -196,8 +197,8 @@ impl Settings {
             (None, _) => Err(PlanError::invalid(
                 format!("annotation {PREFIX}kernel"),
                 format!(
-                    "it is missing, but there is a mount at {KERNEL_MOUNT} or an initrd: it names the kernel's file in \
-                     that mount"
+                    "it is missing, but there is a mount at {KERNEL_MOUNT} or an initrd: set it to the path of the \
+                     kernel in that mount"
                 ),
             )),
             (Some(_), None) => Err(PlanError::invalid(

@@ -97,7 +97,7 @@ impl Tasks {
                 .map_err(|error| plan_error(&error))?
             {
                 let disk = vm::find_disk(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
-                if disk.is_some() || spec.names_kernel() {
+                if disk.is_some() || spec.has_kernel_annotation() {
                     let plan = spec.plan_virtual_machine(&sizing).map_err(|error| plan_error(&error))?;
                     return Ok(TaskPlan::VirtualMachine(Box::new(plan), disk));
                 }

@@ -78,7 +78,7 @@ async fn reset_boots_again_with_the_kernel_that_is_on_the_disk_then() {
 }
 
 #[tokio::test]
-async fn reset_ends_the_task_if_the_annotation_says_so() {
+async fn reset_ends_the_task_if_on_reboot_is_exit() {
     let shim = Shim::start().await;
     shim.create_vm("v1", json!({"io.containerd.nutshell.vm.on-reboot": "exit"}))
         .await;

@@ -1,4 +1,4 @@
-//! The disk in an image, and the file with what the guest writes to it.
+//! The disk in an image, and its copy-on-write file, which receives the guest's writes.
 //!
 //! An image may hold anything: its files are opened below its root, without links, and only if they are regular files.
 //! Nothing here reads their bytes.
@@ -34,7 +34,7 @@ const DIRECTORY: &str = "disk";
 /// it.
 const WRITES: &str = ".nutshell-disk-writes";
 
-/// How many names of a directory an error lists.
+/// The maximum number of names that an error lists.
 const LISTED_NAMES: usize = 3;
 
 const HOST_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -53,8 +53,8 @@ const BENEATH: ResolveFlags = ResolveFlags::IN_ROOT
 ///
 /// # Errors
 ///
-/// `/disk` does not contain exactly one regular file; or one that cannot be opened; or the copy-on-write file cannot be
-/// created in the snapshot.
+/// `/disk` does not contain exactly one regular file, that file cannot be opened, or the copy-on-write file cannot be
+/// created in the snapshot or is in use.
 pub(crate) fn find_disk(image: &VmImage, bundle_rootfs: &Path) -> Result<Option<DiskImage>, VmError> {
     let root = mount_image(&image.mounts, &image.directory, bundle_rootfs)?;
     let Some((path, base)) = open_base(root.as_fd())? else {
@@ -79,7 +79,7 @@ fn open_base(root: BorrowedFd<'_>) -> Result<Option<(PathBuf, File)>, VmError> {
     let name = name.map_err(VmError::Image)?;
     let path = Path::new("/disk").join(OsStr::from_bytes(&name));
     let failed = |step| failed(&path, step);
-    // Before it is opened, because opening a device node or a fifo can have effects.
+    // The type is checked before the file is opened, because opening a device node or a fifo can have effects.
     let status = rustix::fs::statat(&directory, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
     let kind = FileType::from_raw_mode(status.map_err(failed("read its type"))?.st_mode);
     if kind != FileType::RegularFile {
@@ -88,7 +88,7 @@ fn open_base(root: BorrowedFd<'_>) -> Result<Option<(PathBuf, File)>, VmError> {
     }
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let base =
-        rustix::fs::openat2(&directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open"))?;
+        rustix::fs::openat2(&directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open it"))?;
     Ok(Some((path, base.into())))
 }
 
@@ -136,7 +136,7 @@ fn describe(kind: FileType) -> &'static str {
     }
 }
 
-/// Opens the copy-on-write file of a snapshot, which exists if the container was started before, and locks it.
+/// Opens and locks the copy-on-write file of a snapshot. The first start of the container creates it.
 fn open_writes(root: BorrowedFd<'_>) -> Result<File, VmError> {
     let path = Path::new("/").join(WRITES);
     let failed = |step| failed(&path, step);
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_but_one_regular_file_is_refused_by_name() {
+    fn anything_but_one_regular_file_is_refused_with_its_name() {
         let empty = image(&[]);
         let two = image(&["a.raw", "b.raw"]);
         let five = image(&["1", "2", "3", "4", "5"]);

@@ -19,7 +19,7 @@ pub(crate) enum VmError {
     /// The image has no disk, or more than one.
     #[error("/disk of the image: {0}")]
     Image(String),
-    #[error("{} of the image: {step}: {source}", path.display())]
+    #[error("{} of the image: cannot {step}: {source}", path.display())]
     Disk {
         path: PathBuf,
         step: &'static str,
@@ -32,7 +32,7 @@ pub(crate) enum VmError {
         path: PathBuf,
         reason: String,
     },
-    #[error("read {path}: {reason}")]
+    #[error("cannot read {path}: {reason}")]
     HostBoot { path: &'static str, reason: String },
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -46,7 +46,7 @@ pub(crate) enum VmError {
     NoKernel(#[source] AgentError),
     #[error("the kernel of the disk: {0}")]
     Kernel(String),
-    #[error("the kernel of the disk: {step}: {source}")]
+    #[error("the kernel of the disk: cannot {step}: {source}")]
     KernelMemory { step: &'static str, source: io::Error },
     #[error("the kernel of the disk: {0}")]
     Stream(#[from] ControlError),

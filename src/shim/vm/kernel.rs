@@ -14,11 +14,11 @@ use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlag
 use super::error::VmError;
 use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
 
-/// The time from the boot of the disk reader's guest until the kernel is copied, which is the time of a few lookups and
-/// of a copy of 50 MB.
+/// The maximum time from the boot of the disk reader's guest until the kernel is copied. Usually, that is the time of a
+/// few lookups and of a copy of 50 MB.
 const READ_LIMIT: Duration = Duration::from_secs(90);
 
-/// The last bytes are in flight when the guest has answered.
+/// The maximum time to receive the last bytes, which may still be in flight when the guest answers.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// The slot of the disk in the machine of the disk reader.
@@ -43,7 +43,7 @@ impl BootFiles {
         &self.source
     }
 
-    /// The same files once more. Their descriptors are not read through a common position.
+    /// Duplicates the descriptors of the files. They share the file positions, which are not used.
     ///
     /// # Errors
     ///
@@ -58,12 +58,12 @@ impl BootFiles {
     }
 }
 
-/// Waits for the guest of the disk reader in `machine`, and copies the kernel that it finds on its disk into memory. What
-/// the guest sends is bounded and checked: it may be under the control of the disk's file systems.
+/// Waits for the guest of the disk reader in `machine`, and copies the kernel that it finds on its disk into memory.
+/// Limits and checks everything that the guest sends: a malicious file system on the disk may control it.
 ///
 /// # Errors
 ///
-/// The guest does not boot or answer in time, finds no kernel, or sends something that cannot be booted.
+/// The guest does not boot or answer in time, finds no kernel, or sends files that cannot be booted.
 pub(crate) async fn read_disk_kernel(machine: &Machine, ready_timeout: Duration) -> Result<BootFiles, VmError> {
     machine.ready(ready_timeout).await.map_err(VmError::Reader)?;
     match tokio::time::timeout(READ_LIMIT, copy_kernel(machine)).await {
@@ -125,7 +125,7 @@ fn create_memory_file(name: &std::ffi::CStr, max_size: u64) -> Result<File, VmEr
     Ok(file.into())
 }
 
-/// Waits until `file` has all `size` bytes, and cuts it there.
+/// Waits until `file` has all `size` bytes, and truncates it to that size.
 async fn finish(
     machine: &Machine,
     stream: &mut GuestStream,
@@ -186,7 +186,7 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Fi
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())?;
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        // A path does not open a device node or wait for a fifo.
+        // With O_PATH, a device node is not opened and a fifo is not waited for.
         let found = rustix::fs::openat2(&root, file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
         if FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) != FileType::RegularFile {
             return Err(io::Error::other("not a regular file"));
@@ -197,7 +197,8 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Fi
     open().map_err(|error| failed(error.to_string()))
 }
 
-/// Checks a command line from a disk: a control character could change the log of a host.
+/// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
+/// log.
 fn check_command_line(line: String) -> Result<String, VmError> {
     if line.len() > MAX_COMMAND_LINE {
         return Err(VmError::Kernel(format!(

@@ -30,21 +30,22 @@ use crate::{
 /// How long the vmm may take to build the machine, which copies kernel and initramfs into its memory.
 const BUILD_LIMIT: Duration = Duration::from_secs(30);
 
-/// The console that the kernel is told to use: the serial port.
+/// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
 
-/// A guest that resets the machine sooner than this after its start is delayed, so that one that does nothing else costs
-/// the host little.
+/// If a guest resets the machine sooner than this after its start, the next boot is delayed, so that a guest that
+/// reboots in a loop costs the host little.
 const SHORT_RUN: Duration = Duration::from_secs(10);
 
-/// The delay after the first short run, which doubles with each further one.
+/// The delay after the first short run. Each further short run doubles it.
 const FIRST_REBOOT_DELAY: Duration = Duration::from_millis(500);
 
 const MAX_REBOOT_DELAY: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub(crate) enum KernelSource {
-    /// What the boot loader of the disk would boot. Each boot reads it again, because the guest may have replaced it.
+    /// The kernel that the disk's boot loader would boot. Each boot reads it again, because the guest may have replaced
+    /// it.
     Disk,
     /// The same files at each boot.
     Files(BootFiles),
@@ -62,23 +63,23 @@ pub(crate) struct VmSettings {
     pub(crate) names: NetworkNames,
 }
 
-/// The virtual machine of a task. Its machine is that of the pod.
+/// The virtual machine of a task. It runs in the machine of the pod.
 #[derive(Debug)]
 pub(crate) struct VirtualMachine {
     settings: VmSettings,
     /// `None` without a disk, and after [`Self::release`].
     disk: Mutex<Option<Arc<DiskImage>>>,
     kernel: KernelSource,
-    /// For the next boot. `None` if they are still to be read from the disk.
+    /// The files for the next boot. `None` until they are read from the disk.
     boot_files: Mutex<Option<BootFiles>>,
     /// Unset until the task's streams are open.
     console: OnceLock<ConsoleStreams>,
     links: Mutex<Option<MachineLinks>>,
     /// The machine while the guest runs in it.
     running: Mutex<Option<Arc<Machine>>>,
-    /// Whether a client has asked the guest to end.
+    /// Whether a client has requested a shutdown of the guest.
     power_off_requested: AtomicBool,
-    /// The status of its exit, once a client has killed it.
+    /// The exit status of the task, once a client has killed it.
     killed: watch::Sender<Option<u32>>,
     pace: Mutex<RebootPace>,
 }
@@ -92,7 +93,7 @@ struct RebootPace {
 }
 
 impl RebootPace {
-    /// How long to wait before the machine boots again at `now`.
+    /// Returns the delay of the next boot after a reset at `now`.
     fn next_delay(&mut self, now: Instant) -> Duration {
         self.last_delay = if now.duration_since(self.started) < SHORT_RUN {
             Some(
@@ -142,7 +143,8 @@ impl VirtualMachine {
         Some(BootDisk::CopyOnWrite { image, read_only })
     }
 
-    /// Finds the kernel for the next boot, with the disk reader if it is on the disk: `reader` is its machine.
+    /// Finds the kernel for the next boot. If it is on the disk, this waits for `reader`, the machine of the disk
+    /// reader.
     pub(crate) async fn find_kernel(&self, reader: &Machine, ready_timeout: Duration) -> Result<(), VmError> {
         if let KernelSource::Disk = self.kernel {
             let files = read_disk_kernel(reader, ready_timeout).await?;
@@ -228,7 +230,7 @@ impl VirtualMachine {
     ///
     /// # Errors
     ///
-    /// [`VmError::Ended`] if a client has asked for the end meanwhile.
+    /// [`VmError::Ended`] if a client has requested the end meanwhile.
     pub(crate) async fn reboot(
         &self,
         pod: &Pod,
@@ -259,7 +261,8 @@ impl VirtualMachine {
         Ok(machine)
     }
 
-    /// Asks the guest to end: presses the power button, if a guest runs. A reset ends the task then, instead of a reboot.
+    /// Requests a shutdown: presses the power button, if a guest runs. From then on, a reset of the machine ends the
+    /// task instead of booting again.
     ///
     /// # Errors
     ///
@@ -270,7 +273,7 @@ impl VirtualMachine {
         match running {
             Some(machine) => match machine.press_power_button().await {
                 Ok(()) => Ok(()),
-                // It is ending anyway.
+                // The machine is ending anyway.
                 Err(_)
                     if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, machine.ended())
                         .await
@@ -294,19 +297,19 @@ impl VirtualMachine {
         pod.machine().stop("a client has killed it");
     }
 
-    /// The status with which a client has killed it.
+    /// The exit status, if a client has killed the task.
     pub(crate) fn killed_status(&self) -> Option<u32> {
         *self.killed.borrow()
     }
 
-    /// Whether a client has asked for its end.
+    /// Whether a client has requested its end.
     pub(crate) fn is_end_requested(&self) -> bool {
         self.power_off_requested.load(Ordering::Relaxed) || self.killed_status().is_some()
     }
 
     async fn end_requested(&self) {
         let mut killed = self.killed.subscribe();
-        // An error means that `self` is dropped, which cannot be.
+        // Cannot fail: `self` owns the sender.
         let _ = killed.wait_for(|_| self.is_end_requested()).await;
     }
 
@@ -318,7 +321,7 @@ impl VirtualMachine {
     }
 }
 
-/// The command line of the kernel, with the console that the machine has and the user's arguments.
+/// The kernel's command line: `line`, the serial console if it is missing, and the user's arguments.
 fn complete_command_line(line: &str, arguments: &str) -> String {
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");
     let console = match line

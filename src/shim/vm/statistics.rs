@@ -1,4 +1,4 @@
-//! The resource use of a virtual machine, as its host sees it: that of its vmm process.
+//! The resource use of a virtual machine, as the host sees it: that of the vmm process.
 
 use std::{fs, io};
 

@@ -1,8 +1,8 @@
-//! The lease of a link, for a guest that configures its network by DHCP: a user's kernel has no agent, which would get
-//! the rtnetlink messages of [`crate::shim::network::guest_config`].
+//! The lease of a link, for a guest that configures its network by DHCP: a user's kernel has no agent that could
+//! apply the rtnetlink messages of [`crate::shim::network::guest_config`].
 //!
-//! DHCP has less than the namespace: no IPv6, one address per link, no routing tables, rules, metrics, source addresses
-//! or permanent neighbours. All of these are left out.
+//! DHCP cannot express the whole configuration of a namespace. IPv6, further addresses of a link, routing tables,
+//! rules, metrics, source addresses and permanent neighbours are left out.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -48,7 +48,7 @@ impl ResolverConfig {
                     config.dns.extend(usable);
                     config.dns.truncate(MAX_DNS_SERVERS);
                 }
-                // The last of these lines is the valid one.
+                // The last of these lines applies.
                 Some("search") => {
                     config.search = words.filter_map(DomainName::parse).take(MAX_SEARCH_ENTRIES).collect();
                 }
@@ -61,7 +61,7 @@ impl ResolverConfig {
 }
 
 /// The lease for the guest's link `link`, whose namespace has the configuration `config`. `None` if the link has no
-/// IPv4 address. A host name that DNS cannot carry is left out.
+/// IPv4 address. A host name that is not a valid domain name is left out.
 pub(in crate::shim::network) fn lease_of_link(
     config: &IpConfig,
     link: &Link,
@@ -147,8 +147,8 @@ struct FoundRoute {
 }
 
 impl FoundRoute {
-    /// `None` for routes of other links, of IPv6, of other tables than the main one, and for those that are no way to a
-    /// single next hop of IPv4.
+    /// `None` for routes of other links, of IPv6, of other tables than the main one, and for those without a
+    /// single IPv4 next hop on the link.
     fn parse(message: &RouteMessage, link: u32) -> Option<Self> {
         if message.header.address_family != AddressFamily::Inet
             || message.header.kind != RouteType::Unicast
@@ -186,7 +186,7 @@ impl FoundRoute {
         (interface == Some(link)).then_some(found)
     }
 
-    /// Sets the gateway in `attributes`, if there is one. `None` for a gateway of IPv6.
+    /// Sets the gateway in `attributes`, if there is one. `None` for an IPv6 gateway.
     fn set_gateway(&mut self, attributes: &[RouteAttribute]) -> Option<()> {
         for attribute in attributes {
             match attribute {

@@ -1,7 +1,8 @@
-//! The links of a virtual machine without an agent. It boots with them, and keeps them when it boots again.
+//! The links of a virtual machine without an agent. It has them from its first boot on, and keeps them when it boots
+//! again.
 //!
-//! Belongs here: their connection, and what the guest learns by DHCP ([`lease`]). Does not belong here: the DHCP server,
-//! which is in the vmm's network device. [`crate::shim::vm`] calls it.
+//! Belongs here: connecting them, and the configuration that the guest gets by DHCP ([`lease`]). Does not belong here:
+//! the DHCP server, which is in the vmm's network device. [`crate::shim::vm`] calls it.
 
 pub(super) mod lease;
 
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::control::LinkConfig;
 
-/// What a guest learns by DHCP besides the addresses and routes of its links.
+/// The configuration that a guest gets by DHCP besides the addresses and routes of its links.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct NetworkNames {
     /// The text of a `resolv.conf`.
@@ -35,7 +36,8 @@ pub(crate) struct MachineLinks {
 }
 
 impl MachineLinks {
-    /// Gives each Ethernet link of `namespace` that is up a tap device with `queues` queues. A failure leaves nothing.
+    /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. After a failure,
+    /// nothing is left.
     pub(crate) async fn connect(namespace: OwnedFd, queues: usize, names: &NetworkNames) -> Result<Self, NetworkError> {
         let none = KnownLinks {
             links: Vec::new(),
@@ -74,7 +76,8 @@ impl MachineLinks {
         self.links.iter().map(duplicate).collect()
     }
 
-    /// Removes what [`Self::connect`] made in the namespace. The kernel removes the tap devices when the vmm has ended.
+    /// Removes the redirects that [`Self::connect`] made in the namespace. The kernel removes the tap devices when the
+    /// vmm has ended.
     pub(crate) async fn disconnect(self) {
         if self.links.is_empty() {
             return;

@@ -38,7 +38,7 @@ pub(in crate::shim::tasks) async fn signal_virtual_machine(
     match machine.press_power_button().await {
         Ok(()) => Ok(()),
         Err(error) => {
-            let text = format!("press the power button of the virtual machine: {error}");
+            let text = format!("cannot press the power button of the virtual machine: {error}");
             Err(TaskError::new(ErrorCode::Unavailable, text))
         }
     }
@@ -48,7 +48,7 @@ pub(in crate::shim::tasks) async fn signal_virtual_machine(
 pub(in crate::shim::tasks) fn virtual_machine_stats(container: &Container) -> Result<ContainerStats, TaskError> {
     let (pid, size) = (container.pod.machine().pid(), container.pod.current_size());
     process_statistics(pid, size).map_err(|error| {
-        let text = format!("read the statistics of the vmm process {pid}: {error}");
+        let text = format!("cannot read the statistics of the vmm process {pid}: {error}");
         TaskError::new(ErrorCode::FailedPrecondition, text)
     })
 }

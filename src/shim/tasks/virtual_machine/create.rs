@@ -1,4 +1,4 @@
-//! Creates virtual machines, in a pod of their own or in that of a sandbox.
+//! Creates virtual machines, in a new pod or in the pod of a sandbox.
 
 use std::{
     fs::File,
@@ -35,7 +35,7 @@ use crate::{
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 
 impl Tasks {
-    /// Creates a virtual machine, in a pod of its own or in that of a sandbox: finds its kernel, and prepares the machine
+    /// Creates a virtual machine, in a new pod or in the pod of a sandbox: finds its kernel, and prepares the machine
     /// that Start boots.
     pub(in crate::shim::tasks) async fn create_virtual_machine(
         self: &Arc<Self>,
@@ -56,7 +56,7 @@ impl Tasks {
         };
         let machine = Arc::new(VirtualMachine::new(settings, disk.map(Arc::new), kernel));
         let (pod, role) = self
-            .give_pod(request, &plan, &machine)
+            .prepare_pod(request, &plan, &machine)
             .await
             .map_err(|error| error.during(CREATE_CONTEXT))?;
         match self.create_machine_in_pod(request, &plan, &machine, &pod, role).await {
@@ -78,8 +78,9 @@ impl Tasks {
         }
     }
 
-    /// The pod of a new virtual machine, whose machine is the disk reader or the machine to boot.
-    async fn give_pod(
+    /// Starts or finds the pod of a new virtual machine. Its machine is then the disk reader, or the machine to boot if
+    /// the kernel is not on the disk.
+    async fn prepare_pod(
         self: &Arc<Self>,
         request: &CreateRequest,
         plan: &VmPlan,
@@ -108,7 +109,7 @@ impl Tasks {
         Ok((pod, Role::Member { writes_disk: false }))
     }
 
-    /// Fails if a container of a pod has not ended: the machine of a pod runs containers, or one virtual machine.
+    /// Fails if a container of a pod has not ended: the machine of a pod runs either containers or one virtual machine.
     fn check_is_alone(&self, pod: &Pod) -> Result<(), TaskError> {
         let tasks = self.tasks_of_pod(pod.number());
         let mut others = tasks.iter().filter(|task| !task.is_sandbox());
@@ -125,7 +126,7 @@ impl Tasks {
         }
     }
 
-    /// Fails if the machine of a pod is that of a virtual machine, which runs no containers.
+    /// Fails if a pod has a virtual machine, and therefore cannot run containers.
     pub(in crate::shim::tasks) fn check_has_agent(&self, pod: &Pod) -> Result<(), TaskError> {
         let tasks = self.tasks_of_pod(pod.number());
         let machine = tasks.iter().find(|task| task.virtual_machine.is_some());
@@ -204,7 +205,7 @@ async fn open_kernel(kernel: &VmKernel) -> Result<KernelSource, VmError> {
     Ok(KernelSource::Files(opened.await??))
 }
 
-/// The text of the file with the DNS servers, empty if there is none.
+/// Reads the text of the file with the DNS servers. It is empty without such a file.
 async fn read_resolv_conf(path: Option<PathBuf>) -> Result<String, TaskError> {
     let Some(path) = path else { return Ok(String::new()) };
     let read = {
@@ -218,7 +219,7 @@ async fn read_resolv_conf(path: Option<PathBuf>) -> Result<String, TaskError> {
         })
     };
     let text = read.await.map_err(|error| TaskError::unknown(error.to_string()))?;
-    text.map_err(|error| TaskError::unknown(format!("read {}: {error}", path.display())))
+    text.map_err(|error| TaskError::unknown(format!("cannot read {}: {error}", path.display())))
 }
 
 fn random_uuid() -> Result<Uuid, TaskError> {

@@ -27,8 +27,8 @@ pub(in crate::shim) enum DataSource {
 }
 
 impl DataSource {
-    /// Gives the values of the keys the names that guests look for. Values of the user are not changed: metadata
-    /// without an instance id or hostname stays without it.
+    /// Arranges the values of the keys in files with the names that guests look for. The user's values are not changed:
+    /// metadata without an instance id or hostname stays without it.
     pub(super) fn arrange(self, keys: Keys, identity: &Identity) -> Contents {
         match self {
             Self::NoCloud => no_cloud(keys, identity),
@@ -50,7 +50,7 @@ impl FromStr for DataSource {
     }
 }
 
-/// A name of a data source that does not exist.
+/// The name of an unknown data source.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown data source {0:?}: use nocloud, configdrive or ignition")]
 pub(in crate::shim) struct UnknownDataSource(String);

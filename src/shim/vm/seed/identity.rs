@@ -40,8 +40,8 @@ impl InstanceId {
         Self(format_uuid(derive_uuid(&format!("{namespace}/{pod}/{container}"))))
     }
 
-    /// A pod's UID, for a machine with an ephemeral root, or an id that the user chose. The UID of a static pod is no
-    /// UUID: the kubelet makes it from a hash.
+    /// A pod's UID, for a machine with an ephemeral root, or an id that the user chose. The UID of a static pod is not
+    /// a UUID: the kubelet makes it from a hash.
     pub(in crate::shim) fn parse(text: &str) -> Result<Self, IdentityError> {
         if is_plain(text, MAX_INSTANCE_ID_LENGTH) {
             Ok(Self(text.to_owned()))
@@ -55,7 +55,7 @@ impl InstanceId {
     }
 
     /// The UUID that the guest reads from SMBIOS, in the byte order of RFC 9562: the id, or a UUID derived from an id
-    /// that is no UUID.
+    /// that is not a UUID.
     pub(in crate::shim) fn uuid(&self) -> [u8; 16] {
         parse_uuid(&self.0).unwrap_or_else(|| derive_uuid(&self.0))
     }
@@ -66,8 +66,8 @@ impl InstanceId {
 pub(in crate::shim) struct Hostname(String);
 
 impl Hostname {
-    /// Accepts what containerd and Kubernetes use for names. It is stricter than Linux, because the name becomes part
-    /// of files that guests parse.
+    /// Accepts the characters that containerd and Kubernetes use in names. It is stricter than Linux, because the name
+    /// becomes part of files that guests parse.
     pub(in crate::shim) fn parse(text: &str) -> Result<Self, IdentityError> {
         if is_plain(text, MAX_HOSTNAME_LENGTH) {
             Ok(Self(text.to_owned()))

@@ -22,9 +22,9 @@ const MAX_CLUSTERS: u16 = 4084;
 const FIRST_CLUSTER: u16 = 2;
 const END_OF_CHAIN: u16 = 0xfff;
 const TABLE_COPIES: u8 = 2;
-/// A fixed disk.
+/// The media descriptor of a fixed disk.
 const MEDIA: u8 = 0xf8;
-/// Bytes of the image are a multiple of this: a block device of whole pages.
+/// The size of the image, in bytes, is a multiple of this, so that a block device of it has whole pages.
 const ALIGNMENT: usize = 4096;
 
 /// Bytes of an entry of a directory.
@@ -32,7 +32,7 @@ const ENTRY: usize = 32;
 const VOLUME_LABEL: u8 = 0x08;
 const DIRECTORY: u8 = 0x10;
 const ARCHIVE: u8 = 0x20;
-/// Marks the entries with the parts of a long name.
+/// The attributes of entries with a part of a long name.
 const LONG_NAME: u8 = 0x0f;
 /// Characters of a long name in one entry, and their offsets.
 const LONG_NAME_PART: usize = 13;
@@ -95,7 +95,7 @@ pub(super) fn write(contents: &Contents) -> io::Result<File> {
 #[derive(Debug)]
 struct Data {
     bytes: Vec<u8>,
-    /// For each cluster the next one of the same file.
+    /// For each cluster, the next one of the same file.
     next: Vec<u16>,
     /// The first free cluster.
     end: u16,
@@ -183,7 +183,8 @@ fn boot_sector(contents: &Contents, root: &[u8], table: &[u8], data: &Data) -> i
     Ok(sector)
 }
 
-/// Depends on the contents, so that the file systems of a guest have different ones.
+/// The serial number of the volume. It depends on the contents, so that the file systems of a guest have different
+/// numbers.
 fn serial_number(contents: &Contents) -> [u8; 4] {
     let mut hash = Sha256::new();
     hash.update(contents.label);
@@ -206,7 +207,7 @@ fn named_entry(name: &str, index: usize, attributes: u8, first_cluster: u16, siz
 
     let mut bytes = Vec::new();
     let parts: Vec<(u8, &[u8])> = (1..).zip(name.as_bytes().chunks(LONG_NAME_PART)).collect();
-    // The last part is first, and has a mark ("FAT Long Directory Entries").
+    // The last part comes first, and has a mark ("FAT Long Directory Entries").
     let mut mark = 0x40;
     for (number, part) in parts.into_iter().rev() {
         let mut entry = [0; ENTRY];

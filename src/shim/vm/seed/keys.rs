@@ -14,22 +14,24 @@ use std::{
 
 use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
 
-/// Bytes. A Secret holds at most 1 MiB in all its keys, and so does a ConfigMap (Kubernetes, `MaxSecretSize`).
+/// The maximum size of a value, in bytes. All values of a Secret or ConfigMap together have at most 1 MiB (Kubernetes,
+/// `MaxSecretSize`).
 const MAX_KEY_SIZE: u64 = 1 << 20;
-/// The kubelet makes three names besides the keys.
+/// The maximum number of names in the directory. The kubelet makes three besides the keys.
 const MAX_NAMES: usize = 64;
 /// The names of keys, for error texts.
 const ACCEPTED_KEYS: &str = "user-data, meta-data, vendor-data and network-config";
 
 /// The kubelet's link to the directory with the current keys.
 const CURRENT_VERSION: &CStr = c"..data";
-/// The kubelet replaces keys about once a minute, and only if they changed.
+/// The maximum number of attempts to read the keys. The kubelet replaces them about once a minute, and only if they
+/// changed.
 const MAX_ATTEMPTS: usize = 3;
 
-/// Why the keys cannot be read. The directory is that of the host.
+/// Why the keys cannot be read. `directory` is a path on the host.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::shim) enum KeysError {
-    #[error("read the directory {}: {source}", directory.display())]
+    #[error("cannot read the directory {}: {source}", directory.display())]
     Directory { directory: PathBuf, source: io::Error },
     #[error(
         "{}: more than {MAX_NAMES} names: a seed has only the keys {ACCEPTED_KEYS}",
@@ -50,7 +52,7 @@ pub(in crate::shim) enum KeysError {
     )]
     NoUserData { directory: PathBuf },
     #[error(
-        "open the key {key:?} in {}: {source} (symbolic links are resolved inside of the directory only)",
+        "cannot open the key {key:?} in {}: {source} (symbolic links are resolved inside of the directory only)",
         directory.display()
     )]
     Open {
@@ -64,7 +66,7 @@ pub(in crate::shim) enum KeysError {
         key: String,
         kind: &'static str,
     },
-    #[error("read the key {key:?} in {}: {source}", directory.display())]
+    #[error("cannot read the key {key:?} in {}: {source}", directory.display())]
     Read {
         directory: PathBuf,
         key: String,
@@ -202,7 +204,7 @@ fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec
         let (directory, key) = path();
         KeysError::Open { directory, key, source }
     };
-    // Opening a device or a fifo can have effects, so the type is known before the file is opened.
+    // Opening a device or a fifo can have effects, so the type is checked before the file is opened.
     let found = rustix::fs::openat2(
         opened,
         name,
@@ -430,7 +432,7 @@ mod tests {
             ("user-data", "Not a directory"),
         ] {
             let path = directory.path().join(name);
-            let expected = format!("read the directory DIR: {reason} ");
+            let expected = format!("cannot read the directory DIR: {reason} ");
             assert!(error(&path).starts_with(&expected), "{}", error(&path));
         }
     }
@@ -474,7 +476,7 @@ mod tests {
             symlink(&target, directory.path().join("user-data")).unwrap();
             let error = error(directory.path());
             assert!(
-                error.starts_with("open the key \"user-data\" in DIR: "),
+                error.starts_with("cannot open the key \"user-data\" in DIR: "),
                 "{target:?}: {error}"
             );
             assert!(

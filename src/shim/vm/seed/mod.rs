@@ -19,12 +19,12 @@ use std::{fs::File, io, path::Path};
 use self::keys::KeysError;
 pub(in crate::shim) use self::{data_source::DataSource, identity::Identity};
 
-/// Why there is no seed disk.
+/// Why a seed disk cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub(in crate::shim) enum SeedError {
     #[error(transparent)]
     Keys(#[from] KeysError),
-    #[error("make the image of the seed disk: {0}")]
+    #[error("cannot make the image of the seed disk: {0}")]
     Image(#[source] io::Error),
 }
 

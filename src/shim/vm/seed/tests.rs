@@ -47,7 +47,7 @@ fn run(program: &str, package: &str, arguments: &[&str]) -> Output {
         })
 }
 
-/// What a program that must succeed prints.
+/// Returns the output of a program, which must succeed.
 fn output_of(program: &str, package: &str, arguments: &[&str]) -> Vec<u8> {
     let output = run(program, package, arguments);
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");

@@ -7,7 +7,8 @@ use super::{
     request::{FIXED_FIELDS, MAGIC_COOKIE, Request, option},
 };
 
-/// The source of the frames, a locally administered address. It is on no wire: the frames go only to the guest.
+/// The source of the frames, a locally administered address. It never appears on the network: the frames go only to the
+/// guest.
 const SERVER_MAC: [u8; 6] = [0x02, b'n', b'u', b't', b's', b'h'];
 
 const BROADCAST_MAC: [u8; 6] = [0xff; 6];
@@ -44,7 +45,7 @@ const MAX_VALUE: usize = 255;
 pub(in super::super) struct Answer {
     /// The Ethernet frame, with all checksums.
     pub(in super::super) frame: Vec<u8>,
-    /// The codes of options of which the frame has nothing or only a part, because the client's limit is too small.
+    /// The codes of options that are missing or truncated in the frame, because the client's limit is too small.
     pub(in super::super) incomplete_options: Vec<u8>,
 }
 
@@ -154,7 +155,7 @@ struct OptionsField {
     bytes: Vec<u8>,
     /// The maximum size of `bytes`.
     limit: usize,
-    /// The codes of options that do not fit, or only in part.
+    /// The codes of options that do not fit, or fit only in part.
     incomplete: Vec<u8>,
 }
 

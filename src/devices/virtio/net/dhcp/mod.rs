@@ -3,8 +3,8 @@
 //! It has one lease, which it gives to any client: the link identifies the guest, not its MAC address or its client
 //! identifier. It keeps no state, so a flood of requests needs no memory, and each request costs a bounded copy.
 //!
-//! While a link has a lease, each UDP datagram to port 67 ends here, also one that is malformed, is from a relay agent,
-//! or has the address of another server: another server that saw a request might answer with another address. Frames
+//! While a link has a lease, each UDP datagram to port 67 ends here, even if it is malformed, comes from a relay agent,
+//! or is addressed to another server: another server that received a request might answer with another address. Frames
 //! with a VLAN tag and fragments are not examined.
 //!
 //! Belongs here: pure functions from the bytes of a request ([`request`]) to the bytes of an answer ([`answer`],
@@ -40,7 +40,8 @@ impl DhcpServer {
         }
     }
 
-    /// The answer to the request in the Ethernet frame `frame`. `None` for requests that have no answer.
+    /// The answer to the request in the Ethernet frame `frame`. `None` for requests to which the
+    /// protocol has no answer.
     pub(super) fn answer(&self, frame: &[u8]) -> Result<Option<Answer>, RequestError> {
         let Configuration { server, leased, .. } = self.configuration;
         let request = Request::parse(frame)?;

@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::Ipv4Addr};
 use super::request::option;
 use crate::control::{DomainName, Lease, Prefix, Route};
 
-/// The minimum of the MTU option (RFC 2132 §5.1).
+/// The minimum value of the MTU option (RFC 2132 §5.1).
 const MIN_MTU: u16 = 68;
 
 /// The largest offset that a pointer of a compressed domain name can have (RFC 1035 §4.1.4).
@@ -14,7 +14,7 @@ const MAX_POINTER: usize = 0x3fff;
 /// The server's address on a link without a gateway.
 const FALLBACK_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 1);
 
-/// What the answers to all requests have in common.
+/// The part of the answers that is the same for all requests.
 #[derive(Debug)]
 pub(super) struct Configuration {
     /// The server identifier, and the source of answers.

@@ -69,7 +69,7 @@ pub(in super::super) enum RequestError {
     Option(u8),
     #[error("clients do not send DHCP messages of type {0}")]
     MessageType(u8),
-    #[error("it names no address")]
+    #[error("it contains no address")]
     NoAddress,
     #[error("the guest does not use its address {0}, because another machine of its network has the same address")]
     Declined(Ipv4Addr),
@@ -222,8 +222,8 @@ impl<'f> Options<'f> {
         Ok(())
     }
 
-    /// Sets the option `code`. All options that are used are short, so a client does not split them (RFC 3396), and a
-    /// repeated one is an error.
+    /// Sets the option `code`. All options that the server reads are short, so a client does not split them (RFC 3396),
+    /// and a repeated one is an error.
     fn set(&mut self, code: u8, value: &'f [u8]) -> Result<(), RequestError> {
         let invalid = RequestError::Option(code);
         let is_new = match code {

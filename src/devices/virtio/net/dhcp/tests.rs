@@ -297,7 +297,7 @@ fn acknowledgement_has_the_lease_and_refusal_and_information_have_none() {
 }
 
 #[test]
-fn answer_goes_to_the_address_that_the_client_can_receive() {
+fn answer_goes_to_an_address_at_which_the_client_receives() {
     const BROADCAST: ([u8; 6], &str) = ([0xff; 6], "255.255.255.255");
     let new = ClientMessage::new;
     let flag = |message: ClientMessage| message.field(10, &[0x80, 0]);
@@ -344,7 +344,7 @@ fn answer_goes_to_the_address_that_the_client_can_receive() {
 }
 
 #[test]
-fn client_is_identified_by_nothing_and_gets_its_identifier_back() {
+fn every_client_gets_the_same_lease_and_its_identifier_back() {
     let identifiers: [&[u8]; 3] = [&[], &[1, 2, 0, 0, 0, 0, 7], &[0xff; 255]];
     for identifier in identifiers {
         for mac in [[2, 0, 0, 0, 0, 7], [0; 6], [0xff; 6]] {
@@ -395,7 +395,7 @@ fn options_are_also_read_from_the_fields_for_file_and_server_name() {
     }
 }
 
-/// A lease whose configuration needs more space than each client accepts.
+/// A lease whose configuration needs more space than every client must accept.
 fn large_lease() -> Lease {
     let routes = (0..40).map(|number| route(&format!("10.{number}.0.0/16"), Some("10.1.0.2")));
     let search: Vec<_> = (0..32).map(|number| format!("team-{number}.example.org")).collect();

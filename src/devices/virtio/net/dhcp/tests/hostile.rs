@@ -1,4 +1,4 @@
-//! Tests with frames that are no requests, malformed requests, and random bytes.
+//! Tests with frames that are not requests, malformed requests, and random bytes.
 
 use super::{
     client::{discover_frame, udp_frame},
