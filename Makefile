@@ -18,7 +18,8 @@ INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 DISK_READER_KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/disk-reader-kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
-# Read the firmware tables and file systems that the unit tests build.
+# acpica-tools and dmidecode read the firmware tables that the unit tests build, dosfstools and mtools their file
+# systems; qemu-utils makes their disk images.
 UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
@@ -97,7 +98,7 @@ soak: build ## run the suites that `make test` leaves out, the PC board's, and 2
 soak-suites:
 	@$(PHASE) "soak: suites" "50 minutes" tests/run $(SOAK_SUITES)
 
-# Containers on the PC board, and kernels of distributions that reboot again and again.
+# Containers on the PC board, and kernels of distributions that reboot repeatedly.
 soak-pc:
 	@NUTSHELL_TEST_REBOOTS=20 $(PHASE) "soak: kernels on the PC board" "15 minutes" tests/pc/run-in-lab
 	@NUTSHELL_TEST_PC_KERNEL="$$(guest/kernel/build --board pc)" $(PHASE) "soak: containers on the PC board" \

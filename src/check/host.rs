@@ -186,7 +186,7 @@ impl Host {
             .collect();
         open.sort();
         if open.is_empty() {
-            Finding::good(SUBJECT, "the kernel knows none that it does not mitigate")
+            Finding::good(SUBJECT, "the kernel reports none without mitigation")
         } else {
             Finding::not_good(
                 SUBJECT,
@@ -217,7 +217,7 @@ impl Host {
         self.switch(
             ("userfaultfd", "proc/sys/vm/unprivileged_userfaultfd"),
             ("for every user", "for root only"),
-            "it makes flaws of the kernel easier to use; sysctl -w vm.unprivileged_userfaultfd=0",
+            "it makes flaws of the kernel easier to exploit; sysctl -w vm.unprivileged_userfaultfd=0",
         )
     }
 

@@ -448,7 +448,7 @@ threads = [threading.Thread(target=results.append, args=[number]) for number in 
 print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
 }
 
-guest_kernel_is_what_its_page_says() {
+guest_kernel_has_the_documented_features() {
   new_name
   { cat "$cases/guest-kernel.pl" "$cases/../../docs/GUEST_KERNEL.md" && echo "## End"; } |
     nutshell "$name" --rm --privileged -- perl -
@@ -505,7 +505,8 @@ every_case() {
   basic_cases "debian"
   check "python3 of the debian image runs" python_runs
   # The page describes the kernel of the container board.
-  [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]] || check "guest kernel is what its page says" guest_kernel_is_what_its_page_says
+  [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]] ||
+    check "guest kernel has the documented features" guest_kernel_has_the_documented_features
   snapshotter=overlayfs image=one-binary
   check "image with a single binary runs" single_binary_runs
 }
