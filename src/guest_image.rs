@@ -1,6 +1,7 @@
 //! The guest image, a kernel and an initramfs: sections of this executable, or files that the host's configuration
-//! names. The shim opens them and passes them to the vmm, which maps or copies them. The machine that reads the disk of
-//! a virtual machine has a kernel of its own, with the file systems of such disks.
+//! names. The shim opens them and passes them to the vmm, which maps or copies them. A virtual machine that boots from
+//! its disk needs a second machine, which finds the kernel on that disk. This one has a separate kernel, which supports
+//! the file systems of such disks.
 //!
 //! `tools/embed-guest` adds the sections to the executable after it is linked, so that the guest's kernel and the
 //! executable can be built in parallel. The sections are not loaded: only their position in the file matters.

@@ -15,13 +15,13 @@ use tokio::net::UnixStream;
 
 use crate::shim::report::{ADMIN_SERVICE, CONSOLE, FULL_REPORT, REPORT, SHELL, ShellRequest, ShimReport};
 
-/// How long a shim may take to answer. It never waits for its guest for longer.
+/// How long a shim may take to answer. It waits for its vmms at most a second.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long the start of a shell may take, which waits for the guest.
 const SHELL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A shim that cannot be asked.
+/// Why a call of a shim failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
     #[error("cannot connect to the shim at {}: {source}: run this as root", socket.display())]
@@ -32,11 +32,11 @@ pub(super) enum CallError {
     Refused(String),
     #[error("the shim at {} is of another version: {source}", socket.display())]
     Decode { socket: PathBuf, source: serde_json::Error },
-    #[error("encode the request: {0}")]
+    #[error("cannot encode the request: {0}")]
     Encode(#[source] serde_json::Error),
 }
 
-/// Asks the shim at `socket` for its state. With `full`, the report has what only the vmms know.
+/// Asks the shim at `socket` for its state. With `full`, the report includes the statistics of the vmms.
 pub(super) async fn call_report(socket: &Path, full: bool) -> Result<ShimReport, CallError> {
     let method = if full { FULL_REPORT } else { REPORT };
     let bytes = call(socket, method, Vec::new(), TIMEOUT).await?;

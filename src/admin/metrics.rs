@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use crate::shim::report::{ContainerReport, DeviceReport, MachineReport, ShimReport};
 
-/// A family of metrics: its name, what it means, and the value of a `T`, if it has one.
+/// A family of metrics: its name, unit and help text, and the function that returns the value for a `T`, if there is
+/// one.
 struct Family<T> {
     name: &'static str,
     unit: Option<&'static str>,
@@ -42,7 +43,7 @@ const CONTAINER_FAMILIES: [Family<ContainerReport>; 8] = [
     Family {
         name: "nutshell_container_start_seconds",
         unit: Some("seconds"),
-        help: "How long the call took that started the container.",
+        help: "Duration of the call that started the container.",
         value: |container| container.start_milliseconds.map(to_seconds),
     },
     Family {
@@ -116,7 +117,7 @@ const DEVICE_FAMILIES: [Family<DeviceReport>; 5] = [
     Family {
         name: "nutshell_device_stalls",
         unit: None,
-        help: "How often a queue or stream of the device was not served for a while.",
+        help: "How often a queue or stream of the device made no progress for 10 s.",
         value: |device| Some(to_float(device.stalls)),
     },
     Family {

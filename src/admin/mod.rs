@@ -38,9 +38,9 @@ enum AdminError {
         "usage: containerd-shim-nutshell-v2 ps|metrics|inspect ID|console ID|shell ID [--json] [--state DIRECTORY]"
     )]
     Usage,
-    #[error("start the runtime for asynchronous calls: {0}")]
+    #[error("cannot start the runtime for asynchronous calls: {0}")]
     Runtime(#[source] io::Error),
-    #[error("no container {0} of nutshell runs below {1}: `ps` lists all, with their namespaces")]
+    #[error("no shim with a socket below {1} has a container {0}: `ps` lists all containers, with their namespaces")]
     NotFound(String, String),
     #[error("{0} is the id of containers in several namespaces: use NAMESPACE/{0}")]
     Ambiguous(String),
@@ -48,9 +48,9 @@ enum AdminError {
     Call(#[from] CallError),
     #[error("{0}")]
     Shell(#[from] ShellError),
-    #[error("encode the report: {0}")]
+    #[error("cannot encode the report: {0}")]
     Encode(#[from] serde_json::Error),
-    #[error("print: {0}")]
+    #[error("cannot print the answer: {0}")]
     Print(#[source] io::Error),
 }
 
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn container_is_found_by_its_id_and_if_need_be_its_namespace() {
+    fn container_is_found_by_its_id_or_by_namespace_and_id() {
         let shims = [shim("default", &["a", "b"]), shim("k8s.io", &["b"])];
         let found = |name| {
             find(&shims, name, "/run".as_ref())

@@ -27,7 +27,7 @@ use crate::shim::report::ShellRequest;
 /// A shell that could not be opened, or whose connection broke.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ShellError {
-    #[error("listen at {}: {source}: run this as root", path.display())]
+    #[error("cannot listen at {}: {source}: run this as root", path.display())]
     Listen { path: PathBuf, source: io::Error },
     #[error("{0}")]
     Call(#[from] CallError),
@@ -107,7 +107,7 @@ fn terminal_size() -> io::Result<TerminalSize> {
     })
 }
 
-/// The terminal passes on each key at once, until this is dropped.
+/// The terminal is in raw mode, so that it passes on each key at once, until this is dropped.
 struct RawMode(Termios);
 
 impl RawMode {
@@ -128,7 +128,7 @@ impl Drop for RawMode {
     }
 }
 
-/// Sends each change of the terminal's size, on a thread of its own.
+/// Sends each change of the terminal's size, on a separate thread.
 fn watch_size(input: Arc<Mutex<UnixStream>>) {
     thread::spawn(move || -> io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

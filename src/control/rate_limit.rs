@@ -23,7 +23,7 @@ struct Budget {
 }
 
 impl<K: Eq + Hash> RateLimit<K> {
-    /// Without messages so far. There must be few kinds: each is remembered.
+    /// Creates a limit. There must be few kinds: each occupies memory until the limit is dropped.
     pub(crate) fn new(burst: u32, interval: Duration) -> Self {
         Self {
             burst,

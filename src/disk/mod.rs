@@ -34,15 +34,15 @@ enum DiskError {
     Usage,
     #[error("{}: {source}", path.display())]
     Open { path: PathBuf, source: io::Error },
-    #[error("start the process that reads the image: {0}")]
+    #[error("cannot run the process that reads the image: {0}")]
     Start(#[source] io::Error),
     #[error("the process that reads the image ended without an answer ({0}): run this as root")]
     NoAnswer(ExitStatus),
     #[error("cannot inspect the image: {0}")]
     Inspector(String),
-    #[error("encode the report: {0}")]
+    #[error("cannot encode the report: {0}")]
     Encode(#[from] serde_json::Error),
-    #[error("print: {0}")]
+    #[error("cannot print the report: {0}")]
     Print(#[source] io::Error),
 }
 

@@ -1,4 +1,4 @@
-//! What a shim tells an administrator about itself: the messages of its private service, in JSON.
+//! The report of a shim to an administrator, and the other messages of its private service, in JSON.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The name of the ttrpc service. containerd does not know it.
 pub(crate) const ADMIN_SERVICE: &str = "nutshell.admin.v1.Admin";
 
-/// The method that returns a [`ShimReport`] without what only the vmms know. Its request is empty.
+/// The method that returns a [`ShimReport`] without the statistics of the vmms. Its request is empty.
 pub(crate) const REPORT: &str = "Report";
 
 /// The method that returns a complete [`ShimReport`]. It waits for the vmms, for a second at most. Its request is
@@ -89,14 +89,15 @@ pub(crate) struct MachineReport {
     /// The time from the boot command until the agent was ready, in milliseconds; `None` before.
     pub(crate) boot_milliseconds: Option<u64>,
     pub(crate) phases: MachinePhases,
-    /// What its devices have done; empty if the vmm was not asked.
+    /// The counters of its devices; empty if the vmm was not asked.
     pub(crate) devices: Vec<DeviceReport>,
     /// Why `devices` is empty although the vmm was asked.
     pub(crate) devices_error: Option<String>,
 }
 
 /// When a machine passed the phases of its start, in milliseconds since it was requested, that is, since the request
-/// of its pod's first container. `None` before, and for phases that only the vmm knows if it gave no answer.
+/// of its pod's sandbox or of the single container. `None` before, and for phases that only the vmm knows if it gave no
+/// answer.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct MachinePhases {
     /// The vmm process was started. 0 if that was before the request.
@@ -109,7 +110,7 @@ pub(crate) struct MachinePhases {
     pub(crate) agent_ready_milliseconds: Option<u64>,
 }
 
-/// What a device has done since it was created.
+/// The counters of a device since it was created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct DeviceReport {
     /// The serial of a disk, `net-` and the number of a network interface, or the kind of another device.
@@ -124,6 +125,6 @@ pub(crate) struct DeviceReport {
     pub(crate) bytes_to_guest: u64,
     /// Bytes that the guest sent.
     pub(crate) bytes_from_guest: u64,
-    /// How often a queue or stream was not served for a while.
+    /// How often a queue or stream made no progress for 10 s.
     pub(crate) stalls: u64,
 }

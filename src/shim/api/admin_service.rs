@@ -87,7 +87,7 @@ impl MethodHandler for Shell {
 fn encode(report: &ShimReport) -> Response {
     match serde_json::to_vec(report) {
         Ok(report) => response(report),
-        Err(error) => failure(&TaskError::unknown(format!("encode the report: {error}"))),
+        Err(error) => failure(&TaskError::unknown(format!("cannot encode the report: {error}"))),
     }
 }
 

@@ -43,7 +43,7 @@ pub(crate) enum BootstrapError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The pid file cannot be created or locked.
-    #[error("lock the pid file, which another shim may hold: {0}")]
+    #[error("cannot lock the pid file, which another shim may hold: {0}")]
     PidFile(#[from] RecordError),
     /// A system call failed.
     #[error("{action}: {source}")]

@@ -34,7 +34,7 @@ pub(crate) enum ConfigurationSourceError {
     #[error(transparent)]
     Configuration(#[from] ConfigurationError),
     /// The options section cannot be stored in the bundle.
-    #[error("write {}: {source}", path.display())]
+    #[error("cannot write {}: {source}", path.display())]
     Unwritable {
         /// The file to which the section was to be written.
         path: PathBuf,

@@ -31,7 +31,7 @@ pub(crate) enum StartRequestError {
     #[error(transparent)]
     Options(#[from] OptionsError),
     /// Standard input cannot be read.
-    #[error("read standard input: {0}")]
+    #[error("cannot read standard input: {0}")]
     Unreadable(#[source] io::Error),
 }
 

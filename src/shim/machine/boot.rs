@@ -21,16 +21,16 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BootError {
     /// The control channel or the agent's stream.
-    #[error("make the channels of a virtual machine: {0}")]
+    #[error("cannot make the channels of a virtual machine: {0}")]
     Descriptors(#[source] io::Error),
-    #[error("open the disk {}: {source}", path.display())]
+    #[error("cannot open the disk {}: {source}", path.display())]
     Disk { path: PathBuf, source: io::Error },
     #[error(transparent)]
     GuestImage(#[from] GuestImageError),
     /// `/dev/kvm` cannot be opened: the cause, and a remedy if one is known.
     #[error("/dev/kvm: {0}")]
     Kvm(String),
-    #[error("start the vmm process of a virtual machine: {0}")]
+    #[error("cannot start the vmm process of a virtual machine: {0}")]
     Spawn(#[source] io::Error),
 }
 

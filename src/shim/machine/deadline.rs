@@ -1,5 +1,5 @@
 //! The deadline of a boot, which follows the guest's progress. A host may be so slow that a boot takes minutes: it is
-//! under load, or is an emulated machine. A guest that hangs must be ended all the same, and soon.
+//! under load, or is an emulated machine. A guest that hangs must still be ended soon.
 
 use std::{collections::HashMap, fs, future::Future, time::Duration};
 

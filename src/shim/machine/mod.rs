@@ -292,7 +292,7 @@ impl Machine {
     }
 
     /// The agent's first message; `None` before that.
-    pub(crate) fn agent_version(&self) -> Option<&Ready> {
+    pub(crate) fn ready_message(&self) -> Option<&Ready> {
         self.boot.get().map(|(ready, _)| ready)
     }
 
@@ -314,7 +314,7 @@ impl Machine {
         }
     }
 
-    /// Asks the vmm what the machine's devices have done.
+    /// Requests the counters of the machine's devices from the vmm.
     ///
     /// # Errors
     ///

@@ -10,11 +10,11 @@ use crate::shim::machine::{AgentError, VmmError};
 /// Why a pod's network cannot be set up, or a change of it cannot be applied. `link` is the name of an interface.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
-    #[error("work in the pod's network namespace: {0}")]
+    #[error("cannot work in the pod's network namespace: {0}")]
     Namespace(#[source] io::Error),
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    #[error("make a tap device for {link}: {step}: {source}")]
+    #[error("cannot make a tap device for {link}: {step}: {source}")]
     Tap {
         link: String,
         /// The failed step.
@@ -25,16 +25,16 @@ pub(crate) enum NetworkError {
     TooManyLinks(usize),
     #[error(
         "the network namespace belongs to another virtual machine, whose tap device is {tap}: two machines cannot have the \
-         same addresses; put the containers into one pod, or give each a network namespace of its own"
+         same addresses; put the containers into one pod, or give each a separate network namespace"
     )]
     Occupied { tap: String },
     /// The vmm cannot plug the link's device.
-    #[error("give {link} to the virtual machine: {source}")]
+    #[error("cannot plug {link} into the virtual machine: {source}")]
     Plug { link: String, source: VmmError },
     #[error("cannot connect the guest to Docker's resolver: {0}")]
     Names(#[source] io::Error),
-    #[error("set the guest's network up: {0}")]
+    #[error("cannot set up the guest's network: {0}")]
     Guest(#[from] AgentError),
-    #[error("set the guest's network up: no answer within {} s", .0.as_secs())]
+    #[error("cannot set up the guest's network: the agent did not answer within {} s", .0.as_secs())]
     NoAnswer(Duration),
 }

@@ -67,7 +67,7 @@ pub(crate) struct Network {
     connected: OnceLock<Connected>,
 }
 
-/// What serves a network once it is connected.
+/// The background work of a connected network.
 #[derive(Debug)]
 struct Connected {
     follower: Option<JoinHandle<()>>,
@@ -154,7 +154,7 @@ impl Network {
             .inspect_err(|error| {
                 log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
             });
-        // Unset: a connected network is not connected again.
+        // Cannot fail: a connected network is not connected again, so the cell is empty.
         let _ = self.connected.set(Connected {
             follower: follower.ok(),
             _forwarding: forwarding,
@@ -205,8 +205,8 @@ impl NetworkState {
         Ok(opened.await.map_err(NetworkError::Namespace)??)
     }
 
-    /// Reads the namespace's configuration, and passes on what the guest does not have. What fails is tried again by
-    /// the next call.
+    /// Reads the namespace's configuration, and passes on what the guest does not have. The next call retries what
+    /// failed.
     async fn update(&mut self, machine: &Machine) -> Result<(), NetworkError> {
         let plugged = self.links.iter().chain(self.unprobed.iter().map(|(link, _)| link));
         let known = KnownLinks {
@@ -271,7 +271,7 @@ impl NetworkState {
             .ok();
     }
 
-    /// Puts links into free slots of the machine. After a failure, nothing is left of the links that have none.
+    /// Puts links into free slots of the machine. After a failure, nothing is left of the links without a slot.
     async fn plug(&mut self, machine: &Machine, new_links: Vec<TappedLink>) -> Result<(), NetworkError> {
         let mut new_links = new_links.into_iter();
         while let Some(TappedLink {

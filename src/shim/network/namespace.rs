@@ -9,8 +9,7 @@ use std::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
 
-/// Runs `work` in `namespace`, on a new thread that ends afterwards. Sockets that `work` opens belong to the namespace
-/// for good.
+/// Runs `work` in `namespace`, on a new thread that ends afterwards. Sockets that `work` opens stay in the namespace.
 pub(super) async fn run_in_namespace<T: Send + 'static>(
     namespace: &OwnedFd,
     work: impl FnOnce() -> T + Send + 'static,

@@ -20,7 +20,7 @@ const MAX_DUMP_ATTEMPTS: usize = 8;
 
 /// A failed request.
 #[derive(Debug, thiserror::Error)]
-#[error("{action}: {source}")]
+#[error("cannot {action}: {source}")]
 pub(crate) struct NetlinkError {
     /// The purpose of the request, as an infinitive.
     action: String,

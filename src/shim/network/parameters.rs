@@ -9,7 +9,7 @@ use super::discovery::Link;
 
 /// Parameters of the whole namespace, with the kernel's defaults (kernel, `Documentation/networking/ip-sysctl.rst` and
 /// `Documentation/admin-guide/sysctl/net.rst`). Those that the kernel derives from its memory are left out.
-const OF_NAMESPACE: [(&str, &str); 12] = [
+const NAMESPACE_PARAMETERS: [(&str, &str); 12] = [
     ("core/somaxconn", "4096"),
     ("ipv4/ip_local_port_range", "32768\t60999"),
     ("ipv4/ip_local_reserved_ports", ""),
@@ -25,7 +25,7 @@ const OF_NAMESPACE: [(&str, &str); 12] = [
 ];
 
 /// Parameters of each link, of all links ("all") and of future links ("default"), with the kernel's defaults.
-const OF_LINKS: [(&str, &str, &str); 7] = [
+const LINK_PARAMETERS: [(&str, &str, &str); 7] = [
     ("ipv4", "accept_local", "0"),
     ("ipv4", "arp_announce", "0"),
     ("ipv4", "arp_ignore", "0"),
@@ -45,15 +45,15 @@ pub(super) struct Parameter {
     pub(super) name: String,
     pub(super) value: String,
     default: &'static str,
-    /// The parameter whose value a new link gets for this one.
+    /// The parameter whose value is the initial value of this one in a new link.
     inherited_from: Option<String>,
 }
 
 /// Reads the parameters of the calling thread's network namespace, of its loopback interface and of `links`.
 pub(super) fn read(links: &[Link]) -> Vec<Parameter> {
-    let of_namespace = OF_NAMESPACE.map(|(name, default)| (format!("net/{name}"), default, None));
+    let of_namespace = NAMESPACE_PARAMETERS.map(|(name, default)| (format!("net/{name}"), default, None));
     let of_links = |scope: &str, is_inherited: bool| {
-        OF_LINKS.map(|(family, name, default)| {
+        LINK_PARAMETERS.map(|(family, name, default)| {
             let inherited_from = is_inherited.then(|| format!("net/{family}/conf/default/{name}"));
             (format!("net/{family}/conf/{scope}/{name}"), default, inherited_from)
         })

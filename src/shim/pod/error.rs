@@ -18,7 +18,7 @@ pub(crate) enum PodError {
     #[error(transparent)]
     ControlGroup(#[from] CgroupError),
     /// The vmm cannot plug a disk.
-    #[error("give the disk {} to the virtual machine: {source}", path.display())]
+    #[error("cannot plug the disk {} into the virtual machine: {source}", path.display())]
     Disk { path: PathBuf, source: VmmError },
     /// Every disk slot is taken.
     #[error("the pod's virtual machine has no slot left for another disk: at most {max} at a time")]

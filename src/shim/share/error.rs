@@ -10,10 +10,10 @@ use crate::jail::FailedStep;
 /// Why the file server cannot be started, or its tree cannot be changed. `step` is the failed step, as an infinitive.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ShareError {
-    #[error("start the file server: {step}: {source}")]
+    #[error("cannot start the file server: {step}: {source}")]
     Start { step: &'static str, source: io::Error },
     /// A directory or file of the host cannot be shared.
-    #[error("share {} with the machine as {path}: {step}: {source}", what.display())]
+    #[error("cannot share {} with the machine as {path}: {step}: {source}", what.display())]
     Attach {
         /// Its path on the host.
         what: PathBuf,
@@ -23,7 +23,7 @@ pub(crate) enum ShareError {
         source: io::Error,
     },
     /// A mount of the snapshotter cannot be made.
-    #[error("mount the root file system: {kind} from {from} at {at} with {options:?}: {source}")]
+    #[error("cannot mount the root file system: {kind} from {from} at {at} with {options:?}: {source}")]
     Rootfs {
         /// The file system type.
         kind: String,
@@ -32,13 +32,13 @@ pub(crate) enum ShareError {
         options: Vec<String>,
         source: io::Error,
     },
-    #[error("stop sharing {path}: {source}")]
+    #[error("cannot stop sharing {path}: {source}")]
     Detach {
         /// Its path in the tree.
         path: String,
         source: io::Error,
     },
-    #[error("start a thread for mounts: {0}")]
+    #[error("cannot start a thread for mounts: {0}")]
     Thread(#[source] io::Error),
 }
 

@@ -10,7 +10,7 @@ pub(crate) enum StdioError {
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
     /// The fifo or file cannot be opened.
-    #[error("open {stream} {}: {source}", path.display())]
+    #[error("cannot open {stream} {}: {source}", path.display())]
     Open {
         stream: &'static str,
         path: PathBuf,
@@ -19,7 +19,7 @@ pub(crate) enum StdioError {
     #[error(transparent)]
     Logger(#[from] LoggerError),
     /// No client has opened the stream.
-    #[error("open {stream} with streaming_id {id}: {source}")]
+    #[error("cannot open {stream} with streaming_id {id}: {source}")]
     Streaming {
         stream: &'static str,
         id: String,

@@ -43,7 +43,7 @@ const MAX_STDERR_TAIL: usize = 1 << 10;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoggerError {
     /// It cannot be executed.
-    #[error("start the logging program {}: {source}", path.display())]
+    #[error("cannot start the logging program {}: {source}", path.display())]
     Start { path: PathBuf, source: io::Error },
     /// It was started, and did not become ready.
     #[error("the logging program {} {outcome}{}{stderr}", path.display(), if stderr.is_empty() { "" } else { ": " })]
@@ -329,7 +329,7 @@ mod tests {
         let error = start_error(&missing).await;
         assert_eq!(
             error,
-            "start the logging program /no/such/logger: No such file or directory (os error 2)"
+            "cannot start the logging program /no/such/logger: No such file or directory (os error 2)"
         );
         let path = folder.path().join("logger").display().to_string();
 

@@ -375,7 +375,7 @@ mod tests {
             ..StdioSpec::default()
         });
         let error = error.await.unwrap_err().to_string();
-        assert!(error.starts_with("open stdout /no/such/fifo: "), "{error}");
+        assert!(error.starts_with("cannot open stdout /no/such/fifo: "), "{error}");
 
         let error = open(StdioSpec {
             stdin: "file:///etc/passwd".to_owned(),

@@ -62,7 +62,7 @@ const WINDOW_UPDATE_TYPE_URL: &str = "containerd.types.transfer.WindowUpdate";
 pub(crate) enum StreamingError {
     #[error("no client opened it at this shim's socket within {} s", OPEN_TIMEOUT.as_secs())]
     NotOpened,
-    #[error("create a pipe: {0}")]
+    #[error("cannot create a pipe: {0}")]
     Pipe(#[from] io::Error),
 }
 

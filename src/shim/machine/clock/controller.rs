@@ -1,4 +1,5 @@
-//! Decides when the guest's clock is read, steered and set. Pure: it is given readings, and returns what to do.
+//! Decides when the guest's clock is read, steered and set. It does no I/O: it receives readings,
+//! and returns the next step.
 
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ pub(super) const BUSY_INTERVAL: Duration = Duration::from_millis(200);
 /// The same while the host's rate has changed recently, or the guest has a temporary rate.
 const UNSETTLED_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long a change of the host's rate is recent, in nanoseconds.
+/// How long a change of the host's rate counts as recent, in nanoseconds.
 const SETTLING_TIME: i64 = 2 * SECOND;
 
 /// How long to measure the host's new rate before the guest is steered.
@@ -37,13 +38,13 @@ const MAX_STEERED_DEVIATION: i64 = 100 * MILLISECOND;
 /// How long the removal of a deviation takes, in nanoseconds, unless the rate would be beyond its limit.
 const CORRECTION_TIME: f64 = 1e9;
 
-/// The longest removal of a deviation, in nanoseconds. What is left then is removed by another one.
+/// The longest removal of a deviation, in nanoseconds. Another one removes the rest.
 const MAX_CORRECTION_TIME: f64 = 5e9;
 
 /// If the guest's clock is not known to this precision after a reading, it is read again. Nanoseconds.
 const SUFFICIENT_PRECISION: f64 = 500_000.0;
 
-/// How often it is read again in a row.
+/// The maximum number of such readings in a row.
 const MAX_REPEATED_READINGS: u32 = 8;
 
 /// The guest's clock is read again when it may be this uncertain, in nanoseconds.
@@ -122,7 +123,7 @@ impl Controller {
         self.paused_until = i64::MIN;
     }
 
-    /// Decides on the next step. `is_busy` means that the guest has used a CPU of late.
+    /// Decides on the next step. `is_busy` means that the guest has used a CPU recently.
     pub(super) fn next(&mut self, now: HostTime, is_busy: bool) -> Step {
         if !self.host.observe(now) {
             self.unsettled_until = now.raw + SETTLING_TIME;
@@ -176,7 +177,7 @@ impl Controller {
         } else {
             let time = error * (1.0 + permanent + limit) / limit;
             if time > MAX_CORRECTION_TIME && error > self.guest.uncertainty() {
-                // The guest's clock cannot catch up. Setting it forward breaks no promise.
+                // The guest's clock cannot catch up. Setting it forward is allowed: only steps backwards are not.
                 return ClockRequest::Set(rate);
             }
             (limit, time.min(MAX_CORRECTION_TIME))
@@ -215,7 +216,7 @@ impl Controller {
                 }
             }
             Some(Verdict::Contradicts) => self.pause(received),
-            // The jump is reported, too, and the clock is set then.
+            // The host's clock was set in between. That is reported separately, and then the guest's clock is set.
             None => {}
         }
         let uncertainty = self.guest.uncertainty();
@@ -248,7 +249,7 @@ impl Controller {
 
     /// Whether the guest's clock does not do what it is requested to do.
     pub(super) fn is_failing(&self) -> bool {
-        /// A process of the guest that changes the clock causes one.
+        /// A process of the guest that changes the clock causes one contradiction.
         const TOLERATED_CONTRADICTIONS: u32 = 5;
         self.contradictions > TOLERATED_CONTRADICTIONS
     }

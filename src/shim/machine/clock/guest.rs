@@ -8,13 +8,13 @@ use super::host::HostTime;
 /// With KVM's clock they do not differ; a guest that uses the TSC calibrates it imprecisely.
 const UNKNOWN_SKEW: f64 = 60e-6;
 
-/// The precision of a measured skew is never assumed to be better.
+/// The minimum uncertainty of a measured skew.
 const LEAST_SKEW_UNCERTAINTY: f64 = 1e-6;
 
-/// Anything beyond is not skew, but a process of the guest that has changed the clock.
+/// The largest skew. A larger one means that a process of the guest has changed the clock.
 const MAX_SKEW: f64 = 500e-6;
 
-/// How long the skew is observed at least before it is computed, in nanoseconds.
+/// The shortest time over which the skew is measured, in nanoseconds.
 const MIN_SKEW_SPAN: f64 = 4e9;
 
 /// How late the guest may end a temporary rate, in nanoseconds.
@@ -27,7 +27,7 @@ const MAX_LEAD: i64 = 1_000_000_000_000_000_000;
 /// load, whose guest ends a temporary rate late. Nanoseconds.
 const MAX_DISCREPANCY: f64 = 2e6;
 
-/// Whether a reading is possible by what was computed before.
+/// Whether a reading is consistent with the interval that was computed before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     Agrees,
@@ -47,7 +47,7 @@ pub(super) struct GuestClock {
     rate: f64,
     /// What is added to it, and until when by the host's raw clock.
     temporary: Option<(f64, i64)>,
-    /// The rate of the guest's clock source by the host's raw clock.
+    /// The rate of the guest's clock source relative to the host's raw clock.
     skew: f64,
     skew_uncertainty: f64,
     skew_start: SkewStart,
@@ -58,9 +58,9 @@ pub(super) struct GuestClock {
 struct SkewStart {
     raw: i64,
     uncertainty: f64,
-    /// By how much readings have moved `time` since then.
+    /// The sum of the changes of `time` by readings since then.
     moved: f64,
-    /// How imprecisely the effects of steering are known since then.
+    /// The uncertainty that steering has added since then.
     steered: f64,
 }
 
@@ -102,7 +102,7 @@ impl GuestClock {
         self.raw = raw;
     }
 
-    /// The rate by the host's raw clock.
+    /// The rate of the guest's clock relative to the host's raw clock.
     fn total_rate(&self) -> f64 {
         let rate = self.rate + self.temporary.map_or(0.0, |(rate, _)| rate);
         (1.0 + self.skew) * (1.0 + rate) - 1.0

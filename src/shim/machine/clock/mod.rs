@@ -31,14 +31,14 @@ use self::{
 use super::agent::{Agent, AgentError};
 use crate::control::RateLimit;
 
-/// An answer that takes longer is worth a warning. The shim waits for it all the same, so that requests do not
+/// An answer that takes longer is worth a warning. The shim still waits for it, so that requests do not
 /// accumulate in a guest that does not run.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How often the same warning is logged at most.
 const WARNING_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// What is warned of. Each has its own limit.
+/// The kinds of warnings. Each has its own limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Warning {
     NoAnswer,

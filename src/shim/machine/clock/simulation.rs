@@ -60,7 +60,7 @@ impl Default for Scenario {
 struct Outcome {
     /// The deviation of the guest at many moments after it was set: when, and the host's clock minus the guest's.
     deviations: Vec<(i64, f64)>,
-    /// How often the guest's clock was set backwards, by its own reckoning.
+    /// How often the guest's clock was set to an earlier time than it showed.
     backward_steps: usize,
     requests: usize,
     /// How often the shim has woken for a timer.
@@ -76,7 +76,7 @@ impl Outcome {
 
 struct World {
     scenario: Scenario,
-    /// What has happened until `now` has been applied.
+    /// The moment up to which the simulation has run.
     now: i64,
     host: f64,
     guest: f64,
@@ -148,7 +148,7 @@ impl World {
         self.pass(self.now + latency as i64);
     }
 
-    /// What the agent does.
+    /// Handles a request as the agent does.
     fn handle(&mut self, request: ClockRequest, sent: HostTime) -> ClockReading {
         match request {
             ClockRequest::Read => {}
@@ -371,7 +371,7 @@ fn noisy_answers_do_not_disturb_the_clock() {
 }
 
 #[test]
-fn idle_pod_is_left_alone() {
+fn idle_pod_gets_few_requests_and_rarely_wakes_the_shim() {
     for (skew, can_read_host) in [(0.0, true), (20e-6, true), (0.0, false)] {
         let scenario = |length| Scenario {
             rates: vec![(0, 12e-6)],
@@ -393,7 +393,7 @@ fn idle_pod_is_left_alone() {
 }
 
 #[test]
-fn suspended_shim_does_not_let_the_guest_run_away() {
+fn only_a_missed_slew_exceeds_the_bound_after_a_suspension_of_the_shim() {
     for rate in [500e-6, 0.01, -0.01] {
         // It is suspended while the guest has a temporary rate.
         let (from, to) = (41 * SECOND, 50 * SECOND);
@@ -467,7 +467,7 @@ fn change_of_the_clock_in_the_guest_is_undone() {
 }
 
 #[test]
-fn lying_guest_is_asked_less_and_less() {
+fn guest_that_reports_a_wrong_clock_gets_fewer_and_fewer_requests() {
     for lie in [50 * MILLISECOND, -3600 * SECOND, i64::MAX, i64::MIN] {
         for lead in [Some((lie, lie)), Some((lie.saturating_add(1), lie)), None] {
             let mut now = HostTime {
@@ -500,7 +500,7 @@ fn lying_guest_is_asked_less_and_less() {
 }
 
 #[test]
-fn guest_that_refuses_is_asked_less_and_less() {
+fn guest_that_refuses_gets_fewer_and_fewer_requests() {
     let mut now = HostTime {
         raw: 0,
         real: EPOCH,

@@ -171,6 +171,6 @@ fn reset(connection: &TcpStream) {
         l_linger: 0,
     };
     if let Err(error) = setsockopt(&connection.as_fd(), Linger, &no_linger) {
-        log::debug!("reset connection {}: {error}", connection.as_raw_fd());
+        log::debug!("cannot reset forwarded connection {}: {error}", connection.as_raw_fd());
     }
 }

@@ -32,7 +32,7 @@ use crate::shim::{
     network::{error::NetworkError, namespace::run_in_namespace},
 };
 
-/// How long the agent may take to receive queries.
+/// How long the agent may take to start the relay.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the resolver may take for an answer, and for each step with TCP. It asks upstream servers, and waits four

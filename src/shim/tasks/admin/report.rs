@@ -17,7 +17,7 @@ use crate::{
 };
 
 impl Tasks {
-    /// The state of this shim, without what only its vmms know. Never waits.
+    /// The state of this shim, without the statistics of its vmms. Never waits.
     pub(crate) fn report(&self) -> ShimReport {
         self.report_with(&HashMap::new())
     }
@@ -119,7 +119,7 @@ fn machine_report(pod: &Pod, sandbox: String, statistics: Option<&Result<Machine
         file_server_pid: pod.file_server_pid(),
         memory_bytes: size.memory,
         vcpus: size.vcpus,
-        kernel: machine.agent_version().map(|ready| ready.kernel.clone()),
+        kernel: machine.ready_message().map(|ready| ready.kernel.clone()),
         boot_milliseconds: phases.boot.map(milliseconds),
         phases: MachinePhases {
             spawn_milliseconds: milliseconds(phases.spawned),
