@@ -6,8 +6,8 @@ use parking_lot::Mutex;
 
 use crate::control::MAX_CONSOLE_TAIL;
 
-/// The last [`MAX_CONSOLE_TAIL`] bytes that the guest printed, on the early console and the virtio console together.
-/// Kept for error messages.
+/// The last [`MAX_CONSOLE_TAIL`] bytes that the guest printed, on all of its consoles together. Kept for error
+/// messages.
 #[derive(Debug, Default)]
 pub(crate) struct ConsoleTail(Mutex<VecDeque<u8>>);
 

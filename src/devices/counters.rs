@@ -1,5 +1,5 @@
-//! What a device has done so far, and what its queues wait for. The device's threads write it with relaxed atomics, and
-//! the vmm reads it from its event loop.
+//! The counters of a device, and the obstacles that keep its queues from being served. The device's threads write both
+//! with relaxed atomics, and the vmm reads them in its event loop.
 
 use std::{
     fmt::Debug,

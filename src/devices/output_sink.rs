@@ -1,4 +1,4 @@
-//! Where the output of a console goes.
+//! The receivers of a console's output.
 
 use super::console_tail::ConsoleTail;
 

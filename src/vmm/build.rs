@@ -114,7 +114,7 @@ pub(super) fn start(
     let [rng_kick] = kicks(add(Box::new(rng.clone()))?)?;
     let balloon = SharedDevice::new(Balloon::default());
     let [_inflate_kick, _deflate_kick, balloon_reporting_kick] = kicks(add(Box::new(balloon.clone()))?)?;
-    // The file server counts its requests itself.
+    // It has no counters: the file server serves the guest directly, so this process sees no requests.
     let fs = match file_server {
         Some(socket) => {
             let fs = SharedDevice::new(Fs::new(SHARE_TAG, socket));
@@ -183,7 +183,7 @@ pub(super) fn start(
 /// The parts of a machine that depend on its software.
 struct Platform {
     board: Box<dyn Board>,
-    /// Where the output of the virtio console goes, if there is one.
+    /// The tail that receives the output of the virtio console; `None` without that console.
     console_tail: Option<Arc<ConsoleTail>>,
     /// The agent's stream.
     agent: Option<OwnedFd>,
@@ -197,7 +197,7 @@ struct Platform {
 
 /// The kernel's command line.
 enum CommandLine {
-    /// That of this project's kernel, with additional arguments.
+    /// [`COMMAND_LINE`], the board's arguments, `maxcpus`, and these.
     Agent(String),
     /// The whole command line.
     User(String),

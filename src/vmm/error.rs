@@ -20,7 +20,7 @@ pub(crate) enum MachineError {
     Boot(#[from] BootError),
     #[error("disk {serial}: {source}")]
     DiskImage { serial: String, source: ImageError },
-    #[error("{step}: {source}")]
+    #[error("cannot {step}: {source}")]
     Device { step: &'static str, source: io::Error },
     #[error("the file server cannot map the added guest memory: {0}")]
     FileServer(String),

@@ -99,7 +99,7 @@ pub(super) fn run(
     }
 }
 
-/// Waits for events. There may be none after all.
+/// Waits for events. May return without any.
 fn wait(epoll: &OwnedFd, events: &mut Vec<epoll::Event>) -> Result<(), LoopExit> {
     events.clear();
     match epoll::wait(epoll, spare_capacity(events), None) {
@@ -110,10 +110,10 @@ fn wait(epoll: &OwnedFd, events: &mut Vec<epoll::Event>) -> Result<(), LoopExit>
 
 /// The end of a machine whose event loop cannot continue.
 fn failed(step: &str, error: io::Error) -> LoopExit {
-    LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: {step}: {error}")))
+    LoopExit::Ended(EndReason::DeviceFailed(format!("event loop: cannot {step}: {error}")))
 }
 
-/// The end of a machine whose control channel failed. Only if the shim is gone, the reason cannot be reported.
+/// The end of a machine whose control channel failed. The reason can be reported unless the shim is gone.
 fn channel_failed(error: &ControlError) -> LoopExit {
     match error {
         ControlError::Closed => LoopExit::ShimGone,
@@ -167,7 +167,7 @@ fn handle_event(
     let drain = |kick: &EventFd| {
         // It is readable, so this does not block. The count does not matter.
         if let Err(error) = kick.read() {
-            log::warn!(target: "virtual machine", "event loop: read the kick of {source:?}: {error}");
+            log::warn!(target: "virtual machine", "event loop: cannot read the eventfd of {source:?}: {error}");
         }
     };
     match source {
@@ -251,7 +251,7 @@ fn execute(
             if let Err(error) = machine.vsock.lock().muxer().open(port, input, output) {
                 log::warn!(
                     target: "vsock",
-                    "stream of port {port}: a process gets no stream: it cannot be opened: {error}"
+                    "cannot open the stream of port {port}, so a process has no input or output: {error}"
                 );
                 send(channel, &Notice::StreamClosed { port })?;
             }
@@ -274,8 +274,10 @@ fn execute(
         }
         Command::UnplugDisk { slot } => {
             let unplug = machine.disk_slots.release(slot);
-            unplug_in_background(unplug, slot, channel)
-                .map_err(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("disk in slot {slot}: {error}"))))?;
+            unplug_in_background(unplug, slot, channel).map_err(|error| {
+                let reason = format!("cannot start to unplug the disk in slot {slot}: {error}");
+                LoopExit::Ended(EndReason::DeviceFailed(reason))
+            })?;
         }
         Command::PlugNetworkDevice { slot, mac, mtu } => {
             let result = machine.plug_network_device(slot, mac, mtu, descriptors.collect(), None);
@@ -289,10 +291,10 @@ fn execute(
         }
         Command::PressPowerButton => {
             let Some(power_button) = &machine.power_button else {
-                return Err(invalid_command("a machine without a power button"));
+                return Err(invalid_command("PressPowerButton for a machine without a power button"));
             };
             if let Err(error) = power_button.press_power_button() {
-                log::warn!(target: "virtual machine", "the guest does not learn of the power button: {error}");
+                log::warn!(target: "virtual machine", "cannot signal the power button to the guest: {error}");
             }
         }
         Command::ReadProgress => send(
@@ -327,7 +329,7 @@ fn vsock_failed(error: QueueError) -> LoopExit {
     LoopExit::Ended(EndReason::DeviceFailed(format!("vsock: {error}")))
 }
 
-/// Reports the size of the guest's added memory, if it newly has the requested size.
+/// Reports the size of the guest's added memory if it has just reached the requested size.
 fn report_memory(machine: &mut RunningMachine, channel: &Channel) -> Result<(), LoopExit> {
     match machine.growth.newly_settled_size() {
         Some(bytes) => send(channel, &Notice::MemoryPlugged { bytes }),
@@ -370,7 +372,7 @@ mod tests {
         for (exit, expected) in [
             (
                 wait(&null, &mut Vec::with_capacity(1)).unwrap_err(),
-                "event loop: wait for events: Invalid argument (os error 22)",
+                "event loop: cannot wait for events: Invalid argument (os error 22)",
             ),
             (
                 channel_failed(&malformed),

@@ -78,7 +78,7 @@ pub(crate) fn main() -> ExitCode {
     let channel = Channel::from(unsafe { OwnedFd::from_raw_fd(0) });
     match channel.try_clone() {
         Ok(channel) => warnings::install(channel),
-        // The machine works all the same. The shim logs standard error.
+        // The machine still works. The shim logs standard error.
         Err(error) => eprintln!("warnings of this process are lost: cannot duplicate the control channel: {error}"),
     }
     let console_tail = Arc::new(ConsoleTail::default());

@@ -1,4 +1,4 @@
-//! Evidence that the guest's boot moves on, for the shim's deadline.
+//! Evidence that the guest's boot makes progress, for the shim's deadline.
 
 use std::{
     sync::{
@@ -34,7 +34,8 @@ impl BootProgress {
 
     /// Records an access of the guest to an I/O address.
     pub(super) fn record(&self, address: u64) {
-        // Registers are aligned to 4 bytes. The window of a device has 4 KiB, of which the first 64 registers matter.
+        // Registers are aligned to 4 bytes. On the container board, the window of a device has 4 KiB, of which the
+        // first 64 registers matter. On the PC board, more registers have the same slot.
         let slot = ((address >> 2) ^ (address >> 6)) % SLOTS;
         // Less than SLOTS, so it fits.
         let (word, bit) = (&self.used[(slot / 64) as usize], 1 << (slot % 64));

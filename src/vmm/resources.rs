@@ -61,7 +61,9 @@ impl BootResources {
         descriptors: Vec<OwnedFd>,
     ) -> Result<Self, MachineError> {
         if config.vcpus == 0 || config.max_vcpus < config.vcpus {
-            return Err(MachineError::BootCommand("no vCPU, or more than max_vcpus"));
+            return Err(MachineError::BootCommand(
+                "the number of vCPUs is 0 or exceeds max_vcpus",
+            ));
         }
         if matches!(software, Software::User { .. }) && config.max_vcpus != config.vcpus {
             return Err(MachineError::BootCommand(
@@ -218,7 +220,7 @@ mod tests {
             DiskAccess::ReadOnlyImage,
             DiskAccess::ReadOnly,
         ];
-        // A raw disk stays one, whatever the guest has written to it.
+        // A raw disk stays raw, even if the guest has written the magic number of another format to it.
         let files = || {
             vec![
                 file(1024, b"QFI\xfb"),

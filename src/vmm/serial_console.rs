@@ -78,7 +78,7 @@ impl SerialConsole {
         watch(ring.ready(), RING_READY)?;
         watch(serial.input_ready(), PORT_READY)?;
         let input = match input {
-            // A regular file or /dev/null cannot be watched, and has nothing to type.
+            // epoll cannot watch a regular file or /dev/null. Such an input is ignored.
             Some(input) => match watch(input.as_fd(), INPUT_READABLE) {
                 Ok(()) => Some(input),
                 Err(Errno::PERM) => None,
@@ -98,7 +98,7 @@ impl SerialConsole {
         })
     }
 
-    /// What the port has done.
+    /// The counters of the port.
     pub(super) fn counters(&self) -> Arc<Counters> {
         self.serial.counters()
     }
@@ -108,7 +108,7 @@ impl SerialConsole {
         self.poller.as_fd()
     }
 
-    /// Moves what can be moved without waiting.
+    /// Moves as many bytes as possible in both directions without waiting.
     pub(super) fn serve(&mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(4);
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -150,7 +150,8 @@ impl SerialConsole {
             }
             Err(error) => {
                 log::warn!(target: "serial", "cannot write the console's output, it is dropped from now on: {error}");
-                // It is watched if it was full before. Another process may keep it open.
+                // There is an entry if the output was full before. Closing the descriptor does not remove the entry
+                // while another process has it open.
                 match epoll::delete(&self.poller, output) {
                     Ok(()) | Err(Errno::NOENT | Errno::PERM) => {}
                     Err(error) => return Err(error.into()),
@@ -182,7 +183,7 @@ impl SerialConsole {
             Ok(0) => self.close_input(),
             Ok(count) => {
                 self.refused.extend_from_slice(&buffer[..count]);
-                // Read on when the port has taken all of it.
+                // Stop watching until the port has taken all of it.
                 epoll::delete(&self.poller, input)?;
                 self.send_refused()
             }

@@ -21,13 +21,13 @@ pub(super) struct StallWatch {
 #[derive(Debug)]
 struct Suspect {
     progress: u64,
-    /// When a check first found it without further progress.
+    /// The time of the check that first found this value of `progress`.
     since: Instant,
     reported: bool,
 }
 
 impl StallWatch {
-    /// Checks all devices, with what waits in each. Returns `true` if something waits: check again after a while.
+    /// Checks `devices`, each with its waiting queues and streams. Returns `true` if any waits: then check again later.
     pub(super) fn check(&mut self, devices: Vec<(Arc<Counters>, Vec<Pending>)>, now: Instant) -> bool {
         let mut previous = std::mem::take(&mut self.suspects);
         for (counters, pending) in devices {

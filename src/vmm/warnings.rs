@@ -57,7 +57,7 @@ impl Log for ChannelLog {
             device: device.to_owned(),
             text: warning_text(&record.args().to_string(), suppressed, lost),
         };
-        // If the shim is gone, nothing reads it. If it does not read, a device must not wait for it.
+        // Fails if the shim is gone, or does not read: a device must not wait for the shim.
         if self.channel.send_without_blocking(&warning).is_err() {
             self.lost.fetch_add(lost + 1, Ordering::Relaxed);
         }
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn shim_that_does_not_read_blocks_no_device_and_learns_how_many_warnings_it_lost() {
+    fn slow_shim_blocks_no_device_and_gets_the_number_of_lost_warnings() {
         let (shim, vmm) = Channel::pair().unwrap();
         let log = ChannelLog {
             channel: vmm,

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::bus::Registers;
 
-/// The event that the power button was pressed.
+/// The bit of the event that the power button was pressed.
 pub(crate) const POWER_BUTTON: u8 = 1;
 
 /// The device. Clones share the events.

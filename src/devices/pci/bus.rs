@@ -51,12 +51,12 @@ pub(crate) trait Function: Send {
 
 /// The bus: 32 devices, of which device 0 is the host bridge.
 pub(crate) struct PciBus {
-    devices: [PciSlot; DEVICE_COUNT],
+    devices: [BusSlot; DEVICE_COUNT],
 }
 
 /// The place of one device on the bus. Its function may be plugged in and unplugged while the machine runs.
 #[derive(Default)]
-struct PciSlot {
+struct BusSlot {
     function: Mutex<Option<Box<dyn Function>>>,
     /// The start of the function's window or [`NO_WINDOW`], so that a vCPU finds a function without any lock.
     start: AtomicU64,
@@ -67,7 +67,7 @@ impl PciBus {
     /// A bus with the host bridge only.
     pub(crate) fn new() -> Arc<Self> {
         let bus = Self {
-            devices: std::array::from_fn(|_| PciSlot::default()),
+            devices: std::array::from_fn(|_| BusSlot::default()),
         };
         for slot in &bus.devices {
             slot.set_window(None);
@@ -131,7 +131,7 @@ impl PciBus {
         }
     }
 
-    fn slot(&self, address: ConfigurationAddress) -> Option<&PciSlot> {
+    fn slot(&self, address: ConfigurationAddress) -> Option<&BusSlot> {
         (address.bus == 0 && address.function == 0).then(|| &self.devices[address.device])
     }
 
@@ -151,7 +151,7 @@ impl PciBus {
     }
 }
 
-impl PciSlot {
+impl BusSlot {
     fn set_window(&self, window: Option<Range<u64>>) {
         let Range { start, end } = window.unwrap_or(NO_WINDOW..NO_WINDOW);
         self.start.store(start, Ordering::Release);

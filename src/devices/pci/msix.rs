@@ -1,6 +1,6 @@
 //! MSI-X (PCI 3.0 §6.8.2): a table of messages, by which a function interrupts the guest's processors.
 //!
-//! A function signals an eventfd for each vector, whether or not the guest lets the interrupt through. While a vector is
+//! A function signals the eventfd of a vector, whether or not the vector is masked. While a vector is
 //! masked, its eventfd is not connected to the guest and keeps the signal: that is the pending bit of the vector.
 
 use std::io;
@@ -24,7 +24,7 @@ const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 /// The mask bit of the vector control field.
 const VECTOR_MASKED: u32 = 1;
 
-/// A message: what a function writes, and where, to interrupt a processor.
+/// A message: the write, address and data, by which a function interrupts a processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) struct Message {
     pub(crate) address: u64,
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn table_reads_back_and_ignores_what_lies_outside_of_it() {
+    fn table_reads_back_what_was_written_and_ignores_other_offsets() {
         let mut fixture = Fixture::new(2);
         fixture.program(1);
         let mut data = [0xff; 8];

@@ -92,7 +92,7 @@ mod tests {
     use crate::devices::virtio::mock::{NEXT, descriptor, device_queue, memory};
 
     #[test]
-    fn of_a_long_chain_only_the_tail_is_copied() {
+    fn only_the_tail_of_a_long_chain_is_copied() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         // 16 times the same 64 KiB: more than the tail, whose end is known.

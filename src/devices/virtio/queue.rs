@@ -44,7 +44,7 @@ pub(crate) enum QueueFault {
     /// A buffer is smaller than virtio requires. The value is its size in bytes.
     #[error("the driver provided a buffer of {0} bytes, which is too small")]
     BufferTooSmall(usize),
-    #[error("signal the kick of the virtqueue: {0}")]
+    #[error("cannot signal the eventfd of the virtqueue: {0}")]
     Kick(io::Error),
 }
 

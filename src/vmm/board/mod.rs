@@ -1,4 +1,4 @@
-//! Boards: the bus of a machine, where its devices are on it, and how the guest finds them.
+//! Boards: the buses of a machine, the addresses of its devices, and the tables by which the guest finds them.
 //!
 //! Belongs here: [`Board`] and its implementations, [`container`] (virtio-mmio, MP table) and [`pc`] (PCI, ACPI).
 //! Does not belong here: the list of a machine's devices, in [`super::build`]. That module builds the machine on a
@@ -42,7 +42,7 @@ pub(super) trait Board {
     /// `max_vcpus` vCPUs.
     fn write_tables(&self, memory: &MemoryRegions, max_vcpus: u8) -> Result<(), MachineError>;
 
-    /// The finished buses.
+    /// Returns the buses with all devices.
     fn finish(self: Box<Self>) -> Buses;
 }
 

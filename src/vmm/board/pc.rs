@@ -145,7 +145,7 @@ impl Board for PcBoard {
         Ok(Box::new(PciSlot {
             bus: self.bus.clone(),
             builder: self.builder.clone(),
-            device: self.allocate_device()?,
+            device_number: self.allocate_device()?,
         }))
     }
 
@@ -181,18 +181,18 @@ impl Board for PcBoard {
     }
 }
 
-/// A place on the bus. While it is empty, the device does not exist for the guest.
+/// A reserved device number on the bus. While no device is plugged in, the guest sees nothing there.
 #[derive(Debug)]
 struct PciSlot {
     bus: Arc<PciBus>,
     builder: FunctionBuilder,
-    device: usize,
+    device_number: usize,
 }
 
 impl Slot for PciSlot {
     fn plug(&mut self, number: u32, device: Box<dyn Device>, kicks: Vec<EventFd>) -> Result<(), MachineError> {
-        let function = self.builder.build(self.device, device, kicks)?;
-        if self.bus.plug(self.device, Box::new(function)) {
+        let function = self.builder.build(self.device_number, device, kicks)?;
+        if self.bus.plug(self.device_number, Box::new(function)) {
             Ok(())
         } else {
             Err(MachineError::Slot(number))
@@ -200,16 +200,16 @@ impl Slot for PciSlot {
     }
 
     fn is_empty(&self) -> bool {
-        self.bus.is_empty(self.device)
+        self.bus.is_empty(self.device_number)
     }
 
     fn unplugger(&self) -> Box<dyn FnOnce() + Send> {
-        let (bus, device) = (self.bus.clone(), self.device);
-        Box::new(move || bus.unplug(device))
+        let (bus, device_number) = (self.bus.clone(), self.device_number);
+        Box::new(move || bus.unplug(device_number))
     }
 }
 
-/// Connects devices to the machine.
+/// Builds the PCI functions of devices.
 #[derive(Debug, Clone)]
 struct FunctionBuilder {
     events: VmEvents,

@@ -1,7 +1,7 @@
 //! The code at the address where a BIOS would begin. Linux jumps there to reboot a machine that has hardware-reduced
 //! ACPI but was not booted by UEFI: it expects UEFI's reset service in place of ACPI's reset register
-//! (`native_machine_emergency_restart` in arch/x86/kernel/reboot.c). Without this code, the machine would
-//! hang: the vCPU would execute zeroed memory.
+//! (`native_machine_emergency_restart` in arch/x86/kernel/reboot.c). Without this code, the machine would hang: the
+//! vCPU would execute zeroed memory.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 

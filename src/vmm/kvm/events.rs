@@ -58,7 +58,11 @@ impl VmEvents {
         let mut messages = self.messages.lock();
         let first = u32::from(IO_APIC_LINES);
         let gsi = (first..first + MAX_MESSAGES).find(|gsi| !messages.contains_key(gsi));
-        let gsi = gsi.ok_or_else(|| io::Error::other("the machine has more interrupt vectors than KVM has routes"))?;
+        let gsi = gsi.ok_or_else(|| {
+            io::Error::other(format!(
+                "the devices need more than {MAX_MESSAGES} interrupt vectors: give the machine fewer disks or vCPUs"
+            ))
+        })?;
         messages.insert(gsi, None);
         Ok(Box::new(RoutedVector {
             events: self.clone(),
@@ -87,7 +91,7 @@ impl VmEvents {
         let previous = messages.insert(gsi, Some(message)).flatten();
         let result = self.set_routes(&messages);
         if result.is_err() {
-            // KVM has kept the old table. With the new message it could refuse those of other vectors, too.
+            // KVM has kept the old table. The refused message must not stay: KVM would refuse each later table with it.
             messages.insert(gsi, previous);
         }
         result
@@ -155,7 +159,7 @@ impl MessageVector for RoutedVector {
             return Err(error);
         }
         if !self.is_registered {
-            // KVM delivers what the eventfd has kept.
+            // If the eventfd was signalled before, KVM delivers that signal now.
             self.events.vm.register_irqfd(&self.event, self.gsi)?;
             self.is_registered = true;
         }
@@ -189,7 +193,7 @@ impl Drop for RoutedVector {
 struct IoEvents {
     vm: Arc<VmFd>,
     kicks: Vec<EventFd>,
-    /// Where each kick is registered.
+    /// The queue index and the address of each registered ioeventfd.
     addresses: Vec<(usize, u64)>,
 }
 

@@ -130,7 +130,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Connects eventfds to the machine.
+    /// The interface that connects eventfds to the machine.
     pub(super) fn events(&self) -> &VmEvents {
         &self.events
     }

@@ -1,4 +1,4 @@
-//! A disk of the host: what holds its bytes, capacity and serial.
+//! A disk of the host: its backing, capacity and serial.
 
 use std::{fs::File, io, sync::Arc};
 
@@ -9,7 +9,7 @@ use crate::devices::counters::Counters;
 /// The unit of positions and capacities, in bytes. It does not depend on the block size (virtio 1.3 §5.2).
 pub(super) const SECTOR_SIZE: u64 = nutshell_disk_image::SECTOR_SIZE;
 
-/// What holds the bytes of a disk.
+/// The backing of a disk: the file or image with its bytes.
 #[derive(Debug)]
 pub(crate) enum Backing {
     /// A file or block device of the host, byte for byte.

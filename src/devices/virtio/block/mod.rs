@@ -158,7 +158,7 @@ impl Worker {
                     let served = serve(&disk, &mut queue, &stopped)
                         .map_err(|error| error.to_string())
                         .and_then(|()| {
-                            let wait = |error| format!("queue {}: wait for requests: {error}", queue.index());
+                            let wait = |error| format!("queue {}: cannot wait for requests: {error}", queue.index());
                             queue.kick().read().map_err(wait)
                         });
                     if let Err(error) = served {

@@ -214,7 +214,7 @@ fn obstacle(kind: u32) -> Option<Obstacle> {
     }
 }
 
-/// What a request does, for the log.
+/// The name of a request's operation, for the log.
 fn operation_name(kind: u32, sector: u64) -> String {
     let name = match kind {
         VIRTIO_BLK_T_IN => "read",

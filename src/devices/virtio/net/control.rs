@@ -25,9 +25,9 @@ enum CommandError {
     Length,
     #[error("it is unknown")]
     Unknown,
-    #[error("there are no {0} pairs of queues")]
+    #[error("the device does not have {0} queue pairs")]
     Pairs(usize),
-    #[error("attach or detach a queue of the tap device: {0}")]
+    #[error("cannot attach or detach a queue of the tap device: {0}")]
     Tap(#[from] io::Error),
 }
 

@@ -101,7 +101,7 @@ impl Drop for Worker {
 enum WorkerError {
     #[error(transparent)]
     Queue(#[from] QueueError),
-    #[error("wait for packets: {0}")]
+    #[error("cannot wait for packets: {0}")]
     Wait(#[from] io::Error),
 }
 

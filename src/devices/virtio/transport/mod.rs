@@ -68,7 +68,7 @@ impl NegotiatedDevice {
             }
             Transition::Refuse(refusal) => {
                 self.report_unusable(&refusal);
-                // A driver that has set DRIVER_OK learns by this that the device needs a reset (virtio 1.3 §2.1.2).
+                // After DRIVER_OK, the driver must be notified that the device needs a reset (virtio 1.3 §2.1.2).
                 if refusal == Refusal::Queues {
                     self.interrupt.notify_config_change();
                 }
@@ -90,9 +90,9 @@ impl NegotiatedDevice {
             .zip(&self.kicks)
             .zip(0..)
             .map(|((queue, kick), index)| {
-                let kick = kick
-                    .try_clone()
-                    .map_err(|error| ActivateError::Backend(format!("queue {index}: duplicate the kick: {error}")))?;
+                let kick = kick.try_clone().map_err(|error| {
+                    ActivateError::Backend(format!("queue {index}: cannot duplicate its eventfd: {error}"))
+                })?;
                 Ok(DeviceQueue::new(
                     index,
                     queue,

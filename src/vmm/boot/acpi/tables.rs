@@ -113,8 +113,8 @@ fn append(table: &mut Sdt, entry: &dyn Aml) {
 }
 
 /// An interrupt source override (ACPI 6.5 §5.2.12.5) that keeps the number of `line`, and makes it edge-triggered and
-/// active high. Without it, operating
-/// systems treat line 9 as level-triggered, because it is the system control interrupt of a PC.
+/// active high. Without it, operating systems treat line 9 as level-triggered, because it is the system control
+/// interrupt of a PC.
 fn interrupt_override(line: u8) -> [u8; 10] {
     const ACTIVE_HIGH: u8 = 0b01;
     const EDGE_TRIGGERED: u8 = 0b01 << 2;

@@ -11,7 +11,7 @@ use crate::devices::pci::{
 /// The size of a device's window in bytes. Its address is a multiple of it.
 pub(crate) const WINDOW_SIZE: u32 = 0x1_0000;
 
-/// The parts of the window. Each has pages of its own, so that a guest can map them separately.
+/// The parts of the window. Each starts at a page boundary, so that a guest can map them separately.
 pub(super) const COMMON: Range<u64> = 0..0x1000;
 const INTERRUPT_STATUS: Range<u64> = 0x1000..0x2000;
 pub(super) const DEVICE: Range<u64> = 0x2000..0x3000;

@@ -87,8 +87,8 @@ impl Interrupt for MessageInterrupt {
         self.signal(self.config_vector());
     }
 
-    /// The eventfd of the queue's current vector. Without a vector the driver polls, so
-    /// the eventfd is not connected.
+    /// The eventfd of the queue's current vector. Without a vector the driver polls, so the eventfd is not
+    /// connected.
     fn delegate(&self, queue_index: u16) -> io::Result<EventFd> {
         match self.events.get(usize::from(self.queue_vector(queue_index))) {
             Some(event) => event.try_clone(),

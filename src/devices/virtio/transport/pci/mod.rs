@@ -95,13 +95,13 @@ pub(crate) struct VirtioFunction {
     queue_select: u16,
 }
 
-/// The doorbells, and where they are.
+/// The doorbells and their current address.
 struct DoorbellPlace {
     doorbells: Box<dyn Doorbells>,
     start: Option<u64>,
 }
 
-/// What connects a function to the machine.
+/// The resources that connect a function to the machine.
 pub(crate) struct Connection {
     /// The guest physical address of the window, a multiple of [`WINDOW_SIZE`].
     pub(crate) window: u32,
@@ -157,7 +157,7 @@ impl VirtioFunction {
         })
     }
 
-    /// Moves the doorbells to the window's place.
+    /// Moves the doorbells to the current address of the window.
     fn place_doorbells(&mut self) {
         let start = self.configuration.window().map(|window| window.start + NOTIFY.start);
         if start == self.doorbells.start {
@@ -299,7 +299,7 @@ impl Function for VirtioFunction {
         let was_bus_master = self.configuration.is_bus_master();
         self.configuration.write(offset, data);
         if was_bus_master && !self.configuration.is_bus_master() {
-            // A kernel that hands over to another one stops its devices by this.
+            // A kernel clears this bit before kexec, to stop its devices.
             self.write_status(0);
         }
         self.messages.update_control(&self.configuration, self.layout.messages);
