@@ -179,8 +179,8 @@ impl Base {
         Ok(true)
     }
 
-    /// A checksum of the first `count` bytes of the disk. It tells apart images of the same size, whose partition
-    /// tables and file systems have different ids.
+    /// A checksum of the first `count` bytes of the disk. It distinguishes images of the same size, because their
+    /// partition tables and file systems have different ids.
     pub(crate) fn checksum_of_start(&self, count: u64) -> io::Result<u64> {
         let count = usize::try_from(self.size().min(count)).unwrap_or(0);
         let mut bytes = vec![0; count];

@@ -115,7 +115,7 @@ pub trait Source {
     fn take(&mut self, buffer: &mut [u8]);
 }
 
-/// Fills `buffer` from `offset`. The end of `from` in the middle is [`io::ErrorKind::UnexpectedEof`].
+/// Fills `buffer` from `offset`. Fails with [`io::ErrorKind::UnexpectedEof`] if `from` ends before.
 pub(crate) fn read_exact_at(from: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<()> {
     match read_up_to(from, buffer, offset)? {
         count if count == buffer.len() => Ok(()),

@@ -143,7 +143,7 @@ impl Disk {
         let mut state = self.state();
         state.changes_left = None;
         let state = &mut *state;
-        // Writing pages back in any order includes none and all.
+        // With `kept` 0, no sector reaches the disk; with 4, each does.
         let kept = random.below(5);
         for sector in std::mem::take(&mut state.unsynced) {
             let range = sector * SECTOR..((sector + 1) * SECTOR).min(state.bytes.len());
@@ -336,7 +336,7 @@ fn flush_whose_sync_failed_is_never_reported_as_done_later() {
         image.flush().unwrap_err().to_string(),
         "an earlier flush failed: the device is gone"
     );
-    // The next process has what is in the file.
+    // The next process continues with the contents of the file.
     let image = open(&base, &disk, 1);
     image.flush().unwrap();
     assert_eq!(read_all(&image)[..512], [1; 512]);

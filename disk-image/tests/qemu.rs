@@ -236,7 +236,7 @@ fn reads_fit_into_the_stack_of_a_queues_thread() {
     for options in ["compression_type=zlib", "compression_type=zstd"] {
         let path = fixture.convert(&["-c", "-o", options]);
         let base = Base::open(Box::new(File::open(&path).unwrap())).unwrap();
-        // src/devices/virtio/block/mod.rs
+        // The stack size of a disk's thread (src/devices/virtio/block/mod.rs).
         let thread = std::thread::Builder::new().stack_size(128 << 10).spawn(move || {
             let mut bytes = vec![0; 1 << 20];
             for offset in (0..8 * MIB).step_by(1 << 20) {
@@ -256,7 +256,7 @@ fn refusal(path: &Path) -> String {
 }
 
 #[test]
-fn image_that_needs_what_is_not_supported_is_refused_by_name() {
+fn image_with_an_unsupported_feature_is_refused_with_its_name() {
     let fixture = Fixture::new();
     let path = fixture.path("image.qcow2");
     let data_file = format!("data_file={}", text(&fixture.path("data")));
@@ -300,7 +300,7 @@ fn image_that_needs_what_is_not_supported_is_refused_by_name() {
 }
 
 #[test]
-fn image_of_another_format_is_refused_by_name() {
+fn image_of_another_format_is_refused_with_the_name_of_the_format() {
     let fixture = Fixture::new();
     for (format, name) in [("vmdk", "VMDK"), ("vhdx", "VHDX"), ("vpc", "VHD"), ("qed", "QED")] {
         let path = fixture.path(format);

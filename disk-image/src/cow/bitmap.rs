@@ -90,7 +90,7 @@ impl Bitmap {
         }
     }
 
-    /// The blocks that the durable bitmap may lack bits of. They are regarded as recorded from now on.
+    /// Returns the blocks with bits that the durable bitmap may lack. They count as recorded from now on.
     pub(super) fn take_unrecorded(&self) -> Vec<usize> {
         let flags = self.unrecorded.iter().enumerate();
         flags

@@ -3,11 +3,11 @@
 //! The file is sparse. Clusters of 64 KiB are at their position on the disk; after them come a header block and two
 //! bitmaps of present clusters ([`header`]). A present cluster that is a hole in the file reads as zeroes.
 //!
-//! A cluster is present when all of its bytes are in the file, not before: the file gets the data, and what the base
-//! image has around it, then the bit in the current bitmap. So the file is consistent whenever its process is killed,
-//! and a later process continues with it. If the host crashes, the order in which it had written the file's pages is
-//! unknown. Therefore a flush syncs the data before it adds bits to the durable bitmap, which is the one that counts
-//! after the host's kernel has started again.
+//! A cluster is present when all of its bytes are in the file, not before: the file first gets the data and the
+//! bytes of the base image around it, then the bit in the current bitmap. So the file is consistent whenever its
+//! process is killed, and a later process continues with it. If the host crashes, the order in which it had written the
+//! file's pages is unknown. Therefore a flush syncs the data before it adds bits to the durable bitmap, which is the
+//! one that counts after the host's kernel has started again.
 //!
 //! Any number of threads use the file at the same time. Reads, and writes to present clusters, take no lock. A write
 //! that makes clusters present holds the lock of their [stripe](STRIPE_CLUSTERS).
@@ -54,7 +54,7 @@ pub(crate) struct CowFile {
 
 impl CowFile {
     /// Opens the copy-on-write file of a disk with the base image `base`, or makes one if `file` is empty. `host_boot`
-    /// identifies the run of the host's kernel.
+    /// is the boot ID of the host.
     pub(crate) fn open(file: Box<dyn Storage>, base: &Base, host_boot: [u8; 16]) -> Result<Self, CowError> {
         let layout = Layout::new(base.size());
         let header = Header::new(base, host_boot)?;
@@ -233,8 +233,8 @@ impl CowFile {
         sync()
     }
 
-    /// Copies to the file what the base image has in the first and last cluster of `start..end` outside of that range.
-    /// The stripe must be locked.
+    /// Copies the parts of the first and last cluster of `start..end` that lie outside of that range from the base
+    /// image to the file. The stripe must be locked.
     fn copy_around(&self, base: &Base, start: u64, end: u64) -> io::Result<()> {
         self.copy_from_base(base, start / CLUSTER_SIZE * CLUSTER_SIZE, start)?;
         self.copy_from_base(base, end, self.layout.end_of((end - 1) / CLUSTER_SIZE))

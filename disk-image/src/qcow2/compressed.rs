@@ -21,7 +21,7 @@ const MAX_CACHED_CLUSTERS: usize = 64;
 /// highest ordinary compression level for data of unknown size.
 const MAX_ZSTD_WINDOW: u64 = 8 << 20;
 
-/// The maximum number of clusters that are decompressed at the same time.
+/// The maximum number of zstd clusters that are decompressed at the same time.
 const MAX_ZSTD_DECODERS: usize = 4;
 
 /// A compressed cluster of the guest.
@@ -95,8 +95,8 @@ impl ClusterCache {
 
 enum Decompressor {
     Zlib,
-    /// Decoders, which are kept: the tables of one take more time to allocate than a cluster takes to decompress. Their
-    /// number bounds how much memory the windows of hostile frames take, whatever the number of queues.
+    /// Decoders are reused, because allocating the tables of one takes longer than decompressing a cluster. Their
+    /// number limits the memory for the windows of hostile frames, for any number of queues.
     Zstd([Mutex<Option<Box<FrameDecoder>>>; MAX_ZSTD_DECODERS]),
 }
 
@@ -157,7 +157,7 @@ fn inflate(input: &[u8], output: &mut [u8]) -> Result<(), String> {
     }
 }
 
-/// The data is one frame or several, as for QEMU.
+/// Decodes one or more frames, as QEMU does.
 fn decode_zstd(decoder: &mut FrameDecoder, mut input: &[u8], output: &mut [u8]) -> Result<(), String> {
     let mut done = 0;
     // Each frame consumes input.

@@ -61,7 +61,10 @@ pub enum Qcow2Error {
     )]
     ExtendedL2,
     /// An incompatible feature that is not known.
-    #[error("it needs the unknown incompatible feature bit {bit}{}", NameOf(name))]
+    #[error(
+        "it needs the unknown incompatible feature bit {bit}{}: convert it with `qemu-img convert -O qcow2`",
+        NameOf(name)
+    )]
     UnknownFeature {
         /// The number of the bit.
         bit: u32,

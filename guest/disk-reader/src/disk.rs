@@ -68,7 +68,7 @@ pub(crate) enum ReadError {
     TooLarge { size: u64, max: u64 },
     #[error("has more than {MAX_DIRECTORY_ENTRIES} entries")]
     TooManyEntries,
-    #[error("is a loop or a too long chain of symbolic links")]
+    #[error("is a loop of symbolic links, or too long a chain of them")]
     Loop,
     #[error("cannot be read, because the limits of {MAX_OPERATIONS} accesses and {MAX_READ} bytes are reached")]
     Limit,
@@ -245,7 +245,8 @@ impl Disk {
     }
 }
 
-/// Inserts `item` behind those that are equal to it or less. In the agent, this has a tenth of the code of a sort.
+/// Inserts `item` behind those that are equal to it or less. In the agent, its machine code is a tenth
+/// as large as that of a sort.
 pub(crate) fn insert_sorted<T>(items: &mut Vec<T>, item: T, compare: impl Fn(&T, &T) -> Ordering) {
     let at = items.partition_point(|other| compare(other, &item).is_le());
     items.insert(at, item);

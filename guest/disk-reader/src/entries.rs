@@ -50,7 +50,7 @@ pub(crate) struct BootOrder {
 }
 
 impl BootOrder {
-    /// Returns the order of the file `name`, without what is in the file.
+    /// Returns the order that the name of the file gives, without the fields in the file.
     pub(crate) fn of_file(name: &str) -> Self {
         let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
         let (id, left) = split_counter(stem).unwrap_or((stem, 1));
@@ -74,7 +74,7 @@ impl BootOrder {
             .cmp(&other.is_bad)
             .then(by_key)
             .then_with(|| version::compare(&other.id, &self.id))
-            // Names may differ only in what versions ignore.
+            // Comparing versions ignores some characters, so different names can be equal up to here.
             .then_with(|| Reverse(&self.id).cmp(&Reverse(&other.id)))
     }
 }

@@ -1,4 +1,4 @@
-//! The newest kernel in `/boot`, for disks without a configuration of a boot loader that is understood.
+//! The newest kernel in `/boot`, for disks without a boot loader configuration that the other modules understand.
 
 use std::cmp::Ordering;
 
@@ -99,7 +99,8 @@ fn root_by_uuid(file_system: &FileSystem) -> Option<String> {
     file_system.uuid.as_ref().map(|uuid| format!("root=UUID={uuid}"))
 }
 
-/// Returns the arguments for the root file system in an fstab(5). Names of devices on another machine are of no use.
+/// Returns the arguments for the root file system in an fstab(5). Names such as /dev/sda1 are ignored: a device has
+/// another name in the virtual machine.
 fn root_of_fstab(fstab: &str) -> Option<String> {
     fstab.lines().find_map(|line| {
         let mut fields = line.split_ascii_whitespace();

@@ -92,8 +92,7 @@ fn lvm(start: &[u8]) -> Option<Superblock> {
     is_volume.then_some(without_name("LVM2_member"))
 }
 
-/// FAT has no magic number. It comes last, because other file systems may leave an old FAT boot sector in
-/// place.
+/// FAT has no magic number. It comes last, because other file systems may leave an old FAT boot sector in place.
 fn fat(start: &[u8]) -> Option<Superblock> {
     if bytes_at(start, 510)? != [0x55, 0xaa] {
         return None;

@@ -1,5 +1,5 @@
 //! The messages of the name relay ([`crate::Request::RelayNames`]): queries from the guest, answers from the host. They
-//! have the framing of the agent stream, and a stream of their own.
+//! have the framing of the agent stream, and use a separate stream.
 
 use serde::{Deserialize, Serialize};
 

@@ -14,7 +14,7 @@ use crate::{Machine, create_image};
 
 const MIB: u64 = 1 << 20;
 
-/// A partition, or a whole disk: what is in it.
+/// The content of a partition or of a whole disk.
 enum Content<'c> {
     /// A file system of this kind with this UUID and these files.
     Files(Kind, &'c str, &'c [(&'c str, &'c [u8])]),

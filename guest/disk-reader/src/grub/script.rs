@@ -70,7 +70,7 @@ pub(super) fn parse(text: &str) -> Result<Block, String> {
     let block = parser.block(&[])?;
     match parser.peek() {
         None => Ok(block),
-        Some(_) => Err(parser.error("a command is missing")),
+        Some(_) => Err(parser.error("unexpected `}`")),
     }
 }
 
@@ -451,7 +451,7 @@ mod tests {
             ("menuentry a {\n", "line 1: `}` is missing"),
             ("if true; then\necho", "line 2: `fi` is missing"),
             ("if true; fi", "line 1: `then` is missing"),
-            ("}", "line 1: a command is missing"),
+            ("}", "line 1: unexpected `}`"),
             ("function {", "line 1: a name is missing"),
             ("for a b", "line 1: `in` is missing"),
         ] {

@@ -25,7 +25,7 @@ pub(crate) enum Content<'c> {
     Directory,
 }
 
-/// A file system in a test: name, type, UUID, label, type of its partition, and files.
+/// A file system in a test. If its type is vfat, its partition is the EFI system partition.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tree<'t> {
     pub(crate) name: &'t str,
