@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The shim without a containerd: the test program of tests/conformance takes containerd's part and checks the
+# The shim without a containerd: the test program of tests/conformance acts as containerd and checks the
 # requirements in docs/CONFORMANCE.md.
 #
 # Environment:

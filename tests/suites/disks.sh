@@ -87,7 +87,7 @@ counter() {
   sed -n "s|^$2_total{namespace=\"default\",sandbox=\"$name\",device=\"$3\"} ||p" <<<"$1"
 }
 
-# Four MiB and three pings. A vmm that does not answer holds nothing up.
+# Four MiB and three pings. A vmm that does not answer does not delay the rest.
 administrator_sees_what_the_devices_have_done() {
   make_network
   new_name
