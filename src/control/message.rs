@@ -17,6 +17,9 @@ pub(crate) const MAX_CONSOLE_TAIL: usize = 16 << 10;
 /// The maximum size of the text of a warning, in bytes.
 pub(crate) const MAX_WARNING: usize = 1 << 10;
 
+/// The name of the virtio port on which the QEMU guest agent listens.
+pub(crate) const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
+
 /// A message from the shim to the vmm.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Command {
@@ -71,6 +74,8 @@ pub(crate) enum Command {
     ReadConsole,
     /// Requests [`Notice::Statistics`].
     ReadStatistics,
+    /// Requests [`Notice::GuestAgentPort`].
+    ReadGuestAgentPort,
 }
 
 /// The board of a machine: how the guest finds processors and devices.
@@ -120,7 +125,8 @@ pub(crate) enum Software {
     /// A kernel of the user's, on [`BoardKind::Pc`].
     ///
     /// Descriptors: the file with the initramfs, if there is one; the input and the output of the serial console, if
-    /// there are any, non-blocking; for each link, its queues ([`Command::PlugNetworkDevice`]).
+    /// there are any, non-blocking; if `guest_agent`, the socket behind [`GUEST_AGENT_PORT`], non-blocking; for each
+    /// link, its queues ([`Command::PlugNetworkDevice`]).
     User {
         /// The part of the initramfs's file that contains the initramfs.
         initramfs: Option<Extent>,
@@ -132,6 +138,7 @@ pub(crate) enum Software {
         oem_strings: Vec<String>,
         console_input: bool,
         console_output: bool,
+        guest_agent: bool,
         links: Vec<LinkConfig>,
     },
 }
@@ -207,6 +214,11 @@ pub(crate) enum Notice {
     Console(Vec<u8>),
     /// The reply to [`Command::ReadStatistics`].
     Statistics(MachineStatistics),
+    /// The reply to [`Command::ReadGuestAgentPort`].
+    GuestAgentPort {
+        /// Whether a program in the guest has [`GUEST_AGENT_PORT`] open. `false` if there is no such port.
+        open: bool,
+    },
     /// A failure in the vmm that the guest cannot see, or of which it sees only the effect.
     Warning {
         /// The device: the serial of a disk, or the name that the log has for a device of another kind.

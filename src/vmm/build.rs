@@ -23,7 +23,7 @@ use super::{
     vcpu::{self, Peripherals},
 };
 use crate::{
-    control::{BoardKind, Extent, LinkConfig, MachineConfig, monotonic_now},
+    control::{BoardKind, Extent, GUEST_AGENT_PORT, LinkConfig, MachineConfig, monotonic_now},
     devices::{
         console_tail::ConsoleTail,
         output_sink::OutputSink,
@@ -35,6 +35,7 @@ use crate::{
             console::Console,
             device::{Device, SharedDevice},
             fs::Fs,
+            named_port::NamedPort,
             rng::Rng,
             vsock::{Vsock, muxer::Muxer},
         },
@@ -74,6 +75,7 @@ pub(super) fn start(
         command_line,
         links,
         serial_console,
+        guest_agent,
         power_button,
     } = Platform::new(software, &vm, &memory, console_tail, end)?;
     let stall_timer = Arc::new(StallTimer::new().map_err(device_error("create the timer for stalled queues"))?);
@@ -133,6 +135,19 @@ pub(super) fn start(
         boot_disks += 1;
     }
 
+    let guest_agent = match guest_agent {
+        Some(socket) => {
+            let failed = || device_error("set up the port of the guest agent");
+            let port = NamedPort::new(GUEST_AGENT_PORT, "guest-agent", socket, &stall_timer).map_err(failed())?;
+            counters.push(port.counters());
+            let port = SharedDevice::new(port);
+            let kicks = board.add(Box::new(port.clone()))?;
+            port.lock().watch_kicks(kicks).map_err(failed())?;
+            Some(port)
+        }
+        None => None,
+    };
+
     counters.extend(serial_console.as_ref().map(SerialConsole::counters));
     let entry = load_software(&config, &memory, &*board, &kernel, initramfs, &command_line)?;
 
@@ -161,6 +176,7 @@ pub(super) fn start(
         vsock_transmit_kick,
         console,
         serial_console,
+        guest_agent,
         power_button,
         rng,
         rng_kick,
@@ -192,6 +208,8 @@ struct Platform {
     command_line: CommandLine,
     links: Vec<(LinkConfig, Vec<OwnedFd>)>,
     serial_console: Option<SerialConsole>,
+    /// The socket behind the port of the guest agent, if there is one.
+    guest_agent: Option<OwnedFd>,
     power_button: Option<GenericEvents>,
 }
 
@@ -237,6 +255,7 @@ impl Platform {
                 command_line: CommandLine::Agent(kernel_arguments),
                 links: Vec::new(),
                 serial_console: None,
+                guest_agent: None,
                 power_button: None,
             }),
             SoftwareResources::User {
@@ -245,6 +264,7 @@ impl Platform {
                 identity,
                 console_input,
                 console_output,
+                guest_agent,
                 links,
             } => {
                 let failed = || device_error("set up the serial console");
@@ -261,6 +281,7 @@ impl Platform {
                     command_line: CommandLine::User(command_line),
                     links,
                     serial_console: Some(console.map_err(failed())?),
+                    guest_agent,
                     power_button: Some(power_button),
                 })
             }

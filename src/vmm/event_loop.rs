@@ -21,6 +21,7 @@ use crate::{
             block::Backing,
             console::Console,
             device::serve_or_reset,
+            named_port::NamedPort,
             queue::QueueError,
             rng::Rng,
             vsock::{Vsock, muxer::StreamNotice},
@@ -43,9 +44,10 @@ enum EventSource {
     Memory,
     StallTimer,
     SerialConsole,
+    GuestAgent,
 }
 
-const EVENT_SOURCES: [EventSource; 11] = [
+const EVENT_SOURCES: [EventSource; 12] = [
     EventSource::Control,
     EventSource::End,
     EventSource::Streams,
@@ -57,6 +59,7 @@ const EVENT_SOURCES: [EventSource; 11] = [
     EventSource::Memory,
     EventSource::StallTimer,
     EventSource::SerialConsole,
+    EventSource::GuestAgent,
 ];
 
 /// Why the event loop ended.
@@ -149,6 +152,9 @@ fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) ->
     if let Some(console) = &machine.serial_console {
         add(EventSource::SerialConsole, console.poller())?;
     }
+    if let Some(port) = &machine.guest_agent {
+        add(EventSource::GuestAgent, port.lock().poller())?;
+    }
     Ok(epoll)
 }
 
@@ -189,7 +195,7 @@ fn handle_event(
             machine.vsock.lock().serve_transmit().err().map(vsock_failed)
         }
         EventSource::ConsoleTransmit => {
-            // A guest that breaks a queue of its console, rng or balloon continues without that device.
+            // A guest that breaks a queue of its console, rng, balloon or agent's port continues without that device.
             if let Some((console, transmit_kick)) = &machine.console {
                 drain(transmit_kick);
                 serve_or_reset(&mut *console.lock(), Console::serve);
@@ -219,6 +225,12 @@ fn handle_event(
             let served = machine.serial_console.as_mut().map(SerialConsole::serve);
             let failed = served.and_then(Result::err);
             failed.map(|error| LoopExit::Ended(EndReason::DeviceFailed(format!("serial console: {error}"))))
+        }
+        EventSource::GuestAgent => {
+            if let Some(port) = &machine.guest_agent {
+                serve_or_reset(&mut *port.lock(), NamedPort::serve);
+            }
+            None
         }
     }
 }
@@ -305,6 +317,11 @@ fn execute(
         )?,
         Command::ReadConsole => send(channel, &Notice::Console(console_tail.to_vec()))?,
         Command::ReadStatistics => send(channel, &Notice::Statistics(machine.statistics()))?,
+        Command::ReadGuestAgentPort => {
+            let port = machine.guest_agent.as_ref();
+            let open = port.is_some_and(|port| port.lock().is_open_in_guest());
+            send(channel, &Notice::GuestAgentPort { open })?;
+        }
     }
     Ok(())
 }

@@ -41,6 +41,8 @@ pub(super) enum SoftwareResources {
         identity: Identity,
         console_input: Option<OwnedFd>,
         console_output: Option<OwnedFd>,
+        /// The socket behind [`crate::control::GUEST_AGENT_PORT`].
+        guest_agent: Option<OwnedFd>,
         /// With the queues of each tap device.
         links: Vec<(LinkConfig, Vec<OwnedFd>)>,
     },
@@ -118,6 +120,7 @@ fn parse_software(
             oem_strings,
             console_input,
             console_output,
+            guest_agent,
             links,
         } => {
             let mut optional = |wanted: bool, missing| wanted.then(|| next(missing)).transpose();
@@ -129,6 +132,7 @@ fn parse_software(
                 identity: Identity { uuid, oem_strings },
                 console_input: optional(console_input, "no input for the console")?,
                 console_output: optional(console_output, "no output for the console")?,
+                guest_agent: optional(guest_agent, "no socket for the guest agent")?,
                 links: links
                     .into_iter()
                     .map(|link| {

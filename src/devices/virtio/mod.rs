@@ -14,6 +14,7 @@ pub(crate) mod interrupt;
 pub(crate) mod mem;
 #[cfg(test)]
 pub(crate) mod mock;
+pub(crate) mod named_port;
 pub(crate) mod net;
 pub(crate) mod queue;
 pub(crate) mod rng;

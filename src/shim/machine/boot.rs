@@ -151,6 +151,8 @@ pub(crate) struct UserBootRequest {
     pub(crate) console_input: Option<OwnedFd>,
     /// Non-blocking.
     pub(crate) console_output: Option<OwnedFd>,
+    /// The socket behind [`crate::control::GUEST_AGENT_PORT`], non-blocking.
+    pub(crate) guest_agent: Option<OwnedFd>,
     /// With the queues of each tap device.
     pub(crate) links: Vec<(LinkConfig, Vec<OwnedFd>)>,
     pub(crate) disks: Vec<BootDisk>,
@@ -185,12 +187,14 @@ impl UserBootRequest {
             oem_strings: Vec::new(),
             console_input: self.console_input.is_some(),
             console_output: self.console_output.is_some(),
+            guest_agent: self.guest_agent.is_some(),
             links,
         };
         let mut descriptors = vec![self.kvm, self.kernel.into()];
         descriptors.extend(self.initramfs.map(OwnedFd::from));
         descriptors.extend(self.console_input);
         descriptors.extend(self.console_output);
+        descriptors.extend(self.guest_agent);
         descriptors.extend(queues.into_iter().flatten());
         for disk in self.disks {
             descriptors.extend(disk.into_descriptors()?);
@@ -338,7 +342,7 @@ mod tests {
             queues: 2,
             lease: None,
         };
-        for (has_initramfs, has_console, count) in [(true, true, 9), (false, true, 8), (true, false, 7)] {
+        for (has_initramfs, has_console, count) in [(true, true, 10), (false, true, 9), (true, false, 7)] {
             let descriptor = |present: bool| present.then(|| OwnedFd::from(null()));
             let request = UserBootRequest {
                 kvm: null().into(),
@@ -349,6 +353,7 @@ mod tests {
                 uuid: [3; 16],
                 console_input: descriptor(has_console),
                 console_output: descriptor(has_console),
+                guest_agent: descriptor(has_console),
                 links: vec![(link.clone(), vec![null().into(), null().into()])],
                 disks: vec![BootDisk::CopyOnWrite {
                     image: image.clone(),
@@ -363,6 +368,7 @@ mod tests {
                 Software::User {
                     initramfs,
                     console_input,
+                    guest_agent,
                     links,
                     ..
                 },
@@ -376,6 +382,7 @@ mod tests {
             };
             assert_eq!(machine.disks, [copy_on_write]);
             assert_eq!((initramfs.is_some(), console_input), (has_initramfs, has_console));
+            assert_eq!(guest_agent, has_console);
             assert_eq!(links, std::slice::from_ref(&link));
             assert_eq!(descriptors.len(), count);
         }

@@ -12,6 +12,7 @@ mod clock;
 mod console;
 mod deadline;
 mod exit;
+mod guest_agent_port;
 mod monitor;
 mod node_settings;
 mod stderr;

@@ -75,6 +75,8 @@ pub(super) struct MachineState {
     pub(super) progress_requests: Mutex<Vec<oneshot::Sender<u64>>>,
     /// Callers that wait for the statistics of the machine.
     pub(super) statistics_requests: Mutex<Vec<oneshot::Sender<MachineStatistics>>>,
+    /// Callers that wait for the state of the guest agent's port.
+    pub(super) port_requests: Mutex<Vec<oneshot::Sender<bool>>>,
     /// Callers that plug or unplug a device, by slot on the bus.
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that boots a user's kernel.
@@ -102,6 +104,7 @@ impl MachineState {
             console_requests: Mutex::default(),
             progress_requests: Mutex::default(),
             statistics_requests: Mutex::default(),
+            port_requests: Mutex::default(),
             slot_requests: Mutex::default(),
             boot_request: Mutex::default(),
             resize_request: Mutex::default(),
@@ -194,6 +197,7 @@ pub(super) async fn run(
     state.streams.close_all();
     state.slot_requests.lock().clear();
     state.statistics_requests.lock().clear();
+    state.port_requests.lock().clear();
     state.boot_request.lock().take();
     state.resize_request.lock().take();
     state.exit.send_replace(Some(Arc::new(MachineExit {
@@ -235,6 +239,11 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
                 let statistics = checked(statistics);
                 for sender in state.statistics_requests.lock().drain(..) {
                     let _ = sender.send(statistics.clone());
+                }
+            }
+            Ok(Notice::GuestAgentPort { open }) => {
+                for sender in state.port_requests.lock().drain(..) {
+                    let _ = sender.send(open);
                 }
             }
             Ok(Notice::Built) => {

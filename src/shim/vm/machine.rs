@@ -216,6 +216,7 @@ impl VirtualMachine {
             uuid: self.settings.uuid.into_bytes(),
             console_input,
             console_output,
+            guest_agent: None,
             links: links.transpose().map_err(VmError::Links)?.unwrap_or_default(),
             disks: self.boot_disk(false).into_iter().collect(),
         };

@@ -40,6 +40,7 @@ use crate::{
             console::Console,
             device::{Device, SharedDevice},
             fs::Fs,
+            named_port::NamedPort,
             net::Net,
             rng::Rng,
             vsock::Vsock,
@@ -73,6 +74,8 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) console: Option<(SharedDevice<Console>, EventFd)>,
     /// The serial console of a user's kernel.
     pub(in crate::vmm) serial_console: Option<SerialConsole>,
+    /// The port of the guest agent, if a user's kernel has one.
+    pub(in crate::vmm) guest_agent: Option<SharedDevice<NamedPort>>,
     /// The power button of a user's kernel.
     pub(in crate::vmm) power_button: Option<GenericEvents>,
     pub(in crate::vmm) rng: SharedDevice<Rng>,

@@ -4,7 +4,10 @@ use std::{
     env,
     fs::File,
     io::{PipeReader, PipeWriter, Read, Write, pipe},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
@@ -51,6 +54,8 @@ pub(super) struct Guest {
     input: PipeWriter,
     output: PipeReader,
     console: String,
+    /// The host's end of the port of the guest agent.
+    pub(super) agent_port: UnixStream,
     machine: JoinHandle<()>,
 }
 
@@ -87,11 +92,15 @@ impl Guest {
             oem_strings: vec!["nutshell.test=1".to_owned()],
             console_input: true,
             console_output: true,
+            guest_agent: true,
             links,
         };
         let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
         let mut descriptors: Vec<OwnedFd> = vec![kvm.into(), kernel_file.into(), initramfs.into()];
-        descriptors.extend([input_end.into(), output_end.into()]);
+        let (agent_port, port_end) = UnixStream::pair().unwrap();
+        port_end.set_nonblocking(true).unwrap();
+        agent_port.set_read_timeout(Some(LIMIT)).unwrap();
+        descriptors.extend([input_end.into(), output_end.into(), port_end.into()]);
         descriptors.extend(queues);
         descriptors.extend(disks.into_iter().map(OwnedFd::from));
         let (channel, vmm_channel) = Channel::pair().unwrap();
@@ -113,6 +122,7 @@ impl Guest {
             input,
             output,
             console: String::new(),
+            agent_port,
             machine,
         };
         guest.wait_for(&format!("ready: {}\r\n", release(kernel)));
@@ -135,6 +145,18 @@ impl Guest {
     /// Writes `command` to the console, and does not wait.
     pub(super) fn write(&mut self, command: &str) {
         writeln!(self.input, "{command}").unwrap();
+    }
+
+    /// Whether a program in the guest has the port of the guest agent open.
+    pub(super) fn has_agent_port_open(&self) -> bool {
+        self.channel.send(&Command::ReadGuestAgentPort, &[]).unwrap();
+        loop {
+            match self.channel.receive().unwrap() {
+                (Notice::GuestAgentPort { open }, _) => break open,
+                (Notice::Ended { reason, .. }, _) => panic!("the machine ended: {reason}"),
+                (other, _) => eprintln!("{other:?}"),
+            }
+        }
     }
 
     pub(super) fn press_power_button(&self) {

@@ -1,8 +1,14 @@
-use std::{env, fs::File, io::Write, os::fd::OwnedFd, path::Path};
+use std::{
+    env,
+    fs::File,
+    io::{Read, Write},
+    os::fd::OwnedFd,
+    path::Path,
+};
 
 use super::guest::{Guest, VCPUS, kernels, release};
 use crate::{
-    control::{EndReason, Lease, LinkConfig, Prefix},
+    control::{EndReason, GUEST_AGENT_PORT, Lease, LinkConfig, Prefix},
     devices::virtio::net::tests::kernel::{create_tap, in_new_namespace},
 };
 
@@ -91,6 +97,40 @@ fn use_devices_and_reboot(kernel: &Path) {
 
     guest.write("reboot -f");
     assert_eq!(guest.end(), EndReason::GuestReset, "{name}");
+}
+
+#[test]
+#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+fn port_of_the_guest_agent_has_its_name_and_carries_bytes() {
+    const FLOOD: usize = 2_000_000;
+    for kernel in kernels() {
+        let name = release(&kernel);
+        let mut guest = Guest::boot(&kernel, Vec::new(), Vec::new());
+        let ports = guest.run("cat /sys/class/virtio-ports/*/name");
+        assert_eq!(ports, format!("{GUEST_AGENT_PORT}\n"), "{name}");
+        assert!(!guest.has_agent_port_open(), "{name}");
+        guest.agent_port.write_all(b"dropped\n").unwrap();
+
+        guest.run("exec 3<>/dev/$(basename /sys/class/virtio-ports/*)");
+        assert!(guest.has_agent_port_open(), "{name}");
+        guest.agent_port.write_all(b"hello guest\n").unwrap();
+        assert_eq!(guest.run("read -r line <&3; echo \"$line\""), "hello guest\n", "{name}");
+        guest.run("echo hello host >&3");
+        let mut line = [0; 11];
+        guest.agent_port.read_exact(&mut line).unwrap();
+        assert_eq!(&line, b"hello host\n", "{name}");
+
+        // The guest writes more than is kept on the way, and waits for the host.
+        guest.run(&format!("(head -c {FLOOD} /dev/zero >&3; echo over >/run/flood) &"));
+        assert_eq!(guest.run("cat /run/flood 2>/dev/null; true"), "", "{name}");
+        guest.agent_port.read_exact(&mut vec![0; FLOOD]).unwrap();
+        assert_eq!(guest.run("wait; cat /run/flood"), "over\n", "{name}");
+
+        guest.run("exec 3>&-");
+        assert!(!guest.has_agent_port_open(), "{name}");
+        guest.write("poweroff -f");
+        assert_eq!(guest.end(), EndReason::GuestPowerOff, "{name}");
+    }
 }
 
 #[test]

@@ -263,6 +263,7 @@ impl Fake {
             Command::PressPowerButton => self.end_guest(EndReason::GuestPowerOff),
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
+            Command::ReadGuestAgentPort => notify(control, &Notice::GuestAgentPort { open: false }),
             Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {

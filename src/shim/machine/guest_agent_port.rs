@@ -1,0 +1,38 @@
+//! The state of the guest agent's port, which only the vmm knows.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::{Machine, VmmError};
+use crate::control::{Command, ControlError};
+
+/// How long the vmm may take to answer.
+const PORT_TIMEOUT: Duration = Duration::from_secs(1);
+
+impl Machine {
+    /// Asks the vmm whether a program in the guest has the port of the guest agent open.
+    ///
+    /// # Errors
+    ///
+    /// The machine has ended, or the vmm does not answer within [`PORT_TIMEOUT`].
+    #[expect(dead_code, reason = "no exec in a virtual machine uses it yet")]
+    pub(crate) async fn is_guest_agent_port_open(&self) -> Result<bool, VmmError> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut requests = self.state.port_requests.lock();
+            // A vmm that never answers must not collect the requests of callers that have timed out.
+            requests.retain(|request| !request.is_closed());
+            requests.push(sender);
+        }
+        if self.has_ended() {
+            return Err(ControlError::Closed.into());
+        }
+        let answer = async {
+            self.control.send(&Command::ReadGuestAgentPort, &[]).await?;
+            receiver.await.map_err(|_| ControlError::Closed)
+        };
+        let answer = tokio::time::timeout(PORT_TIMEOUT, answer).await;
+        Ok(answer.map_err(|_| VmmError::Timeout(PORT_TIMEOUT))??)
+    }
+}
