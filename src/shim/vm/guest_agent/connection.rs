@@ -1,0 +1,138 @@
+//! The exchange of lines with an agent.
+
+use std::{io, os::unix::net::UnixStream as StdUnixStream};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+use super::{error::GuestAgentError, messages};
+
+/// The maximum length of a line in bytes. The whole output of a process is in one, as Base64.
+pub(super) const MAX_LINE: usize = 4 << 20;
+
+/// How many bytes are discarded in search of the answer that synchronizes, such as earlier answers.
+pub(super) const MAX_DISCARDED: usize = 16 << 20;
+
+/// How many bytes one system call reads.
+const READ_SIZE: usize = 64 << 10;
+
+/// A byte that no JSON text has. The agent sends it before the answer to `guest-sync-delimited`, and drops a part of a
+/// command when it receives one.
+const DELIMITER: u8 = 0xff;
+
+/// A connection to an agent.
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: UnixStream,
+    /// Bytes that were read: at most [`MAX_LINE`] and one read more, without the consumed ones.
+    received: Vec<u8>,
+    /// How many of them were used.
+    consumed: usize,
+    /// The next line is the answer to the next command.
+    is_synchronized: bool,
+    last_id: u32,
+}
+
+impl Connection {
+    pub(super) fn new(socket: StdUnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Self {
+            socket: UnixStream::from_std(socket)?,
+            received: Vec::new(),
+            consumed: 0,
+            is_synchronized: false,
+            last_id: 0,
+        })
+    }
+
+    pub(super) fn is_synchronized(&self) -> bool {
+        self.is_synchronized
+    }
+
+    pub(super) fn lose_synchronization(&mut self) {
+        self.is_synchronized = false;
+    }
+
+    /// Discards everything up to the answer to a new `guest-sync-delimited`.
+    pub(super) async fn synchronize(&mut self) -> Result<(), GuestAgentError> {
+        self.is_synchronized = false;
+        self.last_id = self.last_id.wrapping_add(1);
+        let mut line = vec![DELIMITER];
+        line.extend(messages::synchronization(self.last_id)?);
+        self.socket.write_all(&line).await?;
+        let mut discarded = 0;
+        while discarded <= MAX_DISCARDED {
+            let unread = self.unread();
+            let Some(delimiter) = unread.iter().position(|byte| *byte == DELIMITER) else {
+                let count = unread.len();
+                discarded += count;
+                self.consume(count);
+                self.receive().await?;
+                continue;
+            };
+            self.consume(delimiter + 1);
+            let answer = self.next_line().await?;
+            if messages::is_synchronization(&answer, self.last_id) {
+                self.is_synchronized = true;
+                return Ok(());
+            }
+            // It may be the answer to an earlier one.
+            discarded += delimiter + 1 + answer.len();
+        }
+        Err(GuestAgentError::NotSynchronized(MAX_DISCARDED))
+    }
+
+    /// Sends a command and returns the next line. The connection is not synchronized if this fails or is cancelled.
+    pub(super) async fn exchange(&mut self, command: &[u8]) -> Result<Vec<u8>, GuestAgentError> {
+        self.is_synchronized = false;
+        self.socket.write_all(command).await?;
+        let line = self.next_line().await?;
+        self.is_synchronized = true;
+        Ok(line)
+    }
+
+    async fn next_line(&mut self) -> Result<Vec<u8>, GuestAgentError> {
+        let mut searched = 0;
+        loop {
+            let unread = self.unread();
+            if let Some(length) = unread[searched..].iter().position(|byte| *byte == b'\n') {
+                let line = unread[..searched + length].to_vec();
+                self.consume(line.len() + 1);
+                return Ok(line);
+            }
+            searched = unread.len();
+            if searched > MAX_LINE {
+                self.consume(searched);
+                return Err(GuestAgentError::LineTooLong(MAX_LINE));
+            }
+            self.receive().await?;
+        }
+    }
+
+    fn unread(&self) -> &[u8] {
+        &self.received[self.consumed..]
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.consumed += count;
+        if self.consumed == self.received.len() {
+            // A long answer must not keep its memory.
+            self.received = Vec::new();
+            self.consumed = 0;
+        }
+    }
+
+    /// Waits for more bytes.
+    async fn receive(&mut self) -> Result<(), GuestAgentError> {
+        self.received.drain(..self.consumed);
+        self.consumed = 0;
+        self.received.reserve(READ_SIZE);
+        let mut limited = (&mut self.socket).take(READ_SIZE as u64);
+        match limited.read_buf(&mut self.received).await? {
+            0 => Err(GuestAgentError::Closed),
+            _ => Ok(()),
+        }
+    }
+}
