@@ -102,7 +102,7 @@ pub(crate) struct MachineConfig {
     /// Whether there is an fs process (the file server). If so, guest memory is shared with it.
     pub(crate) file_server: bool,
     /// The disks at boot, in the first disk slots.
-    pub(crate) disks: Vec<DiskAccess>,
+    pub(crate) disks: Vec<DiskConfig>,
     /// The number of empty disk slots after those, for hot-plugged disks.
     pub(crate) hotplug_disks: u32,
     /// The part of the kernel's file that contains the kernel.
@@ -153,6 +153,14 @@ pub(crate) struct LinkConfig {
     pub(crate) queues: u16,
     /// What the guest receives by DHCP. `None` means that the vmm answers no DHCP request of the link.
     pub(crate) lease: Option<Lease>,
+}
+
+/// A disk that a machine boots with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct DiskConfig {
+    /// Identifies the disk to the guest and in messages: at most 20 bytes (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
+    pub(crate) serial: String,
+    pub(crate) access: DiskAccess,
 }
 
 /// The guest's access to a disk.

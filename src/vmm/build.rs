@@ -2,7 +2,7 @@
 
 use std::{fs::File, os::fd::OwnedFd, sync::Arc};
 
-use nutshell_protocol::{AGENT_PORT, NETWORK_SLOTS, SHARE_TAG, disk_serial};
+use nutshell_protocol::{AGENT_PORT, NETWORK_SLOTS, SHARE_TAG};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
@@ -127,9 +127,9 @@ pub(super) fn start(
     };
     let queues_per_disk = u16::from(config.vcpus);
     let mut boot_disks = 0;
-    for backing in disks {
-        let disk = Block::new(disk_serial(boot_disks), backing, queues_per_disk, &stall_timer)
-            .map_err(device_error("set up the disk"))?;
+    for (serial, backing) in disks {
+        let disk =
+            Block::new(serial, backing, queues_per_disk, &stall_timer).map_err(device_error("set up the disk"))?;
         counters.push(disk.counters());
         board.add(Box::new(disk))?;
         boot_disks += 1;

@@ -6,11 +6,10 @@ use std::{
 };
 
 use nutshell_disk_image::Image;
-use nutshell_protocol::disk_serial;
 
 use super::error::MachineError;
 use crate::{
-    control::{BoardKind, DiskAccess, Extent, LinkConfig, MachineConfig, Software},
+    control::{BoardKind, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     devices::virtio::block::Backing,
 };
 
@@ -22,7 +21,8 @@ pub(super) struct BootResources {
     pub(super) kernel: File,
     pub(super) software: SoftwareResources,
     pub(super) file_server: Option<UnixStream>,
-    pub(super) disks: Vec<Backing>,
+    /// With their serials.
+    pub(super) disks: Vec<(String, Backing)>,
 }
 
 /// A [`Software`] with its descriptors.
@@ -85,9 +85,13 @@ impl BootResources {
             } else {
                 None
             },
-            disks: (0..)
-                .zip(&config.disks)
-                .map(|(index, access)| open_disk(index, *access, || Ok(next("no file for a disk")?.into())))
+            disks: config
+                .disks
+                .iter()
+                .map(|disk| {
+                    let backing = open_disk(disk, || Ok(next("no file for a disk")?.into()))?;
+                    Ok((disk.serial.clone(), backing))
+                })
                 .collect::<Result<_, MachineError>>()?,
             config,
         };
@@ -145,13 +149,13 @@ fn parse_software(
     }
 }
 
-/// Opens the disk number `index`, whose descriptors come from `next_file`.
+/// Opens a disk, whose descriptors come from `next_file`.
 fn open_disk(
-    index: u32,
-    access: DiskAccess,
+    disk: &DiskConfig,
     mut next_file: impl FnMut() -> Result<File, MachineError>,
 ) -> Result<Backing, MachineError> {
     let base = next_file()?;
+    let access = disk.access;
     let image = match access {
         DiskAccess::ReadOnly | DiskAccess::ReadWrite => {
             return Ok(Backing::File {
@@ -168,7 +172,7 @@ fn open_disk(
     image
         .map(|image| Backing::Image(Box::new(image)))
         .map_err(|source| MachineError::DiskImage {
-            serial: disk_serial(index),
+            serial: disk.serial.clone(),
             source,
         })
 }
@@ -177,9 +181,15 @@ fn open_disk(
 mod tests {
     use std::os::unix::fs::FileExt;
 
+    use nutshell_protocol::disk_serial;
+
     use super::*;
 
     fn config(disks: Vec<DiskAccess>) -> MachineConfig {
+        let disks = (0..).zip(disks).map(|(slot, access)| DiskConfig {
+            serial: disk_serial(slot),
+            access,
+        });
         let extent = Extent { offset: 0, length: 0 };
         MachineConfig {
             memory: 2 << 20,
@@ -187,7 +197,7 @@ mod tests {
             vcpus: 1,
             max_vcpus: 1,
             file_server: false,
-            disks,
+            disks: disks.collect(),
             hotplug_disks: 0,
             kernel: extent,
         }
@@ -237,7 +247,7 @@ mod tests {
 
         let resources = parse(disks.clone(), files()).unwrap();
 
-        let found = resources.disks.iter().map(|disk| match disk {
+        let found = resources.disks.iter().map(|(_, disk)| match disk {
             Backing::File { file, read_only } => ("file", file.metadata().unwrap().len(), *read_only),
             Backing::Image(image) => ("image", image.size(), image.is_read_only()),
         });

@@ -11,8 +11,10 @@ use std::{
     sync::Arc,
 };
 
+use nutshell_protocol::disk_serial;
+
 use crate::{
-    control::{BoardKind, Command, DiskAccess, Extent, LinkConfig, MachineConfig, Software},
+    control::{BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     guest_image::{GuestImage, GuestImageError},
     oci::{PodSize, Size},
 };
@@ -115,7 +117,13 @@ impl BootRequest {
             vcpus: self.size.boot.vcpus,
             max_vcpus: self.size.max.vcpus,
             file_server: self.file_server.is_some(),
-            disks: self.disks.iter().map(BootDisk::access).collect(),
+            disks: (0..)
+                .zip(&self.disks)
+                .map(|(slot, disk)| DiskConfig {
+                    serial: disk_serial(slot),
+                    access: disk.access(),
+                })
+                .collect(),
             hotplug_disks: self.hotplug_disks,
             kernel: image.kernel_extent,
         };
@@ -155,7 +163,10 @@ pub(crate) struct UserBootRequest {
     pub(crate) guest_agent: Option<OwnedFd>,
     /// With the queues of each tap device.
     pub(crate) links: Vec<(LinkConfig, Vec<OwnedFd>)>,
-    pub(crate) disks: Vec<BootDisk>,
+    /// With their serials.
+    pub(crate) disks: Vec<(String, BootDisk)>,
+    /// The vhost-user socket of the file server; `None` if no directories are shared.
+    pub(crate) file_server: Option<OwnedFd>,
 }
 
 impl UserBootRequest {
@@ -174,8 +185,15 @@ impl UserBootRequest {
             max_memory: self.size.memory,
             vcpus: self.size.vcpus,
             max_vcpus: self.size.vcpus,
-            file_server: false,
-            disks: self.disks.iter().map(BootDisk::access).collect(),
+            file_server: self.file_server.is_some(),
+            disks: self
+                .disks
+                .iter()
+                .map(|(serial, disk)| DiskConfig {
+                    serial: serial.clone(),
+                    access: disk.access(),
+                })
+                .collect(),
             hotplug_disks: 0,
             kernel: whole(&self.kernel)?,
         };
@@ -196,7 +214,8 @@ impl UserBootRequest {
         descriptors.extend(self.console_output);
         descriptors.extend(self.guest_agent);
         descriptors.extend(queues.into_iter().flatten());
-        for disk in self.disks {
+        descriptors.extend(self.file_server);
+        for (_, disk) in self.disks {
             descriptors.extend(disk.into_descriptors()?);
         }
         Ok((Command::Boot(machine, software), descriptors))
@@ -323,7 +342,8 @@ mod tests {
                 panic!("{command:?}");
             };
             assert_eq!(machine.file_server, has_file_server);
-            assert_eq!(machine.disks, [DiskAccess::ReadOnly, DiskAccess::ReadWrite]);
+            let accesses = machine.disks.iter().map(|disk| disk.access);
+            assert!(accesses.eq([DiskAccess::ReadOnly, DiskAccess::ReadWrite]));
             assert_eq!(descriptors.len(), count);
         }
     }
@@ -355,10 +375,14 @@ mod tests {
                 console_output: descriptor(has_console),
                 guest_agent: descriptor(has_console),
                 links: vec![(link.clone(), vec![null().into(), null().into()])],
-                disks: vec![BootDisk::CopyOnWrite {
-                    image: image.clone(),
-                    read_only: false,
-                }],
+                disks: vec![(
+                    "root".to_owned(),
+                    BootDisk::CopyOnWrite {
+                        image: image.clone(),
+                        read_only: false,
+                    },
+                )],
+                file_server: None,
             };
 
             let (command, descriptors) = request.into_command().unwrap();
@@ -380,7 +404,11 @@ mod tests {
                 host_boot: [7; 16],
                 read_only: false,
             };
-            assert_eq!(machine.disks, [copy_on_write]);
+            let root = DiskConfig {
+                serial: "root".to_owned(),
+                access: copy_on_write,
+            };
+            assert_eq!(machine.disks, [root]);
             assert_eq!((initramfs.is_some(), console_input), (has_initramfs, has_console));
             assert_eq!(guest_agent, has_console);
             assert_eq!(links, std::slice::from_ref(&link));

@@ -124,7 +124,7 @@ impl Machine {
             spawned_at,
         } = vmm;
         let state = Arc::new(MachineState::new());
-        state.record_disks(&boot.disks);
+        state.record_disks((0..).map(disk_serial).zip(&boot.disks));
         match Self::open_channels(control, boot, on_event) {
             Ok((control, agent, agent_end)) => {
                 let times = StartTimes {
@@ -193,7 +193,8 @@ impl Machine {
     /// The reason why the machine could not be built, or ended before that.
     pub(crate) async fn boot_user(&self, boot: UserBootRequest, limit: Duration) -> Result<(), Arc<MachineExit>> {
         let (sender, built) = oneshot::channel();
-        self.state.record_disks(&boot.disks);
+        self.state
+            .record_disks(boot.disks.iter().map(|(serial, disk)| (serial.clone(), disk)));
         *self.state.boot_request.lock() = Some(sender);
         let sent = async {
             let (command, descriptors) = boot.into_command().map_err(|error| error.to_string())?;

@@ -10,7 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nutshell_protocol::disk_serial;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot, watch};
 
@@ -120,9 +119,9 @@ impl MachineState {
 
 impl MachineState {
     /// Records the files behind the disks that a machine boots with.
-    pub(super) fn record_disks(&self, disks: &[BootDisk]) {
-        let paths = disks.iter().map(|disk| disk.path().to_owned());
-        self.disk_paths.lock().extend((0..).map(disk_serial).zip(paths));
+    pub(super) fn record_disks<'a>(&self, disks: impl Iterator<Item = (String, &'a BootDisk)>) {
+        let paths = disks.map(|(serial, disk)| (serial, disk.path().to_owned()));
+        self.disk_paths.lock().extend(paths);
     }
 
     /// Logs a warning of the vmm. The vmm limits their number too, but a guest may control it.

@@ -218,7 +218,12 @@ impl VirtualMachine {
             console_output,
             guest_agent: None,
             links: links.transpose().map_err(VmError::Links)?.unwrap_or_default(),
-            disks: self.boot_disk(false).into_iter().collect(),
+            disks: self
+                .boot_disk(false)
+                .map(|disk| ("root".to_owned(), disk))
+                .into_iter()
+                .collect(),
+            file_server: None,
         };
         self.pace.lock().started = Instant::now();
         machine.boot_user(request, BUILD_LIMIT).await.map_err(VmError::Start)?;

@@ -14,13 +14,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nutshell_protocol::disk_serial;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{OFlags, fcntl_setfl},
 };
 
 use crate::{
-    control::{Channel, Command, DiskAccess, EndReason, Extent, LinkConfig, MachineConfig, Notice, Software},
+    control::{
+        Channel, Command, DiskAccess, DiskConfig, EndReason, Extent, LinkConfig, MachineConfig, Notice, Software,
+    },
     devices::console_tail::ConsoleTail,
     vmm,
 };
@@ -81,7 +84,13 @@ impl Guest {
             vcpus: VCPUS,
             max_vcpus: VCPUS,
             file_server: false,
-            disks: disks.iter().map(|_| DiskAccess::ReadWrite).collect(),
+            disks: (0..)
+                .zip(&disks)
+                .map(|(slot, _)| DiskConfig {
+                    serial: disk_serial(slot),
+                    access: DiskAccess::ReadWrite,
+                })
+                .collect(),
             hotplug_disks: 0,
             kernel: extent(&kernel_file),
         };
