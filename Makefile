@@ -24,7 +24,8 @@ UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.
-SOAK_SUITES := containers-1.7 docker failures-1.7 leaks pods-1.7 pods-shim-all-2.1 streams-1.7
+SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
+	pods-shim-all-2.1 streams-1.7 vms-all-2.1
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.
@@ -62,7 +63,7 @@ test: ## run everything that CI runs: lint, unit tests, end-to-end suites
 	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
 		'  lint                    1    7' '  unit tests              2    4' '  build                   1   14' \
 		'  deploy tests            1    1' "  agent's tests           2    8" '  kernels on the PC board 2    3' \
-		'  end-to-end suites      41   47'
+		'  end-to-end suites      37   43'
 	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
 
 lint: setup ## check formatting, clippy, licences, structure
@@ -90,13 +91,13 @@ suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
 	@$(PHASE) "agent's tests in the lab" "2 minutes" guest/agent/tests/run-in-lab
 	@$(PHASE) "kernels on the PC board in the lab" "2 minutes" tests/pc/run-in-lab
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "41 minutes" tests/run $(SUITES)
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "37 minutes" tests/run $(SUITES)
 
 soak: build ## run the suites that `make test` leaves out, the PC board's, and 200 rounds of chaos
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-pc soak-chaos
 
 soak-suites:
-	@$(PHASE) "soak: suites" "50 minutes" tests/run $(SOAK_SUITES)
+	@$(PHASE) "soak: suites" "60 minutes" tests/run $(SOAK_SUITES)
 
 # Containers on the PC board, and kernels of distributions that reboot repeatedly.
 soak-pc:

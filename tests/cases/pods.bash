@@ -46,3 +46,10 @@ disk_cases() {
   pod "disks of containers are attached and detached while the pod runs" disks::attach_and_detach
   pod "memory added during file I/O does not corrupt files" resources::growth_under_load
 }
+
+# With the image vm-raw.
+vm_cases() {
+  pod "virtual machine has the pod's network and volumes" vms::machine_has_the_pods_network_and_volumes
+  pod "virtual machine restarts in its pod" vms::machine_restarts_in_its_pod
+  pod "virtual machine beside a sidecar is refused" vms::machine_beside_a_sidecar_is_refused
+}

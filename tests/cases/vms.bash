@@ -16,6 +16,8 @@ start_vm() {
   done
   shift
   (($#)) || set -- vm
+  # A case that failed may have left them.
+  rm -f $console.*
   mkfifo $console.in
   exec {console_input}<>$console.in
   ctr run --snapshotter "$snapshotter" --runtime "$runtime" "${options[@]}" "$name" "$@" \
@@ -134,17 +136,18 @@ kill_ends_the_machine_at_once() {
   end_vm 137
 }
 
-# The guest writes more than all buffers hold while its client does not read, and continues: the oldest output is lost.
+# The guest writes more than a pipe holds while its client does not read, and continues. More than the machine's buffer
+# would take minutes here.
 console_without_a_reader_does_not_stall_the_guest() {
   new_name
   local image=vm-raw
   start_image
   kill -STOP "$client"
-  echo 'head -c 500000 /dev/zero | tr "\0" x; echo; echo done >/flood; sync; echo flood: over' >&"$console_input"
+  echo 'head -c 120000 /dev/zero | tr "\0" x; echo; echo done >/flood; sync; echo flood: over' >&"$console_input"
   local deadline=$((SECONDS + 120)) state
   while
     state=$(containerd-shim-nutshell-v2 inspect "$name" | awk '$1 == "serial" { print $6 }')
-    ((${state:-0} < 500000))
+    ((${state:-0} < 120000))
   do
     ((SECONDS < deadline)) || return 1
     read -r -t 0.5 -u "$never" || true
@@ -165,7 +168,7 @@ exec_fails_at_once_and_names_the_console() {
   ((SECONDS - start <= 2))
   assert_contains "$error" "it has no agent. Use its console"
   assert_equal 2 "$(ctr task ps "$name" | wc -l)"
-  assert_contains "$(containerd-shim-nutshell-v2 inspect "$name")" "nutshell-0"
+  assert_contains "$(containerd-shim-nutshell-v2 inspect "$name")" "root "
   assert_contains "$(ctr task metrics "$name")" memory
   ctr task kill --signal SIGKILL "$name"
   end_vm 137
@@ -189,10 +192,10 @@ unusable_images_are_refused_with_the_reason() {
   refused_vm "contains a.raw, b.raw" $root
   rm $root/disk/*
   ln -s /etc/passwd $root/disk/link.raw
-  refused_vm "/disk/link.raw is a symbolic link" $root
+  refused_vm "/disk/link.raw of the image: it is a symbolic link" $root
   rm $root/disk/*
   mknod $root/disk/device.raw b 7 0
-  refused_vm "/disk/device.raw is a device node" $root
+  refused_vm "/disk/device.raw of the image: it is a device node" $root
   rm $root/disk/*
   qemu-img create -q -f qcow2 -b /etc/passwd -F raw $root/disk/disk.qcow2 1M
   refused_vm "backing file" $root
@@ -201,8 +204,11 @@ unusable_images_are_refused_with_the_reason() {
   refused_vm "no kernel to boot was found on the disk" $root
   refused_vm "annotation io.containerd.nutshell.vm.on-rebot: unknown" $root \
     --annotation io.containerd.nutshell.vm.on-rebot=exit
-  refused_vm "mounts: /data: a virtual machine has no mounts except /kernel" $root \
-    --mount type=bind,src=/run/tmp,dst=/data,options=rbind
+  mkdir /run/tmp/empty
+  refused_vm "disk data: no disk.img is in the volume, and it is empty" $root \
+    --mount type=bind,src=/run/tmp/empty,dst=/disks/data,options=rbind
+  refused_vm "user-data" $root --mount type=bind,src=/run/tmp/empty,dst=/cloud-init,options=rbind
+  rmdir /run/tmp/empty
   rm -r $root
 }
 
@@ -242,4 +248,89 @@ full_snapshot_is_only_an_io_error_in_the_guest() {
   end_vm 137
   umount $root
   rmdir $root
+}
+
+# volume_disk FOLDER SIZE: makes a volume with a raw disk that has a file system.
+volume_disk() {
+  mkdir -p "$1"
+  truncate -s "$2" "$1/disk.img"
+  mkfs.ext4 -q "$1/disk.img"
+}
+
+# A disk of a volume that is written, a blank one, an image whose writes end with the task, a seed, and a shared folder.
+volumes_are_disks_seed_and_shared_folders() {
+  new_name
+  local image=vm-raw volumes=/run/tmp/volumes disks
+  volume_disk $volumes/data 8M
+  mkdir $volumes/{blank,tools,seed,shared}
+  qemu-img create -q -f qcow2 $volumes/tools/tools.qcow2 16M
+  printf '#cloud-config\n' >$volumes/seed/user-data
+  echo of the host >$volumes/shared/file
+  local mounts=(--mount "type=bind,src=$volumes/data,dst=/disks/data,options=rbind:rw"
+    --mount "type=bind,src=$volumes/blank,dst=/disks/scratch,options=rbind:rw"
+    --mount "type=bind,src=$volumes/tools,dst=/disks/tools,options=rbind:ro"
+    --mount "type=bind,src=$volumes/seed,dst=/cloud-init,options=rbind:ro"
+    --mount "type=bind,src=$volumes/shared,dst=/srv/shared,options=rbind:ro"
+    --annotation io.containerd.nutshell.vm.disk.scratch=blank,size=32Mi)
+  start_image "${mounts[@]}"
+  disks=$(in_guest 'for disk in /sys/block/vd*; do echo "$(cat $disk/serial) $(cat $disk/size) $(cat $disk/ro)"; done' | tr '\n' ,)
+  assert_contains "$disks" "root 98304 0,data 16384 0,scratch 65536 0,tools 32768 0,seed "
+  assert_contains "$(in_guest 'blkid /dev/vde')" 'LABEL="CIDATA"'
+  in_guest 'mount -t ext4 /dev/vdb /mnt && echo of the guest >/mnt/file && umount /mnt'
+  in_guest 'mkdir -p /shared && mount -t virtiofs nutshell /shared'
+  assert_equal "of the host" "$(in_guest 'cat /shared/srv/shared/file')"
+  ! in_guest 'touch /shared/srv/shared/other' || return 1
+  # A disk that a machine writes belongs to it.
+  local error
+  error=$(ctr run --runtime "$runtime" --mount "type=bind,src=$volumes/data,dst=/disks/data,options=rbind:rw" \
+    "localhost/$image:latest" "$name-2" vm 2>&1) && return 1
+  assert_contains "$error" "another virtual machine writes it"
+  ctr container delete "$name-2" 2>/dev/null || true
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+  assert_equal "of the guest" "$(debugfs -R 'cat /file' $volumes/data/disk.img 2>/dev/null)"
+  assert_equal $((32 << 20)) "$(stat -c %s $volumes/blank/disk.img)"
+  rm -r $volumes
+}
+
+# The root is a volume: a later task continues with what an earlier one has written.
+volume_is_the_boot_disk_and_persists() {
+  local volume=/run/tmp/volume root=/run/tmp/image boot
+  mkdir -p $volume $root
+  cp --sparse=always "$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)" $volume/disk.img
+  for boot in 1 2; do
+    new_name
+    start_vm --rootfs --mount type=bind,src=$volume,dst=/disks/system,options=rbind:rw \
+      --annotation io.containerd.nutshell.vm.disk.system=boot $root --
+    wait_for_console "ready: .* boot $boot"
+    ctr task kill --signal SIGTERM "$name"
+    end_vm 0
+  done
+  # The container's user may not open the disk of root.
+  chmod 600 $volume/disk.img
+  refused_vm "cannot be opened by the user 1234" $root --user 1234:1234 \
+    --mount type=bind,src=$volume,dst=/disks/system,options=rbind:rw \
+    --annotation io.containerd.nutshell.vm.disk.system=boot
+  rm -r $volume $root
+}
+
+# With the images vm-raw and vm-zstd.
+vm_cases() {
+  check "qcow2 disk with zstd boots" qcow2_disk_with_zstd_boots
+  check "reboot in the guest boots the same disk again" reboot_in_the_guest_boots_the_same_disk_again
+  check "unusable images are refused with the reason" unusable_images_are_refused_with_the_reason
+  check "kernel and initrd of a mount boot without a disk" kernel_and_initrd_of_a_mount_boot_without_a_disk
+  check "volumes are disks, seed and shared folders" volumes_are_disks_seed_and_shared_folders
+}
+
+# With the image vm-qcow2 too.
+more_vm_cases() {
+  check "raw disk boots" raw_disk_boots
+  check "qcow2 disk with zlib boots" qcow2_disk_with_zlib_boots
+  check "reboot ends the task if on-reboot is exit" reboot_ends_the_task_if_on_reboot_is_exit
+  check "kill ends the machine at once" kill_ends_the_machine_at_once
+  check "console without a reader does not stall the guest" console_without_a_reader_does_not_stall_the_guest
+  check "exec fails at once and names the console" exec_fails_at_once_and_names_the_console
+  check "full snapshot is only an I/O error in the guest" full_snapshot_is_only_an_io_error_in_the_guest
+  check "volume is the boot disk and persists" volume_is_the_boot_disk_and_persists
 }

@@ -1,0 +1,110 @@
+//! Pods that are virtual machines: their containers boot the disk in their image.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+};
+
+use crate::{
+    client::call,
+    messages::{ContainerState, Mount, PodState, RemoveContainerRequest},
+    pod::{Container, Handler, Pod, image},
+    streaming::Streams,
+    wait::{TIMEOUT, wait_until},
+};
+
+/// A disk that executes the lines of its console (tests/images/disk).
+const DISK: &str = "localhost/vm-raw:latest";
+
+/// Starts the virtual machine of a pod, and waits for the guest.
+fn start_vm(pod: &Pod, name: &str, mounts: &[Mount]) -> Container {
+    let container = pod.start_with(name, &["vm"], |config| {
+        config.image = image(DISK);
+        config.tty = true;
+        config.stdin = true;
+        config.mounts = mounts.to_vec();
+    });
+    wait_for_output(&container, "ready: ");
+    container
+}
+
+fn wait_for_output(container: &Container, text: &str) {
+    wait_until(&format!("{text:?} on the console"), || {
+        assert_eq!(container.status().state(), ContainerState::Running);
+        container.output("stdout").contains(text).then_some(())
+    });
+}
+
+fn mount(container_path: &str, host_path: &str) -> Mount {
+    Mount {
+        container_path: container_path.into(),
+        host_path: host_path.into(),
+        readonly: false,
+    }
+}
+
+/// The guest has the pod's address by DHCP, is reachable there, shares a volume, and shuts down when the pod stops.
+pub(crate) fn machine_has_the_pods_network_and_volumes(handler: Handler) {
+    let pod = Pod::run(handler);
+    let volume = format!("{}/volume", pod.config.log_directory);
+    fs::create_dir(&volume).unwrap();
+    fs::write(format!("{volume}/file"), "of the host").unwrap();
+    let container = start_vm(&pod, "vm", &[mount("/srv/data", &volume)]);
+    let [address, _] = pod.addresses();
+    let mut console = Streams::attach(&container, true);
+    console.send("udhcpc -i eth0 -n -q -s /udhcpc\n");
+    console.wait_for(&format!(
+        "lease: {address}/16 router 10.88.0.1 host {}",
+        pod.config.hostname
+    ));
+    console.send("mount -t virtiofs nutshell /mnt && echo \"shared: $(cat /mnt/srv/data/file)\"\n");
+    console.wait_for("shared: of the host");
+    console.send("echo written >/mnt/srv/data/written; (nc -l -p 7 -e cat &); sleep 1; echo listening\n");
+    console.wait_for("listening");
+    assert_eq!(fs::read_to_string(format!("{volume}/written")).unwrap(), "written\n");
+
+    let mut connection = TcpStream::connect((address.as_str(), 7)).unwrap();
+    connection.set_read_timeout(Some(TIMEOUT)).unwrap();
+    connection.write_all(b"hello").unwrap();
+    let mut answer = [0; 5];
+    connection.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"hello");
+    drop(connection);
+
+    let sidecar = pod.create("side", &["sleep", "1000"], |_| ()).unwrap();
+    let refused = sidecar.start().unwrap_err().to_string();
+    assert!(refused.contains("this pod is a virtual machine"), "{refused}");
+    container.stop(60);
+    assert_eq!(container.status().exit_code, 0);
+    assert_eq!(pod.status().state(), PodState::Ready);
+    pod.remove();
+}
+
+/// A container of the pod that has ended is replaced, as with the restart policy Always.
+pub(crate) fn machine_restarts_in_its_pod(handler: Handler) {
+    let pod = Pod::run(handler);
+    let init = pod.start("init", &["true"]);
+    assert_eq!(init.wait().exit_code, 0);
+    let first = start_vm(&pod, "first", &[]);
+    let mut console = Streams::attach(&first, true);
+    console.send("poweroff -f\n");
+    assert_eq!(first.wait().exit_code, 0);
+    let container_id = first.id.clone();
+    call(&RemoveContainerRequest { container_id }).unwrap();
+    let second = start_vm(&pod, "second", &[]);
+    // The disk of the image is new again.
+    assert!(second.output("stdout").contains("boot 1"));
+    pod.stop();
+    assert_eq!(second.wait().exit_code, 137);
+    pod.remove();
+}
+
+pub(crate) fn machine_beside_a_sidecar_is_refused(handler: Handler) {
+    let pod = Pod::run(handler);
+    let _sidecar = pod.start("side", &["sleep", "1000"]);
+    let machine = pod.create("vm", &["vm"], |config| config.image = image(DISK)).unwrap();
+    let refused = machine.start().unwrap_err().to_string();
+    assert!(refused.contains("needs a pod for itself"), "{refused}");
+    pod.remove();
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Pods that are virtual machines, on containerd 2.1.
+# Takes about 2 minutes.
+#
+# Environment:
+#   NUTSHELL_TEST_FILTER  runs only the cases whose name contains it
+source "$(dirname "$0")/../lab/test.bash"
+source "$(dirname "$0")/../lab/pods.bash"
+source "$(dirname "$0")/../cases/pods.bash"
+start_node 2.1 busybox vm-raw
+
+handler=nutshell
+vm_cases
+finish
