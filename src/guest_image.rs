@@ -87,10 +87,6 @@ pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Gu
 /// Opens the image of the machine that finds the kernel on a disk of a virtual machine. It boots on the container board.
 /// Both parts are those of this executable: a configured kernel may lack the file systems of disks, and an initramfs is
 /// configured together with it.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "no virtual machine is started from a disk yet")
-)]
 pub(crate) fn open_disk_reader() -> Result<GuestImage, GuestImageError> {
     let open = |part, section| {
         open_part(part, None, section).map_err(|error| match error {

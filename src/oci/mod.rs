@@ -19,6 +19,7 @@ mod pod;
 mod size;
 mod source;
 mod spec;
+mod vm_plan;
 
 pub(crate) use annotations::read_annotations;
 pub(crate) use bundle::BundleSpec;
@@ -29,9 +30,13 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, Hook, Hooks, HostMount, Network, OnReboot, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
-    ResolvConf, Root, Share, ShareIdMap, VmImage, VmKernel, VmPlan,
+    BundlePlan, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
+    ResolvConf, Root, Share, ShareIdMap,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};
 pub(crate) use source::{HostInspector, Inspect, SourceKind};
+pub(crate) use vm_plan::{
+    DataSource, DiskContent, DiskName, DiskSource, FileUser, OnReboot, VmDisk, VmIdentity, VmImage, VmKernel, VmPlan,
+    VmSeed,
+};

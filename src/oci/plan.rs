@@ -2,8 +2,6 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use uuid::Uuid;
-
 use super::{CgroupPath, IdMap, Limits, PodSize, Size};
 
 /// Size of a pod's `/dev/shm` if nothing else sets it, in bytes: containerd's default (`internal/cri`,
@@ -84,67 +82,6 @@ pub(crate) struct Plan {
     pub(crate) hooks: Hooks,
     /// Lines for the log, one for each setting of the spec that is not applied.
     pub(crate) warnings: Vec<String>,
-}
-
-/// The resources and settings of a virtual machine that boots a user's disk or kernel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct VmPlan {
-    pub(crate) placement: Placement,
-    pub(crate) kernel: VmKernel,
-    /// Appended to the kernel's command line.
-    pub(crate) kernel_arguments: String,
-    pub(crate) on_reboot: OnReboot,
-    /// Identifies the machine: the UID of its pod. `None` for a single machine, which gets a random one.
-    pub(crate) uuid: Option<Uuid>,
-    pub(crate) network: Network,
-    /// The host name that the guest is told.
-    pub(crate) hostname: Option<String>,
-    /// The file of the host with the DNS servers that the guest is told.
-    pub(crate) resolv_conf: Option<PathBuf>,
-    pub(crate) size: Size,
-    /// The limits of the container, from which `size` is.
-    pub(crate) limits: Limits,
-    /// The control group of the machine on the host. `None`: that of the shim.
-    pub(crate) cgroup: Option<CgroupPath>,
-    /// The `oom_score_adj` of the machine on the host.
-    pub(crate) oom_score_adj: i32,
-    /// The hooks that run on the host.
-    pub(crate) hooks: Hooks,
-}
-
-/// The files of the image of a virtual machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct VmImage {
-    /// The mounts of its snapshot.
-    pub(crate) mounts: Vec<HostMount>,
-    /// The directory with its files, if `mounts` is empty.
-    pub(crate) directory: PathBuf,
-}
-
-/// The kernel that a virtual machine boots.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum VmKernel {
-    /// The one that the boot loader of its first disk would boot.
-    Disk,
-    /// Files below a directory of the host, which may hold links.
-    Files {
-        /// The source of the mount at `/kernel`.
-        directory: PathBuf,
-        /// Relative to `directory`.
-        kernel: PathBuf,
-        /// Relative to `directory`.
-        initramfs: Option<PathBuf>,
-    },
-}
-
-/// What happens when the guest resets the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum OnReboot {
-    /// It boots again.
-    #[default]
-    Restart,
-    /// The task ends.
-    Exit,
 }
 
 /// The container's relation to a pod.

@@ -63,7 +63,7 @@ pub(super) fn filter(linux: &mut Linux, warnings: &mut Vec<String>) -> Result<()
     Ok(())
 }
 
-fn is_known(device: &LinuxDevice) -> bool {
+pub(super) fn is_known(device: &LinuxDevice) -> bool {
     match device.typ() {
         LinuxDeviceType::P => true,
         LinuxDeviceType::C | LinuxDeviceType::U => u32::try_from(device.major())

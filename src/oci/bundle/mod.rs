@@ -53,7 +53,7 @@ impl BundleSpec {
     }
 
     /// The files of the image, whose snapshot has the mounts `rootfs`, if the command requests a virtual machine. An
-    /// image without a disk is a container with a program of that name, unless [`Self::has_kernel_annotation`].
+    /// image without a disk is a container with a program of that name, unless [`Self::has_boot_annotation`].
     ///
     /// # Errors
     ///
@@ -62,9 +62,13 @@ impl BundleSpec {
         virtual_machine::find_image(&self.spec, &self.bundle, rootfs)
     }
 
-    /// Whether an annotation names the kernel of a virtual machine.
-    pub(crate) fn has_kernel_annotation(&self) -> bool {
-        virtual_machine::has_kernel_annotation(&self.spec)
+    /// Whether an annotation selects what a virtual machine boots, so that its image needs no disk.
+    ///
+    /// # Errors
+    ///
+    /// An annotation of a virtual machine is unknown or invalid.
+    pub(crate) fn has_boot_annotation(&self) -> Result<bool, PlanError> {
+        virtual_machine::has_boot_annotation(&self.spec)
     }
 
     /// Plans the container or sandbox `id` with the mounts of its snapshot (`rootfs`). Inspects the host only through
@@ -85,13 +89,13 @@ impl BundleSpec {
         plan_bundle(self, id, rootfs, sizing, host, inspect)
     }
 
-    /// Plans a virtual machine.
+    /// Plans a virtual machine. Inspects the host only through `inspect`.
     ///
     /// # Errors
     ///
     /// As for [`Self::plan`].
-    pub(crate) fn plan_virtual_machine(self, sizing: &Sizing) -> Result<VmPlan, PlanError> {
-        virtual_machine::plan(self.spec, sizing)
+    pub(crate) fn plan_virtual_machine(self, sizing: &Sizing, inspect: &dyn Inspect) -> Result<VmPlan, PlanError> {
+        virtual_machine::plan(self.spec, sizing, inspect)
     }
 }
 

@@ -69,7 +69,7 @@ impl Launcher for HostLauncher {
     fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError> {
         Ok(GuestResources {
             kvm: open_kvm()?,
-            image: guest_image::open(None, self.configuration.initramfs.as_deref())?,
+            image: guest_image::open_disk_reader()?,
             kernel_arguments: String::new(),
             board: BoardKind::Container,
         })

@@ -15,6 +15,7 @@ mod requirements;
 
 use std::{
     future::Future,
+    os::fd::OwnedFd,
     path::Path,
     sync::{
         Arc,
@@ -230,6 +231,41 @@ impl Pod {
         }
         self.oom_score.replace_vmm(vmm.child.pid());
         Ok(vmm)
+    }
+
+    /// Starts a file server for `machine`, which is to be booted, and shares directories through it. Ends the one before
+    /// it. Returns the socket for the vmm. Call it on the shim's main thread.
+    ///
+    /// # Errors
+    ///
+    /// The process cannot be started, or a directory cannot be shared.
+    pub(crate) async fn start_file_server(
+        &self,
+        launcher: &dyn Launcher,
+        machine: &Arc<Machine>,
+        id: &ContainerId,
+        shares: Vec<Share>,
+    ) -> Result<OwnedFd, PodError> {
+        let old = self.file_server().take();
+        if let Some(old) = old {
+            release(Some(old), None).await;
+        }
+        let (server, socket) = RunningFileServer::start(launcher)?.ok_or(PodError::NotShared)?;
+        *self.file_server() = Some(server.clone());
+        self.add_process(server.pid())?;
+        self.oom_score.replace_file_server(server.pid());
+        server.kill_machine_at_exit(Arc::downgrade(machine));
+        let attach = server.attach(id, move |server| {
+            shares.iter().try_for_each(|share| server.attach(share))
+        });
+        attach.await?;
+        if self.is_closed() {
+            // The pod has ended meanwhile, and does not know this file server.
+            let server = self.file_server().take();
+            release(server, None).await;
+            return Err(PodError::Ended);
+        }
+        Ok(socket)
     }
 
     /// Makes `machine` the pod's machine, and ends the one before it.

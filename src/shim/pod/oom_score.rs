@@ -16,7 +16,8 @@ const DEFAULT: i32 = 0;
 #[derive(Debug)]
 pub(super) struct OomScore {
     vmm: AtomicU32,
-    file_server: Option<u32>,
+    /// 0 if there is none.
+    file_server: AtomicU32,
     /// That of the container that is protected most.
     lowest: Mutex<Option<i32>>,
 }
@@ -26,7 +27,7 @@ impl OomScore {
     pub(super) fn new(vmm: u32, file_server: Option<u32>) -> Self {
         Self {
             vmm: AtomicU32::new(vmm),
-            file_server,
+            file_server: AtomicU32::new(file_server.unwrap_or_default()),
             lowest: Mutex::default(),
         }
     }
@@ -34,6 +35,13 @@ impl OomScore {
     /// Gives another vmm process, which replaces the earlier one, the value that the earlier one has.
     pub(super) fn replace_vmm(&self, pid: u32) {
         self.vmm.store(pid, Ordering::Relaxed);
+        let lowest = *self.lowest.lock();
+        self.write(lowest.unwrap_or(DEFAULT));
+    }
+
+    /// Like [`Self::replace_vmm`], for the file server.
+    pub(super) fn replace_file_server(&self, pid: u32) {
+        self.file_server.store(pid, Ordering::Relaxed);
         let lowest = *self.lowest.lock();
         self.write(lowest.unwrap_or(DEFAULT));
     }
@@ -54,10 +62,8 @@ impl OomScore {
     }
 
     fn write(&self, value: i32) {
-        for pid in [Some(self.vmm.load(Ordering::Relaxed)), self.file_server]
-            .into_iter()
-            .flatten()
-        {
+        let pids = [&self.vmm, &self.file_server].map(|pid| pid.load(Ordering::Relaxed));
+        for pid in pids.into_iter().filter(|pid| *pid != 0) {
             let path = format!("/proc/{pid}/oom_score_adj");
             if let Err(error) = fs::write(&path, value.to_string()) {
                 log::warn!("cannot write {value} to {path}: {error}");

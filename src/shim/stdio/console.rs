@@ -53,6 +53,13 @@ impl ConsoleStreams {
         Ok((duplicate(&ends.input)?, duplicate(&ends.output)?))
     }
 
+    /// Closes the ends of the machine, which has ended: clients see the end of its output. What they have not read stays
+    /// in the pipe.
+    pub(crate) fn close_machine_ends(&self) {
+        let mut ends = self.0.lock();
+        (ends.input, ends.input_writer, ends.output) = (None, None, None);
+    }
+
     /// Closes all streams after the end of the machine, and ends the logging programs. Waits until clients have the
     /// output, for at most `limit`.
     pub(crate) async fn close(&self, limit: Duration) {
@@ -119,6 +126,7 @@ mod tests {
             File::from(output.unwrap()).write_all(boot.as_bytes()).unwrap();
         }
         let mut reader = File::open(path("out")).unwrap();
+        console.close_machine_ends();
         console.close(std::time::Duration::from_secs(1)).await;
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();

@@ -24,10 +24,9 @@ use crate::{
     shim::{
         blocking,
         error::{ErrorCode, TaskError},
-        machine::DiskImage,
         pod::{Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
-        vm,
+        vm::{ImageRoot, VmFiles},
     },
 };
 
@@ -35,8 +34,7 @@ use crate::{
 #[derive(Debug)]
 enum TaskPlan {
     Bundle(BundlePlan),
-    /// A virtual machine, with the disk in its image if there is one.
-    VirtualMachine(Box<VmPlan>, Option<DiskImage>),
+    VirtualMachine(Box<VmPlan>, Box<VmFiles>),
 }
 
 /// A container to create.
@@ -59,7 +57,7 @@ impl Tasks {
         let reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
         let container = match self.plan(&request).await? {
-            TaskPlan::VirtualMachine(plan, disk) => self.create_virtual_machine(&request, *plan, disk).await?,
+            TaskPlan::VirtualMachine(plan, files) => self.create_virtual_machine(&request, *plan, *files).await?,
             TaskPlan::Bundle(BundlePlan::Sandbox(plan)) => {
                 let stdio = request.stdio.clone();
                 let (id, requested_at) = (&request.id, request.requested_at);
@@ -92,17 +90,22 @@ impl Tasks {
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let plan = blocking::run("inspect the sources of the container's mounts", move || {
             let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
-            if let Some(image) = spec
+            let inspect = HostInspector::default();
+            let image = spec
                 .virtual_machine_image(&rootfs)
-                .map_err(|error| plan_error(&error))?
-            {
-                let disk = vm::find_disk(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
-                if disk.is_some() || spec.has_kernel_annotation() {
-                    let plan = spec.plan_virtual_machine(&sizing).map_err(|error| plan_error(&error))?;
-                    return Ok(TaskPlan::VirtualMachine(Box::new(plan), disk));
+                .map_err(|error| plan_error(&error))?;
+            if let Some(image) = image {
+                let root = ImageRoot::mount(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
+                let disk = root.open_disk().map_err(|error| vm_error(&error))?;
+                if disk.is_some() || spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
+                    let plan = spec
+                        .plan_virtual_machine(&sizing, &inspect)
+                        .map_err(|error| plan_error(&error))?;
+                    let files = VmFiles::open(&plan, &root, disk).map_err(|error| vm_error(&error))?;
+                    return Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)));
                 }
             }
-            spec.plan(&id, &rootfs, &sizing, host_namespaces, &HostInspector::default())
+            spec.plan(&id, &rootfs, &sizing, host_namespaces, &inspect)
                 .map(TaskPlan::Bundle)
                 .map_err(|error| plan_error(&error))
         });

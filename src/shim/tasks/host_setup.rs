@@ -82,7 +82,11 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
 /// The error of a call for a virtual machine: `INVALID_ARGUMENT` if the image or an annotation is wrong.
 pub(super) fn vm_error(error: &VmError) -> TaskError {
     let code = match error {
-        VmError::Image(_) | VmError::KernelFile { .. } => ErrorCode::InvalidArgument,
+        VmError::Image { .. }
+        | VmError::Volume { .. }
+        | VmError::KernelFile { .. }
+        | VmError::Seed(_)
+        | VmError::NoDisk => ErrorCode::InvalidArgument,
         _ => ErrorCode::Unknown,
     };
     TaskError::new(code, error.to_string())

@@ -6,8 +6,8 @@ use containerd_shim::protos::{
 };
 use serde_json::{Value, json};
 
-use super::{Shim, behaviour::Behaviour, error_of, process_exists};
-use crate::control::EndReason;
+use super::{Shim, behaviour::Behaviour, error_of, open_reader, process_exists};
+use crate::{control::EndReason, shim::stdio::read_next};
 
 impl Shim {
     /// A request to create the virtual machine `id`, with a disk in its image.
@@ -48,12 +48,15 @@ async fn kernel_of_the_disk_boots_and_power_off_is_exit_status_0() {
         .create_vm("v1", json!({"io.containerd.nutshell.vm.kernel-arguments": "quiet"}))
         .await;
     assert_eq!(shim.status("v1").await, Status::CREATED);
+    let reader = open_reader(&shim, "v1");
     assert_eq!(shim.start_task("v1", "").await.unwrap(), pid);
     assert_eq!(shim.fake.user_boots(1).await, "root=/dev/vda1 console=ttyS0 quiet");
 
     shim.kill("v1", "", 15).await.unwrap();
 
     assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+    // The output has ended before the task is deleted.
+    assert_eq!(read_next(&reader), b"");
     shim.delete("v1", "").await.unwrap();
     assert!(!process_exists(pid));
     assert_eq!(

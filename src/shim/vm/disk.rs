@@ -30,9 +30,9 @@ use crate::{
 /// The directory of an image with its disk (KubeVirt's containerDisk).
 const DIRECTORY: &str = "disk";
 
-/// The copy-on-write file, in the root directory of the snapshot. It is removed with the snapshot, and counts as part of
+/// The copy-on-write file of the image's disk, in the root directory of the snapshot. It is removed with the snapshot, and counts as part of
 /// it.
-const WRITES: &str = ".nutshell-disk-writes";
+pub(super) const WRITES: &str = ".nutshell-disk-writes";
 
 /// The maximum number of names that an error lists.
 const LISTED_NAMES: usize = 3;
@@ -44,56 +44,90 @@ const WRITE_LOCK: libc::c_short = 1;
 const FROM_START: libc::c_short = 0;
 
 /// Links are refused, and so are mounts below the root.
-const BENEATH: ResolveFlags = ResolveFlags::IN_ROOT
+pub(super) const BENEATH: ResolveFlags = ResolveFlags::IN_ROOT
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_XDEV);
 
-/// Opens the disk of an image. `None` if the image has no directory `/disk`. Blocks on the file system of the image.
-///
-/// # Errors
-///
-/// `/disk` does not contain exactly one regular file, that file cannot be opened, or the copy-on-write file cannot be
-/// created in the snapshot or is in use.
-pub(crate) fn find_disk(image: &VmImage, bundle_rootfs: &Path) -> Result<Option<DiskImage>, VmError> {
-    let root = mount_image(&image.mounts, &image.directory, bundle_rootfs)?;
-    let Some((path, base)) = open_base(root.as_fd())? else {
-        return Ok(None);
-    };
-    Ok(Some(DiskImage {
-        path,
-        base,
-        writes: open_writes(root.as_fd())?,
-        host_boot: read_host_boot()?,
-    }))
+/// The root directory of an image, in a mount that no other process sees.
+#[derive(Debug)]
+pub(crate) struct ImageRoot(OwnedFd);
+
+impl ImageRoot {
+    /// Mounts the files of an image. Blocks on its file system.
+    pub(crate) fn mount(image: &VmImage, bundle_rootfs: &Path) -> Result<Self, VmError> {
+        Ok(Self(mount_image(&image.mounts, &image.directory, bundle_rootfs)?))
+    }
+
+    /// Opens the disk of the image. `None` if the image has no directory `/disk`. Blocks on its file system.
+    ///
+    /// # Errors
+    ///
+    /// `/disk` does not contain exactly one regular file, that file cannot be opened, or the copy-on-write file cannot be
+    /// created in the snapshot or is in use.
+    pub(crate) fn open_disk(&self) -> Result<Option<DiskImage>, VmError> {
+        let Some((path, base)) = open_base(self.0.as_fd(), Path::new("/"))? else {
+            return Ok(None);
+        };
+        self.with_writes(path, base, WRITES).map(Some)
+    }
+
+    /// The disk with the base image `base`, whose writes go to the file `writes` in the snapshot.
+    pub(super) fn with_writes(&self, path: PathBuf, base: File, writes: &str) -> Result<DiskImage, VmError> {
+        Ok(DiskImage {
+            path,
+            base,
+            writes: open_writes(self.0.as_fd(), writes)?,
+            host_boot: read_host_boot()?,
+        })
+    }
 }
 
-fn open_base(root: BorrowedFd<'_>) -> Result<Option<(PathBuf, File)>, VmError> {
+/// Opens the only file in the directory `disk` of `root`, whose path is `at` in messages. `None` if there is no such
+/// directory.
+pub(super) fn open_base(root: BorrowedFd<'_>, at: &Path) -> Result<Option<(PathBuf, File)>, VmError> {
+    let shown = at.join(DIRECTORY);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = match rustix::fs::openat2(root, DIRECTORY, flags, Mode::empty(), BENEATH) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-        Err(Errno::LOOP) => return Err(VmError::Image("it is a symbolic link, not a directory".to_owned())),
-        opened => opened.map_err(failed(Path::new("/disk"), "open the directory"))?,
+        Err(Errno::LOOP) => {
+            return Err(VmError::Image {
+                path: shown,
+                reason: "it is a symbolic link, not a directory".to_owned(),
+            });
+        }
+        opened => opened.map_err(failed(&shown, "open the directory"))?,
     };
-    let name = only_entry(&directory).map_err(failed(Path::new("/disk"), "list the directory"))?;
-    let name = name.map_err(VmError::Image)?;
-    let path = Path::new("/disk").join(OsStr::from_bytes(&name));
+    open_only_file(directory.as_fd(), &shown).map(Some)
+}
+
+/// Opens the only file in `directory`, whose path is `at` in messages.
+pub(super) fn open_only_file(directory: BorrowedFd<'_>, at: &Path) -> Result<(PathBuf, File), VmError> {
+    let name = only_entry(directory).map_err(failed(at, "list the directory"))?;
+    let name = name.map_err(|reason| VmError::Image {
+        path: at.to_owned(),
+        reason,
+    })?;
+    let path = at.join(OsStr::from_bytes(&name));
     let failed = |step| failed(&path, step);
     // The type is checked before the file is opened, because opening a device node or a fifo can have effects.
-    let status = rustix::fs::statat(&directory, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
+    let status = rustix::fs::statat(directory, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
     let kind = FileType::from_raw_mode(status.map_err(failed("read its type"))?.st_mode);
     if kind != FileType::RegularFile {
-        let text = format!("{} is {}, not a regular file", path.display(), describe(kind));
-        return Err(VmError::Image(text));
+        return Err(VmError::Image {
+            path,
+            reason: format!("it is {}, not a regular file", describe(kind)),
+        });
     }
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let base =
-        rustix::fs::openat2(&directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open it"))?;
-    Ok(Some((path, base.into())))
+        rustix::fs::openat2(directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open it"))?;
+    let base = base.into();
+    Ok((path, base))
 }
 
 /// The name of the only entry of a directory, or the reason why there is none.
-fn only_entry(directory: &OwnedFd) -> rustix::io::Result<Result<Vec<u8>, String>> {
+fn only_entry(directory: BorrowedFd<'_>) -> rustix::io::Result<Result<Vec<u8>, String>> {
     let mut names = Vec::new();
     for entry in Dir::read_from(directory)? {
         let name = entry?.file_name().to_bytes().to_owned();
@@ -125,7 +159,7 @@ fn only_entry(directory: &OwnedFd) -> rustix::io::Result<Result<Vec<u8>, String>
     })
 }
 
-fn describe(kind: FileType) -> &'static str {
+pub(super) fn describe(kind: FileType) -> &'static str {
     match kind {
         FileType::Symlink => "a symbolic link",
         FileType::Directory => "a directory",
@@ -137,11 +171,11 @@ fn describe(kind: FileType) -> &'static str {
 }
 
 /// Opens and locks the copy-on-write file of a snapshot. The first start of the container creates it.
-fn open_writes(root: BorrowedFd<'_>) -> Result<File, VmError> {
-    let path = Path::new("/").join(WRITES);
+fn open_writes(root: BorrowedFd<'_>, name: &str) -> Result<File, VmError> {
+    let path = Path::new("/").join(name);
     let failed = |step| failed(&path, step);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let writes = rustix::fs::openat2(root, WRITES, flags, Mode::RUSR | Mode::WUSR, BENEATH)
+    let writes = rustix::fs::openat2(root, name, flags, Mode::RUSR | Mode::WUSR, BENEATH)
         .map_err(failed("create the file for the disk's writes in the snapshot"))?;
     let status = rustix::fs::fstat(&writes).map_err(failed("read its type"))?;
     let kind = FileType::from_raw_mode(status.st_mode);
@@ -153,6 +187,13 @@ fn open_writes(root: BorrowedFd<'_>) -> Result<File, VmError> {
             source,
         });
     }
+    let writes = File::from(writes);
+    lock(&writes).map_err(failed("lock it (another virtual machine uses this snapshot)"))?;
+    Ok(writes)
+}
+
+/// Locks a file for as long as this description of it is open, also in the vmm.
+pub(super) fn lock(file: &File) -> Result<(), Errno> {
     let lock = libc::flock {
         l_type: WRITE_LOCK,
         l_whence: FROM_START,
@@ -160,17 +201,11 @@ fn open_writes(root: BorrowedFd<'_>) -> Result<File, VmError> {
         l_len: 0,
         l_pid: 0,
     };
-    let writes = File::from(writes);
-    fcntl(&writes, FcntlArg::F_OFD_SETLK(&lock))
-        .map_err(|errno| failed("lock it (another virtual machine uses this snapshot)")(errno_of(errno)))?;
-    Ok(writes)
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
+    Ok(())
 }
 
-fn errno_of(errno: nix::Error) -> Errno {
-    Errno::from_raw_os_error(errno as i32)
-}
-
-fn failed(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
+pub(super) fn failed(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
     let path = path.to_owned();
     move |errno| VmError::Disk {
         path,
@@ -209,7 +244,7 @@ mod tests {
 
     fn open(root: &tempfile::TempDir) -> Result<Option<(PathBuf, File)>, String> {
         let root = File::open(root.path()).unwrap();
-        open_base(root.as_fd()).map_err(|error| error.to_string())
+        open_base(root.as_fd(), Path::new("/")).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -249,9 +284,15 @@ mod tests {
             (empty, "/disk of the image: it is empty"),
             (two, "and contains a.raw, b.raw"),
             (five, "…"),
-            (link, "/disk/link.raw is a symbolic link, not a regular file"),
-            (fifo, "/disk/fifo.raw is a fifo, not a regular file"),
-            (directory, "/disk/sub is a directory, not a regular file"),
+            (
+                link,
+                "/disk/link.raw of the image: it is a symbolic link, not a regular file",
+            ),
+            (fifo, "/disk/fifo.raw of the image: it is a fifo, not a regular file"),
+            (
+                directory,
+                "/disk/sub of the image: it is a directory, not a regular file",
+            ),
             (linked, "/disk of the image: it is a symbolic link"),
         ] {
             let error = open(&root).unwrap_err();
@@ -263,14 +304,21 @@ mod tests {
     fn file_for_writes_is_created_once_and_locked() {
         let root = tempfile::tempdir().unwrap();
         let directory = File::open(root.path()).unwrap();
-        let writes = open_writes(directory.as_fd()).unwrap();
+        let writes = open_writes(directory.as_fd(), WRITES).unwrap();
         writes.set_len(7).unwrap();
 
-        let error = open_writes(directory.as_fd()).unwrap_err().to_string();
+        let error = open_writes(directory.as_fd(), WRITES).unwrap_err().to_string();
 
         assert!(error.contains("another virtual machine uses this snapshot"), "{error}");
         drop(writes);
-        assert_eq!(open_writes(directory.as_fd()).unwrap().metadata().unwrap().len(), 7);
+        assert_eq!(
+            open_writes(directory.as_fd(), WRITES)
+                .unwrap()
+                .metadata()
+                .unwrap()
+                .len(),
+            7
+        );
     }
 
     #[test]
@@ -278,10 +326,10 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let directory = File::open(root.path()).unwrap();
         symlink("/tmp/elsewhere", root.path().join(WRITES)).unwrap();
-        open_writes(directory.as_fd()).unwrap_err();
+        open_writes(directory.as_fd(), WRITES).unwrap_err();
         fs::remove_file(root.path().join(WRITES)).unwrap();
         mkfifo(&root.path().join(WRITES), NixMode::S_IRWXU).unwrap();
-        let error = open_writes(directory.as_fd()).unwrap_err().to_string();
+        let error = open_writes(directory.as_fd(), WRITES).unwrap_err().to_string();
         assert!(error.contains("a fifo, not a regular file"), "{error}");
     }
 

@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
+use super::seed::SeedError;
 use crate::{
     control::ControlError,
     shim::{
@@ -16,10 +17,13 @@ use crate::{
 /// Why a virtual machine cannot be created or booted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum VmError {
-    /// The image has no disk, or more than one.
-    #[error("/disk of the image: {0}")]
-    Image(String),
-    #[error("{} of the image: cannot {step}: {source}", path.display())]
+    /// An image has no disk, or more than one.
+    #[error("{} of the image: {reason}", path.display())]
+    Image { path: PathBuf, reason: String },
+    /// A volume cannot be a disk.
+    #[error("disk {name}: {reason}")]
+    Volume { name: String, reason: String },
+    #[error("{}: cannot {step}: {source}", path.display())]
     Disk {
         path: PathBuf,
         step: &'static str,
@@ -34,6 +38,18 @@ pub(crate) enum VmError {
     },
     #[error("cannot read {path}: {reason}")]
     HostBoot { path: &'static str, reason: String },
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    #[error("cannot read {}: {source}", path.display())]
+    ResolvConf { path: PathBuf, source: io::Error },
+    /// There is nothing to boot.
+    #[error(
+        "there is no disk to boot: the image has none in /disk, and no annotation io.containerd.nutshell.vm.disk.NAME is \
+         \"boot\""
+    )]
+    NoDisk,
+    #[error("getrandom: {0}")]
+    Random(#[source] io::Error),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]
@@ -50,6 +66,8 @@ pub(crate) enum VmError {
     KernelMemory { step: &'static str, source: io::Error },
     #[error("the kernel of the disk: {0}")]
     Stream(#[from] ControlError),
+    #[error("cannot duplicate a descriptor: {0}")]
+    Descriptors(#[source] io::Error),
     #[error("the console: {0}")]
     Console(#[source] io::Error),
     #[error(transparent)]

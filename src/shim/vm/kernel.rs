@@ -37,6 +37,15 @@ pub(crate) struct BootFiles {
     source: String,
 }
 
+#[derive(Debug)]
+pub(super) enum KernelSource {
+    /// The kernel that the disk's boot loader would boot. Each boot reads it again, because the guest may have replaced
+    /// it.
+    Disk,
+    /// The same files at each boot.
+    Files(BootFiles),
+}
+
 impl BootFiles {
     /// Where the kernel was found, for the log.
     pub(crate) fn source(&self) -> &str {

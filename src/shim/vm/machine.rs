@@ -11,17 +11,17 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use uuid::Uuid;
 
 use super::{
     error::VmError,
-    kernel::{BootFiles, read_disk_kernel},
+    files::VmFiles,
+    kernel::{BootFiles, KernelSource, read_disk_kernel},
 };
 use crate::{
-    oci::{OnReboot, Size},
+    oci::{ContainerId, OnReboot, Size},
     shim::{
-        machine::{BootDisk, DiskImage, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
-        network::{MachineLinks, NetworkNames},
+        machine::{BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
+        network::MachineLinks,
         pod::{Launcher, Pod, PodError},
         stdio::ConsoleStreams,
     },
@@ -29,6 +29,9 @@ use crate::{
 
 /// How long the vmm may take to build the machine, which copies kernel and initramfs into its memory.
 const BUILD_LIMIT: Duration = Duration::from_secs(30);
+
+/// Descriptors of a link in the boot command, which has at most 64 for all links and disks.
+const MAX_QUEUES_PER_LINK: usize = 8;
 
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
@@ -42,34 +45,13 @@ const FIRST_REBOOT_DELAY: Duration = Duration::from_millis(500);
 
 const MAX_REBOOT_DELAY: Duration = Duration::from_secs(60);
 
-#[derive(Debug)]
-pub(crate) enum KernelSource {
-    /// The kernel that the disk's boot loader would boot. Each boot reads it again, because the guest may have replaced
-    /// it.
-    Disk,
-    /// The same files at each boot.
-    Files(BootFiles),
-}
-
-/// The settings of a virtual machine, which stay the same from one boot to the next.
-#[derive(Debug)]
-pub(crate) struct VmSettings {
-    pub(crate) size: Size,
-    /// Identifies the machine to its guest.
-    pub(crate) uuid: Uuid,
-    pub(crate) on_reboot: OnReboot,
-    /// Appended to the kernel's command line.
-    pub(crate) kernel_arguments: String,
-    pub(crate) names: NetworkNames,
-}
-
 /// The virtual machine of a task. It runs in the machine of the pod.
 #[derive(Debug)]
 pub(crate) struct VirtualMachine {
-    settings: VmSettings,
-    /// `None` without a disk, and after [`Self::release`].
-    disk: Mutex<Option<Arc<DiskImage>>>,
-    kernel: KernelSource,
+    size: Size,
+    on_reboot: OnReboot,
+    /// `None` after [`Self::release`].
+    files: Mutex<Option<Arc<VmFiles>>>,
     /// The files for the next boot. `None` until they are read from the disk.
     boot_files: Mutex<Option<BootFiles>>,
     /// Unset until the task's streams are open.
@@ -108,11 +90,11 @@ impl RebootPace {
 }
 
 impl VirtualMachine {
-    pub(crate) fn new(settings: VmSettings, disk: Option<Arc<DiskImage>>, kernel: KernelSource) -> Self {
+    pub(crate) fn new(size: Size, on_reboot: OnReboot, files: VmFiles) -> Self {
         Self {
-            settings,
-            disk: Mutex::new(disk),
-            kernel,
+            size,
+            on_reboot,
+            files: Mutex::new(Some(Arc::new(files))),
             boot_files: Mutex::default(),
             console: OnceLock::new(),
             links: Mutex::default(),
@@ -127,26 +109,30 @@ impl VirtualMachine {
     }
 
     pub(crate) fn on_reboot(&self) -> OnReboot {
-        self.settings.on_reboot
+        self.on_reboot
     }
 
-    /// The disk for the disk reader, if the kernel is on it.
-    pub(crate) fn disk_to_read(&self) -> Option<BootDisk> {
-        match self.kernel {
-            KernelSource::Disk => self.boot_disk(true),
-            KernelSource::Files(_) => None,
+    /// The disk for the disk reader. `None` if the kernel is not on a disk.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub(crate) fn disk_to_read(&self) -> Result<Option<BootDisk>, VmError> {
+        let files = self.files()?;
+        match (&files.kernel, files.disks.first()) {
+            (KernelSource::Disk, Some((_, disk))) => disk.for_machine(true).map(Some).map_err(VmError::Descriptors),
+            _ => Ok(None),
         }
     }
 
-    fn boot_disk(&self, read_only: bool) -> Option<BootDisk> {
-        let image = self.disk.lock().clone()?;
-        Some(BootDisk::CopyOnWrite { image, read_only })
+    fn files(&self) -> Result<Arc<VmFiles>, VmError> {
+        self.files.lock().clone().ok_or(VmError::Ended)
     }
 
     /// Finds the kernel for the next boot. If it is on the disk, this waits for `reader`, the machine of the disk
     /// reader.
     pub(crate) async fn find_kernel(&self, reader: &Machine, ready_timeout: Duration) -> Result<(), VmError> {
-        if let KernelSource::Disk = self.kernel {
+        if let KernelSource::Disk = self.files()?.kernel {
             let files = read_disk_kernel(reader, ready_timeout).await?;
             log::info!("the disk's kernel was found in {}", files.source());
             *self.boot_files.lock() = Some(files);
@@ -160,10 +146,18 @@ impl VirtualMachine {
         let _ = self.console.set(console);
     }
 
+    /// Ends the output of the console, whose machine has ended for good. containerd waits for that before it deletes the
+    /// task.
+    pub(crate) fn end_console(&self) {
+        if let Some(console) = self.console.get() {
+            console.close_machine_ends();
+        }
+    }
+
     /// Closes the disk and the streams of the console after the end of the machine. A client has `limit` to read the
     /// last output.
     pub(crate) async fn release(&self, limit: Duration) {
-        self.disk.lock().take();
+        self.files.lock().take();
         if let Some(console) = self.console.get() {
             console.close(limit).await;
         }
@@ -172,7 +166,8 @@ impl VirtualMachine {
     /// Connects the links of a network namespace to the machine that boots next, unless that was done before.
     pub(crate) async fn connect_network(&self, namespace: OwnedFd) -> Result<(), VmError> {
         if self.links.lock().is_none() {
-            let links = MachineLinks::connect(namespace, self.settings.size.vcpus.into(), &self.settings.names).await?;
+            let queues = usize::from(self.size.vcpus).min(MAX_QUEUES_PER_LINK);
+            let links = MachineLinks::connect(namespace, queues, &self.files()?.names).await?;
             *self.links.lock() = Some(links);
         }
         Ok(())
@@ -187,43 +182,54 @@ impl VirtualMachine {
     }
 
     /// Boots the kernel that [`Self::find_kernel`] has found, in `machine`. Returns when its vCPUs run.
-    pub(crate) async fn boot(&self, machine: &Arc<Machine>, kvm: OwnedFd) -> Result<(), VmError> {
-        let duplicate = |source| VmError::KernelMemory {
-            step: "duplicate a descriptor",
-            source,
-        };
-        let files = match &self.kernel {
+    /// Call it on the shim's main thread.
+    pub(crate) async fn boot(
+        &self,
+        id: &ContainerId,
+        pod: &Pod,
+        launcher: &dyn Launcher,
+        machine: &Arc<Machine>,
+    ) -> Result<(), VmError> {
+        let files = self.files()?;
+        let boot_files = match &files.kernel {
             KernelSource::Disk => self.boot_files.lock().take(),
-            KernelSource::Files(files) => Some(files.try_clone().map_err(duplicate)?),
+            KernelSource::Files(files) => Some(files.try_clone().map_err(VmError::Descriptors)?),
         };
         let BootFiles {
             kernel,
             initramfs,
             command_line,
             ..
-        } = files.ok_or_else(|| VmError::Kernel("it was booted before, and not read again".to_owned()))?;
+        } = boot_files.ok_or_else(|| VmError::Kernel("it was booted before, and not read again".to_owned()))?;
         let (console_input, console_output) = match self.console.get() {
             Some(console) => console.for_machine().map_err(VmError::Console)?,
             None => (None, None),
         };
+        let file_server = match files.shares.is_empty() {
+            true => None,
+            false => Some(
+                pod.start_file_server(launcher, machine, id, files.shares.clone())
+                    .await?,
+            ),
+        };
         let links = self.links.lock().as_ref().map(MachineLinks::for_machine);
+        let disks = files.disks.iter().map(|(serial, disk)| {
+            let disk = disk.for_machine(false).map_err(VmError::Descriptors)?;
+            Ok((serial.clone(), disk))
+        });
         let request = UserBootRequest {
-            kvm,
-            size: self.settings.size,
+            kvm: launcher.open_kvm().map_err(PodError::from)?,
+            size: self.size,
             kernel,
             initramfs,
-            command_line: complete_command_line(&command_line, &self.settings.kernel_arguments),
-            uuid: self.settings.uuid.into_bytes(),
+            command_line: complete_command_line(&command_line, &files.kernel_arguments),
+            uuid: files.uuid,
             console_input,
             console_output,
             guest_agent: None,
             links: links.transpose().map_err(VmError::Links)?.unwrap_or_default(),
-            disks: self
-                .boot_disk(false)
-                .map(|disk| ("root".to_owned(), disk))
-                .into_iter()
-                .collect(),
-            file_server: None,
+            disks: disks.collect::<Result<_, VmError>>()?,
+            file_server,
         };
         self.pace.lock().started = Instant::now();
         machine.boot_user(request, BUILD_LIMIT).await.map_err(VmError::Start)?;
@@ -239,6 +245,7 @@ impl VirtualMachine {
     /// [`VmError::Ended`] if a client has requested the end meanwhile.
     pub(crate) async fn reboot(
         &self,
+        id: &ContainerId,
         pod: &Pod,
         launcher: &dyn Launcher,
         ready_timeout: Duration,
@@ -251,15 +258,14 @@ impl VirtualMachine {
             () = pod.closed() => {}
         }
         self.check_wanted()?;
-        if let Some(disk) = self.disk_to_read() {
+        if let Some(disk) = self.disk_to_read()? {
             let reader = pod.start_disk_reader(launcher, disk).await?;
             self.check_wanted()?;
             self.find_kernel(&reader, ready_timeout).await?;
         }
-        let machine = pod.prepare_user_machine(launcher, self.settings.size).await?;
+        let machine = pod.prepare_user_machine(launcher, self.size).await?;
         self.check_wanted()?;
-        let kvm = launcher.open_kvm().map_err(PodError::from)?;
-        self.boot(&machine, kvm).await?;
+        self.boot(id, pod, launcher, &machine).await?;
         if self.is_end_requested() {
             // The request came while there was no machine whose power button could be pressed.
             machine.stop("a client has asked for its end");

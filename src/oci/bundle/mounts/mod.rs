@@ -19,10 +19,13 @@ use std::{
 use nutshell_protocol::SHARE_PATH;
 use oci_spec::runtime::Mount;
 
-pub(super) use self::shm::pod_shm_size;
 use self::{
     shm::SHM_PATH,
-    spec_mount::{field_name, is_bind, normalize, options, read_only, remove_read_only, set_bind, set_filesystem},
+    spec_mount::{normalize, remove_read_only, set_bind, set_filesystem},
+};
+pub(super) use self::{
+    shm::pod_shm_size,
+    spec_mount::{field_name, is_bind, options, read_only},
 };
 use super::devices;
 use crate::oci::{

@@ -7,20 +7,20 @@ use oci_spec::runtime::Mount;
 use crate::oci::plan::ReadOnly;
 
 /// The mount's name in errors.
-pub(super) fn field_name(mount: &Mount) -> String {
+pub(in crate::oci::bundle) fn field_name(mount: &Mount) -> String {
     format!("mount {}", mount.destination().display())
 }
 
-pub(super) fn options(mount: &Mount) -> impl Iterator<Item = &str> {
+pub(in crate::oci::bundle) fn options(mount: &Mount) -> impl Iterator<Item = &str> {
     mount.options().iter().flatten().map(String::as_str)
 }
 
-pub(super) fn is_bind(mount: &Mount) -> bool {
+pub(in crate::oci::bundle) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || options(mount).any(|option| matches!(option, "bind" | "rbind"))
 }
 
 /// The last of contradicting options wins, as with mount(8).
-pub(super) fn read_only(mount: &Mount) -> ReadOnly {
+pub(in crate::oci::bundle) fn read_only(mount: &Mount) -> ReadOnly {
     options(mount).fold(ReadOnly::None, |before, option| match (option, before) {
         ("rw", _) => ReadOnly::None,
         ("rro", _) | ("ro", ReadOnly::All) => ReadOnly::All,

@@ -7,7 +7,7 @@ use crate::{
     shim::{
         error::TaskError,
         machine::Machine,
-        pod::{PodError, open_network_namespace},
+        pod::open_network_namespace,
         tasks::{
             Tasks,
             container::{
@@ -33,8 +33,10 @@ impl Tasks {
             let path = format!("/proc/{}/ns/net", container.init.pid());
             let namespace = open_network_namespace(Path::new(&path)).map_err(VmError::Links)?;
             machine.connect_network(namespace).await?;
-            let kvm = self.launcher.open_kvm().map_err(PodError::from)?;
-            machine.boot(&container.pod.machine(), kvm).await
+            let pod = &container.pod;
+            machine
+                .boot(&container.id, pod, self.launcher.as_ref(), &pod.machine())
+                .await
         };
         booted.await.map_err(|error| vm_error(&error))
     }
@@ -44,6 +46,7 @@ impl Tasks {
         let (tasks, container, machine) = (self.clone(), container.clone(), machine.clone());
         tokio::spawn(async move {
             let status = tasks.follow_boots(&container, &machine).await;
+            machine.end_console();
             if container.init.try_claim_exit() {
                 // Before the exit is announced, because CNI removes the network namespace after that.
                 machine.disconnect_network().await;
@@ -78,7 +81,7 @@ impl Tasks {
                 return POWER_OFF_STATUS;
             }
             log::info!("task {id}: the guest has reset its virtual machine, which boots again");
-            let rebooted = machine.reboot(pod, self.launcher.as_ref(), self.configuration.ready_timeout);
+            let rebooted = machine.reboot(id, pod, self.launcher.as_ref(), self.configuration.ready_timeout);
             match rebooted.await {
                 Ok(next) => current = next,
                 Err(VmError::Ended) => return machine.killed_status().unwrap_or(POWER_OFF_STATUS),

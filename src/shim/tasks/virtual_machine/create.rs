@@ -1,23 +1,11 @@
 //! Creates virtual machines, in a new pod or in the pod of a sandbox.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
-    sync::Arc,
-};
-
-use rustix::rand::{GetRandomFlags, getrandom};
-use uuid::Uuid;
+use std::sync::Arc;
 
 use crate::{
-    oci::{Network, Placement, VmKernel, VmPlan},
+    oci::{Network, Placement, VmPlan},
     shim::{
-        blocking,
         error::{ErrorCode, TaskError},
-        machine::DiskImage,
-        network::NetworkNames,
         pod::{Pod, PodRequirements},
         stdio::StdioContext,
         tasks::{
@@ -27,12 +15,9 @@ use crate::{
             host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, run_create_hooks, vm_error},
             limits::DRAIN_LIMIT,
         },
-        vm::{KernelSource, VirtualMachine, VmError, VmSettings, open_kernel_files},
+        vm::{VirtualMachine, VmError, VmFiles},
     },
 };
-
-/// The maximum length of a `resolv.conf` that is read, in bytes.
-const MAX_RESOLV_CONF: u64 = 64 << 10;
 
 impl Tasks {
     /// Creates a virtual machine, in a new pod or in the pod of a sandbox: finds its kernel, and prepares the machine
@@ -41,20 +26,9 @@ impl Tasks {
         self: &Arc<Self>,
         request: &CreateRequest,
         plan: VmPlan,
-        disk: Option<DiskImage>,
+        files: VmFiles,
     ) -> Result<Arc<Container>, TaskError> {
-        let kernel = open_kernel(&plan.kernel).await.map_err(|error| vm_error(&error))?;
-        let settings = VmSettings {
-            size: plan.size,
-            uuid: plan.uuid.map_or_else(random_uuid, Ok)?,
-            on_reboot: plan.on_reboot,
-            kernel_arguments: plan.kernel_arguments.clone(),
-            names: NetworkNames {
-                resolv_conf: read_resolv_conf(plan.resolv_conf.clone()).await?,
-                hostname: plan.hostname.clone(),
-            },
-        };
-        let machine = Arc::new(VirtualMachine::new(settings, disk.map(Arc::new), kernel));
+        let machine = Arc::new(VirtualMachine::new(plan.size, plan.on_reboot, files));
         let (pod, role) = self
             .prepare_pod(request, &plan, &machine)
             .await
@@ -86,7 +60,7 @@ impl Tasks {
         plan: &VmPlan,
         machine: &VirtualMachine,
     ) -> Result<(Arc<Pod>, Role), TaskError> {
-        let disk = machine.disk_to_read();
+        let disk = machine.disk_to_read().map_err(|error| vm_error(&error))?;
         let Placement::Member { sandbox } = &plan.placement else {
             let requirements =
                 PodRequirements::for_virtual_machine(plan.cgroup.as_ref(), plan.oom_score_adj, plan.size, disk)
@@ -173,7 +147,7 @@ impl Tasks {
         let created = async {
             prepared?;
             found.map_err(|error| TaskError::unknown(error.to_string()))?;
-            if machine.disk_to_read().is_some() {
+            if reader.has_agent() {
                 let next = pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await;
                 next.map_err(|error| TaskError::unknown(error.to_string()))?;
             }
@@ -187,46 +161,6 @@ impl Tasks {
             }
         }
     }
-}
-
-/// Opens the files of the kernel, if they are in a mount.
-async fn open_kernel(kernel: &VmKernel) -> Result<KernelSource, VmError> {
-    let VmKernel::Files {
-        directory,
-        kernel,
-        initramfs,
-    } = kernel.clone()
-    else {
-        return Ok(KernelSource::Disk);
-    };
-    let opened = blocking::run("open the kernel of the virtual machine", move || {
-        open_kernel_files(&directory, &kernel, initramfs.as_deref())
-    });
-    Ok(KernelSource::Files(opened.await??))
-}
-
-/// Reads the text of the file with the DNS servers. It is empty without such a file.
-async fn read_resolv_conf(path: Option<PathBuf>) -> Result<String, TaskError> {
-    let Some(path) = path else { return Ok(String::new()) };
-    let read = {
-        let path = path.clone();
-        blocking::run("read the file with the DNS servers", move || -> io::Result<String> {
-            let mut text = String::new();
-            // Without O_NONBLOCK, opening a fifo would block.
-            let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
-            file.take(MAX_RESOLV_CONF).read_to_string(&mut text)?;
-            Ok(text)
-        })
-    };
-    let text = read.await.map_err(|error| TaskError::unknown(error.to_string()))?;
-    text.map_err(|error| TaskError::unknown(format!("cannot read {}: {error}", path.display())))
-}
-
-fn random_uuid() -> Result<Uuid, TaskError> {
-    let mut bytes = [0; 16];
-    getrandom(&mut bytes, GetRandomFlags::empty())
-        .map_err(|error| TaskError::unknown(format!("getrandom: {error}")))?;
-    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid())
 }
 
 /// Opens the console, creates the host pid, and runs the hooks.

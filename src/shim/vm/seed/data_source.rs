@@ -1,10 +1,9 @@
 //! The data sources: the names of the files on a seed disk, and the defaults for those that the user leaves out.
 
-use std::str::FromStr;
-
 use serde_json::json;
 
 use super::{identity::Identity, image::Contents, keys::Keys};
+use crate::oci::DataSource;
 
 /// Network configuration of NoCloud in version 2, which is Netplan's: DHCP on each virtio interface. It matches by
 /// driver and not by MAC address, because a guest keeps it, and the next pod that runs this guest has another address.
@@ -13,18 +12,6 @@ use super::{identity::Identity, image::Contents, keys::Keys};
 /// driver (`cloudinit/net/network_state.py`, `handle_ethernets`).
 const DEFAULT_NETWORK_CONFIG: &str =
     "version: 2\nethernets:\n  eth0:\n    match:\n      driver: virtio_net\n    dhcp4: true\n";
-
-/// How the guest's software finds and reads its configuration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::shim) enum DataSource {
-    /// cloud-init's data source NoCloud: a file system with the label `CIDATA`.
-    NoCloud,
-    /// OpenStack's configuration drive: a file system with the label `config-2`. cloud-init reads it.
-    ConfigDrive,
-    /// Ignition reads the user data of a configuration drive, as its provider `kubevirt` does: the label must be in
-    /// lower case, because Ignition waits for `/dev/disk/by-label/config-2`.
-    Ignition,
-}
 
 impl DataSource {
     /// Arranges the values of the keys in files with the names that guests look for. The user's values are not changed:
@@ -36,24 +23,6 @@ impl DataSource {
         }
     }
 }
-
-impl FromStr for DataSource {
-    type Err = UnknownDataSource;
-
-    fn from_str(name: &str) -> Result<Self, UnknownDataSource> {
-        match name {
-            "nocloud" => Ok(Self::NoCloud),
-            "configdrive" => Ok(Self::ConfigDrive),
-            "ignition" => Ok(Self::Ignition),
-            _ => Err(UnknownDataSource(name.to_owned())),
-        }
-    }
-}
-
-/// The name of an unknown data source.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown data source {0:?}: use nocloud, configdrive or ignition")]
-pub(in crate::shim) struct UnknownDataSource(String);
 
 /// cloud-init, `doc/rtd/reference/datasources/nocloud.rst`.
 fn no_cloud(keys: Keys, identity: &Identity) -> Contents {

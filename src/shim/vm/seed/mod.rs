@@ -16,8 +16,9 @@ mod tests;
 
 use std::{fs::File, io, path::Path};
 
+pub(in crate::shim) use self::identity::Identity;
 use self::keys::KeysError;
-pub(in crate::shim) use self::{data_source::DataSource, identity::Identity};
+use crate::oci::DataSource;
 
 /// Why a seed disk cannot be made.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,212 @@
+//! The plan of a virtual machine that boots a user's disk or kernel.
+
+use std::{path::PathBuf, str::FromStr};
+
+use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, Share, Size};
+
+/// The maximum length of a disk's name in bytes: that of its serial (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
+const MAX_DISK_NAME: usize = 20;
+
+/// The resources and settings of a virtual machine that boots a user's disk or kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VmPlan {
+    pub(crate) placement: Placement,
+    pub(crate) identity: VmIdentity,
+    pub(crate) kernel: VmKernel,
+    /// Appended to the kernel's command line.
+    pub(crate) kernel_arguments: String,
+    pub(crate) on_reboot: OnReboot,
+    /// In the order of the spec.
+    pub(crate) disks: Vec<VmDisk>,
+    pub(crate) seed: Option<VmSeed>,
+    /// Directories and files of the host that the guest can mount: `path` is that of the mount.
+    pub(crate) shares: Vec<Share>,
+    /// The user whose permissions decide which files of volumes are disks.
+    pub(crate) user: FileUser,
+    pub(crate) network: Network,
+    /// The host name that the guest is told.
+    pub(crate) hostname: Option<String>,
+    /// The file of the host with the DNS servers that the guest is told.
+    pub(crate) resolv_conf: Option<PathBuf>,
+    pub(crate) size: Size,
+    /// The limits of the container, from which `size` is.
+    pub(crate) limits: Limits,
+    /// The control group of the machine on the host. `None`: that of the shim.
+    pub(crate) cgroup: Option<CgroupPath>,
+    /// The `oom_score_adj` of the machine on the host.
+    pub(crate) oom_score_adj: i32,
+    /// The hooks that run on the host.
+    pub(crate) hooks: Hooks,
+}
+
+/// The files of the image of a virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VmImage {
+    /// The mounts of its snapshot.
+    pub(crate) mounts: Vec<HostMount>,
+    /// The directory with its files, if `mounts` is empty.
+    pub(crate) directory: PathBuf,
+}
+
+/// What identifies a virtual machine to its guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum VmIdentity {
+    /// It is outside of Kubernetes.
+    Single,
+    /// Its root ends with its pod, which has this UID.
+    Pod(String),
+    /// Its root persists, and the next pod with these names is the same machine.
+    Names {
+        namespace: String,
+        pod: String,
+        container: String,
+    },
+}
+
+/// The kernel that a virtual machine boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum VmKernel {
+    /// The one that the boot loader of its first disk would boot.
+    Disk,
+    /// Files below a directory of the host, which may hold links.
+    Files {
+        /// The source of the mount at `/kernel`.
+        directory: PathBuf,
+        /// Relative to `directory`.
+        kernel: PathBuf,
+        /// Relative to `directory`.
+        initramfs: Option<PathBuf>,
+    },
+}
+
+/// What happens when the guest resets the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum OnReboot {
+    /// It boots again.
+    #[default]
+    Restart,
+    /// The task ends.
+    Exit,
+}
+
+/// A disk that is not in the image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VmDisk {
+    pub(crate) name: DiskName,
+    pub(crate) source: DiskSource,
+    /// The guest can only read.
+    pub(crate) read_only: bool,
+    /// The machine boots from it.
+    pub(crate) is_boot_disk: bool,
+}
+
+/// The source of a disk on the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DiskSource {
+    /// The mount at `/disks/NAME`.
+    Volume {
+        path: PathBuf,
+        content: DiskContent,
+        /// The mount is read-only. The guest can only read a raw disk then.
+        is_read_only: bool,
+    },
+    BlockDevice {
+        major: u32,
+        minor: u32,
+    },
+}
+
+/// What a volume contains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum DiskContent {
+    /// Its files decide: `disk.img` is a raw disk that is written, and any other single file an image that is not.
+    Detected,
+    /// The writes of the guest end with the container.
+    Ephemeral,
+    /// A raw disk of `size` bytes, which is created as `disk.img` unless it exists.
+    Blank { size: u64 },
+}
+
+/// The name of a disk, which is its serial in the guest: 1 to 20 letters, digits, dots, hyphens and underscores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskName(String);
+
+impl DiskName {
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for DiskName {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+        let starts_well = name.starts_with(|first: char| first.is_ascii_alphanumeric());
+        if starts_well && name.len() <= MAX_DISK_NAME && name.bytes().all(is_plain) {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(format!(
+                "the name {name:?} of a disk must have 1 to {MAX_DISK_NAME} ASCII letters, digits, '-', '.' or '_', and \
+                 start with a letter or digit"
+            ))
+        }
+    }
+}
+
+/// The configuration for the guest's software on first boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VmSeed {
+    /// The source of the mount at `/cloud-init`.
+    pub(crate) directory: PathBuf,
+    pub(crate) source: DataSource,
+}
+
+/// How the guest's software finds and reads its configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum DataSource {
+    /// cloud-init's data source NoCloud: a file system with the label `CIDATA`.
+    #[default]
+    NoCloud,
+    /// OpenStack's configuration drive: a file system with the label `config-2`. cloud-init reads it.
+    ConfigDrive,
+    /// Ignition reads the user data of a configuration drive, as its provider `kubevirt` does: the label must be in
+    /// lower case, because Ignition waits for `/dev/disk/by-label/config-2`.
+    Ignition,
+}
+
+impl FromStr for DataSource {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "nocloud" => Ok(Self::NoCloud),
+            "configdrive" => Ok(Self::ConfigDrive),
+            "ignition" => Ok(Self::Ignition),
+            _ => Err(format!("{name:?} is none of nocloud, configdrive and ignition")),
+        }
+    }
+}
+
+/// The user with whose permissions files of volumes are opened: that of the container's process.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct FileUser {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) additional_gids: Vec<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_of_a_disk_fits_into_its_serial() {
+        for name in ["data", "a", "db-1.x_2", "12345678901234567890"] {
+            assert_eq!(name.parse::<DiskName>().unwrap().as_str(), name);
+        }
+        for name in ["", "-a", "a/b", "a b", "ä", "123456789012345678901"] {
+            name.parse::<DiskName>().unwrap_err();
+        }
+    }
+}

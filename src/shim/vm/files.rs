@@ -1,0 +1,177 @@
+//! Everything that a virtual machine needs from file systems of the host. It is opened in one step, on a thread that may
+//! block, when the task is created.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use uuid::Uuid;
+
+use super::{
+    disk::ImageRoot,
+    error::VmError,
+    kernel::{KernelSource, open_kernel_files},
+    seed::{
+        self, Identity,
+        identity::{Hostname, InstanceId},
+    },
+    volumes::{self, OpenedDisk},
+};
+use crate::{
+    oci::{DataSource, Share, VmIdentity, VmKernel, VmPlan, VmSeed},
+    shim::{machine::DiskImage, network::NetworkNames},
+};
+
+/// The serial of the disk in the image.
+const IMAGE_DISK: &str = "root";
+
+/// The serial of the seed.
+const SEED_DISK: &str = "seed";
+
+/// The host name in a seed if the machine has none.
+const DEFAULT_HOSTNAME: &str = "nutshell";
+
+/// The maximum length of a `resolv.conf` that is read, in bytes.
+const MAX_RESOLV_CONF: u64 = 64 << 10;
+
+/// Ignition reads a configuration drive with this kernel argument.
+const IGNITION_ARGUMENT: &str = "ignition.platform.id=kubevirt";
+
+/// The opened files of a virtual machine.
+#[derive(Debug)]
+pub(crate) struct VmFiles {
+    /// With their serials. The first one is the disk that the machine boots from.
+    pub(super) disks: Vec<(String, OpenedDisk)>,
+    pub(super) kernel: KernelSource,
+    /// Identifies the machine to its guest, in the byte order of RFC 9562.
+    pub(super) uuid: [u8; 16],
+    pub(super) names: NetworkNames,
+    /// Directories and files that the guest can mount.
+    pub(super) shares: Vec<Share>,
+    /// Appended to the kernel's command line.
+    pub(super) kernel_arguments: String,
+}
+
+impl VmFiles {
+    /// Opens the files of `plan`. `image_disk` is the disk of the image at `root`. Blocks on file systems of the host.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be opened, or is not what the plan says; or there is nothing to boot.
+    pub(crate) fn open(plan: &VmPlan, root: &ImageRoot, image_disk: Option<DiskImage>) -> Result<Self, VmError> {
+        let instance = instance_id(&plan.identity)?;
+        let mut disks = Vec::new();
+        for disk in &plan.disks {
+            let opened = volumes::open(disk, root, &plan.user)?;
+            let position = if disk.is_boot_disk { 0 } else { disks.len() };
+            disks.insert(position, (disk.name.as_str().to_owned(), opened));
+        }
+        let has_boot_disk = plan.disks.iter().any(|disk| disk.is_boot_disk);
+        if let Some(image) = image_disk {
+            let position = usize::from(has_boot_disk);
+            disks.insert(
+                position,
+                (
+                    IMAGE_DISK.to_owned(),
+                    OpenedDisk::Image {
+                        image: Arc::new(image),
+                        read_only: false,
+                    },
+                ),
+            );
+        } else if !has_boot_disk && plan.kernel == VmKernel::Disk {
+            return Err(VmError::NoDisk);
+        }
+        let mut kernel_arguments = plan.kernel_arguments.clone();
+        if let Some(seed) = &plan.seed {
+            disks.push((
+                SEED_DISK.to_owned(),
+                make_seed(seed, &instance, plan.hostname.as_deref())?,
+            ));
+            if seed.source == DataSource::Ignition {
+                kernel_arguments = format!("{kernel_arguments} {IGNITION_ARGUMENT}").trim().to_owned();
+            }
+        }
+        Ok(Self {
+            disks,
+            kernel: match &plan.kernel {
+                VmKernel::Disk => KernelSource::Disk,
+                VmKernel::Files {
+                    directory,
+                    kernel,
+                    initramfs,
+                } => KernelSource::Files(open_kernel_files(directory, kernel, initramfs.as_deref())?),
+            },
+            uuid: instance.uuid(),
+            names: NetworkNames {
+                resolv_conf: read_resolv_conf(plan.resolv_conf.as_deref())?,
+                hostname: plan.hostname.clone(),
+            },
+            shares: plan.shares.clone(),
+            kernel_arguments,
+        })
+    }
+}
+
+fn make_seed(seed: &VmSeed, instance: &InstanceId, hostname: Option<&str>) -> Result<OpenedDisk, VmError> {
+    let default = || Hostname::parse(DEFAULT_HOSTNAME);
+    let hostname = hostname
+        .and_then(|name| Hostname::parse(name).ok())
+        .map_or_else(default, Ok);
+    let identity = Identity {
+        instance_id: instance.clone(),
+        hostname: hostname.map_err(|error| VmError::Volume {
+            name: SEED_DISK.to_owned(),
+            reason: error.to_string(),
+        })?,
+    };
+    Ok(OpenedDisk::Raw {
+        file: seed::make_disk(&seed.directory, seed.source, &identity)?,
+        path: PathBuf::from("/cloud-init"),
+        read_only: true,
+    })
+}
+
+/// The id that cloud-init compares with that of its last run: a new one makes it configure the guest again.
+fn instance_id(identity: &VmIdentity) -> Result<InstanceId, VmError> {
+    let parsed = match identity {
+        VmIdentity::Names {
+            namespace,
+            pod,
+            container,
+        } => return Ok(InstanceId::of_persistent_root(namespace, pod, container)),
+        VmIdentity::Pod(uid) => InstanceId::parse(uid).ok(),
+        VmIdentity::Single => None,
+    };
+    match parsed {
+        Some(id) => Ok(id),
+        None => {
+            let mut bytes = [0; 16];
+            getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|error| VmError::Random(error.into()))?;
+            let uuid: Uuid = uuid::Builder::from_random_bytes(bytes).into_uuid();
+            // The text form of a UUID is always a valid id.
+            InstanceId::parse(&uuid.to_string()).map_err(|error| VmError::Random(io::Error::other(error)))
+        }
+    }
+}
+
+/// Reads the text of the file with the DNS servers. It is empty without such a file.
+fn read_resolv_conf(path: Option<&Path>) -> Result<String, VmError> {
+    let Some(path) = path else { return Ok(String::new()) };
+    let read = || -> io::Result<String> {
+        let mut text = String::new();
+        // Without O_NONBLOCK, opening a fifo would block.
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+        file.take(MAX_RESOLV_CONF).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    read().map_err(|source| VmError::ResolvConf {
+        path: path.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,174 @@
+//! Files of volumes as disks.
+
+use std::{
+    fs,
+    os::unix::fs::{PermissionsExt, chown, symlink},
+    path::{Path, PathBuf},
+};
+
+use tempfile::TempDir;
+
+use super::{
+    disk::ImageRoot,
+    volumes::{self, OpenedDisk},
+};
+use crate::oci::{DiskContent, DiskSource, FileUser, VmDisk, VmImage};
+
+const OTHER: FileUser = FileUser {
+    uid: 1234,
+    gid: 1234,
+    additional_gids: Vec::new(),
+};
+
+fn image_root(directory: &TempDir) -> ImageRoot {
+    let image = VmImage {
+        mounts: Vec::new(),
+        directory: directory.path().to_owned(),
+    };
+    ImageRoot::mount(&image, directory.path()).unwrap()
+}
+
+fn disk(path: &Path, content: DiskContent) -> VmDisk {
+    VmDisk {
+        name: "data".parse().unwrap(),
+        source: DiskSource::Volume {
+            path: path.to_owned(),
+            content,
+            is_read_only: false,
+        },
+        read_only: false,
+        is_boot_disk: false,
+    }
+}
+
+fn open(path: &Path, content: DiskContent, user: &FileUser) -> Result<OpenedDisk, String> {
+    let snapshot = tempfile::tempdir().unwrap();
+    volumes::open(&disk(path, content), &image_root(&snapshot), user).map_err(|error| error.to_string())
+}
+
+fn volume(files: &[&str]) -> TempDir {
+    let volume = tempfile::tempdir().unwrap();
+    fs::set_permissions(volume.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    for file in files {
+        let path = volume.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, [0; 512]).unwrap();
+    }
+    volume
+}
+
+#[test]
+fn content_of_a_volume_decides_how_it_is_a_disk() {
+    for (files, content, expected) in [
+        (
+            &["disk.img", "lost+found/x"][..],
+            DiskContent::Detected,
+            Some("disk.img"),
+        ),
+        (&["disk/fedora.qcow2", "README"], DiskContent::Detected, None),
+        (&["fedora.qcow2"], DiskContent::Detected, None),
+        (&["disk.img"], DiskContent::Ephemeral, None),
+        (&[], DiskContent::Blank { size: 1 << 20 }, Some("disk.img")),
+    ] {
+        let volume = volume(files);
+        match (open(volume.path(), content, &FileUser::default()).unwrap(), expected) {
+            (OpenedDisk::Raw { path, read_only, .. }, Some(name)) => {
+                assert_eq!((path, read_only), (volume.path().join(name), false));
+            }
+            (OpenedDisk::Image { .. }, None) => {}
+            (opened, _) => panic!("{files:?}: {opened:?}"),
+        }
+    }
+}
+
+#[test]
+fn volume_may_be_the_file_itself() {
+    let volume = volume(&["my-disk.raw"]);
+    let path = volume.path().join("my-disk.raw");
+    let opened = open(&path, DiskContent::Detected, &FileUser::default()).unwrap();
+    assert!(matches!(opened, OpenedDisk::Raw { path: opened, .. } if opened == path));
+}
+
+#[test]
+fn blank_disk_keeps_its_content_and_size() {
+    let volume = volume(&[]);
+    let blank = |size| open(volume.path(), DiskContent::Blank { size }, &FileUser::default()).unwrap();
+    drop(blank(1 << 20));
+    let path = volume.path().join("disk.img");
+    fs::write(&path, [7; 1024]).unwrap();
+    drop(blank(2 << 20));
+    assert_eq!(fs::read(&path).unwrap(), [7; 1024]);
+}
+
+#[test]
+fn disk_is_opened_with_the_permissions_of_the_containers_user() {
+    let volume = volume(&["disk.img"]);
+    let path = volume.path().join("disk.img");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+
+    let error = open(volume.path(), DiskContent::Detected, &OTHER).unwrap_err();
+    assert!(
+        error.contains("cannot be opened by the user 1234 and group 1234"),
+        "{error}"
+    );
+
+    chown(&path, Some(OTHER.uid), None).unwrap();
+    open(volume.path(), DiskContent::Detected, &OTHER).unwrap();
+    // A group of the user is enough, as with fsGroup.
+    chown(&path, Some(0), Some(77)).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).unwrap();
+    let user = FileUser {
+        additional_gids: vec![77],
+        ..OTHER
+    };
+    open(volume.path(), DiskContent::Detected, &user).unwrap();
+    // The ids of this thread have not changed.
+    fs::write(&path, [0; 512]).unwrap();
+}
+
+#[test]
+fn disk_that_is_written_is_locked() {
+    let volume = volume(&["disk.img"]);
+    let first = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
+    let error = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap_err();
+    assert!(error.contains("another virtual machine writes it"), "{error}");
+    drop(first);
+    open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
+}
+
+#[test]
+fn volume_without_one_disk_is_refused_with_the_reason() {
+    let empty = volume(&[]);
+    let two = volume(&["a", "b"]);
+    let link = volume(&[]);
+    symlink("/etc/passwd", link.path().join("disk.img")).unwrap();
+    let directory = volume(&["disk.img/x"]);
+    for (volume, expected) in [
+        (&empty, "disk data: no disk.img is in the volume, and it is empty"),
+        (&empty, "containerd must support them: 2.1 or later"),
+        (&two, "and contains a, b"),
+        (&link, "disk.img is a symbolic link, not a regular file"),
+        (&directory, "disk.img: Is a directory"),
+    ] {
+        let error = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+    let error = open(&PathBuf::from("/no/such/volume"), DiskContent::Detected, &OTHER).unwrap_err();
+    assert!(error.contains("/disks/data: cannot open the volume"), "{error}");
+}
+
+#[test]
+fn number_that_is_no_block_device_is_refused() {
+    let snapshot = tempfile::tempdir().unwrap();
+    let device = VmDisk {
+        source: DiskSource::BlockDevice { major: 4095, minor: 1 },
+        ..disk(Path::new("/"), DiskContent::Detected)
+    };
+    let error = volumes::open(&device, &image_root(&snapshot), &OTHER)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("block device 4095:1: cannot read /sys/dev/block/4095:1/uevent"),
+        "{error}"
+    );
+}

@@ -1,0 +1,287 @@
+//! Disks in volumes of a pod, and block devices of a pod.
+//!
+//! A volume may belong to any user, and several pods may have it. Files are opened below its root, without links, with
+//! the permissions of the container's user, and a disk that is written is locked.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use rustix::{
+    fs::{CWD, FileType, Mode, OFlags, fstat},
+    io::Errno,
+};
+
+use super::{
+    disk::{BENEATH, ImageRoot, WRITES, describe, failed, lock, open_base, open_only_file},
+    error::VmError,
+};
+use crate::{
+    oci::{DiskContent, DiskSource, FileUser, VmDisk},
+    shim::machine::{BootDisk, DiskFile, DiskImage},
+};
+
+/// The raw disk in a volume, as KubeVirt names it.
+const RAW_DISK: &str = "disk.img";
+
+/// A disk that the machine may boot with many times.
+#[derive(Debug)]
+pub(super) enum OpenedDisk {
+    /// A raw disk.
+    Raw { file: File, path: PathBuf, read_only: bool },
+    /// An image whose writes go to the snapshot.
+    Image { image: Arc<DiskImage>, read_only: bool },
+}
+
+impl OpenedDisk {
+    /// The disk for one boot. With `read_only`, the guest can only read.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub(super) fn for_machine(&self, must_read_only: bool) -> io::Result<BootDisk> {
+        Ok(match self {
+            Self::Raw { file, path, read_only } => BootDisk::File(DiskFile {
+                file: file.try_clone()?,
+                path: path.clone(),
+                read_only: *read_only || must_read_only,
+            }),
+            Self::Image { image, read_only } => BootDisk::CopyOnWrite {
+                image: image.clone(),
+                read_only: *read_only || must_read_only,
+            },
+        })
+    }
+}
+
+/// Opens a disk that is not in the image at `root`. Blocks on the file system of its volume.
+///
+/// # Errors
+///
+/// The volume has no disk, or the user may not open it, or another machine writes it.
+pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
+    match &disk.source {
+        DiskSource::BlockDevice { major, minor } => open_block_device(disk, *major, *minor),
+        DiskSource::Volume {
+            path,
+            content,
+            is_read_only,
+        } => {
+            let read_only = disk.read_only || *is_read_only;
+            let shown = Path::new("/disks").join(disk.name.as_str());
+            let volume = open_volume(path).map_err(failed(&shown, "open the volume"))?;
+            if FileType::from_raw_mode(fstat(&volume).map_err(failed(&shown, "read its type"))?.st_mode)
+                == FileType::RegularFile
+            {
+                return open_raw(disk, None, path.clone(), read_only, user);
+            }
+            match *content {
+                DiskContent::Detected => detect(disk, &volume, path, root, read_only, user),
+                DiskContent::Ephemeral => open_image(disk, &volume, root),
+                DiskContent::Blank { size } => {
+                    create_blank(disk, &volume, size, user)?;
+                    open_raw(disk, Some(&volume), path.join(RAW_DISK), read_only, user)
+                }
+            }
+        }
+    }
+}
+
+/// Opens a volume without opening a device node or waiting for a fifo.
+fn open_volume(path: &Path) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// `disk.img` is a raw disk. Without it, the volume is an image: its disk is in `/disk`, or the only file in its root.
+fn detect(
+    disk: &VmDisk,
+    volume: &OwnedFd,
+    path: &Path,
+    root: &ImageRoot,
+    read_only: bool,
+    user: &FileUser,
+) -> Result<OpenedDisk, VmError> {
+    match rustix::fs::statat(volume, RAW_DISK, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => open_raw(disk, Some(volume), path.join(RAW_DISK), read_only, user),
+        Err(Errno::NOENT) => open_image(disk, volume, root),
+        Err(error) => Err(failed(path, "look for disk.img")(error)),
+    }
+}
+
+/// Opens the only file as an image, whose writes end with the container.
+fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot) -> Result<OpenedDisk, VmError> {
+    let shown = Path::new("/disks").join(disk.name.as_str());
+    let found = match open_base(volume.as_fd(), &shown)? {
+        Some(found) => found,
+        None => {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let directory =
+                rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(failed(&shown, "open the directory"))?;
+            open_only_file(directory.as_fd(), &shown).map_err(|error| match error {
+                VmError::Image { reason, .. } => VmError::Volume {
+                    name: disk.name.as_str().to_owned(),
+                    reason: format!(
+                        "no disk.img is in the volume, and {reason}. If it is an image volume, containerd must support \
+                         them: 2.1 or later"
+                    ),
+                },
+                error => error,
+            })?
+        }
+    };
+    let (path, base) = found;
+    let image = root.with_writes(path, base, &format!("{WRITES}-{}", disk.name.as_str()))?;
+    Ok(OpenedDisk::Image {
+        image: Arc::new(image),
+        read_only: disk.read_only,
+    })
+}
+
+/// Opens a raw disk: `disk.img` in `volume`, or the file at `path` itself.
+fn open_raw(
+    disk: &VmDisk,
+    volume: Option<&OwnedFd>,
+    path: PathBuf,
+    read_only: bool,
+    user: &FileUser,
+) -> Result<OpenedDisk, VmError> {
+    let access = match read_only {
+        true => OFlags::RDONLY,
+        false => OFlags::RDWR,
+    };
+    let flags = access | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened = as_user(user, || match volume {
+        Some(volume) => rustix::fs::openat2(volume, RAW_DISK, flags, Mode::empty(), BENEATH),
+        None => rustix::fs::openat(CWD, &path, flags, Mode::empty()),
+    });
+    let file = File::from(opened.map_err(|error| cannot_open(disk, &path, user, error))?);
+    check_regular(disk, &file, &path)?;
+    if !read_only {
+        lock(&file).map_err(|errno| VmError::Volume {
+            name: disk.name.as_str().to_owned(),
+            reason: format!(
+                "{} is locked ({errno}): another virtual machine writes it",
+                path.display()
+            ),
+        })?;
+    }
+    Ok(OpenedDisk::Raw { file, path, read_only })
+}
+
+fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: Errno) -> VmError {
+    let reason = match error {
+        Errno::LOOP => format!("{} is a symbolic link, not a regular file", path.display()),
+        Errno::ACCESS | Errno::PERM => format!(
+            "{} cannot be opened by the user {} and group {} of the container: change its owner, or set runAsUser or \
+             fsGroup",
+            path.display(),
+            user.uid,
+            user.gid
+        ),
+        error => format!("cannot open {}: {}", path.display(), io::Error::from(error)),
+    };
+    VmError::Volume {
+        name: disk.name.as_str().to_owned(),
+        reason,
+    }
+}
+
+fn check_regular(disk: &VmDisk, file: &File, path: &Path) -> Result<(), VmError> {
+    let status = fstat(file).map_err(failed(path, "read its type"))?;
+    match FileType::from_raw_mode(status.st_mode) {
+        FileType::RegularFile => Ok(()),
+        kind => Err(VmError::Volume {
+            name: disk.name.as_str().to_owned(),
+            reason: format!("{} is {}, not a regular file", path.display(), describe(kind)),
+        }),
+    }
+}
+
+/// Creates a sparse `disk.img` of `size` bytes unless it exists: an earlier container of the pod may have made it.
+fn create_blank(disk: &VmDisk, volume: &OwnedFd, size: u64, user: &FileUser) -> Result<(), VmError> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let shown = Path::new("/disks").join(disk.name.as_str()).join(RAW_DISK);
+    let mode = Mode::RUSR | Mode::WUSR;
+    match as_user(user, || rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)) {
+        Ok(file) => rustix::fs::ftruncate(&file, size).map_err(failed(&shown, "set its size")),
+        Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(cannot_open(disk, &shown, user, error)),
+    }
+}
+
+/// Opens the node of a block device, which the host's kernel names.
+fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk, VmError> {
+    let invalid = |reason: String| VmError::Volume {
+        name: disk.name.as_str().to_owned(),
+        reason: format!("block device {major}:{minor}: {reason}"),
+    };
+    let about = format!("/sys/dev/block/{major}:{minor}/uevent");
+    let mut text = String::new();
+    File::open(&about)
+        .and_then(|file| file.take(4096).read_to_string(&mut text))
+        .map_err(|error| invalid(format!("cannot read {about}: {error}")))?;
+    let name = text.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let name = name.ok_or_else(|| invalid(format!("{about} has no DEVNAME")))?;
+    let path = Path::new("/dev").join(name);
+    let access = match disk.read_only {
+        true => OFlags::RDONLY,
+        false => OFlags::RDWR,
+    };
+    // O_EXCL on a block device fails if a file system of the host uses it (open(2)).
+    let flags = access | OFlags::EXCL | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(CWD, &path, flags, Mode::empty())
+        .map_err(|error| invalid(format!("cannot open {}: {}", path.display(), io::Error::from(error))))?;
+    let status = fstat(&file).map_err(failed(&path, "read its type"))?;
+    let numbers = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
+    if FileType::from_raw_mode(status.st_mode) != FileType::BlockDevice || numbers != (major, minor) {
+        return Err(invalid(format!("{} is not this block device", path.display())));
+    }
+    Ok(OpenedDisk::Raw {
+        file: file.into(),
+        path,
+        read_only: disk.read_only,
+    })
+}
+
+/// Runs `open` with the permissions of a user: on a thread of its own, whose ids for file systems are those of the user.
+fn as_user<T: Send>(user: &FileUser, open: impl FnOnce() -> Result<T, Errno> + Send) -> Result<T, Errno> {
+    if *user == FileUser::default() {
+        return open();
+    }
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .name("open as user".to_owned())
+            .spawn_scoped(scope, || {
+                set_file_system_ids(user)?;
+                open()
+            });
+        match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)),
+        }
+    })
+}
+
+/// Changes the groups and the file system ids of the calling thread. The kernel takes the capabilities for files from a
+/// thread whose file system user is no longer root (capabilities(7)).
+fn set_file_system_ids(user: &FileUser) -> Result<(), Errno> {
+    let groups = user.additional_gids.iter().copied().map(rustix::process::Gid::from_raw);
+    rustix::thread::set_thread_groups(&groups.collect::<Vec<_>>())?;
+    let check = |set: libc::c_int, wanted: u32| match u32::try_from(set) {
+        Ok(set) if set == wanted => Ok(()),
+        _ => Err(Errno::PERM),
+    };
+    // SAFETY: both calls take a number and change only the calling thread. They return the earlier id, so the second one
+    // of each pair tells whether the first one had an effect (setfsuid(2)).
+    unsafe {
+        libc::setfsgid(user.gid);
+        check(libc::setfsgid(u32::MAX), user.gid)?;
+        libc::setfsuid(user.uid);
+        check(libc::setfsuid(u32::MAX), user.uid)
+    }
+}
