@@ -40,7 +40,7 @@ export LIBCAPNG_LINK_TYPE := static
 export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
-.PHONY: help build setup kernel kernel-paths agent executable first-run-parts install run run-container test lint lint-clippy lint-format unit \
+.PHONY: help build setup kernel kernel-paths agent executable first-run-parts install run run-container run-vm test lint lint-clippy lint-format unit \
 	suites soak soak-suites soak-pc soak-chaos bench dist clean
 
 help: ## list the targets
@@ -48,6 +48,9 @@ help: ## list the targets
 
 run: ## set everything up, then run a container in its own VM
 	@$(PHASE) -p "make run" $(MAKE_PHASES) PARTS=first-run-parts build run-container
+
+run-vm: build ## build a small disk image, then boot it as a virtual machine
+	@$(PHASE) "first virtual machine" "2 minutes" tests/lab/first-run $(SHIM) vm
 
 build: setup ## build the executable, with guest kernel and initramfs inside
 	@$(PHASE) "build (in parallel)" "11 minutes on two cores, seconds when little changed" \
