@@ -142,12 +142,14 @@ console_without_a_reader_does_not_stall_the_guest() {
   new_name
   local image=vm-raw
   start_image
+  # The client passes the command on before it stops.
+  echo 'echo begins; sleep 2; head -c 70000 /dev/zero | tr "\0" x; echo; echo done >/flood; sync; echo flood: over' >&"$console_input"
+  wait_for_console begins
   kill -STOP "$client"
-  echo 'head -c 120000 /dev/zero | tr "\0" x; echo; echo done >/flood; sync; echo flood: over' >&"$console_input"
   local deadline=$((SECONDS + 120)) state
   while
     state=$(containerd-shim-nutshell-v2 inspect "$name" | awk '$1 == "serial" { print $6 }')
-    ((${state:-0} < 120000))
+    ((${state:-0} < 70000))
   do
     ((SECONDS < deadline)) || return 1
     read -r -t 0.5 -u "$never" || true
@@ -275,7 +277,7 @@ volumes_are_disks_seed_and_shared_folders() {
   start_image "${mounts[@]}"
   disks=$(in_guest 'for disk in /sys/block/vd*; do echo "$(cat $disk/serial) $(cat $disk/size) $(cat $disk/ro)"; done' | tr '\n' ,)
   assert_contains "$disks" "root 98304 0,data 16384 0,scratch 65536 0,tools 32768 0,seed "
-  assert_contains "$(in_guest 'blkid /dev/vde')" 'LABEL="CIDATA"'
+  assert_contains "$(in_guest 'findfs LABEL=CIDATA')" /dev/vde
   in_guest 'mount -t ext4 /dev/vdb /mnt && echo of the guest >/mnt/file && umount /mnt'
   in_guest 'mkdir -p /shared && mount -t virtiofs nutshell /shared'
   assert_equal "of the host" "$(in_guest 'cat /shared/srv/shared/file')"
