@@ -298,7 +298,7 @@ fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
         Some(status) => format!("{}, with status {status}", container.state),
         None => container.state.clone(),
     };
-    let lines = [
+    let mut lines = vec![
         ("namespace", shim.namespace.clone()),
         ("id", container.id.clone()),
         ("kind", container.kind.clone()),
@@ -330,6 +330,13 @@ fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
         ("started", milliseconds(container.started_milliseconds)),
         ("start call", milliseconds(container.start_milliseconds)),
     ];
+    if container.kind == "vm" {
+        let agent = container.guest_agent.clone();
+        lines.push((
+            "guest agent",
+            agent.map_or("no answer".to_owned(), |version| format!("QEMU {version}")),
+        ));
+    }
     let mut text = String::new();
     for (name, value) in lines {
         // Writing to a string cannot fail.
@@ -358,6 +365,7 @@ mod tests {
             pid: 41,
             guest_pid: 7,
             bundle: "/run/b".to_owned(),
+            guest_agent: None,
             execs: vec!["e1".to_owned()],
             age_seconds: 90_061,
             create_milliseconds: Some(150),
@@ -477,6 +485,22 @@ nutshell-0  20        1       2       81920     512         /images/1
 rng         3         0       0       96        0
 ";
         assert!(text.ends_with(expected), "{text}");
+    }
+
+    #[test]
+    fn guest_agent_of_a_virtual_machine_is_described() {
+        let line = |container: &ContainerReport| {
+            let text = describe(&shim("default", &[]).report, container);
+            text.lines()
+                .find(|line| line.starts_with("guest agent:"))
+                .map(str::to_owned)
+        };
+        let mut vm = container("a");
+        assert_eq!(line(&vm), None);
+        vm.kind = "vm".to_owned();
+        assert_eq!(line(&vm).unwrap(), "guest agent:      no answer");
+        vm.guest_agent = Some("9.2.0".to_owned());
+        assert_eq!(line(&vm).unwrap(), "guest agent:      QEMU 9.2.0");
     }
 
     #[test]

@@ -22,7 +22,7 @@ mod spec;
 mod vm_plan;
 
 pub(crate) use annotations::read_annotations;
-pub(crate) use bundle::BundleSpec;
+pub(crate) use bundle::{BundleSpec, GuestProcess};
 pub(crate) use cgroup_path::CgroupPath;
 pub(crate) use error::PlanError;
 pub(crate) use host_namespaces::HostNamespaces;

@@ -16,6 +16,8 @@ pub(crate) struct VmPlan {
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
     pub(crate) on_reboot: OnReboot,
+    /// The machine has a port for the QEMU guest agent, which runs the processes of Exec.
+    pub(crate) guest_agent: bool,
     /// In the order of the spec.
     pub(crate) disks: Vec<VmDisk>,
     pub(crate) seed: Option<VmSeed>,

@@ -58,6 +58,9 @@ pub(crate) struct ContainerReport {
     /// The pid of its first process in the guest, 0 for a sandbox.
     pub(crate) guest_pid: u32,
     pub(crate) bundle: String,
+    /// The version of the QEMU guest agent of a virtual machine. `None` if none answers, or none was asked.
+    #[serde(default)]
+    pub(crate) guest_agent: Option<String>,
     /// The ids of its execs.
     pub(crate) execs: Vec<String>,
     /// Seconds since its creation was requested.

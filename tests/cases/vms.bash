@@ -176,6 +176,41 @@ exec_fails_at_once_and_names_the_console() {
   end_vm 137
 }
 
+# The guest runs QEMU's agent.
+exec_runs_by_the_guest_agent() {
+  new_name
+  local image=vm-raw output status=0 deadline=$((SECONDS + 60))
+  start_image
+  in_guest start-agent
+  until containerd-shim-nutshell-v2 inspect "$name" | grep -q '^guest agent: *QEMU [0-9]'; do
+    ((SECONDS < deadline)) || return 1
+    read -r -t 0.2 -u "$never" || true
+  done
+  output=$(timeout 60 ctr task exec --exec-id e1 --cwd /tmp "$name" sh -c 'pwd; echo wrong >&2; exit 3' </dev/null 2>/run/tmp/errors) ||
+    status=$?
+  assert_equal "3 /tmp" "$status $output"
+  assert_equal wrong "$(</run/tmp/errors)"
+  assert_equal typed "$(echo typed | timeout 60 ctr task exec --exec-id e2 "$name" cat)"
+  output=$(timeout 60 ctr task exec --exec-id e3 "$name" /nosuch </dev/null 2>&1) && return 1
+  assert_contains "$output" "the QEMU guest agent refuses guest-exec"
+  assert_contains "$output" "No such file or directory"
+
+  timeout 120 ctr task exec --exec-id e4 "$name" sleep 1000 </dev/null &
+  local exec=$!
+  until in_guest 'pidof sleep' >/dev/null; do
+    ((SECONDS < deadline)) || return 1
+  done
+  ctr task kill --exec-id e4 --signal SIGKILL "$name"
+  status=0
+  wait "$exec" || status=$?
+  assert_equal 137 "$status"
+  in_guest '! pidof sleep'
+  assert_equal 2 "$(ctr task ps "$name" | wc -l)"
+  rm /run/tmp/errors
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+}
+
 # refused_vm EXPECTED ROOTFS [OPTION...]: checks that a VM with this root directory is refused with this text.
 refused_vm() {
   local expected=$1 rootfs=$2 error
@@ -333,6 +368,7 @@ more_vm_cases() {
   check "kill ends the machine at once" kill_ends_the_machine_at_once
   check "console without a reader does not stall the guest" console_without_a_reader_does_not_stall_the_guest
   check "exec fails at once and names the console" exec_fails_at_once_and_names_the_console
+  check "exec runs by the guest agent" exec_runs_by_the_guest_agent
   check "full snapshot is only an I/O error in the guest" full_snapshot_is_only_an_io_error_in_the_guest
   check "volume is the boot disk and persists" volume_is_the_boot_disk_and_persists
 }

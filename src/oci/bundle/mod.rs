@@ -5,6 +5,7 @@
 //! of bind mounts. Called by the shim through [`BundleSpec`].
 
 mod devices;
+mod guest_process;
 mod hooks;
 mod mounts;
 mod namespaces;
@@ -14,6 +15,8 @@ mod settings;
 #[cfg(test)]
 mod tests;
 mod virtual_machine;
+
+pub(crate) use self::guest_process::GuestProcess;
 
 use std::path::{Path, PathBuf};
 

@@ -183,7 +183,7 @@ impl Task for TaskService {
                 terminal: request.terminal,
             },
         };
-        self.tasks.exec(&request.id, exec)?;
+        self.tasks.exec(&request.id, exec).await?;
         Ok(Empty::default())
     }
 

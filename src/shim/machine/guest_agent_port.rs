@@ -16,7 +16,6 @@ impl Machine {
     /// # Errors
     ///
     /// The machine has ended, or the vmm does not answer within [`PORT_TIMEOUT`].
-    #[expect(dead_code, reason = "no exec in a virtual machine uses it yet")]
     pub(crate) async fn is_guest_agent_port_open(&self) -> Result<bool, VmmError> {
         let (sender, receiver) = oneshot::channel();
         {

@@ -3,12 +3,12 @@
 //!
 //! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
 //! ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
-//! them while it runs: those of a process in the guest ([`standard`]), and the console of a virtual machine
-//! ([`console`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
+//! them while it runs: those of a process in the guest ([`standard`]), those of an exec in a virtual machine
+//! ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
 //! [`super::api`] serves the streaming scheme.
 //!
 //! Bytes flow directly between the machine and a fifo, file or pipe. Only those of the streaming scheme pass through
-//! the shim, one message at a time.
+//! the shim, one message at a time, and those of an exec in a virtual machine, whose agent sends them in one piece.
 //!
 //! The shim keeps the opposite end of each fifo open (containerd `pkg/cio`, and the runc shim's `process/io.go`):
 //!
@@ -17,6 +17,7 @@
 //! - The writing end of standard input. A client that detaches does not end the input; only
 //!   [`StandardStreams::close_stdin`] does.
 
+mod captured;
 mod console;
 mod endpoint;
 mod error;
@@ -29,6 +30,7 @@ mod streaming;
 #[cfg(test)]
 pub(crate) use self::files::read_next;
 pub(crate) use self::{
+    captured::{CapturedStreams, InputError},
     console::ConsoleStreams,
     open::{StdioContext, StdioSpec},
     standard::StandardStreams,

@@ -230,9 +230,27 @@ impl OpenedStreams {
         ] {
             end.map_or(Ok(()), non_blocking)?;
         }
-        let input = self.stdin.map(|Input { machine, writer }| (machine, writer));
-        let output = self.stdout.map(|Output { machine, reader }| (machine, reader));
-        Ok(ConsoleStreams::new(input, output, self.loggers))
+        let (input, output, _, loggers) = self.into_ends();
+        Ok(ConsoleStreams::new(input, output, loggers))
+    }
+
+    /// Its streams, each as the machine's end and the host's: input, output, standard error.
+    #[expect(clippy::type_complexity, reason = "it is taken apart at once")]
+    pub(super) fn into_ends(
+        self,
+    ) -> (
+        Option<(OwnedFd, HostWriter)>,
+        Option<(OwnedFd, HostReader)>,
+        Option<(OwnedFd, HostReader)>,
+        Vec<Logger>,
+    ) {
+        let output = |output: Option<Output>| output.map(|Output { machine, reader }| (machine, reader));
+        (
+            self.stdin.map(|Input { machine, writer }| (machine, writer)),
+            output(self.stdout),
+            output(self.stderr),
+            self.loggers,
+        )
     }
 }
 

@@ -15,6 +15,8 @@ pub(crate) struct StandardStreams {
     stdout: Option<OutputStream>,
     stderr: Option<OutputStream>,
     loggers: Mutex<Vec<Logger>>,
+    /// Kept open until the streams are closed.
+    readers: Mutex<Vec<HostReader>>,
 }
 
 /// The writing side of a standard input on the host. The input ends when it is closed.
@@ -58,6 +60,17 @@ impl StandardStreams {
             stdout,
             stderr,
             loggers: Mutex::new(loggers),
+            readers: Mutex::default(),
+        }
+    }
+
+    /// The streams of a process that a machine does not have.
+    pub(super) fn without_machine(writer: Option<HostWriter>, readers: Vec<HostReader>, loggers: Vec<Logger>) -> Self {
+        Self {
+            stdin_writer: Mutex::new(writer),
+            loggers: Mutex::new(loggers),
+            readers: Mutex::new(readers),
+            ..Self::default()
         }
     }
 
@@ -104,6 +117,7 @@ impl StandardStreams {
         };
         // A timeout means that the vmm hangs. Then the next request to the machine fails.
         let _ = tokio::time::timeout(limit, close).await;
+        self.readers.lock().clear();
         let loggers = std::mem::take(&mut *self.loggers.lock());
         for logger in loggers {
             logger.finish().await;

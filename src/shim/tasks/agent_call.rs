@@ -65,3 +65,8 @@ pub(super) fn check_response<T>(limit: Duration, response: Option<Result<T, Agen
     };
     Err(TaskError::new(code, error.to_string()))
 }
+
+/// The error of Kill for a process that has ended: the same words as runc's.
+pub(super) fn already_finished() -> TaskError {
+    TaskError::new(ErrorCode::NotFound, "process already finished")
+}

@@ -6,7 +6,7 @@ use containerd_shim::protos::events::task::{TaskPaused, TaskResumed};
 use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 
 use super::{
-    agent_call::check_response,
+    agent_call::{already_finished, check_response},
     container::{
         Container,
         lifecycle::{Exit, Phase},
@@ -15,7 +15,10 @@ use super::{
     },
     limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, STATS_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
-    virtual_machine::calls::{signal_virtual_machine, virtual_machine_stats},
+    virtual_machine::{
+        calls::{signal_virtual_machine, virtual_machine_stats},
+        exec::signal_exec_in_virtual_machine,
+    },
 };
 use crate::shim::{
     error::{ErrorCode, TaskError},
@@ -95,7 +98,10 @@ impl Tasks {
             return Ok(());
         }
         if let Some(machine) = &container.virtual_machine {
-            return signal_virtual_machine(container, machine, signal).await;
+            return match process.exec {
+                None => signal_virtual_machine(container, machine, signal).await,
+                Some(_) => signal_exec_in_virtual_machine(container, machine, process, signal).await,
+            };
         }
         let sent = signal_in_guest(container, process, signal, all).await;
         let has_failed = |error: &TaskError| error.code() != ErrorCode::NotFound;
@@ -304,10 +310,6 @@ pub(super) async fn signal_in_guest(
         }
         response => check_response(KILL_LIMIT, response),
     }
-}
-
-fn already_finished() -> TaskError {
-    TaskError::new(ErrorCode::NotFound, "process already finished")
 }
 
 /// One more than the largest pid that any kernel of 64 bits assigns (kernel, `PID_MAX_LIMIT`).

@@ -73,9 +73,9 @@ impl Tasks {
         self.record_exit(container, process, exit).await;
     }
 
-    /// Waits until the exits of all execs are recorded, because they must precede that of the first process. The agent
-    /// has reported all of them. An exec whose output is not delivered in time is recorded as killed.
-    async fn end_execs(&self, container: &Container) {
+    /// Waits until the exits of all execs are recorded, because they must precede that of the first process. All of them
+    /// are known. An exec whose output is not delivered in time is recorded as killed.
+    pub(super) async fn end_execs(&self, container: &Container) {
         for exec in container.all_execs() {
             if !exec.is_unstarted_exec() {
                 let recorded = tokio::time::timeout(DRAIN_LIMIT, exec.lifecycle.wait_exit()).await;

@@ -20,6 +20,9 @@ use crate::{
 /// The prefix of the error text of a failed creation: the same as in runc's shim, because users search for it.
 pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
 
+/// The prefix of the error texts of a failed Start of an exec: the same as in runc's shim.
+pub(super) const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
+
 impl Tasks {
     /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its
     /// machine has booted.

@@ -14,9 +14,10 @@ use super::{
         signal::SIGKILL,
     },
     control::signal_in_guest,
+    host_setup::EXEC_CONTEXT,
     limits::{CREATE_LIMIT, REQUEST_LIMIT},
     table::Tasks,
-    virtual_machine::calls::no_agent,
+    virtual_machine::exec::check_guest_agent,
 };
 use crate::{
     oci::ContainerId,
@@ -27,9 +28,8 @@ use crate::{
     },
 };
 
-/// The prefixes of the error texts of a failed Start: the same as in runc's shim, because users search for them.
+/// The prefix of the error texts of a failed Start: the same as in runc's shim, because users search for it.
 const START_CONTEXT: &str = "OCI runtime start failed";
-const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
 
 /// A process to add to a container.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ pub(crate) struct ExecRequest {
 
 impl Tasks {
     /// Adds a process to the container `id`. [`Self::start`] runs it.
-    pub(crate) fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
+    pub(crate) async fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
         let container = self.container(id)?;
         // The id is sent to the guest, where it must be one path component.
         if let Err(error) = request.exec.parse::<ContainerId>() {
@@ -57,8 +57,8 @@ impl Tasks {
                 "a sandbox has no process in the virtual machine: exec in one of the pod's containers",
             ));
         }
-        if container.virtual_machine.is_some() {
-            return Err(no_agent("start a process"));
+        if let Some(machine) = &container.virtual_machine {
+            check_guest_agent(machine, request.stdio.terminal).await?;
         }
         let mut execs = container.execs();
         if execs.contains_key(&request.exec) {
@@ -143,9 +143,17 @@ impl Tasks {
         process: &Arc<Process>,
         exec: &str,
     ) -> Result<u32, TaskError> {
-        match start_exec_in_guest(container, process, exec, &self.stdio).await {
-            Ok(guest_pid) => {
-                process.set_guest_pid(guest_pid);
+        let started = match &container.virtual_machine {
+            Some(machine) => {
+                self.start_exec_in_virtual_machine(container, machine, process, exec)
+                    .await
+            }
+            None => start_exec_in_guest(container, process, exec, &self.stdio)
+                .await
+                .map(|guest_pid| process.set_guest_pid(guest_pid)),
+        };
+        match started {
+            Ok(()) => {
                 self.watch_pid_holder(container, process);
                 self.events.publish(TaskExecStarted {
                     container_id: container.id.to_string(),
@@ -211,7 +219,8 @@ async fn start_exec_in_guest(
 /// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process, or
 /// may do so later.
 async fn end_unanswered_start(container: &Container, process: &Process, error: &TaskError) {
-    if error.code() != ErrorCode::Unavailable || container.pod.machine().has_ended() {
+    let has_agent = container.virtual_machine.is_none();
+    if error.code() != ErrorCode::Unavailable || !has_agent || container.pod.machine().has_ended() {
         return;
     }
     match signal_in_guest(container, process, SIGKILL, process.exec.is_none()).await {

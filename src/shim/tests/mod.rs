@@ -3,6 +3,7 @@
 mod behaviour;
 mod exits;
 mod fake;
+mod guest_agent;
 mod hostile;
 mod killed;
 mod lifecycle;

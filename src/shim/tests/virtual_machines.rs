@@ -28,13 +28,13 @@ impl Shim {
         request
     }
 
-    async fn create_vm(&self, id: &str, annotations: Value) -> u32 {
+    pub(super) async fn create_vm(&self, id: &str, annotations: Value) -> u32 {
         let request = self.vm_request(id, annotations);
         let created = self.task.create(context::Context::default(), &request).await;
         created.unwrap().pid
     }
 
-    async fn run_vm(&self, id: &str) -> u32 {
+    pub(super) async fn run_vm(&self, id: &str) -> u32 {
         let pid = self.create_vm(id, json!({})).await;
         assert_eq!(self.start_task(id, "").await.unwrap(), pid);
         pid

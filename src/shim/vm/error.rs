@@ -70,6 +70,8 @@ pub(crate) enum VmError {
     Descriptors(#[source] io::Error),
     #[error("the console: {0}")]
     Console(#[source] io::Error),
+    #[error("cannot connect the port of the guest agent: {0}")]
+    GuestAgent(#[source] io::Error),
     #[error(transparent)]
     Network(#[from] NetworkError),
     #[error("the network: {0}")]

@@ -1,7 +1,8 @@
 //! The state of a virtual machine from one boot to the next.
 
 use std::{
-    os::fd::OwnedFd,
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -15,6 +16,7 @@ use tokio::sync::watch;
 use super::{
     error::VmError,
     files::VmFiles,
+    guest_agent::GuestAgent,
     kernel::{BootFiles, KernelSource, read_disk_kernel},
 };
 use crate::{
@@ -50,6 +52,8 @@ const MAX_REBOOT_DELAY: Duration = Duration::from_secs(60);
 pub(crate) struct VirtualMachine {
     size: Size,
     on_reboot: OnReboot,
+    /// The machine has a port for the QEMU guest agent.
+    has_guest_agent: bool,
     /// `None` after [`Self::release`].
     files: Mutex<Option<Arc<VmFiles>>>,
     /// The files for the next boot. `None` until they are read from the disk.
@@ -59,6 +63,8 @@ pub(crate) struct VirtualMachine {
     links: Mutex<Option<MachineLinks>>,
     /// The machine while the guest runs in it.
     running: Mutex<Option<Arc<Machine>>>,
+    /// The agent that the guest in `running` may have.
+    guest_agent: Mutex<Option<Arc<GuestAgent>>>,
     /// Whether a client has requested a shutdown of the guest.
     power_off_requested: AtomicBool,
     /// The exit status of the task, once a client has killed it.
@@ -90,15 +96,17 @@ impl RebootPace {
 }
 
 impl VirtualMachine {
-    pub(crate) fn new(size: Size, on_reboot: OnReboot, files: VmFiles) -> Self {
+    pub(crate) fn new(size: Size, on_reboot: OnReboot, has_guest_agent: bool, files: VmFiles) -> Self {
         Self {
             size,
             on_reboot,
+            has_guest_agent,
             files: Mutex::new(Some(Arc::new(files))),
             boot_files: Mutex::default(),
             console: OnceLock::new(),
             links: Mutex::default(),
             running: Mutex::default(),
+            guest_agent: Mutex::default(),
             power_off_requested: AtomicBool::new(false),
             killed: watch::Sender::new(None),
             pace: Mutex::new(RebootPace {
@@ -217,6 +225,10 @@ impl VirtualMachine {
             let disk = disk.for_machine(false).map_err(VmError::Descriptors)?;
             Ok((serial.clone(), disk))
         });
+        let (guest_agent, agent_end) = match self.has_guest_agent {
+            true => connect_guest_agent().map_err(VmError::GuestAgent)?,
+            false => (None, None),
+        };
         let request = UserBootRequest {
             kvm: launcher.open_kvm().map_err(PodError::from)?,
             size: self.size,
@@ -226,7 +238,7 @@ impl VirtualMachine {
             uuid: files.uuid,
             console_input,
             console_output,
-            guest_agent: None,
+            guest_agent: agent_end.map(OwnedFd::from),
             links: links.transpose().map_err(VmError::Links)?.unwrap_or_default(),
             disks: disks.collect::<Result<_, VmError>>()?,
             file_server,
@@ -234,7 +246,13 @@ impl VirtualMachine {
         self.pace.lock().started = Instant::now();
         machine.boot_user(request, BUILD_LIMIT).await.map_err(VmError::Start)?;
         *self.running.lock() = Some(machine.clone());
+        *self.guest_agent.lock() = guest_agent;
         Ok(())
+    }
+
+    /// The machine in which the guest runs, and the agent that it may have.
+    pub(crate) fn running_agent(&self) -> Option<(Arc<Machine>, Arc<GuestAgent>)> {
+        self.running.lock().clone().zip(self.guest_agent.lock().clone())
     }
 
     /// Boots again after the guest has reset the machine of `pod`. Returns the new machine. Call it on the shim's main
@@ -251,6 +269,7 @@ impl VirtualMachine {
         ready_timeout: Duration,
     ) -> Result<Arc<Machine>, VmError> {
         self.running.lock().take();
+        self.guest_agent.lock().take();
         let delay = self.pace.lock().next_delay(Instant::now());
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
@@ -331,6 +350,13 @@ impl VirtualMachine {
             false => Ok(()),
         }
     }
+}
+
+/// A client of the guest agent, and the end of its socket for the machine.
+fn connect_guest_agent() -> io::Result<(Option<Arc<GuestAgent>>, Option<UnixStream>)> {
+    let (client, machine) = UnixStream::pair()?;
+    machine.set_nonblocking(true)?;
+    Ok((Some(Arc::new(GuestAgent::new(client)?)), Some(machine)))
 }
 
 /// The kernel's command line: `line`, the serial console if it is missing, and the user's arguments.

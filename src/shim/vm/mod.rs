@@ -10,7 +10,6 @@
 mod disk;
 mod error;
 mod files;
-#[cfg_attr(not(test), expect(dead_code, reason = "no exec in a virtual machine uses it yet"))]
 mod guest_agent;
 mod kernel;
 mod machine;
@@ -21,5 +20,10 @@ mod tests;
 mod volumes;
 
 pub(crate) use self::{
-    disk::ImageRoot, error::VmError, files::VmFiles, machine::VirtualMachine, statistics::process_statistics,
+    disk::ImageRoot,
+    error::VmError,
+    files::VmFiles,
+    guest_agent::{Finished, GuestAgent, GuestAgentError, Program},
+    machine::VirtualMachine,
+    statistics::process_statistics,
 };

@@ -27,6 +27,7 @@ pub(super) struct Annotations {
     initramfs: Option<PathBuf>,
     pub(super) kernel_arguments: String,
     pub(super) on_reboot: OnReboot,
+    pub(super) no_guest_agent: bool,
     /// `None` means the default.
     pub(super) data_source: Option<DataSource>,
     /// By the name of the disk.
@@ -66,12 +67,20 @@ impl Annotations {
                     other => return Err(format!("{other:?} is neither \"restart\" nor \"exit\"")),
                 }
             }
+            "exec" => {
+                self.no_guest_agent = match value {
+                    // The QEMU guest agent is the only one that a guest may have.
+                    "auto" | "qga" => false,
+                    "none" => true,
+                    other => return Err(format!("{other:?} is not one of \"auto\", \"qga\" and \"none\"")),
+                }
+            }
             "datasource" => self.data_source = Some(value.parse()?),
             _ => {
                 let Some(disk) = key.strip_prefix("disk.") else {
                     return Err(
-                        "unknown: a virtual machine has the annotations datasource, disk.NAME, initrd, kernel, \
-                         kernel-arguments and on-reboot"
+                        "unknown: a virtual machine has the annotations datasource, disk.NAME, exec, initrd, \
+                         kernel, kernel-arguments and on-reboot"
                             .to_owned(),
                     );
                 };

@@ -95,6 +95,7 @@ pub(super) fn plan(mut spec: Spec, sizing: &Sizing, inspect: &dyn Inspect) -> Re
         kernel: settings.kernel(kernel_directory)?,
         kernel_arguments: settings.kernel_arguments,
         on_reboot: settings.on_reboot,
+        guest_agent: !settings.no_guest_agent,
         disks,
         seed,
         shares,

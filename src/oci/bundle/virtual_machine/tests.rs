@@ -105,6 +105,19 @@ fn settings_come_from_limits_and_annotations() {
 }
 
 #[test]
+fn annotation_decides_whether_the_machine_has_a_port_for_the_guest_agent() {
+    let port = |annotations| planned(&with_annotations(annotations)).unwrap().guest_agent;
+    assert!(port(json!({})));
+    for (value, expected) in [("auto", true), ("qga", true), ("none", false)] {
+        assert_eq!(
+            port(json!({"io.containerd.nutshell.vm.exec": value})),
+            expected,
+            "{value}"
+        );
+    }
+}
+
+#[test]
 fn kernel_comes_from_the_mount_for_it() {
     let mut spec = with_annotations(json!({
         "io.containerd.nutshell.vm.kernel": "/boot/vmlinuz",
@@ -132,6 +145,7 @@ fn wrong_annotation_is_refused_with_its_name_and_value() {
     for (key, value, expected) in [
         ("on-rebot", "exit", "unknown: a virtual machine has the annotations"),
         ("on-reboot", "never", "\"never\" is neither"),
+        ("exec", "ssh", "\"ssh\" is not one of \"auto\", \"qga\" and \"none\""),
         ("kernel-arguments", "a\nb", "'\\n' is not a printable ASCII character"),
         (
             "kernel-arguments",

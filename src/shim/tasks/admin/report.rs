@@ -12,6 +12,7 @@ use crate::{
         tasks::{
             Tasks,
             container::{Container, Role},
+            virtual_machine::exec::guest_agent_version,
         },
     },
 };
@@ -22,7 +23,8 @@ impl Tasks {
         self.report_with(&HashMap::new())
     }
 
-    /// The state of this shim. Asks its vmms: one that does not answer delays the report by a second at most.
+    /// The state of this shim. Asks its vmms and the guest agents of virtual machines: one that does not answer delays the
+    /// report by a second at most.
     pub(crate) async fn full_report(&self) -> ShimReport {
         let mut calls = HashMap::new();
         for container in self.all() {
@@ -30,12 +32,25 @@ impl Tasks {
             let call = || tokio::spawn(async move { machine.statistics().await.map_err(|error| error.to_string()) });
             calls.entry(container.pod.number()).or_insert_with(call);
         }
+        let mut agents = HashMap::new();
+        for container in self.all() {
+            if let Some(machine) = container.virtual_machine.clone() {
+                let call = tokio::spawn(async move { guest_agent_version(&machine).await });
+                agents.insert(container.id.to_string(), call);
+            }
+        }
         let mut statistics = HashMap::new();
         for (pod, call) in calls {
             let answer = call.await.unwrap_or_else(|error| Err(error.to_string()));
             statistics.insert(pod, answer);
         }
-        self.report_with(&statistics)
+        let mut report = self.report_with(&statistics);
+        for container in &mut report.containers {
+            if let Some(call) = agents.remove(&container.id) {
+                container.guest_agent = call.await.unwrap_or_default();
+            }
+        }
+        report
     }
 
     /// `statistics` are the vmms' answers, by the number of the pod.
@@ -99,6 +114,7 @@ fn report_of(
         pid: init.pid(),
         guest_pid: init.guest_pid(),
         bundle: container.bundle().display().to_string(),
+        guest_agent: None,
         execs,
         age_seconds: timings.age.as_secs(),
         create_milliseconds: timings.created.map(milliseconds),

@@ -6,6 +6,7 @@ use std::sync::{
 };
 
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::watch;
 
 use super::lifecycle::{Lifecycle, Phase};
 use crate::shim::{
@@ -30,6 +31,8 @@ pub(crate) struct Process {
     guest_pid: AtomicU32,
     exit_claimed: AtomicBool,
     kill_followed: AtomicBool,
+    /// The exit status with which it was given up.
+    abandoned: watch::Sender<Option<u32>>,
 }
 
 #[derive(Debug, Default)]
@@ -68,6 +71,7 @@ impl Process {
             guest_pid: AtomicU32::new(0),
             exit_claimed: AtomicBool::new(false),
             kill_followed: AtomicBool::new(false),
+            abandoned: watch::Sender::new(None),
         }
     }
 
@@ -159,6 +163,26 @@ impl Process {
     /// Whether to follow its end after SIGKILL. True for the first caller only.
     pub(crate) fn should_follow_kill(&self) -> bool {
         !self.kill_followed.swap(true, Ordering::Relaxed)
+    }
+
+    /// Gives up a process of a virtual machine's guest, whose exit is to be recorded with `status` without it.
+    pub(crate) fn abandon(&self, status: u32) {
+        self.abandoned
+            .send_if_modified(|abandoned| abandoned.replace(status).is_none());
+    }
+
+    /// Waits for [`Self::abandon`], and returns its status.
+    pub(crate) async fn abandoned(&self) -> u32 {
+        let mut receiver = self.abandoned.subscribe();
+        loop {
+            if let Some(status) = *receiver.borrow_and_update() {
+                return status;
+            }
+            if receiver.changed().await.is_err() {
+                // Cannot happen: the sender is a field of `self`, which is borrowed.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Closes its open streams.

@@ -50,6 +50,7 @@ impl Tasks {
             if container.init.try_claim_exit() {
                 // Before the exit is announced, because CNI removes the network namespace after that.
                 machine.disconnect_network().await;
+                tasks.end_execs(&container).await;
                 tasks.record_exit(&container, &container.init, Exit::now(status)).await;
             }
         });

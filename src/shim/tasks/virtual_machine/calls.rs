@@ -53,7 +53,7 @@ pub(in crate::shim::tasks) fn virtual_machine_stats(container: &Container) -> Re
     })
 }
 
-/// The error of a call that needs an agent. `action` is a verb with its object.
+/// The error of a call that needs an agent in the guest. `action` is a verb with its object.
 pub(in crate::shim::tasks) fn no_agent(action: &str) -> TaskError {
     let text = format!(
         "cannot {action} in the guest of a virtual machine with a user's kernel: it has no agent. Use its console \

@@ -6,3 +6,4 @@
 mod boots;
 pub(super) mod calls;
 mod create;
+pub(super) mod exec;

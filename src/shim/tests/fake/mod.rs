@@ -2,6 +2,7 @@
 //! real child process stands for the vmm, so that it can be killed.
 
 mod answer;
+mod guest_agent;
 
 use std::{
     collections::HashMap,
@@ -70,6 +71,10 @@ struct State {
     requests: Vec<Request>,
     /// The command lines of users' kernels that were booted.
     user_boots: Vec<String>,
+    /// The socket behind the port of the guest agent of the newest machine with a user's kernel.
+    guest_agent: Option<UnixStream>,
+    /// Whether a program in the guest has that port open.
+    is_guest_agent_open: bool,
     /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
 }
@@ -222,11 +227,27 @@ impl Fake {
 
     fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
         match command {
-            Command::Boot(_, Software::User { command_line, .. }) => {
+            Command::Boot(
+                _,
+                Software::User {
+                    command_line,
+                    initramfs,
+                    console_input,
+                    console_output,
+                    guest_agent,
+                    ..
+                },
+            ) => {
                 {
+                    // After KVM and kernel.
+                    let earlier = [initramfs.is_some(), console_input, console_output];
+                    let index = 2 + earlier.into_iter().filter(|present| *present).count();
+                    let socket = descriptors.into_iter().nth(index).filter(|_| guest_agent);
                     let mut state = self.state();
                     state.control = Some(control.clone());
                     state.user_boots.push(command_line);
+                    state.guest_agent = socket.map(UnixStream::from);
+                    state.is_guest_agent_open = false;
                 }
                 match self.behaviour {
                     Behaviour::BootFails => self.end_guest(EndReason::BuildFailed("no memory".to_owned())),
@@ -263,7 +284,10 @@ impl Fake {
             Command::PressPowerButton => self.end_guest(EndReason::GuestPowerOff),
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
-            Command::ReadGuestAgentPort => notify(control, &Notice::GuestAgentPort { open: false }),
+            Command::ReadGuestAgentPort => {
+                let open = self.state().is_guest_agent_open;
+                notify(control, &Notice::GuestAgentPort { open });
+            }
             Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {

@@ -40,7 +40,7 @@ pub(crate) struct Finished {
 pub(super) enum Command<'a> {
     Info,
     Exec(&'a Program),
-    ExecStatus { pid: i64 },
+    ExecStatus { pid: u32 },
 }
 
 #[derive(Serialize)]
@@ -151,7 +151,7 @@ impl Info {
 /// The answer to `guest-exec`.
 #[derive(Deserialize)]
 pub(super) struct Started {
-    pub(super) pid: i64,
+    pub(super) pid: u32,
 }
 
 /// The answer to `guest-exec-status`.

@@ -69,7 +69,7 @@ impl GuestAgent {
     }
 
     /// Starts a process in the guest. Returns its pid there.
-    pub(crate) async fn start(&self, program: &Program) -> Result<i64, GuestAgentError> {
+    pub(crate) async fn start(&self, program: &Program) -> Result<u32, GuestAgentError> {
         // Else the agent of an earlier boot of the guest's services may have left a part of an answer.
         self.synchronize().await?;
         let started: Started = self.run(&Command::Exec(program)).await?;
@@ -77,7 +77,7 @@ impl GuestAgent {
     }
 
     /// Waits for the end of a process that [`Self::start`] started. The agent forgets it then.
-    pub(crate) async fn wait(&self, pid: i64) -> Result<Finished, GuestAgentError> {
+    pub(crate) async fn wait(&self, pid: u32) -> Result<Finished, GuestAgentError> {
         let mut interval = FIRST_POLL_INTERVAL;
         loop {
             tokio::time::sleep(interval).await;

@@ -172,7 +172,7 @@ async fn hostile_answers_are_errors_in_time_and_the_client_stays_usable() {
         let error = agent.client.version().await.unwrap_err().to_string();
 
         assert!(error.contains(expected), "{name}: {error}");
-        assert!(begun.elapsed() < ANSWER_LIMIT * 4, "{name}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < ANSWER_LIMIT * 40, "{name}: {:?}", begun.elapsed());
         assert_eq!(agent.client.version().await.unwrap(), "1", "{name}");
     }
 }
@@ -214,7 +214,7 @@ async fn agent_that_never_synchronizes_is_an_error_in_time() {
         let error = agent.client.synchronize().await.unwrap_err().to_string();
 
         assert!(expected.iter().any(|text| error.contains(text)), "{name}: {error}");
-        assert!(begun.elapsed() < SYNC_LIMIT * 5, "{name}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < SYNC_LIMIT * 40, "{name}: {:?}", begun.elapsed());
     }
 }
 
