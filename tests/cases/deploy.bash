@@ -555,5 +555,29 @@ assert container["command"] == [mounts["scripts"] + "/pod"]
 # The image has the executable at the path that the script uses.
 dockerfile = open(os.path.join(folder, "Dockerfile")).read()
 assert "COPY --chmod=755 containerd-shim-nutshell-v2 %s\n" % environment["NUTSHELL_SHIM"] in dockerfile
+
+# Examples of virtual machines: their handler, their annotations and the volumes that they mount exist.
+documented = open(os.path.join(folder, "../docs/VM.md")).read()
+examples = [name for name in os.listdir(os.path.join(folder, "examples")) if name.endswith(".yaml")]
+assert examples
+for name in examples:
+    for document in read("examples/" + name):
+        assert document["apiVersion"] and document["metadata"]["name"], name
+        if document["kind"] not in ("Pod", "StatefulSet"):
+            continue
+        template = document["spec"].get("template", document)
+        pod = template["spec"]
+        assert pod["runtimeClassName"] == runtime["metadata"]["name"], name
+        volumes = {volume["name"] for volume in pod.get("volumes", [])}
+        volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
+        machine, = pod["containers"]
+        assert machine["command"] == ["vm"], name
+        for container in pod.get("initContainers", []) + [machine]:
+            assert {mount["name"] for mount in container.get("volumeMounts", [])} <= volumes, name
+        paths = {mount["mountPath"] for mount in machine["volumeMounts"]}
+        for annotation in template["metadata"].get("annotations", {}):
+            key = annotation.removeprefix("io.containerd.nutshell.vm.")
+            disk = key.removeprefix("disk.")
+            assert disk == key and "`%s`" % annotation in documented or "/disks/" + disk in paths, annotation
 PYTHON
 }
