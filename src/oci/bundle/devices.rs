@@ -76,7 +76,7 @@ pub(super) fn is_known(device: &LinuxDevice) -> bool {
 }
 
 /// containerd's clients write a rule that allows all devices for `--privileged`.
-fn is_privileged(linux: &Linux) -> bool {
+pub(super) fn is_privileged(linux: &Linux) -> bool {
     let rules = linux
         .resources()
         .as_ref()

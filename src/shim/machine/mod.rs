@@ -136,12 +136,7 @@ impl Machine {
                 machine.serve_agent();
                 Ok(machine)
             }
-            Err(error) => {
-                child.kill();
-                // The first error is the one to report.
-                let _ = child.reap().await;
-                Err(BootError::Descriptors(error))
-            }
+            Err(error) => Err(discard(child, error).await),
         }
     }
 
@@ -176,12 +171,7 @@ impl Machine {
                     times,
                 ))
             }
-            Err(error) => {
-                child.kill();
-                // The first error is the one to report.
-                let _ = child.reap().await;
-                Err(BootError::Descriptors(error))
-            }
+            Err(error) => Err(discard(child, error).await),
         }
     }
 
@@ -584,6 +574,14 @@ impl Machine {
             .map(printable_tail)
             .unwrap_or_default()
     }
+}
+
+/// Ends a process whose machine cannot be started because of `error`.
+async fn discard(child: Child, error: io::Error) -> BootError {
+    child.kill();
+    // The first error is the one to report.
+    let _ = child.reap().await;
+    BootError::Descriptors(error)
 }
 
 impl Drop for Machine {

@@ -16,12 +16,15 @@ use std::{
 
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::{
-    fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags},
+    fs::{Dir, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
 };
 use uuid::Uuid;
 
-use super::error::VmError;
+use super::{
+    error::VmError,
+    regular_file::{OpenError, describe, open_regular},
+};
 use crate::{
     oci::VmImage,
     shim::{machine::DiskImage, share::mount_image},
@@ -109,21 +112,14 @@ pub(super) fn open_only_file(directory: BorrowedFd<'_>, at: &Path) -> Result<(Pa
         reason,
     })?;
     let path = at.join(OsStr::from_bytes(&name));
-    let failed = |step| failed(&path, step);
-    // The type is checked before the file is opened, because opening a device node or a fifo can have effects.
-    let status = rustix::fs::statat(directory, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
-    let kind = FileType::from_raw_mode(status.map_err(failed("read its type"))?.st_mode);
-    if kind != FileType::RegularFile {
-        return Err(VmError::Image {
+    match open_regular(directory, name.as_slice(), BENEATH, OFlags::RDONLY) {
+        Ok(base) => Ok((path, base)),
+        Err(OpenError::System(errno)) => Err(failed(&path, "open it")(errno)),
+        Err(error @ OpenError::NotRegular(_)) => Err(VmError::Image {
             path,
-            reason: format!("it is {}, not a regular file", describe(kind)),
-        });
+            reason: error.to_string(),
+        }),
     }
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let base =
-        rustix::fs::openat2(directory, name.as_slice(), flags, Mode::empty(), BENEATH).map_err(failed("open it"))?;
-    let base = base.into();
-    Ok((path, base))
 }
 
 /// The name of the only entry of a directory, or the reason why there is none.
@@ -157,17 +153,6 @@ fn only_entry(directory: BorrowedFd<'_>) -> rustix::io::Result<Result<Vec<u8>, S
             ))
         }
     })
-}
-
-pub(super) fn describe(kind: FileType) -> &'static str {
-    match kind {
-        FileType::Symlink => "a symbolic link",
-        FileType::Directory => "a directory",
-        FileType::BlockDevice | FileType::CharacterDevice => "a device node",
-        FileType::Fifo => "a fifo",
-        FileType::Socket => "a socket",
-        _ => "a special file",
-    }
 }
 
 /// Opens and locks the copy-on-write file of a snapshot. The first start of the container creates it.

@@ -38,6 +38,9 @@ pub(crate) enum VmError {
     },
     #[error("cannot read {path}: {reason}")]
     HostBoot { path: &'static str, reason: String },
+    /// The identity of the container's user cannot be assumed.
+    #[error("cannot open files as the container's user: {0}")]
+    User(#[source] io::Error),
     #[error(transparent)]
     Seed(#[from] SeedError),
     #[error("cannot read {}: {source}", path.display())]
@@ -84,4 +87,10 @@ pub(crate) enum VmError {
     /// The machine could not be built.
     #[error("the virtual machine does not start: {0}")]
     Start(Arc<MachineExit>),
+}
+
+impl From<rustix::io::Errno> for VmError {
+    fn from(errno: rustix::io::Errno) -> Self {
+        Self::User(errno.into())
+    }
 }

@@ -2,6 +2,7 @@
 //! block, when the task is created.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::{self, Read},
     os::unix::fs::OpenOptionsExt,
@@ -97,6 +98,7 @@ impl VmFiles {
                 kernel_arguments = format!("{kernel_arguments} {IGNITION_ARGUMENT}").trim().to_owned();
             }
         }
+        refuse_equal_serials(&disks)?;
         Ok(Self {
             disks,
             kernel: match &plan.kernel {
@@ -115,6 +117,21 @@ impl VmFiles {
             shares: plan.shares.clone(),
             kernel_arguments,
         })
+    }
+}
+
+/// A guest finds a disk by its serial, and so do messages.
+fn refuse_equal_serials(disks: &[(String, OpenedDisk)]) -> Result<(), VmError> {
+    let mut serials = HashSet::new();
+    match disks.iter().find(|(serial, _)| !serials.insert(serial)) {
+        None => Ok(()),
+        Some((serial, _)) => Err(VmError::Volume {
+            name: serial.clone(),
+            reason: format!(
+                "two disks have this name. That of the disk in the image is {IMAGE_DISK}, and that of the seed \
+                 {SEED_DISK}: change the mount's path"
+            ),
+        }),
     }
 }
 

@@ -9,9 +9,9 @@ use std::{
 };
 
 use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
-use rustix::fs::{CWD, FileType, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
+use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
 
-use super::error::VmError;
+use super::{error::VmError, regular_file::open_regular};
 use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
 
 /// The maximum time from the boot of the disk reader's guest until the kernel is copied. Usually, that is the time of a
@@ -191,19 +191,11 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Fi
         path: path.clone(),
         reason,
     };
-    let open = || -> io::Result<File> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())?;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        // With O_PATH, a device node is not opened and a fifo is not waited for.
-        let found = rustix::fs::openat2(&root, file, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?;
-        if FileType::from_raw_mode(rustix::fs::fstat(&found)?.st_mode) != FileType::RegularFile {
-            return Err(io::Error::other("not a regular file"));
-        }
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat2(&root, file, flags, Mode::empty(), resolve)?.into())
-    };
-    open().map_err(|error| failed(error.to_string()))
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
+        .map_err(|error| failed(io::Error::from(error).to_string()))?;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    open_regular(&root, file, resolve, OFlags::RDONLY).map_err(|error| failed(error.to_string()))
 }
 
 /// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
@@ -263,7 +255,11 @@ mod tests {
                 None,
                 "annotation io.containerd.nutshell.vm.kernel /kernel/outside: No such file",
             ),
-            ("boot", None, "vm.kernel /kernel/boot: not a regular file"),
+            (
+                "boot",
+                None,
+                "vm.kernel /kernel/boot: it is a directory, not a regular file",
+            ),
             (
                 "vmlinuz",
                 Some("initrd.img"),

@@ -139,10 +139,15 @@ impl VirtualMachine {
 
     /// Finds the kernel for the next boot. If it is on the disk, this waits for `reader`, the machine of the disk
     /// reader.
-    pub(crate) async fn find_kernel(&self, reader: &Machine, ready_timeout: Duration) -> Result<(), VmError> {
+    pub(crate) async fn find_kernel(
+        &self,
+        id: &ContainerId,
+        reader: &Machine,
+        ready_timeout: Duration,
+    ) -> Result<(), VmError> {
         if let KernelSource::Disk = self.files()?.kernel {
             let files = read_disk_kernel(reader, ready_timeout).await?;
-            log::info!("the disk's kernel was found in {}", files.source());
+            log::info!("task {id}: the disk's kernel was found in {}", files.source());
             *self.boot_files.lock() = Some(files);
         }
         Ok(())
@@ -247,6 +252,11 @@ impl VirtualMachine {
         machine.boot_user(request, BUILD_LIMIT).await.map_err(VmError::Start)?;
         *self.running.lock() = Some(machine.clone());
         *self.guest_agent.lock() = guest_agent;
+        if self.is_end_requested() {
+            // The request came while there was no machine whose power button could be pressed.
+            machine.stop("a client has requested its end");
+            return Err(VmError::Ended);
+        }
         Ok(())
     }
 
@@ -280,15 +290,11 @@ impl VirtualMachine {
         if let Some(disk) = self.disk_to_read()? {
             let reader = pod.start_disk_reader(launcher, disk).await?;
             self.check_wanted()?;
-            self.find_kernel(&reader, ready_timeout).await?;
+            self.find_kernel(id, &reader, ready_timeout).await?;
         }
         let machine = pod.prepare_user_machine(launcher, self.size).await?;
         self.check_wanted()?;
         self.boot(id, pod, launcher, &machine).await?;
-        if self.is_end_requested() {
-            // The request came while there was no machine whose power button could be pressed.
-            machine.stop("a client has asked for its end");
-        }
         Ok(machine)
     }
 

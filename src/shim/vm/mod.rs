@@ -13,6 +13,7 @@ mod files;
 mod guest_agent;
 mod kernel;
 mod machine;
+mod regular_file;
 mod seed;
 mod statistics;
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use tempfile::TempDir;
 
 use super::{
@@ -127,6 +128,17 @@ fn disk_is_opened_with_the_permissions_of_the_containers_user() {
 }
 
 #[test]
+fn image_in_a_volume_is_opened_with_the_permissions_of_the_containers_user() {
+    let volume = volume(&["disk/debian.raw"]);
+    let path = volume.path().join("disk/debian.raw");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    let error = open(volume.path(), DiskContent::Detected, &OTHER).unwrap_err();
+    assert!(error.contains("Permission denied"), "{error}");
+    chown(&path, Some(OTHER.uid), None).unwrap();
+    open(volume.path(), DiskContent::Detected, &OTHER).unwrap();
+}
+
+#[test]
 fn disk_that_is_written_is_locked() {
     let volume = volume(&["disk.img"]);
     let first = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
@@ -143,12 +155,22 @@ fn volume_without_one_disk_is_refused_with_the_reason() {
     let link = volume(&[]);
     symlink("/etc/passwd", link.path().join("disk.img")).unwrap();
     let directory = volume(&["disk.img/x"]);
+    // Opening it would fail: no driver has this number.
+    let device = volume(&[]);
+    mknod(
+        &device.path().join("disk.img"),
+        SFlag::S_IFCHR,
+        Mode::S_IRWXU,
+        makedev(4095, 1),
+    )
+    .unwrap();
     for (volume, expected) in [
         (&empty, "disk data: no disk.img is in the volume, and it is empty"),
         (&empty, "containerd must support them: 2.1 or later"),
         (&two, "and contains a, b"),
         (&link, "disk.img is a symbolic link, not a regular file"),
-        (&directory, "disk.img: Is a directory"),
+        (&directory, "disk.img is a directory, not a regular file"),
+        (&device, "disk.img is a device node, not a regular file"),
     ] {
         let error = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap_err();
         assert!(error.contains(expected), "{error}");

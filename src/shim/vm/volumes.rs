@@ -13,13 +13,14 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, fstat},
+    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat},
     io::Errno,
 };
 
 use super::{
-    disk::{BENEATH, ImageRoot, WRITES, describe, failed, lock, open_base, open_only_file},
+    disk::{BENEATH, ImageRoot, WRITES, failed, lock, open_base, open_only_file},
     error::VmError,
+    regular_file::{OpenError, open_regular},
 };
 use crate::{
     oci::{DiskContent, DiskSource, FileUser, VmDisk},
@@ -82,7 +83,7 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
             }
             match *content {
                 DiskContent::Detected => detect(disk, &volume, path, root, read_only, user),
-                DiskContent::Ephemeral => open_image(disk, &volume, root),
+                DiskContent::Ephemeral => open_image(disk, &volume, root, user),
                 DiskContent::Blank { size } => {
                     create_blank(disk, &volume, size, user)?;
                     open_raw(disk, Some(&volume), path.join(RAW_DISK), read_only, user)
@@ -108,22 +109,22 @@ fn detect(
 ) -> Result<OpenedDisk, VmError> {
     match rustix::fs::statat(volume, RAW_DISK, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
         Ok(_) => open_raw(disk, Some(volume), path.join(RAW_DISK), read_only, user),
-        Err(Errno::NOENT) => open_image(disk, volume, root),
+        Err(Errno::NOENT) => open_image(disk, volume, root, user),
         Err(error) => Err(failed(path, "look for disk.img")(error)),
     }
 }
 
 /// Opens the only file as an image, whose writes end with the container.
-fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot) -> Result<OpenedDisk, VmError> {
+fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
     let shown = Path::new("/disks").join(disk.name.as_str());
-    let found = match open_base(volume.as_fd(), &shown)? {
-        Some(found) => found,
+    let find = || match open_base(volume.as_fd(), &shown)? {
+        Some(found) => Ok(found),
         None => {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let directory =
                 rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(failed(&shown, "open the directory"))?;
             open_only_file(directory.as_fd(), &shown).map_err(|error| match error {
-                VmError::Image { reason, .. } => VmError::Volume {
+                VmError::Image { path, reason } if path == shown => VmError::Volume {
                     name: disk.name.as_str().to_owned(),
                     reason: format!(
                         "no disk.img is in the volume, and {reason}. If it is an image volume, containerd must support \
@@ -131,10 +132,10 @@ fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot) -> Result<Opene
                     ),
                 },
                 error => error,
-            })?
+            })
         }
     };
-    let (path, base) = found;
+    let (path, base) = as_user(user, find)?;
     let image = root.with_writes(path, base, &format!("{WRITES}-{}", disk.name.as_str()))?;
     Ok(OpenedDisk::Image {
         image: Arc::new(image),
@@ -154,13 +155,11 @@ fn open_raw(
         true => OFlags::RDONLY,
         false => OFlags::RDWR,
     };
-    let flags = access | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let opened = as_user(user, || match volume {
-        Some(volume) => rustix::fs::openat2(volume, RAW_DISK, flags, Mode::empty(), BENEATH),
-        None => rustix::fs::openat(CWD, &path, flags, Mode::empty()),
+        Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
+        None => open_regular(CWD, &path, ResolveFlags::empty(), access),
     });
-    let file = File::from(opened.map_err(|error| cannot_open(disk, &path, user, error))?);
-    check_regular(disk, &file, &path)?;
+    let file = opened.map_err(|error| cannot_open(disk, &path, user, error))?;
     if !read_only {
         lock(&file).map_err(|errno| VmError::Volume {
             name: disk.name.as_str().to_owned(),
@@ -173,32 +172,21 @@ fn open_raw(
     Ok(OpenedDisk::Raw { file, path, read_only })
 }
 
-fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: Errno) -> VmError {
+fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: OpenError) -> VmError {
     let reason = match error {
-        Errno::LOOP => format!("{} is a symbolic link, not a regular file", path.display()),
-        Errno::ACCESS | Errno::PERM => format!(
+        OpenError::NotRegular(kind) => format!("{} is {kind}, not a regular file", path.display()),
+        OpenError::System(Errno::ACCESS | Errno::PERM) => format!(
             "{} cannot be opened by the user {} and group {} of the container: change its owner, or set runAsUser or \
              fsGroup",
             path.display(),
             user.uid,
             user.gid
         ),
-        error => format!("cannot open {}: {}", path.display(), io::Error::from(error)),
+        error @ OpenError::System(_) => format!("cannot open {}: {error}", path.display()),
     };
     VmError::Volume {
         name: disk.name.as_str().to_owned(),
         reason,
-    }
-}
-
-fn check_regular(disk: &VmDisk, file: &File, path: &Path) -> Result<(), VmError> {
-    let status = fstat(file).map_err(failed(path, "read its type"))?;
-    match FileType::from_raw_mode(status.st_mode) {
-        FileType::RegularFile => Ok(()),
-        kind => Err(VmError::Volume {
-            name: disk.name.as_str().to_owned(),
-            reason: format!("{} is {}, not a regular file", path.display(), describe(kind)),
-        }),
     }
 }
 
@@ -207,9 +195,10 @@ fn create_blank(disk: &VmDisk, volume: &OwnedFd, size: u64, user: &FileUser) -> 
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let shown = Path::new("/disks").join(disk.name.as_str()).join(RAW_DISK);
     let mode = Mode::RUSR | Mode::WUSR;
-    match as_user(user, || rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)) {
+    let create = || Ok(rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)?);
+    match as_user(user, create) {
         Ok(file) => rustix::fs::ftruncate(&file, size).map_err(failed(&shown, "set its size")),
-        Err(Errno::EXIST) => Ok(()),
+        Err(OpenError::System(Errno::EXIST)) => Ok(()),
         Err(error) => Err(cannot_open(disk, &shown, user, error)),
     }
 }
@@ -249,7 +238,10 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
 }
 
 /// Runs `open` with the permissions of a user: on a thread of its own, whose ids for file systems are those of the user.
-fn as_user<T: Send>(user: &FileUser, open: impl FnOnce() -> Result<T, Errno> + Send) -> Result<T, Errno> {
+fn as_user<T: Send, E: From<Errno> + Send>(
+    user: &FileUser,
+    open: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     if *user == FileUser::default() {
         return open();
     }
@@ -262,7 +254,7 @@ fn as_user<T: Send>(user: &FileUser, open: impl FnOnce() -> Result<T, Errno> + S
             });
         match thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)),
+            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN).into()),
         }
     })
 }

@@ -330,3 +330,20 @@ fn wrong_mount_is_refused_by_name() {
         assert!(error.contains(expected), "{error}");
     }
 }
+
+#[test]
+fn privileged_container_gets_no_disk_of_the_host() {
+    let mut spec = spec(&["vm"]);
+    spec["linux"]["devices"] = json!([
+        {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+        {"path": "/dev/watchdog", "type": "c", "major": 10, "minor": 130},
+        {"path": "/dev/db", "type": "b", "major": 253, "minor": 7},
+    ]);
+    spec["linux"]["resources"]["devices"] = json!([
+        {"allow": true, "access": "rwm"},
+        {"allow": true, "type": "b", "major": 253, "minor": 7, "access": "rwm"},
+    ]);
+    let plan = planned(&spec).unwrap();
+    let names: Vec<_> = plan.disks.iter().map(|disk| disk.name.as_str()).collect();
+    assert_eq!(names, ["db"]);
+}

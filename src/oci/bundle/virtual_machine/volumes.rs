@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceType, Mount};
+use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount};
 
 use super::annotations::{Annotations, DiskAnnotation, KERNEL_MOUNT};
 use crate::oci::{
@@ -124,6 +124,11 @@ impl Volumes {
     /// Adds a block device of the pod (`volumeDevices`). Its name is the last part of its path.
     fn add_device(&mut self, device: &LinuxDevice, linux: &Linux) -> Result<(), PlanError> {
         let field = || format!("linux.devices: {}", device.path().display());
+        let access = allowed_access(linux, device);
+        // The spec of a privileged container lists all devices of the host. Those of the pod have rules of their own.
+        if access.is_none() && devices::is_privileged(linux) {
+            return Ok(());
+        }
         if device.typ() != LinuxDeviceType::B {
             return if devices::is_known(device) {
                 Ok(())
@@ -137,7 +142,7 @@ impl Volumes {
             .map_err(|reason: String| PlanError::invalid(field(), reason))?;
         let number = |number: i64| u32::try_from(number).map_err(|_| PlanError::invalid(field(), "invalid number"));
         let (major, minor) = (number(device.major())?, number(device.minor())?);
-        let access = allowed_access(linux, device);
+        let access = access.unwrap_or_default();
         if !access.contains('r') {
             return Err(PlanError::invalid(
                 field(),
@@ -154,24 +159,24 @@ impl Volumes {
     }
 }
 
-/// The access that the last rule for a block device allows (OCI spec, "Allowed Device list"): some of `r`, `w`, `m`.
-fn allowed_access(linux: &Linux, device: &LinuxDevice) -> String {
+/// The access that the last rule for exactly this block device allows (OCI spec, "Allowed Device list"): some of `r`,
+/// `w`, `m`. A rule for many devices does not count: it does not mean that the guest may write each disk of the host.
+/// `None` without such a rule.
+fn allowed_access(linux: &Linux, device: &LinuxDevice) -> Option<String> {
     let rules = linux
         .resources()
         .as_ref()
         .and_then(|resources| resources.devices().as_ref());
-    let matching = |number: Option<i64>, wanted: i64| number.is_none_or(|number| number == -1 || number == wanted);
-    let mut access = String::new();
-    for rule in rules.into_iter().flatten() {
-        let is_type = matches!(rule.typ(), None | Some(LinuxDeviceType::A | LinuxDeviceType::B));
-        if is_type && matching(rule.major(), device.major()) && matching(rule.minor(), device.minor()) {
-            access = match rule.allow() {
-                true => rule.access().clone().unwrap_or_else(|| "rwm".to_owned()),
-                false => String::new(),
-            };
-        }
-    }
-    access
+    let is_for_device = |rule: &&LinuxDeviceCgroup| {
+        rule.typ() == Some(LinuxDeviceType::B)
+            && rule.major() == Some(device.major())
+            && rule.minor() == Some(device.minor())
+    };
+    let rule = rules.into_iter().flatten().rfind(is_for_device)?;
+    Some(match rule.allow() {
+        true => rule.access().clone().unwrap_or_else(|| "rwm".to_owned()),
+        false => String::new(),
+    })
 }
 
 /// A directory or file that the guest can mount. Its path in the shared tree is that of the mount.

@@ -85,7 +85,10 @@ impl Tasks {
             let rebooted = machine.reboot(id, pod, self.launcher.as_ref(), self.configuration.ready_timeout);
             match rebooted.await {
                 Ok(next) => current = next,
-                Err(VmError::Ended) => return machine.killed_status().unwrap_or(POWER_OFF_STATUS),
+                Err(VmError::Ended) => {
+                    pod.machine().ended().await;
+                    return machine.killed_status().unwrap_or(POWER_OFF_STATUS);
+                }
                 Err(error) => {
                     if !pod.is_closed() && machine.killed_status().is_none() {
                         log::error!("task {id}: the virtual machine does not boot again: {error}");

@@ -73,13 +73,13 @@ impl Tasks {
         let pod = self.pod_of_sandbox(sandbox)?;
         self.check_is_alone(&pod)?;
         pod.protect_from_oom(plan.oom_score_adj);
-        // The links are connected again for the new machine.
-        pod.disconnect_network().await;
         let installed = match disk {
             Some(disk) => pod.start_disk_reader(self.launcher.as_ref(), disk).await,
             None => pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await,
         };
         installed.map_err(|error| TaskError::unknown(error.to_string()))?;
+        // Start connects the links again, to the machine that boots then.
+        pod.disconnect_network().await;
         Ok((pod, Role::Member { writes_disk: false }))
     }
 
@@ -141,7 +141,7 @@ impl Tasks {
         let reader = pod.machine();
         // If one fails, the other still runs to completion: the cleanup must not start while it is in progress.
         let (found, prepared) = tokio::join!(
-            machine.find_kernel(&reader, self.configuration.ready_timeout),
+            machine.find_kernel(&request.id, &reader, self.configuration.ready_timeout),
             prepare_host_side(&container, machine, &plan.network, &self.stdio),
         );
         let created = async {

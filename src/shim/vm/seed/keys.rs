@@ -6,13 +6,14 @@
 
 use std::{
     ffi::{CStr, CString},
-    fs::File,
     io::{self, Read},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd},
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Dir, Mode, OFlags, ResolveFlags};
+
+use crate::shim::vm::regular_file::{OpenError, open_regular};
 
 /// The maximum size of a value, in bytes. All values of a Secret or ConfigMap together have at most 1 MiB (Kubernetes,
 /// `MaxSecretSize`).
@@ -204,32 +205,19 @@ fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec
         let (directory, key) = path();
         KeysError::Open { directory, key, source }
     };
-    // Opening a device or a fifo can have effects, so the type is checked before the file is opened.
-    let found = rustix::fs::openat2(
-        opened,
-        name,
-        OFlags::PATH | OFlags::CLOEXEC,
-        Mode::empty(),
-        ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
-    )
-    .map_err(|error| open_error(error.into()))?;
-    let status = rustix::fs::fstat(&found).map_err(|error| open_error(error.into()))?;
-    if let Some(kind) = describe_irregular(FileType::from_raw_mode(status.st_mode)) {
-        let (directory, key) = path();
-        return Err(KeysError::NotRegular { directory, key, kind });
-    }
-    // Without O_NONBLOCK, opening a file that another process leases waits for that process.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let same_file = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
-    let file = rustix::fs::openat(CWD, same_file, flags, Mode::empty()).map_err(|error| open_error(error.into()))?;
-    let mut value = Vec::new();
-    File::from(file)
-        .take(MAX_KEY_SIZE + 1)
-        .read_to_end(&mut value)
-        .map_err(|source| {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let file = open_regular(opened, name, resolve, OFlags::RDONLY).map_err(|error| match error {
+        OpenError::System(errno) => open_error(errno.into()),
+        OpenError::NotRegular(kind) => {
             let (directory, key) = path();
-            KeysError::Read { directory, key, source }
-        })?;
+            KeysError::NotRegular { directory, key, kind }
+        }
+    })?;
+    let mut value = Vec::new();
+    file.take(MAX_KEY_SIZE + 1).read_to_end(&mut value).map_err(|source| {
+        let (directory, key) = path();
+        KeysError::Read { directory, key, source }
+    })?;
     if value.len() as u64 > MAX_KEY_SIZE {
         let (directory, key) = path();
         return Err(KeysError::TooLarge { directory, key });
@@ -238,17 +226,6 @@ fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec
 }
 
 /// The kind of a file that is not regular, for error texts.
-fn describe_irregular(kind: FileType) -> Option<&'static str> {
-    match kind {
-        FileType::RegularFile => None,
-        FileType::Directory => Some("a directory"),
-        FileType::Fifo => Some("a fifo"),
-        FileType::Socket => Some("a socket"),
-        FileType::CharacterDevice | FileType::BlockDevice => Some("a device"),
-        FileType::Symlink | FileType::Unknown => Some("of an unknown type"),
-    }
-}
-
 fn printable(name: &CStr) -> String {
     name.to_string_lossy().into_owned()
 }
@@ -257,7 +234,7 @@ fn printable(name: &CStr) -> String {
 mod tests {
     use std::{
         cell::Cell,
-        fs,
+        fs::{self, File},
         os::unix::{ffi::OsStrExt, fs::symlink, net::UnixListener},
     };
 
@@ -442,12 +419,12 @@ mod tests {
         let directory = tempdir().unwrap();
         let path = directory.path().join("user-data");
         let make_device = |kind| mknod(&path, kind, FileMode::S_IRWXU, makedev(1, 3));
-        for kind in ["a directory", "a fifo", "a device", "a socket"] {
+        for kind in ["a directory", "a fifo", "a device node", "a socket"] {
             match kind {
                 "a directory" => fs::create_dir(&path).unwrap(),
                 // A fifo without a writer: opening it in blocking mode waits for one.
                 "a fifo" => make_device(SFlag::S_IFIFO).unwrap(),
-                "a device" => make_device(SFlag::S_IFCHR).unwrap(),
+                "a device node" => make_device(SFlag::S_IFCHR).unwrap(),
                 _ => drop(UnixListener::bind(&path).unwrap()),
             }
             let expected = format!("the key \"user-data\" in DIR is {kind}: it must be a regular file");
