@@ -115,13 +115,20 @@ impl Base {
     pub fn open(file: Box<dyn ReadAt>) -> Result<Self, BaseError> {
         match BaseFormat::detect(&*file)? {
             BaseFormat::Qcow2 => Ok(Self::Qcow2(Box::new(Qcow2::open(file)?))),
-            BaseFormat::Raw => {
-                let size = file.size().map_err(read_error("the size"))?;
-                match find_size_problem(size) {
-                    Some(problem) => Err(BaseError::RawSize { size, problem }),
-                    None => Ok(Self::Raw { file, size }),
-                }
-            }
+            BaseFormat::Raw => Self::open_raw(file),
+        }
+    }
+
+    /// Opens a base image that is raw, whatever it contains.
+    ///
+    /// # Errors
+    ///
+    /// Its size cannot be read, or is not that of a disk.
+    pub fn open_raw(file: Box<dyn ReadAt>) -> Result<Self, BaseError> {
+        let size = file.size().map_err(read_error("the size"))?;
+        match find_size_problem(size) {
+            Some(problem) => Err(BaseError::RawSize { size, problem }),
+            None => Ok(Self::Raw { file, size }),
         }
     }
 

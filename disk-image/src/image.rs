@@ -52,7 +52,19 @@ impl Image {
     ///
     /// As for [`Image::open_read_only`], or the copy-on-write file cannot be used or belongs to another base image.
     pub fn open(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
-        let base = Base::open(base)?;
+        Self::with_base(Base::open(base)?, cow, host_boot)
+    }
+
+    /// As [`Image::open`], with a base image that is raw, whatever it contains: a guest may have written it earlier.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Image::open`].
+    pub fn open_raw(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
+        Self::with_base(Base::open_raw(base)?, cow, host_boot)
+    }
+
+    fn with_base(base: Base, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
         let cow = CowFile::open(cow, &base, host_boot)?;
         Ok(Self {
             base,

@@ -173,15 +173,25 @@ pub(crate) enum DiskAccess {
     ReadWrite,
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,
-    /// Descriptors: a raw or qcow2 image that no guest can write, open for reading; its copy-on-write file, open for
-    /// reading and writing, which is empty or was used with the same image before. No other vmm may have it.
+    /// Descriptors: the base image, open for reading; its copy-on-write file, open for reading and writing, which is
+    /// empty or was used with the same image before. No other vmm may have it.
     CopyOnWrite {
+        format: BaseFormat,
         /// The boot ID of the host (`/proc/sys/kernel/random/boot_id`). If it differs from the one in the file, the
         /// host may have crashed, and the disk has the state of the last flush.
         host_boot: [u8; 16],
         /// The guest can only read: it sees the disk with the writes of earlier guests.
         read_only: bool,
     },
+}
+
+/// The format of a base image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum BaseFormat {
+    /// Raw or qcow2: its header decides. No guest can write it.
+    Detected,
+    /// Raw, whatever it contains: an earlier guest may have written it.
+    Raw,
 }
 
 /// A message from the vmm to the shim.

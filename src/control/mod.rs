@@ -17,9 +17,9 @@ pub(crate) use self::{
     channel::{Channel, ControlError},
     lease::{DomainName, Lease, Prefix, Route},
     message::{
-        BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, GUEST_AGENT_PORT, LinkConfig,
-        MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, Notice, Software, VNET_HEADER_SIZE,
-        monotonic_now,
+        BaseFormat, BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, GUEST_AGENT_PORT,
+        LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, Notice, Software,
+        VNET_HEADER_SIZE, monotonic_now,
     },
     rate_limit::RateLimit,
 };

@@ -123,7 +123,7 @@ pub(crate) enum DiskSource {
 pub(crate) enum DiskContent {
     /// Its files decide: `disk.img` is a raw disk that is written, and any other single file an image that is not.
     Detected,
-    /// The writes of the guest end with the container.
+    /// As detected, but the writes of the guest end with the container also for a raw disk.
     Ephemeral,
     /// A raw disk of `size` bytes, which is created as `disk.img` unless it exists.
     Blank { size: u64 },

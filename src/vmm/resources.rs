@@ -9,7 +9,7 @@ use nutshell_disk_image::Image;
 
 use super::error::MachineError;
 use crate::{
-    control::{BoardKind, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
+    control::{BaseFormat, BoardKind, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     devices::virtio::block::Backing,
 };
 
@@ -164,8 +164,16 @@ fn open_disk(
             });
         }
         DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
-        DiskAccess::CopyOnWrite { host_boot, read_only } => {
-            let image = Image::open(Box::new(base), Box::new(next_file()?), host_boot);
+        DiskAccess::CopyOnWrite {
+            format,
+            host_boot,
+            read_only,
+        } => {
+            let (base, writes) = (Box::new(base), Box::new(next_file()?));
+            let image = match format {
+                BaseFormat::Detected => Image::open(base, writes, host_boot),
+                BaseFormat::Raw => Image::open_raw(base, writes, host_boot),
+            };
             image.map(|image| if read_only { image.into_read_only() } else { image })
         }
     };
@@ -225,12 +233,19 @@ mod tests {
     #[test]
     fn each_disk_takes_the_descriptors_of_its_kind() {
         let copy_on_write = DiskAccess::CopyOnWrite {
+            format: BaseFormat::Detected,
+            host_boot: [1; 16],
+            read_only: false,
+        };
+        let raw_copy_on_write = DiskAccess::CopyOnWrite {
+            format: BaseFormat::Raw,
             host_boot: [1; 16],
             read_only: false,
         };
         let disks = vec![
             DiskAccess::ReadWrite,
             copy_on_write,
+            raw_copy_on_write,
             DiskAccess::ReadOnlyImage,
             DiskAccess::ReadOnly,
         ];
@@ -239,6 +254,8 @@ mod tests {
             vec![
                 file(1024, b"QFI\xfb"),
                 file(2048, b"base"),
+                file(0, b""),
+                file(4096, b"QFI\xfb"),
                 file(0, b""),
                 file(512, b"image"),
                 file(1536, b"QFI\xfb"),
@@ -254,6 +271,7 @@ mod tests {
         assert!(found.eq([
             ("file", 1024, false),
             ("image", 2048, false),
+            ("image", 4096, false),
             ("image", 512, true),
             ("file", 1536, true),
         ]));
@@ -266,6 +284,7 @@ mod tests {
     #[test]
     fn wrong_image_is_refused_with_disk_field_and_value() {
         let copy_on_write = DiskAccess::CopyOnWrite {
+            format: BaseFormat::Detected,
             host_boot: [1; 16],
             read_only: false,
         };

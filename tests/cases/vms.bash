@@ -321,7 +321,7 @@ volumes_are_disks_seed_and_shared_folders() {
   local error
   error=$(ctr run --runtime "$runtime" --mount "type=bind,src=$volumes/data,dst=/disks/data,options=rbind:rw" \
     "localhost/$image:latest" "$name-2" vm 2>&1) && return 1
-  assert_contains "$error" "another virtual machine writes it"
+  assert_contains "$error" "disk.img is locked: another virtual machine uses it"
   ctr container delete "$name-2" 2>/dev/null || true
   ctr task kill --signal SIGTERM "$name"
   end_vm 0

@@ -14,7 +14,7 @@ use std::{
 use nutshell_protocol::disk_serial;
 
 use crate::{
-    control::{BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
+    control::{BaseFormat, BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     guest_image::{GuestImage, GuestImageError},
     oci::{PodSize, Size},
 };
@@ -71,9 +71,10 @@ pub(crate) enum BootDisk {
     },
 }
 
-/// A base image that no guest can write, and the copy-on-write file that belongs to it.
+/// A base image, and the copy-on-write file that belongs to it.
 #[derive(Debug)]
 pub(crate) struct DiskImage {
+    pub(crate) format: BaseFormat,
     /// The path of the base image in its root file system, for messages.
     pub(crate) path: PathBuf,
     /// Open for reading.
@@ -236,6 +237,7 @@ impl BootDisk {
             Self::File(disk) if disk.read_only => DiskAccess::ReadOnly,
             Self::File(_) => DiskAccess::ReadWrite,
             Self::CopyOnWrite { image, read_only } => DiskAccess::CopyOnWrite {
+                format: image.format,
                 host_boot: image.host_boot,
                 read_only: *read_only,
             },
@@ -351,6 +353,7 @@ mod tests {
     #[test]
     fn boot_command_of_a_users_kernel_announces_the_descriptors_that_go_with_it() {
         let image = Arc::new(DiskImage {
+            format: BaseFormat::Raw,
             path: "/disk/disk.qcow2".into(),
             base: null(),
             writes: null(),
@@ -401,6 +404,7 @@ mod tests {
                 panic!("{command:?}");
             };
             let copy_on_write = DiskAccess::CopyOnWrite {
+                format: BaseFormat::Raw,
                 host_boot: [7; 16],
                 read_only: false,
             };

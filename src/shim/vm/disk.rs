@@ -26,6 +26,7 @@ use super::{
     regular_file::{OpenError, describe, open_regular},
 };
 use crate::{
+    control::BaseFormat,
     oci::VmImage,
     shim::{machine::DiskImage, share::mount_image},
 };
@@ -42,7 +43,8 @@ const LISTED_NAMES: usize = 3;
 
 const HOST_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The values of `F_WRLCK` and `SEEK_SET` (fcntl.h, stdio.h) in the types of a lock.
+/// The values of `F_RDLCK`, `F_WRLCK` and `SEEK_SET` (fcntl.h, stdio.h) in the types of a lock.
+const READ_LOCK: libc::c_short = 0;
 const WRITE_LOCK: libc::c_short = 1;
 const FROM_START: libc::c_short = 0;
 
@@ -72,12 +74,19 @@ impl ImageRoot {
         let Some((path, base)) = open_base(self.0.as_fd(), Path::new("/"))? else {
             return Ok(None);
         };
-        self.with_writes(path, base, WRITES).map(Some)
+        self.with_writes(path, base, BaseFormat::Detected, WRITES).map(Some)
     }
 
     /// The disk with the base image `base`, whose writes go to the file `writes` in the snapshot.
-    pub(super) fn with_writes(&self, path: PathBuf, base: File, writes: &str) -> Result<DiskImage, VmError> {
+    pub(super) fn with_writes(
+        &self,
+        path: PathBuf,
+        base: File,
+        format: BaseFormat,
+        writes: &str,
+    ) -> Result<DiskImage, VmError> {
         Ok(DiskImage {
+            format,
             path,
             base,
             writes: open_writes(self.0.as_fd(), writes)?,
@@ -173,14 +182,26 @@ fn open_writes(root: BorrowedFd<'_>, name: &str) -> Result<File, VmError> {
         });
     }
     let writes = File::from(writes);
-    lock(&writes).map_err(failed("lock it (another virtual machine uses this snapshot)"))?;
+    lock(&writes, Lock::Exclusive).map_err(failed("lock it (another virtual machine uses this snapshot)"))?;
     Ok(writes)
 }
 
+/// A lock of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lock {
+    /// The file is read: it can have several such locks.
+    Shared,
+    /// The file is written: it has no other lock.
+    Exclusive,
+}
+
 /// Locks a file for as long as this description of it is open, also in the vmm.
-pub(super) fn lock(file: &File) -> Result<(), Errno> {
+pub(super) fn lock(file: &File, kind: Lock) -> Result<(), Errno> {
     let lock = libc::flock {
-        l_type: WRITE_LOCK,
+        l_type: match kind {
+            Lock::Shared => READ_LOCK,
+            Lock::Exclusive => WRITE_LOCK,
+        },
         l_whence: FROM_START,
         l_start: 0,
         l_len: 0,

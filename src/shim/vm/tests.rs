@@ -13,7 +13,10 @@ use super::{
     disk::ImageRoot,
     volumes::{self, OpenedDisk},
 };
-use crate::oci::{DiskContent, DiskSource, FileUser, VmDisk, VmImage};
+use crate::{
+    control::BaseFormat,
+    oci::{DiskContent, DiskSource, FileUser, VmDisk, VmImage},
+};
 
 const OTHER: FileUser = FileUser {
     uid: 1234,
@@ -139,13 +142,79 @@ fn image_in_a_volume_is_opened_with_the_permissions_of_the_containers_user() {
 }
 
 #[test]
-fn disk_that_is_written_is_locked() {
-    let volume = volume(&["disk.img"]);
-    let first = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
+fn disk_in_use_is_refused_unless_all_machines_only_read_it() {
+    const WRITE: (DiskContent, bool) = (DiskContent::Detected, false);
+    const READ: (DiskContent, bool) = (DiskContent::Detected, true);
+    const EPHEMERAL: (DiskContent, bool) = (DiskContent::Ephemeral, false);
+    const USED: Option<&str> = Some("another virtual machine uses it");
+    const WRITTEN: Option<&str> = Some("another virtual machine writes it");
+    for (file, first, second, expected) in [
+        ("disk.img", WRITE, WRITE, USED),
+        ("disk.img", EPHEMERAL, WRITE, USED),
+        ("disk.img", READ, WRITE, USED),
+        ("disk.img", WRITE, EPHEMERAL, WRITTEN),
+        ("disk.img", WRITE, READ, WRITTEN),
+        ("disk.img", EPHEMERAL, EPHEMERAL, None),
+        ("disk.img", READ, EPHEMERAL, None),
+        ("debian.raw", WRITE, WRITE, None),
+    ] {
+        let volume = volume(&[file]);
+        let open = |(content, read_only)| {
+            let snapshot = tempfile::tempdir().unwrap();
+            let disk = VmDisk {
+                read_only,
+                ..disk(volume.path(), content)
+            };
+            volumes::open(&disk, &image_root(&snapshot), &FileUser::default()).map_err(|error| error.to_string())
+        };
+        let opened = open(first).unwrap();
+        match (open(second), expected) {
+            (Ok(_), None) => {}
+            (Err(error), Some(expected)) => {
+                let path = volume.path().join(file);
+                let expected = format!("disk data: {} is locked: {expected}", path.display());
+                assert_eq!(error, expected);
+            }
+            (result, _) => panic!("{first:?}, {second:?}: {result:?}"),
+        }
+        drop(opened);
+        open(second).unwrap();
+    }
+}
+
+/// A file that one machine has as a raw disk and writes is no image of another one.
+#[test]
+fn image_that_another_machine_writes_is_refused() {
+    let volume = volume(&["debian.raw"]);
+    let _raw = open(
+        &volume.path().join("debian.raw"),
+        DiskContent::Detected,
+        &FileUser::default(),
+    )
+    .unwrap();
     let error = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap_err();
-    assert!(error.contains("another virtual machine writes it"), "{error}");
-    drop(first);
-    open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
+    let expected = "disk data: /disks/data/debian.raw is locked: another virtual machine writes it";
+    assert_eq!(error, expected);
+}
+
+/// The guest of an earlier machine may have written the header of another format.
+#[test]
+fn only_an_image_that_no_guest_can_write_has_its_format_detected() {
+    for (file, path, content, expected) in [
+        ("disk.img", "", DiskContent::Ephemeral, BaseFormat::Raw),
+        // The mount is the file itself.
+        ("my.disk", "my.disk", DiskContent::Ephemeral, BaseFormat::Raw),
+        ("debian.qcow2", "", DiskContent::Ephemeral, BaseFormat::Detected),
+        ("debian.qcow2", "", DiskContent::Detected, BaseFormat::Detected),
+    ] {
+        let volume = volume(&[file]);
+        match open(&volume.path().join(path), content, &FileUser::default()).unwrap() {
+            OpenedDisk::Image { image, read_only } => {
+                assert_eq!((image.format, read_only), (expected, false), "{file} {content:?}");
+            }
+            opened @ OpenedDisk::Raw { .. } => panic!("{opened:?}"),
+        }
+    }
 }
 
 #[test]

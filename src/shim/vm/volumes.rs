@@ -18,11 +18,12 @@ use rustix::{
 };
 
 use super::{
-    disk::{BENEATH, ImageRoot, WRITES, failed, lock, open_base, open_only_file},
+    disk::{BENEATH, ImageRoot, Lock, WRITES, failed, lock, open_base, open_only_file},
     error::VmError,
     regular_file::{OpenError, open_regular},
 };
 use crate::{
+    control::BaseFormat,
     oci::{DiskContent, DiskSource, FileUser, VmDisk},
     shim::machine::{BootDisk, DiskFile, DiskImage},
 };
@@ -76,21 +77,84 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
             let read_only = disk.read_only || *is_read_only;
             let shown = Path::new("/disks").join(disk.name.as_str());
             let volume = open_volume(path).map_err(failed(&shown, "open the volume"))?;
-            if FileType::from_raw_mode(fstat(&volume).map_err(failed(&shown, "read its type"))?.st_mode)
-                == FileType::RegularFile
-            {
-                return open_raw(disk, None, path.clone(), read_only, user);
-            }
-            match *content {
-                DiskContent::Detected => detect(disk, &volume, path, root, read_only, user),
-                DiskContent::Ephemeral => open_image(disk, &volume, root, user),
-                DiskContent::Blank { size } => {
+            match (*content, find_raw_file(&volume, path)?) {
+                (DiskContent::Detected | DiskContent::Blank { .. }, Some(file)) => {
+                    open_raw(disk, file, read_only, user)
+                }
+                (DiskContent::Ephemeral, Some(file)) => open_ephemeral(disk, &file, root, user),
+                (DiskContent::Detected | DiskContent::Ephemeral, None) => open_image(disk, &volume, root, user),
+                (DiskContent::Blank { size }, None) => {
                     create_blank(disk, &volume, size, user)?;
-                    open_raw(disk, Some(&volume), path.join(RAW_DISK), read_only, user)
+                    open_raw(disk, RawFile::in_volume(&volume, path), read_only, user)
                 }
             }
         }
     }
+}
+
+/// The file of a raw disk.
+#[derive(Debug)]
+struct RawFile<'a> {
+    /// The volume with the file. `None` if the volume is the file itself.
+    volume: Option<&'a OwnedFd>,
+    path: PathBuf,
+}
+
+impl<'a> RawFile<'a> {
+    fn in_volume(volume: &'a OwnedFd, path: &Path) -> Self {
+        Self {
+            volume: Some(volume),
+            path: path.join(RAW_DISK),
+        }
+    }
+
+    /// Opens and locks the file with the permissions of `user`. `kind` must be shared if the file is not written.
+    fn open(&self, disk: &VmDisk, kind: Lock, user: &FileUser) -> Result<File, VmError> {
+        let access = match kind {
+            Lock::Shared => OFlags::RDONLY,
+            Lock::Exclusive => OFlags::RDWR,
+        };
+        let opened = as_user(user, || match self.volume {
+            Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
+            None => open_regular(CWD, &self.path, ResolveFlags::empty(), access),
+        });
+        let file = opened.map_err(|error| cannot_open(disk, &self.path, user, error))?;
+        lock_disk(disk, &file, &self.path, kind)?;
+        Ok(file)
+    }
+}
+
+/// `disk.img` in the volume at `path`, or the volume itself if it is a file. `None` if there is no raw disk.
+fn find_raw_file<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Option<RawFile<'a>>, VmError> {
+    let status = fstat(volume).map_err(failed(path, "read its type"))?;
+    if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
+        return Ok(Some(RawFile {
+            volume: None,
+            path: path.to_owned(),
+        }));
+    }
+    match rustix::fs::statat(volume, RAW_DISK, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(_) => Ok(Some(RawFile::in_volume(volume, path))),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(failed(path, "look for disk.img")(error)),
+    }
+}
+
+/// Locks a disk in a volume. Machines that only read it can share it; a machine that writes it cannot.
+fn lock_disk(disk: &VmDisk, file: &File, path: &Path, kind: Lock) -> Result<(), VmError> {
+    let path = path.display();
+    lock(file, kind).map_err(|errno| VmError::Volume {
+        name: disk.name.as_str().to_owned(),
+        reason: match (errno, kind) {
+            (Errno::AGAIN | Errno::ACCESS, Lock::Shared) => {
+                format!("{path} is locked: another virtual machine writes it")
+            }
+            (Errno::AGAIN | Errno::ACCESS, Lock::Exclusive) => {
+                format!("{path} is locked: another virtual machine uses it")
+            }
+            _ => format!("cannot lock {path}: {}", io::Error::from(errno)),
+        },
+    })
 }
 
 /// Opens a volume without opening a device node or waiting for a fifo.
@@ -98,23 +162,8 @@ fn open_volume(path: &Path) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// `disk.img` is a raw disk. Without it, the volume is an image: its disk is in `/disk`, or the only file in its root.
-fn detect(
-    disk: &VmDisk,
-    volume: &OwnedFd,
-    path: &Path,
-    root: &ImageRoot,
-    read_only: bool,
-    user: &FileUser,
-) -> Result<OpenedDisk, VmError> {
-    match rustix::fs::statat(volume, RAW_DISK, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(_) => open_raw(disk, Some(volume), path.join(RAW_DISK), read_only, user),
-        Err(Errno::NOENT) => open_image(disk, volume, root, user),
-        Err(error) => Err(failed(path, "look for disk.img")(error)),
-    }
-}
-
-/// Opens the only file as an image, whose writes end with the container.
+/// Opens the image in a volume without a raw disk: the only file in `/disk`, or the only file in its root. The writes of
+/// the guest end with the container.
 fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
     let shown = Path::new("/disks").join(disk.name.as_str());
     let find = || match open_base(volume.as_fd(), &shown)? {
@@ -136,40 +185,41 @@ fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser
         }
     };
     let (path, base) = as_user(user, find)?;
-    let image = root.with_writes(path, base, &format!("{WRITES}-{}", disk.name.as_str()))?;
+    lock_disk(disk, &base, &path, Lock::Shared)?;
+    copy_on_write(disk, path, base, BaseFormat::Detected, root)
+}
+
+/// Opens a raw disk that is not written: the writes of the guest end with the container. A guest may have written it
+/// earlier, so its header does not decide its format.
+fn open_ephemeral(disk: &VmDisk, file: &RawFile<'_>, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
+    let base = file.open(disk, Lock::Shared, user)?;
+    copy_on_write(disk, file.path.clone(), base, BaseFormat::Raw, root)
+}
+
+fn copy_on_write(
+    disk: &VmDisk,
+    path: PathBuf,
+    base: File,
+    format: BaseFormat,
+    root: &ImageRoot,
+) -> Result<OpenedDisk, VmError> {
+    let image = root.with_writes(path, base, format, &format!("{WRITES}-{}", disk.name.as_str()))?;
     Ok(OpenedDisk::Image {
         image: Arc::new(image),
         read_only: disk.read_only,
     })
 }
 
-/// Opens a raw disk: `disk.img` in `volume`, or the file at `path` itself.
-fn open_raw(
-    disk: &VmDisk,
-    volume: Option<&OwnedFd>,
-    path: PathBuf,
-    read_only: bool,
-    user: &FileUser,
-) -> Result<OpenedDisk, VmError> {
-    let access = match read_only {
-        true => OFlags::RDONLY,
-        false => OFlags::RDWR,
+fn open_raw(disk: &VmDisk, file: RawFile<'_>, read_only: bool, user: &FileUser) -> Result<OpenedDisk, VmError> {
+    let kind = match read_only {
+        true => Lock::Shared,
+        false => Lock::Exclusive,
     };
-    let opened = as_user(user, || match volume {
-        Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
-        None => open_regular(CWD, &path, ResolveFlags::empty(), access),
-    });
-    let file = opened.map_err(|error| cannot_open(disk, &path, user, error))?;
-    if !read_only {
-        lock(&file).map_err(|errno| VmError::Volume {
-            name: disk.name.as_str().to_owned(),
-            reason: format!(
-                "{} is locked ({errno}): another virtual machine writes it",
-                path.display()
-            ),
-        })?;
-    }
-    Ok(OpenedDisk::Raw { file, path, read_only })
+    Ok(OpenedDisk::Raw {
+        file: file.open(disk, kind, user)?,
+        path: file.path,
+        read_only,
+    })
 }
 
 fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: OpenError) -> VmError {
