@@ -294,7 +294,8 @@ volume_disk() {
   mkfs.ext4 -q "$1/disk.img"
 }
 
-# A disk of a volume that is written, a blank one, an image whose writes end with the task, a seed, and a shared folder.
+# A disk of a volume that is written, a blank one, an image whose writes end with the task, the keys of a ConfigMap, a seed,
+# and a shared folder.
 volumes_are_disks_seed_and_shared_folders() {
   new_name
   local image=vm-raw volumes=/run/tmp/volumes disks
@@ -303,16 +304,24 @@ volumes_are_disks_seed_and_shared_folders() {
   qemu-img create -q -f qcow2 $volumes/tools/tools.qcow2 16M
   printf '#cloud-config\n' >$volumes/seed/user-data
   echo of the host >$volumes/shared/file
+  # As the kubelet makes a ConfigMap.
+  mkdir -p $volumes/config/..1
+  echo of the key >$volumes/config/..1/greeting
+  ln -s ..1 $volumes/config/..data
+  ln -s ..data/greeting $volumes/config/greeting
   local mounts=(--mount "type=bind,src=$volumes/data,dst=/disks/data,options=rbind:rw"
     --mount "type=bind,src=$volumes/blank,dst=/disks/scratch,options=rbind:rw"
     --mount "type=bind,src=$volumes/tools,dst=/disks/tools,options=rbind:ro"
+    --mount "type=bind,src=$volumes/config,dst=/disks/config,options=rbind:ro"
     --mount "type=bind,src=$volumes/seed,dst=/cloud-init,options=rbind:ro"
     --mount "type=bind,src=$volumes/shared,dst=/srv/shared,options=rbind:ro"
     --annotation io.containerd.nutshell.vm.disk.scratch=blank,size=32Mi)
   start_image "${mounts[@]}"
   disks=$(in_guest 'for disk in /sys/block/vd*; do echo "$(cat $disk/serial) $(cat $disk/size) $(cat $disk/ro)"; done' | tr '\n' ,)
-  assert_contains "$disks" "root 98304 0,data 16384 0,scratch 65536 0,tools 32768 0,seed "
-  assert_contains "$(in_guest 'findfs LABEL=CIDATA')" /dev/vde
+  assert_contains "$disks" "root 98304 0,data 16384 0,scratch 65536 0,tools 32768 0,config 8 1,seed "
+  assert_contains "$(in_guest 'findfs LABEL=CONFIG; findfs LABEL=CIDATA' | tr '\n' ,)" /dev/vde,/dev/vdf
+  # The guest has no driver for FAT.
+  in_guest 'grep -q "of the key" /dev/vde'
   in_guest 'mount -t ext4 /dev/vdb /mnt && echo of the guest >/mnt/file && umount /mnt'
   in_guest 'mkdir -p /shared && mount -t virtiofs nutshell /shared'
   assert_equal "of the host" "$(in_guest 'cat /shared/srv/shared/file')"

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{PermissionsExt, chown, symlink},
+    os::unix::fs::{FileExt, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
 };
 
@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use super::{
     disk::ImageRoot,
+    seed::tests::publish,
     volumes::{self, OpenedDisk},
 };
 use crate::{
@@ -83,6 +84,49 @@ fn content_of_a_volume_decides_how_it_is_a_disk() {
             (opened, _) => panic!("{files:?}: {opened:?}"),
         }
     }
+}
+
+/// The link to the current version is what distinguishes them from an image volume with one file.
+#[test]
+fn volume_with_the_kubelets_link_is_a_disk_with_its_keys() {
+    for keys in [&["settings"][..], &["disk", "a"], &["disk.img"], &[]] {
+        let volume = volume(&[]);
+        let keys: Vec<_> = keys.iter().map(|key| (*key, "value")).collect();
+        publish(volume.path(), "..2026", &keys);
+        match open(volume.path(), DiskContent::Detected, &OTHER).unwrap() {
+            OpenedDisk::Raw { file, read_only, .. } => {
+                assert!(read_only);
+                let mut sector = [0; 512];
+                file.read_exact_at(&mut sector, 0).unwrap();
+                assert_eq!((&sector[43..54], &sector[54..59]), (&b"DATA       "[..], &b"FAT12"[..]));
+            }
+            opened @ OpenedDisk::Image { .. } => panic!("{keys:?}: {opened:?}"),
+        }
+        for content in [DiskContent::Ephemeral, DiskContent::Blank { size: 1 << 20 }] {
+            let error = open(volume.path(), content, &OTHER).unwrap_err();
+            assert!(error.contains("disk data: a Secret or ConfigMap is always"), "{error}");
+        }
+    }
+    // A raw disk stays one.
+    let volume = volume(&["disk.img"]);
+    publish(volume.path(), "..2026", &[("key", "value")]);
+    let opened = open(volume.path(), DiskContent::Detected, &FileUser::default()).unwrap();
+    assert!(
+        matches!(&opened, OpenedDisk::Raw { path, read_only: false, .. } if path.ends_with("disk.img")),
+        "{opened:?}"
+    );
+}
+
+#[test]
+fn keys_of_a_disk_are_opened_with_the_permissions_of_the_containers_user() {
+    let volume = volume(&[]);
+    publish(volume.path(), "..2026", &[("secret", "value")]);
+    let key = volume.path().join("..2026/secret");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o400)).unwrap();
+    let error = open(volume.path(), DiskContent::Detected, &OTHER).unwrap_err();
+    assert!(error.contains("cannot open the key \"secret\" in"), "{error}");
+    chown(&key, Some(OTHER.uid), None).unwrap();
+    open(volume.path(), DiskContent::Detected, &OTHER).unwrap();
 }
 
 #[test]

@@ -4,16 +4,20 @@
 //! the permissions of the container's user, and a disk that is written is locked.
 
 use std::{
+    ffi::{CStr, OsStr},
     fs::File,
     io::{self, Read},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
     thread,
 };
 
 use rustix::{
-    fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fstat},
     io::Errno,
 };
 
@@ -21,6 +25,7 @@ use super::{
     disk::{BENEATH, ImageRoot, Lock, WRITES, failed, lock, open_base, open_only_file},
     error::VmError,
     regular_file::{OpenError, open_regular},
+    seed::{self, CURRENT_VERSION},
 };
 use crate::{
     control::BaseFormat,
@@ -29,7 +34,7 @@ use crate::{
 };
 
 /// The raw disk in a volume, as KubeVirt names it.
-const RAW_DISK: &str = "disk.img";
+const RAW_DISK: &CStr = c"disk.img";
 
 /// A disk that the machine may boot with many times.
 #[derive(Debug)]
@@ -77,19 +82,36 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
             let read_only = disk.read_only || *is_read_only;
             let shown = Path::new("/disks").join(disk.name.as_str());
             let volume = open_volume(path).map_err(failed(&shown, "open the volume"))?;
-            match (*content, find_raw_file(&volume, path)?) {
-                (DiskContent::Detected | DiskContent::Blank { .. }, Some(file)) => {
+            match (*content, find_content(&volume, path)?) {
+                (DiskContent::Detected | DiskContent::Blank { .. }, Found::RawFile(file)) => {
                     open_raw(disk, file, read_only, user)
                 }
-                (DiskContent::Ephemeral, Some(file)) => open_ephemeral(disk, &file, root, user),
-                (DiskContent::Detected | DiskContent::Ephemeral, None) => open_image(disk, &volume, root, user),
-                (DiskContent::Blank { size }, None) => {
+                (DiskContent::Ephemeral, Found::RawFile(file)) => open_ephemeral(disk, &file, root, user),
+                (DiskContent::Detected, Found::Keys) => make_disk_of_keys(disk, &volume, path, user),
+                (DiskContent::Ephemeral | DiskContent::Blank { .. }, Found::Keys) => Err(VmError::Volume {
+                    name: disk.name.as_str().to_owned(),
+                    reason: "a Secret or ConfigMap is always a read-only disk: it cannot be ephemeral or blank"
+                        .to_owned(),
+                }),
+                (DiskContent::Detected | DiskContent::Ephemeral, Found::Other) => open_image(disk, &volume, root, user),
+                (DiskContent::Blank { size }, Found::Other) => {
                     create_blank(disk, &volume, size, user)?;
                     open_raw(disk, RawFile::in_volume(&volume, path), read_only, user)
                 }
             }
         }
     }
+}
+
+/// What a volume contains, as far as it shows without opening a file.
+#[derive(Debug)]
+enum Found<'a> {
+    /// A raw disk.
+    RawFile(RawFile<'a>),
+    /// The keys of a Secret, ConfigMap or similar volume.
+    Keys,
+    /// An image, or nothing.
+    Other,
 }
 
 /// The file of a raw disk.
@@ -104,7 +126,7 @@ impl<'a> RawFile<'a> {
     fn in_volume(volume: &'a OwnedFd, path: &Path) -> Self {
         Self {
             volume: Some(volume),
-            path: path.join(RAW_DISK),
+            path: path.join(OsStr::from_bytes(RAW_DISK.to_bytes())),
         }
     }
 
@@ -124,20 +146,46 @@ impl<'a> RawFile<'a> {
     }
 }
 
-/// `disk.img` in the volume at `path`, or the volume itself if it is a file. `None` if there is no raw disk.
-fn find_raw_file<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Option<RawFile<'a>>, VmError> {
+/// Finds out what the volume at `path` contains. It is a raw disk if it is a file, or has a `disk.img`. Otherwise it has
+/// keys if it has the link to their current version, which the kubelet makes: an image volume with one file has none.
+fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmError> {
     let status = fstat(volume).map_err(failed(path, "read its type"))?;
     if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
-        return Ok(Some(RawFile {
+        return Ok(Found::RawFile(RawFile {
             volume: None,
             path: path.to_owned(),
         }));
     }
-    match rustix::fs::statat(volume, RAW_DISK, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
-        Ok(_) => Ok(Some(RawFile::in_volume(volume, path))),
+    let kind = |name: &CStr| match rustix::fs::statat(volume, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(status) => Ok(Some(FileType::from_raw_mode(status.st_mode))),
         Err(Errno::NOENT) => Ok(None),
         Err(error) => Err(failed(path, "look for disk.img")(error)),
-    }
+    };
+    Ok(match (kind(RAW_DISK)?, kind(CURRENT_VERSION)?) {
+        // A key may have any name.
+        (None | Some(FileType::Symlink), Some(FileType::Symlink)) => Found::Keys,
+        (Some(_), _) => Found::RawFile(RawFile::in_volume(volume, path)),
+        (None, _) => Found::Other,
+    })
+}
+
+/// A read-only disk with the keys in the volume at `path` as files.
+fn make_disk_of_keys(disk: &VmDisk, volume: &OwnedFd, path: &Path, user: &FileUser) -> Result<OpenedDisk, VmError> {
+    let name = disk.name.as_str();
+    let make = || {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened =
+            rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(failed(path, "open the directory"))?;
+        seed::make_disk_of_files(path, opened.as_fd(), name).map_err(|error| VmError::Volume {
+            name: name.to_owned(),
+            reason: error.to_string(),
+        })
+    };
+    Ok(OpenedDisk::Raw {
+        file: as_user(user, make)?,
+        path: path.to_owned(),
+        read_only: true,
+    })
 }
 
 /// Locks a disk in a volume. Machines that only read it can share it; a machine that writes it cannot.
@@ -243,7 +291,7 @@ fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: OpenError) ->
 /// Creates a sparse `disk.img` of `size` bytes unless it exists: an earlier container of the pod may have made it.
 fn create_blank(disk: &VmDisk, volume: &OwnedFd, size: u64, user: &FileUser) -> Result<(), VmError> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let shown = Path::new("/disks").join(disk.name.as_str()).join(RAW_DISK);
+    let shown = Path::new("/disks").join(disk.name.as_str()).join("disk.img");
     let mode = Mode::RUSR | Mode::WUSR;
     let create = || Ok(rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)?);
     match as_user(user, create) {

@@ -39,7 +39,7 @@ fn no_cloud(keys: Keys, identity: &Identity) -> Contents {
         .network_config
         .unwrap_or_else(|| DEFAULT_NETWORK_CONFIG.as_bytes().to_vec());
     Contents {
-        label: b"CIDATA     ",
+        label: *b"CIDATA     ",
         folder: &[],
         files: present([
             ("user-data", Some(keys.user_data)),
@@ -62,7 +62,7 @@ fn config_drive(keys: Keys, identity: &Identity) -> Contents {
         .into_bytes()
     };
     Contents {
-        label: b"config-2   ",
+        label: *b"config-2   ",
         folder: &["openstack", "latest"],
         files: present([
             ("user_data", Some(keys.user_data)),
@@ -73,9 +73,9 @@ fn config_drive(keys: Keys, identity: &Identity) -> Contents {
     }
 }
 
-fn present(files: [(&'static str, Option<Vec<u8>>); 4]) -> Vec<(&'static str, Vec<u8>)> {
+fn present(files: [(&'static str, Option<Vec<u8>>); 4]) -> Vec<(String, Vec<u8>)> {
     let files = files.into_iter();
     files
-        .filter_map(|(name, bytes)| bytes.map(|bytes| (name, bytes)))
+        .filter_map(|(name, bytes)| bytes.map(|bytes| (name.to_owned(), bytes)))
         .collect()
 }

@@ -46,11 +46,11 @@ pub(super) type Label = [u8; 11];
 /// A file system. All its files are in one folder.
 #[derive(Debug)]
 pub(super) struct Contents {
-    pub(super) label: &'static Label,
+    pub(super) label: Label,
     /// The path of the folder, from the top down. Empty for the root directory.
     pub(super) folder: &'static [&'static str],
-    /// Names and bytes. Names are ASCII.
-    pub(super) files: Vec<(&'static str, Vec<u8>)>,
+    /// Names and bytes. Names are ASCII, have at most 255 bytes, and do not differ only in case.
+    pub(super) files: Vec<(String, Vec<u8>)>,
 }
 
 /// Writes the image. It contains no time and no random number: equal contents result in equal images.
@@ -76,10 +76,11 @@ pub(super) fn write(contents: &Contents) -> io::Result<File> {
         data.append(&folder)?;
         entries = named_entry(name, 0, DIRECTORY, own, 0);
     }
-    let mut root = entry(contents.label, VOLUME_LABEL, 0, 0).to_vec();
+    let mut root = entry(&contents.label, VOLUME_LABEL, 0, 0).to_vec();
     root.append(&mut entries);
     pad(&mut root, usize::from(SECTOR));
 
+    data.add_free_cluster_if_empty();
     let table = data.pack_table();
     let mut image = boot_sector(contents, &root, &table, &data)?.to_vec();
     for _ in 0..TABLE_COPIES {
@@ -130,6 +131,14 @@ impl Data {
         Ok(first)
     }
 
+    /// A file system has at least one cluster.
+    fn add_free_cluster_if_empty(&mut self) {
+        if self.next.is_empty() {
+            self.bytes.resize(CLUSTER, 0);
+            self.next.push(0);
+        }
+    }
+
     /// The table, whose entries have 12 bits, in whole sectors.
     fn pack_table(&self) -> Vec<u8> {
         let reserved = [0xf00 | u16::from(MEDIA), END_OF_CHAIN];
@@ -177,7 +186,7 @@ fn boot_sector(contents: &Contents, root: &[u8], table: &[u8], data: &Data) -> i
     // The signature of the next three fields.
     put(38, &[0x29]);
     put(39, &serial_number(contents));
-    put(43, contents.label);
+    put(43, &contents.label);
     put(54, b"FAT12   ");
     put(510, &[0x55, 0xaa]);
     Ok(sector)

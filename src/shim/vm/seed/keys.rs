@@ -1,4 +1,4 @@
-//! Reads the keys of a seed: the files in the directory of a Secret or ConfigMap.
+//! Reads the keys of a seed or of a disk with files: the files in the directory of a Secret or ConfigMap.
 //!
 //! The kubelet replaces all keys at once: each key is a symbolic link through the link `..data`, which the kubelet
 //! points to a new directory (Kubernetes, `pkg/volume/util/atomic_writer.go`). But the directory can be any volume, and
@@ -17,14 +17,14 @@ use crate::shim::vm::regular_file::{OpenError, open_regular};
 
 /// The maximum size of a value, in bytes. All values of a Secret or ConfigMap together have at most 1 MiB (Kubernetes,
 /// `MaxSecretSize`).
-const MAX_KEY_SIZE: u64 = 1 << 20;
+pub(super) const MAX_KEY_SIZE: u64 = 1 << 20;
 /// The maximum number of names in the directory. The kubelet makes three besides the keys.
-const MAX_NAMES: usize = 64;
+pub(super) const MAX_NAMES: usize = 64;
 /// The names of keys, for error texts.
 const ACCEPTED_KEYS: &str = "user-data, meta-data, vendor-data and network-config";
 
 /// The kubelet's link to the directory with the current keys.
-const CURRENT_VERSION: &CStr = c"..data";
+pub(in crate::shim::vm) const CURRENT_VERSION: &CStr = c"..data";
 /// The maximum number of attempts to read the keys. The kubelet replaces them about once a minute, and only if they
 /// changed.
 const MAX_ATTEMPTS: usize = 3;
@@ -120,8 +120,7 @@ pub(super) fn read(directory: &Path) -> Result<Keys, KeysError> {
         directory: directory.to_owned(),
         source: error.into(),
     })?;
-    // An error means that there is no such link. If the file system fails, reading the keys reports that.
-    let version = || rustix::fs::readlinkat(&opened, CURRENT_VERSION, Vec::new()).ok();
+    let version = || current_version(opened.as_fd());
     read_one_version(version, || read_all(directory, opened.as_fd())).unwrap_or_else(|| {
         Err(KeysError::Changing {
             directory: directory.to_owned(),
@@ -129,8 +128,14 @@ pub(super) fn read(directory: &Path) -> Result<Keys, KeysError> {
     })
 }
 
+/// The target of the kubelet's link. An error means that there is no such link. If the file system fails, reading the
+/// keys reports that.
+pub(super) fn current_version(opened: BorrowedFd<'_>) -> Option<CString> {
+    rustix::fs::readlinkat(opened, CURRENT_VERSION, Vec::new()).ok()
+}
+
 /// Calls `read` until the version is the same before and after it. `None` if it changes each time.
-fn read_one_version<T, V: PartialEq>(version: impl Fn() -> V, mut read: impl FnMut() -> T) -> Option<T> {
+pub(super) fn read_one_version<T, V: PartialEq>(version: impl Fn() -> V, mut read: impl FnMut() -> T) -> Option<T> {
     (0..MAX_ATTEMPTS).find_map(|_| {
         let before = version();
         let result = read();
@@ -140,7 +145,10 @@ fn read_one_version<T, V: PartialEq>(version: impl Fn() -> V, mut read: impl FnM
 
 fn read_all(directory: &Path, opened: BorrowedFd<'_>) -> Result<Keys, KeysError> {
     let mut found: Vec<(Key, CString, Vec<u8>)> = Vec::new();
-    for name in list(directory, opened)? {
+    let names = list(directory, opened)?.ok_or_else(|| KeysError::TooManyNames {
+        directory: directory.to_owned(),
+    })?;
+    for name in names {
         let Some(key) = Key::parse(&name) else {
             return Err(KeysError::UnknownKey {
                 directory: directory.to_owned(),
@@ -172,7 +180,8 @@ fn read_all(directory: &Path, opened: BorrowedFd<'_>) -> Result<Keys, KeysError>
 }
 
 /// The names in the directory that can be keys, in order. No key begins with `..` (Kubernetes, `IsConfigMapKey`).
-fn list(directory: &Path, opened: BorrowedFd<'_>) -> Result<Vec<CString>, KeysError> {
+/// `None` if the directory has more than [`MAX_NAMES`] names.
+pub(super) fn list(directory: &Path, opened: BorrowedFd<'_>) -> Result<Option<Vec<CString>>, KeysError> {
     let failed = |error: rustix::io::Errno| KeysError::Directory {
         directory: directory.to_owned(),
         source: error.into(),
@@ -187,19 +196,17 @@ fn list(directory: &Path, opened: BorrowedFd<'_>) -> Result<Vec<CString>, KeysEr
         }
         count += 1;
         if count > MAX_NAMES {
-            return Err(KeysError::TooManyNames {
-                directory: directory.to_owned(),
-            });
+            return Ok(None);
         }
         if !name.to_bytes().starts_with(b"..") {
             names.push(name.to_owned());
         }
     }
     names.sort_unstable();
-    Ok(names)
+    Ok(Some(names))
 }
 
-fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec<u8>, KeysError> {
+pub(super) fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec<u8>, KeysError> {
     let path = || (directory.to_owned(), printable(name));
     let open_error = |source: io::Error| {
         let (directory, key) = path();
@@ -225,8 +232,8 @@ fn read_key(directory: &Path, opened: BorrowedFd<'_>, name: &CStr) -> Result<Vec
     Ok(value)
 }
 
-/// The kind of a file that is not regular, for error texts.
-fn printable(name: &CStr) -> String {
+/// A name in error texts.
+pub(super) fn printable(name: &CStr) -> String {
     name.to_string_lossy().into_owned()
 }
 
@@ -242,6 +249,7 @@ mod tests {
     use tempfile::{TempDir, tempdir};
 
     use super::*;
+    use crate::shim::vm::seed::tests::publish;
 
     /// A directory with these files.
     fn directory(files: &[(&str, &str)]) -> TempDir {
@@ -250,20 +258,6 @@ mod tests {
             fs::write(directory.path().join(name), value).unwrap();
         }
         directory
-    }
-
-    /// Adds a version of a Secret with these keys and makes it the current one, as the kubelet does.
-    fn publish(directory: &Path, version: &str, keys: &[(&str, &str)]) {
-        fs::create_dir(directory.join(version)).unwrap();
-        for (name, value) in keys {
-            fs::write(directory.join(version).join(name), value).unwrap();
-            let link = directory.join(name);
-            if !link.is_symlink() {
-                symlink(Path::new("..data").join(name), link).unwrap();
-            }
-        }
-        symlink(version, directory.join("..data_tmp")).unwrap();
-        fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
     }
 
     /// The error of reading `directory`, with the path of the directory replaced.

@@ -2,22 +2,25 @@
 //! the guest.
 //!
 //! The configuration is a Secret or ConfigMap, which the kubelet mounts as a directory: one file for each key. The shim
-//! copies their bytes into a FAT file system and parses none of them.
+//! copies their bytes into a FAT file system and parses none of them. A Secret or ConfigMap with other keys becomes such
+//! a disk too ([`files`]).
 //!
 //! Belongs here: the names of keys and files, the defaults for what the user leaves out, and the image. Does not belong
-//! here: attaching the disk. The code that creates such machines calls [`make_disk`].
+//! here: attaching the disk. The code that creates such machines calls [`make_disk`] and [`make_disk_of_files`].
 
 mod data_source;
+mod files;
 pub(in crate::shim) mod identity;
 mod image;
 mod keys;
 #[cfg(test)]
-mod tests;
+pub(in crate::shim::vm) mod tests;
 
 use std::{fs::File, io, path::Path};
 
 pub(in crate::shim) use self::identity::Identity;
 use self::keys::KeysError;
+pub(in crate::shim::vm) use self::{files::make_disk_of_files, keys::CURRENT_VERSION};
 use crate::oci::DataSource;
 
 /// Why a seed disk cannot be made.

@@ -3,7 +3,10 @@
 use std::{
     fs,
     io::{self, Read, Seek},
-    os::unix::fs::FileExt,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, symlink},
+    },
     path::Path,
     process::{Command, Output},
 };
@@ -15,8 +18,8 @@ use super::{
     DataSource, Identity, SeedError,
     identity::{Hostname, InstanceId},
     image::{self, Contents},
-    keys::KeysError,
-    make_disk,
+    keys::{KeysError, MAX_KEY_SIZE, MAX_NAMES},
+    make_disk, make_disk_of_files,
 };
 
 const ID: &str = "00112233-4455-4677-8899-aabbccddeeff";
@@ -26,6 +29,20 @@ fn identity() -> Identity {
         instance_id: InstanceId::parse(ID).unwrap(),
         hostname: Hostname::parse("db-0").unwrap(),
     }
+}
+
+/// Adds a version of a Secret with these keys and makes it the current one, as the kubelet does.
+pub(in crate::shim::vm) fn publish(directory: &Path, version: &str, keys: &[(&str, &str)]) {
+    fs::create_dir(directory.join(version)).unwrap();
+    for (name, value) in keys {
+        fs::write(directory.join(version).join(name), value).unwrap();
+        let link = directory.join(name);
+        if !link.is_symlink() {
+            symlink(Path::new("..data").join(name), link).unwrap();
+        }
+    }
+    symlink(version, directory.join("..data_tmp")).unwrap();
+    fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
 }
 
 /// A directory with these keys.
@@ -221,9 +238,9 @@ fn largest_values_fit() {
 /// A disk with one file of `size` bytes.
 fn disk_of_size(size: usize, folder: &'static [&'static str]) -> io::Result<fs::File> {
     image::write(&Contents {
-        label: b"LABEL      ",
+        label: *b"LABEL      ",
         folder,
-        files: vec![("file", vec![0xa5; size])],
+        files: vec![("file".to_owned(), vec![0xa5; size])],
     })
 }
 
@@ -255,10 +272,10 @@ fn names_of_each_length_are_correct() {
     let files = (1..=NAMES.len()).map(|length| (&NAMES[..length], vec![0xa5; length]));
     let disk = Disk::new(
         image::write(&Contents {
-            label: b"LABEL      ",
+            label: *b"LABEL      ",
             // Its entries need more than one cluster.
             folder: &["a-folder.with_14", "exactly-13.is"],
-            files: files.clone().collect(),
+            files: files.clone().map(|(name, bytes)| (name.to_owned(), bytes)).collect(),
         })
         .unwrap(),
     );
@@ -318,4 +335,104 @@ fn data_sources_are_named_in_lower_case() {
         let error = name.parse::<DataSource>().unwrap_err();
         assert_eq!(error, format!("{name:?} is none of nocloud, configdrive and ignition"));
     }
+}
+
+/// The disk with the keys in `directory` as files, or the error with the path of the directory replaced.
+fn disk_of_files(directory: &Path, name: &str) -> Result<Disk, String> {
+    let opened = fs::File::open(directory).unwrap();
+    match make_disk_of_files(directory, opened.as_fd(), name) {
+        Ok(disk) => Ok(Disk::new(disk)),
+        Err(error) => Err(error.to_string().replace(directory.to_str().unwrap(), "DIR")),
+    }
+}
+
+#[test]
+fn keys_of_a_secret_are_the_files_of_a_disk() {
+    let directory = tempdir().unwrap();
+    let longest = "k".repeat(253);
+    publish(directory.path(), "..1", &[("tls.crt", "old")]);
+    let keys = [
+        ("tls.crt", "new"),
+        ("TLS.KEY", ""),
+        (".hidden", "h"),
+        ("disk", "a key"),
+        (&longest, "long"),
+    ];
+    publish(directory.path(), "..2", &keys);
+
+    let disk = disk_of_files(directory.path(), "app-config.v1").unwrap();
+
+    assert_eq!(disk.property("TYPE"), "vfat");
+    assert_eq!(disk.property("LABEL"), "APP-CONFIG_");
+    assert_eq!(disk.list().len(), keys.len());
+    for (name, value) in keys {
+        assert_eq!(disk.read_text(name), value);
+    }
+    let empty = tempdir().unwrap();
+    publish(empty.path(), "..1", &[]);
+    let disk = disk_of_files(empty.path(), "a").unwrap();
+    assert_eq!(disk.property("LABEL"), "A");
+}
+
+#[test]
+fn largest_files_fit_on_a_disk() {
+    let value = vec![0xa5; usize::try_from(MAX_KEY_SIZE).unwrap() - 1];
+    let (a, b, c, d) = (&value, &value, &value, &value);
+    let directory = keys(&[("a", a), ("b", b), ("c", c), ("d", d), ("e", b"1234")]);
+    let disk = disk_of_files(directory.path(), "large").unwrap();
+    assert!(disk.read("d") == value);
+    assert_eq!(disk.read("e"), b"1234");
+}
+
+#[test]
+fn keys_that_a_disk_cannot_have_are_refused_by_name_and_limit() {
+    let large = vec![0; usize::try_from(MAX_KEY_SIZE).unwrap()];
+    let too_large = [&large[..], b"x"].concat();
+    let too_long = "k".repeat(254);
+    let numbers: Vec<String> = (0..=MAX_NAMES).map(|number| number.to_string()).collect();
+    let many: Vec<(&str, &[u8])> = numbers.iter().map(|name| (name.as_str(), &b""[..])).collect();
+    let cannot_be_a_name = "cannot be the name of a file on the disk: it must have 1 to 253";
+    for (files, key, expected) in [
+        (
+            &[
+                ("a", &large[..]),
+                ("b", &large),
+                ("c", &large),
+                ("d", &large),
+                ("e", b"x"),
+            ][..],
+            "\"e\" does not fit",
+            "the keys in DIR have more than 4096 KiB together",
+        ),
+        (
+            &[("big", &too_large)],
+            "the key \"big\" in DIR",
+            "is larger than 1024 KiB",
+        ),
+        (&many, "DIR", "more than 64 names"),
+        (
+            &[("Key", b""), ("kEY", b"")],
+            "\"Key\" and \"kEY\" in DIR",
+            "differ only in upper and lower case",
+        ),
+        (&[("end.", b"")], "\"end.\" in DIR", cannot_be_a_name),
+        (&[("a b", b"")], "\"a b\" in DIR", cannot_be_a_name),
+        (&[("\u{e4}", b"")], "\"\u{e4}\" in DIR", cannot_be_a_name),
+        (&[(too_long.as_str(), b"")], "in DIR", cannot_be_a_name),
+    ] {
+        let directory = keys(files);
+        let Err(error) = disk_of_files(directory.path(), "data") else {
+            panic!("accepted: {expected}");
+        };
+        assert!(error.contains(key) && error.contains(expected), "{error}");
+    }
+    let nested = keys(&[]);
+    fs::create_dir(nested.path().join("folder")).unwrap();
+    let Err(error) = disk_of_files(nested.path(), "data") else {
+        panic!("accepted");
+    };
+    assert_eq!(
+        error,
+        "the key \"folder\" in DIR is a directory: it must be a regular file"
+    );
 }
