@@ -31,7 +31,7 @@ use crate::{
         stall_timer::StallTimer,
         virtio::{
             balloon::Balloon,
-            block::Block,
+            block::{Block, GrowthWatch},
             console::Console,
             device::{Device, SharedDevice},
             fs::Fs,
@@ -65,6 +65,8 @@ pub(super) fn start(
         file_server,
         disks,
     } = resources;
+    // The disks of containers belong to snapshotters, which do not extend them.
+    let disks_may_grow = matches!(software, SoftwareResources::User { .. });
     let memory = GuestMemory::new(allocate(config.memory, config.file_server)?);
     let vm = Vm::new(kvm, memory.regions())?;
     let Platform {
@@ -127,13 +129,19 @@ pub(super) fn start(
     };
     let queues_per_disk = u16::from(config.vcpus);
     let mut boot_disks = 0;
+    let mut growing_disks = Vec::new();
     for (serial, backing) in disks {
         let disk =
             Block::new(serial, backing, queues_per_disk, &stall_timer).map_err(device_error("set up the disk"))?;
         counters.push(disk.counters());
+        if disks_may_grow {
+            growing_disks.extend(disk.growing_disk());
+        }
         board.add(Box::new(disk))?;
         boot_disks += 1;
     }
+    let growth_watch =
+        GrowthWatch::start(growing_disks).map_err(device_error("start the thread that checks the sizes of disks"))?;
 
     let guest_agent = match guest_agent {
         Some(socket) => {
@@ -164,6 +172,7 @@ pub(super) fn start(
         peripherals: peripherals.clone(),
         end: end.clone(),
         network_slots,
+        growth_watch,
         disk_slots: DiskSlots::new(boot_disks, hotplug_disks, queues_per_disk),
         counters,
         stall_timer,

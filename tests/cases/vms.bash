@@ -339,6 +339,50 @@ volumes_are_disks_seed_and_shared_folders() {
   rm -r $volumes
 }
 
+# disk_sizes: the serial and the size in sectors of each disk of the guest, separated by commas.
+disk_sizes() {
+  in_guest 'for disk in /sys/block/vd*; do echo "$(cat $disk/serial) $(cat $disk/size)"; done' | tr '\n' ,
+}
+
+# A block device is a disk with the last part of its path as its serial. It grows while the guest runs, and so does the
+# disk of a volume.
+block_device_is_a_disk_and_disks_grow_while_the_guest_runs() {
+  new_name
+  local image=vm-raw folder=/run/tmp/growth device serial error deadline
+  mkdir -p $folder/data
+  truncate -s 8M $folder/device $folder/data/disk.img
+  device=$(losetup --find --show $folder/device)
+  serial=${device##*/}
+  start_image --device "$device" --mount type=bind,src=$folder/data,dst=/disks/data,options=rbind:rw
+  assert_contains "$(disk_sizes)" "data 16384,$serial 16384,"
+  error=$(ctr run --runtime "$runtime" --device "$device" "localhost/$image:latest" "$name-2" vm 2>&1) && return 1
+  assert_contains "$error" "disk $serial: block device"
+  assert_contains "$error" "Device or resource busy"
+  ctr container delete "$name-2" 2>/dev/null || true
+
+  truncate -s 16M $folder/device $folder/data/disk.img
+  losetup --set-capacity "$device"
+  deadline=$((SECONDS + 60))
+  until [[ $(disk_sizes) == *"data 32768,$serial 32768,"* ]]; do
+    ((SECONDS < deadline)) || return 1
+    read -r -t 0.5 -u "$never" || true
+  done
+  # In the last MiB, which was not there when the guest started.
+  in_guest 'for disk in vdb vdc; do echo of the guest | dd of=/dev/$disk bs=1M seek=15 conv=fsync,notrunc 2>/dev/null; done'
+  # A disk never shrinks.
+  truncate -s 15M $folder/data/disk.img
+  until grep -q "its file has shrunk to 15728640 bytes" /run/containerd.log; do
+    ((SECONDS < deadline)) || return 1
+    read -r -t 0.5 -u "$never" || true
+  done
+  assert_contains "$(disk_sizes)" "data 32768,"
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+  losetup --detach "$device"
+  assert_equal "of the guest" "$(tail -c 1M $folder/device | head -n 1 | tr -d '\0')"
+  rm -r $folder
+}
+
 # The root is a volume: a later task continues with what an earlier one has written.
 volume_is_the_boot_disk_and_persists() {
   local volume=/run/tmp/volume root=/run/tmp/image boot
@@ -380,4 +424,5 @@ more_vm_cases() {
   check "exec runs by the guest agent" exec_runs_by_the_guest_agent
   check "full snapshot is only an I/O error in the guest" full_snapshot_is_only_an_io_error_in_the_guest
   check "volume is the boot disk and persists" volume_is_the_boot_disk_and_persists
+  check "block device is a disk, and disks grow while the guest runs" block_device_is_a_disk_and_disks_grow_while_the_guest_runs
 }

@@ -36,7 +36,7 @@ use crate::{
         stall_timer::StallTimer,
         virtio::{
             balloon::Balloon,
-            block::Backing,
+            block::{Backing, GrowthWatch},
             console::Console,
             device::{Device, SharedDevice},
             fs::Fs,
@@ -58,6 +58,9 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) peripherals: Arc<Peripherals>,
     pub(in crate::vmm) end: Arc<EndSignal>,
     pub(in crate::vmm) network_slots: Vec<Box<dyn Slot>>,
+    /// Checks the sizes of the disks of a user's kernel. `None` if none of them can grow.
+    #[expect(dead_code, reason = "its thread ends when it is dropped")]
+    pub(in crate::vmm) growth_watch: Option<GrowthWatch>,
     pub(in crate::vmm) disk_slots: DiskSlots,
     /// The counters of all devices but those in disk slots and the memory device.
     pub(in crate::vmm) counters: Vec<Arc<Counters>>,

@@ -1,8 +1,16 @@
 //! A disk of the host: its backing, capacity and serial.
 
-use std::{fs::File, io, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use nutshell_disk_image::{DISCARD_ALIGNMENT, Image, io::file_size};
+use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use crate::devices::counters::Counters;
 
@@ -34,8 +42,16 @@ impl Backing {
         }
     }
 
-    /// In bytes.
-    fn size(&self) -> io::Result<u64> {
+    /// Whether the size can change: that of an image cannot, and neither that of a sealed file in memory.
+    pub(super) fn can_grow(&self) -> bool {
+        match self {
+            Self::File { file, .. } => !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::GROW)),
+            Self::Image(_) => false,
+        }
+    }
+
+    /// In bytes. Blocks on the file system of the host.
+    pub(super) fn size(&self) -> io::Result<u64> {
         match self {
             Self::File { file, .. } => file_size(file)
                 .map_err(|error| io::Error::new(error.kind(), format!("cannot get the size of the file: {error}"))),
@@ -48,8 +64,7 @@ impl Backing {
 #[derive(Debug)]
 pub(super) struct Disk {
     pub(super) backing: Backing,
-    /// In sectors.
-    pub(super) capacity: u64,
+    pub(super) capacity: Capacity,
     /// Their name is the serial.
     pub(super) counters: Arc<Counters>,
 }
@@ -57,7 +72,7 @@ pub(super) struct Disk {
 impl Disk {
     pub(super) fn new(backing: Backing, counters: Arc<Counters>) -> io::Result<Self> {
         Ok(Self {
-            capacity: backing.size()? / SECTOR_SIZE,
+            capacity: Capacity::new(backing.size()? / SECTOR_SIZE),
             backing,
             counters,
         })
@@ -65,5 +80,40 @@ impl Disk {
 
     pub(super) fn serial(&self) -> &str {
         self.counters.name()
+    }
+}
+
+/// The capacity of a disk, and the number of times that it has grown. A driver reads the capacity in parts, and compares
+/// the generation before and after: both must change at the same time, so they are one number.
+#[derive(Debug)]
+pub(super) struct Capacity(AtomicU64);
+
+impl Capacity {
+    /// The bits of the capacity. A file has at most 2^63 bytes. The PCI transport has 8 bits for the generation, which
+    /// may repeat after 256 changes.
+    const BITS: u32 = 56;
+
+    pub(super) fn new(sectors: u64) -> Self {
+        Self(AtomicU64::new(sectors.min(Self::max())))
+    }
+
+    /// In sectors.
+    pub(super) fn sectors(&self) -> u64 {
+        self.0.load(Ordering::SeqCst) & Self::max()
+    }
+
+    pub(super) fn generation(&self) -> u32 {
+        u32::try_from(self.0.load(Ordering::SeqCst) >> Self::BITS).unwrap_or(0)
+    }
+
+    /// Sets the capacity and changes the generation. Only one thread may call this.
+    pub(super) fn grow(&self, sectors: u64) {
+        let next = u64::from(self.generation()) + 1;
+        self.0
+            .store(next << Self::BITS | sectors.min(Self::max()), Ordering::SeqCst);
+    }
+
+    const fn max() -> u64 {
+        (1 << Self::BITS) - 1
     }
 }

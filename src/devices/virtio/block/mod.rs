@@ -1,9 +1,11 @@
 //! virtio-blk (virtio 1.3 §5.2) on a file, block device or disk image of the host.
 //!
 //! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
-//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images.
+//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images, [`growth`] tells the
+//! driver when a disk has grown.
 
 mod disk;
+mod growth;
 mod request;
 mod transfer;
 
@@ -25,8 +27,14 @@ use virtio_bindings::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-pub(crate) use self::disk::Backing;
-use self::disk::{Disk, SECTOR_SIZE};
+pub(crate) use self::{
+    disk::Backing,
+    growth::{GrowingDisk, GrowthWatch},
+};
+use self::{
+    disk::{Disk, SECTOR_SIZE},
+    growth::ConfigInterrupt,
+};
 use super::{
     device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
     queue::{DeviceQueue, QueueError},
@@ -41,6 +49,7 @@ const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 #[derive(Debug)]
 pub(crate) struct Block {
     disk: Arc<Disk>,
+    config_interrupt: Arc<ConfigInterrupt>,
     queue_sizes: Vec<u16>,
     workers: Vec<Worker>,
 }
@@ -62,16 +71,23 @@ impl Block {
         let counters = Counters::with_queues(serial, queues, stall_timer);
         Ok(Self {
             disk: Arc::new(Disk::new(backing, counters)?),
+            config_interrupt: Arc::default(),
             queue_sizes: vec![QUEUE_SIZE; queues],
             workers: Vec::new(),
         })
+    }
+
+    /// The disk for [`GrowthWatch`]. `None` if its size cannot change.
+    pub(crate) fn growing_disk(&self) -> Option<GrowingDisk> {
+        let can_grow = self.disk.backing.can_grow();
+        can_grow.then(|| GrowingDisk::new(self.disk.clone(), self.config_interrupt.clone()))
     }
 
     /// struct virtio_blk_config (virtio 1.3 §5.2.4).
     fn config(&self) -> [u8; 60] {
         let mut config = [0; 60];
         let mut field = |offset: usize, bytes: &[u8]| config[offset..offset + bytes.len()].copy_from_slice(bytes);
-        field(0, &self.disk.capacity.to_le_bytes());
+        field(0, &self.disk.capacity.sectors().to_le_bytes());
         field(12, &MAX_SEGMENTS.to_le_bytes());
         field(20, &u32::try_from(SECTOR_SIZE).unwrap_or(0).to_le_bytes());
         field(34, &u16::try_from(self.queue_sizes.len()).unwrap_or(1).to_le_bytes());
@@ -117,6 +133,10 @@ impl Device for Block {
         copy_config(&self.config(), offset, data);
     }
 
+    fn config_generation(&self) -> u32 {
+        self.disk.capacity.generation()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let failed = |error: io::Error| ActivateError::Backend(error.to_string());
         for queue in activation.queues {
@@ -125,10 +145,16 @@ impl Device for Block {
             self.workers
                 .push(Worker::start(self.disk.clone(), queue).map_err(failed)?);
         }
+        self.config_interrupt.connect(activation.interrupt);
+        if self.disk.capacity.generation() != 0 {
+            // The driver may have read the capacity before the disk has grown.
+            self.config_interrupt.raise();
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.config_interrupt.disconnect();
         self.workers.clear();
         for queue in (0..).take(self.queue_sizes.len()) {
             self.disk.counters.expect_acceptance(queue, None);
@@ -217,7 +243,7 @@ mod tests {
         time::{Duration, Instant},
     };
 
-    use super::*;
+    use super::{disk::Capacity, *};
     use crate::devices::{
         log_capture::LogCapture,
         virtio::mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
@@ -244,7 +270,7 @@ mod tests {
     fn disk(name: &str, file: File) -> Arc<Disk> {
         Arc::new(Disk {
             backing: Backing::File { file, read_only: false },
-            capacity: 8,
+            capacity: Capacity::new(8),
             counters: Counters::with_queues(name, 1, &stall_timer()),
         })
     }

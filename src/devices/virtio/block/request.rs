@@ -112,7 +112,7 @@ fn execute(
     disk: &Disk,
 ) -> Result<usize, RequestError> {
     let Disk { backing, counters, .. } = disk;
-    let (capacity, serial) = (disk.capacity, disk.serial());
+    let (capacity, serial) = (disk.capacity.sectors(), disk.serial());
     if kind == VIRTIO_BLK_T_GET_ID {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let length = serial.len().min(id.len());
@@ -262,7 +262,7 @@ mod tests {
     use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Bytes, GuestAddress};
 
-    use super::*;
+    use super::{super::disk::Capacity, *};
     use crate::devices::{
         counters::Counters,
         log_capture::LogCapture,
@@ -305,7 +305,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[b'x'; 4096]).unwrap();
         let disk = Disk::new(Backing::File { file, read_only }, Counters::new("nutshell-0")).unwrap();
-        assert_eq!(disk.capacity, CAPACITY);
+        assert_eq!(disk.capacity.sectors(), CAPACITY);
 
         let chain = queue.pop().unwrap().unwrap();
         let written = process(chain, &disk, 0);
@@ -381,7 +381,7 @@ mod tests {
         let (mut queue, _) = device_queue(&mock, &memory);
         let disk = Disk {
             backing: Backing::File { file, read_only: false },
-            capacity: CAPACITY,
+            capacity: Capacity::new(CAPACITY),
             counters: Counters::new(name),
         };
         let log = LogCapture::start(name);

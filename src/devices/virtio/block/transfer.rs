@@ -149,7 +149,7 @@ mod tests {
             disk("cow-disk", Image::open(Box::new(base), Box::new(cow), [1; 16]).unwrap())
         };
         let disk = open();
-        assert_eq!(disk.capacity, 384);
+        assert_eq!(disk.capacity.sectors(), 384);
         let data: Vec<u8> = (0..4096_u32).map(|index| index.to_le_bytes()[0]).collect();
 
         // Across the border of two clusters, then into a cluster that is present.
