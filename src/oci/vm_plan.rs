@@ -7,6 +7,10 @@ use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, Share, Siz
 /// The maximum length of a disk's name in bytes: that of its serial (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
 const MAX_DISK_NAME: usize = 20;
 
+/// The maximum number of disks of a virtual machine besides that of the image and the seed. Each has up to two
+/// descriptors in the boot command.
+pub(crate) const MAX_VM_DISKS: usize = 10;
+
 /// The resources and settings of a virtual machine that boots a user's disk or kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct VmPlan {
@@ -39,6 +43,23 @@ pub(crate) struct VmPlan {
     pub(crate) oom_score_adj: i32,
     /// The hooks that run on the host.
     pub(crate) hooks: Hooks,
+}
+
+/// Whether this host runs virtual machines with a user's disk, and their limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VmPolicy {
+    pub(crate) enabled: bool,
+    /// The maximum number of disks besides that of the image and the seed, at most [`MAX_VM_DISKS`].
+    pub(crate) max_disks: usize,
+}
+
+impl Default for VmPolicy {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            max_disks: MAX_VM_DISKS,
+        }
+    }
 }
 
 /// The files of the image of a virtual machine.

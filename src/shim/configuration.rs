@@ -22,6 +22,10 @@
 //! [pod]
 //! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC then mean the namespaces of the pod
 //!                                # or "pod-and-network": hostNetwork also means the network of the pod
+//!
+//! [vm]                           # virtual machines with a user's disk
+//! enabled = true                 # false: they are refused
+//! max_disks = 10                 # the maximum number of a machine's volumes and block devices that are disks
 //! ```
 //!
 //! An unknown key is an error, so that a misspelt limit does not go unnoticed.
@@ -36,7 +40,7 @@ use serde::Deserialize;
 
 use crate::{
     control::BoardKind,
-    oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MIN_MEMORY, Sizing},
+    oci::{DEFAULT_MEMORY, DEFAULT_VCPUS, HostNamespaces, MAX_VCPUS, MAX_VM_DISKS, MIN_MEMORY, Sizing, VmPolicy},
 };
 
 /// The configuration that applies if containerd names no other.
@@ -66,6 +70,7 @@ pub(crate) struct Configuration {
     pub(crate) sizing: Sizing,
     /// The meaning of hostPID, hostIPC and hostNetwork.
     pub(crate) host_namespaces: HostNamespaces,
+    pub(crate) virtual_machines: VmPolicy,
     /// Log debug messages.
     pub(crate) debug: bool,
 }
@@ -116,6 +121,7 @@ impl Configuration {
             guest,
             machine,
             pod,
+            vm,
         } = document;
         for (key, path) in [("guest.kernel", &guest.kernel), ("guest.initramfs", &guest.initramfs)] {
             if path.as_ref().is_some_and(|path| !path.is_absolute()) {
@@ -133,6 +139,7 @@ impl Configuration {
             shell: guest.shell.unwrap_or(true),
             sizing: machine.sizing(host)?,
             host_namespaces: pod.host_namespaces,
+            virtual_machines: vm.policy()?,
             debug,
         })
     }
@@ -145,6 +152,28 @@ struct Document {
     guest: GuestSection,
     machine: MachineSection,
     pod: PodSection,
+    vm: VmSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "the table [vm]")]
+struct VmSection {
+    enabled: Option<bool>,
+    max_disks: Option<u64>,
+}
+
+impl VmSection {
+    fn policy(&self) -> Result<VmPolicy, String> {
+        let default = VmPolicy::default();
+        let max_disks = match self.max_disks {
+            Some(disks) => check_range("vm.max_disks", disks, 0, MAX_VM_DISKS as u64)?,
+            None => default.max_disks as u64,
+        };
+        Ok(VmPolicy {
+            enabled: self.enabled.unwrap_or(default.enabled),
+            max_disks: usize::try_from(max_disks).map_err(|error| format!("vm.max_disks: {error}"))?,
+        })
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -267,6 +296,10 @@ mod tests {
                 max_vcpus: 64,
             },
             host_namespaces: HostNamespaces::Refuse,
+            virtual_machines: VmPolicy {
+                enabled: true,
+                max_disks: 10,
+            },
             debug: false,
         };
         assert_eq!(configuration, expected);
@@ -296,6 +329,9 @@ mod tests {
             max_vcpus = 4
             [pod]
             host_namespaces = "pod"
+            [vm]
+            enabled = false
+            max_disks = 2
         "#;
         let configuration = Configuration::parse(text, &HOST).unwrap();
         let expected = Configuration {
@@ -312,6 +348,10 @@ mod tests {
                 max_vcpus: 4,
             },
             host_namespaces: HostNamespaces::Pod,
+            virtual_machines: VmPolicy {
+                enabled: false,
+                max_disks: 2,
+            },
             debug: true,
         };
         assert_eq!(configuration, expected);
@@ -330,6 +370,10 @@ mod tests {
             ("[guest]\nready_timeout_seconds = 0", "guest.ready_timeout_seconds"),
             ("[guest]\nkernel = \"vmlinux\"", "guest.kernel"),
             ("[pod]\nhost_namespaces = \"host\"", "host"),
+            ("[vm]\nmax_disks = 11", "vm.max_disks = 11 is not within 0 to 10"),
+            ("[vm]\nenabled = 1", "line 2"),
+            ("[vm]\nmax_disk = 1", "max_disk"),
+            ("vm = 5", "expected the table [vm]"),
             ("debug = \"yes\"", "line 1"),
             ("machine = 5", "expected the table [machine]"),
             ("[guest]\nkernel = ", "line 2"),

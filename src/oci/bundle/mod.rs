@@ -32,7 +32,7 @@ use self::{
 };
 use super::{
     BundlePlan, ContainerId, HostMount, HostNamespaces, IdMap, Inspect, Limits, PidNamespace, Placement, Plan,
-    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, VmImage, VmPlan, spec,
+    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, VmImage, VmPlan, VmPolicy, spec,
 };
 
 /// The OCI spec of a bundle, not checked.
@@ -97,8 +97,13 @@ impl BundleSpec {
     /// # Errors
     ///
     /// As for [`Self::plan`].
-    pub(crate) fn plan_virtual_machine(self, sizing: &Sizing, inspect: &dyn Inspect) -> Result<VmPlan, PlanError> {
-        virtual_machine::plan(self.spec, sizing, inspect)
+    pub(crate) fn plan_virtual_machine(
+        self,
+        policy: VmPolicy,
+        sizing: &Sizing,
+        inspect: &dyn Inspect,
+    ) -> Result<VmPlan, PlanError> {
+        virtual_machine::plan(self.spec, policy, sizing, inspect)
     }
 }
 

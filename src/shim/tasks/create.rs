@@ -88,6 +88,7 @@ impl Tasks {
     async fn plan(&self, request: &CreateRequest) -> Result<TaskPlan, TaskError> {
         let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
+        let policy = self.configuration.virtual_machines;
         let plan = blocking::run("inspect the sources of the container's mounts", move || {
             let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
             let inspect = HostInspector::default();
@@ -99,7 +100,7 @@ impl Tasks {
                 let disk = root.open_disk().map_err(|error| vm_error(&error))?;
                 if disk.is_some() || spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
                     let plan = spec
-                        .plan_virtual_machine(&sizing, &inspect)
+                        .plan_virtual_machine(policy, &sizing, &inspect)
                         .map_err(|error| plan_error(&error))?;
                     let files = VmFiles::open(&plan, &root, disk).map_err(|error| vm_error(&error))?;
                     return Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)));

@@ -47,7 +47,7 @@ use self::{
     fake::{Fake, FakeLauncher},
 };
 use crate::{
-    oci::{HostNamespaces, Sizing},
+    oci::{HostNamespaces, Sizing, VmPolicy},
     shim::{
         api::connection::{self, LastReply},
         api::services::services,
@@ -102,6 +102,7 @@ impl Shim {
                 max_vcpus: 4,
             },
             host_namespaces: HostNamespaces::Refuse,
+            virtual_machines: VmPolicy::default(),
             debug: false,
         };
         let (sender, events) = mpsc::unbounded_channel();

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::oci::{
     FileUser, HostMount, HostNamespaces, Inspect, Limits, Placement, PlanError, Root, Sizing, VmIdentity, VmImage,
-    VmPlan,
+    VmPlan, VmPolicy,
 };
 
 /// The command that requests a virtual machine. Without a command, an image cannot be started.
@@ -72,7 +72,19 @@ fn requests_virtual_machine(spec: &Spec) -> bool {
     }
 }
 
-pub(super) fn plan(mut spec: Spec, sizing: &Sizing, inspect: &dyn Inspect) -> Result<VmPlan, PlanError> {
+pub(super) fn plan(
+    mut spec: Spec,
+    policy: VmPolicy,
+    sizing: &Sizing,
+    inspect: &dyn Inspect,
+) -> Result<VmPlan, PlanError> {
+    if !policy.enabled {
+        return Err(PlanError::unsupported(
+            "process.args",
+            "the command requests a virtual machine, and this host runs none: set `enabled = true` in section [vm] of \
+             the configuration",
+        ));
+    }
     let annotations = spec.annotations().clone().unwrap_or_default();
     let placement = parse_placement(&annotations)?.unwrap_or(Placement::Single);
     let settings = Annotations::parse(&annotations)?;
@@ -85,7 +97,7 @@ pub(super) fn plan(mut spec: Spec, sizing: &Sizing, inspect: &dyn Inspect) -> Re
         disks,
         seed,
         shares,
-    } = Volumes::plan(mounts, &linux, &settings, inspect)?;
+    } = Volumes::plan(mounts, &linux, &settings, policy.max_disks, inspect)?;
     let process = spec.process().as_ref().ok_or(PlanError::Missing("process"))?;
     let limits = Limits::from_resources(linux.resources().as_ref());
     let has_persistent_root = disks.iter().any(|disk| disk.is_boot_disk);

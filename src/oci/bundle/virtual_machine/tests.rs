@@ -55,7 +55,11 @@ fn directory(_: &Path) -> io::Result<SourceKind> {
 }
 
 fn planned(spec: &Value) -> Result<VmPlan, String> {
-    let planned = read(spec).plan_virtual_machine(&SIZING, &directory);
+    planned_with(VmPolicy::default(), spec)
+}
+
+fn planned_with(policy: VmPolicy, spec: &Value) -> Result<VmPlan, String> {
+    let planned = read(spec).plan_virtual_machine(policy, &SIZING, &directory);
     planned.map_err(|error| error.to_string())
 }
 
@@ -289,6 +293,28 @@ fn block_device_is_a_disk_if_its_rule_allows_it() {
             (Err(error), None) => assert!(error.contains("/dev/db: linux.resources.devices"), "{error}"),
             (result, _) => panic!("{access:?}: {result:?}"),
         }
+    }
+}
+
+#[test]
+fn configuration_of_the_host_can_refuse_virtual_machines_and_limit_their_disks() {
+    let mut spec = spec(&["vm"]);
+    spec["mounts"] = json!([bind("/disks/a", "/v", &[]), bind("/disks/b", "/v", &[])]);
+    let policy = |enabled, max_disks| VmPolicy { enabled, max_disks };
+    planned_with(policy(true, 2), &spec).unwrap();
+    for (policy, expected) in [
+        (
+            policy(false, 2),
+            "process.args: the command requests a virtual machine, and this host runs none: set `enabled",
+        ),
+        (
+            policy(true, 1),
+            "/disks: 2 disks are more than the maximum of 1 (`max_disks` in section [vm]",
+        ),
+        (policy(true, 0), "/disks: 2 disks are more than the maximum of 0"),
+    ] {
+        let error = planned_with(policy, &spec).unwrap_err();
+        assert!(error.starts_with(expected), "{error}");
     }
 }
 

@@ -19,10 +19,6 @@ const DISKS: &str = "/disks";
 /// Where the configuration for the guest's software is mounted.
 const SEED_MOUNT: &str = "/cloud-init";
 
-/// The maximum number of disks besides that of the image and the seed. Each has up to two descriptors in the boot
-/// command.
-const MAX_DISKS: usize = 10;
-
 /// Bind mounts that containerd and the kubelet add to every container. They are ignored, because a guest has no access
 /// to files of the host.
 const IGNORED_MOUNTS: [&str; 6] = [
@@ -49,6 +45,7 @@ impl Volumes {
         mounts: &[Mount],
         linux: &Linux,
         annotations: &Annotations,
+        max_disks: usize,
         inspect: &dyn Inspect,
     ) -> Result<Self, PlanError> {
         let mut volumes = Self::default();
@@ -59,10 +56,14 @@ impl Volumes {
             volumes.add_device(device, linux)?;
         }
         annotations.check_disks(volumes.disks.iter().map(|disk| disk.name.as_str()))?;
-        if volumes.disks.len() > MAX_DISKS {
+        if volumes.disks.len() > max_disks {
             return Err(PlanError::unsupported(
                 DISKS,
-                format!("{} disks are more than the maximum of {MAX_DISKS}", volumes.disks.len()),
+                format!(
+                    "{} disks are more than the maximum of {max_disks} (`max_disks` in section [vm] of the \
+                     configuration)",
+                    volumes.disks.len()
+                ),
             ));
         }
         let mut boot_disks = volumes.disks.iter().filter(|disk| disk.is_boot_disk);
