@@ -41,7 +41,7 @@ export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
 .PHONY: help build setup kernel kernel-paths agent executable first-run-parts install run run-container run-vm test lint lint-clippy lint-format unit \
-	suites soak soak-suites soak-pc soak-chaos bench dist clean
+	fuzz suites soak soak-suites soak-pc soak-chaos bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' Makefile | expand -t 20
@@ -75,6 +75,7 @@ lint: setup ## check formatting, clippy, licences, structure
 	@$(PHASE) "lint: clippy" "2 minutes" $(MAKE_PHASES) lint-clippy
 	@$(PHASE) "lint: licences" "3 minutes, a second when built before" tests/lab/deny check bans licenses sources
 	@$(PHASE) "lint: names of tests" "" tests/conformance/names
+	@$(PHASE) "lint: lock file of the fuzz targets" "" $(CARGO) fetch --locked --quiet --manifest-path fuzz/Cargo.toml
 
 # Tests that only run in the lab are not in --all-targets.
 lint-clippy:
@@ -84,11 +85,15 @@ lint-clippy:
 
 lint-format:
 	@$(CARGO) fmt --all --check
-	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs
+	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs fuzz/fuzz_targets/*.rs
 
 unit: setup ## run the unit tests
 	@tests/lab/need $(UNIT_PACKAGES)
 	@$(PHASE) "unit tests" "1 minute, 4 from scratch" $(CARGO) test --locked --workspace
+
+fuzz: setup ## fuzz each parser of untrusted bytes for SECONDS=n (default 60)
+	@$(PHASE) "fuzz: $(or $(SECONDS),60) seconds for each target" "5 minutes to build, from scratch" \
+		fuzz/run $(or $(SECONDS),60)
 
 suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
@@ -96,8 +101,8 @@ suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "kernels on the PC board in the lab" "2 minutes" tests/pc/run-in-lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "37 minutes" tests/run $(SUITES)
 
-soak: build ## run the suites that `make test` leaves out, the PC board's, and 200 rounds of chaos
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) soak-suites soak-pc soak-chaos
+soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz targets, and 200 rounds of chaos
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
 
 soak-suites:
 	@$(PHASE) "soak: suites" "60 minutes" tests/run $(SOAK_SUITES)

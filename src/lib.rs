@@ -6,12 +6,16 @@
 //! whether this host can run nutshell, `ps`, `metrics`, `inspect` and `console`, which show running pods, and `shell`,
 //! which opens a shell in a guest. `disk inspect` examines a disk image, in a third jailed role, `disk-inspector`.
 
+#![cfg_attr(fuzzing, allow(dead_code, reason = "fuzz targets use only a part of the mocks"))]
+
 mod admin;
 mod check;
 mod control;
 mod devices;
 mod disk;
 mod fs;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod guest_image;
 mod jail;
 mod memory;

@@ -14,6 +14,8 @@
 
 pub mod base;
 pub mod cow;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod image;
 pub mod io;
 mod limits;

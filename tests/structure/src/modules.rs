@@ -106,10 +106,12 @@ impl Crate {
     }
 }
 
-/// Whether an item exists in unit tests only: `#[cfg(test)]` or `#[test]`.
+/// Whether an item exists only in unit tests and in fuzz targets: `#[cfg(test)]`, `#[cfg(any(test, fuzzing))]` or `#[test]`.
 fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
-        Meta::List(list) if list.path.is_ident("cfg") => list.tokens.to_string() == "test",
+        Meta::List(list) if list.path.is_ident("cfg") => {
+            matches!(list.tokens.to_string().as_str(), "test" | "any (test , fuzzing)")
+        }
         meta => meta.path().is_ident("test"),
     })
 }

@@ -11,6 +11,9 @@ mod tap;
 pub(crate) mod tests;
 mod worker;
 
+#[cfg(any(test, fuzzing))]
+pub use self::dhcp::fuzz::answer_request;
+
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use virtio_bindings::{

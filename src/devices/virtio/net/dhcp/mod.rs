@@ -11,6 +11,8 @@
 //! [`parameters`]). Does not belong here: virtqueues. The worker of a queue pair calls it.
 
 mod answer;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 mod parameters;
 mod request;
 #[cfg(test)]
