@@ -32,6 +32,9 @@ const KERNEL_SECTION: &str = ".nutshell.kernel";
 const DISK_READER_KERNEL_SECTION: &str = ".nutshell.disk-reader-kernel";
 const INITRAMFS_SECTION: &str = ".nutshell.initramfs";
 
+/// The name of the agent in the initramfs (`guest/image/build`).
+const AGENT_NAME: &[u8] = b"init";
+
 /// The section with the program of an administrator's shell.
 const SHELL_SECTION: &str = ".nutshell.shell";
 
@@ -44,6 +47,10 @@ pub(crate) enum GuestImageError {
     NotEmbedded(&'static str),
     #[error("this executable contains no {0} for reading disks of virtual machines: build it with `make build`")]
     NoDiskReader(&'static str),
+    #[error("this executable contains no agent for virtual machines: build it with `make build`")]
+    NoAgent,
+    #[error("cannot read the agent for virtual machines in {OWN_EXECUTABLE}: {0}: install the executable again")]
+    UnreadableAgent(#[source] io::Error),
     #[error("this executable contains no shell for the guest: build it with `make build`")]
     NoShell,
     #[error("cannot read the shell for the guest in {OWN_EXECUTABLE}: {0}: install the executable again")]
@@ -104,6 +111,55 @@ pub(crate) fn open_disk_reader() -> Result<GuestImage, GuestImageError> {
     })
 }
 
+/// Opens the file with the agent's program, which is in the initramfs of this executable. Returns the program's position
+/// in it.
+pub(crate) fn open_agent() -> Result<(File, Extent), GuestImageError> {
+    let file = File::open(OWN_EXECUTABLE).map_err(GuestImageError::UnreadableAgent)?;
+    let initramfs = find_section(&file, INITRAMFS_SECTION)?.ok_or(GuestImageError::NoAgent)?;
+    let agent = find_in_archive(&file, initramfs, AGENT_NAME).map_err(GuestImageError::UnreadableAgent)?;
+    Ok((file, agent.ok_or(GuestImageError::NoAgent)?))
+}
+
+/// Finds the content of a file in an uncompressed cpio archive of this project (kernel documentation,
+/// `driver-api/early-userspace/buffer-format.rst`).
+fn find_in_archive(file: &File, archive: Extent, name: &[u8]) -> io::Result<Option<Extent>> {
+    const MAGIC: &[u8] = b"070701";
+    const HEADER_SIZE: usize = 110;
+    /// The positions of the size of the content and of the name, each 8 hexadecimal digits.
+    const SIZE: usize = 54;
+    const NAME_SIZE: usize = 94;
+    const MAX_NAME_SIZE: usize = 256;
+    let malformed = || io::Error::new(io::ErrorKind::InvalidData, "the archive is malformed");
+    let end = archive.offset.saturating_add(archive.length);
+    let mut position = archive.offset;
+    while position.saturating_add(HEADER_SIZE as u64) <= end {
+        let mut header = [0; HEADER_SIZE];
+        file.read_exact_at(&mut header, position)?;
+        let number = |at: usize| {
+            let digits = std::str::from_utf8(&header[at..at + 8]).ok()?;
+            u32::from_str_radix(digits, 16).ok()
+        };
+        let (size, name_size) = number(SIZE).zip(number(NAME_SIZE)).ok_or_else(malformed)?;
+        let name_size = usize::try_from(name_size).unwrap_or(usize::MAX);
+        if !header.starts_with(MAGIC) || name_size > MAX_NAME_SIZE {
+            return Err(malformed());
+        }
+        let mut found = vec![0; name_size];
+        file.read_exact_at(&mut found, position + HEADER_SIZE as u64)?;
+        let aligned = |length: u64| length.next_multiple_of(4);
+        let content = position + aligned((HEADER_SIZE + name_size) as u64);
+        if found.strip_suffix(&[0]) == Some(name) {
+            let length = u64::from(size);
+            return Ok((content + length <= end).then_some(Extent {
+                offset: content,
+                length,
+            }));
+        }
+        position = content + aligned(size.into());
+    }
+    Ok(None)
+}
+
 /// Reads the program of an administrator's shell, a statically linked BusyBox.
 pub(crate) fn read_shell() -> Result<Vec<u8>, GuestImageError> {
     let file = File::open(OWN_EXECUTABLE).map_err(GuestImageError::UnreadableShell)?;
@@ -160,6 +216,40 @@ mod tests {
         let mut bytes = [0; 32];
         file.read_exact_at(&mut bytes, extent.offset).unwrap();
         assert_eq!((bytes, extent.length), (MARKER, 32));
+    }
+
+    #[test]
+    fn file_is_found_in_an_archive_by_name() {
+        let entry = |name: &str, content: &[u8]| {
+            let (size, name_size) = (content.len(), name.len() + 1);
+            let mut entry = format!(
+                "070701{:040}00000000{size:08x}{:032}{name_size:08x}00000000{name}\0",
+                0, 0
+            )
+            .into_bytes();
+            entry.resize(entry.len().next_multiple_of(4), 0);
+            entry.extend(content);
+            entry.resize(entry.len().next_multiple_of(4), 0);
+            entry
+        };
+        let archive = [entry("dev", b""), entry("init", b"program"), entry("TRAILER!!!", b"")].concat();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&archive, 9).unwrap();
+        let whole = Extent {
+            offset: 9,
+            length: archive.len() as u64,
+        };
+
+        let found = find_in_archive(&file, whole, b"init").unwrap().unwrap();
+
+        let mut content = [0; 7];
+        file.read_exact_at(&mut content, found.offset).unwrap();
+        assert_eq!((&content, found.length), (b"program", 7));
+        assert!(find_in_archive(&file, whole, b"nosuch").unwrap().is_none());
+        let cut = Extent { length: 130, ..whole };
+        assert!(find_in_archive(&file, cut, b"init").unwrap().is_none());
+        let shifted = Extent { offset: 10, ..whole };
+        find_in_archive(&file, shifted, b"init").unwrap_err();
     }
 
     #[test]

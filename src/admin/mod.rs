@@ -332,10 +332,7 @@ fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
     ];
     if container.kind == "vm" {
         let agent = container.guest_agent.clone();
-        lines.push((
-            "guest agent",
-            agent.map_or("no answer".to_owned(), |version| format!("QEMU {version}")),
-        ));
+        lines.push(("guest agent", agent.unwrap_or_else(|| "no answer".to_owned())));
     }
     let mut text = String::new();
     for (name, value) in lines {
@@ -499,7 +496,7 @@ rng         3         0       0       96        0
         assert_eq!(line(&vm), None);
         vm.kind = "vm".to_owned();
         assert_eq!(line(&vm).unwrap(), "guest agent:      no answer");
-        vm.guest_agent = Some("9.2.0".to_owned());
+        vm.guest_agent = Some("QEMU 9.2.0".to_owned());
         assert_eq!(line(&vm).unwrap(), "guest agent:      QEMU 9.2.0");
     }
 

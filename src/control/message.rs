@@ -173,6 +173,8 @@ pub(crate) enum DiskAccess {
     ReadWrite,
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,
+    /// Descriptor: a file of this project, open for reading. The disk is a part of it, and zeroes up to a whole sector.
+    ReadOnlyPart(Extent),
     /// Descriptors: the base image, open for reading; its copy-on-write file, open for reading and writing, which is
     /// empty or was used with the same image before. No other vmm may have it.
     CopyOnWrite {

@@ -20,8 +20,7 @@ pub(crate) struct VmPlan {
     /// Appended to the kernel's command line.
     pub(crate) kernel_arguments: String,
     pub(crate) on_reboot: OnReboot,
-    /// The machine has a port for the QEMU guest agent, which runs the processes of Exec.
-    pub(crate) guest_agent: bool,
+    pub(crate) exec: VmExec,
     /// In the order of the spec.
     pub(crate) disks: Vec<VmDisk>,
     pub(crate) seed: Option<VmSeed>,
@@ -110,6 +109,29 @@ pub(crate) enum OnReboot {
     Restart,
     /// The task ends.
     Exit,
+}
+
+/// Which agents in the guest may run the processes of Exec.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum VmExec {
+    /// nutshell's, if it is connected, or else the QEMU guest agent.
+    #[default]
+    Auto,
+    Agent,
+    QemuGuestAgent,
+    None,
+}
+
+impl VmExec {
+    /// Whether the guest gets nutshell's agent.
+    pub(crate) fn has_agent(self) -> bool {
+        matches!(self, Self::Auto | Self::Agent)
+    }
+
+    /// Whether the machine has a port for the QEMU guest agent.
+    pub(crate) fn has_guest_agent_port(self) -> bool {
+        matches!(self, Self::Auto | Self::QemuGuestAgent)
+    }
 }
 
 /// A disk that is not in the image.

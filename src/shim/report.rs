@@ -58,7 +58,8 @@ pub(crate) struct ContainerReport {
     /// The pid of its first process in the guest, 0 for a sandbox.
     pub(crate) guest_pid: u32,
     pub(crate) bundle: String,
-    /// The version of the QEMU guest agent of a virtual machine. `None` if none answers, or none was asked.
+    /// The kind and version of the agent in the guest of a virtual machine, such as `nutshell 0.2.0` or `QEMU 9.2.0`.
+    /// `None` if none answers, or none was asked.
     #[serde(default)]
     pub(crate) guest_agent: Option<String>,
     /// The ids of its execs.

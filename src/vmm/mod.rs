@@ -11,6 +11,7 @@ mod build;
 mod end_signal;
 mod error;
 mod event_loop;
+mod file_part;
 mod kvm;
 mod machine;
 mod progress;

@@ -7,7 +7,7 @@ use std::{
 
 use nutshell_disk_image::Image;
 
-use super::error::MachineError;
+use super::{error::MachineError, file_part::FilePart};
 use crate::{
     control::{BaseFormat, BoardKind, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     devices::virtio::block::Backing,
@@ -164,6 +164,7 @@ fn open_disk(
             });
         }
         DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
+        DiskAccess::ReadOnlyPart(extent) => Image::open_read_only(Box::new(FilePart::new(base, extent))),
         DiskAccess::CopyOnWrite {
             format,
             host_boot,

@@ -168,7 +168,7 @@ exec_fails_at_once_and_names_the_console() {
   start=$SECONDS
   error=$(ctr task exec --exec-id e "$name" true 2>&1) && return 1
   ((SECONDS - start <= 2))
-  assert_contains "$error" "it has no agent. Use its console"
+  assert_contains "$error" "neither nutshell's agent nor the QEMU guest agent answers. Use its console"
   assert_equal 2 "$(ctr task ps "$name" | wc -l)"
   assert_contains "$(containerd-shim-nutshell-v2 inspect "$name")" "root "
   assert_contains "$(ctr task metrics "$name")" memory

@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use nutshell_protocol::{
-    AGENT_PORT, FrameBuffer, FrameError, FromAgent, HOST_CID, MAX_FROM_AGENT, MAX_TO_AGENT, ToAgent, encode,
+    AGENT_PORT, FrameBuffer, FrameError, FromAgent, HOST_CID, LAST_RESERVED_PORT, MAX_FROM_AGENT, MAX_TO_AGENT,
+    ToAgent, encode,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -30,6 +31,9 @@ impl HostAddress {
         let (socket, result) = match self {
             Self::Vsock => {
                 let socket = rustix::net::socket_with(AddressFamily::VSOCK, SocketType::STREAM, flags, None)?;
+                if port == AGENT_PORT {
+                    bind_reserved_port(&socket)?;
+                }
                 let address = VsockAddress { cid: HOST_CID, port };
                 let result = rustix::net::connect(&socket, &address);
                 (socket, result)
@@ -46,6 +50,20 @@ impl HostAddress {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Binds a vsock socket to a free reserved port, which shows the host that its owner is privileged.
+fn bind_reserved_port(socket: &OwnedFd) -> io::Result<()> {
+    /// `VMADDR_CID_ANY` (vsock(7)).
+    const ANY_CID: u32 = u32::MAX;
+    let mut result = Err(Errno::ADDRINUSE);
+    for port in (1..=LAST_RESERVED_PORT).rev() {
+        result = rustix::net::bind(socket, &VsockAddress { cid: ANY_CID, port });
+        if result != Err(Errno::ADDRINUSE) {
+            break;
+        }
+    }
+    Ok(result?)
 }
 
 /// Whether a stream is connected. Fails if the host refused the connection.

@@ -38,6 +38,14 @@ pub(crate) trait FailureExt {
         }
     }
 
+    /// This agent does not support the request.
+    fn unsupported(message: impl Into<String>) -> Failure {
+        Failure {
+            kind: FailureKind::Unimplemented,
+            message: message.into(),
+        }
+    }
+
     /// The state of the container does not allow the request.
     fn precondition(message: impl Into<String>) -> Failure {
         Failure {

@@ -38,7 +38,14 @@ pub const HOST_CID: u32 = 2;
 pub const GUEST_CID: u32 = 3;
 
 /// The host's vsock port for the agent stream. The agent connects to it when it is ready.
+///
+/// The agent's own port is at most [`LAST_RESERVED_PORT`], and the host refuses other connections: in the guest of a
+/// virtual machine, any process can connect to ports of the host.
 pub const AGENT_PORT: u32 = 1;
+
+/// The last vsock port that only processes with `CAP_NET_BIND_SERVICE` can bind (kernel, `net/vmw_vsock/af_vsock.c`,
+/// `LAST_RESERVED_PORT`).
+pub const LAST_RESERVED_PORT: u32 = 1023;
 
 /// The lowest host port that the shim may assign, at random, to a stream other than the agent stream. Lower ports are
 /// reserved.
@@ -119,6 +126,10 @@ pub const MOUNT_OPTIONS: [&str; 48] = [
 pub fn disk_serial(slot: u32) -> String {
     format!("nutshell-{slot}")
 }
+
+/// The serial of the disk whose bytes are the agent's program, in a virtual machine with a user's kernel. Its size is
+/// rounded up to whole sectors.
+pub const AGENT_DISK: &str = "nutshell-agent";
 
 /// The number of slots for network devices in a machine. They are the first bus slots, from 0 on.
 pub const NETWORK_SLOTS: u32 = 4;

@@ -1,7 +1,7 @@
 //! The client of the guest's agent: sends requests, and receives replies and events on the same stream.
 //!
 //! Received bytes are untrusted: the sizes of frames, lists and texts are bounded, a reply to no request is ignored, and
-//! a violation of the protocol ends the stream, and with it the machine.
+//! a violation of the protocol ends the stream, and with it the machine if its guest cannot go on without an agent.
 
 use std::{
     collections::HashMap,
@@ -71,6 +71,7 @@ struct Shared {
     frames: mpsc::Sender<Vec<u8>>,
     pending: Mutex<Pending>,
     ready: watch::Sender<Option<Ready>>,
+    ended: watch::Sender<bool>,
 }
 
 /// The callers that wait for replies, by request id; `None` once the stream has ended.
@@ -88,6 +89,7 @@ impl Agent {
                 frames,
                 pending: Mutex::new(None),
                 ready: watch::Sender::new(None),
+                ended: watch::Sender::new(true),
             }),
         }
     }
@@ -107,6 +109,7 @@ impl Agent {
             frames,
             pending: Mutex::new(Some(HashMap::new())),
             ready: watch::Sender::new(None),
+            ended: watch::Sender::new(false),
         });
         tokio::spawn(write(writer, queue));
         let (ended, end) = oneshot::channel();
@@ -116,6 +119,7 @@ impl Agent {
                 let reason = shared.read(reader, on_event).await;
                 // Dropping the senders fails the requests that still wait.
                 shared.pending().take();
+                shared.ended.send_replace(true);
                 // The receiver is gone if the machine's start failed.
                 let _ = ended.send(reason);
             }
@@ -127,6 +131,21 @@ impl Agent {
     /// Whether the machine was started with an agent.
     pub(crate) fn is_present(&self) -> bool {
         self.shared.is_present
+    }
+
+    /// The agent's [`Ready`] message, if it has sent one and its stream has not ended.
+    pub(crate) fn ready_message(&self) -> Option<Ready> {
+        if *self.shared.ended.borrow() {
+            return None;
+        }
+        self.shared.ready.borrow().clone()
+    }
+
+    /// Waits for the end of the stream. The events before it have been passed on then.
+    pub(crate) async fn ended(&self) {
+        let mut ended = self.shared.ended.subscribe();
+        // An error means that `self` is dropped, which cannot be.
+        let _ = ended.wait_for(|ended| *ended).await;
     }
 
     /// Waits for the agent's [`Ready`] message.

@@ -11,11 +11,11 @@ use std::{
     sync::Arc,
 };
 
-use nutshell_protocol::disk_serial;
+use nutshell_protocol::{AGENT_DISK, disk_serial};
 
 use crate::{
     control::{BaseFormat, BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
-    guest_image::{GuestImage, GuestImageError},
+    guest_image::{self, GuestImage, GuestImageError},
     oci::{PodSize, Size},
 };
 
@@ -69,6 +69,8 @@ pub(crate) enum BootDisk {
         /// The guest can only read.
         read_only: bool,
     },
+    /// The program of the agent ([`open_agent_disk`]).
+    Agent { file: File, extent: Extent },
 }
 
 /// A base image, and the copy-on-write file that belongs to it.
@@ -160,6 +162,8 @@ pub(crate) struct UserBootRequest {
     pub(crate) console_input: Option<OwnedFd>,
     /// Non-blocking.
     pub(crate) console_output: Option<OwnedFd>,
+    /// Strings for the guest's software (SMBIOS, type 11).
+    pub(crate) oem_strings: Vec<String>,
     /// The socket behind [`crate::control::GUEST_AGENT_PORT`], non-blocking.
     pub(crate) guest_agent: Option<OwnedFd>,
     /// With the queues of each tap device.
@@ -203,7 +207,7 @@ impl UserBootRequest {
             initramfs: self.initramfs.as_ref().map(whole).transpose()?,
             command_line: self.command_line,
             uuid: self.uuid,
-            oem_strings: Vec::new(),
+            oem_strings: self.oem_strings,
             console_input: self.console_input.is_some(),
             console_output: self.console_output.is_some(),
             guest_agent: self.guest_agent.is_some(),
@@ -229,6 +233,7 @@ impl BootDisk {
         match self {
             Self::File(disk) => &disk.path,
             Self::CopyOnWrite { image, .. } => &image.path,
+            Self::Agent { .. } => Path::new(AGENT_DISK),
         }
     }
 
@@ -241,6 +246,7 @@ impl BootDisk {
                 host_boot: image.host_boot,
                 read_only: *read_only,
             },
+            Self::Agent { extent, .. } => DiskAccess::ReadOnlyPart(*extent),
         }
     }
 
@@ -248,6 +254,7 @@ impl BootDisk {
     fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
         Ok(match self {
             Self::File(disk) => vec![disk.file.into()],
+            Self::Agent { file, .. } => vec![file.into()],
             Self::CopyOnWrite { image, .. } => vec![image.base.try_clone()?.into(), image.writes.try_clone()?.into()],
         })
     }
@@ -270,6 +277,12 @@ pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
             },
         })),
     }
+}
+
+/// Opens the disk whose bytes are the agent's program, for the guest of a user's kernel.
+pub(crate) fn open_agent_disk() -> Result<BootDisk, BootError> {
+    let (file, extent) = guest_image::open_agent()?;
+    Ok(BootDisk::Agent { file, extent })
 }
 
 /// Opens the regular file or block device behind a disk. Any other file is an error.
@@ -376,6 +389,7 @@ mod tests {
                 uuid: [3; 16],
                 console_input: descriptor(has_console),
                 console_output: descriptor(has_console),
+                oem_strings: Vec::new(),
                 guest_agent: descriptor(has_console),
                 links: vec![(link.clone(), vec![null().into(), null().into()])],
                 disks: vec![(

@@ -6,6 +6,7 @@
 //! `network`, `stdio` and `tasks` use it.
 
 mod agent;
+mod agent_stream;
 mod async_channel;
 mod boot;
 mod clock;
@@ -37,7 +38,8 @@ use tokio::{sync::oneshot, time::Instant};
 pub(crate) use self::{
     agent::{Agent, AgentError},
     boot::{
-        BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, UserBootRequest, open_disk, open_kvm,
+        BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, UserBootRequest, open_agent_disk,
+        open_disk, open_kvm,
     },
     console::printable_line,
     exit::MachineExit,

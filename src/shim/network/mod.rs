@@ -53,6 +53,7 @@ use self::{
 };
 pub(crate) use self::{
     error::NetworkError,
+    loopback::{FindTarget, ForwardTarget},
     machine_links::{MachineLinks, NetworkNames},
 };
 use crate::shim::machine::{AgentError, Machine};
@@ -142,8 +143,14 @@ impl Network {
             .await
             .map_err(|error| NetworkError::Namespace(io::Error::other(error)))??;
         // A pod is usable without forwarding, and without later changes of its network.
+        let weak = Arc::downgrade(machine);
+        let find_target: FindTarget = Arc::new(move || {
+            let machine = weak.upgrade()?;
+            let agent = machine.agent().clone();
+            Some(ForwardTarget::Loopback(machine, agent))
+        });
         let forwarding = listeners
-            .and_then(|listeners| listeners.map(|listeners| listeners.serve(machine)).transpose())
+            .and_then(|listeners| listeners.map(|listeners| listeners.serve(&find_target)).transpose())
             .unwrap_or_else(|error| {
                 log::warn!("cannot forward connections to ports of the pod: {error}");
                 None

@@ -9,7 +9,7 @@ use crate::{
     guest_image,
     shim::{
         configuration::Configuration,
-        machine::{BootError, GuestResources, VmmProcess, open_kvm},
+        machine::{BootDisk, BootError, GuestResources, VmmProcess, open_agent_disk, open_kvm},
         share::{FileServer, ShareError},
     },
 };
@@ -23,6 +23,8 @@ pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError>;
     /// Opens KVM.
     fn open_kvm(&self) -> Result<OwnedFd, BootError>;
+    /// Opens the disk with the agent for the guest of a user's kernel.
+    fn open_agent_disk(&self) -> Result<BootDisk, BootError>;
     /// Starts a vmm process, which waits for its first command.
     fn spawn_vmm(&self) -> io::Result<VmmProcess>;
     /// Starts a file server, and returns it with the socket through which the vmm reaches it. `None` if this launcher
@@ -77,6 +79,10 @@ impl Launcher for HostLauncher {
 
     fn open_kvm(&self) -> Result<OwnedFd, BootError> {
         open_kvm()
+    }
+
+    fn open_agent_disk(&self) -> Result<BootDisk, BootError> {
+        open_agent_disk()
     }
 
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {

@@ -16,6 +16,7 @@ use super::{
     limits::{KILL_LIMIT, PIDS_LIMIT, REQUEST_LIMIT, STATS_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
     virtual_machine::{
+        agent_exec::resize_exec_by_agent,
         calls::{signal_virtual_machine, virtual_machine_stats},
         exec::signal_exec_in_virtual_machine,
     },
@@ -183,13 +184,19 @@ impl Tasks {
         let cells = |count| u16::try_from(count).unwrap_or(u16::MAX);
         let (width, height) = (cells(width), cells(height));
         let phase = process.lifecycle.phase();
-        // A serial console has no size.
-        if !process.stdio_spec.terminal || phase.exit().is_some() || container.virtual_machine.is_some() {
+        if !process.stdio_spec.terminal || phase.exit().is_some() {
             return Ok(());
         }
         if process.is_unstarted_exec() {
             process.set_terminal_size((width, height));
             return Ok(());
+        }
+        if container.virtual_machine.is_some() {
+            return match process.agent() {
+                Some(agent) => resize_exec_by_agent(&container, &process, agent, (width, height)).await,
+                // A serial console has no size.
+                None => Ok(()),
+            };
         }
         let request = Request::Resize {
             container: guest_id(&container, "resized")?,

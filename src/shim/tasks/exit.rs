@@ -26,6 +26,8 @@ impl Tasks {
         match event {
             Event::OutOfMemory { container } => {
                 let known = self.container_in_pod(pod, &container);
+                // The agent of a virtual machine runs no containers.
+                let known = known.filter(|known| known.virtual_machine.is_none());
                 if known.is_some_and(|known| known.should_announce_out_of_memory()) {
                     self.events.publish(TaskOOM {
                         container_id: container,
@@ -36,7 +38,9 @@ impl Tasks {
             Event::Exited(exited) => {
                 let process = self.container_in_pod(pod, &exited.container).and_then(|container| {
                     let process = container.process(exited.exec.as_deref().unwrap_or_default()).ok()?;
-                    Some((container, process))
+                    // The end of a virtual machine is that of its machine, and the QEMU guest agent reports no events.
+                    let is_run_by_agent = container.virtual_machine.is_none() || process.agent().is_some();
+                    is_run_by_agent.then_some((container, process))
                 });
                 match process {
                     // A process that was not started cannot exit, and no process exits twice.

@@ -17,12 +17,13 @@ use super::{
     host_setup::EXEC_CONTEXT,
     limits::{CREATE_LIMIT, REQUEST_LIMIT},
     table::Tasks,
-    virtual_machine::exec::check_guest_agent,
+    virtual_machine::exec::check_can_exec,
 };
 use crate::{
     oci::ContainerId,
     shim::{
         error::{ErrorCode, TaskError},
+        machine::Agent,
         pod::{NetworkNamespace, PidHolder},
         stdio::{StdioContext, StdioSpec},
     },
@@ -58,7 +59,7 @@ impl Tasks {
             ));
         }
         if let Some(machine) = &container.virtual_machine {
-            check_guest_agent(machine, request.stdio.terminal).await?;
+            check_can_exec(machine, request.stdio.terminal).await?;
         }
         let mut execs = container.execs();
         if execs.contains_key(&request.exec) {
@@ -92,7 +93,7 @@ impl Tasks {
     }
 
     /// Starts the first process of a container, or a sandbox, and returns its pid.
-    pub(super) async fn start_init(&self, container: &Container) -> Result<u32, TaskError> {
+    pub(super) async fn start_init(self: &Arc<Self>, container: &Container) -> Result<u32, TaskError> {
         let init = &container.init;
         if let Err(wrong) = init.lifecycle.begin_start() {
             if container.is_sandbox() && !container.pod.machine().was_stopped() {
@@ -148,9 +149,12 @@ impl Tasks {
                 self.start_exec_in_virtual_machine(container, machine, process, exec)
                     .await
             }
-            None => start_exec_in_guest(container, process, exec, &self.stdio)
-                .await
-                .map(|guest_pid| process.set_guest_pid(guest_pid)),
+            None => {
+                let machine = container.pod.machine();
+                start_exec_in_guest(container, process, exec, &self.stdio, machine.agent())
+                    .await
+                    .map(|guest_pid| process.set_guest_pid(guest_pid))
+            }
         };
         match started {
             Ok(()) => {
@@ -183,12 +187,13 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
     container.call_agent(REQUEST_LIMIT, machine.agent().run(start)).await
 }
 
-/// Opens the streams of an exec, creates its host pid and starts it. Returns its pid in the guest.
-async fn start_exec_in_guest(
+/// Opens the streams of an exec, creates its host pid and makes `agent` start it. Returns its pid in the guest.
+pub(super) async fn start_exec_in_guest(
     container: &Container,
     process: &Process,
     exec: &str,
     context: &StdioContext,
+    agent: &Agent,
 ) -> Result<u32, TaskError> {
     let machine = container.pod.machine();
     let opened = process
@@ -211,7 +216,7 @@ async fn start_exec_in_guest(
         stdio,
     });
     container
-        .call_agent(CREATE_LIMIT, machine.agent().create(start))
+        .call_agent(CREATE_LIMIT, agent.create(start))
         .await
         .map_err(|error| error.during(EXEC_CONTEXT))
 }

@@ -24,11 +24,11 @@ const PID: u32 = 42;
 
 /// The streams of an exec, each a fifo with this name in the folder of the shim.
 #[derive(Default)]
-struct Streams {
-    stdin: &'static str,
-    stdout: &'static str,
-    stderr: &'static str,
-    terminal: bool,
+pub(super) struct Streams {
+    pub(super) stdin: &'static str,
+    pub(super) stdout: &'static str,
+    pub(super) stderr: &'static str,
+    pub(super) terminal: bool,
 }
 
 impl Shim {
@@ -37,7 +37,7 @@ impl Shim {
     }
 
     /// Adds an exec of `ls` with these streams. The fifos are created.
-    async fn add_exec(&self, exec: &str, process: Value, streams: Streams) -> ttrpc::Result<()> {
+    pub(super) async fn add_exec(&self, exec: &str, process: Value, streams: Streams) -> ttrpc::Result<()> {
         let path = |name: &str| match name {
             "" => String::new(),
             name => {
@@ -63,7 +63,7 @@ impl Shim {
         Ok(())
     }
 
-    fn open_output(&self, name: &str) -> File {
+    pub(super) fn open_output(&self, name: &str) -> File {
         File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -72,7 +72,7 @@ impl Shim {
     }
 }
 
-fn ls() -> Value {
+pub(super) fn ls() -> Value {
     json!({"args": ["ls", "-l"], "env": ["A=b"], "cwd": "/"})
 }
 
@@ -158,7 +158,7 @@ async fn exec_without_an_agent_that_answers_fails_in_time() {
     let (code, text) = error_of(shim.add_exec("e1", ls(), Streams::default()).await);
 
     assert_eq!(code, Code::UNIMPLEMENTED);
-    assert!(text.contains("it has no agent. Use its console"), "{text}");
+    assert!(text.contains("guest agent answers. Use its console"), "{text}");
     assert!(begun.elapsed() < Duration::from_secs(2));
     assert_eq!(shim.next_events(2).await, ["create", "start"]);
     shim.assert_no_more_events().await;

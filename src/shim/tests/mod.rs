@@ -12,6 +12,7 @@ pub(super) mod script;
 mod streams;
 mod timeouts;
 mod virtual_machines;
+mod vm_agent;
 
 use std::{
     fs::{self, File},

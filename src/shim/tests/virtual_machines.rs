@@ -182,7 +182,10 @@ async fn calls_that_need_an_agent_fail_at_once() {
     shim.run_vm("v1").await;
     let (code, text) = error_of(shim.exec("v1", "e1", "true").await);
     assert_eq!(code, Code::UNIMPLEMENTED);
-    assert!(text.contains("it has no agent"), "{text}");
+    assert!(
+        text.contains("neither nutshell's agent nor the QEMU guest agent answers"),
+        "{text}"
+    );
     let resize = ResizePtyRequest {
         id: "v1".to_owned(),
         width: 80,

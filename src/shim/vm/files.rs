@@ -14,6 +14,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use uuid::Uuid;
 
 use super::{
+    agent_service,
     disk::ImageRoot,
     error::VmError,
     kernel::{KernelSource, open_kernel_files},
@@ -90,10 +91,7 @@ impl VmFiles {
         }
         let mut kernel_arguments = plan.kernel_arguments.clone();
         if let Some(seed) = &plan.seed {
-            disks.push((
-                SEED_DISK.to_owned(),
-                make_seed(seed, &instance, plan.hostname.as_deref())?,
-            ));
+            disks.push((SEED_DISK.to_owned(), make_seed(seed, &instance, plan)?));
             if seed.source == DataSource::Ignition {
                 kernel_arguments = format!("{kernel_arguments} {IGNITION_ARGUMENT}").trim().to_owned();
             }
@@ -135,9 +133,11 @@ fn refuse_equal_serials(disks: &[(String, OpenedDisk)]) -> Result<(), VmError> {
     }
 }
 
-fn make_seed(seed: &VmSeed, instance: &InstanceId, hostname: Option<&str>) -> Result<OpenedDisk, VmError> {
+fn make_seed(seed: &VmSeed, instance: &InstanceId, plan: &VmPlan) -> Result<OpenedDisk, VmError> {
     let default = || Hostname::parse(DEFAULT_HOSTNAME);
-    let hostname = hostname
+    let hostname = plan
+        .hostname
+        .as_deref()
         .and_then(|name| Hostname::parse(name).ok())
         .map_or_else(default, Ok);
     let identity = Identity {
@@ -147,8 +147,9 @@ fn make_seed(seed: &VmSeed, instance: &InstanceId, hostname: Option<&str>) -> Re
             reason: error.to_string(),
         })?,
     };
+    let vendor_data = plan.exec.has_agent().then(agent_service::vendor_data);
     Ok(OpenedDisk::Raw {
-        file: seed::make_disk(&seed.directory, seed.source, &identity)?,
+        file: seed::make_disk(&seed.directory, seed.source, &identity, vendor_data)?,
         path: PathBuf::from("/cloud-init"),
         read_only: true,
     })

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::Ipv4Addr,
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{
         Arc, OnceLock,
@@ -10,20 +11,22 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nutshell_protocol::AGENT_DISK;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use super::{
+    agent_service,
     error::VmError,
     files::VmFiles,
     guest_agent::GuestAgent,
     kernel::{BootFiles, KernelSource, read_disk_kernel},
 };
 use crate::{
-    oci::{ContainerId, OnReboot, Size},
+    oci::{ContainerId, OnReboot, Size, VmExec},
     shim::{
-        machine::{BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
-        network::MachineLinks,
+        machine::{Agent, BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
+        network::{FindTarget, ForwardTarget, MachineLinks},
         pod::{Launcher, Pod, PodError},
         stdio::ConsoleStreams,
     },
@@ -52,8 +55,7 @@ const MAX_REBOOT_DELAY: Duration = Duration::from_secs(60);
 pub(crate) struct VirtualMachine {
     size: Size,
     on_reboot: OnReboot,
-    /// The machine has a port for the QEMU guest agent.
-    has_guest_agent: bool,
+    exec: VmExec,
     /// `None` after [`Self::release`].
     files: Mutex<Option<Arc<VmFiles>>>,
     /// The files for the next boot. `None` until they are read from the disk.
@@ -63,7 +65,9 @@ pub(crate) struct VirtualMachine {
     links: Mutex<Option<MachineLinks>>,
     /// The machine while the guest runs in it.
     running: Mutex<Option<Arc<Machine>>>,
-    /// The agent that the guest in `running` may have.
+    /// The client of nutshell's agent in the guest in `running`, which may not be connected.
+    agent: Mutex<Option<Agent>>,
+    /// The QEMU guest agent that the guest in `running` may have.
     guest_agent: Mutex<Option<Arc<GuestAgent>>>,
     /// Whether a client has requested a shutdown of the guest.
     power_off_requested: AtomicBool,
@@ -96,16 +100,17 @@ impl RebootPace {
 }
 
 impl VirtualMachine {
-    pub(crate) fn new(size: Size, on_reboot: OnReboot, has_guest_agent: bool, files: VmFiles) -> Self {
+    pub(crate) fn new(size: Size, on_reboot: OnReboot, exec: VmExec, files: VmFiles) -> Self {
         Self {
             size,
             on_reboot,
-            has_guest_agent,
+            exec,
             files: Mutex::new(Some(Arc::new(files))),
             boot_files: Mutex::default(),
             console: OnceLock::new(),
             links: Mutex::default(),
             running: Mutex::default(),
+            agent: Mutex::default(),
             guest_agent: Mutex::default(),
             power_off_requested: AtomicBool::new(false),
             killed: watch::Sender::new(None),
@@ -176,14 +181,27 @@ impl VirtualMachine {
         }
     }
 
-    /// Connects the links of a network namespace to the machine that boots next, unless that was done before.
-    pub(crate) async fn connect_network(&self, namespace: OwnedFd) -> Result<(), VmError> {
+    /// Connects the links of a network namespace to the machine that boots next, unless that was done before. With
+    /// `forwarding`, connections to the namespace's loopback interface go to the guest too.
+    pub(crate) async fn connect_network(self: &Arc<Self>, namespace: OwnedFd, forwarding: bool) -> Result<(), VmError> {
         if self.links.lock().is_none() {
             let queues = usize::from(self.size.vcpus).min(MAX_QUEUES_PER_LINK);
-            let links = MachineLinks::connect(namespace, queues, &self.files()?.names).await?;
+            let mut links = MachineLinks::connect(namespace, queues, &self.files()?.names, forwarding).await?;
+            let (weak, address) = (Arc::downgrade(self), links.address());
+            let find_target: FindTarget = Arc::new(move || weak.upgrade()?.forward_target(address));
+            links.forward(&find_target);
             *self.links.lock() = Some(links);
         }
         Ok(())
+    }
+
+    /// Where a connection to the loopback interface of its network namespace goes. `address` is the guest's.
+    fn forward_target(&self, address: Option<Ipv4Addr>) -> Option<ForwardTarget> {
+        let machine = self.running.lock().clone()?;
+        match self.connected_agent() {
+            Some((agent, _)) => Some(ForwardTarget::Loopback(machine, agent)),
+            None => address.map(|address| ForwardTarget::Address(address.into())),
+        }
     }
 
     /// Undoes [`Self::connect_network`].
@@ -230,7 +248,15 @@ impl VirtualMachine {
             let disk = disk.for_machine(false).map_err(VmError::Descriptors)?;
             Ok((serial.clone(), disk))
         });
-        let (guest_agent, agent_end) = match self.has_guest_agent {
+        let mut disks = disks.collect::<Result<Vec<_>, VmError>>()?;
+        let mut oem_strings = Vec::new();
+        if self.exec.has_agent() {
+            // The last one, so that it does not change the names of the others.
+            let disk = launcher.open_agent_disk().map_err(PodError::from)?;
+            disks.push((AGENT_DISK.to_owned(), disk));
+            oem_strings = agent_service::oem_strings();
+        }
+        let (guest_agent, agent_end) = match self.exec.has_guest_agent_port() {
             true => connect_guest_agent().map_err(VmError::GuestAgent)?,
             false => (None, None),
         };
@@ -243,9 +269,10 @@ impl VirtualMachine {
             uuid: files.uuid,
             console_input,
             console_output,
+            oem_strings,
             guest_agent: agent_end.map(OwnedFd::from),
             links: links.transpose().map_err(VmError::Links)?.unwrap_or_default(),
-            disks: disks.collect::<Result<_, VmError>>()?,
+            disks,
             file_server,
         };
         self.pace.lock().started = Instant::now();
@@ -260,8 +287,25 @@ impl VirtualMachine {
         Ok(())
     }
 
-    /// The machine in which the guest runs, and the agent that it may have.
-    pub(crate) fn running_agent(&self) -> Option<(Arc<Machine>, Arc<GuestAgent>)> {
+    /// Whether the guest gets nutshell's agent.
+    pub(crate) fn has_agent(&self) -> bool {
+        self.exec.has_agent()
+    }
+
+    /// Sets the client of nutshell's agent, which may connect.
+    pub(crate) fn set_agent(&self, agent: Option<Agent>) {
+        *self.agent.lock() = agent;
+    }
+
+    /// The client of nutshell's agent in the guest, with the agent's version, if the agent is connected.
+    pub(crate) fn connected_agent(&self) -> Option<(Agent, String)> {
+        let agent = self.agent.lock().clone()?;
+        let version = agent.ready_message()?.version;
+        Some((agent, version))
+    }
+
+    /// The machine in which the guest runs, and the QEMU guest agent that it may have.
+    pub(crate) fn running_guest_agent(&self) -> Option<(Arc<Machine>, Arc<GuestAgent>)> {
         self.running.lock().clone().zip(self.guest_agent.lock().clone())
     }
 

@@ -67,9 +67,20 @@ struct PendingJob {
     agent_ends: Option<AgentEnds>,
 }
 
+/// What the agent is in its guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// PID 1 of nutshell's machine. It runs containers.
+    Init,
+    /// A service of a user's system. It runs processes in the guest itself: each container id of a request stands for
+    /// the guest as a whole.
+    Service,
+}
+
 /// The state of the event loop.
 #[derive(Debug)]
 pub(crate) struct Agent {
+    role: Role,
     poller: Poller,
     host: HostAddress,
     stream: AgentStream,
@@ -87,13 +98,14 @@ pub(crate) struct Agent {
 
 impl Agent {
     /// Connects to the host, and reports that the agent is ready.
-    pub(crate) fn connect(host: HostAddress) -> Result<Self, AgentError> {
+    pub(crate) fn connect(role: Role, host: HostAddress) -> Result<Self, AgentError> {
         let reaper = Reaper::new()?;
         let stream = AgentStream::dial(&host)?;
         let poller = Poller::new()?;
         poller.watch_changes(&stream, Token::Host)?;
         poller.watch_input(&reaper, Token::Signals)?;
         let mut agent = Self {
+            role,
             poller,
             host,
             stream,

@@ -10,11 +10,11 @@ use nutshell_protocol::{
 };
 use rustix::fs::{Mode, OFlags};
 
-use super::{Agent, AgentError, PendingJob, Purpose, blocked};
+use super::{Agent, AgentError, PendingJob, Purpose, Role, blocked};
 use crate::cgroup::{Cgroup, freeze, limits, stats};
 use crate::container::create::PodContext;
 use crate::container::exec::{self, TargetContainer};
-use crate::container::{Container, Process, Stage, create, delete, start};
+use crate::container::{Container, Process, Stage, create, delete, guest_process, start};
 use crate::failure::{Context, FailureExt};
 use crate::job::{Job, JobWork, Outcome};
 use crate::machine::{clock, disk, disk_kernel, forward, names, network, settings, shell, size};
@@ -42,11 +42,19 @@ impl Agent {
     }
 
     fn answer(&mut self, id: u64, request: Request) -> Result<Answer, Failure> {
+        if self.role == Role::Service && !is_served_by_service(&request) {
+            return Err(Failure::unsupported(
+                "the agent in the guest of a virtual machine does not support this request",
+            ));
+        }
         match request {
             Request::SetUpPod(request) => self.set_up_pod(id, request),
             Request::CreateContainer(request) => self.create(id, &request),
             Request::StartContainer { container } => self.start(id, &container),
-            Request::StartExec(request) => self.exec(id, &request),
+            Request::StartExec(request) => match self.role {
+                Role::Init => self.exec(id, &request),
+                Role::Service => self.start_guest_process(id, &request),
+            },
             Request::Signal {
                 container,
                 exec,
@@ -297,6 +305,30 @@ impl Agent {
         started.map(|()| Answer::Later)
     }
 
+    /// Starts a process in the guest itself.
+    fn start_guest_process(&mut self, id: u64, request: &StartExec) -> Result<Answer, Failure> {
+        let name: Rc<str> = request.container.as_str().into();
+        let guest = self
+            .containers
+            .entry(Rc::clone(&name))
+            .or_insert_with(|| Container::of_guest(&request.container));
+        let Entry::Vacant(slot) = guest.execs.entry(request.exec.clone()) else {
+            return Err(Failure::exists(format!("exec {} exists", request.exec)));
+        };
+        slot.insert(Process::default());
+        let started = AgentEnds::open(&self.host, &request.stdio)
+            .context(|| format!("open the standard streams of exec {}", request.exec))
+            .and_then(|(agent_ends, process_ends)| {
+                let purpose = Purpose::Exec(Rc::clone(&name), request.exec.clone());
+                let work: JobWork<'_> = &mut || guest_process::start(request, &process_ends);
+                self.start_job(id, purpose, Some(agent_ends), &process_ends.descriptors(), work)
+            });
+        if started.is_err() {
+            self.container(&name)?.execs.remove(&request.exec);
+        }
+        started.map(|()| Answer::Later)
+    }
+
     fn signal(&mut self, name: &str, exec: Option<&str>, signal: u32, all: bool) -> Result<Answer, Failure> {
         let finished = || Failure::not_found("process already finished");
         if signal > LAST_SIGNAL {
@@ -477,6 +509,17 @@ impl Agent {
         };
         self.pending_jobs.insert(number, pending);
         Ok(())
+    }
+}
+
+/// Whether the agent handles a request in [`Role::Service`].
+fn is_served_by_service(request: &Request) -> bool {
+    match request {
+        Request::StartExec(_) | Request::ForwardConnection { .. } => true,
+        // The guest as a whole has no first process of the agent's, and is not signalled by it.
+        Request::Signal { exec, all, .. } => exec.is_some() && !all,
+        Request::Resize { exec, .. } => exec.is_some(),
+        _ => false,
     }
 }
 

@@ -99,6 +99,14 @@ pub(crate) fn exec(
         sys::exit_now(255)
     };
     drop(error_writer);
+    await_program(error_reader, request)?;
+    let outcome = Outcome::Process { pid: sys::raw_pid(pid) };
+    Ok((outcome, terminal.map(|(master, _)| master)))
+}
+
+/// Waits until the forked process executes its program. Returns its error if it does not. The caller has closed its
+/// writer of the pipe.
+pub(super) fn await_program(error_reader: OwnedFd, request: &StartExec) -> Result<(), Failure> {
     let mut error = String::new();
     File::from(error_reader).read_to_string(&mut error).context(|| {
         format!(
@@ -106,11 +114,10 @@ pub(crate) fn exec(
             request.exec, request.container
         )
     })?;
-    if !error.is_empty() {
-        return Err(Failure::internal(error));
+    match error.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::internal(error)),
     }
-    let outcome = Outcome::Process { pid: sys::raw_pid(pid) };
-    Ok((outcome, terminal.map(|(master, _)| master)))
 }
 
 fn open_directory(path: &Path) -> io::Result<OwnedFd> {
@@ -173,17 +180,15 @@ impl ProcessSettings {
     }
 }
 
-/// Opens a new terminal in the container's devpts. Returns its master and slave.
-fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
+/// Opens a new terminal of the devpts in `/dev/pts`. Returns its master and slave.
+pub(super) fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     /// `DEVPTS_SUPER_MAGIC` of `linux/magic.h`.
     const DEVPTS: i64 = 0x1cd1;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())?;
     // The container may have replaced the file.
     if rustix::fs::fstatfs(&master)?.f_type != DEVPTS {
-        return Err(io::Error::other(
-            "/dev/pts/ptmx of the container is not a terminal device",
-        ));
+        return Err(io::Error::other("/dev/pts/ptmx is not a terminal device"));
     }
     rustix::pty::unlockpt(&master)?;
     let slave = stdio::set_up_terminal(&master, size, uid)?;
@@ -278,7 +283,7 @@ fn become_program(
 }
 
 /// Changes to `cwd`, which must be inside the container's root.
-fn enter_directory(cwd: &Path) -> Result<(), Errno> {
+pub(super) fn enter_directory(cwd: &Path) -> Result<(), Errno> {
     rustix::process::chdir(cwd)?;
     // For a directory outside of the root, the kernel returns a path that does not begin with "/".
     let is_inside = rustix::process::getcwd(Vec::new())?.as_bytes().starts_with(b"/");
@@ -303,7 +308,7 @@ fn load_seccomp(settings: &ProcessSettings) -> Result<(), String> {
 }
 
 /// Turns any error into a text that names the failed step.
-trait Describe<T> {
+pub(super) trait Describe<T> {
     fn describe(self, what: impl FnOnce() -> String) -> Result<T, String>;
 }
 

@@ -1,14 +1,16 @@
 //! Containers: the event loop's records of them, and the jobs that create, start, enter and delete one.
 //!
 //! [`Container`] and [`Process`] are the records. `create`, `exec`, `delete` and a start with hooks run in jobs (see
-//! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. Nothing here
-//! sends to the host. The event loop calls this.
+//! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. In a virtual machine
+//! with a user's kernel, `guest_process` runs processes outside of containers. Nothing here sends to the host. The event
+//! loop calls this.
 
 pub(crate) mod create;
 pub(crate) mod delete;
 mod diagnosis;
 pub(crate) mod exec;
 mod executor;
+pub(crate) mod guest_process;
 pub(crate) mod hooks;
 mod program;
 mod rootfs;
@@ -91,6 +93,14 @@ impl Container {
             pidfd: None,
             paused: false,
             deletion: None,
+        }
+    }
+
+    /// Returns the record of a guest as a whole, which has only execs.
+    pub(crate) fn of_guest(id: &str) -> Self {
+        Self {
+            stage: Stage::Running,
+            ..Self::new(id, Rc::from([]))
         }
     }
 

@@ -25,6 +25,11 @@ pub(crate) fn fork_sibling_into(cgroup: BorrowedFd<'_>) -> io::Result<Option<Pid
     fork_sibling(CLONE_INTO_CGROUP, cgroup.as_raw_fd().unsigned_abs().into())
 }
 
+/// Forks a sibling: the new process is a child of the caller's parent. Returns `None` in the new process.
+pub(crate) fn fork_plain_sibling() -> io::Result<Option<Pid>> {
+    fork_sibling(0, 0)
+}
+
 /// Forks a sibling: the new process is a child of the caller's parent, pid 1 of a new pid namespace, and has a new
 /// mount namespace. Returns `None` in the new process.
 pub(crate) fn fork_pid_namespace_init() -> io::Result<Option<Pid>> {

@@ -63,11 +63,20 @@ impl Agent {
     /// Starts an agent as a process of this machine, and waits until it is ready.
     pub(crate) fn start() -> Self {
         prepare_share();
+        Self::start_process(&[])
+    }
+
+    /// Starts an agent that is a service of this machine, and waits until it is ready.
+    pub(crate) fn start_service() -> Self {
+        Self::start_process(&["serve"])
+    }
+
+    fn start_process(arguments: &[&str]) -> Self {
         let directory = std::env::temp_dir().join(format!("agent-{}-{}", std::process::id(), unique()));
         fs::create_dir_all(&directory).unwrap();
         let program = std::env::var("NUTSHELL_AGENT").unwrap_or(env!("CARGO_BIN_EXE_nutshell-agent").to_owned());
         let mut command = Command::new(program);
-        command.arg("--test-unix").arg(&directory);
+        command.arg("--test-unix").arg(&directory).args(arguments);
         Self::connect(HostAddress::Unix(directory), command)
     }
 

@@ -12,5 +12,6 @@ mod blocked;
 mod exec;
 mod lifecycle;
 mod limits;
+mod service;
 mod settings;
 mod streams;

@@ -11,7 +11,7 @@ use std::{
     sync::Arc,
 };
 
-use nutshell_protocol::{GUEST_CID, HOST_CID};
+use nutshell_protocol::{AGENT_PORT, GUEST_CID, HOST_CID, LAST_RESERVED_PORT};
 use rustix::{
     buffer::spare_capacity,
     event::{Timespec, epoll},
@@ -203,6 +203,7 @@ impl Muxer {
             self.update(key, status);
         } else if is_valid
             && header.operation == Some(Operation::Request)
+            && is_permitted(key)
             && let Some(stream) = self.unconnected.remove(&header.destination_port)
         {
             if let Err(error) = self.accept(header, key, stream) {
@@ -360,6 +361,11 @@ impl Muxer {
             );
         }
     }
+}
+
+/// Whether the guest's process has the privileges that a connection requires: the agent is privileged.
+fn is_permitted(key: ConnectionKey) -> bool {
+    key.host_port != AGENT_PORT || key.guest_port <= LAST_RESERVED_PORT
 }
 
 /// Adds a descriptor to `epoll`, unless it is a regular file, which is always ready and cannot be watched.

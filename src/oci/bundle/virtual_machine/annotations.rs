@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::oci::{DataSource, DiskContent, OnReboot, PlanError, VmKernel};
+use crate::oci::{DataSource, DiskContent, OnReboot, PlanError, VmExec, VmKernel};
 
 /// Their prefix.
 const PREFIX: &str = "io.containerd.nutshell.vm.";
@@ -27,7 +27,7 @@ pub(super) struct Annotations {
     initramfs: Option<PathBuf>,
     pub(super) kernel_arguments: String,
     pub(super) on_reboot: OnReboot,
-    pub(super) no_guest_agent: bool,
+    pub(super) exec: VmExec,
     /// `None` means the default.
     pub(super) data_source: Option<DataSource>,
     /// By the name of the disk.
@@ -68,11 +68,16 @@ impl Annotations {
                 }
             }
             "exec" => {
-                self.no_guest_agent = match value {
-                    // The QEMU guest agent is the only one that a guest may have.
-                    "auto" | "qga" => false,
-                    "none" => true,
-                    other => return Err(format!("{other:?} is not one of \"auto\", \"qga\" and \"none\"")),
+                self.exec = match value {
+                    "auto" => VmExec::Auto,
+                    "agent" => VmExec::Agent,
+                    "qga" => VmExec::QemuGuestAgent,
+                    "none" => VmExec::None,
+                    other => {
+                        return Err(format!(
+                            "{other:?} is not one of \"auto\", \"agent\", \"qga\" and \"none\""
+                        ));
+                    }
                 }
             }
             "datasource" => self.data_source = Some(value.parse()?),

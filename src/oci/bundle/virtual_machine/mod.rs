@@ -107,7 +107,7 @@ pub(super) fn plan(
         kernel: settings.kernel(kernel_directory)?,
         kernel_arguments: settings.kernel_arguments,
         on_reboot: settings.on_reboot,
-        guest_agent: !settings.no_guest_agent,
+        exec: settings.exec,
         disks,
         seed,
         shares,

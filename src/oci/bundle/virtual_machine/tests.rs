@@ -109,12 +109,20 @@ fn settings_come_from_limits_and_annotations() {
 }
 
 #[test]
-fn annotation_decides_whether_the_machine_has_a_port_for_the_guest_agent() {
-    let port = |annotations| planned(&with_annotations(annotations)).unwrap().guest_agent;
-    assert!(port(json!({})));
-    for (value, expected) in [("auto", true), ("qga", true), ("none", false)] {
+fn annotation_decides_which_agents_the_guest_may_have() {
+    let agents = |annotations| {
+        let exec = planned(&with_annotations(annotations)).unwrap().exec;
+        (exec.has_agent(), exec.has_guest_agent_port())
+    };
+    assert_eq!(agents(json!({})), (true, true));
+    for (value, expected) in [
+        ("auto", (true, true)),
+        ("agent", (true, false)),
+        ("qga", (false, true)),
+        ("none", (false, false)),
+    ] {
         assert_eq!(
-            port(json!({"io.containerd.nutshell.vm.exec": value})),
+            agents(json!({"io.containerd.nutshell.vm.exec": value})),
             expected,
             "{value}"
         );
@@ -149,7 +157,11 @@ fn wrong_annotation_is_refused_with_its_name_and_value() {
     for (key, value, expected) in [
         ("on-rebot", "exit", "unknown: a virtual machine has the annotations"),
         ("on-reboot", "never", "\"never\" is neither"),
-        ("exec", "ssh", "\"ssh\" is not one of \"auto\", \"qga\" and \"none\""),
+        (
+            "exec",
+            "ssh",
+            "\"ssh\" is not one of \"auto\", \"agent\", \"qga\" and \"none\"",
+        ),
         ("kernel-arguments", "a\nb", "'\\n' is not a printable ASCII character"),
         (
             "kernel-arguments",

@@ -2,13 +2,15 @@
 //! network namespace on the host, where no process of the pod listens. Connections to any port are accepted here and
 //! forwarded to the same port of the guest's loopback interface. If no process listens there, the connection is reset.
 //!
-//! Bytes do not pass through the shim: the vmm gets the descriptor of the connection.
+//! Bytes do not pass through the shim: the vmm gets the descriptor of the connection. The guest of a virtual machine may
+//! have no agent that connects to its loopback interface. Then the shim connects to the guest's address, over the network,
+//! and relays.
 
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
-    sync::{Arc, Weak},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,7 +19,7 @@ use nutshell_protocol::Request;
 use tokio::{net::TcpStream, sync::Semaphore, task::JoinHandle};
 
 use super::lookup::SocketLookup;
-use crate::shim::machine::Machine;
+use crate::shim::machine::{Agent, Machine};
 
 /// How many forwarded connections a pod may have at a time. Further ones wait in the sockets' backlogs.
 const MAX_CONNECTIONS: usize = 128;
@@ -27,6 +29,18 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long to wait after a connection could not be accepted.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
+
+/// Where a forwarded connection goes.
+#[derive(Debug)]
+pub(crate) enum ForwardTarget {
+    /// To the guest's loopback interface, by its agent.
+    Loopback(Arc<Machine>, Agent),
+    /// To this address of the guest, over the network.
+    Address(IpAddr),
+}
+
+/// Finds the target of a new connection. `None` if there is no guest.
+pub(crate) type FindTarget = Arc<dyn Fn() -> Option<ForwardTarget> + Send + Sync>;
 
 /// The sockets that accept connections to any loopback port.
 #[derive(Debug)]
@@ -55,8 +69,9 @@ impl ForwardListeners {
         self.sockets[index].accept().unwrap().0
     }
 
-    /// Forwards connections to `machine` until the result is dropped. Needs the Tokio runtime.
-    pub(in crate::shim::network) fn serve(self, machine: &Arc<Machine>) -> io::Result<Forwarding> {
+    /// Forwards connections to the targets that `find_target` returns, until the result is dropped. Needs the Tokio
+    /// runtime.
+    pub(in crate::shim::network) fn serve(self, find_target: &FindTarget) -> io::Result<Forwarding> {
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let tasks = self
             .sockets
@@ -65,7 +80,7 @@ impl ForwardListeners {
                 let socket = tokio::net::TcpListener::from_std(socket)?;
                 Ok(tokio::spawn(accept_connections(
                     socket,
-                    Arc::downgrade(machine),
+                    find_target.clone(),
                     permits.clone(),
                 )))
             })
@@ -92,7 +107,7 @@ impl Drop for Forwarding {
     }
 }
 
-async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Machine>, permits: Arc<Semaphore>) {
+async fn accept_connections(listener: tokio::net::TcpListener, find_target: FindTarget, permits: Arc<Semaphore>) {
     let mut last_error = None;
     loop {
         // An error means that the semaphore was closed, which never happens.
@@ -102,9 +117,9 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
         match listener.accept().await {
             Ok((connection, _)) => {
                 last_error = None;
-                let Some(machine) = machine.upgrade() else { return };
+                let target = find_target();
                 tokio::spawn(async move {
-                    forward(&machine, connection).await;
+                    forward(target, connection).await;
                     drop(permit);
                 });
             }
@@ -120,19 +135,38 @@ async fn accept_connections(listener: tokio::net::TcpListener, machine: Weak<Mac
     }
 }
 
-async fn forward(machine: &Machine, connection: TcpStream) {
-    let Ok(target) = connection.local_addr() else { return };
-    if let Err(error) = connect_to_guest(machine, &connection, target).await {
+async fn forward(target: Option<ForwardTarget>, mut connection: TcpStream) {
+    let Ok(dialled) = connection.local_addr() else { return };
+    let forwarded = match target {
+        Some(ForwardTarget::Loopback(machine, agent)) => connect_to_guest(&machine, &agent, &connection, dialled).await,
+        Some(ForwardTarget::Address(address)) => relay(&mut connection, SocketAddr::new(address, dialled.port())).await,
+        None => Err("there is no guest".to_owned()),
+    };
+    if let Err(error) = forwarded {
         log::debug!(
             "cannot forward a connection to port {} of the pod: {error}",
-            target.port()
+            dialled.port()
         );
         reset(&connection);
     }
 }
 
+/// Connects to `address`, and relays until both directions have ended.
+async fn relay(connection: &mut TcpStream, address: SocketAddr) -> Result<(), String> {
+    let guest = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await;
+    let guest = guest.map_err(|_| format!("{address} did not accept the connection in time"))?;
+    let mut guest = guest.map_err(|error| format!("connect to {address}: {error}"))?;
+    let relayed = tokio::io::copy_bidirectional(connection, &mut guest).await;
+    relayed.map(drop).map_err(|error| error.to_string())
+}
+
 /// Connects `connection` to `target` in the guest, and waits for its end.
-async fn connect_to_guest(machine: &Machine, connection: &TcpStream, target: SocketAddr) -> Result<(), String> {
+async fn connect_to_guest(
+    machine: &Machine,
+    agent: &Agent,
+    connection: &TcpStream,
+    target: SocketAddr,
+) -> Result<(), String> {
     let descriptor = connection.as_fd();
     let opened = machine.open_stream(Some(descriptor), Some(descriptor)).await;
     let mut stream = opened.map_err(|error| error.to_string())?;
@@ -140,7 +174,7 @@ async fn connect_to_guest(machine: &Machine, connection: &TcpStream, target: Soc
         stream_port: stream.port(),
         targets: targets(target),
     };
-    let failure = match tokio::time::timeout(CONNECT_TIMEOUT, machine.agent().run(request)).await {
+    let failure = match tokio::time::timeout(CONNECT_TIMEOUT, agent.run(request)).await {
         Ok(Ok(())) => {
             stream.closed().await;
             return Ok(());

@@ -9,6 +9,7 @@ mod forward;
 mod lookup;
 mod names;
 
+pub(crate) use self::forward::{FindTarget, ForwardTarget};
 pub(super) use self::{
     forward::{ForwardListeners, Forwarding},
     names::{NameRelay, has_resolver},

@@ -8,6 +8,7 @@ pub(super) mod lease;
 
 use std::{
     io,
+    net::Ipv4Addr,
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -15,6 +16,7 @@ use self::lease::{ResolverConfig, lease_of_link};
 use super::{
     connect::{KnownLinks, TappedLink, connect_new_links},
     error::NetworkError,
+    loopback::{FindTarget, ForwardListeners, Forwarding},
     namespace::run_in_namespace,
     netlink::NetlinkSocket,
 };
@@ -33,19 +35,36 @@ pub(crate) struct NetworkNames {
 pub(crate) struct MachineLinks {
     namespace: OwnedFd,
     links: Vec<(LinkConfig, TappedLink)>,
+    /// The sockets that accept connections to the namespace's loopback interface, until [`Self::forward`].
+    listeners: Option<ForwardListeners>,
+    forwarding: Option<Forwarding>,
 }
 
 impl MachineLinks {
-    /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. After a failure,
-    /// nothing is left.
-    pub(crate) async fn connect(namespace: OwnedFd, queues: usize, names: &NetworkNames) -> Result<Self, NetworkError> {
+    /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. With `forwarding`,
+    /// connections to its loopback interface are accepted too. After a failure, nothing is left.
+    pub(crate) async fn connect(
+        namespace: OwnedFd,
+        queues: usize,
+        names: &NetworkNames,
+        forwarding: bool,
+    ) -> Result<Self, NetworkError> {
         let none = KnownLinks {
             links: Vec::new(),
             taps: Vec::new(),
             configured: Vec::new(),
         };
-        let connected = run_in_namespace(&namespace, move || connect_new_links(&none, queues)).await;
-        let connected = connected.map_err(NetworkError::Namespace)??;
+        let copy = namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let connected = run_in_namespace(&namespace, move || {
+            let listeners = forwarding.then(|| ForwardListeners::open(copy.as_fd()));
+            Ok::<_, NetworkError>((connect_new_links(&none, queues)?, listeners.transpose()))
+        });
+        let (connected, listeners) = connected.await.map_err(NetworkError::Namespace)??;
+        // A pod is usable without forwarding.
+        let listeners = listeners.unwrap_or_else(|error| {
+            log::warn!("cannot forward connections to ports of the pod: {error}");
+            None
+        });
         let resolver = ResolverConfig::parse(&names.resolv_conf);
         let links = connected.new_links.into_iter().map(|tapped| {
             let link = &tapped.link;
@@ -60,7 +79,25 @@ impl MachineLinks {
         Ok(Self {
             links: links.collect(),
             namespace,
+            listeners,
+            forwarding: None,
         })
+    }
+
+    /// Forwards connections to the namespace's loopback interface, if they are accepted. Needs the Tokio runtime.
+    pub(crate) fn forward(&mut self, find_target: &FindTarget) {
+        if let Some(listeners) = self.listeners.take() {
+            let forwarding = listeners.serve(find_target);
+            self.forwarding = forwarding
+                .inspect_err(|error| log::warn!("cannot forward connections to ports of the pod: {error}"))
+                .ok();
+        }
+    }
+
+    /// The guest's first address. `None` if it has none.
+    pub(crate) fn address(&self) -> Option<Ipv4Addr> {
+        let leases = self.links.iter().filter_map(|(config, _)| config.lease.as_ref());
+        leases.map(|lease| lease.address.address()).next()
     }
 
     /// The links for the next boot of the machine, with duplicates of the queues of their tap devices.

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::lifecycle::{Lifecycle, Phase};
 use crate::shim::{
-    machine::Machine,
+    machine::{Agent, Machine},
     pod::PidHolder,
     stdio::{StandardStreams, StdioSpec},
     tasks::limits::CLOSE_STREAMS_LIMIT,
@@ -29,6 +29,8 @@ pub(crate) struct Process {
     streams: OnceLock<StandardStreams>,
     pid: AtomicU32,
     guest_pid: AtomicU32,
+    /// Runs it in the guest of a virtual machine.
+    agent: OnceLock<Agent>,
     exit_claimed: AtomicBool,
     kill_followed: AtomicBool,
     /// The exit status with which it was given up.
@@ -69,6 +71,7 @@ impl Process {
             streams: OnceLock::new(),
             pid: AtomicU32::new(0),
             guest_pid: AtomicU32::new(0),
+            agent: OnceLock::new(),
             exit_claimed: AtomicBool::new(false),
             kill_followed: AtomicBool::new(false),
             abandoned: watch::Sender::new(None),
@@ -111,6 +114,17 @@ impl Process {
 
     pub(crate) fn set_guest_pid(&self, pid: u32) {
         self.guest_pid.store(pid, Ordering::Relaxed);
+    }
+
+    /// The agent that runs it in the guest of a virtual machine. `None` if the QEMU guest agent does, or before the start.
+    pub(crate) fn agent(&self) -> Option<&Agent> {
+        self.agent.get()
+    }
+
+    /// Sets the agent that runs it in the guest of a virtual machine, once.
+    pub(crate) fn set_agent(&self, agent: Agent) {
+        // Called once per process: a process is started at most once.
+        let _ = self.agent.set(agent);
     }
 
     /// Its standard streams, once the machine has them.

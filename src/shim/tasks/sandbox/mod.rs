@@ -148,7 +148,7 @@ impl Tasks {
     }
 
     /// StartSandbox: waits until the sandbox accepts containers. Returns its pid and the time of its creation.
-    pub(crate) async fn start_sandbox(&self, id: &str) -> Result<(u32, SystemTime), TaskError> {
+    pub(crate) async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<(u32, SystemTime), TaskError> {
         let Ok(container) = self.find_sandbox(id) else {
             let text = format!("sandbox {id} was not created");
             return Err(TaskError::new(ErrorCode::FailedPrecondition, text));

@@ -11,7 +11,7 @@ use crate::{
         tasks::{
             Tasks,
             container::{
-                Container,
+                Container, Role,
                 lifecycle::{Exit, SIGKILL_STATUS},
             },
             host_setup::vm_error,
@@ -25,20 +25,27 @@ const POWER_OFF_STATUS: u32 = 0;
 
 impl Tasks {
     /// Boots a virtual machine with the links that its network namespace has now.
-    pub(in crate::shim::tasks) async fn start_virtual_machine(&self, container: &Container) -> Result<(), TaskError> {
+    pub(in crate::shim::tasks) async fn start_virtual_machine(
+        self: &Arc<Self>,
+        container: &Container,
+    ) -> Result<(), TaskError> {
         let Some(machine) = &container.virtual_machine else {
             return Err(TaskError::unknown("it is not a virtual machine"));
         };
         let booted = async {
             let path = format!("/proc/{}/ns/net", container.init.pid());
             let namespace = open_network_namespace(Path::new(&path)).map_err(VmError::Links)?;
-            machine.connect_network(namespace).await?;
+            // Clients such as `kubectl port-forward` connect in the namespaces of pods only.
+            let forwarding = matches!(container.role, Role::Member { .. });
+            machine.connect_network(namespace, forwarding).await?;
             let pod = &container.pod;
             machine
                 .boot(&container.id, pod, self.launcher.as_ref(), &pod.machine())
                 .await
         };
-        booted.await.map_err(|error| vm_error(&error))
+        booted.await.map_err(|error| vm_error(&error))?;
+        self.serve_agent(container, machine, container.pod.machine());
+        Ok(())
     }
 
     /// Follows a virtual machine to its end, from one boot to the next, and records its exit.
@@ -57,7 +64,7 @@ impl Tasks {
     }
 
     /// Waits for the end of a virtual machine, and boots it again if its guest has reset it. Returns its exit status.
-    async fn follow_boots(&self, container: &Container, machine: &VirtualMachine) -> u32 {
+    async fn follow_boots(self: &Arc<Self>, container: &Container, machine: &Arc<VirtualMachine>) -> u32 {
         let (id, pod) = (&container.id, &container.pod);
         let mut current: Arc<Machine> = pod.machine();
         loop {
@@ -84,7 +91,10 @@ impl Tasks {
             log::info!("task {id}: the guest has reset its virtual machine, which boots again");
             let rebooted = machine.reboot(id, pod, self.launcher.as_ref(), self.configuration.ready_timeout);
             match rebooted.await {
-                Ok(next) => current = next,
+                Ok(next) => {
+                    self.serve_agent(container, machine, next.clone());
+                    current = next;
+                }
                 Err(VmError::Ended) => {
                     pod.machine().ended().await;
                     return machine.killed_status().unwrap_or(POWER_OFF_STATUS);

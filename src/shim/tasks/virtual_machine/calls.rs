@@ -56,8 +56,8 @@ pub(in crate::shim::tasks) fn virtual_machine_stats(container: &Container) -> Re
 /// The error of a call that needs an agent in the guest. `action` is a verb with its object.
 pub(in crate::shim::tasks) fn no_agent(action: &str) -> TaskError {
     let text = format!(
-        "cannot {action} in the guest of a virtual machine with a user's kernel: it has no agent. Use its console \
-         (attach), or a login over the network"
+        "cannot {action} in the guest of a virtual machine with a user's kernel: neither nutshell's agent nor the QEMU \
+         guest agent answers. Use its console (attach), or a login over the network"
     );
     TaskError::new(ErrorCode::Unimplemented, text)
 }

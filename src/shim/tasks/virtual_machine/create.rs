@@ -28,7 +28,7 @@ impl Tasks {
         plan: VmPlan,
         files: VmFiles,
     ) -> Result<Arc<Container>, TaskError> {
-        let machine = Arc::new(VirtualMachine::new(plan.size, plan.on_reboot, plan.guest_agent, files));
+        let machine = Arc::new(VirtualMachine::new(plan.size, plan.on_reboot, plan.exec, files));
         let (pod, role) = self
             .prepare_pod(request, &plan, &machine)
             .await

@@ -1,12 +1,12 @@
-//! Execs in a virtual machine, by the QEMU guest agent of its guest.
+//! Execs in a virtual machine, by nutshell's agent in its guest ([`super::agent_exec`]) or else by the QEMU guest agent.
 //!
-//! The agent runs processes as root, without a terminal. It takes the whole standard input with the command and returns
+//! The QEMU guest agent runs processes as root, without a terminal. It takes the whole standard input with the command and returns
 //! the whole output after the end, so an exec with an input starts its process when the input has ended. The agent
 //! cannot send signals; a shell in the guest does.
 
 use std::{sync::Arc, time::Duration};
 
-use super::calls::no_agent;
+use super::{agent_exec::signal_exec_by_agent, calls::no_agent};
 use crate::{
     oci::GuestProcess,
     shim::{
@@ -61,12 +61,12 @@ enum ExecutionError {
 }
 
 /// Fails if no agent answers, within two seconds, or if it cannot run a process with these streams.
-pub(in crate::shim::tasks) async fn check_guest_agent(
-    machine: &VirtualMachine,
-    terminal: bool,
-) -> Result<(), TaskError> {
+pub(in crate::shim::tasks) async fn check_can_exec(machine: &VirtualMachine, terminal: bool) -> Result<(), TaskError> {
+    if machine.connected_agent().is_some() {
+        return Ok(());
+    }
     let no_agent = || no_agent("start a process");
-    let (machine, agent) = machine.running_agent().ok_or_else(no_agent)?;
+    let (machine, agent) = machine.running_guest_agent().ok_or_else(no_agent)?;
     match machine.is_guest_agent_port_open().await {
         Ok(true) => {}
         Ok(false) => return Err(no_agent()),
@@ -83,22 +83,26 @@ pub(in crate::shim::tasks) async fn check_guest_agent(
         false => Ok(()),
         true => Err(TaskError::new(
             ErrorCode::InvalidArgument,
-            "the guest agent of a virtual machine starts processes without a terminal only: exec without one, or use the \
-             console of the virtual machine (attach)",
+            "the QEMU guest agent of a virtual machine starts processes without a terminal only: exec without one, run \
+             nutshell's agent in the guest, or use the console of the virtual machine (attach)",
         )),
     }
 }
 
-/// The version of the agent of a guest. `None` if none answers within [`VERSION_LIMIT`].
+/// The kind and version of the agent of a guest. `None` if none answers within [`VERSION_LIMIT`].
 pub(in crate::shim::tasks) async fn guest_agent_version(machine: &VirtualMachine) -> Option<String> {
-    let (machine, agent) = machine.running_agent()?;
+    if let Some((_, version)) = machine.connected_agent() {
+        return Some(format!("nutshell {version}"));
+    }
+    let (machine, agent) = machine.running_guest_agent()?;
     let version = async {
         match machine.is_guest_agent_port_open().await {
             Ok(true) => agent.version().await.ok(),
             _ => None,
         }
     };
-    tokio::time::timeout(VERSION_LIMIT, version).await.ok().flatten()
+    let version = tokio::time::timeout(VERSION_LIMIT, version).await.ok().flatten();
+    version.map(|version| format!("QEMU {version}"))
 }
 
 impl Tasks {
@@ -110,9 +114,17 @@ impl Tasks {
         process: &Arc<Process>,
         exec: &str,
     ) -> Result<(), TaskError> {
+        if let Some((agent, _)) = virtual_machine.connected_agent() {
+            return self.start_exec_by_agent(container, process, exec, agent).await;
+        }
         let failed = |text: String| TaskError::unknown(text).during(EXEC_CONTEXT);
+        if process.stdio_spec.terminal {
+            return Err(failed(
+                "the agent in the guest that starts processes with a terminal is gone".to_owned(),
+            ));
+        }
         let (machine, agent) = virtual_machine
-            .running_agent()
+            .running_guest_agent()
             .ok_or_else(|| no_agent("start a process"))?;
         let guest_process = GuestProcess::parse(&process.take_spec())
             .map_err(|error| TaskError::new(ErrorCode::InvalidArgument, error.to_string()).during(EXEC_CONTEXT))?;
@@ -232,13 +244,17 @@ fn program(process: GuestProcess) -> Program {
     }
 }
 
-/// Kill of an exec: a shell in the guest sends the signal. After SIGKILL, an exit is recorded in any case.
+/// Kill of an exec: the agent that runs it sends the signal, or a shell in the guest. After SIGKILL, an exit is recorded in
+/// any case.
 pub(in crate::shim::tasks) async fn signal_exec_in_virtual_machine(
     container: &Container,
     virtual_machine: &VirtualMachine,
     process: &Arc<Process>,
     signal: u32,
 ) -> Result<(), TaskError> {
+    if let Some(agent) = process.agent() {
+        return signal_exec_by_agent(container, process, agent, signal).await;
+    }
     let pid = process.guest_pid();
     if pid == 0 {
         // It waits for the end of its standard input.
@@ -247,27 +263,32 @@ pub(in crate::shim::tasks) async fn signal_exec_in_virtual_machine(
         }
         return Ok(());
     }
-    let sent = match virtual_machine.running_agent() {
+    let sent = match virtual_machine.running_guest_agent() {
         // The machine has ended, and the exit follows.
         None => return Err(already_finished()),
         Some((_, agent)) => send_signal(&agent, pid, signal).await,
     };
     if signal == SIGKILL {
-        let (id, process) = (container.id.clone(), process.clone());
-        let was_sent = sent.is_ok();
-        tokio::spawn(async move {
-            let ended = process.lifecycle.wait_exit();
-            if !was_sent || tokio::time::timeout(KILL_LIMIT, ended).await.is_err() {
-                log::warn!(
-                    "task {id}: the guest did not end the process {pid} of an exec that was killed. Its exit is reported \
-                     as {SIGKILL_STATUS}, and it may go on in the guest"
-                );
-                process.abandon(SIGKILL_STATUS);
-            }
-        });
+        follow_exec_kill(container, process, sent.is_ok());
         return Ok(());
     }
     sent.map_err(|error| TaskError::unknown(format!("cannot send signal {signal} to guest process {pid}: {error}")))
+}
+
+/// Gives up an exec that does not end after SIGKILL.
+pub(super) fn follow_exec_kill(container: &Container, process: &Arc<Process>, was_sent: bool) {
+    let (id, process) = (container.id.clone(), process.clone());
+    tokio::spawn(async move {
+        let ended = process.lifecycle.wait_exit();
+        if !was_sent || tokio::time::timeout(KILL_LIMIT, ended).await.is_err() {
+            let pid = process.guest_pid();
+            log::warn!(
+                "task {id}: the guest did not end the process {pid} of an exec that was killed. Its exit is reported \
+                 as {SIGKILL_STATUS}, and it may go on in the guest"
+            );
+            process.abandon(SIGKILL_STATUS);
+        }
+    });
 }
 
 async fn send_signal(agent: &GuestAgent, pid: u32, signal: u32) -> Result<(), String> {

@@ -17,8 +17,8 @@ use std::{
 
 use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{
-    Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready, Reply, Request,
-    Stdio as Ports, ToAgent, encode,
+    AGENT_PORT, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready,
+    Reply, Request, Stdio as Ports, ToAgent, encode,
 };
 
 use super::behaviour::Behaviour;
@@ -30,7 +30,7 @@ use crate::{
     guest_image::GuestImage,
     shim::{
         child::Child,
-        machine::{BootError, GuestResources, VmmProcess},
+        machine::{BootDisk, BootError, GuestResources, VmmProcess},
         pod::Launcher,
         share::{FileServer, ShareError},
     },
@@ -130,6 +130,13 @@ impl Launcher for FakeLauncher {
 
     fn open_kvm(&self) -> Result<OwnedFd, BootError> {
         Ok(File::open("/dev/null").unwrap().into())
+    }
+
+    fn open_agent_disk(&self) -> Result<BootDisk, BootError> {
+        Ok(BootDisk::Agent {
+            file: File::open("/dev/null").unwrap(),
+            extent: Extent { offset: 0, length: 0 },
+        })
     }
 
     fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
@@ -265,6 +272,7 @@ impl Fake {
                     state.outputs.insert(port, files.next().unwrap());
                 }
                 assert!(files.next().is_none());
+                self.changed.notify_all();
             }
             Command::Drain { port, .. } => {
                 if self.behaviour == Behaviour::NeverDrains {
@@ -312,6 +320,39 @@ impl Fake {
             Command::PlugNetworkDevice { .. } => panic!("unexpected {command:?}"),
         }
         self.changed.notify_all();
+    }
+
+    /// Connects an agent of the guest in a machine with a user's kernel, and serves it.
+    pub(in crate::shim::tests) fn connect_agent(self: &Arc<Self>) {
+        let stream = self.wait_until(|state| {
+            state.inputs.remove(&AGENT_PORT);
+            state.outputs.remove(&AGENT_PORT)
+        });
+        let stream = UnixStream::from(OwnedFd::from(stream));
+        stream.set_nonblocking(false).unwrap();
+        self.state().agent = Some(stream.try_clone().unwrap());
+        self.send(&FromAgent::Ready(Ready {
+            version: "7".to_owned(),
+            kernel: "0".to_owned(),
+        }));
+        let fake = self.clone();
+        thread::spawn(move || fake.serve_agent(stream));
+    }
+
+    /// Whether the newest machine lets an agent of the guest connect.
+    pub(in crate::shim::tests) fn has_agent_port(&self) -> bool {
+        self.state().outputs.contains_key(&AGENT_PORT)
+    }
+
+    /// Writes bytes to the agent's stream.
+    pub(in crate::shim::tests) fn write_to_agent_stream(&self, bytes: &[u8]) {
+        self.state().agent.as_mut().unwrap().write_all(bytes).unwrap();
+    }
+
+    /// Ends the agent's stream.
+    pub(in crate::shim::tests) fn disconnect_agent(&self) {
+        let agent = self.state().agent.take().unwrap();
+        agent.shutdown(std::net::Shutdown::Both).unwrap();
     }
 
     fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
@@ -374,7 +415,7 @@ impl Fake {
     }
 
     /// Writes to the output of a stream, which the vmm may not have yet.
-    fn write_to_stream(&self, port: u32, bytes: &[u8]) {
+    pub(in crate::shim::tests) fn write_to_stream(&self, port: u32, bytes: &[u8]) {
         let mut output = self.wait_until(|state| state.outputs.get(&port).map(|file| file.try_clone().unwrap()));
         output.write_all(bytes).unwrap();
     }
@@ -393,7 +434,7 @@ impl Fake {
         tokio::task::spawn_blocking(wait).await.unwrap()
     }
 
-    fn send(&self, message: &FromAgent) {
+    pub(in crate::shim::tests) fn send(&self, message: &FromAgent) {
         let frame = encode(message, MAX_FROM_AGENT).unwrap();
         // Fails if the shim has ended the machine.
         if let Some(agent) = &mut self.state().agent {

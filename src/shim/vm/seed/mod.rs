@@ -32,13 +32,22 @@ pub(in crate::shim) enum SeedError {
     Image(#[source] io::Error),
 }
 
-/// Makes the seed disk from the keys in `directory`. `identity` fills in the metadata that the user leaves out. Equal
-/// arguments and keys result in equal disks.
+/// Makes the seed disk from the keys in `directory`. `identity` fills in the metadata that the user leaves out, and
+/// `vendor_data` the vendor data of NoCloud. Equal arguments and keys result in equal disks.
 ///
 /// Returns a sealed memfd: neither its bytes nor its size can change. The size is a multiple of 4096 bytes.
 ///
 /// Blocks on the file system of `directory`: run it with [`crate::shim::blocking::run`].
-pub(in crate::shim) fn make_disk(directory: &Path, source: DataSource, identity: &Identity) -> Result<File, SeedError> {
-    let contents = source.arrange(keys::read(directory)?, identity);
+pub(in crate::shim) fn make_disk(
+    directory: &Path,
+    source: DataSource,
+    identity: &Identity,
+    vendor_data: Option<Vec<u8>>,
+) -> Result<File, SeedError> {
+    let mut keys = keys::read(directory)?;
+    if source == DataSource::NoCloud {
+        keys.vendor_data = keys.vendor_data.or(vendor_data);
+    }
+    let contents = source.arrange(keys, identity);
     image::write(&contents).map_err(SeedError::Image)
 }

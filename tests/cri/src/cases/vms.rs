@@ -10,7 +10,7 @@ use crate::{
     client::call,
     messages::{ContainerState, Mount, PodState, RemoveContainerRequest},
     pod::{Container, Handler, Pod, image},
-    streaming::Streams,
+    streaming::{ForwardedPort, Streams},
     wait::{TIMEOUT, wait_until},
 };
 
@@ -44,6 +44,12 @@ fn mount(container_path: &str, host_path: &str) -> Mount {
     }
 }
 
+/// Sends bytes to a server that returns them.
+fn check_echo(port: &mut ForwardedPort, bytes: &[u8]) {
+    port.send(bytes);
+    assert_eq!(port.receive(bytes.len()), bytes);
+}
+
 /// The guest has the pod's address by DHCP, is reachable there, shares a volume, and shuts down when the pod stops.
 pub(crate) fn machine_has_the_pods_network_and_volumes(handler: Handler) {
     let pod = Pod::run(handler);
@@ -71,6 +77,10 @@ pub(crate) fn machine_has_the_pods_network_and_volumes(handler: Handler) {
     connection.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"hello");
     drop(connection);
+    // Without an agent, a forwarded port is one of the pod's address.
+    console.send("(nc -l -p 8 -e cat &); sleep 1; echo also\n");
+    console.wait_for("also");
+    check_echo(&mut ForwardedPort::open(&pod, 8), b"forwarded");
 
     let sidecar = pod.create("side", &["sleep", "1000"], |_| ()).unwrap();
     let refused = sidecar.start().unwrap_err().to_string();
@@ -78,6 +88,62 @@ pub(crate) fn machine_has_the_pods_network_and_volumes(handler: Handler) {
     container.stop(60);
     assert_eq!(container.status().exit_code, 0);
     assert_eq!(pod.status().state(), PodState::Ready);
+    pod.remove();
+}
+
+/// Execs, terminals, copies and ports that are forwarded to the guest's loopback interface.
+pub(crate) fn machine_runs_execs_by_its_agent(handler: Handler) {
+    let script = include_str!("../../../../src/shim/vm/start-agent.sh").replace('\n', " ");
+    let pod = Pod::run(handler);
+    let container = start_vm(&pod, "vm", &[]);
+    let mut console = Streams::attach(&container, true);
+    console.send(&format!(
+        "(setsid sh -c '{script}' >/agent.log 2>&1 </dev/null &); ip link set lo up; mkdir -p /dev/pts; mount -t devpts devpts /dev/pts\n"
+    ));
+    wait_until("an exec by the agent", || container.try_exec(&["true"], 10).ok());
+
+    assert_eq!(container.sh("cat /proc/1/comm; id -u; pwd"), "init\n0\n/");
+    assert_eq!(container.exec(&["sh", "-c", "exit 7"]).exit_code, 7);
+    let error = container.try_exec(&["nosuch"], 10).unwrap_err().to_string();
+    assert!(error.contains("executable file not found in $PATH"), "{error}");
+    // A command that does not end within its limit is killed.
+    let error = container.try_exec(&["sleep", "1000"], 1).unwrap_err().to_string();
+    assert!(error.contains("timeout") || error.contains("deadline"), "{error}");
+    assert_eq!(container.sh("pidof sleep || echo none"), "none");
+
+    let mut shell = Streams::exec(&container, &["sh"], true);
+    shell.resize(91, 17);
+    shell.send("stty size; tty; exit 3\n");
+    shell.read_to_end();
+    assert!(
+        shell.stdout.contains("17 91") && shell.stdout.contains("/dev/pts/"),
+        "{}",
+        shell.stdout
+    );
+    assert_eq!(shell.exit, Some(3));
+    // More than the buffers hold, as with `kubectl cp`.
+    let mut copy = Streams::exec(&container, &["sh", "-c", "head -c 3000000 | wc -c"], false);
+    for _ in 0..30 {
+        copy.send(&"x".repeat(100_000));
+    }
+    copy.read_to_end();
+    assert_eq!((copy.stdout.trim(), copy.exit), ("3000000", Some(0)));
+
+    // The guest has no address but that of the loopback interface.
+    console.send("(nc -l -p 9 -e cat &); sleep 1; echo listening\n");
+    console.wait_for("listening");
+    check_echo(&mut ForwardedPort::open(&pod, 9), b"to the loopback interface");
+
+    // The agent ends, and its commands with it; another one connects.
+    let mut lost = Streams::exec(&container, &["sh", "-c", "echo started; exec sleep 1000"], false);
+    lost.wait_for("started");
+    console.send("killall agent\n");
+    lost.read_to_end();
+    assert_eq!(lost.exit, Some(137));
+    console.send(&format!("(setsid sh -c '{script}' >/agent.log 2>&1 </dev/null &)\n"));
+    wait_until("an exec by the next agent", || container.try_exec(&["true"], 10).ok());
+    container.stop(60);
+    assert_eq!(container.status().exit_code, 0);
     pod.remove();
 }
 

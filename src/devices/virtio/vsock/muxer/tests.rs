@@ -114,6 +114,25 @@ fn read_available(reader: &mut File) -> Vec<u8> {
 }
 
 #[test]
+fn only_a_privileged_process_can_connect_to_the_port_of_the_agent() {
+    for (guest_port, expected) in [
+        (LAST_RESERVED_PORT + 1, Operation::Reset),
+        (LAST_RESERVED_PORT, Operation::Response),
+    ] {
+        let mut guest = Guest::new();
+        let (_reader, writer) = pipe();
+        guest.muxer.open(AGENT_PORT, None, Some(writer)).unwrap();
+        let request = PacketHeader {
+            source_port: guest_port,
+            destination_port: AGENT_PORT,
+            ..guest.header(Operation::Request, 0, 0)
+        };
+        guest.send_packet(request, b"");
+        assert_eq!(guest.received_packets(), [(expected, 0, vec![])], "port {guest_port}");
+    }
+}
+
+#[test]
 fn stream_without_data_does_not_block_the_next_stream() {
     let (_output_reader, output) = pipe();
     let (idle_input, _idle_writer) = io::pipe().unwrap();

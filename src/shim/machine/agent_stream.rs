@@ -1,0 +1,33 @@
+//! The stream of an agent that a user's system runs as a service. It comes and goes while the machine runs.
+
+use std::{
+    future::Future,
+    os::{fd::AsFd, unix::net::UnixStream},
+};
+
+use nutshell_protocol::{AGENT_PORT, Event};
+
+use super::{Agent, Machine};
+use crate::control::{Command, ControlError};
+
+impl Machine {
+    /// Lets an agent in the guest connect, once. Returns its client, which becomes ready when an agent has connected, and
+    /// a future that completes with a reason when the stream has ended. `on_event` gets the agent's events in order, and
+    /// must not block. One stream at a time: call it again after the end of the one before.
+    pub(crate) async fn accept_agent(
+        &self,
+        on_event: impl FnMut(Event) + Send + 'static,
+    ) -> Result<(Agent, impl Future<Output = String> + Send + 'static), ControlError> {
+        let (shim_end, guest_end) = UnixStream::pair().map_err(ControlError::Socket)?;
+        let (agent, end) = Agent::start(shim_end, on_event).map_err(ControlError::Socket)?;
+        let command = Command::OpenStream {
+            port: AGENT_PORT,
+            input: true,
+            output: true,
+        };
+        self.control
+            .send(&command, &[guest_end.as_fd(), guest_end.as_fd()])
+            .await?;
+        Ok((agent, end))
+    }
+}

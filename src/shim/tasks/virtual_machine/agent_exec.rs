@@ -1,0 +1,176 @@
+//! Execs in a virtual machine by nutshell's agent, which runs as a service in its guest. They are like those of a
+//! container, except that the agent may end while the machine goes on.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nutshell_protocol::Request;
+
+use super::exec::follow_exec_kill;
+use crate::shim::{
+    error::{ErrorCode, TaskError},
+    machine::{Agent, Machine},
+    tasks::{
+        Tasks,
+        agent_call::check_response,
+        container::{
+            Container,
+            lifecycle::{Exit, SIGKILL_STATUS},
+            process::Process,
+            signal::SIGKILL,
+        },
+        limits::{KILL_LIMIT, REQUEST_LIMIT},
+        start::start_exec_in_guest,
+    },
+    vm::VirtualMachine,
+};
+
+/// After a connection that was shorter than this, the next one waits as long: a guest controls how often its agent
+/// connects.
+const SHORT_CONNECTION: Duration = Duration::from_secs(1);
+
+impl Tasks {
+    /// Lets the agent in the guest of `machine` connect, and connect again after its end, until the machine ends.
+    pub(super) fn serve_agent(
+        self: &Arc<Self>,
+        container: &Container,
+        virtual_machine: &Arc<VirtualMachine>,
+        machine: Arc<Machine>,
+    ) {
+        if !virtual_machine.has_agent() {
+            return;
+        }
+        let (tasks, virtual_machine) = (Arc::downgrade(self), virtual_machine.clone());
+        let (id, pod) = (container.id.clone(), container.pod.number());
+        tokio::spawn(async move {
+            while !machine.has_ended() {
+                let tasks = tasks.clone();
+                let accepted = machine.accept_agent(move |event| {
+                    if let Some(tasks) = tasks.upgrade() {
+                        tasks.on_event(pod, event);
+                    }
+                });
+                let (agent, end) = match accepted.await {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        if !machine.has_ended() {
+                            log::warn!("task {id}: no agent can connect: {error}");
+                        }
+                        return;
+                    }
+                };
+                virtual_machine.set_agent(Some(agent.clone()));
+                let accepted_at = Instant::now();
+                tokio::spawn({
+                    let (id, agent) = (id.clone(), agent.clone());
+                    async move {
+                        tokio::select! {
+                            ready = agent.ready() => log::info!("task {id}: the agent {} is connected", ready.version),
+                            () = agent.ended() => {}
+                        }
+                    }
+                });
+                tokio::select! {
+                    reason = end => log::info!("task {id}: the agent of the guest is disconnected: {reason}"),
+                    _ = machine.ended() => return,
+                }
+                if accepted_at.elapsed() < SHORT_CONNECTION {
+                    tokio::select! {
+                        () = tokio::time::sleep(SHORT_CONNECTION) => {}
+                        _ = machine.ended() => return,
+                    }
+                }
+            }
+        });
+    }
+
+    /// Starts an exec by `agent`.
+    pub(super) async fn start_exec_by_agent(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+        exec: &str,
+        agent: Agent,
+    ) -> Result<(), TaskError> {
+        process.set_agent(agent.clone());
+        match start_exec_in_guest(container, process, exec, &self.stdio, &agent).await {
+            Ok(guest_pid) => process.set_guest_pid(guest_pid),
+            Err(error) => {
+                if error.code() == ErrorCode::Unavailable {
+                    // It may have started the process, or may do so later.
+                    let kill = agent.run(signal_request(container, process, SIGKILL));
+                    if let Ok(Err(error)) = tokio::time::timeout(KILL_LIMIT, kill).await {
+                        log::debug!("task {}: exec {exec} is not killed: {error}", container.id);
+                    }
+                }
+                return Err(error);
+            }
+        }
+        let (tasks, container, process) = (self.clone(), container.clone(), process.clone());
+        tokio::spawn(async move {
+            let status = tokio::select! {
+                biased;
+                _ = process.lifecycle.wait_exit() => return,
+                status = process.abandoned() => status,
+                // The agent ends its processes when it ends.
+                () = agent.ended() => SIGKILL_STATUS,
+            };
+            if process.try_claim_exit() {
+                tasks.record_exit(&container, &process, Exit::now(status)).await;
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Kill of an exec that `agent` runs. After SIGKILL, an exit is recorded in any case.
+pub(super) async fn signal_exec_by_agent(
+    container: &Container,
+    process: &Arc<Process>,
+    agent: &Agent,
+    signal: u32,
+) -> Result<(), TaskError> {
+    let request = signal_request(container, process, signal);
+    let response = tokio::time::timeout(KILL_LIMIT, agent.run(request)).await;
+    let sent = check_response(KILL_LIMIT, response.ok());
+    if signal == SIGKILL {
+        follow_exec_kill(container, process, sent.is_ok());
+        return match sent {
+            Err(error) if error.code() == ErrorCode::NotFound => Err(error),
+            _ => Ok(()),
+        };
+    }
+    sent
+}
+
+/// ResizePty of an exec that `agent` runs.
+pub(in crate::shim::tasks) async fn resize_exec_by_agent(
+    container: &Container,
+    process: &Process,
+    agent: &Agent,
+    (width, height): (u16, u16),
+) -> Result<(), TaskError> {
+    let request = Request::Resize {
+        container: container.id.to_string(),
+        exec: process.exec.clone(),
+        width,
+        height,
+    };
+    let response = tokio::time::timeout(REQUEST_LIMIT, agent.run(request)).await;
+    match check_response(REQUEST_LIMIT, response.ok()) {
+        // The process ended meanwhile.
+        Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
+        response => response,
+    }
+}
+
+fn signal_request(container: &Container, process: &Process, signal: u32) -> Request {
+    Request::Signal {
+        container: container.id.to_string(),
+        exec: process.exec.clone(),
+        signal,
+        all: false,
+    }
+}
