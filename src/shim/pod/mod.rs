@@ -4,6 +4,7 @@
 //! Belongs here: the start and the end of these resources, and what containers attach to them. Does not belong here:
 //! the state of containers and processes. [`super::tasks`] calls it.
 
+mod admission;
 mod cgroup;
 mod disk_slots;
 mod error;
@@ -29,6 +30,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{OnceCell, watch};
 
 use self::{
+    admission::Admissions,
     cgroup::ControlGroup,
     disk_slots::DiskSlots,
     file_server::RunningFileServer,
@@ -36,6 +38,7 @@ use self::{
     requirements::{DISK_READER_SIZE, FirstGuest},
 };
 pub(crate) use self::{
+    admission::{Admission, Creation},
     cgroup::leave_behind,
     error::PodError,
     launcher::{HostLauncher, Launcher},
@@ -72,6 +75,7 @@ pub(crate) struct Pod {
     set_up: Option<SetUp>,
     size: PodSize,
     current_size: Mutex<Size>,
+    admissions: Admissions,
     /// Serializes changes of the size.
     resizing: tokio::sync::Mutex<()>,
     /// `None` before the first [`Self::connect_network`], and after the end.
@@ -165,6 +169,7 @@ impl Pod {
             }),
             size: requirements.size,
             current_size: Mutex::new(requirements.size.boot),
+            admissions: Admissions::default(),
             resizing: tokio::sync::Mutex::default(),
             network: Mutex::default(),
             oom_score,
@@ -175,6 +180,11 @@ impl Pod {
     /// Identifies the pod within this shim.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Permits a creation in this pod ([`Admissions::admit`]).
+    pub(crate) fn admit(&self, creation: Creation) -> Result<Admission, Creation> {
+        self.admissions.admit(creation)
     }
 
     /// The present machine.

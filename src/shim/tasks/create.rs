@@ -16,6 +16,7 @@ use super::{
     host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
     limits::CREATE_LIMIT,
     table::Tasks,
+    virtual_machine::create::admit,
 };
 use crate::{
     oci::{
@@ -24,7 +25,7 @@ use crate::{
     shim::{
         blocking,
         error::{ErrorCode, TaskError},
-        pod::{Pod, PodRequirements},
+        pod::{Creation, Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
         vm::{ImageRoot, VmFiles},
     },
@@ -139,6 +140,7 @@ impl Tasks {
         let pod = self
             .pod_of_sandbox(sandbox)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
+        let _admission = admit(&pod, Creation::Container).map_err(|error| error.during(CREATE_CONTEXT))?;
         self.check_has_agent(&pod)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
         let pids = self

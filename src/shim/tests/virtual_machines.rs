@@ -121,6 +121,41 @@ async fn power_button_during_a_reboot_ends_the_task() {
     assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
 }
 
+/// A virtual machine and a container, or two virtual machines.
+#[tokio::test]
+async fn creations_of_a_virtual_machine_and_another_container_in_one_pod_exclude_each_other() {
+    for second_is_vm in [false, true] {
+        // Its end takes a while, as that of a process that frees its memory.
+        let shim = Shim::start_with(Behaviour::OutlivedByFork).await;
+        shim.create_sandbox("pod").await.unwrap();
+        shim.start_sandbox("pod").await.unwrap();
+        let first_vmm = shim.fake.vmm_pid();
+        let in_pod = json!({
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": "pod",
+        });
+        let machine = shim.vm_request("v1", in_pod.clone());
+        let other = match second_is_vm {
+            true => shim.vm_request("v2", in_pod),
+            false => shim.request_in_pod("c1", "container", |_| {}),
+        };
+        let client = shim.task.clone();
+        let creation = tokio::spawn(async move { client.create(context::Context::default(), &machine).await });
+        // The pod gets another machine. The virtual machine is not in the table of tasks before the old one has ended.
+        while shim.fake.vmm_pid() == first_vmm {
+            tokio::task::yield_now().await;
+        }
+
+        let (code, text) = error_of(shim.task.create(context::Context::default(), &other).await);
+
+        assert_eq!(code, Code::FAILED_PRECONDITION, "{text}");
+        creation.await.unwrap().unwrap();
+        shim.start_task("v1", "").await.unwrap();
+        shim.kill("v1", "", 9).await.unwrap();
+        shim.wait("v1", "").await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn failure_of_the_machine_is_exit_status_137() {
     let shim = Shim::start().await;

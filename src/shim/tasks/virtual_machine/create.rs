@@ -6,7 +6,7 @@ use crate::{
     oci::{Network, Placement, VmPlan},
     shim::{
         error::{ErrorCode, TaskError},
-        pod::{Pod, PodRequirements},
+        pod::{Admission, Creation, Pod, PodRequirements},
         stdio::StdioContext,
         tasks::{
             Tasks,
@@ -29,7 +29,8 @@ impl Tasks {
         files: VmFiles,
     ) -> Result<Arc<Container>, TaskError> {
         let machine = Arc::new(VirtualMachine::new(plan.size, plan.on_reboot, plan.exec, files));
-        let (pod, role) = self
+        // The admission lasts until the container is created.
+        let (pod, role, _admission) = self
             .prepare_pod(request, &plan, &machine)
             .await
             .map_err(|error| error.during(CREATE_CONTEXT))?;
@@ -59,7 +60,7 @@ impl Tasks {
         request: &CreateRequest,
         plan: &VmPlan,
         machine: &VirtualMachine,
-    ) -> Result<(Arc<Pod>, Role), TaskError> {
+    ) -> Result<(Arc<Pod>, Role, Option<Admission>), TaskError> {
         let disk = machine.disk_to_read().map_err(|error| vm_error(&error))?;
         let Placement::Member { sandbox } = &plan.placement else {
             let requirements =
@@ -68,9 +69,10 @@ impl Tasks {
             let pod = self
                 .start_unwatched_pod(&request.id, request.requested_at, &request.bundle, requirements)
                 .await?;
-            return Ok((pod, Role::Single { writes_disk: false }));
+            return Ok((pod, Role::Single { writes_disk: false }, None));
         };
         let pod = self.pod_of_sandbox(sandbox)?;
+        let admission = admit(&pod, Creation::VirtualMachine)?;
         self.check_is_alone(&pod)?;
         pod.protect_from_oom(plan.oom_score_adj);
         let installed = match disk {
@@ -80,7 +82,7 @@ impl Tasks {
         installed.map_err(|error| TaskError::unknown(error.to_string()))?;
         // Start connects the links again, to the machine that boots then.
         pod.disconnect_network().await;
-        Ok((pod, Role::Member { writes_disk: false }))
+        Ok((pod, Role::Member { writes_disk: false }, Some(admission)))
     }
 
     /// Fails if a container of a pod has not ended: the machine of a pod runs either containers or one virtual machine.
@@ -161,6 +163,24 @@ impl Tasks {
             }
         }
     }
+}
+
+/// Permits a creation in the pod of a sandbox.
+///
+/// # Errors
+///
+/// Another creation that is in progress there excludes it.
+pub(in crate::shim::tasks) fn admit(pod: &Pod, creation: Creation) -> Result<Admission, TaskError> {
+    pod.admit(creation).map_err(|other| {
+        let text = match other {
+            Creation::VirtualMachine => "a virtual machine is being created in this pod, which runs no other container",
+            Creation::Container => {
+                "a virtual machine needs a pod for itself, and a container is being created in this one: remove sidecars, \
+                 or run them as init containers"
+            }
+        };
+        TaskError::new(ErrorCode::FailedPrecondition, text)
+    })
 }
 
 /// Opens the console, creates the host pid, and runs the hooks.

@@ -6,5 +6,5 @@
 pub(super) mod agent_exec;
 mod boots;
 pub(super) mod calls;
-mod create;
+pub(super) mod create;
 pub(super) mod exec;

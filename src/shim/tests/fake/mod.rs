@@ -53,6 +53,9 @@ pub(super) struct Fake {
 #[derive(Debug, Default)]
 struct State {
     agent: Option<UnixStream>,
+    /// The control channel of the machine with that agent.
+    agents_control: Option<Arc<Channel>>,
+    /// That of the newest machine.
     control: Option<Arc<Channel>>,
     pid: u32,
     /// Neither vmm nor guest react to anything, as after SIGSTOP.
@@ -225,11 +228,17 @@ impl Fake {
             }
         }
         let mut state = self.state();
-        if let Some(agent) = state.agent.take() {
+        // The next machine may run already.
+        if state
+            .agents_control
+            .as_ref()
+            .is_some_and(|newest| Arc::ptr_eq(newest, &control))
+            && let Some(agent) = state.agent.take()
+        {
             let _ = agent.shutdown(std::net::Shutdown::Both);
+            state.inputs.clear();
+            state.outputs.clear();
         }
-        state.inputs.clear();
-        state.outputs.clear();
     }
 
     fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
@@ -363,6 +372,7 @@ impl Fake {
             let mut state = self.state();
             state.control = Some(control.clone());
             state.agent = Some(agent.try_clone().unwrap());
+            state.agents_control = Some(control.clone());
         }
         match self.behaviour {
             Behaviour::BootFails => notify(
