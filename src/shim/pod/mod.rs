@@ -265,10 +265,7 @@ impl Pod {
         self.add_process(server.pid())?;
         self.oom_score.replace_file_server(server.pid());
         server.kill_machine_at_exit(Arc::downgrade(machine));
-        let attach = server.attach(id, move |server| {
-            shares.iter().try_for_each(|share| server.attach(share))
-        });
-        attach.await?;
+        server.attach(id, move |server| server.attach_all(&shares)).await?;
         if self.is_closed() {
             // The pod has ended meanwhile, and does not know this file server.
             let server = self.file_server().take();

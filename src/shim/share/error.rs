@@ -22,6 +22,18 @@ pub(crate) enum ShareError {
         step: &'static str,
         source: io::Error,
     },
+    /// A directory or file of the host cannot be shared inside of another share.
+    #[error("cannot share {} with the machine as {path}, inside of {outer}: {step}: {source}", what.display())]
+    AttachInside {
+        /// Its path on the host.
+        what: PathBuf,
+        /// Its path in the tree.
+        path: String,
+        /// The path of the other share in the tree.
+        outer: String,
+        step: &'static str,
+        source: io::Error,
+    },
     /// A mount of the snapshotter cannot be made.
     #[error("cannot mount the root file system: {kind} from {from} at {at} with {options:?}: {source}")]
     Rootfs {
@@ -48,6 +60,18 @@ pub(super) fn attach_error(what: &Path, path: &str) -> impl Fn(FailedStep) -> Sh
     move |(step, source)| ShareError::Attach {
         what: what.clone(),
         path: path.clone(),
+        step,
+        source,
+    }
+}
+
+/// Makes a [`ShareError::AttachInside`] of a failed step.
+pub(super) fn attach_inside_error(what: &Path, path: &str, outer: &str) -> impl FnOnce(FailedStep) -> ShareError {
+    let (what, path, outer) = (what.to_owned(), path.to_owned(), outer.to_owned());
+    move |(step, source)| ShareError::AttachInside {
+        what,
+        path,
+        outer,
         step,
         source,
     }

@@ -3,8 +3,9 @@
 //!
 //! The tree is a small tmpfs at the root of a mount namespace. What is shared is mounted into it. Mounts are made
 //! detached and moved there, so they appear in no other namespace, and the kernel removes them with the last user of
-//! the namespace: the file server or the shim. The file server sees the tmpfs read-only. No path of the tree is
-//! resolved below a mount that a guest can write: mount points lie in the tmpfs itself (`RESOLVE_NO_XDEV`).
+//! the namespace: the file server or the shim. The file server sees the tmpfs read-only. Mount points lie in the tmpfs
+//! itself (`RESOLVE_NO_XDEV`), so no path is resolved below a mount that a guest can write, except for a share inside of
+//! another one ([`nested`]).
 //!
 //! Belongs here: everything that mounts on behalf of a pod. Does not belong here: serving files, which is the task of
 //! the process. [`super::pod`] calls it.
@@ -12,6 +13,7 @@
 mod detached;
 mod error;
 mod idmap;
+mod nested;
 mod rootfs;
 #[cfg(test)]
 mod tests;
@@ -49,6 +51,9 @@ use crate::{
     jail::{self, FailedStep, root::Access, step, syscalls::mount_setattr},
     oci::{HostMount, ReadOnly, Share},
 };
+
+/// The step that [`restrict`] performs, in errors.
+const RESTRICT_STEP: &str = "set its mount options";
 
 /// A pod's file server and its tree. The process ends when the vmm closes the connection, when the thread that started
 /// it ends, or when it is killed; dropping this does not end it.
@@ -124,7 +129,9 @@ impl FileServer {
             // Mounts of a snapshotter belong only to this container; a directory may have other users.
             let owned_by_guest = directory.is_none();
             let read_only = if read_only { ReadOnly::All } else { ReadOnly::None };
-            self.attach_detached(&mount, path, owned_by_guest, read_only)
+            restrict(mount.as_fd(), read_only)
+                .map_err(step(RESTRICT_STEP))
+                .and_then(|()| self.attach_detached(&mount, path, owned_by_guest))
                 .map_err(&failed)
         })
     }
@@ -132,15 +139,8 @@ impl FileServer {
     /// Shares a directory or a file of the host, with its ids mapped if `share` has a map.
     pub(crate) fn attach(&self, share: &Share) -> Result<(), ShareError> {
         run_in_thread(|| {
-            clone_mount(&share.source, share.recursive)
-                .map_err(step("open it"))
-                .and_then(|mount| match &share.id_map {
-                    None => Ok(mount),
-                    Some(ids) => idmap::apply(mount.as_fd(), &ids.map, ids.recursive)
-                        .map(|()| mount)
-                        .map_err(step(idmap::ID_MAP_STEP)),
-                })
-                .and_then(|mount| self.attach_detached(&mount, &share.path, false, share.read_only))
+            prepare_share(share)
+                .and_then(|mount| self.attach_detached(&mount, &share.path, false))
                 .map_err(attach_error(&share.source, &share.path))
         })
     }
@@ -163,15 +163,8 @@ impl FileServer {
 
     /// Moves the detached `mount` to `path` of the tree. Leaves the calling thread in the file server's mount
     /// namespace.
-    fn attach_detached(
-        &self,
-        mount: &OwnedFd,
-        path: &str,
-        owned_by_guest: bool,
-        read_only: ReadOnly,
-    ) -> Result<(), FailedStep> {
+    fn attach_detached(&self, mount: &OwnedFd, path: &str, owned_by_guest: bool) -> Result<(), FailedStep> {
         let path = parse_tree_path(path).map_err(step("check its path"))?;
-        restrict(mount.as_fd(), read_only).map_err(step("set its mount options"))?;
         let is_directory = is_directory(rustix::fs::fstat(mount).map_err(step("read its type"))?);
         self.make_mount_point(&path, is_directory, owned_by_guest)
             .map_err(step("create its mount point"))?;
@@ -273,10 +266,20 @@ pub(crate) fn mount_image(mounts: &[HostMount], directory: &Path, bundle_rootfs:
             mounts => rootfs::mount_detached(mounts, bundle_rootfs)?,
         };
         restrict(mount.as_fd(), ReadOnly::None)
-            .map_err(step("set its mount options"))
+            .map_err(step(RESTRICT_STEP))
             .map_err(&failed)?;
         Ok(mount)
     })
+}
+
+/// A detached mount of a share, with its id map and its options.
+fn prepare_share(share: &Share) -> Result<OwnedFd, FailedStep> {
+    let mount = clone_mount(&share.source, share.recursive).map_err(step("open it"))?;
+    if let Some(ids) = &share.id_map {
+        idmap::apply(mount.as_fd(), &ids.map, ids.recursive).map_err(step(idmap::ID_MAP_STEP))?;
+    }
+    restrict(mount.as_fd(), share.read_only).map_err(step(RESTRICT_STEP))?;
+    Ok(mount)
 }
 
 /// The result of [`prepare_tree`].

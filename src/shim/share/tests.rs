@@ -1,6 +1,10 @@
 //! Tests of shared files from the guest's view, and of mounts, which must appear only in the server's namespace.
 
-use std::{fs, mem::MaybeUninit, os::unix::fs::MetadataExt};
+use std::{
+    fs,
+    mem::MaybeUninit,
+    os::unix::fs::{MetadataExt, symlink},
+};
 
 use nix::mount::{MsFlags, mount};
 use nutshell_fixtures::HungVolume;
@@ -314,6 +318,95 @@ fn mounts_below_a_source_are_shared_only_if_recursive() {
     server.attach(&recursive).unwrap();
     assert_eq!(client.walk("c/0/below/file").unwrap_err(), libc::ENOENT);
     client.walk("c/1/below/file").unwrap();
+}
+
+/// Volumes of a virtual machine, in any order.
+#[test]
+fn shares_can_be_inside_of_each_other() {
+    let [outer, middle, inner] = [(); 3].map(|()| TempDir::new().unwrap());
+    for (directory, text) in [(&outer, "outer"), (&middle, "middle"), (&inner, "inner")] {
+        fs::write(directory.path().join("file"), text).unwrap();
+    }
+    let (server, mut client) = start_server();
+    let shares = [
+        share(&inner.path().join("file"), "srv/a/b/single"),
+        share(inner.path(), "srv/a/b/c/d"),
+        share(outer.path(), "srv"),
+        share(middle.path(), "srv/a/b"),
+        share(outer.path(), "srv2"),
+    ];
+
+    server.attach_all(&shares).unwrap();
+
+    for (path, text) in [
+        ("srv/file", "outer"),
+        ("srv/a/b/file", "middle"),
+        ("srv/a/b/c/d/file", "inner"),
+        ("srv/a/b/single", "inner"),
+        ("srv2/file", "outer"),
+    ] {
+        let node = client.walk(path).unwrap().id;
+        let (handle, _) = client.open(node, libc::O_RDONLY).unwrap();
+        assert_eq!(client.read(node, handle, 16).unwrap(), text.as_bytes(), "{path}");
+    }
+    // The mount points are in the outer volume, and the mounts are not on the host.
+    assert!(outer.path().join("a/b").is_dir());
+    assert!(!outer.path().join("a/b/file").exists());
+    assert!(!read_mountinfo().contains(text(outer.path())));
+}
+
+#[test]
+fn share_inside_of_another_is_refused_with_both_paths_if_it_has_no_mount_point() {
+    let inner = TempDir::new().unwrap();
+    let read_only = TempDir::new().unwrap();
+    let (server, _client) = start_server();
+    let outside = TempDir::new().unwrap();
+    let link = TempDir::new().unwrap();
+    symlink(outside.path(), link.path().join("data")).unwrap();
+    let file = TempDir::new().unwrap();
+    fs::write(file.path().join("data"), "").unwrap();
+    for (number, (outer, read_only, expected)) in [
+        (
+            &read_only,
+            ReadOnly::All,
+            "make its mount point in the outer volume: Read-only file system",
+        ),
+        (
+            &link,
+            ReadOnly::None,
+            "make its mount point in the outer volume: Too many levels of symbolic links",
+        ),
+        (
+            &file,
+            ReadOnly::None,
+            "make its mount point in the outer volume: Not a directory",
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let shares = [
+            Share {
+                read_only,
+                ..share(outer.path(), &format!("srv{number}"))
+            },
+            share(inner.path(), &format!("srv{number}/data")),
+        ];
+        let error = server.attach_all(&shares).unwrap_err().to_string();
+        let paths = format!("as srv{number}/data, inside of srv{number}: {expected}");
+        assert!(error.contains(&paths), "{error}");
+    }
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    // A mount point that is there already is enough.
+    fs::create_dir(read_only.path().join("data")).unwrap();
+    let shares = [
+        Share {
+            read_only: ReadOnly::All,
+            ..share(read_only.path(), "srv")
+        },
+        share(inner.path(), "srv/data"),
+    ];
+    server.attach_all(&shares).unwrap();
 }
 
 #[test]
