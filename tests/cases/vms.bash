@@ -128,6 +128,23 @@ reboot_ends_the_task_if_on_reboot_is_exit() {
   end_vm 0
 }
 
+# Nothing in the guest listens to the power button yet.
+sigterm_during_the_first_boot_has_no_effect() {
+  new_name
+  local image=vm-raw deadline=$((SECONDS + 60))
+  start_vm "localhost/$image:latest" --
+  until [[ $(ctr task ls | awk -v name="$name" '$1 == name { print $3 }') == RUNNING ]]; do
+    ((SECONDS < deadline)) || return 1
+    read -r -t 0.1 -u "$never" || true
+  done
+  ctr task kill --signal SIGTERM "$name"
+  ! grep -q "ready: " $console.out || return 1
+  wait_for_console "ready: "
+  in_guest 'uname -r'
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+}
+
 kill_ends_the_machine_at_once() {
   new_name
   local image=vm-raw
@@ -304,6 +321,8 @@ volumes_are_disks_seed_and_shared_folders() {
   qemu-img create -q -f qcow2 $volumes/tools/tools.qcow2 16M
   printf '#cloud-config\n' >$volumes/seed/user-data
   echo of the host >$volumes/shared/file
+  mkdir $volumes/inner $volumes/outer
+  echo of the inner volume >$volumes/inner/file
   # As the kubelet makes a ConfigMap.
   mkdir -p $volumes/config/..1
   echo of the key >$volumes/config/..1/greeting
@@ -315,6 +334,8 @@ volumes_are_disks_seed_and_shared_folders() {
     --mount "type=bind,src=$volumes/config,dst=/disks/config,options=rbind:ro"
     --mount "type=bind,src=$volumes/seed,dst=/cloud-init,options=rbind:ro"
     --mount "type=bind,src=$volumes/shared,dst=/srv/shared,options=rbind:ro"
+    --mount "type=bind,src=$volumes/inner,dst=/srv/outer/inner,options=rbind:ro"
+    --mount "type=bind,src=$volumes/outer,dst=/srv/outer,options=rbind:rw"
     --annotation io.containerd.nutshell.vm.disk.scratch=blank,size=32Mi)
   start_image "${mounts[@]}"
   disks=$(in_guest 'for disk in /sys/block/vd*; do echo "$(cat $disk/serial) $(cat $disk/size) $(cat $disk/ro)"; done' | tr '\n' ,)
@@ -326,6 +347,7 @@ volumes_are_disks_seed_and_shared_folders() {
   in_guest 'mkdir -p /shared && mount -t virtiofs nutshell /shared'
   assert_equal "of the host" "$(in_guest 'cat /shared/srv/shared/file')"
   ! in_guest 'touch /shared/srv/shared/other' || return 1
+  assert_equal "of the inner volume" "$(in_guest 'cat /shared/srv/outer/inner/file')"
   # A disk that a machine writes belongs to it.
   local error
   error=$(ctr run --runtime "$runtime" --mount "type=bind,src=$volumes/data,dst=/disks/data,options=rbind:rw" \
@@ -418,6 +440,7 @@ more_vm_cases() {
   check "raw disk boots" raw_disk_boots
   check "qcow2 disk with zlib boots" qcow2_disk_with_zlib_boots
   check "reboot ends the task if on-reboot is exit" reboot_ends_the_task_if_on_reboot_is_exit
+  check "SIGTERM during the first boot has no effect" sigterm_during_the_first_boot_has_no_effect
   check "kill ends the machine at once" kill_ends_the_machine_at_once
   check "console without a reader does not stall the guest" console_without_a_reader_does_not_stall_the_guest
   check "exec fails at once and names the console" exec_fails_at_once_and_names_the_console

@@ -17,6 +17,8 @@ pub(super) enum Behaviour {
     Ignores(Ignored),
     /// It finds no kernel on a disk.
     NoKernel,
+    /// Its guest does not listen to the power button, as before its init has started.
+    IgnoresPowerButton,
     /// It cannot grow.
     CannotGrow,
     /// It does not answer questions about its devices.

@@ -121,6 +121,59 @@ async fn power_button_during_a_reboot_ends_the_task() {
     assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
 }
 
+/// As during the boot of the guest.
+#[tokio::test]
+async fn power_button_without_a_listener_leaves_the_guest_running() {
+    let shim = Shim::start_with(Behaviour::IgnoresPowerButton).await;
+    for id in ["killed", "rebooted"] {
+        shim.run_vm(id).await;
+        shim.kill(id, "", 15).await.unwrap();
+        assert_eq!(shim.status(id).await, Status::RUNNING);
+    }
+    // A client has asked for the end, so a reset is one.
+    shim.fake.end_guest(EndReason::GuestReset);
+    assert_eq!(shim.wait("rebooted", "").await.unwrap(), 0);
+    shim.kill("killed", "", 9).await.unwrap();
+    assert_eq!(shim.wait("killed", "").await.unwrap(), 137);
+}
+
+#[tokio::test]
+async fn disks_with_one_name_are_refused_by_it() {
+    let shim = Shim::start().await;
+    let volume = shim.folder.path().join("volume");
+    std::fs::create_dir(&volume).unwrap();
+    std::fs::write(volume.join("disk.img"), [0; 512]).unwrap();
+    let other = shim.folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("disk.img"), [0; 512]).unwrap();
+    let seed = shim.folder.path().join("seed");
+    std::fs::create_dir(&seed).unwrap();
+    std::fs::write(seed.join("user-data"), "").unwrap();
+    for (number, (mounts, name)) in [
+        (vec![("/disks/root", &volume)], "root"),
+        (vec![("/disks/seed", &volume), ("/cloud-init", &seed)], "seed"),
+        (vec![("/disks/data", &volume), ("/disks/data", &other)], "data"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let id = format!("v{number}");
+        let request = shim.vm_request(&id, json!({}));
+        let config = shim.folder.path().join(&id).join("config.json");
+        let mut spec: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        let mounts = mounts.into_iter().map(|(destination, source)| {
+            json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind"]})
+        });
+        spec["mounts"] = mounts.collect();
+        std::fs::write(config, spec.to_string()).unwrap();
+        let (_, text) = error_of(shim.task.create(context::Context::default(), &request).await);
+        assert!(
+            text.contains(&format!("disk {name}: two disks have this name")),
+            "{text}"
+        );
+    }
+}
+
 /// A virtual machine and a container, or two virtual machines.
 #[tokio::test]
 async fn creations_of_a_virtual_machine_and_another_container_in_one_pod_exclude_each_other() {

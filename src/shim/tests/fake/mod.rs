@@ -298,6 +298,7 @@ impl Fake {
                 }
                 notify(control, &Notice::StreamClosed { port });
             }
+            Command::PressPowerButton if self.behaviour == Behaviour::IgnoresPowerButton => {}
             Command::PressPowerButton => self.end_guest(EndReason::GuestPowerOff),
             Command::ReadProgress => notify(control, &Notice::Progress { count: 7 }),
             Command::ReadStatistics if self.behaviour == Behaviour::NoStatistics => {}
