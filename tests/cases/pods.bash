@@ -54,3 +54,9 @@ vm_cases() {
   pod "virtual machine restarts in its pod" vms::machine_restarts_in_its_pod
   pod "virtual machine beside a sidecar is refused" vms::machine_beside_a_sidecar_is_refused
 }
+
+# With the image vm-debian.
+distribution_cases() {
+  pod "distribution boots with a seed" distribution::image_boots_with_a_seed
+  pod "persistent root moves to another pod" distribution::persistent_root_moves_to_another_pod
+}

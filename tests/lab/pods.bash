@@ -93,7 +93,9 @@ conf_dir = \"/run/cni/net.d\"
 [$runtime.containerd.runtimes.runc]
 runtime_type = \"io.containerd.runc.v2\"
 [$runtime.containerd.runtimes.nutshell]
-runtime_type = \"io.containerd.nutshell.v2\""
+runtime_type = \"io.containerd.nutshell.v2\"
+pod_annotations = [\"io.containerd.nutshell.*\"]
+container_annotations = [\"io.containerd.nutshell.*\"]"
   cp "$NUTSHELL_TEST_CRI" /run/bin/cri
   export NUTSHELL_TEST_LAB=$lab
   set_up_containerd -c "$version" pause "$@"

@@ -86,6 +86,8 @@ pub(crate) struct PodSandboxConfig {
     pub(crate) dns_config: Option<DnsConfig>,
     #[prost(message, repeated, tag = "5")]
     pub(crate) port_mappings: Vec<PortMapping>,
+    #[prost(map = "string, string", tag = "7")]
+    pub(crate) annotations: HashMap<String, String>,
     #[prost(message, optional, tag = "8")]
     pub(crate) linux: Option<LinuxPodSandboxConfig>,
 }
