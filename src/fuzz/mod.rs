@@ -5,7 +5,16 @@
 //! them, in a file `fuzz.rs`. The targets in `fuzz/fuzz_targets` call these functions, and so do the tests, with the
 //! stored inputs.
 
-pub use crate::devices::virtio::net::answer_request;
+#![allow(clippy::unwrap_used, reason = "a fuzz target fails by panic")]
 
+mod pc_board;
+mod pci;
 #[cfg(test)]
 mod tests;
+
+pub use self::{pc_board::access_pc_board, pci::access_pci};
+pub use crate::{
+    devices::virtio::{named_port::control_port, net::answer_request},
+    shim::{receive_answers, receive_disk_kernel},
+    vmm::load_kernel,
+};

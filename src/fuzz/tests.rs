@@ -3,6 +3,36 @@
 use nutshell_fixtures::replay_corpus;
 
 #[test]
+fn stored_accesses_to_pci_devices_keep_their_state_consistent() {
+    replay_corpus("pci", super::access_pci);
+}
+
+#[test]
+fn stored_accesses_to_the_pc_board_have_bounded_effects() {
+    replay_corpus("pc_board", super::access_pc_board);
+}
+
+#[test]
 fn stored_dhcp_requests_have_valid_answers_or_none() {
     replay_corpus("dhcp", super::answer_request);
+}
+
+#[test]
+fn stored_control_messages_leave_few_messages_for_the_driver() {
+    replay_corpus("named_port", super::control_port);
+}
+
+#[test]
+fn stored_kernels_are_loaded_into_guest_memory_or_refused() {
+    replay_corpus("kernel", super::load_kernel);
+}
+
+#[test]
+fn stored_answers_of_guest_agents_are_parsed_or_refused() {
+    replay_corpus("guest_agent", super::receive_answers);
+}
+
+#[test]
+fn stored_answers_of_disk_readers_are_checked() {
+    replay_corpus("disk_kernel", super::receive_disk_kernel);
 }

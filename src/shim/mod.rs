@@ -37,4 +37,7 @@ mod tasks;
 mod tests;
 mod vm;
 
+#[cfg(any(test, fuzzing))]
+pub use self::vm::{receive_answers, receive_disk_kernel};
+
 pub(crate) use self::entry::main;

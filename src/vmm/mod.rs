@@ -23,6 +23,9 @@ mod tests;
 mod vcpu;
 mod warnings;
 
+#[cfg(any(test, fuzzing))]
+pub use self::boot::kernel::fuzz::load_kernel;
+
 use std::{
     os::fd::{FromRawFd, OwnedFd},
     process::{self, ExitCode},

@@ -316,7 +316,7 @@ fn expand(text: &str, variables: &Variables) -> String {
 }
 
 /// Gives a text to each parser of this module.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn parse_parts(text: &str, location: &Location) -> Result<(), String> {
     LoaderSettings::parse(text).is_default("m-6.1.0-18-amd64");
     let variables = Variables::from([("kernelopts".to_owned(), text.to_owned())]);

@@ -194,7 +194,7 @@ fn split_word(line: &str) -> (&str, &str) {
 }
 
 /// Gives a text to the parser of this module.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn parse_parts(text: &str, location: &Location) {
     let mut configuration = Configuration::default();
     configuration.parse(text);

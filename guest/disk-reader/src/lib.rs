@@ -20,6 +20,8 @@ mod command_line;
 mod disk;
 mod entries;
 mod extlinux;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod grub;
 #[cfg(test)]
 mod hostile;

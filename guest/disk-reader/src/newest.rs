@@ -125,7 +125,7 @@ fn root_of_fstab(fstab: &str) -> Option<String> {
 }
 
 /// Gives a text to the parser of this module.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn parse_parts(text: &str) {
     root_of_fstab(text);
 }

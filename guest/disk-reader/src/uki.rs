@@ -202,7 +202,7 @@ impl From<Image> for Candidate {
 }
 
 /// Parses a whole file. Returns whether it is valid.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn parse_parts(bytes: &[u8]) -> bool {
     release_field(&String::from_utf8_lossy(bytes), "ID");
     parse(bytes, bytes.len() as u64).is_ok()

@@ -12,6 +12,8 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 mod bounds;
 mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod message;
 mod names;
 mod shell;

@@ -25,7 +25,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 const DISK_SLOT: u32 = 0;
 
 /// The maximum length of the description of a kernel's source in the log, in characters.
-const MAX_SOURCE: usize = 512;
+pub(super) const MAX_SOURCE: usize = 512;
 
 /// A kernel with its initramfs, ready to be booted.
 #[derive(Debug)]
@@ -200,7 +200,7 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Fi
 
 /// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
 /// log.
-fn check_command_line(line: String) -> Result<String, VmError> {
+pub(super) fn check_command_line(line: String) -> Result<String, VmError> {
     if line.len() > MAX_COMMAND_LINE {
         return Err(VmError::Kernel(format!(
             "its command line has {} bytes, more than the maximum of {MAX_COMMAND_LINE}",

@@ -11,6 +11,8 @@ mod agent_service;
 mod disk;
 mod error;
 mod files;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod guest_agent;
 mod kernel;
 mod machine;
@@ -20,6 +22,9 @@ mod statistics;
 #[cfg(test)]
 mod tests;
 mod volumes;
+
+#[cfg(any(test, fuzzing))]
+pub use self::{fuzz::receive_disk_kernel, guest_agent::fuzz::receive_answers};
 
 pub(crate) use self::{
     disk::ImageRoot,

@@ -75,7 +75,7 @@ fn starts(disk: &Disk) -> Vec<Location> {
 }
 
 /// Gives a text to each parser of this module.
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) fn parse_parts(text: &str) -> Result<(), String> {
     environment::parse(text);
     let words: Vec<_> = text.split_ascii_whitespace().map(str::to_owned).collect();

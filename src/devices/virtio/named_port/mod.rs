@@ -11,8 +11,13 @@
 //! get what was meant for an earlier one.
 
 mod control;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 #[cfg(test)]
 mod tests;
+
+#[cfg(any(test, fuzzing))]
+pub use self::fuzz::control_port;
 
 use std::{
     io,

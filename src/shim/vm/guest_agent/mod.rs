@@ -8,6 +8,8 @@
 
 mod connection;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 mod messages;
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,8 @@
 
 mod bzimage;
 mod elf;
+#[cfg(any(test, fuzzing))]
+pub(in crate::vmm) mod fuzz;
 mod image;
 
 use std::fs::File;

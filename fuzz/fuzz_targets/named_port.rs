@@ -1,0 +1,5 @@
+#![no_main]
+
+use nutshell::fuzz::control_port;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| control_port(data));
