@@ -25,7 +25,7 @@ UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
-	pods-shim-all-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1
+	pods-shim-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1
 SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.
@@ -105,7 +105,7 @@ soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz 
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
 
 soak-suites:
-	@NUTSHELL_TEST_LIMIT=$${NUTSHELL_TEST_LIMIT:-1800} $(PHASE) "soak: suites" "75 minutes" tests/run $(SOAK_SUITES)
+	@NUTSHELL_TEST_LIMIT=$${NUTSHELL_TEST_LIMIT:-1800} $(PHASE) "soak: suites" "85 minutes" tests/run $(SOAK_SUITES)
 
 # Containers on the PC board, and kernels of distributions that reboot repeatedly.
 soak-pc:
