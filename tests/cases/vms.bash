@@ -137,6 +137,11 @@ sigterm_during_the_first_boot_has_no_effect() {
     ((SECONDS < deadline)) || return 1
     read -r -t 0.1 -u "$never" || true
   done
+  # Before its vCPU runs, SIGTERM ends the task.
+  until cat /proc/"$(pids_of vmm)"/task/*/comm 2>/dev/null | grep -q '^vcpu'; do
+    ((SECONDS < deadline)) || return 1
+    read -r -t 0.1 -u "$never" || true
+  done
   ctr task kill --signal SIGTERM "$name"
   ! grep -q "ready: " $console.out || return 1
   wait_for_console "ready: "
