@@ -22,11 +22,13 @@ PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev 
 # systems; qemu-utils makes their disk images.
 UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 
+# Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).
+DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
-	pods-shim-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1
-SUITES := $(filter-out $(SOAK_SUITES),$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
+	pods-shim-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
+SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.
 PC_SUITES := containers-2.1 disks network pods-2.1 streams-2.1

@@ -5,6 +5,8 @@
 
 # The tasks of VMs write to $console_output and read from the descriptor $console_input.
 console=/run/tmp/console
+# How many seconds wait_for_console waits.
+console_limit=120
 
 # start_vm [OPTION...] -- [WORD...]: starts the VM $name from the image $image as a client in the background, whose pid is
 # $client. The words are the command, `vm` if there are none.
@@ -33,7 +35,7 @@ start_image() {
 
 # wait_for_console PATTERN [COUNT]: waits for COUNT lines that match, 1 if not given.
 wait_for_console() {
-  local deadline=$((SECONDS + 120))
+  local deadline=$((SECONDS + console_limit))
   until (($(grep -c -- "$1" $console.out || true) >= ${2:-1})); do
     if ((SECONDS >= deadline)) || [[ ! -e /proc/$client ]]; then
       echo "not on the console: $1" >&2
@@ -429,6 +431,24 @@ volume_is_the_boot_disk_and_persists() {
     --mount type=bind,src=$volume,dst=/disks/system,options=rbind:rw \
     --annotation io.containerd.nutshell.vm.disk.system=boot
   rm -r $volume $root
+}
+
+# The disk is that of a volume, and its writes end with the task. An image has only one file, but the disk's folder may
+# have more: an overlay hides them.
+disk_boots_and_switches_off() {
+  new_name
+  local disk=$1 folder=/run/tmp/disk file pattern='login: $'
+  [[ ! -e ${disk%.*}.expect ]] || pattern=$(<"${disk%.*}.expect")
+  mkdir -p $folder/{upper,work,volume,root}
+  mount -t overlay -o "lowerdir=$(dirname "$disk"),upperdir=$folder/upper,workdir=$folder/work" overlay $folder/volume
+  for file in $folder/volume/*; do [[ ${file##*/} == "${disk##*/}" ]] || rm -r "$file"; done
+  start_vm --rootfs --memory-limit $((2 << 30)) --cpus 2 --annotation io.containerd.nutshell.vm.disk.system=boot \
+    --mount type=bind,src=$folder/volume,dst=/disks/system,options=rbind:ro $folder/root --
+  wait_for_console "$pattern"
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+  umount $folder/volume
+  rm -r $folder
 }
 
 # With the images vm-raw and vm-zstd.
