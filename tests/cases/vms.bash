@@ -433,6 +433,49 @@ volume_is_the_boot_disk_and_persists() {
   rm -r $volume $root
 }
 
+# Runs the commands of docs/MIGRATE.md literally: the blocks for the shell, then the init container's command. The disk is
+# a chain of two files, and each has a part of the content.
+commands_for_migration_boot_the_disk() {
+  local folder=/run/tmp/migration page=$lab/../../docs/MIGRATE.md command image=debian
+  mkdir -p $folder/{exports,claim,image}
+  cd $folder/exports
+  qemu-img convert -f raw -O qcow2 "$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)" base.qcow2
+  qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 vm1.qcow2
+  # Behind the partition.
+  qemu-io -f qcow2 -c 'write -q -P 0x61 47M 512' vm1.qcow2
+  sed -n '/^```sh$/,/^```$/{/^```/!p}' "$page" >/run/tmp/commands
+  assert_equal 5 "$(wc -l </run/tmp/commands)"
+  bash -e /run/tmp/commands
+  rm base.qcow2 vm1.qcow2
+
+  new_name
+  readarray -t command < <(sed -n 's/^    command: \(\["sh".*\)/\1/p' "$page" | python3 -c '
+import json, sys
+print("\n".join(json.load(sys.stdin)))')
+  assert_equal 3 "${#command[@]}"
+  nutshell "$name" --rm --mount "type=bind,src=$PWD,dst=/source,options=rbind:ro" \
+    --mount "type=bind,src=$folder/claim,dst=/disks/system,options=rbind:rw" -- "${command[@]}"
+  assert_equal disk.img "$(ls $folder/claim)"
+  new_name
+  start_vm --rootfs --mount type=bind,src=$folder/claim,dst=/disks/system,options=rbind:rw \
+    --annotation io.containerd.nutshell.vm.disk.system=boot $folder/image --
+  wait_for_console "ready: "
+  assert_equal aaaa "$(in_guest 'dd if=/dev/vda bs=1M skip=47 count=1 2>/dev/null | head -c 4; echo')"
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+
+  mkdir $folder/image/disk
+  mv vm1-disk.qcow2 $folder/image/disk/
+  new_name
+  start_vm --rootfs $folder/image --
+  wait_for_console "ready: "
+  assert_equal aaaa "$(in_guest 'dd if=/dev/vda bs=1M skip=47 count=1 2>/dev/null | head -c 4; echo')"
+  ctr task kill --signal SIGTERM "$name"
+  end_vm 0
+  cd /
+  rm -r $folder /run/tmp/commands
+}
+
 # The disk is that of a volume, and its writes end with the task. An image has only one file, but the disk's folder may
 # have more: an overlay hides them.
 disk_boots_and_switches_off() {
@@ -460,7 +503,7 @@ vm_cases() {
   check "volumes are disks, seed and shared folders" volumes_are_disks_seed_and_shared_folders
 }
 
-# With the image vm-qcow2 too.
+# With the images debian and vm-qcow2 too.
 more_vm_cases() {
   check "raw disk boots" raw_disk_boots
   check "qcow2 disk with zlib boots" qcow2_disk_with_zlib_boots
@@ -473,4 +516,5 @@ more_vm_cases() {
   check "full snapshot is only an I/O error in the guest" full_snapshot_is_only_an_io_error_in_the_guest
   check "volume is the boot disk and persists" volume_is_the_boot_disk_and_persists
   check "block device is a disk, and disks grow while the guest runs" block_device_is_a_disk_and_disks_grow_while_the_guest_runs
+  check "commands for migration boot the disk" commands_for_migration_boot_the_disk
 }

@@ -7,7 +7,7 @@ source "$(dirname "$0")/../cases/vms.bash"
 
 "$(dirname "$0")/../lab/need" qemu-utils
 kernels=$("$(dirname "$0")/../pc/kernels")
-set_up_containerd 2.1 vm-raw vm-qcow2 vm-zstd
+set_up_containerd 2.1 debian vm-raw vm-qcow2 vm-zstd
 snapshotter=overlayfs
 
 vm_cases
