@@ -28,7 +28,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::PathBuf,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, atomic::Ordering},
     time::Duration,
 };
 
@@ -162,6 +162,7 @@ impl Machine {
                     booted_at: spawned_at,
                 };
                 let (state, agent) = (Arc::new(MachineState::new()), Agent::absent());
+                state.awaits_boot.store(true, Ordering::SeqCst);
                 let agent_end = std::future::pending();
                 Ok(Self::spawn_monitor(
                     child,
@@ -194,7 +195,9 @@ impl Machine {
             let sent = self.control.send(&command, &descriptors).await;
             sent.map_err(|error| error.to_string())
         };
-        match sent.await {
+        let sent = sent.await;
+        self.state.awaits_boot.store(false, Ordering::SeqCst);
+        match sent {
             Ok(()) => tokio::select! {
                 biased;
                 exit = self.ended() => return Err(exit),
@@ -325,11 +328,11 @@ impl Machine {
             return Err(ControlError::Closed.into());
         }
         let answer = async {
-            self.control.send(&Command::ReadStatistics, &[]).await?;
-            receiver.await.map_err(|_| ControlError::Closed)
+            self.query(&Command::ReadStatistics).await?;
+            receiver.await.map_err(|_| VmmError::from(ControlError::Closed))
         };
         let answer = tokio::time::timeout(STATISTICS_TIMEOUT, answer).await;
-        Ok(answer.map_err(|_| VmmError::Timeout(STATISTICS_TIMEOUT))??)
+        answer.map_err(|_| VmmError::Timeout(STATISTICS_TIMEOUT))?
     }
 
     /// The file of the host behind the disk with this serial.
@@ -565,7 +568,7 @@ impl Machine {
         let (sender, receiver) = oneshot::channel();
         self.state.console_requests.lock().push(sender);
         let answer = async {
-            self.control.send(&Command::ReadConsole, &[]).await.ok()?;
+            self.query(&Command::ReadConsole).await.ok()?;
             receiver.await.ok()
         };
         let console = tokio::time::timeout(CONSOLE_TIMEOUT, answer).await;

@@ -6,7 +6,7 @@ use std::{
     future::Future,
     os::fd::OwnedFd,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -80,6 +80,8 @@ pub(super) struct MachineState {
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that boots a user's kernel.
     pub(super) boot_request: Mutex<Option<oneshot::Sender<()>>>,
+    /// The vmm waits for its boot command, which must be the first one.
+    pub(super) awaits_boot: AtomicBool,
     /// The caller that changes the machine's size.
     pub(super) resize_request: Mutex<Option<AnswerSender>>,
     /// How much memory the guest has beyond its boot memory, in bytes, as the vmm reported it when the guest had
@@ -106,6 +108,7 @@ impl MachineState {
             port_requests: Mutex::default(),
             slot_requests: Mutex::default(),
             boot_request: Mutex::default(),
+            awaits_boot: AtomicBool::new(false),
             resize_request: Mutex::default(),
             plugged_memory: watch::Sender::new(None),
             disk_paths: Mutex::default(),

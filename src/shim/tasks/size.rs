@@ -99,7 +99,9 @@ async fn request_size(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> 
     match machine.resize(hotplugged_memory(pod, to), to.vcpus).await {
         Ok(()) => {}
         Err(VmmError::Refused(reason)) => return Err(TaskError::unknown(reason)),
-        Err(error @ VmmError::Timeout(_)) => return Err(TaskError::new(ErrorCode::Unavailable, error.to_string())),
+        Err(error @ (VmmError::Timeout(_) | VmmError::NotStarted)) => {
+            return Err(TaskError::new(ErrorCode::Unavailable, error.to_string()));
+        }
         Err(VmmError::Channel(error)) => return Err(machine_ended(pod, &error).await),
     }
     let request = Request::ResizeMachine {

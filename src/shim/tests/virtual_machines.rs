@@ -66,6 +66,24 @@ async fn kernel_of_the_disk_boots_and_power_off_is_exit_status_0() {
     shim.assert_no_more_events().await;
 }
 
+/// Its vmm waits for the boot command, and ends after another one.
+#[tokio::test]
+async fn report_of_a_created_machine_does_not_end_it() {
+    let shim = Shim::start().await;
+    shim.create_vm("v1", json!({})).await;
+
+    let report = shim.tasks.full_report().await;
+
+    let error = report.containers[0].machine.devices_error.as_deref();
+    assert_eq!(error, Some("the machine has not been started"));
+    assert_eq!(shim.status("v1").await, Status::CREATED);
+    shim.start_task("v1", "").await.unwrap();
+    let report = shim.tasks.full_report().await;
+    assert_eq!(report.containers[0].machine.devices_error, None);
+    shim.kill("v1", "", 9).await.unwrap();
+    shim.wait("v1", "").await.unwrap();
+}
+
 #[tokio::test]
 async fn reset_boots_again_with_the_kernel_that_is_on_the_disk_then() {
     let mut shim = Shim::start().await;

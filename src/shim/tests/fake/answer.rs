@@ -8,7 +8,10 @@ use nutshell_protocol::{
 };
 
 use super::{Fake, exit_event, missing_program};
-use crate::shim::tests::behaviour::Behaviour;
+use crate::{
+    control::{DeviceCounters, MachineStatistics, monotonic_now},
+    shim::tests::behaviour::Behaviour,
+};
 
 impl Fake {
     pub(super) fn answer(&self, request: Request) -> (Result<Response, Failure>, Option<Event>) {
@@ -108,5 +111,21 @@ impl Fake {
             }
             _ => (Ok(Response::Done), None),
         }
+    }
+}
+
+/// The devices of a fake machine.
+pub(super) fn statistics() -> MachineStatistics {
+    let device = |name: &str, requests| DeviceCounters {
+        name: name.to_owned(),
+        requests,
+        errors: 1,
+        bytes_to_guest: 4096,
+        ..DeviceCounters::default()
+    };
+    MachineStatistics {
+        devices: vec![device("vsock", 9), device("nutshell-0", 7), device("\x1b[31mred", 0)],
+        ready: Some(monotonic_now()),
+        kernel: None,
     }
 }

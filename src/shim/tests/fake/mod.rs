@@ -5,7 +5,7 @@ mod answer;
 mod guest_agent;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::{self, Read, Write},
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -21,12 +21,10 @@ use nutshell_protocol::{
     Reply, Request, Stdio as Ports, ToAgent, encode,
 };
 
+use self::answer::statistics;
 use super::behaviour::Behaviour;
 use crate::{
-    control::{
-        Channel, Command, ControlError, DeviceCounters, EndReason, Extent, MachineStatistics, Notice, Software,
-        monotonic_now,
-    },
+    control::{Channel, Command, ControlError, EndReason, Extent, Notice, Software, monotonic_now},
     guest_image::GuestImage,
     shim::{
         child::Child,
@@ -57,6 +55,8 @@ struct State {
     agents_control: Option<Arc<Channel>>,
     /// That of the newest machine.
     control: Option<Arc<Channel>>,
+    /// The addresses of the channels of machines that have booted.
+    booted: HashSet<usize>,
     pid: u32,
     /// Neither vmm nor guest react to anything, as after SIGSTOP.
     is_stopped: bool,
@@ -80,22 +80,6 @@ struct State {
     is_guest_agent_open: bool,
     /// The requested sizes: MiB beyond the boot size, and vCPUs.
     resizes: Vec<(u64, u8)>,
-}
-
-/// The devices of a fake machine.
-fn statistics() -> MachineStatistics {
-    let device = |name: &str, requests| DeviceCounters {
-        name: name.to_owned(),
-        requests,
-        errors: 1,
-        bytes_to_guest: 4096,
-        ..DeviceCounters::default()
-    };
-    MachineStatistics {
-        devices: vec![device("vsock", 9), device("nutshell-0", 7), device("\x1b[31mred", 0)],
-        ready: Some(monotonic_now()),
-        kernel: None,
-    }
 }
 
 impl FakeLauncher {
@@ -242,6 +226,9 @@ impl Fake {
     }
 
     fn execute(self: &Arc<Self>, control: &Arc<Channel>, command: Command, descriptors: Vec<OwnedFd>) {
+        if matches!(command, Command::Boot(..)) {
+            self.state().booted.insert(Arc::as_ptr(control).addr());
+        }
         match command {
             Command::Boot(
                 _,
@@ -306,7 +293,11 @@ impl Fake {
                 let open = self.state().is_guest_agent_open;
                 notify(control, &Notice::GuestAgentPort { open });
             }
-            Command::ReadStatistics => notify(control, &Notice::Statistics(statistics())),
+            Command::ReadStatistics => {
+                // Another first command than Boot ends a vmm.
+                assert!(self.state().booted.contains(&Arc::as_ptr(control).addr()));
+                notify(control, &Notice::Statistics(statistics()));
+            }
             Command::ReadConsole => notify(control, &Notice::Console(b"Linux version\nno init\n".to_vec())),
             Command::PlugDisk { slot, .. } => {
                 assert_eq!(descriptors.len(), 1);
