@@ -1,6 +1,6 @@
 //! The state of the guest agent's port, which only the vmm knows.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use tokio::sync::oneshot;
 
@@ -11,6 +11,14 @@ use crate::control::{Command, ControlError};
 const PORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Machine {
+    /// Sends a command that asks for something, unless the vmm waits for its boot command: another one would end it.
+    pub(super) async fn query(&self, command: &Command) -> Result<(), VmmError> {
+        match self.state.awaits_boot.load(Ordering::SeqCst) {
+            true => Err(VmmError::NotStarted),
+            false => Ok(self.control.send(command, &[]).await?),
+        }
+    }
+
     /// Asks the vmm whether a program in the guest has the port of the guest agent open.
     ///
     /// # Errors

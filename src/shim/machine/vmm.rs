@@ -1,10 +1,9 @@
 //! The start of the vmm process.
 
-use std::{io, os::fd::OwnedFd, process::Stdio, sync::atomic::Ordering, time::Duration};
+use std::{io, os::fd::OwnedFd, process::Stdio, time::Duration};
 
-use super::Machine;
 use crate::{
-    control::{Channel, Command, ControlError, monotonic_now},
+    control::{Channel, ControlError, monotonic_now},
     jail,
     shim::child::Child,
     vmm,
@@ -35,16 +34,6 @@ pub(crate) enum VmmError {
     Timeout(Duration),
     #[error("the machine has not been started")]
     NotStarted,
-}
-
-impl Machine {
-    /// Sends a command that asks for something, unless the vmm waits for its boot command: another one would end it.
-    pub(super) async fn query(&self, command: &Command) -> Result<(), VmmError> {
-        match self.state.awaits_boot.load(Ordering::SeqCst) {
-            true => Err(VmmError::NotStarted),
-            false => Ok(self.control.send(command, &[]).await?),
-        }
-    }
 }
 
 impl VmmProcess {

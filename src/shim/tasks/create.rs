@@ -13,10 +13,9 @@ use super::{
     agent_call::{call_agent, machine_ended},
     container::{Container, Role, SandboxApi, lifecycle::Phase},
     delete::remove_from_guest,
-    host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
+    host_setup::{CREATE_CONTEXT, admit, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
     limits::CREATE_LIMIT,
     table::Tasks,
-    virtual_machine::create::admit,
 };
 use crate::{
     oci::{

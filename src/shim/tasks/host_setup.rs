@@ -11,7 +11,9 @@ use crate::{
     oci::{ContainerId, Hooks, Network, PlanError},
     shim::{
         error::{ErrorCode, TaskError},
-        pod::{NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace},
+        pod::{
+            Admission, Creation, NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace,
+        },
         record::ResourceRecord,
         vm::VmError,
     },
@@ -136,4 +138,22 @@ pub(super) async fn run_create_hooks(container: &Container) -> Result<(), TaskEr
             .map_err(|error| TaskError::unknown(error.to_string()))?;
     }
     Ok(())
+}
+
+/// Permits a creation in the pod of a sandbox.
+///
+/// # Errors
+///
+/// Another creation that is in progress there excludes it.
+pub(super) fn admit(pod: &Pod, creation: Creation) -> Result<Admission, TaskError> {
+    pod.admit(creation).map_err(|other| {
+        let text = match other {
+            Creation::VirtualMachine => "a virtual machine is being created in this pod, which runs no other container",
+            Creation::Container => {
+                "a virtual machine needs a pod for itself, and a container is being created in this one: remove sidecars, \
+                 or run them as init containers"
+            }
+        };
+        TaskError::new(ErrorCode::FailedPrecondition, text)
+    })
 }

@@ -12,7 +12,7 @@ use crate::{
             Tasks,
             container::{Container, Role},
             create::CreateRequest,
-            host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, run_create_hooks, vm_error},
+            host_setup::{CREATE_CONTEXT, admit, assign_host_pid, create_error, run_create_hooks, vm_error},
             limits::DRAIN_LIMIT,
         },
         vm::{VirtualMachine, VmError, VmFiles},
@@ -163,24 +163,6 @@ impl Tasks {
             }
         }
     }
-}
-
-/// Permits a creation in the pod of a sandbox.
-///
-/// # Errors
-///
-/// Another creation that is in progress there excludes it.
-pub(in crate::shim::tasks) fn admit(pod: &Pod, creation: Creation) -> Result<Admission, TaskError> {
-    pod.admit(creation).map_err(|other| {
-        let text = match other {
-            Creation::VirtualMachine => "a virtual machine is being created in this pod, which runs no other container",
-            Creation::Container => {
-                "a virtual machine needs a pod for itself, and a container is being created in this one: remove sidecars, \
-                 or run them as init containers"
-            }
-        };
-        TaskError::new(ErrorCode::FailedPrecondition, text)
-    })
 }
 
 /// Opens the console, creates the host pid, and runs the hooks.

@@ -6,5 +6,5 @@
 pub(super) mod agent_exec;
 mod boots;
 pub(super) mod calls;
-pub(super) mod create;
+mod create;
 pub(super) mod exec;
