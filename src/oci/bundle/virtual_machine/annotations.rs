@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::oci::{DataSource, DiskContent, OnReboot, PlanError, VmExec, VmKernel};
+use crate::oci::{DataSource, DiskContent, DiskName, OnReboot, PlanError, VmExec, VmKernel};
 
 /// Their prefix.
 const PREFIX: &str = "io.containerd.nutshell.vm.";
@@ -93,6 +93,15 @@ impl Annotations {
             }
         }
         Ok(())
+    }
+
+    /// The annotation for a disk, or the default.
+    pub(super) fn disk(&self, name: &DiskName) -> DiskAnnotation {
+        self.disks.get(name.as_str()).copied().unwrap_or(DiskAnnotation {
+            read_only: false,
+            boot: false,
+            content: DiskContent::Detected,
+        })
     }
 
     /// Whether the image needs no disk.

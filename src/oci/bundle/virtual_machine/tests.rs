@@ -309,6 +309,34 @@ fn block_device_is_a_disk_if_its_rule_allows_it() {
 }
 
 #[test]
+fn block_device_can_be_the_boot_disk_or_read_only_but_not_ephemeral_or_blank() {
+    let mut spec = spec(&["vm"]);
+    spec["linux"]["devices"] = json!([{"path": "/dev/db", "type": "b", "major": 253, "minor": 7}]);
+    spec["linux"]["resources"]["devices"] =
+        json!([{"allow": true, "type": "b", "major": 253, "minor": 7, "access": "rwm"}]);
+    for (annotation, expected) in [
+        ("boot", Some((true, false))),
+        ("ro", Some((false, true))),
+        ("boot,ro", Some((true, true))),
+        ("ephemeral", None),
+        ("blank,size=10Mi", None),
+    ] {
+        spec["annotations"] = json!({"io.containerd.nutshell.vm.disk.db": annotation});
+        match (planned(&spec), expected) {
+            (Ok(plan), Some(expected)) => {
+                assert_eq!(
+                    (plan.disks[0].is_boot_disk, plan.disks[0].read_only),
+                    expected,
+                    "{annotation}"
+                );
+            }
+            (Err(error), None) => assert!(error.contains("/dev/db: a block device"), "{annotation}: {error}"),
+            (result, _) => panic!("{annotation}: {result:?}"),
+        }
+    }
+}
+
+#[test]
 fn configuration_of_the_host_can_refuse_virtual_machines_and_limit_their_disks() {
     let mut spec = spec(&["vm"]);
     spec["mounts"] = json!([bind("/disks/a", "/v", &[]), bind("/disks/b", "/v", &[])]);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, Mount};
 
-use super::annotations::{Annotations, DiskAnnotation, KERNEL_MOUNT};
+use super::annotations::{Annotations, KERNEL_MOUNT};
 use crate::oci::{
     DiskContent, DiskName, DiskSource, Inspect, PlanError, ReadOnly, Share, SourceKind, VmDisk, VmSeed,
     bundle::{
@@ -53,7 +53,7 @@ impl Volumes {
             volumes.add_mount(mount, annotations, inspect)?;
         }
         for device in linux.devices().iter().flatten() {
-            volumes.add_device(device, linux)?;
+            volumes.add_device(device, linux, annotations)?;
         }
         annotations.check_disks(volumes.disks.iter().map(|disk| disk.name.as_str()))?;
         if volumes.disks.len() > max_disks {
@@ -101,11 +101,7 @@ impl Volumes {
                 .to_string_lossy()
                 .parse()
                 .map_err(|reason: String| PlanError::invalid(field_name(mount), reason))?;
-            let annotation = annotations.disks.get(name.as_str()).copied().unwrap_or(DiskAnnotation {
-                read_only: false,
-                boot: false,
-                content: DiskContent::Detected,
-            });
+            let annotation = annotations.disk(&name);
             self.disks.push(VmDisk {
                 name,
                 source: DiskSource::Volume {
@@ -123,7 +119,12 @@ impl Volumes {
     }
 
     /// Adds a block device of the pod (`volumeDevices`). Its name is the last part of its path.
-    fn add_device(&mut self, device: &LinuxDevice, linux: &Linux) -> Result<(), PlanError> {
+    fn add_device(
+        &mut self,
+        device: &LinuxDevice,
+        linux: &Linux,
+        annotations: &Annotations,
+    ) -> Result<(), PlanError> {
         let field = || format!("linux.devices: {}", device.path().display());
         let access = allowed_access(linux, device);
         // The spec of a privileged container lists all devices of the host. Those of the pod have rules of their own.
@@ -150,11 +151,21 @@ impl Volumes {
                 "linux.resources.devices does not allow access to it",
             ));
         }
+        let annotation = annotations.disk(&name);
+        if annotation.content != DiskContent::Detected {
+            return Err(PlanError::invalid(
+                field(),
+                format!(
+                    "a block device is a raw disk that is written: the annotation for {} can only be `boot` and `ro`",
+                    name.as_str()
+                ),
+            ));
+        }
         self.disks.push(VmDisk {
             name,
             source: DiskSource::BlockDevice { major, minor },
-            read_only: !access.contains('w'),
-            is_boot_disk: false,
+            read_only: annotation.read_only || !access.contains('w'),
+            is_boot_disk: annotation.boot,
         });
         Ok(())
     }
