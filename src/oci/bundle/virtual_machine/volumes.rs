@@ -119,12 +119,7 @@ impl Volumes {
     }
 
     /// Adds a block device of the pod (`volumeDevices`). Its name is the last part of its path.
-    fn add_device(
-        &mut self,
-        device: &LinuxDevice,
-        linux: &Linux,
-        annotations: &Annotations,
-    ) -> Result<(), PlanError> {
+    fn add_device(&mut self, device: &LinuxDevice, linux: &Linux, annotations: &Annotations) -> Result<(), PlanError> {
         let field = || format!("linux.devices: {}", device.path().display());
         let access = allowed_access(linux, device);
         // The spec of a privileged container lists all devices of the host. Those of the pod have rules of their own.
