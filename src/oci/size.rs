@@ -53,6 +53,8 @@ const HOST_OVERHEAD_DIVISOR: u64 = 256;
 const ALIGNMENT: u64 = 2 << 20;
 
 const VCPUS_ANNOTATION: &str = "io.containerd.nutshell.vcpus";
+const VM_MAX_MEMORY_ANNOTATION: &str = "io.containerd.nutshell.vm.max-memory";
+const VM_MAX_VCPUS_ANNOTATION: &str = "io.containerd.nutshell.vm.max-vcpus";
 const MEMORY_ANNOTATION: &str = "io.containerd.nutshell.memory_mib";
 
 /// The size of a machine.
@@ -61,6 +63,14 @@ pub(crate) struct Size {
     /// Guest memory in bytes, a multiple of 2 MiB, overhead included.
     pub(crate) memory: u64,
     pub(crate) vcpus: u8,
+}
+
+/// The maxima that a virtual machine's annotations request. `None` means that it does not grow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct VmGrowth {
+    /// In bytes.
+    pub(super) max_memory: Option<u64>,
+    pub(super) max_vcpus: Option<u8>,
 }
 
 /// Defaults and maxima from the host's configuration.
@@ -102,18 +112,43 @@ impl Sizing {
         })
     }
 
-    /// The size of a virtual machine that boots a user's disk: its memory limit is the memory that the guest has.
+    /// The size of a virtual machine that boots a user's disk: its memory limit is the memory that the guest has. It boots
+    /// with all vCPUs.
     pub(super) fn size_for_virtual_machine(
         &self,
         annotations: &HashMap<String, String>,
         limits: Limits,
-    ) -> Result<Size, PlanError> {
+        growth: VmGrowth,
+    ) -> Result<PodSize, PlanError> {
         let size = self.size_for_container(annotations, limits)?;
         let memory = match limits.memory {
             Some(limit) if !annotations.contains_key(MEMORY_ANNOTATION) => self.bound_memory(limit),
             _ => size.memory,
         };
-        Ok(Size { memory, ..size })
+        let vcpus = match growth.max_vcpus {
+            None => size.vcpus,
+            Some(vcpus) => {
+                check_bounds(
+                    VM_MAX_VCPUS_ANNOTATION,
+                    vcpus.into(),
+                    size.vcpus.into(),
+                    self.max_vcpus.into(),
+                )?;
+                vcpus
+            }
+        };
+        let max_memory = match growth.max_memory {
+            None => memory,
+            Some(max) => {
+                check_bounds(VM_MAX_MEMORY_ANNOTATION, max, memory, self.max_memory)?;
+                self.bound_memory(max)
+            }
+        };
+        let with_memory = |memory| Size { memory, vcpus };
+        Ok(PodSize {
+            boot: with_memory(memory),
+            max: with_memory(max_memory),
+        })
     }
 
     /// Rounds `memory` up to a possible size.
@@ -193,6 +228,32 @@ impl PodSize {
                 .unwrap_or(u8::MAX)
                 .clamp(self.boot.vcpus, self.max.vcpus),
         }
+    }
+
+    /// The memory of a virtual machine after an update to `limits`, in bytes. Without a memory limit, it has all that it
+    /// can have.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot have this size. The text names the limit and the annotation that would allow it.
+    pub(crate) fn memory_of_virtual_machine(&self, limits: Limits) -> Result<u64, String> {
+        if let Some(vcpus) = vcpus_for(limits).filter(|vcpus| *vcpus > self.boot.vcpus.into()) {
+            return Err(format!(
+                "the CPU limit needs {vcpus} vCPUs, but the virtual machine has {}: request more at its start by the \
+                 annotation {VM_MAX_VCPUS_ANNOTATION}",
+                self.boot.vcpus
+            ));
+        }
+        let memory = limits.memory.unwrap_or(self.max.memory);
+        if memory > self.max.memory {
+            return Err(format!(
+                "the memory limit of {} MiB exceeds {} MiB, the maximum of the virtual machine: request more at its start \
+                 by the annotation {VM_MAX_MEMORY_ANNOTATION}",
+                memory >> 20,
+                self.max.memory >> 20
+            ));
+        }
+        Ok(memory.next_multiple_of(ALIGNMENT).max(MIN_MEMORY).min(self.max.memory))
     }
 
     fn max_memory_within(&self, cgroup_limit: Option<u64>) -> u64 {
@@ -289,8 +350,10 @@ mod tests {
         ] {
             let pairs = annotation.map(|value| (MEMORY_ANNOTATION, value));
             let annotations = annotations(pairs.as_slice());
-            let size = SIZING.size_for_virtual_machine(&annotations, limits).unwrap();
-            assert_eq!(size.memory, memory, "{limits:?} {annotation:?}");
+            let size = SIZING
+                .size_for_virtual_machine(&annotations, limits, VmGrowth::default())
+                .unwrap();
+            assert_eq!(size.boot.memory, memory, "{limits:?} {annotation:?}");
         }
     }
 
@@ -306,6 +369,85 @@ mod tests {
         assert_eq!((size.max.memory, size.max.vcpus), (8192 * MIB, 8));
         let unlimited = annotations(&[("io.kubernetes.cri.sandbox-memory", "0")]);
         assert_eq!(size_for_pod(&unlimited).unwrap().boot.memory, DEFAULT_MEMORY);
+    }
+
+    #[test]
+    fn virtual_machine_grows_up_to_its_annotations() {
+        let limits = |memory: u64, millicpus| Limits {
+            memory: Some(memory * MIB),
+            millicpus: Some(millicpus),
+        };
+        let size = |growth| SIZING.size_for_virtual_machine(&HashMap::new(), limits(1024, 1500), growth);
+        let fixed = size(VmGrowth::default()).unwrap();
+        assert_eq!(
+            fixed,
+            PodSize::fixed(Size {
+                memory: 1024 * MIB,
+                vcpus: 2
+            })
+        );
+        let growing = size(VmGrowth {
+            max_memory: Some(2048 * MIB),
+            max_vcpus: Some(4),
+        });
+        let growing = growing.unwrap();
+        assert_eq!((growing.boot.memory, growing.max.memory), (1024 * MIB, 2048 * MIB));
+        assert_eq!((growing.boot.vcpus, growing.max.vcpus), (4, 4));
+
+        for (size, limits, expected) in [
+            (growing, limits(2048, 4000), Ok(2048 * MIB)),
+            (growing, limits(1025, 1), Ok(1026 * MIB)),
+            (growing, limits(2050, 1), Err("exceeds 2048 MiB, the maximum")),
+            (
+                growing,
+                limits(1024, 4001),
+                Err("needs 5 vCPUs, but the virtual machine has 4"),
+            ),
+            (
+                fixed,
+                limits(1026, 1),
+                Err("annotation io.containerd.nutshell.vm.max-memory"),
+            ),
+        ] {
+            match (size.memory_of_virtual_machine(limits), expected) {
+                (Ok(memory), Ok(expected)) => assert_eq!(memory, expected),
+                (Err(text), Err(expected)) => assert!(text.contains(expected), "{text}"),
+                (found, expected) => panic!("{found:?} instead of {expected:?}"),
+            }
+        }
+        for (growth, name) in [
+            (
+                VmGrowth {
+                    max_memory: Some(512 * MIB),
+                    max_vcpus: None,
+                },
+                "max-memory",
+            ),
+            (
+                VmGrowth {
+                    max_memory: Some(u64::MAX / 2),
+                    max_vcpus: None,
+                },
+                "max-memory",
+            ),
+            (
+                VmGrowth {
+                    max_memory: None,
+                    max_vcpus: Some(1),
+                },
+                "max-vcpus",
+            ),
+            (
+                VmGrowth {
+                    max_memory: None,
+                    max_vcpus: Some(255),
+                },
+                "max-vcpus",
+            ),
+        ] {
+            let error = size(growth).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+        }
     }
 
     #[test]

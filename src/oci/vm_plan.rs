@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, str::FromStr};
 
-use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, Share, Size};
+use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, PodSize, Share};
 
 /// The maximum length of a disk's name in bytes: that of its serial (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
 const MAX_DISK_NAME: usize = 20;
@@ -33,7 +33,7 @@ pub(crate) struct VmPlan {
     pub(crate) hostname: Option<String>,
     /// The file of the host with the DNS servers that the guest is told.
     pub(crate) resolv_conf: Option<PathBuf>,
-    pub(crate) size: Size,
+    pub(crate) size: PodSize,
     /// The limits of the container, from which `size` is.
     pub(crate) limits: Limits,
     /// The control group of the machine on the host. `None`: that of the shim.

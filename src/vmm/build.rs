@@ -65,8 +65,9 @@ pub(super) fn start(
         file_server,
         disks,
     } = resources;
+    let is_users_kernel = matches!(software, SoftwareResources::User { .. });
     // The disks of containers belong to snapshotters, which do not extend them.
-    let disks_may_grow = matches!(software, SoftwareResources::User { .. });
+    let disks_may_grow = is_users_kernel;
     let memory = GuestMemory::new(allocate(config.memory, config.file_server)?);
     let vm = Vm::new(kvm, memory.regions())?;
     let Platform {
@@ -86,7 +87,10 @@ pub(super) fn start(
     let network_slots = (0..NETWORK_SLOTS)
         .map(|_| board.reserve_slot())
         .collect::<Result<Vec<_>, _>>()?;
-    let growth = Growth::new(&config, board.reserve_slot()?)?;
+    let mut growth = Growth::new(&config, board.reserve_slot()?)?;
+    if is_users_kernel && config.max_memory > config.memory {
+        growth.plug_at_boot()?;
+    }
     let hotplug_disks = (0..config.hotplug_disks)
         .map(|_| board.reserve_slot())
         .collect::<Result<Vec<_>, _>>()?;

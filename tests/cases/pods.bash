@@ -51,6 +51,7 @@ disk_cases() {
 vm_cases() {
   pod "virtual machine has the pod's network and volumes" vms::machine_has_the_pods_network_and_volumes
   pod "virtual machine runs execs by its agent" vms::machine_runs_execs_by_its_agent
+  pod "virtual machine follows its memory limit" vms::machine_follows_its_memory_limit
   pod "virtual machine restarts in its pod" vms::machine_restarts_in_its_pod
   pod "virtual machine beside a sidecar is refused" vms::machine_beside_a_sidecar_is_refused
 }

@@ -150,6 +150,8 @@ pub(crate) struct UserBootRequest {
     /// `/dev/kvm`.
     pub(crate) kvm: OwnedFd,
     pub(crate) size: Size,
+    /// The maximum memory in bytes, including that of `size`.
+    pub(crate) max_memory: u64,
     /// The whole file.
     pub(crate) kernel: File,
     /// The whole file.
@@ -187,7 +189,7 @@ impl UserBootRequest {
         };
         let machine = MachineConfig {
             memory: self.size.memory,
-            max_memory: self.size.memory,
+            max_memory: self.max_memory,
             vcpus: self.size.vcpus,
             max_vcpus: self.size.vcpus,
             file_server: self.file_server.is_some(),
@@ -383,6 +385,7 @@ mod tests {
             let request = UserBootRequest {
                 kvm: null().into(),
                 size: SIZE,
+                max_memory: 4 << 20,
                 kernel: null(),
                 initramfs: has_initramfs.then(null),
                 command_line: "console=ttyS0".to_owned(),
@@ -427,6 +430,7 @@ mod tests {
                 access: copy_on_write,
             };
             assert_eq!(machine.disks, [root]);
+            assert_eq!((machine.memory, machine.max_memory), (2 << 20, 4 << 20));
             assert_eq!((initramfs.is_some(), console_input), (has_initramfs, has_console));
             assert_eq!(guest_agent, has_console);
             assert_eq!(links, std::slice::from_ref(&link));

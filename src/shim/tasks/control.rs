@@ -17,7 +17,7 @@ use super::{
     table::Tasks,
     virtual_machine::{
         agent_exec::resize_exec_by_agent,
-        calls::{signal_virtual_machine, virtual_machine_stats},
+        calls::{set_limits_of_virtual_machine, signal_virtual_machine, virtual_machine_stats},
         exec::signal_exec_in_virtual_machine,
     },
 };
@@ -231,15 +231,13 @@ impl Tasks {
         let _lock = container.update_lock.lock().await;
         let before = container.limits();
         let after = before.with_update(&resources);
-        if container.virtual_machine.is_some() {
+        if let Some(machine) = &container.virtual_machine {
             // Other limits, such as the CPUs that may be used, are those of the control group on the host.
-            return match after == before {
-                true => Ok(()),
-                false => Err(TaskError::new(
-                    ErrorCode::Unimplemented,
-                    "the memory and the vCPUs of a virtual machine with a user's kernel cannot be changed",
-                )),
-            };
+            if after != before {
+                set_limits_of_virtual_machine(machine, after).await?;
+                container.set_limits(after);
+            }
+            return Ok(());
         }
         // The machine grows before the limits in the guest do, and shrinks after them.
         container.set_limits(before.max(after));
@@ -267,8 +265,8 @@ impl Tasks {
         if container.is_sandbox() {
             return Ok(ContainerStats::default());
         }
-        if container.virtual_machine.is_some() {
-            return virtual_machine_stats(&container);
+        if let Some(machine) = &container.virtual_machine {
+            return virtual_machine_stats(&container, machine);
         }
         let request = Request::Stats {
             container: container.id.to_string(),

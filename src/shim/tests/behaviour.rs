@@ -21,6 +21,8 @@ pub(super) enum Behaviour {
     IgnoresPowerButton,
     /// It cannot grow.
     CannotGrow,
+    /// Its guest takes no memory.
+    NeverPlugs,
     /// It does not answer questions about its devices.
     NoStatistics,
     /// It reports no stream as drained before [`Fake::report_drained`](super::fake::Fake::report_drained).

@@ -1,7 +1,8 @@
 //! Virtual machines that boot a user's disk or kernel.
 
 use containerd_shim::protos::{
-    api::{CreateTaskRequest, ResizePtyRequest, Status},
+    api::{CreateTaskRequest, ResizePtyRequest, Status, UpdateTaskRequest},
+    protobuf::well_known_types::any::Any,
     ttrpc::{Code, context},
 };
 use serde_json::{Value, json};
@@ -314,4 +315,66 @@ async fn image_without_a_disk_is_a_container() {
     // Without a file server, the root of a container must be a disk.
     let (_, text) = error_of(shim.task.create(context::Context::default(), &request).await);
     assert!(text.contains("shares no directories"), "{text}");
+}
+
+/// Changes the memory limit of `v1` to so many MiB.
+async fn update_memory(shim: &Shim, mib: u64) -> Result<(), String> {
+    let resources = json!({"memory": {"limit": mib << 20}}).to_string().into_bytes();
+    let request = UpdateTaskRequest {
+        id: "v1".to_owned(),
+        resources: Some(Any {
+            value: resources,
+            ..Any::default()
+        })
+        .into(),
+        ..UpdateTaskRequest::default()
+    };
+    let updated = shim.task.update(context::Context::default(), &request).await;
+    updated.map(drop).map_err(|error| error.to_string())
+}
+
+#[tokio::test]
+async fn update_of_the_memory_limit_changes_the_memory_of_the_guest() {
+    let shim = Shim::start().await;
+    let annotations = json!({
+        "io.containerd.nutshell.memory_mib": "128",
+        "io.containerd.nutshell.vm.max-memory": "512Mi",
+    });
+    shim.create_vm("v1", annotations).await;
+    shim.start_task("v1", "").await.unwrap();
+    let command_line = shim.fake.user_boots(1).await;
+    assert!(
+        command_line.contains("memhp_default_state=online_movable"),
+        "{command_line}"
+    );
+
+    update_memory(&shim, 512).await.unwrap();
+    update_memory(&shim, 256).await.unwrap();
+
+    assert_eq!(shim.fake.resizes(2), [(512 - 128, 1), (256 - 128, 1)]);
+    let error = update_memory(&shim, 514).await.unwrap_err();
+    assert!(error.contains("exceeds 512 MiB, the maximum"), "{error}");
+
+    // After a reboot it has the new size from the start, and has no more to add.
+    shim.fake.end_guest(EndReason::GuestReset);
+    shim.fake.user_boots(2).await;
+    let error = update_memory(&shim, 128).await.unwrap_err();
+    assert!(error.contains("is less than 256 MiB"), "{error}");
+}
+
+#[tokio::test]
+async fn guest_that_takes_no_memory_keeps_its_size_and_fails_the_update() {
+    let shim = Shim::start_with(Behaviour::NeverPlugs).await;
+    let annotations = json!({
+        "io.containerd.nutshell.memory_mib": "128",
+        "io.containerd.nutshell.vm.max-memory": "512Mi",
+    });
+    shim.create_vm("v1", annotations).await;
+    shim.start_task("v1", "").await.unwrap();
+
+    let error = update_memory(&shim, 256).await.unwrap_err();
+
+    assert!(error.contains("did not add the memory within"), "{error}");
+    assert_eq!(shim.fake.resizes(2), [(128, 1), (0, 1)]);
+    assert_eq!(shim.status("v1").await, Status::RUNNING);
 }

@@ -10,6 +10,7 @@ use std::{
     sync::Arc,
 };
 
+use nutshell_protocol::AGENT_DISK;
 use rustix::rand::{GetRandomFlags, getrandom};
 use uuid::Uuid;
 
@@ -96,7 +97,7 @@ impl VmFiles {
                 kernel_arguments = format!("{kernel_arguments} {IGNITION_ARGUMENT}").trim().to_owned();
             }
         }
-        refuse_equal_serials(&disks)?;
+        refuse_equal_serials(&disks, plan.exec.has_agent())?;
         Ok(Self {
             disks,
             kernel: match &plan.kernel {
@@ -119,15 +120,18 @@ impl VmFiles {
 }
 
 /// A guest finds a disk by its serial, and so do messages.
-fn refuse_equal_serials(disks: &[(String, OpenedDisk)]) -> Result<(), VmError> {
+fn refuse_equal_serials(disks: &[(String, OpenedDisk)], has_agent_disk: bool) -> Result<(), VmError> {
     let mut serials = HashSet::new();
-    match disks.iter().find(|(serial, _)| !serials.insert(serial)) {
+    if has_agent_disk {
+        serials.insert(AGENT_DISK);
+    }
+    match disks.iter().find(|(serial, _)| !serials.insert(serial.as_str())) {
         None => Ok(()),
         Some((serial, _)) => Err(VmError::Volume {
             name: serial.clone(),
             reason: format!(
-                "two disks have this name. That of the disk in the image is {IMAGE_DISK}, and that of the seed \
-                 {SEED_DISK}: change the mount's path"
+                "two disks have this name. That of the disk in the image is {IMAGE_DISK}, that of the seed {SEED_DISK}, \
+                 and that of the agent {AGENT_DISK}: change the mount's path"
             ),
         }),
     }

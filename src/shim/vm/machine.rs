@@ -21,9 +21,10 @@ use super::{
     files::VmFiles,
     guest_agent::GuestAgent,
     kernel::{BootFiles, KernelSource, read_disk_kernel},
+    memory::{MachineMemory, MemoryError},
 };
 use crate::{
-    oci::{ContainerId, OnReboot, Size, VmExec},
+    oci::{ContainerId, OnReboot, PodSize, Size, VmExec},
     shim::{
         machine::{Agent, BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
         network::{FindTarget, ForwardTarget, MachineLinks},
@@ -41,6 +42,9 @@ const MAX_QUEUES_PER_LINK: usize = 8;
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
 
+/// The kernel argument by which memory that is added is used (kernel documentation, `admin-guide/kernel-parameters`).
+const ONLINE_MEMORY: &str = "memhp_default_state=online_movable";
+
 /// If a guest resets the machine sooner than this after its start, the next boot is delayed, so that a guest that
 /// reboots in a loop costs the host little.
 const SHORT_RUN: Duration = Duration::from_secs(10);
@@ -53,7 +57,8 @@ const MAX_REBOOT_DELAY: Duration = Duration::from_secs(60);
 /// The virtual machine of a task. It runs in the machine of the pod.
 #[derive(Debug)]
 pub(crate) struct VirtualMachine {
-    size: Size,
+    size: PodSize,
+    memory: MachineMemory,
     on_reboot: OnReboot,
     exec: VmExec,
     /// `None` after [`Self::release`].
@@ -100,9 +105,10 @@ impl RebootPace {
 }
 
 impl VirtualMachine {
-    pub(crate) fn new(size: Size, on_reboot: OnReboot, exec: VmExec, files: VmFiles) -> Self {
+    pub(crate) fn new(size: PodSize, on_reboot: OnReboot, exec: VmExec, files: VmFiles) -> Self {
         Self {
             size,
+            memory: MachineMemory::new(size.boot.memory),
             on_reboot,
             exec,
             files: Mutex::new(Some(Arc::new(files))),
@@ -119,6 +125,26 @@ impl VirtualMachine {
                 last_delay: None,
             }),
         }
+    }
+
+    /// The size with which it boots first, and the largest that it can have.
+    pub(crate) fn size(&self) -> PodSize {
+        self.size
+    }
+
+    /// The size that it has.
+    pub(crate) fn present_size(&self) -> Size {
+        Size {
+            memory: self.memory.present(),
+            ..self.size.boot
+        }
+    }
+
+    /// Gives the guest `memory` bytes, which [`PodSize::memory_of_virtual_machine`] has returned. Returns when its kernel
+    /// has taken or returned the memory. If it does not in time, it keeps the size that it had.
+    pub(crate) async fn set_memory(&self, memory: u64) -> Result<(), MemoryError> {
+        let running = self.running.lock().clone();
+        self.memory.set(running.as_deref(), self.size.boot.vcpus, memory).await
     }
 
     pub(crate) fn on_reboot(&self) -> OnReboot {
@@ -185,7 +211,7 @@ impl VirtualMachine {
     /// `forwarding`, connections to the namespace's loopback interface go to the guest too.
     pub(crate) async fn connect_network(self: &Arc<Self>, namespace: OwnedFd, forwarding: bool) -> Result<(), VmError> {
         if self.links.lock().is_none() {
-            let queues = usize::from(self.size.vcpus).min(MAX_QUEUES_PER_LINK);
+            let queues = usize::from(self.size.boot.vcpus).min(MAX_QUEUES_PER_LINK);
             let mut links = MachineLinks::connect(namespace, queues, &self.files()?.names, forwarding).await?;
             let (weak, address) = (Arc::downgrade(self), links.address());
             let find_target: FindTarget = Arc::new(move || weak.upgrade()?.forward_target(address));
@@ -260,12 +286,22 @@ impl VirtualMachine {
             true => connect_guest_agent().map_err(VmError::GuestAgent)?,
             false => (None, None),
         };
+        let mut arguments = files.kernel_arguments.clone();
+        let memory = self.memory.begin_boot().await;
+        if self.size.max.memory > memory {
+            // Some distributions leave new memory offline. Movable memory can be removed again.
+            arguments = format!("{ONLINE_MEMORY} {arguments}").trim().to_owned();
+        }
         let request = UserBootRequest {
             kvm: launcher.open_kvm().map_err(PodError::from)?,
-            size: self.size,
+            size: Size {
+                memory,
+                ..self.size.boot
+            },
+            max_memory: self.size.max.memory,
             kernel,
             initramfs,
-            command_line: complete_command_line(&command_line, &files.kernel_arguments),
+            command_line: complete_command_line(&command_line, &arguments),
             uuid: files.uuid,
             console_input,
             console_output,
@@ -336,7 +372,7 @@ impl VirtualMachine {
             self.check_wanted()?;
             self.find_kernel(id, &reader, ready_timeout).await?;
         }
-        let machine = pod.prepare_user_machine(launcher, self.size).await?;
+        let machine = pod.prepare_user_machine(launcher, self.size.boot).await?;
         self.check_wanted()?;
         self.boot(id, pod, launcher, &machine).await?;
         Ok(machine)

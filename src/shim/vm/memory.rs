@@ -2,18 +2,24 @@
 
 use std::time::Duration;
 
-use tokio::sync::Mutex;
+use parking_lot::Mutex;
 
 use crate::shim::machine::{Machine, VmmError};
 
 /// How long the guest's kernel may take to add or remove memory.
-const PLUG_LIMIT: Duration = Duration::from_secs(10);
+const PLUG_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
 /// Why the memory cannot be changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
     #[error(transparent)]
     Vmm(#[from] VmmError),
+    #[error(
+        "the limit of {} MiB is less than {} MiB, with which the virtual machine has booted",
+        memory >> 20,
+        booted >> 20
+    )]
+    TooSmall { memory: u64, booted: u64 },
     #[error(
         "the guest's kernel did not {action} the memory within {} s: it needs the driver virtio_mem, and only memory that \
          is not in use can be removed",
@@ -22,48 +28,76 @@ pub(crate) enum MemoryError {
     NotTaken { action: &'static str },
 }
 
-/// The memory of the guest that runs.
-#[derive(Debug, Default)]
+/// The memory of the guest.
+#[derive(Debug)]
 pub(super) struct MachineMemory {
+    /// Serializes changes.
+    changing: tokio::sync::Mutex<()>,
     sizes: Mutex<Sizes>,
 }
 
 /// In bytes.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Sizes {
-    /// The machine never has less.
-    boot: u64,
+    /// The memory with which the running machine has booted. It never has less.
+    booted: u64,
+    /// The memory that it has, and with which it boots next.
     present: u64,
 }
 
 impl MachineMemory {
-    /// Records the size of a machine that has booted.
-    pub(super) fn begin(&self, boot: u64) {
-        // Nothing changes the memory of a machine that is not running yet.
-        if let Ok(mut sizes) = self.sizes.try_lock() {
-            *sizes = Sizes { boot, present: boot };
+    /// The memory of a machine that will boot with `memory` bytes.
+    pub(super) fn new(memory: u64) -> Self {
+        let sizes = Sizes {
+            booted: 0,
+            present: memory,
+        };
+        Self {
+            changing: tokio::sync::Mutex::default(),
+            sizes: Mutex::new(sizes),
         }
     }
 
-    /// Changes the size to `memory` bytes, at least that at boot. Undone if the guest does not take part. Concurrent
+    /// The memory that the guest has, in bytes.
+    pub(super) fn present(&self) -> u64 {
+        self.sizes.lock().present
+    }
+
+    /// Returns the memory with which a machine boots, in bytes.
+    pub(super) async fn begin_boot(&self) -> u64 {
+        let _changing = self.changing.lock().await;
+        let mut sizes = self.sizes.lock();
+        sizes.booted = sizes.present;
+        sizes.present
+    }
+
+    /// Changes the size to `memory` bytes, in the guest too if it runs. Undone if the guest does not take part. Concurrent
     /// calls run one after the other.
-    pub(super) async fn set(&self, machine: &Machine, vcpus: u8, memory: u64) -> Result<(), MemoryError> {
-        let mut sizes = self.sizes.lock().await;
-        let added = |memory: u64| memory.saturating_sub(sizes.boot);
-        if memory == sizes.present {
+    pub(super) async fn set(&self, running: Option<&Machine>, vcpus: u8, memory: u64) -> Result<(), MemoryError> {
+        let _changing = self.changing.lock().await;
+        let Sizes { booted, present } = *self.sizes.lock();
+        if memory == present {
             return Ok(());
         }
-        machine.resize(added(memory), vcpus).await?;
-        let settled = machine.memory_plugged(added(memory));
-        if tokio::time::timeout(PLUG_LIMIT, settled).await.is_err() {
-            // A slow guest could complete the change later, and then have another size than is recorded.
-            if let Err(error) = machine.resize(added(sizes.present), vcpus).await {
-                log::warn!("cannot undo a change of the memory of a virtual machine: {error}");
+        if let Some(machine) = running {
+            let added = |memory: u64| {
+                memory
+                    .checked_sub(booted)
+                    .ok_or(MemoryError::TooSmall { memory, booted })
+            };
+            let (wanted, before) = (added(memory)?, added(present)?);
+            machine.resize(wanted, vcpus).await?;
+            let settled = machine.memory_plugged(wanted);
+            if tokio::time::timeout(PLUG_LIMIT, settled).await.is_err() {
+                // A slow guest could complete the change later, and then have another size than is recorded.
+                if let Err(error) = machine.resize(before, vcpus).await {
+                    log::warn!("cannot undo a change of the memory of a virtual machine: {error}");
+                }
+                let action = if memory > present { "add" } else { "remove" };
+                return Err(MemoryError::NotTaken { action });
             }
-            let action = if memory > sizes.present { "add" } else { "remove" };
-            return Err(MemoryError::NotTaken { action });
         }
-        sizes.present = memory;
+        self.sizes.lock().present = memory;
         Ok(())
     }
 }

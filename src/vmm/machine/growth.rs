@@ -102,6 +102,12 @@ impl Growth {
         })
     }
 
+    /// Plugs the memory device without memory, for a guest that finds devices only at boot. Call it before the guest
+    /// boots.
+    pub(in crate::vmm) fn plug_at_boot(&mut self) -> Result<(), MachineError> {
+        self.plug_device(0)
+    }
+
     /// The kick of the memory device: call [`Self::serve`] when it is readable.
     pub(in crate::vmm) fn kick(&self) -> &EventFd {
         &self.kick

@@ -5,7 +5,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use crate::oci::{DataSource, DiskContent, DiskName, OnReboot, PlanError, VmExec, VmKernel};
+use crate::oci::{DataSource, DiskContent, DiskName, OnReboot, PlanError, VmExec, VmKernel, size::VmGrowth};
 
 /// Their prefix.
 const PREFIX: &str = "io.containerd.nutshell.vm.";
@@ -28,6 +28,7 @@ pub(super) struct Annotations {
     pub(super) kernel_arguments: String,
     pub(super) on_reboot: OnReboot,
     pub(super) exec: VmExec,
+    pub(super) growth: VmGrowth,
     /// `None` means the default.
     pub(super) data_source: Option<DataSource>,
     /// By the name of the disk.
@@ -80,12 +81,17 @@ impl Annotations {
                     }
                 }
             }
+            "max-memory" => self.growth.max_memory = Some(parse_size(value)?),
+            "max-vcpus" => {
+                let vcpus = value.parse().ok().filter(|vcpus| *vcpus > 0);
+                self.growth.max_vcpus = Some(vcpus.ok_or_else(|| format!("{value:?} is not a number from 1 to 255"))?);
+            }
             "datasource" => self.data_source = Some(value.parse()?),
             _ => {
                 let Some(disk) = key.strip_prefix("disk.") else {
                     return Err(
                         "unknown: a virtual machine has the annotations datasource, disk.NAME, exec, initrd, \
-                         kernel, kernel-arguments and on-reboot"
+                         kernel, kernel-arguments, max-memory, max-vcpus and on-reboot"
                             .to_owned(),
                     );
                 };

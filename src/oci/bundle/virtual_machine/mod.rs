@@ -116,7 +116,7 @@ pub(super) fn plan(
         hostname: find_hostname(&spec),
         resolv_conf: find_resolv_conf(mounts),
         limits,
-        size: sizing.size_for_virtual_machine(&annotations, limits)?,
+        size: sizing.size_for_virtual_machine(&annotations, limits, settings.growth)?,
         cgroup: cgroup_path(&linux)?,
         oom_score_adj: process.oom_score_adj().unwrap_or(0),
         hooks: take_host_hooks(&mut spec)?,

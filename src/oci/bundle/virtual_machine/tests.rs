@@ -99,7 +99,7 @@ fn settings_come_from_limits_and_annotations() {
 
     let plan = planned(&spec).unwrap();
 
-    assert_eq!((plan.size.memory, plan.size.vcpus), (1 << 30, 3));
+    assert_eq!((plan.size.boot.memory, plan.size.boot.vcpus), (1 << 30, 3));
     assert_eq!((plan.on_reboot, plan.oom_score_adj), (OnReboot::Exit, 7));
     assert_eq!(plan.kernel_arguments, "systemd.unit=rescue.target");
     assert_eq!((plan.kernel, plan.network), (VmKernel::Disk, Network::Loopback));

@@ -63,18 +63,22 @@ impl Tasks {
                 };
                 virtual_machine.set_agent(Some(agent.clone()));
                 let accepted_at = Instant::now();
-                tokio::spawn({
-                    let (id, agent) = (id.clone(), agent.clone());
-                    async move {
-                        tokio::select! {
-                            ready = agent.ready() => log::info!("task {id}: the agent {} is connected", ready.version),
-                            () = agent.ended() => {}
+                tokio::pin!(end);
+                let mut is_connected = false;
+                loop {
+                    tokio::select! {
+                        reason = &mut end => {
+                            if is_connected && !machine.has_ended() {
+                                log::info!("task {id}: the agent of the guest is disconnected: {reason}");
+                            }
+                            break;
                         }
+                        ready = agent.ready(), if !is_connected => {
+                            log::info!("task {id}: the agent {} of the guest is connected", ready.version);
+                            is_connected = true;
+                        }
+                        _ = machine.ended() => return,
                     }
-                });
-                tokio::select! {
-                    reason = end => log::info!("task {id}: the agent of the guest is disconnected: {reason}"),
-                    _ = machine.ended() => return,
                 }
                 if accepted_at.elapsed() < SHORT_CONNECTION {
                     tokio::select! {

@@ -2,6 +2,7 @@
 
 use nutshell_protocol::ContainerStats;
 
+use crate::oci::Limits;
 use crate::shim::{
     error::{ErrorCode, TaskError},
     tasks::container::{
@@ -45,10 +46,26 @@ pub(in crate::shim::tasks) async fn signal_virtual_machine(
 }
 
 /// Stats: the resource use of the vmm process.
-pub(in crate::shim::tasks) fn virtual_machine_stats(container: &Container) -> Result<ContainerStats, TaskError> {
-    let (pid, size) = (container.pod.machine().pid(), container.pod.current_size());
+pub(in crate::shim::tasks) fn virtual_machine_stats(
+    container: &Container,
+    machine: &VirtualMachine,
+) -> Result<ContainerStats, TaskError> {
+    let (pid, size) = (container.pod.machine().pid(), machine.present_size());
     process_statistics(pid, size).map_err(|error| {
         let text = format!("cannot read the statistics of the vmm process {pid}: {error}");
+        TaskError::new(ErrorCode::FailedPrecondition, text)
+    })
+}
+
+/// Update: changes the memory of the guest. The vCPUs of a virtual machine are those with which it has booted.
+pub(in crate::shim::tasks) async fn set_limits_of_virtual_machine(
+    machine: &VirtualMachine,
+    limits: Limits,
+) -> Result<(), TaskError> {
+    let memory = machine.size().memory_of_virtual_machine(limits);
+    let memory = memory.map_err(|reason| TaskError::new(ErrorCode::FailedPrecondition, reason))?;
+    machine.set_memory(memory).await.map_err(|error| {
+        let text = format!("cannot give the guest {} MiB of memory: {error}", memory >> 20);
         TaskError::new(ErrorCode::FailedPrecondition, text)
     })
 }

@@ -64,7 +64,7 @@ impl Tasks {
         let disk = machine.disk_to_read().map_err(|error| vm_error(&error))?;
         let Placement::Member { sandbox } = &plan.placement else {
             let requirements =
-                PodRequirements::for_virtual_machine(plan.cgroup.as_ref(), plan.oom_score_adj, plan.size, disk)
+                PodRequirements::for_virtual_machine(plan.cgroup.as_ref(), plan.oom_score_adj, plan.size.boot, disk)
                     .map_err(create_error)?;
             let pod = self
                 .start_unwatched_pod(&request.id, request.requested_at, &request.bundle, requirements)
@@ -77,7 +77,7 @@ impl Tasks {
         pod.protect_from_oom(plan.oom_score_adj);
         let installed = match disk {
             Some(disk) => pod.start_disk_reader(self.launcher.as_ref(), disk).await,
-            None => pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await,
+            None => pod.prepare_user_machine(self.launcher.as_ref(), plan.size.boot).await,
         };
         installed.map_err(|error| TaskError::unknown(error.to_string()))?;
         // Start connects the links again, to the machine that boots then.
@@ -150,7 +150,7 @@ impl Tasks {
             prepared?;
             found.map_err(|error| TaskError::unknown(error.to_string()))?;
             if reader.has_agent() {
-                let next = pod.prepare_user_machine(self.launcher.as_ref(), plan.size).await;
+                let next = pod.prepare_user_machine(self.launcher.as_ref(), plan.size.boot).await;
                 next.map_err(|error| TaskError::unknown(error.to_string()))?;
             }
             Ok(())

@@ -316,7 +316,9 @@ impl Fake {
                     return self.changed.notify_all();
                 }
                 notify(control, &Notice::Resized { result: Ok(()) });
-                notify(control, &Notice::MemoryPlugged { bytes: memory });
+                if self.behaviour != Behaviour::NeverPlugs {
+                    notify(control, &Notice::MemoryPlugged { bytes: memory });
+                }
             }
             Command::PlugNetworkDevice { .. } => panic!("unexpected {command:?}"),
         }

@@ -37,6 +37,6 @@ cases! {
     network: pods_reach_each_other_and_the_host names_are_resolved host_ports;
     resources: statistics cgroup_of_both_drivers updated_limits machine_resize growth_under_load;
     disks: attach_and_detach;
-    vms: machine_has_the_pods_network_and_volumes machine_runs_execs_by_its_agent machine_restarts_in_its_pod machine_beside_a_sidecar_is_refused;
+    vms: machine_has_the_pods_network_and_volumes machine_runs_execs_by_its_agent machine_follows_its_memory_limit machine_restarts_in_its_pod machine_beside_a_sidecar_is_refused;
     distribution: image_boots_with_a_seed persistent_root_moves_to_another_pod;
 }

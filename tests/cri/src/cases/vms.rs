@@ -8,8 +8,11 @@ use std::{
 
 use crate::{
     client::call,
-    messages::{ContainerState, Mount, PodState, RemoveContainerRequest},
-    pod::{Container, Handler, Pod, image},
+    messages::{
+        ContainerState, LinuxContainerResources, Mount, PodState, RemoveContainerRequest,
+        UpdateContainerResourcesRequest,
+    },
+    pod::{Container, Handler, Pod, image, resources},
     streaming::{ForwardedPort, Streams},
     wait::{TIMEOUT, wait_until},
 };
@@ -142,6 +145,53 @@ pub(crate) fn machine_runs_execs_by_its_agent(handler: Handler) {
     assert_eq!(lost.exit, Some(137));
     console.send(&format!("(setsid sh -c '{script}' >/agent.log 2>&1 </dev/null &)\n"));
     wait_until("an exec by the next agent", || container.try_exec(&["true"], 10).ok());
+    container.stop(60);
+    assert_eq!(container.status().exit_code, 0);
+    pod.remove();
+}
+
+/// In-place resize: the memory limit of the pod is raised and lowered while the guest runs.
+pub(crate) fn machine_follows_its_memory_limit(handler: Handler) {
+    const MIB: i64 = 1 << 20;
+    let pod = Pod::run_with(handler, |config| {
+        let maximum = ("io.containerd.nutshell.vm.max-memory".into(), "512Mi".into());
+        config.annotations.extend([maximum]);
+    });
+    let container = pod.start_with("vm", &["vm"], |config| {
+        config.image = image(DISK);
+        config.tty = true;
+        config.stdin = true;
+        resources(config).memory_limit_in_bytes = 256 * MIB;
+    });
+    wait_for_output(&container, "ready: ");
+    let update = |mib: i64| {
+        call(&UpdateContainerResourcesRequest {
+            container_id: container.id.clone(),
+            linux: Some(LinuxContainerResources {
+                memory_limit_in_bytes: mib * MIB,
+                ..Default::default()
+            }),
+        })
+    };
+    let mut console = Streams::attach(&container, true);
+    let mut memory = |number: u32| {
+        console.send(&format!(
+            "echo \"memory {number}: $(($(sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo) / 1024)) MiB\"\n"
+        ));
+        console.wait_for(" MiB");
+        let text = std::mem::take(&mut console.stdout);
+        let (_, rest) = text.split_once(&format!("memory {number}: ")).unwrap();
+        rest.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    let before = memory(1);
+    assert!((150..256).contains(&before), "{before}");
+    update(512).unwrap();
+    let grown = memory(2);
+    assert!((before + 240..=before + 256).contains(&grown), "{before} {grown}");
+    let refused = update(1024).unwrap_err().to_string();
+    assert!(refused.contains("exceeds 512 MiB, the maximum"), "{refused}");
+    update(256).unwrap();
+    assert_eq!(memory(3), before);
     container.stop(60);
     assert_eq!(container.status().exit_code, 0);
     pod.remove();

@@ -1,8 +1,7 @@
 //! Pods: `RunPodSandbox` to `RemovePodSandbox`.
 
-use std::collections::HashMap;
-
 use prost::{Enumeration, Message};
+use std::collections::HashMap;
 
 use super::common::{LinuxContainerResources, NamespaceOption};
 
