@@ -6,14 +6,13 @@
 //! `network`, `stdio` and `tasks` use it.
 
 mod agent;
-mod agent_stream;
 mod async_channel;
 mod boot;
 mod clock;
 mod console;
 mod deadline;
 mod exit;
-mod guest_agent_port;
+mod guest_agents;
 mod monitor;
 mod node_settings;
 mod stderr;

@@ -13,8 +13,8 @@ use super::{
     agent_call::{call_agent, machine_ended},
     container::{Container, Role, SandboxApi, lifecycle::Phase},
     delete::remove_from_guest,
-    host_setup::{CREATE_CONTEXT, admit, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
     limits::CREATE_LIMIT,
+    steps::host::{CREATE_CONTEXT, admit, assign_host_pid, create_error, plan_error, run_create_hooks, vm_error},
     table::Tasks,
 };
 use crate::{

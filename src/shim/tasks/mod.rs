@@ -10,7 +10,7 @@
 //! | `container` | one container with its processes, their states and the hooks of its spec |
 //! | `create`, `start`, `control`, `delete` | the calls of the Task service |
 //! | `sandbox` | the sandbox of a pod, and the calls of the Sandbox service |
-//! | `host_setup`, `guest_setup` | steps that containers and sandboxes have in common |
+//! | `steps` | steps that several calls have in common |
 //! | `virtual_machine` | the calls for a virtual machine with a user's disk or kernel |
 //! | `exit` | unsolicited events: exits, out of memory, the end of a machine |
 //! | `killed` | processes that do not end after SIGKILL |
@@ -28,13 +28,12 @@ mod control;
 mod create;
 mod delete;
 mod exit;
-mod guest_setup;
-mod host_setup;
 mod killed;
 mod limits;
 mod sandbox;
 mod size;
 mod start;
+mod steps;
 mod table;
 mod virtual_machine;
 

@@ -3,10 +3,9 @@
 use std::{sync::Arc, time::Instant};
 
 use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted, TaskStart};
-use nutshell_protocol::{Request, StartExec};
+use nutshell_protocol::Request;
 
 use super::{
-    agent_call::machine_ended,
     container::{
         Container, Role, hooks,
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
@@ -14,8 +13,8 @@ use super::{
         signal::SIGKILL,
     },
     control::signal_in_guest,
-    host_setup::EXEC_CONTEXT,
-    limits::{CREATE_LIMIT, REQUEST_LIMIT},
+    limits::REQUEST_LIMIT,
+    steps::exec::start_exec_in_guest,
     table::Tasks,
     virtual_machine::exec::check_can_exec,
 };
@@ -23,9 +22,7 @@ use crate::{
     oci::ContainerId,
     shim::{
         error::{ErrorCode, TaskError},
-        machine::Agent,
-        pod::{NetworkNamespace, PidHolder},
-        stdio::{StdioContext, StdioSpec},
+        stdio::StdioSpec,
     },
 };
 
@@ -185,40 +182,6 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
     };
     let machine = container.pod.machine();
     container.call_agent(REQUEST_LIMIT, machine.agent().run(start)).await
-}
-
-/// Opens the streams of an exec, creates its host pid and makes `agent` start it. Returns its pid in the guest.
-pub(super) async fn start_exec_in_guest(
-    container: &Container,
-    process: &Process,
-    exec: &str,
-    context: &StdioContext,
-    agent: &Agent,
-) -> Result<u32, TaskError> {
-    let machine = container.pod.machine();
-    let opened = process
-        .stdio_spec
-        .open(exec, context)
-        .await
-        .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
-    let holder = PidHolder::spawn(&NetworkNamespace::Inherited)
-        .map_err(|error| TaskError::unknown(format!("create the host process of the exec: {error}")))?;
-    process.set_pid_holder(Arc::new(holder));
-    let (streams, stdio) = match opened.connect(&machine, process.terminal_size()).await {
-        Ok(connected) => connected,
-        Err(error) => return Err(machine_ended(&container.pod, &error).await.during(EXEC_CONTEXT)),
-    };
-    process.set_streams(streams);
-    let start = Request::StartExec(StartExec {
-        container: container.id.to_string(),
-        exec: exec.to_owned(),
-        process: process.take_spec(),
-        stdio,
-    });
-    container
-        .call_agent(CREATE_LIMIT, agent.create(start))
-        .await
-        .map_err(|error| error.during(EXEC_CONTEXT))
 }
 
 /// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process, or

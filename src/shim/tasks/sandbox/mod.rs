@@ -22,8 +22,8 @@ use super::{
         Container, Role, SandboxApi,
         lifecycle::{Deletion, Exit, Phase},
     },
-    host_setup::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks},
     limits::WRITE_BACK_LIMIT,
+    steps::host::{CREATE_CONTEXT, assign_host_pid, create_error, plan_error, run_create_hooks},
     table::Tasks,
 };
 use crate::{

@@ -8,7 +8,7 @@ use std::{
 
 use nutshell_protocol::Request;
 
-use super::exec::follow_exec_kill;
+use super::calls::follow_exec_kill;
 use crate::shim::{
     error::{ErrorCode, TaskError},
     machine::{Agent, Machine},
@@ -22,7 +22,7 @@ use crate::shim::{
             signal::SIGKILL,
         },
         limits::{KILL_LIMIT, REQUEST_LIMIT},
-        start::start_exec_in_guest,
+        steps::exec::start_exec_in_guest,
     },
     vm::VirtualMachine,
 };
@@ -90,7 +90,7 @@ impl Tasks {
         });
     }
 
-    /// Starts an exec by `agent`.
+    /// Starts a process in the guest by the agent that is connected, and records its exit if the agent ends before it.
     pub(super) async fn start_exec_by_agent(
         self: &Arc<Self>,
         container: &Arc<Container>,

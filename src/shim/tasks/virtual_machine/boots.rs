@@ -14,7 +14,7 @@ use crate::{
                 Container, Role,
                 lifecycle::{Exit, SIGKILL_STATUS},
             },
-            host_setup::vm_error,
+            steps::host::vm_error,
         },
         vm::{VirtualMachine, VmError},
     },

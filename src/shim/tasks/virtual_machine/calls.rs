@@ -1,16 +1,24 @@
-//! Kill, Stats, and the error of other calls for a virtual machine.
+//! Kill, Stats, Update, and the error of other calls for a virtual machine.
+
+use std::sync::Arc;
 
 use nutshell_protocol::ContainerStats;
 
-use crate::oci::Limits;
-use crate::shim::{
-    error::{ErrorCode, TaskError},
-    tasks::container::{
-        Container,
-        lifecycle::Phase,
-        signal::{SIGKILL, is_terminating},
+use crate::{
+    oci::Limits,
+    shim::{
+        error::{ErrorCode, TaskError},
+        tasks::{
+            container::{
+                Container,
+                lifecycle::{Phase, SIGKILL_STATUS},
+                process::Process,
+                signal::{SIGKILL, is_terminating},
+            },
+            limits::KILL_LIMIT,
+        },
+        vm::{VirtualMachine, process_statistics},
     },
-    vm::{VirtualMachine, process_statistics},
 };
 
 /// Signals that ask a guest to end: they press its power button.
@@ -77,4 +85,20 @@ pub(in crate::shim::tasks) fn no_agent(action: &str) -> TaskError {
          guest agent answers. Use its console (attach), or a login over the network"
     );
     TaskError::new(ErrorCode::Unimplemented, text)
+}
+
+/// Gives up an exec that does not end after SIGKILL.
+pub(super) fn follow_exec_kill(container: &Container, process: &Arc<Process>, was_sent: bool) {
+    let (id, process) = (container.id.clone(), process.clone());
+    tokio::spawn(async move {
+        let ended = process.lifecycle.wait_exit();
+        if !was_sent || tokio::time::timeout(KILL_LIMIT, ended).await.is_err() {
+            let pid = process.guest_pid();
+            log::warn!(
+                "task {id}: the guest did not end the process {pid} of an exec that was killed. Its exit is reported \
+                 as {SIGKILL_STATUS}, and it may go on in the guest"
+            );
+            process.abandon(SIGKILL_STATUS);
+        }
+    });
 }

@@ -1,12 +1,15 @@
 //! Execs in a virtual machine, by nutshell's agent in its guest ([`super::agent_exec`]) or else by the QEMU guest agent.
 //!
-//! The QEMU guest agent runs processes as root, without a terminal. It takes the whole standard input with the command and returns
-//! the whole output after the end, so an exec with an input starts its process when the input has ended. The agent
+//! The QEMU guest agent runs processes as root, without a terminal. It takes the whole standard input with the command
+//! and returns the whole output after the end, so an exec with an input starts its process when the input has ended. It
 //! cannot send signals; a shell in the guest does.
 
 use std::{sync::Arc, time::Duration};
 
-use super::{agent_exec::signal_exec_by_agent, calls::no_agent};
+use super::{
+    agent_exec::signal_exec_by_agent,
+    calls::{follow_exec_kill, no_agent},
+};
 use crate::{
     oci::GuestProcess,
     shim::{
@@ -23,8 +26,8 @@ use crate::{
                 process::Process,
                 signal::{SIGKILL, is_terminating},
             },
-            host_setup::EXEC_CONTEXT,
             limits::{DRAIN_LIMIT, KILL_LIMIT},
+            steps::host::EXEC_CONTEXT,
         },
         vm::{Finished, GuestAgent, GuestAgentError, Program, VirtualMachine},
     },
@@ -273,22 +276,6 @@ pub(in crate::shim::tasks) async fn signal_exec_in_virtual_machine(
         return Ok(());
     }
     sent.map_err(|error| TaskError::unknown(format!("cannot send signal {signal} to guest process {pid}: {error}")))
-}
-
-/// Gives up an exec that does not end after SIGKILL.
-pub(super) fn follow_exec_kill(container: &Container, process: &Arc<Process>, was_sent: bool) {
-    let (id, process) = (container.id.clone(), process.clone());
-    tokio::spawn(async move {
-        let ended = process.lifecycle.wait_exit();
-        if !was_sent || tokio::time::timeout(KILL_LIMIT, ended).await.is_err() {
-            let pid = process.guest_pid();
-            log::warn!(
-                "task {id}: the guest did not end the process {pid} of an exec that was killed. Its exit is reported \
-                 as {SIGKILL_STATUS}, and it may go on in the guest"
-            );
-            process.abandon(SIGKILL_STATUS);
-        }
-    });
 }
 
 async fn send_signal(agent: &GuestAgent, pid: u32, signal: u32) -> Result<(), String> {

@@ -3,7 +3,7 @@
 
 use std::{path::Path, sync::Arc, time::Duration};
 
-use super::{
+use crate::shim::tasks::{
     container::{Container, hooks},
     table::Tasks,
 };
@@ -20,15 +20,16 @@ use crate::{
 };
 
 /// The prefix of the error text of a failed creation: the same as in runc's shim, because users search for it.
-pub(super) const CREATE_CONTEXT: &str = "OCI runtime create failed";
+pub(in crate::shim::tasks) const CREATE_CONTEXT: &str = "OCI runtime create failed";
 
 /// The prefix of the error texts of a failed Start of an exec: the same as in runc's shim.
-pub(super) const EXEC_CONTEXT: &str = "OCI runtime exec failed: exec failed: unable to start container process";
+pub(in crate::shim::tasks) const EXEC_CONTEXT: &str =
+    "OCI runtime exec failed: exec failed: unable to start container process";
 
 impl Tasks {
     /// Starts a pod for the container or sandbox `id`, which was requested at `requested_at`. Returns before its
     /// machine has booted.
-    pub(super) async fn start_pod(
+    pub(in crate::shim::tasks) async fn start_pod(
         self: &Arc<Self>,
         id: &ContainerId,
         requested_at: Duration,
@@ -41,7 +42,7 @@ impl Tasks {
     }
 
     /// [`Self::start_pod`] for a caller that handles the end of the pod's machine.
-    pub(super) async fn start_unwatched_pod(
+    pub(in crate::shim::tasks) async fn start_unwatched_pod(
         self: &Arc<Self>,
         id: &ContainerId,
         requested_at: Duration,
@@ -71,12 +72,12 @@ impl Tasks {
 }
 
 /// The error of a Create call whose pod could not be started.
-pub(super) fn create_error(error: PodError) -> TaskError {
+pub(in crate::shim::tasks) fn create_error(error: PodError) -> TaskError {
     TaskError::unknown(error.to_string()).during(CREATE_CONTEXT)
 }
 
 /// The error of a Create call for which no plan could be made: `INVALID_ARGUMENT` if the request or the spec is wrong.
-pub(super) fn plan_error(error: &PlanError) -> TaskError {
+pub(in crate::shim::tasks) fn plan_error(error: &PlanError) -> TaskError {
     let code = match error {
         PlanError::Missing(_) | PlanError::Invalid { .. } | PlanError::Unsupported { .. } => ErrorCode::InvalidArgument,
         _ => ErrorCode::Unknown,
@@ -85,7 +86,7 @@ pub(super) fn plan_error(error: &PlanError) -> TaskError {
 }
 
 /// The error of a call for a virtual machine: `INVALID_ARGUMENT` if the image or an annotation is wrong.
-pub(super) fn vm_error(error: &VmError) -> TaskError {
+pub(in crate::shim::tasks) fn vm_error(error: &VmError) -> TaskError {
     let code = match error {
         VmError::Image { .. }
         | VmError::Volume { .. }
@@ -99,7 +100,7 @@ pub(super) fn vm_error(error: &VmError) -> TaskError {
 
 /// Starts the holder whose pid is the container's pid on the host, in the network namespace that the spec selects. The
 /// holder joins the pod's control group, because clients look up the group by that pid.
-pub(super) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
+pub(in crate::shim::tasks) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
     let holder = PidHolder::spawn(&network_namespace(network)?)
         .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;
     let added = container.pod.add_process(holder.pid());
@@ -126,7 +127,7 @@ fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
 }
 
 /// Runs the prestart and createRuntime hooks. Most of them configure the holder's network namespace.
-pub(super) async fn run_create_hooks(container: &Container) -> Result<(), TaskError> {
+pub(in crate::shim::tasks) async fn run_create_hooks(container: &Container) -> Result<(), TaskError> {
     let Hooks {
         prestart,
         create_runtime,
@@ -145,7 +146,7 @@ pub(super) async fn run_create_hooks(container: &Container) -> Result<(), TaskEr
 /// # Errors
 ///
 /// Another creation that is in progress there excludes it.
-pub(super) fn admit(pod: &Pod, creation: Creation) -> Result<Admission, TaskError> {
+pub(in crate::shim::tasks) fn admit(pod: &Pod, creation: Creation) -> Result<Admission, TaskError> {
     pod.admit(creation).map_err(|other| {
         let text = match other {
             Creation::VirtualMachine => "a virtual machine is being created in this pod, which runs no other container",

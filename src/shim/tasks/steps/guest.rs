@@ -3,13 +3,13 @@
 
 use nutshell_protocol::Request;
 
-use super::{agent_call::call_agent, limits::CREATE_LIMIT, table::Tasks};
+use crate::shim::tasks::{agent_call::call_agent, limits::CREATE_LIMIT, table::Tasks};
 use crate::shim::{error::TaskError, pod::Pod};
 
 impl Tasks {
     /// Waits until the guest of a pod is ready, and sets up the resources that the pod's containers share. Does so
     /// once: later calls return the result of the first. No-op for the pod of a single container, which shares nothing.
-    pub(super) async fn set_up_pod(&self, pod: &Pod) -> Result<(), TaskError> {
+    pub(in crate::shim::tasks) async fn set_up_pod(&self, pod: &Pod) -> Result<(), TaskError> {
         pod.set_up(|request| async {
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
@@ -29,7 +29,12 @@ impl Tasks {
 
     /// Connects the machine of a pod to the network namespace of the process `pid`. With `forward_loopback`,
     /// connections to the namespace's loopback interface are forwarded to the guest.
-    pub(super) async fn connect_network(&self, pod: &Pod, pid: u32, forward_loopback: bool) -> Result<(), TaskError> {
+    pub(in crate::shim::tasks) async fn connect_network(
+        &self,
+        pod: &Pod,
+        pid: u32,
+        forward_loopback: bool,
+    ) -> Result<(), TaskError> {
         let ready = pod.machine().ready(self.configuration.ready_timeout).await;
         ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
         match tokio::time::timeout(CREATE_LIMIT, pod.connect_network(pid, forward_loopback)).await {

@@ -4,15 +4,15 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use tokio::sync::oneshot;
 
-use super::{Machine, VmmError};
 use crate::control::{Command, ControlError};
+use crate::shim::machine::{Machine, VmmError};
 
 /// How long the vmm may take to answer.
 const PORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Machine {
     /// Sends a command that asks for something, unless the vmm waits for its boot command: another one would end it.
-    pub(super) async fn query(&self, command: &Command) -> Result<(), VmmError> {
+    pub(in crate::shim::machine) async fn query(&self, command: &Command) -> Result<(), VmmError> {
         match self.state.awaits_boot.load(Ordering::SeqCst) {
             true => Err(VmmError::NotStarted),
             false => Ok(self.control.send(command, &[]).await?),

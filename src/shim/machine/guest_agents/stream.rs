@@ -7,8 +7,8 @@ use std::{
 
 use nutshell_protocol::{AGENT_PORT, Event};
 
-use super::{Agent, Machine};
 use crate::control::{Command, ControlError};
+use crate::shim::machine::{Agent, Machine};
 
 impl Machine {
     /// Lets an agent in the guest connect, once. Returns its client, which becomes ready when an agent has connected, and
