@@ -20,7 +20,7 @@ use crate::devices::{
 };
 
 const MAX_STEPS: usize = 1000;
-/// Each device is at a multiple of this port, with some ports that it does not have.
+/// The distance between the first ports of two devices. It leaves unused ports behind each device.
 const DISTANCE: u64 = 16;
 
 /// Counts the bytes of the guest's output.

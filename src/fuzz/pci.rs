@@ -32,7 +32,7 @@ use crate::{
 
 /// The start of the window in which the windows of functions lie.
 const BASE: u32 = 0xc000_0000;
-/// The devices on the bus: the host bridge, and two virtio devices.
+/// The number of device numbers that are accessed: the host bridge, two virtio devices, and one without a device.
 const DEVICES: u64 = 4;
 const MAX_STEPS: usize = 400;
 /// Bits of the message control register of MSI-X.
@@ -136,8 +136,8 @@ struct Machine {
 ///
 /// # Panics
 ///
-/// If the two configuration mechanisms differ, an identity changes, or vectors and doorbells are not where the registers
-/// say.
+/// If the two configuration mechanisms differ, an identity changes, or vectors and doorbells do not match the
+/// registers.
 pub fn access_pci(data: &[u8]) {
     let mut input = Unstructured::new(data);
     let mut machine = Machine::new();

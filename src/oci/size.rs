@@ -11,8 +11,11 @@
 //! the largest machine, just as runc accepts limits above the host's size.
 //!
 //! The machine of a pod grows while it runs, if the limits of the pod's containers exceed what it booted with. A size
-//! that an annotation sets does not change. The memory limit of the pod's cgroup on the host bounds guest memory: above
-//! it, the host's OOM killer would end the whole machine. Below it, the guest's OOM killer ends one process.
+//! that an annotation sets does not change. The memory of a virtual machine that boots a user's disk follows its limit
+//! up to the annotation `io.containerd.nutshell.vm.max-memory`.
+//!
+//! The memory limit of the pod's cgroup on the host bounds guest memory: above it, the host's OOM killer would end the
+//! whole machine. Below it, the guest's OOM killer ends one process.
 
 use std::collections::HashMap;
 
@@ -112,8 +115,8 @@ impl Sizing {
         })
     }
 
-    /// The size of a virtual machine that boots a user's disk: its memory limit is the memory that the guest has. It boots
-    /// with all vCPUs.
+    /// The size of a virtual machine that boots a user's disk. The memory of its guest is the memory limit. It boots
+    /// with all vCPUs that it can have.
     pub(super) fn size_for_virtual_machine(
         &self,
         annotations: &HashMap<String, String>,
@@ -230,12 +233,13 @@ impl PodSize {
         }
     }
 
-    /// The memory of a virtual machine after an update to `limits`, in bytes. Without a memory limit, it has all that it
-    /// can have.
+    /// The memory of a virtual machine after an update to `limits`, in bytes. Without a memory limit, it is the maximum
+    /// of the machine.
     ///
     /// # Errors
     ///
-    /// The machine cannot have this size. The text names the limit and the annotation that would allow it.
+    /// A limit exceeds the maximum of the machine. The text names the limit, and the annotation that raises the
+    /// maximum.
     pub(crate) fn memory_of_virtual_machine(&self, limits: Limits) -> Result<u64, String> {
         if let Some(vcpus) = vcpus_for(limits).filter(|vcpus| *vcpus > self.boot.vcpus.into()) {
             return Err(format!(
@@ -247,8 +251,8 @@ impl PodSize {
         let memory = limits.memory.unwrap_or(self.max.memory);
         if memory > self.max.memory {
             return Err(format!(
-                "the memory limit of {} MiB exceeds {} MiB, the maximum of the virtual machine: request more at its start \
-                 by the annotation {VM_MAX_MEMORY_ANNOTATION}",
+                "the memory limit of {} MiB exceeds {} MiB, the maximum of the virtual machine: request more at its \
+                 start by the annotation {VM_MAX_MEMORY_ANNOTATION}",
                 memory >> 20,
                 self.max.memory >> 20
             ));

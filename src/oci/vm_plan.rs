@@ -26,17 +26,17 @@ pub(crate) struct VmPlan {
     pub(crate) seed: Option<VmSeed>,
     /// Directories and files of the host that the guest can mount: `path` is that of the mount.
     pub(crate) shares: Vec<Share>,
-    /// The user whose permissions decide which files of volumes are disks.
+    /// The user with whose permissions files of volumes are opened.
     pub(crate) user: FileUser,
     pub(crate) network: Network,
-    /// The host name that the guest is told.
+    /// The host name of the guest.
     pub(crate) hostname: Option<String>,
-    /// The file of the host with the DNS servers that the guest is told.
+    /// The file of the host with the DNS servers for the guest.
     pub(crate) resolv_conf: Option<PathBuf>,
     pub(crate) size: PodSize,
-    /// The limits of the container, from which `size` is.
+    /// The limits of the container, which determine `size` unless annotations do.
     pub(crate) limits: Limits,
-    /// The control group of the machine on the host. `None`: that of the shim.
+    /// The control group of the machine on the host. `None` means that of the shim.
     pub(crate) cgroup: Option<CgroupPath>,
     /// The `oom_score_adj` of the machine on the host.
     pub(crate) oom_score_adj: i32,

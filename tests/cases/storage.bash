@@ -1,12 +1,12 @@
 # Network storage of hyper-converged clusters, as volumes of containers and as disks of virtual machines. Sourced by
 # tests/suites/storage-*.sh, after cases/vms.bash.
 #
-# The servers run in the lab machine too: a Gluster volume with one brick, mounted at $gluster by FUSE, and an NBD server
-# over TCP, whose device is $nbd.
+# The servers run in the lab machine too: a Gluster volume with one brick, mounted at $gluster by FUSE, and an NBD
+# server over TCP, whose device is $nbd.
 
 address=10.99.0.1
 gluster=/run/gluster-volume
-# Not in /run, where `check` counts the files: a brick keeps some of removed files.
+# Not in /run, where `check` counts the files: a brick keeps some files after their removal.
 brick=/srv/brick
 nbd=/dev/nbd0
 

@@ -1,15 +1,16 @@
 # Virtual machines that boot the disk in their image. Sourced by tests/suites/*.sh, after cases/containers.bash.
 #
-# The disks are those of tests/images/disk: their init prints a line that begins with "ready:", and executes the lines of
-# the console.
+# The disks are those of tests/images/disk: their init prints a line that begins with "ready:", and executes the lines
+# of the console.
 
-# The tasks of VMs write to $console_output and read from the descriptor $console_input.
+# The client of a VM writes the output of the VM's console to $console.out. Cases write the input to the descriptor
+# $console_input.
 console=/run/tmp/console
 # How many seconds wait_for_console waits.
 console_limit=120
 
-# start_vm [OPTION...] -- [WORD...]: starts the VM $name from the image $image as a client in the background, whose pid is
-# $client. The words are the command, `vm` if there are none.
+# start_vm [OPTION...] -- [WORD...]: starts the VM $name from the image $image as a client in the background, whose pid
+# is $client. The words are the command, `vm` if there are none.
 start_vm() {
   local options=()
   while [[ $1 != -- ]]; do
@@ -160,8 +161,8 @@ kill_ends_the_machine_at_once() {
   end_vm 137
 }
 
-# The guest writes more than a pipe holds while its client does not read, and continues. More than the machine's buffer
-# would take minutes here.
+# The guest writes more than a pipe holds while its client does not read, and continues. Filling the machine's buffer
+# too would take minutes here.
 console_without_a_reader_does_not_stall_the_guest() {
   new_name
   local image=vm-raw
@@ -318,8 +319,8 @@ volume_disk() {
   mkfs.ext4 -q "$1/disk.img"
 }
 
-# A disk of a volume that is written, a blank one, an image whose writes end with the task, the keys of a ConfigMap, a seed,
-# and a shared folder.
+# A writable disk in a volume, a blank disk, an image whose writes are removed with the task, the keys of a ConfigMap, a
+# seed, and shared folders.
 volumes_are_disks_seed_and_shared_folders() {
   new_name
   local image=vm-raw volumes=/run/tmp/volumes disks
@@ -433,8 +434,8 @@ volume_is_the_boot_disk_and_persists() {
   rm -r $volume $root
 }
 
-# Runs the commands of docs/MIGRATE.md literally: the blocks for the shell, then the init container's command. The disk is
-# a chain of two files, and each has a part of the content.
+# Runs the commands of docs/MIGRATE.md literally: the blocks for the shell, then the init container's command. The disk
+# is a chain of two files, and each has a part of the content.
 commands_for_migration_boot_the_disk() {
   local folder=/run/tmp/migration page=$lab/../../docs/MIGRATE.md command image=debian
   mkdir -p $folder/{exports,claim,image}
@@ -476,8 +477,8 @@ print("\n".join(json.load(sys.stdin)))')
   rm -r $folder /run/tmp/commands
 }
 
-# The disk is that of a volume, and its writes end with the task. An image has only one file, but the disk's folder may
-# have more: an overlay hides them.
+# The disk is in a volume, and its writes are removed with the task. An image has only one file, but the disk's folder
+# may have more: an overlay hides them.
 disk_boots_and_switches_off() {
   new_name
   local disk=$1 folder=/run/tmp/disk file pattern='login: $'

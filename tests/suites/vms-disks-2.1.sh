@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Boots the disks of other distributions that are in a folder, on containerd 2.1 (CONTRIBUTING.md). `make` runs it only if
-# NUTSHELL_TEST_DISKS is set.
+# Boots the disks of other distributions that are in a folder, on containerd 2.1 (CONTRIBUTING.md). `make` runs it only
+# if NUTSHELL_TEST_DISKS is set.
 #
 # Environment:
-#   NUTSHELL_TEST_DISKS   the folder: each *.raw, *.img or *.qcow2 in it is a disk. NAME.expect beside the disk is a pattern
-#                         of grep for its console, if a login prompt is not what it prints at the end of its boot
+#   NUTSHELL_TEST_DISKS   the folder: each *.raw, *.img or *.qcow2 in it is a disk. NAME.expect beside a disk contains a
+#                         grep pattern for its console, if its boot does not end with a login prompt
 #   NUTSHELL_TEST_FILTER  runs only the disks whose name contains it
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"

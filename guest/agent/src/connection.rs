@@ -52,7 +52,7 @@ impl HostAddress {
     }
 }
 
-/// Binds a vsock socket to a free reserved port, which shows the host that its owner is privileged.
+/// Binds a vsock socket to a free reserved port, which proves to the host that the process is privileged.
 fn bind_reserved_port(socket: &OwnedFd) -> io::Result<()> {
     /// `VMADDR_CID_ANY` (vsock(7)).
     const ANY_CID: u32 = u32::MAX;
@@ -72,7 +72,7 @@ pub(crate) fn is_connected(stream: impl AsFd) -> io::Result<bool> {
     match rustix::net::getpeername(&stream) {
         Ok(_) => Ok(true),
         Err(Errno::NOTCONN) => Ok(false),
-        // There is a peer address, of a family that rustix does not decode.
+        // There is a peer address, but rustix cannot decode its family.
         Err(_) => Ok(true),
     }
 }

@@ -11,8 +11,8 @@
 //! As a service, `nutshell-agent serve`, it runs processes in the guest itself and forwards connections. It creates no
 //! containers, and the rest of the guest belongs to the user.
 //!
-//! `nutshell-agent --test-unix DIRECTORY [serve]` does not set up the machine and connects to Unix sockets in a directory
-//! instead of to the host. The tests run it this way.
+//! `nutshell-agent --test-unix DIRECTORY [serve]` does not set up the machine and connects to Unix sockets in a
+//! directory instead of to the host. The tests run it this way.
 
 mod agent;
 mod cgroup;
@@ -73,8 +73,8 @@ fn serve_machine() -> Result<std::convert::Infallible, Box<dyn std::error::Error
     Ok(Agent::connect(Role::Init, HostAddress::Vsock)?.serve()?)
 }
 
-/// Connects to the host. A service tries again after a failure: the driver of its vsock device may not be loaded yet, and
-/// the host accepts no second connection, and none soon after a short one.
+/// Connects to the host. A service tries again after a failure: the driver of the vsock device may not be loaded yet.
+/// The host also refuses a second connection, and any connection for a while after a short one.
 fn connect(role: Role, host: &HostAddress) -> Result<Agent, AgentError> {
     let mut reported = None;
     loop {
@@ -85,7 +85,7 @@ fn connect(role: Role, host: &HostAddress) -> Result<Agent, AgentError> {
                     eprintln!("nutshell-agent: cannot connect to the host yet: {text}");
                     reported = Some(text);
                 }
-                // Nothing reports that the host accepts connections.
+                // No event reports that the host accepts connections.
                 thread::sleep(RETRY_INTERVAL);
             }
             connected => return connected,

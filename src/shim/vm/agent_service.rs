@@ -9,8 +9,9 @@ use data_encoding::BASE64;
 /// The name of the unit.
 const UNIT: &str = "nutshell-agent.service";
 
-/// Starts the agent in place of the shell that runs this. It needs only what BusyBox has too. The program is copied to a
-/// file system of its own, because distributions mount `/run` with `noexec`. Each newline can be a space.
+/// Replaces the shell that runs it by the agent. It uses only commands and options that BusyBox has too. The program is
+/// copied to a separate file system, because distributions mount `/run` with `noexec`. A space can replace each
+/// newline.
 const START_SCRIPT: &str = include_str!("start-agent.sh");
 
 /// [`START_SCRIPT`] in one line.
@@ -36,7 +37,7 @@ fn unit() -> String {
     )
 }
 
-/// The strings of the machine that make systemd run the service.
+/// The SMBIOS strings that make systemd run the service.
 pub(super) fn oem_strings() -> Vec<String> {
     let credential = |name: String, text: &str| {
         let value = BASE64.encode(text.as_bytes());
@@ -49,8 +50,8 @@ pub(super) fn oem_strings() -> Vec<String> {
     ]
 }
 
-/// The vendor data for cloud-init that runs the service at each boot, unless credentials have brought it. Without systemd,
-/// the agent runs in the background.
+/// The vendor data that makes cloud-init run the service at each boot, unless systemd has it from credentials. Without
+/// systemd, the agent runs in the background.
 pub(super) fn vendor_data() -> Vec<u8> {
     let script = format!(
         "if [ ! -d /run/systemd/system ]; then\n\
@@ -80,7 +81,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(UNIT);
         fs::write(&path, unit()).unwrap();
-        // Debian has it in the package systemd.
+        // Debian's package systemd contains the program.
         let verified = Command::new("systemd-analyze")
             .arg("verify")
             .arg("--man=no")

@@ -34,8 +34,8 @@ use crate::{
 /// The directory of an image with its disk (KubeVirt's containerDisk).
 const DIRECTORY: &str = "disk";
 
-/// The copy-on-write file of the image's disk, in the root directory of the snapshot. It is removed with the snapshot, and counts as part of
-/// it.
+/// The copy-on-write file of the image's disk, in the root directory of the snapshot. It counts as part of the
+/// snapshot, and is removed with it.
 pub(super) const WRITES: &str = ".nutshell-disk-writes";
 
 /// The maximum number of names that an error lists.
@@ -68,8 +68,8 @@ impl ImageRoot {
     ///
     /// # Errors
     ///
-    /// `/disk` does not contain exactly one regular file, that file cannot be opened, or the copy-on-write file cannot be
-    /// created in the snapshot or is in use.
+    /// `/disk` does not contain exactly one regular file, that file cannot be opened, or the copy-on-write file cannot
+    /// be created in the snapshot or is in use.
     pub(crate) fn open_disk(&self) -> Result<Option<DiskImage>, VmError> {
         let Some((path, base)) = open_base(self.0.as_fd(), Path::new("/"))? else {
             return Ok(None);
@@ -195,7 +195,7 @@ pub(super) enum Lock {
     Exclusive,
 }
 
-/// Locks a file for as long as this description of it is open, also in the vmm.
+/// Locks a file until its open file description is closed, in the vmm too.
 pub(super) fn lock(file: &File, kind: Lock) -> Result<(), Errno> {
     let lock = libc::flock {
         l_type: match kind {

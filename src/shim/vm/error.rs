@@ -47,8 +47,8 @@ pub(crate) enum VmError {
     ResolvConf { path: PathBuf, source: io::Error },
     /// There is nothing to boot.
     #[error(
-        "there is no disk to boot: the image has none in /disk, and no annotation io.containerd.nutshell.vm.disk.NAME is \
-         \"boot\""
+        "there is no disk to boot: the image has none in /disk, and no annotation io.containerd.nutshell.vm.disk.NAME \
+         contains \"boot\""
     )]
     NoDisk,
     #[error("getrandom: {0}")]
@@ -57,7 +57,7 @@ pub(crate) enum VmError {
     Share(#[from] ShareError),
     #[error(transparent)]
     Blocking(#[from] BlockingError),
-    /// The machine that reads the disk ended.
+    /// The machine of the disk reader ended.
     #[error("cannot read the disk: {0}")]
     Reader(Arc<MachineExit>),
     /// No kernel was found, or it could not be sent.
@@ -81,8 +81,8 @@ pub(crate) enum VmError {
     Links(#[source] io::Error),
     #[error(transparent)]
     Pod(#[from] PodError),
-    /// A client has asked for its end.
-    #[error("a client has asked for its end")]
+    /// A client has requested the end of the virtual machine.
+    #[error("a client has requested the end of the virtual machine")]
     Ended,
     /// The machine could not be built.
     #[error("the virtual machine does not start: {0}")]

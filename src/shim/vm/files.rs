@@ -1,5 +1,5 @@
-//! Everything that a virtual machine needs from file systems of the host. It is opened in one step, on a thread that may
-//! block, when the task is created.
+//! The files of the host that a virtual machine needs. They are opened in one step, on a thread that may block, when
+//! the task is created.
 
 use std::{
     collections::HashSet,
@@ -65,7 +65,7 @@ impl VmFiles {
     ///
     /// # Errors
     ///
-    /// A file cannot be opened, or is not what the plan says; or there is nothing to boot.
+    /// A file cannot be opened, or does not have the kind that the plan requires; or there is nothing to boot.
     pub(crate) fn open(plan: &VmPlan, root: &ImageRoot, image_disk: Option<DiskImage>) -> Result<Self, VmError> {
         let instance = instance_id(&plan.identity)?;
         let mut disks = Vec::new();
@@ -119,7 +119,7 @@ impl VmFiles {
     }
 }
 
-/// A guest finds a disk by its serial, and so do messages.
+/// Fails if two disks have the same serial: guests and messages identify a disk by its serial.
 fn refuse_equal_serials(disks: &[(String, OpenedDisk)], has_agent_disk: bool) -> Result<(), VmError> {
     let mut serials = HashSet::new();
     if has_agent_disk {
@@ -130,8 +130,8 @@ fn refuse_equal_serials(disks: &[(String, OpenedDisk)], has_agent_disk: bool) ->
         Some((serial, _)) => Err(VmError::Volume {
             name: serial.clone(),
             reason: format!(
-                "two disks have this name. That of the disk in the image is {IMAGE_DISK}, that of the seed {SEED_DISK}, \
-                 and that of the agent {AGENT_DISK}: change the mount's path"
+                "two disks have this name. The disk in the image is named {IMAGE_DISK}, the seed {SEED_DISK}, and the \
+                 disk of the agent {AGENT_DISK}: change the mount's path"
             ),
         }),
     }
@@ -182,7 +182,7 @@ fn instance_id(identity: &VmIdentity) -> Result<InstanceId, VmError> {
     }
 }
 
-/// Reads the text of the file with the DNS servers. It is empty without such a file.
+/// Reads the file with the DNS servers. Returns an empty text if there is no such file.
 fn read_resolv_conf(path: Option<&Path>) -> Result<String, VmError> {
     let Some(path) = path else { return Ok(String::new()) };
     let read = || -> io::Result<String> {

@@ -14,8 +14,8 @@ use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_a
 use super::{error::VmError, regular_file::open_regular};
 use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
 
-/// The maximum time from the boot of the disk reader's guest until the kernel is copied. Usually, that is the time of a
-/// few lookups and of a copy of 50 MB.
+/// The maximum time from the boot of the disk reader's guest until the kernel is copied. The guest usually looks up a
+/// few files and copies 50 MB.
 const READ_LIMIT: Duration = Duration::from_secs(90);
 
 /// The maximum time to receive the last bytes, which may still be in flight when the guest answers.

@@ -36,13 +36,14 @@ use crate::{
 /// How long the vmm may take to build the machine, which copies kernel and initramfs into its memory.
 const BUILD_LIMIT: Duration = Duration::from_secs(30);
 
-/// Descriptors of a link in the boot command, which has at most 64 for all links and disks.
+/// The maximum number of descriptors of a link in the boot command, which has at most 64 for all links and disks.
 const MAX_QUEUES_PER_LINK: usize = 8;
 
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
 
-/// The kernel argument by which memory that is added is used (kernel documentation, `admin-guide/kernel-parameters`).
+/// The kernel argument that makes the guest use hot-added memory (kernel documentation,
+/// `admin-guide/kernel-parameters`).
 const ONLINE_MEMORY: &str = "memhp_default_state=online_movable";
 
 /// If a guest resets the machine sooner than this after its start, the next boot is delayed, so that a guest that
@@ -72,7 +73,7 @@ pub(crate) struct VirtualMachine {
     running: Mutex<Option<Arc<Machine>>>,
     /// The client of nutshell's agent in the guest in `running`, which may not be connected.
     agent: Mutex<Option<Agent>>,
-    /// The QEMU guest agent that the guest in `running` may have.
+    /// The client of the QEMU guest agent of the guest in `running`, which may not answer.
     guest_agent: Mutex<Option<Arc<GuestAgent>>>,
     /// Whether a client has requested a shutdown of the guest.
     power_off_requested: AtomicBool,
@@ -132,7 +133,7 @@ impl VirtualMachine {
         self.size
     }
 
-    /// The size that it has.
+    /// The present size.
     pub(crate) fn present_size(&self) -> Size {
         Size {
             memory: self.memory.present(),
@@ -140,8 +141,8 @@ impl VirtualMachine {
         }
     }
 
-    /// Gives the guest `memory` bytes, which [`PodSize::memory_of_virtual_machine`] has returned. Returns when its kernel
-    /// has taken or returned the memory. If it does not in time, it keeps the size that it had.
+    /// Changes the memory of the guest to `memory` bytes, a result of [`PodSize::memory_of_virtual_machine`]. Returns
+    /// when the guest's kernel has added or removed the memory. If it does not do so in time, the guest keeps its size.
     pub(crate) async fn set_memory(&self, memory: u64) -> Result<(), MemoryError> {
         let running = self.running.lock().clone();
         self.memory.set(running.as_deref(), self.size.boot.vcpus, memory).await
@@ -190,8 +191,8 @@ impl VirtualMachine {
         let _ = self.console.set(console);
     }
 
-    /// Ends the output of the console, whose machine has ended for good. containerd waits for that before it deletes the
-    /// task.
+    /// Ends the output of the console, after the last machine has ended. containerd waits for the end of the output
+    /// before it deletes the task.
     pub(crate) fn end_console(&self) {
         if let Some(console) = self.console.get() {
             console.close_machine_ends();
@@ -207,7 +208,7 @@ impl VirtualMachine {
         }
     }
 
-    /// Connects the links of a network namespace to the machine that boots next, unless that was done before. With
+    /// Connects the links of a network namespace to the machine that boots next. No-op if they are connected. With
     /// `forwarding`, connections to the namespace's loopback interface go to the guest too.
     pub(crate) async fn connect_network(self: &Arc<Self>, namespace: OwnedFd, forwarding: bool) -> Result<(), VmError> {
         if self.links.lock().is_none() {
@@ -221,7 +222,7 @@ impl VirtualMachine {
         Ok(())
     }
 
-    /// Where a connection to the loopback interface of its network namespace goes. `address` is the guest's.
+    /// The target of a connection to the loopback interface of the network namespace. `address` is the guest's.
     fn forward_target(&self, address: Option<Ipv4Addr>) -> Option<ForwardTarget> {
         let machine = self.running.lock().clone()?;
         match self.connected_agent() {
@@ -257,7 +258,7 @@ impl VirtualMachine {
             initramfs,
             command_line,
             ..
-        } = boot_files.ok_or_else(|| VmError::Kernel("it was booted before, and not read again".to_owned()))?;
+        } = boot_files.ok_or_else(|| VmError::Kernel("it was not read again before this boot".to_owned()))?;
         let (console_input, console_output) = match self.console.get() {
             Some(console) => console.for_machine().map_err(VmError::Console)?,
             None => (None, None),
@@ -277,7 +278,7 @@ impl VirtualMachine {
         let mut disks = disks.collect::<Result<Vec<_>, VmError>>()?;
         let mut oem_strings = Vec::new();
         if self.exec.has_agent() {
-            // The last one, so that it does not change the names of the others.
+            // The last disk, so that it does not change the names of the others in the guest.
             let disk = launcher.open_agent_disk().map_err(PodError::from)?;
             disks.push((AGENT_DISK.to_owned(), disk));
             oem_strings = agent_service::oem_strings();
@@ -328,7 +329,7 @@ impl VirtualMachine {
         self.exec.has_agent()
     }
 
-    /// Sets the client of nutshell's agent, which may connect.
+    /// Sets the client of nutshell's agent. The agent need not be connected yet.
     pub(crate) fn set_agent(&self, agent: Option<Agent>) {
         *self.agent.lock() = agent;
     }
@@ -340,7 +341,7 @@ impl VirtualMachine {
         Some((agent, version))
     }
 
-    /// The machine in which the guest runs, and the QEMU guest agent that it may have.
+    /// The machine in which the guest runs, and the client of the QEMU guest agent, which may not answer.
     pub(crate) fn running_guest_agent(&self) -> Option<(Arc<Machine>, Arc<GuestAgent>)> {
         self.running.lock().clone().zip(self.guest_agent.lock().clone())
     }
@@ -419,7 +420,7 @@ impl VirtualMachine {
         *self.killed.borrow()
     }
 
-    /// Whether a client has requested its end.
+    /// Whether a client has requested the end of the virtual machine.
     pub(crate) fn is_end_requested(&self) -> bool {
         self.power_off_requested.load(Ordering::Relaxed) || self.killed_status().is_some()
     }

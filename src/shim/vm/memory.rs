@@ -21,8 +21,8 @@ pub(crate) enum MemoryError {
     )]
     TooSmall { memory: u64, booted: u64 },
     #[error(
-        "the guest's kernel did not {action} the memory within {} s: it needs the driver virtio_mem, and only memory that \
-         is not in use can be removed",
+        "the guest's kernel did not {action} the memory within {} s: it needs the driver virtio_mem, and it can remove \
+         only memory that is not in use",
         PLUG_LIMIT.as_secs()
     )]
     NotTaken { action: &'static str },
@@ -71,8 +71,8 @@ impl MachineMemory {
         sizes.present
     }
 
-    /// Changes the size to `memory` bytes, in the guest too if it runs. Undone if the guest does not take part. Concurrent
-    /// calls run one after the other.
+    /// Changes the size to `memory` bytes, in the guest too if it runs. The change is undone if the guest's kernel does
+    /// not add or remove the memory in time. Concurrent calls run one after the other.
     pub(super) async fn set(&self, running: Option<&Machine>, vcpus: u8, memory: u64) -> Result<(), MemoryError> {
         let _changing = self.changing.lock().await;
         let Sizes { booted, present } = *self.sizes.lock();
@@ -89,7 +89,7 @@ impl MachineMemory {
             machine.resize(wanted, vcpus).await?;
             let settled = machine.memory_plugged(wanted);
             if tokio::time::timeout(PLUG_LIMIT, settled).await.is_err() {
-                // A slow guest could complete the change later, and then have another size than is recorded.
+                // A slow guest could complete the change later. Its size would then differ from the recorded one.
                 if let Err(error) = machine.resize(before, vcpus).await {
                     log::warn!("cannot undo a change of the memory of a virtual machine: {error}");
                 }

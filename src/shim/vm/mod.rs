@@ -1,11 +1,18 @@
 //! A virtual machine that boots a user's disk or kernel, as a task.
 //!
-//! Belongs here: its files on the host ([`files`]): the disk in the image and its copy-on-write file ([`disk`]), disks in
-//! volumes ([`volumes`]), and disks made from a Secret or ConfigMap ([`seed`]); the kernel that it boots ([`kernel`]); the
-//! machine from one boot to the next ([`machine`], [`memory`]); the start of nutshell's agent in its guest ([`agent_service`]), and
-//! the client of the QEMU guest agent, which the guest may run instead ([`guest_agent`]); its resource use ([`statistics`]). Does not belong here: the calls of the Task service ([`super::tasks`], which calls
-//! this), and parsing bytes that a user or a guest wrote, which only jailed processes and guests do, except for the
-//! answers of the guest agent.
+//! Belongs here:
+//!
+//! - its files on the host ([`files`]): the disk in the image and its copy-on-write file ([`disk`]), disks in volumes
+//!   ([`volumes`]), and disks made from a Secret or ConfigMap ([`seed`]);
+//! - the kernel that it boots ([`kernel`]);
+//! - its state from one boot to the next ([`machine`], [`memory`]);
+//! - the start of nutshell's agent in its guest ([`agent_service`]), and the client of the QEMU guest agent, which the
+//!   guest may run instead ([`guest_agent`]);
+//! - its resource use ([`statistics`]).
+//!
+//! Does not belong here: the calls of the Task service ([`super::tasks`], which calls this), and parsing bytes that a
+//! user or a guest wrote, which only jailed processes and guests do. The answers of the QEMU guest agent are an
+//! exception.
 
 mod agent_service;
 mod disk;

@@ -1,7 +1,8 @@
 //! Opens regular files in directories that a guest or a user may have written.
 //!
 //! Opening a device node can have effects, such as starting a watchdog of the host, and opening a fifo can block. So a
-//! file is found first, which opens nothing, and then that same file is opened, even if its name is replaced meanwhile.
+//! file is first looked up with `O_PATH`, which does not open it, and checked. Then that same file is opened, even if
+//! its name refers to another file by then.
 
 use std::{
     fs::File,
@@ -25,8 +26,8 @@ pub(super) enum OpenError {
     NotRegular(&'static str),
 }
 
-/// Opens the regular file `path` below `directory`. `access` is `RDONLY` or `RDWR`. Without links in `resolve`, the path
-/// must not be one.
+/// Opens the regular file `path` below `directory`. `access` is `RDONLY` or `RDWR`. If `resolve` has `NO_SYMLINKS`,
+/// `path` must not be a symbolic link.
 pub(super) fn open_regular(
     directory: impl AsFd,
     path: impl Arg,
@@ -35,7 +36,7 @@ pub(super) fn open_regular(
 ) -> Result<File, OpenError> {
     let mut flags = OFlags::PATH | OFlags::CLOEXEC;
     if resolve.contains(ResolveFlags::NO_SYMLINKS) {
-        // The error names the kind of file then.
+        // The link itself is found then, so the error names the kind of file.
         flags |= OFlags::NOFOLLOW;
     }
     let found = rustix::fs::openat2(directory, path, flags, Mode::empty(), resolve)?;

@@ -46,21 +46,21 @@ pub(super) enum OpenedDisk {
 }
 
 impl OpenedDisk {
-    /// The disk for one boot. With `read_only`, the guest can only read.
+    /// The disk for one boot. With `must_be_read_only`, the guest can only read it.
     ///
     /// # Errors
     ///
     /// Those of dup(2).
-    pub(super) fn for_machine(&self, must_read_only: bool) -> io::Result<BootDisk> {
+    pub(super) fn for_machine(&self, must_be_read_only: bool) -> io::Result<BootDisk> {
         Ok(match self {
             Self::Raw { file, path, read_only } => BootDisk::File(DiskFile {
                 file: file.try_clone()?,
                 path: path.clone(),
-                read_only: *read_only || must_read_only,
+                read_only: *read_only || must_be_read_only,
             }),
             Self::Image { image, read_only } => BootDisk::CopyOnWrite {
                 image: image.clone(),
-                read_only: *read_only || must_read_only,
+                read_only: *read_only || must_be_read_only,
             },
         })
     }
@@ -103,7 +103,7 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
     }
 }
 
-/// What a volume contains, as far as it shows without opening a file.
+/// The content of a volume, determined without opening a file in it.
 #[derive(Debug)]
 enum Found<'a> {
     /// A raw disk.
@@ -146,8 +146,8 @@ impl<'a> RawFile<'a> {
     }
 }
 
-/// Finds out what the volume at `path` contains. It is a raw disk if it is a file, or has a `disk.img`. Otherwise it has
-/// keys if it has the link to their current version, which the kubelet makes: an image volume with one file has none.
+/// Determines the content of the volume at `path`. It is a raw disk if it is a file, or contains `disk.img`. Otherwise
+/// it has keys if it contains the kubelet's link to their current version, which an image volume does not contain.
 fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmError> {
     let status = fstat(volume).map_err(failed(path, "read its type"))?;
     if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
@@ -210,8 +210,8 @@ fn open_volume(path: &Path) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Opens the image in a volume without a raw disk: the only file in `/disk`, or the only file in its root. The writes of
-/// the guest end with the container.
+/// Opens the image in a volume without a raw disk: the only file in `/disk`, or the only file in its root. The writes
+/// of the guest end with the container.
 fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
     let shown = Path::new("/disks").join(disk.name.as_str());
     let find = || match open_base(volume.as_fd(), &shown)? {
@@ -335,7 +335,7 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
     })
 }
 
-/// Runs `open` with the permissions of a user: on a thread of its own, whose ids for file systems are those of the user.
+/// Runs `open` with the permissions of a user: on a new thread with the user's file system ids.
 fn as_user<T: Send, E: From<Errno> + Send>(
     user: &FileUser,
     open: impl FnOnce() -> Result<T, E> + Send,
@@ -366,8 +366,8 @@ fn set_file_system_ids(user: &FileUser) -> Result<(), Errno> {
         Ok(set) if set == wanted => Ok(()),
         _ => Err(Errno::PERM),
     };
-    // SAFETY: both calls take a number and change only the calling thread. They return the earlier id, so the second one
-    // of each pair tells whether the first one had an effect (setfsuid(2)).
+    // SAFETY: both calls take a number and change only the calling thread. They return the earlier id, so the second
+    // one of each pair shows whether the first one had an effect (setfsuid(2)).
     unsafe {
         libc::setfsgid(user.gid);
         check(libc::setfsgid(u32::MAX), user.gid)?;

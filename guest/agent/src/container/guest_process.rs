@@ -1,5 +1,5 @@
-//! The job that runs a process in the guest itself, outside of all containers, for the agent as a service of a user's
-//! system.
+//! The job that runs a process in the guest itself, outside of all containers. The agent uses it when it is a service
+//! of a user's system.
 //!
 //! The process is what a login of its user would start: it has the namespaces and the cgroup of the agent. Settings for
 //! containers in the request, such as capabilities, limits and the seccomp filter, are not applied.
@@ -70,7 +70,7 @@ fn become_program(
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))
         .describe(|| "set the standard streams".to_owned())?;
     sys::close_all_but(&[error_writer.as_fd()]);
-    // The agent may be protected.
+    // The agent may be protected from the OOM killer, and the process must not inherit that.
     fs::write("/proc/self/oom_score_adj", "0").describe(|| "set oom_score_adj to 0".to_owned())?;
     // Enter the directory as root first, as for a container.
     let chdir_result = enter_directory(&program.cwd);

@@ -2,8 +2,8 @@
 //!
 //! [`Container`] and [`Process`] are the records. `create`, `exec`, `delete` and a start with hooks run in jobs (see
 //! [`crate::job`]) and may block; a start without hooks does not block and runs in the event loop. In a virtual machine
-//! with a user's kernel, `guest_process` runs processes outside of containers. Nothing here sends to the host. The event
-//! loop calls this.
+//! with a user's kernel, `guest_process` runs processes outside of containers. Nothing here sends to the host. The
+//! event loop calls this.
 
 pub(crate) mod create;
 pub(crate) mod delete;

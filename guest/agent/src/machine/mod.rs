@@ -1,6 +1,6 @@
 //! The guest as a whole. `setup` prepares it at boot, [`reboot`] ends it. The other modules serve requests of the host:
-//! clock, size, disks and the kernels on them, share, network devices, forwarded connections, shells, DNS queries, and settings of the
-//! machine's own namespaces.
+//! clock, size, disks and the kernels on them, share, network devices, forwarded connections, shells, DNS queries, and
+//! settings of the machine's own namespaces.
 //!
 //! Nothing here depends on containers. `main`, the event loop and its jobs call this.
 

@@ -1,8 +1,8 @@
 //! The entry points of the fuzz targets for disks.
 //!
 //! Belongs here: functions that pass the bytes of an input to the parsers of this crate, and panic if these break their
-//! contract. Does not belong here: anything that the agent needs. The targets in `fuzz/fuzz_targets` call these functions,
-//! and so do the tests, with the stored inputs.
+//! contract. Does not belong here: anything that the agent needs. The targets in `fuzz/fuzz_targets` call these
+//! functions, and so do the tests, with the stored inputs.
 
 #![allow(clippy::unwrap_used, reason = "a fuzz target fails by panic")]
 
@@ -104,8 +104,8 @@ pub fn parse_kernel_image(data: &[u8]) {
     let _ = uki::parse_parts(data);
 }
 
-/// Identifies a file system and partitions. `data` has parts of the start of a disk: each is an offset of three bytes, a
-/// length of one byte, and the bytes. The rest is zero.
+/// Identifies a file system and partitions. `data` has parts of the start of a disk: each is an offset of three bytes,
+/// a length of one byte, and the bytes. The rest is zero.
 ///
 /// # Panics
 ///

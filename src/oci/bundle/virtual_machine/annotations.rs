@@ -7,7 +7,7 @@ use std::{
 
 use crate::oci::{DataSource, DiskContent, DiskName, OnReboot, PlanError, VmExec, VmKernel, size::VmGrowth};
 
-/// Their prefix.
+/// The prefix of their names.
 const PREFIX: &str = "io.containerd.nutshell.vm.";
 
 /// Where the directory with a kernel is mounted.
@@ -35,7 +35,7 @@ pub(super) struct Annotations {
     pub(super) disks: BTreeMap<String, DiskAnnotation>,
 }
 
-/// What the annotation `disk.NAME` says.
+/// The value of the annotation `disk.NAME`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DiskAnnotation {
     pub(super) read_only: bool,
@@ -110,7 +110,7 @@ impl Annotations {
         })
     }
 
-    /// Whether the image needs no disk.
+    /// Whether an annotation selects what the machine boots, so that the image needs no disk.
     pub(super) fn has_boot_annotation(&self) -> bool {
         self.kernel.is_some() || self.disks.values().any(|disk| disk.boot)
     }
@@ -126,8 +126,8 @@ impl Annotations {
                 initramfs: self.initramfs.clone(),
             }),
             (None, _) => invalid(format!(
-                "it is missing, but there is a mount at {KERNEL_MOUNT} or an initrd: set it to the path of the kernel in \
-                 that mount"
+                "it is missing, but there is a mount at {KERNEL_MOUNT} or an initrd: set it to the path of the kernel \
+                 in that mount"
             )),
             (Some(_), None) => invalid(format!("there is no mount at {KERNEL_MOUNT} with the kernel")),
         }

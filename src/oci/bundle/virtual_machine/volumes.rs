@@ -122,7 +122,7 @@ impl Volumes {
     fn add_device(&mut self, device: &LinuxDevice, linux: &Linux, annotations: &Annotations) -> Result<(), PlanError> {
         let field = || format!("linux.devices: {}", device.path().display());
         let access = allowed_access(linux, device);
-        // The spec of a privileged container lists all devices of the host. Those of the pod have rules of their own.
+        // The spec of a privileged container lists all devices of the host. Only those of the pod have separate rules.
         if access.is_none() && devices::is_privileged(linux) {
             return Ok(());
         }
@@ -151,7 +151,7 @@ impl Volumes {
             return Err(PlanError::invalid(
                 field(),
                 format!(
-                    "a block device is a raw disk that is written: the annotation for {} can only be `boot` and `ro`",
+                    "a block device is always a raw disk: the annotation for {} can contain only `boot` and `ro`",
                     name.as_str()
                 ),
             ));
@@ -167,7 +167,7 @@ impl Volumes {
 }
 
 /// The access that the last rule for exactly this block device allows (OCI spec, "Allowed Device list"): some of `r`,
-/// `w`, `m`. A rule for many devices does not count: it does not mean that the guest may write each disk of the host.
+/// `w`, `m`. A rule for many devices does not count: it must not let the guest write every disk of the host.
 /// `None` without such a rule.
 fn allowed_access(linux: &Linux, device: &LinuxDevice) -> Option<String> {
     let rules = linux

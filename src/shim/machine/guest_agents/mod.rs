@@ -1,7 +1,8 @@
-//! The agents that the system of a user's guest may run: the stream of nutshell's agent, and the state of the port of the
-//! QEMU guest agent.
+//! Connections to the agents that a user's guest may run: the stream of nutshell's agent, and the state of the QEMU
+//! guest agent's port.
 //!
-//! Belongs here: how they are reached. Does not belong here: requests to them. [`crate::shim::tasks`] calls it.
+//! Belongs here: opening and checking these connections. Does not belong here: requests to the agents.
+//! [`crate::shim::tasks`] calls this.
 
 mod port;
 mod stream;

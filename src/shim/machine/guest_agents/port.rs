@@ -11,7 +11,7 @@ use crate::shim::machine::{Machine, VmmError};
 const PORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Machine {
-    /// Sends a command that asks for something, unless the vmm waits for its boot command: another one would end it.
+    /// Sends a query, unless the vmm waits for its boot command: any other command would end the vmm.
     pub(in crate::shim::machine) async fn query(&self, command: &Command) -> Result<(), VmmError> {
         match self.state.awaits_boot.load(Ordering::SeqCst) {
             true => Err(VmmError::NotStarted),

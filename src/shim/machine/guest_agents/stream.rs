@@ -1,4 +1,5 @@
-//! The stream of an agent that a user's system runs as a service. It comes and goes while the machine runs.
+//! The stream of an agent that a user's system runs as a service. The agent can disconnect and connect again while the
+//! machine runs.
 
 use std::{
     future::Future,
@@ -11,9 +12,9 @@ use crate::control::{Command, ControlError};
 use crate::shim::machine::{Agent, Machine};
 
 impl Machine {
-    /// Lets an agent in the guest connect, once. Returns its client, which becomes ready when an agent has connected, and
-    /// a future that completes with a reason when the stream has ended. `on_event` gets the agent's events in order, and
-    /// must not block. One stream at a time: call it again after the end of the one before.
+    /// Lets an agent in the guest connect, once. Returns its client, which becomes ready when an agent has connected,
+    /// and a future that completes with a reason when the stream has ended. `on_event` gets the agent's events in
+    /// order, and must not block. Only one stream can be open: call this again after its end.
     pub(crate) async fn accept_agent(
         &self,
         on_event: impl FnMut(Event) + Send + 'static,

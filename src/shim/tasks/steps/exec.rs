@@ -1,5 +1,4 @@
-//! The start of an exec by an agent that runs processes with streams of their own: that of a pod, or nutshell's in a
-//! virtual machine.
+//! The start of an exec by nutshell's agent, in the guest of a pod or of a virtual machine.
 
 use std::sync::Arc;
 

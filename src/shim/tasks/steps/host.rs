@@ -151,8 +151,8 @@ pub(in crate::shim::tasks) fn admit(pod: &Pod, creation: Creation) -> Result<Adm
         let text = match other {
             Creation::VirtualMachine => "a virtual machine is being created in this pod, which runs no other container",
             Creation::Container => {
-                "a virtual machine needs a pod for itself, and a container is being created in this one: remove sidecars, \
-                 or run them as init containers"
+                "a virtual machine needs a pod for itself, and a container is being created in this one: remove \
+                 sidecars, or run them as init containers"
             }
         };
         TaskError::new(ErrorCode::FailedPrecondition, text)

@@ -1,5 +1,5 @@
-//! Execs in a virtual machine by nutshell's agent, which runs as a service in its guest. They are like those of a
-//! container, except that the agent may end while the machine goes on.
+//! Execs in a virtual machine by nutshell's agent, which runs as a service in its guest. They are like execs in a
+//! container, except that the agent may end while the machine continues.
 
 use std::{
     sync::Arc,
@@ -27,8 +27,8 @@ use crate::shim::{
     vm::VirtualMachine,
 };
 
-/// After a connection that was shorter than this, the next one waits as long: a guest controls how often its agent
-/// connects.
+/// After a connection that was shorter than this, no other one is accepted for this time: a guest controls how often
+/// its agent connects.
 const SHORT_CONNECTION: Duration = Duration::from_secs(1);
 
 impl Tasks {
@@ -90,7 +90,7 @@ impl Tasks {
         });
     }
 
-    /// Starts a process in the guest by the agent that is connected, and records its exit if the agent ends before it.
+    /// Starts a process in the guest by the connected agent. Records its exit if the agent ends first.
     pub(super) async fn start_exec_by_agent(
         self: &Arc<Self>,
         container: &Arc<Container>,

@@ -73,7 +73,7 @@ pub(in crate::shim::tasks) async fn set_limits_of_virtual_machine(
     let memory = machine.size().memory_of_virtual_machine(limits);
     let memory = memory.map_err(|reason| TaskError::new(ErrorCode::FailedPrecondition, reason))?;
     machine.set_memory(memory).await.map_err(|error| {
-        let text = format!("cannot give the guest {} MiB of memory: {error}", memory >> 20);
+        let text = format!("cannot change the memory of the guest to {} MiB: {error}", memory >> 20);
         TaskError::new(ErrorCode::FailedPrecondition, text)
     })
 }
@@ -87,7 +87,7 @@ pub(in crate::shim::tasks) fn no_agent(action: &str) -> TaskError {
     TaskError::new(ErrorCode::Unimplemented, text)
 }
 
-/// Gives up an exec that does not end after SIGKILL.
+/// Reports the exit of an exec that does not end in time after SIGKILL.
 pub(super) fn follow_exec_kill(container: &Container, process: &Arc<Process>, was_sent: bool) {
     let (id, process) = (container.id.clone(), process.clone());
     tokio::spawn(async move {

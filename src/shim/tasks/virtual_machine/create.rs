@@ -94,8 +94,8 @@ impl Tasks {
             Some(other) => Err(TaskError::new(
                 ErrorCode::FailedPrecondition,
                 format!(
-                    "a virtual machine needs a pod for itself, and container {} runs in this one: remove sidecars, or run \
-                     them as init containers",
+                    "a virtual machine needs a pod for itself, and container {} runs in this one: remove sidecars, or \
+                     run them as init containers",
                     other.id
                 ),
             )),

@@ -1,8 +1,9 @@
-//! Execs in a virtual machine, by nutshell's agent in its guest ([`super::agent_exec`]) or else by the QEMU guest agent.
+//! Execs in a virtual machine, by nutshell's agent in its guest ([`super::agent_exec`]) or else by the QEMU guest
+//! agent.
 //!
 //! The QEMU guest agent runs processes as root, without a terminal. It takes the whole standard input with the command
 //! and returns the whole output after the end, so an exec with an input starts its process when the input has ended. It
-//! cannot send signals; a shell in the guest does.
+//! cannot send signals, so a shell in the guest sends them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -36,10 +37,11 @@ use crate::{
 /// The maximum size of a standard input in bytes.
 const MAX_INPUT: u64 = 2 << 20;
 
-/// How long a report waits for the version of an agent.
+/// How long `inspect` waits for the version of an agent.
 const VERSION_LIMIT: Duration = Duration::from_secs(1);
 
-/// Executes its arguments in another working directory, which is its first one: the agent has no such setting.
+/// A shell script that enters the directory in its first argument and executes the others: the agent cannot set a
+/// working directory.
 const CHANGE_DIRECTORY: &str = "cd -- \"$1\" && shift && exec \"$@\"";
 
 /// An exec in progress.
@@ -74,7 +76,7 @@ pub(in crate::shim::tasks) async fn check_can_exec(machine: &VirtualMachine, ter
         Ok(true) => {}
         Ok(false) => return Err(no_agent()),
         Err(error) => {
-            log::debug!("cannot ask for the port of the guest agent: {error}");
+            log::debug!("cannot read the state of the guest agent's port: {error}");
             return Err(no_agent());
         }
     }
@@ -123,7 +125,7 @@ impl Tasks {
         let failed = |text: String| TaskError::unknown(text).during(EXEC_CONTEXT);
         if process.stdio_spec.terminal {
             return Err(failed(
-                "the agent in the guest that starts processes with a terminal is gone".to_owned(),
+                "nutshell's agent in the guest, which a terminal needs, is not connected any more".to_owned(),
             ));
         }
         let (machine, agent) = virtual_machine
@@ -247,8 +249,8 @@ fn program(process: GuestProcess) -> Program {
     }
 }
 
-/// Kill of an exec: the agent that runs it sends the signal, or a shell in the guest. After SIGKILL, an exit is recorded in
-/// any case.
+/// Kill of an exec: nutshell's agent sends the signal if it runs the exec, and otherwise a shell in the guest. After
+/// SIGKILL, an exit is recorded in any case.
 pub(in crate::shim::tasks) async fn signal_exec_in_virtual_machine(
     container: &Container,
     virtual_machine: &VirtualMachine,
