@@ -274,6 +274,53 @@ unusable_images_are_refused_with_the_reason() {
   rm -r $root
 }
 
+# A disk that was made to mislead the disk reader ends Create or Start in time, and leaves nothing.
+damaged_disks_are_refused_in_time() {
+  local root=/run/tmp/image disk=/run/tmp/image/disk/disk.raw source kernel start=$SECONDS
+  source=$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)
+  mkdir -p $root/disk
+  # The file system's tables are random bytes.
+  cp --sparse=always "$source" $disk
+  dd if=/dev/urandom of=$disk bs=4096 seek=257 count=2048 conv=notrunc status=none
+  refused_vm "no kernel to boot was found on the disk" $root
+  # The kernel is a text.
+  cp --sparse=always "$source" $disk
+  kernel=$(debugfs -R 'ls -p /boot' "$disk?offset=1048576" 2>/dev/null | sed -n 's|.*/\(vmlinuz-[^/]*\)/.*|\1|p')
+  echo "not a kernel" >/run/tmp/text
+  debugfs -w -f - "$disk?offset=1048576" >/dev/null 2>&1 <<COMMANDS
+rm /boot/$kernel
+write /run/tmp/text /boot/$kernel
+COMMANDS
+  refused_vm kernel $root
+  # The table of partitions names more than the disk has.
+  cp --sparse=always "$source" $disk
+  truncate -s 2M $disk
+  refused_vm "no kernel to boot was found on the disk" $root
+  ((SECONDS - start < 120))
+  rm -r $root /run/tmp/text
+}
+
+# A kernel that panics at once resets its machine again and again: each boot waits longer, and the task can be killed.
+reboot_loop_is_slowed_down() {
+  new_name
+  local folder first
+  folder=$(echo "$kernels"/6.12*)
+  mkdir -p /run/tmp/kernel /run/tmp/image
+  cp "$folder/kernel" "$folder/initramfs" /run/tmp/kernel
+  start_vm --rootfs --mount type=bind,src=/run/tmp/kernel,dst=/kernel,options=rbind:ro \
+    --annotation io.containerd.nutshell.vm.kernel=kernel --annotation io.containerd.nutshell.vm.initrd=initramfs \
+    --annotation "io.containerd.nutshell.vm.kernel-arguments=rdinit=/nosuch root=/nosuch panic=-1" /run/tmp/image --
+  wait_for_console "Kernel panic" 1
+  first=$SECONDS
+  wait_for_console "Kernel panic" 4
+  # 0.5, 1 and 2 s.
+  ((SECONDS - first >= 3))
+  assert_equal RUNNING "$(ctr task ls | awk -v name="$name" '$1 == name { print $3 }')"
+  ctr task kill --signal SIGKILL "$name"
+  end_vm 137
+  rm -r /run/tmp/kernel /run/tmp/image
+}
+
 kernel_and_initrd_of_a_mount_boot_without_a_disk() {
   new_name
   local folder
@@ -481,7 +528,7 @@ print("\n".join(json.load(sys.stdin)))')
 # may have more: an overlay hides them.
 disk_boots_and_switches_off() {
   new_name
-  local disk=$1 folder=/run/tmp/disk file pattern='login: $'
+  local disk=$1 folder=/run/tmp/disk file pattern=' login: '
   [[ ! -e ${disk%.*}.expect ]] || pattern=$(<"${disk%.*}.expect")
   mkdir -p $folder/{upper,work,volume,root}
   mount -t overlay -o "lowerdir=$(dirname "$disk"),upperdir=$folder/upper,workdir=$folder/work" overlay $folder/volume
@@ -515,6 +562,8 @@ more_vm_cases() {
   check "exec fails at once and names the console" exec_fails_at_once_and_names_the_console
   check "exec runs by the guest agent" exec_runs_by_the_guest_agent
   check "full snapshot is only an I/O error in the guest" full_snapshot_is_only_an_io_error_in_the_guest
+  check "damaged disks are refused in time" damaged_disks_are_refused_in_time
+  check "reboot loop is slowed down" reboot_loop_is_slowed_down
   check "volume is the boot disk and persists" volume_is_the_boot_disk_and_persists
   check "block device is a disk, and disks grow while the guest runs" block_device_is_a_disk_and_disks_grow_while_the_guest_runs
   check "commands for migration boot the disk" commands_for_migration_boot_the_disk
