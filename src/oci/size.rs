@@ -233,14 +233,14 @@ impl PodSize {
         }
     }
 
-    /// The memory of a virtual machine after an update to `limits`, in bytes. Without a memory limit, it is the maximum
-    /// of the machine.
+    /// The memory of a virtual machine after an update of its limits, in bytes. `None` if the update does not change the
+    /// memory limit, or removes it: the machine keeps its memory.
     ///
     /// # Errors
     ///
     /// A limit exceeds the maximum of the machine. The text names the limit, and the annotation that raises the
     /// maximum.
-    pub(crate) fn memory_of_virtual_machine(&self, limits: Limits) -> Result<u64, String> {
+    pub(crate) fn memory_of_virtual_machine(&self, before: Limits, limits: Limits) -> Result<Option<u64>, String> {
         if let Some(vcpus) = vcpus_for(limits).filter(|vcpus| *vcpus > self.boot.vcpus.into()) {
             return Err(format!(
                 "the CPU limit needs {vcpus} vCPUs, but the virtual machine has {}: request more at its start by the \
@@ -248,7 +248,9 @@ impl PodSize {
                 self.boot.vcpus
             ));
         }
-        let memory = limits.memory.unwrap_or(self.max.memory);
+        let Some(memory) = limits.memory.filter(|_| limits.memory != before.memory) else {
+            return Ok(None);
+        };
         if memory > self.max.memory {
             return Err(format!(
                 "the memory limit of {} MiB exceeds {} MiB, the maximum of the virtual machine: request more at its \
@@ -257,7 +259,8 @@ impl PodSize {
                 self.max.memory >> 20
             ));
         }
-        Ok(memory.next_multiple_of(ALIGNMENT).max(MIN_MEMORY).min(self.max.memory))
+        let bounded = memory.next_multiple_of(ALIGNMENT).max(MIN_MEMORY);
+        Ok(Some(bounded.min(self.max.memory)))
     }
 
     fn max_memory_within(&self, cgroup_limit: Option<u64>) -> u64 {
@@ -413,11 +416,22 @@ mod tests {
                 Err("annotation io.containerd.nutshell.vm.max-memory"),
             ),
         ] {
-            match (size.memory_of_virtual_machine(limits), expected) {
-                (Ok(memory), Ok(expected)) => assert_eq!(memory, expected),
+            match (size.memory_of_virtual_machine(Limits::default(), limits), expected) {
+                (Ok(memory), Ok(expected)) => assert_eq!(memory, Some(expected)),
                 (Err(text), Err(expected)) => assert!(text.contains(expected), "{text}"),
                 (found, expected) => panic!("{found:?} instead of {expected:?}"),
             }
+        }
+        let unlimited = Limits {
+            memory: None,
+            millicpus: Some(1000),
+        };
+        for (before, after) in [
+            (limits(4096, 1000), limits(4096, 2000)),
+            (Limits::default(), unlimited),
+            (limits(1024, 1000), unlimited),
+        ] {
+            assert_eq!(growing.memory_of_virtual_machine(before, after), Ok(None), "{before:?}");
         }
         for (growth, name) in [
             (

@@ -279,12 +279,13 @@ damaged_disks_are_refused_in_time() {
   local root=/run/tmp/image disk=/run/tmp/image/disk/disk.raw source kernel start=$SECONDS
   source=$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)
   mkdir -p $root/disk
+  new_disk() { rm -f $root/.nutshell-disk-writes && cp --sparse=always "$source" $disk; }
   # The file system's tables are random bytes.
-  cp --sparse=always "$source" $disk
+  new_disk
   dd if=/dev/urandom of=$disk bs=4096 seek=257 count=2048 conv=notrunc status=none
   refused_vm "no kernel to boot was found on the disk" $root
   # The kernel is a text.
-  cp --sparse=always "$source" $disk
+  new_disk
   kernel=$(debugfs -R 'ls -p /boot' "$disk?offset=1048576" 2>/dev/null | sed -n 's|.*/\(vmlinuz-[^/]*\)/.*|\1|p')
   echo "not a kernel" >/run/tmp/text
   debugfs -w -f - "$disk?offset=1048576" >/dev/null 2>&1 <<COMMANDS
@@ -293,7 +294,7 @@ write /run/tmp/text /boot/$kernel
 COMMANDS
   refused_vm kernel $root
   # The table of partitions names more than the disk has.
-  cp --sparse=always "$source" $disk
+  new_disk
   truncate -s 2M $disk
   refused_vm "no kernel to boot was found on the disk" $root
   ((SECONDS - start < 120))

@@ -234,7 +234,7 @@ impl Tasks {
         if let Some(machine) = &container.virtual_machine {
             // Other limits, such as the CPUs that may be used, are those of the control group on the host.
             if after != before {
-                set_limits_of_virtual_machine(machine, after).await?;
+                set_limits_of_virtual_machine(machine, before, after).await?;
                 container.set_limits(after);
             }
             return Ok(());

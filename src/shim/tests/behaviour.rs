@@ -15,6 +15,8 @@ pub(super) enum Behaviour {
     Unresponsive,
     /// It never answers requests of one kind.
     Ignores(Ignored),
+    /// It finds the kernel on a disk once, and never answers again.
+    ReadsDiskOnce,
     /// It finds no kernel on a disk.
     NoKernel,
     /// Its guest does not listen to the power button, as before its init has started.

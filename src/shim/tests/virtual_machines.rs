@@ -1,10 +1,13 @@
 //! Virtual machines that boot a user's disk or kernel.
 
+use std::time::Duration;
+
 use containerd_shim::protos::{
     api::{CreateTaskRequest, ResizePtyRequest, Status, UpdateTaskRequest},
     protobuf::well_known_types::any::Any,
     ttrpc::{Code, context},
 };
+use nutshell_protocol::Request;
 use serde_json::{Value, json};
 
 use super::{Shim, behaviour::Behaviour, error_of, open_reader, process_exists};
@@ -377,4 +380,20 @@ async fn guest_that_takes_no_memory_keeps_its_size_and_fails_the_update() {
     assert!(error.contains("did not add the memory within"), "{error}");
     assert_eq!(shim.fake.resizes(2), [(128, 1), (0, 1)]);
     assert_eq!(shim.status("v1").await, Status::RUNNING);
+}
+
+#[tokio::test]
+async fn power_button_while_a_reboot_reads_the_disk_ends_the_task() {
+    let shim = Shim::start_with(Behaviour::ReadsDiskOnce).await;
+    shim.run_vm("v1").await;
+    shim.fake.end_guest(EndReason::GuestReset);
+    let is_read = |request: &Request| matches!(request, Request::FindDiskKernel { .. });
+    while shim.fake.requests().iter().filter(|request| is_read(request)).count() < 2 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    shim.kill("v1", "", 15).await.unwrap();
+
+    let exit = tokio::time::timeout(Duration::from_secs(10), shim.wait("v1", "")).await;
+    assert_eq!(exit.expect("the task does not end").unwrap(), 0);
 }

@@ -144,8 +144,8 @@ impl VirtualMachine {
     /// Changes the memory of the guest to `memory` bytes, a result of [`PodSize::memory_of_virtual_machine`]. Returns
     /// when the guest's kernel has added or removed the memory. If it does not do so in time, the guest keeps its size.
     pub(crate) async fn set_memory(&self, memory: u64) -> Result<(), MemoryError> {
-        let running = self.running.lock().clone();
-        self.memory.set(running.as_deref(), self.size.boot.vcpus, memory).await
+        let running = || self.running.lock().clone();
+        self.memory.set(running, self.size.boot.vcpus, memory).await
     }
 
     pub(crate) fn on_reboot(&self) -> OnReboot {
@@ -288,7 +288,9 @@ impl VirtualMachine {
             false => (None, None),
         };
         let mut arguments = files.kernel_arguments.clone();
-        let memory = self.memory.begin_boot().await;
+        // Until the machine runs, its memory does not change.
+        let booting = self.memory.begin_boot().await;
+        let memory = booting.memory();
         if self.size.max.memory > memory {
             // Some distributions leave new memory offline. Movable memory can be removed again.
             arguments = format!("{ONLINE_MEMORY} {arguments}").trim().to_owned();
@@ -315,6 +317,7 @@ impl VirtualMachine {
         self.pace.lock().started = Instant::now();
         machine.boot_user(request, BUILD_LIMIT).await.map_err(VmError::Start)?;
         *self.running.lock() = Some(machine.clone());
+        drop(booting);
         *self.guest_agent.lock() = guest_agent;
         if self.is_end_requested() {
             // The request came while there was no machine whose power button could be pressed.
@@ -371,7 +374,10 @@ impl VirtualMachine {
         if let Some(disk) = self.disk_to_read()? {
             let reader = pod.start_disk_reader(launcher, disk).await?;
             self.check_wanted()?;
-            self.find_kernel(id, &reader, ready_timeout).await?;
+            tokio::select! {
+                found = self.find_kernel(id, &reader, ready_timeout) => found?,
+                () = self.end_requested() => return Err(VmError::Ended),
+            }
         }
         let machine = pod.prepare_user_machine(launcher, self.size.boot).await?;
         self.check_wanted()?;

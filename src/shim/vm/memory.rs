@@ -1,6 +1,6 @@
 //! Changes of the memory of a virtual machine while its guest runs.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
@@ -63,41 +63,66 @@ impl MachineMemory {
         self.sizes.lock().present
     }
 
-    /// Returns the memory with which a machine boots, in bytes.
-    pub(super) async fn begin_boot(&self) -> u64 {
-        let _changing = self.changing.lock().await;
+    /// Begins a boot. The memory does not change before the result is dropped.
+    pub(super) async fn begin_boot(&self) -> Booting<'_> {
+        let changing = self.changing.lock().await;
         let mut sizes = self.sizes.lock();
         sizes.booted = sizes.present;
-        sizes.present
+        Booting {
+            memory: sizes.present,
+            _changing: changing,
+        }
     }
 
-    /// Changes the size to `memory` bytes, in the guest too if it runs. The change is undone if the guest's kernel does
-    /// not add or remove the memory in time. Concurrent calls run one after the other.
-    pub(super) async fn set(&self, running: Option<&Machine>, vcpus: u8, memory: u64) -> Result<(), MemoryError> {
+    /// Changes the size to `memory` bytes, in the guest too if it runs in the machine that `running` returns. The
+    /// change is undone if it fails or the guest's kernel does not take part in time. Concurrent calls run one after the other.
+    pub(super) async fn set(
+        &self,
+        running: impl FnOnce() -> Option<Arc<Machine>>,
+        vcpus: u8,
+        memory: u64,
+    ) -> Result<(), MemoryError> {
         let _changing = self.changing.lock().await;
         let Sizes { booted, present } = *self.sizes.lock();
         if memory == present {
             return Ok(());
         }
-        if let Some(machine) = running {
+        if let Some(machine) = running() {
             let added = |memory: u64| {
                 memory
                     .checked_sub(booted)
                     .ok_or(MemoryError::TooSmall { memory, booted })
             };
             let (wanted, before) = (added(memory)?, added(present)?);
-            machine.resize(wanted, vcpus).await?;
-            let settled = machine.memory_plugged(wanted);
-            if tokio::time::timeout(PLUG_LIMIT, settled).await.is_err() {
-                // A slow guest could complete the change later. Its size would then differ from the recorded one.
+            let action = if memory > present { "add" } else { "remove" };
+            let change = async {
+                machine.resize(wanted, vcpus).await?;
+                let settled = tokio::time::timeout(PLUG_LIMIT, machine.memory_plugged(wanted)).await;
+                settled.map_err(|_| MemoryError::NotTaken { action })
+            };
+            if let Err(error) = change.await {
+                // A slow vmm or guest could complete the change later, and then have another size than is recorded.
                 if let Err(error) = machine.resize(before, vcpus).await {
                     log::warn!("cannot undo a change of the memory of a virtual machine: {error}");
                 }
-                let action = if memory > present { "add" } else { "remove" };
-                return Err(MemoryError::NotTaken { action });
+                return Err(error);
             }
         }
         self.sizes.lock().present = memory;
         Ok(())
+    }
+}
+
+/// A boot in progress.
+#[derive(Debug)]
+pub(super) struct Booting<'m> {
+    memory: u64,
+    _changing: tokio::sync::MutexGuard<'m, ()>,
+}
+
+impl Booting<'_> {
+    /// The memory with which the machine boots, in bytes.
+    pub(super) fn memory(&self) -> u64 {
+        self.memory
     }
 }

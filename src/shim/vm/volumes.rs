@@ -295,7 +295,13 @@ fn create_blank(disk: &VmDisk, volume: &OwnedFd, size: u64, user: &FileUser) -> 
     let mode = Mode::RUSR | Mode::WUSR;
     let create = || Ok(rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)?);
     match as_user(user, create) {
-        Ok(file) => rustix::fs::ftruncate(&file, size).map_err(failed(&shown, "set its size")),
+        Ok(file) => rustix::fs::ftruncate(&file, size).map_err(|errno| {
+            // An empty file would count as a disk the next time.
+            if let Err(error) = rustix::fs::unlinkat(volume, RAW_DISK, AtFlags::empty()) {
+                log::warn!("cannot remove the unusable disk {}: {error}", shown.display());
+            }
+            failed(&shown, "set its size")(errno)
+        }),
         Err(OpenError::System(Errno::EXIST)) => Ok(()),
         Err(error) => Err(cannot_open(disk, &shown, user, error)),
     }

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nutshell_protocol::{Failure, StartExec};
 use oci_spec::runtime::{Process, User};
 use rustix::pipe::PipeFlags;
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Signal, Uid};
 
 use super::exec::{Describe, await_program, enter_directory, open_terminal};
 use super::program::{Program, ResolvedProgram};
@@ -75,6 +75,9 @@ fn become_program(
     // Enter the directory as root first, as for a container.
     let chdir_result = enter_directory(&program.cwd);
     become_user(user)?;
+    // After the change of the user, which would end it.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .describe(|| "end with the agent".to_owned())?;
     chdir_result
         .or_else(|_| enter_directory(&program.cwd))
         .map_err(|error| format!("chdir to {}: {error}", program.cwd.display()))?;

@@ -21,6 +21,10 @@ impl Machine {
     ) -> Result<(Agent, impl Future<Output = String> + Send + 'static), ControlError> {
         let (shim_end, guest_end) = UnixStream::pair().map_err(ControlError::Socket)?;
         let (agent, end) = Agent::start(shim_end, on_event).map_err(ControlError::Socket)?;
+        // An agent that has only ended one direction of its stream still has the port.
+        self.control
+            .send(&Command::CloseStream { port: AGENT_PORT }, &[])
+            .await?;
         let command = Command::OpenStream {
             port: AGENT_PORT,
             input: true,

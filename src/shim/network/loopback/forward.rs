@@ -16,7 +16,11 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt::Linger};
 use nutshell_protocol::Request;
-use tokio::{net::TcpStream, sync::Semaphore, task::JoinHandle};
+use tokio::{
+    net::TcpStream,
+    sync::Semaphore,
+    task::{JoinHandle, JoinSet},
+};
 
 use super::lookup::SocketLookup;
 use crate::shim::machine::{Agent, Machine};
@@ -92,7 +96,7 @@ impl ForwardListeners {
     }
 }
 
-/// Running port forwarding. Dropped, it accepts no more connections; existing ones continue.
+/// Running port forwarding. Dropped, it accepts no more connections, and ends those that the shim relays; others continue.
 #[derive(Debug)]
 pub(in crate::shim::network) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,
@@ -109,7 +113,10 @@ impl Drop for Forwarding {
 
 async fn accept_connections(listener: tokio::net::TcpListener, find_target: FindTarget, permits: Arc<Semaphore>) {
     let mut last_error = None;
+    // Dropped with this task, which ends the relays.
+    let mut relays = JoinSet::new();
     loop {
+        while relays.try_join_next().is_some() {}
         // An error means that the semaphore was closed, which never happens.
         let Ok(permit) = permits.clone().acquire_owned().await else {
             return;
@@ -118,10 +125,16 @@ async fn accept_connections(listener: tokio::net::TcpListener, find_target: Find
             Ok((connection, _)) => {
                 last_error = None;
                 let target = find_target();
-                tokio::spawn(async move {
+                let is_relayed = matches!(target, Some(ForwardTarget::Address(_)));
+                let forwarded = async move {
                     forward(target, connection).await;
                     drop(permit);
-                });
+                };
+                if is_relayed {
+                    relays.spawn(forwarded);
+                } else {
+                    tokio::spawn(forwarded);
+                }
             }
             // The connection is gone already, or the shim has no free descriptor. The connection then stays in the
             // queue, and nothing reports that there is a descriptor again.

@@ -11,7 +11,7 @@ use nutshell_protocol::Request;
 use super::calls::follow_exec_kill;
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    machine::{Agent, Machine},
+    machine::{Agent, FINAL_NOTICE_TIMEOUT, Machine},
     tasks::{
         Tasks,
         agent_call::check_response,
@@ -55,10 +55,15 @@ impl Tasks {
                 let (agent, end) = match accepted.await {
                     Ok(accepted) => accepted,
                     Err(error) => {
-                        if !machine.has_ended() {
-                            log::warn!("task {id}: no agent can connect: {error}");
+                        // The machine may be ending.
+                        if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, machine.ended())
+                            .await
+                            .is_ok()
+                        {
+                            return;
                         }
-                        return;
+                        log::warn!("task {id}: no agent can connect yet: {error}");
+                        continue;
                     }
                 };
                 virtual_machine.set_agent(Some(agent.clone()));

@@ -96,6 +96,9 @@ impl Tasks {
                     current = next;
                 }
                 Err(VmError::Ended) => {
+                    // It may be the disk reader, or a machine that waits for its boot.
+                    pod.machine()
+                        .stop("a client has requested the end of the virtual machine");
                     pod.machine().ended().await;
                     return machine.killed_status().unwrap_or(POWER_OFF_STATUS);
                 }

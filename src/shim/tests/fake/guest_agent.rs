@@ -1,10 +1,14 @@
-//! The QEMU guest agent of a fake machine with a user's kernel.
+//! The agents of a fake machine with a user's kernel: nutshell's, and the QEMU guest agent.
 
 use std::{
     io::{BufRead, BufReader, Write},
+    net::Shutdown,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    sync::Arc,
     thread,
 };
 
+use nutshell_protocol::{AGENT_PORT, FromAgent, Ready};
 use serde_json::{Value, json};
 
 use super::Fake;
@@ -45,5 +49,38 @@ impl Fake {
                 }
             }
         });
+    }
+
+    /// Connects an agent of the guest in a machine with a user's kernel, and serves it.
+    pub(in crate::shim::tests) fn connect_agent(self: &Arc<Self>) {
+        let stream = self.wait_until(|state| {
+            state.inputs.remove(&AGENT_PORT);
+            state.outputs.remove(&AGENT_PORT)
+        });
+        let stream = UnixStream::from(OwnedFd::from(stream));
+        stream.set_nonblocking(false).unwrap();
+        self.state().agent = Some(stream.try_clone().unwrap());
+        self.send(&FromAgent::Ready(Ready {
+            version: "7".to_owned(),
+            kernel: "0".to_owned(),
+        }));
+        let fake = self.clone();
+        thread::spawn(move || fake.serve_agent(stream));
+    }
+
+    /// Whether the newest machine lets an agent of the guest connect.
+    pub(in crate::shim::tests) fn has_agent_port(&self) -> bool {
+        self.state().outputs.contains_key(&AGENT_PORT)
+    }
+
+    /// Writes bytes to the agent's stream.
+    pub(in crate::shim::tests) fn write_to_agent_stream(&self, bytes: &[u8]) {
+        self.state().agent.as_mut().unwrap().write_all(bytes).unwrap();
+    }
+
+    /// Ends the agent's stream.
+    pub(in crate::shim::tests) fn disconnect_agent(&self) {
+        let agent = self.state().agent.take().unwrap();
+        agent.shutdown(Shutdown::Both).unwrap();
     }
 }

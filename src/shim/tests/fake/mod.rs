@@ -17,8 +17,8 @@ use std::{
 
 use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{
-    AGENT_PORT, Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready,
-    Reply, Request, Stdio as Ports, ToAgent, encode,
+    Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready, Reply, Request,
+    Stdio as Ports, ToAgent, encode,
 };
 
 use self::answer::statistics;
@@ -325,39 +325,6 @@ impl Fake {
         self.changed.notify_all();
     }
 
-    /// Connects an agent of the guest in a machine with a user's kernel, and serves it.
-    pub(in crate::shim::tests) fn connect_agent(self: &Arc<Self>) {
-        let stream = self.wait_until(|state| {
-            state.inputs.remove(&AGENT_PORT);
-            state.outputs.remove(&AGENT_PORT)
-        });
-        let stream = UnixStream::from(OwnedFd::from(stream));
-        stream.set_nonblocking(false).unwrap();
-        self.state().agent = Some(stream.try_clone().unwrap());
-        self.send(&FromAgent::Ready(Ready {
-            version: "7".to_owned(),
-            kernel: "0".to_owned(),
-        }));
-        let fake = self.clone();
-        thread::spawn(move || fake.serve_agent(stream));
-    }
-
-    /// Whether the newest machine lets an agent of the guest connect.
-    pub(in crate::shim::tests) fn has_agent_port(&self) -> bool {
-        self.state().outputs.contains_key(&AGENT_PORT)
-    }
-
-    /// Writes bytes to the agent's stream.
-    pub(in crate::shim::tests) fn write_to_agent_stream(&self, bytes: &[u8]) {
-        self.state().agent.as_mut().unwrap().write_all(bytes).unwrap();
-    }
-
-    /// Ends the agent's stream.
-    pub(in crate::shim::tests) fn disconnect_agent(&self) {
-        let agent = self.state().agent.take().unwrap();
-        agent.shutdown(std::net::Shutdown::Both).unwrap();
-    }
-
     fn boot(self: &Arc<Self>, control: &Arc<Channel>, mut descriptors: Vec<OwnedFd>) {
         // KVM, kernel, initramfs, agent, and unless the machine is for a pod, one or two files of a disk.
         assert!((4..=6).contains(&descriptors.len()));
@@ -396,7 +363,7 @@ impl Fake {
             while let Some(ToAgent { id, request }) = buffer.next().unwrap() {
                 self.state().requests.push(request.clone());
                 self.changed.notify_all();
-                if self.behaviour.answers(&request) {
+                if self.behaviour.answers(&request) && !self.is_later_read(&request) {
                     let (result, event) = self.answer(request);
                     self.send(&FromAgent::Reply(Reply { id, result }));
                     if let Some(event) = event {
@@ -411,6 +378,14 @@ impl Fake {
                 _ => return,
             }
         }
+    }
+
+    /// Whether the request is one to read the disk again, and it is not answered.
+    fn is_later_read(&self, request: &Request) -> bool {
+        let is_read = |request: &Request| matches!(request, Request::FindDiskKernel { .. });
+        self.behaviour == Behaviour::ReadsDiskOnce
+            && is_read(request)
+            && self.state().requests.iter().filter(|request| is_read(request)).count() > 1
     }
 
     fn wait_while_stopped(&self) {

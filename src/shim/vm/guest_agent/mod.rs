@@ -58,10 +58,11 @@ impl GuestAgent {
         })
     }
 
-    /// Checks whether an agent answers.
+    /// Checks whether an agent answers. An agent that executes another command has time to finish it.
     pub(crate) async fn synchronize(&self) -> Result<(), GuestAgentError> {
-        let synchronize = async { self.connection.lock().await.synchronize().await };
-        within(SYNC_LIMIT, "guest-sync-delimited", synchronize).await
+        let connection = async { Ok(self.connection.lock().await) };
+        let mut connection = within(ANSWER_LIMIT, "guest-sync-delimited", connection).await?;
+        within(SYNC_LIMIT, "guest-sync-delimited", connection.synchronize()).await
     }
 
     /// The version of the agent.
