@@ -133,7 +133,7 @@ impl VirtualMachine {
         self.size
     }
 
-    /// The present size.
+    /// The vCPUs of its guest, and the memory after the last change.
     pub(crate) fn present_size(&self) -> Size {
         Size {
             memory: self.memory.present(),

@@ -31,8 +31,9 @@ pub(in crate::shim::tasks) async fn start_exec_in_guest(
         .open(exec, context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()).during(EXEC_CONTEXT))?;
-    let holder = PidHolder::spawn(&NetworkNamespace::Inherited)
-        .map_err(|error| TaskError::unknown(format!("create the host process of the exec: {error}")))?;
+    let holder = PidHolder::spawn(&NetworkNamespace::Inherited).map_err(|error| {
+        TaskError::unknown(format!("cannot create the host process of the exec: {error}")).during(EXEC_CONTEXT)
+    })?;
     process.set_pid_holder(Arc::new(holder));
     let (streams, stdio) = match opened.connect(&machine, process.terminal_size()).await {
         Ok(connected) => connected,
