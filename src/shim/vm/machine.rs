@@ -417,7 +417,12 @@ impl VirtualMachine {
 
     /// Ends the machine of `pod` at once. The task exits with `status`.
     pub(crate) fn kill(&self, pod: &Pod, status: u32) {
-        self.killed.send_if_modified(|killed| killed.replace(status).is_none());
+        // The first reason counts.
+        self.killed.send_if_modified(|killed| {
+            let is_first = killed.is_none();
+            killed.get_or_insert(status);
+            is_first
+        });
         pod.machine().stop("a client has killed it");
     }
 

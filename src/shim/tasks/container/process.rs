@@ -181,8 +181,12 @@ impl Process {
 
     /// Gives up a process of a virtual machine's guest, whose exit is to be recorded with `status` without it.
     pub(crate) fn abandon(&self, status: u32) {
-        self.abandoned
-            .send_if_modified(|abandoned| abandoned.replace(status).is_none());
+        // The first reason counts.
+        self.abandoned.send_if_modified(|abandoned| {
+            let is_first = abandoned.is_none();
+            abandoned.get_or_insert(status);
+            is_first
+        });
     }
 
     /// Waits for [`Self::abandon`], and returns its status.
