@@ -13,6 +13,7 @@ use std::{
 use crate::{
     messages::{ContainerState, Mount, PodSandboxMetadata},
     pod::{BUSYBOX, Container, Handler, Pod, image, resources},
+    streaming::Streams,
     wait::{POLL_INTERVAL, wait_until_within},
 };
 
@@ -171,6 +172,11 @@ pub(crate) fn image_boots_with_a_seed(handler: Handler) {
             .contains(&format!(" {address}/16 "))
     );
 
+    // Only nutshell's agent has terminals. systemd has started it by the credentials of the machine.
+    let mut shell = Streams::exec(&container, &["sh", "-c", "tty; exit 3"], true);
+    shell.read_to_end();
+    assert!(shell.stdout.contains("/dev/pts/"), "{}", shell.stdout);
+    assert_eq!(shell.exit, Some(3));
     assert_eq!(container.sh("id -un"), "root");
     assert_eq!(container.exec(&["sh", "-c", "echo wrong >&2; exit 7"]).exit_code, 7);
     assert_eq!(container.sh("cat /var/lib/configured"), "configured");
