@@ -116,10 +116,11 @@ pub(crate) fn machine_runs_execs_by_its_agent(handler: Handler) {
 
     let mut shell = Streams::exec(&container, &["sh"], true);
     shell.resize(91, 17);
-    shell.send("stty size; tty; exit 3\n");
+    // The size may arrive after the input.
+    shell.send("until stty size | grep -q 91; do sleep 0.1; done; echo $(stty size | tr ' ' x); tty; exit 3\n");
     shell.read_to_end();
     assert!(
-        shell.stdout.contains("17 91") && shell.stdout.contains("/dev/pts/"),
+        shell.stdout.contains("17x91") && shell.stdout.contains("/dev/pts/"),
         "{}",
         shell.stdout
     );
