@@ -205,18 +205,7 @@ fn become_program(
 ) -> Result<Infallible, String> {
     let syscall = SyscallType::Linux.create_syscall();
     let user = settings.process.user();
-    rustix::process::setsid().describe(|| "setsid".to_owned())?;
-    let [stdin, stdout, stderr] = match terminal {
-        Some(terminal) => {
-            sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
-            [terminal.as_fd(); 3]
-        }
-        None => process_ends.descriptors(),
-    };
-    rustix::stdio::dup2_stdin(stdin)
-        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
-        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
-        .describe(|| "set the standard streams".to_owned())?;
+    begin_session(process_ends, terminal)?;
     // Enter it only now: a caller inside the cgroup namespace could not have forked the process into the cgroup.
     move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
         .describe(|| "enter the container's cgroup namespace".to_owned())?;
@@ -280,6 +269,22 @@ fn become_program(
         load_seccomp(settings)?;
     }
     Err(resolved.execute())
+}
+
+/// Starts a session of the calling process, with its controlling terminal if it has one, and sets its standard streams.
+pub(super) fn begin_session(process_ends: &ProcessEnds, terminal: Option<&OwnedFd>) -> Result<(), String> {
+    rustix::process::setsid().describe(|| "setsid".to_owned())?;
+    let [stdin, stdout, stderr] = match terminal {
+        Some(terminal) => {
+            sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
+            [terminal.as_fd(); 3]
+        }
+        None => process_ends.descriptors(),
+    };
+    rustix::stdio::dup2_stdin(stdin)
+        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
+        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
+        .describe(|| "set the standard streams".to_owned())
 }
 
 /// Changes to `cwd`, which must be inside the container's root.

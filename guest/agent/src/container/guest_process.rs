@@ -13,7 +13,7 @@ use oci_spec::runtime::{Process, User};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Signal, Uid};
 
-use super::exec::{Describe, await_program, enter_directory, open_terminal};
+use super::exec::{Describe, await_program, begin_session, enter_directory, open_terminal};
 use super::program::{Program, ResolvedProgram};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
@@ -57,25 +57,14 @@ fn become_program(
     terminal: Option<&OwnedFd>,
     error_writer: &OwnedFd,
 ) -> Result<Infallible, String> {
-    rustix::process::setsid().describe(|| "setsid".to_owned())?;
-    let [stdin, stdout, stderr] = match terminal {
-        Some(terminal) => {
-            sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
-            [terminal.as_fd(); 3]
-        }
-        None => process_ends.descriptors(),
-    };
-    rustix::stdio::dup2_stdin(stdin)
-        .and_then(|()| rustix::stdio::dup2_stdout(stdout))
-        .and_then(|()| rustix::stdio::dup2_stderr(stderr))
-        .describe(|| "set the standard streams".to_owned())?;
+    begin_session(process_ends, terminal)?;
     sys::close_all_but(&[error_writer.as_fd()]);
     // The agent may be protected from the OOM killer, and the process must not inherit that.
     fs::write("/proc/self/oom_score_adj", "0").describe(|| "set oom_score_adj to 0".to_owned())?;
     // Enter the directory as root first, as for a container.
     let chdir_result = enter_directory(&program.cwd);
     become_user(user)?;
-    // After the change of the user, which would end it.
+    // After the change of the user, because that clears this setting.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .describe(|| "end with the agent".to_owned())?;
     chdir_result
