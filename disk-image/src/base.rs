@@ -119,7 +119,7 @@ impl Base {
         }
     }
 
-    /// Opens a base image that is raw, whatever it contains.
+    /// Opens a base image as raw, and does not detect its format.
     ///
     /// # Errors
     ///

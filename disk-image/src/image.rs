@@ -55,7 +55,8 @@ impl Image {
         Self::with_base(Base::open(base)?, cow, host_boot)
     }
 
-    /// As [`Image::open`], with a base image that is raw, whatever it contains: a guest may have written it earlier.
+    /// As [`Image::open`], but without detection of the base image's format: it is raw. A guest may have written the
+    /// header of another format to it.
     ///
     /// # Errors
     ///

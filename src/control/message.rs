@@ -168,8 +168,8 @@ pub(crate) struct DiskConfig {
 pub(crate) enum DiskAccess {
     /// Descriptor: a file or block device with the bytes of the disk, open for reading.
     ReadOnly,
-    /// Descriptor: a file or block device with the bytes of the disk, open for reading and writing. It is raw, whatever
-    /// it contains: a guest that writes the header of another format must not change how the host reads the disk.
+    /// Descriptor: a file or block device with the bytes of the disk, open for reading and writing. It is always
+    /// raw: a guest that writes the header of another format must not change how the host reads the disk.
     ReadWrite,
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,
@@ -192,7 +192,7 @@ pub(crate) enum DiskAccess {
 pub(crate) enum BaseFormat {
     /// Raw or qcow2: its header decides. No guest can write it.
     Detected,
-    /// Raw, whatever it contains: an earlier guest may have written it.
+    /// Raw. The format is not detected, because an earlier guest may have written the image.
     Raw,
 }
 
