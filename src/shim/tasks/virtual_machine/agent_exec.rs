@@ -45,6 +45,7 @@ impl Tasks {
         let (tasks, virtual_machine) = (Arc::downgrade(self), virtual_machine.clone());
         let (id, pod) = (container.id.clone(), container.pod.number());
         tokio::spawn(async move {
+            let mut is_failing = false;
             while !machine.has_ended() {
                 let tasks = tasks.clone();
                 let accepted = machine.accept_agent(move |event| {
@@ -62,10 +63,13 @@ impl Tasks {
                         {
                             return;
                         }
-                        log::warn!("task {id}: no agent can connect yet: {error}");
+                        if !std::mem::replace(&mut is_failing, true) {
+                            log::warn!("task {id}: no agent can connect yet: {error}");
+                        }
                         continue;
                     }
                 };
+                is_failing = false;
                 virtual_machine.set_agent(Some(agent.clone()));
                 let accepted_at = Instant::now();
                 tokio::pin!(end);
