@@ -190,8 +190,10 @@ impl Machine {
         *self.state.boot_request.lock() = Some(sender);
         let sent = async {
             let (command, descriptors) = boot.into_command().map_err(|error| error.to_string())?;
-            let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-            let sent = self.control.send(&command, &descriptors).await;
+            let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+            let sent = self.control.send(&command, &borrowed).await;
+            // The close of a disk can block on a network file system. Nothing waits for it.
+            tokio::task::spawn_blocking(move || drop(descriptors));
             sent.map_err(|error| error.to_string())
         };
         let sent = sent.await;

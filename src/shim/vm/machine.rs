@@ -26,6 +26,7 @@ use super::{
 use crate::{
     oci::{ContainerId, OnReboot, PodSize, Size, VmExec},
     shim::{
+        blocking,
         machine::{Agent, BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
         network::{FindTarget, ForwardTarget, MachineLinks},
         pod::{Launcher, Pod, PodError},
@@ -202,7 +203,11 @@ impl VirtualMachine {
     /// Closes the disk and the streams of the console after the end of the machine. A client has `limit` to read the
     /// last output.
     pub(crate) async fn release(&self, limit: Duration) {
-        self.files.lock().take();
+        let files = self.files.lock().take();
+        // The close of a file can block on a network file system.
+        if let Err(error) = blocking::run("close the disks of a virtual machine", move || drop(files)).await {
+            log::warn!("{error}");
+        }
         if let Some(console) = self.console.get() {
             console.close(limit).await;
         }
