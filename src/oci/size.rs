@@ -96,10 +96,10 @@ impl Sizing {
         limits: Limits,
     ) -> Result<Size, PlanError> {
         let memory_mib = parse_number::<u64>(annotations, MEMORY_ANNOTATION)?
-            .map(|mib| check_bounds(MEMORY_ANNOTATION, mib, MIN_MEMORY >> 20, self.max_memory >> 20))
+            .map(|mib| check_bounds(MEMORY_ANNOTATION, mib, MIN_MEMORY >> 20, self.max_memory >> 20, "MiB"))
             .transpose()?;
         let vcpus = parse_number::<u64>(annotations, VCPUS_ANNOTATION)?
-            .map(|vcpus| check_bounds(VCPUS_ANNOTATION, vcpus, 1, self.max_vcpus.into()))
+            .map(|vcpus| check_bounds(VCPUS_ANNOTATION, vcpus, 1, self.max_vcpus.into(), "vCPUs"))
             .transpose()?;
         let memory = memory_mib
             .map(|mib| mib << 20)
@@ -136,6 +136,7 @@ impl Sizing {
                     vcpus.into(),
                     size.vcpus.into(),
                     self.max_vcpus.into(),
+                    "vCPUs",
                 )?;
                 vcpus
             }
@@ -143,7 +144,15 @@ impl Sizing {
         let max_memory = match growth.max_memory {
             None => memory,
             Some(max) => {
-                check_bounds(VM_MAX_MEMORY_ANNOTATION, max, memory, self.max_memory)?;
+                // Rounded up, because it may be no whole number of MiB.
+                let mib = max.div_ceil(1 << 20);
+                check_bounds(
+                    VM_MAX_MEMORY_ANNOTATION,
+                    mib,
+                    memory >> 20,
+                    self.max_memory >> 20,
+                    "MiB",
+                )?;
                 self.bound_memory(max)
             }
         };
@@ -290,13 +299,13 @@ fn vcpus_for(limits: Limits) -> Option<u64> {
     Some(limits.millicpus?.div_ceil(1000))
 }
 
-fn check_bounds(name: &str, value: u64, min: u64, max: u64) -> Result<u64, PlanError> {
+fn check_bounds(name: &str, value: u64, min: u64, max: u64, unit: &str) -> Result<u64, PlanError> {
     if (min..=max).contains(&value) {
         Ok(value)
     } else {
         Err(PlanError::invalid(
             format!("annotation {name}"),
-            format!("{value} is not between {min} and {max}"),
+            format!("{value} {unit} is not between {min} {unit} and {max} {unit}"),
         ))
     }
 }
@@ -439,7 +448,7 @@ mod tests {
                     max_memory: Some(512 * MIB),
                     max_vcpus: None,
                 },
-                "max-memory",
+                "max-memory: 512 MiB is not between 1024 MiB and 8192 MiB",
             ),
             (
                 VmGrowth {
@@ -460,7 +469,7 @@ mod tests {
                     max_memory: None,
                     max_vcpus: Some(255),
                 },
-                "max-vcpus",
+                "max-vcpus: 255 vCPUs is not between 2 vCPUs and 8 vCPUs",
             ),
         ] {
             let error = size(growth).unwrap_err().to_string();
