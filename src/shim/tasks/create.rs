@@ -140,7 +140,7 @@ impl Tasks {
             .pod_of_sandbox(sandbox)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
         let _admission = admit(&pod, Creation::Container).map_err(|error| error.during(CREATE_CONTEXT))?;
-        self.check_has_agent(&pod)
+        self.check_runs_containers(&pod)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
         let pids = self
             .resolve_pid_namespace(&pod, plan.pid_namespace)

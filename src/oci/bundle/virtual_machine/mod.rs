@@ -111,7 +111,7 @@ pub(super) fn plan(
         disks,
         seed,
         shares,
-        user: file_user(process),
+        user: find_file_user(process),
         network,
         hostname: find_hostname(&spec),
         resolv_conf: find_resolv_conf(mounts),
@@ -136,7 +136,7 @@ fn identify(annotations: &HashMap<String, String>, has_persistent_root: bool) ->
     }
 }
 
-fn file_user(process: &Process) -> FileUser {
+fn find_file_user(process: &Process) -> FileUser {
     let user = process.user();
     FileUser {
         uid: user.uid(),

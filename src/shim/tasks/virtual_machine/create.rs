@@ -103,7 +103,7 @@ impl Tasks {
     }
 
     /// Fails if a pod has a virtual machine, and therefore cannot run containers.
-    pub(in crate::shim::tasks) fn check_has_agent(&self, pod: &Pod) -> Result<(), TaskError> {
+    pub(in crate::shim::tasks) fn check_runs_containers(&self, pod: &Pod) -> Result<(), TaskError> {
         let tasks = self.tasks_of_pod(pod.number());
         let machine = tasks.iter().find(|task| task.virtual_machine.is_some());
         match machine {

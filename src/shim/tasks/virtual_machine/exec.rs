@@ -142,7 +142,7 @@ impl Tasks {
         let mut execution = Execution {
             machine,
             agent,
-            program: program(guest_process),
+            program: make_program(guest_process),
             streams: captured,
             guest_pid: None,
         };
@@ -231,7 +231,7 @@ fn without_output(status: u32) -> Finished {
 }
 
 /// The command of the agent for a process.
-fn program(process: GuestProcess) -> Program {
+fn make_program(process: GuestProcess) -> Program {
     let GuestProcess { args, env, cwd, .. } = process;
     let mut words = match &cwd[..] {
         "" | "/" => Vec::new(),
@@ -311,7 +311,7 @@ mod tests {
             ("/a b", &["/bin/sh", "-c", CHANGE_DIRECTORY, "sh", "/a b", "ls", "-l"]),
         ] {
             let spec = json!({"args": ["ls", "-l"], "env": ["A=b"], "cwd": cwd}).to_string();
-            let program = program(GuestProcess::parse(spec.as_bytes()).unwrap());
+            let program = make_program(GuestProcess::parse(spec.as_bytes()).unwrap());
             assert_eq!(program.path, expected[0]);
             assert_eq!(program.arguments, expected[1..]);
             assert_eq!(program.environment, Some(vec!["A=b".to_owned()]));
