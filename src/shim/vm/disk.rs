@@ -108,14 +108,14 @@ pub(super) fn open_base(root: BorrowedFd<'_>, at: &Path) -> Result<Option<(PathB
                 reason: "it is a symbolic link, not a directory".to_owned(),
             });
         }
-        opened => opened.map_err(failed(&shown, "open the directory"))?,
+        opened => opened.map_err(disk_error(&shown, "open the directory"))?,
     };
     open_only_file(directory.as_fd(), &shown).map(Some)
 }
 
 /// Opens the only file in `directory`, whose path is `at` in messages.
 pub(super) fn open_only_file(directory: BorrowedFd<'_>, at: &Path) -> Result<(PathBuf, File), VmError> {
-    let name = only_entry(directory).map_err(failed(at, "list the directory"))?;
+    let name = only_entry(directory).map_err(disk_error(at, "list the directory"))?;
     let name = name.map_err(|reason| VmError::Image {
         path: at.to_owned(),
         reason,
@@ -123,7 +123,7 @@ pub(super) fn open_only_file(directory: BorrowedFd<'_>, at: &Path) -> Result<(Pa
     let path = at.join(OsStr::from_bytes(&name));
     match open_regular(directory, name.as_slice(), BENEATH, OFlags::RDONLY) {
         Ok(base) => Ok((path, base)),
-        Err(OpenError::System(errno)) => Err(failed(&path, "open it")(errno)),
+        Err(OpenError::System(errno)) => Err(disk_error(&path, "open it")(errno)),
         Err(error @ OpenError::NotRegular(_)) => Err(VmError::Image {
             path,
             reason: error.to_string(),
@@ -167,7 +167,7 @@ fn only_entry(directory: BorrowedFd<'_>) -> rustix::io::Result<Result<Vec<u8>, S
 /// Opens and locks the copy-on-write file of a snapshot. The first start of the container creates it.
 fn open_writes(root: BorrowedFd<'_>, name: &str) -> Result<File, VmError> {
     let path = Path::new("/").join(name);
-    let failed = |step| failed(&path, step);
+    let failed = |step| disk_error(&path, step);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let writes = rustix::fs::openat2(root, name, flags, Mode::RUSR | Mode::WUSR, BENEATH)
         .map_err(failed("create the file for the disk's writes in the snapshot"))?;
@@ -211,7 +211,8 @@ pub(super) fn lock(file: &File, kind: Lock) -> Result<(), Errno> {
     Ok(())
 }
 
-pub(super) fn failed(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
+/// Makes an error of a system call an error of the disk at `path`. `step` is a verb with its object.
+pub(super) fn disk_error(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
     let path = path.to_owned();
     move |errno| VmError::Disk {
         path,

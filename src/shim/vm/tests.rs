@@ -148,6 +148,23 @@ fn blank_disk_keeps_its_content_and_size() {
     assert_eq!(fs::read(&path).unwrap(), [7; 1024]);
 }
 
+/// A shim that ended between the creation of the file and the change of its size has left an empty file.
+#[test]
+fn empty_blank_disk_gets_its_size() {
+    let volume = volume(&[]);
+    let path = volume.path().join("disk.img");
+    fs::write(&path, "").unwrap();
+    drop(
+        open(
+            volume.path(),
+            DiskContent::Blank { size: 1 << 20 },
+            &FileUser::default(),
+        )
+        .unwrap(),
+    );
+    assert_eq!(fs::metadata(&path).unwrap().len(), 1 << 20);
+}
+
 #[test]
 fn disk_is_opened_with_the_permissions_of_the_containers_user() {
     let volume = volume(&["disk.img"]);

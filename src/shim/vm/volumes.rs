@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use super::{
-    disk::{BENEATH, ImageRoot, Lock, WRITES, failed, lock, open_base, open_only_file},
+    disk::{BENEATH, ImageRoot, Lock, WRITES, disk_error, lock, open_base, open_only_file},
     error::VmError,
     regular_file::{OpenError, open_regular},
     seed::{self, CURRENT_VERSION},
@@ -81,11 +81,10 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
         } => {
             let read_only = disk.read_only || *is_read_only;
             let shown = Path::new("/disks").join(disk.name.as_str());
-            let volume = open_volume(path).map_err(failed(&shown, "open the volume"))?;
+            let volume = open_volume(path).map_err(disk_error(&shown, "open the volume"))?;
             match (*content, find_content(&volume, path)?) {
-                (DiskContent::Detected | DiskContent::Blank { .. }, Found::RawFile(file)) => {
-                    open_raw(disk, file, read_only, user)
-                }
+                (DiskContent::Detected, Found::RawFile(file)) => open_raw(disk, file, read_only, user),
+                (DiskContent::Blank { size }, Found::RawFile(file)) => open_blank(disk, file, read_only, size, user),
                 (DiskContent::Ephemeral, Found::RawFile(file)) => open_ephemeral(disk, &file, root, user),
                 (DiskContent::Detected, Found::Keys) => make_disk_of_keys(disk, &volume, path, user),
                 (DiskContent::Ephemeral | DiskContent::Blank { .. }, Found::Keys) => Err(VmError::Volume {
@@ -95,8 +94,8 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
                 }),
                 (DiskContent::Detected | DiskContent::Ephemeral, Found::Other) => open_image(disk, &volume, root, user),
                 (DiskContent::Blank { size }, Found::Other) => {
-                    create_blank(disk, &volume, size, user)?;
-                    open_raw(disk, RawFile::in_volume(&volume, path), read_only, user)
+                    create_blank(disk, &volume, user)?;
+                    open_blank(disk, RawFile::in_volume(&volume, path), read_only, size, user)
                 }
             }
         }
@@ -149,7 +148,7 @@ impl<'a> RawFile<'a> {
 /// Determines the content of the volume at `path`. It is a raw disk if it is a file, or contains `disk.img`. Otherwise
 /// it has keys if it contains the kubelet's link to their current version, which an image volume does not contain.
 fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmError> {
-    let status = fstat(volume).map_err(failed(path, "read its type"))?;
+    let status = fstat(volume).map_err(disk_error(path, "read its type"))?;
     if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
         return Ok(Found::RawFile(RawFile {
             volume: None,
@@ -159,7 +158,7 @@ fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmErr
     let kind = |name: &CStr| match rustix::fs::statat(volume, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(status) => Ok(Some(FileType::from_raw_mode(status.st_mode))),
         Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(failed(path, "look for disk.img")(error)),
+        Err(error) => Err(disk_error(path, "look for disk.img")(error)),
     };
     Ok(match (kind(RAW_DISK)?, kind(CURRENT_VERSION)?) {
         // A key may have any name.
@@ -175,7 +174,7 @@ fn make_disk_of_keys(disk: &VmDisk, volume: &OwnedFd, path: &Path, user: &FileUs
     let make = || {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let opened =
-            rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(failed(path, "open the directory"))?;
+            rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(disk_error(path, "open the directory"))?;
         seed::make_disk_of_files(path, opened.as_fd(), name).map_err(|error| VmError::Volume {
             name: name.to_owned(),
             reason: error.to_string(),
@@ -218,8 +217,8 @@ fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser
         Some(found) => Ok(found),
         None => {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let directory =
-                rustix::fs::openat(volume, ".", flags, Mode::empty()).map_err(failed(&shown, "open the directory"))?;
+            let directory = rustix::fs::openat(volume, ".", flags, Mode::empty())
+                .map_err(disk_error(&shown, "open the directory"))?;
             open_only_file(directory.as_fd(), &shown).map_err(|error| match error {
                 VmError::Image { path, reason } if path == shown => VmError::Volume {
                     name: disk.name.as_str().to_owned(),
@@ -234,17 +233,17 @@ fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser
     };
     let (path, base) = as_user(user, find)?;
     lock_disk(disk, &base, &path, Lock::Shared)?;
-    copy_on_write(disk, path, base, BaseFormat::Detected, root)
+    open_copy_on_write(disk, path, base, BaseFormat::Detected, root)
 }
 
 /// Opens a raw disk that is not written: the writes of the guest end with the container. A guest may have written it
 /// earlier, so its header does not decide its format.
 fn open_ephemeral(disk: &VmDisk, file: &RawFile<'_>, root: &ImageRoot, user: &FileUser) -> Result<OpenedDisk, VmError> {
     let base = file.open(disk, Lock::Shared, user)?;
-    copy_on_write(disk, file.path.clone(), base, BaseFormat::Raw, root)
+    open_copy_on_write(disk, file.path.clone(), base, BaseFormat::Raw, root)
 }
 
-fn copy_on_write(
+fn open_copy_on_write(
     disk: &VmDisk,
     path: PathBuf,
     base: File,
@@ -288,23 +287,41 @@ fn cannot_open(disk: &VmDisk, path: &Path, user: &FileUser, error: OpenError) ->
     }
 }
 
-/// Creates a sparse `disk.img` of `size` bytes unless it exists: an earlier container of the pod may have made it.
-fn create_blank(disk: &VmDisk, volume: &OwnedFd, size: u64, user: &FileUser) -> Result<(), VmError> {
+/// Creates an empty `disk.img` unless it exists. [`open_blank`] sets its size.
+fn create_blank(disk: &VmDisk, volume: &OwnedFd, user: &FileUser) -> Result<(), VmError> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let shown = Path::new("/disks").join(disk.name.as_str()).join("disk.img");
     let mode = Mode::RUSR | Mode::WUSR;
     let create = || Ok(rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)?);
     match as_user(user, create) {
-        Ok(file) => rustix::fs::ftruncate(&file, size).map_err(|errno| {
-            // An empty file would count as a disk the next time.
-            if let Err(error) = rustix::fs::unlinkat(volume, RAW_DISK, AtFlags::empty()) {
-                log::warn!("cannot remove the unusable disk {}: {error}", shown.display());
-            }
-            failed(&shown, "set its size")(errno)
-        }),
-        Err(OpenError::System(Errno::EXIST)) => Ok(()),
+        Ok(_) | Err(OpenError::System(Errno::EXIST)) => Ok(()),
         Err(error) => Err(cannot_open(disk, &shown, user, error)),
     }
+}
+
+/// Opens a raw disk, and makes it sparse with `size` bytes if it is empty: it is new, or an earlier shim ended before it
+/// had set the size.
+fn open_blank(
+    disk: &VmDisk,
+    file: RawFile<'_>,
+    read_only: bool,
+    size: u64,
+    user: &FileUser,
+) -> Result<OpenedDisk, VmError> {
+    let opened = open_raw(disk, file, read_only, user)?;
+    if let OpenedDisk::Raw {
+        file,
+        path,
+        read_only: false,
+    } = &opened
+    {
+        // The lock that the file has by now keeps other machines away.
+        let status = fstat(file).map_err(disk_error(path, "read its size"))?;
+        if status.st_size == 0 {
+            rustix::fs::ftruncate(file, size).map_err(disk_error(path, "set its size"))?;
+        }
+    }
+    Ok(opened)
 }
 
 /// Opens the node of a block device, which the host's kernel names.
@@ -329,7 +346,7 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
     let flags = access | OFlags::EXCL | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(CWD, &path, flags, Mode::empty())
         .map_err(|error| invalid(format!("cannot open {}: {}", path.display(), io::Error::from(error))))?;
-    let status = fstat(&file).map_err(failed(&path, "read its type"))?;
+    let status = fstat(&file).map_err(disk_error(&path, "read its type"))?;
     let numbers = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
     if FileType::from_raw_mode(status.st_mode) != FileType::BlockDevice || numbers != (major, minor) {
         return Err(invalid(format!("{} is not this block device", path.display())));
