@@ -87,7 +87,14 @@ impl RunningFileServer {
     /// Kills `machine` when the process ends: its guest cannot work without its files. Needs the Tokio runtime.
     pub(super) fn kill_machine_at_exit(&self, machine: Weak<Machine>) {
         // Passes only the child: a reference to the server would keep the mounts of its tree.
-        tokio::spawn(follow_process(self.child.clone(), machine));
+        tokio::spawn(follow_process(self.child.clone(), machine, false));
+    }
+
+    /// Kills `machine`, which runs a user's kernel, when the process fails. The process exits with status 0 when the
+    /// guest resets the device, as a kernel does before it switches off or reboots: that is no failure. Needs the Tokio
+    /// runtime.
+    pub(super) fn kill_machine_at_failure(&self, machine: Weak<Machine>) {
+        tokio::spawn(follow_process(self.child.clone(), machine, true));
     }
 
     /// Sends the process SIGKILL.
@@ -120,14 +127,21 @@ impl RunningFileServer {
     }
 }
 
-async fn follow_process(child: Arc<Child>, machine: Weak<Machine>) {
+/// `may_be_reset`: the guest may reset the device, and goes on without its shared directories.
+async fn follow_process(child: Arc<Child>, machine: Weak<Machine>, may_be_reset: bool) {
     let (Ok(status), Some(machine)) = (child.wait().await, machine.upgrade()) else {
         return;
     };
     if status == WaitStatus::Exited(0) {
-        // The vmm has closed the connection, so it is ending too. Its own message says why the machine ended.
+        // The vmm has closed the connection. If it is ending too, its own message says why the machine ended.
         let ended = machine.ended();
         if tokio::time::timeout(FINAL_NOTICE_TIMEOUT, ended).await.is_ok() {
+            return;
+        }
+        if may_be_reset {
+            log::info!(
+                "the guest has reset the device of its shared directories, which are not available until its next boot"
+            );
             return;
         }
     }

@@ -264,7 +264,7 @@ impl Pod {
         *self.file_server() = Some(server.clone());
         self.add_process(server.pid())?;
         self.oom_score.replace_file_server(server.pid());
-        server.kill_machine_at_exit(Arc::downgrade(machine));
+        server.kill_machine_at_failure(Arc::downgrade(machine));
         server.attach(id, move |server| server.attach_all(&shares)).await?;
         if self.is_closed() {
             // The pod has ended meanwhile, and does not know this file server.
