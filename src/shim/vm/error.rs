@@ -58,8 +58,8 @@ pub(crate) enum VmError {
     #[error(transparent)]
     Blocking(#[from] BlockingError),
     /// The machine of the disk reader ended.
-    #[error("cannot read the disk: {0}")]
-    Reader(Arc<MachineExit>),
+    #[error("cannot read the disk {}: {exit}", path.display())]
+    Reader { path: PathBuf, exit: Arc<MachineExit> },
     /// No kernel was found, or it could not be sent.
     #[error("no kernel to boot was found on the disk: {0}")]
     NoKernel(#[source] AgentError),

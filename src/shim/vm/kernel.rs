@@ -68,15 +68,24 @@ impl BootFiles {
 }
 
 /// Waits for the guest of the disk reader in `machine`, and copies the kernel that it finds on its disk into memory.
-/// Limits and checks everything that the guest sends: a malicious file system on the disk may control it.
+/// `disk` is the path of that disk in messages. Limits and checks everything that the guest sends: a malicious file
+/// system on the disk may control it.
 ///
 /// # Errors
 ///
 /// The guest does not boot or answer in time, finds no kernel, or sends files that cannot be booted.
-pub(crate) async fn read_disk_kernel(machine: &Machine, ready_timeout: Duration) -> Result<BootFiles, VmError> {
-    machine.ready(ready_timeout).await.map_err(VmError::Reader)?;
+pub(crate) async fn read_disk_kernel(
+    machine: &Machine,
+    disk: &Path,
+    ready_timeout: Duration,
+) -> Result<BootFiles, VmError> {
+    let failed = |exit| VmError::Reader {
+        path: disk.to_owned(),
+        exit,
+    };
+    machine.ready(ready_timeout).await.map_err(failed)?;
     match tokio::time::timeout(READ_LIMIT, copy_kernel(machine)).await {
-        Ok(Err(VmError::NoKernel(AgentError::Gone))) => Err(VmError::Reader(machine.ended().await)),
+        Ok(Err(VmError::NoKernel(AgentError::Gone))) => Err(failed(machine.ended().await)),
         Ok(result) => result,
         Err(_) => Err(VmError::Kernel(format!(
             "it was not read within {} s",

@@ -178,8 +178,9 @@ impl VirtualMachine {
         reader: &Machine,
         ready_timeout: Duration,
     ) -> Result<(), VmError> {
-        if let KernelSource::Disk = self.files()?.kernel {
-            let files = read_disk_kernel(reader, ready_timeout).await?;
+        let files = self.files()?;
+        if let (KernelSource::Disk, Some((_, disk))) = (&files.kernel, files.disks.first()) {
+            let files = read_disk_kernel(reader, disk.path(), ready_timeout).await?;
             log::info!("task {id}: the disk's kernel was found in {}", files.source());
             *self.boot_files.lock() = Some(files);
         }

@@ -46,6 +46,14 @@ pub(super) enum OpenedDisk {
 }
 
 impl OpenedDisk {
+    /// Its path in messages.
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Raw { path, .. } => path,
+            Self::Image { image, .. } => &image.path,
+        }
+    }
+
     /// The disk for one boot. With `must_be_read_only`, the guest can only read it.
     ///
     /// # Errors
