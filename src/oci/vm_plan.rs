@@ -73,8 +73,9 @@ pub(crate) struct VmImage {
 /// What identifies a virtual machine to its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum VmIdentity {
-    /// It is outside of Kubernetes.
-    Single,
+    /// It is outside of Kubernetes. The path of its bundle has the names of containerd's namespace and of the container,
+    /// which keep their writes when the container starts again.
+    Bundle(PathBuf),
     /// Its root ends with its pod, which has this UID.
     Pod(String),
     /// Its root persists, and the next pod with these names is the same machine.

@@ -103,7 +103,7 @@ impl BundleSpec {
         sizing: &Sizing,
         inspect: &dyn Inspect,
     ) -> Result<VmPlan, PlanError> {
-        virtual_machine::plan(self.spec, policy, sizing, inspect)
+        virtual_machine::plan(self.spec, self.bundle, policy, sizing, inspect)
     }
 }
 

@@ -51,8 +51,6 @@ pub(crate) enum VmError {
          contains \"boot\""
     )]
     NoDisk,
-    #[error("getrandom: {0}")]
-    Random(#[source] io::Error),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]

@@ -11,8 +11,6 @@ use std::{
 };
 
 use nutshell_protocol::AGENT_DISK;
-use rustix::rand::{GetRandomFlags, getrandom};
-use uuid::Uuid;
 
 use super::{
     agent_service,
@@ -42,6 +40,9 @@ const DEFAULT_HOSTNAME: &str = "nutshell";
 /// The maximum length of a `resolv.conf` that is read, in bytes.
 const MAX_RESOLV_CONF: u64 = 64 << 10;
 
+/// Identifies the host (machine-id(5)). Guests get only a hash of it.
+const HOST_ID: &str = "/etc/machine-id";
+
 /// Ignition reads a configuration drive with this kernel argument.
 const IGNITION_ARGUMENT: &str = "ignition.platform.id=kubevirt";
 
@@ -67,7 +68,7 @@ impl VmFiles {
     ///
     /// A file cannot be opened, or does not have the kind that the plan requires; or there is nothing to boot.
     pub(crate) fn open(plan: &VmPlan, root: &ImageRoot, image_disk: Option<DiskImage>) -> Result<Self, VmError> {
-        let instance = instance_id(&plan.identity)?;
+        let instance = find_instance_id(&plan.identity);
         let mut disks = Vec::new();
         for disk in &plan.disks {
             let opened = volumes::open(disk, root, &plan.user)?;
@@ -160,24 +161,17 @@ fn make_seed(seed: &VmSeed, instance: &InstanceId, plan: &VmPlan) -> Result<Open
 }
 
 /// The id that cloud-init compares with that of its last run: a new one makes it configure the guest again.
-fn instance_id(identity: &VmIdentity) -> Result<InstanceId, VmError> {
-    let parsed = match identity {
+fn find_instance_id(identity: &VmIdentity) -> InstanceId {
+    match identity {
         VmIdentity::Names {
             namespace,
             pod,
             container,
-        } => return Ok(InstanceId::of_persistent_root(namespace, pod, container)),
-        VmIdentity::Pod(uid) => InstanceId::parse(uid).ok(),
-        VmIdentity::Single => None,
-    };
-    match parsed {
-        Some(id) => Ok(id),
-        None => {
-            let mut bytes = [0; 16];
-            getrandom(&mut bytes, GetRandomFlags::empty()).map_err(|error| VmError::Random(error.into()))?;
-            let uuid: Uuid = uuid::Builder::from_random_bytes(bytes).into_uuid();
-            // The text form of a UUID is always a valid id.
-            InstanceId::parse(&uuid.to_string()).map_err(|error| VmError::Random(io::Error::other(error)))
+        } => InstanceId::of_persistent_root(namespace, pod, container),
+        VmIdentity::Pod(uid) => InstanceId::of_pod(uid),
+        // A host without this file has one id in common with others like it.
+        VmIdentity::Bundle(bundle) => {
+            InstanceId::of_bundle(&std::fs::read_to_string(HOST_ID).unwrap_or_default(), bundle)
         }
     }
 }

@@ -74,6 +74,7 @@ fn requests_virtual_machine(spec: &Spec) -> bool {
 
 pub(super) fn plan(
     mut spec: Spec,
+    bundle: PathBuf,
     policy: VmPolicy,
     sizing: &Sizing,
     inspect: &dyn Inspect,
@@ -103,7 +104,7 @@ pub(super) fn plan(
     let has_persistent_root = disks.iter().any(|disk| disk.is_boot_disk);
     Ok(VmPlan {
         placement,
-        identity: identify(&annotations, has_persistent_root),
+        identity: identify(&annotations, has_persistent_root, bundle),
         kernel: settings.kernel(kernel_directory)?,
         kernel_arguments: settings.kernel_arguments,
         on_reboot: settings.on_reboot,
@@ -123,7 +124,7 @@ pub(super) fn plan(
     })
 }
 
-fn identify(annotations: &HashMap<String, String>, has_persistent_root: bool) -> VmIdentity {
+fn identify(annotations: &HashMap<String, String>, has_persistent_root: bool, bundle: PathBuf) -> VmIdentity {
     let find = |name: &str| annotations.get(name).filter(|value| !value.is_empty()).cloned();
     match (find(POD_UID), find(POD_NAMESPACE), find(POD_NAME), find(CONTAINER_NAME)) {
         (_, Some(namespace), Some(pod), Some(container)) if has_persistent_root => VmIdentity::Names {
@@ -132,7 +133,7 @@ fn identify(annotations: &HashMap<String, String>, has_persistent_root: bool) ->
             container,
         },
         (Some(uid), ..) => VmIdentity::Pod(uid),
-        _ => VmIdentity::Single,
+        _ => VmIdentity::Bundle(bundle),
     }
 }
 

@@ -106,6 +106,13 @@ fn settings_come_from_limits_and_annotations() {
     assert_eq!(plan.hostname.as_deref(), Some("web-0"));
     assert_eq!(plan.resolv_conf.as_deref(), Some(Path::new("/h/resolv.conf")));
     assert_eq!(plan.identity, VmIdentity::Pod(uid.to_owned()));
+
+    spec["annotations"] = json!({});
+    let identity = planned(&spec).unwrap().identity;
+    assert!(
+        matches!(&identity, VmIdentity::Bundle(bundle) if bundle.is_absolute()),
+        "{identity:?}"
+    );
 }
 
 #[test]

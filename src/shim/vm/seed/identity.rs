@@ -1,5 +1,7 @@
 //! The identity of a virtual machine: its instance id and its hostname.
 
+use std::{os::unix::ffi::OsStrExt, path::Path};
+
 use sha2::{Digest, Sha256};
 
 /// Bytes. A UUID has 36; other ids come from an annotation.
@@ -37,11 +39,24 @@ pub(in crate::shim) struct InstanceId(String);
 impl InstanceId {
     /// The id of a machine with a persistent root: a UUID that depends on these names only.
     pub(in crate::shim) fn of_persistent_root(namespace: &str, pod: &str, container: &str) -> Self {
-        Self(format_uuid(derive_uuid(&format!("{namespace}/{pod}/{container}"))))
+        Self(format_uuid(derive_uuid(
+            format!("{namespace}/{pod}/{container}").as_bytes(),
+        )))
     }
 
-    /// A pod's UID, for a machine with an ephemeral root, or an id that the user chose. The UID of a static pod is not
-    /// a UUID: the kubelet makes it from a hash.
+    /// The id of a machine outside of Kubernetes: a UUID that depends only on the host and on the path of the bundle.
+    pub(in crate::shim) fn of_bundle(host: &str, bundle: &Path) -> Self {
+        let text = [host.trim().as_bytes(), bundle.as_os_str().as_bytes()].join(&b'/');
+        Self(format_uuid(derive_uuid(&text)))
+    }
+
+    /// The id of a machine whose root ends with its pod: the pod's UID. The UID of a static pod is not a UUID: the
+    /// kubelet makes it from a hash.
+    pub(in crate::shim) fn of_pod(uid: &str) -> Self {
+        Self::parse(uid).unwrap_or_else(|_| Self(format_uuid(derive_uuid(uid.as_bytes()))))
+    }
+
+    /// An id from an annotation.
     pub(in crate::shim) fn parse(text: &str) -> Result<Self, IdentityError> {
         if is_plain(text, MAX_INSTANCE_ID_LENGTH) {
             Ok(Self(text.to_owned()))
@@ -57,7 +72,7 @@ impl InstanceId {
     /// The UUID that the guest reads from SMBIOS, in the byte order of RFC 9562: the id, or a UUID derived from an id
     /// that is not a UUID.
     pub(in crate::shim) fn uuid(&self) -> [u8; 16] {
-        parse_uuid(&self.0).unwrap_or_else(|| derive_uuid(&self.0))
+        parse_uuid(&self.0).unwrap_or_else(|| derive_uuid(self.0.as_bytes()))
     }
 }
 
@@ -90,7 +105,7 @@ fn is_plain(text: &str, max_length: usize) -> bool {
 }
 
 /// A UUID of version 8 from the first bytes of a SHA-256 hash (RFC 9562, section 5.8 and appendix B.2).
-fn derive_uuid(text: &str) -> [u8; 16] {
+fn derive_uuid(text: &[u8]) -> [u8; 16] {
     let mut uuid = [0; 16];
     uuid.copy_from_slice(&Sha256::digest(text)[..16]);
     uuid[6] = uuid[6] & 0x0f | 0x80;
@@ -141,6 +156,29 @@ mod tests {
     }
 
     #[test]
+    fn id_of_a_bundle_depends_on_host_and_path_only() {
+        let of = |host: &str, path: &str| InstanceId::of_bundle(host, Path::new(path));
+        let id = of("0123\n", "/run/default/vm1");
+        assert_eq!(id, of("0123", "/run/default/vm1"));
+        assert_eq!(id.as_str().as_bytes()[14], b'8');
+        for other in [
+            of("4567", "/run/default/vm1"),
+            of("0123", "/run/default/vm2"),
+            of("0123", "/run/moby/vm1"),
+        ] {
+            assert_ne!(other, id);
+        }
+    }
+
+    #[test]
+    fn id_of_a_pod_is_its_uid_or_derived_from_it() {
+        assert_eq!(InstanceId::of_pod("i-1234").as_str(), "i-1234");
+        let derived = InstanceId::of_pod("a\nruncmd: [x]");
+        assert_eq!(derived, InstanceId::of_pod("a\nruncmd: [x]"));
+        assert!(is_plain(derived.as_str(), 36), "{derived:?}");
+    }
+
+    #[test]
     fn uuid_is_the_id_or_derived_from_it() {
         const BYTES: [u8; 16] = 0x0011_2233_4455_4677_8899_aabb_ccdd_eeff_u128.to_be_bytes();
         for (id, expected) in [
@@ -152,7 +190,7 @@ mod tests {
             ("i-1234", None),
         ] {
             let uuid = InstanceId::parse(id).unwrap().uuid();
-            assert_eq!(uuid, expected.unwrap_or_else(|| derive_uuid(id)), "{id}");
+            assert_eq!(uuid, expected.unwrap_or_else(|| derive_uuid(id.as_bytes())), "{id}");
         }
         let persistent = InstanceId::of_persistent_root("default", "db-0", "vm");
         assert_eq!(format_uuid(persistent.uuid()), persistent.as_str());
