@@ -9,6 +9,8 @@ pub(super) enum Behaviour {
     Cooperative,
     /// It cannot be built.
     BootFails,
+    /// The machine for a user's kernel is never built.
+    NeverBuilt,
     /// Its agent never becomes ready.
     NeverReady,
     /// It boots and creates containers, and answers no other request.

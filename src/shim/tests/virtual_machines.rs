@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use containerd_shim::protos::{
-    api::{CreateTaskRequest, ResizePtyRequest, Status, UpdateTaskRequest},
+    api::{CreateTaskRequest, ResizePtyRequest, StartRequest, Status, UpdateTaskRequest},
     protobuf::well_known_types::any::Any,
     ttrpc::{Code, context},
 };
@@ -131,6 +131,27 @@ async fn kill_ends_a_machine_in_every_phase() {
     for id in ["created", "terminated", "running", "rebooting"] {
         shim.delete(id, "").await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn sigterm_during_the_start_ends_the_task_before_its_kernel_runs() {
+    let shim = Shim::start_with(Behaviour::NeverBuilt).await;
+    shim.create_vm("v1", json!({})).await;
+    let client = shim.task.clone();
+    let start = StartRequest {
+        id: "v1".to_owned(),
+        ..StartRequest::default()
+    };
+    let start = tokio::spawn(async move { client.start(context::Context::default(), &start).await });
+    shim.fake.user_boots(1).await;
+
+    shim.kill("v1", "", 15).await.unwrap();
+
+    let exit = tokio::time::timeout(Duration::from_secs(10), shim.wait("v1", "")).await;
+    assert_eq!(exit.expect("the task does not end").unwrap(), 143);
+    let (_, text) = error_of(start.await.unwrap());
+    assert!(text.contains("a client has killed it"), "{text}");
+    shim.delete("v1", "").await.unwrap();
 }
 
 #[tokio::test]

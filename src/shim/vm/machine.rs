@@ -333,6 +333,11 @@ impl VirtualMachine {
         Ok(())
     }
 
+    /// Whether a guest runs.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.lock().is_some()
+    }
+
     /// Whether the guest gets nutshell's agent.
     pub(crate) fn has_agent(&self) -> bool {
         self.exec.has_agent()

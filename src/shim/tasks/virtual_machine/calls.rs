@@ -31,7 +31,12 @@ pub(in crate::shim::tasks) async fn signal_virtual_machine(
     machine: &VirtualMachine,
     signal: u32,
 ) -> Result<(), TaskError> {
-    let is_unstarted = container.init.lifecycle.phase() == Phase::Created;
+    let is_unstarted = match container.init.lifecycle.phase() {
+        Phase::Created => true,
+        // Until the machine is built, there is no power button.
+        Phase::Starting => !machine.is_running(),
+        _ => false,
+    };
     if signal == SIGKILL || (is_unstarted && is_terminating(signal)) {
         machine.kill(&container.pod, 128 + signal);
         return Ok(());

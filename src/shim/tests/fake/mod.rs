@@ -254,6 +254,7 @@ impl Fake {
                 }
                 match self.behaviour {
                     Behaviour::BootFails => self.end_guest(EndReason::BuildFailed("no memory".to_owned())),
+                    Behaviour::NeverBuilt => {}
                     _ => notify(control, &Notice::Built),
                 }
             }
