@@ -383,6 +383,7 @@ impl Machine {
             requested: exit.requested,
             reported: exit.reported.clone(),
             console,
+            panic: None,
         }))
     }
 

@@ -17,7 +17,7 @@ use super::{
     async_channel::AsyncChannel,
     boot::BootDisk,
     console::{printable_line, printable_tail},
-    exit::{EndRequest, MachineExit, describe_death, describe_end},
+    exit::{EndRequest, MachineExit, describe_death, describe_end, find_panic},
     stderr::{STDERR_TIMEOUT, StderrLog},
     streams::StreamTable,
 };
@@ -207,6 +207,7 @@ pub(super) async fn run(
         requested,
         reported,
         console: printable_tail(&console),
+        panic: find_panic(&console),
     })));
     if status.is_err() {
         log::warn!(

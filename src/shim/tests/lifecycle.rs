@@ -347,6 +347,7 @@ async fn administrator_gets_the_state_of_all_containers_and_the_guests_console()
         ("vsock", 9, false),
         ("nutshell-0", 7, true),
         ("\\u{1b}[31mred", 0, false),
+        ("serial", 0, false),
     ];
     assert_eq!(found, expected);
     assert_eq!(machine.sandbox, "c1");

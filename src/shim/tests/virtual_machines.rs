@@ -1,6 +1,6 @@
 //! Virtual machines that boot a user's disk or kernel.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim::protos::{
     api::{CreateTaskRequest, ResizePtyRequest, StartRequest, Status, UpdateTaskRequest},
@@ -11,7 +11,7 @@ use nutshell_protocol::Request;
 use serde_json::{Value, json};
 
 use super::{Shim, behaviour::Behaviour, error_of, open_reader, process_exists};
-use crate::{control::EndReason, shim::stdio::read_next};
+use crate::{control::EndReason, devices::log_capture::LogCapture, shim::stdio::read_next};
 
 impl Shim {
     /// A request to create the virtual machine `id`, with a disk in its image.
@@ -54,7 +54,10 @@ async fn kernel_of_the_disk_boots_and_power_off_is_exit_status_0() {
     assert_eq!(shim.status("v1").await, Status::CREATED);
     let reader = open_reader(&shim, "v1");
     assert_eq!(shim.start_task("v1", "").await.unwrap(), pid);
-    assert_eq!(shim.fake.user_boots(1).await, "root=/dev/vda1 console=ttyS0 quiet");
+    assert_eq!(
+        shim.fake.user_boots(1).await,
+        "\"panic=1\" root=/dev/vda1 console=ttyS0 quiet"
+    );
 
     shim.kill("v1", "", 15).await.unwrap();
 
@@ -110,6 +113,51 @@ async fn reset_ends_the_task_if_on_reboot_is_exit() {
     shim.start_task("v1", "").await.unwrap();
     shim.fake.end_guest(EndReason::GuestReset);
     assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn panic_is_logged_with_the_console_and_is_a_failure_if_a_reboot_ends_the_task() {
+    for (on_reboot, expected) in [("restart", None), ("exit", Some(137))] {
+        let id = format!("panicking-{on_reboot}");
+        let log = LogCapture::start("nutshell::shim::tasks::virtual_machine::boots");
+        let shim = Shim::start().await;
+        shim.create_vm(&id, json!({"io.containerd.nutshell.vm.on-reboot": on_reboot}))
+            .await;
+        shim.start_task(&id, "").await.unwrap();
+
+        shim.fake
+            .panic_guest("[    1.5] Kernel panic - not syncing: VFS: no root");
+
+        match expected {
+            Some(status) => assert_eq!(shim.wait(&id, "").await.unwrap(), status),
+            None => drop(shim.fake.user_boots(2).await),
+        }
+        let lines = log.lines();
+        let line = lines.iter().find(|line| line.contains(&id)).unwrap();
+        assert!(
+            line.contains("has panicked: Kernel panic - not syncing: VFS: no root; the end of its console:\n[    1.5]"),
+            "{line}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn guest_that_ends_soon_or_writes_nothing_is_logged() {
+    let log = LogCapture::start("nutshell::shim::tasks::virtual_machine::boots");
+    let shim = Shim::start().await;
+    shim.run_vm("silent").await;
+    let find = |text: &str| log.lines().into_iter().find(|line| line.contains(text));
+    let begun = Instant::now();
+    while find("task silent: the guest has written nothing to its console").is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    shim.fake.end_guest(EndReason::GuestPowerOff);
+
+    shim.wait("silent", "").await.unwrap();
+    let line = find("task silent: the guest has switched its virtual machine off, soon after its start").unwrap();
+    assert!(line.ends_with("the end of its console:\nthe last line"), "{line}");
 }
 
 #[tokio::test]
@@ -301,7 +349,7 @@ async fn kernel_of_a_mount_boots_without_the_disk_reader() {
     shim.task.create(context::Context::default(), &request).await.unwrap();
     shim.start_task("v1", "").await.unwrap();
 
-    assert_eq!(shim.fake.user_boots(1).await, "console=ttyS0");
+    assert_eq!(shim.fake.user_boots(1).await, "\"panic=1\" console=ttyS0");
     assert!(shim.fake.requests().is_empty());
     shim.kill("v1", "", 9).await.unwrap();
     shim.wait("v1", "").await.unwrap();

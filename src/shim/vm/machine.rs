@@ -43,6 +43,11 @@ const MAX_QUEUES_PER_LINK: usize = 8;
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
 
+/// The kernel argument after which a panic resets the machine a second later, instead of stopping the guest without an
+/// end. The kernel removes the quotation marks. They hide the argument from an initramfs that would reboot instead of
+/// opening its rescue shell if it found the argument (initramfs-tools).
+const RESET_ON_PANIC: &str = "\"panic=1\"";
+
 /// The kernel argument that makes the guest use hot-added memory (kernel documentation,
 /// `admin-guide/kernel-parameters`).
 const ONLINE_MEMORY: &str = "memhp_default_state=online_movable";
@@ -333,6 +338,11 @@ impl VirtualMachine {
         Ok(())
     }
 
+    /// Whether the guest has run so shortly that it may not have reached its init, if it ends now.
+    pub(crate) fn is_short_run(&self) -> bool {
+        self.pace.lock().started.elapsed() < SHORT_RUN
+    }
+
     /// Whether a guest runs.
     pub(crate) fn is_running(&self) -> bool {
         self.running.lock().is_some()
@@ -468,18 +478,16 @@ fn connect_guest_agent() -> io::Result<(Option<Arc<GuestAgent>>, Option<UnixStre
     Ok((Some(Arc::new(GuestAgent::new(client)?)), Some(machine)))
 }
 
-/// The kernel's command line: `line`, the serial console if it is missing, and the user's arguments.
+/// The kernel's command line: `line` and the user's arguments, and what is missing in both, the serial console and the
+/// reset after a panic.
 fn complete_command_line(line: &str, arguments: &str) -> String {
+    let words = || line.split_ascii_whitespace().chain(arguments.split_ascii_whitespace());
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");
-    let console = match line
-        .split_ascii_whitespace()
-        .chain(arguments.split_ascii_whitespace())
-        .any(names_console)
-    {
-        true => "",
-        false => CONSOLE,
-    };
-    let parts = [line.trim(), console, arguments];
+    let console = if words().any(names_console) { "" } else { CONSOLE };
+    let handles_panic = |word: &str| word.trim_start_matches('"').starts_with("panic=");
+    // The first one, because words after "--" are not for the kernel.
+    let panic = if words().any(handles_panic) { "" } else { RESET_ON_PANIC };
+    let parts = [panic, line.trim(), console, arguments];
     let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     parts.join(" ")
 }
@@ -489,17 +497,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn command_line_gets_the_console_unless_it_has_it() {
+    fn command_line_gets_console_and_reset_after_a_panic_unless_it_has_them() {
         for (line, arguments, expected) in [
-            ("root=/dev/vda1 ro", "", "root=/dev/vda1 ro console=ttyS0"),
-            ("", "", "console=ttyS0"),
+            ("root=/dev/vda1 ro", "", "\"panic=1\" root=/dev/vda1 ro console=ttyS0"),
+            ("", "", "\"panic=1\" console=ttyS0"),
             (
                 "console=tty0 console=ttyS0,115200 ",
                 "quiet",
-                "console=tty0 console=ttyS0,115200 quiet",
+                "\"panic=1\" console=tty0 console=ttyS0,115200 quiet",
             ),
-            ("a", "console=ttyS0 b", "a console=ttyS0 b"),
-            ("console=ttyS01", "", "console=ttyS01 console=ttyS0"),
+            (
+                "a -- single",
+                "console=ttyS0 b",
+                "\"panic=1\" a -- single console=ttyS0 b",
+            ),
+            ("console=ttyS01", "", "\"panic=1\" console=ttyS01 console=ttyS0"),
+            ("panic=0", "", "panic=0 console=ttyS0"),
+            ("panic_on_oops=1", "panic=-1", "panic_on_oops=1 console=ttyS0 panic=-1"),
+            ("\"panic=5\"", "", "\"panic=5\" console=ttyS0"),
         ] {
             assert_eq!(complete_command_line(line, arguments), expected);
         }

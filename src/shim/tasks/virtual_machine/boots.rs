@@ -1,12 +1,12 @@
 //! The boots of a virtual machine, from Start to its end.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use crate::{
-    oci::OnReboot,
+    oci::{ContainerId, OnReboot},
     shim::{
         error::TaskError,
-        machine::Machine,
+        machine::{Machine, MachineExit},
         pod::open_network_namespace,
         tasks::{
             Tasks,
@@ -19,6 +19,12 @@ use crate::{
         vm::{VirtualMachine, VmError},
     },
 };
+
+/// How long a guest may write nothing to its console before that is logged.
+const SILENCE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 60 });
+
+/// The name of the serial port in the statistics of a machine.
+const SERIAL_PORT: &str = "serial";
 
 /// The exit status after the guest has switched the machine off.
 const POWER_OFF_STATUS: u32 = 0;
@@ -44,6 +50,7 @@ impl Tasks {
                 .await
         };
         booted.await.map_err(|error| vm_error(&error))?;
+        watch_for_silence(container, container.pod.machine());
         self.serve_agent(container, machine, container.pod.machine());
         Ok(())
     }
@@ -73,7 +80,12 @@ impl Tasks {
                 return status;
             }
             if ending.is_power_off() {
-                log::info!("task {id}: the guest has switched its virtual machine off");
+                report_end(
+                    id,
+                    &ending,
+                    machine.is_short_run(),
+                    "has switched its virtual machine off",
+                );
                 return POWER_OFF_STATUS;
             }
             if !ending.is_reset() {
@@ -84,14 +96,29 @@ impl Tasks {
                 }
                 return SIGKILL_STATUS;
             }
+            let is_short_run = machine.is_short_run();
             if machine.on_reboot() == OnReboot::Exit || machine.is_end_requested() {
-                log::info!("task {id}: the guest has reset its virtual machine, which ends its task");
-                return POWER_OFF_STATUS;
+                report_end(
+                    id,
+                    &ending,
+                    is_short_run,
+                    "has reset its virtual machine, which ends its task",
+                );
+                return match ending.panic() {
+                    Some(_) if !machine.is_end_requested() => SIGKILL_STATUS,
+                    _ => POWER_OFF_STATUS,
+                };
             }
-            log::info!("task {id}: the guest has reset its virtual machine, which boots again");
+            report_end(
+                id,
+                &ending,
+                is_short_run,
+                "has reset its virtual machine, which boots again",
+            );
             let rebooted = machine.reboot(id, pod, self.launcher.as_ref(), self.configuration.ready_timeout);
             match rebooted.await {
                 Ok(next) => {
+                    watch_for_silence(container, next.clone());
                     self.serve_agent(container, machine, next.clone());
                     current = next;
                 }
@@ -113,4 +140,41 @@ impl Tasks {
             }
         }
     }
+}
+
+/// Logs that the guest has ended its machine: with the end of its console, if it may have done so because it could not
+/// boot. `action` is a verb with its object.
+fn report_end(id: &ContainerId, ending: &MachineExit, is_short_run: bool, action: &str) {
+    let console = match ending.console() {
+        "" => "its console is empty".to_owned(),
+        console => format!("the end of its console:\n{console}"),
+    };
+    match ending.panic() {
+        Some(panic) => log::warn!("task {id}: the guest {action}, after its kernel has panicked: {panic}; {console}"),
+        None if is_short_run => log::warn!("task {id}: the guest {action}, soon after its start; {console}"),
+        None => log::info!("task {id}: the guest {action}"),
+    }
+}
+
+/// Logs a warning if the guest of `machine` writes nothing to its console for a long time after its start. Otherwise a
+/// kernel that hangs, or that does not know the console, would leave no trace.
+fn watch_for_silence(container: &Container, machine: Arc<Machine>) {
+    let id = container.id.clone();
+    tokio::spawn(async move {
+        if tokio::time::timeout(SILENCE_LIMIT, machine.ended()).await.is_ok() {
+            return;
+        }
+        // A vmm that does not answer is reported by other calls.
+        let Ok(statistics) = machine.statistics().await else {
+            return;
+        };
+        let serial = statistics.devices.iter().find(|device| device.name == SERIAL_PORT);
+        if serial.is_some_and(|serial| serial.bytes_from_guest == 0) {
+            log::warn!(
+                "task {id}: the guest has written nothing to its console, the serial port ttyS0, since its start {} s \
+                 ago: its kernel hangs, or lacks the driver of the serial port or of PCI",
+                SILENCE_LIMIT.as_secs()
+            );
+        }
+    });
 }

@@ -124,7 +124,12 @@ pub(super) fn statistics() -> MachineStatistics {
         ..DeviceCounters::default()
     };
     MachineStatistics {
-        devices: vec![device("vsock", 9), device("nutshell-0", 7), device("\x1b[31mred", 0)],
+        devices: vec![
+            device("vsock", 9),
+            device("nutshell-0", 7),
+            device("\x1b[31mred", 0),
+            device("serial", 0),
+        ],
         ready: Some(monotonic_now()),
         kernel: None,
     }

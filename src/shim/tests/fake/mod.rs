@@ -402,8 +402,17 @@ impl Fake {
 
     /// Ends the guest of the present machine.
     pub(super) fn end_guest(&self, reason: EndReason) {
+        self.end_guest_after(reason, "the last line");
+    }
+
+    /// Resets the present machine after a panic of its guest, which writes `line`.
+    pub(super) fn panic_guest(&self, line: &str) {
+        self.end_guest_after(EndReason::GuestReset, line);
+    }
+
+    fn end_guest_after(&self, reason: EndReason, line: &str) {
         let control = self.state().control.clone().unwrap();
-        let console = b"the last line\n".to_vec();
+        let console = format!("{line}\n").into_bytes();
         notify(&control, &Notice::Ended { reason, console });
     }
 
