@@ -1,7 +1,16 @@
-//! An agent under the control of its guest: it sends every kind of message, as large as the protocol allows, without
-//! being asked, and with the ids of other requests.
+//! Agents under the control of their guest. nutshell's sends every kind of message, as large as the protocol allows,
+//! without being asked, and with the ids of other requests. The QEMU guest agent sends lines without an end, or as long
+//! as they may be.
 
-use std::{env, io::Write, process::Command, thread, time::Instant};
+use std::{
+    env,
+    io::{self, BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    process::Command,
+    sync::mpsc,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
 
 use containerd_shim::protos::api::{PidsRequest, StatsRequest};
 use nutshell_protocol::{
@@ -9,14 +18,24 @@ use nutshell_protocol::{
     MAX_BLOCKED_THREADS, MAX_COMMAND_LINE, MAX_FROM_AGENT, MAX_KERNEL_SOURCE, MAX_PROCESSES, MAX_STATISTICS,
     MemoryStats, NETWORK_SLOTS, NetworkStats, ProcessEntry, Ready, Reply, Response, encode,
 };
+use serde_json::{Value, json};
 
-use super::*;
+use super::{
+    guest_agent::{Streams, ls},
+    *,
+};
 
 /// How much the memory of the shim may grow, in KiB.
 const MAX_GROWTH: u64 = 8 << 10;
 
 /// How long State may take while messages arrive. Without optimization it takes longer to decode a message.
 const STATE_LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 200 } else { 50 });
+
+/// The same while the QEMU guest agent sends its longest lines: a line, and a copy of it in an error, have 4 MiB each.
+const MAX_GROWTH_WITH_LINES: u64 = 9 << 10;
+
+/// How long State may take while long lines of the QEMU guest agent are parsed.
+const STATE_LIMIT_WHILE_PARSING: Duration = Duration::from_secs(1);
 
 /// How many messages of each kind are sent: together far more than the shim may keep.
 const FLOOD: u64 = 64;
@@ -178,6 +197,44 @@ fn name(message: &FromAgent) -> &'static str {
     }
 }
 
+/// The memory of the shim before a flood, and the largest since then, in KiB.
+struct Growth {
+    before: u64,
+    largest: u64,
+    max: u64,
+}
+
+impl Growth {
+    /// The memory may grow by `max` KiB.
+    fn start(max: u64) -> Self {
+        let before = memory();
+        Self {
+            before,
+            largest: before,
+            max,
+        }
+    }
+
+    /// Calls State until `flood` has ended, and checks how long it takes, and how much the memory grows.
+    async fn check(&mut self, shim: &Shim, id: &str, kind: &str, limit: Duration, flood: JoinHandle<()>) {
+        let mut times = Vec::new();
+        while !flood.is_finished() || times.len() < 8 {
+            let start = Instant::now();
+            shim.status(id).await;
+            times.push(start.elapsed());
+            self.largest = self.largest.max(memory());
+        }
+        times.sort();
+        flood.join().unwrap();
+        // Without the slowest two: the machine that runs the tests may be busy with something else.
+        let slowest = times[times.len() - 3];
+        let growth = self.largest - self.before;
+        println!("{kind}: State takes {slowest:?}, memory grew by {growth} KiB");
+        assert!(slowest < limit, "{kind}: State takes {slowest:?}");
+        assert!(growth < self.max, "{kind}: memory grew by {growth} KiB");
+    }
+}
+
 #[tokio::test]
 async fn flood_of_any_message_neither_delays_state_nor_grows_the_shim() {
     if !is_alone("flood_of_any_message_neither_delays_state_nor_grows_the_shim") {
@@ -197,35 +254,132 @@ async fn flood_of_any_message_neither_delays_state_nor_grows_the_shim() {
             let (_stats, _pids) = answers.expect("Stats and Pids return");
         }
     });
-    let before = memory();
-    let mut largest = before;
+    let mut growth = Growth::start(MAX_GROWTH);
 
     for make in MESSAGES {
-        let kind = name(&make(0));
-        let mut agent = shim.fake.agent_stream();
-        let flood = thread::spawn(move || {
-            for id in 0..FLOOD {
-                agent.write_all(&encode(&make(id), MAX_FROM_AGENT).unwrap()).unwrap();
-            }
-        });
-        let mut times = Vec::new();
-        while !flood.is_finished() || times.len() < 8 {
-            let start = Instant::now();
-            shim.status("c1").await;
-            times.push(start.elapsed());
-        }
-        times.sort();
-        flood.join().unwrap();
-        // Without the slowest two: the machine that runs the tests may be busy with something else.
-        let slowest = times[times.len() - 3];
-        largest = largest.max(memory());
-        let growth = largest - before;
-        println!("{kind}: State takes {slowest:?}, memory grew by {growth} KiB");
-        assert!(slowest < STATE_LIMIT, "{kind}: State takes {slowest:?}");
-        assert!(growth < MAX_GROWTH, "{kind}: memory grew by {growth} KiB");
+        let flood = start_flood(&shim, make);
+        growth.check(&shim, "c1", name(&make(0)), STATE_LIMIT, flood).await;
     }
 
     assert!(!calls.is_finished());
     calls.abort();
     assert_eq!(shim.wait("c1", "").await.unwrap(), u32::from(u8::MAX));
+}
+
+/// Sends many messages of one kind by nutshell's agent.
+fn start_flood(shim: &Shim, make: MakeMessage) -> JoinHandle<()> {
+    let mut agent = shim.fake.agent_stream();
+    thread::spawn(move || {
+        for id in 0..FLOOD {
+            agent.write_all(&encode(&make(id), MAX_FROM_AGENT).unwrap()).unwrap();
+        }
+    })
+}
+
+/// nutshell's agent as a service in the guest of a user's disk. Its stream ends when it violates the protocol.
+#[tokio::test]
+async fn flood_by_the_agent_of_a_virtual_machine_neither_delays_state_nor_grows_the_shim() {
+    if !is_alone("flood_by_the_agent_of_a_virtual_machine_neither_delays_state_nor_grows_the_shim") {
+        return;
+    }
+    let shim = Shim::run_vm_with_agent().await;
+    let mut growth = Growth::start(MAX_GROWTH);
+
+    for make in MESSAGES {
+        let flood = start_flood(&shim, make);
+        growth.check(&shim, "v1", name(&make(0)), STATE_LIMIT, flood).await;
+    }
+    for (exec, kind, byte) in [("e1", "endless frame", 0x7f), ("e2", "empty frames", 0)] {
+        let mut agent = shim.fake.agent_stream();
+        let flood = thread::spawn(move || {
+            // Fails when the shim has closed the stream.
+            while agent.write_all(&[byte; 64 << 10]).is_ok() {}
+        });
+        growth.check(&shim, "v1", kind, STATE_LIMIT, flood).await;
+        shim.connect_agent(exec).await;
+    }
+
+    assert_eq!(shim.status("v1").await, Status::RUNNING);
+}
+
+/// Each exec asks the QEMU guest agent, which synchronizes and then misbehaves.
+#[tokio::test]
+async fn flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim() {
+    if !is_alone("flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim") {
+        return;
+    }
+    static TEXT: [u8; 64 << 10] = [b'x'; 64 << 10];
+    fn send_line(agent: &mut UnixStream, start: &str, end: &str) -> io::Result<()> {
+        agent.write_all(start.as_bytes())?;
+        for _ in 0..63 {
+            agent.write_all(&TEXT)?;
+        }
+        agent.write_all(end.as_bytes())
+    }
+    type Send = fn(&mut UnixStream, &str) -> io::Result<()>;
+    let rows: [(&str, Send); 5] = [
+        ("never an answer", |_, _| Ok(())),
+        ("endless line", |agent, _| {
+            loop {
+                agent.write_all(&TEXT)?;
+            }
+        }),
+        ("longest lines of a wrong type", |agent, _| {
+            (0..8).try_for_each(|_| send_line(agent, "{\"return\": \"", "\"}\n"))
+        }),
+        ("longest output", |agent, command| match command {
+            "guest-exec" => agent.write_all(b"{\"return\": {\"pid\": 1}}\n"),
+            _ => send_line(agent, "{\"return\": {\"exited\": true, \"out-data\": \"", "\"}}\n"),
+        }),
+        ("many short lines", |agent, _| {
+            (0..1024).try_for_each(|_| agent.write_all(&[b'\n'; 16 << 10]))
+        }),
+    ];
+    for (number, (kind, send)) in rows.into_iter().enumerate() {
+        let shim = Shim::start().await;
+        shim.run_vm("v1").await;
+        let mut growth = Growth::start(MAX_GROWTH_WITH_LINES);
+        let mut agent = shim.fake.guest_agent_stream();
+        shim.fake.open_guest_agent_port();
+        let reader = BufReader::new(agent.try_clone().unwrap());
+        thread::spawn(move || {
+            for line in reader.split(b'\n').map_while(Result::ok) {
+                let text = line.strip_prefix(b"\xff").unwrap_or(&line);
+                let command: Value = serde_json::from_slice(text).unwrap();
+                let sent = match command["execute"].as_str().unwrap() {
+                    "guest-sync-delimited" => {
+                        let answer = format!("{}\n", json!({"return": command["arguments"]["id"]}));
+                        agent.write_all(&[&[0xff][..], answer.as_bytes()].concat())
+                    }
+                    name => send(&mut agent, name),
+                };
+                // The client may have closed the connection.
+                if sent.is_err() {
+                    return;
+                }
+            }
+        });
+        let exec = format!("e{number}");
+        let (sender, ended) = mpsc::channel::<()>();
+        // Ends with the exec.
+        let flood = thread::spawn(move || {
+            // The sender is dropped.
+            let _ = ended.recv();
+        });
+        let run = async {
+            // Both may fail, depending on the agent.
+            if shim.add_exec(&exec, ls(), Streams::default()).await.is_ok()
+                && shim.start_task("v1", &exec).await.is_ok()
+            {
+                assert_eq!(shim.wait("v1", &exec).await.unwrap(), 255);
+            }
+            drop(sender);
+        };
+
+        tokio::join!(run, growth.check(&shim, "v1", kind, STATE_LIMIT_WHILE_PARSING, flood));
+
+        assert_eq!(shim.status("v1").await, Status::RUNNING, "{kind}");
+        shim.kill("v1", "", 9).await.unwrap();
+        assert_eq!(shim.wait("v1", "").await.unwrap(), 137);
+    }
 }

@@ -20,7 +20,7 @@ use super::{
 
 impl Shim {
     /// Runs the virtual machine `v1`, and connects an agent of its guest.
-    async fn run_vm_with_agent() -> Self {
+    pub(super) async fn run_vm_with_agent() -> Self {
         let shim = Self::start().await;
         shim.run_vm("v1").await;
         shim.connect_agent("probe").await;
@@ -28,7 +28,7 @@ impl Shim {
     }
 
     /// Connects an agent, and waits until the shim accepts an exec, which is `probe`.
-    async fn connect_agent(&self, probe: &str) {
+    pub(super) async fn connect_agent(&self, probe: &str) {
         let fake = self.fake.clone();
         tokio::task::spawn_blocking(move || fake.connect_agent()).await.unwrap();
         let begun = Instant::now();

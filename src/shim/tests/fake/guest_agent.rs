@@ -24,13 +24,19 @@ impl Fake {
         self.state().is_guest_agent_open = true;
     }
 
+    /// The guest's end of that port.
+    pub(in crate::shim::tests) fn guest_agent_stream(&self) -> UnixStream {
+        let stream = self.wait_until(|state| state.guest_agent.as_ref().map(|socket| socket.try_clone().unwrap()));
+        stream.set_nonblocking(false).unwrap();
+        stream
+    }
+
     /// Starts an agent in the guest, which answers each command with what `answer` returns for its name and arguments.
     pub(in crate::shim::tests) fn start_guest_agent(
         &self,
         mut answer: impl FnMut(&str, &Value) -> Option<Value> + Send + 'static,
     ) {
-        let mut socket = self.wait_until(|state| state.guest_agent.as_ref().map(|socket| socket.try_clone().unwrap()));
-        socket.set_nonblocking(false).unwrap();
+        let mut socket = self.guest_agent_stream();
         self.open_guest_agent_port();
         let reader = BufReader::new(socket.try_clone().unwrap());
         thread::spawn(move || {

@@ -98,9 +98,7 @@ impl Connection {
         loop {
             let unread = self.unread();
             if let Some(length) = unread[searched..].iter().position(|byte| *byte == b'\n') {
-                let line = unread[..searched + length].to_vec();
-                self.consume(line.len() + 1);
-                return Ok(line);
+                return Ok(self.take_line(searched + length));
             }
             searched = unread.len();
             if searched > MAX_LINE {
@@ -109,6 +107,16 @@ impl Connection {
             }
             self.receive().await?;
         }
+    }
+
+    /// Takes the next `length` bytes, and the end of line after them. Does not copy them: a line can be long.
+    fn take_line(&mut self, length: usize) -> Vec<u8> {
+        self.received.drain(..self.consumed);
+        self.consumed = 0;
+        let rest = self.received.split_off(length + 1);
+        let mut line = std::mem::replace(&mut self.received, rest);
+        line.truncate(length);
+        line
     }
 
     fn unread(&self) -> &[u8] {

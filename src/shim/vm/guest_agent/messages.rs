@@ -1,7 +1,12 @@
 //! The commands of the agent and its answers (qemu, `qga/qapi-schema.json`), as JSON.
 
-use data_encoding::BASE64;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::fmt::{self, Write};
+
+use data_encoding::{BASE64, DecodeError};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{DeserializeOwned, Error, Visitor},
+};
 use serde_json::{Value, json};
 
 use super::error::GuestAgentError;
@@ -129,10 +134,27 @@ pub(super) fn parse<T: DeserializeOwned>(command: &'static str, line: &[u8]) -> 
     }
 }
 
-fn malformed(command: &'static str, reason: &dyn std::fmt::Display) -> GuestAgentError {
+fn malformed(command: &'static str, reason: &dyn fmt::Display) -> GuestAgentError {
+    let mut start = Start(String::new());
+    // Fails if the reason is longer: it may repeat a long text of the agent.
+    let _ = write!(start, "{reason}");
     GuestAgentError::Malformed {
         command,
-        reason: printable_line(&reason.to_string(), MAX_TEXT),
+        reason: printable_line(&start.0, MAX_TEXT),
+    }
+}
+
+/// The start of a text: more than [`MAX_TEXT`] characters, if it has as many.
+struct Start(String);
+
+impl Write for Start {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = (2 * MAX_TEXT).saturating_sub(self.0.chars().count());
+        self.0.extend(text.chars().take(room));
+        match room {
+            0 => Err(fmt::Error),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -161,14 +183,38 @@ pub(super) struct ExecStatus {
     exited: bool,
     exitcode: Option<i64>,
     signal: Option<i64>,
-    #[serde(default)]
-    out_data: String,
-    #[serde(default)]
-    err_data: String,
+    #[serde(default = "no_output", deserialize_with = "decode")]
+    out_data: Result<Vec<u8>, DecodeError>,
+    #[serde(default = "no_output", deserialize_with = "decode")]
+    err_data: Result<Vec<u8>, DecodeError>,
     #[serde(default)]
     out_truncated: bool,
     #[serde(default)]
     err_truncated: bool,
+}
+
+fn no_output() -> Result<Vec<u8>, DecodeError> {
+    Ok(Vec::new())
+}
+
+/// Decodes Base64 without a copy of the text, which can be long. The agent sends no output while the process runs, so
+/// only [`ExecStatus::finished`] returns the error.
+fn decode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Result<Vec<u8>, DecodeError>, D::Error> {
+    struct Text;
+
+    impl Visitor<'_> for Text {
+        type Value = Result<Vec<u8>, DecodeError>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("a string")
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
+            Ok(BASE64.decode(text.as_bytes()))
+        }
+    }
+
+    deserializer.deserialize_str(Text)
 }
 
 impl ExecStatus {
@@ -177,11 +223,7 @@ impl ExecStatus {
         if !self.exited {
             return Ok(None);
         }
-        let decode = |data: &str| {
-            BASE64
-                .decode(data.as_bytes())
-                .map_err(|error| malformed("guest-exec-status", &error))
-        };
+        let check = |data: Result<Vec<u8>, DecodeError>| data.map_err(|error| malformed("guest-exec-status", &error));
         // Each fits, whatever the agent sends.
         let low_bits = |value: i64, mask: u8| u32::from(value.to_le_bytes()[0] & mask);
         Ok(Some(Finished {
@@ -190,8 +232,8 @@ impl ExecStatus {
                 (Some(status), None) => low_bits(status, 0xff),
                 (None, None) => UNKNOWN_STATUS,
             },
-            stdout: decode(&self.out_data)?,
-            stderr: decode(&self.err_data)?,
+            stdout: check(self.out_data)?,
+            stderr: check(self.err_data)?,
             is_truncated: self.out_truncated || self.err_truncated,
         }))
     }
