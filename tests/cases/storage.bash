@@ -146,6 +146,22 @@ nbd_device_is_a_disk_and_persists() {
   assert_equal "first second" "$(debugfs -R 'cat /file' $nbd 2>/dev/null | paste -sd' ')"
 }
 
+# The second of two machines has what the first has written.
+nbd_device_is_the_boot_disk_and_persists() {
+  local root=/run/tmp/image boot
+  mkdir $root
+  dd if="$(disk_of_image)" of=$nbd bs=1M conv=fsync status=none
+  for boot in 1 2; do
+    new_name
+    start_vm --rootfs --device $nbd --annotation "io.containerd.nutshell.vm.disk.${nbd##*/}=boot" $root --
+    wait_for_console "ready: .* boot $boot"
+    assert_equal "${nbd##*/}" "$(in_guest 'cat /sys/block/vda/serial; echo')"
+    ctr task kill --signal SIGTERM "$name"
+    end_vm 0
+  done
+  rm -r $root
+}
+
 # The server ends while the machine runs, and does not return.
 lost_nbd_server_is_only_an_io_error_in_the_guest() {
   new_name
@@ -165,5 +181,6 @@ storage_cases() {
   check "disk on Gluster boots and persists" disk_on_gluster_boots_and_persists
   check "file system on NBD is a volume of a container" file_system_on_nbd_is_a_volume_of_a_container
   check "NBD device is a disk and persists" nbd_device_is_a_disk_and_persists
+  check "NBD device is the boot disk and persists" nbd_device_is_the_boot_disk_and_persists
   check "lost NBD server is only an I/O error in the guest" lost_nbd_server_is_only_an_io_error_in_the_guest
 }
