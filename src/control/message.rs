@@ -76,6 +76,8 @@ pub(crate) enum Command {
     ReadStatistics,
     /// Requests [`Notice::GuestAgentPort`].
     ReadGuestAgentPort,
+    /// Requests [`Notice::GuestMemory`].
+    ReadGuestMemory,
 }
 
 /// The board of a machine: how the guest finds processors and devices.
@@ -239,6 +241,8 @@ pub(crate) enum Notice {
         /// Whether a program in the guest has [`GUEST_AGENT_PORT`] open. `false` if there is no such port.
         open: bool,
     },
+    /// The reply to [`Command::ReadGuestMemory`]. It waits for the guest's driver, and so may never come.
+    GuestMemory(MemoryState),
     /// A failure in the vmm that the guest cannot see, or of which it sees only the effect.
     Warning {
         /// The device: the serial of a disk, or the name that the log has for a device of another kind.
@@ -252,6 +256,17 @@ pub(crate) enum Notice {
         /// The last [`MAX_CONSOLE_TAIL`] bytes of the guest's console.
         console: Vec<u8>,
     },
+}
+
+/// What the guest does with its memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MemoryState {
+    /// Whether the guest has a driver for memory in addition to its boot memory.
+    pub(crate) has_driver: bool,
+    /// How much of that memory the driver has added, in bytes.
+    pub(crate) plugged: u64,
+    /// How much memory the guest's kernel uses, in bytes. `None` if the guest does not report it.
+    pub(crate) total: Option<u64>,
 }
 
 /// What the devices of a machine have done, and when it passed the phases of its boot.

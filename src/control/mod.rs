@@ -18,7 +18,7 @@ pub(crate) use self::{
     lease::{DomainName, Lease, Prefix, Route},
     message::{
         BaseFormat, BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, GUEST_AGENT_PORT,
-        LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, Notice, Software,
+        LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, MemoryState, Notice, Software,
         VNET_HEADER_SIZE, monotonic_now,
     },
     rate_limit::RateLimit,

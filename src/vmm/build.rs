@@ -30,7 +30,7 @@ use crate::{
         pc::ged::GenericEvents,
         stall_timer::StallTimer,
         virtio::{
-            balloon::Balloon,
+            balloon::{self, Balloon},
             block::{Block, GrowthWatch},
             console::Console,
             device::{Device, SharedDevice},
@@ -88,7 +88,8 @@ pub(super) fn start(
         .map(|_| board.reserve_slot())
         .collect::<Result<Vec<_>, _>>()?;
     let mut growth = Growth::new(&config, board.reserve_slot()?)?;
-    if is_users_kernel && config.max_memory > config.memory {
+    let grows_at_boot = is_users_kernel && config.max_memory > config.memory;
+    if grows_at_boot {
         growth.plug_at_boot()?;
     }
     let hotplug_disks = (0..config.hotplug_disks)
@@ -120,8 +121,11 @@ pub(super) fn start(
     };
     let rng = SharedDevice::new(Rng::default());
     let [rng_kick] = kicks(add(Box::new(rng.clone()))?)?;
-    let balloon = SharedDevice::new(Balloon::default());
-    let [_inflate_kick, _deflate_kick, balloon_reporting_kick] = kicks(add(Box::new(balloon.clone()))?)?;
+    // In a container's guest, the agent does this.
+    let balloon = SharedDevice::new(Balloon::new(grows_at_boot));
+    let mut balloon_kicks = add(Box::new(balloon.clone()))?.into_iter().skip(balloon::UNUSED_QUEUES);
+    let [balloon_kick] = kicks(balloon_kicks.by_ref().take(1).collect())?;
+    let second_balloon_kick = balloon_kicks.next();
     // It has no counters: the file server serves the guest directly, so this process sees no requests.
     let fs = match file_server {
         Some(socket) => {
@@ -194,7 +198,8 @@ pub(super) fn start(
         rng,
         rng_kick,
         balloon,
-        balloon_reporting_kick,
+        balloon_kick,
+        second_balloon_kick,
     };
     for (slot, (link, queues)) in (0..).zip(links) {
         machine.plug_network_device(slot, link.mac, link.mtu, queues, link.lease.as_ref())?;

@@ -13,11 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{end_signal::EndSignal, machine::RunningMachine, serial_console::SerialConsole};
 use crate::{
-    control::{Channel, Command, ControlError, EndReason, Notice},
+    control::{Channel, Command, ControlError, EndReason, MemoryState, Notice},
     devices::{
         console_tail::ConsoleTail,
         virtio::{
-            balloon::Balloon,
             block::Backing,
             console::Console,
             device::serve_or_reset,
@@ -40,14 +39,15 @@ enum EventSource {
     VsockTransmit,
     ConsoleTransmit,
     Rng,
-    BalloonReporting,
+    Balloon,
+    SecondBalloonQueue,
     Memory,
     StallTimer,
     SerialConsole,
     GuestAgent,
 }
 
-const EVENT_SOURCES: [EventSource; 12] = [
+const EVENT_SOURCES: [EventSource; 13] = [
     EventSource::Control,
     EventSource::End,
     EventSource::Streams,
@@ -55,7 +55,8 @@ const EVENT_SOURCES: [EventSource; 12] = [
     EventSource::VsockTransmit,
     EventSource::ConsoleTransmit,
     EventSource::Rng,
-    EventSource::BalloonReporting,
+    EventSource::Balloon,
+    EventSource::SecondBalloonQueue,
     EventSource::Memory,
     EventSource::StallTimer,
     EventSource::SerialConsole,
@@ -146,7 +147,10 @@ fn create_epoll(machine: &RunningMachine, channel: &Channel, end: &EndSignal) ->
         add(EventSource::ConsoleTransmit, borrow(transmit_kick))?;
     }
     add(EventSource::Rng, borrow(&machine.rng_kick))?;
-    add(EventSource::BalloonReporting, borrow(&machine.balloon_reporting_kick))?;
+    add(EventSource::Balloon, borrow(&machine.balloon_kick))?;
+    if let Some(kick) = &machine.second_balloon_kick {
+        add(EventSource::SecondBalloonQueue, borrow(kick))?;
+    }
     add(EventSource::Memory, borrow(machine.growth.kick()))?;
     add(EventSource::StallTimer, machine.stall_timer.as_fd())?;
     if let Some(console) = &machine.serial_console {
@@ -207,10 +211,15 @@ fn handle_event(
             serve_or_reset(&mut *machine.rng.lock(), Rng::serve);
             None
         }
-        EventSource::BalloonReporting => {
-            drain(&machine.balloon_reporting_kick);
-            serve_or_reset(&mut *machine.balloon.lock(), Balloon::serve);
-            None
+        EventSource::Balloon => {
+            drain(&machine.balloon_kick);
+            serve_balloon(machine, channel).err()
+        }
+        EventSource::SecondBalloonQueue => {
+            if let Some(kick) = &machine.second_balloon_kick {
+                drain(kick);
+            }
+            serve_balloon(machine, channel).err()
         }
         EventSource::Memory => {
             drain(machine.growth.kick());
@@ -322,6 +331,16 @@ fn execute(
             let open = port.is_some_and(|port| port.lock().is_open_in_guest());
             send(channel, &Notice::GuestAgentPort { open })?;
         }
+        Command::ReadGuestMemory => {
+            let mut is_requested = false;
+            serve_or_reset(&mut *machine.balloon.lock(), |balloon| {
+                is_requested = balloon.request_statistics()?;
+                Ok(())
+            });
+            if !is_requested {
+                report_guest_memory(machine, channel, None)?;
+            }
+        }
     }
     Ok(())
 }
@@ -352,6 +371,30 @@ fn report_memory(machine: &mut RunningMachine, channel: &Channel) -> Result<(), 
         Some(bytes) => send(channel, &Notice::MemoryPlugged { bytes }),
         None => Ok(()),
     }
+}
+
+/// Serves the queues of the balloon. Which of them has which kick depends on the features that the driver has accepted.
+fn serve_balloon(machine: &mut RunningMachine, channel: &Channel) -> Result<(), LoopExit> {
+    let mut total = None;
+    serve_or_reset(&mut *machine.balloon.lock(), |balloon| {
+        balloon.serve()?;
+        total = balloon.serve_statistics()?;
+        Ok(())
+    });
+    match total {
+        Some(_) => report_guest_memory(machine, channel, total),
+        None => Ok(()),
+    }
+}
+
+fn report_guest_memory(machine: &RunningMachine, channel: &Channel, total: Option<u64>) -> Result<(), LoopExit> {
+    let (has_driver, plugged) = machine.growth.driver_state();
+    let state = MemoryState {
+        has_driver,
+        plugged,
+        total,
+    };
+    send(channel, &Notice::GuestMemory(state))
 }
 
 fn report_streams(vsock: &mut Vsock, channel: &Channel) -> Result<(), LoopExit> {

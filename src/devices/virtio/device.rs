@@ -233,7 +233,11 @@ mod tests {
         for (name, outcome) in [
             ("console", break_queue(Console::new(tail), 2, 1, Console::serve)),
             ("rng", break_queue(Rng::default(), 1, 0, Rng::serve)),
-            ("balloon", break_queue(Balloon::default(), 3, 2, Balloon::serve)),
+            ("balloon", break_queue(Balloon::new(false), 3, 2, Balloon::serve)),
+            (
+                "balloon",
+                break_queue(Balloon::new(true), 4, 2, |balloon| balloon.serve_statistics().map(drop)),
+            ),
             ("mem", break_queue(Mem::new(region), 1, 0, Mem::serve)),
         ] {
             let (lines, errors) = outcome;

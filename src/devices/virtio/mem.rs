@@ -93,6 +93,11 @@ impl Mem {
         self.plugged.iter().filter(|plugged| **plugged).count() as u64 * BLOCK_SIZE
     }
 
+    /// Whether the guest has a driver for the device.
+    pub(crate) fn has_driver(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// Whether the guest has the requested size.
     pub(crate) fn is_settled(&self) -> bool {
         self.plugged_size() == self.requested_size

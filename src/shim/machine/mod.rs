@@ -13,6 +13,7 @@ mod console;
 mod deadline;
 mod exit;
 mod guest_agents;
+mod memory;
 mod monitor;
 mod node_settings;
 mod stderr;
@@ -521,16 +522,6 @@ impl Machine {
         self.send_and_wait(command, descriptors, receiver).await
     }
 
-    /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the least number of vCPUs
-    /// (see [`Command::Resize`]). One call at a time. The guest starts to add or remove memory and vCPUs after
-    /// `Request::ResizeMachine`.
-    pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        *self.state.resize_request.lock() = Some(sender);
-        self.send_and_wait(&Command::Resize { memory, vcpus }, &[], receiver)
-            .await
-    }
-
     async fn send_and_wait(
         &self,
         command: &Command,
@@ -545,15 +536,6 @@ impl Machine {
         answer
             .map_err(|_| VmmError::Timeout(VMM_TIMEOUT))??
             .map_err(VmmError::Refused)
-    }
-
-    /// Waits until the guest has exactly `bytes` of memory beyond its boot memory.
-    pub(crate) async fn memory_plugged(&self, bytes: u64) {
-        let mut plugged = self.state.plugged_memory.subscribe();
-        if plugged.wait_for(|plugged| *plugged == Some(bytes)).await.is_err() {
-            // Cannot happen: `self` keeps the sender alive.
-            std::future::pending::<()>().await;
-        }
     }
 
     /// Logs the tail of the guest's console, at debug level.

@@ -22,7 +22,7 @@ use super::{
     streams::StreamTable,
 };
 use crate::{
-    control::{ControlError, EndReason, MAX_WARNING, MachineStatistics, Notice, RateLimit},
+    control::{ControlError, EndReason, MAX_WARNING, MachineStatistics, MemoryState, Notice, RateLimit},
     shim::child::Child,
 };
 
@@ -76,6 +76,8 @@ pub(super) struct MachineState {
     pub(super) statistics_requests: Mutex<Vec<oneshot::Sender<MachineStatistics>>>,
     /// Callers that wait for the state of the guest agent's port.
     pub(super) port_requests: Mutex<Vec<oneshot::Sender<bool>>>,
+    /// Callers that wait for the state of the guest's memory.
+    pub(super) memory_requests: Mutex<Vec<oneshot::Sender<MemoryState>>>,
     /// Callers that plug or unplug a device, by slot on the bus.
     pub(super) slot_requests: Mutex<HashMap<u32, AnswerSender>>,
     /// The caller that boots a user's kernel.
@@ -106,6 +108,7 @@ impl MachineState {
             progress_requests: Mutex::default(),
             statistics_requests: Mutex::default(),
             port_requests: Mutex::default(),
+            memory_requests: Mutex::default(),
             slot_requests: Mutex::default(),
             boot_request: Mutex::default(),
             awaits_boot: AtomicBool::new(false),
@@ -200,6 +203,7 @@ pub(super) async fn run(
     state.slot_requests.lock().clear();
     state.statistics_requests.lock().clear();
     state.port_requests.lock().clear();
+    state.memory_requests.lock().clear();
     state.boot_request.lock().take();
     state.resize_request.lock().take();
     state.exit.send_replace(Some(Arc::new(MachineExit {
@@ -247,6 +251,11 @@ async fn receive_notices(state: &MachineState, control: &AsyncChannel) -> Option
             Ok(Notice::GuestAgentPort { open }) => {
                 for sender in state.port_requests.lock().drain(..) {
                     let _ = sender.send(open);
+                }
+            }
+            Ok(Notice::GuestMemory(memory)) => {
+                for sender in state.memory_requests.lock().drain(..) {
+                    let _ = sender.send(memory);
                 }
             }
             Ok(Notice::Built) => {

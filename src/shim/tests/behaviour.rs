@@ -27,6 +27,8 @@ pub(super) enum Behaviour {
     CannotGrow,
     /// Its guest takes no memory.
     NeverPlugs,
+    /// The guest adds memory and does not use it.
+    LeavesMemoryOffline,
     /// It does not answer questions about its devices.
     NoStatistics,
     /// It reports no stream as drained before [`Fake::report_drained`](super::fake::Fake::report_drained).

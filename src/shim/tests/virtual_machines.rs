@@ -446,7 +446,25 @@ async fn guest_that_takes_no_memory_keeps_its_size_and_fails_the_update() {
 
     let error = update_memory(&shim, 256).await.unwrap_err();
 
-    assert!(error.contains("did not add the memory within"), "{error}");
+    let expected = "did not add the memory within 1 s: its driver virtio_mem is not loaded";
+    assert!(error.contains(expected), "{error}");
+    assert_eq!(shim.fake.resizes(2), [(128, 1), (0, 1)]);
+    assert_eq!(shim.status("v1").await, Status::RUNNING);
+}
+
+#[tokio::test]
+async fn memory_that_the_guest_leaves_offline_is_removed_and_fails_the_update() {
+    let shim = Shim::start_with(Behaviour::LeavesMemoryOffline).await;
+    let annotations = json!({
+        "io.containerd.nutshell.memory_mib": "128",
+        "io.containerd.nutshell.vm.max-memory": "512Mi",
+    });
+    shim.create_vm("v1", annotations).await;
+    shim.start_task("v1", "").await.unwrap();
+
+    let error = update_memory(&shim, 256).await.unwrap_err();
+
+    assert!(error.contains("leaves it offline"), "{error}");
     assert_eq!(shim.fake.resizes(2), [(128, 1), (0, 1)]);
     assert_eq!(shim.status("v1").await, Status::RUNNING);
 }

@@ -9,6 +9,12 @@ use crate::shim::machine::{Machine, VmmError};
 /// How long the guest's kernel may take to add or remove memory.
 const PLUG_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
+/// How long the guest may take to use memory that its driver has added. Some distributions let udev do this.
+const ONLINE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
+
+/// The interval at which the guest is asked how much memory it uses.
+const ONLINE_POLL_INTERVAL: Duration = Duration::from_millis(100);
+
 /// Why the memory cannot be changed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum MemoryError {
@@ -20,12 +26,13 @@ pub(crate) enum MemoryError {
         booted >> 20
     )]
     TooSmall { memory: u64, booted: u64 },
+    #[error("the guest's kernel did not {action} the memory within {} s: {reason}", PLUG_LIMIT.as_secs())]
+    NotTaken { action: &'static str, reason: String },
     #[error(
-        "the guest's kernel did not {action} the memory within {} s: it needs the driver virtio_mem, and it can remove \
-         only memory that is not in use",
-        PLUG_LIMIT.as_secs()
+        "the guest's kernel has added the memory, but leaves it offline and does not use it: write online_movable to \
+         /sys/devices/system/memory/auto_online_blocks in the guest, or boot it with memhp_default_state=online_movable"
     )]
-    NotTaken { action: &'static str },
+    Offline,
 }
 
 /// The memory of the guest.
@@ -96,9 +103,21 @@ impl MachineMemory {
             let (wanted, before) = (added(memory)?, added(present)?);
             let action = if memory > present { "add" } else { "remove" };
             let change = async {
+                let used_before = match memory > present {
+                    true => used_memory(&machine).await?,
+                    false => None,
+                };
                 machine.resize(wanted, vcpus).await?;
                 let settled = tokio::time::timeout(PLUG_LIMIT, machine.memory_plugged(wanted)).await;
-                settled.map_err(|_| MemoryError::NotTaken { action })
+                if settled.is_err() {
+                    let reason = reason_for_no_change(&machine, wanted).await;
+                    return Err(MemoryError::NotTaken { action, reason });
+                }
+                match used_before {
+                    // The kernel needs a part of the memory for itself.
+                    Some(used) => wait_until_used(&machine, used.saturating_add((memory - present) / 2)).await,
+                    None => Ok(()),
+                }
             };
             if let Err(error) = change.await {
                 // A slow vmm or guest could complete the change later, and then have another size than is recorded.
@@ -110,6 +129,40 @@ impl MachineMemory {
         }
         self.sizes.lock().present = memory;
         Ok(())
+    }
+}
+
+/// How much memory the guest's kernel uses, in bytes. `None` if it does not report it.
+async fn used_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
+    match machine.guest_memory().await {
+        Ok(state) => Ok(state.total),
+        Err(VmmError::Timeout(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits until the guest's kernel uses `needed` bytes: its driver can add memory that the kernel leaves offline.
+async fn wait_until_used(machine: &Machine, needed: u64) -> Result<(), MemoryError> {
+    let is_used = async {
+        while used_memory(machine).await?.is_none_or(|used| used < needed) {
+            tokio::time::sleep(ONLINE_POLL_INTERVAL).await;
+        }
+        Ok(())
+    };
+    let is_used = tokio::time::timeout(ONLINE_LIMIT, is_used).await;
+    is_used.unwrap_or(Err(MemoryError::Offline))
+}
+
+/// Why the guest does not have `wanted` bytes beyond its boot memory.
+async fn reason_for_no_change(machine: &Machine, wanted: u64) -> String {
+    match machine.guest_memory().await {
+        Ok(state) if !state.has_driver => "its driver virtio_mem is not loaded".to_owned(),
+        Ok(state) => format!(
+            "its driver has added {} MiB instead of {} MiB. It can remove only memory that is not in use",
+            state.plugged >> 20,
+            wanted >> 20
+        ),
+        Err(_) => "it needs the driver virtio_mem, and it can remove only memory that is not in use".to_owned(),
     }
 }
 

@@ -203,6 +203,12 @@ impl Growth {
         new
     }
 
+    /// Whether the guest has a driver for the memory device, and how much memory it has added, in bytes.
+    pub(in crate::vmm) fn driver_state(&self) -> (bool, u64) {
+        let device = self.device.as_ref().map(SharedDevice::lock);
+        device.map_or((false, 0), |device| (device.has_driver(), device.plugged_size()))
+    }
+
     /// The counters of the memory device, if it is plugged.
     pub(in crate::vmm) fn counters(&self) -> Option<Arc<Counters>> {
         self.device.as_ref().map(Device::counters)

@@ -84,7 +84,9 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) rng: SharedDevice<Rng>,
     pub(in crate::vmm) rng_kick: EventFd,
     pub(in crate::vmm) balloon: SharedDevice<Balloon>,
-    pub(in crate::vmm) balloon_reporting_kick: EventFd,
+    pub(in crate::vmm) balloon_kick: EventFd,
+    /// The kick of its other queue, if it offers statistics.
+    pub(in crate::vmm) second_balloon_kick: Option<EventFd>,
 }
 
 impl RunningMachine {

@@ -24,7 +24,7 @@ use nutshell_protocol::{
 use self::answer::statistics;
 use super::behaviour::Behaviour;
 use crate::{
-    control::{Channel, Command, ControlError, EndReason, Extent, Notice, Software, monotonic_now},
+    control::{Channel, Command, ControlError, EndReason, Extent, MemoryState, Notice, Software, monotonic_now},
     guest_image::GuestImage,
     shim::{
         child::Child,
@@ -293,6 +293,16 @@ impl Fake {
             Command::ReadGuestAgentPort => {
                 let open = self.state().is_guest_agent_open;
                 notify(control, &Notice::GuestAgentPort { open });
+            }
+            Command::ReadGuestMemory => {
+                let added = self.state().resizes.last().map_or(0, |(mib, _)| mib << 20);
+                let is_used = self.behaviour != Behaviour::LeavesMemoryOffline;
+                let state = MemoryState {
+                    has_driver: self.behaviour != Behaviour::NeverPlugs,
+                    plugged: added,
+                    total: Some((100 << 20) + if is_used { added } else { 0 }),
+                };
+                notify(control, &Notice::GuestMemory(state));
             }
             Command::ReadStatistics => {
                 // Another first command than Boot ends a vmm.
