@@ -65,7 +65,7 @@ enum ExecutionError {
     Agent(#[from] GuestAgentError),
 }
 
-/// Fails if no agent answers, within two seconds, or if it cannot run a process with these streams.
+/// Fails if no agent answers, within a second if none has answered before, or if it cannot run a process with these streams.
 pub(in crate::shim::tasks) async fn check_can_exec(machine: &VirtualMachine, terminal: bool) -> Result<(), TaskError> {
     if machine.connected_agent().is_some() {
         return Ok(());

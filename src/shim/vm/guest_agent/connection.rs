@@ -32,6 +32,8 @@ pub(super) struct Connection {
     consumed: usize,
     /// The next line is the answer to the next command.
     is_synchronized: bool,
+    /// An agent has synchronized before.
+    has_answered: bool,
     last_id: u32,
 }
 
@@ -43,12 +45,17 @@ impl Connection {
             received: Vec::new(),
             consumed: 0,
             is_synchronized: false,
+            has_answered: false,
             last_id: 0,
         })
     }
 
     pub(super) fn is_synchronized(&self) -> bool {
         self.is_synchronized
+    }
+
+    pub(super) fn has_answered(&self) -> bool {
+        self.has_answered
     }
 
     pub(super) fn lose_synchronization(&mut self) {
@@ -76,6 +83,7 @@ impl Connection {
             let answer = self.next_line().await?;
             if messages::is_synchronization(&answer, self.last_id) {
                 self.is_synchronized = true;
+                self.has_answered = true;
                 return Ok(());
             }
             // It may be the answer to an earlier one.

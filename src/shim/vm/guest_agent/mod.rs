@@ -28,8 +28,13 @@ pub(crate) use self::{
     messages::{Finished, Program},
 };
 
-/// How long an agent may take to synchronize. One that runs and is idle takes a few milliseconds.
-const SYNC_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 1000 });
+/// How long an agent may take to synchronize. One that runs and is idle takes a few milliseconds, but a guest may be
+/// slow.
+const SYNC_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 3000 } else { 2000 });
+
+/// The same for a program that has never answered: it may be no agent. An exec in a guest without an agent must fail
+/// within a second.
+const FIRST_SYNC_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 500 });
 
 /// How long an agent may take to answer another command. It executes one after the other, and a guest may be slow.
 const ANSWER_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 500 } else { 10_000 });
@@ -62,7 +67,11 @@ impl GuestAgent {
     pub(crate) async fn synchronize(&self) -> Result<(), GuestAgentError> {
         let connection = async { Ok(self.connection.lock().await) };
         let mut connection = within(ANSWER_LIMIT, "guest-sync-delimited", connection).await?;
-        within(SYNC_LIMIT, "guest-sync-delimited", connection.synchronize()).await
+        let limit = match connection.has_answered() {
+            true => SYNC_LIMIT,
+            false => FIRST_SYNC_LIMIT,
+        };
+        within(limit, "guest-sync-delimited", connection.synchronize()).await
     }
 
     /// The version of the agent.

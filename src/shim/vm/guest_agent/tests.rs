@@ -214,7 +214,24 @@ async fn agent_that_never_synchronizes_is_an_error_in_time() {
         let error = agent.client.synchronize().await.unwrap_err().to_string();
 
         assert!(expected.iter().any(|text| error.contains(text)), "{name}: {error}");
-        assert!(begun.elapsed() < SYNC_LIMIT * 40, "{name}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < FIRST_SYNC_LIMIT * 40, "{name}: {:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test]
+async fn agent_that_has_answered_before_has_more_time() {
+    for has_answered in [false, true] {
+        let mut is_slow = !has_answered;
+        let agent = start(move |command| {
+            if std::mem::replace(&mut is_slow, true) {
+                thread::sleep(FIRST_SYNC_LIMIT * 2);
+            }
+            synchronization(command).unwrap()
+        });
+        if has_answered {
+            agent.client.synchronize().await.unwrap();
+        }
+        assert_eq!(agent.client.synchronize().await.is_ok(), has_answered);
     }
 }
 
