@@ -27,7 +27,7 @@ DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
 # Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
 # API.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
-	pods-shim-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
+	pods-shim-all-2.1 pods-vm-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.
@@ -107,7 +107,7 @@ soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz 
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
 
 soak-suites:
-	@NUTSHELL_TEST_LIMIT=$${NUTSHELL_TEST_LIMIT:-1800} $(PHASE) "soak: suites" "85 minutes" tests/run $(SOAK_SUITES)
+	@NUTSHELL_TEST_LIMIT=$${NUTSHELL_TEST_LIMIT:-1800} $(PHASE) "soak: suites" "90 minutes" tests/run $(SOAK_SUITES)
 
 # Containers on the PC board, and kernels of distributions that reboot repeatedly.
 soak-pc:

@@ -54,6 +54,17 @@ vm_cases() {
   pod "virtual machine follows its memory limit" vms::machine_follows_its_memory_limit
   pod "virtual machine restarts in its pod" vms::machine_restarts_in_its_pod
   pod "virtual machine beside a sidecar is refused" vms::machine_beside_a_sidecar_is_refused
+  pod "volumes of a virtual machine's pod are disks" vm_volumes::volumes_of_a_pod_are_disks
+}
+
+# With the image vm-raw.
+more_vm_cases() {
+  handler=nutshell-routed pod "virtual machine without a subnet is reached directly and through a Service" \
+    vm_network::routed_machine_is_reached_directly_and_through_a_service
+  pod "init container prepares the boot disk" vm_volumes::init_container_prepares_the_boot_disk
+  pod "disk belongs to one pod at a time" vm_volumes::disk_belongs_to_one_pod_at_a_time
+  pod "files are copied into and out of a virtual machine" vms::files_are_copied_in_both_directions
+  pod "memory that the guest leaves offline fails the update" vms::memory_that_the_guest_leaves_offline_fails_the_update
 }
 
 # With the image vm-debian.

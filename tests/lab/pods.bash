@@ -4,8 +4,9 @@
 # start_node VERSION [IMAGE...]
 #
 # Starts containerd 2.1 or 1.7 with its CRI service and the runtime handlers `runc` and `nutshell`; 2.1 also with
-# `nutshell-sandbox-service` (sandboxes through the Sandbox service) and `nutshell-disk` (a disk for each container).
-# The pod network is the bridge `pods` with 10.88.0.0/16 and fd00:88::/64; the host has the first address of each.
+# `nutshell-sandbox-service` (sandboxes through the Sandbox service), `nutshell-disk` (a disk for each container) and
+# `nutshell-routed` (pods with an address of lab/routed-network). The network of the others is the bridge `pods` with
+# 10.88.0.0/16 and fd00:88::/64; the host has the first address of each.
 start_node() {
   local version=$1 program runtime programs
   shift
@@ -43,6 +44,11 @@ NETWORK
   ip link set pods up
   ip address add 10.88.0.1/16 dev pods
   ip address add fd00:88::1/64 dev pods nodad
+  # The host answers ARP requests for the gateway of lab/routed-network if it has a route to it through another link.
+  cp "$lab/routed-network" /run/bin/
+  mkdir -p /run/cni/routed.d /run/cni/routed
+  echo '{"cniVersion": "0.4.0", "name": "routed", "plugins": [{"type": "routed-network"}]}' >/run/cni/routed.d/routed.conflist
+  ip route add 169.254.1.1 dev pods scope link
   # As on any distribution: containerd resolves localhost when it forwards ports.
   printf '127.0.0.1 localhost\n::1 localhost\n' >/etc/hosts
   # A kubelet creates the group kubepods and the folder for logs. containerd and runc create the other groups and
@@ -67,7 +73,7 @@ enable_unprivileged_icmp = true"
       programs='bin_dirs = ["/run/bin"]'
       runtime='plugins."io.containerd.cri.v1.runtime"'
       mkdir -p /run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io
-      mkdir -p /run/containerd/io.containerd.grpc.v1.cri/{containers,sandboxes}
+      mkdir -p /run/containerd/io.containerd.grpc.v1.cri/{containers,sandboxes,image-volumes}
       CONTAINERD_CONFIG="[plugins.\"io.containerd.cri.v1.images\".pinned_images]
 sandbox = \"localhost/pause:latest\"
 [$runtime.containerd.runtimes.nutshell-sandbox-service]
@@ -76,6 +82,9 @@ sandboxer = \"shim\"
 [$runtime.containerd.runtimes.nutshell-disk]
 runtime_type = \"io.containerd.nutshell.v2\"
 snapshotter = \"blockfile\"
+[$runtime.containerd.runtimes.nutshell-routed]
+runtime_type = \"io.containerd.nutshell.v2\"
+cni_conf_dir = \"/run/cni/routed.d\"
 [plugins.\"io.containerd.snapshotter.v1.blockfile\"]
 scratch_file = \"/run/scratch.ext4\"
 root_path = \"/run/containerd-root/blockfile\"

@@ -7,6 +7,8 @@
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../lab/pods.bash"
 source "$(dirname "$0")/../cases/pods.bash"
+# As systemd does: containerd mounts image volumes after the start of the shim.
+mount --make-rshared /
 start_node 2.1 busybox vm-raw
 
 handler=nutshell

@@ -296,7 +296,10 @@ fn volume_without_one_disk_is_refused_with_the_reason() {
     .unwrap();
     for (volume, expected) in [
         (&empty, "disk data: no disk.img is in the volume, and it is empty"),
-        (&empty, "containerd must support them: 2.1 or later"),
+        (
+            &empty,
+            "containerd must support them (2.1 or later), and the host's mounts must be shared",
+        ),
         (&two, "and contains a, b"),
         (&link, "disk.img is a symbolic link, not a regular file"),
         (&directory, "disk.img is a directory, not a regular file"),

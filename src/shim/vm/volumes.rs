@@ -232,7 +232,8 @@ fn open_image(disk: &VmDisk, volume: &OwnedFd, root: &ImageRoot, user: &FileUser
                     name: disk.name.as_str().to_owned(),
                     reason: format!(
                         "no disk.img is in the volume, and {reason}. If it is an image volume, containerd must support \
-                         them: 2.1 or later"
+                         them (2.1 or later), and the host's mounts must be shared (mount --make-rshared /, as systemd \
+                         does)"
                     ),
                 },
                 error => error,

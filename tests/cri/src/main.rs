@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Belongs here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
-//! ([`streaming`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the
+//! ([`streaming`]), virtual machines ([`vm`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the
 //! cases ([`cases`]). Does not belong here: code of nutshell; no test may depend on it. Run in the lab by
 //! tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
 
@@ -22,6 +22,7 @@ mod measure;
 mod messages;
 mod pod;
 mod streaming;
+mod vm;
 mod wait;
 
 use std::process::ExitCode;

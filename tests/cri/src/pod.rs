@@ -32,6 +32,8 @@ pub(crate) enum Handler {
     NutshellSandboxService,
     /// nutshell, with a disk for each container.
     NutshellDisk,
+    /// nutshell, with a network without a subnet.
+    NutshellRouted,
 }
 
 impl Handler {
@@ -42,6 +44,7 @@ impl Handler {
             Self::Nutshell,
             Self::NutshellSandboxService,
             Self::NutshellDisk,
+            Self::NutshellRouted,
         ]
         .into_iter()
         .find(|handler| handler.name() == name)
@@ -53,6 +56,7 @@ impl Handler {
             Self::Nutshell => "nutshell",
             Self::NutshellSandboxService => "nutshell-sandbox-service",
             Self::NutshellDisk => "nutshell-disk",
+            Self::NutshellRouted => "nutshell-routed",
         }
     }
 

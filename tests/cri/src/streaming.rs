@@ -75,8 +75,10 @@ impl Channels {
 #[derive(Debug)]
 pub(crate) struct Streams {
     channels: Channels,
-    /// Standard output so far.
+    /// Standard output so far, with replacements for bytes that are not UTF-8.
     pub(crate) stdout: String,
+    /// Standard output so far.
+    pub(crate) bytes: Vec<u8>,
     /// Standard error so far.
     pub(crate) stderr: String,
     /// The exit status of the command, if it has ended.
@@ -113,6 +115,7 @@ impl Streams {
         Self {
             channels: Channels::open(url),
             stdout: String::new(),
+            bytes: Vec::new(),
             stderr: String::new(),
             exit: None,
         }
@@ -120,7 +123,14 @@ impl Streams {
 
     /// Writes to standard input.
     pub(crate) fn send(&mut self, text: &str) {
-        self.channels.send(STDIN, text.as_bytes());
+        self.send_bytes(text.as_bytes());
+    }
+
+    /// Writes bytes to standard input.
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
+        for part in bytes.chunks(32 * 1024) {
+            self.channels.send(STDIN, part);
+        }
     }
 
     /// Changes the size of the terminal.
@@ -148,7 +158,10 @@ impl Streams {
         };
         let text = String::from_utf8_lossy(&bytes);
         match channel {
-            STDOUT => self.stdout += &text,
+            STDOUT => {
+                self.stdout += &text;
+                self.bytes.extend(&bytes);
+            }
             STDERR => self.stderr += &text,
             STATUS => self.exit = Some(parse_exit_status(&text)),
             _ => panic!("unexpected channel {channel}: {text:?}"),

@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::unix::fs::symlink,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::Command,
     thread::sleep,
     time::{Duration, Instant},
@@ -14,6 +14,7 @@ use crate::{
     messages::{ContainerState, Mount, PodSandboxMetadata},
     pod::{BUSYBOX, Container, Handler, Pod, image, resources},
     streaming::Streams,
+    vm::{mount, run},
     wait::{POLL_INTERVAL, wait_until_within},
 };
 
@@ -62,7 +63,10 @@ runcmd:
     }
 
     fn mount(&self) -> Mount {
-        mount("/cloud-init", &self.folder.join("secret"), true)
+        Mount {
+            readonly: true,
+            ..mount("/cloud-init", self.folder.join("secret").to_str().unwrap())
+        }
     }
 
     /// Runs a command in the guest by SSH, and returns its output.
@@ -90,27 +94,6 @@ runcmd:
             .arg(format!("visitor@{address}"))
             .arg(command))
     }
-}
-
-fn mount(container_path: &str, host_path: &Path, readonly: bool) -> Mount {
-    Mount {
-        container_path: container_path.into(),
-        host_path: host_path.to_str().unwrap().into(),
-        readonly,
-    }
-}
-
-/// Runs a program, asserts that it succeeds, and returns its output.
-fn run(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    let stdout = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
-    assert!(
-        output.status.success(),
-        "{command:?}: {}\n{stdout}\n{}",
-        output.status,
-        String::from_utf8_lossy(&output.stderr)
-    );
-    stdout
 }
 
 /// Starts the virtual machine of a pod with the settings of docs/VM.md.
@@ -213,7 +196,7 @@ pub(crate) fn persistent_root_moves_to_another_pod(handler: Handler) {
         let container = start_vm(
             &pod,
             BUSYBOX,
-            vec![mount("/disks/system", &volume, false), seed.mount()],
+            vec![mount("/disks/system", volume.to_str().unwrap()), seed.mount()],
         );
         wait_for_system(&container);
         let [address, _] = pod.addresses();

@@ -32,7 +32,7 @@ fn volume(pod: &Pod) -> impl Fn(&mut ContainerConfig) + use<> {
         config.mounts = vec![Mount {
             container_path: "/volume".into(),
             host_path: folder.clone(),
-            readonly: false,
+            ..Default::default()
         }];
     }
 }

@@ -19,6 +19,20 @@ pub(crate) struct Mount {
     pub(crate) host_path: String,
     #[prost(bool, tag = "3")]
     pub(crate) readonly: bool,
+    /// An image volume. It has no `host_path`, and must be read-only.
+    #[prost(message, optional, tag = "9")]
+    pub(crate) image: Option<ImageSpec>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct Device {
+    #[prost(string, tag = "1")]
+    pub(crate) container_path: String,
+    #[prost(string, tag = "2")]
+    pub(crate) host_path: String,
+    /// Some of `rwm`: read, write, make a node.
+    #[prost(string, tag = "3")]
+    pub(crate) permissions: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

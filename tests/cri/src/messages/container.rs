@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use prost::{Enumeration, Message};
 
 use super::{
-    common::{ImageSpec, Int64Value, KeyValue, LinuxContainerResources, Mount, NamespaceOption},
+    common::{Device, ImageSpec, Int64Value, KeyValue, LinuxContainerResources, Mount, NamespaceOption},
     pod::PodSandboxConfig,
 };
 
@@ -64,6 +64,8 @@ pub(crate) struct ContainerConfig {
     pub(crate) envs: Vec<KeyValue>,
     #[prost(message, repeated, tag = "7")]
     pub(crate) mounts: Vec<Mount>,
+    #[prost(message, repeated, tag = "8")]
+    pub(crate) devices: Vec<Device>,
     #[prost(string, tag = "11")]
     pub(crate) log_path: String,
     #[prost(bool, tag = "12")]
