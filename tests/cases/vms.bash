@@ -259,6 +259,12 @@ unusable_images_are_refused_with_the_reason() {
   mknod $root/disk/device.raw b 7 0
   refused_vm "/disk/device.raw of the image: it is a device node" $root
   rm $root/disk/*
+  mkfifo $root/disk/pipe.raw
+  refused_vm "/disk/pipe.raw of the image: it is a fifo" $root
+  rm $root/disk/*
+  mkdir $root/disk/folder
+  refused_vm "/disk/folder of the image: it is a directory" $root
+  rmdir $root/disk/folder
   qemu-img create -q -f qcow2 -b /etc/passwd -F raw $root/disk/disk.qcow2 1M
   refused_vm "backing file" $root
   rm $root/disk/*
