@@ -117,8 +117,14 @@ impl Connection {
         }
     }
 
-    /// Takes the next `length` bytes, and the end of line after them. Does not copy them: a line can be long.
+    /// Takes the next `length` bytes, and the end of line after them. Does not copy a long line. A short one is copied,
+    /// because otherwise each of many short lines would move all bytes after it.
     fn take_line(&mut self, length: usize) -> Vec<u8> {
+        if length <= READ_SIZE {
+            let line = self.unread()[..length].to_vec();
+            self.consume(length + 1);
+            return line;
+        }
         self.received.drain(..self.consumed);
         self.consumed = 0;
         let rest = self.received.split_off(length + 1);
