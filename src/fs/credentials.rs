@@ -25,9 +25,6 @@ pub(crate) const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     // setfsuid and setfsgid: new files belong to the guest's user and group.
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETUID)
-    // Device nodes in a root file system. They cannot be opened on the host, because the shim mounts that file system
-    // there with nodev.
-    .union(CapabilitySet::MKNOD)
     // File capabilities (`security.capability`), which package installers set.
     .union(CapabilitySet::SETFCAP);
 

@@ -14,6 +14,7 @@ mod credentials;
 mod guest_memory;
 mod node_id;
 mod open_history;
+mod rootfs_nodes;
 mod standby;
 mod stderr_log;
 #[cfg(test)]

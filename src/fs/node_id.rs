@@ -12,7 +12,7 @@ use virtiofsd::filesystem::ROOT_ID;
 pub(crate) const OWNED_BY_GUEST: u32 = libc::S_ISVTX;
 
 /// The name of a container's root file system in the container's directory.
-const ROOTFS: &CStr = c"rootfs";
+pub(super) const ROOTFS: &CStr = c"rootfs";
 
 /// For how long the guest may cache names and attributes of files that the host may change.
 pub(super) const SHARED_TTL: Duration = Duration::from_secs(1);

@@ -1,5 +1,6 @@
-//! The file system that the guest sees: virtiofsd's passthrough file system with three changes: new files belong to the
-//! guest's users, names are single components, and caching depends on who may change a file.
+//! The file system that the guest sees: virtiofsd's passthrough file system with these changes: new files belong to the
+//! guest's users, names are single components, there are no device nodes, only files in root file systems have file
+//! capabilities, and caching depends on who may change a file.
 //!
 //! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. Files that
 //! only the guest can change may be cached by it for a day. It may cache names and attributes of other files for a
@@ -22,11 +23,16 @@ use super::{
     credentials::{WithoutFsetid, set_fs_ids},
     node_id::{OWNED_TTL, SHARED_TTL, inner_id, is_owned, ttl, with_class},
     open_history::OpenHistory,
+    rootfs_nodes::RootfsNodes,
 };
+
+/// The attribute of a file's capabilities (capabilities(7)). In a volume, a user of the host could execute the file.
+const FILE_CAPABILITIES: &CStr = c"security.capability";
 
 pub(super) struct Tree {
     inner: PassthroughFs,
     open_history: OpenHistory,
+    rootfs_nodes: RootfsNodes,
 }
 
 impl Tree {
@@ -55,6 +61,7 @@ impl Tree {
         Ok(Self {
             inner,
             open_history: OpenHistory::default(),
+            rootfs_nodes: RootfsNodes::default(),
         })
     }
 
@@ -62,6 +69,7 @@ impl Tree {
     fn complete_entry(&self, parent: u64, name: &CStr, found: io::Result<Entry>) -> io::Result<Entry> {
         match found {
             Ok(mut entry) => {
+                self.rootfs_nodes.add(inner_id(parent), name, entry.inode);
                 entry.inode = with_class(entry.inode, parent, name, entry.attr.mode);
                 entry.entry_timeout = ttl(entry.inode);
                 entry.attr_timeout = ttl(entry.inode);
@@ -125,10 +133,20 @@ fn set_user(ctx: Context) {
     let _ = set_fs_ids(ctx.uid.into_inner(), ctx.gid.into_inner());
 }
 
-/// Drops the user's groups. Only the guest's own kernel needs them: this process may write to every directory.
-fn without_groups(extensions: Extensions) -> Extensions {
+/// Refuses device nodes: on the host, a process with access to the file could open the device. Whiteouts, with which
+/// overlayfs marks removed files, are no devices (`WHITEOUT_DEV` in Linux).
+fn refuse_device(mode: u32, rdev: u32) -> io::Result<()> {
+    match (mode & libc::S_IFMT, rdev) {
+        (libc::S_IFBLK, _) | (libc::S_IFCHR, 1..) => Err(io::Error::from_raw_os_error(libc::EPERM)),
+        _ => Ok(()),
+    }
+}
+
+/// Drops the user's groups, which only the guest's own kernel needs: this process may write to every directory. Drops the
+/// security context too, which is not negotiated.
+fn without_extensions(_: Extensions) -> Extensions {
     Extensions {
-        secctx: extensions.secctx,
+        secctx: None,
         sup_gids: Vec::new(),
     }
 }
@@ -159,12 +177,14 @@ impl FileSystem for Tree {
     }
 
     fn forget(&self, ctx: Context, node: u64, count: u64) {
+        self.rootfs_nodes.forget(inner_id(node), count);
         self.inner.forget(ctx, inner_id(node), count);
     }
 
     fn batch_forget(&self, ctx: Context, mut requests: Vec<(u64, u64)>) {
-        for (node, _) in &mut requests {
+        for (node, count) in &mut requests {
             *node = inner_id(*node);
+            self.rootfs_nodes.forget(*node, *count);
         }
         self.inner.batch_forget(ctx, requests);
     }
@@ -206,7 +226,7 @@ impl FileSystem for Tree {
             linkname,
             inner_id(parent),
             check_name(name)?,
-            without_groups(extensions),
+            without_extensions(extensions),
         );
         self.complete_entry(parent, name, created)
     }
@@ -221,6 +241,7 @@ impl FileSystem for Tree {
         umask: u32,
         extensions: Extensions,
     ) -> io::Result<Entry> {
+        refuse_device(mode, rdev)?;
         let created = self.inner.mknod(
             set_creator(ctx)?,
             inner_id(parent),
@@ -228,7 +249,7 @@ impl FileSystem for Tree {
             mode,
             rdev,
             umask,
-            without_groups(extensions),
+            without_extensions(extensions),
         );
         self.complete_entry(parent, name, created)
     }
@@ -248,7 +269,7 @@ impl FileSystem for Tree {
             check_name(name)?,
             mode,
             umask,
-            without_groups(extensions),
+            without_extensions(extensions),
         );
         self.complete_entry(parent, name, created)
     }
@@ -311,7 +332,7 @@ impl FileSystem for Tree {
             false,
             flags,
             umask,
-            without_groups(extensions),
+            without_extensions(extensions),
         )?;
         let entry = self.complete_entry(parent, name, Ok(entry))?;
         let caching = self.cache_options(ctx, entry.inode);
@@ -400,6 +421,9 @@ impl FileSystem for Tree {
         flags: u32,
         extra_flags: SetxattrFlags,
     ) -> io::Result<()> {
+        if name == FILE_CAPABILITIES && !self.rootfs_nodes.contains(inner_id(node)) {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         set_user(ctx);
         self.inner
             .setxattr(ctx, inner_id(node), name, value, flags, extra_flags)

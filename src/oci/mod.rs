@@ -35,7 +35,7 @@ pub(crate) use plan::{
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};
-pub(crate) use source::{HostInspector, Inspect, SourceKind};
+pub(crate) use source::{HostInspector, Inspect, MountRestrictions, SourceKind};
 pub(crate) use vm_plan::{
     DataSource, DiskContent, DiskName, DiskSource, FileUser, MAX_VM_DISKS, OnReboot, VmDisk, VmExec, VmIdentity,
     VmImage, VmKernel, VmPlan, VmPolicy, VmSeed,

@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{major, minor};
+use rustix::fs::{StatVfsMountFlags, major, minor};
 
 /// The kind of file at a path, after symbolic links.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +53,22 @@ pub(crate) trait Inspect {
     ///
     /// Those of realpath(3), and of reading the mount table.
     fn has_mounts_below(&self, path: &Path) -> io::Result<bool>;
+
+    /// What the mount that contains `path` forbids on the host.
+    ///
+    /// # Errors
+    ///
+    /// Those of statvfs(3).
+    fn restrictions(&self, path: &Path) -> io::Result<MountRestrictions>;
+}
+
+/// The options of a mount that a bind mount of it keeps (mount(2), `MS_BIND`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct MountRestrictions {
+    /// Set-id bits and file capabilities have no effect.
+    pub(crate) nosuid: bool,
+    /// No program of it can be executed.
+    pub(crate) noexec: bool,
 }
 
 /// Inspects this host. Reads the mount table at most once.
@@ -106,6 +122,14 @@ impl Inspect for HostInspector {
         let path = path.canonicalize()?;
         let is_below = |mount: &MountEntry| mount.mount_point != path && mount.mount_point.starts_with(&path);
         Ok(self.mounts()?.iter().any(is_below))
+    }
+
+    fn restrictions(&self, path: &Path) -> io::Result<MountRestrictions> {
+        let flags = rustix::fs::statvfs(path)?.f_flag;
+        Ok(MountRestrictions {
+            nosuid: flags.contains(StatVfsMountFlags::NOSUID),
+            noexec: flags.contains(StatVfsMountFlags::NOEXEC),
+        })
     }
 }
 
@@ -165,11 +189,17 @@ impl<F: Fn(&Path) -> io::Result<SourceKind>> Inspect for F {
     fn has_mounts_below(&self, _: &Path) -> io::Result<bool> {
         Ok(false)
     }
+
+    fn restrictions(&self, _: &Path) -> io::Result<MountRestrictions> {
+        Ok(MountRestrictions::default())
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
+
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
     use super::*;
 
@@ -194,6 +224,28 @@ mod tests {
         }
         let missing = inspector.kind(&directory.path().join("missing")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn restrictions_of_a_mount_are_read() {
+        let directory = tempfile::tempdir().unwrap();
+        for (flags, nosuid, noexec) in [
+            (MountFlags::empty(), false, false),
+            (MountFlags::NOSUID, true, false),
+            (MountFlags::NOEXEC | MountFlags::NODEV, false, true),
+        ] {
+            let restrictions = std::thread::scope(|scope| {
+                // The mount is visible to this thread only, and its end unmounts it.
+                let inspected = scope.spawn(|| {
+                    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+                    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE).unwrap();
+                    mount("tmpfs", directory.path(), "tmpfs", flags, None).unwrap();
+                    HostInspector::default().restrictions(directory.path())
+                });
+                inspected.join().unwrap()
+            });
+            assert_eq!(restrictions.unwrap(), MountRestrictions { nosuid, noexec }, "{flags:?}");
+        }
     }
 
     #[test]

@@ -156,24 +156,17 @@ fn files_of_any_mode_can_be_read_and_written() {
     assert_eq!(fs::read(&secret).unwrap(), b"guest");
 }
 
+/// `cap_net_raw+ep`, revision 2 (include/uapi/linux/capability.h).
+fn file_capability() -> Vec<u8> {
+    let words = [0x0200_0001_u32, 1 << 13, 0, 0, 0];
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
 #[test]
 fn extended_attributes_are_stored_except_trusted_ones() {
     let mut server = start_server();
     let parent = server.client.walk("c/0").unwrap().id;
     let (file, _) = server.client.create(parent, "file", 0o755).unwrap();
-    // cap_net_raw+ep, revision 2 (include/uapi/linux/capability.h).
-    let capability: Vec<u8> = [0x0200_0001_u32, 1 << 13, 0, 0, 0]
-        .iter()
-        .flat_map(|word| word.to_le_bytes())
-        .collect();
-    server
-        .client
-        .setxattr(file.id, "security.capability", &capability)
-        .unwrap();
-    assert_eq!(
-        server.client.getxattr(file.id, "security.capability").unwrap(),
-        capability
-    );
     // tmpfs before Linux 6.6 has no user attributes: expect the same result as on the host.
     let probe = server.directory.path().join("probe");
     fs::write(&probe, "").unwrap();
@@ -189,19 +182,50 @@ fn extended_attributes_are_stored_except_trusted_ones() {
 }
 
 #[test]
-fn device_nodes_and_whiteouts_can_be_created_but_not_opened() {
+fn file_capabilities_are_stored_in_a_root_file_system_and_refused_in_a_volume() {
+    const NAME: &str = "security.capability";
     let mut server = start_server();
-    let parent = server.client.walk("c/0").unwrap().id;
-    let null = server
-        .client
-        .mknod(parent, "null", libc::S_IFCHR | 0o666, 0x0103)
-        .unwrap();
-    assert_eq!(null.attr.rdev, 0x0103);
-    let whiteout = server.client.mknod(parent, "whiteout", libc::S_IFCHR, 0).unwrap();
-    assert_eq!(server.on_host("whiteout").rdev(), 0);
-    for node in [null.id, whiteout.id] {
-        assert_eq!(server.client.open(node, libc::O_RDWR).unwrap_err(), libc::EBADF);
+    let client = &mut server.client;
+    let rootfs = client.walk("c/rootfs").unwrap().id;
+    let (file, _) = client.create(rootfs, "file", 0o755).unwrap();
+    client.setxattr(file.id, NAME, &file_capability()).unwrap();
+    assert_eq!(client.getxattr(file.id, NAME).unwrap(), file_capability());
+
+    let volume = client.walk("c/0").unwrap().id;
+    let (file, _) = client.create(volume, "file", 0o755).unwrap();
+    // The two highest bits of a node id claim that it is in a root file system.
+    for bits in 0..4_u64 {
+        let id = file.id | bits << 62;
+        assert_eq!(
+            client.setxattr(id, NAME, &file_capability()).unwrap_err(),
+            libc::EOPNOTSUPP
+        );
     }
+    let on_host = server.directory.path().join("file");
+    let stored = rustix::fs::getxattr(on_host, NAME, &mut [0_u8; 64]);
+    assert_eq!(stored.unwrap_err(), rustix::io::Errno::NODATA);
+}
+
+#[test]
+fn whiteouts_can_be_created_and_device_nodes_cannot() {
+    let mut server = start_server();
+    for share in ["c/0", "c/rootfs"] {
+        let parent = server.client.walk(share).unwrap().id;
+        for (mode, device) in [
+            (libc::S_IFCHR, 0x0103),
+            (libc::S_IFBLK, 0x0800),
+            // Device 0:0 is a whiteout only as a character device.
+            (libc::S_IFBLK, 0),
+        ] {
+            let made = server.client.mknod(parent, "device", mode | 0o666, device);
+            assert_eq!(made.unwrap_err(), libc::EPERM, "{share} {mode:#o} {device:#x}");
+        }
+        let whiteout = server.client.mknod(parent, "whiteout", libc::S_IFCHR, 0).unwrap();
+        assert_eq!(whiteout.attr.rdev, 0);
+        assert_eq!(server.client.open(whiteout.id, libc::O_RDWR).unwrap_err(), libc::EBADF);
+    }
+    assert_eq!(server.on_host("whiteout").rdev(), 0);
+    assert!(!fs::exists(server.directory.path().join("device")).unwrap());
 }
 
 #[test]

@@ -22,11 +22,13 @@ pub(super) fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(rustix::mount::open_tree(CWD, path, flags)?)
 }
 
-/// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, and a device node
-/// that the guest makes must not open a device of the host.
+/// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, follows no symbolic
+/// link in it, and opens no device by a device node in it.
 pub(super) fn restrict(mount: BorrowedFd<'_>, read_only: ReadOnly) -> io::Result<()> {
-    let mut attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW;
     if read_only == ReadOnly::All {
         attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
@@ -36,4 +38,42 @@ pub(super) fn restrict(mount: BorrowedFd<'_>, read_only: ReadOnly) -> io::Result
         mount_setattr(mount, attributes, MountPropagationFlags::empty(), false)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsFd};
+
+    use nix::sched::{CloneFlags, unshare};
+    use rustix::mount::{MountFlags, MoveMountFlags, mount, mount_change, move_mount};
+
+    use super::*;
+
+    #[test]
+    fn shared_mounts_are_restricted() {
+        let (source, place) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let below = source.path().join("below");
+        fs::create_dir(&below).unwrap();
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE).unwrap();
+        mount("tmpfs", source.path(), "tmpfs", MountFlags::empty(), None).unwrap();
+        fs::create_dir(&below).unwrap();
+        mount("tmpfs", &below, "tmpfs", MountFlags::empty(), None).unwrap();
+
+        let detached = clone_mount(source.path(), true).unwrap();
+        restrict(detached.as_fd(), ReadOnly::None).unwrap();
+
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&detached, "", CWD, place.path(), flags).unwrap();
+        let table = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        for path in [place.path().to_owned(), place.path().join("below")] {
+            let line = table
+                .lines()
+                .find(|line| line.contains(&format!(" {} ", path.display())));
+            let options: Vec<_> = line.unwrap().split(' ').nth(5).unwrap().split(',').collect();
+            for option in ["rw", "nosuid", "nodev", "noexec", "nosymfollow"] {
+                assert!(options.contains(&option), "{}: {options:?}", path.display());
+            }
+        }
+    }
 }

@@ -21,7 +21,7 @@ use oci_spec::runtime::Mount;
 
 use self::{
     shm::SHM_PATH,
-    spec_mount::{normalize, remove_read_only, set_bind, set_filesystem},
+    spec_mount::{add_option, normalize, remove_read_only, set_bind, set_filesystem},
 };
 pub(super) use self::{
     shm::pod_shm_size,
@@ -29,7 +29,7 @@ pub(super) use self::{
 };
 use super::devices;
 use crate::oci::{
-    ContainerId, HostNamespaces, IdMap, Inspect, PlanError, ReadOnly, Share, ShareIdMap, SourceKind,
+    ContainerId, HostNamespaces, IdMap, Inspect, MountRestrictions, PlanError, ReadOnly, Share, ShareIdMap, SourceKind,
     plan::DEFAULT_SHM_SIZE,
 };
 
@@ -227,6 +227,8 @@ impl MountTranslator<'_> {
         {
             remove_read_only(mount);
         }
+        let restrictions = self.inspect.restrictions(&source).map_err(source_error(&source))?;
+        keep_restrictions(mount, restrictions);
         let path = format!("{}/{}", self.id, shares.len());
         let guest_source = Path::new(SHARE_PATH).join(&path);
         shares.push(Share {
@@ -237,6 +239,20 @@ impl MountTranslator<'_> {
             id_map,
         });
         Ok(guest_source)
+    }
+}
+
+/// Adds the options of the host's mount, which a bind mount has unless the spec says otherwise. The guest's own mount
+/// does not have them.
+fn keep_restrictions(mount: &mut Mount, restrictions: MountRestrictions) {
+    let kept = [
+        (restrictions.nosuid, "nosuid", "suid"),
+        (restrictions.noexec, "noexec", "exec"),
+    ];
+    for (is_restricted, option, opposite) in kept {
+        if is_restricted && !options(mount).any(|given| given == option || given == opposite) {
+            add_option(mount, option);
+        }
     }
 }
 

@@ -36,12 +36,16 @@ pub(super) fn remove_read_only(mount: &mut Mount) {
     mount.set_options(Some(options));
 }
 
+pub(super) fn add_option(mount: &mut Mount, option: &str) {
+    let mut options = mount.options().clone().unwrap_or_default();
+    options.push(option.to_owned());
+    mount.set_options(Some(options));
+}
+
 /// Turns `mount` into a bind mount of `source`, and keeps its options.
 pub(super) fn set_bind(mount: &mut Mount, source: PathBuf) {
     if !options(mount).any(|option| matches!(option, "bind" | "rbind")) {
-        let mut options = mount.options().clone().unwrap_or_default();
-        options.push("bind".to_owned());
-        mount.set_options(Some(options));
+        add_option(mount, "bind");
     }
     mount.set_typ(Some("bind".to_owned()));
     mount.set_source(Some(source));

@@ -83,6 +83,52 @@ impl Inspect for MountsBelow {
     fn has_mounts_below(&self, _: &Path) -> io::Result<bool> {
         Ok(true)
     }
+
+    fn restrictions(&self, _: &Path) -> io::Result<MountRestrictions> {
+        Ok(MountRestrictions::default())
+    }
+}
+
+/// All mounts of the host are `nosuid` and `noexec`.
+struct RestrictedMounts;
+
+impl Inspect for RestrictedMounts {
+    fn kind(&self, path: &Path) -> io::Result<SourceKind> {
+        inspect(path)
+    }
+
+    fn has_mounts_below(&self, _: &Path) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn restrictions(&self, _: &Path) -> io::Result<MountRestrictions> {
+        Ok(MountRestrictions {
+            nosuid: true,
+            noexec: true,
+        })
+    }
+}
+
+#[test]
+fn share_keeps_the_restrictions_of_the_hosts_mount_unless_the_spec_lifts_them() {
+    for (options, in_guest) in [
+        (json!(["rbind"]), json!(["rbind", "nosuid", "noexec"])),
+        (json!(["rbind", "nosuid"]), json!(["rbind", "nosuid", "noexec"])),
+        (json!(["rbind", "exec"]), json!(["rbind", "exec", "nosuid"])),
+        (json!(["rbind", "suid", "exec"]), json!(["rbind", "suid", "exec"])),
+    ] {
+        let translator = MountTranslator {
+            bundle: Path::new("/bundle"),
+            id: &"c1".parse().unwrap(),
+            in_pod: false,
+            host: HostNamespaces::Refuse,
+            id_map: None,
+            inspect: &RestrictedMounts,
+        };
+        let mount = json!([{"destination": "/x", "type": "bind", "source": "/srv/data", "options": options}]);
+        let translated = translator.translate(serde_json::from_value(mount).unwrap()).unwrap();
+        assert_eq!(guest(&translated)[0]["options"], in_guest, "{options}");
+    }
 }
 
 #[test]
