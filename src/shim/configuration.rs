@@ -26,6 +26,7 @@
 //! [vm]                           # virtual machines with a user's disk
 //! enabled = true                 # false: they are refused
 //! max_disks = 10                 # the maximum number of a machine's volumes and block devices that are disks
+//! kernel_cache_mib = 256         # the size of the cache of kernels in images; 0: no cache
 //! ```
 //!
 //! An unknown key is an error, so that a misspelt limit does not go unnoticed.
@@ -49,6 +50,9 @@ const DEFAULT_PATH: &str = "/etc/nutshell/config.toml";
 /// In seconds.
 const DEFAULT_READY_TIMEOUT: u64 = 8;
 
+/// The size of a kernel with its initrd is about 50 MiB.
+const DEFAULT_KERNEL_CACHE_MIB: u64 = 256;
+
 /// The host's configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Configuration {
@@ -71,6 +75,8 @@ pub(crate) struct Configuration {
     /// The meaning of hostPID, hostIPC and hostNetwork.
     pub(crate) host_namespaces: HostNamespaces,
     pub(crate) virtual_machines: VmPolicy,
+    /// The size of the cache of kernels in images, in bytes; 0 for none.
+    pub(crate) kernel_cache_bytes: u64,
     /// Log debug messages.
     pub(crate) debug: bool,
 }
@@ -140,6 +146,7 @@ impl Configuration {
             sizing: machine.sizing(host)?,
             host_namespaces: pod.host_namespaces,
             virtual_machines: vm.policy()?,
+            kernel_cache_bytes: vm.kernel_cache_bytes()?,
             debug,
         })
     }
@@ -160,6 +167,7 @@ struct Document {
 struct VmSection {
     enabled: Option<bool>,
     max_disks: Option<u64>,
+    kernel_cache_mib: Option<u64>,
 }
 
 impl VmSection {
@@ -173,6 +181,11 @@ impl VmSection {
             enabled: self.enabled.unwrap_or(default.enabled),
             max_disks: usize::try_from(max_disks).map_err(|error| format!("vm.max_disks: {error}"))?,
         })
+    }
+
+    fn kernel_cache_bytes(&self) -> Result<u64, String> {
+        let mib = self.kernel_cache_mib.unwrap_or(DEFAULT_KERNEL_CACHE_MIB);
+        Ok(check_range("vm.kernel_cache_mib", mib, 0, u64::MAX >> 20)? << 20)
     }
 }
 
@@ -300,6 +313,7 @@ mod tests {
                 enabled: true,
                 max_disks: 10,
             },
+            kernel_cache_bytes: 256 << 20,
             debug: false,
         };
         assert_eq!(configuration, expected);
@@ -332,6 +346,7 @@ mod tests {
             [vm]
             enabled = false
             max_disks = 2
+            kernel_cache_mib = 0
         "#;
         let configuration = Configuration::parse(text, &HOST).unwrap();
         let expected = Configuration {
@@ -352,6 +367,7 @@ mod tests {
                 enabled: false,
                 max_disks: 2,
             },
+            kernel_cache_bytes: 0,
             debug: true,
         };
         assert_eq!(configuration, expected);
@@ -371,6 +387,7 @@ mod tests {
             ("[guest]\nkernel = \"vmlinux\"", "guest.kernel"),
             ("[pod]\nhost_namespaces = \"host\"", "host"),
             ("[vm]\nmax_disks = 11", "vm.max_disks = 11 is not within 0 to 10"),
+            ("[vm]\nkernel_cache_mib = 18446744073709551615", "vm.kernel_cache_mib"),
             ("[vm]\nenabled = 1", "line 2"),
             ("[vm]\nmax_disk = 1", "max_disk"),
             ("vm = 5", "expected the table [vm]"),

@@ -105,17 +105,27 @@ qcow2_disk_with_zstd_boots() {
   boots_its_own_kernel_and_switches_off_on_sigterm vm-zstd 6.1.
 }
 
-# The guest keeps the data that it has written, and a changed boot loader configuration takes effect.
+# The second machine of an image needs no disk reader. Its guest keeps the data that it has written, and a changed boot
+# loader configuration takes effect at a reboot, which reads the disk.
 reboot_in_the_guest_boots_the_same_disk_again() {
   new_name
   local image=vm-raw vmm again
+  rm -rf /var/cache/nutshell
+  start_image
+  echo 'poweroff -f' >&"$console_input"
+  end_vm 0
+  grep -q "task $name: the disk's kernel was found in" /run/containerd.log
+  assert_equal 1 "$(find /var/cache/nutshell/kernels -name kernel | wc -l)"
+  new_name
   start_image --memory-limit 268435456 --cpus 2
+  grep -q "task $name: the disk's kernel, found in .*, is in the cache" /run/containerd.log
   vmm=$(pids_of vmm)
   assert_equal 2 "$(in_guest nproc)"
   in_guest 'sed -i "s/ quiet / quiet nutshell.marker=1 /" /boot/grub/grub.cfg && sync'
   echo 'reboot -f' >&"$console_input"
   wait_for_console 'ready: .* boot 2'
   assert_contains "$(in_guest 'cat /proc/cmdline')" "nutshell.marker=1"
+  grep -q "task $name: the disk's kernel was found in" /run/containerd.log
   again=$(pids_of vmm)
   [[ -n $again && $again != "$vmm" ]]
   assert_equal RUNNING "$(ctr task ls | awk -v name="$name" '$1 == name { print $3 }')"

@@ -26,7 +26,7 @@ use crate::{
         error::{ErrorCode, TaskError},
         pod::{Creation, Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
-        vm::{ImageRoot, VmFiles},
+        vm::{ImageRoot, KernelCache, VmFiles},
     },
 };
 
@@ -89,6 +89,7 @@ impl Tasks {
         let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let policy = self.configuration.virtual_machines;
+        let cache = KernelCache::of_host(self.configuration.kernel_cache_bytes);
         let plan = blocking::run("inspect the sources of the container's mounts", move || {
             let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
             let inspect = HostInspector::default();
@@ -102,7 +103,9 @@ impl Tasks {
                     let plan = spec
                         .plan_virtual_machine(policy, &sizing, &inspect)
                         .map_err(|error| plan_error(&error))?;
-                    let files = VmFiles::open(&plan, &root, disk).map_err(|error| vm_error(&error))?;
+                    let entry = cache.as_ref().zip(disk.as_ref());
+                    let entry = entry.and_then(|(cache, disk)| cache.entry(&image, disk));
+                    let files = VmFiles::open(&plan, &root, disk, entry).map_err(|error| vm_error(&error))?;
                     return Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)));
                 }
             }

@@ -16,7 +16,7 @@ use super::{
     agent_service,
     disk::ImageRoot,
     error::VmError,
-    kernel::{KernelSource, open_kernel_files},
+    kernel::{BootFiles, CacheEntry, KernelSource, open_kernel_files},
     seed::{
         self, Identity,
         identity::{Hostname, InstanceId},
@@ -52,6 +52,10 @@ pub(crate) struct VmFiles {
     /// With their serials. The first one is the disk that the machine boots from.
     pub(super) disks: Vec<(String, OpenedDisk)>,
     pub(super) kernel: KernelSource,
+    /// The kernel for the first boot, if the cache has it.
+    pub(super) cached_kernel: Option<BootFiles>,
+    /// Where the disk's kernel is stored after the disk reader has read it.
+    pub(super) cache_entry: Option<CacheEntry>,
     /// Identifies the machine to its guest, in the byte order of RFC 9562.
     pub(super) uuid: [u8; 16],
     pub(super) names: NetworkNames,
@@ -62,12 +66,18 @@ pub(crate) struct VmFiles {
 }
 
 impl VmFiles {
-    /// Opens the files of `plan`. `image_disk` is the disk of the image at `root`. Blocks on file systems of the host.
+    /// Opens the files of `plan`. `image_disk` is the disk of the image at `root`, and `cache_entry` that of the disk's
+    /// kernel. Blocks on file systems of the host.
     ///
     /// # Errors
     ///
     /// A file cannot be opened, or does not have the kind that the plan requires; or there is nothing to boot.
-    pub(crate) fn open(plan: &VmPlan, root: &ImageRoot, image_disk: Option<DiskImage>) -> Result<Self, VmError> {
+    pub(crate) fn open(
+        plan: &VmPlan,
+        root: &ImageRoot,
+        image_disk: Option<DiskImage>,
+        cache_entry: Option<CacheEntry>,
+    ) -> Result<Self, VmError> {
         let instance = find_instance_id(&plan.identity);
         let mut disks = Vec::new();
         for disk in &plan.disks {
@@ -99,8 +109,17 @@ impl VmFiles {
             }
         }
         refuse_equal_serials(&disks, plan.exec.has_agent())?;
+        let cache_entry = cache_entry.filter(|_| plan.kernel == VmKernel::Disk && !has_boot_disk);
+        let cached_kernel = cache_entry.as_ref().and_then(|entry| {
+            let loaded = entry.load().map_err(|error| {
+                log::warn!("the kernel of a disk is read again, because its entry in the cache is damaged: {error}");
+            });
+            loaded.ok().flatten()
+        });
         Ok(Self {
             disks,
+            cached_kernel,
+            cache_entry,
             kernel: match &plan.kernel {
                 VmKernel::Disk => KernelSource::Disk,
                 VmKernel::Files {

@@ -20,7 +20,7 @@ use super::{
     error::VmError,
     files::VmFiles,
     guest_agent::GuestAgent,
-    kernel::{BootFiles, KernelSource, read_disk_kernel},
+    kernel::{BootFiles, CacheEntry, KernelSource, read_disk_kernel},
     memory::{MachineMemory, MemoryError},
 };
 use crate::{
@@ -72,6 +72,8 @@ pub(crate) struct VirtualMachine {
     files: Mutex<Option<Arc<VmFiles>>>,
     /// The files for the next boot. `None` until they are read from the disk.
     boot_files: Mutex<Option<BootFiles>>,
+    /// Where the files for the first boot are stored. `None` after that boot.
+    cache_entry: Mutex<Option<CacheEntry>>,
     /// Unset until the task's streams are open.
     console: OnceLock<ConsoleStreams>,
     links: Mutex<Option<MachineLinks>>,
@@ -112,14 +114,16 @@ impl RebootPace {
 }
 
 impl VirtualMachine {
-    pub(crate) fn new(size: PodSize, on_reboot: OnReboot, exec: VmExec, files: VmFiles) -> Self {
+    pub(crate) fn new(size: PodSize, on_reboot: OnReboot, exec: VmExec, mut files: VmFiles) -> Self {
+        let (boot_files, cache_entry) = (files.cached_kernel.take(), files.cache_entry.take());
         Self {
             size,
             memory: MachineMemory::new(size.boot.memory),
             on_reboot,
             exec,
             files: Mutex::new(Some(Arc::new(files))),
-            boot_files: Mutex::default(),
+            boot_files: Mutex::new(boot_files),
+            cache_entry: Mutex::new(cache_entry),
             console: OnceLock::new(),
             links: Mutex::default(),
             running: Mutex::default(),
@@ -158,7 +162,7 @@ impl VirtualMachine {
         self.on_reboot
     }
 
-    /// The disk for the disk reader. `None` if the kernel is not on a disk.
+    /// The disk for the disk reader. `None` if the kernel need not be read from a disk.
     ///
     /// # Errors
     ///
@@ -166,7 +170,9 @@ impl VirtualMachine {
     pub(crate) fn disk_to_read(&self) -> Result<Option<BootDisk>, VmError> {
         let files = self.files()?;
         match (&files.kernel, files.disks.first()) {
-            (KernelSource::Disk, Some((_, disk))) => disk.for_machine(true).map(Some).map_err(VmError::Descriptors),
+            (KernelSource::Disk, Some((_, disk))) if self.boot_files.lock().is_none() => {
+                disk.for_machine(true).map(Some).map_err(VmError::Descriptors)
+            }
             _ => Ok(None),
         }
     }
@@ -184,11 +190,23 @@ impl VirtualMachine {
         ready_timeout: Duration,
     ) -> Result<(), VmError> {
         let files = self.files()?;
-        if let (KernelSource::Disk, Some((_, disk))) = (&files.kernel, files.disks.first()) {
-            let files = read_disk_kernel(reader, disk.path(), ready_timeout).await?;
-            log::info!("task {id}: the disk's kernel was found in {}", files.source());
-            *self.boot_files.lock() = Some(files);
+        let (KernelSource::Disk, Some((_, disk))) = (&files.kernel, files.disks.first()) else {
+            return Ok(());
+        };
+        let cache_entry = self.cache_entry.lock().take();
+        if let Some(cached) = self.boot_files.lock().as_ref() {
+            log::info!(
+                "task {id}: the disk's kernel, found in {}, is in the cache",
+                cached.source()
+            );
+            return Ok(());
         }
+        let found = read_disk_kernel(reader, disk.path(), ready_timeout).await?;
+        log::info!("task {id}: the disk's kernel was found in {}", found.source());
+        if let Some(entry) = cache_entry {
+            store_in_background(id, entry, found.try_clone().map_err(VmError::Descriptors)?);
+        }
+        *self.boot_files.lock() = Some(found);
         Ok(())
     }
 
@@ -469,6 +487,17 @@ impl VirtualMachine {
             false => Ok(()),
         }
     }
+}
+
+/// Stores a kernel in the cache, beside the boot.
+fn store_in_background(id: &ContainerId, entry: CacheEntry, files: BootFiles) {
+    let id = id.clone();
+    tokio::spawn(async move {
+        let stored = blocking::run("store the kernel of a disk in the cache", move || entry.store(&files)).await;
+        if let Err(error) = stored.unwrap_or_else(|error| Err(error.to_string())) {
+            log::warn!("task {id}: the next virtual machine of this image reads its disk again: {error}");
+        }
+    });
 }
 
 /// A client of the guest agent, and the end of its socket for the machine.

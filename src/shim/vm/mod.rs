@@ -39,6 +39,7 @@ pub(crate) use self::{
     error::VmError,
     files::VmFiles,
     guest_agent::{Finished, GuestAgent, GuestAgentError, Program},
+    kernel::KernelCache,
     machine::VirtualMachine,
     statistics::process_statistics,
 };

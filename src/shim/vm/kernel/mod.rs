@@ -1,5 +1,7 @@
 //! The kernel that a virtual machine boots: copied from its disk by the guest of the disk reader, or opened in a mount.
 
+mod cache;
+
 use std::{
     fs::File,
     io,
@@ -11,6 +13,7 @@ use std::{
 use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
 
+pub(crate) use self::cache::{CacheEntry, KernelCache};
 use super::{error::VmError, regular_file::open_regular};
 use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
 
@@ -34,7 +37,7 @@ pub(crate) struct BootFiles {
     pub(super) initramfs: Option<File>,
     pub(super) command_line: String,
     /// Where the kernel was found, for the log.
-    source: String,
+    pub(super) source: String,
 }
 
 #[derive(Debug)]
