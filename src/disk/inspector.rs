@@ -31,6 +31,7 @@ pub(crate) fn main() -> ExitCode {
         capabilities: CapabilitySet::empty(),
         keep: &[],
         max_descriptors: MAX_DESCRIPTORS,
+        peer: None,
         descriptor_table_size: MAX_DESCRIPTORS,
         max_threads: 1,
     });

@@ -23,6 +23,7 @@ mod tree;
 
 use std::{
     fs::File,
+    env,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -68,7 +69,8 @@ enum FsError {
 }
 
 /// The file server process: serves the machine until the vmm closes its end of the connection. Descriptor 0 is the
-/// listening vhost-user socket with one pending connection, descriptor 1 the mount namespace of the tree.
+/// listening vhost-user socket with one pending connection, descriptor 1 the mount namespace of the tree. The third
+/// argument, if there is one, is the number of the shim's descriptor that is a pidfd of the vmm.
 pub(crate) fn main() -> ExitCode {
     stderr_log::install();
     match run() {
@@ -86,17 +88,19 @@ fn run() -> Result<(), FsError> {
         namespace,
         own_descriptors,
     } = Inherited::take().map_err(FsError::Inherit)?;
+        vmm,
     jail::enter(&Jail {
         role: ROLE,
         name: c"nutshell-fs",
         root: Root::Namespace(namespace.as_fd()),
         capabilities: CAPABILITIES,
+        peer: vmm.as_ref().map(AsFd::as_fd),
         keep: &[listener.as_fd(), namespace.as_fd(), own_descriptors.as_fd()],
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: 4096,
         max_threads: MAX_THREADS,
     })?;
-    drop(namespace);
+    drop((namespace, vmm));
 
     let descriptors = rustix::process::getrlimit(Resource::Nofile)
         .current
@@ -114,6 +118,8 @@ struct Inherited {
     own_descriptors: OwnedFd,
 }
 
+    /// A pidfd of the vmm, whose namespaces this process shares.
+    vmm: Option<OwnedFd>,
 impl Inherited {
     fn take() -> io::Result<Self> {
         let listener = io::stdin().as_fd().try_clone_to_owned()?;
@@ -134,6 +140,10 @@ impl Inherited {
             own_descriptors,
         })
     }
+            // Without it, this process makes its own namespaces.
+            vmm: env::args()
+                .nth(3)
+                .and_then(|number| jail::descriptor_of_parent(number.parse().ok()?).ok()),
 }
 
 fn serve(tree: Tree, listener: UnixListener) -> Result<(), FsError> {

@@ -16,7 +16,7 @@ use std::{
     ffi::CStr,
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, RawFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::process::CommandExt,
     },
     process::{self, Command},
@@ -48,7 +48,11 @@ pub(crate) struct Jail<'a> {
     pub(crate) root: Root<'a>,
     /// Permitted and effective. The inheritable, ambient and bounding sets are empty.
     pub(crate) capabilities: CapabilitySet,
-    /// Descriptors that stay open, besides 0, 1 and 2.
+    /// A pidfd of a jailed process whose namespaces for network, IPC and host name this one enters. Nothing is in them,
+    /// and making and removing namespaces is a large part of the start of a container. New ones are made if that process
+    /// has ended or is not in its jail yet.
+    pub(crate) peer: Option<BorrowedFd<'a>>,
+    /// Descriptors that stay open, besides 0, 1, 2 and `peer`.
     pub(crate) keep: &'a [BorrowedFd<'a>],
     /// The limit of descriptors (`RLIMIT_NOFILE`). It is lower if the shim's own limit is lower and the shim may not
     /// raise it.
@@ -96,7 +100,8 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     let _ = rustix::thread::disable_transparent_huge_pages(false);
 
     let confine = || -> Result<(), FailedStep> {
-        close_all_except(jail.keep).map_err(step("close inherited descriptors"))?;
+        let kept = jail.keep.iter().copied().chain(jail.peer);
+        close_all_except(kept).map_err(step("close inherited descriptors"))?;
         set_limits(jail).map_err(step("set resource limits"))?;
         grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
         isolate(jail)?;
@@ -121,8 +126,23 @@ fn parent_from_arguments() -> Result<u32, JailError> {
         .ok_or(JailError::NotStartedByShim)
 }
 
-fn close_all_except(keep: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut kept: Vec<RawFd> = keep.iter().map(AsRawFd::as_raw_fd).filter(|fd| *fd > 2).collect();
+/// A duplicate of the shim's descriptor `number`. The shim must keep it open until this process is in its jail.
+///
+/// # Errors
+///
+/// Those of pidfd_open(2) and pidfd_getfd(2).
+pub(crate) fn descriptor_of_parent(number: RawFd) -> io::Result<OwnedFd> {
+    let parent = rustix::process::getppid().ok_or(io::ErrorKind::NotFound)?;
+    let parent = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty())?;
+    let flags = rustix::process::PidfdGetfdFlags::empty();
+    Ok(rustix::process::pidfd_getfd(parent, number, flags)?)
+}
+
+fn close_all_except<'a>(kept: impl Iterator<Item = BorrowedFd<'a>>) -> io::Result<()> {
+    let mut kept: Vec<RawFd> = kept
+        .map(|descriptor| descriptor.as_raw_fd())
+        .filter(|fd| *fd > 2)
+        .collect();
     kept.sort_unstable();
     let mut first = 3;
     for fd in kept {
@@ -166,8 +186,9 @@ fn grow_descriptor_table(size: u32) -> io::Result<()> {
 }
 
 fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS)
-        .map_err(step("unshare network, IPC and host name"))?;
+    if !jail.peer.is_some_and(enter_namespaces_of) {
+        unshare(NAMESPACES).map_err(step("unshare network, IPC and host name"))?;
+    }
     match jail.root {
         Root::Empty => {
             unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
@@ -175,6 +196,19 @@ fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
         }
         Root::Namespace(namespace) => {
             setns(namespace, CloneFlags::CLONE_NEWNS).map_err(step("enter the mount namespace"))?;
+/// The namespaces that one process may share with another.
+const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNET
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
+
+/// Enters the [`NAMESPACES`] of the process `peer`. Returns whether these are others than before.
+fn enter_namespaces_of(peer: BorrowedFd<'_>) -> bool {
+    let network = || rustix::fs::stat("/proc/self/ns/net").map(|status| status.st_ino);
+    let Ok(before) = network() else { return false };
+    // All three or none (setns(2), with a pidfd).
+    setns(peer, NAMESPACES).is_ok() && network().is_ok_and(|after| after != before)
+}
+
         }
     }
     rustix::process::umask(Mode::from_raw_mode(0o077));

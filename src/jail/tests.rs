@@ -42,10 +42,15 @@ fn run_prisoner(capabilities: CapabilitySet) {
         keep: &[kept.as_fd()],
         max_descriptors: 1024,
         descriptor_table_size: 256,
+    // The descriptor of the parent with this number.
+    let peer = env::args()
+        .nth(3)
+        .map(|number| descriptor_of_parent(number.parse().unwrap()).unwrap());
         max_threads: 4,
     });
     match entered {
         Ok(()) => println!("jailed"),
+        peer: peer.as_ref().map(AsFd::as_fd),
         Err(error) => {
             println!("{error}");
             exit(1);
@@ -53,6 +58,7 @@ fn run_prisoner(capabilities: CapabilitySet) {
     }
     for line in io::stdin().lines() {
         let answer = match line.unwrap().as_str() {
+    drop(peer);
             "root" => format!("{:?}", fs::read_dir("/").unwrap().count()),
             "write" => format!("{:?}", fs::write("/x", "").map_err(|error| error.kind())),
             "kept" => format!("{:?}", rustix::io::fcntl_getfd(&kept).is_ok()),
@@ -177,6 +183,43 @@ fn only_an_empty_read_only_root_is_mounted() {
 
 #[test]
 fn only_the_loopback_interface_exists() {
+#[test]
+fn prisoner_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
+    let pidfd = |pid: u32| {
+        let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap()
+    };
+    let namespaces = |prisoner: &Prisoner| {
+        ["net", "ipc", "uts"].map(|name| fs::read_link(prisoner.proc(&format!("ns/{name}"))).unwrap())
+    };
+    let beside = |peer: &OwnedFd| {
+        let number = peer.as_raw_fd().to_string();
+        let mut prisoner = Prisoner::from(build_command("jail-empty").arg(number));
+        assert_eq!(prisoner.answer(), "jailed");
+        namespaces(&prisoner)
+    };
+    let first = Prisoner::jailed("jail-empty");
+    let of_first = pidfd(first.child.id());
+
+    assert_eq!(beside(&of_first), namespaces(&first));
+
+    let own = ["net", "ipc", "uts"].map(|name| fs::read_link(format!("/proc/self/ns/{name}")).unwrap());
+    let of_unjailed = beside(&pidfd(process::id()));
+    assert!(
+        of_unjailed.iter().zip(&own).all(|(one, other)| one != other),
+        "{of_unjailed:?}"
+    );
+    drop(first);
+    let of_ended = beside(&of_first);
+    assert!(
+        of_ended.iter().zip(&own).all(|(one, other)| one != other),
+        "{of_ended:?}"
+    );
+    // Not a pidfd.
+    let of_file = beside(&fs::File::open("/proc/self/ns/net").unwrap().into());
+    assert!(of_file.iter().zip(&own).all(|(one, other)| one != other), "{of_file:?}");
+}
+
     let prisoner = Prisoner::jailed("jail-empty");
     let devices = fs::read_to_string(prisoner.proc("net/dev")).unwrap();
     let names: Vec<_> = devices

@@ -42,6 +42,15 @@ impl Child {
         Self::new(pid.ok_or(io::ErrorKind::InvalidInput)?)
     }
 
+    /// A duplicate of its pidfd.
+    ///
+    /// # Errors
+    ///
+    /// Those of dup(2).
+    pub(crate) fn try_clone_descriptor(&self) -> io::Result<OwnedFd> {
+        self.descriptor.get_ref().try_clone()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }

@@ -72,6 +72,7 @@ pub(crate) fn main() -> ExitCode {
         name: c"nutshell-vmm",
         root: Root::Empty,
         capabilities: CapabilitySet::empty(),
+        peer: None,
         keep: &[],
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: DESCRIPTOR_TABLE_SIZE,

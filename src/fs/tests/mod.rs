@@ -32,7 +32,9 @@ pub(crate) fn start_server() -> TestServer {
         "only root can start the file server: run these tests as root"
     );
     let [directory, rootfs, place] = std::array::from_fn(|_| TempDir::new().unwrap());
-    let (process, socket) = FileServer::spawn().unwrap();
+    let (mut process, socket) = FileServer::spawn(None).unwrap();
+    let mut stderr = fs::File::from(process.take_stderr().unwrap());
+    std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::stderr()));
     process
         .attach(&Share {
             source: directory.path().to_owned(),

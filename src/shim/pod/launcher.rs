@@ -38,6 +38,8 @@ pub(crate) struct HostLauncher {
     configuration: Configuration,
     /// Started in advance, so that the first machine does not wait for a process.
     spare_vmm: Mutex<Option<VmmProcess>>,
+    /// A pidfd of the vmm that [`Launcher::spawn_vmm`] returned last, for the file server beside it.
+    last_vmm: Mutex<Option<OwnedFd>>,
 }
 
 impl HostLauncher {
@@ -51,6 +53,7 @@ impl HostLauncher {
         Self {
             configuration,
             spare_vmm: Mutex::new(vmm),
+            last_vmm: Mutex::default(),
         }
     }
 }
@@ -86,13 +89,15 @@ impl Launcher for HostLauncher {
     }
 
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {
-        match self.spare_vmm.lock().take() {
-            Some(vmm) => Ok(vmm),
-            None => VmmProcess::spawn(),
-        }
+        let vmm = match self.spare_vmm.lock().take() {
+            Some(vmm) => vmm,
+            None => VmmProcess::spawn()?,
+        };
+        *self.last_vmm.lock() = Some(vmm.child.try_clone_descriptor()?);
+        Ok(vmm)
     }
 
     fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
-        FileServer::spawn().map(Some)
+        FileServer::spawn(self.last_vmm.lock().take()).map(Some)
     }
 }

@@ -23,7 +23,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             net::{UnixListener, UnixStream},
@@ -65,12 +65,15 @@ pub(crate) struct FileServer {
     tree: OwnedFd,
     /// The root of the namespace: the tmpfs, read-only, with everything that is shared.
     root: OwnedFd,
+    /// A pidfd of the vmm. The process takes it from the shim by its number when it starts.
+    _vmm: Option<OwnedFd>,
 }
 
 impl FileServer {
-    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. Call it on a
-    /// thread that lives as long as the shim: the kernel kills the process when that thread ends.
-    pub(crate) fn spawn() -> Result<(Self, OwnedFd), ShareError> {
+    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. `vmm` is a pidfd of
+    /// the vmm, whose empty namespaces the file server shares. Call it on a thread that lives as long as the shim: the
+    /// kernel kills the process when that thread ends.
+    pub(crate) fn spawn(vmm: Option<OwnedFd>) -> Result<(Self, OwnedFd), ShareError> {
         let PreparedTree {
             namespace,
             tree,
@@ -83,7 +86,11 @@ impl FileServer {
             .try_clone()
             .map_err(step("duplicate the mount namespace"))
             .map_err(start)?;
-        let child = jail::build_command(ROLE)
+        let mut command = jail::build_command(ROLE);
+        if let Some(vmm) = &vmm {
+            command.arg(vmm.as_raw_fd().to_string());
+        }
+        let child = command
             .stdin(OwnedFd::from(listener))
             .stdout(inherited)
             .stderr(Stdio::piped())
@@ -95,6 +102,7 @@ impl FileServer {
             namespace,
             tree,
             root,
+            _vmm: vmm,
         };
         Ok((server, connection.into()))
     }

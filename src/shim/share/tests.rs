@@ -23,7 +23,7 @@ fn start_server() -> (FileServer, Client) {
         rustix::process::geteuid().is_root(),
         "mounts are made by root: run these tests as root"
     );
-    let (server, socket) = FileServer::spawn().unwrap();
+    let (server, socket) = FileServer::spawn(None).unwrap();
     (server, Client::connect(socket))
 }
 
