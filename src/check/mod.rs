@@ -1,12 +1,14 @@
 //! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers,
 //! in the same jail and with the same code as a pod's, prints the result, and ends the guest. A table of the host's
 //! settings follows, with advice ([`host`]). An argument after `check` is added to the guest kernel's command line, and
-//! the kernel's log is then printed in place of the table.
+//! the kernel's log is then printed in place of the table. `check --system-calls` boots nothing, and prints which system
+//! calls the jailed processes may make, and why ([`system_calls`]).
 //!
 //! Belongs here: what an administrator wants to know of a host. Does not belong here: anything that a pod needs; the
 //! executable's `main` is the only caller.
 
 mod host;
+mod system_calls;
 
 use std::{
     env,
@@ -61,6 +63,11 @@ enum CheckError {
 
 /// Boots a guest, and prints its kernel's release and the boot time, and the table of the host's settings.
 pub(crate) fn main() -> ExitCode {
+    if env::args().nth(2).as_deref() == Some("--system-calls") {
+        // The reader may have closed the pipe.
+        let _ = io::stdout().write_all(system_calls::table().as_bytes());
+        return ExitCode::SUCCESS;
+    }
     let result = boot();
     let status = report(&result);
     if env::args().nth(2).is_none() {

@@ -14,5 +14,6 @@ pub(crate) mod output_sink;
 pub(crate) mod pc;
 pub(crate) mod pci;
 pub(crate) mod stall_timer;
+pub(crate) mod system_calls;
 pub(crate) mod uart;
 pub(crate) mod virtio;

@@ -10,7 +10,10 @@ use std::{
 use nutshell_disk_image::{Base, BaseFormat, ReadAt, qcow2::Qcow2};
 use rustix::thread::CapabilitySet;
 
-use super::report::{Clusters, Findings, Qcow2Findings};
+use super::{
+    report::{Clusters, Findings, Qcow2Findings},
+    system_calls,
+};
 use crate::jail::{self, Jail, Root};
 
 /// The first argument that selects this role.
@@ -28,12 +31,13 @@ pub(crate) fn main() -> ExitCode {
         role: ROLE,
         name: c"nutshell-disk",
         root: Root::Empty,
+        peer: None,
         capabilities: CapabilitySet::empty(),
         keep: &[],
         max_descriptors: MAX_DESCRIPTORS,
-        peer: None,
         descriptor_table_size: MAX_DESCRIPTORS,
         max_threads: 1,
+        calls: Some(system_calls::PROCESS),
     });
     let answer: Answer = match confined {
         Ok(()) => examine().map_err(|error| error.to_string()),

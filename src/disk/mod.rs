@@ -9,6 +9,7 @@
 
 pub(crate) mod inspector;
 mod report;
+pub(crate) mod system_calls;
 
 use std::{
     fs::File,

@@ -4,6 +4,7 @@
 //! room for a reply, and supports migration, which is code that a vmm under a guest's control could reach.
 
 use std::{
+    cell::Cell,
     io,
     mem::offset_of,
     sync::{
@@ -35,8 +36,10 @@ use vmm_sys_util::{
 use super::{
     guest_memory::{Memory, MemorySnapshot},
     standby::{ServeQueue, Standby, Worker},
+    system_calls,
     tree::Tree,
 };
+use crate::jail::seccomp;
 
 /// The high-priority queue and one request queue (virtio 1.3 §5.11.2).
 const NUM_QUEUES: usize = 2;
@@ -148,6 +151,7 @@ impl Queues {
             let (sender, receiver) = mpsc::sync_channel::<Request>(NUM_QUEUES * MAX_QUEUE_SIZE);
             let server = self.server.clone();
             let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
+                seccomp::confine_thread(&system_calls::SYNC);
                 for request in receiver {
                     if let Err(error) = request.handle(&server) {
                         log::error!("the queue of a request to flush a file is unusable: {error}");
@@ -193,6 +197,16 @@ impl Request {
             log::error!("cannot interrupt the guest: {error}");
         }
         Ok(())
+    }
+}
+
+/// Limits the system calls of the calling thread, which the vhost-user daemon started, once.
+fn confine_worker() {
+    thread_local! {
+        static IS_CONFINED: Cell<bool> = const { Cell::new(false) };
+    }
+    if !IS_CONFINED.replace(true) {
+        seccomp::confine_thread(&system_calls::WORKER);
     }
 }
 
@@ -259,6 +273,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn handle_event(&self, queue: u16, _: EventSet, rings: &[VringMutex<Memory>], _: usize) -> io::Result<()> {
+        confine_worker();
         self.standby.start(&self.queues, rings);
         if let Some(ring) = rings.get(usize::from(queue)) {
             self.queues.serve_queue(ring, self.standby.main());

@@ -17,13 +17,14 @@ mod open_history;
 mod rootfs_nodes;
 mod standby;
 mod stderr_log;
+pub(crate) mod system_calls;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tree;
 
 use std::{
-    fs::File,
     env,
+    fs::File,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -87,18 +88,19 @@ fn run() -> Result<(), FsError> {
         listener,
         namespace,
         own_descriptors,
-    } = Inherited::take().map_err(FsError::Inherit)?;
         vmm,
+    } = Inherited::take().map_err(FsError::Inherit)?;
     jail::enter(&Jail {
         role: ROLE,
         name: c"nutshell-fs",
         root: Root::Namespace(namespace.as_fd()),
-        capabilities: CAPABILITIES,
         peer: vmm.as_ref().map(AsFd::as_fd),
+        capabilities: CAPABILITIES,
         keep: &[listener.as_fd(), namespace.as_fd(), own_descriptors.as_fd()],
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: 4096,
         max_threads: MAX_THREADS,
+        calls: Some(system_calls::PROCESS),
     })?;
     drop((namespace, vmm));
 
@@ -116,10 +118,10 @@ struct Inherited {
     namespace: OwnedFd,
     /// `/proc/self/fd`, for opening files that the guest has looked up.
     own_descriptors: OwnedFd,
-}
-
     /// A pidfd of the vmm, whose namespaces this process shares.
     vmm: Option<OwnedFd>,
+}
+
 impl Inherited {
     fn take() -> io::Result<Self> {
         let listener = io::stdin().as_fd().try_clone_to_owned()?;
@@ -138,12 +140,12 @@ impl Inherited {
             listener: listener.into(),
             namespace,
             own_descriptors,
-        })
-    }
             // Without it, this process makes its own namespaces.
             vmm: env::args()
                 .nth(3)
                 .and_then(|number| jail::descriptor_of_parent(number.parse().ok()?).ok()),
+        })
+    }
 }
 
 fn serve(tree: Tree, listener: UnixListener) -> Result<(), FsError> {

@@ -24,7 +24,8 @@ use rustix::time::{
 use vhost_user_backend::{VringMutex, VringT};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::guest_memory::Memory;
+use super::{guest_memory::Memory, system_calls};
+use crate::jail::seccomp;
 
 /// How long a request may take before another thread serves the queues.
 const HANG_LIMIT: Duration = Duration::from_millis(50);
@@ -144,6 +145,7 @@ impl Standby {
         let watcher = thread::Builder::new().name("standby".to_owned()).stack_size(STACK_SIZE);
         watcher
             .spawn(move || {
+                seccomp::confine_thread(&system_calls::WORKER);
                 if let Err(error) = standby.watch_and_serve(&queues, rings) {
                     log::error!("a thread for requests that hang has ended: {error}");
                 }

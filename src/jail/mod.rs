@@ -7,6 +7,7 @@
 
 mod error;
 pub(crate) mod root;
+pub(crate) mod seccomp;
 pub(crate) mod syscalls;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use rustix::{
 };
 
 pub(crate) use self::error::{FailedStep, JailError, step};
+use self::seccomp::CallList;
 
 /// User and group id of a jailed process are this plus its pid. A pid belongs to one living process, so no two living
 /// processes of a pid namespace share an id, and a compromised child can neither signal nor trace the child of another
@@ -46,12 +48,12 @@ pub(crate) struct Jail<'a> {
     /// The process's name in `ps` and `top`, at most 15 bytes.
     pub(crate) name: &'static CStr,
     pub(crate) root: Root<'a>,
-    /// Permitted and effective. The inheritable, ambient and bounding sets are empty.
-    pub(crate) capabilities: CapabilitySet,
     /// A pidfd of a jailed process whose namespaces for network, IPC and host name this one enters. Nothing is in them,
     /// and making and removing namespaces is a large part of the start of a container. New ones are made if that process
     /// has ended or is not in its jail yet.
     pub(crate) peer: Option<BorrowedFd<'a>>,
+    /// Permitted and effective. The inheritable, ambient and bounding sets are empty.
+    pub(crate) capabilities: CapabilitySet,
     /// Descriptors that stay open, besides 0, 1, 2 and `peer`.
     pub(crate) keep: &'a [BorrowedFd<'a>],
     /// The limit of descriptors (`RLIMIT_NOFILE`). It is lower if the shim's own limit is lower and the shim may not
@@ -62,6 +64,8 @@ pub(crate) struct Jail<'a> {
     pub(crate) descriptor_table_size: u32,
     /// The limit of threads (`RLIMIT_NPROC`).
     pub(crate) max_threads: u32,
+    /// The system calls of the process. `None` allows all, which only tests of the other limits do.
+    pub(crate) calls: Option<CallList>,
 }
 
 /// The root directory of a jailed process.
@@ -106,16 +110,22 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
         grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
         isolate(jail)?;
         drop_privileges(jail.capabilities)?;
-        // Landlock (deny every path, scope signals and abstract sockets) and a seccomp filter for all threads would go
-        // here: nothing below needs a privilege.
         Ok(())
     };
-    confine().map_err(|(step, source)| JailError::Step {
+    let failed = |(step, source)| JailError::Step {
         role: jail.role,
         step,
         source,
-    })?;
-    die_with_parent(parent, jail.role)
+    };
+    confine().map_err(failed)?;
+    die_with_parent(parent, jail.role)?;
+    // The last step: the list has none of the calls of the steps before.
+    match &jail.calls {
+        None => Ok(()),
+        Some(calls) => seccomp::confine_process(jail.role, calls)
+            .map_err(step("limit its system calls"))
+            .map_err(failed),
+    }
 }
 
 /// The pid of the shim, as [`build_command`] wrote it.
@@ -185,17 +195,6 @@ fn grow_descriptor_table(size: u32) -> io::Result<()> {
     Ok(())
 }
 
-fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
-    if !jail.peer.is_some_and(enter_namespaces_of) {
-        unshare(NAMESPACES).map_err(step("unshare network, IPC and host name"))?;
-    }
-    match jail.root {
-        Root::Empty => {
-            unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
-            root::pivot_into_empty(root::Access::ReadOnly)?;
-        }
-        Root::Namespace(namespace) => {
-            setns(namespace, CloneFlags::CLONE_NEWNS).map_err(step("enter the mount namespace"))?;
 /// The namespaces that one process may share with another.
 const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNET
     .union(CloneFlags::CLONE_NEWIPC)
@@ -209,6 +208,17 @@ fn enter_namespaces_of(peer: BorrowedFd<'_>) -> bool {
     setns(peer, NAMESPACES).is_ok() && network().is_ok_and(|after| after != before)
 }
 
+fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
+    if !jail.peer.is_some_and(enter_namespaces_of) {
+        unshare(NAMESPACES).map_err(step("unshare network, IPC and host name"))?;
+    }
+    match jail.root {
+        Root::Empty => {
+            unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
+            root::pivot_into_empty(root::Access::ReadOnly)?;
+        }
+        Root::Namespace(namespace) => {
+            setns(namespace, CloneFlags::CLONE_NEWNS).map_err(step("enter the mount namespace"))?;
         }
     }
     rustix::process::umask(Mode::from_raw_mode(0o077));

@@ -104,3 +104,25 @@ pub(crate) fn fork_into_user_namespace() -> io::Result<Pid> {
     let pid = i32::try_from(pid).ok().filter(|pid| *pid > 0);
     pid.and_then(Pid::from_raw).ok_or_else(io::Error::last_os_error)
 }
+
+/// Adds a seccomp filter to the calling thread (seccomp(2)). Needs `no_new_privs`.
+pub(crate) fn install_seccomp_filter(program: &[libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: program.len().try_into().map_err(io::Error::other)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    let flags: libc::c_ulong = 0;
+    // SAFETY: the kernel reads the program, which is valid for its length, and writes nothing.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            ptr::from_ref(&program),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -24,33 +24,43 @@ extern "C" fn run_role() {
         Some(crate::disk::inspector::ROLE) => {
             exit(i32::from(crate::disk::inspector::main() != ExitCode::SUCCESS));
         }
-        Some("jail-empty") => run_prisoner(CapabilitySet::empty()),
-        Some("jail-capable") => run_prisoner(CAPABILITIES),
+        Some("jail-empty") => run_prisoner(CapabilitySet::empty(), None),
+        Some("jail-capable") => run_prisoner(CAPABILITIES, None),
+        Some("jail-listed") => run_prisoner(CapabilitySet::empty(), Some(ANSWERS)),
         _ => return,
     }
     exit(0);
 }
 
+/// What a prisoner needs to answer questions.
+const ANSWERS: CallList = CallList {
+    thread: "main",
+    allowed: &[seccomp::runtime::EVERY_THREAD],
+    refused: seccomp::runtime::REFUSED_WITHOUT_FILES,
+};
+
 /// Enters the jail, prints the result, and then answers questions about what the process can do, one a line.
-fn run_prisoner(capabilities: CapabilitySet) {
+fn run_prisoner(capabilities: CapabilitySet, calls: Option<CallList>) {
     let kept = fs::File::open("/dev/null").unwrap();
-    let entered = enter(&Jail {
-        role: "test",
-        name: c"prisoner",
-        root: Root::Empty,
-        capabilities,
-        keep: &[kept.as_fd()],
-        max_descriptors: 1024,
-        descriptor_table_size: 256,
     // The descriptor of the parent with this number.
     let peer = env::args()
         .nth(3)
         .map(|number| descriptor_of_parent(number.parse().unwrap()).unwrap());
+    let entered = enter(&Jail {
+        role: "test",
+        name: c"prisoner",
+        root: Root::Empty,
+        peer: peer.as_ref().map(AsFd::as_fd),
+        capabilities,
+        keep: &[kept.as_fd()],
+        max_descriptors: 1024,
+        descriptor_table_size: 256,
         max_threads: 4,
+        calls,
     });
+    drop(peer);
     match entered {
         Ok(()) => println!("jailed"),
-        peer: peer.as_ref().map(AsFd::as_fd),
         Err(error) => {
             println!("{error}");
             exit(1);
@@ -58,7 +68,6 @@ fn run_prisoner(capabilities: CapabilitySet) {
     }
     for line in io::stdin().lines() {
         let answer = match line.unwrap().as_str() {
-    drop(peer);
             "root" => format!("{:?}", fs::read_dir("/").unwrap().count()),
             "write" => format!("{:?}", fs::write("/x", "").map_err(|error| error.kind())),
             "kept" => format!("{:?}", rustix::io::fcntl_getfd(&kept).is_ok()),
@@ -67,6 +76,9 @@ fn run_prisoner(capabilities: CapabilitySet) {
                 let sets = rustix::thread::capabilities(None).unwrap();
                 format!("{:?} {:x}", changed.is_ok(), sets.effective.bits())
             }
+            "open" => format!("{:?}", fs::File::open("/").map_err(|error| error.kind())),
+            "socket" => format!("{:?}", std::net::UdpSocket::bind("127.0.0.1:0").is_ok()),
+            "panic" => panic!("requested"),
             other => panic!("unknown question {other}"),
         };
         println!("{answer}");
@@ -172,18 +184,6 @@ fn namespaces_differ_from_the_parents() {
 }
 
 #[test]
-fn only_an_empty_read_only_root_is_mounted() {
-    let mut prisoner = Prisoner::jailed("jail-empty");
-    let mounts = fs::read_to_string(prisoner.proc("mountinfo")).unwrap();
-    assert_eq!(mounts.lines().count(), 1, "{mounts}");
-    assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
-    assert_eq!(prisoner.ask("root"), "0");
-    assert_eq!(prisoner.ask("write"), "Err(ReadOnlyFilesystem)");
-}
-
-#[test]
-fn only_the_loopback_interface_exists() {
-#[test]
 fn prisoner_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
     let pidfd = |pid: u32| {
         let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
@@ -220,6 +220,18 @@ fn prisoner_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
     assert!(of_file.iter().zip(&own).all(|(one, other)| one != other), "{of_file:?}");
 }
 
+#[test]
+fn only_an_empty_read_only_root_is_mounted() {
+    let mut prisoner = Prisoner::jailed("jail-empty");
+    let mounts = fs::read_to_string(prisoner.proc("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
+    assert_eq!(prisoner.ask("root"), "0");
+    assert_eq!(prisoner.ask("write"), "Err(ReadOnlyFilesystem)");
+}
+
+#[test]
+fn only_the_loopback_interface_exists() {
     let prisoner = Prisoner::jailed("jail-empty");
     let devices = fs::read_to_string(prisoner.proc("net/dev")).unwrap();
     let names: Vec<_> = devices
@@ -288,4 +300,45 @@ fn role_refuses_to_run_without_the_shim_as_parent() {
         Prisoner::from(&mut without_parent).answer(),
         JailError::NotStartedByShim.to_string()
     );
+}
+
+#[test]
+fn forbidden_call_ends_the_process_with_a_message_that_names_it() {
+    let mut command = build_command("jail-listed");
+    let mut prisoner = Prisoner::from(command.stderr(Stdio::piped()));
+    assert_eq!(prisoner.answer(), "jailed");
+    assert_eq!(prisoner.ask("open"), "Err(NotFound)", "refused, and not forbidden");
+
+    assert_eq!(prisoner.ask("socket"), "");
+
+    assert_eq!(prisoner.child.wait().unwrap().code(), Some(159));
+    let mut message = String::new();
+    let mut stderr = prisoner.child.stderr.take().unwrap();
+    io::Read::read_to_string(&mut stderr, &mut message).unwrap();
+    let expected = "seccomp: the forbidden system call socket (arguments 0x2 0x80002 0x0 ";
+    assert!(message.starts_with(expected), "{message}");
+    assert!(
+        message.ends_with(") in thread \"main\" of test ends this process\n"),
+        "{message}"
+    );
+}
+
+#[test]
+fn panic_under_a_list_aborts_with_its_message() {
+    let mut command = build_command("jail-listed");
+    let mut prisoner = Prisoner::from(command.stderr(Stdio::piped()).env("RUST_BACKTRACE", "1"));
+    assert_eq!(prisoner.answer(), "jailed");
+
+    assert_eq!(prisoner.ask("panic"), "");
+
+    let status = prisoner.child.wait().unwrap();
+    assert_eq!(
+        std::os::unix::process::ExitStatusExt::signal(&status),
+        Some(libc::SIGABRT)
+    );
+    let mut message = String::new();
+    let mut stderr = prisoner.child.stderr.take().unwrap();
+    io::Read::read_to_string(&mut stderr, &mut message).unwrap();
+    assert!(message.contains("requested"), "{message}");
+    assert!(!message.contains("seccomp"), "{message}");
 }

@@ -11,7 +11,7 @@ use nutshell_protocol::FIRST_DISK_SLOT;
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{end_signal::EndSignal, machine::RunningMachine, serial_console::SerialConsole};
+use super::{end_signal::EndSignal, machine::RunningMachine, serial_console::SerialConsole, system_calls};
 use crate::{
     control::{Channel, Command, ControlError, EndReason, MemoryState, Notice},
     devices::{
@@ -26,6 +26,7 @@ use crate::{
             vsock::{Vsock, muxer::StreamNotice},
         },
     },
+    jail::seccomp,
 };
 
 /// The source of an event, which is the data of its epoll entry.
@@ -351,6 +352,7 @@ fn unplug_in_background(unplug: Option<Box<dyn FnOnce() + Send>>, slot: u32, cha
     let channel = channel.try_clone()?;
     let slot = FIRST_DISK_SLOT.saturating_add(slot);
     let unplug = move || {
+        seccomp::confine_thread(&system_calls::UNPLUG);
         if let Some(unplug) = unplug {
             unplug();
         }

@@ -18,6 +18,7 @@ mod progress;
 mod resources;
 mod serial_console;
 mod stalls;
+pub(crate) mod system_calls;
 #[cfg(test)]
 mod tests;
 mod vcpu;
@@ -43,7 +44,7 @@ use self::{
 use crate::{
     control::{Channel, Command, ControlError, EndReason, Notice},
     devices::console_tail::ConsoleTail,
-    jail::{self, Jail, Root},
+    jail::{self, Jail, Root, seccomp},
 };
 
 /// The first argument that selects this role.
@@ -71,12 +72,13 @@ pub(crate) fn main() -> ExitCode {
         role: ROLE,
         name: c"nutshell-vmm",
         root: Root::Empty,
-        capabilities: CapabilitySet::empty(),
         peer: None,
+        capabilities: CapabilitySet::empty(),
         keep: &[],
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: DESCRIPTOR_TABLE_SIZE,
         max_threads: MAX_THREADS,
+        calls: Some(system_calls::PROCESS),
     });
     // SAFETY: the shim started this process with its end of the control channel on descriptor 0, which nothing else in
     // this process uses.
@@ -118,6 +120,7 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
             error,
         )));
     }
+    seccomp::confine_thread(&system_calls::EVENT_LOOP);
     let exit = event_loop::run(&mut machine, channel, &end, console_tail);
     // Without a shim there is no reader to wait for.
     if let (LoopExit::Ended(_), Some(console)) = (&exit, &mut machine.serial_console) {

@@ -6,8 +6,8 @@ use std::{io, sync::Arc, thread};
 use kvm_bindings::KVM_SYSTEM_EVENT_CRASH;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
-use super::{end_signal::EndSignal, progress::BootProgress};
-use crate::{control::EndReason, devices::bus::Bus};
+use super::{end_signal::EndSignal, progress::BootProgress, system_calls};
+use crate::{control::EndReason, devices::bus::Bus, jail::seccomp};
 
 /// `KVM_INTERNAL_ERROR_EMULATION`: KVM could not emulate an instruction.
 const INTERNAL_ERROR_EMULATION: u32 = 1;
@@ -33,6 +33,7 @@ pub(super) fn start(
         .name(format!("vcpu {index}"))
         .stack_size(128 << 10)
         .spawn(move || {
+            seccomp::confine_thread(&system_calls::VCPU);
             if let Some(reason) = run(&mut vcpu, &peripherals, &end) {
                 end.report(reason);
             }

@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 use crate::{imports::Import, modules::Crate};
 
 /// From the top down. Modules of one layer do not import each other.
-pub(crate) const LAYERS: [&[&str]; 15] = [
+pub(crate) const LAYERS: [&[&str]; 16] = [
     &[""],
-    &["admin", "check", "disk", "shim::entry"],
+    &["admin", "check", "shim::entry"],
+    &["disk"],
     &["shim::api"],
     &["shim::tasks"],
     &["shim::vm"],

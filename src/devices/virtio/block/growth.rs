@@ -18,7 +18,10 @@ use std::{
 use parking_lot::Mutex;
 
 use super::disk::{Disk, SECTOR_SIZE};
-use crate::devices::virtio::interrupt::Interrupt;
+use crate::{
+    devices::{system_calls, virtio::interrupt::Interrupt},
+    jail::seccomp,
+};
 
 /// The time between two checks.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -123,6 +126,7 @@ impl GrowthWatch {
             .name("disk sizes".to_owned())
             .stack_size(128 << 10);
         thread.spawn(move || {
+            seccomp::confine_thread(&system_calls::DISK_SIZES);
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(interval) {
                 for disk in &mut disks {
                     disk.check();

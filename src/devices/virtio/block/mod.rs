@@ -39,7 +39,10 @@ use super::{
     device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
     queue::{DeviceQueue, QueueError},
 };
-use crate::devices::{counters::Counters, stall_timer::StallTimer};
+use crate::{
+    devices::{counters::Counters, stall_timer::StallTimer, system_calls},
+    jail::seccomp,
+};
 
 const QUEUE_SIZE: u16 = 256;
 
@@ -179,6 +182,7 @@ impl Worker {
             .name("block".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
+                seccomp::confine_thread(&system_calls::BLOCK);
                 // Serve before the first wait: the first kick may have happened before the thread started.
                 while !stopped.load(Ordering::SeqCst) {
                     let served = serve(&disk, &mut queue, &stopped)

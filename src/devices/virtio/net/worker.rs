@@ -20,11 +20,13 @@ use crate::{
     control::VNET_HEADER_SIZE,
     devices::{
         counters::{Counters, Obstacle},
+        system_calls,
         virtio::{
             buffers::Buffers,
             queue::{DeviceQueue, QueueError, QueueFault},
         },
     },
+    jail::seccomp,
 };
 
 /// [`VNET_HEADER_SIZE`] as a `usize`.
@@ -68,6 +70,7 @@ impl Worker {
             .name("net".to_owned())
             .stack_size(128 << 10)
             .spawn(move || {
+                seccomp::confine_thread(&system_calls::NET);
                 let ended = PacketLoop::new(pair, control).run(&stopped);
                 counters.resume(receive);
                 if let Err(error) = ended {

@@ -1,0 +1,104 @@
+//! A list of system calls.
+
+use std::fmt;
+
+/// The system calls of one kind of thread.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CallList {
+    /// Names the thread in messages.
+    pub(crate) thread: &'static str,
+    /// The allowed calls, in groups.
+    pub(crate) allowed: &'static [&'static [Call]],
+    /// Calls that fail and do not end the process.
+    pub(crate) refused: &'static [Refusal],
+}
+
+impl CallList {
+    /// All allowed calls. A call can be in several groups, with other arguments.
+    pub(crate) fn calls(&self) -> impl Iterator<Item = &'static Call> + use<> {
+        self.allowed.iter().flat_map(|group| group.iter())
+    }
+}
+
+/// An allowed call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Call {
+    /// `SYS_` and the name.
+    pub(crate) name: &'static str,
+    pub(crate) number: libc::c_long,
+    pub(crate) arguments: Arguments,
+    /// What needs it.
+    pub(crate) reason: &'static str,
+}
+
+/// The arguments with which a call is allowed. The first argument has the index 0. Only the lower 32 bits are compared:
+/// the kernel ignores the upper ones of these arguments.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Arguments {
+    Any,
+    /// The argument has one of these values.
+    OneOf(u8, &'static [u32]),
+    /// The argument has none of these bits.
+    Without(u8, u32),
+}
+
+/// A call that fails with an error, because code that cannot be changed makes it and copes with that error.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Refusal {
+    pub(crate) name: &'static str,
+    pub(crate) number: libc::c_long,
+    pub(crate) errno: i32,
+    /// What makes the call.
+    pub(crate) reason: &'static str,
+}
+
+/// A [`Call`]: `allowed!(SYS_read, "reason")`, `allowed!(SYS_ioctl[1] in [1, 2], "reason")`, or
+/// `allowed!(SYS_mmap[2] without PROT_EXEC, "reason")`.
+macro_rules! allowed {
+    ($number:ident, $reason:literal) => {
+        $crate::jail::seccomp::allowed!(@ $number, $crate::jail::seccomp::Arguments::Any, $reason)
+    };
+    ($number:ident[$index:literal] in $values:expr, $reason:literal) => {
+        $crate::jail::seccomp::allowed!(@ $number, $crate::jail::seccomp::Arguments::OneOf($index, &$values), $reason)
+    };
+    ($number:ident[$index:literal] without $bits:expr, $reason:literal) => {
+        $crate::jail::seccomp::allowed!(@ $number, $crate::jail::seccomp::Arguments::Without($index, $bits), $reason)
+    };
+    (@ $number:ident, $arguments:expr, $reason:literal) => {
+        $crate::jail::seccomp::Call {
+            name: stringify!($number),
+            number: libc::$number,
+            arguments: $arguments,
+            reason: $reason,
+        }
+    };
+}
+
+/// A [`Refusal`]: `refused!(SYS_openat, ENOENT, "reason")`.
+macro_rules! refused {
+    ($number:ident, $errno:ident, $reason:literal) => {
+        $crate::jail::seccomp::Refusal {
+            name: stringify!($number),
+            number: libc::$number,
+            errno: libc::$errno,
+            reason: $reason,
+        }
+    };
+}
+
+pub(crate) use allowed;
+pub(crate) use refused;
+
+impl fmt::Display for Call {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name.trim_start_matches("SYS_");
+        match self.arguments {
+            Arguments::Any => write!(formatter, "{name}"),
+            Arguments::OneOf(index, values) => {
+                write!(formatter, "{name}, argument {} one of", index + 1)?;
+                values.iter().try_for_each(|value| write!(formatter, " {value:#x}"))
+            }
+            Arguments::Without(index, bits) => write!(formatter, "{name}, argument {} without {bits:#x}", index + 1),
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! Executes single system calls under a list, for tests.
+
+use std::io;
+
+use nix::{
+    sys::{
+        signal::Signal,
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, fork},
+};
+
+use super::{CallList, filter};
+use crate::jail::syscalls;
+
+/// What came of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// SIGSYS has ended the process.
+    Forbidden,
+    /// It failed with this error.
+    Failed(i32),
+    /// It succeeded, did not return, or ended the process.
+    Allowed,
+}
+
+/// The exit statuses of the child: an error of the call is added to the first one.
+const SUCCEEDED: i32 = 0;
+
+/// Makes the call `number` in a child process that is limited to `list`.
+pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64; 6]) -> Outcome {
+    let program = filter::compile(list).unwrap();
+    // SAFETY: the child makes only system calls, and ends without running code of the test harness.
+    let child = match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+            let _ = rustix::thread::set_no_new_privs(true);
+            // A call that waits is allowed.
+            let _ = rustix::process::setrlimit(
+                rustix::process::Resource::Core,
+                rustix::process::Rlimit {
+                    current: Some(0),
+                    maximum: Some(0),
+                },
+            );
+            let status = match syscalls::install_seccomp_filter(&program) {
+                Err(_) => 255,
+                Ok(()) => {
+                    let [a, b, c, d, e, f] = arguments;
+                    // SAFETY: whatever the call does, it does to this child alone, which ends.
+                    match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
+                        -1 => io::Error::last_os_error().raw_os_error().unwrap_or(254),
+                        _ => SUCCEEDED,
+                    }
+                }
+            };
+            // SAFETY: ends the child at once.
+            unsafe { libc::syscall(libc::SYS_exit_group, status) };
+            unreachable!("exit_group does not return");
+        }
+    };
+    loop {
+        match waitpid(child, Some(WaitPidFlag::empty())).unwrap() {
+            WaitStatus::Signaled(_, Signal::SIGSYS, _) => return Outcome::Forbidden,
+            WaitStatus::Exited(_, SUCCEEDED) | WaitStatus::Signaled(..) => return Outcome::Allowed,
+            WaitStatus::Exited(_, 255) if number != libc::SYS_exit && number != libc::SYS_exit_group => {
+                panic!("the filter cannot be installed")
+            }
+            WaitStatus::Exited(_, errno) => return Outcome::Failed(errno),
+            _ => {}
+        }
+    }
+}
