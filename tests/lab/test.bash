@@ -9,9 +9,15 @@
 
 # Environment:
 #   NUTSHELL_TEST_PC_KERNEL  runs all guests on the PC board with this kernel (guest/kernel/build --board pc)
+#   NUTSHELL_TEST_SYSCALLS   a file to which tests/run adds the system calls of the confined processes
 
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/containerd.bash"
+
+if [[ -n ${NUTSHELL_TEST_SYSCALLS:-} ]]; then
+  source "$(dirname "${BASH_SOURCE[0]}")/syscalls.bash"
+  start_recording
+fi
 
 runtime=io.containerd.nutshell.v2
 passed=0
@@ -108,6 +114,7 @@ check() {
 # finish: reports the result to tests/run. The last command of every suite.
 finish() {
   remove_containerd
+  [[ -z ${NUTSHELL_TEST_SYSCALLS:-} ]] || sorted_record >/out/syscalls
   echo "$passed $failed" >/out/result
   exit $((failed > 0))
 }
