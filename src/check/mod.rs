@@ -8,7 +8,7 @@
 //! executable's `main` is the only caller.
 
 mod host;
-mod system_calls;
+pub(crate) mod system_calls;
 
 use std::{
     env,

@@ -11,7 +11,7 @@ use std::{
 use super::*;
 use crate::fs::CAPABILITIES;
 
-/// Runs before the test harness. [`build_command`] starts this test executable; if the first argument is a role, the
+/// Runs before the test harness. The threads of devices that tests start then have their lists. [`build_command`] starts this test executable; if the first argument is a role, the
 /// role runs with one thread, as in the real executable.
 #[used]
 // SAFETY: an entry of .init_array is called once with the C runtime and std's arguments ready.
@@ -24,10 +24,11 @@ extern "C" fn run_role() {
         Some(crate::disk::inspector::ROLE) => {
             exit(i32::from(crate::disk::inspector::main() != ExitCode::SUCCESS));
         }
+        Some(crate::check::system_calls::tests::ROLE) => crate::check::system_calls::tests::compare_lists(),
         Some("jail-empty") => run_prisoner(CapabilitySet::empty(), None),
         Some("jail-capable") => run_prisoner(CAPABILITIES, None),
         Some("jail-listed") => run_prisoner(CapabilitySet::empty(), Some(ANSWERS)),
-        _ => return,
+        _ => return seccomp::testing::limit_threads(),
     }
     exit(0);
 }

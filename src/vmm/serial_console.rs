@@ -257,7 +257,7 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::devices::bus::Registers;
+    use crate::{devices::bus::Registers, jail::seccomp, vmm::system_calls};
 
     const DATA: u64 = 0;
     const LINE_STATUS: u64 = 5;
@@ -347,6 +347,7 @@ mod tests {
             fixture.output.read_to_end(&mut bytes).unwrap();
             bytes
         });
+        seccomp::testing::limit_thread(&system_calls::EVENT_LOOP);
 
         fixture.console.finish();
         drop(fixture.console);

@@ -59,6 +59,14 @@ const EVENT_LOOP_CALLS: &[Call] = &[
     allowed!(SYS_epoll_ctl, "the wait for events"),
     allowed!(SYS_epoll_wait, "the wait for events"),
     allowed!(SYS_epoll_pwait, "the wait for events"),
+    allowed!(
+        SYS_poll,
+        "the wait for the reader of the console after the end of the machine"
+    ),
+    allowed!(
+        SYS_ppoll,
+        "the wait for the reader of the console after the end of the machine"
+    ),
     allowed!(SYS_recvfrom, "streams of the guest: sockets"),
     allowed!(SYS_sendto, "streams of the guest: sockets"),
     allowed!(SYS_shutdown, "streams of the guest: sockets"),

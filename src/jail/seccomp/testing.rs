@@ -1,17 +1,29 @@
 //! Executes single system calls under a list, for tests.
 
-use std::io;
+use std::{io, sync::atomic::Ordering};
 
 use nix::{
     sys::{
-        signal::Signal,
+        signal::{SigHandler, Signal, signal},
         wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::{ForkResult, fork},
 };
 
-use super::{CallList, filter};
+use super::{CallList, IS_CONFINED, filter, violation};
 use crate::jail::syscalls;
+
+/// Lets [`super::confine_thread`] limit threads in this process, although the process itself has no list.
+pub(crate) fn limit_threads() {
+    rustix::thread::set_no_new_privs(true).unwrap();
+    violation::report_violations("the unit tests").unwrap();
+    IS_CONFINED.store(true, Ordering::Release);
+}
+
+/// Limits the calling thread to `list`.
+pub(crate) fn limit_thread(list: &CallList) {
+    super::install(list).unwrap();
+}
 
 /// What came of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +48,10 @@ pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64;
         ForkResult::Child => {
             let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
             let _ = rustix::thread::set_no_new_privs(true);
-            // A call that waits is allowed.
+            // The status of a child that SIGSYS has killed cannot be mistaken for an error of the call.
+            // SAFETY: this is the default action, and no handler.
+            let _ = unsafe { signal(Signal::SIGSYS, SigHandler::SigDfl) };
+            // No core dump.
             let _ = rustix::process::setrlimit(
                 rustix::process::Resource::Core,
                 rustix::process::Rlimit {
