@@ -36,9 +36,12 @@ const INCOMPLETE: &str = ".incomplete-";
 /// An incomplete entry of this age has no writer: its shim was killed.
 const ABANDONED_AFTER: Duration = Duration::from_secs(600);
 
-/// A disk that was changed more recently than this may change again without a change of its time stamps, whose
-/// resolution is a few milliseconds.
-const MIN_AGE: Duration = Duration::from_secs(2);
+/// A disk that was changed more recently than this may change again without a change of its time stamps: the kernel's
+/// clock for them has a resolution of up to 10 ms (`CONFIG_HZ`).
+const MIN_AGE: Duration = Duration::from_millis(50);
+
+/// The same for a file system that stores seconds only.
+const MIN_AGE_IN_SECONDS: Duration = Duration::from_secs(2);
 
 /// The longest description that is read, in bytes.
 const MAX_DESCRIPTION: u64 = 64 << 10;
@@ -89,13 +92,19 @@ impl KernelCache {
     /// written to the disk, or the disk is not in a layer that all containers of the image share. Reads the status of
     /// two files, and blocks on their file systems.
     pub(crate) fn entry(&self, image: &VmImage, disk: &DiskImage) -> Option<CacheEntry> {
+        self.entry_at(image, disk, SystemTime::now())
+    }
+
+    fn entry_at(&self, image: &VmImage, disk: &DiskImage, now: SystemTime) -> Option<CacheEntry> {
         let layers = shared_layers(&image.mounts)?;
         let (base, writes) = (disk.base.metadata().ok()?, disk.writes.metadata().ok()?);
         if writes.len() > 0 {
             return None;
         }
-        let changed = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(base.ctime().try_into().ok()?))?;
-        if changed.elapsed().is_ok_and(|age| age < MIN_AGE) {
+        let (seconds, nanoseconds) = (base.ctime().try_into().ok()?, base.ctime_nsec().try_into().ok()?);
+        let changed = SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))?;
+        let min_age = if nanoseconds == 0 { MIN_AGE_IN_SECONDS } else { MIN_AGE };
+        if now.duration_since(changed).unwrap_or_default() < min_age {
             return None;
         }
         let mut hash = Sha256::new();
@@ -459,10 +468,16 @@ mod tests {
             host_boot: [0; 16],
         };
         let overlay = image("overlay", &["upperdir=/u", "lowerdir=/l"]);
-        let key = |image: &VmImage, disk: &DiskImage| cache.entry(image, disk).map(|entry| entry.key);
-        assert_eq!(key(&overlay, &disk(&base, b"")), None, "it may still change");
-
-        std::thread::sleep(MIN_AGE + Duration::from_secs(1));
+        let status = base.metadata().unwrap();
+        let changed = Duration::new(
+            status.ctime().cast_unsigned(),
+            u32::try_from(status.ctime_nsec()).unwrap(),
+        );
+        let soon = SystemTime::UNIX_EPOCH + changed + MIN_AGE / 5;
+        let later = soon + Duration::from_secs(10);
+        let key = |image: &VmImage, disk: &DiskImage| cache.entry_at(image, disk, later).map(|entry| entry.key);
+        let early = cache.entry_at(&overlay, &disk(&base, b""), soon);
+        assert!(early.is_none(), "it may still change");
 
         let first = key(&overlay, &disk(&base, b"")).unwrap();
         assert_eq!(key(&overlay, &disk(&base, b"")), Some(first.clone()));
@@ -473,9 +488,7 @@ mod tests {
         assert_eq!(key(&overlay, &disk(&base, b"x")), None, "the guest has written to it");
         assert_eq!(key(&image("bind", &["rbind"]), &disk(&base, b"")), None);
         // A change gives another key, although the size is the same.
-        (&base).write_all(b"").unwrap();
         base.set_modified(SystemTime::UNIX_EPOCH).unwrap();
-        std::thread::sleep(MIN_AGE + Duration::from_secs(1));
         assert_ne!(key(&overlay, &disk(&base, b"")).unwrap(), first);
     }
 }
