@@ -46,7 +46,7 @@ node() { "$work/node/node" "$@"; }
 # tree: prints all files that an installation may change, with content, mode and owner.
 tree() {
   find /etc/containerd /usr/local/bin -printf '%p %y %m %u %g\n' | sort
-  find /run -maxdepth 1 -name 'nutshell*'
+  find /run /var/cache -maxdepth 1 -name 'nutshell*'
   find /etc/containerd /usr/local/bin -type f -exec sha256sum {} + | sort
 }
 
@@ -126,6 +126,7 @@ second_install_changes_nothing_and_uninstall_restores_the_node() {
   assert_equal "$once" "$(times)"
   assert_equal 1 "$(restarts)"
 
+  mkdir -p /var/cache/nutshell/kernels/entry
   node uninstall
   assert_equal "$before" "$(tree)"
   assert_equal 2 "$(restarts)"
