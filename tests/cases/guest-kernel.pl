@@ -139,11 +139,11 @@ sub knows_file_system {
   contents('/proc/filesystems') =~ /^(?:nodev)?\t\Q$type\E$/m or die "$type is not in /proc/filesystems\n";
 }
 
-# A device node in /probe.
+# A device node in /dev, a tmpfs: there are none in shared root file systems.
 sub device {
   my ($name, $major, $minor, $kind) = @_;
-  call('mknodat', -100, "/probe/$name", ($kind // 0020000) | 0600, $major << 8 | $minor);
-  open my $handle, '+<', "/probe/$name" or die "open $name: $!\n";
+  call('mknodat', -100, "/dev/probe-$name", ($kind // 0020000) | 0600, $major << 8 | $minor);
+  open my $handle, '+<', "/dev/probe-$name" or die "open $name: $!\n";
   return $handle;
 }
 
