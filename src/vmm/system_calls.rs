@@ -35,6 +35,7 @@ mod kvm {
     pub(super) const SET_XCRS: u32 = 0x4188_aea7;
 }
 
+/// The first ones of each list: the kernel compares the values one after the other at each entry into the guest.
 const VCPU_CALLS: &[Call] = &[allowed!(
     SYS_ioctl[1] in [kvm::RUN, kvm::IRQFD, kvm::IOEVENTFD, kvm::SET_GSI_ROUTING, kvm::GET_REGS],
     "the guest; interrupts and doorbells of PCI devices, which move; the place of an instruction that KVM cannot emulate"
@@ -91,8 +92,8 @@ const EVENT_LOOP_CALLS: &[Call] = &[
 pub(crate) const EVENT_LOOP: CallList = CallList {
     thread: "event loop",
     allowed: &[
-        EVENT_LOOP_CALLS,
         VCPU_CALLS,
+        EVENT_LOOP_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
         OF_ALL_THREADS[0],
@@ -121,9 +122,9 @@ const BUILD_CALLS: &[Call] = &[
 pub(crate) const PROCESS: CallList = CallList {
     thread: "build",
     allowed: &[
+        VCPU_CALLS,
         EVENT_LOOP_CALLS,
         BUILD_CALLS,
-        VCPU_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
         OF_ALL_THREADS[0],

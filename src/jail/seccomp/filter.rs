@@ -8,7 +8,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{Arguments, Call, CallList};
+use super::{Arguments, Call, CallList, Refusal};
 
 /// Why a list cannot be translated. Only a mistake in a list causes it.
 #[derive(Debug, thiserror::Error)]
@@ -51,17 +51,14 @@ pub(super) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
         TargetArch::x86_64,
     );
     let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(failed)?;
-    let refusals = list
-        .refused
-        .iter()
-        .flat_map(|refusal| refuse(refusal.number, refusal.errno));
+    let refusals = refuse(list.refused);
     let program = program.into_iter().map(|instruction| sock_filter {
         code: instruction.code,
         jt: instruction.jt,
         jf: instruction.jf,
         k: instruction.k,
     });
-    Ok(refusals.chain(program).collect())
+    Ok(refusals.into_iter().chain(program).collect())
 }
 
 /// `None` if the arguments do not matter.
@@ -86,17 +83,20 @@ const fn lower_half(code: u32) -> u16 {
     (code & 0xffff) as u16
 }
 
-/// Instructions that make the call `number` fail. They precede the program of seccompiler, which has one action for all
-/// calls that it does not allow. They need no check of the architecture: the other numberings only fail too.
-fn refuse(number: libc::c_long, errno: i32) -> [sock_filter; 3] {
+/// Instructions that make calls fail. They precede the program of seccompiler, which has one action for all calls that
+/// it does not allow. They need no check of the architecture: the other numberings only fail too.
+fn refuse(calls: &[Refusal]) -> Vec<sock_filter> {
     const LOAD_NUMBER: u16 = lower_half(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS);
     const JUMP_IF_EQUAL: u16 = lower_half(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K);
     const RETURN: u16 = lower_half(libc::BPF_RET | libc::BPF_K);
     let instruction = |code, jf, k| sock_filter { code, jt: 0, jf, k };
-    [
-        // The number is the first field of `struct seccomp_data`.
-        instruction(LOAD_NUMBER, 0, 0),
-        instruction(JUMP_IF_EQUAL, 1, u32::try_from(number).unwrap_or(u32::MAX)),
-        instruction(RETURN, 0, libc::SECCOMP_RET_ERRNO | errno.unsigned_abs()),
-    ]
+    // The number is the first field of `struct seccomp_data`.
+    let mut program = vec![instruction(LOAD_NUMBER, 0, 0)];
+    for call in calls {
+        let number = u32::try_from(call.number).unwrap_or(u32::MAX);
+        let action = libc::SECCOMP_RET_ERRNO | call.errno.unsigned_abs();
+        program.push(instruction(JUMP_IF_EQUAL, 1, number));
+        program.push(instruction(RETURN, 0, action));
+    }
+    program
 }
