@@ -298,7 +298,7 @@ my %check = (
     open my $disk, '<', '/probe/disk' or die "/probe/disk: $!\n";
     ioctl $loop, 0x4c00, fileno $disk or die "LOOP_SET_FD: $!\n";
     # EINVAL: the type is known.
-    call_fails(EINVAL, 'mount', '/probe/loop', '/probe', 'squashfs', 1, 0);
+    call_fails(EINVAL, 'mount', '/dev/probe-loop', '/probe', 'squashfs', 1, 0);
     ioctl $loop, 0x4c01, 0 or die "LOOP_CLR_FD: $!\n";
     knows_file_system('squashfs');
   },
