@@ -1,8 +1,9 @@
-//! The system calls of the threads of devices, and those that the activation of a device makes in a vCPU's thread.
+//! The system calls of the threads of devices, and those that the activation of a device makes in a vCPU's thread. The
+//! lists of the threads that start these threads must have their calls too ([`crate::jail::seccomp`]).
 
 use crate::jail::seccomp::{
     Call, CallList, allowed,
-    runtime::{EVERY_THREAD, REFUSED_WITHOUT_FILES},
+    runtime::{EVERY_THREAD, REFUSED_WITHOUT_FILES, WAIT_FOR_EVENTS},
 };
 
 /// Offloads and queues of a tap device.
@@ -25,7 +26,7 @@ pub(crate) const ACTIVATION: &[Call] = &[
     allowed!(SYS_timerfd_settime, "the timer that finds stalled queues"),
 ];
 
-const BLOCK_CALLS: &[Call] = &[
+pub(crate) const BLOCK_CALLS: &[Call] = &[
     allowed!(SYS_preadv, "reads"),
     allowed!(SYS_pwritev, "writes"),
     allowed!(SYS_pread64, "reads of an image's tables and clusters"),
@@ -46,11 +47,7 @@ pub(crate) const BLOCK: CallList = CallList {
     refused: REFUSED_WITHOUT_FILES,
 };
 
-const NET_CALLS: &[Call] = &[
-    allowed!(SYS_epoll_create1, "the wait for packets"),
-    allowed!(SYS_epoll_ctl, "the wait for packets"),
-    allowed!(SYS_epoll_wait, "the wait for packets"),
-    allowed!(SYS_epoll_pwait, "the wait for packets"),
+pub(crate) const NET_CALLS: &[Call] = &[
     allowed!(SYS_readv, "packets for the guest"),
     allowed!(SYS_writev, "packets of the guest"),
     allowed!(SYS_ioctl[1] in TAP_IOCTLS, "offloads and queues of a tap device, by the control queue"),
@@ -61,11 +58,11 @@ const NET_CALLS: &[Call] = &[
 /// The thread of a queue pair of a network device.
 pub(crate) const NET: CallList = CallList {
     thread: "net",
-    allowed: &[EVERY_THREAD, NET_CALLS],
+    allowed: &[EVERY_THREAD, WAIT_FOR_EVENTS, NET_CALLS],
     refused: REFUSED_WITHOUT_FILES,
 };
 
-const DISK_SIZES_CALLS: &[Call] = &[
+pub(crate) const DISK_SIZES_CALLS: &[Call] = &[
     allowed!(SYS_statx, "the size of a file"),
     allowed!(SYS_lseek, "the size of a block device"),
     allowed!(SYS_sendmsg, "warnings for the shim"),
@@ -77,6 +74,3 @@ pub(crate) const DISK_SIZES: CallList = CallList {
     allowed: &[EVERY_THREAD, DISK_SIZES_CALLS],
     refused: REFUSED_WITHOUT_FILES,
 };
-
-/// The calls of all threads of devices, which the lists of their process and of the threads that start them must have.
-pub(crate) const OF_ALL_THREADS: [&[Call]; 4] = [ACTIVATION, BLOCK_CALLS, NET_CALLS, DISK_SIZES_CALLS];

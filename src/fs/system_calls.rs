@@ -2,7 +2,7 @@
 
 use crate::jail::seccomp::{
     Call, CallList, allowed,
-    runtime::{EVERY_THREAD, REFUSED, START_OF_THREADS},
+    runtime::{EVERY_THREAD, REFUSED, START_OF_THREADS, WAIT_FOR_EVENTS},
 };
 
 /// What a request of the guest does.
@@ -60,18 +60,19 @@ const REQUEST_CALLS: &[Call] = &[
     allowed!(SYS_timerfd_settime, "the timer that finds requests that hang"),
 ];
 
-const WORKER_CALLS: &[Call] = &[
-    allowed!(SYS_epoll_wait, "the wait for requests"),
-    allowed!(SYS_epoll_pwait, "the wait for requests"),
-    allowed!(SYS_epoll_create1, "the wait for requests, while another thread hangs"),
-    allowed!(SYS_epoll_ctl, "the wait for requests"),
-    allowed!(SYS_unshare[0] in [libc::CLONE_FS as u32], "a working directory of this thread"),
-];
+const WORKER_CALLS: &[Call] =
+    &[allowed!(SYS_unshare[0] in [libc::CLONE_FS as u32], "a working directory of this thread")];
 
 /// A thread that serves queues.
 pub(crate) const WORKER: CallList = CallList {
     thread: "queue",
-    allowed: &[EVERY_THREAD, START_OF_THREADS, REQUEST_CALLS, WORKER_CALLS],
+    allowed: &[
+        EVERY_THREAD,
+        START_OF_THREADS,
+        REQUEST_CALLS,
+        WAIT_FOR_EVENTS,
+        WORKER_CALLS,
+    ],
     refused: REFUSED,
 };
 
@@ -97,7 +98,6 @@ const CONNECTION_CALLS: &[Call] = &[
     allowed!(SYS_eventfd2, "the end of a thread"),
     allowed!(SYS_timerfd_create, "the timer that finds requests that hang"),
     allowed!(SYS_prlimit64, "the limit of descriptors"),
-    allowed!(SYS_close_range, "virtiofsd's own check of descriptors"),
 ];
 
 /// The process, with the thread of the vhost-user connection.
@@ -107,6 +107,7 @@ pub(crate) const PROCESS: CallList = CallList {
         EVERY_THREAD,
         START_OF_THREADS,
         REQUEST_CALLS,
+        WAIT_FOR_EVENTS,
         WORKER_CALLS,
         CONNECTION_CALLS,
     ],

@@ -1,10 +1,10 @@
 //! The system calls of the vmm's process and threads. The lists of devices' threads are in [`crate::devices`].
 
 use crate::{
-    devices::system_calls::OF_ALL_THREADS,
+    devices::system_calls::{ACTIVATION, BLOCK_CALLS, DISK_SIZES_CALLS, NET_CALLS},
     jail::seccomp::{
         Call, CallList, allowed,
-        runtime::{EVERY_THREAD, REFUSED_WITHOUT_FILES, START_OF_THREADS},
+        runtime::{EVERY_THREAD, REFUSED_WITHOUT_FILES, START_OF_THREADS, WAIT_FOR_EVENTS},
     },
 };
 
@@ -48,18 +48,15 @@ pub(crate) const VCPU: CallList = CallList {
         VCPU_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
-        OF_ALL_THREADS[0],
-        OF_ALL_THREADS[1],
-        OF_ALL_THREADS[2],
+        WAIT_FOR_EVENTS,
+        ACTIVATION,
+        BLOCK_CALLS,
+        NET_CALLS,
     ],
     refused: REFUSED_WITHOUT_FILES,
 };
 
 const EVENT_LOOP_CALLS: &[Call] = &[
-    allowed!(SYS_epoll_create1, "the wait for events"),
-    allowed!(SYS_epoll_ctl, "the wait for events"),
-    allowed!(SYS_epoll_wait, "the wait for events"),
-    allowed!(SYS_epoll_pwait, "the wait for events"),
     allowed!(
         SYS_poll,
         "the wait for the reader of the console after the end of the machine"
@@ -96,10 +93,11 @@ pub(crate) const EVENT_LOOP: CallList = CallList {
         EVENT_LOOP_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
-        OF_ALL_THREADS[0],
-        OF_ALL_THREADS[1],
-        OF_ALL_THREADS[2],
-        OF_ALL_THREADS[3],
+        WAIT_FOR_EVENTS,
+        ACTIVATION,
+        BLOCK_CALLS,
+        NET_CALLS,
+        DISK_SIZES_CALLS,
     ],
     refused: REFUSED_WITHOUT_FILES,
 };
@@ -115,7 +113,6 @@ const BUILD_CALLS: &[Call] = &[
     allowed!(SYS_fcntl[1] in [libc::F_ADD_SEALS as u32, libc::F_GET_SEALS as u32], "the guest's memory"),
     allowed!(SYS_sendfile, "the copy of kernel and initramfs into the guest's memory"),
     allowed!(SYS_timerfd_create, "the timer that finds stalled queues"),
-    allowed!(SYS_setsockopt, "the size of a socket's buffer"),
 ];
 
 /// The process, from the jail until the machine is built.
@@ -127,10 +124,11 @@ pub(crate) const PROCESS: CallList = CallList {
         BUILD_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
-        OF_ALL_THREADS[0],
-        OF_ALL_THREADS[1],
-        OF_ALL_THREADS[2],
-        OF_ALL_THREADS[3],
+        WAIT_FOR_EVENTS,
+        ACTIVATION,
+        BLOCK_CALLS,
+        NET_CALLS,
+        DISK_SIZES_CALLS,
     ],
     refused: REFUSED_WITHOUT_FILES,
 };

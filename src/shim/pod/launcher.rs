@@ -93,7 +93,8 @@ impl Launcher for HostLauncher {
             Some(vmm) => vmm,
             None => VmmProcess::spawn()?,
         };
-        *self.last_vmm.lock() = Some(vmm.child.try_clone_descriptor()?);
+        // Without it, the file server makes namespaces of its own.
+        *self.last_vmm.lock() = vmm.child.try_clone_descriptor().ok();
         Ok(vmm)
     }
 

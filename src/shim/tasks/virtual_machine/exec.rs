@@ -65,7 +65,8 @@ enum ExecutionError {
     Agent(#[from] GuestAgentError),
 }
 
-/// Fails if no agent answers, within a second if none has answered before, or if it cannot run a process with these streams.
+/// Fails if no agent answers, or if the one that answers cannot run a process with these streams. Takes less than a
+/// second if no agent has answered before.
 pub(in crate::shim::tasks) async fn check_can_exec(machine: &VirtualMachine, terminal: bool) -> Result<(), TaskError> {
     if machine.connected_agent().is_some() {
         return Ok(());
