@@ -1,6 +1,6 @@
 # Records which system calls the threads of nutshell's confined processes make, with the kernel's event histograms.
 # Sourced by test.bash if NUTSHELL_TEST_SYSCALLS is set; tests/run adds the record to that file. tests/syscalls
-# compares it with the lists of src/jail.
+# compares it with the lists that `check --system-calls` prints.
 
 tracing=/sys/kernel/tracing
 # By thread name. The kernel knows a process's main thread by the name that `jail::enter` sets.
