@@ -24,8 +24,8 @@ UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 
 # Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).
 DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
-# Left to `make soak`: Docker, and suites that take long and repeat others, with containerd 1.7 or with the other sandbox
-# API.
+# Left to `make soak`: Docker, and suites that take long and repeat others with containerd 1.7 or with containerd's
+# Sandbox service.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
 	pods-shim-all-2.1 pods-vm-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
@@ -103,7 +103,7 @@ suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "kernels on the PC board in the lab" "2 minutes" tests/pc/run-in-lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "37 minutes" tests/run $(SUITES)
 
-soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz targets, and 200 rounds of chaos
+soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz targets, and 200 rounds of random kills
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
 
 soak-suites:
@@ -148,7 +148,8 @@ kernel: setup
 	@mkdir -p $(dir $(KERNEL_PATH))
 	+@$(PHASE) "build: guest kernels" "11 minutes with Rust beside it" $(MAKE_PHASES) kernel-paths
 
-# The variant first: its build leaves the other kernel in the cache, and the two share object files.
+# The variant comes first: its build also builds the kernel of containers, with which it shares object files, and puts
+# it into the cache.
 kernel-paths:
 	+@guest/kernel/build --variant disk-reader >$(DISK_READER_KERNEL_PATH).new
 	+@guest/kernel/build >$(KERNEL_PATH).new
