@@ -275,7 +275,7 @@ impl Host {
             return Finding::not_good(
                 SUBJECT,
                 "not found in /usr/bin and /usr/local/bin",
-                "install containerd 1.7 or later",
+                "install containerd 1.7 to 2.4",
             );
         }
         let text = self.read(CONFIGURATION).unwrap_or_default();

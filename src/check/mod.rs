@@ -57,7 +57,10 @@ enum CheckError {
     Agent(#[from] FrameError),
     #[error("the guest did not start: {reason}{console}")]
     Ended { reason: String, console: String },
-    #[error("the guest was not ready within {} s", BOOT_TIMEOUT.as_secs())]
+    #[error(
+        "the guest was not ready within {} s: it hangs, or KVM on this host is very slow (nested, for example)",
+        BOOT_TIMEOUT.as_secs()
+    )]
     TimedOut,
 }
 

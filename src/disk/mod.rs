@@ -33,7 +33,7 @@ const MAX_ANSWER: u64 = 64 << 10;
 enum DiskError {
     #[error("usage: containerd-shim-nutshell-v2 disk inspect FILE [--json]")]
     Usage,
-    #[error("{}: {source}", path.display())]
+    #[error("cannot open {}: {source}", path.display())]
     Open { path: PathBuf, source: io::Error },
     #[error("cannot run the process that reads the image: {0}")]
     Start(#[source] io::Error),
@@ -194,7 +194,10 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         for path in [&fifo, folder.path(), Path::new("/dev/null"), Path::new("/no/such/file")] {
             let error = inspect(path).unwrap_err().to_string();
-            assert!(error.starts_with(&format!("{}: ", path.display())), "{error}");
+            assert!(
+                error.starts_with(&format!("cannot open {}: ", path.display())),
+                "{error}"
+            );
         }
     }
 

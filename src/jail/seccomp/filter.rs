@@ -12,7 +12,7 @@ use super::{Arguments, Call, CallList, Refusal};
 
 /// Why a list cannot be translated. Only a mistake in a list causes it.
 #[derive(Debug, thiserror::Error)]
-#[error("translate the list of system calls of thread {thread:?} (a bug in this executable): {source}")]
+#[error("cannot translate the list of system calls of thread {thread:?} (a bug in this executable): {source}")]
 pub(crate) struct FilterError {
     thread: &'static str,
     source: BackendError,

@@ -61,7 +61,7 @@ pub(crate) struct ServeContext {
 /// A failure that ends the shim.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("cannot prepare to serve: {0}")]
+    #[error("cannot start the server for containerd: {0}")]
     System(#[from] io::Error),
     #[error("cannot serve ttrpc: {0}")]
     Server(#[from] ttrpc::Error),

@@ -46,7 +46,7 @@ pub(crate) enum BootstrapError {
     #[error("cannot lock the pid file, which another shim may hold: {0}")]
     PidFile(#[from] RecordError),
     /// A system call failed.
-    #[error("{action}: {source}")]
+    #[error("cannot {action}: {source}")]
     System {
         /// The operation and its object.
         action: String,
@@ -107,20 +107,20 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
 fn prepare_process(options: &Options) -> Result<(), BootstrapError> {
     if env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
         create_core_scheduling_cookie(rustix::process::getpid(), CoreSchedulingScope::ProcessGroup)
-            .map_err(|error| system_error("SCHED_CORE: create a core scheduling cookie")(error.into()))?;
+            .map_err(|error| system_error("create a core scheduling cookie (SCHED_CORE)")(error.into()))?;
     }
     if let Some(cgroup) = &options.shim_cgroup {
         let processes = Path::new("/sys/fs/cgroup")
             .join(cgroup.trim_start_matches('/'))
             .join("cgroup.procs");
-        fs::write(&processes, "0").map_err(system_error(format!("join shim_cgroup: {}", processes.display())))?;
+        fs::write(&processes, "0").map_err(system_error(format!("join shim_cgroup: write {}", processes.display())))?;
     }
     let parent = format!("/proc/{}/oom_score_adj", parent_id());
-    let score = fs::read_to_string(&parent).map_err(system_error(&parent))?;
+    let score = fs::read_to_string(&parent).map_err(system_error(format!("read {parent}")))?;
     // The kernel prints a number from -1000 to 1000 there (proc_pid_oom_score_adj(5)).
     let score = score.trim().parse().unwrap_or(0).min(OOM_SCORE_ADJ_MAX - 1) + 1;
     let own = "/proc/self/oom_score_adj";
-    fs::write(own, score.to_string()).map_err(system_error(own))
+    fs::write(own, score.to_string()).map_err(system_error(format!("write {own}")))
 }
 
 /// The command that runs the shim.

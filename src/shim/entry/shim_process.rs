@@ -35,7 +35,7 @@ pub(crate) enum ShimProcessError {
     #[error(transparent)]
     Configuration(#[from] ConfigurationError),
     /// A system call failed.
-    #[error("{action}: {source}")]
+    #[error("cannot {action}: {source}")]
     System { action: &'static str, source: io::Error },
 }
 
@@ -102,7 +102,7 @@ fn detach() -> Result<(), ShimProcessError> {
     // and fs revert it.
     let _ = rustix::thread::disable_transparent_huge_pages(true);
     // Fails only for a process group leader. This process is not one, because `start` creates no group for it.
-    rustix::process::setsid().map_err(system_error("setsid"))?;
+    rustix::process::setsid().map_err(system_error("start a session (setsid)"))?;
     rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
         .map_err(system_error("become a subreaper"))?;
     unshare(CloneFlags::CLONE_NEWNS).map_err(system_error("unshare the mount namespace"))?;

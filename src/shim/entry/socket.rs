@@ -28,7 +28,7 @@ const BACKLOG: i32 = 4096;
 
 /// A socket that cannot be created or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("{action} socket {}: {source}", path.display())]
+#[error("cannot {action} socket {}: {source}", path.display())]
 pub(crate) struct SocketError {
     action: &'static str,
     path: PathBuf,

@@ -26,7 +26,7 @@ const LEFT_BEHIND: &str = "trusted.nutshell.left_behind";
 
 /// A failed change of a control group.
 #[derive(Debug, thiserror::Error)]
-#[error("control group {}: {step}: {source}", path.display())]
+#[error("control group {}: cannot {step}: {source}", path.display())]
 pub(crate) struct CgroupError {
     path: PathBuf,
     step: &'static str,

@@ -65,17 +65,17 @@ pub(crate) enum VmError {
     Kernel(String),
     #[error("the kernel of the disk: cannot {step}: {source}")]
     KernelMemory { step: &'static str, source: io::Error },
-    #[error("the kernel of the disk: {0}")]
+    #[error("cannot receive the kernel of the disk: {0}")]
     Stream(#[from] ControlError),
-    #[error("cannot duplicate a descriptor: {0}")]
+    #[error("cannot duplicate the descriptor of a disk or of a kernel: {0}")]
     Descriptors(#[source] io::Error),
-    #[error("the console: {0}")]
+    #[error("cannot prepare the streams of the console: {0}")]
     Console(#[source] io::Error),
     #[error("cannot connect the port of the guest agent: {0}")]
     GuestAgent(#[source] io::Error),
     #[error(transparent)]
     Network(#[from] NetworkError),
-    #[error("the network: {0}")]
+    #[error("cannot connect the virtual machine to its network: {0}")]
     Links(#[source] io::Error),
     #[error(transparent)]
     Pod(#[from] PodError),
@@ -83,7 +83,7 @@ pub(crate) enum VmError {
     #[error("a client has requested the end of the virtual machine")]
     Ended,
     /// The machine could not be built.
-    #[error("the virtual machine does not start: {0}")]
+    #[error("the virtual machine did not start: {0}")]
     Start(Arc<MachineExit>),
 }
 

@@ -21,7 +21,7 @@ pub(crate) enum MemoryError {
     #[error(transparent)]
     Vmm(#[from] VmmError),
     #[error(
-        "the limit of {} MiB is less than {} MiB, with which the virtual machine has booted",
+        "the limit of {} MiB is less than {} MiB, with which the virtual machine has booted: it never has less",
         memory >> 20,
         booted >> 20
     )]

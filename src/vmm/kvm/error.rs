@@ -6,7 +6,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KvmError {
     /// An ioctl failed; `what` is its purpose.
-    #[error("KVM: {what}: {source}")]
+    #[error("KVM: {what} failed: {source}")]
     Call { what: &'static str, source: io::Error },
     /// The descriptor from the shim is not the KVM device.
     #[error("/dev/kvm is not KVM's device: load the module kvm_intel or kvm_amd")]

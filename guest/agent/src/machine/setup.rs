@@ -14,7 +14,7 @@ use crate::sys;
 
 /// A failed step of the setup.
 #[derive(Debug, thiserror::Error)]
-#[error("{step}: {source}")]
+#[error("cannot set up the guest: {step}: {source}")]
 pub(crate) struct SetupError {
     step: &'static str,
     source: io::Error,
