@@ -81,7 +81,7 @@ impl Host {
             self.socket_lookup(),
             self.containerd(),
         ];
-        findings.extend(self.dynamic_cgroups());
+        findings.extend(self.favordynmods());
         findings
     }
 
@@ -123,7 +123,7 @@ impl Host {
     }
 
     /// `None` with cgroup v1, where the option does not matter.
-    fn dynamic_cgroups(&self) -> Option<Finding> {
+    fn favordynmods(&self) -> Option<Finding> {
         const SUBJECT: &str = "favordynmods";
         let mounts = self.read("proc/self/mountinfo").unwrap_or_default();
         let mount = mounts

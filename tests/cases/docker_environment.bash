@@ -1,7 +1,7 @@
 # Volumes, health, restarts and settings of Docker's containers. Sourced by tests/suites/docker.sh, after
 # tests/cases/docker_network.bash.
 
-namespaces_of_the_host_and_of_other_containers_are_refused_by_name() {
+namespaces_of_the_host_and_of_other_containers_are_refused_with_their_name() {
   start_container one --ipc shareable
   ! docker_run --rm --name two --network container:one busybox true 2>/run/tmp/err || return 1
   cat /run/tmp/err
@@ -49,7 +49,7 @@ tmpfs_has_its_size_and_options() {
   assert_equal 16777216 "$(docker_run --rm --shm-size 16m busybox sh -c 'echo $(($(stat -f -c "%b * %S" /dev/shm)))')"
 }
 
-socket_as_a_volume_is_refused_by_name() {
+socket_as_a_volume_is_refused_with_its_path() {
   ! docker_run --rm --volume /run/docker.sock:/run/docker.sock busybox true 2>/run/tmp/err || return 1
   cat /run/tmp/err
   assert_contains "$(</run/tmp/err)" "/run/docker.sock"
@@ -198,10 +198,10 @@ ten_containers_run_in_parallel() {
 }
 
 docker_environment_cases() {
-  docker_check "namespaces of the host and of other containers are refused by name" namespaces_of_the_host_and_of_other_containers_are_refused_by_name
+  docker_check "namespaces of the host and of other containers are refused with their name" namespaces_of_the_host_and_of_other_containers_are_refused_with_their_name
   docker_check "volumes keep and share files" volumes_keep_and_share_files
   docker_check "tmpfs has its size and options" tmpfs_has_its_size_and_options
-  docker_check "socket as a volume is refused by name" socket_as_a_volume_is_refused_by_name
+  docker_check "socket as a volume is refused with its path" socket_as_a_volume_is_refused_with_its_path
   docker_check "health status follows the health command" health_status_follows_the_health_command
   docker_check "restart policies are applied" restart_policies_are_applied
   docker_check "web and database work together" web_and_database_work_together

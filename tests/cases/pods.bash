@@ -14,7 +14,7 @@ sandbox_cases() {
   pod "containers share processes with shareProcessNamespace" namespaces::shared_processes
   pod "containers have the pod's host name, DNS settings and sysctls" namespaces::files_and_settings
   [[ $handler == runc ]] ||
-    pod "hostNetwork, hostPID and hostIPC are refused by name" namespaces::host_namespaces_are_refused
+    pod "hostNetwork, hostPID and hostIPC are refused with the name of the field" namespaces::host_namespaces_are_refused
   pod "crash, kill, out of memory and a missing program affect one container only" failures::failures_affect_one_container_only
   pod "pod without overhead that runs out of memory loses a process and not its machine" failures::pod_without_overhead_runs_out_of_memory
   pod "stop sends SIGTERM before SIGKILL" failures::stop_sends_sigterm_first
@@ -47,7 +47,7 @@ disk_cases() {
   pod "memory added during file I/O does not corrupt files" resources::growth_under_load
 }
 
-# With the image vm-raw.
+# Run by CI, with the image vm-raw.
 vm_cases() {
   pod "virtual machine has the pod's network and volumes" vms::machine_has_the_pods_network_and_volumes
   pod "virtual machine runs execs by its agent" vms::machine_runs_execs_by_its_agent
@@ -57,8 +57,8 @@ vm_cases() {
   pod "volumes of a virtual machine's pod are disks" vm_volumes::volumes_of_a_pod_are_disks
 }
 
-# With the image vm-raw.
-more_vm_cases() {
+# Left to `make soak`, with the image vm-raw.
+soak_vm_cases() {
   handler=nutshell-routed pod "virtual machine without a subnet is reached directly and through a Service" \
     vm_network::routed_machine_is_reached_directly_and_through_a_service
   pod "init container prepares the boot disk" vm_volumes::init_container_prepares_the_boot_disk

@@ -564,7 +564,7 @@ disk_boots_and_switches_off() {
   rm -r $folder
 }
 
-# With the images vm-raw and vm-zstd.
+# Run by CI, with the images vm-raw and vm-zstd.
 vm_cases() {
   check "qcow2 disk with zstd boots" qcow2_disk_with_zstd_boots
   check "reboot in the guest boots the same disk again" reboot_in_the_guest_boots_the_same_disk_again
@@ -573,8 +573,8 @@ vm_cases() {
   check "volumes are disks, seed and shared folders" volumes_are_disks_seed_and_shared_folders
 }
 
-# With the images debian and vm-qcow2 too.
-more_vm_cases() {
+# Left to `make soak`, with the images debian and vm-qcow2 too.
+soak_vm_cases() {
   check "raw disk boots" raw_disk_boots
   check "qcow2 disk with zlib boots" qcow2_disk_with_zlib_boots
   check "reboot ends the task if on-reboot is exit" reboot_ends_the_task_if_on_reboot_is_exit

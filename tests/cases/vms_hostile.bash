@@ -1,6 +1,7 @@
 # Virtual machines whose disk or guest makes trouble. Sourced by tests/suites/*.sh, after cases/vms.bash.
 
-# refused_disk EXPECTED: checks that a VM with the image in /run/tmp/image is refused with this text after the file's name.
+# refused_disk EXPECTED: checks that a VM with the image in /run/tmp/image is refused with this text after the file's
+# name.
 refused_disk() {
   refused_vm "cannot read the disk /disk/disk.qcow2: cannot build the virtual machine: disk nutshell-0: qcow2 base image: $1" \
     /run/tmp/image
@@ -20,7 +21,7 @@ patch_qcow2() {
 }
 
 # Each row is an image that another program could make, with the text by which it is refused.
-qcow2_images_that_cannot_be_used_are_refused_by_name() {
+qcow2_images_that_cannot_be_used_are_refused_with_the_reason() {
   local secret=(--object secret,id=key,data=secret)
   new_qcow2 -o data_file=/run/tmp/data,data_file_raw=on
   refused_disk 'its data is in another file (incompatible feature bit 2, "external data file")'
@@ -158,7 +159,7 @@ flooded_console_without_a_reader_neither_stalls_the_guest_nor_grows_the_host() {
 }
 
 hostile_vm_cases() {
-  check "qcow2 images that cannot be used are refused by name" qcow2_images_that_cannot_be_used_are_refused_by_name
+  check "qcow2 images that cannot be used are refused with the reason" qcow2_images_that_cannot_be_used_are_refused_with_the_reason
   check "flooded console without a reader neither stalls the guest nor grows the host" \
     flooded_console_without_a_reader_neither_stalls_the_guest_nor_grows_the_host
 }

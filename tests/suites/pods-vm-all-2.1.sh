@@ -12,5 +12,5 @@ mount --make-rshared /
 start_node 2.1 busybox vm-raw
 
 handler=nutshell
-more_vm_cases
+soak_vm_cases
 finish

@@ -13,7 +13,7 @@ set_up_containerd 2.1 debian vm-raw vm-qcow2 vm-zstd
 snapshotter=overlayfs
 
 vm_cases
-more_vm_cases
+soak_vm_cases
 vm_reboot_cases
 hostile_vm_cases
 finish

@@ -177,7 +177,7 @@ async fn annotation_removes_the_port() {
 }
 
 #[tokio::test]
-async fn what_the_agent_cannot_do_is_refused_by_name() {
+async fn exec_that_the_agent_cannot_run_is_refused_with_the_reason() {
     let shim = Shim::start().await;
     shim.run_vm("v1").await;
     shim.fake.start_guest_agent(|name, _| {

@@ -229,7 +229,7 @@ async fn power_button_without_a_listener_leaves_the_guest_running() {
 }
 
 #[tokio::test]
-async fn disks_with_one_name_are_refused_by_it() {
+async fn disks_with_the_same_name_are_refused_with_that_name() {
     let shim = Shim::start().await;
     let volume = shim.folder.path().join("volume");
     std::fs::create_dir(&volume).unwrap();

@@ -366,7 +366,7 @@ fn configuration_of_the_host_can_refuse_virtual_machines_and_limit_their_disks()
 }
 
 #[test]
-fn wrong_mount_is_refused_by_name() {
+fn wrong_mount_is_refused_with_its_path() {
     let mount = |destination: &str, options: &[&str]| {
         let mut spec = spec(&["vm"]);
         spec["mounts"] = json!([bind(destination, "/v", options)]);

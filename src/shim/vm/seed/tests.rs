@@ -385,7 +385,7 @@ fn largest_files_fit_on_a_disk() {
 }
 
 #[test]
-fn keys_that_a_disk_cannot_have_are_refused_by_name_and_limit() {
+fn keys_that_a_disk_cannot_have_are_refused_with_their_name_and_the_limit() {
     let large = vec![0; usize::try_from(MAX_KEY_SIZE).unwrap()];
     let too_large = [&large[..], b"x"].concat();
     let too_long = "k".repeat(254);
