@@ -202,7 +202,7 @@ impl Counters {
         waiting.collect()
     }
 
-    /// The present values.
+    /// The current values.
     pub(crate) fn read(&self) -> DeviceCounters {
         let value = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         DeviceCounters {

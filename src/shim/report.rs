@@ -85,7 +85,7 @@ pub(crate) struct MachineReport {
     pub(crate) sandbox: String,
     /// The pid of its file server, if it has one.
     pub(crate) file_server_pid: Option<u32>,
-    /// Its present memory, in bytes.
+    /// Its current memory, in bytes.
     pub(crate) memory_bytes: u64,
     pub(crate) vcpus: u8,
     /// The kernel's release in the guest; `None` before the agent is ready.

@@ -187,7 +187,7 @@ impl Pod {
         self.admissions.admit(creation)
     }
 
-    /// The present machine.
+    /// The current machine.
     pub(crate) fn machine(&self) -> Arc<Machine> {
         self.machine.lock().clone()
     }
@@ -333,12 +333,12 @@ impl Pod {
         self.cgroup.as_ref().and_then(ControlGroup::memory_limit)
     }
 
-    /// The present size of the machine.
+    /// The current size of the machine.
     pub(crate) fn current_size(&self) -> Size {
         *self.current_size.lock()
     }
 
-    /// Calls `change` with the present size and that of `wanted` unless they are equal, and records the new size if it
+    /// Calls `change` with the current size and that of `wanted` unless they are equal, and records the new size if it
     /// succeeds. Concurrent calls run one after the other.
     pub(crate) async fn resize<F>(
         &self,

@@ -144,9 +144,9 @@ impl VirtualMachine {
     }
 
     /// The vCPUs of its guest, and the memory after the last change.
-    pub(crate) fn present_size(&self) -> Size {
+    pub(crate) fn current_size(&self) -> Size {
         Size {
-            memory: self.memory.present(),
+            memory: self.memory.current(),
             ..self.size.boot
         }
     }

@@ -48,8 +48,8 @@ pub(super) struct MachineMemory {
 struct Sizes {
     /// The memory with which the running machine has booted. It never has less.
     booted: u64,
-    /// The memory that it has, and with which it boots next.
-    present: u64,
+    /// The memory that it has now, and with which it boots next.
+    current: u64,
 }
 
 impl MachineMemory {
@@ -57,7 +57,7 @@ impl MachineMemory {
     pub(super) fn new(memory: u64) -> Self {
         let sizes = Sizes {
             booted: 0,
-            present: memory,
+            current: memory,
         };
         Self {
             changing: tokio::sync::Mutex::default(),
@@ -66,23 +66,24 @@ impl MachineMemory {
     }
 
     /// The memory that the guest has, in bytes.
-    pub(super) fn present(&self) -> u64 {
-        self.sizes.lock().present
+    pub(super) fn current(&self) -> u64 {
+        self.sizes.lock().current
     }
 
     /// Begins a boot. The memory does not change before the result is dropped.
     pub(super) async fn begin_boot(&self) -> Booting<'_> {
         let changing = self.changing.lock().await;
         let mut sizes = self.sizes.lock();
-        sizes.booted = sizes.present;
+        sizes.booted = sizes.current;
         Booting {
-            memory: sizes.present,
+            memory: sizes.current,
             _changing: changing,
         }
     }
 
     /// Changes the size to `memory` bytes, in the guest too if it runs in the machine that `running` returns. The
-    /// change is undone if it fails or the guest's kernel does not take part in time. Concurrent calls run one after the other.
+    /// change is undone if it fails, or if the guest's kernel does not add or remove the memory in time. Concurrent
+    /// calls run one after the other.
     pub(super) async fn set(
         &self,
         running: impl FnOnce() -> Option<Arc<Machine>>,
@@ -90,8 +91,8 @@ impl MachineMemory {
         memory: u64,
     ) -> Result<(), MemoryError> {
         let _changing = self.changing.lock().await;
-        let Sizes { booted, present } = *self.sizes.lock();
-        if memory == present {
+        let Sizes { booted, current } = *self.sizes.lock();
+        if memory == current {
             return Ok(());
         }
         if let Some(machine) = running() {
@@ -100,10 +101,10 @@ impl MachineMemory {
                     .checked_sub(booted)
                     .ok_or(MemoryError::TooSmall { memory, booted })
             };
-            let (wanted, before) = (added(memory)?, added(present)?);
-            let action = if memory > present { "add" } else { "remove" };
+            let (wanted, before) = (added(memory)?, added(current)?);
+            let action = if memory > current { "add" } else { "remove" };
             let change = async {
-                let used_before = match memory > present {
+                let used_before = match memory > current {
                     true => used_memory(&machine).await?,
                     false => None,
                 };
@@ -115,7 +116,7 @@ impl MachineMemory {
                 }
                 match used_before {
                     // The kernel needs a part of the memory for itself.
-                    Some(used) => wait_until_used(&machine, used.saturating_add((memory - present) / 2)).await,
+                    Some(used) => wait_until_used(&machine, used.saturating_add((memory - current) / 2)).await,
                     None => Ok(()),
                 }
             };
@@ -127,7 +128,7 @@ impl MachineMemory {
                 return Err(error);
             }
         }
-        self.sizes.lock().present = memory;
+        self.sizes.lock().current = memory;
         Ok(())
     }
 }

@@ -46,8 +46,8 @@ fn set_online_vcpus(cpu_directory: &Path, count: u32) -> io::Result<()> {
         }
     }
     if switches.len() + 1 < count as usize {
-        let present = switches.len() + 1;
-        return Err(io::Error::other(format!("the machine has only {present} vCPUs")));
+        let available = switches.len() + 1;
+        return Err(io::Error::other(format!("the machine has only {available} vCPUs")));
     }
     Ok(())
 }

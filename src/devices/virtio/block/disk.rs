@@ -97,7 +97,7 @@ impl Capacity {
         Self(AtomicU64::new(sectors.min(Self::max())))
     }
 
-    /// The present capacity, which only grows.
+    /// The current capacity, which only grows.
     pub(super) fn sectors(&self) -> u64 {
         self.0.load(Ordering::SeqCst) & Self::max()
     }

@@ -63,7 +63,7 @@ pub(in crate::shim::tasks) fn virtual_machine_stats(
     container: &Container,
     machine: &VirtualMachine,
 ) -> Result<ContainerStats, TaskError> {
-    let (pid, size) = (container.pod.machine().pid(), machine.present_size());
+    let (pid, size) = (container.pod.machine().pid(), machine.current_size());
     process_statistics(pid, size).map_err(|error| {
         let text = format!("cannot read the statistics of the vmm process {pid}: {error}");
         TaskError::new(ErrorCode::FailedPrecondition, text)

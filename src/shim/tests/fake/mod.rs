@@ -410,12 +410,12 @@ impl Fake {
         output.write_all(bytes).unwrap();
     }
 
-    /// Ends the guest of the present machine.
+    /// Ends the guest of the current machine.
     pub(super) fn end_guest(&self, reason: EndReason) {
         self.end_guest_after(reason, "the last line");
     }
 
-    /// Resets the present machine after a panic of its guest, which writes `line`.
+    /// Resets the current machine after a panic of its guest, which writes `line`.
     pub(super) fn panic_guest(&self, line: &str) {
         self.end_guest_after(EndReason::GuestReset, line);
     }
