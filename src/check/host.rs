@@ -64,7 +64,6 @@ impl Host {
         Self { root: root.into() }
     }
 
-    /// Examines the host.
     pub(super) fn examine(&self) -> Vec<Finding> {
         let mut findings = vec![
             self.virtualization(),

@@ -30,7 +30,6 @@ pub(crate) trait Device: Send {
     /// The device ID (virtio 1.3 §5).
     fn device_id(&self) -> u32;
 
-    /// The counters of the device.
     fn counters(&self) -> Arc<Counters>;
 
     /// The offered features, [`COMMON_FEATURES`] included.

@@ -134,7 +134,6 @@ impl DeviceQueue {
         &self.queue
     }
 
-    /// The error of this queue.
     pub(crate) fn error(&self, fault: impl Into<QueueFault>) -> QueueError {
         QueueError {
             queue: self.index,

@@ -172,7 +172,6 @@ mod tests {
         }
     }
 
-    /// The spec for the guest.
     fn guest_spec(plan: &Plan) -> Value {
         serde_json::from_slice(&plan.spec).unwrap()
     }

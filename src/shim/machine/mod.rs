@@ -418,7 +418,6 @@ impl Machine {
         }
     }
 
-    /// Whether it has ended.
     pub(crate) fn has_ended(&self) -> bool {
         self.state.exit.borrow().is_some()
     }

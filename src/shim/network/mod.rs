@@ -325,7 +325,6 @@ impl NetworkState {
         }
     }
 
-    /// Removes all redirects.
     async fn remove_redirects(&mut self) {
         let redirects = std::mem::take(&mut self.redirects);
         self.remove(redirects).await;

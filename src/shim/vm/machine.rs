@@ -361,7 +361,6 @@ impl VirtualMachine {
         self.pace.lock().started.elapsed() < SHORT_RUN
     }
 
-    /// Whether a guest runs.
     pub(crate) fn is_running(&self) -> bool {
         self.running.lock().is_some()
     }

@@ -75,7 +75,6 @@ impl DiskSlots {
         Some(slot.reserved.unplugger())
     }
 
-    /// The counters of the disks in the slots.
     pub(in crate::vmm) fn counters(&self) -> impl Iterator<Item = &Arc<Counters>> {
         self.slots.iter().filter_map(|slot| slot.counters.as_ref())
     }

@@ -236,7 +236,6 @@ impl Pod {
         })
     }
 
-    /// The status of the pod.
     pub(crate) fn status(&self) -> PodSandboxStatus {
         let request = PodSandboxStatusRequest {
             pod_sandbox_id: self.id.clone(),
@@ -392,7 +391,6 @@ pub(crate) struct Container {
 }
 
 impl Container {
-    /// Starts the container.
     pub(crate) fn start(&self) -> Result<(), CallError> {
         let container_id = self.id.clone();
         call(&StartContainerRequest { container_id }).map(drop)
@@ -414,7 +412,6 @@ impl Container {
         call(&RemoveContainerRequest { container_id }).unwrap();
     }
 
-    /// The status of the container.
     pub(crate) fn status(&self) -> ContainerStatus {
         let request = ContainerStatusRequest {
             container_id: self.id.clone(),

@@ -87,7 +87,6 @@ impl Pumps {
         }
     }
 
-    /// Removes all pumps of a container.
     pub(super) fn remove_container(&mut self, container: &str) {
         self.pumps.retain(|_, entry| &*entry.container != container);
     }

@@ -59,7 +59,6 @@ impl Cgroup {
         &self.path
     }
 
-    /// Creates the cgroup.
     pub(crate) fn create(&self) -> io::Result<()> {
         fs::create_dir(&self.path)
     }
@@ -102,7 +101,6 @@ impl Cgroup {
     }
 }
 
-/// Returns the cgroup of a process.
 pub(crate) fn of_process(pid: Pid) -> io::Result<Cgroup> {
     let text = fs::read_to_string(format!("/proc/{}/cgroup", pid.as_raw_nonzero()))?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::"));

@@ -49,7 +49,6 @@ pub(super) struct MachineSettings {
     pub(super) sysctls: Vec<(String, String)>,
 }
 
-/// Parses a spec.
 pub(super) fn parse(json: &[u8]) -> Result<Spec, Failure> {
     serde_json::from_slice(json).map_err(|error| Failure::invalid(format!("cannot parse the OCI spec: {error}")))
 }

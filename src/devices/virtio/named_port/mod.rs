@@ -67,7 +67,6 @@ const MAX_DROPPED_PER_TURN: usize = 64 << 10;
 /// The data of the socket's epoll entry. That of a kick is its queue.
 const SOCKET: u64 = u64::MAX;
 
-/// The device.
 #[derive(Debug)]
 pub(crate) struct NamedPort {
     name: &'static str,

@@ -102,9 +102,7 @@ pub(super) struct Connection {
     guest_fwd_cnt: Wrapping<u32>,
     response_due: bool,
     credit_update_due: bool,
-    /// The guest has shut down receiving.
     guest_receive_shut_down: bool,
-    /// The guest has shut down sending.
     guest_send_shut_down: bool,
     /// The guest has sent a RESET: it gets no more packets.
     guest_reset: bool,

@@ -74,7 +74,6 @@ impl GuestAgent {
         within(limit, "guest-sync-delimited", connection.synchronize()).await
     }
 
-    /// The version of the agent.
     pub(crate) async fn version(&self) -> Result<String, GuestAgentError> {
         let info: Info = self.run(&Command::Info).await?;
         Ok(info.version())
