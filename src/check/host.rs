@@ -7,10 +7,10 @@ use std::{
     path::PathBuf,
 };
 
-/// The fewest process ids that a node with many pods needs: each pod takes some for its processes and containers.
+/// The lowest `kernel.pid_max` that suffices for a node with many pods, each of which has several processes.
 const MIN_PID_MAX: u64 = 1 << 16;
 
-/// The fewest open files of the system.
+/// The lowest `fs.file-max` that suffices for such a node.
 const MIN_FILE_MAX: u64 = 1 << 18;
 
 /// The first kernel whose BPF programs can select the socket of a connection, which port forwarding to loopback uses.

@@ -1,8 +1,8 @@
 //! `containerd-shim-nutshell-v2 check` reports whether this host can run guests. It boots a guest without containers,
 //! in the same jail and with the same code as a pod's, prints the result, and ends the guest. A table of the host's
 //! settings follows, with advice ([`host`]). An argument after `check` is added to the guest kernel's command line, and
-//! the kernel's log is then printed in place of the table. `check --system-calls` boots nothing, and prints which system
-//! calls the jailed processes may make, and why ([`system_calls`]).
+//! the kernel's log is then printed in place of the table. `check --system-calls` boots nothing, and prints which
+//! system calls the jailed processes may make, and why ([`system_calls`]).
 //!
 //! Belongs here: what an administrator wants to know of a host. Does not belong here: anything that a pod needs; the
 //! executable's `main` is the only caller.

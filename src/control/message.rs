@@ -25,8 +25,8 @@ pub(crate) const GUEST_AGENT_PORT: &str = "org.qemu.guest_agent.0";
 pub(crate) enum Command {
     /// Builds the machine and runs it. The first command, sent once.
     ///
-    /// Descriptors: `/dev/kvm`; the file with the guest's kernel; those of [`Software`]; if `file_server`, the connected
-    /// vhost-user socket of the fs process; then those of each disk ([`DiskAccess`]).
+    /// Descriptors: `/dev/kvm`; the file with the guest's kernel; those of [`Software`]; if `file_server`, the
+    /// connected vhost-user socket of the fs process; then those of each disk ([`DiskAccess`]).
     Boot(MachineConfig, Software),
     /// Presses the power button of a machine with [`Software::User`]. The guest may ignore it.
     PressPowerButton,
@@ -175,7 +175,8 @@ pub(crate) enum DiskAccess {
     ReadWrite,
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,
-    /// Descriptor: a file of this project, open for reading. The disk is a part of it, and zeroes up to a whole sector.
+    /// Descriptor: a file of this project, open for reading. The disk is a part of it, padded with zeroes to a whole
+    /// sector.
     ReadOnlyPart(Extent),
     /// Descriptors: the base image, open for reading; its copy-on-write file, open for reading and writing, which is
     /// empty or was used with the same image before. No other vmm may have it.
@@ -307,8 +308,8 @@ pub(crate) fn monotonic_now() -> Duration {
 pub(crate) enum EndReason {
     /// The machine could not be built. The text has the cause and, if there is one, the remedy.
     BuildFailed(String),
-    /// The guest reset itself, after a kernel panic, a triple fault, or a fatal error of the agent. A user's kernel does
-    /// so to reboot.
+    /// The guest reset itself, after a kernel panic, a triple fault, or a fatal error of the agent. A user's kernel
+    /// does so to reboot.
     GuestReset,
     /// The guest switched the machine off.
     GuestPowerOff,

@@ -1,8 +1,8 @@
 //! The control channel between shim and vmm.
 //!
 //! Belongs here: the messages ([`Command`] to the vmm, [`Notice`] to the shim), the socket that carries them
-//! ([`Channel`]), and the limit that both ends set to warnings ([`RateLimit`]). Does not belong here: the handling of a
-//! message. The shim sends commands (`shim/machine`), the vmm executes them (`vmm/event_loop.rs`).
+//! ([`Channel`]), and the rate limit that both ends apply to warnings ([`RateLimit`]). Does not belong here: the
+//! handling of a message. The shim sends commands (`shim/machine`), the vmm executes them (`vmm/event_loop.rs`).
 //!
 //! Both ends are the same executable, so messages carry no version. The shim still treats everything that the vmm
 //! sends as hostile: the vmm is the process that a guest attacks first. The vmm receives every host resource over this

@@ -87,7 +87,7 @@ struct QueueState {
     waits: AtomicU64,
     /// An [`Obstacle`], of the last wait.
     obstacle: AtomicU8,
-    /// If the driver must accept used chains soon: what it has accepted.
+    /// What the driver has accepted. `None` if it need not accept used chains soon.
     acceptance: Mutex<Option<Box<dyn Acceptance>>>,
 }
 

@@ -1,5 +1,5 @@
-//! `containerd-shim-nutshell-v2 disk inspect FILE` reports how the vmm would use an image as the base of a disk, without
-//! a machine: its format, its size, what is allocated, or why it is refused.
+//! `containerd-shim-nutshell-v2 disk inspect FILE` reports how the vmm would use an image as the base of a disk,
+//! without a machine: its format, its size, what is allocated, or why it is refused.
 //!
 //! An image is hostile input, and the user is root. So this process opens the file and starts a child, the
 //! [`inspector`], which gives up all privileges before it reads the file, in the same jail as a vmm.

@@ -125,9 +125,10 @@ impl Queues {
             count if count > queue.size() => return Err(RingError::InvalidAvailRingIndex),
             _ => {}
         }
-        // Not before: the buffers of the request may be in memory that was added just before the request.
+        // Read after the available index: the buffers of the request may be in memory that was added just before the
+        // request.
         let memory = self.memory.memory();
-        // None if the entry of the ring is invalid. It would be found again and again.
+        // `None` if the entry of the ring is invalid. It stays in the ring, so trying again would not help.
         let chain = queue
             .pop_descriptor_chain(memory.clone())
             .ok_or(RingError::InvalidChain)?;

@@ -11,7 +11,7 @@ use virtiofsd::filesystem::ROOT_ID;
 
 use super::node_id::ROOTFS;
 
-/// Nodes that the guest has looked up, by virtiofsd's ids. A node of a volume is not in it, which costs nothing.
+/// Nodes of root file systems that the guest has looked up, by virtiofsd's ids. Nodes of volumes are not stored.
 #[derive(Debug, Default)]
 pub(super) struct RootfsNodes {
     nodes: Mutex<HashMap<u64, Node>>,

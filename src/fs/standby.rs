@@ -49,7 +49,7 @@ pub(super) trait ServeQueue: Send + Sync + 'static {
 /// A thread that serves the queues.
 #[derive(Debug, Default)]
 pub(super) struct Worker {
-    /// When the request began that it handles, in milliseconds since [`Standby::epoch`], at least 1. 0 between
+    /// When the request that it handles began, in milliseconds since [`Standby::epoch`], at least 1. 0 between
     /// requests.
     started: AtomicU64,
     /// Another thread serves the queues, because a request hung.
@@ -93,7 +93,7 @@ impl Standby {
     /// Runs `handle`, a request that may hang, on the thread of `worker`.
     pub(super) fn watch<T>(&self, worker: &Worker, handle: impl FnOnce() -> T) -> T {
         worker.started.store(self.now(), Ordering::Release);
-        // The timer runs on while there are requests, so that most of them need not arm it.
+        // The timer stays armed while requests keep coming, so that most of them need not arm it.
         if !self.is_armed.load(Ordering::Acquire) && !self.is_armed.swap(true, Ordering::AcqRel) {
             self.arm(HANG_LIMIT);
         }
@@ -217,7 +217,8 @@ impl Standby {
     fn serve(&self, queues: &impl ServeQueue, rings: &[VringMutex<Memory>], worker: &Worker) -> io::Result<()> {
         let epoll = Epoll::new()?;
         for ring in rings {
-            // Edge-triggered, so that the main thread need not find the event consumed.
+            // Edge-triggered, so that this thread does not read the eventfd: the main thread must still find it
+            // readable.
             if let Some(kick) = ring.get_ref().get_kick() {
                 let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
                 epoll.ctl(ControlOperation::Add, kick.as_raw_fd(), event)?;

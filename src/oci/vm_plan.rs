@@ -73,8 +73,8 @@ pub(crate) struct VmImage {
 /// What identifies a virtual machine to its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum VmIdentity {
-    /// It is outside of Kubernetes. The path of its bundle has the names of containerd's namespace and of the container,
-    /// which keep their writes when the container starts again.
+    /// It is outside of Kubernetes. The path of its bundle contains the names of containerd's namespace and of the
+    /// container. The guest's writes are kept when the same container starts again.
     Bundle(PathBuf),
     /// Its root ends with its pod, which has this UID.
     Pod(String),
@@ -165,7 +165,8 @@ pub(crate) enum DiskSource {
 /// What a volume contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DiskContent {
-    /// Its files decide: `disk.img` is a raw disk that is written, and any other single file an image that is not.
+    /// Its files decide: `disk.img` is a raw disk that the guest writes, and any other single file is an image that is
+    /// never written.
     Detected,
     /// As detected, but the writes of the guest end with the container also for a raw disk.
     Ephemeral,

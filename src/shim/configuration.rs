@@ -9,7 +9,7 @@
 //! kernel = "/path/to/vmlinux"
 //! initramfs = "/path/to/initramfs.cpio"   # from the same build as this executable
 //! kernel_arguments = ""          # appended to the kernel's command line
-//! board = "container"            # or "pc": PCI and ACPI, for a kernel that has them; the embedded one has not
+//! board = "container"            # or "pc": PCI and ACPI, for a kernel that supports them; the embedded one does not
 //! ready_timeout_seconds = 8      # how long the boot may make no progress; a boot may take 30 times that in total
 //! shell = true                   # whether root may open a shell in a guest
 //!

@@ -121,7 +121,8 @@ pub(super) fn start(
     };
     let rng = SharedDevice::new(Rng::default());
     let [rng_kick] = kicks(add(Box::new(rng.clone()))?)?;
-    // In a container's guest, the agent does this.
+    // Its statistics show whether a guest without an agent uses added memory. In other guests, the agent brings the
+    // memory online.
     let balloon = SharedDevice::new(Balloon::new(grows_at_boot));
     let mut balloon_kicks = add(Box::new(balloon.clone()))?.into_iter().skip(balloon::UNUSED_QUEUES);
     let [balloon_kick] = kicks(balloon_kicks.by_ref().take(1).collect())?;

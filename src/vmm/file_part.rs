@@ -6,7 +6,7 @@ use nutshell_disk_image::{SECTOR_SIZE, io::ReadAt};
 
 use crate::control::Extent;
 
-/// A part of a file, with zeroes up to a whole sector.
+/// A part of a file, padded with zeroes to a whole sector.
 #[derive(Debug)]
 pub(super) struct FilePart {
     file: File,

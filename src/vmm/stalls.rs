@@ -9,7 +9,7 @@ use std::{
 
 use crate::devices::counters::{Counters, Pending};
 
-/// How long a queue or stream must make no progress until it is reported.
+/// How long a queue or stream makes no progress before it is reported.
 const STALL_LIMIT: Duration = Duration::from_secs(10);
 
 /// The queues and streams that waited at the last check, by device and place.

@@ -35,10 +35,11 @@ mod kvm {
     pub(super) const SET_XCRS: u32 = 0x4188_aea7;
 }
 
-/// The first ones of each list: the kernel compares the values one after the other at each entry into the guest.
+/// The ioctls of a vCPU. They come first in each list that has them: the kernel compares the number of an ioctl with
+/// the values one after the other, each time a vCPU enters the guest.
 const VCPU_CALLS: &[Call] = &[allowed!(
     SYS_ioctl[1] in [kvm::RUN, kvm::IRQFD, kvm::IOEVENTFD, kvm::SET_GSI_ROUTING, kvm::GET_REGS],
-    "the guest; interrupts and doorbells of PCI devices, which move; the place of an instruction that KVM cannot emulate"
+    "running a guest; interrupts and doorbells of PCI devices; the address of an instruction that KVM cannot emulate"
 )];
 
 /// The thread of a vCPU. It activates devices, and the threads of their queues inherit its list.
@@ -107,7 +108,7 @@ const BUILD_CALLS: &[Call] = &[
         SYS_ioctl[1] in [
             kvm::GET_API_VERSION, kvm::CREATE_VM, kvm::SET_TSS_ADDR, kvm::SET_IDENTITY_MAP_ADDR, kvm::CREATE_IRQCHIP
         ],
-        "the machine"
+        "creating the machine"
     ),
     allowed!(SYS_memfd_create, "the guest's memory"),
     allowed!(SYS_fcntl[1] in [libc::F_ADD_SEALS as u32, libc::F_GET_SEALS as u32], "the guest's memory"),

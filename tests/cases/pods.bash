@@ -1,7 +1,7 @@
 # Pods as a kubelet creates them: life cycle, namespaces, failures, streams, network, resources. The cases are in
 # tests/cri/src/cases. Sourced after lab/pods.bash.
 
-# What depends on the API by which the sandbox is created.
+# The cases that depend on the API by which the sandbox is created.
 sandbox_cases() {
   pod "pod with one container runs it to completion" pods::run_to_completion
   pod "init containers run in sequence, then the other containers together" pods::init_containers
@@ -24,7 +24,7 @@ sandbox_cases() {
     pod "machine is in the pod's cgroup with the cgroupfs and the systemd driver" resources::cgroup_of_both_drivers
 }
 
-# Every case. What is not in sandbox_cases is the same with both APIs once the sandbox has started.
+# Every case. Those that are not in sandbox_cases test what is the same with both APIs once the sandbox has started.
 pod_cases() {
   sandbox_cases
   pod "one probe a second does not grow the shim" streams::probes

@@ -78,8 +78,8 @@ assert_memory_grows_less_than() {
   }
 }
 
-# Makes a program for the guest that writes 1 MiB to the serial port, four bytes at a time. Linux's driver writes one, and
-# would take minutes here. Prints its path.
+# Makes a program for the guest that writes 1 MiB to the serial port, four bytes at a time. Linux's driver writes one,
+# and would take minutes here. Prints its path.
 make_flood() {
   as -o /run/tmp/flood.o - <<'ASSEMBLY'
 .globl _start

@@ -15,7 +15,7 @@ use crate::devices::counters::Counters;
 /// The number of mandatory queues, which are not used: inflate and deflate.
 pub(crate) const UNUSED_QUEUES: usize = 2;
 
-/// The size of those and of the statistics queue, in which a driver has one buffer.
+/// The size of the unused queues, and of the statistics queue, in which a driver has one buffer.
 const SMALL_QUEUE_SIZE: u16 = 16;
 
 const REPORTING_QUEUE_SIZE: u16 = 64;
@@ -90,7 +90,7 @@ impl Balloon {
         let Some(statistics) = &mut self.statistics else {
             return Ok(None);
         };
-        // One for each turn, so that a guest that keeps adding buffers cannot occupy this thread.
+        // One buffer per call, so that a guest that keeps adding buffers cannot occupy this thread.
         let chain = statistics.queue.pop()?;
         if statistics.queue.resume_kicks()? {
             statistics.queue.kick_again()?;
@@ -155,7 +155,7 @@ impl Device for Balloon {
         COMMON_FEATURES | PAGE_REPORTING | statistics
     }
 
-    /// Queues of features that are not offered are not counted, as in Linux.
+    /// Only queues of offered features have a number, as Linux expects.
     fn queue_sizes(&self) -> Vec<u16> {
         let mut sizes = vec![SMALL_QUEUE_SIZE; UNUSED_QUEUES];
         sizes.extend(self.offers_statistics.then_some(SMALL_QUEUE_SIZE));

@@ -83,7 +83,8 @@ struct UsedRing {
 }
 
 impl Acceptance for UsedRing {
-    /// With VIRTIO_F_EVENT_IDX, a driver that waits for an interrupt has written the index (virtio 1.3 §2.7.7.1).
+    /// With VIRTIO_F_EVENT_IDX, a driver that waits for an interrupt has written to `used_event` up to which index it
+    /// has accepted chains (virtio 1.3 §2.7.7.1).
     fn unaccepted(&self) -> Option<(u16, u16)> {
         let load = |address| {
             self.rings
@@ -141,7 +142,8 @@ impl DeviceQueue {
         }
     }
 
-    /// `None` if the driver does not report what it has accepted.
+    /// What the driver has accepted, for a thread that does not serve the queue. `None` if the driver does not report
+    /// it.
     pub(crate) fn acceptance(&self) -> Option<Box<dyn Acceptance>> {
         if !self.queue.event_idx_enabled() {
             return None;

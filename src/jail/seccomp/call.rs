@@ -14,7 +14,7 @@ pub(crate) struct CallList {
 }
 
 impl CallList {
-    /// All allowed calls. A call can be in several groups, with other arguments.
+    /// All allowed calls. A call can be in several groups, with different arguments.
     pub(crate) fn calls(&self) -> impl Iterator<Item = &'static Call> + use<> {
         self.allowed.iter().flat_map(|group| group.iter())
     }

@@ -39,7 +39,7 @@ pub(super) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
             (Allowed::If(all), Some(rules)) => all.extend(rules),
         }
     }
-    // For seccompiler, a call without rules is allowed always.
+    // seccompiler always allows a call that has no rules.
     let rules = allowed.into_iter().map(|(number, allowed)| match allowed {
         Allowed::Always => (number, Vec::new()),
         Allowed::If(rules) => (number, rules),
@@ -61,7 +61,7 @@ pub(super) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
     Ok(refusals.into_iter().chain(program).collect())
 }
 
-/// `None` if the arguments do not matter.
+/// The rules for the arguments of `call`. `None` if any are allowed.
 fn rules(call: &Call) -> Result<Option<Vec<SeccompRule>>, BackendError> {
     let rule = |index, operator, value: u32| {
         let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value.into())?;
@@ -84,7 +84,8 @@ const fn lower_half(code: u32) -> u16 {
 }
 
 /// Instructions that make calls fail. They precede the program of seccompiler, which has one action for all calls that
-/// it does not allow. They need no check of the architecture: the other numberings only fail too.
+/// it does not allow. They do not check the architecture: a call of another architecture that has one of these numbers
+/// fails too, and the program of seccompiler ends the process at any other.
 fn refuse(calls: &[Refusal]) -> Vec<sock_filter> {
     const LOAD_NUMBER: u16 = lower_half(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS);
     const JUMP_IF_EQUAL: u16 = lower_half(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K);

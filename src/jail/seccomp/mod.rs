@@ -1,12 +1,12 @@
 //! Lists of the system calls that a jailed process and each of its threads may make (seccomp(2)).
 //!
-//! A process first installs the list of its role, which all its threads inherit, and then each thread installs a list of
-//! its own. A call must be on both. A call that is not on a list ends the process with a message that names role, thread
-//! and call ([`violation`]).
+//! A process first installs the list of its role, which all its threads inherit, and then each thread installs a list
+//! of its own. A call must be on both. A call that is not on a list ends the process with a message that names role,
+//! thread and call ([`violation`]).
 //!
 //! Belongs here: the form of a list, its translation to a filter, and the calls that every Rust thread makes
-//! ([`runtime`]). Does not belong here: the lists, which are beside the code that needs the calls. `jail::enter` and the
-//! start of each thread call it.
+//! ([`runtime`]). Does not belong here: the lists, which are beside the code that needs the calls. `jail::enter` and
+//! each thread that starts call this module.
 
 mod call;
 mod filter;

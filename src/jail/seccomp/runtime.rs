@@ -18,7 +18,7 @@ const PR_GET_AUXV: u32 = 0x4155_5856;
 
 const PROT_EXEC: u32 = libc::PROT_EXEC as u32;
 
-/// What every thread needs.
+/// The calls of every thread.
 pub(crate) const EVERY_THREAD: &[Call] = &[
     allowed!(SYS_brk, "the allocator"),
     allowed!(SYS_mmap[2] without PROT_EXEC, "the allocator, stacks of threads"),
@@ -60,7 +60,7 @@ pub(crate) const EVERY_THREAD: &[Call] = &[
     allowed!(SYS_exit_group, "the end of the process"),
 ];
 
-/// What a thread needs that waits with epoll.
+/// The calls of a thread that waits with epoll.
 pub(crate) const WAIT_FOR_EVENTS: &[Call] = &[
     allowed!(SYS_epoll_create1, "the wait for events"),
     allowed!(SYS_epoll_ctl, "the wait for events"),
@@ -71,7 +71,7 @@ pub(crate) const WAIT_FOR_EVENTS: &[Call] = &[
 /// glibc's signal with which a change of the user reaches all threads (`SIGSETXID` in nptl).
 const SIGSETXID: u32 = 33;
 
-/// What a thread needs that starts other threads, and what these need until they install their own list.
+/// The calls of a thread that starts other threads, and those of the new threads until they install their own list.
 pub(crate) const START_OF_THREADS: &[Call] = &[
     allowed!(SYS_clone[0] in [THREAD_FLAGS], "the start of a thread"),
     allowed!(SYS_rt_sigaction[0] in [SIGSETXID], "the first start of a thread"),
@@ -82,14 +82,14 @@ pub(crate) const START_OF_THREADS: &[Call] = &[
     allowed!(SYS_seccomp, "the list of a thread"),
 ];
 
-/// Calls that the C library makes although there is a fallback.
+/// Calls that fail instead of ending the process, because the C library or Rust continues without them.
 pub(crate) const REFUSED: &[Refusal] = &[
     // A filter cannot check its flags, which are in memory.
     refused!(SYS_clone3, ENOSYS, "the start of a thread: glibc then uses clone"),
     refused!(SYS_getcwd, ENOENT, "a backtrace shortens paths"),
 ];
 
-/// For a thread that opens no files.
+/// [`REFUSED`], and calls that open files, for a thread that opens none.
 pub(crate) const REFUSED_WITHOUT_FILES: &[Refusal] = &[
     refused!(SYS_clone3, ENOSYS, "the start of a thread: glibc then uses clone"),
     refused!(

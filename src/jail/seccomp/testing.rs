@@ -25,7 +25,7 @@ pub(crate) fn limit_thread(list: &CallList) {
     super::install(list).unwrap();
 }
 
-/// What came of a call.
+/// The outcome of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// SIGSYS has ended the process.
@@ -36,7 +36,7 @@ pub(crate) enum Outcome {
     Allowed,
 }
 
-/// The exit statuses of the child: an error of the call is added to the first one.
+/// The exit status of the child after a call that succeeded. After a call that failed, the status is the errno.
 const SUCCEEDED: i32 = 0;
 
 /// Makes the call `number` in a child process that is limited to `list`.

@@ -1,10 +1,10 @@
-//! The process of an exec in a virtual machine, whose guest has an agent of its own.
+//! The process of an exec that the QEMU guest agent runs in a virtual machine.
 
 use serde::Deserialize;
 
 use crate::oci::PlanError;
 
-/// What an agent that is not nutshell's can set of an OCI `Process`. Its capabilities, limits and security labels are
+/// The settings of an OCI `Process` that the QEMU guest agent can apply. Capabilities, limits and security labels are
 /// those of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub(crate) struct GuestProcess {

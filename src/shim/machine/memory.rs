@@ -11,7 +11,7 @@ use crate::control::{Command, ControlError, MemoryState};
 const STATE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Machine {
-    /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the least number of vCPUs
+    /// Changes the size of the machine: `memory` in bytes beyond its boot memory, and the minimum number of vCPUs
     /// (see [`Command::Resize`]). One call at a time. The guest starts to add or remove memory and vCPUs after
     /// `Request::ResizeMachine`.
     pub(crate) async fn resize(&self, memory: u64, vcpus: u8) -> Result<(), VmmError> {

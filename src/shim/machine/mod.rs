@@ -2,7 +2,7 @@
 //! guest.
 //!
 //! Belongs here: the start of the process; the machine's streams, disks, links and size; its end. Does not belong here:
-//! the notion of a container. Callers send requests to the [`Agent`] for that. [`super::pod`] owns the machine;
+//! anything about one container. For that, callers send requests to the [`Agent`]. [`super::pod`] owns the machine;
 //! `network`, `stdio` and `tasks` use it.
 
 mod agent;

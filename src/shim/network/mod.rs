@@ -10,9 +10,9 @@
 //!
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] and [`parameters`] read the configuration, [`connect`] connects links to tap devices
-//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects loopback
-//! addresses. A virtual machine without an agent has [`machine_links`], with a lease for each. Does not belong here:
-//! packets, which pass between the tap device and the vmm. [`super::pod`] and [`super::vm`] call it.
+//! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects
+//! loopback addresses. A virtual machine without an agent has [`machine_links`], with a lease for each. Does not belong
+//! here: packets, which pass between the tap device and the vmm. [`super::pod`] and [`super::vm`] call it.
 
 mod changes;
 mod connect;

@@ -17,11 +17,11 @@ use crate::{
 /// Starts the processes of a pod. All methods are called on the shim's main thread: the kernel kills a child when the
 /// thread that started it ends.
 pub(crate) trait Launcher: Debug + Send + Sync + 'static {
-    /// Opens KVM and the guest's files.
+    /// Opens `/dev/kvm` and the guest's files.
     fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
-    /// Opens KVM and the files of the guest that reads disks.
+    /// Opens `/dev/kvm` and the files of the guest that reads disks.
     fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError>;
-    /// Opens KVM.
+    /// Opens `/dev/kvm`.
     fn open_kvm(&self) -> Result<OwnedFd, BootError>;
     /// Opens the disk with the agent for the guest of a user's kernel.
     fn open_agent_disk(&self) -> Result<BootDisk, BootError>;

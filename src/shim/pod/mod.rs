@@ -243,8 +243,8 @@ impl Pod {
         Ok(vmm)
     }
 
-    /// Starts a file server for `machine`, which is to be booted, and shares directories through it. Ends the one before
-    /// it. Returns the socket for the vmm. Call it on the shim's main thread.
+    /// Starts a file server for `machine`, which is to be booted, and shares directories through it. Ends the one
+    /// before it. Returns the socket for the vmm. Call it on the shim's main thread.
     ///
     /// # Errors
     ///

@@ -30,7 +30,7 @@ use crate::shim::child::{Child, WaitStatus};
 pub(crate) enum NetworkNamespace {
     /// That of the shim.
     Inherited,
-    /// A new one.
+    /// A new one, with only a loopback interface.
     New,
     /// An existing one, from [`open_network_namespace`].
     Join(OwnedFd),
@@ -182,7 +182,8 @@ fn namespace_type(file: BorrowedFd<'_>) -> Option<libc::c_int> {
 }
 
 /// A directory that stays empty: it is deleted, so nothing can be created in it. As the root of a holder it keeps
-/// programs that look for the container's files at `/proc/<pid>/root`, such as `nerdctl cp`, from the files of the host.
+/// programs that look for the container's files at `/proc/<pid>/root`, such as `nerdctl cp`, from the files of the
+/// host.
 fn empty_directory() -> io::Result<OwnedFd> {
     static OPENED: Mutex<Option<OwnedFd>> = Mutex::new(None);
     let mut opened = OPENED.lock();

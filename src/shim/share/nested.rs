@@ -1,7 +1,7 @@
 //! Shares inside of other shares, such as volumes at `/srv` and `/srv/data` of a virtual machine.
 //!
-//! The mount point of the inner one is in the outer volume, as with other OCI runtimes. Guests may write that volume at the
-//! same time, so each part of the path is opened without links, and below the part before it.
+//! The mount point of the inner one is in the outer volume, as with other OCI runtimes. Guests may write that volume at
+//! the same time, so each part of the path is opened without following links, and below the part before it.
 
 use std::{
     io,

@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// What a task is.
+/// The plan of a task: of a container or sandbox, or of a virtual machine with its opened files.
 #[derive(Debug)]
 enum TaskPlan {
     Bundle(BundlePlan),
@@ -83,8 +83,8 @@ impl Tasks {
         Ok(container.init.pid())
     }
 
-    /// Translates the bundle. Inspects the sources of its mounts, and the image of a virtual machine, whose file systems
-    /// may hang.
+    /// Translates the bundle. Inspects the sources of its mounts, and the image of a virtual machine, whose file
+    /// systems may hang.
     async fn plan(&self, request: &CreateRequest) -> Result<TaskPlan, TaskError> {
         let (bundle, id, rootfs) = (request.bundle.clone(), request.id.clone(), request.rootfs.clone());
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
@@ -191,7 +191,7 @@ impl Tasks {
                 let text = format!("linux.namespaces: pid: container {} has ended", target.id);
                 Err(TaskError::new(ErrorCode::FailedPrecondition, text))
             }
-            // Not a namespace of this pod. Nothing but the pod's can be shared.
+            // The pid is that of no task of this pod: only the pod's own namespace can be shared.
             None => Ok(PidNamespace::Pod),
         }
     }

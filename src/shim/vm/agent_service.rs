@@ -6,7 +6,7 @@
 
 use data_encoding::BASE64;
 
-/// The name of the unit.
+/// The systemd unit of the agent's service.
 const UNIT: &str = "nutshell-agent.service";
 
 /// Replaces the shell that runs it by the agent. It uses only commands and options that BusyBox has too. The program is
@@ -20,7 +20,7 @@ fn start_script() -> String {
     words.join(" ")
 }
 
-/// The unit of the service.
+/// The content of [`UNIT`].
 fn unit() -> String {
     // systemd expands `$` and `%` in the command.
     let script = start_script().replace('$', "$$").replace('%', "%%");

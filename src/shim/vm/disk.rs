@@ -1,7 +1,7 @@
 //! The disk in an image, and its copy-on-write file, which receives the guest's writes.
 //!
-//! An image may hold anything: its files are opened below its root, without links, and only if they are regular files.
-//! Nothing here reads their bytes.
+//! An image may hold anything: its files are opened below its root, without following links, and only if they are
+//! regular files. Nothing here reads their bytes.
 
 use std::{
     ffi::OsStr,

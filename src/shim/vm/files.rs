@@ -188,7 +188,7 @@ fn find_instance_id(identity: &VmIdentity) -> InstanceId {
             container,
         } => InstanceId::of_persistent_root(namespace, pod, container),
         VmIdentity::Pod(uid) => InstanceId::of_pod(uid),
-        // A host without this file has one id in common with others like it.
+        // Hosts without this file all have the same id.
         VmIdentity::Bundle(bundle) => {
             InstanceId::of_bundle(&std::fs::read_to_string(HOST_ID).unwrap_or_default(), bundle)
         }

@@ -43,9 +43,9 @@ const MAX_QUEUES_PER_LINK: usize = 8;
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
 
-/// The kernel argument after which a panic resets the machine a second later, instead of stopping the guest without an
-/// end. The kernel removes the quotation marks. They hide the argument from an initramfs that would reboot instead of
-/// opening its rescue shell if it found the argument (initramfs-tools).
+/// The kernel argument that makes the kernel reset the machine a second after a panic, instead of halting for good. The
+/// kernel removes the quotation marks. They hide the argument from an initramfs that would reboot instead of opening
+/// its rescue shell if it found the argument (initramfs-tools).
 const RESET_ON_PANIC: &str = "\"panic=1\"";
 
 /// The kernel argument that makes the guest use hot-added memory (kernel documentation,
@@ -356,7 +356,7 @@ impl VirtualMachine {
         Ok(())
     }
 
-    /// Whether the guest has run so shortly that it may not have reached its init, if it ends now.
+    /// Whether the guest has run for so short a time that it may not have reached its init process.
     pub(crate) fn is_short_run(&self) -> bool {
         self.pace.lock().started.elapsed() < SHORT_RUN
     }
@@ -488,7 +488,7 @@ impl VirtualMachine {
     }
 }
 
-/// Stores a kernel in the cache, beside the boot.
+/// Stores a kernel in the cache while the machine boots.
 fn store_in_background(id: &ContainerId, entry: CacheEntry, files: BootFiles) {
     let id = id.clone();
     tokio::spawn(async move {
@@ -506,8 +506,8 @@ fn connect_guest_agent() -> io::Result<(Option<Arc<GuestAgent>>, Option<UnixStre
     Ok((Some(Arc::new(GuestAgent::new(client)?)), Some(machine)))
 }
 
-/// The kernel's command line: `line` and the user's arguments, and what is missing in both, the serial console and the
-/// reset after a panic.
+/// The kernel's command line: `line` and the user's arguments, plus the serial console and the reset after a panic if
+/// both lack them.
 fn complete_command_line(line: &str, arguments: &str) -> String {
     let words = || line.split_ascii_whitespace().chain(arguments.split_ascii_whitespace());
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");

@@ -1,7 +1,7 @@
 //! Disks in volumes of a pod, and block devices of a pod.
 //!
-//! A volume may belong to any user, and several pods may have it. Files are opened below its root, without links, with
-//! the permissions of the container's user, and a disk that is written is locked.
+//! A volume may belong to any user, and several pods may have it. Files are opened below its root, without
+//! following links and with the permissions of the container's user, and a disk that is written is locked.
 
 use std::{
     ffi::{CStr, OsStr},
@@ -36,7 +36,7 @@ use crate::{
 /// The raw disk in a volume, as KubeVirt names it.
 const RAW_DISK: &CStr = c"disk.img";
 
-/// A disk that the machine may boot with many times.
+/// A disk that is open for all boots of the machine.
 #[derive(Debug)]
 pub(super) enum OpenedDisk {
     /// A raw disk.
@@ -169,7 +169,7 @@ fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmErr
         Err(error) => Err(disk_error(path, "look for disk.img")(error)),
     };
     Ok(match (kind(RAW_DISK)?, kind(CURRENT_VERSION)?) {
-        // A key may have any name.
+        // A key may have the name disk.img. The kubelet makes each key a symbolic link.
         (None | Some(FileType::Symlink), Some(FileType::Symlink)) => Found::Keys,
         (Some(_), _) => Found::RawFile(RawFile::in_volume(volume, path)),
         (None, _) => Found::Other,
@@ -308,8 +308,8 @@ fn create_blank(disk: &VmDisk, volume: &OwnedFd, user: &FileUser) -> Result<(), 
     }
 }
 
-/// Opens a raw disk, and makes it sparse with `size` bytes if it is empty: it is new, or an earlier shim ended before it
-/// had set the size.
+/// Opens a raw disk, and makes it sparse with `size` bytes if it is empty: it is new, or an earlier shim ended before
+/// it had set the size.
 fn open_blank(
     disk: &VmDisk,
     file: RawFile<'_>,
@@ -333,7 +333,7 @@ fn open_blank(
     Ok(opened)
 }
 
-/// Opens the node of a block device, which the host's kernel names.
+/// Opens a block device at the path in `/dev` that the host's kernel reports for it.
 fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk, VmError> {
     let invalid = |reason: String| VmError::Volume {
         name: disk.name.as_str().to_owned(),

@@ -126,7 +126,7 @@ impl Board for ContainerBoard {
     }
 }
 
-/// A slot of the board.
+/// A window of device registers and an interrupt line, for a device that is plugged in later.
 #[derive(Debug)]
 struct MmioSlot {
     events: VmEvents,

@@ -15,7 +15,7 @@ const MAX_THREADS: usize = 4096;
 /// The flag of a thread that is ending (kernel, `PF_EXITING` in include/linux/sched.h).
 const EXITING: u32 = 4;
 
-/// Why a thread does not run its program.
+/// What a thread does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Activity {
     /// It has a CPU or waits for one.

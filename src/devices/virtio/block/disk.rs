@@ -83,8 +83,8 @@ impl Disk {
     }
 }
 
-/// The capacity of a disk, and the number of times that it has grown. A driver reads the capacity in parts, and compares
-/// the generation before and after: both must change at the same time, so they are one number.
+/// The capacity of a disk, and the number of times that it has grown. A driver reads the capacity in parts, and
+/// compares the generation before and after: both must change at the same time, so they are one number.
 #[derive(Debug)]
 pub(super) struct Capacity(AtomicU64);
 

@@ -46,8 +46,8 @@ use crate::devices::{
 /// VIRTIO_CONSOLE_F_MULTIPORT (virtio 1.3 §5.3.3), which virtio-bindings lacks.
 const MULTIPORT: u64 = 1 << 1;
 
-/// The queues (virtio 1.3 §5.3.2): receive and transmit of port 0, control receive and transmit, receive and transmit of
-/// port 1.
+/// The queues (virtio 1.3 §5.3.2): receive and transmit of port 0, control receive and transmit, receive and transmit
+/// of port 1.
 const QUEUE_SIZES: [u16; 6] = [16, 16, 16, 16, 32, 32];
 
 const CONSOLE_TRANSMIT: usize = 1;

@@ -13,14 +13,14 @@ use super::{
 const MILLISECOND: i64 = 1_000_000;
 const SECOND: i64 = 1_000_000_000;
 
-/// How often the host's clock is read while the guest is idle. From the bound: a slew of 1 % that starts just after a
-/// reading gains 4.5 ms until the next, which leaves 0.5 ms for everything else.
+/// How often the host's clock is read while the guest is idle. It follows from the bound of 5 ms: a slew of 1 % that
+/// starts just after a reading gains 4.5 ms until the next, which leaves 0.5 ms for everything else.
 pub(super) const IDLE_INTERVAL: Duration = Duration::from_millis(450);
 
-/// The same while the guest runs, so something may look at its clock.
+/// How often the host's clock is read while the guest runs, and so may read its own clock.
 pub(super) const BUSY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The same while the host's rate has changed recently, or the guest has a temporary rate.
+/// How often the host's clock is read after its rate has changed, or while the guest has a temporary rate.
 const UNSETTLED_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long a change of the host's rate counts as recent, in nanoseconds.
@@ -60,7 +60,7 @@ const MAX_READING_INTERVAL: i64 = 120 * SECOND;
 /// The pause after a reading that contradicts what the shim knows, in nanoseconds. Each further one doubles it.
 const FIRST_PAUSE: i64 = 100 * MILLISECOND;
 
-/// How often an interval is doubled at most.
+/// The maximum number of times that an interval is doubled.
 const MAX_DOUBLINGS: u32 = 9;
 
 /// The rate that the guest's clock can have, by [`MAX_CLOCK_RATE`].

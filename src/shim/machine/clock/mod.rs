@@ -35,7 +35,7 @@ use crate::control::RateLimit;
 /// accumulate in a guest that does not run.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often the same warning is logged at most.
+/// The minimum time between two logs of the same warning.
 const WARNING_INTERVAL: Duration = Duration::from_secs(3600);
 
 /// The kinds of warnings. Each has its own limit.

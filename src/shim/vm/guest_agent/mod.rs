@@ -1,7 +1,7 @@
 //! A client of the QEMU guest agent, which distributions run in their guests (qemu, `qga/qapi-schema.json`).
 //!
-//! Belongs here: the agent's commands ([`messages`]) and the exchange of lines with it ([`connection`]). Does not belong
-//! here: the port, which is a device of the vmm, and what a command is used for.
+//! Belongs here: the agent's commands ([`messages`]) and the exchange of lines with it ([`connection`]). Does not
+//! belong here: the port, which is a device of the vmm, and what a command is used for.
 //!
 //! The guest is hostile: each answer is bounded in bytes and time, and is parsed into types once. An answer that breaks
 //! a bound is an error of that command. The next command synchronizes with the agent again, so the client stays usable.

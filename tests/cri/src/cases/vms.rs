@@ -31,8 +31,8 @@ fn start_agent(console: &mut Console) {
     console.run(&format!("(setsid sh -c '{script}' >/agent.log 2>&1 </dev/null &)"));
 }
 
-/// An exec fails in less than a second, and its error names the agents. The best of some attempts counts: the lab may be
-/// busy.
+/// An exec fails in less than a second, and its error names the agents. The best of some attempts counts: the lab may
+/// be busy.
 fn check_refused_exec(container: &Container) {
     let mut fastest = Duration::MAX;
     for _ in 0..3 {
@@ -75,7 +75,8 @@ pub(crate) fn machine_has_the_pods_network_and_volumes(handler: Handler) {
     connection.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"hello");
     drop(connection);
-    // Without an agent, an exec fails at once, also if a program of the guest has the port of the QEMU guest agent open.
+    // Without an agent, an exec fails at once, also if a program of the guest has the port of the QEMU guest agent
+    // open.
     check_refused_exec(&container);
     console.send("(exec sleep 1000 <>$(ls /dev/vport*) &); sleep 1; echo open\n");
     console.wait_for("open");
@@ -252,8 +253,8 @@ pub(crate) fn machine_follows_its_memory_limit(handler: Handler) {
     pod.remove();
 }
 
-/// The guest's kernel does not use the memory that its driver has added, or has no driver: the update fails by name,
-/// in bounded time, and the machine keeps its size.
+/// The guest's kernel does not use the memory that its driver has added, or has no driver: the update fails with
+/// the reason, in bounded time, and the machine keeps its size.
 pub(crate) fn memory_that_the_guest_leaves_offline_fails_the_update(handler: Handler) {
     let pod = run_pod_with_max_memory(handler, "512Mi");
     let container = start_vm_with_memory(&pod, 256);
