@@ -80,7 +80,7 @@ pub(crate) mod tests {
         })
     }
 
-    /// The last number in the kernel's table, with a margin for newer kernels.
+    /// The call numbers of the kernel's table, with a margin for newer kernels.
     const NUMBERS: std::ops::Range<libc::c_long> = 0..600;
 
     /// uretprobe and uprobe: newer kernels never filter them, and they have an effect only in traced functions.
@@ -93,11 +93,11 @@ pub(crate) mod tests {
         assert!(status.success(), "{status}: see the output of this test");
     }
 
-    /// The first argument of a test executable that runs [`compare_lists`].
-    pub(crate) const ROLE: &str = "compare-lists";
+    /// The first argument of a test executable that runs [`check_every_call`].
+    pub(crate) const ROLE: &str = "check-every-call";
 
     /// Makes every call under every list, and panics if one is wrongly allowed or forbidden.
-    pub(crate) fn compare_lists() {
+    pub(crate) fn check_every_call() {
         for (process, list) in lists() {
             let about = |number| format!("{} {} call {number}", process.role, list.thread);
             for number in NUMBERS.filter(|number| !NEVER_FILTERED.contains(number)) {

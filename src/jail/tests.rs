@@ -11,8 +11,9 @@ use std::{
 use super::*;
 use crate::fs::CAPABILITIES;
 
-/// Runs before the test harness. The threads of devices that tests start then have their lists. [`build_command`] starts this test executable; if the first argument is a role, the
-/// role runs with one thread, as in the real executable.
+/// Runs before the test harness. [`build_command`] starts this test executable: if the first argument is a role, the
+/// role runs here with one thread, as in the real executable. Otherwise, the threads of devices that tests start
+/// install their lists from now on.
 #[used]
 // SAFETY: an entry of .init_array is called once with the C runtime and std's arguments ready.
 #[unsafe(link_section = ".init_array")]
@@ -24,16 +25,16 @@ extern "C" fn run_role() {
         Some(crate::disk::inspector::ROLE) => {
             exit(i32::from(crate::disk::inspector::main() != ExitCode::SUCCESS));
         }
-        Some(crate::check::system_calls::tests::ROLE) => crate::check::system_calls::tests::compare_lists(),
-        Some("jail-empty") => run_prisoner(CapabilitySet::empty(), None),
-        Some("jail-capable") => run_prisoner(CAPABILITIES, None),
-        Some("jail-listed") => run_prisoner(CapabilitySet::empty(), Some(ANSWERS)),
-        _ => return seccomp::testing::limit_threads(),
+        Some(crate::check::system_calls::tests::ROLE) => crate::check::system_calls::tests::check_every_call(),
+        Some("jail-empty") => run_jailed_child(CapabilitySet::empty(), None),
+        Some("jail-capable") => run_jailed_child(CAPABILITIES, None),
+        Some("jail-listed") => run_jailed_child(CapabilitySet::empty(), Some(ANSWERS)),
+        _ => return seccomp::testing::enable_thread_lists(),
     }
     exit(0);
 }
 
-/// What a prisoner needs to answer questions.
+/// The calls that a jailed child needs to answer questions.
 const ANSWERS: CallList = CallList {
     thread: "main",
     allowed: &[seccomp::runtime::EVERY_THREAD],
@@ -41,7 +42,7 @@ const ANSWERS: CallList = CallList {
 };
 
 /// Enters the jail, prints the result, and then answers questions about what the process can do, one a line.
-fn run_prisoner(capabilities: CapabilitySet, calls: Option<CallList>) {
+fn run_jailed_child(capabilities: CapabilitySet, calls: Option<CallList>) {
     let kept = fs::File::open("/dev/null").unwrap();
     // The descriptor of the parent with this number.
     let peer = env::args()
@@ -49,7 +50,7 @@ fn run_prisoner(capabilities: CapabilitySet, calls: Option<CallList>) {
         .map(|number| descriptor_of_parent(number.parse().unwrap()).unwrap());
     let entered = enter(&Jail {
         role: "test",
-        name: c"prisoner",
+        name: c"jailed-child",
         root: Root::Empty,
         peer: peer.as_ref().map(AsFd::as_fd),
         capabilities,
@@ -86,12 +87,12 @@ fn run_prisoner(capabilities: CapabilitySet, calls: Option<CallList>) {
     }
 }
 
-struct Prisoner {
+struct JailedChild {
     child: Child,
     answers: BufReader<ChildStdout>,
 }
 
-impl Prisoner {
+impl JailedChild {
     fn start(role: &str) -> Self {
         Self::from(&mut build_command(role))
     }
@@ -107,9 +108,9 @@ impl Prisoner {
             rustix::process::geteuid().is_root(),
             "only root can enter the jail: run these tests as root"
         );
-        let mut prisoner = Self::start(role);
-        assert_eq!(prisoner.answer(), "jailed");
-        prisoner
+        let mut jailed = Self::start(role);
+        assert_eq!(jailed.answer(), "jailed");
+        jailed
     }
 
     fn answer(&mut self) -> String {
@@ -137,7 +138,7 @@ impl Prisoner {
     }
 }
 
-impl Drop for Prisoner {
+impl Drop for JailedChild {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -145,15 +146,15 @@ impl Drop for Prisoner {
 }
 
 #[test]
-fn prisoner_has_unused_ids_and_only_the_listed_capabilities() {
+fn jailed_process_has_unused_ids_and_only_the_listed_capabilities() {
     for (role, capabilities) in [("jail-empty", CapabilitySet::empty()), ("jail-capable", CAPABILITIES)] {
-        let prisoner = Prisoner::jailed(role);
-        let status = prisoner.status();
+        let jailed = JailedChild::jailed(role);
+        let status = jailed.status();
 
-        let id = FIRST_ID + prisoner.child.id();
+        let id = FIRST_ID + jailed.child.id();
         let kept = format!("{:016x}", capabilities.bits());
         for (key, expected) in [
-            ("Name", "prisoner"),
+            ("Name", "jailed-child"),
             ("Uid", &format!("{id}\t{id}\t{id}\t{id}")),
             ("Gid", &format!("{id}\t{id}\t{id}\t{id}")),
             ("Groups", ""),
@@ -173,11 +174,11 @@ fn prisoner_has_unused_ids_and_only_the_listed_capabilities() {
 
 #[test]
 fn namespaces_differ_from_the_parents() {
-    let prisoner = Prisoner::jailed("jail-empty");
+    let jailed = JailedChild::jailed("jail-empty");
     for namespace in ["mnt", "net", "ipc", "uts"] {
         let file = format!("ns/{namespace}");
         assert_ne!(
-            fs::read_link(prisoner.proc(&file)).unwrap(),
+            fs::read_link(jailed.proc(&file)).unwrap(),
             fs::read_link(format!("/proc/self/{file}")).unwrap(),
             "{namespace}"
         );
@@ -185,21 +186,21 @@ fn namespaces_differ_from_the_parents() {
 }
 
 #[test]
-fn prisoner_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
+fn jailed_process_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
     let pidfd = |pid: u32| {
         let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap()
     };
-    let namespaces = |prisoner: &Prisoner| {
-        ["net", "ipc", "uts"].map(|name| fs::read_link(prisoner.proc(&format!("ns/{name}"))).unwrap())
+    let namespaces = |jailed: &JailedChild| {
+        ["net", "ipc", "uts"].map(|name| fs::read_link(jailed.proc(&format!("ns/{name}"))).unwrap())
     };
     let beside = |peer: &OwnedFd| {
         let number = peer.as_raw_fd().to_string();
-        let mut prisoner = Prisoner::from(build_command("jail-empty").arg(number));
-        assert_eq!(prisoner.answer(), "jailed");
-        namespaces(&prisoner)
+        let mut jailed = JailedChild::from(build_command("jail-empty").arg(number));
+        assert_eq!(jailed.answer(), "jailed");
+        namespaces(&jailed)
     };
-    let first = Prisoner::jailed("jail-empty");
+    let first = JailedChild::jailed("jail-empty");
     let of_first = pidfd(first.child.id());
 
     assert_eq!(beside(&of_first), namespaces(&first));
@@ -223,18 +224,18 @@ fn prisoner_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
 
 #[test]
 fn only_an_empty_read_only_root_is_mounted() {
-    let mut prisoner = Prisoner::jailed("jail-empty");
-    let mounts = fs::read_to_string(prisoner.proc("mountinfo")).unwrap();
+    let mut jailed = JailedChild::jailed("jail-empty");
+    let mounts = fs::read_to_string(jailed.proc("mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
-    assert_eq!(prisoner.ask("root"), "0");
-    assert_eq!(prisoner.ask("write"), "Err(ReadOnlyFilesystem)");
+    assert_eq!(jailed.ask("root"), "0");
+    assert_eq!(jailed.ask("write"), "Err(ReadOnlyFilesystem)");
 }
 
 #[test]
 fn only_the_loopback_interface_exists() {
-    let prisoner = Prisoner::jailed("jail-empty");
-    let devices = fs::read_to_string(prisoner.proc("net/dev")).unwrap();
+    let jailed = JailedChild::jailed("jail-empty");
+    let devices = fs::read_to_string(jailed.proc("net/dev")).unwrap();
     let names: Vec<_> = devices
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -247,16 +248,16 @@ fn only_the_loopback_interface_exists() {
 fn inherited_descriptors_are_closed_except_the_listed_ones() {
     let leaked = fs::File::open("/proc/self/exe").unwrap();
     rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
-    let mut prisoner = Prisoner::jailed("jail-empty");
-    let open = fs::read_dir(prisoner.proc("fd")).unwrap().count();
+    let mut jailed = JailedChild::jailed("jail-empty");
+    let open = fs::read_dir(jailed.proc("fd")).unwrap().count();
     assert_eq!(open, 4, "0, 1, 2 and the listed one");
-    assert_eq!(prisoner.ask("kept"), "true");
+    assert_eq!(jailed.ask("kept"), "true");
 }
 
 #[test]
 fn resource_limits_are_set() {
-    let prisoner = Prisoner::jailed("jail-empty");
-    let limits = fs::read_to_string(prisoner.proc("limits")).unwrap();
+    let jailed = JailedChild::jailed("jail-empty");
+    let limits = fs::read_to_string(jailed.proc("limits")).unwrap();
     for (limit, value) in [
         ("Max core file size", "0"),
         ("Max processes", "4"),
@@ -270,17 +271,17 @@ fn resource_limits_are_set() {
 
 #[test]
 fn taking_uid_0_gains_no_capability() {
-    let mut prisoner = Prisoner::jailed("jail-capable");
-    assert_eq!(prisoner.ask("uid 0"), format!("true {:x}", CAPABILITIES.bits()));
-    let mut prisoner = Prisoner::jailed("jail-empty");
-    assert_eq!(prisoner.ask("uid 0"), "false 0");
+    let mut jailed = JailedChild::jailed("jail-capable");
+    assert_eq!(jailed.ask("uid 0"), format!("true {:x}", CAPABILITIES.bits()));
+    let mut jailed = JailedChild::jailed("jail-empty");
+    assert_eq!(jailed.ask("uid 0"), "false 0");
 }
 
 #[test]
-fn prisoner_dies_with_the_thread_that_started_it() {
-    let mut prisoner = std::thread::spawn(|| Prisoner::jailed("jail-empty")).join().unwrap();
-    assert_eq!(prisoner.answer(), "", "end of file");
-    let status = prisoner.child.wait().unwrap();
+fn jailed_process_dies_with_the_thread_that_started_it() {
+    let mut jailed = std::thread::spawn(|| JailedChild::jailed("jail-empty")).join().unwrap();
+    assert_eq!(jailed.answer(), "", "end of file");
+    let status = jailed.child.wait().unwrap();
     assert_eq!(
         std::os::unix::process::ExitStatusExt::signal(&status),
         Some(libc::SIGKILL)
@@ -292,13 +293,13 @@ fn role_refuses_to_run_without_the_shim_as_parent() {
     let mut with_other_parent = Command::new("/proc/self/exe");
     with_other_parent.args(["jail-empty", "1"]);
     assert_eq!(
-        Prisoner::from(&mut with_other_parent).answer(),
+        JailedChild::from(&mut with_other_parent).answer(),
         JailError::Orphaned.to_string()
     );
     let mut without_parent = Command::new("/proc/self/exe");
     without_parent.arg("jail-empty");
     assert_eq!(
-        Prisoner::from(&mut without_parent).answer(),
+        JailedChild::from(&mut without_parent).answer(),
         JailError::NotStartedByShim.to_string()
     );
 }
@@ -306,15 +307,15 @@ fn role_refuses_to_run_without_the_shim_as_parent() {
 #[test]
 fn forbidden_call_ends_the_process_with_a_message_that_names_it() {
     let mut command = build_command("jail-listed");
-    let mut prisoner = Prisoner::from(command.stderr(Stdio::piped()));
-    assert_eq!(prisoner.answer(), "jailed");
-    assert_eq!(prisoner.ask("open"), "Err(NotFound)", "refused, and not forbidden");
+    let mut jailed = JailedChild::from(command.stderr(Stdio::piped()));
+    assert_eq!(jailed.answer(), "jailed");
+    assert_eq!(jailed.ask("open"), "Err(NotFound)", "refused, and not forbidden");
 
-    assert_eq!(prisoner.ask("socket"), "");
+    assert_eq!(jailed.ask("socket"), "");
 
-    assert_eq!(prisoner.child.wait().unwrap().code(), Some(159));
+    assert_eq!(jailed.child.wait().unwrap().code(), Some(159));
     let mut message = String::new();
-    let mut stderr = prisoner.child.stderr.take().unwrap();
+    let mut stderr = jailed.child.stderr.take().unwrap();
     io::Read::read_to_string(&mut stderr, &mut message).unwrap();
     let expected = "seccomp: the forbidden system call socket (arguments 0x2 0x80002 0x0 ";
     assert!(message.starts_with(expected), "{message}");
@@ -327,18 +328,18 @@ fn forbidden_call_ends_the_process_with_a_message_that_names_it() {
 #[test]
 fn panic_under_a_list_aborts_with_its_message() {
     let mut command = build_command("jail-listed");
-    let mut prisoner = Prisoner::from(command.stderr(Stdio::piped()).env("RUST_BACKTRACE", "1"));
-    assert_eq!(prisoner.answer(), "jailed");
+    let mut jailed = JailedChild::from(command.stderr(Stdio::piped()).env("RUST_BACKTRACE", "1"));
+    assert_eq!(jailed.answer(), "jailed");
 
-    assert_eq!(prisoner.ask("panic"), "");
+    assert_eq!(jailed.ask("panic"), "");
 
-    let status = prisoner.child.wait().unwrap();
+    let status = jailed.child.wait().unwrap();
     assert_eq!(
         std::os::unix::process::ExitStatusExt::signal(&status),
         Some(libc::SIGABRT)
     );
     let mut message = String::new();
-    let mut stderr = prisoner.child.stderr.take().unwrap();
+    let mut stderr = jailed.child.stderr.take().unwrap();
     io::Read::read_to_string(&mut stderr, &mut message).unwrap();
     assert!(message.contains("requested"), "{message}");
     assert!(!message.contains("seccomp"), "{message}");

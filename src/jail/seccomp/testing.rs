@@ -13,8 +13,8 @@ use nix::{
 use super::{CallList, IS_CONFINED, filter, violation};
 use crate::jail::syscalls;
 
-/// Lets [`super::confine_thread`] limit threads in this process, although the process itself has no list.
-pub(crate) fn limit_threads() {
+/// Makes [`super::confine_thread`] effective in this process, although the process itself has no list.
+pub(crate) fn enable_thread_lists() {
     rustix::thread::set_no_new_privs(true).unwrap();
     violation::report_violations("the unit tests").unwrap();
     IS_CONFINED.store(true, Ordering::Release);
