@@ -1,4 +1,4 @@
-# Virtual machines whose disk or guest makes trouble. Sourced by tests/suites/*.sh, after cases/vms.bash.
+# Virtual machines whose disk or guest is damaged or hostile. Sourced by tests/suites/*.sh, after cases/vms.bash.
 
 # refused_disk EXPECTED: checks that a VM with the image in /run/tmp/image is refused with this text after the file's
 # name.

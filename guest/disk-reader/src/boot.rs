@@ -15,7 +15,7 @@ pub const MAX_INITRD_SIZE: u64 = 1 << 30;
 /// The largest number of initrds of an entry. Entries have one, and one or two for microcode.
 pub const MAX_INITRDS: usize = 16;
 
-/// The largest number of notes. So many do not fit into an error text anyway.
+/// The largest number of notes. More would not fit into an error text.
 const MAX_NOTES: usize = 16;
 
 /// The largest length of a note, in bytes.

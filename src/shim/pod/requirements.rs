@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// The name of that step in errors.
+/// The name in errors of the step that opens the disk of a root file system.
 pub(super) const OPEN_DISK: &str = "open the disk of the root file system";
 
 /// How many disks the containers of a pod can have at a time.

@@ -81,7 +81,7 @@ impl GuestAgent {
 
     /// Starts a process in the guest. Returns its pid there.
     pub(crate) async fn start(&self, program: &Program) -> Result<u32, GuestAgentError> {
-        // Else the agent of an earlier boot of the guest's services may have left a part of an answer.
+        // Otherwise the next bytes may be a part of an answer of an agent that ended before this one started.
         self.synchronize().await?;
         let started: Started = self.run(&Command::Exec(program)).await?;
         Ok(started.pid)

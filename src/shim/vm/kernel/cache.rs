@@ -62,7 +62,7 @@ pub(crate) struct CacheEntry {
     key: String,
 }
 
-/// The rest of [`BootFiles`].
+/// What an entry has in addition to the files of [`BootFiles`].
 #[derive(Debug, Serialize, Deserialize)]
 struct Description {
     command_line: String,
@@ -71,7 +71,7 @@ struct Description {
     initrd_size: Option<u64>,
 }
 
-/// An error with what failed.
+/// The text of an error, which begins with the action that failed.
 type CacheError = String;
 
 fn failed(action: &str, path: &Path) -> impl FnOnce(io::Error) -> CacheError {

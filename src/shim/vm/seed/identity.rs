@@ -4,9 +4,9 @@ use std::{os::unix::ffi::OsStrExt, path::Path};
 
 use sha2::{Digest, Sha256};
 
-/// Bytes. A UUID has 36; other ids come from an annotation.
+/// In bytes. A UUID has 36; other ids come from an annotation.
 const MAX_INSTANCE_ID_LENGTH: usize = 128;
-/// Bytes (Linux, `__NEW_UTS_LEN`).
+/// In bytes (Linux, `__NEW_UTS_LEN`).
 const MAX_HOSTNAME_LENGTH: usize = 64;
 
 /// Why a machine cannot have this instance id or hostname.
