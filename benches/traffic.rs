@@ -41,8 +41,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Serves clients until the process is killed. A client sends the first letter of its operation and the count as 8 bytes,
-/// little-endian.
+/// Serves clients until the process is killed. A client sends the first letter of its operation and the count as 8
+/// bytes, little-endian.
 fn serve(address: &str) -> io::Result<()> {
     for connection in TcpListener::bind(address)?.incoming() {
         let connection = connection?;

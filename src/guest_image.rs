@@ -91,9 +91,9 @@ pub(crate) fn open(kernel: Option<&Path>, initramfs: Option<&Path>) -> Result<Gu
     })
 }
 
-/// Opens the image of the machine that finds the kernel on a disk of a virtual machine. It boots on the container board.
-/// Both parts are those of this executable: a configured kernel may lack the file systems of disks, and an initramfs is
-/// configured together with it.
+/// Opens the image of the machine that finds the kernel on a disk of a virtual machine. It boots on the container
+/// board. Both parts are those of this executable: a configured kernel may lack the file systems of disks, and an
+/// initramfs is configured together with it.
 pub(crate) fn open_disk_reader() -> Result<GuestImage, GuestImageError> {
     let open = |part, section| {
         open_part(part, None, section).map_err(|error| match error {
@@ -111,8 +111,8 @@ pub(crate) fn open_disk_reader() -> Result<GuestImage, GuestImageError> {
     })
 }
 
-/// Opens the file with the agent's program, which is in the initramfs of this executable. Returns the program's position
-/// in it.
+/// Opens the file with the agent's program, which is in the initramfs of this executable. Returns the program's
+/// position in it.
 pub(crate) fn open_agent() -> Result<(File, Extent), GuestImageError> {
     let file = File::open(OWN_EXECUTABLE).map_err(GuestImageError::UnreadableAgent)?;
     let initramfs = find_section(&file, INITRAMFS_SECTION)?.ok_or(GuestImageError::NoAgent)?;

@@ -19,8 +19,8 @@ pub enum ImageError {
     Cow(#[from] CowError),
 }
 
-/// The disk of a guest. Several threads may use it at the same time; accesses to the same bytes at the same time have no
-/// defined order.
+/// The disk of a guest. Several threads may use it at the same time; accesses to the same bytes at the same time have
+/// no defined order.
 #[derive(Debug)]
 pub struct Image {
     base: Base,

@@ -2,8 +2,8 @@
 //!
 //! An [`Image`] is a read-only base image, raw or qcow2, and optionally a copy-on-write file that gets all writes. The
 //! base image is hostile input: nothing in it can cause a panic, an endless loop, or memory use that grows with its
-//! content. This crate opens no path. It reads and writes files that its caller has opened, or any other source of bytes
-//! that implements [`ReadAt`] or [`Storage`].
+//! content. This crate opens no path. It reads and writes files that its caller has opened, or any other source of
+//! bytes that implements [`ReadAt`] or [`Storage`].
 //!
 //! - [`base`]: detection of the format, and access to a base image of either format
 //! - [`qcow2`]: the reader for qcow2

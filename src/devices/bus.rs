@@ -1,5 +1,5 @@
-//! A bus: maps the addresses of a guest's accesses to devices. A machine has one for guest physical addresses and one for
-//! I/O ports.
+//! A bus: maps the addresses of a guest's accesses to devices. A machine has one for guest physical addresses and one
+//! for I/O ports.
 
 use std::{fmt, ops::Range, sync::Arc};
 

@@ -142,8 +142,8 @@ fn refuse_device(mode: u32, rdev: u32) -> io::Result<()> {
     }
 }
 
-/// Drops the user's groups, which only the guest's own kernel needs: this process may write to every directory. Drops the
-/// security context too, which is not negotiated.
+/// Drops the user's groups, which only the guest's own kernel needs: this process may write to every directory. Drops
+/// the security context too, which is not negotiated.
 fn without_extensions(_: Extensions) -> Extensions {
     Extensions {
         secctx: None,

@@ -1,10 +1,10 @@
 //! Plans: the resources and settings of a container or a pod, determined once when it is created.
 //!
-//! Belongs here: the types of a plan ([`Plan`], [`PodPlan`], [`VmPlan`]) and the checked values in them, and the two sources of
-//! plans: an OCI bundle with the mounts of its snapshot ([`bundle`]), and CRI's message for a sandbox without a bundle
-//! ([`pod`]). Does not belong here: I/O other than reading `config.json` and inspecting the sources of bind mounts, and
-//! anything about ttrpc, KVM or the agent's channel. The shim calls [`BundleSpec`] and [`plan_pod`] when a container
-//! or a sandbox is created, and [`read_annotations`] when a shim starts.
+//! Belongs here: the types of a plan ([`Plan`], [`PodPlan`], [`VmPlan`]) and the checked values in them, and the two
+//! sources of plans: an OCI bundle with the mounts of its snapshot ([`bundle`]), and CRI's message for a sandbox
+//! without a bundle ([`pod`]). Does not belong here: I/O other than reading `config.json` and inspecting the sources of
+//! bind mounts, and anything about ttrpc, KVM or the agent's channel. The shim calls [`BundleSpec`] and [`plan_pod`]
+//! when a container or a sandbox is created, and [`read_annotations`] when a shim starts.
 
 mod annotations;
 mod bundle;

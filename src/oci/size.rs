@@ -242,8 +242,8 @@ impl PodSize {
         }
     }
 
-    /// The memory of a virtual machine after an update of its limits, in bytes. `None` if the update does not change the
-    /// memory limit, or removes it: the machine keeps its memory.
+    /// The memory of a virtual machine after an update of its limits, in bytes. `None` if the update does not change
+    /// the memory limit, or removes it: the machine keeps its memory.
     ///
     /// # Errors
     ///

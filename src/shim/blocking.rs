@@ -1,5 +1,5 @@
-//! Work that blocks on a file system, with a deadline. A hung volume must not hang the shim: a call that does not return
-//! occupies a separate thread until the file system answers, and its caller gets an error.
+//! Work that blocks on a file system, with a deadline. A hung volume must not hang the shim: a call that does not
+//! return occupies a separate thread until the file system answers, and its caller gets an error.
 
 use std::{sync::Arc, time::Duration};
 

@@ -472,8 +472,8 @@ basic_cases() {
     detached_container_can_be_listed_entered_killed_and_deleted
 }
 
-# Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one program.
-# The combination of the second snapshotter and the second image is in combination_cases.
+# Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one
+# program. The combination of the second snapshotter and the second image is in combination_cases.
 every_case() {
   basic_cases "overlayfs"
   check "overlayfs: exec killed by a signal reports 128 plus the signal's number" \

@@ -353,9 +353,9 @@ guest_clock_follows_the_hosts_clock() {
 }
 
 # follow_slews IN OUT: slews the host's clock by 1 % in both directions for some seconds each, and compares the guest's
-# clock with it all the time. A guest's time is wrong if it is more than 5 ms outside of the host's times before and after
-# the question, however long the answer takes. A clock that does not follow is 35 ms off at the end of a slew; answers
-# within 10 ms are quick enough to find that.
+# clock with it all the time. A guest's time is wrong if it is more than 5 ms outside of the host's times before and
+# after the question, however long the answer takes. A clock that does not follow is 35 ms off at the end of a slew;
+# answers within 10 ms are quick enough to find that.
 follow_slews() {
   perl -MTime::HiRes=time -e '$| = 1;
     # struct timex on x86-64: modes, padding, three longs, status, padding, ..., tick at byte 88.

@@ -1,9 +1,9 @@
-# A Docker Engine for tests, inside the lab machine, on the containerd of containerd.bash: set_up_docker (programs, start,
-# image), start_docker, stop_docker, remove_docker. Sourced by tests/suites/docker.sh, after test.bash.
+# A Docker Engine for tests, inside the lab machine, on the containerd of containerd.bash: set_up_docker (programs,
+# start, image), start_docker, stop_docker, remove_docker. Sourced by tests/suites/docker.sh, after test.bash.
 
-# set_up_docker: starts dockerd and creates the image "busybox", after set_up_containerd. Exits if dockerd does not start.
-# One container with a network has run when it returns: what the daemon creates once and keeps does not count as a
-# leftover of a test.
+# set_up_docker: starts dockerd and creates the image "busybox", after set_up_containerd. Exits if dockerd does not
+# start. One container with a network has run when it returns: what the daemon creates once and keeps does not count as
+# a leftover of a test.
 set_up_docker() {
   local folder archive layer
   folder=$("$lab/docker")

@@ -31,8 +31,8 @@ struct Disk {
     has_failed: bool,
 }
 
-/// Interprets `data` as the size of a disk and operations on it: reads, writes, discards, flushes, failures of the host's
-/// file system, and new processes after an end of the process or of the host.
+/// Interprets `data` as the size of a disk and operations on it: reads, writes, discards, flushes, failures of the
+/// host's file system, and new processes after an end of the process or of the host.
 ///
 /// # Panics
 ///
@@ -133,7 +133,8 @@ impl Disk {
         Ok((one.min(other), one.max(other)))
     }
 
-    /// Sets the expected content of a range after a change. A change that failed may have changed any part of the range.
+    /// Sets the expected content of a range after a change. A change that failed may have changed any part of the
+    /// range.
     fn set(&mut self, start: usize, end: usize, value: u8, succeeded: bool) {
         if succeeded {
             self.expected[start..end].fill(value);

@@ -121,8 +121,8 @@ impl Decompressor {
         }
     }
 
-    /// Fills `output` exactly. `input` may have more bytes than the compressed data. `slot` is the number of the cache's
-    /// slot for the cluster.
+    /// Fills `output` exactly. `input` may have more bytes than the compressed data. `slot` is the number of the
+    /// cache's slot for the cluster.
     fn decompress(&self, slot: usize, input: &[u8], output: &mut [u8]) -> Result<(), String> {
         match self {
             Self::Zlib => inflate(input, output),

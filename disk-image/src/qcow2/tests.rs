@@ -12,8 +12,8 @@ const COMPRESSED: u64 = 1 << 62;
 /// Bytes at an offset of an image.
 type Change = (usize, Vec<u8>);
 
-/// An image of version 3 with 512-byte clusters and a disk of 64 KiB, which has two L2 tables. The first clusters of the
-/// file are: header, two that are not used, L1 table, L2 table of the first half of the disk, data. The first
+/// An image of version 3 with 512-byte clusters and a disk of 64 KiB, which has two L2 tables. The first clusters of
+/// the file are: header, two that are not used, L1 table, L2 table of the first half of the disk, data. The first
 /// cluster of the disk is data, the rest is not allocated.
 fn image() -> Vec<u8> {
     image_with_clusters_of(CLUSTER)

@@ -1,8 +1,8 @@
 //! The entry point of the fuzz target for messages of the agent.
 //!
 //! Belongs here: functions that pass the bytes of an input to this crate and panic if it breaks its contract. Does not
-//! belong here: anything that shim or agent need. The targets in `fuzz/fuzz_targets` call these functions, and so do the
-//! tests, with the stored inputs.
+//! belong here: anything that shim or agent need. The targets in `fuzz/fuzz_targets` call these functions, and so do
+//! the tests, with the stored inputs.
 
 #![allow(clippy::unwrap_used, reason = "a fuzz target fails by panic")]
 

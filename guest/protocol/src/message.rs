@@ -222,8 +222,8 @@ pub struct PodFile {
     pub content: Vec<u8>,
 }
 
-/// A kernel parameter of a network namespace. The agent sets it only if it has the expected value: otherwise the spec of
-/// a container or of the pod has set it. Parameters that the guest's kernel does not have are ignored.
+/// A kernel parameter of a network namespace. The agent sets it only if it has the expected value: otherwise the spec
+/// of a container or of the pod has set it. Parameters that the guest's kernel does not have are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkParameter {
     /// The path below `/proc/sys`.

@@ -46,7 +46,8 @@ pub(super) fn set_thread_name(name: &'static str) {
 }
 
 extern "C" fn on_violation(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    // SAFETY: for a handler with SA_SIGINFO, the kernel passes valid pointers, and for SIGSYS the fields of `SigsysInfo`.
+    // SAFETY: for a handler with SA_SIGINFO, the kernel passes valid pointers, and for SIGSYS the fields of
+    // `SigsysInfo`.
     let number = unsafe { (*info.cast::<SigsysInfo>()).number };
     // SAFETY: as above, and the context of a handler is a `ucontext_t` (sigaction(2)).
     let registers = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };

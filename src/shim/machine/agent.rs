@@ -1,7 +1,7 @@
 //! The client of the guest's agent: sends requests, and receives replies and events on the same stream.
 //!
-//! Received bytes are untrusted: the sizes of frames, lists and texts are bounded, a reply to no request is ignored, and
-//! a violation of the protocol ends the stream, and with it the machine if its guest cannot go on without an agent.
+//! Received bytes are untrusted: the sizes of frames, lists and texts are bounded, a reply to no request is ignored,
+//! and a violation of the protocol ends the stream, and with it the machine if its guest cannot go on without an agent.
 
 use std::{
     collections::HashMap,

@@ -36,8 +36,8 @@ impl MachineExit {
         &self.console
     }
 
-    /// The message of the guest's kernel, if the end of its console has one of a panic. A program in the guest can write
-    /// such a message too.
+    /// The message of the guest's kernel, if the end of its console has one of a panic. A program in the guest can
+    /// write such a message too.
     pub(crate) fn panic(&self) -> Option<&str> {
         self.panic.as_deref()
     }

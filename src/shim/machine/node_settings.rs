@@ -4,8 +4,9 @@ use std::{fs, path::Path};
 
 use nutshell_protocol::GuestSettings;
 
-/// Limits of the kernel that apply to all containers of a node together, or to each network namespace. The guest's kernel
-/// derives many of them from the machine's memory, which is small, but a container may rely on what it has on the node.
+/// Limits of the kernel that apply to all containers of a node together, or to each network namespace. The guest's
+/// kernel derives many of them from the machine's memory, which is small, but a container may rely on what it has on
+/// the node.
 const LIMITS: [&str; 37] = [
     "fs.aio-max-nr",
     "fs.epoll.max_user_watches",

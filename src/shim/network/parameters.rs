@@ -1,5 +1,5 @@
-//! Kernel parameters of a network namespace. The guest gets them with its links, so that values which CNI plugins, hooks
-//! and administrators have set hold in containers too.
+//! Kernel parameters of a network namespace. The guest gets them with its links, so that values which CNI plugins,
+//! hooks and administrators have set hold in containers too.
 
 use std::{collections::HashMap, fs, path::Path};
 

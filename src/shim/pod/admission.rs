@@ -1,5 +1,5 @@
-//! Which creations in a pod may run at the same time: those of any number of containers, or that of one virtual machine,
-//! which replaces the machine of the pod.
+//! Which creations in a pod may run at the same time: those of any number of containers, or that of one virtual
+//! machine, which replaces the machine of the pod.
 //!
 //! A creation takes several steps, and the container is in the table of tasks only after the first ones. So it is not
 //! enough that each creation looks there for others.

@@ -22,8 +22,8 @@ pub(super) fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(rustix::mount::open_tree(CWD, path, flags)?)
 }
 
-/// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, follows no symbolic
-/// link in it, and opens no device by a device node in it.
+/// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, follows no
+/// symbolic link in it, and opens no device by a device node in it.
 pub(super) fn restrict(mount: BorrowedFd<'_>, read_only: ReadOnly) -> io::Result<()> {
     let mut attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV

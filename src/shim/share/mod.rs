@@ -4,8 +4,8 @@
 //! The tree is a small tmpfs at the root of a mount namespace. What is shared is mounted into it. Mounts are made
 //! detached and moved there, so they appear in no other namespace, and the kernel removes them with the last user of
 //! the namespace: the file server or the shim. The file server sees the tmpfs read-only. Mount points lie in the tmpfs
-//! itself (`RESOLVE_NO_XDEV`), so no path is resolved below a mount that a guest can write, except for a share inside of
-//! another one ([`nested`]).
+//! itself (`RESOLVE_NO_XDEV`), so no path is resolved below a mount that a guest can write, except for a share inside
+//! of another one ([`nested`]).
 //!
 //! Belongs here: everything that mounts on behalf of a pod. Does not belong here: serving files, which is the task of
 //! the process. [`super::pod`] calls it.
@@ -70,9 +70,9 @@ pub(crate) struct FileServer {
 }
 
 impl FileServer {
-    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. `vmm` is a pidfd of
-    /// the vmm, whose empty namespaces the file server shares. Call it on a thread that lives as long as the shim: the
-    /// kernel kills the process when that thread ends.
+    /// Starts the file server with an empty tree. The returned socket is the vmm's connection to it. `vmm` is a pidfd
+    /// of the vmm, whose empty namespaces the file server shares. Call it on a thread that lives as long as the shim:
+    /// the kernel kills the process when that thread ends.
     pub(crate) fn spawn(vmm: Option<OwnedFd>) -> Result<(Self, OwnedFd), ShareError> {
         let PreparedTree {
             namespace,

@@ -1,4 +1,5 @@
-//! The console of a virtual machine: the standard input and output of its task. The machine gets them anew at each boot.
+//! The console of a virtual machine: the standard input and output of its task. The machine gets them anew at each
+//! boot.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 
@@ -53,8 +54,8 @@ impl ConsoleStreams {
         Ok((duplicate(&ends.input)?, duplicate(&ends.output)?))
     }
 
-    /// Closes the ends of the machine, which has ended: clients see the end of its output. What they have not read stays
-    /// in the pipe.
+    /// Closes the ends of the machine, which has ended: clients see the end of its output. What they have not read
+    /// stays in the pipe.
     pub(crate) fn close_machine_ends(&self) {
         let mut ends = self.0.lock();
         (ends.input, ends.input_writer, ends.output) = (None, None, None);

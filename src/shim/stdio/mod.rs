@@ -4,8 +4,8 @@
 //! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
 //! ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
 //! them while it runs: those of a process in the guest ([`standard`]), those of an exec in a virtual machine
-//! ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong here: when a process starts or ends. [`super::tasks`] calls it;
-//! [`super::api`] serves the streaming scheme.
+//! ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong here: when a process starts or
+//! ends. [`super::tasks`] calls it; [`super::api`] serves the streaming scheme.
 //!
 //! Bytes flow directly between the machine and a fifo, file or pipe. Only those of the streaming scheme pass through
 //! the shim, one message at a time, and those of an exec in a virtual machine, whose agent sends them in one piece.

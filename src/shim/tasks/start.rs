@@ -184,8 +184,8 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
     container.call_agent(REQUEST_LIMIT, machine.agent().run(start)).await
 }
 
-/// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process, or
-/// may do so later.
+/// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process,
+/// or may do so later.
 async fn end_unanswered_start(container: &Container, process: &Process, error: &TaskError) {
     let has_agent = container.virtual_machine.is_none();
     if error.code() != ErrorCode::Unavailable || !has_agent || container.pod.machine().has_ended() {

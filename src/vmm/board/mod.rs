@@ -63,8 +63,8 @@ pub(super) trait Slot: fmt::Debug + Send {
 
     fn is_empty(&self) -> bool;
 
-    /// Returns a function that unplugs the device, if there is one, and waits for its workers to end. For the guest, the
-    /// slot is empty as soon as the function is called.
+    /// Returns a function that unplugs the device, if there is one, and waits for its workers to end. For the guest,
+    /// the slot is empty as soon as the function is called.
     fn unplugger(&self) -> Box<dyn FnOnce() + Send>;
 }
 

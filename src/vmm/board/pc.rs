@@ -64,8 +64,8 @@ pub(in crate::vmm) struct PcDevices {
 }
 
 impl PcBoard {
-    /// A board without PCI devices. Its serial port writes to `outputs`. A reset or a power-off by the guest is reported
-    /// to `end`.
+    /// A board without PCI devices. Its serial port writes to `outputs`. A reset or a power-off by the guest is
+    /// reported to `end`.
     pub(in crate::vmm) fn new(
         events: &VmEvents,
         memory: &GuestMemory,

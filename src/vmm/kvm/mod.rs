@@ -1,5 +1,5 @@
-//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, [`events`], and the features ([`cpuid`])
-//! and initial state of vCPUs.
+//! The virtual machine in KVM: memory slots, the in-kernel interrupt controller, [`events`], and the features
+//! ([`cpuid`]) and initial state of vCPUs.
 //!
 //! Does not belong here: devices, and the content of guest memory. Callers are [`super::build`], [`super::board`] and
 //! [`super::machine::growth`].

@@ -1,4 +1,5 @@
-//! Tests with unmodified kernels on the PC board. They need a KVM that boots any kernel: `tests/pc/run-in-lab` runs them.
+//! Tests with unmodified kernels on the PC board. They need a KVM that boots any kernel: `tests/pc/run-in-lab` runs
+//! them.
 
 mod guest;
 mod pc;

@@ -7,10 +7,10 @@
 //! cri measure ROUNDS    measures pods and prints a table
 //! ```
 //!
-//! Belongs here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]), streams
-//! ([`streaming`]), virtual machines ([`vm`]), inspection of the host ([`host`]), a name server ([`dns`]), measurements ([`measure`]), and the
-//! cases ([`cases`]). Does not belong here: code of nutshell; no test may depend on it. Run in the lab by
-//! tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
+//! Belongs here: messages ([`messages`]) and calls ([`client`]) of the interface, pods and containers ([`pod`]),
+//! streams ([`streaming`]), virtual machines ([`vm`]), inspection of the host ([`host`]), a name server ([`dns`]),
+//! measurements ([`measure`]), and the cases ([`cases`]). Does not belong here: code of nutshell; no test may depend on
+//! it. Run in the lab by tests/lab/pods.bash, which also checks after each case that nothing is left on the host.
 
 #![allow(clippy::unwrap_used, reason = "all of this is for tests: they fail by panic")]
 

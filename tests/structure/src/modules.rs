@@ -106,7 +106,8 @@ impl Crate {
     }
 }
 
-/// Whether an item exists only in unit tests and in fuzz targets: `#[cfg(test)]`, `#[cfg(any(test, fuzzing))]` or `#[test]`.
+/// Whether an item exists only in unit tests and in fuzz targets: `#[cfg(test)]`, `#[cfg(any(test, fuzzing))]` or
+/// `#[test]`.
 fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         Meta::List(list) if list.path.is_ident("cfg") => {

@@ -1,7 +1,7 @@
 //! Finds the kernel that the boot loader of a disk would boot, and sends it to the host with its initrd.
 //!
-//! The file systems of the disk are mounted read-only and attached nowhere, so only this process can reach them, and its
-//! end unmounts them. `nutshell_disk_reader` reads them.
+//! The file systems of the disk are mounted read-only and attached nowhere, so only this process can reach them, and
+//! its end unmounts them. `nutshell_disk_reader` reads them.
 
 use std::fs::{self, File};
 use std::io::{self, Read};

@@ -48,7 +48,8 @@ pub(crate) fn set_network_parameters(parameters: &[NetworkParameter]) -> Result<
     // Compared before the first is set, because the kernel changes some together with others.
     let mut pending: Vec<_> = parameters.iter().filter(has_expected_value).collect();
     let mut result = Ok(());
-    // Twice, because the kernel checks some against others: the ranges of local and of privileged ports must not overlap.
+    // Twice, because the kernel checks some against others: the ranges of local and of privileged ports must not
+    // overlap.
     for _ in 0..2 {
         result = Ok(());
         pending.retain(|parameter| {

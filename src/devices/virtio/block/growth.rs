@@ -1,8 +1,8 @@
 //! Growth of disks: a thread compares the sizes of their files with their capacities, and tells the drivers of larger
 //! ones (virtio 1.3 §5.2.5: a change of `capacity` is a configuration change).
 //!
-//! A timer, because no event of the host fits: inotify reports each write of the guest as well, and a block device has no
-//! inotify event. A thread, because a file system that hangs blocks the check.
+//! A timer, because no event of the host fits: inotify reports each write of the guest as well, and a block device has
+//! no inotify event. A thread, because a file system that hangs blocks the check.
 
 use std::{
     convert::Infallible,

@@ -1,8 +1,8 @@
 //! virtio-blk (virtio 1.3 §5.2) on a file, block device or disk image of the host.
 //!
 //! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
-//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images, [`growth`] tells the
-//! driver when a disk has grown.
+//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images, [`growth`] tells
+//! the driver when a disk has grown.
 
 mod disk;
 mod growth;

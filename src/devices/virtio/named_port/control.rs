@@ -1,8 +1,8 @@
 //! The control queues of a device with one port besides the console: what its driver reports, and the messages that the
 //! driver has still to receive (virtio 1.3 §5.3.6.2).
 
-/// The number of the port. Port 0 is the console of a driver without VIRTIO_CONSOLE_F_MULTIPORT, and is not announced to
-/// others.
+/// The number of the port. Port 0 is the console of a driver without VIRTIO_CONSOLE_F_MULTIPORT, and is not announced
+/// to others.
 pub(super) const PORT: u32 = 1;
 
 /// The size of `struct virtio_console_control`: port, event and value.

@@ -5,8 +5,8 @@ use super::control::{MESSAGE_SIZE, PortState};
 /// The maximum number of messages that wait for the driver.
 const MAX_WAITING: usize = 3;
 
-/// Passes `data` to a port as control messages of its driver. A message whose last byte is 255 stands for the end of the
-/// host's socket, or for a driver that receives.
+/// Passes `data` to a port as control messages of its driver. A message whose last byte is 255 stands for the end of
+/// the host's socket, or for a driver that receives.
 ///
 /// # Panics
 ///

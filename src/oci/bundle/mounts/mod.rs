@@ -4,7 +4,8 @@
 //! server. So the source of a bind mount becomes a [`Share`], or the same path in the guest, or an error.
 //!
 //! Belongs here: the translation of mounts, with shared memory in [`shm`] and access to one mount of a spec in
-//! [`spec_mount`]. Does not belong here: the root file system (`rootfs`), and mounting. Called by the plan of a container.
+//! [`spec_mount`]. Does not belong here: the root file system (`rootfs`), and mounting. Called by the plan of a
+//! container.
 
 mod shm;
 mod spec_mount;

@@ -2,9 +2,9 @@
 //! network namespace on the host, where no process of the pod listens. Connections to any port are accepted here and
 //! forwarded to the same port of the guest's loopback interface. If no process listens there, the connection is reset.
 //!
-//! Bytes do not pass through the shim: the vmm gets the descriptor of the connection. The guest of a virtual machine may
-//! have no agent that connects to its loopback interface. Then the shim connects to the guest's address, over the network,
-//! and relays.
+//! Bytes do not pass through the shim: the vmm gets the descriptor of the connection. The guest of a virtual machine
+//! may have no agent that connects to its loopback interface. Then the shim connects to the guest's address, over the
+//! network, and relays.
 
 use std::{
     io,
@@ -96,7 +96,8 @@ impl ForwardListeners {
     }
 }
 
-/// Running port forwarding. Dropped, it accepts no more connections, and ends those that the shim relays; others continue.
+/// Running port forwarding. Dropped, it accepts no more connections, and ends those that the shim relays; others
+/// continue.
 #[derive(Debug)]
 pub(in crate::shim::network) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,

@@ -30,7 +30,8 @@ pub(crate) struct NetworkNames {
     pub(crate) hostname: Option<String>,
 }
 
-/// The links of a network namespace with their tap devices. Links, addresses and routes that appear later are not added.
+/// The links of a network namespace with their tap devices. Links, addresses and routes that appear later are not
+/// added.
 #[derive(Debug)]
 pub(crate) struct MachineLinks {
     namespace: OwnedFd,
@@ -41,8 +42,8 @@ pub(crate) struct MachineLinks {
 }
 
 impl MachineLinks {
-    /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. With `forwarding`,
-    /// connections to its loopback interface are accepted too. After a failure, nothing is left.
+    /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. With
+    /// `forwarding`, connections to its loopback interface are accepted too. After a failure, nothing is left.
     pub(crate) async fn connect(
         namespace: OwnedFd,
         queues: usize,

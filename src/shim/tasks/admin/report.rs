@@ -23,8 +23,8 @@ impl Tasks {
         self.report_with(&HashMap::new())
     }
 
-    /// The state of this shim. Asks its vmms and the guest agents of virtual machines: one that does not answer delays the
-    /// report by a second at most.
+    /// The state of this shim. Asks its vmms and the guest agents of virtual machines: one that does not answer delays
+    /// the report by a second at most.
     pub(crate) async fn full_report(&self) -> ShimReport {
         let mut calls = HashMap::new();
         for container in self.all() {

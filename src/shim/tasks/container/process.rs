@@ -116,7 +116,8 @@ impl Process {
         self.guest_pid.store(pid, Ordering::Relaxed);
     }
 
-    /// The agent that runs it in the guest of a virtual machine. `None` if the QEMU guest agent does, or before the start.
+    /// The agent that runs it in the guest of a virtual machine. `None` if the QEMU guest agent does, or before the
+    /// start.
     pub(crate) fn agent(&self) -> Option<&Agent> {
         self.agent.get()
     }

@@ -1,8 +1,8 @@
 //! A cache of the kernels in images: the next virtual machine from the same image boots without a disk reader.
 //!
 //! An entry belongs to one disk file in the read-only layers of an image. It is not used for a disk that its guest has
-//! written to: a restarted container and a reboot always read the disk. The files in an entry come from the guest of the
-//! disk reader, and are as untrusted as when it sent them.
+//! written to: a restarted container and a reboot always read the disk. The files in an entry come from the guest of
+//! the disk reader, and are as untrusted as when it sent them.
 
 use std::{
     fmt::Write as _,

@@ -8,8 +8,8 @@ use crate::oci::DataSource;
 /// Network configuration of NoCloud in version 2, which is Netplan's: DHCP on each virtio interface. It matches by
 /// driver and not by MAC address, because a guest keeps it, and the next pod that runs this guest has another address.
 ///
-/// For Netplan, `eth0` is only an id. The other renderers of cloud-init configure the interface of that name, whatever its
-/// driver (`cloudinit/net/network_state.py`, `handle_ethernets`).
+/// For Netplan, `eth0` is only an id. The other renderers of cloud-init configure the interface of that name, whatever
+/// its driver (`cloudinit/net/network_state.py`, `handle_ethernets`).
 const DEFAULT_NETWORK_CONFIG: &str =
     "version: 2\nethernets:\n  eth0:\n    match:\n      driver: virtio_net\n    dhcp4: true\n";
 

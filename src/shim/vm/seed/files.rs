@@ -121,7 +121,8 @@ fn read_files(directory: &Path, opened: BorrowedFd<'_>) -> Result<Vec<(String, V
     Ok(files)
 }
 
-/// The name of a file, if Linux finds it on a FAT file system: it removes dots at the end of a name (`vfat_striptail_len`).
+/// The name of a file, if Linux finds it on a FAT file system: it removes dots at the end of a name
+/// (`vfat_striptail_len`).
 fn parse_name(key: &CStr) -> Option<String> {
     let name = key.to_str().ok()?;
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);

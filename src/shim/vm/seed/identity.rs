@@ -31,8 +31,8 @@ pub(in crate::shim) struct Identity {
     pub(in crate::shim) hostname: Hostname,
 }
 
-/// cloud-init configures a guest again when its instance id changes. So a machine whose root persists has the same id in
-/// each pod that runs it.
+/// cloud-init configures a guest again when its instance id changes. So a machine whose root persists has the same id
+/// in each pod that runs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::shim) struct InstanceId(String);
 

@@ -2,8 +2,8 @@
 //! the guest.
 //!
 //! The configuration is a Secret or ConfigMap, which the kubelet mounts as a directory: one file for each key. The shim
-//! copies their bytes into a FAT file system and parses none of them. A Secret or ConfigMap with other keys becomes such
-//! a disk too ([`files`]).
+//! copies their bytes into a FAT file system and parses none of them. A Secret or ConfigMap with other keys becomes
+//! such a disk too ([`files`]).
 //!
 //! Belongs here: the names of keys and files, the defaults for what the user leaves out, and the image. Does not belong
 //! here: attaching the disk. The code that creates such machines calls [`make_disk`] and [`make_disk_of_files`].

@@ -167,8 +167,8 @@ pub(crate) fn image_boots_with_a_seed(handler: Handler) {
     pod.remove();
 }
 
-/// Execs are by the QEMU guest agent. The root is a volume, and a second pod of the same name has it later, with another address: cloud-init does not
-/// configure it again.
+/// Execs are by the QEMU guest agent. The root is a volume, and a second pod of the same name has it later, with
+/// another address: cloud-init does not configure it again.
 pub(crate) fn persistent_root_moves_to_another_pod(handler: Handler) {
     let folder = PathBuf::from("/run/tmp/persistent");
     let volume = folder.join("volume");

@@ -19,7 +19,8 @@ const HOST: &str = "10.88.0.1";
 /// The address of the Service. No link has it.
 const SERVICE: &str = "10.96.0.10";
 
-/// A script for udhcpc that sets the lease as other DHCP clients do: the classless routes replace the router (RFC 3442).
+/// A script for udhcpc that sets the lease as other DHCP clients do: the classless routes replace the router (RFC
+/// 3442).
 const LEASE: &str = r#"#!/bin/sh
 [ "$1" != deconfig ] || ip link set "$interface" up
 [ "$1" = bound ] || exit 0

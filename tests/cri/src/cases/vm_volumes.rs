@@ -178,8 +178,8 @@ pub(crate) fn disk_belongs_to_one_pod_at_a_time(handler: Handler) {
     first_pod.remove();
 }
 
-/// The init container copies the disk from an image, as CDI does. A blank disk in an emptyDir keeps its content when the
-/// guest reboots.
+/// The init container copies the disk from an image, as CDI does. A blank disk in an emptyDir keeps its content when
+/// the guest reboots.
 pub(crate) fn init_container_prepares_the_boot_disk(handler: Handler) {
     let pod = Pod::run_with(handler, |config| {
         let disks = [("system", "boot"), ("scratch", "blank,size=8Mi")];

@@ -1,5 +1,5 @@
-//! The interrupts of a device on the PCI transport: messages, of which the driver chooses one for each queue and one for
-//! changes of the configuration (virtio 1.3 §4.1.5.1.2).
+//! The interrupts of a device on the PCI transport: messages, of which the driver chooses one for each queue and one
+//! for changes of the configuration (virtio 1.3 §4.1.5.1.2).
 
 use std::{
     io,

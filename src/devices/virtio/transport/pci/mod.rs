@@ -337,7 +337,8 @@ impl Function for VirtioFunction {
         } else if MESSAGE_TABLE.contains(&offset) {
             self.messages.write_table(offset - MESSAGE_TABLE.start, data);
         } else if NOTIFY.contains(&offset) {
-            // KVM signals most notifications. This one came through the configuration space, or an ioeventfd is missing.
+            // KVM signals most notifications. This one came through the configuration space, or an ioeventfd is
+            // missing.
             let queue = usize::try_from((offset - NOTIFY.start) / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
             if let Some(kick) = self.device.kicks.get(queue) {
                 // The counter cannot overflow: each write adds one, and the device reads it.
