@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use crate::{
     devices::system_calls as devices, disk::system_calls as disk, fs::system_calls as fs, jail::seccomp::CallList,
-    vmm::system_calls as vmm,
+    shim::pod::system_calls as holder, vmm::system_calls as vmm,
 };
 
 /// The list of a process, and those of its threads, which inherit it.
@@ -14,7 +14,7 @@ struct Process {
     threads: &'static [CallList],
 }
 
-const PROCESSES: [Process; 3] = [
+const PROCESSES: [Process; 4] = [
     Process {
         role: crate::vmm::ROLE,
         list: vmm::PROCESS,
@@ -35,6 +35,11 @@ const PROCESSES: [Process; 3] = [
     Process {
         role: crate::disk::inspector::ROLE,
         list: disk::PROCESS,
+        threads: &[],
+    },
+    Process {
+        role: "holder",
+        list: holder::HOLDER,
         threads: &[],
     },
 ];
@@ -72,7 +77,7 @@ pub(crate) mod tests {
     };
 
     fn lists() -> impl Iterator<Item = (&'static Process, &'static CallList)> {
-        static PROCESSES: [Process; 3] = super::PROCESSES;
+        static PROCESSES: [Process; 4] = super::PROCESSES;
         PROCESSES.iter().flat_map(|process| {
             std::iter::once(&process.list)
                 .chain(process.threads)

@@ -27,7 +27,7 @@ mod events;
 mod logging;
 mod machine;
 mod network;
-mod pod;
+pub(crate) mod pod;
 mod record;
 pub(crate) mod report;
 pub(crate) mod share;

@@ -25,7 +25,7 @@ enum Allowed {
 }
 
 /// Translates `list`. A call that is not on it raises SIGSYS (`SECCOMP_RET_TRAP`).
-pub(super) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> {
+pub(crate) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> {
     let failed = |source| FilterError {
         thread: list.thread,
         source,

@@ -20,7 +20,10 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-pub(crate) use self::call::{Arguments, Call, CallList, Refusal, allowed, refused};
+pub(crate) use self::{
+    call::{Arguments, Call, CallList, Refusal, allowed, refused},
+    filter::compile,
+};
 use super::syscalls;
 
 /// Whether this process has the list of its role. In other processes, such as unit tests, threads install no list.

@@ -13,6 +13,7 @@ mod launcher;
 mod oom_score;
 mod pid_holder;
 mod requirements;
+pub(crate) mod system_calls;
 
 use std::{
     future::Future,

@@ -11,7 +11,10 @@ use std::{
     io::{self, Read},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     ptr,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use nix::libc;
@@ -23,7 +26,11 @@ use rustix::{
     process::{Pid, Signal, WaitOptions},
 };
 
-use crate::shim::child::{Child, WaitStatus};
+use super::system_calls;
+use crate::{
+    jail::seccomp,
+    shim::child::{Child, WaitStatus},
+};
 
 /// The network namespace that a holder runs in.
 #[derive(Debug)]
@@ -65,6 +72,18 @@ struct HolderParameters {
     root: RawFd,
     /// The pipe for the result: one byte, an errno or 0.
     report: RawFd,
+    /// The filter of its system calls.
+    filter: &'static [libc::sock_filter],
+}
+
+/// The filter of every holder's system calls ([`system_calls::HOLDER`]).
+fn filter() -> io::Result<&'static [libc::sock_filter]> {
+    static PROGRAM: OnceLock<Vec<libc::sock_filter>> = OnceLock::new();
+    if let Some(program) = PROGRAM.get() {
+        return Ok(program);
+    }
+    let program = seccomp::compile(&system_calls::HOLDER).map_err(io::Error::other)?;
+    Ok(PROGRAM.get_or_init(|| program))
 }
 
 impl PidHolder {
@@ -84,6 +103,7 @@ impl PidHolder {
                 },
                 root: root.as_raw_fd(),
                 report: reporter.as_raw_fd(),
+                filter: filter()?,
             },
         });
         let flags = match namespace {
@@ -236,7 +256,7 @@ extern "C" fn run_holder(parameters: *mut libc::c_void) -> libc::c_int {
             report_errno(parameters.report, 0);
             system_call(libc::SYS_close_range, [report, report, 0, 0]);
             loop {
-                system_call(libc::SYS_pause, [0; 4]);
+                system_call(libc::SYS_ppoll, [0; 4]);
             }
         }
         Err(errno) => {
@@ -285,6 +305,23 @@ fn prepare(parameters: &HolderParameters) -> Result<(), u8> {
             0,
             SIGNAL_SET_BYTES,
         ],
+    ))?;
+    check(system_call(
+        libc::SYS_prctl,
+        [register(libc::PR_SET_NO_NEW_PRIVS), 1, 0, 0],
+    ))?;
+    let filter = libc::sock_fprog {
+        len: u16::try_from(parameters.filter.len()).unwrap_or(0),
+        filter: parameters.filter.as_ptr().cast_mut(),
+    };
+    check(system_call(
+        libc::SYS_seccomp,
+        [
+            libc::SECCOMP_SET_MODE_FILTER as usize,
+            0,
+            ptr::from_ref(&filter).addr(),
+            0,
+        ],
     ))
 }
 
@@ -311,7 +348,7 @@ fn register(value: libc::c_int) -> usize {
     value.unsigned_abs() as usize
 }
 
-/// Makes a system call with at most four arguments. Returns the kernel's result: a negative errno on failure. Only for
+/// Makes a system call with at most four arguments; the fifth is 0. Returns the kernel's result: a negative errno on failure. Only for
 /// the calls above, whose pointers are to live values of the right size.
 fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
     let result;
@@ -325,6 +362,8 @@ fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
             in("rsi") arguments[1],
             in("rdx") arguments[2],
             in("r10") arguments[3],
+            // prctl(2) refuses another value.
+            in("r8") 0_usize,
             lateout("rcx") _,
             lateout("r11") _,
             options(nostack),
@@ -361,6 +400,15 @@ mod tests {
             network_namespace_of(holder.pid()),
             network_namespace_of(std::process::id())
         );
+    }
+
+    #[tokio::test]
+    async fn holder_has_its_list_of_system_calls() {
+        let holder = PidHolder::spawn(&NetworkNamespace::New).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", holder.pid())).unwrap();
+        for line in ["NoNewPrivs:\t1\n", "Seccomp:\t2\n", "Seccomp_filters:\t1\n"] {
+            assert!(status.contains(line), "{status}");
+        }
     }
 
     #[tokio::test]

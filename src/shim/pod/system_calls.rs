@@ -1,0 +1,17 @@
+//! The system calls of a pid holder.
+
+use crate::jail::seccomp::{Call, CallList, allowed};
+
+const CALLS: &[Call] = &[
+    allowed!(SYS_write, "the report that it is ready"),
+    allowed!(SYS_close_range, "the shim's descriptors, of which it has copies"),
+    allowed!(SYS_ppoll, "its sleep"),
+    allowed!(SYS_exit_group, "the end of the process"),
+];
+
+/// A holder, which has one thread, once it has joined its namespace.
+pub(crate) const HOLDER: CallList = CallList {
+    thread: "main",
+    allowed: &[CALLS],
+    refused: &[],
+};
