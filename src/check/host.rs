@@ -74,6 +74,7 @@ impl Host {
             self.simultaneous_multithreading(),
             self.same_page_merging(),
             self.userfaultfd(),
+            self.landlock(),
             self.minimum("process ids", "proc/sys/kernel/pid_max", MIN_PID_MAX, "kernel.pid_max"),
             self.minimum("open files", "proc/sys/fs/file-max", MIN_FILE_MAX, "fs.file-max"),
             self.tap_devices(),
@@ -220,6 +221,23 @@ impl Host {
         )
     }
 
+    fn landlock(&self) -> Finding {
+        const SUBJECT: &str = "Landlock";
+        match self.read("sys/kernel/security/lsm") {
+            Some(modules) if modules.split(',').any(|module| module == "landlock") => Finding::good(SUBJECT, "on"),
+            Some(modules) => Finding::not_good(
+                SUBJECT,
+                "off",
+                format!("the processes of a pod have one limit less; boot with lsm=landlock,{modules}"),
+            ),
+            None => Finding::not_good(
+                SUBJECT,
+                "unknown",
+                "mount -t securityfs securityfs /sys/kernel/security, and check again",
+            ),
+        }
+    }
+
     /// A setting that should not be on, which is "1" in its file.
     fn switch(&self, (subject, path): (&'static str, &str), (on, off): (&str, &str), advice: &str) -> Finding {
         if self.read(path).as_deref() == Some("1") {
@@ -325,7 +343,7 @@ mod tests {
         not_good.map(|finding| finding.subject).collect()
     }
 
-    const GOOD: [(&str, &str); 13] = [
+    const GOOD: [(&str, &str); 14] = [
         ("proc/cpuinfo", "flags : fpu vmx\n"),
         ("sys/fs/cgroup/cgroup.controllers", "cpu memory\n"),
         (
@@ -340,6 +358,7 @@ mod tests {
         ),
         ("sys/devices/system/cpu/smt/active", "0\n"),
         ("sys/kernel/mm/ksm/run", "0\n"),
+        ("sys/kernel/security/lsm", "lockdown,landlock,yama"),
         ("proc/sys/kernel/pid_max", "4194304\n"),
         ("proc/sys/fs/file-max", "9223372036854775807\n"),
         ("dev/net/tun", ""),
@@ -378,6 +397,7 @@ mod tests {
             ("sys/devices/system/cpu/smt/active", "1\n", "SMT"),
             ("sys/kernel/mm/ksm/run", "1\n", "KSM"),
             ("proc/sys/vm/unprivileged_userfaultfd", "1\n", "userfaultfd"),
+            ("sys/kernel/security/lsm", "lockdown,yama", "Landlock"),
             ("proc/sys/kernel/pid_max", "32768\n", "process ids"),
             ("proc/sys/fs/file-max", "1000\n", "open files"),
             ("proc/sys/kernel/osrelease", "5.4.0-generic\n", "sk_lookup"),
@@ -400,6 +420,7 @@ mod tests {
             missing,
             [
                 "control groups",
+                "Landlock",
                 "process ids",
                 "open files",
                 "tap devices",

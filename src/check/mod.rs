@@ -28,7 +28,8 @@ use self::host::Host;
 use crate::{
     control::{BoardKind, Channel, Command, ControlError, MachineConfig, Notice, Software},
     guest_image::{self, GuestImageError},
-    jail, vmm,
+    jail::RoleCommand,
+    vmm,
 };
 
 /// The first argument that selects this role.
@@ -112,10 +113,8 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
     let started = Instant::now();
     // Every return below ends the vmm.
     let _vmm = KillOnDrop(
-        jail::build_command(vmm::ROLE)
-            .stdin(Stdio::from(OwnedFd::from(vmm_channel)))
-            .stdout(Stdio::null())
-            .spawn()
+        RoleCommand::new(vmm::ROLE)
+            .and_then(|mut vmm| vmm.stdin(OwnedFd::from(vmm_channel)).stdout(Stdio::null()).spawn())
             .map_err(CheckError::Start)?,
     );
 

@@ -14,7 +14,7 @@ use super::{
     report::{Clusters, Findings, Qcow2Findings},
     system_calls,
 };
-use crate::jail::{self, Jail, Root};
+use crate::jail::{self, Jail, OpenAccess, Root};
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "disk-inspector";
@@ -31,6 +31,7 @@ pub(crate) fn main() -> ExitCode {
         role: ROLE,
         name: c"nutshell-disk",
         root: Root::Empty,
+        open_access: OpenAccess::Nothing,
         peer: None,
         capabilities: CapabilitySet::empty(),
         keep: &[],

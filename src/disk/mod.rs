@@ -20,7 +20,7 @@ use std::{
 };
 
 use self::report::{Findings, Report};
-use crate::jail;
+use crate::jail::RoleCommand;
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "disk";
@@ -108,10 +108,8 @@ fn inspect(path: &Path) -> Result<Findings, DiskError> {
         path: path.to_owned(),
         source,
     })?;
-    let mut child = jail::build_command(inspector::ROLE)
-        .stdin(file)
-        .stdout(Stdio::piped())
-        .spawn()
+    let mut child = RoleCommand::new(inspector::ROLE)
+        .and_then(|mut inspector| inspector.stdin(file).stdout(Stdio::piped()).spawn())
         .map_err(DiskError::Start)?;
     let mut answer = Vec::new();
     let read = match child.stdout.take() {

@@ -40,7 +40,7 @@ use virtiofsd_vhost::vhost_user::{Error as ConnectionError, Listener};
 
 use self::{backend::Backend, standby::MAX_HUNG_REQUESTS, tree::Tree};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
-use crate::jail::{self, Jail, JailError, Root};
+use crate::jail::{self, Jail, JailError, OpenAccess, Root};
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "fs";
@@ -70,8 +70,8 @@ enum FsError {
 }
 
 /// The file server process: serves the machine until the vmm closes its end of the connection. Descriptor 0 is the
-/// listening vhost-user socket with one pending connection, descriptor 1 the mount namespace of the tree. The third
-/// argument, if there is one, is the number of the shim's descriptor that is a pidfd of the vmm.
+/// listening vhost-user socket with one pending connection, descriptor 1 a pidfd of the vmm, or another file if there is
+/// none. The third argument is the number of the shim's descriptor that is the mount namespace of the tree.
 pub(crate) fn main() -> ExitCode {
     stderr_log::install();
     match run() {
@@ -94,7 +94,8 @@ fn run() -> Result<(), FsError> {
         role: ROLE,
         name: c"nutshell-fs",
         root: Root::Namespace(namespace.as_fd()),
-        peer: vmm.as_ref().map(AsFd::as_fd),
+        open_access: OpenAccess::Root,
+        peer: Some(vmm.as_fd()),
         capabilities: CAPABILITIES,
         keep: &[listener.as_fd(), namespace.as_fd(), own_descriptors.as_fd()],
         max_descriptors: MAX_DESCRIPTORS,
@@ -118,14 +119,16 @@ struct Inherited {
     namespace: OwnedFd,
     /// `/proc/self/fd`, for opening files that the guest has looked up.
     own_descriptors: OwnedFd,
-    /// A pidfd of the vmm, whose namespaces this process shares.
-    vmm: Option<OwnedFd>,
+    /// A pidfd of the vmm, whose namespaces this process shares. With another file it makes its own.
+    vmm: OwnedFd,
 }
 
 impl Inherited {
     fn take() -> io::Result<Self> {
         let listener = io::stdin().as_fd().try_clone_to_owned()?;
-        let namespace = io::stdout().as_fd().try_clone_to_owned()?;
+        let vmm = io::stdout().as_fd().try_clone_to_owned()?;
+        let namespace = env::args().nth(3).and_then(|number| number.parse().ok());
+        let namespace = jail::open_namespace_of_parent(namespace.ok_or(io::ErrorKind::InvalidInput)?)?;
         let null = File::options().read(true).write(true).open("/dev/null")?;
         nix::unistd::dup2_stdin(&null)?;
         nix::unistd::dup2_stdout(&null)?;
@@ -140,10 +143,7 @@ impl Inherited {
             listener: listener.into(),
             namespace,
             own_descriptors,
-            // Without it, this process makes its own namespaces.
-            vmm: env::args()
-                .nth(3)
-                .and_then(|number| jail::descriptor_of_parent(number.parse().ok()?).ok()),
+            vmm,
         })
     }
 }

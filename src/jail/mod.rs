@@ -1,26 +1,24 @@
 //! Confines the processes that serve a guest or read an image. The roles `vmm`, `fs` and `disk-inspector` call [`enter`]
 //! first, while they have one thread and have read nothing that a guest or a stranger wrote.
 //!
-//! Belongs here: the command that starts a child ([`build_command`]), and the steps by which the child gives up what it
-//! does not need ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
+//! Belongs here: the start of such a process ([`RoleCommand`]), and the steps by which it gives up what it does not need
+//! ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
 //! [`crate::disk`], which start the children, and by `main` of the children.
 
 mod error;
+mod landlock;
+mod origin;
 pub(crate) mod root;
 pub(crate) mod seccomp;
+mod spawn;
 pub(crate) mod syscalls;
 #[cfg(test)]
 mod tests;
 
 use std::{
-    env,
     ffi::CStr,
     io,
-    os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
-        unix::process::CommandExt,
-    },
-    process::{self, Command},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -31,10 +29,15 @@ use rustix::{
     thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets, Gid, Uid},
 };
 
-pub(crate) use self::error::{FailedStep, JailError, step};
-use self::seccomp::CallList;
+pub(crate) use self::{
+    error::{FailedStep, JailError, step},
+    landlock::OpenAccess,
+    origin::open_namespace_of_parent,
+    spawn::RoleCommand,
+};
+use self::{origin::Origin, seccomp::CallList};
 
-/// User and group id of a jailed process are this plus its pid. A pid belongs to one living process, so no two living
+/// User and group id of a jailed process are this plus its pid in the shim's pid namespace. A pid belongs to one living process, so no two living
 /// processes of a pid namespace share an id, and a compromised child can neither signal nor trace the child of another
 /// pod. No account has these ids: systemd's list of id ranges (UIDS-GIDS.md) leaves 0x7000_0000 to 0x7FFD_FFFF unused,
 /// and pids are below 2^22 (`PID_MAX_LIMIT`).
@@ -52,6 +55,8 @@ pub(crate) struct Jail<'a> {
     /// and making and removing namespaces is a large part of the start of a container. New ones are made if that process
     /// has ended or is not in its jail yet.
     pub(crate) peer: Option<BorrowedFd<'a>>,
+    /// What it may open, besides what it has open.
+    pub(crate) open_access: OpenAccess,
     /// Permitted and effective. The inheritable, ambient and bounding sets are empty.
     pub(crate) capabilities: CapabilitySet,
     /// Descriptors that stay open, besides 0, 1, 2 and `peer`.
@@ -77,48 +82,41 @@ pub(crate) enum Root<'a> {
     Namespace(BorrowedFd<'a>),
 }
 
-/// Builds the command that starts this executable as `role`, which then calls [`enter`].
-///
-/// Spawn it from a thread that lives as long as the shim: the kernel kills the child when the thread that started it
-/// ends (`PR_SET_PDEATHSIG`, prctl(2)).
-pub(crate) fn build_command(role: &str) -> Command {
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0(format!("nutshell-{role}"))
-        .arg(role)
-        .arg(process::id().to_string())
-        .env_clear();
-    command
-}
-
 /// Gives up everything that `jail` does not list, and closes all other descriptors. Call it once, before anything else,
-/// as root, with one thread, in a process that [`build_command`] started.
+/// as root, with one thread, in a process that [`RoleCommand`] started.
 ///
-/// Afterwards the process has unused ids, no access to another file system, network, IPC or host name, cannot gain
-/// privileges by exec, leaves no core dump, and dies with its parent.
+/// Afterwards the process has unused ids, no access to another file system, network, IPC, host name or process, cannot
+/// gain privileges by exec, leaves no core dump, and dies with its parent.
 pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
-    let parent = parent_from_arguments()?;
+    let parent = origin::parent_from_arguments()?;
     // Best effort: the name is only for lists of the host's processes.
     let _ = rustix::thread::set_name(jail.name);
     // Inherited from the shim, which disables them for itself. Guest memory may have them.
     let _ = rustix::thread::disable_transparent_huge_pages(false);
 
-    let confine = || -> Result<(), FailedStep> {
-        let kept = jail.keep.iter().copied().chain(jail.peer);
-        close_all_except(kept).map_err(step("close inherited descriptors"))?;
-        set_limits(jail).map_err(step("set resource limits"))?;
-        grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
-        isolate(jail)?;
-        drop_privileges(jail.capabilities)?;
-        Ok(())
-    };
     let failed = |(step, source)| JailError::Step {
         role: jail.role,
         step,
         source,
     };
+    let origin = Origin::open().map_err(step("open /proc/self/stat")).map_err(failed)?;
+    let confine = || -> Result<(), FailedStep> {
+        let id = FIRST_ID + origin.pid().map_err(step("read its process id"))?;
+        let kept = jail.keep.iter().copied().chain(jail.peer).chain([origin.as_fd()]);
+        close_all_except(kept).map_err(step("close inherited descriptors"))?;
+        set_limits(jail).map_err(step("set resource limits"))?;
+        grow_descriptor_table(jail.descriptor_table_size).map_err(step("grow the descriptor table"))?;
+        isolate(jail)?;
+        drop_privileges(id, jail.capabilities)?;
+        landlock::restrict(jail.open_access).map_err(step("apply Landlock rules"))?;
+        die_with_parent()
+    };
     confine().map_err(failed)?;
-    die_with_parent(parent, jail.role)?;
+    // If the parent is still the shim, the signal of its end cannot have been missed.
+    if origin.parent_pid().map_err(step("read its parent")).map_err(failed)? != parent {
+        return Err(JailError::Orphaned);
+    }
+    drop(origin);
     // The last step: the list has none of the calls of the steps before.
     match &jail.calls {
         None => Ok(()),
@@ -126,26 +124,6 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
             .map_err(step("limit its system calls"))
             .map_err(failed),
     }
-}
-
-/// The pid of the shim, as [`build_command`] wrote it.
-fn parent_from_arguments() -> Result<u32, JailError> {
-    env::args_os()
-        .nth(2)
-        .and_then(|pid| pid.to_str()?.parse().ok())
-        .ok_or(JailError::NotStartedByShim)
-}
-
-/// A duplicate of the shim's descriptor `number`. The shim must keep it open until this process is in its jail.
-///
-/// # Errors
-///
-/// Those of pidfd_open(2) and pidfd_getfd(2).
-pub(crate) fn descriptor_of_parent(number: RawFd) -> io::Result<OwnedFd> {
-    let parent = rustix::process::getppid().ok_or(io::ErrorKind::NotFound)?;
-    let parent = rustix::process::pidfd_open(parent, rustix::process::PidfdFlags::empty())?;
-    let flags = rustix::process::PidfdGetfdFlags::empty();
-    Ok(rustix::process::pidfd_getfd(parent, number, flags)?)
 }
 
 fn close_all_except<'a>(kept: impl Iterator<Item = BorrowedFd<'a>>) -> io::Result<()> {
@@ -167,8 +145,12 @@ fn close_all_except<'a>(kept: impl Iterator<Item = BorrowedFd<'a>>) -> io::Resul
 fn set_limits(jail: &Jail<'_>) -> io::Result<()> {
     for (resource, limit) in [
         (Resource::Core, 0),
+        (Resource::Memlock, 0),
+        (Resource::Msgqueue, 0),
+        (Resource::Nice, 0),
         (Resource::Nofile, jail.max_descriptors),
         (Resource::Nproc, jail.max_threads),
+        (Resource::Rtprio, 0),
     ] {
         let limit = u64::from(limit);
         let both = |limit| Rlimit {
@@ -225,8 +207,8 @@ fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
     Ok(())
 }
 
-/// Changes to an unused id (see [`FIRST_ID`]), and drops all capabilities except `kept`.
-fn drop_privileges(kept: CapabilitySet) -> Result<(), FailedStep> {
+/// Changes to the user and group `id`, and drops all capabilities except `kept`.
+fn drop_privileges(id: u32, kept: CapabilitySet) -> Result<(), FailedStep> {
     // Changing the bounding set and the securebits needs CAP_SETPCAP, so it comes before the other sets.
     clear_bounding_set().map_err(step("clear the bounding set"))?;
     // Capabilities then depend only on the sets and not on user ids: uid 0 gains none, and a change of the user loses
@@ -243,7 +225,6 @@ fn drop_privileges(kept: CapabilitySet) -> Result<(), FailedStep> {
     .map_err(step("lock the securebits"))?;
     rustix::thread::clear_ambient_capability_set().map_err(step("clear the ambient set"))?;
 
-    let id = FIRST_ID + process::id();
     let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
     rustix::thread::set_thread_groups(&[]).map_err(step("drop supplementary groups"))?;
     rustix::thread::set_thread_res_gid(group, group, group).map_err(step("change the group"))?;
@@ -274,16 +255,7 @@ fn clear_bounding_set() -> io::Result<()> {
 }
 
 /// Has the kernel kill this process when the shim ends. This comes last, because a change of credentials clears the
-/// signal (prctl(2)). If the parent is still the shim after that, its end cannot have been missed.
-fn die_with_parent(parent: u32, role: &'static str) -> Result<(), JailError> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| JailError::Step {
-        role,
-        step: "die with the shim",
-        source: error.into(),
-    })?;
-    if std::os::unix::process::parent_id() == parent {
-        Ok(())
-    } else {
-        Err(JailError::Orphaned)
-    }
+/// signal (prctl(2)).
+fn die_with_parent() -> Result<(), FailedStep> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("die with the shim"))
 }

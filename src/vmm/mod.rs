@@ -44,7 +44,7 @@ use self::{
 use crate::{
     control::{Channel, Command, ControlError, EndReason, Notice},
     devices::console_tail::ConsoleTail,
-    jail::{self, Jail, Root, seccomp},
+    jail::{self, Jail, OpenAccess, Root, seccomp},
 };
 
 /// The first argument that selects this role.
@@ -72,6 +72,7 @@ pub(crate) fn main() -> ExitCode {
         role: ROLE,
         name: c"nutshell-vmm",
         root: Root::Empty,
+        open_access: OpenAccess::Nothing,
         peer: None,
         capabilities: CapabilitySet::empty(),
         keep: &[],

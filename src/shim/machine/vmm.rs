@@ -4,7 +4,7 @@ use std::{io, os::fd::OwnedFd, process::Stdio, time::Duration};
 
 use crate::{
     control::{Channel, ControlError, monotonic_now},
-    jail,
+    jail::RoleCommand,
     shim::child::Child,
     vmm,
 };
@@ -42,7 +42,7 @@ impl VmmProcess {
     pub(crate) fn spawn() -> io::Result<Self> {
         let (control, vmm_end) = Channel::pair().map_err(io::Error::other)?;
         let (stderr, writer) = io::pipe()?;
-        let child = jail::build_command(vmm::ROLE)
+        let child = RoleCommand::new(vmm::ROLE)?
             .stdin(OwnedFd::from(vmm_end))
             .stdout(Stdio::null())
             .stderr(writer)

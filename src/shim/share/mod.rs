@@ -48,7 +48,7 @@ use self::{
 };
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
-    jail::{self, FailedStep, root::Access, step, syscalls::mount_setattr},
+    jail::{self, FailedStep, RoleCommand, root::Access, step, syscalls::mount_setattr},
     oci::{HostMount, ReadOnly, Share},
 };
 
@@ -60,13 +60,12 @@ const RESTRICT_STEP: &str = "set its mount options";
 #[derive(Debug)]
 pub(crate) struct FileServer {
     child: Child,
+    /// The process opens it by its number when it starts.
     namespace: OwnedFd,
     /// The tree's tmpfs as a detached, writable mount. Nothing is mounted on this one.
     tree: OwnedFd,
     /// The root of the namespace: the tmpfs, read-only, with everything that is shared.
     root: OwnedFd,
-    /// A pidfd of the vmm. The process takes it from the shim by its number when it starts.
-    _vmm: Option<OwnedFd>,
 }
 
 impl FileServer {
@@ -82,27 +81,22 @@ impl FileServer {
             connection,
         } = run_in_thread(|| prepare_tree().map_err(|(step, source)| ShareError::Start { step, source }))?;
         let start = |(step, source)| ShareError::Start { step, source };
-        let inherited = namespace
-            .try_clone()
-            .map_err(step("duplicate the mount namespace"))
-            .map_err(start)?;
-        let mut command = jail::build_command(ROLE);
-        if let Some(vmm) = &vmm {
-            command.arg(vmm.as_raw_fd().to_string());
-        }
-        let child = command
-            .stdin(OwnedFd::from(listener))
-            .stdout(inherited)
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(step("execute /proc/self/exe"))
+        let child = RoleCommand::new(ROLE)
+            .and_then(|mut command| {
+                command
+                    .arg(namespace.as_raw_fd().to_string())
+                    .stdin(OwnedFd::from(listener))
+                    .stdout(vmm.map_or_else(Stdio::null, Stdio::from))
+                    .stderr(Stdio::piped())
+                    .spawn()
+            })
+            .map_err(step("start the process"))
             .map_err(start)?;
         let server = Self {
             child,
             namespace,
             tree,
             root,
-            _vmm: vmm,
         };
         Ok((server, connection.into()))
     }

@@ -1,12 +1,17 @@
 //! Tests of a jailed child process, from its parent's view.
 
+mod attempts;
+
 use std::{
     collections::HashMap,
-    fs,
+    env, fs,
     io::{BufRead, BufReader, Write},
-    os::fd::AsFd,
-    process::{Child, ChildStdout, Command, ExitCode, Stdio, exit},
+    os::fd::{AsFd, OwnedFd},
+    process::{self, Child, ChildStdout, Command, ExitCode, Stdio, exit},
+    ptr,
 };
+
+use rustix::fs::OFlags;
 
 use super::*;
 use crate::fs::CAPABILITIES;
@@ -26,9 +31,16 @@ extern "C" fn run_role() {
             exit(i32::from(crate::disk::inspector::main() != ExitCode::SUCCESS));
         }
         Some(crate::check::system_calls::tests::ROLE) => crate::check::system_calls::tests::check_every_call(),
-        Some("jail-empty") => run_jailed_child(CapabilitySet::empty(), None),
-        Some("jail-capable") => run_jailed_child(CAPABILITIES, None),
-        Some("jail-listed") => run_jailed_child(CapabilitySet::empty(), Some(ANSWERS)),
+        Some("jail-none") => {
+            println!("free");
+            answer_questions(
+                &fs::File::open("/dev/null").unwrap(),
+                &fs::File::open("/proc/self").unwrap(),
+            );
+        }
+        Some("jail-empty") => run_jailed_child(CapabilitySet::empty(), OpenAccess::Nothing, None),
+        Some("jail-capable") => run_jailed_child(CAPABILITIES, OpenAccess::Root, None),
+        Some("jail-listed") => run_jailed_child(CapabilitySet::empty(), OpenAccess::Nothing, Some(ANSWERS)),
         _ => return seccomp::testing::enable_thread_lists(),
     }
     exit(0);
@@ -42,19 +54,19 @@ const ANSWERS: CallList = CallList {
 };
 
 /// Enters the jail, prints the result, and then answers questions about what the process can do, one a line.
-fn run_jailed_child(capabilities: CapabilitySet, calls: Option<CallList>) {
+fn run_jailed_child(capabilities: CapabilitySet, open_access: OpenAccess, calls: Option<CallList>) {
     let kept = fs::File::open("/dev/null").unwrap();
-    // The descriptor of the parent with this number.
-    let peer = env::args()
-        .nth(3)
-        .map(|number| descriptor_of_parent(number.parse().unwrap()).unwrap());
+    // Tests of the namespaces pass a pidfd as standard error.
+    let peer = io::stderr().as_fd().try_clone_to_owned().unwrap();
+    let directory = fs::File::open("/proc/self").unwrap();
     let entered = enter(&Jail {
         role: "test",
         name: c"jailed-child",
         root: Root::Empty,
-        peer: peer.as_ref().map(AsFd::as_fd),
+        peer: Some(peer.as_fd()),
+        open_access,
         capabilities,
-        keep: &[kept.as_fd()],
+        keep: &[kept.as_fd(), directory.as_fd()],
         max_descriptors: 1024,
         descriptor_table_size: 256,
         max_threads: 4,
@@ -68,20 +80,45 @@ fn run_jailed_child(capabilities: CapabilitySet, calls: Option<CallList>) {
             exit(1);
         }
     }
+    answer_questions(&kept, &directory);
+}
+
+fn answer_questions(kept: &fs::File, directory: &fs::File) {
     for line in io::stdin().lines() {
-        let answer = match line.unwrap().as_str() {
-            "root" => format!("{:?}", fs::read_dir("/").unwrap().count()),
+        let line = line.unwrap();
+        let answer = match line.as_str() {
+            "root" => format!(
+                "{:?}",
+                fs::read_dir("/").map(Iterator::count).map_err(|error| error.kind())
+            ),
             "write" => format!("{:?}", fs::write("/x", "").map_err(|error| error.kind())),
-            "kept" => format!("{:?}", rustix::io::fcntl_getfd(&kept).is_ok()),
+            "kept" => format!("{:?}", rustix::io::fcntl_getfd(kept).is_ok()),
             "uid 0" => {
                 let changed = rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT);
                 let sets = rustix::thread::capabilities(None).unwrap();
                 format!("{:?} {:x}", changed.is_ok(), sets.effective.bits())
             }
             "open" => format!("{:?}", fs::File::open("/").map_err(|error| error.kind())),
+            "beneath" => {
+                let opened = rustix::fs::openat(directory, "status", OFlags::RDONLY, Mode::empty());
+                format!("{:?}", opened.map(drop))
+            }
+            "pid" => process::id().to_string(),
+            // Signal 0 only asks whether there is a process that it would reach.
+            "kill all" => format!("{:?}", nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), None)),
+            // SAFETY: this process has one thread, and the child makes one system call.
+            "fork" => match unsafe { nix::unistd::fork() }.unwrap() {
+                nix::unistd::ForkResult::Parent { child } => child.to_string(),
+                nix::unistd::ForkResult::Child => loop {
+                    nix::unistd::pause();
+                },
+            },
             "socket" => format!("{:?}", std::net::UdpSocket::bind("127.0.0.1:0").is_ok()),
             "panic" => panic!("requested"),
-            other => panic!("unknown question {other}"),
+            other => match other.strip_prefix("attempt ") {
+                Some(words) => attempts::answer(words),
+                None => panic!("unknown question {other}"),
+            },
         };
         println!("{answer}");
     }
@@ -94,11 +131,15 @@ struct JailedChild {
 
 impl JailedChild {
     fn start(role: &str) -> Self {
-        Self::from(&mut build_command(role))
+        Self::from(&mut RoleCommand::new(role).unwrap())
     }
 
-    fn from(command: &mut Command) -> Self {
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    fn from(command: &mut RoleCommand) -> Self {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        Self::new(command.spawn().unwrap())
+    }
+
+    fn new(mut child: Child) -> Self {
         let answers = BufReader::new(child.stdout.take().unwrap());
         Self { child, answers }
     }
@@ -175,7 +216,7 @@ fn jailed_process_has_unused_ids_and_only_the_listed_capabilities() {
 #[test]
 fn namespaces_differ_from_the_parents() {
     let jailed = JailedChild::jailed("jail-empty");
-    for namespace in ["mnt", "net", "ipc", "uts"] {
+    for namespace in ["mnt", "net", "ipc", "uts", "pid"] {
         let file = format!("ns/{namespace}");
         assert_ne!(
             fs::read_link(jailed.proc(&file)).unwrap(),
@@ -195,8 +236,8 @@ fn jailed_process_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
         ["net", "ipc", "uts"].map(|name| fs::read_link(jailed.proc(&format!("ns/{name}"))).unwrap())
     };
     let beside = |peer: &OwnedFd| {
-        let number = peer.as_raw_fd().to_string();
-        let mut jailed = JailedChild::from(build_command("jail-empty").arg(number));
+        let mut command = RoleCommand::new("jail-empty").unwrap();
+        let mut jailed = JailedChild::from(command.stderr(peer.try_clone().unwrap()));
         assert_eq!(jailed.answer(), "jailed");
         namespaces(&jailed)
     };
@@ -223,12 +264,70 @@ fn jailed_process_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
 }
 
 #[test]
-fn only_an_empty_read_only_root_is_mounted() {
+fn jailed_process_is_alone_in_its_pid_namespace() {
+    let mut jailed = JailedChild::jailed("jail-capable");
+    assert_eq!(jailed.ask("pid"), "1");
+    assert!(jailed.ask("uid 0").starts_with("true"));
+    assert_eq!(jailed.ask("kill all"), "Err(ESRCH)");
+}
+
+#[test]
+fn descendants_of_a_jailed_process_end_with_it() {
     let mut jailed = JailedChild::jailed("jail-empty");
+    jailed.ask("fork");
+    let pid = jailed.child.id();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let descendant = rustix::process::Pid::from_raw(children.trim().parse().unwrap()).unwrap();
+    let descendant = rustix::process::pidfd_open(descendant, rustix::process::PidfdFlags::empty()).unwrap();
+
+    jailed.child.kill().unwrap();
+    jailed.child.wait().unwrap();
+
+    // A pidfd is readable when its process has ended.
+    let mut poll = [rustix::event::PollFd::new(&descendant, rustix::event::PollFlags::IN)];
+    let limit = rustix::time::Timespec { tv_sec: 10, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut poll, Some(&limit)), Ok(1));
+}
+
+#[test]
+fn thread_that_starts_a_jailed_process_can_start_threads_and_further_ones() {
+    let first = JailedChild::jailed("jail-empty");
+    let second = JailedChild::jailed("jail-empty");
+    let namespace = |jailed: &JailedChild| fs::read_link(jailed.proc("ns/pid")).unwrap();
+    assert_ne!(namespace(&first), namespace(&second));
+    std::thread::spawn(|| ()).join().unwrap();
+    let mut child = Command::new("true").spawn().unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn nothing_is_opened_beneath_a_kept_directory() {
+    let mut jailed = JailedChild::jailed("jail-empty");
+    assert_eq!(
+        jailed.ask("beneath"),
+        "Err(Os { code: 13, kind: PermissionDenied, message: \"Permission denied\" })"
+    );
+}
+
+#[test]
+fn environment_is_empty_and_the_arguments_name_only_the_role_and_the_shim() {
+    let jailed = JailedChild::jailed("jail-empty");
+    assert_eq!(fs::read(jailed.proc("environ")).unwrap(), b"");
+    let arguments = fs::read_to_string(jailed.proc("cmdline")).unwrap();
+    assert_eq!(
+        arguments,
+        format!("nutshell-jail-empty\0jail-empty\0{}\0", process::id())
+    );
+}
+
+#[test]
+fn only_an_empty_read_only_root_is_mounted() {
+    // Landlock does not hide the root from this one.
+    let mut jailed = JailedChild::jailed("jail-capable");
     let mounts = fs::read_to_string(jailed.proc("mountinfo")).unwrap();
     assert_eq!(mounts.lines().count(), 1, "{mounts}");
     assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "{mounts}");
-    assert_eq!(jailed.ask("root"), "0");
+    assert_eq!(jailed.ask("root"), "Ok(0)");
     assert_eq!(jailed.ask("write"), "Err(ReadOnlyFilesystem)");
 }
 
@@ -250,7 +349,7 @@ fn inherited_descriptors_are_closed_except_the_listed_ones() {
     rustix::io::fcntl_setfd(&leaked, rustix::io::FdFlags::empty()).unwrap();
     let mut jailed = JailedChild::jailed("jail-empty");
     let open = fs::read_dir(jailed.proc("fd")).unwrap().count();
-    assert_eq!(open, 4, "0, 1, 2 and the listed one");
+    assert_eq!(open, 5, "0, 1, 2 and the listed ones");
     assert_eq!(jailed.ask("kept"), "true");
 }
 
@@ -260,6 +359,10 @@ fn resource_limits_are_set() {
     let limits = fs::read_to_string(jailed.proc("limits")).unwrap();
     for (limit, value) in [
         ("Max core file size", "0"),
+        ("Max locked memory", "0"),
+        ("Max msgqueue size", "0"),
+        ("Max nice priority", "0"),
+        ("Max realtime priority", "0"),
         ("Max processes", "4"),
         ("Max open files", "1024"),
     ] {
@@ -290,23 +393,22 @@ fn jailed_process_dies_with_the_thread_that_started_it() {
 
 #[test]
 fn role_refuses_to_run_without_the_shim_as_parent() {
+    let start =
+        |command: &mut Command| JailedChild::new(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
     let mut with_other_parent = Command::new("/proc/self/exe");
     with_other_parent.args(["jail-empty", "1"]);
-    assert_eq!(
-        JailedChild::from(&mut with_other_parent).answer(),
-        JailError::Orphaned.to_string()
-    );
+    assert_eq!(start(&mut with_other_parent).answer(), JailError::Orphaned.to_string());
     let mut without_parent = Command::new("/proc/self/exe");
     without_parent.arg("jail-empty");
     assert_eq!(
-        JailedChild::from(&mut without_parent).answer(),
+        start(&mut without_parent).answer(),
         JailError::NotStartedByShim.to_string()
     );
 }
 
 #[test]
 fn forbidden_call_ends_the_process_with_a_message_that_names_it() {
-    let mut command = build_command("jail-listed");
+    let mut command = RoleCommand::new("jail-listed").unwrap();
     let mut jailed = JailedChild::from(command.stderr(Stdio::piped()));
     assert_eq!(jailed.answer(), "jailed");
     assert_eq!(jailed.ask("open"), "Err(NotFound)", "refused, and not forbidden");
@@ -327,7 +429,7 @@ fn forbidden_call_ends_the_process_with_a_message_that_names_it() {
 
 #[test]
 fn panic_under_a_list_aborts_with_its_message() {
-    let mut command = build_command("jail-listed");
+    let mut command = RoleCommand::new("jail-listed").unwrap();
     let mut jailed = JailedChild::from(command.stderr(Stdio::piped()).env("RUST_BACKTRACE", "1"));
     assert_eq!(jailed.answer(), "jailed");
 
@@ -336,7 +438,8 @@ fn panic_under_a_list_aborts_with_its_message() {
     let status = jailed.child.wait().unwrap();
     assert_eq!(
         std::os::unix::process::ExitStatusExt::signal(&status),
-        Some(libc::SIGABRT)
+        // The C library raises SIGABRT, which the init process of a pid namespace ignores, and then executes HLT.
+        Some(libc::SIGSEGV)
     );
     let mut message = String::new();
     let mut stderr = jailed.child.stderr.take().unwrap();
