@@ -352,6 +352,11 @@ impl Machine {
         &self.agent
     }
 
+    /// The vmm's process.
+    pub(crate) fn vmm(&self) -> &Child {
+        &self.child
+    }
+
     /// The vmm's pid on the host.
     pub(crate) fn pid(&self) -> u32 {
         self.child.pid()

@@ -27,9 +27,9 @@ pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     fn open_agent_disk(&self) -> Result<BootDisk, BootError>;
     /// Starts a vmm process, which waits for its first command.
     fn spawn_vmm(&self) -> io::Result<VmmProcess>;
-    /// Starts a file server, and returns it with the socket through which the vmm reaches it. `None` if this launcher
-    /// starts no file servers, as in tests.
-    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
+    /// Starts a file server in the namespaces of the process `vmm`, a pidfd, and returns it with the socket through which
+    /// the vmm reaches it. `None` if this launcher starts no file servers, as in tests.
+    fn spawn_file_server(&self, vmm: Option<OwnedFd>) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
 }
 
 /// Starts real processes on this host, unlike the launcher of the tests.
@@ -38,8 +38,6 @@ pub(crate) struct HostLauncher {
     configuration: Configuration,
     /// Started in advance, so that the first machine does not wait for a process.
     spare_vmm: Mutex<Option<VmmProcess>>,
-    /// A pidfd of the vmm that [`Launcher::spawn_vmm`] returned last, for the file server beside it.
-    last_vmm: Mutex<Option<OwnedFd>>,
 }
 
 impl HostLauncher {
@@ -53,7 +51,6 @@ impl HostLauncher {
         Self {
             configuration,
             spare_vmm: Mutex::new(vmm),
-            last_vmm: Mutex::default(),
         }
     }
 }
@@ -89,16 +86,13 @@ impl Launcher for HostLauncher {
     }
 
     fn spawn_vmm(&self) -> io::Result<VmmProcess> {
-        let vmm = match self.spare_vmm.lock().take() {
-            Some(vmm) => vmm,
-            None => VmmProcess::spawn()?,
-        };
-        // Without it, the file server makes namespaces of its own.
-        *self.last_vmm.lock() = vmm.child.try_clone_descriptor().ok();
-        Ok(vmm)
+        match self.spare_vmm.lock().take() {
+            Some(vmm) => Ok(vmm),
+            None => VmmProcess::spawn(),
+        }
     }
 
-    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
-        FileServer::spawn(self.last_vmm.lock().take()).map(Some)
+    fn spawn_file_server(&self, vmm: Option<OwnedFd>) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
+        FileServer::spawn(vmm).map(Some)
     }
 }

@@ -110,7 +110,9 @@ impl Pod {
         };
         let vmm = launcher.spawn_vmm().map_err(BootError::Spawn)?;
         let cgroup = requirements.cgroup;
-        let started = requirements.file_server.then(|| RunningFileServer::start(launcher));
+        let started = requirements
+            .file_server
+            .then(|| RunningFileServer::start(launcher, &vmm.child));
         let (file_server, socket) = match started.transpose() {
             Ok(started) => started.flatten().unzip(),
             Err(error) => {
@@ -261,7 +263,7 @@ impl Pod {
         if let Some(old) = old {
             release(Some(old), None).await;
         }
-        let (server, socket) = RunningFileServer::start(launcher)?.ok_or(PodError::NotShared)?;
+        let (server, socket) = RunningFileServer::start(launcher, machine.vmm())?.ok_or(PodError::NotShared)?;
         *self.file_server() = Some(server.clone());
         self.add_process(server.pid())?;
         self.oom_score.replace_file_server(server.pid());

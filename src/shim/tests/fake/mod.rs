@@ -126,7 +126,7 @@ impl Launcher for FakeLauncher {
         })
     }
 
-    fn spawn_file_server(&self) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
+    fn spawn_file_server(&self, _vmm: Option<OwnedFd>) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
         Ok(None)
     }
 
