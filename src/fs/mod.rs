@@ -113,7 +113,7 @@ fn run() -> Result<(), FsError> {
     serve(tree, listener)
 }
 
-/// Descriptors from the shim, and one that cannot be opened any more in the jail.
+/// Descriptors from the shim, and one that is opened before the jail, which has no /proc.
 struct Inherited {
     listener: UnixListener,
     namespace: OwnedFd,

@@ -1,8 +1,8 @@
-//! Confines the processes that serve a guest or read an image. The roles `vmm`, `fs` and `disk-inspector` call [`enter`]
-//! first, while they have one thread and have read nothing that a guest or a stranger wrote.
+//! Confines the processes that serve a guest or read an image. The roles `vmm`, `fs` and `disk-inspector` call
+//! [`enter`] first, while they have one thread and have read nothing that a guest or a stranger wrote.
 //!
-//! Belongs here: the start of such a process ([`RoleCommand`]), and the steps by which it gives up what it does not need
-//! ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
+//! Belongs here: the start of such a process ([`RoleCommand`]), and the steps by which it gives up what it does not
+//! need ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
 //! [`crate::disk`], which start the children, and by `main` of the children.
 
 mod error;
@@ -46,7 +46,7 @@ const FIRST_ID: u32 = 0x7000_0000;
 /// The privileges and resources that a jailed process keeps.
 #[derive(Debug)]
 pub(crate) struct Jail<'a> {
-    /// For errors.
+    /// Names the process in errors.
     pub(crate) role: &'static str,
     /// The process's name in `ps` and `top`, at most 15 bytes.
     pub(crate) name: &'static CStr,
@@ -182,7 +182,7 @@ const NAMESPACES: CloneFlags = CloneFlags::CLONE_NEWNET
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
 
-/// Enters the [`NAMESPACES`] of the process `peer`. Returns whether these are others than before.
+/// Enters the [`NAMESPACES`] of the process `peer`. Returns whether they differ from those before.
 fn enter_namespaces_of(peer: BorrowedFd<'_>) -> bool {
     let network = || rustix::fs::stat("/proc/self/ns/net").map(|status| status.st_ino);
     let Ok(before) = network() else { return false };

@@ -114,9 +114,9 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
     };
     let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
     let resources = BootResources::parse(config, software, descriptors)?;
-    let is_users = matches!(resources.software, resources::SoftwareResources::User { .. });
+    let is_users_kernel = matches!(resources.software, resources::SoftwareResources::User { .. });
     let mut machine = build::start(resources, console_tail, &end)?;
-    if is_users && let Err(error) = channel.send(&Notice::Built, &[]) {
+    if is_users_kernel && let Err(error) = channel.send(&Notice::Built, &[]) {
         return Err(device_error("report that the machine is built")(std::io::Error::other(
             error,
         )));

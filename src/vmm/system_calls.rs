@@ -42,11 +42,15 @@ const VCPU_CALLS: &[Call] = &[allowed!(
     "running a guest; interrupts and doorbells of PCI devices; the address of an instruction that KVM cannot emulate"
 )];
 
+/// What accesses to registers of devices need.
+const REGISTER_CALLS: &[Call] = &[allowed!(SYS_ppoll, "the pending bits of MSI-X interrupts")];
+
 /// The thread of a vCPU. It activates devices, and the threads of their queues inherit its list.
 pub(crate) const VCPU: CallList = CallList {
     thread: "vcpu",
     allowed: &[
         VCPU_CALLS,
+        REGISTER_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
         WAIT_FOR_EVENTS,
@@ -140,3 +144,27 @@ pub(crate) const UNPLUG: CallList = CallList {
     allowed: &[EVERY_THREAD, &[allowed!(SYS_sendmsg, "the notice for the shim")]],
     refused: REFUSED_WITHOUT_FILES,
 };
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::VCPU;
+    use crate::{
+        devices::pci::msix::{MessageTable, mock::MockVector},
+        jail::seccomp,
+    };
+
+    #[test]
+    fn vcpu_reads_pending_interrupts_under_its_list() {
+        let reader = thread::spawn(|| {
+            seccomp::testing::limit_thread(&VCPU);
+            let (vector, _) = MockVector::pair();
+            vector.event().write(1).unwrap();
+            let mut bits = [0; 8];
+            MessageTable::new("test".to_owned(), vec![vector]).read_pending(0, &mut bits);
+            bits
+        });
+        assert_eq!(reader.join().unwrap(), [1, 0, 0, 0, 0, 0, 0, 0]);
+    }
+}
