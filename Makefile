@@ -26,7 +26,7 @@ UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
 DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
 # Left to `make soak`: Docker, and suites that take long and repeat others with containerd 1.7 or with containerd's
 # Sandbox service.
-SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
+SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 hostile-2.1 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
 	pods-shim-all-2.1 pods-vm-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
@@ -87,7 +87,7 @@ lint-clippy:
 
 lint-format:
 	@$(CARGO) fmt --all --check
-	@rustfmt --edition 2024 --check tests/images/*.rs tests/conformance/programs/*.rs fuzz/fuzz_targets/*.rs
+	@rustfmt --edition 2024 --check tests/images/*.rs tests/hostile/*.rs tests/conformance/programs/*.rs fuzz/fuzz_targets/*.rs
 
 unit: setup ## run the unit tests
 	@tests/lab/need $(UNIT_PACKAGES)
