@@ -19,15 +19,14 @@ attack() {
     rounds=$((rounds + 1))
     new_name
     "$1"
-    wait_for_vmm || continue
-    vmm=$(pids_of vmm | tail -n 1)
-    while [[ -e /proc/$vmm ]] && ((SECONDS < end)); do
+    wait_for_vmm
+    while [[ -n $vmm && -e /proc/$vmm ]] && ((SECONDS < end)); do
       assert_bounded "$vmm"
       read -r -t 1 -u "$never" || true
     done
     from=$EPOCHREALTIME
     "$2"
-    until [[ ! -e /proc/$vmm ]]; do
+    until [[ -z $vmm || ! -e /proc/$vmm ]]; do
       to=$EPOCHREALTIME
       ((${to/./} - ${from/./} < 5000000)) || { echo "the machine did not end within 5 s" >&2; return 1; }
       read -r -t 0.1 -u "$never" || true
@@ -47,10 +46,12 @@ attack() {
   ((reports * 10 >= hostile_seconds)) || { echo "the kernel did not run: only $reports reports" >&2; return 1; }
 }
 
-# Waits until a vmm runs, or the client has ended.
+# Waits until a vmm runs, and sets $vmm to its pid; empty if the client has ended before.
 wait_for_vmm() {
-  until [[ -n $(pids_of vmm) ]]; do
-    [[ -e /proc/$client ]] || return 1
+  while
+    vmm=$(pids_of vmm | tail -n 1)
+    [[ -z $vmm && -e /proc/$client ]]
+  do
     read -r -t 0.1 -u "$never" || true
   done
 }
@@ -61,7 +62,7 @@ assert_bounded() {
   status=$(cat "/proc/$1/status" 2>/dev/null) && [[ $status == *VmRSS* ]] || return 0
   resident=$(awk '/^VmRSS/ { print int($2 / 1024) }' <<<"$status")
   threads=$(awk '/^Threads/ { print $2 }' <<<"$status")
-  descriptors=$(find "/proc/$1/fd" -mindepth 1 2>/dev/null | wc -l)
+  descriptors=$({ find "/proc/$1/fd" -mindepth 1 2>/dev/null || true; } | wc -l)
   own=$((resident - hostile_memory))
   limits=" ${hostile_limits[*]} "
   local name value limit
