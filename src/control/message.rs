@@ -266,7 +266,8 @@ pub(crate) struct MemoryState {
     pub(crate) has_driver: bool,
     /// How much of that memory the driver has added, in bytes.
     pub(crate) plugged: u64,
-    /// How much memory the guest's kernel uses, in bytes. `None` if the guest does not report it.
+    /// The total memory of the guest's kernel, in bytes, without memory that it leaves offline. `None` if the guest
+    /// does not report it.
     pub(crate) total: Option<u64>,
 }
 

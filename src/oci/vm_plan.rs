@@ -7,8 +7,8 @@ use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, PodSize, S
 /// The maximum length of a disk's name in bytes: that of its serial (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
 const MAX_DISK_NAME: usize = 20;
 
-/// The maximum number of disks of a virtual machine besides that of the image and the seed. Each has up to two
-/// descriptors in the boot command.
+/// The maximum number of disks of a virtual machine besides those of the image, the seed and the agent. Each has up to
+/// two descriptors in the boot command.
 pub(crate) const MAX_VM_DISKS: usize = 10;
 
 /// The resources and settings of a virtual machine that boots a user's disk or kernel.
@@ -48,7 +48,7 @@ pub(crate) struct VmPlan {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct VmPolicy {
     pub(crate) enabled: bool,
-    /// The maximum number of disks besides that of the image and the seed, at most [`MAX_VM_DISKS`].
+    /// The maximum number of disks besides those of the image, the seed and the agent, at most [`MAX_VM_DISKS`].
     pub(crate) max_disks: usize,
 }
 
@@ -91,7 +91,7 @@ pub(crate) enum VmIdentity {
 pub(crate) enum VmKernel {
     /// The one that the boot loader of its first disk would boot.
     Disk,
-    /// Files below a directory of the host, which may hold links.
+    /// Files below a directory of the host. Symbolic links in it may be followed, but not out of it.
     Files {
         /// The source of the mount at `/kernel`.
         directory: PathBuf,

@@ -4,6 +4,8 @@
 #
 # The kernel may reset its machine, which ends the machine with a reason, or break all of its devices. But vmm must not
 # crash, hang, or use more than a fixed amount of the host's memory, threads and descriptors.
+#
+# About once in 65536 steps the kernel reports on its console that it runs: a line that begins with "hostile: ".
 
 # What a vmm may use, besides the guest's memory of $hostile_memory MiB.
 hostile_memory=128
@@ -34,7 +36,7 @@ attack() {
     after_attack
   done
   tail -c "+$((logged + 1))" /run/containerd.log >$log
-  # The console of a container's machine is in the reason for its end.
+  # The log has the end of the console of each container's machine. after_attack has counted the reports of VMs.
   reports=$((reports + $(grep -c 'hostile: [0-9]' $log || true)))
   echo "$rounds machines, $reports reports" >&2
   # The end of a vmm by a fault of its own.
@@ -42,7 +44,7 @@ attack() {
     return 1
   fi
   rm $log
-  # At least one in ten seconds.
+  # At least one report in ten seconds.
   ((reports * 10 >= hostile_seconds)) || { echo "the kernel did not run: only $reports reports" >&2; return 1; }
 }
 

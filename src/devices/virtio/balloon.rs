@@ -1,6 +1,6 @@
 //! virtio-balloon (virtio 1.3 §5.5), used for free page reporting and statistics: the guest reports pages that it does
-//! not use, and the host reclaims them. A page is allocated again when the guest next uses it. The statistics show how
-//! much memory the guest's kernel uses. The host never inflates the balloon: the configuration reads as zero.
+//! not use, and the host reclaims them. A page is allocated again when the guest next uses it. The statistics show the
+//! total memory of the guest's kernel. The host never inflates the balloon: the configuration reads as zero.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ const PAGE_REPORTING: u64 = 1 << 5;
 /// The size of struct virtio_balloon_stat (§5.5.6.3), which is packed: a tag of 16 bits, and a value of 64 bits.
 const STATISTIC_SIZE: usize = 10;
 
-/// The tag of the memory that the kernel uses, in bytes (VIRTIO_BALLOON_S_MEMTOT).
+/// The tag of the kernel's total memory, in bytes (VIRTIO_BALLOON_S_MEMTOT). Memory that is offline does not count.
 const TOTAL_MEMORY: u16 = 5;
 
 /// The maximum number of statistics that are read from a buffer. Linux sends 10 to 16.
@@ -84,8 +84,8 @@ impl Balloon {
         Ok(*is_requested)
     }
 
-    /// Takes the buffer with the driver's statistics. Returns the memory that the guest's kernel uses, in bytes, if
-    /// that was requested and is one of them. Call this after a kick of the statistics queue.
+    /// Takes the buffer with the driver's statistics. Returns the total memory of the guest's kernel, in bytes, if that
+    /// was requested and is one of them. Call this after a kick of the statistics queue.
     pub(crate) fn serve_statistics(&mut self) -> Result<Option<u64>, QueueError> {
         let Some(statistics) = &mut self.statistics else {
             return Ok(None);

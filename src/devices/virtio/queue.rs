@@ -169,8 +169,8 @@ impl DeviceQueue {
         // Read the regions after the available index: the chain's buffers may lie in memory that was added just
         // before the chain.
         let memory = self.memory.regions();
-        // The entry of the ring cannot be read, or is no index of the descriptor table. The device would find it again
-        // and again.
+        // Without a chain the queue is broken: the entry of the ring cannot be read, or the driver has just moved the
+        // available index back.
         let chain = self
             .queue
             .iter(memory)?

@@ -25,8 +25,8 @@ impl Group {
         })
     }
 
-    /// The group's key, which is part of the name of its shim's socket. Named groups have keys that are no ids of
-    /// sandboxes and containers, which the other keys are.
+    /// The group's key, which is part of the name of its shim's socket. The key of a pod, or of a container without a
+    /// group, is an id. The key of a named group has a colon, which no id has.
     pub(super) fn into_key(self) -> String {
         match self {
             Self::Pod(id) => id,

@@ -30,11 +30,11 @@ impl Machine {
         }
     }
 
-    /// Asks the guest how much memory its kernel uses. The total is `None` if the guest does not answer in time.
+    /// Asks the guest for the state of its memory.
     ///
     /// # Errors
     ///
-    /// The machine has ended.
+    /// The machine has ended, or the guest does not answer within [`STATE_TIMEOUT`].
     pub(crate) async fn guest_memory(&self) -> Result<MemoryState, VmmError> {
         let (sender, receiver) = oneshot::channel();
         {

@@ -73,7 +73,7 @@ async fn kernel_of_the_disk_boots_and_power_off_is_exit_status_0() {
     shim.assert_no_more_events().await;
 }
 
-/// Its vmm waits for the boot command, and ends after another one.
+/// The vmm of a created machine waits for the boot command, and ends if it gets any other command.
 #[tokio::test]
 async fn report_of_a_created_machine_does_not_end_it() {
     let shim = Shim::start().await;
@@ -212,7 +212,7 @@ async fn power_button_during_a_reboot_ends_the_task() {
     assert_eq!(shim.wait("v1", "").await.unwrap(), 0);
 }
 
-/// As during the boot of the guest.
+/// The guest ignores the button, as it does while it boots.
 #[tokio::test]
 async fn power_button_without_a_listener_leaves_the_guest_running() {
     let shim = Shim::start_with(Behaviour::IgnoresPowerButton).await;
@@ -221,7 +221,7 @@ async fn power_button_without_a_listener_leaves_the_guest_running() {
         shim.kill(id, "", 15).await.unwrap();
         assert_eq!(shim.status(id).await, Status::RUNNING);
     }
-    // A client has asked for the end, so a reset is one.
+    // After the power button was pressed, a reset ends the task.
     shim.fake.end_guest(EndReason::GuestReset);
     assert_eq!(shim.wait("rebooted", "").await.unwrap(), 0);
     shim.kill("killed", "", 9).await.unwrap();
@@ -269,7 +269,7 @@ async fn disks_with_the_same_name_are_refused_with_that_name() {
 #[tokio::test]
 async fn creations_of_a_virtual_machine_and_another_container_in_one_pod_exclude_each_other() {
     for second_is_vm in [false, true] {
-        // Its end takes a while, as that of a process that frees its memory.
+        // The old vmm takes a while to end, as a process does that frees much memory.
         let shim = Shim::start_with(Behaviour::OutlivedByFork).await;
         shim.create_sandbox("pod").await.unwrap();
         shim.start_sandbox("pod").await.unwrap();

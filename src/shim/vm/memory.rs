@@ -9,10 +9,10 @@ use crate::shim::machine::{Machine, VmmError};
 /// How long the guest's kernel may take to add or remove memory.
 const PLUG_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
-/// How long the guest may take to use memory that its driver has added. Some distributions let udev do this.
+/// How long the guest may take to bring memory online that its driver has added. In some distributions, udev does this.
 const ONLINE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 5 });
 
-/// The interval at which the guest is asked how much memory it uses.
+/// The interval at which the guest is asked how much memory is online.
 const ONLINE_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Why the memory cannot be changed.
@@ -133,7 +133,7 @@ impl MachineMemory {
     }
 }
 
-/// How much memory the guest's kernel uses, in bytes. `None` if it does not report it.
+/// How much memory is online in the guest, in bytes. `None` if the guest does not report it.
 async fn used_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
     match machine.guest_memory().await {
         Ok(state) => Ok(state.total),
@@ -142,7 +142,7 @@ async fn used_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
     }
 }
 
-/// Waits until the guest's kernel uses `needed` bytes: its driver can add memory that the kernel leaves offline.
+/// Waits until `needed` bytes are online in the guest: its driver can add memory that the kernel leaves offline.
 async fn wait_until_used(machine: &Machine, needed: u64) -> Result<(), MemoryError> {
     let is_used = async {
         while used_memory(machine).await?.is_none_or(|used| used < needed) {

@@ -226,7 +226,7 @@ fn update_memory(container: &Container, mib: i64) -> Result<(), CallError> {
     .map(drop)
 }
 
-/// The memory that the guest's kernel uses, in MiB.
+/// The total memory of the guest's kernel, in MiB.
 fn total_memory(console: &mut Console) -> u64 {
     let text = console.run("sed -n 's/MemTotal: *\\([0-9]*\\).*/\\1/p' /proc/meminfo");
     text.parse::<u64>().unwrap() / 1024

@@ -126,7 +126,7 @@ pub(in super::super) fn is_for_server(start: &[u8]) -> bool {
     udp_offset(start).and_then(|offset| read_u16(start, offset + 2)) == Some(SERVER_PORT)
 }
 
-/// The offset of the UDP header. `None` if the frame has no IPv4 datagram with UDP, or a fragment of one.
+/// The offset of the UDP header. `None` if the frame has no IPv4 datagram with UDP, or only a fragment of one.
 fn udp_offset(frame: &[u8]) -> Option<usize> {
     // The bit "more fragments" and the fragment's offset.
     const FRAGMENT_BITS: u16 = 0x3fff;
