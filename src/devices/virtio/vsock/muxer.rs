@@ -213,6 +213,9 @@ impl Muxer {
                     "queue 1: a stream of a process is closed at its start: it cannot be watched: {error}"
                 );
                 self.keys_by_host_port.remove(&key.host_port);
+                if self.early_drains.remove(&key.host_port).is_some() {
+                    self.notices.push(StreamNotice::Drained(key.host_port));
+                }
                 self.notices.push(StreamNotice::Closed(key.host_port));
                 self.queue_reset(key);
             }

@@ -366,6 +366,20 @@ fn drain_is_reported_when_the_bytes_are_delivered_or_the_stream_is_closed() {
 }
 
 #[test]
+fn drain_of_a_stream_that_cannot_be_watched_is_reported() {
+    let mut guest = Guest::new();
+    // The kernel refuses to watch the poller with itself.
+    let input = guest.muxer.poller().try_clone_to_owned().unwrap();
+    guest.muxer.open(PORT, Some(input), None).unwrap();
+    guest.muxer.drain(PORT, 5);
+
+    guest.send_operation(Operation::Request, 0, b"");
+
+    let expected = [StreamNotice::Drained(PORT), StreamNotice::Closed(PORT)];
+    assert_eq!(guest.muxer.take_notices(), expected);
+}
+
+#[test]
 fn number_of_pending_resets_is_bounded() {
     let mut guest = Guest::new();
     for _ in 0..10_000 {
