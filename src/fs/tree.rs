@@ -115,6 +115,14 @@ fn check_name(name: &CStr) -> io::Result<&CStr> {
     }
 }
 
+/// Refuses an offset that no file has: virtiofsd panics if it does not fit into an `off_t`.
+fn check_offset(offset: u64) -> io::Result<u64> {
+    match libc::off_t::try_from(offset) {
+        Ok(_) => Ok(offset),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
 /// Makes this thread create files as the user and group of the request. The returned context has the ids 0, so that the
 /// inner file system does not switch ids itself.
 fn set_creator(ctx: Context) -> io::Result<Context> {
@@ -350,6 +358,7 @@ impl FileSystem for Tree {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        let offset = check_offset(offset)?;
         self.inner
             .read(ctx, inner_id(node), handle, w, size, offset, lock_owner, flags)
     }
@@ -367,6 +376,7 @@ impl FileSystem for Tree {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        let offset = check_offset(offset)?;
         let _clearing = clear_set_id(kill_priv)?;
         self.inner.write(
             ctx,

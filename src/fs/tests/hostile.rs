@@ -104,6 +104,23 @@ fn unknown_node_ids_and_handles_are_errors() {
 }
 
 #[test]
+fn offsets_beyond_the_largest_file_are_errors() {
+    let mut server = start_server();
+    let parent = server.client.walk("c/0").unwrap().id;
+    let client = &mut server.client;
+    let (file, handle) = client.create(parent, "file", 0o644).unwrap();
+    for opcode in [Opcode::Read, Opcode::Write] {
+        for offset in [1 << 63, u64::MAX] {
+            let body = [[handle, offset, 1, 0, 0].map(u64::to_le_bytes).as_flattened(), b"x"].concat();
+            let request = client.frame(opcode as u32, file.id, &body);
+            let reply = client.exchange(&request, 4096);
+            assert_eq!(reply[4..8], (-libc::EINVAL).to_le_bytes(), "{opcode:?} at {offset:#x}");
+        }
+    }
+    assert_eq!(client.attr(file.id).unwrap().size, 0);
+}
+
+#[test]
 fn top_of_the_tree_is_read_only() {
     let mut server = start_server();
     let client = &mut server.client;
