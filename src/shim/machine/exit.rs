@@ -79,14 +79,18 @@ pub(super) fn find_panic(console: &[u8]) -> Option<String> {
     message.map(|message| printable_line(message, MAX_PANIC))
 }
 
+/// The maximum length of a reason that the vmm reported, in characters.
+pub(super) const MAX_REASON: usize = 2048;
+
 /// The text for a reason that the vmm reported.
 pub(super) fn describe_end(reason: &EndReason) -> String {
+    let printable = |text: &str| printable_line(text, MAX_REASON);
     match reason {
-        EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {text}"),
+        EndReason::BuildFailed(text) => format!("cannot build the virtual machine: {}", printable(text)),
         EndReason::GuestPowerOff => "the guest switched itself off".to_owned(),
         EndReason::GuestReset => "the guest reset itself: its kernel or its agent gave up".to_owned(),
-        EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {text}"),
-        EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {text}"),
+        EndReason::KvmFailed(text) => format!("KVM cannot run the guest: {}", printable(text)),
+        EndReason::DeviceFailed(text) => format!("a device of the virtual machine failed: {}", printable(text)),
     }
 }
 
@@ -101,6 +105,16 @@ pub(super) fn describe_death(status: WaitStatus, stderr: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reason_of_a_hostile_vmm_is_printable_and_clipped() {
+        for reason in [EndReason::BuildFailed, EndReason::KvmFailed, EndReason::DeviceFailed] {
+            let text = describe_end(&reason("a\n\x1b[2J".to_owned()));
+            assert!(text.ends_with(": a\\n\\u{1b}[2J"), "{text}");
+            let text = describe_end(&reason("x".repeat(60_000)));
+            assert!(text.len() < MAX_REASON + 100, "{}", text.len());
+        }
+    }
 
     #[test]
     fn panic_is_found_at_the_start_of_a_line() {

@@ -17,7 +17,7 @@ use super::{
     async_channel::AsyncChannel,
     boot::BootDisk,
     console::{printable_line, printable_tail},
-    exit::{EndRequest, MachineExit, describe_death, describe_end, find_panic},
+    exit::{EndRequest, MAX_REASON, MachineExit, describe_death, describe_end, find_panic},
     stderr::{STDERR_TIMEOUT, StderrLog},
     streams::StreamTable,
 };
@@ -293,6 +293,7 @@ fn checked(mut statistics: MachineStatistics) -> MachineStatistics {
 
 fn answer(request: Option<AnswerSender>, result: Result<(), String>) {
     if let Some(sender) = request {
+        let result = result.map_err(|reason| printable_line(&reason, MAX_REASON));
         // The receiver may have timed out.
         let _ = sender.send(result);
     }
