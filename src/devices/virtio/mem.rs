@@ -441,6 +441,29 @@ mod tests {
     }
 
     #[test]
+    fn only_whole_usable_blocks_are_a_range() {
+        for usable in [0, 1, 8, 64] {
+            let device = device(0, usable);
+            for block in (0..66).chain([u64::MAX / BLOCK_SIZE]) {
+                for offset in [0, 1, 4096, BLOCK_SIZE - 1] {
+                    let address = START.wrapping_add(block.wrapping_mul(BLOCK_SIZE)).wrapping_add(offset);
+                    for count in [0, 1, 2, 8, 64, u16::MAX] {
+                        let end = u128::from(block) + u128::from(count);
+                        let valid = offset == 0 && count > 0 && address >= START && end <= u128::from(usable);
+                        let range = device.block_range(address, count);
+                        assert_eq!(
+                            range.is_some(),
+                            valid,
+                            "{usable} usable: {count} blocks at {address:#x}"
+                        );
+                        assert!(range.is_none_or(|range| range.len() == usize::from(count)));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn configuration_reports_plugged_and_requested_size() {
         let mut device = device(4, 8);
         device.handle_request(&request(REQUEST_PLUG, START, 3), |_, _| Ok(()));

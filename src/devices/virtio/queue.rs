@@ -248,7 +248,7 @@ impl DeviceQueue {
         fence(Ordering::SeqCst);
         let wanted = if self.queue.event_idx_enabled() {
             let event = Wrapping(self.avail_field(u64::from(self.queue.size()) * 2 + AVAIL_RING_HEADER_SIZE)?);
-            used - event - Wrapping(1) < used - before
+            passes_event(before, used, event)
         } else {
             self.avail_field(0)? & NO_INTERRUPT == 0
         };
@@ -278,6 +278,11 @@ impl DeviceQueue {
         let enabled = self.queue.enable_notification(self.rings);
         enabled.map_err(|error| self.error(error))
     }
+}
+
+/// Whether the used index passes `event` when it moves from `before` to `used` (virtio 1.3 §2.7.7.2).
+fn passes_event(before: Wrapping<u16>, used: Wrapping<u16>, event: Wrapping<u16>) -> bool {
+    used - event - Wrapping(1) < used - before
 }
 
 fn ring_address(base: u64, offset: u64) -> Result<GuestAddress, QueueFault> {
@@ -390,6 +395,20 @@ mod tests {
             error.to_string().starts_with("queue 0: the virtqueue is broken"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn used_index_passes_each_event_between_its_values_and_no_other() {
+        for before in [0, 1, 77, 0x7fff, 0x8000, 0xfff0, 0xffff] {
+            for count in [0, 1, 2, 16, 256, 0x7fff, 0x8000] {
+                let before = Wrapping::<u16>(before);
+                for event in 0..=u16::MAX {
+                    let distance = (Wrapping(event) - before).0;
+                    let passes = passes_event(before, before + Wrapping(count), Wrapping(event));
+                    assert_eq!(passes, distance < count, "{before} + {count}, event {event}");
+                }
+            }
+        }
     }
 
     #[test]

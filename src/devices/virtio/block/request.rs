@@ -497,6 +497,23 @@ mod tests {
     }
 
     #[test]
+    fn only_whole_sectors_inside_the_disk_have_an_offset() {
+        let capacities = [0, 1, CAPACITY, 1 << 40, (1 << 55) - 1];
+        for capacity in capacities {
+            let near = |value: u64| (0..3).map(move |offset| value.wrapping_add(offset).wrapping_sub(1));
+            for sector in [0, 1, capacity, u64::MAX / 512, u64::MAX].into_iter().flat_map(near) {
+                let rest = capacity.wrapping_sub(sector).wrapping_mul(512);
+                for length in [0, 512, 1 << 32, rest].into_iter().flat_map(near) {
+                    let end = u128::from(sector) * 512 + u128::from(length);
+                    let inside = length.is_multiple_of(512) && end <= u128::from(capacity) * 512;
+                    let offset = checked_offset(sector, length, capacity).ok();
+                    assert_eq!(offset, inside.then(|| sector * 512), "{sector} {length} {capacity}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn unknown_request_type_is_unsupported() {
         let outcome = run(0x77, 0, &[], 0, false);
         assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_UNSUPP);

@@ -367,8 +367,7 @@ impl Connection {
 
     /// The number of bytes that the guest can receive now.
     fn guest_credit(&self) -> u32 {
-        let in_flight = (self.sent - self.guest_fwd_cnt).0;
-        self.guest_buf_alloc.saturating_sub(in_flight)
+        credit(self.guest_buf_alloc, self.sent, self.guest_fwd_cnt)
     }
 
     /// The number of the guest's payload bytes that have left the receive buffer, modulo 2^32.
@@ -396,6 +395,33 @@ impl Connection {
             flags,
             buf_alloc: RECEIVE_BUFFER_SIZE,
             fwd_cnt: self.reported_fwd_cnt.0,
+        }
+    }
+}
+
+/// The number of bytes that fit into a receive buffer of `buf_alloc` bytes, when `sent` bytes were sent to it and
+/// `fwd_cnt` have left it, both modulo 2^32 (virtio 1.3 §5.10.6.3).
+fn credit(buf_alloc: u32, sent: Wrapping<u32>, fwd_cnt: Wrapping<u32>) -> u32 {
+    let in_flight = (sent - fwd_cnt).0;
+    buf_alloc.saturating_sub(in_flight)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credit_and_bytes_in_flight_fit_into_the_buffer_also_when_the_counters_wrap() {
+        let sizes = [0, 1, 2, 4096, RECEIVE_BUFFER_SIZE, 1 << 31, u32::MAX - 1, u32::MAX];
+        for buf_alloc in sizes {
+            for in_flight in sizes {
+                for fwd_cnt in [0, 1, 1 << 31, u32::MAX - 4096, u32::MAX] {
+                    let fwd_cnt = Wrapping(fwd_cnt);
+                    let credit = credit(buf_alloc, fwd_cnt + Wrapping(in_flight), fwd_cnt);
+                    let expected = u64::from(buf_alloc).saturating_sub(in_flight.into());
+                    assert_eq!(u64::from(credit), expected, "{buf_alloc} {in_flight} {fwd_cnt}");
+                }
+            }
         }
     }
 }
