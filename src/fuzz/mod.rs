@@ -14,7 +14,14 @@ mod tests;
 
 pub use self::{pc_board::access_pc_board, pci::access_pci};
 pub use crate::{
-    devices::virtio::{named_port::control_port, net::answer_request},
+    devices::virtio::{
+        block::serve_disk,
+        fuzz::{parse_chains, serve_devices},
+        named_port::control_port,
+        net::{answer_request, move_packets},
+        transport::mmio::fuzz::access_registers,
+        vsock::exchange_packets,
+    },
     shim::{receive_answers, receive_disk_kernel},
     vmm::load_kernel,
 };

@@ -36,3 +36,33 @@ fn stored_answers_of_guest_agents_are_parsed_or_refused() {
 fn stored_answers_of_disk_readers_are_checked() {
     replay_corpus("disk_kernel", super::receive_disk_kernel);
 }
+
+#[test]
+fn stored_descriptor_chains_are_parsed_as_the_specification_says() {
+    replay_corpus("virtio_chains", super::parse_chains);
+}
+
+#[test]
+fn stored_accesses_to_mmio_registers_change_nothing_after_activation() {
+    replay_corpus("virtio_mmio", super::access_registers);
+}
+
+#[test]
+fn stored_requests_to_devices_keep_their_contracts() {
+    replay_corpus("virtio_devices", super::serve_devices);
+}
+
+#[test]
+fn stored_requests_to_disks_change_only_writable_sectors() {
+    replay_corpus("virtio_block", super::serve_disk);
+}
+
+#[test]
+fn stored_packets_to_network_devices_are_moved_or_dropped() {
+    replay_corpus("virtio_net", super::move_packets);
+}
+
+#[test]
+fn stored_packets_of_streams_lose_no_bytes() {
+    replay_corpus("virtio_vsock", super::exchange_packets);
+}

@@ -19,6 +19,12 @@ impl GuestMemory {
         Self(Arc::new(RwLock::new(Box::leak(Box::new(regions)))))
     }
 
+    /// Memory whose table is never freed, so that a process can make any number of these.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn from_table(table: &'static MemoryRegions) -> Self {
+        Self(Arc::new(RwLock::new(table)))
+    }
+
     /// The current regions. Call it again for each batch of work: buffers may lie in memory that was added since.
     pub(crate) fn regions(&self) -> &'static MemoryRegions {
         *self.0.read()
@@ -27,7 +33,12 @@ impl GuestMemory {
     /// Replaces the regions with `regions`, which must contain all of the current ones. The old table is leaked, a few
     /// hundred bytes: callers must bound the number of calls.
     pub(crate) fn grow(&self, regions: MemoryRegions) {
-        *self.0.write() = Box::leak(Box::new(regions));
+        self.set_table(Box::leak(Box::new(regions)));
+    }
+
+    /// Like [`Self::grow`], with a table that is never freed.
+    pub(crate) fn set_table(&self, table: &'static MemoryRegions) {
+        *self.0.write() = table;
     }
 }
 

@@ -10,6 +10,8 @@ pub(crate) mod buffers;
 pub(crate) mod console;
 pub(crate) mod device;
 pub(crate) mod fs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 pub(crate) mod interrupt;
 pub(crate) mod mem;
 #[cfg(test)]

@@ -76,7 +76,7 @@ impl GrowingDisk {
 
     /// Reads the size of the file. If it is larger than the disk, the disk grows, and the driver gets an interrupt. A
     /// disk never shrinks: the guest may have data there. Blocks on the file system of the host.
-    fn check(&mut self) {
+    pub(super) fn check(&mut self) {
         let capacity = self.disk.capacity.sectors();
         let problem = match self.disk.backing.size() {
             Ok(size) if size / SECTOR_SIZE > capacity => {

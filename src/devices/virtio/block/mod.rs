@@ -5,6 +5,8 @@
 //! the driver when a disk has grown.
 
 mod disk;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod growth;
 mod request;
 mod transfer;
@@ -27,6 +29,8 @@ use virtio_bindings::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+#[cfg(any(test, fuzzing))]
+pub use self::fuzz::serve_disk;
 pub(crate) use self::{
     disk::Backing,
     growth::{GrowingDisk, GrowthWatch},

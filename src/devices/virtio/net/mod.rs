@@ -6,13 +6,15 @@
 
 mod control;
 mod dhcp;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
 mod worker;
 
 #[cfg(any(test, fuzzing))]
-pub use self::dhcp::fuzz::answer_request;
+pub use self::{dhcp::fuzz::answer_request, fuzz::move_packets};
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
@@ -32,7 +34,10 @@ use self::{
     tap::TapQueue,
     worker::{QueuePair, Worker},
 };
-use super::device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config};
+use super::{
+    device::{ActivateError, Activation, COMMON_FEATURES, Device, copy_config},
+    queue::DeviceQueue,
+};
 use crate::{
     control::Lease,
     devices::{counters::Counters, stall_timer::StallTimer},
@@ -123,6 +128,23 @@ impl Net {
     fn start(&mut self, activation: Activation) -> io::Result<()> {
         let Activation { features, queues, .. } = activation;
         self.tap_queues[0].set_offloads(features)?;
+        let (queue_pairs, mut control) = self.assign_queues(features, queues)?;
+        // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
+        for (index, tap_queue) in self.tap_queues.iter().enumerate() {
+            tap_queue.set_attached(index == 0)?;
+        }
+        for pair in queue_pairs {
+            self.workers.push(Worker::start(pair, control.take())?);
+        }
+        Ok(())
+    }
+
+    /// Assigns the queues that the driver enabled to queue pairs and the control queue.
+    fn assign_queues(
+        &self,
+        features: u64,
+        queues: Vec<DeviceQueue>,
+    ) -> io::Result<(Vec<QueuePair>, Option<ControlQueue>)> {
         let has = |feature: u32| features & 1 << feature != 0;
         let pairs = if has(VIRTIO_NET_F_MQ) { self.tap_queues.len() } else { 1 };
         let mut queues = queues.into_iter();
@@ -141,10 +163,6 @@ impl Net {
                 counters: self.counters.clone(),
             });
         }
-        // Only the first pair is active until the driver sets another number (virtio 1.3 §5.1.6.5.5).
-        for (index, tap_queue) in self.tap_queues.iter().enumerate() {
-            tap_queue.set_attached(index == 0)?;
-        }
         if has(VIRTIO_NET_F_CTRL_VQ)
             && let Some(queue) = queues.next()
         {
@@ -154,10 +172,7 @@ impl Net {
                 self.counters.clone(),
             ));
         }
-        for pair in queue_pairs {
-            self.workers.push(Worker::start(pair, control.take())?);
-        }
-        Ok(())
+        Ok((queue_pairs, control))
     }
 }
 

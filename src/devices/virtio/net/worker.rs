@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
     thread,
 };
@@ -36,7 +36,7 @@ pub(super) const HEADER_SIZE: usize = VNET_HEADER_SIZE as usize;
 const NUM_BUFFERS_OFFSET: usize = 10;
 
 /// The maximum size of a packet in bytes: vnet header, Ethernet header, and 64 KiB.
-const MAX_PACKET_SIZE: usize = HEADER_SIZE + 14 + (64 << 10);
+pub(super) const MAX_PACKET_SIZE: usize = HEADER_SIZE + 14 + (64 << 10);
 
 /// The maximum number of packets that one direction moves before the other direction continues.
 const MAX_PACKETS_PER_TURN: usize = 64;
@@ -101,7 +101,7 @@ impl Drop for Worker {
 
 /// Why a worker ends before it is stopped.
 #[derive(Debug, thiserror::Error)]
-enum WorkerError {
+pub(super) enum WorkerError {
     #[error(transparent)]
     Queue(#[from] QueueError),
     #[error("cannot wait for packets: {0}")]
@@ -127,7 +127,7 @@ const EVENT_SOURCES: [EventSource; 5] = [
     EventSource::Control,
 ];
 
-struct PacketLoop {
+pub(super) struct PacketLoop {
     tap: Arc<TapQueue>,
     receiver: Receiver,
     transmit: DeviceQueue,
@@ -135,6 +135,25 @@ struct PacketLoop {
     control: Option<ControlQueue>,
     tap_watch: TapWatch,
     counters: Arc<Counters>,
+}
+
+/// The work that a loop can do without waiting.
+#[derive(Debug)]
+pub(super) struct Due {
+    receive: bool,
+    transmit: bool,
+    command: bool,
+}
+
+impl Default for Due {
+    /// A turn in each direction: kicks may have happened before the thread started.
+    fn default() -> Self {
+        Self {
+            receive: true,
+            transmit: true,
+            command: false,
+        }
+    }
 }
 
 /// Whether epoll watches the tap device.
@@ -149,7 +168,7 @@ enum TapWatch {
 }
 
 impl PacketLoop {
-    fn new(pair: QueuePair, control: Option<ControlQueue>) -> Self {
+    pub(super) fn new(pair: QueuePair, control: Option<ControlQueue>) -> Self {
         Self {
             tap: pair.tap,
             receiver: Receiver {
@@ -170,6 +189,14 @@ impl PacketLoop {
     }
 
     fn run(mut self, stop: &EventFd) -> Result<(), WorkerError> {
+        let epoll = self.watch(stop)?;
+        let mut due = Due::default();
+        while self.turn(&epoll, &mut due)? {}
+        Ok(())
+    }
+
+    /// Makes an epoll instance readable on the events of this loop.
+    pub(super) fn watch(&self, stop: &EventFd) -> io::Result<OwnedFd> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(io::Error::from)?;
         let add = |source: EventSource, descriptor: BorrowedFd<'_>| {
             let data = epoll::EventData::new_u64(source as u64);
@@ -182,74 +209,78 @@ impl PacketLoop {
         if let Some(control) = &self.control {
             add(EventSource::Control, borrow(control.kick()))?;
         }
-        // Start with a turn in each direction: kicks may have happened before the thread started.
-        let (mut can_receive, mut can_transmit, mut has_command) = (true, true, false);
+        Ok(epoll)
+    }
+
+    /// Does the work in `due`, waits for events if none is left, and adds their work. Returns `false` if the thread
+    /// must end.
+    pub(super) fn turn(&mut self, epoll: &OwnedFd, due: &mut Due) -> Result<bool, WorkerError> {
+        if due.receive {
+            due.receive = self.receive(epoll)?;
+        }
+        if due.transmit {
+            due.transmit = self.transmit()?;
+        }
+        if due.command
+            && let Some(control) = &mut self.control
+        {
+            due.command = control.serve()?;
+        }
+        let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let busy = due.receive || due.transmit || due.command;
         let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
-        loop {
-            if can_receive {
-                can_receive = self.receive(&epoll)?;
-            }
-            if can_transmit {
-                can_transmit = self.transmit()?;
-            }
-            if has_command && let Some(control) = &mut self.control {
-                has_command = control.serve()?;
-            }
-            let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-            let busy = can_receive || can_transmit || has_command;
-            events.clear();
-            match epoll::wait(&epoll, spare_capacity(&mut events), busy.then_some(&no_wait)) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(io::Error::from(error).into()),
-            }
-            for event in &events {
-                let number = event.data.u64();
-                match EVENT_SOURCES.into_iter().find(|source| *source as u64 == number) {
-                    Some(EventSource::Stop) => return Ok(()),
-                    Some(EventSource::Tap) => {
-                        // The device was removed (`tun_chr_poll`). epoll always reports these flags, so stop watching.
-                        let flags = event.flags;
-                        if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
-                            epoll::delete(&epoll, self.tap.as_fd()).map_err(io::Error::from)?;
-                            self.tap_watch = TapWatch::Removed;
-                            self.counters.add_error();
-                            log::warn!(
-                                target: self.counters.name(),
-                                "queue {}: the tap device is gone, the guest has no network on this interface",
-                                self.receiver.queue.index()
-                            );
-                        } else if self.tap_watch == TapWatch::Paused {
-                            // Before its driver has provided the first buffers, the guest's interface is down.
-                            if self.receiver.had_space {
-                                self.counters
-                                    .wait(self.receiver.queue.index(), Obstacle::NoGuestBuffers);
-                            }
-                        } else {
-                            can_receive = true;
+        match epoll::wait(epoll, spare_capacity(&mut events), busy.then_some(&no_wait)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        for event in &events {
+            let number = event.data.u64();
+            match EVENT_SOURCES.into_iter().find(|source| *source as u64 == number) {
+                Some(EventSource::Stop) => return Ok(false),
+                Some(EventSource::Tap) => {
+                    // The device was removed (`tun_chr_poll`). epoll always reports these flags, so stop watching.
+                    let flags = event.flags;
+                    if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
+                        epoll::delete(epoll, self.tap.as_fd()).map_err(io::Error::from)?;
+                        self.tap_watch = TapWatch::Removed;
+                        self.counters.add_error();
+                        log::warn!(
+                            target: self.counters.name(),
+                            "queue {}: the tap device is gone, the guest has no network on this interface",
+                            self.receiver.queue.index()
+                        );
+                    } else if self.tap_watch == TapWatch::Paused {
+                        // Before its driver has provided the first buffers, the guest's interface is down.
+                        if self.receiver.had_space {
+                            self.counters
+                                .wait(self.receiver.queue.index(), Obstacle::NoGuestBuffers);
                         }
+                    } else {
+                        due.receive = true;
                     }
-                    Some(EventSource::Receive) => {
-                        drain(self.receiver.queue.kick());
-                        can_receive |= self.tap_watch == TapWatch::Paused;
-                    }
-                    Some(EventSource::Transmit) => {
-                        drain(self.transmit.kick());
-                        can_transmit = true;
-                    }
-                    Some(EventSource::Control) => {
-                        if let Some(control) = &self.control {
-                            drain(control.kick());
-                            has_command = true;
-                        }
-                    }
-                    None => {}
                 }
+                Some(EventSource::Receive) => {
+                    drain(self.receiver.queue.kick());
+                    due.receive |= self.tap_watch == TapWatch::Paused;
+                }
+                Some(EventSource::Transmit) => {
+                    drain(self.transmit.kick());
+                    due.transmit = true;
+                }
+                Some(EventSource::Control) => {
+                    if let Some(control) = &self.control {
+                        drain(control.kick());
+                        due.command = true;
+                    }
+                }
+                None => {}
             }
         }
+        Ok(true)
     }
 
     /// Moves packets to the guest. Returns `true` if there may be more.
-    fn receive(&mut self, epoll: &std::os::fd::OwnedFd) -> Result<bool, WorkerError> {
+    fn receive(&mut self, epoll: &OwnedFd) -> Result<bool, WorkerError> {
         if self.tap_watch == TapWatch::Removed {
             return Ok(false);
         }

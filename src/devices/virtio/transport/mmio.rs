@@ -1,5 +1,8 @@
 //! The MMIO transport (virtio 1.3 §4.2).
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     io,
     ops::Range,

@@ -5,8 +5,13 @@
 //! packet, [`connection`] the state machine of one connection, [`muxer`] all streams of the machine.
 
 mod connection;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 pub(crate) mod muxer;
 mod packet;
+
+#[cfg(any(test, fuzzing))]
+pub use self::fuzz::exchange_packets;
 
 use std::sync::Arc;
 

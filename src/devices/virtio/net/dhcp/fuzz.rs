@@ -40,7 +40,7 @@ pub fn answer_request(data: &[u8]) {
 }
 
 /// A lease with few or many options.
-fn lease(selection: u8) -> Lease {
+pub(in super::super) fn lease(selection: u8) -> Lease {
     let name = |text: &str| DomainName::parse(text).unwrap();
     let prefix = |number: u8, length| Prefix::new(Ipv4Addr::new(10, number, 0, 5), length).unwrap();
     let count = |bits: u8| selection >> bits & 1 | selection >> bits & 2;
