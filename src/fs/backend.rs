@@ -3,6 +3,9 @@
 //! virtiofsd's own `VhostUserFsBackend` is not used. It ends the process at a malformed request, panics if there is no
 //! room for a reply, and supports migration, which is code that a vmm under a guest's control could reach.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     cell::Cell,
     io,

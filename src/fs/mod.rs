@@ -38,6 +38,8 @@ use rustix::{fs::CWD, mount::OpenTreeFlags, process::Resource};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use virtiofsd_vhost::vhost_user::{Error as ConnectionError, Listener};
 
+#[cfg(any(test, fuzzing))]
+pub use self::backend::fuzz::serve_files;
 use self::{backend::Backend, standby::MAX_HUNG_REQUESTS, tree::Tree};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
 use crate::jail::{self, Jail, JailError, OpenAccess, Root};

@@ -39,8 +39,13 @@ impl Tree {
     /// Opens the tree at this process's root. The guest can have at most `max_files` files looked up or open at a time.
     /// `own_descriptors` is `/proc/self/fd`.
     pub(super) fn open(own_descriptors: File, max_files: u64) -> io::Result<Self> {
+        Self::open_at("/", own_descriptors, max_files)
+    }
+
+    /// Like [`Self::open`], for the tree at the path `root`.
+    pub(super) fn open_at(root: &str, own_descriptors: File, max_files: u64) -> io::Result<Self> {
         let inner = PassthroughFs::new(Config {
-            root_dir: "/".to_owned(),
+            root_dir: root.to_owned(),
             proc_sfd_rawfd: Some(own_descriptors),
             guest_fd_limit: max_files,
             entry_timeout: SHARED_TTL,

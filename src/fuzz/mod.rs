@@ -22,6 +22,7 @@ pub use crate::{
         transport::mmio::fuzz::access_registers,
         vsock::exchange_packets,
     },
+    fs::serve_files,
     shim::{receive_answers, receive_disk_kernel},
     vmm::load_kernel,
 };

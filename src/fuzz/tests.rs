@@ -66,3 +66,8 @@ fn stored_packets_to_network_devices_are_moved_or_dropped() {
 fn stored_packets_of_streams_lose_no_bytes() {
     replay_corpus("virtio_vsock", super::exchange_packets);
 }
+
+#[test]
+fn stored_fuse_requests_stay_in_their_tree() {
+    replay_corpus("files", super::serve_files);
+}
