@@ -9,6 +9,8 @@
 //! channel and opens none itself.
 
 mod channel;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod lease;
 mod message;
 mod rate_limit;

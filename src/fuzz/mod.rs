@@ -9,10 +9,15 @@
 
 mod pc_board;
 mod pci;
+mod plans;
 #[cfg(test)]
 mod tests;
 
-pub use self::{pc_board::access_pc_board, pci::access_pci};
+pub use self::{
+    pc_board::access_pc_board,
+    pci::access_pci,
+    plans::{plan_bundle, plan_sandbox},
+};
 pub use crate::{
     devices::virtio::{
         block::serve_disk,
@@ -23,6 +28,20 @@ pub use crate::{
         vsock::exchange_packets,
     },
     fs::serve_files,
-    shim::{receive_answers, receive_disk_kernel},
+    shim::{parse_start_request, receive_answers, receive_disk_kernel},
     vmm::load_kernel,
 };
+use crate::{shim::receive_notices, vmm::receive_commands};
+
+/// Receives packets of the control channel, to the shim or to the vmm as the first byte of `data` says.
+///
+/// # Panics
+///
+/// As [`receive_notices`] and [`receive_commands`].
+pub fn receive_control_messages(data: &[u8]) {
+    match data.split_first() {
+        Some((direction, packets)) if direction & 1 == 0 => receive_notices(packets),
+        Some((_, packets)) => receive_commands(packets),
+        None => {}
+    }
+}

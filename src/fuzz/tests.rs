@@ -71,3 +71,23 @@ fn stored_packets_of_streams_lose_no_bytes() {
 fn stored_fuse_requests_stay_in_their_tree() {
     replay_corpus("files", super::serve_files);
 }
+
+#[test]
+fn stored_control_messages_are_decoded_or_refused() {
+    replay_corpus("control_messages", super::receive_control_messages);
+}
+
+#[test]
+fn stored_bundles_are_planned_or_refused() {
+    replay_corpus("bundle", super::plan_bundle);
+}
+
+#[test]
+fn stored_sandboxes_are_planned_or_refused() {
+    replay_corpus("sandbox", super::plan_sandbox);
+}
+
+#[test]
+fn stored_start_requests_are_parsed_or_refused() {
+    replay_corpus("start_request", super::parse_start_request);
+}

@@ -1,6 +1,10 @@
 //! Reads a bundle's `config.json`. The host writes that file; a guest cannot.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use serde::de::DeserializeOwned;
 
@@ -18,7 +22,12 @@ pub(super) fn read<T: DeserializeOwned>(bundle: &Path) -> Result<T, PlanError> {
     if bytes.len() as u64 > MAX_SIZE {
         return Err(PlanError::TooLarge { path, limit: MAX_SIZE });
     }
-    serde_json::from_slice(&bytes).map_err(|source| PlanError::Malformed { path, source })
+    parse(path, &bytes)
+}
+
+/// Parses the bytes of the file at `path`.
+pub(super) fn parse<T: DeserializeOwned>(path: PathBuf, bytes: &[u8]) -> Result<T, PlanError> {
+    serde_json::from_slice(bytes).map_err(|source| PlanError::Malformed { path, source })
 }
 
 #[cfg(test)]

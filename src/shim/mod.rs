@@ -38,6 +38,11 @@ mod tests;
 mod vm;
 
 #[cfg(any(test, fuzzing))]
-pub use self::vm::{receive_answers, receive_disk_kernel};
+pub(crate) use self::machine::receive_notices;
+#[cfg(any(test, fuzzing))]
+pub use self::{
+    entry::parse_start_request,
+    vm::{receive_answers, receive_disk_kernel},
+};
 
 pub(crate) use self::entry::main;

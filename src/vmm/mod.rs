@@ -26,6 +26,8 @@ mod warnings;
 
 #[cfg(any(test, fuzzing))]
 pub use self::boot::kernel::fuzz::load_kernel;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::resources::fuzz::receive_commands;
 
 use std::{
     os::fd::{FromRawFd, OwnedFd},

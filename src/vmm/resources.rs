@@ -1,5 +1,8 @@
 //! The boot command with its descriptors, checked and assigned.
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     fs::File,
     os::{fd::OwnedFd, unix::net::UnixStream},

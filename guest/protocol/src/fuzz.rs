@@ -11,8 +11,8 @@ use std::fmt::Debug;
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_NAME_FRAME, MAX_SHELL_FRAME, NameAnswer, NameQuery, ShellInput,
-    ShellOutput, ToAgent, encode,
+    FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_NAME_FRAME, MAX_SHELL_FRAME, MAX_TO_AGENT, NameAnswer, NameQuery,
+    ShellInput, ShellOutput, ToAgent, encode,
 };
 
 /// Receives `data`, whose first byte selects the kind of message, as the frames of a stream, at once and in parts.
@@ -29,7 +29,7 @@ pub fn receive_messages(data: &[u8]) {
         1 => compare::<NameAnswer>(stream, MAX_NAME_FRAME),
         2 => compare::<ShellInput>(stream, MAX_SHELL_FRAME),
         3 => compare::<ShellOutput>(stream, MAX_SHELL_FRAME),
-        4 => compare::<ToAgent>(stream, MAX_FROM_AGENT),
+        4 => compare::<ToAgent>(stream, MAX_TO_AGENT),
         _ => compare::<FromAgent>(stream, MAX_FROM_AGENT),
     }
 }

@@ -55,6 +55,15 @@ impl BundleSpec {
         })
     }
 
+    /// Like [`Self::read`], with the bytes of `config.json`.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn parse(bundle: &Path, bytes: &[u8]) -> Result<Self, PlanError> {
+        Ok(Self {
+            bundle: bundle.to_owned(),
+            spec: spec::parse(bundle.join("config.json"), bytes)?,
+        })
+    }
+
     /// The files of the image, whose snapshot has the mounts `rootfs`, if the command requests a virtual machine. An
     /// image without a disk is a container with a program of that name, unless [`Self::has_boot_annotation`].
     ///

@@ -8,12 +8,17 @@ mod arguments;
 mod bootstrap;
 mod configuration_source;
 mod delete;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod group;
 mod info;
 mod options;
 mod shim_process;
 mod socket;
 mod start_request;
+
+#[cfg(any(test, fuzzing))]
+pub use self::fuzz::parse_start_request;
 
 use std::process::ExitCode;
 

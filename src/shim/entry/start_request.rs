@@ -59,7 +59,7 @@ impl StartRequest {
     /// Standard input is empty, an `Any` of runtime options (up to containerd 2.2), or a
     /// `BootstrapParams` (2.3 and later). The fields of the last two overlap on the wire. A
     /// `BootstrapParams` is recognized by its id and namespace, which repeat the command line.
-    fn parse(bytes: &[u8], target: &Target) -> Result<Self, StartRequestError> {
+    pub(super) fn parse(bytes: &[u8], target: &Target) -> Result<Self, StartRequestError> {
         if bytes.is_empty() {
             return Ok(Self::default());
         }

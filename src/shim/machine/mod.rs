@@ -35,6 +35,8 @@ use std::{
 use nutshell_protocol::{Event, FIRST_DISK_SLOT, Ready, Request, disk_serial};
 use tokio::{sync::oneshot, time::Instant};
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::monitor::fuzz::receive_notices;
 pub(crate) use self::{
     agent::{Agent, AgentError},
     boot::{

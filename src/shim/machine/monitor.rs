@@ -1,6 +1,9 @@
 //! The task that receives the vmm's notices and follows a machine to its end, and the state that it shares with
 //! [`Machine`](super::Machine).
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
+
 use std::{
     collections::HashMap,
     future::Future,
