@@ -43,7 +43,7 @@ export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
 .PHONY: help build setup kernel kernel-paths agent executable first-run-parts install run run-container run-vm test lint lint-clippy lint-format unit \
-	fuzz suites soak soak-suites soak-pc soak-chaos bench dist clean
+	fuzz fuzz-coverage suites soak soak-suites soak-pc soak-chaos bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' Makefile | expand -t 20
@@ -96,6 +96,9 @@ unit: setup ## run the unit tests
 fuzz: setup ## fuzz each parser of untrusted bytes for SECONDS=n (default 60)
 	@$(PHASE) "fuzz: $(or $(SECONDS),60) seconds for each target" "5 minutes to build, from scratch" \
 		fuzz/run $(or $(SECONDS),60)
+
+fuzz-coverage: setup ## print which lines the stored inputs of the fuzz targets execute
+	@$(PHASE) "fuzz: coverage" "5 minutes to build, from scratch" fuzz/coverage
 
 suites: build ## run the end-to-end suites in the lab
 	@$(PHASE) "deploy tests" "1 minute" tests/deploy
