@@ -49,26 +49,27 @@ impl Rule {
     }
 }
 
-/// Rules that every container has, as with runc: it may create any device node, and open those that are in every
-/// container's `/dev`.
-const ALWAYS_ALLOWED: [Rule; 10] = {
+/// Rules that every container has, as with runc 1.2.4 (`AllowedDevices` of its libcontainer/specconv): it may create any
+/// device node, and open those that are in every container's `/dev`, and `/dev/net/tun`.
+const ALWAYS_ALLOWED: [Rule; 11] = {
     const ANY: i32 = MKNOD | READ | WRITE;
     [
         Rule::allowed(BLOCK, None, None, MKNOD),
         Rule::allowed(CHARACTER, None, None, MKNOD),
-        Rule::allowed(CHARACTER, Some(1), Some(3), ANY), // null
-        Rule::allowed(CHARACTER, Some(1), Some(5), ANY), // zero
-        Rule::allowed(CHARACTER, Some(1), Some(7), ANY), // full
-        Rule::allowed(CHARACTER, Some(1), Some(8), ANY), // random
-        Rule::allowed(CHARACTER, Some(1), Some(9), ANY), // urandom
-        Rule::allowed(CHARACTER, Some(5), Some(0), ANY), // tty
-        Rule::allowed(CHARACTER, Some(5), Some(2), ANY), // ptmx
-        Rule::allowed(CHARACTER, Some(136), None, ANY),  // pts
+        Rule::allowed(CHARACTER, Some(1), Some(3), ANY),    // null
+        Rule::allowed(CHARACTER, Some(1), Some(5), ANY),    // zero
+        Rule::allowed(CHARACTER, Some(1), Some(7), ANY),    // full
+        Rule::allowed(CHARACTER, Some(1), Some(8), ANY),    // random
+        Rule::allowed(CHARACTER, Some(1), Some(9), ANY),    // urandom
+        Rule::allowed(CHARACTER, Some(5), Some(0), ANY),    // tty
+        Rule::allowed(CHARACTER, Some(5), Some(2), ANY),    // ptmx
+        Rule::allowed(CHARACTER, Some(10), Some(200), ANY), // net/tun
+        Rule::allowed(CHARACTER, Some(136), None, ANY),     // pts
     ]
 };
 
 /// Restricts the processes of `cgroup` to the devices that `rules` and [`ALWAYS_ALLOWED`] allow. The last matching rule
-/// decides. Without rules there is no restriction.
+/// decides.
 pub(crate) fn confine(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> io::Result<()> {
     let rules: Vec<Rule> = rules.iter().filter_map(parse).collect();
     if is_unconfined(&rules) {
@@ -105,14 +106,11 @@ fn parse(rule: &LinuxDeviceCgroup) -> Option<Rule> {
     })
 }
 
-/// Whether the rules allow every access: either there are none, or the last rule that matches everything allows it and
-/// no later rule denies anything.
+/// Whether the rules allow every access: the last rule that matches everything allows it, and no later rule denies
+/// anything. As with runc, a container without rules has only [`ALWAYS_ALLOWED`].
 fn is_unconfined(rules: &[Rule]) -> bool {
     let from = rules.iter().rposition(|rule| rule.matches_everything());
-    match from {
-        Some(from) => rules[from..].iter().all(|rule| rule.allow),
-        None => rules.is_empty(),
-    }
+    from.is_some_and(|from| rules[from..].iter().all(|rule| rule.allow))
 }
 
 /// Compiles rules to a program that applies the last matching rule, and denies the access if none matches.
@@ -201,7 +199,7 @@ mod tests {
     fn default_rules_deny_disks_and_allow_standard_devices() {
         let rules = rules(serde_json::json!([
             {"allow": false, "access": "rwm"},
-            {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"},
             {"allow": true, "type": "b", "major": 8, "access": "r"},
         ]));
         for (kind, access, major, minor, expected) in [
@@ -212,6 +210,7 @@ mod tests {
             (CHARACTER, READ | WRITE, 1, 3, true),
             (CHARACTER, READ, 136, 77, true),
             (CHARACTER, READ | WRITE, 10, 200, true),
+            (CHARACTER, READ | WRITE, 10, 229, true),
             (CHARACTER, READ, 10, 201, false),
             (BLOCK, READ, 10, 200, false),
         ] {
@@ -221,9 +220,9 @@ mod tests {
     }
 
     #[test]
-    fn access_is_unrestricted_without_rules_or_after_one_that_allows_everything() {
+    fn access_is_unrestricted_only_after_a_rule_that_allows_everything() {
         for (json, expected) in [
-            (serde_json::json!([]), true),
+            (serde_json::json!([]), false),
             (serde_json::json!([{"allow": false, "access": "rwm"}]), false),
             (
                 serde_json::json!([{"allow": false}, {"allow": true, "type": "a", "access": "rwm"}]),

@@ -133,7 +133,7 @@ fn open_directory(path: &Path) -> io::Result<OwnedFd> {
 struct ProcessSettings {
     process: Process,
     program: Program,
-    capabilities: Option<LinuxCapabilities>,
+    capabilities: LinuxCapabilities,
     seccomp: Option<LinuxSeccomp>,
     umask: Option<u32>,
     oom_score: i32,
@@ -158,10 +158,12 @@ impl ProcessSettings {
                 .any(|namespace| namespace.typ() == kind)
         };
         Ok(Self {
-            capabilities: process
-                .capabilities()
-                .clone()
-                .or_else(|| init.and_then(|init| init.capabilities().clone())),
+            capabilities: spec::complete_capabilities(
+                process
+                    .capabilities()
+                    .clone()
+                    .or_else(|| init.and_then(|init| init.capabilities().clone())),
+            ),
             seccomp: linux.seccomp().clone(),
             umask: process
                 .user()
@@ -252,9 +254,7 @@ fn become_program(
     if !has_late_filter {
         load_seccomp(settings)?;
     }
-    if let Some(wanted) = &settings.capabilities {
-        capabilities::drop_privileges(wanted, &*syscall).describe(|| "set the capabilities".to_owned())?;
-    }
+    capabilities::drop_privileges(&settings.capabilities, &*syscall).describe(|| "set the capabilities".to_owned())?;
     chdir_result
         .or_else(|_| enter_directory(&settings.program.cwd))
         .map_err(|error| {

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 
 use nutshell_protocol::Failure;
 use oci_spec::runtime::{
-    Hook, Linux, LinuxDeviceCgroup, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Mount, Process, Spec,
+    Capabilities, Hook, Linux, LinuxCapabilities, LinuxDeviceCgroup, LinuxIdMapping, LinuxNamespace,
+    LinuxNamespaceType, Mount, Process, Spec,
 };
 
 use super::program::Program;
@@ -61,6 +62,8 @@ pub(super) fn prepare(mut spec: Spec, cgroup: &Cgroup, terminal: bool) -> Result
         .ok_or_else(|| Failure::invalid("the OCI spec has no process"))?;
     let program = Program::of(&process)?;
     clean_process(&mut process, terminal);
+    let capabilities = complete_capabilities(process.capabilities().clone());
+    process.set_capabilities(Some(capabilities));
     // Without HOME, libcontainer would look up the user with the C library, which may load code from the container's
     // file system. The executor sets the real environment.
     process.set_env(Some(vec!["HOME=/".to_owned()]));
@@ -200,6 +203,21 @@ pub(super) fn clean_process(process: &mut Process, terminal: bool) {
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
+}
+
+/// Completes the capability sets: as with runc, a missing one is empty. libcontainer leaves it unchanged, and the agent
+/// has all capabilities.
+pub(super) fn complete_capabilities(capabilities: Option<LinuxCapabilities>) -> LinuxCapabilities {
+    let none = || Some(Capabilities::new());
+    let mut complete = LinuxCapabilities::default();
+    let given = capabilities.as_ref();
+    complete
+        .set_bounding(given.map_or_else(none, |given| given.bounding().clone().or_else(none)))
+        .set_effective(given.map_or_else(none, |given| given.effective().clone().or_else(none)))
+        .set_permitted(given.map_or_else(none, |given| given.permitted().clone().or_else(none)))
+        .set_inheritable(given.map_or_else(none, |given| given.inheritable().clone().or_else(none)))
+        .set_ambient(given.map_or_else(none, |given| given.ambient().clone().or_else(none)));
+    complete
 }
 
 /// Maps a user id of the container to the guest's initial user namespace.

@@ -96,11 +96,48 @@ fn device_rules_are_enforced() {
             json!([{"allow": true, "access": "rwm"}]),
             "disk open\nnull open\ncontrol open\n1\n",
         ),
-        (json!([]), "disk open\nnull open\ncontrol open\n1\n"),
+        // As with runc, a spec without rules allows the default devices.
+        (json!([]), "null open\n1\n"),
+        (json!(null), "null open\n1\n"),
     ] {
         spec["linux"]["resources"] = json!({"devices": rules});
         assert_eq!(agent.run(&spec).1, expected, "{rules}");
     }
+    spec["linux"].as_object_mut().unwrap().remove("resources");
+    assert_eq!(agent.run(&spec).1, "null open\n1\n", "no resources");
+}
+
+#[test]
+fn missing_capability_sets_are_empty() {
+    let mut agent = Agent::start();
+    let all_zero = "CapInh:0 CapPrm:0 CapEff:0 CapBnd:0 CapAmb:0\n";
+    let script = "sed -n 's/^\\(Cap...\\):\\t0*\\(.\\)/\\1:\\2/p' /proc/self/status | tr '\\n' ' ' | sed 's/ $/\\n/'";
+    let mut spec = shell(script);
+    spec["process"].as_object_mut().unwrap().remove("capabilities");
+    assert_eq!(agent.run(&spec).1, all_zero, "no capabilities");
+    spec["process"]["capabilities"] = json!({"bounding": ["CAP_KILL"]});
+    let expected = "CapInh:0 CapPrm:0 CapEff:0 CapBnd:20 CapAmb:0\n";
+    assert_eq!(agent.run(&spec).1, expected, "only a bounding set");
+
+    let id = &format!("capabilities-{}", unique());
+    spec = shell("sleep 1000");
+    spec["process"].as_object_mut().unwrap().remove("capabilities");
+    agent.create(id, &spec, Stdio::default()).unwrap();
+    agent.start_container(id);
+    let output = agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let mut process = process(&["/bin/sh", "-c", script]);
+    process.as_object_mut().unwrap().remove("capabilities");
+    agent.exec(id, "x", &process, stdio).unwrap();
+    let mut text = String::new();
+    output.accept().read_to_string(&mut text).unwrap();
+    assert_eq!(text, all_zero, "exec");
+    agent.exit();
+    agent.delete(id);
+    agent.exit();
 }
 
 #[test]
