@@ -10,7 +10,7 @@
 use std::convert::Infallible;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use libcontainer::capabilities;
@@ -18,7 +18,7 @@ use libcontainer::syscall::syscall::SyscallType;
 use nutshell_linux::go_text::error_text;
 use nutshell_protocol::{Failure, StartExec};
 use oci_spec::runtime::{LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, Uid};
@@ -66,6 +66,7 @@ pub(crate) fn exec(
     // "No Internal Process Constraint"). Then the process joins the cgroup of the first process.
     let init_cgroup = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
 
+    let own_descriptors = open_directory(Path::new("/proc/self/fd")).context(|| "open /proc/self/fd".to_owned())?;
     sys::set_undumpable().context(|| "hide the agent's memory".to_owned())?;
     let mut kinds = ThreadNameSpaceType::MOUNT
         | ThreadNameSpaceType::PROCESS_ID
@@ -78,6 +79,7 @@ pub(crate) fn exec(
     move_into_thread_name_spaces(target.pidfd, kinds)
         .context(|| format!("enter the namespaces of container {}", request.container))?;
 
+    let null = open_null(&own_descriptors);
     let terminal = request
         .stdio
         .terminal
@@ -94,7 +96,8 @@ pub(crate) fn exec(
         (result, _) => result,
     };
     let Some(pid) = forked.context(|| format!("fork exec {} of container {}", request.exec, request.container))? else {
-        let Err(error) = become_program(&settings, target.pidfd, process_ends, slave, &error_writer);
+        let streams = Streams::of(process_ends, slave, null.as_ref());
+        let Err(error) = become_program(&settings, target.pidfd, &streams, &error_writer);
         let _ = rustix::io::write(&error_writer, error.as_bytes());
         sys::exit_now(255)
     };
@@ -186,10 +189,12 @@ impl ProcessSettings {
 pub(super) fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(OwnedFd, OwnedFd)> {
     /// `DEVPTS_SUPER_MAGIC` of `linux/magic.h`.
     const DEVPTS: i64 = 0x1cd1;
+    /// The inode number of `ptmx` in a devpts (kernel, `mknod_ptmx` in fs/devpts/inode.c).
+    const PTMX_INODE: u64 = 2;
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let master = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty())?;
     // The container may have replaced the file.
-    if rustix::fs::fstatfs(&master)?.f_type != DEVPTS {
+    if rustix::fs::fstatfs(&master)?.f_type != DEVPTS || rustix::fs::fstat(&master)?.st_ino != PTMX_INODE {
         return Err(io::Error::other("/dev/pts/ptmx is not a terminal device"));
     }
     rustix::pty::unlockpt(&master)?;
@@ -197,17 +202,67 @@ pub(super) fn open_terminal(size: Option<(u16, u16)>, uid: u32) -> io::Result<(O
     Ok((master, slave))
 }
 
+/// Opens the container's `/dev/null`, in the container's mount namespace. `own_descriptors` is the agent's
+/// `/proc/self/fd` of this process: the `/proc` of the container may show anything. Returns `None` if the container has
+/// replaced the device.
+///
+/// The process must not have the agent's `/dev/null`: a file at a mount of the agent cannot be opened again as
+/// `/dev/stdout` (guest/kernel/patches/required/agent-mounts.patch).
+fn open_null(own_descriptors: &OwnedFd) -> Option<OwnedFd> {
+    /// The numbers of the device (kernel, Documentation/admin-guide/devices.txt).
+    const NULL: (u32, u32) = (1, 3);
+    let found = rustix::fs::open(
+        "/dev/null",
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .ok()?;
+    let status = rustix::fs::fstat(&found).ok()?;
+    let is_character = FileType::from_raw_mode(status.st_mode) == FileType::CharacterDevice;
+    let numbers = (rustix::fs::major(status.st_rdev), rustix::fs::minor(status.st_rdev));
+    if !is_character || numbers != NULL {
+        return None;
+    }
+    let number = found.as_raw_fd().to_string();
+    rustix::fs::openat(own_descriptors, number, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+/// The standard streams of a process.
+pub(super) struct Streams<'a> {
+    descriptors: [BorrowedFd<'a>; 3],
+    terminal: Option<BorrowedFd<'a>>,
+}
+
+impl<'a> Streams<'a> {
+    /// The streams are those of `terminal`, if there is one. Otherwise they are the pipes of `process_ends`, and `null`
+    /// in place of its `/dev/null`, if there is one.
+    pub(super) fn of(process_ends: &'a ProcessEnds, terminal: Option<&'a OwnedFd>, null: Option<&'a OwnedFd>) -> Self {
+        let mut descriptors = process_ends.descriptors();
+        for (descriptor, is_pipe) in descriptors.iter_mut().zip(process_ends.pipes) {
+            if let (Some(null), false) = (null, is_pipe) {
+                *descriptor = null.as_fd();
+            }
+        }
+        if let Some(terminal) = terminal {
+            descriptors = [terminal.as_fd(); 3];
+        }
+        Self {
+            descriptors,
+            terminal: terminal.map(OwnedFd::as_fd),
+        }
+    }
+}
+
 /// Turns the forked process into the program. Each step comes before those that drop the privilege that it needs.
 fn become_program(
     settings: &ProcessSettings,
     container: BorrowedFd<'_>,
-    process_ends: &ProcessEnds,
-    terminal: Option<&OwnedFd>,
+    streams: &Streams<'_>,
     error_writer: &OwnedFd,
 ) -> Result<Infallible, String> {
     let syscall = SyscallType::Linux.create_syscall();
     let user = settings.process.user();
-    begin_session(process_ends, terminal)?;
+    begin_session(streams)?;
     // Enter it only now: a caller inside the cgroup namespace could not have forked the process into the cgroup.
     move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
         .describe(|| "enter the container's cgroup namespace".to_owned())?;
@@ -272,15 +327,12 @@ fn become_program(
 }
 
 /// Starts a session of the calling process, with its controlling terminal if it has one, and sets its standard streams.
-pub(super) fn begin_session(process_ends: &ProcessEnds, terminal: Option<&OwnedFd>) -> Result<(), String> {
+pub(super) fn begin_session(streams: &Streams<'_>) -> Result<(), String> {
     rustix::process::setsid().describe(|| "setsid".to_owned())?;
-    let [stdin, stdout, stderr] = match terminal {
-        Some(terminal) => {
-            sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
-            [terminal.as_fd(); 3]
-        }
-        None => process_ends.descriptors(),
-    };
+    if let Some(terminal) = streams.terminal {
+        sys::set_controlling_terminal(terminal).describe(|| "set the controlling terminal".to_owned())?;
+    }
+    let [stdin, stdout, stderr] = streams.descriptors;
     rustix::stdio::dup2_stdin(stdin)
         .and_then(|()| rustix::stdio::dup2_stdout(stdout))
         .and_then(|()| rustix::stdio::dup2_stderr(stderr))

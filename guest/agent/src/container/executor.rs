@@ -60,6 +60,7 @@ impl Executor for ProgramExecutor {
             return Err(ExecutorError::InvalidArg);
         };
         if let Some(start_hooks) = &self.start_hooks {
+            sys::close_all_but(&[start_hooks.fifo()]);
             let error = match start_hooks.run() {
                 Ok(()) => resolved.execute(),
                 Err(error) => error,
@@ -67,6 +68,8 @@ impl Executor for ProgramExecutor {
             start_hooks.report(&error);
             sys::exit_now(1);
         }
+        // The path of the program may not lead to a descriptor of the agent, such as `/proc/self/fd/…`.
+        sys::close_all_but(&[]);
         let error = resolved.execute();
         // The start request has succeeded already, so the error can only go to the container's standard error.
         let _ = writeln!(std::io::stderr(), "{error}");

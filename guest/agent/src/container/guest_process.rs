@@ -13,7 +13,7 @@ use oci_spec::runtime::{Process, User};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Signal, Uid};
 
-use super::exec::{Describe, await_program, begin_session, enter_directory, open_terminal};
+use super::exec::{Describe, Streams, await_program, begin_session, enter_directory, open_terminal};
 use super::program::{Program, ResolvedProgram};
 use crate::failure::{Context, FailureExt};
 use crate::job::Outcome;
@@ -39,7 +39,8 @@ pub(crate) fn start(request: &StartExec, process_ends: &ProcessEnds) -> Result<(
         .context(|| "open the pipe for an error of the process".to_owned())?;
     let forked = sys::fork_plain_sibling().context(|| format!("fork exec {}", request.exec))?;
     let Some(pid) = forked else {
-        let Err(error) = become_program(&program, process.user(), process_ends, slave, &error_writer);
+        let streams = Streams::of(process_ends, slave, None);
+        let Err(error) = become_program(&program, process.user(), &streams, &error_writer);
         let _ = rustix::io::write(&error_writer, error.as_bytes());
         sys::exit_now(255)
     };
@@ -53,11 +54,10 @@ pub(crate) fn start(request: &StartExec, process_ends: &ProcessEnds) -> Result<(
 fn become_program(
     program: &Program,
     user: &User,
-    process_ends: &ProcessEnds,
-    terminal: Option<&OwnedFd>,
+    streams: &Streams<'_>,
     error_writer: &OwnedFd,
 ) -> Result<Infallible, String> {
-    begin_session(process_ends, terminal)?;
+    begin_session(streams)?;
     sys::close_all_but(&[error_writer.as_fd()]);
     // The agent may be protected from the OOM killer, and the process must not inherit that.
     fs::write("/proc/self/oom_score_adj", "0").describe(|| "set oom_score_adj to 0".to_owned())?;

@@ -1,7 +1,7 @@
 //! The start of a created container: its first process runs the `startContainer` hooks, then its program.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -47,6 +47,11 @@ impl StartHooks {
             state,
             fifo: Arc::new(fifo),
         })
+    }
+
+    /// The FIFO for errors, which the first process keeps open until it executes its program.
+    pub(super) fn fifo(&self) -> BorrowedFd<'_> {
+        self.fifo.as_fd()
     }
 
     /// Runs the hooks, up to the first that fails. The error is the text for the user.
