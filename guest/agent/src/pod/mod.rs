@@ -97,7 +97,9 @@ pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
         settings::set_sysctl(name, value)?;
     }
     resize_shm(request.shm_size).context(|| format!("resize {SHM_PATH} to {} bytes", request.shm_size))?;
-    fs::create_dir_all(FILES_DIRECTORY).context(|| format!("create {FILES_DIRECTORY}"))?;
+    if !request.files.is_empty() {
+        mount_files().context(|| format!("mount a tmpfs on {FILES_DIRECTORY}"))?;
+    }
     for (index, file) in request.files.iter().enumerate() {
         fs::write(file_path(index), &file.content).context(|| format!("write the pod's {}", file.destination))?;
     }
@@ -105,6 +107,20 @@ pub(crate) fn set_up(request: &SetUpPod) -> Result<Outcome, Failure> {
     Ok(Outcome::Process {
         pid: crate::sys::raw_pid(init),
     })
+}
+
+/// Mounts the file system of the shared files. It has nothing else: a container with CAP_DAC_READ_SEARCH can open every
+/// file of a file system of which it has a mount (open_by_handle_at(2)), and a container can fill it.
+fn mount_files() -> io::Result<()> {
+    fs::create_dir_all(FILES_DIRECTORY)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    Ok(rustix::mount::mount(
+        "tmpfs",
+        FILES_DIRECTORY,
+        "tmpfs",
+        flags,
+        c"mode=755,size=16m",
+    )?)
 }
 
 fn resize_shm(bytes: u64) -> io::Result<()> {
