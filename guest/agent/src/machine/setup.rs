@@ -62,6 +62,10 @@ fn replace_root() -> Result<(), SetupError> {
         c"mode=755",
     )
     .step("mount the new root")?;
+    // The only file is this program, and the kernel's `/dev/console`. Nothing may write to the program through
+    // `/proc/PID/exe`.
+    let read_only = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
+    rustix::mount::mount_remount("/", read_only, c"").step("make the initramfs read-only")?;
     rustix::process::chdir(NEW_ROOT).step("change to the new root")?;
     rustix::mount::mount_move(".", "/").step("move the new root")?;
     rustix::process::chroot(".").step("chroot to the new root")?;
