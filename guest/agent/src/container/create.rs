@@ -107,7 +107,9 @@ fn build(
     let diagnosis = Diagnosis::listen().context(|| "open the pipe for error causes".to_owned())?;
     let hooks = prepared.hooks;
     if !hooks.create_container.is_empty() {
-        let hook = hooks::agent_as_hook(&hooks.create_container, &rootfs, &diagnosis.writer());
+        let process = prepared.spec.process().as_ref();
+        let capabilities = spec::complete_capabilities(process.and_then(|process| process.capabilities().clone()));
+        let hook = hooks::agent_as_hook(&hooks.create_container, &rootfs, capabilities, &diagnosis.writer());
         let hook = hook.map_err(Failure::internal)?;
         let mut only = Hooks::default();
         only.set_create_container(Some(vec![hook]));

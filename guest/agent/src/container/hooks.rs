@@ -4,8 +4,8 @@
 //! The guest contains no programs except the agent, so the paths of hooks are paths in the container's root file
 //! system. The first process runs `startContainer` hooks just before it executes the container's program.
 //! `createContainer` hooks run after the root file system is mounted and before the first process enters it.
-//! libcontainer executes those: the agent passes itself as the hook, and changes its root before it runs them
-//! ([`run_in_rootfs`]).
+//! libcontainer executes those: the agent passes itself as the hook, and changes its root and drops capabilities before
+//! it runs them ([`run_in_rootfs`]). The hook's program is the image's, and the agent's files are still mounted.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
@@ -15,9 +15,11 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
+use libcontainer::capabilities;
+use libcontainer::syscall::syscall::SyscallType;
 use nutshell_linux::go_text::{error_text, signal_name};
 use nutshell_linux::hook::{memory_file, output};
-use oci_spec::runtime::{Hook, HookBuilder};
+use oci_spec::runtime::{Capability, Hook, HookBuilder, LinuxCapabilities};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
@@ -26,9 +28,30 @@ use super::diagnosis::CauseWriter;
 /// The first argument of the agent when libcontainer executes it as a `createContainer` hook.
 pub(crate) const HOOKS_FLAG: &str = "--create-container-hooks";
 
-/// Returns a hook that executes the agent, which runs `hooks` in `rootfs` and writes the error to `causes`.
-pub(super) fn agent_as_hook(hooks: &[Hook], rootfs: &Path, causes: &CauseWriter) -> Result<Hook, String> {
-    let list = serde_json::to_string(hooks).map_err(|error| format!("encode the createContainer hooks: {error}"))?;
+/// Capabilities by which a program can leave its root directory, or open devices that the container's rules deny. They
+/// do not apply to hooks yet.
+const CONFINED: [Capability; 2] = [Capability::SysChroot, Capability::Mknod];
+
+/// Returns a hook that executes the agent, which runs `hooks` in `rootfs` and writes the error to `causes`. They have
+/// the `capabilities` of the container, without those of [`CONFINED`] unless the container is privileged.
+pub(super) fn agent_as_hook(
+    hooks: &[Hook],
+    rootfs: &Path,
+    mut capabilities: LinuxCapabilities,
+    causes: &CauseWriter,
+) -> Result<Hook, String> {
+    let mut bounding = capabilities.bounding().clone().unwrap_or_default();
+    if !bounding.contains(&Capability::SysAdmin) {
+        for capability in CONFINED {
+            bounding.remove(&capability);
+        }
+    }
+    capabilities
+        .set_effective(Some(bounding.clone()))
+        .set_permitted(Some(bounding.clone()))
+        .set_bounding(Some(bounding));
+    let list = serde_json::to_string(&(hooks, capabilities))
+        .map_err(|error| format!("encode the createContainer hooks: {error}"))?;
     let descriptor = causes
         .share_with_programs()
         .map_err(|error| format!("share the pipe for error causes: {error}"))?;
@@ -66,10 +89,13 @@ pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
         io::stdin()
             .read_to_string(&mut state)
             .map_err(|error| format!("read the container's state: {error}"))?;
-        let hooks = serde_json::from_slice(list.as_encoded_bytes()).map_err(|error| error.to_string())?;
+        let (hooks, wanted): (_, LinuxCapabilities) =
+            serde_json::from_slice(list.as_encoded_bytes()).map_err(|error| error.to_string())?;
         rustix::process::chroot(Path::new(rootfs))
             .and_then(|()| rustix::process::chdir("/"))
             .map_err(|error| format!("enter {}: {error}", rootfs.display()))?;
+        capabilities::drop_privileges(&wanted, &*SyscallType::Linux.create_syscall())
+            .map_err(|error| format!("set the capabilities: {error}"))?;
         Ok((hooks, state))
     };
     match enter_rootfs().and_then(|(hooks, state)| run("createContainer", &hooks, &state)) {

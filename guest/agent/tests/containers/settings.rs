@@ -279,6 +279,27 @@ fn guest_runs_the_containers_hooks_and_not_the_hosts() {
 }
 
 #[test]
+fn hooks_have_at_most_the_containers_capabilities() {
+    let mut agent = Agent::start();
+    let mut spec = shell("cat /tmp/hooks");
+    let tmp = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]});
+    spec["mounts"].as_array_mut().unwrap().push(tmp);
+    let script = "grep -h -e CapEff -e CapBnd /proc/self/status | cut -f2 | uniq >>/tmp/hooks";
+    spec["hooks"] = json!({"createContainer": hooks(&[script]), "startContainer": hooks(&[script])});
+    // The image's program runs before the device rules apply, and may not leave its root directory.
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_SYS_CHROOT"));
+    }
+    assert_eq!(agent.run(&spec).1, "000000000000202b\n000000000804202b\n");
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_SYS_ADMIN"));
+    }
+    assert_eq!(agent.run(&spec).1, "000000000824202b\n000000000824202b\n");
+}
+
+#[test]
 fn failing_hook_is_the_error_of_create_or_start() {
     let mut agent = Agent::start();
     let id = &format!("hooks-{}", unique());
