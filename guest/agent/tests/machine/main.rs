@@ -199,6 +199,43 @@ fn container_cannot_reach_the_initramfs() {
 }
 
 #[test]
+fn container_cannot_reach_its_siblings() {
+    let mut machine = Machine::boot(&[&create_image(), &create_image()]);
+    machine.create(1, "sibling", &shell("sleep 1000"), Stdio::default());
+    machine.agent.start_container("sibling");
+    // As root with CAP_KILL and CAP_MKNOD. The disk of the sibling is /dev/vdb.
+    let script = "cat /proc/[0-9]*/comm | grep -c sleep; kill -9 -1; kill -9 1; \
+        IFS=: read major minor </sys/block/vdb/dev; mknod /tmp/disk b $major $minor && ls /tmp; \
+        (: </tmp/disk) 2>&1 | grep -o 'Operation not permitted'; echo end";
+    let (status, text) = machine.run(&shell(script));
+    assert_eq!((status, text.as_str()), (0, "0\ndisk\nOperation not permitted\nend\n"));
+    // It still runs.
+    assert_eq!(machine.agent.kill("sibling", 15), Ok(Response::Done));
+    machine.agent.kill("sibling", 9).unwrap();
+    assert_eq!(machine.agent.exit().status, 137);
+    machine.delete("sibling");
+}
+
+#[test]
+fn container_cannot_access_the_agents_process() {
+    let mut machine = Machine::boot(&[&create_image()]);
+    // It sees the agent in the machine's /proc, and has the capabilities to trace any process.
+    let script = "cd /machine/1; cat comm; \
+        for file in mem environ maps auxv; do (: <$file) 2>/dev/null && echo $file; done; \
+        for link in exe root cwd ns/mnt ns/pid fd/0; do readlink $link; done; ls fd map_files 2>/dev/null; \
+        (: >>exe) 2>/dev/null && echo exe; ls root/run 2>/dev/null; cat /proc/self/comm";
+    let mut spec = shell(script);
+    for set in ["bounding", "effective", "permitted"] {
+        let all = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        all.extend(["CAP_SYS_PTRACE", "CAP_SYS_ADMIN", "CAP_DAC_READ_SEARCH"].map(|name| json!(name)));
+    }
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/machine", "type": "bind", "source": "/proc", "options": ["rbind", "rw"]}));
+    let (_, text) = machine.run(&spec);
+    assert_eq!(text, "init\ncat\n");
+}
+
+#[test]
 fn error_names_the_missing_disk() {
     let mut machine = Machine::boot(&[&create_image()]);
     let request = create_request_on(disk(1, &[]), "lost", &shell("exit 6"), Stdio::default());
