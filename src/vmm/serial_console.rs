@@ -335,6 +335,34 @@ mod tests {
     }
 
     #[test]
+    fn input_that_the_guest_does_not_read_stays_in_its_descriptor_cve_2020_27174() {
+        let mut fixture = fixture();
+        fcntl_setfl(&fixture.input, OFlags::NONBLOCK).unwrap();
+        let (mut written, mut is_full) = (0, false);
+        while !is_full {
+            match fixture.input.write(&[b'x'; INPUT_BUFFER]) {
+                Ok(count) => written += count,
+                Err(error) => {
+                    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                    is_full = written > 0;
+                }
+            }
+            assert!(written < 16 << 20, "the console takes any amount of input");
+            settle(&mut fixture.console);
+        }
+        let capacity = rustix::pipe::fcntl_getpipe_size(&fixture.input).unwrap();
+        assert!(written <= capacity + 2 * INPUT_BUFFER, "{written}");
+        assert!(fixture.console.refused.capacity() <= 2 * INPUT_BUFFER);
+
+        let mut received = 0;
+        while received < written {
+            settle(&mut fixture.console);
+            received += read_port(&mut fixture.port).len();
+        }
+        assert_eq!(received, written);
+    }
+
+    #[test]
     fn flood_without_a_reader_keeps_the_last_output() {
         let mut fixture = fixture();
         for _ in 0..1000 {

@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn input_beyond_the_buffer_is_refused_until_the_guest_has_read() {
+    fn input_beyond_the_buffer_is_refused_until_the_guest_has_read_cve_2020_27174() {
         let (serial, mut guest) = serial(vec![]);
         guest.write(INTERRUPT_ENABLE, RECEIVED_DATA);
         let paste: Vec<u8> = (0..=255).cycle().take(1000).collect();

@@ -302,10 +302,13 @@ impl std::fmt::Debug for DeviceQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use std::{
+        os::{fd::AsFd, unix::fs::FileExt},
+        sync::atomic::Ordering,
+    };
 
     use virtio_queue::{desc::RawDescriptor, mock::MockSplitQueue};
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
     use super::*;
     use crate::devices::virtio::mock::{INDIRECT, NEXT, WRITE, descriptor, device_queue, memory};
@@ -323,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_chains_are_refused() {
+    fn invalid_chains_are_refused_dragonball_a957054() {
         let cases = [
             (
                 "descriptor that points to itself",
@@ -441,6 +444,55 @@ mod tests {
         memory.grow(grown);
 
         assert_eq!(queue.pop().unwrap().unwrap().readable.len(), 16);
+    }
+
+    /// Another monitor used such a buffer as one range of host memory.
+    #[test]
+    fn buffer_across_two_regions_is_used_as_two_parts_cve_2019_18960() {
+        const SIZE: u64 = 1 << 20;
+        let regions = [(GuestAddress(0), 1 << 20), (GuestAddress(SIZE), 1 << 20)];
+        let is_split = |memory: &MemoryRegions| {
+            let host = |address| memory.get_host_address(GuestAddress(address)).unwrap();
+            host(SIZE - 1).wrapping_add(1) != host(SIZE)
+        };
+        let allocated: Vec<_> = (0..8).map(|_| MemoryRegions::from_ranges(&regions).unwrap()).collect();
+        let split = allocated.into_iter().find(is_split);
+        let memory = GuestMemory::new(split.expect("regions that are not contiguous on the host"));
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let layout = [(SIZE - 5, 10, NEXT), (SIZE - 105, 110, WRITE)];
+        for (index, (address, length, flags)) in (0..).zip(layout) {
+            let entry = descriptor(address, length, flags, index + 1);
+            mock.desc_table().store(index, entry).unwrap();
+        }
+        for head in 0..2 {
+            mock.avail().ring().ref_at(head).unwrap().store(0);
+        }
+        mock.avail().idx().store(2);
+        let (mut queue, _) = device_queue(&mock, &memory);
+        let (source, sink) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        source.write_all_at(&[b's'; 110], 0).unwrap();
+
+        // With copies, then with system calls.
+        memory.write_slice(b"0123456789", GuestAddress(SIZE - 5)).unwrap();
+        let mut chain = queue.pop().unwrap().unwrap();
+        let mut taken = [0; 10];
+        assert!(chain.readable.take(&mut taken));
+        assert_eq!(chain.writable.put(&[b'p'; 120]), 110);
+        let mut put = [0; 112];
+        memory.read_slice(&mut put, GuestAddress(SIZE - 106)).unwrap();
+        memory.write_slice(b"0123456789", GuestAddress(SIZE - 5)).unwrap();
+        let chain = queue.pop().unwrap().unwrap();
+        assert_eq!(chain.readable.write_to(sink.as_fd(), Some(0)).unwrap(), 10);
+        assert_eq!(chain.writable.read_from(source.as_fd(), Some(0)).unwrap(), 110);
+
+        let (mut written, mut read) = ([0; 10], [0; 112]);
+        sink.read_exact_at(&mut written, 0).unwrap();
+        memory.read_slice(&mut read, GuestAddress(SIZE - 106)).unwrap();
+        assert_eq!([&taken, &written], [b"0123456789"; 2]);
+        for (received, byte) in [(put, b'p'), (read, b's')] {
+            assert_eq!(received[1..111], [byte; 110]);
+            assert_eq!((received[0], received[111]), (0, 0), "bytes beside the buffer");
+        }
     }
 
     #[test]

@@ -304,6 +304,38 @@ mod tests {
         assert_eq!(disk.counters.read().errors, 1);
     }
 
+    /// In another monitor, the completion of one of the two requests freed the buffer of the other.
+    #[test]
+    fn request_made_available_twice_is_served_twice_cve_2026_45782() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        let layout = [(0x8000, 16, NEXT), (0x9000, 512, NEXT | WRITE), (0xf000, 1, WRITE)];
+        for (index, (address, length, flags)) in (0..).zip(layout) {
+            let entry = descriptor(address, length, flags, index + 1);
+            mock.desc_table().store(index, entry).unwrap();
+        }
+        for slot in 0..2 {
+            mock.avail().ring().ref_at(slot).unwrap().store(0);
+        }
+        mock.avail().idx().store(2);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let disk = disk("duplicate", file);
+
+        let worker = Worker::start(disk.clone(), device_queue(&mock, &memory).0).unwrap();
+        wait_for("the requests are not served", || {
+            (mock.used().idx().load() == 2).then_some(())
+        });
+        drop(worker);
+
+        for slot in 0..2 {
+            let element = mock.used().ring().ref_at(slot).unwrap().load();
+            assert_eq!((element.id(), element.len()), (0, 513));
+        }
+        let counters = disk.counters.read();
+        assert_eq!((counters.requests, counters.errors), (2, 0));
+    }
+
     #[test]
     fn queue_is_pending_while_the_guest_does_not_accept_completed_requests() {
         let memory = memory();

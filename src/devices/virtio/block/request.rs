@@ -514,9 +514,32 @@ mod tests {
     }
 
     #[test]
-    fn unknown_request_type_is_unsupported() {
-        let outcome = run(0x77, 0, &[], 0, false);
-        assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_UNSUPP);
+    fn unknown_and_scsi_requests_are_unsupported_cve_2026_48914() {
+        const SCSI_COMMAND: u32 = 2;
+        const SCSI_COMMAND_OUT: u32 = 3;
+        for kind in [SCSI_COMMAND, SCSI_COMMAND_OUT, 0x77, u32::MAX] {
+            for (out, in_length) in [(0, 0), (512, 0), (0, 512)] {
+                let outcome = run(kind, 0, &vec![b'w'; out], in_length, false);
+                assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_UNSUPP, "{kind}");
+                assert_eq!(outcome.written, 1, "{kind}");
+                assert!(outcome.file.iter().all(|&byte| byte == b'x'), "{kind}");
+            }
+        }
+    }
+
+    /// The device refuses, whatever features the driver has accepted, and although the host's file is writable here.
+    #[test]
+    fn no_request_changes_a_read_only_disk_cve_2026_24834() {
+        let segment = [0_u64.to_le_bytes(), 2_u64.to_le_bytes()].concat();
+        for (kind, out) in [
+            (VIRTIO_BLK_T_OUT, &[b'w'; 512][..]),
+            (VIRTIO_BLK_T_DISCARD, &segment),
+            (VIRTIO_BLK_T_WRITE_ZEROES, &segment),
+        ] {
+            let outcome = run(kind, 0, out, 0, true);
+            assert_eq!(u32::from(outcome.status), VIRTIO_BLK_S_IOERR, "{kind}");
+            assert!(outcome.file.iter().all(|&byte| byte == b'x'), "{kind}");
+        }
     }
 
     #[test]

@@ -151,6 +151,69 @@ fn packet_waits_until_the_guest_provides_buffers() {
     assert_eq!(used(&receive), [(0, 64)]);
 }
 
+/// In another monitor, an interface stayed silent after its guest had once had no buffer. Some rounds refill the queue
+/// while the worker still finds it empty, others after it sleeps.
+#[test]
+fn receiving_continues_whenever_the_guest_provides_buffers_again_cve_2020_16843() {
+    const ROUNDS: u16 = 200;
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
+    let (tap, network) = link();
+    let pair = pair(&tap, &receive, &transmit, &memory);
+    let kick = pair.receive.kick().try_clone().unwrap();
+    let counters = pair.counters.clone();
+    let worker = Worker::start(pair, None).unwrap();
+
+    for round in 0..ROUNDS {
+        // The second packet is one that arrives while the guest has no buffer for the first.
+        for _ in 0..2 {
+            network.send(&[7; 64]).unwrap();
+        }
+        if round > 0 && round.is_multiple_of(10) {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while counters.pending().is_empty() {
+                assert!(Instant::now() < deadline, "the worker does not wait for buffers");
+                thread::yield_now();
+            }
+        }
+        for packet in 0..2 {
+            let index = 2 * round + packet;
+            let slot = index % 16;
+            let entry = descriptor(BUFFERS, 70_000, WRITE, 0);
+            receive.desc_table().store(slot, entry).unwrap();
+            receive.avail().ring().ref_at(slot.into()).unwrap().store(slot);
+            receive.avail().idx().store(index + 1);
+            kick.write(1).unwrap();
+            wait_for_used(&receive, index + 1);
+        }
+    }
+    drop(worker);
+
+    assert_eq!(counters.read().requests, u64::from(2 * ROUNDS));
+}
+
+/// In another monitor, the completion of one of the two requests freed the buffer of the other.
+#[test]
+fn buffer_made_available_twice_receives_two_packets_cve_2026_45782() {
+    let memory = memory();
+    let receive = MockSplitQueue::new(&*memory, 16);
+    let transmit = MockSplitQueue::create(&*memory, GuestAddress(0x8000), 16);
+    let (tap, network) = link();
+    offer(&receive, &[70_000], WRITE);
+    receive.avail().ring().ref_at(1).unwrap().store(0);
+    receive.avail().idx().store(2);
+    for length in [64, 100] {
+        network.send(&[7; 100][..length]).unwrap();
+    }
+
+    let worker = Worker::start(pair(&tap, &receive, &transmit, &memory), None).unwrap();
+    wait_for_used(&receive, 2);
+    drop(worker);
+
+    assert_eq!(used(&receive), [(0, 64), (0, 100)]);
+}
+
 #[test]
 fn guest_packets_are_sent_and_malformed_ones_are_dropped() {
     let memory = memory();

@@ -344,6 +344,44 @@ mod tests {
         }
     }
 
+    /// In another monitor, the size of a queue could change after its ring addresses had been checked for the old size.
+    #[test]
+    fn no_register_changes_a_queue_after_activation_cve_2026_5747() {
+        let mut mmio = transport();
+        drive(&mut mmio, 0x8000);
+        let queue = |mmio: &Mmio| {
+            let state = &mmio.device.negotiation;
+            let areas = [QueueArea::Descriptors, QueueArea::Driver, QueueArea::Device];
+            let addresses = areas.map(|area| state.queue_address(0, area));
+            (state.queue_size(0), state.is_queue_ready(0), addresses, state.status())
+        };
+        let before = queue(&mmio);
+        assert_eq!(before, (16, true, [0x8000, 0x9000, 0xa000], 15));
+        let mut write = |register: u32, value: u32| mmio.write(register.into(), &value.to_le_bytes());
+
+        for status in [11, 15] {
+            write(VIRTIO_MMIO_STATUS, status);
+            for size in [0, 1, 8, 32, 0x8000, u32::MAX] {
+                write(VIRTIO_MMIO_QUEUE_NUM, size);
+            }
+            for register in [
+                VIRTIO_MMIO_QUEUE_DESC_LOW,
+                VIRTIO_MMIO_QUEUE_DESC_HIGH,
+                VIRTIO_MMIO_QUEUE_AVAIL_LOW,
+                VIRTIO_MMIO_QUEUE_AVAIL_HIGH,
+                VIRTIO_MMIO_QUEUE_USED_LOW,
+                VIRTIO_MMIO_QUEUE_USED_HIGH,
+            ] {
+                write(register, 0xdead_0000);
+            }
+            for ready in [0, 1] {
+                write(VIRTIO_MMIO_QUEUE_READY, ready);
+            }
+        }
+
+        assert_eq!(queue(&mmio), before);
+    }
+
     #[test]
     fn empty_slot_reads_as_device_0_until_a_device_is_plugged_in() {
         let mut slot = HotplugSlot::default();

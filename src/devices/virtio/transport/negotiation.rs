@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn ready_queue_and_any_queue_after_driver_ok_cannot_be_reconfigured() {
+    fn ready_queue_and_any_queue_after_driver_ok_cannot_be_reconfigured_cve_2026_5747() {
         let memory = memory();
         let mut state = configured(&memory);
         state.set_queue_size(0, 256);
