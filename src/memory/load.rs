@@ -133,7 +133,7 @@ mod tests {
     use crate::memory::allocate;
 
     #[test]
-    fn loaded_file_is_equal_in_private_and_shared_memory_and_is_not_written_back() {
+    fn loaded_file_is_equal_in_private_and_shared_memory_and_is_not_written_back_cve_2020_2025() {
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         let cases = [
             (false, ExpectedAccess::ReadMostly),

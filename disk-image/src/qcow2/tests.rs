@@ -168,6 +168,35 @@ fn header_that_is_invalid_or_not_supported_is_refused_with_field_and_value() {
     }
 }
 
+/// A guest that can write the header of an image must not read a file of the host by it.
+#[test]
+fn image_that_names_another_file_is_refused_ghsa_jmr4_g2hv_mjj6() {
+    const PATH: &[u8] = b"/etc/hostname";
+    let length = u32::try_from(PATH.len()).unwrap().to_be_bytes();
+    for version in [2_u32, 3] {
+        let changes: [(usize, &[u8]); 4] = [
+            (4, &version.to_be_bytes()),
+            (8, &300_u64.to_be_bytes()),
+            (16, &length),
+            (300, PATH),
+        ];
+        let error = open(with(&changes)).unwrap_err().to_string();
+        assert!(error.contains("it has the backing file \"/etc/hostname\""), "{error}");
+    }
+    let error = open(with(&[(72, &4_u64.to_be_bytes())])).unwrap_err().to_string();
+    assert!(error.contains("its data is in another file"), "{error}");
+}
+
+/// The guest of a raw disk has written the header of a qcow2 image to it.
+#[test]
+fn raw_disk_stays_raw_whatever_its_content_is_ghsa_jmr4_g2hv_mjj6() {
+    let content = with(&[(8, &300_u64.to_be_bytes()), (16, &[0, 0, 0, 1]), (300, b"/")]);
+    let base = Base::open_raw(Box::new(content.clone())).unwrap();
+    let mut read = vec![0; content.len()];
+    base.read(&mut &mut read[..], 0, content.len()).unwrap();
+    assert_eq!(read, content);
+}
+
 #[test]
 fn version_2_has_neither_features_nor_zero_clusters() {
     // What is a feature bit in version 3 has no meaning in version 2.

@@ -439,6 +439,17 @@ mod tests {
     }
 
     #[test]
+    fn read_only_disk_is_opened_without_write_access_cve_2020_28914() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(image.path(), [0; 512]).unwrap();
+        for (read_only, expected) in [(true, Some(libc::EBADF)), (false, None)] {
+            let disk = open_disk(image.path().to_owned(), read_only).unwrap();
+            let written = std::os::unix::fs::FileExt::write_all_at(&disk.file, b"guest", 0);
+            assert_eq!(written.err().and_then(|error| error.raw_os_error()), expected);
+        }
+    }
+
+    #[test]
     fn only_regular_files_and_block_devices_open_as_disks() {
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("fifo");

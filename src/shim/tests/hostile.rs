@@ -304,8 +304,8 @@ async fn flood_by_the_agent_of_a_virtual_machine_neither_delays_state_nor_grows_
 
 /// Each exec asks the QEMU guest agent, which synchronizes and then misbehaves.
 #[tokio::test]
-async fn flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim() {
-    if !is_alone("flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim") {
+async fn flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim_cve_2026_13322() {
+    if !is_alone("flood_by_the_qemu_guest_agent_neither_delays_state_nor_grows_the_shim_cve_2026_13322") {
         return;
     }
     static TEXT: [u8; 64 << 10] = [b'x'; 64 << 10];

@@ -234,7 +234,11 @@ fn read_host_boot() -> Result<[u8; 16], VmError> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, io::Read, os::unix::fs::symlink};
+    use std::{
+        fs,
+        io::Read,
+        os::unix::fs::{FileExt, symlink},
+    };
 
     use nix::{sys::stat::Mode as NixMode, unistd::mkfifo};
 
@@ -264,6 +268,13 @@ mod tests {
             (path.as_path(), text.as_str()),
             (Path::new("/disk/debian.qcow2"), "debian.qcow2")
         );
+    }
+
+    #[test]
+    fn base_image_is_opened_without_write_access_cve_2020_2025() {
+        let (_, base) = open(&image(&["debian.raw"])).unwrap().unwrap();
+        let error = base.write_all_at(b"guest", 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]
@@ -329,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn file_for_writes_is_never_a_link_or_a_fifo() {
+    fn file_for_writes_is_never_a_link_or_a_fifo_cve_2026_13218() {
         let root = tempfile::tempdir().unwrap();
         let directory = File::open(root.path()).unwrap();
         symlink("/tmp/elsewhere", root.path().join(WRITES)).unwrap();

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    os::unix::fs::{FileExt, PermissionsExt, chown, symlink},
+    os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
 };
 
@@ -166,7 +166,7 @@ fn empty_blank_disk_gets_its_size() {
 }
 
 #[test]
-fn disk_is_opened_with_the_permissions_of_the_containers_user() {
+fn disk_is_opened_with_the_permissions_of_the_containers_user_ghsa_46xp_26xh_hpqh() {
     let volume = volume(&["disk.img"]);
     let path = volume.path().join("disk.img");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -189,6 +189,43 @@ fn disk_is_opened_with_the_permissions_of_the_containers_user() {
     open(volume.path(), DiskContent::Detected, &user).unwrap();
     // The ids of this thread have not changed.
     fs::write(&path, [0; 512]).unwrap();
+
+    // A disk that may be created is not an exception, whether it exists or not.
+    let blank = |volume: &TempDir| open(volume.path(), DiskContent::Blank { size: 1 << 20 }, &OTHER);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    let empty = self::volume(&[]);
+    for volume in [&volume, &empty] {
+        let error = blank(volume).unwrap_err();
+        assert!(error.contains("cannot be opened by the user 1234"), "{error}");
+    }
+    chown(empty.path(), Some(OTHER.uid), None).unwrap();
+    blank(&empty).unwrap();
+    let created = fs::metadata(empty.path().join("disk.img")).unwrap();
+    assert_eq!((created.uid(), created.gid()), (OTHER.uid, OTHER.gid));
+}
+
+#[test]
+fn read_only_disk_is_opened_without_write_access_cve_2020_28914() {
+    for (by_disk, by_mount) in [(true, false), (false, true), (false, false)] {
+        let (volume, snapshot) = (volume(&["disk.img"]), tempfile::tempdir().unwrap());
+        let disk = VmDisk {
+            read_only: by_disk,
+            source: DiskSource::Volume {
+                path: volume.path().to_owned(),
+                content: DiskContent::Detected,
+                is_read_only: by_mount,
+            },
+            ..disk(volume.path(), DiskContent::Detected)
+        };
+        let opened = volumes::open(&disk, &image_root(&snapshot), &FileUser::default()).unwrap();
+        let OpenedDisk::Raw { file, read_only, .. } = opened else {
+            panic!("{opened:?}");
+        };
+        let expected = (by_disk || by_mount).then_some(libc::EBADF);
+        let written = file.write_all_at(b"guest", 0);
+        assert_eq!(written.err().and_then(|error| error.raw_os_error()), expected);
+        assert_eq!(read_only, expected.is_some());
+    }
 }
 
 #[test]
@@ -260,7 +297,7 @@ fn image_that_another_machine_writes_is_refused() {
 
 /// The guest of an earlier machine may have written the header of another format.
 #[test]
-fn only_an_image_that_no_guest_can_write_has_its_format_detected() {
+fn only_an_image_that_no_guest_can_write_has_its_format_detected_ghsa_jmr4_g2hv_mjj6() {
     for (file, path, content, expected) in [
         ("disk.img", "", DiskContent::Ephemeral, BaseFormat::Raw),
         // The mount is the file itself.
@@ -310,6 +347,47 @@ fn volume_without_one_disk_is_refused_with_the_reason() {
     }
     let error = open(&PathBuf::from("/no/such/volume"), DiskContent::Detected, &OTHER).unwrap_err();
     assert!(error.contains("/disks/data: cannot open the volume"), "{error}");
+}
+
+/// A tenant who can write the volume may put any link there.
+#[test]
+fn link_in_a_volume_is_never_a_disk_ghsa_qw6q_3pgr_5cwq() {
+    let outside = volume(&["secret"]);
+    let secret = outside.path().join("secret");
+    let climbing = Path::new("../../../../../../../..").join(secret.strip_prefix("/").unwrap());
+    for target in [&secret, &climbing, Path::new("/proc/self/exe"), Path::new("other")] {
+        for (link, contents) in [
+            (
+                "disk.img",
+                &[
+                    DiskContent::Detected,
+                    DiskContent::Ephemeral,
+                    DiskContent::Blank { size: 1 << 20 },
+                ][..],
+            ),
+            ("disk/image.raw", &[DiskContent::Detected, DiskContent::Ephemeral]),
+            ("image.raw", &[DiskContent::Detected, DiskContent::Ephemeral]),
+        ] {
+            let volume = volume(&[]);
+            let path = volume.path().join(link);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            symlink(target, &path).unwrap();
+            for content in contents {
+                let error = open(volume.path(), *content, &FileUser::default()).unwrap_err();
+                assert!(
+                    error.contains("symbolic link"),
+                    "{link} to {}: {error}",
+                    target.display()
+                );
+            }
+        }
+    }
+    // The directory itself is a link.
+    let linked = volume(&[]);
+    symlink(outside.path(), linked.path().join("disk")).unwrap();
+    let error = open(linked.path(), DiskContent::Detected, &FileUser::default()).unwrap_err();
+    assert!(error.contains("symbolic link"), "{error}");
+    assert_eq!(fs::read(&secret).unwrap(), [0; 512]);
 }
 
 #[test]

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn kernel_is_opened_through_links_inside_of_its_mount_only() {
+    fn kernel_is_opened_through_links_inside_of_its_mount_only_ghsa_qv98_3369_g364() {
         let mount = tempfile::tempdir().unwrap();
         fs::create_dir(mount.path().join("boot")).unwrap();
         fs::write(mount.path().join("boot/vmlinuz-6.1"), "kernel").unwrap();

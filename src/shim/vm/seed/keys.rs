@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn links_do_not_leave_the_directory() {
+    fn links_do_not_leave_the_directory_cve_2026_9804() {
         let outside = directory(&[("secret", "outside")]);
         let secret = outside.path().join("secret");
         let climbing = Path::new("../../../../../../../../..").join(secret.strip_prefix("/").unwrap());

@@ -166,6 +166,37 @@ mod tests {
         assert_eq!(&bytes, b"\xf4kernel!\0");
     }
 
+    /// A crafted table of program headers made another loader run endlessly.
+    #[test]
+    fn number_and_place_of_program_headers_are_bounded_ghsa_52h2_m2cf_9jh6() {
+        let with = |count: u16, size: u16, table: u64| {
+            let mut file = vmlinux(0x10_0000, 0x10_0000, 0x1000, 8);
+            file.resize(64 << 10, 0);
+            file[32..40].copy_from_slice(&table.to_le_bytes());
+            file[54..56].copy_from_slice(&size.to_le_bytes());
+            file[56..58].copy_from_slice(&count.to_le_bytes());
+            file
+        };
+        try_load(&with(MAX_PROGRAM_HEADERS, 56, 64)).expect("headers of type 0 are ignored");
+        for (count, size, table) in [
+            (MAX_PROGRAM_HEADERS + 1, 56, 64),
+            (u16::MAX, 56, 64),
+            (1, 0, 64),
+            (1, 1, 64),
+            (1, u16::MAX, 64),
+            (0, 56, 64),
+            (1, 56, (64 << 10) - 55),
+            (1, 56, u64::MAX - 8),
+            // The file header as program header.
+            (MAX_PROGRAM_HEADERS, 56, 0),
+        ] {
+            assert!(
+                try_load(&with(count, size, table)).is_err(),
+                "{count} {size} {table:#x}"
+            );
+        }
+    }
+
     #[test]
     fn invalid_kernels_are_refused() {
         let good = || vmlinux(0x10_0000, 0x10_0000, 0x1000, 8);
