@@ -8,7 +8,7 @@ use super::{
 };
 
 #[test]
-fn names_of_more_than_one_component_are_refused() {
+fn names_of_more_than_one_component_are_refused_cve_2026_47243() {
     let mut server = start_server();
     let parent = server.client.walk("c/0").unwrap().id;
     let client = &mut server.client;

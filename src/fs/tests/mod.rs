@@ -2,6 +2,7 @@
 
 pub(crate) mod client;
 mod hostile;
+mod limits;
 
 use std::{
     fs,
@@ -206,6 +207,34 @@ fn file_capabilities_are_stored_in_a_root_file_system_and_refused_in_a_volume() 
     let on_host = server.directory.path().join("file");
     let stored = rustix::fs::getxattr(on_host, NAME, &mut [0_u8; 64]);
     assert_eq!(stored.unwrap_err(), rustix::io::Errno::NODATA);
+}
+
+/// Another file server left the capabilities of a file that a user without privileges had changed.
+#[test]
+fn change_of_a_file_removes_its_capabilities_cve_2021_20263() {
+    const NAME: &str = "security.capability";
+    let mut server = start_server();
+    let client = &mut server.client;
+    let rootfs = client.walk("c/rootfs").unwrap().id;
+    let (file, handle) = client.create(rootfs, "file", 0o777).unwrap();
+    type Change = fn(&mut Client, u64, u64);
+    let changes: [(&str, Change); 3] = [
+        ("write", |client, file, handle| {
+            client.write(file, handle, b"x", true).unwrap();
+        }),
+        ("truncate", |client, file, _| {
+            client.truncate(file, 0, true).unwrap();
+        }),
+        ("change of the owner", |client, file, _| {
+            client.set_owner(file, (1000, 1000)).unwrap();
+        }),
+    ];
+    for (name, change) in changes {
+        client.setxattr(file.id, NAME, &file_capability()).unwrap();
+        assert_eq!(client.getxattr(file.id, NAME).unwrap(), file_capability());
+        change(client, file.id, handle);
+        assert_eq!(client.getxattr(file.id, NAME).unwrap_err(), libc::ENODATA, "{name}");
+    }
 }
 
 #[test]

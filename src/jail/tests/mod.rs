@@ -321,7 +321,7 @@ fn environment_is_empty_and_the_arguments_name_only_the_role_and_the_shim() {
 }
 
 #[test]
-fn only_an_empty_read_only_root_is_mounted() {
+fn only_an_empty_read_only_root_is_mounted_cve_2026_1386() {
     // Landlock does not hide the root from this one.
     let mut jailed = JailedChild::jailed("jail-capable");
     let mounts = fs::read_to_string(jailed.proc("mountinfo")).unwrap();
