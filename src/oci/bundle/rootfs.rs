@@ -161,6 +161,23 @@ mod tests {
         }
     }
 
+    /// In another runtime, the root of an image without layers was found to be a block device of the host, which the
+    /// guest then got. Here the type of the mount decides, and no file of the host is looked at.
+    #[test]
+    fn bind_mount_and_directory_are_never_a_disk_cve_2026_24054() {
+        for source in ["/dev/sda", "/dev/mapper/root", "/dev/loop0", "/disk.img", ""] {
+            let mounts = vec![mount("bind", source, &["rbind", "rw"])];
+            let root = plan(&mounts).unwrap();
+            let Root::Share { mounts: shared, .. } = &root else {
+                panic!("{source}: {root:?}");
+            };
+            assert_eq!(*shared, mounts);
+            let root = plan_root(&[], PathBuf::from(source)).unwrap();
+            let directory = Some(PathBuf::from(source));
+            assert!(matches!(&root, Root::Share { directory: shared, .. } if *shared == directory));
+        }
+    }
+
     #[test]
     fn directory_of_the_spec_is_shared_without_mounts() {
         let expected = Root::Share {

@@ -94,6 +94,75 @@ fn plain_ctr_run_gets_its_own_machine_of_default_size_with_loopback() {
     assert!(matches!(&plan.root, Root::Share { mounts, .. } if mounts[0].kind == "overlay"));
 }
 
+/// Names of files, programs and arguments that annotations give to other runtimes.
+const OTHER_RUNTIMES: [(&str, &str); 12] = [
+    ("io.katacontainers.config.hypervisor.path", "/bin/sh"),
+    ("io.katacontainers.config.hypervisor.jailer_path", "/bin/sh"),
+    ("io.katacontainers.config.hypervisor.kernel", "/etc/shadow"),
+    ("io.katacontainers.config.hypervisor.initrd", "/etc/shadow"),
+    ("io.katacontainers.config.hypervisor.image", "/etc/shadow"),
+    (
+        "io.katacontainers.config.hypervisor.kernel_params",
+        "agent.debug_console",
+    ),
+    ("io.katacontainers.config.hypervisor.virtio_fs_daemon", "/bin/sh"),
+    (
+        "io.katacontainers.config.hypervisor.virtio_fs_extra_args",
+        "[\"-o\",\"source=/\"]",
+    ),
+    ("io.katacontainers.config.hypervisor.file_mem_backend", "/etc"),
+    ("io.katacontainers.config_path", "/etc/shadow"),
+    ("kubevirt.io/kernel", "../../../etc/shadow"),
+    ("run.oci.handler", "krun"),
+];
+
+fn with_annotations(text: &str, annotations: impl IntoIterator<Item = (String, Value)>) -> Value {
+    let mut spec = spec(text);
+    let existing = spec["annotations"].as_object().cloned().unwrap_or_default();
+    spec["annotations"] = existing
+        .into_iter()
+        .chain(annotations)
+        .collect::<serde_json::Map<_, _>>()
+        .into();
+    spec
+}
+
+#[test]
+fn annotations_of_other_runtimes_change_no_plan_ghsa_rr59_xxvx_96qr() {
+    let without_annotations = |mut plan: Plan| {
+        let mut guest = guest(&plan);
+        guest.as_object_mut().unwrap().remove("annotations");
+        if guest["process"]["capabilities"].is_object() {
+            guest["process"] = process(&guest);
+        }
+        plan.spec = guest.to_string().into_bytes();
+        plan
+    };
+    let foreign = || OTHER_RUNTIMES.map(|(name, value)| (name.to_owned(), json!(value)));
+    for text in [CTR, CTR_PRIVILEGED, CRI_CONTAINER] {
+        let plan = plan_of(&with_annotations(text, foreign())).unwrap();
+        let expected = plan_of(&spec(text)).unwrap();
+        assert_eq!(without_annotations(plan), without_annotations(expected));
+    }
+    assert_eq!(
+        pod_of(&with_annotations(CRI_SANDBOX, foreign())).unwrap(),
+        pod_of(&spec(CRI_SANDBOX)).unwrap()
+    );
+}
+
+/// The annotations of a container are numbers. Those of a virtual machine are in `virtual_machine::tests`.
+#[test]
+fn annotation_names_no_file_of_the_host_cve_2020_27151() {
+    for name in ["memory_mib", "vcpus"] {
+        let name = format!("io.containerd.nutshell.{name}");
+        for value in ["/bin/sh", "../sh", "unix:///run/containerd/containerd.sock", ""] {
+            let annotation = [(name.clone(), json!(value))];
+            let error = plan_of(&with_annotations(CTR, annotation)).unwrap_err().to_string();
+            assert!(error.contains(&name), "{error}");
+        }
+    }
+}
+
 #[test]
 fn process_settings_reach_the_guest_unchanged() {
     let original = spec(CTR);

@@ -159,6 +159,37 @@ fn kernel_comes_from_the_mount_for_it() {
     );
 }
 
+/// The only paths are those of a kernel and an initrd, which lead into the mount at `/kernel`.
+#[test]
+fn annotation_names_no_file_of_the_host_cve_2020_27151() {
+    let keys = [
+        "datasource",
+        "disk.data",
+        "exec",
+        "initrd",
+        "kernel",
+        "max-memory",
+        "max-vcpus",
+        "on-reboot",
+    ];
+    for key in keys {
+        for value in [
+            "../../bin/sh",
+            "/boot/../../bin/sh",
+            "./../sh",
+            "unix:///run/containerd/containerd.sock/..",
+        ] {
+            let mut spec = with_annotations(json!({format!("io.containerd.nutshell.vm.{key}"): value}));
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            for destination in ["/kernel", "/disks/data", "/cloud-init"] {
+                mounts.push(bind(destination, "/v/x", &["rbind"]));
+            }
+            let error = planned(&spec).unwrap_err();
+            assert!(error.contains(&format!("nutshell.vm.{key}")), "{key} {value}: {error}");
+        }
+    }
+}
+
 #[test]
 fn wrong_annotation_is_refused_with_its_name_and_value() {
     for (key, value, expected) in [
