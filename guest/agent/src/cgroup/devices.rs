@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn default_rules_deny_disks_and_allow_standard_devices() {
+    fn default_rules_deny_disks_and_allow_standard_devices_cve_2020_2023() {
         let rules = rules(serde_json::json!([
             {"allow": false, "access": "rwm"},
             {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm"},

@@ -374,3 +374,37 @@ impl<T, E: std::fmt::Display> Describe<T> for Result<T, E> {
         self.map_err(|error| format!("{}: {error}", what()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsRawFd, thread};
+
+    use rustix::mount::{MountFlags, MountPropagationFlags};
+
+    use super::*;
+
+    /// In another agent, a link of `/proc` led the working directory out of the container.
+    #[test]
+    fn working_directory_outside_of_the_root_is_refused_kata_13587() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("proc")).unwrap();
+        fs::create_dir(root.path().join("inside")).unwrap();
+        let outside = fs::File::open("/").unwrap();
+        let link = format!("/proc/thread-self/fd/{}", outside.as_raw_fd());
+
+        let entered = thread::scope(|scope| {
+            // The root, the working directory and the mount are those of this thread only.
+            let entering = scope.spawn(|| {
+                sys::unshare_file_systems().unwrap();
+                let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
+                rustix::mount::mount_change("/", private).unwrap();
+                rustix::mount::mount("proc", root.path().join("proc"), "proc", MountFlags::empty(), None).unwrap();
+                rustix::process::chroot(root.path()).unwrap();
+                ["/inside", &link, &format!("{link}/etc"), "/"].map(|cwd| enter_directory(Path::new(cwd)))
+            });
+            entering.join().unwrap()
+        });
+
+        assert_eq!(entered, [Ok(()), Err(Errno::NOENT), Err(Errno::NOENT), Ok(())]);
+    }
+}

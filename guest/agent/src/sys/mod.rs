@@ -17,6 +17,8 @@ pub(crate) use name_lookup::direct_name_queries;
 #[cfg(test)]
 pub(crate) use network::unshare_network;
 pub(crate) use network::{VsockAddress, bring_loopback_up};
+#[cfg(test)]
+pub(crate) use process::unshare_file_systems;
 pub(crate) use process::{
     become_subreaper, close_all_but, end_after, execve, exit_now, fork, fork_pid_namespace_init, fork_plain_sibling,
     fork_sibling_into, raw_pid, set_controlling_terminal, set_undumpable, take_inherited_descriptor, to_pid,

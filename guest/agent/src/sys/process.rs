@@ -8,6 +8,13 @@ use rustix::process::Pid;
 
 use super::check;
 
+/// Gives the calling thread a root, a working directory and a mount namespace of its own.
+#[cfg(test)]
+pub(crate) fn unshare_file_systems() -> io::Result<()> {
+    // SAFETY: unshare takes an integer, and neither flag affects a descriptor.
+    check(unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) }).map(drop)
+}
+
 /// Forks. Returns `None` in the child, which must end with [`exit_now`] and must not return to the event loop.
 pub(crate) fn fork() -> io::Result<Option<Pid>> {
     // SAFETY: the agent has one thread, so the child may call any function.

@@ -80,7 +80,7 @@ fn chroot_cannot_leave_the_container() {
 }
 
 #[test]
-fn device_rules_are_enforced() {
+fn device_rules_are_enforced_cve_2020_2023() {
     let mut agent = Agent::start();
     let script = "mknod /tmp/disk$$ b 7 0; mknod /tmp/null$$ c 1 3; mknod /tmp/control$$ c 10 237; \
         for device in disk null control; do (: </tmp/$device$$) 2>/dev/null && echo $device open; done; \

@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn working_directory_is_created_only_inside_the_rootfs() {
+    fn working_directory_is_created_only_inside_the_rootfs_kata_13587() {
         let outside = std::env::temp_dir().join(format!("agent-rootfs-{}", std::process::id()));
         let rootfs = outside.join("rootfs");
         fs::create_dir_all(rootfs.join("real")).unwrap();
