@@ -198,19 +198,30 @@ impl Device for Vsock {
 #[cfg(test)]
 mod tests {
     use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::GuestAddress;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::devices::virtio::mock::{InterruptCounter, device_queue, memory, stall_timer};
+    use crate::{
+        devices::virtio::mock::{InterruptCounter, WRITE, descriptor, device_queue, memory, stall_timer},
+        memory::{GuestMemory, MemoryRegions},
+    };
+
+    /// The driver's side of the three queues.
+    fn queues(memory: &GuestMemory) -> [MockSplitQueue<'_, MemoryRegions>; 3] {
+        [0, 0x1000, 0x2000].map(|address| MockSplitQueue::create(&**memory, GuestAddress(address), 16))
+    }
 
     /// A running device, whose receive and transmit queue have these available indices.
     fn device(receive: u16, transmit: u16) -> Vsock {
         let memory = memory();
-        let queues = [receive, transmit, 0].into_iter().zip(0..).map(|(available, index)| {
-            let mock = MockSplitQueue::create(&*memory, GuestAddress(index * 0x1000), 16);
-            mock.avail().idx().store(available);
-            device_queue(&mock, &memory).0
-        });
+        let queues = queues(&memory);
+        queues[0].avail().idx().store(receive);
+        queues[1].avail().idx().store(transmit);
+        device_with(&memory, &queues)
+    }
+
+    fn device_with(memory: &GuestMemory, queues: &[MockSplitQueue<'_, MemoryRegions>]) -> Vsock {
+        let queues = queues.iter().map(|queue| device_queue(queue, memory).0);
         let mut vsock = Vsock::new(Muxer::new(&stall_timer()).unwrap());
         let activation = Activation {
             features: vsock.features(),
@@ -253,5 +264,30 @@ mod tests {
         assert_eq!(vsock.muxer().pending()[0].place, "queue 0");
         vsock.reset();
         assert_eq!(vsock.muxer().pending(), []);
+    }
+
+    /// In another monitor, a device stayed silent after its guest had once had no buffer.
+    #[test]
+    fn packets_continue_whenever_the_guest_provides_buffers_again_cve_2020_16843() {
+        let memory = memory();
+        let queues = queues(&memory);
+        let [receive, ..] = &queues;
+        let mut vsock = device_with(&memory, &queues);
+        for round in 0..40 {
+            send_reset(&mut vsock).unwrap();
+            assert_eq!(vsock.muxer().pending().len(), 1);
+            let flags: u16 = memory.read_obj(receive.used_addr()).unwrap();
+            assert_eq!(flags, 0, "the driver must kick the queue");
+
+            let slot = round % 16;
+            let buffer = descriptor(0x8000, 4096, WRITE, 0);
+            receive.desc_table().store(slot, buffer).unwrap();
+            receive.avail().ring().ref_at(slot.into()).unwrap().store(slot);
+            receive.avail().idx().store(round + 1);
+            vsock.deliver().unwrap();
+
+            assert_eq!(receive.used().idx().load(), round + 1);
+            assert_eq!(vsock.muxer().pending(), []);
+        }
     }
 }
