@@ -222,7 +222,7 @@ fn container_cannot_access_the_agents_process() {
     // It sees the agent in the machine's /proc, and has the capabilities to trace any process.
     let script = "cd /machine/1; cat comm; \
         for file in mem environ maps auxv; do (: <$file) 2>/dev/null && echo $file; done; \
-        for link in exe root cwd ns/mnt ns/pid fd/0; do readlink $link; done; ls fd map_files 2>/dev/null; \
+        for link in exe root cwd ns/mnt ns/pid fd/*; do readlink $link; done; ls map_files 2>/dev/null; \
         (: >>exe) 2>/dev/null && echo exe; ls root/run 2>/dev/null; cat /proc/self/comm";
     let mut spec = shell(script);
     for set in ["bounding", "effective", "permitted"] {
