@@ -2,7 +2,7 @@
 //! finds, on both boards, and never stops. It starts as a Linux kernel does, by the 64-bit boot protocol, and runs on
 //! one vCPU without interrupts. The argument "mmio" of its command line says that the machine is the container board.
 //!
-//! About once in 65536 steps it writes "hostile: STEPS" to the serial port. Its random numbers start from the time stamp
+//! About once in 4096 steps it writes "hostile: STEPS" to the serial port. Its random numbers start from the time stamp
 //! counter, so that each boot is another attack.
 
 #![no_std]
@@ -193,7 +193,7 @@ fn step() {
         STATE.steps += 1;
         (STATE.steps, STATE.board)
     };
-    if steps % 65536 == 1 {
+    if steps % 4096 == 1 {
         report(steps);
     }
     let device = target();
