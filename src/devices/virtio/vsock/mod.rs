@@ -31,7 +31,10 @@ use crate::devices::counters::{Counters, Obstacle};
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
 /// The maximum number of the guest's packets that are handled before the event loop continues.
-const MAX_PACKETS_PER_TURN: usize = 256;
+const MAX_PACKETS_FROM_GUEST_PER_TURN: usize = 256;
+
+/// The maximum number of packets to the guest before the event loop continues.
+const MAX_PACKETS_TO_GUEST_PER_TURN: usize = 128;
 
 #[derive(Debug)]
 pub(crate) struct Vsock {
@@ -64,7 +67,7 @@ impl Vsock {
         let Some(Queues { transmit, .. }) = &mut self.queues else {
             return Ok(());
         };
-        let mut budget = MAX_PACKETS_PER_TURN;
+        let mut budget = MAX_PACKETS_FROM_GUEST_PER_TURN;
         loop {
             transmit.pause_kicks()?;
             while let Some(mut chain) = transmit.pop()? {
@@ -120,14 +123,21 @@ impl Vsock {
         self.deliver()
     }
 
-    /// Moves packets to the guest until there are no more packets or buffers. Call this after a kick of the receive
-    /// queue, and after any change that may have created a packet.
+    /// Moves packets to the guest until there are no more packets or buffers. After [`MAX_PACKETS_TO_GUEST_PER_TURN`]
+    /// packets, the queue kicks itself and the call returns, so that a guest that keeps adding buffers cannot occupy the
+    /// event loop. Call this after a kick of the receive queue, and after any change that may have created a packet.
     pub(crate) fn deliver(&mut self) -> Result<(), QueueError> {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());
         };
         receive.pause_kicks()?;
+        let mut packets = 0;
         while self.muxer.has_packet() {
+            if packets == MAX_PACKETS_TO_GUEST_PER_TURN {
+                receive.kick_again()?;
+                return receive.notify_driver();
+            }
+            packets += 1;
             let Some(mut chain) = receive.pop()? else {
                 // The guest has no buffers: enable kicks, so that it kicks when it adds some.
                 if receive.resume_kicks()? {
@@ -264,6 +274,34 @@ mod tests {
         assert_eq!(vsock.muxer().pending()[0].place, "queue 0");
         vsock.reset();
         assert_eq!(vsock.muxer().pending(), []);
+    }
+
+    #[test]
+    fn guest_that_keeps_adding_buffers_does_not_occupy_the_event_loop() {
+        let memory = memory();
+        let [_, transmit, event] = queues(&memory);
+        let receive = MockSplitQueue::create(&*memory, GuestAddress(0x1_0000), QUEUE_SIZES[0]);
+        for slot in 0..QUEUE_SIZES[0] {
+            let buffer = descriptor(0x8000, 4096, WRITE, 0);
+            receive.desc_table().store(slot, buffer).unwrap();
+            receive.avail().ring().ref_at(slot.into()).unwrap().store(slot);
+        }
+        let queues = [receive, transmit, event];
+        let mut vsock = device_with(&memory, &queues);
+        for _ in 0..MAX_PACKETS_TO_GUEST_PER_TURN {
+            send_reset(&mut vsock).unwrap();
+        }
+        send_reset(&mut vsock).unwrap();
+        let [receive, ..] = &queues;
+        receive.avail().idx().store(QUEUE_SIZES[0]);
+
+        for total in [MAX_PACKETS_TO_GUEST_PER_TURN, MAX_PACKETS_TO_GUEST_PER_TURN + 1] {
+            vsock.deliver().unwrap();
+            assert_eq!(usize::from(receive.used().idx().load()), total);
+        }
+
+        let kick = vsock.queues.as_ref().unwrap().receive.kick();
+        assert_eq!(kick.read().unwrap(), 1, "the queue kicked itself once");
     }
 
     /// In another monitor, a device stayed silent after its guest had once had no buffer.
