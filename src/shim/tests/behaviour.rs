@@ -26,7 +26,7 @@ pub(super) enum Behaviour {
     /// It cannot grow.
     CannotGrow,
     /// Its guest takes no memory.
-    NeverPlugs,
+    NeverPlugsMemory,
     /// The guest adds memory and does not use it.
     LeavesMemoryOffline,
     /// It does not answer questions about its devices.

@@ -436,7 +436,7 @@ async fn update_of_the_memory_limit_changes_the_memory_of_the_guest() {
 
 #[tokio::test]
 async fn guest_that_takes_no_memory_keeps_its_size_and_fails_the_update() {
-    let shim = Shim::start_with(Behaviour::NeverPlugs).await;
+    let shim = Shim::start_with(Behaviour::NeverPlugsMemory).await;
     let annotations = json!({
         "io.containerd.nutshell.memory_mib": "128",
         "io.containerd.nutshell.vm.max-memory": "512Mi",

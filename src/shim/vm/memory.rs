@@ -104,8 +104,8 @@ impl MachineMemory {
             let (wanted, before) = (added(memory)?, added(current)?);
             let action = if memory > current { "add" } else { "remove" };
             let change = async {
-                let used_before = match memory > current {
-                    true => used_memory(&machine).await?,
+                let online_before = match memory > current {
+                    true => online_memory(&machine).await?,
                     false => None,
                 };
                 machine.resize(wanted, vcpus).await?;
@@ -114,9 +114,9 @@ impl MachineMemory {
                     let reason = reason_for_no_change(&machine, wanted).await;
                     return Err(MemoryError::NotTaken { action, reason });
                 }
-                match used_before {
+                match online_before {
                     // The kernel needs a part of the memory for itself.
-                    Some(used) => wait_until_used(&machine, used.saturating_add((memory - current) / 2)).await,
+                    Some(online) => wait_until_online(&machine, online.saturating_add((memory - current) / 2)).await,
                     None => Ok(()),
                 }
             };
@@ -134,7 +134,7 @@ impl MachineMemory {
 }
 
 /// How much memory is online in the guest, in bytes. `None` if the guest does not report it.
-async fn used_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
+async fn online_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
     match machine.guest_memory().await {
         Ok(state) => Ok(state.total),
         Err(VmmError::Timeout(_)) => Ok(None),
@@ -143,15 +143,15 @@ async fn used_memory(machine: &Machine) -> Result<Option<u64>, VmmError> {
 }
 
 /// Waits until `needed` bytes are online in the guest: its driver can add memory that the kernel leaves offline.
-async fn wait_until_used(machine: &Machine, needed: u64) -> Result<(), MemoryError> {
-    let is_used = async {
-        while used_memory(machine).await?.is_none_or(|used| used < needed) {
+async fn wait_until_online(machine: &Machine, needed: u64) -> Result<(), MemoryError> {
+    let is_online = async {
+        while online_memory(machine).await?.is_none_or(|online| online < needed) {
             tokio::time::sleep(ONLINE_POLL_INTERVAL).await;
         }
         Ok(())
     };
-    let is_used = tokio::time::timeout(ONLINE_LIMIT, is_used).await;
-    is_used.unwrap_or(Err(MemoryError::Offline))
+    let is_online = tokio::time::timeout(ONLINE_LIMIT, is_online).await;
+    is_online.unwrap_or(Err(MemoryError::Offline))
 }
 
 /// Why the guest does not have `wanted` bytes beyond its boot memory.

@@ -10,7 +10,7 @@ use crate::container::{Process, Stage};
 use crate::reaper::ProcessExit;
 
 /// The agent drops out-of-memory events while more than this many bytes are queued for the host.
-const MAX_BACKLOG: usize = 1 << 20;
+const MAX_BACKLOG_FOR_OOM_EVENTS: usize = 1 << 20;
 
 impl Agent {
     pub(super) fn handle_exits(&mut self) -> Result<(), AgentError> {
@@ -153,7 +153,7 @@ impl Agent {
             .containers
             .get_mut(name)
             .and_then(|container| container.memory_watch.as_mut());
-        if watch.is_some_and(|watch| watch.has_new_kills()) && self.stream.backlog() < MAX_BACKLOG {
+        if watch.is_some_and(|watch| watch.has_new_kills()) && self.stream.backlog() < MAX_BACKLOG_FOR_OOM_EVENTS {
             self.send_event(Event::OutOfMemory {
                 container: name.to_string(),
             })?;

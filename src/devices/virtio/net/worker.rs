@@ -442,11 +442,11 @@ impl Receiver {
         server: &DhcpServer,
         counters: &Counters,
     ) -> Result<bool, QueueError> {
-        let mut start = [0; HEADER_SIZE + dhcp::MAX_HEADERS];
+        let mut start = [0; HEADER_SIZE + dhcp::MAX_HEADERS_SIZE];
         if !dhcp::is_for_server(copy_frame(packet, &mut start)) {
             return Ok(false);
         }
-        let mut request = [0; HEADER_SIZE + dhcp::MAX_REQUEST];
+        let mut request = [0; HEADER_SIZE + dhcp::MAX_REQUEST_SIZE];
         let queue = self.queue.index();
         match server.answer(copy_frame(packet, &mut request)) {
             Ok(None) => {}

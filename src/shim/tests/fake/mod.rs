@@ -296,11 +296,11 @@ impl Fake {
             }
             Command::ReadGuestMemory => {
                 let added = self.state().resizes.last().map_or(0, |(mib, _)| mib << 20);
-                let is_used = self.behaviour != Behaviour::LeavesMemoryOffline;
+                let is_online = self.behaviour != Behaviour::LeavesMemoryOffline;
                 let state = MemoryState {
-                    has_driver: self.behaviour != Behaviour::NeverPlugs,
+                    has_driver: self.behaviour != Behaviour::NeverPlugsMemory,
                     plugged: added,
-                    total: Some((100 << 20) + if is_used { added } else { 0 }),
+                    total: Some((100 << 20) + if is_online { added } else { 0 }),
                 };
                 notify(control, &Notice::GuestMemory(state));
             }
@@ -327,7 +327,7 @@ impl Fake {
                     return self.changed.notify_all();
                 }
                 notify(control, &Notice::Resized { result: Ok(()) });
-                if self.behaviour != Behaviour::NeverPlugs {
+                if self.behaviour != Behaviour::NeverPlugsMemory {
                     notify(control, &Notice::MemoryPlugged { bytes: memory });
                 }
             }

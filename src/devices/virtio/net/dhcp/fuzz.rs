@@ -4,7 +4,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::{DhcpServer, MAX_HEADERS, is_for_server};
+use super::{DhcpServer, MAX_HEADERS_SIZE, is_for_server};
 use crate::control::{DomainName, Lease, Prefix, Route};
 
 /// The sizes of the headers of an answer in bytes: Ethernet, IPv4, UDP, and DHCP with the magic cookie.
@@ -19,7 +19,7 @@ pub fn answer_request(data: &[u8]) {
     let Some((selection, frame)) = data.split_first() else {
         return;
     };
-    let start = &frame[..frame.len().min(MAX_HEADERS)];
+    let start = &frame[..frame.len().min(MAX_HEADERS_SIZE)];
     assert_eq!(is_for_server(frame), is_for_server(start));
     let Ok(Some(answer)) = DhcpServer::new(&lease(*selection)).answer(frame) else {
         return;

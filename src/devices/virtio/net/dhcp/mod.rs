@@ -20,7 +20,7 @@ pub(super) mod tests;
 
 pub(super) use self::{
     answer::Answer,
-    request::{MAX_HEADERS, MAX_REQUEST, RequestError, is_for_server},
+    request::{MAX_HEADERS_SIZE, MAX_REQUEST_SIZE, RequestError, is_for_server},
 };
 use self::{
     answer::AnswerKind,

@@ -20,10 +20,10 @@ const MIN_IP_HEADER: usize = 20;
 
 /// The number of bytes of a frame that [`is_for_server`] needs: the Ethernet header, the longest IPv4 header, and the
 /// ports.
-pub(in super::super) const MAX_HEADERS: usize = IP_OFFSET + 60 + 4;
+pub(in super::super) const MAX_HEADERS_SIZE: usize = IP_OFFSET + 60 + 4;
 
 /// The maximum size of a request's frame, in bytes. Clients send at most a few hundred.
-pub(in super::super) const MAX_REQUEST: usize = IP_OFFSET + 1500;
+pub(in super::super) const MAX_REQUEST_SIZE: usize = IP_OFFSET + 1500;
 
 /// The fields before the options, in bytes, without the magic cookie (RFC 2131 §2).
 pub(super) const FIXED_FIELDS: usize = 236;
@@ -59,7 +59,7 @@ pub(super) mod option {
 /// Why a request has no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(in super::super) enum RequestError {
-    #[error("it is incomplete or longer than {MAX_REQUEST} bytes")]
+    #[error("it is incomplete or longer than {MAX_REQUEST_SIZE} bytes")]
     Truncated,
     #[error("it is not a DHCP request")]
     NotARequest,
@@ -121,7 +121,7 @@ impl HardwareAddress {
 }
 
 /// Whether the frame that starts with `start` is a UDP datagram to the port of DHCP servers. Only the first
-/// [`MAX_HEADERS`] bytes matter.
+/// [`MAX_HEADERS_SIZE`] bytes matter.
 pub(in super::super) fn is_for_server(start: &[u8]) -> bool {
     udp_offset(start).and_then(|offset| read_u16(start, offset + 2)) == Some(SERVER_PORT)
 }

@@ -41,7 +41,7 @@ fn only_whole_udp_datagrams_to_the_servers_port_are_for_the_server() {
     for (what, frame, expected) in cases {
         assert_eq!(is_for_server(&frame), expected, "{what}");
         assert_eq!(
-            is_for_server(&frame[..frame.len().min(MAX_HEADERS)]),
+            is_for_server(&frame[..frame.len().min(MAX_HEADERS_SIZE)]),
             expected,
             "{what}"
         );
