@@ -3,12 +3,13 @@
 use std::{
     collections::VecDeque,
     io,
+    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::Arc,
     thread,
 };
 
-use rustix::{buffer::spare_capacity, event::epoll};
+use rustix::event::epoll;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{
@@ -228,12 +229,13 @@ impl PacketLoop {
         }
         let no_wait = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
         let busy = due.receive || due.transmit || due.command;
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENT_SOURCES.len());
-        match epoll::wait(epoll, spare_capacity(&mut events), busy.then_some(&no_wait)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); EVENT_SOURCES.len()];
+        let events: &[epoll::Event] = match epoll::wait(epoll, events.as_mut_slice(), busy.then_some(&no_wait)) {
+            Ok((events, _)) => events,
+            Err(rustix::io::Errno::INTR) => &[],
             Err(error) => return Err(io::Error::from(error).into()),
-        }
-        for event in &events {
+        };
+        for event in events {
             let number = event.data.u64();
             match EVENT_SOURCES.into_iter().find(|source| *source as u64 == number) {
                 Some(EventSource::Stop) => return Ok(false),
