@@ -1,5 +1,11 @@
 //! Links and device nodes that a guest, an image or a tenant has left in shared files.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use super::*;
@@ -134,4 +140,70 @@ fn device_node_of_the_host_is_never_opened_cve_2026_24054() {
             assert!(client.open(node, access).is_err(), "{path} {access:#o}");
         }
     }
+}
+
+/// Ends the storm also if an assertion fails: the scope waits for its thread.
+struct EndOfStorm<'a>(&'a AtomicBool);
+
+impl Drop for EndOfStorm<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A guest moves and replaces the mount point of a nested share all the time, while the host shares and detaches it.
+#[test]
+fn storm_of_renames_and_links_moves_no_mount_and_leaves_none() {
+    const ROUNDS: usize = 300;
+    let [outer, inner, outside] = std::array::from_fn(|_| TempDir::new().unwrap());
+    fs::write(outside.path().join("file"), "outside").unwrap();
+    let (server, mut client) = start_server();
+    let mounts = || {
+        let mountinfo = fs::read_to_string(format!("/proc/{}/mountinfo", server.child().id())).unwrap();
+        let mount_points = mountinfo.lines().map(|line| line.split(' ').nth(4).unwrap().to_owned());
+        mount_points.collect::<Vec<_>>()
+    };
+    let before = mounts();
+    let has_ended = AtomicBool::new(false);
+    let path = |name| outer.path().join(name);
+    let storm = || {
+        // These are the calls that the file server makes for a guest. Most fail while a share is attached.
+        while !has_ended.load(Ordering::Relaxed) {
+            let _ = fs::create_dir(path("data"));
+            let _ = fs::rename(path("data"), path("moved"));
+            let _ = symlink(outside.path(), path("data"));
+            let _ = fs::rename(path("data"), path("link"));
+            let _ = fs::create_dir(path("data"));
+            let _ = fs::remove_dir(path("moved"));
+            let _ = fs::remove_file(path("link"));
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(storm);
+        let _end = EndOfStorm(&has_ended);
+        let (mut attached, mut refused) = (0, 0);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while attached + refused < ROUNDS || ((attached == 0 || refused == 0) && Instant::now() < deadline) {
+            let shares = [share(outer.path(), "srv"), share(inner.path(), "srv/data")];
+            match server.attach_all(&shares) {
+                Ok(()) => attached += 1,
+                Err(_) => refused += 1,
+            }
+            for mount_point in mounts() {
+                assert!(
+                    before.contains(&mount_point) || mount_point.starts_with("/srv"),
+                    "{mount_point}"
+                );
+            }
+            server.detach("srv/data").unwrap();
+            server.detach("srv").unwrap();
+        }
+        assert!(attached > 0 && refused > 0, "{attached} attached, {refused} refused");
+    });
+
+    assert_eq!(mounts(), before);
+    assert_eq!(fs::read_dir(inner.path()).unwrap().count(), 0);
+    assert_eq!(fs::read_to_string(outside.path().join("file")).unwrap(), "outside");
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    assert_eq!(client.walk("srv").unwrap_err(), libc::ENOENT);
 }
