@@ -55,8 +55,8 @@ impl Image {
         Self::with_base(Base::open(base)?, cow, host_boot)
     }
 
-    /// As [`Image::open`], but without detection of the base image's format: it is raw. A guest may have written the
-    /// header of another format to it.
+    /// Like [`Image::open`], but reads the base image as a raw image and does not detect its format. Use this if a
+    /// guest may have written to the base image: it could have written the header of another format.
     ///
     /// # Errors
     ///
@@ -74,7 +74,7 @@ impl Image {
         })
     }
 
-    /// The disk with its earlier writes, which cannot be written any more.
+    /// Makes the disk read-only. It keeps its earlier writes.
     #[must_use]
     pub fn into_read_only(self) -> Self {
         Self {

@@ -50,7 +50,7 @@ pub(super) fn run(runtime: &tokio::runtime::Runtime, shim: &Path, id: &str, stat
         terminal: has_terminal.then(terminal).transpose()?,
     };
     runtime.block_on(call_shell(shim, &request))?;
-    // The shim has connected before it answered.
+    // The shim connects before it answers the request.
     let (connection, _) = listener.socket.accept()?;
     drop(listener);
     let raw_mode = has_terminal.then(RawMode::enter).transpose()?;
@@ -58,7 +58,7 @@ pub(super) fn run(runtime: &tokio::runtime::Runtime, shim: &Path, id: &str, stat
     if has_terminal {
         watch_size(input.clone());
     }
-    // This thread stays in a read of standard input when the shell has ended. It ends with the process.
+    // The thread still waits in a read of standard input when the shell has ended. It ends with the process.
     thread::spawn(move || send_input(&input));
     let status = print_output(connection);
     drop(raw_mode);

@@ -118,7 +118,7 @@ pub(crate) mod tests {
                 }
                 let calls: Vec<_> = list.calls().filter(|call| call.number == number).collect();
                 let is_always_allowed = calls.iter().any(|call| matches!(call.arguments, Arguments::Any));
-                // No list of values contains this one, and it has all bits.
+                // No list of allowed values contains `u64::MAX`, and it has every bit that a call must not have.
                 let outcome = outcome_of(list, number, [u64::MAX; 6]);
                 assert_eq!(
                     outcome == Outcome::Forbidden,
@@ -159,7 +159,7 @@ pub(crate) mod tests {
             (&fs::PROCESS, &fs::WORKER),
             (&fs::WORKER, &fs::SYNC),
         ] {
-            // With the arguments: one call on a list must not be a restriction of the other's.
+            // Compare calls with their arguments: the starter must be able to make each call with the same arguments.
             let texts = |list: &CallList| list.calls().map(ToString::to_string).collect::<BTreeSet<_>>();
             let missing: Vec<_> = texts(started).difference(&texts(starter)).cloned().collect();
             assert_eq!(missing, [""; 0], "{} starts {}", starter.thread, started.thread);

@@ -62,7 +62,8 @@ pub(crate) fn add_region(memory: &MemoryRegions, base: u64, length: u64) -> Resu
 fn backing_file(bytes: u64) -> io::Result<File> {
     let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&file, bytes)?;
-    // The file server has this file too. If it could shrink it, the vmm would get SIGBUS. The vmm itself extends it.
+    // The file server has this file too. If it could shrink the file, the vmm would get SIGBUS. Growth is not sealed,
+    // because the vmm extends the file.
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
     Ok(File::from(file))
 }

@@ -24,7 +24,7 @@ pub(crate) struct VmPlan {
     /// In the order of the spec.
     pub(crate) disks: Vec<VmDisk>,
     pub(crate) seed: Option<VmSeed>,
-    /// Directories and files of the host that the guest can mount: `path` is that of the mount.
+    /// Directories and files of the host that the guest can mount. `path` is the path of the mount in the spec.
     pub(crate) shares: Vec<Share>,
     /// The user with whose permissions files of volumes are opened.
     pub(crate) user: FileUser,
@@ -73,12 +73,12 @@ pub(crate) struct VmImage {
 /// What identifies a virtual machine to its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum VmIdentity {
-    /// It is outside of Kubernetes. The path of its bundle contains the names of containerd's namespace and of the
-    /// container. The guest's writes are kept when the same container starts again.
+    /// The machine is outside of Kubernetes. The path of its bundle contains the names of containerd's namespace and of
+    /// the container. The guest's writes are kept when the same container starts again.
     Bundle(PathBuf),
-    /// Its root ends with its pod, which has this UID.
+    /// The machine's root file system does not outlive its pod, which has this UID.
     Pod(String),
-    /// Its root persists, and the next pod with these names is the same machine.
+    /// The machine's root file system persists, and the next pod with these names is the same machine.
     Names {
         namespace: String,
         pod: String,
@@ -89,7 +89,7 @@ pub(crate) enum VmIdentity {
 /// The kernel that a virtual machine boots.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum VmKernel {
-    /// The one that the boot loader of its first disk would boot.
+    /// The kernel that the boot loader of the machine's first disk would boot.
     Disk,
     /// Files below a directory of the host. Symbolic links in it may be followed, but not out of it.
     Files {
@@ -115,7 +115,7 @@ pub(crate) enum OnReboot {
 /// Which agents in the guest may run the processes of Exec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum VmExec {
-    /// nutshell's, if it is connected, or else the QEMU guest agent.
+    /// nutshell's agent, if it is connected, or else the QEMU guest agent.
     #[default]
     Auto,
     Agent,
@@ -165,10 +165,10 @@ pub(crate) enum DiskSource {
 /// What a volume contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum DiskContent {
-    /// Its files decide: `disk.img` is a raw disk that the guest writes, and any other single file is an image that is
-    /// never written.
+    /// Depends on the files of the volume: `disk.img` is a raw disk that the guest writes, and any other single file is
+    /// an image that is never written.
     Detected,
-    /// As detected, but the writes of the guest end with the container also for a raw disk.
+    /// Like [`Self::Detected`], but the guest's writes are removed with the container even if the disk is raw.
     Ephemeral,
     /// A raw disk of `size` bytes, which is created as `disk.img` unless it exists.
     Blank { size: u64 },

@@ -11,8 +11,10 @@ use parking_lot::Mutex;
 
 use crate::control::{Channel, MAX_WARNING, Notice, RateLimit};
 
-/// How many messages of one call site are sent at once, and how often one is sent after that.
+/// The number of messages of one call site that are sent before its rate is limited.
 const BURST: u32 = 5;
+
+/// The interval after which one more message of the call site is sent.
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// The file and line of a log macro, and the device.
@@ -21,7 +23,7 @@ type CallSite = (Option<&'static str>, Option<u32>, String);
 struct ChannelLog {
     channel: Channel,
     limit: Mutex<RateLimit<CallSite>>,
-    /// The messages that were admitted but could not be sent, since the last one that was.
+    /// The number of admitted messages that could not be sent since the last message that was sent.
     lost: AtomicU64,
 }
 

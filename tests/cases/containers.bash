@@ -303,7 +303,7 @@ limits_of_the_node_hold_in_the_container() {
     fs/inotify/max_{user_watches,user_instances,queued_events} fs/pipe-{max-size,user-pages-soft}
     kernel/{pid_max,threads-max,pty/max} kernel/keys/{,root_}max{keys,bytes} vm/max_map_count
     user/max_{user_namespaces,inotify_watches} net/core/{r,w}mem_max net/ipv4/tcp_max_orphans)
-  # Those of IPC and network namespaces: a container of runc has the values of new ones.
+  # Limits of IPC and network namespaces: a container of runc has the values of a new namespace.
   local of_namespaces=(kernel/msg{max,mnb,mni} kernel/shm{max,all,mni} fs/mqueue/{msg,queues}_max net/core/somaxconn
     net/ipv4/tcp_max_{syn_backlog,tw_buckets})
   nr_open=$(</proc/sys/fs/nr_open)
@@ -316,7 +316,7 @@ limits_of_the_node_hold_in_the_container() {
     read=(cat)
     [[ " ${of_namespaces[*]} " != *" $limit "* ]] || read=(unshare --ipc --net cat)
     outside=$("${read[@]}" "/proc/sys/$limit")
-    # Not as numbers, because some are too large for bash.
+    # sort(1) compares the limits, because some are too large for the arithmetic of bash.
     [[ -n $value && -n $outside && "$(printf '%s\n' "$outside" "$value" | sort -n | head -n 1)" == "$outside" ]] || {
       echo "$limit: $value in the container, $outside on the node" >&2
       return 1

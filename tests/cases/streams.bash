@@ -122,7 +122,8 @@ detach_of_a_client_does_not_close_stdin() {
   remove "$name"
 }
 
-# A detached container has no reader: the amount that it can write is limited, and so is the time that its end takes.
+# The output of a detached container has no reader: the container can write only a limited amount, and its end takes a
+# limited time.
 client_that_does_not_read_blocks_the_process() {
   new_name
   nutshell "$name" -d -- sh -c 'text=$(head -c 1023 /dev/zero | tr "\0" x); count=0

@@ -258,7 +258,7 @@ impl Entry {
         }
         initrds.truncate(MAX_INITRDS + 1);
         let options = if self.options.is_empty() && variables.is_some() {
-            // GRUB uses these if an entry has no options.
+            // GRUB uses this variable if an entry has no options.
             replace("$default_kernelopts")
         } else {
             replace(&self.options.join(" "))

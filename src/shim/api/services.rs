@@ -8,13 +8,14 @@ use super::{admin_service, connection::LastReply, sandbox_service, task_service}
 use crate::shim::{stdio, tasks::Tasks};
 
 /// Services of containerd's API that a shim may have and this one does not. Clients find out by a call, and expect
-/// `UNIMPLEMENTED`, as Go's ttrpc server answers. The server of this crate answers so only for a service that it knows.
+/// `UNIMPLEMENTED`, as Go's ttrpc server answers. The server of the crate `ttrpc` answers so only for a service that it
+/// knows.
 const ABSENT_SERVICES: [&str; 2] = [
     "containerd.services.transfer.v1.Transfer",
     "containerd.services.events.ttrpc.v1.Events",
 ];
 
-/// All services by name. `last_reply` is the one that the connections track.
+/// All services by name. `last_reply` is the tracker that the connections use, too.
 pub(crate) fn services(tasks: &Arc<Tasks>, last_reply: &LastReply) -> HashMap<String, Service> {
     let mut services = task_service::services(tasks, last_reply);
     services.extend(sandbox_service::services(tasks, last_reply));

@@ -74,7 +74,8 @@ impl Forwarder for TtrpcForwarder {
     }
 }
 
-/// Whether containerd has decided on the event. The client library reports a timeout, too, as a status.
+/// Returns [`ForwardError::Refused`] if containerd has decided on the event. Not every status is such a decision: the
+/// client library reports a timeout as a status, too.
 fn classify(error: &ttrpc::Error) -> ForwardError {
     let text = error.to_string();
     match error {

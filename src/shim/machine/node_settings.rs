@@ -47,7 +47,7 @@ const LIMITS: [&str; 37] = [
     "vm.max_map_count",
 ];
 
-/// Parameters that are neither limits nor belong to a namespace: containers see the value of the node.
+/// Parameters that are not limits and belong to no namespace: containers see the value of the node.
 /// `vm.overcommit_memory` is left out if it is [`STRICT_OVERCOMMIT`].
 const PARAMETERS: [&str; 1] = ["vm.overcommit_memory"];
 

@@ -60,7 +60,7 @@ const RESTRICT_STEP: &str = "set its mount options";
 #[derive(Debug)]
 pub(crate) struct FileServer {
     child: Child,
-    /// The process opens it by its number when it starts.
+    /// The mount namespace of the tree. The process gets the number of this descriptor, and opens it when it starts.
     namespace: OwnedFd,
     /// The tree's tmpfs as a detached, writable mount. Nothing is mounted on this one.
     tree: OwnedFd,
@@ -298,8 +298,8 @@ fn prepare_tree() -> Result<PreparedTree, FailedStep> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unshare mounts"))?;
     let namespace = File::open("/proc/thread-self/ns/mnt").map_err(step("open the mount namespace"))?;
     jail::root::pivot_into_empty(Access::ReadWrite)?;
-    // The server's library accepts only a listening socket. No other process is in this namespace, and the socket's
-    // name is removed before one could be.
+    // The server's library accepts only a listening socket. No other process can connect to the socket: its name is
+    // removed before another process enters this namespace.
     let (listener, connection) = connected_listener().map_err(step("connect the vhost-user socket"))?;
     let tree = clone_mount(Path::new("/"), false).map_err(step("clone the mount of the tree"))?;
     let root = rustix::fs::openat(

@@ -31,7 +31,8 @@ const MAX_GROWTH: u64 = 8 << 10;
 /// How long State may take while messages arrive. Without optimization it takes longer to decode a message.
 const STATE_LIMIT: Duration = Duration::from_millis(if cfg!(debug_assertions) { 200 } else { 50 });
 
-/// The same while the QEMU guest agent sends its longest lines: a line, and a copy of it in an error, have 4 MiB each.
+/// [`MAX_GROWTH`] while the QEMU guest agent sends its longest lines: a line, and a copy of it in an error, have 4 MiB
+/// each.
 const MAX_GROWTH_WITH_LINES: u64 = 9 << 10;
 
 /// How long State may take while long lines of the QEMU guest agent are parsed.

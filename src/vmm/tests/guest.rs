@@ -33,9 +33,10 @@ const LIMIT: Duration = Duration::from_secs(180);
 
 pub(super) const VCPUS: u8 = 4;
 
-/// The kernels of `NUTSHELL_TEST_KERNELS`: a folder with `kernel` and `initramfs` each.
+/// The subfolders of `NUTSHELL_TEST_KERNELS`, one for each kernel, each with the files `kernel` and `initramfs`.
 pub(super) fn kernels() -> Vec<PathBuf> {
-    let folder = env::var_os("NUTSHELL_TEST_KERNELS").expect("NUTSHELL_TEST_KERNELS is the folder of tests/pc/kernels");
+    let folder = env::var_os("NUTSHELL_TEST_KERNELS")
+        .expect("set NUTSHELL_TEST_KERNELS to the folder that tests/pc/kernels prints");
     let mut kernels: Vec<_> = Path::new(&folder)
         .read_dir()
         .unwrap()
@@ -197,7 +198,7 @@ impl Guest {
 
     /// Waits for the end of the machine.
     pub(super) fn end(self) -> EndReason {
-        // Its last output may be more than the pipe takes.
+        // The guest's last output may be more than the pipe takes.
         let mut output = self.output;
         let reader = thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
         let deadline = Instant::now() + LIMIT;

@@ -73,7 +73,7 @@ fn become_program(
     Err(ResolvedProgram::find(program)?.execute())
 }
 
-/// Changes to the user and groups, unless the process has them. A user other than root loses all capabilities.
+/// Switches to the user and groups, unless the process has them. A user other than root loses all capabilities.
 fn become_user(user: &User) -> Result<(), String> {
     let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
     let additional: Vec<_> = user

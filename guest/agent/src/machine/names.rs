@@ -210,7 +210,7 @@ impl<'a> Relay<'a> {
         }
     }
 
-    /// Whether another query may be received. Those beyond stay in the sockets' buffers.
+    /// Whether another query may be received. Until then, further queries stay in the sockets' buffers.
     fn has_room(&self) -> bool {
         self.queries.len() < MAX_NAME_QUERIES && self.outgoing.is_empty()
     }
@@ -288,7 +288,7 @@ impl<'a> Relay<'a> {
 
     fn accept(&mut self) {
         while self.connections.len() < MAX_CONNECTIONS {
-            // A failure concerns one connection, or there is none.
+            // Fails if no connection is pending, or if the pending one has failed.
             let Ok((socket, _)) = self.sockets.tcp.accept() else {
                 return;
             };

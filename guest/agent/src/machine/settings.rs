@@ -12,8 +12,8 @@ pub(crate) fn set_hostname(name: &str) -> Result<(), Failure> {
     rustix::system::sethostname(name.as_bytes()).context(|| format!("set the host name {name}"))
 }
 
-/// Applies the node's settings. Parameters that this kernel does not have are ignored, because the node's kernel is
-/// another version. Continues after a failure and returns the first one.
+/// Applies the node's settings. Parameters that this kernel does not have are ignored, because the node's kernel
+/// may be another version. Continues after a failure and returns the first one.
 pub(crate) fn apply(settings: &GuestSettings) -> Result<(), Failure> {
     let mut result = set_hostname(&settings.hostname);
     let mut set = |name: &str, value: &str| {
@@ -64,7 +64,7 @@ pub(crate) fn set_network_parameters(parameters: &[NetworkParameter]) -> Result<
     result
 }
 
-/// Sets the NIS domain name in the same namespace.
+/// Sets the NIS domain name in the UTS namespace that the containers of a pod share.
 pub(crate) fn set_domainname(name: &str) -> Result<(), Failure> {
     rustix::system::setdomainname(name.as_bytes()).context(|| format!("set the domain name {name}"))
 }

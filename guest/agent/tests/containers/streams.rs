@@ -211,7 +211,8 @@ fn terminal_signals_resize_interrupt_and_hangup() {
     let mut agent = Agent::start();
     let id = &format!("signals-{}", unique());
     let _output = start_script(&mut agent, id, "sleep 1000");
-    // A sleep that starts between the signal and the trap is not hung up: it ends by itself, and releases the terminal.
+    // A sleep that starts between SIGHUP and the trap does not get the signal: it ends by itself, and releases the
+    // terminal.
     let script = "trap 'stty size' WINCH; trap 'echo interrupted' INT
         (trap 'echo hung up; exit' HUP; echo ready; while :; do sleep 1 & wait; done) &
         while :; do read line; [ \"$line\" != quit ] || exit 7; done";

@@ -77,7 +77,7 @@ struct DiskSubject {
     file: File,
     /// The size of `file`, which only the host changes.
     size: u64,
-    /// The smallest size that it had.
+    /// The smallest size that `file` has had: up to here it has its original contents unless the guest has written.
     kept: u64,
     /// The guest cannot write `file`.
     is_protected: bool,

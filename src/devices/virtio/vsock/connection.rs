@@ -194,7 +194,7 @@ impl Connection {
             Some(Operation::CreditUpdate) => {}
             // Only the guest opens connections, and this one is open already.
             Some(Operation::Request | Operation::Response) | None => {
-                return self.close_for_violation("sent a packet that does not fit its state");
+                return self.close_for_violation("sent a packet that is invalid on an open stream");
             }
         }
         self.status()
@@ -330,7 +330,7 @@ impl Connection {
         let output = std::mem::replace(&mut self.output, Output::Closed);
         if let (Output::Open(socket) | Output::Draining(socket), Input::Open { .. }) = (output, &self.input) {
             // If input and output are the same socket, closing one descriptor does not send end of file to the peer.
-            // Fails if it is no socket, or if the peer is gone.
+            // Fails if the output is not a socket, or if the peer is gone.
             let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Write);
         }
     }

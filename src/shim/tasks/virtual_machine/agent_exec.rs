@@ -99,7 +99,7 @@ impl Tasks {
         });
     }
 
-    /// Starts a process in the guest by the connected agent. Records its exit if the agent ends first.
+    /// Starts a process in the guest through the connected agent. Records its exit if the agent ends first.
     pub(super) async fn start_exec_by_agent(
         self: &Arc<Self>,
         container: &Arc<Container>,

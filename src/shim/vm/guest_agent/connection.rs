@@ -1,4 +1,4 @@
-//! The exchange of lines with an agent.
+//! The exchange of lines with a QEMU guest agent.
 
 use std::{io, os::unix::net::UnixStream as StdUnixStream};
 
@@ -12,7 +12,7 @@ use super::{error::GuestAgentError, messages};
 /// The maximum length of a line in bytes. The whole output of a process is in one, as Base64.
 pub(super) const MAX_LINE: usize = 4 << 20;
 
-/// How many bytes are discarded in search of the answer that synchronizes, such as earlier answers.
+/// How many bytes, such as those of earlier answers, are discarded before the answer to `guest-sync-delimited`.
 pub(super) const MAX_DISCARDED: usize = 16 << 20;
 
 /// How many bytes one system call reads.
@@ -22,13 +22,13 @@ const READ_SIZE: usize = 64 << 10;
 /// command when it receives one.
 const DELIMITER: u8 = 0xff;
 
-/// A connection to an agent.
+/// A connection to a QEMU guest agent.
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: UnixStream,
-    /// Bytes that were read: at most [`MAX_LINE`] and one read more, without the consumed ones.
+    /// Bytes that were read. Those that are not consumed are at most [`MAX_LINE`] and [`READ_SIZE`] bytes.
     received: Vec<u8>,
-    /// How many of them were used.
+    /// How many bytes at the start of `received` are consumed.
     consumed: usize,
     /// The next line is the answer to the next command.
     is_synchronized: bool,
@@ -86,7 +86,7 @@ impl Connection {
                 self.has_answered = true;
                 return Ok(());
             }
-            // It may be the answer to an earlier one.
+            // The line may be the answer to an earlier `guest-sync-delimited`.
             discarded += delimiter + 1 + answer.len();
         }
         Err(GuestAgentError::NotSynchronized(MAX_DISCARDED))

@@ -8,7 +8,7 @@ pub(crate) struct ExecSyncRequest {
     pub(crate) container_id: String,
     #[prost(string, repeated, tag = "2")]
     pub(crate) cmd: Vec<String>,
-    /// In seconds; 0 is none.
+    /// In seconds; 0 means no timeout.
     #[prost(int64, tag = "3")]
     pub(crate) timeout: i64,
 }

@@ -1,7 +1,7 @@
-//! The option `tmpcopyup` of a tmpfs: it starts with a copy of the directory that it covers, as with runc.
+//! The option `tmpcopyup` of a tmpfs: the tmpfs starts with a copy of the directory that it covers, as with runc.
 //!
 //! libcontainer does not know the option, and nothing can run between its mounts. So the tmpfs is mounted and filled
-//! before, and libcontainer binds it.
+//! in advance, and libcontainer binds it.
 
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
@@ -47,7 +47,7 @@ pub(crate) struct FilledMounts {
 impl Drop for FilledMounts {
     fn drop(&mut self) {
         for path in &self.paths {
-            // Repeated with the removal of the bundle.
+            // After a failure, the removal of the bundle tries again.
             let _ = super::unmount(path);
         }
     }
@@ -64,8 +64,8 @@ pub(crate) fn unmount_filled(bundle: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces each tmpfs with the option among `mounts` by a bind mount of a filled one, which is mounted in `bundle`.
-/// The destinations of `mounts` have no symbolic links.
+/// Replaces each tmpfs of `mounts` that has the option `tmpcopyup` by a bind mount of a filled tmpfs, which is mounted
+/// in `bundle`. The destinations of `mounts` have no symbolic links.
 pub(crate) fn fill_mounts(
     bundle: &Path,
     rootfs: &Path,
@@ -217,7 +217,7 @@ fn copy_entry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr, depth: usiz
 }
 
 fn copy_file(from: BorrowedFd<'_>, to: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
-    // Does not wait for a writer, should the file have become a fifo.
+    // With NONBLOCK, this does not wait for a writer if the file has become a FIFO.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let mut from = File::from(rustix::fs::openat(from, name, flags, Mode::empty())?);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;

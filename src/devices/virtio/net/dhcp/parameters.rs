@@ -52,8 +52,8 @@ fn encode(lease: &Lease) -> Vec<Parameter> {
     let text = |name: &DomainName| name.as_str().as_bytes().to_vec();
     let options = [
         (option::SUBNET_MASK, vec![octets(lease.address.mask())]),
-        // Also with the option of classless routes: RFC 3442 advises against that only to save space, and a client that
-        // requests the other option may still not use it.
+        // An answer has the router option even if it has the option of classless routes. RFC 3442 advises against that
+        // only to save space, and a client that requests classless routes may still not use them.
         (option::ROUTER, lease.gateway.map(octets).into_iter().collect()),
         (option::MTU, mtu.into_iter().collect()),
         (option::CLASSLESS_ROUTES, routes.iter().map(encode_route).collect()),

@@ -446,7 +446,8 @@ fn failure_of_a_stream_is_logged_and_counted_once() {
             None,
             Some(output),
             |guest| guest.send_operation(Operation::Request, 0, b""),
-            "stream of port 1024: queue 1: the stream is closed because the guest sent a packet that does not fit its state",
+            "stream of port 1024: queue 1: the stream is closed because the guest sent a packet that is invalid on an \
+             open stream",
         ),
         (
             "foreign source",
