@@ -50,7 +50,8 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As for [`Image::open_read_only`], or the copy-on-write file cannot be used or belongs to another base image.
+    /// The errors of [`Image::open_read_only`], or the copy-on-write file cannot be used or belongs to another base
+    /// image.
     pub fn open(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
         Self::with_base(Base::open(base)?, cow, host_boot)
     }
@@ -60,7 +61,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As for [`Image::open`].
+    /// The errors of [`Image::open`].
     pub fn open_raw(base: Box<dyn ReadAt>, cow: Box<dyn Storage>, host_boot: [u8; 16]) -> Result<Self, ImageError> {
         Self::with_base(Base::open_raw(base)?, cow, host_boot)
     }
@@ -120,7 +121,7 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// As for [`Image::write`].
+    /// The errors of [`Image::write`].
     pub fn zero(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
         self.writable()?.zero(&self.base, offset, length, unmap)
     }

@@ -15,7 +15,7 @@ const OUTPUT_LIMIT: u64 = 1024;
 ///
 /// # Errors
 ///
-/// Those of memfd_create(2) and write(2).
+/// The errors of memfd_create(2) and write(2).
 pub fn memory_file(text: &str) -> io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create("hook", MemfdFlags::CLOEXEC)?);
     file.write_all(text.as_bytes())?;
@@ -28,7 +28,7 @@ pub fn memory_file(text: &str) -> io::Result<File> {
 ///
 /// # Errors
 ///
-/// Those of lseek(2) and read(2).
+/// The errors of lseek(2) and read(2).
 pub fn output(mut file: File) -> io::Result<String> {
     let mut output = Vec::new();
     file.seek(SeekFrom::Start(0))?;

@@ -17,10 +17,10 @@ pub(crate) trait Registers: Send {
 
 /// The registers of several devices, which vCPU threads use at the same time.
 pub(crate) trait SharedRegisters: Send + Sync {
-    /// As [`Registers::read`].
+    /// Like [`Registers::read`].
     fn read(&self, offset: u64, data: &mut [u8]);
 
-    /// As [`Registers::write`].
+    /// Like [`Registers::write`].
     fn write(&self, offset: u64, data: &[u8]);
 }
 

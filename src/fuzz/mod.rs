@@ -37,7 +37,7 @@ use crate::{shim::receive_notices, vmm::receive_commands};
 ///
 /// # Panics
 ///
-/// As [`receive_notices`] and [`receive_commands`].
+/// Under the conditions of [`receive_notices`] and [`receive_commands`].
 pub fn receive_control_messages(data: &[u8]) {
     match data.split_first() {
         Some((direction, packets)) if direction & 1 == 0 => receive_notices(packets),

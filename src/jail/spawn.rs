@@ -59,7 +59,7 @@ impl RoleCommand {
     ///
     /// # Errors
     ///
-    /// Those of unshare(2) and execve(2), with the step that failed. Only root can make a pid namespace.
+    /// The errors of unshare(2) and execve(2), with the step that failed. Only root can make a pid namespace.
     pub(crate) fn spawn(&mut self) -> io::Result<Child> {
         let own = File::open("/proc/thread-self/ns/pid").map_err(named("open the shim's pid namespace"))?;
         unshare(CloneFlags::CLONE_NEWPID).map_err(named("make a pid namespace (only root on the host can)"))?;

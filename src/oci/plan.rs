@@ -180,12 +180,12 @@ pub(crate) enum Network {
 /// The pid namespace that a spec requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PidNamespace {
-    /// As in the guest's spec, which then always has a new one.
+    /// As the guest's spec specifies it, which then always has a new pid namespace.
     Specified,
-    /// The one that the containers of the pod share: hostPID, if the configuration allows it.
+    /// The pid namespace that the containers of the pod share: hostPID, if the configuration allows it.
     Pod,
-    /// The one of the task with this pid on the host. The spec has the path `/proc/<pid>/ns/pid`, which is never
-    /// opened: the pid is the sandbox's if the pod shares a pid namespace, or that of an ephemeral container's target.
+    /// The pid namespace of the task with this pid on the host. The spec has the path `/proc/<pid>/ns/pid`, which is
+    /// never opened. The task is the sandbox if the pod shares a pid namespace, or the target of an ephemeral container.
     Task(u32),
 }
 

@@ -44,21 +44,21 @@ pub(crate) trait Inspect {
     ///
     /// # Errors
     ///
-    /// Those of stat(2) and statfs(2), most often that the path does not exist.
+    /// The errors of stat(2) and statfs(2), most often that the path does not exist.
     fn kind(&self, path: &Path) -> io::Result<SourceKind>;
 
     /// Whether something is mounted below the directory `path`.
     ///
     /// # Errors
     ///
-    /// Those of realpath(3), and of reading the mount table.
+    /// The errors of realpath(3), and of reading the mount table.
     fn has_mounts_below(&self, path: &Path) -> io::Result<bool>;
 
     /// What the mount that contains `path` forbids on the host.
     ///
     /// # Errors
     ///
-    /// Those of statvfs(3).
+    /// The errors of statvfs(3).
     fn restrictions(&self, path: &Path) -> io::Result<MountRestrictions>;
 }
 

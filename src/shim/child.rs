@@ -46,7 +46,7 @@ impl Child {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(crate) fn try_clone_descriptor(&self) -> io::Result<OwnedFd> {
         self.descriptor.get_ref().try_clone()
     }

@@ -19,7 +19,7 @@ fn image() -> Vec<u8> {
     image_with_clusters_of(CLUSTER)
 }
 
-/// The same with clusters of another size.
+/// Returns the image of [`image`] with clusters of `size` bytes.
 fn image_with_clusters_of(size: usize) -> Vec<u8> {
     let mut image = vec![0; 6 * size];
     let mut put = |offset: usize, bytes: &[u8]| image[offset..offset + bytes.len()].copy_from_slice(bytes);

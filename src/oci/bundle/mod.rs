@@ -105,7 +105,7 @@ impl BundleSpec {
     ///
     /// # Errors
     ///
-    /// As for [`Self::plan`].
+    /// The errors of [`Self::plan`].
     pub(crate) fn plan_virtual_machine(
         self,
         policy: VmPolicy,

@@ -68,13 +68,13 @@ pub(super) struct NamespaceOption {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
 #[repr(i32)]
 pub(super) enum NamespaceMode {
-    /// The containers of the pod share one.
+    /// The containers of the pod share one namespace.
     Pod = 0,
-    /// Each container has one.
+    /// Each container has its own namespace.
     Container = 1,
-    /// The host's.
+    /// The namespace of the host.
     Node = 2,
-    /// That of another container.
+    /// The namespace of another container.
     Target = 3,
 }
 

@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(resident_pages(u32::MAX), 0);
     }
 
-    /// A process that never sleeps. Dropped, it is killed.
+    /// A process that never sleeps. It is killed on drop.
     struct BusyLoop(Child);
 
     impl BusyLoop {

@@ -21,7 +21,7 @@ pub(super) struct KnownLinks {
     pub(super) links: Vec<u32>,
     /// The tap devices that this shim has made.
     pub(super) taps: Vec<u32>,
-    /// Those of `links` that are configured in the guest.
+    /// The subset of `links` that is configured in the guest.
     pub(super) configured: Vec<u32>,
 }
 

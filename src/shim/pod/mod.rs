@@ -215,7 +215,7 @@ impl Pod {
     ///
     /// # Errors
     ///
-    /// As for [`Self::prepare_user_machine`].
+    /// The errors of [`Self::prepare_user_machine`].
     pub(crate) async fn start_disk_reader(
         &self,
         launcher: &dyn Launcher,

@@ -15,10 +15,11 @@ const DEFAULT: i32 = 0;
 /// The processes, and the value that they have.
 #[derive(Debug)]
 pub(super) struct OomScore {
+    /// The pid of the vmm.
     vmm: AtomicU32,
-    /// 0 if there is none.
+    /// The pid of the file server; 0 if there is none.
     file_server: AtomicU32,
-    /// That of the container that is protected most.
+    /// The value of the container that is protected most.
     lowest: Mutex<Option<i32>>,
 }
 

@@ -35,7 +35,7 @@ use crate::{
 /// The network namespace that a holder runs in.
 #[derive(Debug)]
 pub(crate) enum NetworkNamespace {
-    /// That of the shim.
+    /// The network namespace of the shim.
     Inherited,
     /// A new one, with only a loopback interface.
     New,
@@ -43,7 +43,7 @@ pub(crate) enum NetworkNamespace {
     Join(OwnedFd),
 }
 
-/// A sleeping process. Dropped, it is killed and reaped.
+/// A sleeping process. It is killed and reaped on drop.
 #[derive(Debug)]
 pub(crate) struct PidHolder {
     child: Child,

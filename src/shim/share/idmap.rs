@@ -32,7 +32,7 @@ fn user_namespace(map: &IdMap) -> io::Result<OwnedFd> {
     Ok(File::open(format!("/proc/{pid}/ns/user"))?.into())
 }
 
-/// The process that holds a new user namespace. Dropped, it is killed and reaped.
+/// The process that holds a new user namespace. It is killed and reaped on drop.
 struct NamespaceProcess(Pid);
 
 impl Drop for NamespaceProcess {

@@ -47,7 +47,7 @@ impl ConsoleStreams {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(crate) fn for_machine(&self) -> io::Result<(Option<OwnedFd>, Option<OwnedFd>)> {
         let ends = self.0.lock();
         let duplicate = |end: &Option<OwnedFd>| end.as_ref().map(OwnedFd::try_clone).transpose();

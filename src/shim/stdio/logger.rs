@@ -65,7 +65,7 @@ pub(super) struct LogSource<'a> {
     pub(super) namespace: &'a str,
 }
 
-/// A running logging program. Dropped, it is killed.
+/// A running logging program. It is killed on drop.
 #[derive(Debug)]
 pub(super) struct Logger {
     child: Arc<Child>,

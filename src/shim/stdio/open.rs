@@ -218,7 +218,7 @@ impl OpenedStreams {
     ///
     /// # Errors
     ///
-    /// Those of fcntl(2).
+    /// The errors of fcntl(2).
     pub(crate) fn into_console(self) -> io::Result<ConsoleStreams> {
         let non_blocking = |end: &OwnedFd| -> io::Result<()> {
             let flags = rustix::fs::fcntl_getfl(end)?;

@@ -132,7 +132,7 @@ impl StreamHandler for StreamRegistry {
     }
 }
 
-/// A client's end of a stream. Dropped, it closes the stream.
+/// A client's end of a stream. A drop closes the stream.
 #[derive(Debug)]
 struct Client {
     sender: SSSender<Any>,
@@ -140,7 +140,7 @@ struct Client {
     _done: oneshot::Sender<()>,
 }
 
-/// The clients of one stream, one after the other. Dropped, it removes the stream from the registry.
+/// The clients of one stream, one after the other. A drop removes the stream from the registry.
 #[derive(Debug)]
 struct ClientQueue {
     registry: StreamRegistry,
@@ -180,7 +180,7 @@ impl Drop for ClientQueue {
     }
 }
 
-/// Moves the bytes of one stream. Dropped, it stops at once.
+/// Moves the bytes of one stream. A drop stops it at once.
 #[derive(Debug)]
 pub(super) struct Relay {
     task: JoinHandle<()>,

@@ -166,7 +166,7 @@ impl VirtualMachine {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(crate) fn disk_to_read(&self) -> Result<Option<BootDisk>, VmError> {
         let files = self.files()?;
         match (&files.kernel, files.disks.first()) {

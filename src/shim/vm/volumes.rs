@@ -58,7 +58,7 @@ impl OpenedDisk {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(super) fn for_machine(&self, must_be_read_only: bool) -> io::Result<BootDisk> {
         Ok(match self {
             Self::Raw { file, path, read_only } => BootDisk::File(DiskFile {

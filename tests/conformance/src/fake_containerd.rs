@@ -166,7 +166,7 @@ impl FakeContainerd {
         self.bundle_with_id(&self.new_name("c"), spec)
     }
 
-    /// As [`Self::bundle`], with this id.
+    /// Like [`Self::bundle`], but with this id.
     pub fn bundle_with_id(&self, id: &str, spec: &Value) -> Arc<Bundle> {
         let mut spec = spec.clone();
         spec["linux"]["cgroupsPath"] = self.cgroups_path(id).into();

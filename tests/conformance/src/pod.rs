@@ -54,7 +54,7 @@ impl<'c> Pod<'c> {
         Self::by_task_with(containerd, &Caller::newest(), |_| {})
     }
 
-    /// As [`Self::by_task`], with a change of the sandbox's spec.
+    /// Like [`Self::by_task`], but with a change of the sandbox's spec.
     pub fn by_task_with(containerd: &'c FakeContainerd, caller: &Caller, change: impl FnOnce(&mut Value)) -> Self {
         let sandbox = create_sandbox_task(containerd, caller, change).unwrap();
         sandbox.start();
@@ -113,7 +113,7 @@ impl<'c> Pod<'c> {
         spec
     }
 
-    /// As [`Self::spec`], for a container that runs a shell script.
+    /// Like [`Self::spec`], but for a container that runs a shell script.
     pub fn shell(&self, script: &str) -> Value {
         self.spec(&["/bin/sh", "-c", script])
     }
@@ -279,7 +279,7 @@ impl SandboxClient {
     ///
     /// # Errors
     ///
-    /// As [`TaskClient::call`], also for all methods below.
+    /// The errors of [`TaskClient::call`]. All methods below have the same errors.
     pub fn create(&self, bundle: &Bundle, config: &SandboxConfig) -> CallResult<CreateSandboxResponse> {
         self.create_in(&bundle.id, bundle.path.to_str().unwrap(), config)
     }

@@ -116,7 +116,7 @@ impl TaskClient {
     ///
     /// # Errors
     ///
-    /// As [`Self::call`], also for all methods below.
+    /// The errors of [`Self::call`]. All methods below have the same errors.
     pub fn create(&self, request: &CreateTaskRequest) -> CallResult<u32> {
         self.call("Create", request)
             .map(|response: CreateTaskResponse| response.pid)

@@ -116,7 +116,7 @@ impl Pod {
         Self::try_run(handler, change).unwrap()
     }
 
-    /// As [`Self::run_with`], for a pod that may be refused.
+    /// Like [`Self::run_with`], but for a pod that may be refused.
     pub(crate) fn try_run(handler: Handler, change: impl FnOnce(&mut PodSandboxConfig)) -> Result<Self, CallError> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("pod-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -287,7 +287,7 @@ impl Pod {
         self.end().unwrap();
     }
 
-    /// As [`Self::remove`], but does not check for leftovers in the host's network, because `_other` still uses it.
+    /// Like [`Self::remove`], but does not check for leftovers in the host's network, because `_other` still uses it.
     pub(crate) fn remove_while_other_exists(mut self, _other: &Self) {
         self.is_only_pod = false;
         self.end().unwrap();

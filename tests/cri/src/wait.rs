@@ -13,7 +13,7 @@ pub(crate) fn wait_until<T>(what: &str, check: impl FnMut() -> Option<T>) -> T {
     wait_until_within(what, TIMEOUT, check)
 }
 
-/// As [`wait_until`], with another time limit.
+/// Like [`wait_until`], but with another time limit.
 pub(crate) fn wait_until_within<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {

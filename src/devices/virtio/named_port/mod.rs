@@ -112,7 +112,7 @@ impl NamedPort {
     ///
     /// # Errors
     ///
-    /// Those of epoll_create(2) and epoll_ctl(2).
+    /// The errors of epoll_create(2) and epoll_ctl(2).
     pub(crate) fn new(
         name: &'static str,
         device: &str,
@@ -137,7 +137,7 @@ impl NamedPort {
     ///
     /// # Errors
     ///
-    /// Those of epoll_ctl(2).
+    /// The errors of epoll_ctl(2).
     pub(crate) fn watch_kicks(&mut self, kicks: Vec<EventFd>) -> io::Result<()> {
         for (queue, kick) in (0..).zip(&kicks) {
             // SAFETY: the eventfd is open for as long as it is borrowed.

@@ -11,7 +11,7 @@ enum Field {
     Node,
     /// An offset or a length in a file, 64 bits.
     Position,
-    /// The same, 32 bits.
+    /// An offset or a length in a file, 32 bits.
     Size,
     /// Any 32 bits, mostly few of them.
     Flags,

@@ -96,8 +96,8 @@ impl ForwardListeners {
     }
 }
 
-/// Running port forwarding. Dropped, it accepts no more connections, and ends those that the shim relays; others
-/// continue.
+/// Running port forwarding. After a drop, it accepts no more connections. The connections that the shim relays end;
+/// others continue.
 #[derive(Debug)]
 pub(in crate::shim::network) struct Forwarding {
     tasks: Vec<JoinHandle<()>>,
@@ -114,7 +114,7 @@ impl Drop for Forwarding {
 
 async fn accept_connections(listener: tokio::net::TcpListener, find_target: FindTarget, permits: Arc<Semaphore>) {
     let mut last_error = None;
-    // Dropped with this task, which ends the relays.
+    // When this task ends, the set is dropped, which ends the relays.
     let mut relays = JoinSet::new();
     loop {
         while relays.try_join_next().is_some() {}

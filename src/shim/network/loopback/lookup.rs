@@ -43,7 +43,7 @@ const SELECTION: [Instruction; 19] = {
     ]
 };
 
-/// The attached program. Dropped, it is detached.
+/// The attached program. It is detached on drop.
 #[derive(Debug)]
 pub(super) struct SocketLookup {
     /// Closing the last descriptor of the link detaches the program.

@@ -59,7 +59,7 @@ fn lists_resolver(sockets: &str) -> bool {
     local_addresses.into_iter().any(|local| local.starts_with(&address))
 }
 
-/// A running relay. Dropped, it accepts no more queries.
+/// A running relay. After a drop, it accepts no more queries.
 #[derive(Debug)]
 pub(in crate::shim::network) struct NameRelay {
     task: JoinHandle<()>,

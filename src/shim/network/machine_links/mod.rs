@@ -105,7 +105,7 @@ impl MachineLinks {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(crate) fn for_machine(&self) -> io::Result<Vec<(LinkConfig, Vec<OwnedFd>)>> {
         let duplicate = |(config, tapped): &(LinkConfig, TappedLink)| -> io::Result<_> {
             let queues = tapped.queues.iter().map(|queue| queue.as_fd().try_clone_to_owned());

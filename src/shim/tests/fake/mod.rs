@@ -53,7 +53,7 @@ struct State {
     agent: Option<UnixStream>,
     /// The control channel of the machine with that agent.
     agents_control: Option<Arc<Channel>>,
-    /// That of the newest machine.
+    /// The control channel of the newest machine.
     control: Option<Arc<Channel>>,
     /// The addresses of the channels of machines that have booted.
     booted: HashSet<usize>,

@@ -32,8 +32,8 @@ pub(crate) use self::{
 /// slow.
 const SYNC_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 3000 } else { 2000 });
 
-/// The same for a program that has never answered: it may be no agent. An exec in a guest without an agent must fail
-/// within a second.
+/// [`SYNC_LIMIT`] for a program that has never answered: it may be no agent. An exec in a guest without an agent must
+/// fail within a second.
 const FIRST_SYNC_LIMIT: Duration = Duration::from_millis(if cfg!(test) { 300 } else { 500 });
 
 /// How long an agent may take to answer another command. It executes one after the other, and a guest may be slow.

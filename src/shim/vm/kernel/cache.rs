@@ -40,7 +40,7 @@ const ABANDONED_AFTER: Duration = Duration::from_secs(600);
 /// clock for them has a resolution of up to 10 ms (`CONFIG_HZ`).
 const MIN_AGE: Duration = Duration::from_millis(50);
 
-/// The same for a file system that stores seconds only.
+/// [`MIN_AGE`] on a file system that stores seconds only.
 const MIN_AGE_IN_SECONDS: Duration = Duration::from_secs(2);
 
 /// The longest description that is read, in bytes.
@@ -218,7 +218,7 @@ impl CacheEntry {
     ///
     /// # Errors
     ///
-    /// Those of the file system. Nothing is left of the entry then.
+    /// The errors of the file system. Nothing is left of the entry then.
     pub(in crate::shim::vm) fn store(&self, files: &BootFiles) -> Result<(), CacheError> {
         let size = |file: &File| file.metadata().map(|metadata| metadata.len());
         let read_size = |error| format!("read the size of the kernel: {error}");

@@ -59,7 +59,7 @@ impl BootFiles {
     ///
     /// # Errors
     ///
-    /// Those of dup(2).
+    /// The errors of dup(2).
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             kernel: self.kernel.try_clone()?,

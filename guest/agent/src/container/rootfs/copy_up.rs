@@ -37,8 +37,8 @@ const MOUNT_OPTIONS: [&str; 8] = [
     "runbindable",
 ];
 
-/// The filled file systems of a container that is being created. Dropped, they are unmounted here; the container keeps
-/// its own mounts of them.
+/// The filled file systems of a container that is being created. A drop unmounts them from the bundle; the container
+/// keeps its own mounts of them.
 #[derive(Debug, Default)]
 pub(crate) struct FilledMounts {
     paths: Vec<PathBuf>,
