@@ -123,7 +123,7 @@ impl Base {
     ///
     /// # Errors
     ///
-    /// Its size cannot be read, or is not that of a disk.
+    /// The size of `file` cannot be read, or is not the size of a disk.
     pub fn open_raw(file: Box<dyn ReadAt>) -> Result<Self, BaseError> {
         let size = file.size().map_err(read_error("the size"))?;
         match find_size_problem(size) {

@@ -248,7 +248,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        // Neither has started.
+        // Neither of the containers has started.
         assert!(!text.contains("nutshell_container_start_seconds{"), "{text}");
         assert!(text.ends_with("# EOF\n"));
     }

@@ -193,7 +193,7 @@ pub(crate) enum DiskAccess {
 /// The format of a base image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum BaseFormat {
-    /// Raw or qcow2: its header decides. No guest can write it.
+    /// Raw or qcow2, as the header of the image says. No guest can write the image.
     Detected,
     /// Raw. The format is not detected, because an earlier guest may have written the image.
     Raw,

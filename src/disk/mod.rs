@@ -116,7 +116,7 @@ fn inspect(path: &Path) -> Result<Findings, DiskError> {
         Some(stdout) => stdout.take(MAX_ANSWER).read_to_end(&mut answer).map(drop),
         None => Ok(()),
     };
-    // It has ended, or has sent too much.
+    // The inspector has ended, or has sent too much.
     let _ = child.kill();
     let status = child.wait().map_err(DiskError::Start)?;
     read.map_err(DiskError::Start)?;

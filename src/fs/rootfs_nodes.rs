@@ -80,7 +80,7 @@ mod tests {
             (3, c"etc", 4),
             (2, c"0", 5),
             (5, c"rootfs", 6),
-            // Not looked up before.
+            // A parent that was not looked up before.
             (77, c"rootfs", 7),
         ] {
             nodes.add(parent, name, node);

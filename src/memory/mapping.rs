@@ -91,7 +91,7 @@ fn map_region(length: u64, file: Option<&File>, offset: u64) -> io::Result<MmapR
     };
     let start = start.map_addr(|address| address.next_multiple_of(huge));
     // SAFETY: `start..start + size` lies inside the mapping made above. Advice changes no content.
-    // It fails on a host without huge pages, which only costs speed.
+    // The call fails on a host without huge pages, which only costs speed.
     let _ = unsafe { madvise(start, size, Advice::LinuxHugepage) };
     // SAFETY: `start..start + size` lies inside the mapping made above, which is never unmapped: guest memory lives as
     // long as the process.

@@ -185,7 +185,8 @@ pub(crate) enum PidNamespace {
     /// The pid namespace that the containers of the pod share: hostPID, if the configuration allows it.
     Pod,
     /// The pid namespace of the task with this pid on the host. The spec has the path `/proc/<pid>/ns/pid`, which is
-    /// never opened. The task is the sandbox if the pod shares a pid namespace, or the target of an ephemeral container.
+    /// never opened. The task is the sandbox if the pod shares a pid namespace, or the target of an ephemeral
+    /// container.
     Task(u32),
 }
 

@@ -60,7 +60,7 @@ pub(crate) async fn run_or_undo<T: Send + 'static>(
         return result.map_err(|_| BlockingError::Lost(action));
     }
     let mut abandoned = abandoned.lock();
-    // It may have been sent just now.
+    // The result may have been sent just now.
     receiver.try_recv().map_err(|_| {
         *abandoned = true;
         BlockingError::TimedOut { action, limit }

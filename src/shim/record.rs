@@ -62,7 +62,7 @@ impl ResourceRecord {
 /// The exit of a container's first process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ExitRecord {
-    /// Its pid on the host.
+    /// The pid of the process on the host.
     pub(crate) pid: u32,
     /// 0 to 255.
     pub(crate) status: u32,

@@ -121,13 +121,14 @@ pub(super) fn start(
     };
     let rng = SharedDevice::new(Rng::default());
     let [rng_kick] = kicks(add(Box::new(rng.clone()))?)?;
-    // Its statistics show whether a guest without an agent uses added memory. In other guests, the agent brings the
-    // memory online.
+    // The statistics of the balloon show whether a guest without an agent uses added memory. In other guests, the agent
+    // brings the memory online.
     let balloon = SharedDevice::new(Balloon::new(grows_at_boot));
     let mut balloon_kicks = add(Box::new(balloon.clone()))?.into_iter().skip(balloon::UNUSED_QUEUES);
     let [balloon_kick] = kicks(balloon_kicks.by_ref().take(1).collect())?;
     let second_balloon_kick = balloon_kicks.next();
-    // It has no counters: the file server serves the guest directly, so this process sees no requests.
+    // The file system device has no counters: the file server serves the guest directly, so this process sees no
+    // requests.
     let fs = match file_server {
         Some(socket) => {
             let fs = SharedDevice::new(Fs::new(SHARE_TAG, socket));

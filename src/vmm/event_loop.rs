@@ -176,7 +176,7 @@ fn handle_event(
     console_tail: &ConsoleTail,
 ) -> Option<LoopExit> {
     let drain = |kick: &EventFd| {
-        // It is readable, so this does not block. The count does not matter.
+        // The eventfd is readable, so this does not block. The count does not matter.
         if let Err(error) = kick.read() {
             log::warn!(target: "virtual machine", "event loop: cannot read the eventfd of {source:?}: {error}");
         }

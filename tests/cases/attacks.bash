@@ -74,7 +74,7 @@ privileged_container_cannot_control_a_starting_exec() {
   new_name
   nutshell "$name" -d --privileged -- sleep 1000
   start_attack hang
-  # It changes to a directory that answers only when the attack ends.
+  # The exec changes to a directory that answers only when the attack ends.
   local output
   output=$(ctr task exec --exec-id hang --cwd /hang "$name" true 2>&1) || true
   wait "$attack" || true

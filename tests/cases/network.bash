@@ -271,8 +271,8 @@ ipv6_is_on_for_the_links_that_have_it_in_the_namespace() {
   remove_network
 }
 
-# Also for a link that is added later. The local ports begin below the default start of the unprivileged ports: the
-# kernel compares the two.
+# The parameters also hold for a link that is added later. The local ports begin below the default start of the
+# unprivileged ports: the kernel compares the two.
 parameters_of_the_namespace_hold_in_the_container() {
   make_network
   local values name value inside

@@ -200,7 +200,7 @@ user_namespace_maps_root() {
   remove "$name"
 }
 
-# Also if a volume is below it, and in a user namespace.
+# The tmpfs has the files also if a volume is below the folder, and in a user namespace.
 tmpfs_has_the_files_of_its_folder() {
   local output user
   mkdir -p /run/tmp/volume/sub

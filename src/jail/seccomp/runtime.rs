@@ -78,7 +78,7 @@ pub(crate) const START_OF_THREADS: &[Call] = &[
     allowed!(SYS_rseq, "the start of a thread"),
     allowed!(SYS_set_robust_list, "the start of a thread"),
     allowed!(SYS_prctl[0] in [libc::PR_SET_NAME as u32], "the name of a thread"),
-    // It can only add restrictions.
+    // This call can only add restrictions.
     allowed!(SYS_seccomp, "the list of a thread"),
 ];
 

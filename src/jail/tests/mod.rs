@@ -258,7 +258,7 @@ fn jailed_process_shares_the_namespaces_of_a_jailed_peer_and_of_no_other() {
         of_ended.iter().zip(&own).all(|(one, other)| one != other),
         "{of_ended:?}"
     );
-    // Not a pidfd.
+    // This descriptor is not a pidfd.
     let of_file = beside(&fs::File::open("/proc/self/ns/net").unwrap().into());
     assert!(of_file.iter().zip(&own).all(|(one, other)| one != other), "{of_file:?}");
 }

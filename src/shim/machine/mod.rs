@@ -94,7 +94,7 @@ struct StartTimes {
 /// How long after its request a machine passed the phases of its start. `None` before, or if it is not known.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StartPhases {
-    /// Its vmm process was started. Zero if that was before the request.
+    /// The vmm process was started. Zero if that was before the request.
     pub(crate) spawned: Duration,
     /// The vmm had built the machine.
     pub(crate) vmm_ready: Option<Duration>,

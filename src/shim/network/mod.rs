@@ -292,7 +292,7 @@ impl NetworkState {
             let plugged = machine
                 .plug_link(self.free_slot, link.mac, link.mtu, &descriptors)
                 .await;
-            // Also after a failure: the vmm may still hold the tap device for a moment.
+            // Record the device also after a failure: the vmm may still hold the tap device for a moment.
             self.taps.push(tap);
             if let Err(source) = plugged {
                 let unused = new_links.map(|new| new.redirect);

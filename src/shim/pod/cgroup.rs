@@ -53,12 +53,12 @@ impl ControlGroup {
         Ok(Some(Self { path }))
     }
 
-    /// Its absolute path.
+    /// The absolute path of the group.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its memory limit, in bytes: the smallest `memory.max` of the group and its ancestors (kernel,
+    /// The memory limit of the group, in bytes: the smallest `memory.max` of the group and its ancestors (kernel,
     /// `Documentation/admin-guide/cgroup-v2.rst`). `None` means unlimited. The kubelet creates and limits the parent of
     /// a pod's group before it creates the pod.
     pub(super) fn memory_limit(&self) -> Option<u64> {
@@ -70,16 +70,17 @@ impl ControlGroup {
         self.path.ancestors().filter_map(limit).min()
     }
 
-    /// Creates it with its ancestors. Removes the groups beside it that have been left behind.
+    /// Creates the group with its ancestors. Removes the groups beside it that have been left behind.
     pub(super) fn create(&self) -> Result<(), CgroupError> {
         fs::create_dir_all(&self.path).map_err(|source| self.error("create it", source))?;
-        // It may be one of them itself. Without the attribute, other shims do not remove it before a process is in it.
+        // This group may have been left behind, too. Without the attribute, other shims do not remove the group before
+        // a process is in it.
         let _ = rustix::fs::removexattr(&self.path, LEFT_BEHIND);
         remove_left_behind(self.path.parent().unwrap_or(&self.path));
         Ok(())
     }
 
-    /// Moves a process into it.
+    /// Moves a process into the group.
     pub(super) fn add_process(&self, pid: u32) -> Result<(), CgroupError> {
         fs::write(self.path.join("cgroup.procs"), pid.to_string())
             .map_err(|source| self.error("move a process into it", source))
@@ -93,7 +94,7 @@ impl ControlGroup {
         }
     }
 
-    /// Sends SIGKILL to all processes in it and does not wait for their end.
+    /// Sends SIGKILL to all processes in the group and does not wait for their end.
     pub(super) fn kill(&self) {
         match fs::write(self.path.join("cgroup.kill"), "1") {
             // Linux has `cgroup.kill` since 5.14; without it, `remove` fails and reports the group.
@@ -107,8 +108,8 @@ impl ControlGroup {
         }
     }
 
-    /// Removes it, but not its ancestors. Kills processes that are still in it: a vmm that its guest controls may have
-    /// forked, and the fork has the pod's devices.
+    /// Removes the group, but not its ancestors. Kills processes that are still in the group: a vmm that its guest
+    /// controls may have forked, and the fork has the pod's devices.
     pub(super) async fn remove(&self) {
         let mut removed = fs::remove_dir(&self.path);
         if matches!(&removed, Err(error) if error.kind() == io::ErrorKind::ResourceBusy) {

@@ -394,7 +394,7 @@ mod tests {
         assert!(status.contains(&format!("\nTgid:\t{}\n", holder.pid())), "{status}");
         assert!(status.starts_with("Name:\tnutshell-holder\n"), "{status}");
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", holder.pid())).unwrap();
-        // It closes the pipe only after it has reported.
+        // The holder closes the pipe of its report only after the report.
         assert!(descriptors.count() <= 1);
         assert_eq!(
             network_namespace_of(holder.pid()),

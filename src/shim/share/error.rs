@@ -46,7 +46,7 @@ pub(crate) enum ShareError {
     },
     #[error("cannot stop sharing {path}: {source}")]
     Detach {
-        /// Its path in the tree.
+        /// The path of the share in the tree.
         path: String,
         source: io::Error,
     },

@@ -184,7 +184,7 @@ async fn wait_until_ready(program: &Program, child: &Child, ready: PipeReader) -
         Ok(Err(error)) => Err(unreadable(error)),
         Ok(Ok(1..)) => Ok(()),
         Ok(Ok(0)) if is_exiting(child) => match child.wait().await {
-            // It may have forked a daemon that does the work.
+            // The logging program may have forked a daemon that does the work.
             Ok(WaitStatus::Exited(0)) if !program.must_report_ready => Ok(()),
             Ok(status) => Err(status.to_string()),
             Err(error) => Err(unreadable(error)),
@@ -292,7 +292,7 @@ mod tests {
             let mut program = program(&folder, &script.replace("exec 5", "echo >&5; exec 5"));
             program.must_report_ready = must_report_ready;
             let (logger, [stdout, stderr]) = Logger::start(&program, SOURCE, [true, true]).await.unwrap();
-            // It writes this before it is ready.
+            // The program writes this before it is ready.
             assert_eq!(text(&folder, "who"), "c1 tests key value\n");
             assert!(!text(&folder, "env").contains("HOME="), "{}", text(&folder, "env"));
             File::from(stdout.unwrap()).write_all(b"to out").unwrap();

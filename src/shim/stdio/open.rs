@@ -234,7 +234,7 @@ impl OpenedStreams {
         Ok(ConsoleStreams::new(input, output, loggers))
     }
 
-    /// Its streams, each as the machine's end and the host's: input, output, standard error.
+    /// Returns the streams, each as the machine's end and the host's: input, output, standard error.
     #[expect(clippy::type_complexity, reason = "it is taken apart at once")]
     pub(super) fn into_ends(
         self,

@@ -107,7 +107,8 @@ impl Tasks {
         let sent = signal_in_guest(container, process, signal, all).await;
         let has_failed = |error: &TaskError| error.code() != ErrorCode::NotFound;
         if signal == SIGKILL && !sent.as_ref().is_err_and(has_failed) {
-            // Also if the guest does not find the process: its exit may wait for others that are blocked.
+            // Follow the kill also if the guest does not find the process: its exit may wait for other processes that
+            // are blocked.
             self.follow_kill(container, if all { &container.init } else { process });
         }
         sent

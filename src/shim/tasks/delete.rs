@@ -78,7 +78,7 @@ impl Tasks {
         process: &Arc<Process>,
     ) -> Result<(), TaskError> {
         if process.exec.is_some() {
-            // It never ran, so there is no exit to announce.
+            // The exec never ran, so there is no exit to announce.
             process.lifecycle.record_exit(Exit::now(0), || {}).await;
             return Ok(());
         }

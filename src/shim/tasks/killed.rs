@@ -44,7 +44,7 @@ impl Tasks {
     /// Records the exit of a process that cannot end because of `blocked`.
     async fn give_up(&self, container: &Container, process: &Process, blocked: &[BlockedThread]) {
         if process.is_exit_claimed() {
-            // It has ended, and its output is being delivered.
+            // The process has ended, and its output is being delivered.
             return;
         }
         let blocked = describe(blocked);

@@ -237,7 +237,7 @@ async fn sigkill_ends_an_exec_whose_agent_no_longer_answers() {
     shim.start_task("v1", "e1").await.unwrap();
     shim.kill("v1", "e1", 9).await.unwrap();
     let status = shim.wait("v1", "e1").await.unwrap();
-    // Its status could not be read either, which may be noticed first.
+    // The status of the process could not be read either, which may be noticed first.
     assert!(status == 137 || status == 255, "{status}");
     assert_eq!(shim.status("v1").await, containerd_shim::protos::api::Status::RUNNING);
 }

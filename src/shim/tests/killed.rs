@@ -85,7 +85,7 @@ async fn blocked_container_of_a_pod_is_left_to_the_guest_and_its_siblings_go_on(
 
     shim.kill("c1", "", 9).await.unwrap();
     assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
-    // It can end after all.
+    // The blocked container ends after all.
     shim.fake.report_exit("c1", Some("e1"), 9, [0, 0]);
     shim.fake.report_exit("c1", None, 9, [0, 0]);
     assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);

@@ -456,7 +456,7 @@ async fn pid_namespace_is_that_of_the_sandbox_or_of_a_target() {
     for (id, expected) in [
         ("alone", PidNamespace::Specified),
         ("shares", PidNamespace::Pod),
-        // Not a pid of this pod.
+        // The pid belongs to no task of this pod.
         ("elsewhere", PidNamespace::Pod),
         ("joins", PidNamespace::Container("alone".to_owned())),
     ] {

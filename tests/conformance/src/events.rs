@@ -146,7 +146,7 @@ impl Events {
                 drop(state);
                 let (shared, namespace) = (shared.clone(), namespace.clone());
                 std::thread::spawn(move || {
-                    // It ends with an error when the connection is closed.
+                    // This ends with an error when the connection is closed.
                     let _ = serve_connection(connection, &shared, &namespace);
                 });
             }

@@ -147,7 +147,7 @@ impl Agent {
         let pumps = match self.start_pumps(name, new_process.agent_ends, terminal.as_ref()) {
             Ok(pumps) => pumps,
             Err(failure) => {
-                // Its exit is not reported, because the exec was not created.
+                // The exit of the process is not reported, because the exec was not created.
                 let _ = sys::kill(pid, libc::SIGKILL.unsigned_abs());
                 if let Ok(container) = self.container(name) {
                     container.execs.remove(exec);

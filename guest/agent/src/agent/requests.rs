@@ -348,8 +348,8 @@ impl Agent {
             && exec.pid.is_none()
             && signal == KILL
         {
-            // Its job is still running. Either the shim no longer waits for the start, or a client kills the exec
-            // while it is starting.
+            // The job of the exec is still running. Either the shim no longer waits for the start, or a client kills
+            // the exec while it is starting.
             exec.kill_when_started = true;
             return Ok(Answer::Now(Response::Done));
         }

@@ -275,7 +275,7 @@ impl<'a> Relay<'a> {
                     connection.last_used = Instant::now();
                 }
             }
-            // It came too late.
+            // The answer came too late.
             None => {}
         }
     }

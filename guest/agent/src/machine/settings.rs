@@ -134,7 +134,7 @@ mod tests {
                 // Refused until the second is set.
                 parameter("ipv4/ip_local_port_range", "32768\t60999", "600\t700"),
                 parameter("ipv4/ip_unprivileged_port_start", "1024", "500"),
-                // Also sets that of lo.
+                // The kernel also sets the parameter of lo.
                 parameter("ipv6/conf/all/disable_ipv6", "0", "1"),
                 parameter("ipv6/conf/lo/disable_ipv6", "0", "0"),
             ])

@@ -367,6 +367,6 @@ fn disk_without_a_kernel_is_an_error_and_unused_afterwards() {
             assert!(message.contains(part), "{part:?} is not in {message:?}");
         }
     }
-    // It can be mounted for writing, which the kernel refuses as long as it is mounted read-only.
+    // The first disk can be mounted for writing, which the kernel refuses as long as the disk is mounted read-only.
     assert_eq!(machine.run(&shell("touch /new && exit 5")).0, 5);
 }

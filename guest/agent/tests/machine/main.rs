@@ -209,7 +209,7 @@ fn container_cannot_reach_its_siblings() {
         (: </tmp/disk) 2>&1 | grep -o 'Operation not permitted'; echo end";
     let (status, text) = machine.run(&shell(script));
     assert_eq!((status, text.as_str()), (0, "0\ndisk\nOperation not permitted\nend\n"));
-    // It still runs.
+    // The sibling still runs.
     assert_eq!(machine.agent.kill("sibling", 15), Ok(Response::Done));
     machine.agent.kill("sibling", 9).unwrap();
     assert_eq!(machine.agent.exit().status, 137);
@@ -219,7 +219,7 @@ fn container_cannot_reach_its_siblings() {
 #[test]
 fn container_cannot_access_the_agents_process() {
     let mut machine = Machine::boot(&[&create_image()]);
-    // It sees the agent in the machine's /proc, and has the capabilities to trace any process.
+    // The container sees the agent in the machine's /proc, and has the capabilities to trace any process.
     let script = "cd /machine/1; cat comm; \
         for file in mem environ maps auxv; do (: <$file) 2>/dev/null && echo $file; done; \
         for link in exe root cwd ns/mnt ns/pid fd/*; do readlink $link; done; ls map_files 2>/dev/null; \

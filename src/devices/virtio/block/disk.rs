@@ -65,7 +65,7 @@ impl Backing {
 pub(super) struct Disk {
     pub(super) backing: Backing,
     pub(super) capacity: Capacity,
-    /// Their name is the serial.
+    /// The counters, which have the name of the disk's serial.
     pub(super) counters: Arc<Counters>,
 }
 

@@ -198,7 +198,7 @@ impl NamedPort {
             let kick = usize::try_from(event.data.u64())
                 .ok()
                 .and_then(|queue| self.kicks.get(queue));
-            // It is readable, so this does not block. The count does not matter.
+            // The eventfd is readable, so this does not block. The count does not matter.
             if let Some(Err(error)) = kick.map(EventFd::read) {
                 self.warn(&format!("cannot read a kick: {error}"));
             }
@@ -224,7 +224,7 @@ impl NamedPort {
             }
             0
         })?;
-        // It may be open again.
+        // The guest may have opened the port again.
         if was_closed && let Some(socket) = &self.socket {
             let end = drop_input(socket.as_fd(), &self.counters);
             self.close_if(&end);

@@ -559,7 +559,7 @@ fn copy_frame<'t>(packet: &Buffers<'_>, target: &'t mut [u8]) -> &'t [u8] {
 }
 
 fn drain(event: &EventFd) {
-    // It is readable, so this does not block. The count does not matter.
+    // The eventfd is readable, so this does not block. The count does not matter.
     let _ = event.read();
 }
 

@@ -395,7 +395,7 @@ fn idle_pod_gets_few_requests_and_rarely_wakes_the_shim() {
 #[test]
 fn only_a_missed_slew_exceeds_the_bound_after_a_suspension_of_the_shim() {
     for rate in [500e-6, 0.01, -0.01] {
-        // It is suspended while the guest has a temporary rate.
+        // The shim is suspended while the guest has a temporary rate.
         let (from, to) = (41 * SECOND, 50 * SECOND);
         for tenth in 0..10 {
             let outcome = simulate(Scenario {

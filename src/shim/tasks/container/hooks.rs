@@ -258,7 +258,7 @@ mod tests {
             "error running createRuntime hook #0: hook ran past specified timeout of 1.0s"
         );
         let pid = std::fs::read_to_string(bundle.path().join("pid")).unwrap();
-        // It may still be a zombie, until its new parent reaps it.
+        // The process may still be a zombie, until its new parent reaps it.
         let state = std::fs::read_to_string(Path::new("/proc").join(pid.trim()).join("stat"));
         assert!(!state.is_ok_and(|state| state.contains(") S ")));
     }

@@ -184,7 +184,7 @@ impl Container {
         }
     }
 
-    /// Its bundle's folder.
+    /// The folder of the container's bundle.
     pub(crate) fn bundle(&self) -> &Path {
         &self.bundle
     }
@@ -240,7 +240,7 @@ impl Container {
         self.abandoned.load(Ordering::Relaxed)
     }
 
-    /// Its execs by id, locked.
+    /// The container's execs by id, locked.
     pub(super) fn execs(&self) -> MutexGuard<'_, HashMap<String, Arc<Process>>> {
         self.execs.lock()
     }

@@ -83,7 +83,8 @@ impl Process {
         self.exec.is_some() && self.lifecycle.phase() == Phase::Created
     }
 
-    /// Its pid on the host, 0 before [`Self::set_pid_holder`]. It stays the same after [`Self::release_pid`].
+    /// The pid of the process on the host, 0 before [`Self::set_pid_holder`]. It stays the same after
+    /// [`Self::release_pid`].
     pub(crate) fn pid(&self) -> u32 {
         self.pid.load(Ordering::Relaxed)
     }
@@ -107,7 +108,7 @@ impl Process {
         }
     }
 
-    /// Its pid in the guest, 0 before [`Self::set_guest_pid`].
+    /// The pid of the process in the guest, 0 before [`Self::set_guest_pid`].
     pub(crate) fn guest_pid(&self) -> u32 {
         self.guest_pid.load(Ordering::Relaxed)
     }
@@ -128,7 +129,7 @@ impl Process {
         let _ = self.agent.set(agent);
     }
 
-    /// Its standard streams, once the machine has them.
+    /// The standard streams of the process, once the machine has them.
     pub(crate) fn streams(&self) -> Option<&StandardStreams> {
         self.streams.get()
     }

@@ -18,7 +18,7 @@ impl Tasks {
             }
             match self.stats(task.id.as_str()).await {
                 Ok(stats) => add(&mut sum, stats),
-                // It ended meanwhile, or its creation is still in progress.
+                // The container ended meanwhile, or its creation is still in progress.
                 Err(error) if matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {}
                 Err(error) => return Err(error),
             }

@@ -112,7 +112,7 @@ impl Tasks {
             Ok(guest_pid) => process.set_guest_pid(guest_pid),
             Err(error) => {
                 if error.code() == ErrorCode::Unavailable {
-                    // It may have started the process, or may do so later.
+                    // The agent may have started the process, or may start it later.
                     let kill = agent.run(signal_request(container, process, SIGKILL));
                     if let Ok(Err(error)) = tokio::time::timeout(KILL_LIMIT, kill).await {
                         log::debug!("task {}: exec {exec} is not killed: {error}", container.id);

@@ -123,7 +123,7 @@ impl Tasks {
                     current = next;
                 }
                 Err(VmError::Ended) => {
-                    // It may be the disk reader, or a machine that waits for its boot.
+                    // The machine of the pod may be the disk reader, or a machine that waits for its boot.
                     pod.machine()
                         .stop("a client has requested the end of the virtual machine");
                     pod.machine().ended().await;

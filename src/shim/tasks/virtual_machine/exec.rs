@@ -263,7 +263,7 @@ pub(in crate::shim::tasks) async fn signal_exec_in_virtual_machine(
     }
     let pid = process.guest_pid();
     if pid == 0 {
-        // It waits for the end of its standard input.
+        // The process is not started yet: the exec waits for the end of its standard input.
         if is_terminating(signal) {
             process.abandon(128 + signal);
         }

@@ -102,7 +102,7 @@ impl Fake {
                 (answer, None)
             }
             Request::Stats { .. } => (Ok(Response::Stats(Box::default())), None),
-            // Its clock is the host's.
+            // The clock of the fake guest is the host's.
             Request::SetClock { .. } | Request::SteerClock(_) | Request::ReadClock => {
                 let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
                 let nanoseconds = i64::try_from(now.as_nanos()).unwrap();

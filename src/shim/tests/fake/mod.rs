@@ -136,7 +136,7 @@ impl Launcher for FakeLauncher {
         if self.fake.behaviour == Behaviour::OutlivedByFork {
             self.fake.state().forks_stderr = Some(writer.try_clone()?);
         }
-        // It lives until it is killed, or until the fake vmm ends and closes its standard input.
+        // The process lives until it is killed, or until the fake vmm ends and closes its standard input.
         let mut program = Program::new("cat");
         if self.fake.behaviour == Behaviour::WaitsForDisk {
             let volume = HungVolume::mount_temporary();

@@ -184,7 +184,7 @@ mod tests {
         for (id, expected) in [
             ("00112233-4455-4677-8899-aabbccddeeff", Some(BYTES)),
             ("00112233-4455-4677-8899-AABBCCDDEEFF", Some(BYTES)),
-            // As the UIDs of static pods.
+            // The UIDs of static pods have this form.
             ("00112233445546778899aabbccddeeff", Some(BYTES)),
             ("0011223-34455-4677-8899-aabbccddeeff", None),
             ("i-1234", None),

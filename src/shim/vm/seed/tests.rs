@@ -102,7 +102,7 @@ impl Disk {
     fn check(&self) {
         let output = output_of("fsck.fat", "dosfstools", &["-n", &self.path()]);
         let text = String::from_utf8(output).unwrap();
-        // Its version and a summary; a complaint is another line.
+        // fsck.fat prints its version and a summary; a complaint is another line.
         assert_eq!(text.lines().count(), 2, "{text}");
     }
 
@@ -273,7 +273,7 @@ fn names_of_each_length_are_correct() {
     let disk = Disk::new(
         image::write(&Contents {
             label: *b"LABEL      ",
-            // Its entries need more than one cluster.
+            // The entries of the folder need more than one cluster.
             folder: &["a-folder.with_14", "exactly-13.is"],
             files: files.clone().map(|(name, bytes)| (name.to_owned(), bytes)).collect(),
         })

@@ -281,7 +281,7 @@ pub(crate) fn machine_resize(handler: Handler) {
         });
         update(&container, limits(50, 64));
         wait_until("one CPU, as at the start", || (cpus(&container) == 1).then_some(()));
-        // It can grow again.
+        // The machine can grow again.
         update(&container, limits(200, 384));
         assert_eq!(cpus(&container), 2);
         assert!(total_memory(&container) >= 384, "{} MiB", total_memory(&container));
