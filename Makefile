@@ -19,8 +19,8 @@ KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 DISK_READER_KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/disk-reader-kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
 # acpica-tools and dmidecode read the firmware tables that the unit tests build, dosfstools and mtools their file
-# systems; qemu-utils makes their disk images.
-UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils
+# systems; qemu-utils makes their disk images, and systemd checks a unit for the agent.
+UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils systemd
 
 # Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).
 DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)

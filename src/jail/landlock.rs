@@ -11,8 +11,8 @@ use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetEr
 pub(crate) enum OpenAccess {
     /// No path at all and no TCP port, also none beneath a directory that it has a descriptor of.
     Nothing,
-    /// Everything in its root. The mount namespace is the limit: it has nothing but the tree. Rules for paths would have
-    /// the kernel walk from each file to the root at each open, and refuse files of a tree that has been detached.
+    /// Everything in its root. The mount namespace is the limit: it has nothing but the tree. Rules for paths would
+    /// have the kernel walk from each file to the root at each open, and refuse files of a tree that has been detached.
     Root,
 }
 

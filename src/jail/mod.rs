@@ -37,10 +37,10 @@ pub(crate) use self::{
 };
 use self::{origin::Origin, seccomp::CallList};
 
-/// User and group id of a jailed process are this plus its pid in the shim's pid namespace. A pid belongs to one living process, so no two living
-/// processes of a pid namespace share an id, and a compromised child can neither signal nor trace the child of another
-/// pod. No account has these ids: systemd's list of id ranges (UIDS-GIDS.md) leaves 0x7000_0000 to 0x7FFD_FFFF unused,
-/// and pids are below 2^22 (`PID_MAX_LIMIT`).
+/// User and group id of a jailed process are this plus its pid in the shim's pid namespace. A pid belongs to one living
+/// process, so no two living processes of a pid namespace share an id, and a compromised child can neither signal nor
+/// trace the child of another pod. No account has these ids: systemd's list of id ranges (UIDS-GIDS.md) leaves
+/// 0x7000_0000 to 0x7FFD_FFFF unused, and pids are below 2^22 (`PID_MAX_LIMIT`).
 const FIRST_ID: u32 = 0x7000_0000;
 
 /// The privileges and resources that a jailed process keeps.
@@ -52,8 +52,8 @@ pub(crate) struct Jail<'a> {
     pub(crate) name: &'static CStr,
     pub(crate) root: Root<'a>,
     /// A pidfd of a jailed process whose namespaces for network, IPC and host name this one enters. Nothing is in them,
-    /// and making and removing namespaces is a large part of the start of a container. New ones are made if that process
-    /// has ended or is not in its jail yet.
+    /// and making and removing namespaces is a large part of the start of a container. New ones are made if that
+    /// process has ended or is not in its jail yet.
     pub(crate) peer: Option<BorrowedFd<'a>>,
     /// What it may open, besides what it has open.
     pub(crate) open_access: OpenAccess,

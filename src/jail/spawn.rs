@@ -10,8 +10,9 @@ use std::{
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-/// Starts this executable as a role, which then calls [`super::enter`]. The process gets no environment, and is the init
-/// process of a pid namespace of its own: it sees no other process, and the kernel kills its descendants when it ends.
+/// Starts this executable as a role, which then calls [`super::enter`]. The process gets no environment, and is the
+/// init process of a pid namespace of its own: it sees no other process, and the kernel kills its descendants when it
+/// ends.
 #[derive(Debug)]
 pub(crate) struct RoleCommand {
     command: Command,

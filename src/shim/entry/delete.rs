@@ -5,8 +5,8 @@
 //! succeeds, and a step that fails is reported on standard error, which containerd logs, and does not stop the next
 //! one.
 //!
-//! The children of a shim and the mounts of its mount namespace end with it. All other resources are in the bundle's
-//! [`ResourceRecord`].
+//! The jailed children and the pid holders of a shim, and the mounts of its mount namespace, end with it. All other
+//! resources are in the bundle's [`ResourceRecord`].
 
 use std::{
     fmt::Display,

@@ -32,8 +32,8 @@ pub(super) struct RunningFileServer {
 }
 
 impl RunningFileServer {
-    /// Starts a file server beside the process `vmm`, and returns it with the vmm's socket. `None` if the launcher starts
-    /// no file servers. Call it on the shim's main thread. Needs the Tokio runtime.
+    /// Starts a file server beside the process `vmm`, and returns it with the vmm's socket. `None` if the launcher
+    /// starts no file servers. Call it on the shim's main thread. Needs the Tokio runtime.
     pub(super) fn start(launcher: &dyn Launcher, vmm: &Child) -> Result<Option<(Self, OwnedFd)>, ShareError> {
         // Without the pidfd, the file server makes namespaces of its own.
         let vmm = vmm.try_clone_descriptor().ok();

@@ -27,8 +27,8 @@ pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     fn open_agent_disk(&self) -> Result<BootDisk, BootError>;
     /// Starts a vmm process, which waits for its first command.
     fn spawn_vmm(&self) -> io::Result<VmmProcess>;
-    /// Starts a file server in the namespaces of the process `vmm`, a pidfd, and returns it with the socket through which
-    /// the vmm reaches it. `None` if this launcher starts no file servers, as in tests.
+    /// Starts a file server in the namespaces of the process `vmm`, a pidfd, and returns it with the socket through
+    /// which the vmm reaches it. `None` if this launcher starts no file servers, as in tests.
     fn spawn_file_server(&self, vmm: Option<OwnedFd>) -> Result<Option<(FileServer, OwnedFd)>, ShareError>;
 }
 

@@ -348,8 +348,8 @@ fn register(value: libc::c_int) -> usize {
     value.unsigned_abs() as usize
 }
 
-/// Makes a system call with at most four arguments; the fifth is 0. Returns the kernel's result: a negative errno on failure. Only for
-/// the calls above, whose pointers are to live values of the right size.
+/// Makes a system call with at most four arguments; the fifth is 0. Returns the kernel's result: a negative errno on
+/// failure. Only for the calls above, whose pointers are to live values of the right size.
 fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
     let result;
     // SAFETY: the x86-64 system call convention: number and result in rax, rcx and r11 clobbered. The calls made here
