@@ -473,7 +473,7 @@ basic_cases() {
 }
 
 # Every case, on each snapshotter that needs no setup, with a busybox image, a Debian image, and an image of one
-# program. The combination of the second snapshotter and the second image is in combination_cases.
+# program. The second snapshotter and the second image are used together; separate_cases has each of them alone.
 every_case() {
   basic_cases "overlayfs"
   check "overlayfs: exec killed by a signal reports 128 plus the signal's number" \
@@ -499,10 +499,9 @@ every_case() {
   check "guest kernel panic ends the container" guest_kernel_panic_ends_the_container
   check "boot failure is reported with its cause" boot_failure_is_reported_with_its_cause
   check "twenty containers start concurrently" twenty_containers_start_concurrently
-  snapshotter=native
-  basic_cases "native"
+  snapshotter=native image=debian
+  basic_cases "debian, native"
   snapshotter=overlayfs image=debian
-  basic_cases "debian"
   check "python3 of the debian image runs" python_runs
   # The page describes the kernel of the container board.
   [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]] ||
@@ -511,7 +510,9 @@ every_case() {
   check "image with a single binary runs" single_binary_runs
 }
 
-combination_cases() {
-  snapshotter=native image=debian
-  basic_cases "debian, native"
+separate_cases() {
+  snapshotter=native image=busybox
+  basic_cases "native"
+  snapshotter=overlayfs image=debian
+  basic_cases "debian"
 }

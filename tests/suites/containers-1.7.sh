@@ -5,5 +5,5 @@ source "$(dirname "$0")/../cases/containers.bash"
 set_up_containerd 1.7 busybox debian one-binary
 
 every_case
-combination_cases
+separate_cases
 finish
