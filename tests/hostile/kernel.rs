@@ -106,6 +106,7 @@ extern "C" fn main(zero_page: *const u8) -> ! {
 unsafe fn map_memory() {
     const PRESENT_WRITABLE: u64 = 0b11;
     const HUGE_PAGE: u64 = 1 << 7;
+    // SAFETY: nothing else uses the tables, and they map the memory that this program is in to itself.
     unsafe {
         let directories = (&raw mut DIRECTORIES).cast::<u64>();
         for index in 0..2048 {
@@ -131,6 +132,7 @@ unsafe fn map_memory() {
 ///
 /// Call it once.
 unsafe fn catch_exceptions() {
+    // SAFETY: nothing else uses the table, and the handler never returns to the code that it interrupts.
     unsafe {
         let table = (&raw mut INTERRUPTS).cast::<u64>();
         let handler = resume as *const () as u64;
@@ -153,6 +155,7 @@ unsafe fn catch_exceptions() {
 ///
 /// `text` ends with a zero.
 unsafe fn contains(mut text: *const u8, word: &[u8]) -> bool {
+    // SAFETY: no byte after the zero is read, since it differs from the bytes of the word.
     unsafe {
         while *text != 0 {
             if word.iter().enumerate().all(|(index, byte)| *text.add(index) == *byte) {

@@ -252,9 +252,12 @@ mod tests {
     };
 
     use super::{disk::Capacity, *};
-    use crate::devices::{
-        log_capture::LogCapture,
-        virtio::mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
+    use crate::{
+        devices::{
+            log_capture::LogCapture,
+            virtio::mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue, memory, stall_timer},
+        },
+        memory::MemoryRegions,
     };
     use nix::{
         fcntl::AT_FDCWD,
@@ -304,16 +307,21 @@ mod tests {
         assert_eq!(disk.counters.read().errors, 1);
     }
 
-    /// In another monitor, the completion of one of the two requests freed the buffer of the other.
-    #[test]
-    fn request_made_available_twice_is_served_twice_cve_2026_45782() {
-        let memory = memory();
-        let mock = MockSplitQueue::new(&*memory, 16);
+    /// Stores a request that reads one sector, in the first descriptors of `mock`.
+    fn store_read_request(mock: &MockSplitQueue<'_, MemoryRegions>) {
         let layout = [(0x8000, 16, NEXT), (0x9000, 512, NEXT | WRITE), (0xf000, 1, WRITE)];
         for (index, (address, length, flags)) in (0..).zip(layout) {
             let entry = descriptor(address, length, flags, index + 1);
             mock.desc_table().store(index, entry).unwrap();
         }
+    }
+
+    /// In another monitor, the completion of one of the two requests freed the buffer of the other.
+    #[test]
+    fn request_made_available_twice_is_served_twice_cve_2026_45782() {
+        let memory = memory();
+        let mock = MockSplitQueue::new(&*memory, 16);
+        store_read_request(&mock);
         for slot in 0..2 {
             mock.avail().ring().ref_at(slot).unwrap().store(0);
         }
@@ -385,11 +393,7 @@ mod tests {
     fn queue_is_pending_while_the_host_does_not_complete_a_read() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
-        let layout = [(0x8000, 16, NEXT), (0x9000, 512, NEXT | WRITE), (0xf000, 1, WRITE)];
-        for (index, (address, length, flags)) in (0..).zip(layout) {
-            let entry = descriptor(address, length, flags, index + 1);
-            mock.desc_table().store(index, entry).unwrap();
-        }
+        store_read_request(&mock);
         mock.avail().ring().ref_at(0).unwrap().store(0);
         mock.avail().idx().store(1);
         let file = tempfile::NamedTempFile::new().unwrap();
