@@ -22,7 +22,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use rustix::process::{Gid, Pid, Uid};
-use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces};
 
 use super::program::{Program, ResolvedProgram};
 use super::{scheduling, spec};
@@ -66,6 +66,9 @@ pub(crate) fn exec(
     // "No Internal Process Constraint"). Then the process joins the cgroup of the first process.
     let init_cgroup = cgroup::of_process(target.init).and_then(|cgroup| open_directory(cgroup.path()));
 
+    let late_namespaces = LateNamespaces::open(target.init, settings.has_user_namespace)
+        .context(|| format!("open the namespaces of container {}", request.container))?;
+
     let own_descriptors = open_directory(Path::new("/proc/self/fd")).context(|| "open /proc/self/fd".to_owned())?;
     sys::set_undumpable().context(|| "hide the agent's memory".to_owned())?;
     let mut kinds = ThreadNameSpaceType::MOUNT
@@ -97,7 +100,7 @@ pub(crate) fn exec(
     };
     let Some(pid) = forked.context(|| format!("fork exec {} of container {}", request.exec, request.container))? else {
         let streams = Streams::of(process_ends, slave, null.as_ref());
-        let Err(error) = become_program(&settings, target.pidfd, &streams, &error_writer);
+        let Err(error) = become_program(&settings, &late_namespaces, &streams, &error_writer);
         let _ = rustix::io::write(&error_writer, error.as_bytes());
         sys::exit_now(255)
     };
@@ -253,24 +256,55 @@ impl<'a> Streams<'a> {
     }
 }
 
+/// The namespaces that only the forked process enters: a caller inside the cgroup namespace could not fork it into the
+/// cgroup, and one inside the user namespace could not take the next steps.
+///
+/// The process cannot enter them by the container's pidfd: it is in the container's pid namespace, from which no
+/// process of the agent can be accessed, and the first process is one until it executes its program
+/// (guest/kernel/patches/required/agent-processes.patch).
+#[derive(Debug)]
+struct LateNamespaces {
+    cgroup: OwnedFd,
+    user: Option<OwnedFd>,
+}
+
+impl LateNamespaces {
+    /// Opens those of the container whose first process is `init`. Another process may have its number by now, so the
+    /// caller must then enter the container's other namespaces by its pidfd, which fails if `init` has ended.
+    fn open(init: Pid, has_user_namespace: bool) -> io::Result<Self> {
+        let open = |name| {
+            let path = format!("/proc/{}/ns/{name}", init.as_raw_nonzero());
+            rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        };
+        Ok(Self {
+            cgroup: open("cgroup")?,
+            user: has_user_namespace.then(|| open("user")).transpose()?,
+        })
+    }
+
+    fn enter(&self) -> Result<(), String> {
+        move_into_link_name_space(self.cgroup.as_fd(), Some(LinkNameSpaceType::ControlGroup))
+            .describe(|| "enter the container's cgroup namespace".to_owned())?;
+        if let Some(user) = &self.user {
+            move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))
+                .describe(|| "enter the container's user namespace".to_owned())?;
+            set_ids(0, 0)?;
+        }
+        Ok(())
+    }
+}
+
 /// Turns the forked process into the program. Each step comes before those that drop the privilege that it needs.
 fn become_program(
     settings: &ProcessSettings,
-    container: BorrowedFd<'_>,
+    late_namespaces: &LateNamespaces,
     streams: &Streams<'_>,
     error_writer: &OwnedFd,
 ) -> Result<Infallible, String> {
     let syscall = SyscallType::Linux.create_syscall();
     let user = settings.process.user();
     begin_session(streams)?;
-    // Enter it only now: a caller inside the cgroup namespace could not have forked the process into the cgroup.
-    move_into_thread_name_spaces(container, ThreadNameSpaceType::CONTROL_GROUP)
-        .describe(|| "enter the container's cgroup namespace".to_owned())?;
-    if settings.has_user_namespace {
-        move_into_thread_name_spaces(container, ThreadNameSpaceType::USER)
-            .describe(|| "enter the container's user namespace".to_owned())?;
-        set_ids(0, 0)?;
-    }
+    late_namespaces.enter()?;
     // Paths in the container, such as `/proc/self/fd/…`, must not lead to descriptors of the agent.
     sys::close_all_but(&[error_writer.as_fd()]);
 

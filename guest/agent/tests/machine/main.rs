@@ -324,6 +324,27 @@ fn exec_and_terminal_work_over_vsock() {
 }
 
 #[test]
+fn exec_runs_in_created_container() {
+    let mut machine = Machine::boot(&[&create_image()]);
+    machine.create(0, "c", &shell("exit 7"), Stdio::default());
+    // The first process is still a process of the agent, which containers cannot access.
+    let output = machine.agent.listen();
+    let stdio = Stdio {
+        stdout: Some(output.port),
+        ..Stdio::default()
+    };
+    let script = process(&["/bin/sh", "-c", "cat /proc/self/cgroup; exit 9"]);
+    machine.agent.exec("c", "early", &script, stdio).unwrap();
+    let mut text = String::new();
+    output.accept().read_to_string(&mut text).unwrap();
+    assert_eq!(machine.agent.exit().status, 9);
+    assert_eq!(text, "0::/\n");
+    machine.agent.start_container("c");
+    assert_eq!(machine.agent.exit().status, 7);
+    machine.delete("c");
+}
+
+#[test]
 fn input_and_output_arrive_whole_over_vsock() {
     let mut machine = Machine::boot(&[&create_image()]);
     let (input, output) = (machine.agent.listen(), machine.agent.listen());
