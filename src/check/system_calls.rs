@@ -3,8 +3,12 @@
 use std::fmt::Write;
 
 use crate::{
-    devices::system_calls as devices, disk::system_calls as disk, fs::system_calls as fs, jail::seccomp::CallList,
-    shim::pod::system_calls as holder, vmm::system_calls as vmm,
+    devices::system_calls as devices,
+    disk::system_calls as disk,
+    fs::system_calls as fs,
+    jail::seccomp::{AllowedCall, CallList},
+    shim::pod::system_calls as holder,
+    vmm::system_calls as vmm,
 };
 
 /// The list of a process, and those of its threads, which inherit it.
@@ -44,14 +48,20 @@ const PROCESSES: [Process; 4] = [
     },
 ];
 
-/// A line for each call: process, thread, call with arguments, and reason, separated by tabs.
+/// A line for each call: process, thread, call with arguments, and reason, separated by tabs. The reason begins with
+/// `for thread` if a thread needs the call that inherits the list.
 pub(super) fn table() -> String {
     let mut table = String::new();
     for process in &PROCESSES {
         for list in std::iter::once(&process.list).chain(process.threads) {
-            for call in list.calls() {
+            for AllowedCall { call, inherited_by } in list.calls() {
+                let needed_by = inherited_by.map_or_else(String::new, |thread| format!("for thread {thread}: "));
                 // Writing to a string cannot fail.
-                let _ = writeln!(table, "{}\t{}\t{call}\t{}", process.role, list.thread, call.reason);
+                let _ = writeln!(
+                    table,
+                    "{}\t{}\t{call}\t{needed_by}{}",
+                    process.role, list.thread, call.reason
+                );
             }
             for refusal in list.refused {
                 let name = refusal.name.trim_start_matches("SYS_");
@@ -116,7 +126,8 @@ pub(crate) mod tests {
                     );
                     continue;
                 }
-                let calls: Vec<_> = list.calls().filter(|call| call.number == number).collect();
+                let mut calls: Vec<_> = list.calls().into_iter().map(|allowed| allowed.call).collect();
+                calls.retain(|call| call.number == number);
                 let is_always_allowed = calls.iter().any(|call| matches!(call.arguments, Arguments::Any));
                 // No list of allowed values contains `u64::MAX`, and it has every bit that a call must not have.
                 let outcome = outcome_of(list, number, [u64::MAX; 6]);
@@ -160,7 +171,9 @@ pub(crate) mod tests {
             (&fs::WORKER, &fs::SYNC),
         ] {
             // Compare calls with their arguments: the starter must be able to make each call with the same arguments.
-            let texts = |list: &CallList| list.calls().map(ToString::to_string).collect::<BTreeSet<_>>();
+            let texts = |list: &CallList| -> BTreeSet<_> {
+                list.calls().iter().map(|allowed| allowed.call.to_string()).collect()
+            };
             let missing: Vec<_> = texts(started).difference(&texts(starter)).cloned().collect();
             assert_eq!(missing, [""; 0], "{} starts {}", starter.thread, started.thread);
         }
@@ -209,7 +222,7 @@ pub(crate) mod tests {
             libc::SYS_init_module,
         ];
         for (process, list) in lists() {
-            for call in list.calls() {
+            for AllowedCall { call, .. } in list.calls() {
                 assert!(
                     !FORBIDDEN.contains(&call.number),
                     "{} {}: {call}",
@@ -227,6 +240,7 @@ pub(crate) mod tests {
             "vmm\tvcpu\tioctl, argument 2 one of 0xae80",
             "fs\tqueue\tunshare, argument 1 one of 0x200\ta working directory of this thread",
             "vmm\tblock\tclone3, fails with error 38\t",
+            "vmm\tvcpu\tpreadv\tfor thread block: reads",
         ] {
             assert!(table.lines().any(|text| text.starts_with(line)), "{line}\n{table}");
         }

@@ -26,7 +26,7 @@ pub(crate) const ACTIVATION: &[Call] = &[
     allowed!(SYS_timerfd_settime, "the timer that finds stalled queues"),
 ];
 
-pub(crate) const BLOCK_CALLS: &[Call] = &[
+const BLOCK_CALLS: &[Call] = &[
     allowed!(SYS_preadv, "reads"),
     allowed!(SYS_pwritev, "writes"),
     allowed!(SYS_pread64, "reads of an image's tables and clusters"),
@@ -43,11 +43,12 @@ pub(crate) const BLOCK_CALLS: &[Call] = &[
 /// The thread of a disk's queue.
 pub(crate) const BLOCK: CallList = CallList {
     thread: "block",
-    allowed: &[EVERY_THREAD, BLOCK_CALLS],
+    own: &[EVERY_THREAD, BLOCK_CALLS],
+    starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };
 
-pub(crate) const NET_CALLS: &[Call] = &[
+const NET_CALLS: &[Call] = &[
     allowed!(SYS_readv, "packets for the guest"),
     allowed!(SYS_writev, "packets of the guest"),
     allowed!(SYS_ioctl[1] in TAP_IOCTLS, "offloads and queues of a tap device, by the control queue"),
@@ -58,11 +59,12 @@ pub(crate) const NET_CALLS: &[Call] = &[
 /// The thread of a queue pair of a network device.
 pub(crate) const NET: CallList = CallList {
     thread: "net",
-    allowed: &[EVERY_THREAD, WAIT_FOR_EVENTS, NET_CALLS],
+    own: &[EVERY_THREAD, WAIT_FOR_EVENTS, NET_CALLS],
+    starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };
 
-pub(crate) const DISK_SIZES_CALLS: &[Call] = &[
+const DISK_SIZES_CALLS: &[Call] = &[
     allowed!(SYS_statx, "the size of a file"),
     allowed!(SYS_lseek, "the size of a block device"),
     allowed!(SYS_sendmsg, "warnings for the shim"),
@@ -71,6 +73,7 @@ pub(crate) const DISK_SIZES_CALLS: &[Call] = &[
 /// The thread that finds out that disks have grown.
 pub(crate) const DISK_SIZES: CallList = CallList {
     thread: "disk sizes",
-    allowed: &[EVERY_THREAD, DISK_SIZES_CALLS],
+    own: &[EVERY_THREAD, DISK_SIZES_CALLS],
+    starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };

@@ -14,6 +14,7 @@ const CALLS: &[Call] = &[
 /// The process, which has one thread.
 pub(crate) const PROCESS: CallList = CallList {
     thread: "main",
-    allowed: &[EVERY_THREAD, CALLS],
+    own: &[EVERY_THREAD, CALLS],
+    starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };

@@ -2,7 +2,7 @@
 
 use crate::jail::seccomp::{
     Call, CallList, allowed,
-    runtime::{EVERY_THREAD, REFUSED, START_OF_THREADS, WAIT_FOR_EVENTS},
+    runtime::{EVERY_THREAD, REFUSED, START_OF_THREADS, WAIT_FOR_EVENTS_WITH_LIBC},
 };
 
 /// What a request of the guest does.
@@ -13,15 +13,11 @@ const REQUEST_CALLS: &[Call] = &[
     ),
     allowed!(SYS_openat2, "look-up"),
     allowed!(SYS_statx, "look-up, attributes"),
-    allowed!(SYS_newfstatat, "attributes"),
-    allowed!(SYS_fstat, "attributes"),
     allowed!(SYS_fstatfs, "statfs"),
     allowed!(SYS_readlinkat, "readlink"),
     allowed!(SYS_getdents64, "readdir"),
     allowed!(SYS_lseek, "readdir, lseek"),
-    allowed!(SYS_preadv, "read"),
     allowed!(SYS_preadv2, "read"),
-    allowed!(SYS_pwritev, "write"),
     allowed!(SYS_pwritev2, "write"),
     allowed!(SYS_copy_file_range, "copy_file_range"),
     allowed!(SYS_fallocate, "fallocate"),
@@ -66,13 +62,14 @@ const WORKER_CALLS: &[Call] =
 /// A thread that serves queues.
 pub(crate) const WORKER: CallList = CallList {
     thread: "queue",
-    allowed: &[
+    own: &[
         EVERY_THREAD,
         START_OF_THREADS,
         REQUEST_CALLS,
-        WAIT_FOR_EVENTS,
+        WAIT_FOR_EVENTS_WITH_LIBC,
         WORKER_CALLS,
     ],
+    starts: &[&SYNC],
     refused: REFUSED,
 };
 
@@ -87,7 +84,8 @@ const SYNC_CALLS: &[Call] = &[
 /// The thread for fsync.
 pub(crate) const SYNC: CallList = CallList {
     thread: "sync",
-    allowed: &[EVERY_THREAD, SYNC_CALLS],
+    own: &[EVERY_THREAD, SYNC_CALLS],
+    starts: &[],
     refused: REFUSED,
 };
 
@@ -103,13 +101,12 @@ const CONNECTION_CALLS: &[Call] = &[
 /// The process, with the thread of the vhost-user connection.
 pub(crate) const PROCESS: CallList = CallList {
     thread: "connection",
-    allowed: &[
+    own: &[
         EVERY_THREAD,
         START_OF_THREADS,
-        REQUEST_CALLS,
-        WAIT_FOR_EVENTS,
-        WORKER_CALLS,
+        WAIT_FOR_EVENTS_WITH_LIBC,
         CONNECTION_CALLS,
     ],
+    starts: &[&WORKER],
     refused: REFUSED,
 };

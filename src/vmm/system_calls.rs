@@ -1,7 +1,7 @@
 //! The system calls of the vmm's process and threads. The lists of devices' threads are in [`crate::devices`].
 
 use crate::{
-    devices::system_calls::{ACTIVATION, BLOCK_CALLS, DISK_SIZES_CALLS, NET_CALLS},
+    devices::system_calls::{ACTIVATION, BLOCK, DISK_SIZES, NET},
     jail::seccomp::{
         Call, CallList, allowed,
         runtime::{EVERY_THREAD, REFUSED_WITHOUT_FILES, START_OF_THREADS, WAIT_FOR_EVENTS},
@@ -48,30 +48,17 @@ const REGISTER_CALLS: &[Call] = &[allowed!(SYS_ppoll, "the pending bits of MSI-X
 /// The thread of a vCPU. It activates devices, and the threads of their queues inherit its list.
 pub(crate) const VCPU: CallList = CallList {
     thread: "vcpu",
-    allowed: &[
-        VCPU_CALLS,
-        REGISTER_CALLS,
-        EVERY_THREAD,
-        START_OF_THREADS,
-        WAIT_FOR_EVENTS,
-        ACTIVATION,
-        BLOCK_CALLS,
-        NET_CALLS,
-    ],
+    own: &[VCPU_CALLS, REGISTER_CALLS, EVERY_THREAD, START_OF_THREADS, ACTIVATION],
+    starts: &[&BLOCK, &NET],
     refused: REFUSED_WITHOUT_FILES,
 };
 
 const EVENT_LOOP_CALLS: &[Call] = &[
     allowed!(
-        SYS_poll,
-        "the wait for the reader of the console after the end of the machine"
-    ),
-    allowed!(
         SYS_ppoll,
         "the wait for the reader of the console after the end of the machine"
     ),
-    allowed!(SYS_recvfrom, "streams of the guest: sockets"),
-    allowed!(SYS_sendto, "streams of the guest: sockets"),
+    allowed!(SYS_recvfrom, "the end of the stream at a named port"),
     allowed!(SYS_shutdown, "streams of the guest: sockets"),
     allowed!(SYS_readv, "streams of the guest"),
     allowed!(SYS_writev, "streams of the guest"),
@@ -93,17 +80,15 @@ const EVENT_LOOP_CALLS: &[Call] = &[
 /// The thread of the event loop, once the machine runs.
 pub(crate) const EVENT_LOOP: CallList = CallList {
     thread: "event loop",
-    allowed: &[
+    own: &[
         VCPU_CALLS,
         EVENT_LOOP_CALLS,
         EVERY_THREAD,
         START_OF_THREADS,
         WAIT_FOR_EVENTS,
         ACTIVATION,
-        BLOCK_CALLS,
-        NET_CALLS,
-        DISK_SIZES_CALLS,
     ],
+    starts: &[&VCPU, &DISK_SIZES, &UNPLUG],
     refused: REFUSED_WITHOUT_FILES,
 };
 
@@ -123,25 +108,16 @@ const BUILD_CALLS: &[Call] = &[
 /// The process, from the jail until the machine is built.
 pub(crate) const PROCESS: CallList = CallList {
     thread: "build",
-    allowed: &[
-        VCPU_CALLS,
-        EVENT_LOOP_CALLS,
-        BUILD_CALLS,
-        EVERY_THREAD,
-        START_OF_THREADS,
-        WAIT_FOR_EVENTS,
-        ACTIVATION,
-        BLOCK_CALLS,
-        NET_CALLS,
-        DISK_SIZES_CALLS,
-    ],
+    own: &[VCPU_CALLS, BUILD_CALLS, EVERY_THREAD, START_OF_THREADS, WAIT_FOR_EVENTS],
+    starts: &[&EVENT_LOOP, &VCPU, &DISK_SIZES],
     refused: REFUSED_WITHOUT_FILES,
 };
 
 /// The thread that waits until an unplugged disk is unused.
 pub(crate) const UNPLUG: CallList = CallList {
     thread: "unplug",
-    allowed: &[EVERY_THREAD, &[allowed!(SYS_sendmsg, "the notice for the shim")]],
+    own: &[EVERY_THREAD, &[allowed!(SYS_sendmsg, "the notice for the shim")]],
+    starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };
 

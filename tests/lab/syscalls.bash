@@ -4,7 +4,8 @@
 
 tracing=/sys/kernel/tracing
 # By thread name. The kernel knows a process's main thread by the name that `jail::enter` sets.
-traced_threads=(nutshell-vmm 'vcpu*' net block unplug 'disk sizes' nutshell-fs vhost-user vring_worker sync standby nutshell-disk)
+traced_threads=(nutshell-vmm 'vcpu*' net block unplug 'disk sizes' nutshell-fs vhost-user vring_worker sync standby nutshell-disk
+  nutshell-holder)
 
 # Arguments that the lists check: event and field.
 traced_arguments=(

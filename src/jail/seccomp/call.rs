@@ -7,17 +7,44 @@ use std::fmt;
 pub(crate) struct CallList {
     /// Names the thread in messages.
     pub(crate) thread: &'static str,
-    /// The allowed calls, in groups.
-    pub(crate) allowed: &'static [&'static [Call]],
+    /// The calls of the thread itself, in groups.
+    pub(crate) own: &'static [&'static [Call]],
+    /// The threads that it starts. They inherit its list, so it has their calls too.
+    pub(crate) starts: &'static [&'static CallList],
     /// Calls that fail and do not end the process.
     pub(crate) refused: &'static [Refusal],
 }
 
 impl CallList {
-    /// All allowed calls. A call can be in several groups, with different arguments.
-    pub(crate) fn calls(&self) -> impl Iterator<Item = &'static Call> + use<> {
-        self.allowed.iter().flat_map(|group| group.iter())
+    /// All allowed calls, each once with the same arguments: first those of the thread itself, then those of the threads
+    /// that it starts.
+    pub(crate) fn calls(&self) -> Vec<AllowedCall> {
+        let mut calls = Vec::new();
+        self.add_calls(None, &mut calls);
+        calls
     }
+
+    fn add_calls(&self, inherited_by: Option<&'static str>, calls: &mut Vec<AllowedCall>) {
+        for call in self.own.iter().copied().flatten() {
+            let is_new = calls.iter().all(|AllowedCall { call: other, .. }| {
+                (other.number, other.arguments) != (call.number, call.arguments)
+            });
+            if is_new {
+                calls.push(AllowedCall { call, inherited_by });
+            }
+        }
+        for list in self.starts {
+            list.add_calls(inherited_by.or(Some(list.thread)), calls);
+        }
+    }
+}
+
+/// A call of a [`CallList`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AllowedCall {
+    pub(crate) call: &'static Call,
+    /// The thread that needs the call, if not the thread of the list: one that it starts.
+    pub(crate) inherited_by: Option<&'static str>,
 }
 
 /// An allowed call.
@@ -33,7 +60,7 @@ pub(crate) struct Call {
 
 /// The arguments with which a call is allowed. The first argument has the index 0. Only the lower 32 bits are compared:
 /// the kernel ignores the upper ones of these arguments.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arguments {
     Any,
     /// The argument has one of these values.

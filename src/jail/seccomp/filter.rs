@@ -8,7 +8,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{Arguments, Call, CallList, Refusal};
+use super::{AllowedCall, Arguments, Call, CallList, Refusal};
 
 /// Why a list cannot be translated. Only a mistake in a list causes it.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +31,7 @@ pub(crate) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
         source,
     };
     let mut allowed = BTreeMap::new();
-    for call in list.calls() {
+    for AllowedCall { call, .. } in list.calls() {
         let rules = rules(call).map_err(failed)?;
         match (allowed.entry(call.number).or_insert(Allowed::If(Vec::new())), rules) {
             (Allowed::Always, _) => {}

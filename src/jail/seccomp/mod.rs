@@ -21,7 +21,7 @@ use std::{
 };
 
 pub(crate) use self::{
-    call::{Arguments, Call, CallList, Refusal, allowed, refused},
+    call::{AllowedCall, Arguments, Call, CallList, Refusal, allowed, refused},
     filter::compile,
 };
 use super::syscalls;

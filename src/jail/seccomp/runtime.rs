@@ -60,12 +60,18 @@ pub(crate) const EVERY_THREAD: &[Call] = &[
     allowed!(SYS_exit_group, "the end of the process"),
 ];
 
-/// The calls of a thread that waits with epoll.
+/// The calls of a thread that waits with rustix's epoll.
 pub(crate) const WAIT_FOR_EVENTS: &[Call] = &[
     allowed!(SYS_epoll_create1, "the wait for events"),
     allowed!(SYS_epoll_ctl, "the wait for events"),
+    allowed!(SYS_epoll_pwait, "the wait for events"),
+];
+
+/// The calls of a thread that waits with the C library's epoll.
+pub(crate) const WAIT_FOR_EVENTS_WITH_LIBC: &[Call] = &[
+    allowed!(SYS_epoll_create1, "the wait for events"),
+    allowed!(SYS_epoll_ctl, "the wait for events"),
     allowed!(SYS_epoll_wait, "the wait for events"),
-    allowed!(SYS_epoll_pwait, "the wait for events, as rustix makes it"),
 ];
 
 /// glibc's signal with which a change of the user reaches all threads (`SIGSETXID` in nptl).

@@ -10,6 +10,8 @@ use nix::{
     unistd::{ForkResult, fork},
 };
 
+use vm_memory::{MmapRegion, VolatileMemory};
+
 use super::{CallList, IS_CONFINED, filter, violation};
 use crate::jail::syscalls;
 
@@ -36,12 +38,27 @@ pub(crate) enum Outcome {
     Allowed,
 }
 
-/// The exit status of the child after a call that succeeded. After a call that failed, the status is the errno.
-const SUCCEEDED: i32 = 0;
+/// What the child writes before it ends: it cannot always use its exit status, because a list may forbid exit_group.
+mod report {
+    pub(super) const NOTHING: i32 = -1;
+    pub(super) const NO_FILTER: i32 = -2;
+    pub(super) const SUCCEEDED: i32 = 0;
+}
 
 /// Makes the call `number` in a child process that is limited to `list`.
 pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64; 6]) -> Outcome {
     let program = filter::compile(list).unwrap();
+    // The region keeps its address in the child.
+    let shared: MmapRegion<()> = MmapRegion::build(
+        None,
+        4096,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+    )
+    .unwrap();
+    let slice = shared.as_volatile_slice();
+    let report = slice.get_ref::<i32>(0).unwrap();
+    report.store(report::NOTHING);
     // SAFETY: the child makes only system calls, and ends without running code of the test harness.
     let child = match unsafe { fork() }.unwrap() {
         ForkResult::Parent { child } => child,
@@ -59,31 +76,33 @@ pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64;
                     maximum: Some(0),
                 },
             );
-            let status = match syscalls::install_seccomp_filter(&program) {
-                Err(_) => 255,
+            report.store(match syscalls::install_seccomp_filter(&program) {
+                Err(_) => report::NO_FILTER,
                 Ok(()) => {
                     let [a, b, c, d, e, f] = arguments;
                     // SAFETY: whatever the call does, it does to this child alone, which ends.
                     match unsafe { libc::syscall(number, a, b, c, d, e, f) } {
-                        -1 => io::Error::last_os_error().raw_os_error().unwrap_or(254),
-                        _ => SUCCEEDED,
+                        -1 => io::Error::last_os_error().raw_os_error().unwrap_or(i32::MAX),
+                        _ => report::SUCCEEDED,
                     }
                 }
-            };
-            // SAFETY: ends the child at once.
-            unsafe { libc::syscall(libc::SYS_exit_group, status) };
+            });
+            // SAFETY: ends the child at once: the kernel kills it if the list forbids this call.
+            unsafe { libc::syscall(libc::SYS_exit_group, 0) };
             unreachable!("exit_group does not return");
         }
     };
-    loop {
+    let ended = loop {
         match waitpid(child, Some(WaitPidFlag::empty())).unwrap() {
-            WaitStatus::Signaled(_, Signal::SIGSYS, _) => return Outcome::Forbidden,
-            WaitStatus::Exited(_, SUCCEEDED) | WaitStatus::Signaled(..) => return Outcome::Allowed,
-            WaitStatus::Exited(_, 255) if number != libc::SYS_exit && number != libc::SYS_exit_group => {
-                panic!("the filter cannot be installed")
-            }
-            WaitStatus::Exited(_, errno) => return Outcome::Failed(errno),
+            ended @ (WaitStatus::Signaled(..) | WaitStatus::Exited(..)) => break ended,
             _ => {}
         }
+    };
+    match report.load() {
+        report::NOTHING if matches!(ended, WaitStatus::Signaled(_, Signal::SIGSYS, _)) => Outcome::Forbidden,
+        // The call did not return, or it returned without an error.
+        report::NOTHING | report::SUCCEEDED => Outcome::Allowed,
+        report::NO_FILTER => panic!("the filter cannot be installed"),
+        errno => Outcome::Failed(errno),
     }
 }

@@ -49,7 +49,8 @@ extern "C" fn run_role() {
 /// The calls that a jailed child needs to answer questions.
 const ANSWERS: CallList = CallList {
     thread: "main",
-    allowed: &[seccomp::runtime::EVERY_THREAD],
+    own: &[seccomp::runtime::EVERY_THREAD],
+    starts: &[],
     refused: seccomp::runtime::REFUSED_WITHOUT_FILES,
 };
 
