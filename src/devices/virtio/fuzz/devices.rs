@@ -1,7 +1,9 @@
-//! The devices whose requests the event loop handles: entropy source, console, balloon, memory, named port.
+//! The devices whose requests the event loop handles: entropy source, console, balloon, memory, named port. And the file
+//! system, which asks another process to handle them.
 
 use std::{
     io::{Read, Write},
+    net::Shutdown,
     os::unix::net::UnixStream,
     sync::Arc,
 };
@@ -11,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     driver::{Driver, Subject},
-    guest::{PLUGGABLE, Request, sizes},
+    guest::{PLUGGABLE, Request, grown_memory, sizes},
 };
 use crate::{
     control::MAX_CONSOLE_TAIL,
@@ -22,12 +24,16 @@ use crate::{
             balloon::Balloon,
             console::Console,
             device::{SharedDevice, serve_or_reset},
+            fs::Fs,
             mem::{BLOCK_SIZE, Mem},
             named_port::NamedPort,
             rng::Rng,
         },
     },
 };
+
+/// The first byte of an input for the file system.
+const FILE_SYSTEM: u8 = u8::MAX;
 
 /// The maximum number of bytes that a test of the host's end of a port keeps in flight.
 const MAX_INPUT: usize = 300;
@@ -37,12 +43,15 @@ const MAX_INPUT: usize = 300;
 /// # Panics
 ///
 /// If a device breaks its contract: more output than the guest sent, more memory than was requested, lost or invented
-/// bytes of a port.
+/// bytes of a port, malformed messages to the file server.
 pub fn serve_devices(data: &[u8]) {
     let Some((selection, data)) = data.split_first() else {
         return;
     };
     let input = &mut Unstructured::new(data);
+    if *selection == FILE_SYSTEM {
+        return run_file_system(input);
+    }
     match selection % 6 {
         0 => run(input, Rng::default(), |rng| RngSubject { rng }),
         1 => {
@@ -280,6 +289,84 @@ impl Subject for PortSubject {
         }
         serve_or_reset(&mut *self.port.lock(), NamedPort::serve);
         let _ = self.port.lock().is_open_in_guest();
+        Ok(())
+    }
+}
+
+/// A file system, whose server has sent its answers before the questions.
+struct FileSystemSubject {
+    device: SharedDevice<Fs>,
+}
+
+fn run_file_system(input: &mut Unstructured<'_>) {
+    let (mut server, socket) = UnixStream::pair().unwrap();
+    let mut answers = Vec::new();
+    for _ in 0..input.int_in_range(0..=5_u8).unwrap_or(0) {
+        answers.extend(file_server_answer(input).unwrap_or_default());
+    }
+    server.write_all(&answers).unwrap();
+    // A device that waits for more finds the end of the stream.
+    server.shutdown(Shutdown::Write).unwrap();
+    let device = SharedDevice::new(Fs::new("tag", socket));
+    let kicks = Driver::kicks(&device);
+    let mut subject = FileSystemSubject { device: device.clone() };
+    Driver::new(Box::new(device), kicks).run(input, &mut subject);
+
+    drop(subject);
+    let mut messages = Vec::new();
+    server.read_to_end(&mut messages).unwrap();
+    assert_well_formed(&messages);
+}
+
+/// The answer to a question of the frontend: a header with operation, flags and length, and 64 bits.
+fn file_server_answer(input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
+    const GET_FEATURES: u32 = 1;
+    const GET_PROTOCOL_FEATURES: u32 = 15;
+    const REPLY_FLAG: u32 = 1 << 2;
+    let is_damaged = input.ratio(1_u8, 8)?;
+    let operation = *input.choose(&[GET_FEATURES, GET_PROTOCOL_FEATURES])?;
+    let mut header = [operation, VHOST_USER_VERSION | REPLY_FLAG, 8];
+    if is_damaged {
+        header[input.int_in_range(0..=2_usize)?] ^= input.arbitrary::<u32>()?;
+    }
+    let features = if input.ratio(3_u8, 4)? {
+        u64::MAX
+    } else {
+        input.arbitrary()?
+    };
+    let mut answer = header.map(u32::to_le_bytes).concat();
+    answer.extend(features.to_le_bytes());
+    if is_damaged {
+        answer.truncate(input.int_in_range(0..=answer.len())?);
+    }
+    Ok(answer)
+}
+
+/// The version of the vhost-user protocol, in the lowest two bits of a header's flags.
+const VHOST_USER_VERSION: u32 = 1;
+
+/// Asserts that `messages` is a sequence of whole vhost-user messages.
+fn assert_well_formed(mut messages: &[u8]) {
+    while let Some((header, rest)) = messages.split_first_chunk::<12>() {
+        let field = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!(field(4) & 3, VHOST_USER_VERSION);
+        let length = usize::try_from(field(8)).unwrap();
+        assert!(length <= rest.len(), "{length} of {} bytes", rest.len());
+        messages = &rest[length..];
+    }
+    assert!(messages.is_empty(), "a part of a header: {messages:?}");
+}
+
+impl Subject for FileSystemSubject {
+    fn request(&mut self, _input: &mut Unstructured<'_>, _queue: usize) -> Result<Request> {
+        Ok(Request::default())
+    }
+
+    fn serve(&mut self, _queue: usize) {}
+
+    fn act_on_host(&mut self, _input: &mut Unstructured<'_>) -> Result<()> {
+        // The server may refuse.
+        let _ = self.device.lock().grow(grown_memory());
         Ok(())
     }
 }

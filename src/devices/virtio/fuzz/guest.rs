@@ -1,10 +1,11 @@
 //! The memory of a guest and its virtqueues, which the input of a fuzz target fills.
 
-use std::{ops::Range, sync::LazyLock};
+use std::{fs::File, ops::Range, sync::LazyLock};
 
 use arbitrary::{Result, Unstructured};
 use parking_lot::{Mutex, MutexGuard};
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap, MmapRegion};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use crate::{
     devices::virtio::buffers::Buffers,
@@ -39,14 +40,26 @@ const BUFFERS: u64 = 0x2000;
 
 // A process never unmaps guest memory, so all inputs use the same.
 static BOOT: LazyLock<MemoryRegions> = LazyLock::new(|| {
-    let ranges = [LOW, HIGH, PLUGGABLE].map(|range| (GuestAddress(range.start), size(&range)));
-    MemoryRegions::from_ranges(&ranges).unwrap()
+    let ranges =
+        [LOW, HIGH, PLUGGABLE].map(|range| (GuestAddress(range.start), size(&range), Some(memory_file(&range))));
+    MemoryRegions::from_ranges_with_files(&ranges).unwrap()
 });
 static GROWN: LazyLock<MemoryRegions> = LazyLock::new(|| {
-    let region = MmapRegion::new(size(&ADDED)).unwrap();
+    let region = MmapRegion::from_file(memory_file(&ADDED), size(&ADDED)).unwrap();
     let region = GuestRegionMmap::new(region, GuestAddress(ADDED.start)).unwrap();
     BOOT.insert_region(region.into()).unwrap()
 });
+
+fn memory_file(range: &Range<u64>) -> FileOffset {
+    let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap());
+    file.set_len(range.end - range.start).unwrap();
+    FileOffset::new(file, 0)
+}
+
+/// All memory that a guest can have.
+pub(crate) fn grown_memory() -> &'static MemoryRegions {
+    &GROWN
+}
 
 /// Held by the guest that uses the memory: unit tests run at the same time.
 static USED: Mutex<()> = Mutex::new(());
