@@ -11,6 +11,8 @@
 
 mod backend;
 mod credentials;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 mod guest_memory;
 mod node_id;
 mod open_history;
@@ -38,9 +40,9 @@ use rustix::{fs::CWD, mount::OpenTreeFlags, process::Resource};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use virtiofsd_vhost::vhost_user::{Error as ConnectionError, Listener};
 
+use self::{backend::Backend, guest_memory::Memory, standby::MAX_HUNG_REQUESTS, tree::Tree};
 #[cfg(any(test, fuzzing))]
-pub use self::backend::fuzz::serve_files;
-use self::{backend::Backend, standby::MAX_HUNG_REQUESTS, tree::Tree};
+pub use self::{backend::fuzz::serve_files, fuzz::serve_vmm};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
 use crate::jail::{self, Jail, JailError, OpenAccess, Root};
 
@@ -112,7 +114,9 @@ fn run() -> Result<(), FsError> {
         .unwrap_or(u64::from(MAX_DESCRIPTORS));
     let guest_descriptors = descriptors.saturating_sub(RESERVED_DESCRIPTORS);
     let tree = Tree::open(File::from(own_descriptors), guest_descriptors).map_err(FsError::Tree)?;
-    serve(tree, listener)
+    let memory = guest_memory::empty_memory();
+    let backend = Backend::new(tree, memory.clone()).map_err(FsError::Timer)?;
+    serve(Arc::new(backend), memory, listener)
 }
 
 /// Descriptors from the shim, and one that is opened before the jail, which has no /proc.
@@ -150,9 +154,8 @@ impl Inherited {
     }
 }
 
-fn serve(tree: Tree, listener: UnixListener) -> Result<(), FsError> {
-    let memory = guest_memory::empty_memory();
-    let backend = Arc::new(Backend::new(tree, memory.clone()).map_err(FsError::Timer)?);
+/// Takes a connection, and serves it until the vmm closes it. `memory` is the one of `backend`.
+fn serve(backend: Arc<Backend>, memory: Memory, listener: UnixListener) -> Result<(), FsError> {
     let mut daemon = VhostUserDaemon::new("vhost-user".to_owned(), backend, memory).map_err(FsError::Serve)?;
     daemon.start(&mut Listener::from(listener)).map_err(FsError::Serve)?;
     match daemon.wait() {

@@ -27,7 +27,7 @@ pub use crate::{
         transport::mmio::fuzz::access_registers,
         vsock::exchange_packets,
     },
-    fs::serve_files,
+    fs::{serve_files, serve_vmm},
     shim::{parse_start_request, receive_answers, receive_disk_kernel},
     vmm::load_kernel,
 };

@@ -73,6 +73,11 @@ fn stored_fuse_requests_stay_in_their_tree() {
 }
 
 #[test]
+fn stored_messages_to_the_file_server_are_handled_or_end_the_connection() {
+    replay_corpus("vhost_user", super::serve_vmm);
+}
+
+#[test]
 fn stored_control_messages_are_decoded_or_refused() {
     replay_corpus("control_messages", super::receive_control_messages);
 }

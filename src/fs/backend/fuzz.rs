@@ -47,14 +47,16 @@ const MEMORY_SIZE: usize = 0x8_0000;
 const SECRET: &[u8] = b"not the guest's";
 
 /// A tmpfs of a few MiB that is mounted nowhere, so nothing of the host is in it, and it ends with the process.
-static FILES: LazyLock<OwnedFd> = LazyLock::new(|| {
+static FILES: LazyLock<OwnedFd> = LazyLock::new(mount_tmpfs);
+
+pub(in crate::fs) fn mount_tmpfs() -> OwnedFd {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).expect("the target needs root: it mounts a tmpfs");
     for (option, value) in [("size", "4m"), ("nr_inodes", "500")] {
         fsconfig_set_string(&context, option, value).unwrap();
     }
     fsconfig_create(&context).unwrap();
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
-});
+}
 
 // A process never unmaps guest memory, so all inputs use the same.
 static MEMORY: LazyLock<Memory> = LazyLock::new(|| {
@@ -91,7 +93,7 @@ pub fn serve_files(data: &[u8]) {
 
 /// Gives this thread its own working directory and umask, which requests change for a moment, and lets it keep its
 /// capabilities when requests change its user.
-fn prepare_thread() {
+pub(in crate::fs) fn prepare_thread() {
     unshare(CloneFlags::CLONE_FS).unwrap();
     let bits = rustix::thread::capabilities_secure_bits().unwrap();
     if !bits.contains(CapabilitiesSecureBits::NO_SETUID_FIXUP) {
