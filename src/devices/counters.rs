@@ -1,5 +1,5 @@
-//! The counters of a device, and the obstacles that keep its queues from being served. The device's threads write both
-//! with relaxed atomics, and the vmm reads them in its event loop.
+//! The counters of a device, and the obstacles that keep its queues from being served. The device's threads update
+//! them, and the vmm reads them in its event loop.
 
 use std::{
     fmt::Debug,
@@ -179,7 +179,7 @@ impl Counters {
         }
     }
 
-    /// The queues that wait for the host, or whose driver does not accept used chains.
+    /// The queues that wait for an [`Obstacle`], or whose driver does not accept used chains.
     pub(crate) fn pending(&self) -> Vec<Pending> {
         let queues = self.queues.iter().enumerate();
         let waiting = queues.filter_map(|(index, state)| {
@@ -191,6 +191,7 @@ impl Counters {
             } else {
                 let (count, accepted) = state.acceptance.lock().as_ref()?.unaccepted()?;
                 let hangs = format!("the guest does not accept {count} completed requests: it hangs");
+                // Differs from each number of waits, so that a wait that begins or ends is progress too.
                 (count > 0).then(|| (u64::MAX - u64::from(accepted), hangs))?
             };
             Some(Pending {

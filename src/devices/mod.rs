@@ -1,9 +1,10 @@
 //! The devices that the guest sees, and the bus that carries its accesses to them.
 //!
 //! Belongs here: the bus for memory and port accesses, [`pci`], [`pc`], the UART of the early console, the tail of
-//! console output, the counters of devices, and [`virtio`]. Does not belong here: anything about KVM, containerd or
-//! paths. A device uses no host resource except the descriptors that it was created with. The vmm creates devices and
-//! drives them from its event loop; the guest's accesses arrive from vCPU threads through [`bus`].
+//! console output, the counters of devices, the timer that finds stalled queues, the system calls of devices' threads,
+//! and [`virtio`]. Does not belong here: anything about KVM, containerd or paths. A device uses no host resource except
+//! the descriptors that it was created with. The vmm creates devices and drives them from its event loop; the guest's
+//! accesses arrive from vCPU threads through [`bus`].
 
 pub(crate) mod bus;
 pub(crate) mod console_tail;

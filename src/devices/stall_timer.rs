@@ -12,7 +12,8 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
 
-/// How long after the start of the timer the vmm looks for stalls. A queue with requests in flight starts it again.
+/// How long after the start of the timer the vmm looks for stalls. If something still waits then, the vmm starts the
+/// timer again.
 pub(crate) const STALL_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]

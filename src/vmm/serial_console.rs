@@ -18,7 +18,7 @@ use rustix::{
 use crate::devices::{
     counters::Counters,
     pc::{
-        output_ring::{Moved, OutputMover, OutputRing},
+        output_ring::{OutputMover, OutputRing, WaitFor},
         serial::Serial,
     },
 };
@@ -45,7 +45,7 @@ pub(super) struct SerialConsole {
     serial: Serial,
     ring: Arc<OutputRing>,
     mover: OutputMover,
-    /// `None` without a reader, or if the reader is gone. The ring drops the output then.
+    /// `None` without a reader, or if the reader is gone. The ring then keeps only the latest bytes.
     output: Option<OwnedFd>,
     input: Option<OwnedFd>,
     /// Input that the port has not taken yet.
@@ -140,8 +140,8 @@ impl SerialConsole {
             return Ok(());
         };
         match self.mover.serve(output.as_fd()) {
-            Ok(Moved::All) => {}
-            Ok(Moved::UntilFull) => {
+            Ok(WaitFor::Ring) => {}
+            Ok(WaitFor::Output) => {
                 let data = epoll::EventData::new_u64(OUTPUT_WRITABLE);
                 match epoll::add(&self.poller, output, data, epoll::EventFlags::OUT) {
                     Ok(()) | Err(Errno::EXIST) => {}
@@ -170,7 +170,7 @@ impl SerialConsole {
             self.reported_drops = dropped;
             log::warn!(
                 target: "serial",
-                "{new} bytes of the console's output are lost: its reader is slower than the guest"
+                "{new} bytes of the console's output are lost: it has no reader, or the reader is slower than the guest"
             );
         }
     }
@@ -222,11 +222,11 @@ impl SerialConsole {
     pub(super) fn finish(&mut self) {
         let deadline = Instant::now() + FINAL_OUTPUT_TIMEOUT;
         while let Some(output) = &self.output {
-            let moved = self.mover.serve(output.as_fd());
-            if matches!(moved, Ok(Moved::All)) && self.ring.is_empty() {
+            let served = self.mover.serve(output.as_fd());
+            if matches!(served, Ok(WaitFor::Ring)) && self.ring.is_empty() {
                 break;
             }
-            if let Err(error) = moved.and_then(|_| wait_until_writable(output, deadline)) {
+            if let Err(error) = served.and_then(|_| wait_until_writable(output, deadline)) {
                 log::warn!(target: "serial", "the last output of the console is lost: cannot write it: {error}");
                 break;
             }

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::bus::Registers;
 
-/// The bit of the event that the power button was pressed.
+/// The event bit of a press of the power button.
 pub(crate) const POWER_BUTTON: u8 = 1;
 
 /// The device. Clones share the events.

@@ -97,14 +97,13 @@ impl OutputSink for OutputRing {
     }
 }
 
-/// Why [`OutputMover::serve`] returned.
+/// What the caller of [`OutputMover::serve`] must wait for before the next call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Moved {
-    /// The ring is empty, or the call has written as many bytes as it may. Call again when [`OutputRing::ready`] is
-    /// readable.
-    All,
-    /// The descriptor takes no more bytes now. Call again when it is writable.
-    UntilFull,
+pub(crate) enum WaitFor {
+    /// [`OutputRing::ready`] to be readable. The ring is empty, or the call has written as many bytes as it may.
+    Ring,
+    /// The descriptor to be writable. It takes no more bytes now.
+    Output,
 }
 
 /// Moves bytes from a ring to a descriptor.
@@ -130,7 +129,7 @@ impl OutputMover {
     ///
     /// The write failed, for example with `EPIPE`. Its bytes are dropped. The caller may stop calling: the ring then
     /// drops its oldest bytes when it is full.
-    pub(crate) fn serve(&mut self, output: BorrowedFd<'_>) -> io::Result<Moved> {
+    pub(crate) fn serve(&mut self, output: BorrowedFd<'_>) -> io::Result<WaitFor> {
         // Clears readiness. There may be nothing to read, if the descriptor has become writable.
         let _ = self.ring.ready.read();
         let mut budget = self.ring.capacity;
@@ -138,19 +137,19 @@ impl OutputMover {
             if self.chunk.is_empty() {
                 if budget == 0 {
                     self.ring.signal();
-                    return Ok(Moved::All);
+                    return Ok(WaitFor::Ring);
                 }
                 self.ring.take(MAX_WRITE_SIZE.min(budget), &mut self.chunk);
                 budget -= self.chunk.len();
             }
             if self.chunk.is_empty() {
-                return Ok(Moved::All);
+                return Ok(WaitFor::Ring);
             }
             match rustix::io::write(output, &self.chunk) {
                 Ok(written) => {
                     self.chunk.drain(..written);
                 }
-                Err(Errno::AGAIN) => return Ok(Moved::UntilFull),
+                Err(Errno::AGAIN) => return Ok(WaitFor::Output),
                 Err(Errno::INTR) => {}
                 Err(error) => {
                     self.ring.count_dropped(self.chunk.len());
@@ -218,14 +217,14 @@ mod tests {
         let sent: Vec<u8> = (0..=250).cycle().take(100_000).collect();
         ring.append(&sent);
 
-        assert_eq!(mover.serve(writer.as_fd()).unwrap(), Moved::UntilFull);
+        assert_eq!(mover.serve(writer.as_fd()).unwrap(), WaitFor::Output);
         assert!(!is_ready(&ring), "the caller waits for the descriptor");
         let received = thread::spawn(move || {
             let mut received = Vec::new();
             reader.read_to_end(&mut received).unwrap();
             received
         });
-        while mover.serve(writer.as_fd()).unwrap() == Moved::UntilFull {
+        while mover.serve(writer.as_fd()).unwrap() == WaitFor::Output {
             let mut descriptors = [PollFd::new(&writer, PollFlags::OUT)];
             poll(&mut descriptors, None).unwrap();
         }
@@ -259,9 +258,9 @@ mod tests {
         ring.append(b"0123456789abcdef");
         assert!(is_ready(&ring));
 
-        assert_eq!(mover.serve(writer.as_fd()).unwrap(), Moved::All);
+        assert_eq!(mover.serve(writer.as_fd()).unwrap(), WaitFor::Ring);
         assert!(is_ready(&ring), "the budget is spent: the loop must come back");
-        assert_eq!(mover.serve(writer.as_fd()).unwrap(), Moved::All);
+        assert_eq!(mover.serve(writer.as_fd()).unwrap(), WaitFor::Ring);
         assert!(!is_ready(&ring));
         let mut received = [0; 16];
         reader.read_exact(&mut received).unwrap();

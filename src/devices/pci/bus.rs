@@ -138,7 +138,7 @@ impl PciBus {
     /// Calls `access` with the function whose window contains `address`, and the offset in that window.
     fn with_window(&self, address: u64, access: impl FnOnce(&mut dyn Function, u64)) {
         for slot in &self.devices {
-            // Another vCPU may move the window between the two reads and after them, so look again with the lock.
+            // Another vCPU may move the window between the two reads and after them, so check again under the lock.
             let (start, end) = (slot.start.load(Ordering::Acquire), slot.end.load(Ordering::Acquire));
             if (start..end).contains(&address)
                 && let Some(function) = &mut *slot.function.lock()

@@ -190,11 +190,11 @@ impl MessageTable {
 
     /// Connects or disconnects vector `index` according to its entry and the message control register.
     fn apply(&mut self, index: usize) {
-        let open = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
+        let is_enabled = self.control & (CONTROL_ENABLE | CONTROL_FUNCTION_MASK) == CONTROL_ENABLE;
         let Some(entry) = self.entries.get_mut(index) else {
             return;
         };
-        let wanted = (open && !entry.masked).then_some(entry.message);
+        let wanted = (is_enabled && !entry.masked).then_some(entry.message);
         if wanted == entry.connected {
             return;
         }
