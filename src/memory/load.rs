@@ -15,7 +15,7 @@ use super::{error::MemoryError, layout::PAGE_SIZE, regions::MemoryRegions};
 /// A part of a file, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Extent {
-    /// Page-aligned for the kernel, so that it can be mapped.
+    /// [`load_file`] maps pages of the part only if this is a multiple of the page size.
     pub(crate) offset: u64,
     pub(crate) length: u64,
 }

@@ -19,7 +19,7 @@ impl GuestMemory {
         Self(Arc::new(RwLock::new(Box::leak(Box::new(regions)))))
     }
 
-    /// Memory whose table is never freed, so that a process can make any number of these.
+    /// Like [`Self::new`], but leaks nothing, so that a test can make any number of these.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn from_table(table: &'static MemoryRegions) -> Self {
         Self(Arc::new(RwLock::new(table)))
@@ -36,7 +36,7 @@ impl GuestMemory {
         self.set_table(Box::leak(Box::new(regions)));
     }
 
-    /// Like [`Self::grow`], with a table that is never freed.
+    /// Like [`Self::grow`], but leaks nothing: `table` is static.
     pub(crate) fn set_table(&self, table: &'static MemoryRegions) {
         *self.0.write() = table;
     }

@@ -34,8 +34,8 @@ impl BootProgress {
 
     /// Records an access of the guest to an I/O address.
     pub(super) fn record(&self, address: u64) {
-        // Registers are aligned to 4 bytes. On the container board, the window of a device has 4 KiB, of which the
-        // first 64 registers matter. On the PC board, more registers have the same slot.
+        // Registers are aligned to 4 bytes. On the container board, each device has a window of 4 KiB, of which the
+        // first 64 registers matter: this gives each of them its own slot. On the PC board, registers share slots.
         let slot = ((address >> 2) ^ (address >> 6)) % SLOTS;
         // Less than SLOTS, so it fits.
         let (word, bit) = (&self.used[(slot / 64) as usize], 1 << (slot % 64));

@@ -56,7 +56,7 @@ pub(in crate::vmm) struct LoadedInitramfs {
 pub(in crate::vmm) struct BootInformation<'i> {
     /// The size of boot memory in bytes.
     pub(in crate::vmm) memory: u64,
-    /// Ranges that the kernel must not use, in memory or not. They do not overlap each other.
+    /// Ranges that the kernel must not use, whether or not they are memory. They do not overlap each other.
     pub(in crate::vmm) reserved: &'i [Range<u64>],
     pub(in crate::vmm) kernel: &'i LoadedKernel,
     pub(in crate::vmm) command_line: &'i str,
@@ -270,8 +270,8 @@ mod tests {
         );
     }
 
-    /// The boot structures of a container's machine are the same since its first release, except the seed. A kernel
-    /// could depend on any byte.
+    /// The boot structures of a container's machine have been the same since the first release, except the seed. A
+    /// kernel could depend on any byte.
     #[test]
     fn boot_structures_of_the_container_board_do_not_change() {
         let memory = allocate(512 * MIB, false).unwrap();

@@ -81,7 +81,7 @@ impl VmEvents {
         }))
     }
 
-    /// Changes the message of `gsi`. Replaces KVM's routing table, because KVM cannot change a single route: by KVM's
+    /// Changes the message of `gsi`. KVM cannot change a single route, so this replaces the whole routing table: KVM's
     /// default routes of the interrupt lines, and the routes of all messages.
     fn set_message(&self, gsi: u32, message: Message) -> io::Result<()> {
         let mut messages = self.messages.lock();

@@ -85,7 +85,7 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) rng_kick: EventFd,
     pub(in crate::vmm) balloon: SharedDevice<Balloon>,
     pub(in crate::vmm) balloon_kick: EventFd,
-    /// The kick of its other queue, if it offers statistics.
+    /// The kick of the balloon's other queue, if the balloon offers statistics.
     pub(in crate::vmm) second_balloon_kick: Option<EventFd>,
 }
 

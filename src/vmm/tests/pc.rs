@@ -120,7 +120,7 @@ fn port_of_the_guest_agent_has_its_name_and_carries_bytes() {
         guest.agent_port.read_exact(&mut line).unwrap();
         assert_eq!(&line, b"hello host\n", "{name}");
 
-        // The guest writes more than is kept on the way, and waits for the host.
+        // The guest writes more than the socket and the queue can hold, and waits for the host.
         guest.run(&format!("(head -c {FLOOD} /dev/zero >&3; echo over >/run/flood) &"));
         assert_eq!(guest.run("cat /run/flood 2>/dev/null; true"), "", "{name}");
         guest.agent_port.read_exact(&mut vec![0; FLOOD]).unwrap();

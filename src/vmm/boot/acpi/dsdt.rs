@@ -50,8 +50,8 @@ pub(super) fn build() -> Sdt {
     dsdt
 }
 
-/// The host bridge of PCI bus 0 (PCI Firmware Specification 3.3 §4), compatible with one of conventional PCI. It has no
-/// `_PRT`: devices interrupt by MSI-X only.
+/// The PCI Express host bridge of bus 0 (PCI Firmware Specification 3.3 §4), which is compatible with a bridge of
+/// conventional PCI. It has no `_PRT`: devices interrupt by MSI-X only.
 struct PciHostBridge;
 
 impl Aml for PciHostBridge {

@@ -13,7 +13,8 @@ use crate::{
 
 /// The offset of the setup header in the file.
 const SETUP_HEADER: u64 = 0x1f1;
-/// The offset of the magic number `HdrS`, and of the `jump` field's target, from which the header's end is counted.
+/// The offset of the magic number `HdrS`. The displacement of the jump instruction before it, which leads to the
+/// header's end, counts from here.
 const MAGIC_OFFSET: u64 = 0x202;
 const MAGIC: [u8; 4] = *b"HdrS";
 /// The end of `init_size`, the last field that is needed.
@@ -109,8 +110,8 @@ fn check_header(setup: &setup_header) -> Result<(), KernelError> {
     Err(KernelError::BzImage(fault))
 }
 
-/// The address to load the kernel at. A relocatable kernel moves up to the preferred address from anywhere below it, so
-/// no lower address would need less memory.
+/// The address to load the kernel at: the preferred one, which for a relocatable kernel is aligned and at least 1 MiB.
+/// A lower address would not save memory, because the kernel would move itself up to the preferred one.
 fn load_address(setup: &setup_header) -> Result<u64, KernelError> {
     let preferred = setup.pref_address;
     if setup.relocatable_kernel == 0 {
