@@ -68,7 +68,7 @@ impl Host {
         let mut findings = vec![
             self.virtualization(),
             self.cgroups(),
-            self.large_pages_of_guests(),
+            self.nx_huge_pages(),
             self.transparent_huge_pages(),
             self.vulnerabilities(),
             self.simultaneous_multithreading(),
@@ -141,7 +141,7 @@ impl Host {
     }
 
     /// `nx_huge_pages` (kernel, `Documentation/admin-guide/hw-vuln/multihit.rst`).
-    fn large_pages_of_guests(&self) -> Finding {
+    fn nx_huge_pages(&self) -> Finding {
         const SUBJECT: &str = "nx_huge_pages";
         match self.read("sys/module/kvm/parameters/nx_huge_pages").as_deref() {
             Some("Y" | "force" | "auto") => Finding::not_good(

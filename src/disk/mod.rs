@@ -37,7 +37,9 @@ enum DiskError {
     Open { path: PathBuf, source: io::Error },
     #[error("cannot run the process that reads the image: {0}")]
     Start(#[source] io::Error),
-    #[error("the process that reads the image ended without an answer ({0}): run this as root")]
+    #[error(
+        "the process that reads the image ended without an answer ({0}): read its messages above, if there are any"
+    )]
     NoAnswer(ExitStatus),
     #[error("cannot inspect the image: {0}")]
     Inspector(String),

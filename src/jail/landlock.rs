@@ -9,7 +9,7 @@ use landlock::{ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetEr
 /// the kernel has these scopes (ABI 6, Linux 6.12).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OpenAccess {
-    /// No path at all and no TCP port, also none beneath a directory that it has a descriptor of.
+    /// No path, not even beneath a directory of which it has a descriptor, and no TCP port.
     Nothing,
     /// Everything in its root. The mount namespace is the limit: it has nothing but the tree. Rules for paths would
     /// have the kernel walk from each file to the root at each open, and refuse files of a tree that has been detached.

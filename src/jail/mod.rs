@@ -1,5 +1,5 @@
 //! Confines the processes that serve a guest or read an image. The roles `vmm`, `fs` and `disk-inspector` call
-//! [`enter`] first, while they have one thread and have read nothing that a guest or a stranger wrote.
+//! [`enter`] first, while they have one thread and have read nothing that a guest or the author of an image wrote.
 //!
 //! Belongs here: the start of such a process ([`RoleCommand`]), and the steps by which it gives up what it does not
 //! need ([`enter`]). Does not belong here: what the child does afterwards. Called by the shim and
@@ -51,9 +51,9 @@ pub(crate) struct Jail<'a> {
     /// The process's name in `ps` and `top`, at most 15 bytes.
     pub(crate) name: &'static CStr,
     pub(crate) root: Root<'a>,
-    /// A pidfd of a jailed process whose namespaces for network, IPC and host name this one enters. Nothing is in them,
-    /// and making and removing namespaces is a large part of the start of a container. New ones are made if that
-    /// process has ended or is not in its jail yet.
+    /// A pidfd of a jailed process, whose namespaces for network, IPC and host name this one enters. They are empty, so
+    /// nothing is shared, and making and removing namespaces is a large part of the time to start a container. New ones
+    /// are made if that process has ended or is not in its jail yet.
     pub(crate) peer: Option<BorrowedFd<'a>>,
     /// What it may open, besides what it has open.
     pub(crate) open_access: OpenAccess,

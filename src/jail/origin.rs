@@ -66,8 +66,8 @@ pub(super) fn parent_from_arguments() -> Result<u32, JailError> {
         .ok_or(JailError::NotStartedByShim)
 }
 
-/// Opens the namespace that the shim's descriptor `number` is. The shim must keep it open until this process is in its
-/// jail. Call it before [`super::enter`].
+/// Opens the namespace that the shim's descriptor `number` refers to. The shim must keep the descriptor open until this
+/// process is in its jail. Call it before [`super::enter`].
 ///
 /// # Errors
 ///

@@ -1,6 +1,6 @@
-//! What code in a taken-over process would try. Without its list of system calls, a jailed process must fail at all of
-//! it; the list is a second limit. Each attempt succeeds, or fails otherwise, outside of the jail, and does no harm
-//! there.
+//! What code in a compromised process would try. A jailed process must fail at all of it even without its list of
+//! system calls, which is a second limit. Outside of the jail, each attempt succeeds or fails with another error, and
+//! does no harm.
 
 use std::{
     fs::File,
@@ -231,7 +231,7 @@ pub(super) fn answer(words: &str) -> String {
     error.map_or(0, |error| error.raw_os_error().unwrap()).to_string()
 }
 
-/// The attempts that are refused, or all others, with the error number.
+/// The attempts that are refused if `are_refused`, otherwise all others, each with its error number.
 fn attempts(jailed: &mut JailedChild, are_refused: bool) -> Vec<String> {
     let outside = Outside::open();
     let Target { pid, name, port } = outside.target();
