@@ -74,7 +74,7 @@ impl MethodHandler for Shell {
             Ok(request) => self.0.open_shell(request).await,
             Err(error) => Err(TaskError::new(
                 ErrorCode::InvalidArgument,
-                format!("decode the request for a shell: {error}"),
+                format!("cannot decode the request for a shell: {error}"),
             )),
         };
         Ok(match opened {

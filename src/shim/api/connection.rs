@@ -20,8 +20,8 @@ use tokio::{
 /// Tracks the last reply of the shim, so that the process exits after the client has received it. Clones share their
 /// state.
 ///
-/// Connections recognize the reply by its stream id among the bytes that they write. Stream ids are per connection, so
-/// only a connection that carried a request to shut down can carry the last reply.
+/// A connection recognizes the reply by its stream id in the bytes that it writes. A stream id is unique only within
+/// its connection, so a connection also checks that it has read a request to shut down with that id.
 #[derive(Debug, Clone)]
 pub(crate) struct LastReply(Arc<watch::Sender<Progress>>);
 
@@ -184,13 +184,13 @@ impl HeaderStart {
 /// The requests to shut down among the messages that a client sends.
 #[derive(Debug, Default)]
 struct ShutdownRequests {
-    /// Of the message that is being read.
+    /// The header of the message that is being read, as far as it has arrived.
     header: Vec<u8>,
-    /// The first bytes of its payload, which name service and method.
+    /// The first bytes of that message's payload, which name service and method.
     payload_start: Vec<u8>,
-    /// How many bytes of its payload are still to come.
+    /// How many bytes of that message's payload are still to come.
     left: usize,
-    /// The stream ids of the requests without a reply.
+    /// The stream ids of the requests to shut down that have no reply yet.
     streams: HashSet<u32>,
 }
 

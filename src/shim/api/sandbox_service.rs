@@ -157,7 +157,7 @@ fn to_sandbox_request(request: CreateSandboxRequest) -> Result<SandboxRequest, T
         .sandbox_id
         .parse()
         .map_err(|error| invalid(format!("sandbox id: {error}")))?;
-    // A relative path starts at the shim's folder.
+    // A relative path is relative to the shim's working directory.
     let bundle = std::path::absolute(&request.bundle_path)
         .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle_path)))?;
     Ok(SandboxRequest {

@@ -258,7 +258,7 @@ fn to_create_request(request: CreateTaskRequest) -> Result<CreateRequest, TaskEr
         .id
         .parse()
         .map_err(|error| invalid(format!("task id: {error}")))?;
-    // A relative path starts at the shim's folder.
+    // A relative path is relative to the shim's working directory.
     let bundle = std::path::absolute(&request.bundle)
         .map_err(|error| invalid(format!("bundle {:?}: {error}", request.bundle)))?;
     Ok(CreateRequest {
