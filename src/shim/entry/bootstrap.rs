@@ -84,7 +84,7 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
             ));
             let mut shim = shim.spawn().map_err(system_error("start the shim"))?;
             pid_file.write(shim.id()).map_err(|error| {
-                // Nothing would find it. Neither call can fail for a child that was not reaped.
+                // Without its pid, `delete` could not end the shim. Neither call fails for a child that is not reaped.
                 let _ = shim.kill();
                 let _ = shim.wait();
                 system_error("write the pid file")(error)
@@ -117,7 +117,8 @@ fn prepare_process(options: &Options) -> Result<(), BootstrapError> {
     }
     let parent = format!("/proc/{}/oom_score_adj", parent_id());
     let score = fs::read_to_string(&parent).map_err(system_error(format!("read {parent}")))?;
-    // The kernel prints a number from -1000 to 1000 there (proc_pid_oom_score_adj(5)).
+    // The kernel prints a number from -1000 to 1000 there (proc_pid_oom_score_adj(5)). The shim's is one higher than
+    // containerd's, so that the kernel kills a shim before containerd.
     let score = score.trim().parse().unwrap_or(0).min(OOM_SCORE_ADJ_MAX - 1) + 1;
     let own = "/proc/self/oom_score_adj";
     fs::write(own, score.to_string()).map_err(system_error(format!("write {own}")))
@@ -131,7 +132,7 @@ fn shim_command(
     configuration: Option<&Path>,
 ) -> Result<Command, BootstrapError> {
     let mut shim = Command::new(env::current_exe().map_err(system_error("find this executable"))?);
-    // Each thread that blocks on a file system would get, and keep, a heap (mallopt(3)).
+    // Otherwise glibc would make a heap for each thread that waits for a file system, and keep it (mallopt(3)).
     shim.env("MALLOC_ARENA_MAX", "1");
     shim.args([
         "-namespace",

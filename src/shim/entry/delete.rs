@@ -45,7 +45,7 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_millis(1500);
 /// How long a killed process may take to exit.
 const AFTER_KILL_LIMIT: Duration = Duration::from_millis(1000);
 
-/// How long after the start of `delete` a killed cgroup may become empty.
+/// How long after the start of `delete` it waits at most for killed cgroups to become empty.
 const CGROUP_LIMIT: Duration = Duration::from_millis(4000);
 
 /// Cleans up after the container of `bundle`, by default the current directory, and prints containerd's
@@ -207,10 +207,10 @@ fn empty_and_remove_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
     }
 }
 
-/// Puts the failed step, an infinitive, before the text of the error.
+/// Adds the failed step, an infinitive, to the text of the error.
 fn with_step(error: impl Into<io::Error>, step: &str) -> io::Error {
     let error = error.into();
-    io::Error::new(error.kind(), format!("{step}: {error}"))
+    io::Error::new(error.kind(), format!("cannot {step}: {error}"))
 }
 
 /// Waits for `event` on `fd`. Returns whether it came within `timeout`.

@@ -28,8 +28,8 @@ use super::api;
 /// Runs the action of the command line. An error is one line on standard error, which containerd shows to its user.
 pub(crate) fn main() -> ExitCode {
     let result = match arguments::parse(std::env::args_os().skip(1)) {
-        Ok(Action::Version) => info::print_version().map_err(|error| format!("print the version: {error}")),
-        Ok(Action::Info) => info::print_info().map_err(|error| format!("print the RuntimeInfo: {error}")),
+        Ok(Action::Version) => info::print_version().map_err(|error| format!("cannot print the version: {error}")),
+        Ok(Action::Info) => info::print_info().map_err(|error| format!("cannot print the RuntimeInfo: {error}")),
         Ok(Action::Start(target)) => bootstrap::start(&target).map_err(|error| error.to_string()),
         Ok(Action::Delete(bundle)) => delete::delete(bundle.as_deref()).map_err(|error| error.to_string()),
         Ok(Action::Serve(target, socket)) => {
