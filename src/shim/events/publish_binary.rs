@@ -45,7 +45,7 @@ impl Forwarder for BinaryForwarder {
             Ok(Ok(WaitStatus::Exited(0))) => Ok(()),
             Ok(Ok(status)) => {
                 let text = format!("{program} {status}");
-                // The program does not report the cause. It refuses an event only if containerd listens.
+                // The status does not tell whether containerd refused the event or cannot be reached.
                 Err(match UnixStream::connect(&self.address).await {
                     Ok(_) => ForwardError::Refused(text),
                     Err(_) => ForwardError::Unreachable(text),
