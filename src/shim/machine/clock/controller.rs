@@ -41,20 +41,20 @@ const CORRECTION_TIME: f64 = 1e9;
 /// The longest removal of a deviation, in nanoseconds. Another one removes the rest.
 const MAX_CORRECTION_TIME: f64 = 5e9;
 
-/// If the guest's clock is not known to this precision after a reading, it is read again. Nanoseconds.
-const SUFFICIENT_PRECISION: f64 = 500_000.0;
+/// A reading that leaves the guest's clock more uncertain than this is repeated at once. Nanoseconds.
+const MAX_READING_UNCERTAINTY: f64 = 500_000.0;
 
-/// The maximum number of such readings in a row.
+/// The maximum number of such repetitions in a row.
 const MAX_REPEATED_READINGS: u32 = 8;
 
-/// The guest's clock is read again when it may be this uncertain, in nanoseconds.
+/// A new round of readings begins when the guest's clock may have become this uncertain, in nanoseconds.
 const MAX_UNCERTAINTY: f64 = 300_000.0;
 
-/// The shortest time between two such readings, in nanoseconds. Each round of readings that leaves the clock more
+/// The shortest time between two rounds of readings, in nanoseconds. Each round of readings that leaves the clock more
 /// uncertain than [`MAX_UNCERTAINTY`] doubles it.
 const MIN_READING_INTERVAL: i64 = 5 * SECOND;
 
-/// The longest time between two readings, in nanoseconds: a process of the guest may have changed the clock.
+/// The longest time between two rounds of readings, in nanoseconds: a process of the guest may have changed the clock.
 const MAX_READING_INTERVAL: i64 = 120 * SECOND;
 
 /// The pause after a reading that contradicts what the shim knows, in nanoseconds. Each further one doubles it.
@@ -63,7 +63,7 @@ const FIRST_PAUSE: i64 = 100 * MILLISECOND;
 /// The maximum number of times that an interval is doubled.
 const MAX_DOUBLINGS: u32 = 9;
 
-/// The rate that the guest's clock can have, by [`MAX_CLOCK_RATE`].
+/// The largest rate that the guest's clock can have ([`MAX_CLOCK_RATE`]).
 const MAX_RATE: f64 = MAX_CLOCK_RATE as f64 * 1e-9;
 
 /// What to do next.
@@ -80,7 +80,7 @@ pub(super) enum Step {
 pub(super) enum ClockRequest {
     Read,
     Steer(ClockSteering),
-    /// Set the clock to the host's, and this rate.
+    /// Set the clock to the host's time, and its rate to this one, in billionths.
     Set(i32),
 }
 
@@ -170,7 +170,7 @@ impl Controller {
         let rate = self.permanent_rate();
         let permanent = f64::from(rate) * 1e-9;
         let limit = (MAX_RATE - permanent * error.signum()).max(0.0) * error.signum();
-        // The guest measures the time by the clock that it corrects, so that the time depends on the rate.
+        // The guest measures the correction time by the clock that it corrects, so the time depends on the rate.
         let needed = error * (1.0 + permanent) / (CORRECTION_TIME - error);
         let (temporary_rate, time) = if needed.abs() <= limit.abs() {
             (needed, CORRECTION_TIME)
@@ -220,7 +220,7 @@ impl Controller {
             None => {}
         }
         let uncertainty = self.guest.uncertainty();
-        if uncertainty > SUFFICIENT_PRECISION && self.repeated_readings < MAX_REPEATED_READINGS {
+        if uncertainty > MAX_READING_UNCERTAINTY && self.repeated_readings < MAX_REPEATED_READINGS {
             self.repeated_readings += 1;
             self.next_reading = received.raw;
             return;
@@ -231,9 +231,9 @@ impl Controller {
         } else {
             0
         };
-        let least = MIN_READING_INTERVAL << self.imprecise_readings.min(MAX_DOUBLINGS);
+        let shortest = MIN_READING_INTERVAL << self.imprecise_readings.min(MAX_DOUBLINGS);
         let wait = self.guest.time_until_uncertain(MAX_UNCERTAINTY);
-        self.next_reading = received.raw + wait.max(least).min(MAX_READING_INTERVAL);
+        self.next_reading = received.raw + wait.max(shortest).min(MAX_READING_INTERVAL);
     }
 
     /// The guest has refused a request.
@@ -247,7 +247,7 @@ impl Controller {
         self.paused_until = now.raw + (FIRST_PAUSE << doublings);
     }
 
-    /// Whether the guest's clock does not do what it is requested to do.
+    /// Whether the guest's clock repeatedly does not do what it is requested to do.
     pub(super) fn is_failing(&self) -> bool {
         /// A process of the guest that changes the clock causes one contradiction.
         const TOLERATED_CONTRADICTIONS: u32 = 5;

@@ -9,7 +9,7 @@ use super::host::HostTime;
 const UNKNOWN_SKEW: f64 = 60e-6;
 
 /// The minimum uncertainty of a measured skew.
-const LEAST_SKEW_UNCERTAINTY: f64 = 1e-6;
+const MIN_SKEW_UNCERTAINTY: f64 = 1e-6;
 
 /// The largest skew. A larger one means that a process of the guest has changed the clock.
 const MAX_SKEW: f64 = 500e-6;
@@ -20,7 +20,8 @@ const MIN_SKEW_SPAN: f64 = 4e9;
 /// How late the guest may end a temporary rate, in nanoseconds.
 const TIMER_LATENESS: f64 = 5e6;
 
-/// The largest lead of the guest's clock that is computed with: 30 years, in nanoseconds.
+/// The largest lead of the guest's clock that a reading may report: 30 years, in nanoseconds. It bounds the numbers
+/// that are computed here.
 const MAX_LEAD: i64 = 1_000_000_000_000_000_000;
 
 /// A reading that is further from what was computed is a contradiction. A shorter distance can be due to a host under
@@ -45,7 +46,7 @@ pub(super) struct GuestClock {
     uncertainty: f64,
     /// The rate of the clock that the shim has requested.
     rate: f64,
-    /// What is added to it, and until when by the host's raw clock.
+    /// The temporary rate, which is added to `rate`, and when it ends by the host's raw clock.
     temporary: Option<(f64, i64)>,
     /// The rate of the guest's clock source relative to the host's raw clock.
     skew: f64,
@@ -179,27 +180,27 @@ impl GuestClock {
         if (host_window - window).abs() > window / 8 + 1_000_000 {
             return None;
         }
-        let (least, most) = reading.lead.unwrap_or((
+        let (lower, upper) = reading.lead.unwrap_or((
             reading.nanoseconds.saturating_sub(received.real),
             reading.nanoseconds.saturating_sub(sent.real),
         ));
-        if least > most || least < -MAX_LEAD || most > MAX_LEAD {
+        if lower > upper || lower < -MAX_LEAD || upper > MAX_LEAD {
             return Some(Verdict::Contradicts);
         }
         // The lead changes between the guest's reading and `received`.
         let change = ((host_window - window) as f64 - self.total_rate() * window as f64).abs();
-        // Relative to `self.time`.
+        // From here on, the bounds are relative to `self.time`.
         let offset = received.real - self.time;
-        let (least, most) = (
-            offset.saturating_add(least) as f64 - change,
-            offset.saturating_add(most) as f64 + change,
+        let (lower, upper) = (
+            offset.saturating_add(lower) as f64 - change,
+            offset.saturating_add(upper) as f64 + change,
         );
-        let both = (least.max(-self.uncertainty), most.min(self.uncertainty));
-        let overlap = both.1 - both.0;
-        let (least, most) = if overlap >= 0.0 { both } else { (least, most) };
-        let moved = f64::midpoint(least, most);
+        let intersection = (lower.max(-self.uncertainty), upper.min(self.uncertainty));
+        let overlap = intersection.1 - intersection.0;
+        let (lower, upper) = if overlap >= 0.0 { intersection } else { (lower, upper) };
+        let moved = f64::midpoint(lower, upper);
         self.time = self.time.saturating_add(round(moved));
-        self.uncertainty = (most - least) / 2.0;
+        self.uncertainty = (upper - lower) / 2.0;
         if overlap >= 0.0 {
             self.skew_start.moved += moved;
             self.measure_skew();
@@ -229,14 +230,14 @@ impl GuestClock {
             return;
         }
         let measured = self.skew + start.moved / span;
-        let least = (measured - precision).max(self.skew - self.skew_uncertainty);
-        let most = (measured + precision).min(self.skew + self.skew_uncertainty);
-        if least <= most {
-            self.skew = f64::midpoint(least, most);
-            self.skew_uncertainty = ((most - least) / 2.0).max(LEAST_SKEW_UNCERTAINTY);
+        let lower = (measured - precision).max(self.skew - self.skew_uncertainty);
+        let upper = (measured + precision).min(self.skew + self.skew_uncertainty);
+        if lower <= upper {
+            self.skew = f64::midpoint(lower, upper);
+            self.skew_uncertainty = ((upper - lower) / 2.0).max(MIN_SKEW_UNCERTAINTY);
         } else if measured.abs() < MAX_SKEW {
             self.skew = measured;
-            self.skew_uncertainty = precision.max(LEAST_SKEW_UNCERTAINTY);
+            self.skew_uncertainty = precision.max(MIN_SKEW_UNCERTAINTY);
         }
         self.skew_start = SkewStart::new(self.raw, self.uncertainty);
     }

@@ -9,7 +9,7 @@ pub(super) struct HostTime {
     pub(super) raw: i64,
     /// `CLOCK_REALTIME`.
     pub(super) real: i64,
-    /// How much later or earlier than at `raw` the other clock may have been read.
+    /// `real` was read at most this long before or after `raw`.
     pub(super) uncertainty: i64,
 }
 
@@ -18,7 +18,8 @@ impl HostTime {
     pub(super) fn read() -> Self {
         /// A reading is repeated, up to this number of attempts, if the process was interrupted in it.
         const MAX_ATTEMPTS: usize = 4;
-        const SUFFICIENT_PRECISION: i64 = 2_000;
+        /// A reading with at most this uncertainty is not repeated, in nanoseconds.
+        const MAX_HOST_READING_UNCERTAINTY: i64 = 2_000;
         let read_once = || {
             let before = nanoseconds(clock_gettime(ClockId::MonotonicRaw));
             let real = nanoseconds(clock_gettime(ClockId::Realtime));
@@ -31,7 +32,7 @@ impl HostTime {
         };
         let mut best = read_once();
         for _ in 1..MAX_ATTEMPTS {
-            if best.uncertainty <= SUFFICIENT_PRECISION {
+            if best.uncertainty <= MAX_HOST_READING_UNCERTAINTY {
                 break;
             }
             let next = read_once();
@@ -62,13 +63,13 @@ pub(super) struct HostRate {
     rate: f64,
     /// Infinite while `start` is the only reading.
     uncertainty: f64,
-    /// The last precise rate, also of an earlier line.
+    /// The last usable rate, possibly that of an earlier line.
     latest: f64,
 }
 
-/// The precision that makes a rate usable. An error of this size moves the guest's clock by about half a millisecond
-/// before a later reading finds it.
-const SUFFICIENT_PRECISION: f64 = 1e-3;
+/// A rate with at most this uncertainty is usable. An error of this size moves the guest's clock by about half a
+/// millisecond before a later reading finds it.
+const MAX_RATE_UNCERTAINTY: f64 = 1e-3;
 
 impl HostRate {
     pub(super) fn new(start: HostTime) -> Self {
@@ -107,7 +108,7 @@ impl HostRate {
 
     /// Whether there were enough readings to know the rate of the line.
     pub(super) fn is_known(&self) -> bool {
-        self.uncertainty <= SUFFICIENT_PRECISION
+        self.uncertainty <= MAX_RATE_UNCERTAINTY
     }
 
     /// The rate of the line, or of an earlier one while it is not known.

@@ -1,5 +1,5 @@
-//! A timer that wakes the shim once. Tokio's timers wake it two or three times: they are sorted more finely as their
-//! end comes closer.
+//! A timer that wakes the shim once. A timer of Tokio wakes it two or three times: as its end comes closer, it moves to
+//! finer levels of a timer wheel.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 

@@ -31,9 +31,9 @@ use self::{
 use super::agent::{Agent, AgentError};
 use crate::control::RateLimit;
 
-/// An answer that takes longer is worth a warning. The shim still waits for it, so that requests do not
+/// How long an answer may take before a warning is logged. The shim still waits for it, so that requests do not
 /// accumulate in a guest that does not run.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_WARNING_DELAY: Duration = Duration::from_secs(10);
 
 /// The minimum time between two logs of the same warning.
 const WARNING_INTERVAL: Duration = Duration::from_secs(3600);
@@ -109,7 +109,7 @@ async fn ask(
     tokio::pin!(answer);
     let answer = tokio::select! {
         answer = &mut answer => answer,
-        () = tokio::time::sleep(ANSWER_TIMEOUT) => {
+        () = tokio::time::sleep(ANSWER_WARNING_DELAY) => {
             if warnings.admit(Warning::NoAnswer, Instant::now()).is_some() {
                 log::warn!("the guest does not answer; its clock may be wrong until it does");
             }
@@ -122,11 +122,11 @@ async fn ask(
     }
 }
 
-/// Returns a function that returns whether the process has used a CPU for more than a few thousandths of the time since
-/// its last call.
+/// Returns a function that tells whether the process has used a CPU for more than 1/200 of the time since the last call
+/// of that function.
 pub(super) fn is_busy(pid: u32) -> impl FnMut() -> bool {
-    /// An idle guest wakes a few times per second, for some microseconds.
-    const MIN_BUSY_SHARE: u32 = 200;
+    /// An idle guest uses less of the time: it wakes a few times per second, for some microseconds.
+    const BUSY_DIVISOR: u32 = 200;
     let clock = i32::try_from(pid).ok().map(Pid::from_raw);
     let clock = clock.and_then(|pid| ClockId::pid_cpu_clock_id(pid).ok());
     let mut last = (Instant::now(), Duration::ZERO);
@@ -134,7 +134,7 @@ pub(super) fn is_busy(pid: u32) -> impl FnMut() -> bool {
         // A process that has ended is not busy.
         let used = clock.and_then(|clock| clock.now().ok()).map_or(last.1, Duration::from);
         let now = Instant::now();
-        let is_busy = used.saturating_sub(last.1) * MIN_BUSY_SHARE > now - last.0;
+        let is_busy = used.saturating_sub(last.1) * BUSY_DIVISOR > now - last.0;
         last = (now, used);
         is_busy
     }

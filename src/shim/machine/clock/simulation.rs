@@ -302,7 +302,8 @@ fn faster_slew_is_followed_after_one_interval() {
     }
 }
 
-/// Linux cannot make a clock slower than the slowest host's, so the guest cannot give back what it gained at first.
+/// The host has about the lowest rate that Linux can set. The guest cannot be slower, so it cannot lose what it gained
+/// before it was steered.
 #[test]
 fn slowest_host_is_followed_without_steps_backwards() {
     for rates in slews(-0.1) {
