@@ -144,7 +144,7 @@ impl Agent {
     /// Waits for the end of the stream. The events before it have been passed on then.
     pub(crate) async fn ended(&self) {
         let mut ended = self.shared.ended.subscribe();
-        // An error means that `self` is dropped, which cannot be.
+        // Cannot fail: `self` keeps the sender alive.
         let _ = ended.wait_for(|ended| *ended).await;
     }
 
@@ -228,7 +228,7 @@ impl Shared {
             match reader.read(&mut bytes).await {
                 Ok(0) => return "the agent closed its stream".to_owned(),
                 Ok(length) => buffer.push(&bytes[..length]),
-                Err(error) => return format!("read from the agent: {error}"),
+                Err(error) => return format!("cannot read from the agent: {error}"),
             }
             loop {
                 match buffer.next() {

@@ -52,7 +52,7 @@ pub(super) async fn stalled<F: Future<Output = BootProgress>>(
 ) -> BootStall {
     let start = Instant::now();
     let interval = limit / CHECKS_PER_LIMIT;
-    // The first check finds progress: until then, nothing is known of the guest.
+    // The first check counts as progress: it is compared with zero.
     let (mut reached, mut changed, mut waits_then) = (BootProgress::default(), start, RunQueueWaits::new());
     loop {
         tokio::time::sleep(interval).await;

@@ -91,7 +91,8 @@ struct StartTimes {
     booted_at: Duration,
 }
 
-/// How long after its request a machine passed the phases of its start. `None` before, or if it is not known.
+/// How long after its request a machine passed the phases of its start. `None` if it has not passed a phase yet, or if
+/// the time is not known.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StartPhases {
     /// The vmm process was started. Zero if that was before the request.
@@ -395,8 +396,8 @@ impl Machine {
         }))
     }
 
-    /// The progress of the boot. Waits at most for [`PROGRESS_TIMEOUT`] or `limit`: a vmm that does not answer has made
-    /// no progress.
+    /// The progress of the boot. Waits for [`PROGRESS_TIMEOUT`] or `limit` at most, whichever is shorter: a vmm that
+    /// does not answer has made no progress.
     async fn boot_progress(&self, limit: Duration) -> BootProgress {
         let (sender, receiver) = oneshot::channel();
         self.state.progress_requests.lock().push(sender);

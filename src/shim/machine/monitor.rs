@@ -67,7 +67,8 @@ impl Ending {
 /// Receives the vmm's answer to one request: `Err` is its reason for refusing.
 type AnswerSender = oneshot::Sender<Result<(), String>>;
 
-/// The state that [`run`] updates. A dropped sender means that the machine has ended.
+/// The state that [`run`] updates. A dropped sender means that the machine has ended. Those for the console and for the
+/// progress of the boot are not dropped then: their callers wait with a deadline.
 #[derive(Debug)]
 pub(super) struct MachineState {
     pub(super) streams: StreamTable,
