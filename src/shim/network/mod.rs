@@ -169,7 +169,8 @@ impl Network {
         Ok(())
     }
 
-    /// Removes the redirects and releases the namespace. The kernel removes the tap devices when the vmm ends.
+    /// Removes the redirects, and stops following the namespace. The kernel removes the tap devices when the vmm ends.
+    /// Port forwarding ends, and the namespace is released, when this value is dropped.
     pub(crate) async fn disconnect(&self) {
         if let Some(follower) = self.connected.get().and_then(|connected| connected.follower.as_ref()) {
             follower.abort();

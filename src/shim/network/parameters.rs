@@ -45,7 +45,7 @@ pub(super) struct Parameter {
     pub(super) name: String,
     pub(super) value: String,
     default: &'static str,
-    /// The parameter whose value is the initial value of this one in a new link.
+    /// The parameter from which a new link takes the initial value of this one.
     inherited_from: Option<String>,
 }
 

@@ -1,5 +1,5 @@
-//! Connects the loopback addresses of the pod's network namespace on the host with those of the guest: packets do not
-//! pass between them.
+//! Relays connections and DNS queries between the loopback addresses of the pod's network namespace on the host and
+//! those of the guest. Links pass no packets for loopback addresses.
 //!
 //! Belongs here: [`forward`], which accepts connections to any port in the namespace, with [`lookup`], and forwards
 //! them to the guest, and [`names`], which passes the guest's queries on to Docker's resolver in the namespace. Does

@@ -147,8 +147,8 @@ struct FoundRoute {
 }
 
 impl FoundRoute {
-    /// `None` for routes of other links, of IPv6, of other tables than the main one, and for those without a
-    /// single IPv4 next hop on the link.
+    /// `None` for routes of other links, of IPv6 or with an IPv6 gateway, of other tables than the main one, and for
+    /// those that are not unicast.
     fn parse(message: &RouteMessage, link: u32) -> Option<Self> {
         if message.header.address_family != AddressFamily::Inet
             || message.header.kind != RouteType::Unicast
