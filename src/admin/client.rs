@@ -24,7 +24,11 @@ const SHELL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Why a call of a shim failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CallError {
-    #[error("cannot connect to the shim at {}: {source}: run this as root", socket.display())]
+    #[error(
+        "cannot connect to the shim at {}: {source}: run this as root; if the connection is refused, the shim has \
+         ended",
+        socket.display()
+    )]
     Connect { socket: PathBuf, source: io::Error },
     #[error("the shim at {} does not answer: {source}", socket.display())]
     Call { socket: PathBuf, source: ttrpc::Error },
