@@ -25,7 +25,7 @@
 //!
 //! [vm]                           # virtual machines with a user's disk
 //! enabled = true                 # false: they are refused
-//! max_disks = 10                 # the maximum number of a machine's volumes and block devices that are disks
+//! max_disks = 10                 # per machine: volumes and block devices that become disks, 0 to 10
 //! kernel_cache_mib = 256         # the size of the cache of kernels in images; 0: no cache
 //! ```
 //!

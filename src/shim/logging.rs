@@ -50,7 +50,6 @@ pub(crate) fn debug_enabled() -> bool {
     log::max_level() >= LevelFilter::Debug
 }
 
-/// Enables debug messages.
 pub(crate) fn enable_debug() {
     log::set_max_level(LevelFilter::Debug);
 }

@@ -48,7 +48,7 @@ pub(crate) struct ShimReport {
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ContainerReport {
     pub(crate) id: String,
-    /// `container`, `sandbox`, or `member` for a container of a pod.
+    /// `container`, `sandbox`, `member` for a container of a pod, or `vm` for a virtual machine with a user's kernel.
     pub(crate) kind: String,
     /// `created`, `running`, `paused`, `stopped` or `deleted`.
     pub(crate) state: String,
