@@ -141,7 +141,10 @@ impl ControlGroup {
 /// that hangs. When they have ended, the next shim that creates a group beside it removes it.
 pub(crate) fn leave_behind(group: &Path) {
     if let Err(error) = rustix::fs::setxattr(group, LEFT_BEHIND, b"", XattrFlags::empty()) {
-        log::warn!("control group {} stays when it is empty: {error}", group.display());
+        log::warn!(
+            "cannot mark control group {}, so it is not removed when its processes have ended: {error}",
+            group.display()
+        );
     }
 }
 

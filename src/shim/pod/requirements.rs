@@ -55,7 +55,8 @@ pub(super) enum FirstGuest {
 }
 
 impl PodRequirements {
-    /// For a virtual machine of `size`, whose kernel is on `disk` if there is one. Else it boots another one.
+    /// For a virtual machine of `size`. If there is a `disk`, the first machine is the disk reader, which finds the
+    /// kernel there. Otherwise the first machine boots the kernel itself.
     pub(crate) fn for_virtual_machine(
         cgroup: Option<&CgroupPath>,
         oom_score_adj: i32,

@@ -8,7 +8,7 @@ const CALLS: &[Call] = &[
     allowed!(SYS_ppoll, "its sleep"),
 ];
 
-/// A holder, which has one thread, once it has joined its namespace.
+/// The list of a holder, which has one thread. It applies from the moment that the holder has joined its namespace.
 pub(crate) const HOLDER: CallList = CallList {
     thread: "main",
     own: &[CALLS],
