@@ -259,7 +259,8 @@ impl FileServer {
 /// Mounts the root file system of an image for the shim, which opens files in it. It is made by `mounts`, in order, at
 /// `bundle_rootfs`; without mounts it is `directory`. It appears in no mount namespace, and has no device nodes.
 pub(crate) fn mount_image(mounts: &[HostMount], directory: &Path, bundle_rootfs: &Path) -> Result<OwnedFd, ShareError> {
-    let failed = attach_error(bundle_rootfs, "the files of an image");
+    let source = if mounts.is_empty() { directory } else { bundle_rootfs };
+    let failed = attach_error(source, "the files of an image");
     run_in_thread(|| {
         let mount = match mounts {
             [] => clone_mount(directory, false)

@@ -23,7 +23,7 @@ use crate::{
     oci::Share,
 };
 
-/// Links are refused, and so is a way out of the directory.
+/// Refuses links, and paths that leave the directory.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS);

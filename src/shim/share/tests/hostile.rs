@@ -116,7 +116,8 @@ fn shared_file_exposes_nothing_beside_it_nerdbox_file_mounts() {
     }
 }
 
-/// Neither a volume nor an image makes a device of the host available. Here a driver has the device: it is `/dev/null`.
+/// Neither a volume nor an image makes a device of the host available. The node is that of a device that exists: of
+/// `/dev/null`.
 #[test]
 fn device_node_of_the_host_is_never_opened_cve_2026_24054() {
     enter_new_mount_namespace();
