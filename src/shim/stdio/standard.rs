@@ -64,7 +64,7 @@ impl StandardStreams {
         }
     }
 
-    /// The streams of a process that a machine does not have.
+    /// The streams of a process whose bytes the shim moves itself. The machine has none of them.
     pub(super) fn without_machine(writer: Option<HostWriter>, readers: Vec<HostReader>, loggers: Vec<Logger>) -> Self {
         Self {
             stdin_writer: Mutex::new(writer),

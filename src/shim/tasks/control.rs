@@ -349,8 +349,8 @@ fn wrong_phase(action: &str, phase: Phase) -> TaskError {
     )
 }
 
-/// The container's id for a request to the agent. Fails for a sandbox, which has no process in the guest. `participle`
-/// is the action in the error text.
+/// The container's id for a request to the agent. Fails for a sandbox, which has no process in the guest, and for a
+/// virtual machine with a user's kernel. `participle` is the action in the error text.
 fn guest_id(container: &Container, participle: &str) -> Result<String, TaskError> {
     if container.is_sandbox() {
         let text = format!("a sandbox has no process in the virtual machine that could be {participle}");

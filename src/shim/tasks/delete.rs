@@ -118,7 +118,7 @@ impl Tasks {
                 container.pod.end().await;
             }
             Role::Sandbox(_) => container.pod.end().await,
-            // Nothing of it is in a guest with an agent.
+            // Its guest has ended with its machine, and had no container to delete.
             Role::Member { .. } if container.virtual_machine.is_some() => {}
             Role::Member { .. } => {
                 delete_from_guest(container).await;
@@ -147,8 +147,8 @@ async fn finish_streams(container: &Container, process: &Process) {
     process.close_streams(&machine).await;
 }
 
-/// Makes the guest kill the remaining processes of a container and delete it, and leave those that cannot end. A second
-/// call is a no-op.
+/// Makes the guest kill the remaining processes of a container and delete it. If the container is abandoned, the guest
+/// does not wait for processes that cannot end. A second call is a no-op.
 pub(super) async fn delete_from_guest(container: &Container) {
     let (pod, id) = (&container.pod, &container.id);
     if container.is_abandoned() {

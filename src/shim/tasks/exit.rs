@@ -77,8 +77,8 @@ impl Tasks {
         self.record_exit(container, process, exit).await;
     }
 
-    /// Waits until the exits of all execs are recorded, because they must precede that of the first process. All of
-    /// them are known. An exec whose output is not delivered in time is recorded as killed.
+    /// Waits until the exits of all execs are recorded, because they must precede that of the first process. All execs
+    /// have ended or were given up before. One whose exit is not recorded in time is recorded as killed.
     pub(super) async fn end_execs(&self, container: &Container) {
         for exec in container.all_execs() {
             if !exec.is_unstarted_exec() {

@@ -21,9 +21,9 @@ use crate::shim::machine::printable_line;
 const MAX_NAME: usize = 32;
 
 impl Tasks {
-    /// Follows a process that was sent SIGKILL. If it is blocked in the guest's kernel, its exit is recorded without
-    /// it: a single container's machine is ended, and a container of a pod leaves the process in the guest, so that the
-    /// other containers go on. Spawns at most one task per process.
+    /// Follows a process that was sent SIGKILL. If it is blocked in the guest's kernel, its exit is recorded although
+    /// it has not ended: the machine of a single container is ended, and a process of a pod's container stays in the
+    /// guest, so that the other containers go on. Spawns at most one task per process.
     pub(super) fn follow_kill(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
         if !process.should_follow_kill() {
             return;

@@ -26,7 +26,7 @@ pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(4
 /// long after SIGKILL, the guest is asked whether it is blocked.
 pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));
 
-/// The interval of the looks at threads that seem to be blocked.
+/// The time between the two reports that show whether a thread stays in the same wait.
 pub(super) const BLOCKED_INTERVAL: Duration = shorter_in_tests(Duration::from_secs(1));
 
 /// The list of processes. Without an answer the shim returns the container's first process only: containerd takes

@@ -33,7 +33,7 @@ pub(crate) struct Process {
     agent: OnceLock<Agent>,
     exit_claimed: AtomicBool,
     kill_followed: AtomicBool,
-    /// The exit status with which it was given up.
+    /// The status that [`Self::abandon`] was called with.
     abandoned: watch::Sender<Option<u32>>,
 }
 
@@ -181,7 +181,8 @@ impl Process {
         !self.kill_followed.swap(true, Ordering::Relaxed)
     }
 
-    /// Gives up a process of a virtual machine's guest, whose exit is to be recorded with `status` without it.
+    /// Stops waiting for the end of an exec in a virtual machine: its exit is recorded with `status`, even if the
+    /// process goes on in the guest.
     pub(crate) fn abandon(&self, status: u32) {
         // The first reason counts.
         self.abandoned.send_if_modified(|abandoned| {

@@ -27,8 +27,8 @@ use crate::shim::{
     vm::VirtualMachine,
 };
 
-/// After a connection that was shorter than this, no other one is accepted for this time: a guest controls how often
-/// its agent connects.
+/// If a connection was shorter than this, the next one is accepted only after this time: a guest controls how often its
+/// agent connects.
 const SHORT_CONNECTION: Duration = Duration::from_secs(1);
 
 impl Tasks {
