@@ -36,7 +36,7 @@ impl Shim {
         self.folder.path().join(name)
     }
 
-    /// Adds an exec of `ls` with these streams. The fifos are created.
+    /// Adds an exec of `process` (OCI `Process`) with these streams to the virtual machine `v1`. Creates the fifos.
     pub(super) async fn add_exec(&self, exec: &str, process: Value, streams: Streams) -> ttrpc::Result<()> {
         let path = |name: &str| match name {
             "" => String::new(),

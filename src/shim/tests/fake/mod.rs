@@ -58,11 +58,11 @@ struct State {
     /// The addresses of the channels of machines that have booted.
     booted: HashSet<usize>,
     pid: u32,
-    /// Neither vmm nor guest react to anything, as after SIGSTOP.
+    /// Neither the vmm nor the guest reacts to anything, as after SIGSTOP.
     is_stopped: bool,
     /// The file system with the disk that the vmm waits for.
     volume: Option<HungVolume>,
-    /// The writing end of the vmm's standard error.
+    /// The writing end of the vmm's standard error, which a fork of the vmm keeps open.
     forks_stderr: Option<io::PipeWriter>,
     /// The files of open streams, by port.
     inputs: HashMap<u32, File>,
@@ -391,7 +391,7 @@ impl Fake {
         }
     }
 
-    /// Whether the request is one to read the disk again, and it is not answered.
+    /// Whether the request reads the disk again, and the behaviour is to answer only the first such request.
     fn is_later_read(&self, request: &Request) -> bool {
         let is_read = |request: &Request| matches!(request, Request::FindDiskKernel { .. });
         self.behaviour == Behaviour::ReadsDiskOnce
