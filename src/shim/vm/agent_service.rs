@@ -9,9 +9,9 @@ use data_encoding::BASE64;
 /// The systemd unit of the agent's service.
 const UNIT: &str = "nutshell-agent.service";
 
-/// Replaces the shell that runs it by the agent. It uses only commands and options that BusyBox has too. The program is
-/// copied to a separate file system, because distributions mount `/run` with `noexec`. A space can replace each
-/// newline.
+/// Copies the agent's program from its disk, and executes it in place of the shell. It uses only commands and options
+/// that BusyBox has too. The program is copied to a separate file system, because distributions mount `/run` with
+/// `noexec`. Each newline can be replaced by a space.
 const START_SCRIPT: &str = include_str!("start-agent.sh");
 
 /// [`START_SCRIPT`] in one line.

@@ -39,11 +39,11 @@ const DIRECTORY: &str = "disk";
 pub(super) const WRITES: &str = ".nutshell-disk-writes";
 
 /// The maximum number of names that an error lists.
-const LISTED_NAMES: usize = 3;
+const MAX_LISTED_NAMES: usize = 3;
 
 const HOST_BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The values of `F_RDLCK`, `F_WRLCK` and `SEEK_SET` (fcntl.h, stdio.h) in the types of a lock.
+/// The values of `F_RDLCK`, `F_WRLCK` and `SEEK_SET` (fcntl.h, stdio.h), with the types of the fields of `flock`.
 const READ_LOCK: libc::c_short = 0;
 const WRITE_LOCK: libc::c_short = 1;
 const FROM_START: libc::c_short = 0;
@@ -139,7 +139,7 @@ fn only_entry(directory: BorrowedFd<'_>) -> rustix::io::Result<Result<Vec<u8>, S
         if name != b"." && name != b".." {
             names.push(name);
         }
-        if names.len() > LISTED_NAMES {
+        if names.len() > MAX_LISTED_NAMES {
             break;
         }
     }
@@ -152,8 +152,8 @@ fn only_entry(directory: BorrowedFd<'_>) -> rustix::io::Result<Result<Vec<u8>, S
                 .iter()
                 .map(|name| String::from_utf8_lossy(name).escape_debug().to_string())
                 .collect();
-            if listed.len() > LISTED_NAMES {
-                listed.truncate(LISTED_NAMES);
+            if listed.len() > MAX_LISTED_NAMES {
+                listed.truncate(MAX_LISTED_NAMES);
                 listed.push("…".to_owned());
             }
             Err(format!(
@@ -195,7 +195,7 @@ pub(super) enum Lock {
     Exclusive,
 }
 
-/// Locks a file until its open file description is closed, in the vmm too.
+/// Locks a file. The lock lasts until all descriptors of this open file description are closed, also those of the vmm.
 pub(super) fn lock(file: &File, kind: Lock) -> Result<(), Errno> {
     let lock = libc::flock {
         l_type: match kind {
@@ -211,7 +211,7 @@ pub(super) fn lock(file: &File, kind: Lock) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Makes an error of a system call an error of the disk at `path`. `step` is a verb with its object.
+/// Converts the error of a system call to an error of the disk at `path`. `step` is a verb with its object.
 pub(super) fn disk_error(path: &Path, step: &'static str) -> impl FnOnce(Errno) -> VmError + use<> {
     let path = path.to_owned();
     move |errno| VmError::Disk {

@@ -66,8 +66,8 @@ pub(crate) struct VmFiles {
 }
 
 impl VmFiles {
-    /// Opens the files of `plan`. `image_disk` is the disk of the image at `root`, and `cache_entry` that of the disk's
-    /// kernel. Blocks on file systems of the host.
+    /// Opens the files of `plan`. `image_disk` is the disk of the image at `root`, and `cache_entry` the place of that
+    /// disk's kernel in the cache. Blocks on file systems of the host.
     ///
     /// # Errors
     ///
@@ -195,7 +195,7 @@ fn find_instance_id(identity: &VmIdentity) -> InstanceId {
     }
 }
 
-/// Reads the file with the DNS servers. Returns an empty text if there is no such file.
+/// Reads the file with the DNS servers. Returns an empty text if `path` is `None`.
 fn read_resolv_conf(path: Option<&Path>) -> Result<String, VmError> {
     let Some(path) = path else { return Ok(String::new()) };
     let read = || -> io::Result<String> {

@@ -513,7 +513,7 @@ fn complete_command_line(line: &str, arguments: &str) -> String {
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");
     let console = if words().any(names_console) { "" } else { CONSOLE };
     let handles_panic = |word: &str| word.trim_start_matches('"').starts_with("panic=");
-    // The first one, because words after "--" are not for the kernel.
+    // It comes first, because words after "--" are not for the kernel.
     let panic = if words().any(handles_panic) { "" } else { RESET_ON_PANIC };
     let parts = [panic, line.trim(), console, arguments];
     let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();

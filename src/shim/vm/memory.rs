@@ -27,7 +27,7 @@ pub(crate) enum MemoryError {
     )]
     TooSmall { memory: u64, booted: u64 },
     #[error("the guest's kernel did not {action} the memory within {} s: {reason}", PLUG_LIMIT.as_secs())]
-    NotTaken { action: &'static str, reason: String },
+    NotChanged { action: &'static str, reason: String },
     #[error(
         "the guest's kernel has added the memory, but leaves it offline and does not use it: write online_movable to \
          /sys/devices/system/memory/auto_online_blocks in the guest, or boot it with memhp_default_state=online_movable"
@@ -112,7 +112,7 @@ impl MachineMemory {
                 let settled = tokio::time::timeout(PLUG_LIMIT, machine.memory_plugged(wanted)).await;
                 if settled.is_err() {
                     let reason = reason_for_no_change(&machine, wanted).await;
-                    return Err(MemoryError::NotTaken { action, reason });
+                    return Err(MemoryError::NotChanged { action, reason });
                 }
                 match online_before {
                     // The kernel needs a part of the memory for itself.

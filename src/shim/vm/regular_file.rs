@@ -21,7 +21,7 @@ use rustix::{
 pub(super) enum OpenError {
     #[error("{}", io::Error::from(*.0))]
     System(#[from] Errno),
-    /// It is of this kind.
+    /// The value is the kind of the file ([`describe`]).
     #[error("it is {0}, not a regular file")]
     NotRegular(&'static str),
 }

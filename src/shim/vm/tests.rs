@@ -86,7 +86,7 @@ fn content_of_a_volume_decides_how_it_is_a_disk() {
     }
 }
 
-/// The link to the current version is what distinguishes them from an image volume with one file.
+/// Only the link to the current version distinguishes such a volume from an image volume with one file.
 #[test]
 fn volume_with_the_kubelets_link_is_a_disk_with_its_keys() {
     for keys in [&["settings"][..], &["disk", "a"], &["disk.img"], &[]] {
@@ -280,7 +280,7 @@ fn disk_in_use_is_refused_unless_all_machines_only_read_it() {
     }
 }
 
-/// A file that one machine has as a raw disk and writes is no image of another one.
+/// A file that one machine writes as a raw disk cannot be the image of another machine.
 #[test]
 fn image_that_another_machine_writes_is_refused() {
     let volume = volume(&["debian.raw"]);

@@ -1,6 +1,6 @@
 //! Disks in volumes of a pod, and block devices of a pod.
 //!
-//! A volume may belong to any user, and several pods may have it. Files are opened below its root, without
+//! A volume may belong to any user, and several pods may mount it. Files are opened below its root, without
 //! following links and with the permissions of the container's user, and a disk that is written is locked.
 
 use std::{
@@ -166,7 +166,7 @@ fn find_content<'a>(volume: &'a OwnedFd, path: &Path) -> Result<Found<'a>, VmErr
     let kind = |name: &CStr| match rustix::fs::statat(volume, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(status) => Ok(Some(FileType::from_raw_mode(status.st_mode))),
         Err(Errno::NOENT) => Ok(None),
-        Err(error) => Err(disk_error(path, "look for disk.img")(error)),
+        Err(error) => Err(disk_error(path, "look for disk.img and ..data")(error)),
     };
     Ok(match (kind(RAW_DISK)?, kind(CURRENT_VERSION)?) {
         // A key may have the name disk.img. The kubelet makes each key a symbolic link.
@@ -398,8 +398,8 @@ fn set_file_system_ids(user: &FileUser) -> Result<(), Errno> {
         Ok(set) if set == wanted => Ok(()),
         _ => Err(Errno::PERM),
     };
-    // SAFETY: both calls take a number and change only the calling thread. They return the earlier id, so the second
-    // one of each pair shows whether the first one had an effect (setfsuid(2)).
+    // SAFETY: both functions take a number and change only the calling thread. They return the previous id, so the
+    // second call of each shows whether the first had an effect (setfsuid(2)).
     unsafe {
         libc::setfsgid(user.gid);
         check(libc::setfsgid(u32::MAX), user.gid)?;

@@ -88,9 +88,9 @@ impl KernelCache {
         })
     }
 
-    /// The entry of `disk`, which is in the root file system `image`. `None` if its kernel must be read: the guest has
-    /// written to the disk, or the disk is not in a layer that all containers of the image share. Reads the status of
-    /// two files, and blocks on their file systems.
+    /// The entry of `disk`, which is in the root file system `image`. `None` if its kernel must be read from the disk:
+    /// the guest has written to the disk, or the disk is not in a layer that all containers of the image share, or it
+    /// was changed less than [`MIN_AGE`] ago. Reads the status of two files, and blocks on their file systems.
     pub(crate) fn entry(&self, image: &VmImage, disk: &DiskImage) -> Option<CacheEntry> {
         self.entry_at(image, disk, SystemTime::now())
     }
@@ -260,7 +260,8 @@ impl CacheEntry {
     }
 }
 
-/// What identifies the layers of an image, if its root file system is an overlay on layers that containers share.
+/// The paths of an image's layers, which identify them. `None` if its root file system is not an overlay on layers that
+/// containers share.
 fn shared_layers(mounts: &[HostMount]) -> Option<&str> {
     match mounts {
         [mount] if mount.kind == "overlay" => mount.options.iter().find_map(|option| option.strip_prefix("lowerdir=")),
