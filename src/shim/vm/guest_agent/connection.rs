@@ -26,7 +26,7 @@ const DELIMITER: u8 = 0xff;
 #[derive(Debug)]
 pub(super) struct Connection {
     socket: UnixStream,
-    /// Bytes that were read. Those that are not consumed are at most [`MAX_LINE`] and [`READ_SIZE`] bytes.
+    /// Bytes that were read. At most [`MAX_LINE`] plus [`READ_SIZE`] of them are not consumed.
     received: Vec<u8>,
     /// How many bytes at the start of `received` are consumed.
     consumed: usize,

@@ -135,8 +135,8 @@ pub(super) fn parse<T: DeserializeOwned>(command: &'static str, line: &[u8]) -> 
 }
 
 fn malformed(command: &'static str, reason: &dyn fmt::Display) -> GuestAgentError {
-    let mut start = Start(String::new());
-    // Fails if the reason is longer: it may repeat a long text of the agent.
+    let mut start = TextStart(String::new());
+    // The error means that the reason is longer: it may repeat a long text of the agent.
     let _ = write!(start, "{reason}");
     GuestAgentError::Malformed {
         command,
@@ -144,10 +144,11 @@ fn malformed(command: &'static str, reason: &dyn fmt::Display) -> GuestAgentErro
     }
 }
 
-/// The start of a text: more than [`MAX_TEXT`] characters, if it has as many.
-struct Start(String);
+/// The start of a text. It keeps up to twice [`MAX_TEXT`] characters, so that [`printable_line`] marks a longer text as
+/// clipped.
+struct TextStart(String);
 
-impl Write for Start {
+impl Write for TextStart {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         let room = (2 * MAX_TEXT).saturating_sub(self.0.chars().count());
         self.0.extend(text.chars().take(room));
@@ -197,8 +198,8 @@ fn no_output() -> Result<Vec<u8>, DecodeError> {
     Ok(Vec::new())
 }
 
-/// Decodes Base64 without a copy of the text, which can be long. The agent sends no output while the process runs, so
-/// only [`ExecStatus::finished`] returns the error.
+/// Decodes Base64 without a copy of the text, which can be long. The output matters only after the end of the process,
+/// so [`ExecStatus::finished`] returns the error.
 fn decode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Result<Vec<u8>, DecodeError>, D::Error> {
     struct Text;
 
@@ -224,7 +225,7 @@ impl ExecStatus {
             return Ok(None);
         }
         let check = |data: Result<Vec<u8>, DecodeError>| data.map_err(|error| malformed("guest-exec-status", &error));
-        // Each fits, whatever the agent sends.
+        // The agent can send any number, and a status must fit into a byte.
         let low_bits = |value: i64, mask: u8| u32::from(value.to_le_bytes()[0] & mask);
         Ok(Some(Finished {
             status: match (self.exitcode, self.signal) {

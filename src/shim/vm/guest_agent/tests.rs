@@ -23,7 +23,7 @@ fn start(mut answer: impl FnMut(&Value) -> Vec<u8> + Send + 'static) -> FakeAgen
         let mut commands = Vec::new();
         let mut writer = guest.try_clone().unwrap();
         for line in BufReader::new(guest).split(b'\n') {
-            // A byte that resets the parser.
+            // The delimiter, which makes an agent drop a part of a command.
             let line = line.unwrap();
             let text = line.strip_prefix(b"\xff").unwrap_or(&line);
             let command: Value = serde_json::from_slice(text).unwrap();
@@ -107,7 +107,7 @@ async fn process_is_started_and_polled_until_it_has_ended() {
 }
 
 #[tokio::test]
-async fn whatever_came_before_the_synchronization_is_discarded() {
+async fn bytes_before_the_synchronization_are_discarded() {
     for before in [
         &b"login: \r\n"[..],
         b"{\"return\": {\"pid\": 1}}\n",
@@ -125,7 +125,7 @@ async fn whatever_came_before_the_synchronization_is_discarded() {
     }
 }
 
-/// An agent that synchronizes and answers other commands with these bytes, once. Later answers are good.
+/// An agent that synchronizes, answers the first other command with `bytes`, and answers later ones correctly.
 fn hostile(bytes: Vec<u8>) -> FakeAgent {
     let mut bytes = Some(bytes);
     start(move |command| {
