@@ -57,7 +57,7 @@ pub(in crate::shim) enum FilesError {
 }
 
 /// Makes a disk with the keys in `directory`, which is open as `opened`, as files of its root directory. `name` is the
-/// disk's.
+/// name of the disk, from which its label is made.
 ///
 /// Returns a sealed memfd, like [`super::make_disk`]. Blocks on the file system of `directory`.
 pub(in crate::shim::vm) fn make_disk_of_files(

@@ -4,7 +4,7 @@ use std::{os::unix::ffi::OsStrExt, path::Path};
 
 use sha2::{Digest, Sha256};
 
-/// In bytes. A UUID has 36; other ids come from an annotation.
+/// In bytes. A UUID has 36, but the UID of a pod is any text in an annotation.
 const MAX_INSTANCE_ID_LENGTH: usize = 128;
 /// In bytes (Linux, `__NEW_UTS_LEN`).
 const MAX_HOSTNAME_LENGTH: usize = 64;
@@ -56,7 +56,7 @@ impl InstanceId {
         Self::parse(uid).unwrap_or_else(|_| Self(format_uuid(derive_uuid(uid.as_bytes()))))
     }
 
-    /// An id from an annotation.
+    /// Accepts the characters of [`Hostname::parse`], because the id also becomes part of files that guests parse.
     pub(in crate::shim) fn parse(text: &str) -> Result<Self, IdentityError> {
         if is_plain(text, MAX_INSTANCE_ID_LENGTH) {
             Ok(Self(text.to_owned()))

@@ -10,12 +10,12 @@ use std::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use sha2::{Digest, Sha256};
 
-/// Bytes.
-const SECTOR: u16 = 512;
+/// In bytes.
+const SECTOR_SIZE: u16 = 512;
 /// With this size, four files of 1 MiB need half of the clusters that FAT12 can have.
 const SECTORS_PER_CLUSTER: u8 = 4;
-/// Bytes.
-const CLUSTER: usize = SECTORS_PER_CLUSTER as usize * SECTOR as usize;
+/// In bytes.
+const CLUSTER_SIZE: usize = SECTORS_PER_CLUSTER as usize * SECTOR_SIZE as usize;
 /// A file system with more clusters is not FAT12: the number of clusters decides the type ("FAT Type Determination").
 const MAX_CLUSTERS: u16 = 4084;
 /// The number of the first cluster. The entries of the table before it are reserved.
@@ -27,8 +27,8 @@ const MEDIA: u8 = 0xf8;
 /// The size of the image, in bytes, is a multiple of this, so that a block device of it has whole pages.
 const ALIGNMENT: usize = 4096;
 
-/// Bytes of an entry of a directory.
-const ENTRY: usize = 32;
+/// The size of an entry of a directory, in bytes.
+const ENTRY_SIZE: usize = 32;
 const VOLUME_LABEL: u8 = 0x08;
 const DIRECTORY: u8 = 0x10;
 const ARCHIVE: u8 = 0x20;
@@ -64,10 +64,10 @@ pub(super) fn write(contents: &Contents) -> io::Result<File> {
     }
     for (depth, name) in contents.folder.iter().enumerate().rev() {
         let own = data.end;
-        // The next round writes the parent.
+        // The next iteration writes the parent, directly behind this directory. 0 means the root directory.
         let parent = match depth {
             0 => 0,
-            _ => data.end_after(2 * ENTRY + entries.len())?,
+            _ => data.end_after(2 * ENTRY_SIZE + entries.len())?,
         };
         let mut folder = Vec::new();
         folder.extend(entry(b".          ", DIRECTORY, own, 0));
@@ -78,7 +78,7 @@ pub(super) fn write(contents: &Contents) -> io::Result<File> {
     }
     let mut root = entry(&contents.label, VOLUME_LABEL, 0, 0).to_vec();
     root.append(&mut entries);
-    pad(&mut root, usize::from(SECTOR));
+    pad(&mut root, usize::from(SECTOR_SIZE));
 
     data.add_free_cluster_if_empty();
     let table = data.pack_table();
@@ -113,7 +113,7 @@ impl Data {
 
     /// The first cluster that is free after `size` bytes are appended.
     fn end_after(&self, size: usize) -> io::Result<u16> {
-        let clusters = u16::try_from(size.div_ceil(CLUSTER)).ok();
+        let clusters = u16::try_from(size.div_ceil(CLUSTER_SIZE)).ok();
         clusters
             .and_then(|clusters| self.end.checked_add(clusters))
             .filter(|end| *end <= FIRST_CLUSTER + MAX_CLUSTERS)
@@ -124,7 +124,7 @@ impl Data {
     fn append(&mut self, bytes: &[u8]) -> io::Result<u16> {
         let (first, end) = (self.end, self.end_after(bytes.len())?);
         self.bytes.extend_from_slice(bytes);
-        pad(&mut self.bytes, CLUSTER);
+        pad(&mut self.bytes, CLUSTER_SIZE);
         self.next.extend(first + 1..end);
         self.next.push(END_OF_CHAIN);
         self.end = end;
@@ -134,7 +134,7 @@ impl Data {
     /// A file system has at least one cluster.
     fn add_free_cluster_if_empty(&mut self) {
         if self.next.is_empty() {
-            self.bytes.resize(CLUSTER, 0);
+            self.bytes.resize(CLUSTER_SIZE, 0);
             self.next.push(0);
         }
     }
@@ -149,7 +149,7 @@ impl Data {
             let pair = u32::from(pair[0]) | u32::from(second) << 12;
             table.extend_from_slice(&pair.to_le_bytes()[..3]);
         }
-        pad(&mut table, usize::from(SECTOR));
+        pad(&mut table, usize::from(SECTOR_SIZE));
         table
     }
 }
@@ -160,22 +160,22 @@ fn pad(bytes: &mut Vec<u8>, unit: usize) {
 }
 
 /// The boot sector ("Boot Sector and BPB Structure"). `table` is one copy of the table.
-fn boot_sector(contents: &Contents, root: &[u8], table: &[u8], data: &Data) -> io::Result<[u8; SECTOR as usize]> {
+fn boot_sector(contents: &Contents, root: &[u8], table: &[u8], data: &Data) -> io::Result<[u8; SECTOR_SIZE as usize]> {
     let in_units = |size: usize, unit: usize| u16::try_from(size / unit).map_err(io::Error::other);
-    let sectors = |size: usize| in_units(size, usize::from(SECTOR));
-    let total = usize::from(SECTOR) + usize::from(TABLE_COPIES) * table.len() + root.len() + data.bytes.len();
+    let sectors = |size: usize| in_units(size, usize::from(SECTOR_SIZE));
+    let total = usize::from(SECTOR_SIZE) + usize::from(TABLE_COPIES) * table.len() + root.len() + data.bytes.len();
 
-    let mut sector = [0; SECTOR as usize];
+    let mut sector = [0; SECTOR_SIZE as usize];
     let mut put = |offset: usize, bytes: &[u8]| sector[offset..offset + bytes.len()].copy_from_slice(bytes);
     // A jump over the parameters. No code follows.
     put(0, &[0xeb, 0x3c, 0x90]);
     put(3, b"NUTSHELL");
-    put(11, &SECTOR.to_le_bytes());
+    put(11, &SECTOR_SIZE.to_le_bytes());
     put(13, &[SECTORS_PER_CLUSTER]);
     // Reserved sectors: this one.
     put(14, &1u16.to_le_bytes());
     put(16, &[TABLE_COPIES]);
-    put(17, &in_units(root.len(), ENTRY)?.to_le_bytes());
+    put(17, &in_units(root.len(), ENTRY_SIZE)?.to_le_bytes());
     put(19, &sectors(total)?.to_le_bytes());
     put(21, &[MEDIA]);
     put(22, &sectors(table.len())?.to_le_bytes());
@@ -219,7 +219,7 @@ fn named_entry(name: &str, index: usize, attributes: u8, first_cluster: u16, siz
     // The last part comes first, and has a mark ("FAT Long Directory Entries").
     let mut mark = 0x40;
     for (number, part) in parts.into_iter().rev() {
-        let mut entry = [0; ENTRY];
+        let mut entry = [0; ENTRY_SIZE];
         entry[0] = mark | number;
         entry[11] = LONG_NAME;
         entry[13] = checksum;
@@ -237,8 +237,8 @@ fn named_entry(name: &str, index: usize, attributes: u8, first_cluster: u16, siz
 }
 
 /// An entry with a short name ("FAT Directory Structure").
-fn entry(name: &[u8; 11], attributes: u8, first_cluster: u16, size: u32) -> [u8; ENTRY] {
-    let mut entry = [0; ENTRY];
+fn entry(name: &[u8; 11], attributes: u8, first_cluster: u16, size: u32) -> [u8; ENTRY_SIZE] {
+    let mut entry = [0; ENTRY_SIZE];
     entry[..11].copy_from_slice(name);
     entry[11] = attributes;
     // Creation, last access, last write. The times are midnight.

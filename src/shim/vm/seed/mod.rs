@@ -6,7 +6,8 @@
 //! such a disk too ([`files`]).
 //!
 //! Belongs here: the names of keys and files, the defaults for what the user leaves out, and the image. Does not belong
-//! here: attaching the disk. The code that creates such machines calls [`make_disk`] and [`make_disk_of_files`].
+//! here: attaching the disk. The code that opens the files and the volumes of a machine calls [`make_disk`] and
+//! [`make_disk_of_files`].
 
 mod data_source;
 mod files;
