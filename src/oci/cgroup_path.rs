@@ -12,7 +12,8 @@ pub(crate) enum CgroupPath {
 }
 
 impl CgroupPath {
-    /// Parses the value for either driver. `None` if it is empty, which selects no group. An error is the reason.
+    /// Parses the value, which has the form of one of runc's two cgroup drivers. `None` if it is empty, which selects
+    /// no group. An error is the reason.
     ///
     /// - cgroupfs: a path. As in runc, `..` does not lead out of the root.
     /// - systemd: `slice:prefix:name`. By default the slice is `system.slice`, and the unit is a scope.

@@ -160,6 +160,7 @@ mod tests {
         assert_eq!(IdMap::from_spec(None, Some(&[])), Ok(None));
         assert!(IdMap::from_spec(Some(&mapping), None).is_err());
     }
+
     #[test]
     fn ids_of_the_container_in_a_range_are_covered() {
         let map = IdMap::from_options(&options(&["uidmap=0:1000:10,20:5000:1", "gidmap=5:7:1"]));

@@ -23,7 +23,7 @@ pub(crate) struct PodPlan {
     pub(crate) size: PodSize,
     /// Never [`Network::Host`].
     pub(crate) network: Network,
-    /// The control group of the machine on the host. `None`: that of the shim.
+    /// The control group of the machine on the host. `None` means that of the shim.
     pub(crate) cgroup: Option<CgroupPath>,
     /// The hooks that run on the host.
     pub(crate) hooks: Hooks,
@@ -73,7 +73,7 @@ pub(crate) struct Plan {
     pub(crate) terminal: bool,
     /// Initial columns and rows of the terminal.
     pub(crate) console_size: Option<(u16, u16)>,
-    /// The control group of the machine on the host. `None`: that of the shim.
+    /// The control group of the machine on the host. `None` means that of the shim.
     pub(crate) cgroup: Option<CgroupPath>,
     pub(crate) pid_namespace: PidNamespace,
     /// The `oom_score_adj` of the container's processes, which is that of the machine on the host.
@@ -180,7 +180,7 @@ pub(crate) enum Network {
 /// The pid namespace that a spec requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum PidNamespace {
-    /// As the guest's spec specifies it, which then always has a new pid namespace.
+    /// The one in the guest's spec, which then always has a new pid namespace.
     Specified,
     /// The pid namespace that the containers of the pod share: hostPID, if the configuration allows it.
     Pod,

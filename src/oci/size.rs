@@ -163,7 +163,7 @@ impl Sizing {
         })
     }
 
-    /// Rounds `memory` up to a possible size.
+    /// The possible size that is nearest to `memory`, rounded up.
     fn bound_memory(&self, memory: u64) -> u64 {
         memory
             .clamp(MIN_MEMORY, self.max_memory.max(MIN_MEMORY))

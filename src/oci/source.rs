@@ -179,7 +179,7 @@ fn unescape(text: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes))
 }
 
-/// A function that gives the kinds of files, which have no mounts below them.
+/// A function that returns the kind of the file at a path. There are no mounts below any path.
 #[cfg(test)]
 impl<F: Fn(&Path) -> io::Result<SourceKind>> Inspect for F {
     fn kind(&self, path: &Path) -> io::Result<SourceKind> {

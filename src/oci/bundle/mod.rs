@@ -64,8 +64,8 @@ impl BundleSpec {
         })
     }
 
-    /// The files of the image, whose snapshot has the mounts `rootfs`, if the command requests a virtual machine. An
-    /// image without a disk is a container with a program of that name, unless [`Self::has_boot_annotation`].
+    /// The files of the image, if the command requests a virtual machine. `rootfs` are the mounts of its snapshot. If
+    /// the image has no disk, the command is a program of a container, unless [`Self::has_boot_annotation`].
     ///
     /// # Errors
     ///

@@ -1,9 +1,9 @@
 //! Translates the namespaces of a spec for the guest.
 //!
 //! Namespace paths in a spec are paths on the host. They are never opened here, and the guest never sees them. The path
-//! of the network namespace goes into the plan. The paths of a pod's other namespaces, which containerd's CRI makes
-//! from the sandbox's pid, denote the namespaces that the containers share in the pod's machine. So does any other
-//! path: nothing else can be shared.
+//! of the network namespace goes into the plan. The paths of a pod's ipc, uts and pid namespaces, which containerd's
+//! CRI makes from the sandbox's pid, denote the namespaces that the containers share in the pod's machine. So does any
+//! other path of these types, because nothing else can be shared. Only a pid namespace can also be that of one task.
 
 use std::path::Path;
 

@@ -16,7 +16,8 @@ pub(super) const KERNEL_MOUNT: &str = "/kernel";
 /// The maximum length of additional kernel arguments, in bytes.
 const MAX_KERNEL_ARGUMENTS: usize = 1024;
 
-/// The size of the smallest and of the largest blank disk, in bytes.
+/// The size of the smallest and of the largest blank disk, in bytes. They also bound `max-memory`, which must fit the
+/// host's limits too.
 const MIN_BLANK_SIZE: u64 = 1 << 20;
 const MAX_BLANK_SIZE: u64 = 64 << 40;
 

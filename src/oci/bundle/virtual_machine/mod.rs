@@ -28,10 +28,11 @@ use crate::oci::{
     VmPlan, VmPolicy,
 };
 
-/// The command that requests a virtual machine. Without a command, an image cannot be started.
+/// The command that requests a virtual machine. A disk image needs a command, because containerd starts no image
+/// without one.
 const COMMAND: &str = "vm";
 
-/// The entrypoint of images for crun-vm, which requests one too.
+/// The entrypoint of images for crun-vm, which requests a virtual machine too.
 const ENTRYPOINT_OF_DISK_IMAGES: &str = "no-entrypoint";
 
 /// Annotations of containerd's CRI (`internal/cri/annotations`).
@@ -40,7 +41,7 @@ const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 const POD_NAME: &str = "io.kubernetes.cri.sandbox-name";
 const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 
-/// Returns the image with the disk, if the command of `spec` requests a virtual machine.
+/// Returns the files of the image, if the command of `spec` requests a virtual machine.
 pub(super) fn find_image(spec: &Spec, bundle: &Path, mounts: &[HostMount]) -> Result<Option<VmImage>, PlanError> {
     if !requests_virtual_machine(spec) {
         return Ok(None);
