@@ -204,7 +204,7 @@ impl Request {
     }
 }
 
-/// Limits the system calls of the calling thread, which the vhost-user daemon started, once.
+/// Limits the system calls of the calling thread, which the vhost-user daemon has started. Does so only once.
 fn confine_worker() {
     thread_local! {
         static IS_CONFINED: Cell<bool> = const { Cell::new(false) };

@@ -1,6 +1,6 @@
-//! The file system that the guest sees: virtiofsd's passthrough file system with these changes: new files belong to the
-//! guest's users, names are single components, there are no device nodes, only files in root file systems have file
-//! capabilities, and caching depends on who may change a file.
+//! The file system that the guest sees. It is virtiofsd's passthrough file system with these changes: new files belong
+//! to the guest's users, names are single components, there are no device nodes, only files in root file systems have
+//! file capabilities, and caching depends on who may change a file.
 //!
 //! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. Files that
 //! only the guest can change may be cached by it for a day. It may cache names and attributes of other files for a

@@ -27,9 +27,14 @@ use virtiofsd::fuse::Opcode;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+/// The size of the guest's memory, in bytes.
 const MEMORY: u64 = 4 << 20;
+
+/// The index of the request queue.
 const QUEUE: usize = 1;
 const QUEUE_SIZE: u16 = 16;
+
+/// Addresses in the guest's memory: the parts of the queue, and the buffers of a request.
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
@@ -59,6 +64,7 @@ pub(crate) struct Client {
     memory: GuestMemoryMmap,
     kick: EventFd,
     call: EventFd,
+    /// The available index of the queue.
     next: u16,
     /// How many requests hang.
     hung: u16,
