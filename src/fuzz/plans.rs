@@ -228,7 +228,7 @@ fn check_hooks(hooks: &Hooks) {
     }
 }
 
-/// The components of a relative path that has no others than names.
+/// The components of a relative path. Each must be a name.
 fn normal_components(path: &Path) -> Vec<PathBuf> {
     let names = path.components().map(|component| match component {
         Component::Normal(name) => name.into(),
