@@ -42,7 +42,7 @@ mod tests {
     }
 
     #[test]
-    fn signal_is_named_as_go_names_it() {
+    fn signal_that_often_ends_a_process_has_gos_name() {
         assert_eq!(signal_name(libc::SIGKILL), "killed");
         assert_eq!(signal_name(libc::SIGUSR1), "signal 10");
     }

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use crate::bpf::Instruction;
 use crate::bpf_program::{attach_program, create_socket_map, insert_socket, load_program};
 
-/// The register that holds the `struct bpf_sk_lookup` of the packet.
+/// The register that points to the `struct bpf_sk_lookup` of the packet.
 pub const PACKET: u8 = 6;
 /// The register for the index of the selected socket.
 pub const SELECTED: u8 = 4;
@@ -34,10 +34,11 @@ const BPF_FUNC_MAP_LOOKUP_ELEM: i32 = 1;
 const BPF_FUNC_SK_RELEASE: i32 = 86;
 const BPF_FUNC_SK_ASSIGN: i32 = 124;
 
-/// The jump of the instruction at index `from` of a selection with `length` instructions, if it selects no socket: the
-/// kernel's own lookup continues.
+/// Returns the number of instructions over which the instruction at index `from` jumps to select no socket, in a
+/// selection of `length` instructions. Then the kernel's own lookup continues.
 #[must_use]
 pub const fn select_none(from: i16, length: i16) -> i16 {
+    // `build_program` appends 16 instructions. The jump leads to the second to last, which sets the result.
     length + 13 - from
 }
 
