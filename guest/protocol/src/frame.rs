@@ -2,7 +2,8 @@
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The largest body of a frame to the agent, in bytes. The OCI spec of a large pod is far smaller.
+/// The largest body of a frame to the agent, in bytes. The largest message carries BusyBox, which has 2 MiB
+/// ([`OpenShell`](crate::OpenShell)).
 pub const MAX_TO_AGENT: usize = 4 << 20;
 
 /// The largest body of a frame from the agent, in bytes: [`MAX_PROCESSES`](crate::MAX_PROCESSES) with long exec ids.
