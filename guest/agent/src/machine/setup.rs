@@ -16,18 +16,18 @@ use crate::sys;
 #[derive(Debug, thiserror::Error)]
 #[error("cannot set up the guest: {step}: {source}")]
 pub(crate) struct SetupError {
-    step: &'static str,
+    step: String,
     source: io::Error,
 }
 
 trait Step<T> {
-    fn step(self, step: &'static str) -> Result<T, SetupError>;
+    fn step(self, step: impl Into<String>) -> Result<T, SetupError>;
 }
 
 impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
-    fn step(self, step: &'static str) -> Result<T, SetupError> {
+    fn step(self, step: impl Into<String>) -> Result<T, SetupError> {
         self.map_err(|source| SetupError {
-            step,
+            step: step.into(),
             source: source.into(),
         })
     }
@@ -62,7 +62,7 @@ fn replace_root() -> Result<(), SetupError> {
         c"mode=755",
     )
     .step("mount the new root")?;
-    // The only file is this program, and the kernel's `/dev/console`. Nothing may write to the program through
+    // The initramfs has this program and the kernel's `/dev/console`. Nothing may write to the program through
     // `/proc/PID/exe`.
     let read_only = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
     rustix::mount::mount_remount("/", read_only, c"").step("make the initramfs read-only")?;
@@ -92,17 +92,17 @@ fn replace_root() -> Result<(), SetupError> {
         if target != "/sys/fs/cgroup" {
             create_directory(target)?;
         }
-        rustix::mount::mount(kind, target, kind, flags, data).step(target)?;
+        rustix::mount::mount(kind, target, kind, flags, data).step(format!("mount {target}"))?;
     }
     create_directory("/run")?;
     create_directory("/run/nutshell")?;
     create_directory("/tmp")
 }
 
-fn create_directory(path: &'static str) -> Result<(), SetupError> {
+fn create_directory(path: &str) -> Result<(), SetupError> {
     match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
         Err(rustix::io::Errno::EXIST) => Ok(()),
-        result => result.step(path),
+        result => result.step(format!("create {path}")),
     }
 }
 
