@@ -99,8 +99,8 @@ pub(crate) enum AgentStreamError {
     /// The host closed it.
     #[error("the host closed the agent stream")]
     Closed,
-    /// The host sent something that is not a request.
-    #[error("the host sent an invalid request: {0}")]
+    /// The host sent something that is not a request, or a message of the agent is too long.
+    #[error("invalid message on the agent stream: {0}")]
     Frame(#[from] FrameError),
     /// Reading or writing failed.
     #[error("the agent stream failed: {0}")]

@@ -33,8 +33,8 @@ pub(crate) enum AgentError {
     /// The agent stream failed or was closed.
     #[error(transparent)]
     Stream(#[from] AgentStreamError),
-    /// A system call of the loop itself failed.
-    #[error("the event loop failed: {0}")]
+    /// A system call failed while the agent connected to the host, or in the event loop itself.
+    #[error("a system call failed: {0}")]
     System(#[from] io::Error),
 }
 
