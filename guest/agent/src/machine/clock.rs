@@ -23,7 +23,7 @@ const NEVER: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 pub(crate) struct Clock {
     /// Expires at the end of a temporary rate. Created with the first one.
     timer: Option<OwnedFd>,
-    /// The rate after that, in billionths.
+    /// The rate at the end of a temporary one, in billionths.
     permanent_rate: i32,
 }
 

@@ -100,12 +100,12 @@ fn send_from(
 /// `unreadable` why a file system is left out.
 fn mount_all(device: &Path, unreadable: &mut Vec<String>) -> Result<Vec<FileSystem>, String> {
     let name = device.file_name().unwrap_or_default().to_string_lossy();
-    let about = Path::new("/sys/block").join(&*name);
-    let partitions = list_partitions(&about).map_err(|error| format!("list the partitions of {name}: {error}"))?;
+    let sysfs = Path::new("/sys/block").join(&*name);
+    let partitions = list_partitions(&sysfs).map_err(|error| format!("list the partitions of {name}: {error}"))?;
     let start = read_start(device).map_err(|error| format!("read {name}: {error}"))?;
     let types = partition_types(
         &start,
-        read_number(&about.join("queue/logical_block_size")).unwrap_or(512),
+        read_number(&sysfs.join("queue/logical_block_size")).unwrap_or(512),
     );
     let supported =
         fs::read_to_string("/proc/filesystems").map_err(|error| format!("read /proc/filesystems: {error}"))?;
@@ -145,10 +145,10 @@ struct Partition {
     label: Option<String>,
 }
 
-/// Returns the partitions of the disk at `about`, a directory of `/sys/block`, in the order of their numbers.
-fn list_partitions(about: &Path) -> io::Result<Vec<Partition>> {
+/// Returns the partitions of the disk at `sysfs`, a directory of `/sys/block`, in the order of their numbers.
+fn list_partitions(sysfs: &Path) -> io::Result<Vec<Partition>> {
     let mut partitions = Vec::new();
-    for entry in fs::read_dir(about)? {
+    for entry in fs::read_dir(sysfs)? {
         let entry = entry?;
         let Some(number) = read_number(&entry.path().join("partition")) else {
             continue;
@@ -381,23 +381,23 @@ mod tests {
 
     #[test]
     fn partitions_are_listed_in_the_order_of_their_numbers() {
-        let about = tempfile::tempdir().unwrap();
+        let sysfs = tempfile::tempdir().unwrap();
         for (name, number, event) in [
             ("vda15", "15\n", "PARTN=15\nPARTNAME=EFI System\n"),
             ("vda1", "1\n", "PARTN=1\n"),
         ] {
-            let directory = about.path().join(name);
+            let directory = sysfs.path().join(name);
             fs::create_dir(&directory).unwrap();
             fs::write(directory.join("partition"), number).unwrap();
             fs::write(directory.join("uevent"), event).unwrap();
         }
-        fs::create_dir(about.path().join("queue")).unwrap();
+        fs::create_dir(sysfs.path().join("queue")).unwrap();
         let partition = |name: &str, number, label: Option<&str>| Partition {
             name: name.to_owned(),
             number: Some(number),
             label: label.map(str::to_owned),
         };
         let expected = [partition("vda1", 1, None), partition("vda15", 15, Some("EFI System"))];
-        assert_eq!(list_partitions(about.path()).unwrap(), expected);
+        assert_eq!(list_partitions(sysfs.path()).unwrap(), expected);
     }
 }

@@ -52,7 +52,7 @@ pub(crate) fn start(stream: &OwnedFd) -> Result<(), Failure> {
         sockets.udp.as_fd(),
         sockets.tcp.as_fd(),
         sockets.raw.as_fd(),
-        sockets.direction.as_fd(),
+        sockets.bpf_link.as_fd(),
     ]);
     // The exit status is not used. Queries are refused after this process has ended.
     sys::exit_now(Relay::new(stream, &sockets).run().is_err().into())
@@ -65,7 +65,7 @@ struct Sockets {
     /// Sends the answers to datagrams: `udp` has another port than the one that the queries were sent to.
     raw: OwnedFd,
     /// Closing it stops the BPF program from directing queries to `udp` and `tcp`.
-    direction: OwnedFd,
+    bpf_link: OwnedFd,
 }
 
 impl Sockets {
@@ -77,12 +77,12 @@ impl Sockets {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let raw = rustix::net::socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::RAW))?;
         let namespace = std::fs::File::open("/proc/thread-self/ns/net")?;
-        let direction = sys::direct_name_queries(namespace.as_fd(), udp.as_fd(), tcp.as_fd())?;
+        let bpf_link = sys::direct_name_queries(namespace.as_fd(), udp.as_fd(), tcp.as_fd())?;
         Ok(Self {
             udp,
             tcp,
             raw,
-            direction,
+            bpf_link,
         })
     }
 

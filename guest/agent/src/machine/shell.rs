@@ -259,7 +259,7 @@ mod tests {
     use super::*;
     use nutshell_protocol::TerminalSize;
 
-    /// Runs `script` in a shell of this host, and returns its output and status.
+    /// Sends `inputs` to a shell of this host, and returns its output and status.
     fn run_script(terminal: Option<&ShellTerminal>, inputs: &[ShellInput]) -> (String, u8) {
         let (client, stream) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();

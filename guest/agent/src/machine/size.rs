@@ -30,7 +30,7 @@ pub(crate) fn resize(vcpus: u32, has_memory_device: bool) -> Result<(), Failure>
     set_online_vcpus(Path::new(CPU_DIRECTORY), vcpus).context(|| format!("set {vcpus} vCPUs online"))
 }
 
-/// vCPU 0 is always online and has no `online` file.
+/// Sets the first `count` vCPUs online and the others offline. vCPU 0 is always online and has no `online` file.
 fn set_online_vcpus(cpu_directory: &Path, count: u32) -> io::Result<()> {
     let switches: Vec<PathBuf> = (1_u32..)
         .map(|number| cpu_directory.join(format!("cpu{number}/online")))

@@ -44,7 +44,7 @@ impl Pod {
             .map(|(index, file)| (PathBuf::from(&file.destination), file_path(index)))
             .collect();
         if !shared.is_empty() {
-            // A client that requires these files from the shim also requires shared memory.
+            // With its Sandbox service, containerd provides neither these files nor shared memory.
             shared.push((SHM_PATH.into(), SHM_PATH.into()));
         }
         Self { init, shared }

@@ -16,7 +16,8 @@ pub(crate) fn set_clock_rate(tick: i64, frequency: i64) -> io::Result<()> {
 
     // SAFETY: as above.
     let mut rate: libc::timex = unsafe { std::mem::zeroed() };
-    // An offset of 0 empties the phase-locked loop, but only while it is on. STA_FREQHOLD keeps it from the frequency.
+    // An offset of 0 empties the phase-locked loop, but only while it is on. STA_FREQHOLD keeps it from
+    // changing the frequency.
     rate.modes = libc::ADJ_TICK | libc::ADJ_FREQUENCY | libc::ADJ_STATUS | libc::ADJ_OFFSET;
     rate.status = libc::STA_PLL | libc::STA_FREQHOLD | libc::STA_UNSYNC;
     rate.tick = tick;
