@@ -130,8 +130,8 @@ impl Agent {
     fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
         self.pumps.remove_container(name);
         self.containers.remove(name);
-        // This blocks the event loop: it cannot run in a job, because there is no request to reply to. The user needs
-        // the first error, so this one is ignored.
+        // This blocks the event loop until the processes have ended: the report of a job would become the reply, and
+        // would replace the first error. The user needs that one, so the error of the deletion is ignored.
         let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
     }

@@ -516,7 +516,7 @@ impl Agent {
 fn is_served_by_service(request: &Request) -> bool {
     match request {
         Request::StartExec(_) | Request::ForwardConnection { .. } => true,
-        // The guest as a whole has no first process of the agent's, and is not signalled by it.
+        // Only an exec can be signalled: the guest itself has no first process that the agent started.
         Request::Signal { exec, all, .. } => exec.is_some() && !all,
         Request::Resize { exec, .. } => exec.is_some(),
         _ => false,

@@ -145,6 +145,7 @@ fn compile<'a>(rules: impl DoubleEndedIterator<Item = &'a Rule>) -> Vec<Instruct
             rest -= 1;
             program.push(Instruction::jump_if_not_equal32(register, value, rest));
         }
+        // The context is not needed any more. Its register gets the requested accesses that the rule does not cover.
         program.extend([
             Instruction::copy32(CONTEXT, ACCESS),
             Instruction::and32(CONTEXT, !rule.access & (MKNOD | READ | WRITE)),

@@ -184,9 +184,9 @@ impl MemoryWatch {
     /// Whether the out-of-memory killer has killed processes since the last call.
     pub(crate) fn has_new_kills(&mut self) -> bool {
         let kills = oom_kills(&read_from_start(&self.file).unwrap_or_default());
-        let again = kills > self.seen_kills;
+        let has_new = kills > self.seen_kills;
         self.seen_kills = self.seen_kills.max(kills);
-        again
+        has_new
     }
 }
 

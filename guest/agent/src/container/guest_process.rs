@@ -66,7 +66,7 @@ fn become_program(
     become_user(user)?;
     // After the change of the user, because that clears this setting.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .describe(|| "end with the agent".to_owned())?;
+        .describe(|| "set the parent-death signal".to_owned())?;
     chdir_result
         .or_else(|_| enter_directory(&program.cwd))
         .map_err(|error| format!("chdir to {}: {error}", program.cwd.display()))?;

@@ -5,7 +5,8 @@
 //! system. The first process runs `startContainer` hooks just before it executes the container's program.
 //! `createContainer` hooks run after the root file system is mounted and before the first process enters it.
 //! libcontainer executes those: the agent passes itself as the hook, and changes its root and drops capabilities before
-//! it runs them ([`run_in_rootfs`]). The hook's program is the image's, and the agent's files are still mounted.
+//! it runs them ([`run_in_rootfs`]), because the hook's program comes from the image, and the agent's files are still
+//! mounted.
 
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read};
@@ -28,8 +29,8 @@ use super::diagnosis::CauseWriter;
 /// The first argument of the agent when libcontainer executes it as a `createContainer` hook.
 pub(crate) const HOOKS_FLAG: &str = "--create-container-hooks";
 
-/// Capabilities by which a program can leave its root directory, or open devices that the container's rules deny. They
-/// do not apply to hooks yet.
+/// Capabilities by which a hook could leave its root directory, or open devices that the container's device rules deny:
+/// the rules apply only after these hooks.
 const CONFINED: [Capability; 2] = [Capability::SysChroot, Capability::Mknod];
 
 /// Returns a hook that executes the agent, which runs `hooks` in `rootfs` and writes the error to `causes`. They have

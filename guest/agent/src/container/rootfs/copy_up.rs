@@ -22,11 +22,11 @@ use crate::failure::{Context, at_step};
 /// How deep directories may be nested in a directory that is copied.
 const MAX_DEPTH: usize = 500;
 
-/// The mount point of a filled file system in the bundle is this and a number.
+/// The names of the mount points of filled file systems in the bundle: this prefix and a number.
 const NAME_PREFIX: &str = "tmpfs";
 
-/// Options that apply to a mount and not to its file system, besides those of [`mount_options`].
-const MOUNT_OPTIONS: [&str; 8] = [
+/// Options for the propagation of a mount, which do not apply to its file system.
+const PROPAGATION_OPTIONS: [&str; 8] = [
     "private",
     "rprivate",
     "shared",
@@ -165,7 +165,7 @@ fn is_mount_option(option: &str) -> bool {
 
 /// Whether an option that is not one of [`mount_options`] is for the file system.
 fn is_data(option: &str) -> bool {
-    !MOUNT_OPTIONS.contains(&option) && !matches!(option, "rro" | "rnosuid" | "rnodev" | "rnoexec")
+    !PROPAGATION_OPTIONS.contains(&option) && !matches!(option, "rro" | "rnosuid" | "rnodev" | "rnoexec")
 }
 
 /// Opens a directory that may be changed meanwhile, by another container that shares it.

@@ -46,7 +46,7 @@ pub(crate) fn adapt_mounts(rootfs: &Path, mounts: &mut [Mount]) -> io::Result<()
 }
 
 /// Resolves the symbolic links of `path` as if `root` were the root directory. Missing parts are taken literally, and
-/// so is everything below one of the mounts that are `earlier`.
+/// so is everything below one of the `earlier` mount points.
 fn resolve(root: &OwnedFd, path: &Path, earlier: &[PathBuf]) -> io::Result<PathBuf> {
     let mut resolved = PathBuf::from("/");
     let mut rest: VecDeque<OsString> = names(path).collect();
