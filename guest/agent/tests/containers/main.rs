@@ -5,7 +5,7 @@
 #![allow(clippy::tests_outside_test_module, reason = "this crate contains only tests")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[allow(dead_code, reason = "shared with the tests of machines, which use all of it")]
+#[allow(dead_code, reason = "shared with the tests of machines, which use the rest")]
 mod harness;
 
 mod blocked;

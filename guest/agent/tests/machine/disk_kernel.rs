@@ -1,5 +1,5 @@
-//! Tests of what is found on disks of virtual machines, with the kernel for that. They need sfdisk(8), mcopy(1) and the
-//! mkfs programs of the file systems.
+//! Tests of the search for a kernel on disks of virtual machines. The machines boot the kernel of the disk reader. The
+//! tests need sfdisk(8), mcopy(1) and the mkfs programs of the file systems.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

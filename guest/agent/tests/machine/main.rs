@@ -8,7 +8,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod disk_kernel;
-#[allow(dead_code, reason = "shared with the tests of containers, which use all of it")]
+#[allow(dead_code, reason = "shared with the tests of containers, which use the rest")]
 #[path = "../containers/harness.rs"]
 mod harness;
 
