@@ -9,7 +9,7 @@ use crate::disk::{Disk, Location};
 /// The largest size of a kernel, in bytes. Kernels of distributions have 5 to 20 MiB, unified kernel images more.
 pub const MAX_KERNEL_SIZE: u64 = 256 << 20;
 
-/// The largest size of all initrds of an entry, in bytes. Those of live systems have some hundred megabytes.
+/// The largest total size of the initrds of an entry, in bytes. Those of live systems have some hundred megabytes.
 pub const MAX_INITRD_SIZE: u64 = 1 << 30;
 
 /// The largest number of initrds of an entry. Entries have one, and one or two for microcode.
@@ -21,7 +21,7 @@ const MAX_NOTES: usize = 16;
 /// The largest length of a note, in bytes.
 const MAX_NOTE: usize = 320;
 
-/// How many entries of a menu are tried, from the default on.
+/// How many entries of a menu are tried: the default first, then the others in order.
 pub(crate) const MAX_TRIED_ENTRIES: usize = 32;
 
 /// What the boot loader of a disk boots.

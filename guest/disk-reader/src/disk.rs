@@ -18,7 +18,8 @@ const MAX_OPERATIONS: u32 = 8192;
 /// How many bytes of configuration are read in total. A large `grub.cfg` has a few hundred kilobytes.
 const MAX_READ: usize = 32 << 20;
 
-/// How many entries of a directory are read. `/boot` and the directories of boot loaders have at most some hundred.
+/// The largest number of entries of a directory. One with more is not read. `/boot` and the directories of boot loaders
+/// have at most some hundred.
 const MAX_DIRECTORY_ENTRIES: usize = 4096;
 
 /// How many file systems of a disk are searched. Disks of virtual machines have fewer than ten.
@@ -245,8 +246,8 @@ impl Disk {
     }
 }
 
-/// Inserts `item` behind those that are equal to it or less. In the agent, its machine code is a tenth
-/// as large as that of a sort.
+/// Inserts `item` into sorted `items`, after those that are less or equal. The agent does not sort, because the machine
+/// code of a sort is ten times as large.
 pub(crate) fn insert_sorted<T>(items: &mut Vec<T>, item: T, compare: impl Fn(&T, &T) -> Ordering) {
     let at = items.partition_point(|other| compare(other, &item).is_le());
     items.insert(at, item);

@@ -79,7 +79,7 @@ impl BootOrder {
     }
 }
 
-/// Splits the counter off a name: `+LEFT` or `+LEFT-DONE`. Returns the number of attempts that are left.
+/// Splits the counter off a name: `+LEFT` or `+LEFT-DONE`. Returns the id and the number of attempts that are left.
 fn split_counter(stem: &str) -> Option<(&str, u32)> {
     let (id, counter) = stem.rsplit_once('+')?;
     let (left, done) = counter.split_once('-').unwrap_or((counter, "0"));
@@ -272,8 +272,9 @@ impl Entry {
         }
     }
 
-    /// Returns the location of a file of the entry. Paths are relative to the root of the file system, or, if tools
-    /// took `/boot` for a partition, to that directory.
+    /// Returns the location of a file of the entry. Paths are relative to the root of the file system. If the entry is
+    /// below `/boot`, and no such file exists, they are relative to `/boot`: some tools write them as if it were a
+    /// partition.
     fn locate(&self, disk: &Disk, path: &str) -> Location {
         let absolute = if path.starts_with('/') {
             path.to_owned()

@@ -36,7 +36,7 @@ impl Random {
     }
 }
 
-/// Changes bytes, and removes, repeats or exchanges parts.
+/// Makes one to eight changes: replaces a byte, removes or repeats a part, truncates, or inserts one of `PARTS`.
 fn mutate(sample: &[u8], random: &mut Random) -> Vec<u8> {
     /// Bytes and words with a meaning for a parser.
     const PARTS: [&[u8]; 24] = [

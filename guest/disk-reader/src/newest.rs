@@ -33,9 +33,9 @@ pub(crate) fn find(disk: &Disk, notes: &mut Notes) -> Option<BootEntry> {
     }
     let (first, _) = kernels.first()?;
     let Some(root) = find_root(disk, first.file_system) else {
-        let kernel = disk.describe_location(first);
+        let directory = disk.describe_location(&Location::new(first.file_system, format!("{}/", first.path)));
         notes.add(format!(
-            "there are kernels in {kernel}, but no root file system: none has an os-release file and a UUID"
+            "there are kernels in {directory}, but no root file system: none has an os-release file and a UUID"
         ));
         return None;
     };

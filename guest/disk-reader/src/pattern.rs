@@ -1,4 +1,4 @@
-//! Patterns of names (glob(7)), as the `default` setting of systemd-boot has.
+//! Patterns of names (glob(7)), as in the `default` setting of systemd-boot.
 
 /// Whether `name` matches `pattern` with `*`, `?` and `[...]`, without regard to ASCII case. Takes time proportional to
 /// the product of the lengths at most: only the last `*` is tried again.

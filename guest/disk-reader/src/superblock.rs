@@ -67,7 +67,7 @@ fn iso9660(start: &[u8]) -> Option<Superblock> {
 }
 
 fn squashfs(start: &[u8]) -> Option<Superblock> {
-    start.starts_with(b"hsqs").then_some(without_name("squashfs"))
+    start.starts_with(b"hsqs").then_some(kind_only("squashfs"))
 }
 
 fn erofs(start: &[u8]) -> Option<Superblock> {
@@ -80,16 +80,14 @@ fn erofs(start: &[u8]) -> Option<Superblock> {
 }
 
 fn luks(start: &[u8]) -> Option<Superblock> {
-    start
-        .starts_with(b"LUKS\xba\xbe")
-        .then_some(without_name("crypto_LUKS"))
+    start.starts_with(b"LUKS\xba\xbe").then_some(kind_only("crypto_LUKS"))
 }
 
 fn lvm(start: &[u8]) -> Option<Superblock> {
     let has_label = |block: &[u8]| block.starts_with(b"LABELONE") && bytes_at(block, 24) == Some(*b"LVM2 001");
     // The label is in one of the first four sectors.
     let is_volume = start.chunks(512).take(4).any(has_label);
-    is_volume.then_some(without_name("LVM2_member"))
+    is_volume.then_some(kind_only("LVM2_member"))
 }
 
 /// FAT has no magic number. It comes last, because other file systems may leave an old FAT boot sector in place.
@@ -112,7 +110,7 @@ fn fat(start: &[u8]) -> Option<Superblock> {
     })
 }
 
-fn without_name(kind: &'static str) -> Superblock {
+fn kind_only(kind: &'static str) -> Superblock {
     Superblock {
         kind,
         uuid: None,

@@ -41,7 +41,7 @@ pub(crate) fn find(disk: &Disk, entries: &[Entry], notes: &mut Notes) -> Option<
     let mut images = Vec::new();
     for file_system in disk.boot_order() {
         let about = &disk.file_systems()[file_system];
-        // Only these are in reach of firmware and systemd-boot.
+        // Firmware and systemd-boot read no other file systems.
         if about.partition_type == PartitionType::Other && about.kind != "vfat" {
             continue;
         }
@@ -137,7 +137,8 @@ struct Section {
     range: (u64, u64),
 }
 
-/// Parses the headers of a PE file of `file_size` bytes. Returns the sections of its base profile.
+/// Parses the headers of a PE file of `file_size` bytes. Returns the sections of its first profile, and those that all
+/// profiles share.
 fn parse(headers: &[u8], file_size: u64) -> Result<Vec<Section>, String> {
     let invalid = |error: object::Error| format!("is not a PE file: {error}");
     let dos_header = ImageDosHeader::parse(headers).map_err(invalid)?;

@@ -25,14 +25,14 @@ const FILE_MARK: &str = "@@ ";
 /// The maximum number of files of a disk.
 const MAX_FILES: usize = 16;
 
-/// The time for a search, in which no input may take that long.
+/// The time limit of a search. No input may reach it.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Searches the kernel on a disk with the files that `data` describes: each starts with a line `@@ PATH`.
+/// Searches for the kernel on a disk with the files that `data` describes: each starts with a line `@@ PATH`.
 ///
 /// # Panics
 ///
-/// If the kernel that is found has too many initrds, or a text is too long.
+/// If the kernel that is found has too many initrds, or a text is too long or has control characters.
 pub fn search_disk(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let folder = tempfile::tempdir().unwrap();
@@ -70,7 +70,7 @@ pub fn search_disk(data: &[u8]) {
     }
 }
 
-/// Creates a file in `folder`, if its path has only names of files.
+/// Creates a file in `folder`, if each part of its path is a plain file name.
 fn create_file(folder: &Path, path: &str, content: &str) {
     let is_name = |name: &str| {
         let is_valid = |byte| u8::is_ascii_alphanumeric(&byte) || b"-_.+~^".contains(&byte);
@@ -90,7 +90,7 @@ fn create_file(folder: &Path, path: &str, content: &str) {
 /// Passes a text to each parser of texts.
 fn parse_text(text: &str) {
     let location = Location::new(0, "/boot/loader/entries/a.conf");
-    // An error is one of the text.
+    // An error only says that the text is invalid.
     let _ = grub::parse_parts(text);
     let _ = entries::parse_parts(text, &location);
     extlinux::parse_parts(text, &location);
@@ -109,7 +109,7 @@ pub fn parse_kernel_image(data: &[u8]) {
 ///
 /// # Panics
 ///
-/// If a text of a superblock has control characters.
+/// If a UUID is longer than 64 bytes.
 pub fn identify_disk(mut data: &[u8]) {
     let mut start = vec![0; START_SIZE];
     while let Some(([a, b, c, length], rest)) = data.split_first_chunk::<4>() {
@@ -133,7 +133,7 @@ pub fn identify_disk(mut data: &[u8]) {
 ///
 /// # Panics
 ///
-/// If the comparison of versions is not an order.
+/// If the comparisons of versions contradict each other.
 pub fn compare_names(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut lines = text.splitn(3, '\n');

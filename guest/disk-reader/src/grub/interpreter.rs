@@ -16,7 +16,7 @@ const MAX_CONFIGURATION: usize = 512 << 10;
 /// hundred thousand.
 const MAX_WORK: usize = 8 << 20;
 
-/// The length of the words of a command after expansion, in bytes. A command line may have 4096 bytes.
+/// The largest length of the words of a command after expansion, in bytes. A command line may have 4096 bytes.
 const MAX_EXPANDED: usize = 16 << 10;
 
 /// The largest number of variables. Generated files use about fifty.
@@ -218,7 +218,7 @@ impl<'d> Interpreter<'d> {
         Ok(())
     }
 
-    /// Takes over how much work a copy of this interpreter has left.
+    /// Reduces the work that is left to that of `copy`, which has executed a menu entry.
     pub(super) fn take_work_of(&mut self, copy: &Self) {
         self.work = copy.work;
     }

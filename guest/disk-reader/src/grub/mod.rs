@@ -18,7 +18,7 @@ use crate::disk::{Disk, Location};
 use crate::partitions::PartitionType;
 use interpreter::Interpreter;
 
-/// The configurations that the first stage of GRUB executes if the firmware is no EFI, on each file system.
+/// The configurations that the first stage of GRUB executes if the firmware is not EFI, on each file system.
 const CONFIGURATIONS: [&str; 5] = [
     "/boot/grub2/grub.cfg",
     "/boot/grub/grub.cfg",
@@ -34,7 +34,7 @@ const MAX_CONFIGURATIONS: usize = 8;
 /// Executes the configurations of a disk: those for EFI first. Returns the menus that have entries.
 pub(crate) fn evaluate<'d>(disk: &'d Disk, notes: &mut Notes) -> Vec<Menu<'d>> {
     let mut menus: Vec<Menu<'d>> = Vec::new();
-    for start in starts(disk).into_iter().take(MAX_CONFIGURATIONS) {
+    for start in start_configurations(disk).into_iter().take(MAX_CONFIGURATIONS) {
         // A configuration for EFI usually continues with one of the others.
         if menus.iter().any(|menu| menu.location() == &start) {
             continue;
@@ -51,8 +51,8 @@ pub(crate) fn evaluate<'d>(disk: &'d Disk, notes: &mut Notes) -> Vec<Menu<'d>> {
     menus
 }
 
-/// Returns the configurations that exist.
-fn starts(disk: &Disk) -> Vec<Location> {
+/// Returns the configurations with which GRUB may start, and which exist, in the order in which they are tried.
+fn start_configurations(disk: &Disk) -> Vec<Location> {
     let mut starts = Vec::new();
     for file_system in disk.boot_order() {
         let about = &disk.file_systems()[file_system];

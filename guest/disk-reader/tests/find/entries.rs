@@ -1,6 +1,6 @@
 //! Entries of the Boot Loader Specification.
 
-use crate::harness::Content::{Fixture, Some as Any, Text};
+use crate::harness::Content::{Any, Fixture, Text};
 use crate::harness::{Content, assert_found, tree};
 
 const FEDORA_BOOT: &str = "8f7e6d5c-4b3a-4291-8807-f6e5d4c3b2a1";

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use nutshell_disk_reader::{MAX_KERNEL_SIZE, find_kernel};
 
-use crate::harness::Content::{Bytes, Directory, Empty, Fifo, Link, Some as Any, Sparse, Text};
+use crate::harness::Content::{Any, Bytes, Directory, Empty, Fifo, Link, Sparse, Text};
 use crate::harness::{Files, Tree, assert_not_found, build_until, image, tree};
 
 fn ext4<'t>(files: Files<'t>) -> [Tree<'t>; 1] {

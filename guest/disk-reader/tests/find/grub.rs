@@ -2,7 +2,7 @@
 
 use nutshell_disk_reader::find_kernel;
 
-use crate::harness::Content::{Fixture, Link, Some as Any, Text};
+use crate::harness::Content::{Any, Fixture, Link, Text};
 use crate::harness::{Tree, assert_found, build, describe, tree};
 
 const DEBIAN_12: &str = "0f6b2f0e-7a54-4b9c-9a35-1f2d3c4b5a69";

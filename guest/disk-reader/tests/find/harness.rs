@@ -15,8 +15,8 @@ pub(crate) enum Content<'c> {
     Fixture(&'c str),
     Text(&'c str),
     Bytes(&'c [u8]),
-    /// A file that is only named, such as a kernel.
-    Some,
+    /// A file whose content does not matter, such as a kernel.
+    Any,
     Empty,
     /// A file with a size and no blocks.
     Sparse(u64),
@@ -128,7 +128,7 @@ fn create(path: &Path, content: Content<'_>) {
         }
         Content::Text(text) => fs::write(path, text).unwrap(),
         Content::Bytes(bytes) => fs::write(path, bytes).unwrap(),
-        Content::Some => fs::write(path, "content").unwrap(),
+        Content::Any => fs::write(path, "content").unwrap(),
         Content::Empty => fs::write(path, "").unwrap(),
         Content::Sparse(size) => fs::File::create(path).unwrap().set_len(size).unwrap(),
         Content::Link(target) => std::os::unix::fs::symlink(target, path).unwrap(),

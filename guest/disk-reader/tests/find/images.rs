@@ -2,7 +2,7 @@
 
 use nutshell_disk_reader::find_kernel;
 
-use crate::harness::Content::{Bytes, Some as Any, Text};
+use crate::harness::Content::{Any, Bytes, Text};
 use crate::harness::{assert_found, build, image, tree};
 
 #[test]

@@ -2,7 +2,7 @@
 
 use nutshell_disk_reader::find_kernel;
 
-use crate::harness::Content::{Fixture, Some as Any, Text};
+use crate::harness::Content::{Any, Fixture, Text};
 use crate::harness::{assert_found, build, describe, tree};
 
 #[test]
