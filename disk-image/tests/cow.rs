@@ -102,7 +102,7 @@ struct DiskState {
     synced: Vec<u8>,
     /// The sectors that were written since.
     unsynced: BTreeSet<usize>,
-    /// How many more changes succeed. The one after is executed in part.
+    /// How many more changes reach the file. The last of them does so in part and fails; all after it fail.
     changes_left: Option<u64>,
     sync_fails: bool,
 }

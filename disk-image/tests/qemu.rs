@@ -280,7 +280,7 @@ fn image_with_an_unsupported_feature_is_refused_with_its_name() {
     ];
     for (arguments, expected) in cases {
         let mut all = vec!["create", "-q", "-f", "qcow2"];
-        // The name of the image comes before its size.
+        // An empty argument stands for the name of the image, which comes before its size.
         all.extend(
             arguments
                 .iter()

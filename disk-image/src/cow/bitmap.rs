@@ -22,7 +22,8 @@ impl Bitmap {
         }
     }
 
-    /// Replaces block number `block` by `bytes`.
+    /// Replaces block number `block` by `bytes`. `is_recorded` says whether the durable bitmap of the file has the same
+    /// bits.
     pub(super) fn load_block(&mut self, block: usize, bytes: &[u8], is_recorded: bool) {
         let start = block * usize::try_from(BLOCK_SIZE).unwrap_or(0);
         for (target, byte) in self.bytes.iter_mut().skip(start).zip(bytes) {

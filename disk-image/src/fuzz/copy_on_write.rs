@@ -105,8 +105,8 @@ impl Disk {
                 if result.is_ok() {
                     self.durable.clone_from(&self.present);
                 } else {
-                    // Some bits may be in the durable bitmap, so that the clusters have one content or the other. A
-                    // failure in writing the bitmap is not one of a sync, and can be repeated.
+                    // The durable bitmap may have some of the bits, so after a crash each cluster has one content or
+                    // the other. A flush can be repeated after a failed write of the bitmap, not after a failed sync.
                     self.has_failed = self.image.flush().is_err();
                     if !self.has_failed {
                         self.durable.clone_from(&self.present);
@@ -189,7 +189,8 @@ impl Disk {
             let start = cluster * CLUSTER;
             let end = (start + CLUSTER).min(self.expected.len());
             let found = self.read(start, end);
-            // A flush that failed, or a change that failed after it had completed a cluster, may count.
+            // A cluster may have its new content although the model does not count it as durable: a flush that failed,
+            // or a change that failed after it had completed the cluster, may have made it durable.
             let is_expected = found == self.expected[start..end];
             let is_base = found == base[start..end];
             assert!(is_expected || (is_base && !is_durable), "cluster {cluster} is lost");

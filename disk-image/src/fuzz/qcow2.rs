@@ -1,4 +1,4 @@
-//! Images that are hostile.
+//! Hostile qcow2 images.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use crate::{Base, Image, ReadAt};
 /// The number of bytes of the input that are placed at the start of each cluster.
 const PART: usize = 512;
 
-/// The maximum number of clusters whose tables are read as a whole.
+/// The maximum number of clusters of a disk whose tables are all read.
 const MAX_SURVEYED_CLUSTERS: u64 = 1 << 20;
 
 /// The maximum number of bytes that are read at once.
@@ -84,7 +84,7 @@ pub fn read_qcow2(data: &[u8]) {
     if let Base::Qcow2(qcow2) = &base
         && qcow2.size() / qcow2.cluster_size() <= MAX_SURVEYED_CLUSTERS
     {
-        // An error is one of the image.
+        // An error only says that the image is invalid.
         let _ = qcow2.survey();
     }
     let image = Image::open_read_only(Box::new(file)).unwrap();
@@ -105,12 +105,12 @@ pub fn read_qcow2(data: &[u8]) {
 /// Reads the same bytes at once and in two parts.
 fn compare_reads(image: &Image, base: &Base, offset: u64, length: usize) {
     let length = usize::try_from(image.size() - offset).unwrap().min(length);
-    let half = length / 3;
+    let split = length / 3;
     let read = |part: &mut [u8], offset| image.read(&mut &mut part[..], offset);
     let (mut whole, mut parts) = (vec![0xaa; length], vec![0x55; length]);
     let whole_result = read(&mut whole, offset);
-    let first_result = read(&mut parts[..half], offset);
-    let second_result = read(&mut parts[half..], offset + half as u64);
+    let first_result = read(&mut parts[..split], offset);
+    let second_result = read(&mut parts[split..], offset + split as u64);
     assert_eq!(whole_result.is_ok(), first_result.is_ok() && second_result.is_ok());
     if whole_result.is_ok() {
         assert_eq!(whole, parts);

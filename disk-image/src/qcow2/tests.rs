@@ -220,7 +220,7 @@ fn zero_flag_hides_the_data_of_a_cluster() {
 }
 
 #[test]
-fn entry_that_points_behind_the_end_of_the_file_is_refused() {
+fn entry_that_points_past_the_end_of_the_file_is_refused() {
     let compressed = COMPRESSED | (1 << 40);
     for (entry, expected) in [
         (5 * 512 + 0x400, "it has 3072 bytes, and a cluster is at byte 3584"),
