@@ -38,7 +38,7 @@ const CIDS: [u32; 3] = [HOST, 1, 3];
 /// The first port of a stream (`MIN_STREAM_PORT` of the protocol).
 const FIRST_PORT: u32 = 1024;
 
-/// Ports for each round: the first ones, which a simple allocator would use, and random ones.
+/// How many ports of each kind a round tries: the first ones, which a simple allocator would use, and random ones.
 const ROUND: usize = 256;
 
 fn main() {
@@ -53,7 +53,7 @@ fn main() {
             .chunks_exact(4)
             .map(|port| u32::from_ne_bytes(port.try_into().expect("4 bytes")));
         for (index, port) in (FIRST_PORT..).take(ROUND).chain(random_ports).enumerate() {
-            // Not often: the kernel may wait for an answer of the others.
+            // The other cids only for a few ports: the kernel may wait for their answer.
             let cids = if index % ROUND == 0 { &CIDS[..] } else { &[HOST] };
             for &cid in cids {
                 let socket = socket(AF_VSOCK, SOCK_STREAM, 0);

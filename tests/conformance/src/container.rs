@@ -26,7 +26,7 @@ pub struct Prepared<'c> {
     containerd: &'c FakeContainerd,
     /// The bundle for the Create request.
     pub bundle: Arc<Bundle>,
-    /// The shim that `start` printed the address of.
+    /// The shim whose address `start` printed.
     pub shim: Shim,
     /// The Create request, which a test may change.
     pub request: CreateTaskRequest,
@@ -60,7 +60,7 @@ pub struct Exec<'c> {
     container: &'c Container<'c>,
     /// The id of the exec in every request.
     pub id: String,
-    /// Its standard output, which includes standard error.
+    /// Its standard output. Its standard error is `/dev/null`.
     pub stdout: Arc<Output>,
 }
 

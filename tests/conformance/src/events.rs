@@ -242,7 +242,7 @@ impl History {
                 let is_alive = matches!(self.init, Phase::Created | Phase::Started);
                 rule(is_alive, "not exactly one exit after create or start")?;
                 rule(event.pid == self.pid, "not the pid of the create event")?;
-                let execs_have_exited = self.execs.values().all(|(step, _)| *step != Phase::Started);
+                let execs_have_exited = self.execs.values().all(|(phase, _)| *phase != Phase::Started);
                 rule(execs_have_exited, "before the exit of an exec")?;
                 (self.init, self.status) = (Phase::Exited, *status);
             }

@@ -1,4 +1,5 @@
-//! A client of the Task service. All services have the same connection, and both versions have the same messages.
+//! A client of the Task service. The services of a shim share one connection, and versions 2 and 3 of the Task service
+//! have the same messages.
 
 use std::{fmt, time::Duration};
 

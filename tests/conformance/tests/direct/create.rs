@@ -83,7 +83,7 @@ fn malformed_request_is_refused_without_side_effects() {
                 "bundle \"\"",
             ),
             (
-                // Below the shim's folder, which is the bundle.
+                // Resolved from the shim's working directory, which is the bundle.
                 |prepared| prepared.request.bundle = "no-such-folder".to_owned(),
                 Code::UNKNOWN,
                 "/no-such-folder/config.json",
@@ -115,7 +115,7 @@ fn malformed_request_is_refused_without_side_effects() {
 }
 
 #[test]
-fn relative_bundle_is_below_the_shims_folder() {
+fn relative_bundle_path_is_resolved_from_the_shims_working_directory() {
     with_fake_containerd(|containerd| {
         let mut prepared = containerd.prepare(&shell("echo in the bundle"));
         prepared.request.bundle = ".".to_owned();

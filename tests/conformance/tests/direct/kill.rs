@@ -1,4 +1,4 @@
-//! Kill, in every phase and for every target, also of a hung guest.
+//! Kill in every phase and of every target, also if the guest hangs.
 
 use std::time::{Duration, Instant};
 

@@ -189,7 +189,7 @@ fn containers_of_a_pod_share_dev_shm_with_the_size_of_the_hosts_tmpfs() {
             "files of the pod's /dev/shm are on the host"
         );
         let (status, _) = one.run_script("dd if=/dev/zero of=/dev/shm/full bs=1k count=2048");
-        assert_ne!(status, 0, "more than the size fits into it");
+        assert_ne!(status, 0, "more than its size fits into /dev/shm");
         let own = pod.run(&idle(&pod));
         assert_eq!(own.output_of("ls /dev/shm"), "");
         for container in [one, other, own] {
@@ -235,7 +235,7 @@ fn sandbox_service_provides_etc_files_and_dev_shm() {
         );
         assert_eq!(mounted.output_of("cat /etc/hosts"), "1.2.3.4 mine\n");
         let (status, _) = mounted.run_script("echo x >>/etc/resolv.conf");
-        assert_ne!(status, 0, "it is not read-only as the root is");
+        assert_ne!(status, 0, "/etc/resolv.conf is writable although the root is read-only");
 
         with.output_of("echo options ndots:5 >>/etc/resolv.conf; echo here >/dev/shm/file");
         assert_eq!(

@@ -86,9 +86,9 @@ fn sandbox_service_answers_in_every_state() {
 }
 
 #[test]
-fn relative_bundle_is_below_the_shims_folder_and_an_existing_sandbox_is_not_created_again() {
+fn relative_bundle_path_is_resolved_from_the_shims_working_directory_and_an_existing_sandbox_is_not_created_again() {
     with_fake_containerd(|containerd| {
-        // The shim's folder is the bundle.
+        // The shim's working directory is the bundle.
         for path in [".", "rootfs/.."] {
             let (bundle, shim) = start_sandbox_shim(containerd);
             let (id, sandboxes) = (bundle.id.as_str(), SandboxClient::new(&shim));
