@@ -2,7 +2,7 @@
 //! finds, on both boards, and never stops. It starts as a Linux kernel does, by the 64-bit boot protocol, and runs on
 //! one vCPU without interrupts. The argument "mmio" of its command line says that the machine is the container board.
 //!
-//! About once in 4096 steps it writes "hostile: STEPS" to the serial port. Its random numbers start from the time stamp
+//! Once in 4096 steps it writes "hostile: STEPS" to the serial port. Its random numbers start from the time stamp
 //! counter, so that each boot is another attack.
 
 #![no_std]
@@ -65,7 +65,8 @@ enum Board {
 struct State {
     random: u64,
     steps: u64,
-    /// A bit for each device that this boot attacks. The machine ends early if it needs a device that has failed.
+    /// A bit for each device that this boot attacks. Others are left alone: when a device fails that the machine needs,
+    /// the machine ends, and the attack with it.
     targets: u64,
     board: Board,
 }
@@ -76,9 +77,9 @@ const ARENA_SIZE: u64 = 4 << 20;
 
 const DEVICE_WINDOW: u64 = 0xc000_0000;
 const ECAM: u64 = 0xe000_0000;
-/// Of a device on the container board.
+/// The size of the registers of a device on the container board.
 const MMIO_WINDOW: u64 = 0x1000;
-/// Of a device on the PC board.
+/// The size of the registers of a device on the PC board.
 const BAR_WINDOW: u64 = 0x1_0000;
 const DEVICES: u64 = 32;
 const COM1: u16 = 0x3f8;

@@ -10,7 +10,7 @@ use crate::{
     modules::{Crate, ModulePath},
 };
 
-/// The imports of each node, and for each of them one imported name.
+/// For each node, the nodes that it imports from, each with one imported name.
 type Graph<N> = BTreeMap<N, BTreeMap<N, String>>;
 
 /// One line for each import cycle of files.
