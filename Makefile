@@ -24,8 +24,8 @@ UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils systemd
 
 # Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).
 DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
-# Left to `make soak`: Docker, and suites that take long and repeat others with containerd 1.7 or with containerd's
-# Sandbox service.
+# Left to `make soak`: suites that repeat others in another configuration (containerd 1.7, containerd's Sandbox service,
+# disks), suites that take long, and `lab`, which tests the lab itself.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 hostile-2.1 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
 	pods-shim-all-2.1 pods-vm-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
@@ -135,7 +135,7 @@ setup: ## install the Debian packages that a build needs
 clean: ## remove the build output of this tree
 	$(CARGO) clean
 
-# The next three targets use the job slots of the make that runs them (+).
+# The commands with a + in the next targets use the job slots of the make that runs them.
 
 # Static, so that it runs on any distribution, and starts without a dynamic linker.
 executable: agent
