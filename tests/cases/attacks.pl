@@ -1,7 +1,7 @@
 # Attacks of a container on the agent, on the guest and on the host. tests/cases/attacks.bash passes this program to
 # `perl -e` in a container, with one of these arguments:
 #
-#   default      all attacks on one's own, as root with the default capabilities of ctr
+#   default      as root with the default capabilities of ctr: all attacks that need no action of the test meanwhile
 #   privileged   as root of a privileged container: what must not work even then, and what it is known to be able to do
 #   descriptors  as an exec without standard input: the descriptors that it has inherited
 #   handles      the same in a privileged container: what can be opened by means of these descriptors
@@ -377,8 +377,8 @@ my @privileged = (
   },
 );
 
-# Opens a directory above a file of the agent's devtmpfs or control groups: that of a handle, at the mount of a
-# descriptor. Dies if it is possible.
+# Dies if the root of a file system that the agent has mounted too can be opened by its handle, at the mount of an
+# inherited descriptor. If that mount is the agent's, files of the agent outside of it can be reached from there.
 sub handle_fails {
   my ($descriptor, $type) = @_;
   call('mount', $type, '/mnt', $type, 0, 0) == 0 or die "mount $type: $!\n";

@@ -1,6 +1,6 @@
 # A containerd for tests, inside the lab machine: set_up_containerd (configuration, start, images), start_containerd and
 # stop_containerd (the process only), remove_containerd (the process and all data). Sourced by test.bash, by
-# first-container and by the measurements in benches/.
+# first-container and first-vm, and by the measurements in benches/.
 
 lab=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # A descriptor that never becomes readable: `read -t SECONDS -u "$never"` waits without starting a process.
@@ -9,7 +9,7 @@ exec {never}<> <(:)
 # set_up_containerd [-c] VERSION [IMAGE...]
 #
 # Configures and starts containerd 2.1 or 1.7 on its default socket, so that `ctr` needs no address, with its state in
-# memory, and imports images (busybox, debian, one-binary, pause). Exits if containerd does not start.
+# memory, and imports images (tests/images/build lists them). Exits if containerd does not start.
 #
 #   -c  enables the CRI service and imports the images into its namespace
 #

@@ -1,5 +1,5 @@
-# The environment of every script in the lab machine: folders in memory, and two functions for measurements.
-# Sourced by the machine's first process.
+# The environment of every script in the lab machine: folders in memory, and the functions copy_to_memory and timed.
+# Sourced by the script /out/.run of the lab, and by tests/deploy and first-run, which run on this host.
 
 export LAB=1 TMPDIR=/run/tmp PATH=/run/bin:$PATH LD_LIBRARY_PATH=/run/lib
 mkdir -p -m 1777 /run/tmp
