@@ -359,12 +359,12 @@ kernel_and_initrd_of_a_mount_boot_without_a_disk() {
 # The snapshot is full: the guest gets an error for its write, and continues.
 full_snapshot_is_only_an_io_error_in_the_guest() {
   new_name
-  local root=/run/tmp/image archive
+  local root=/run/tmp/image disk
   mkdir -p $root
   mount -t tmpfs -o size=64M tmpfs $root
-  archive=$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)
+  disk=$(find /run/containerd-root -path '*/fs/disk/disk.raw' -print -quit)
   mkdir $root/disk
-  cp --sparse=always "$archive" $root/disk/disk.raw
+  cp --sparse=always "$disk" $root/disk/disk.raw
   start_vm --rootfs $root --
   wait_for_console "ready: "
   head -c 64M /dev/zero >$root/fill 2>/dev/null || true
