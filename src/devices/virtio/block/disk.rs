@@ -42,7 +42,7 @@ impl Backing {
         }
     }
 
-    /// Whether the size can change: that of an image cannot, and neither that of a sealed file in memory.
+    /// Whether the size can change. The sizes of images and sealed memfds cannot.
     pub(super) fn can_grow(&self) -> bool {
         match self {
             Self::File { file, .. } => !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::GROW)),
@@ -50,7 +50,7 @@ impl Backing {
         }
     }
 
-    /// In bytes. Blocks on the file system of the host.
+    /// The size in bytes. Can block on the file system of the host.
     pub(super) fn size(&self) -> io::Result<u64> {
         match self {
             Self::File { file, .. } => file_size(file)

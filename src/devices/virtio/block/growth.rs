@@ -61,7 +61,7 @@ impl fmt::Debug for ConfigInterrupt {
 pub(crate) struct GrowingDisk {
     disk: Arc<Disk>,
     config_interrupt: Arc<ConfigInterrupt>,
-    /// The result of the last check. It is reported when it changes.
+    /// The problem that the last check found. It is logged when it changes.
     problem: Option<String>,
 }
 
@@ -75,7 +75,7 @@ impl GrowingDisk {
     }
 
     /// Reads the size of the file. If it is larger than the disk, the disk grows, and the driver gets an interrupt. A
-    /// disk never shrinks: the guest may have data there. Blocks on the file system of the host.
+    /// disk never shrinks: the guest may have data there. Can block on the file system of the host.
     pub(super) fn check(&mut self) {
         let capacity = self.disk.capacity.sectors();
         let problem = match self.disk.backing.size() {
@@ -101,7 +101,7 @@ impl GrowingDisk {
     }
 }
 
-/// The thread that checks the sizes of disks. It ends after this is dropped, at its next check.
+/// The thread that checks the sizes of disks. It ends when this is dropped, or after the checks that are in progress.
 #[derive(Debug)]
 pub(crate) struct GrowthWatch {
     _stop: mpsc::Sender<Infallible>,

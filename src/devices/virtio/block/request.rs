@@ -19,14 +19,14 @@ use crate::devices::{
 /// system call can delay the requests after it.
 pub(super) const MAX_ZERO_SECTORS: u32 = 1 << 21;
 
-/// The error statuses of a request.
+/// Why a request fails.
 #[derive(Debug)]
 enum RequestError {
     /// A system call on the disk's file failed.
     Host(io::Error),
-    /// The request of the guest is wrong in this way.
+    /// virtio forbids the request, or the disk cannot execute it. The value completes the log message.
     Invalid(&'static str),
-    /// The type or a flag is unknown.
+    /// The device does not support the type, a flag, or the size of a discard or write-zeroes request.
     Unsupported,
 }
 
@@ -94,7 +94,7 @@ pub(super) fn process(mut chain: Chain<'_>, disk: &Disk, queue: u16) -> u32 {
         Err(RequestError::Unsupported) => {
             log::warn!(
                 target: disk.serial(),
-                "queue {queue}: a request of type {kind} is refused: its type or a flag is unknown"
+                "queue {queue}: a request of type {kind} is refused: its type, a flag or its size is not supported"
             );
             (0, VIRTIO_BLK_S_UNSUPP)
         }
@@ -492,7 +492,7 @@ mod tests {
         assert_eq!(u32::from(status), VIRTIO_BLK_S_UNSUPP);
         assert_eq!(
             lines,
-            ["queue 3: a request of type 119 is refused: its type or a flag is unknown"]
+            ["queue 3: a request of type 119 is refused: its type, a flag or its size is not supported"]
         );
     }
 

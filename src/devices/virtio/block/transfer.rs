@@ -164,7 +164,7 @@ mod tests {
         expected[3 * 512..5 * 512].fill(0);
         assert_eq!(run(&disk, VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, 0);
 
-        // This vmm and a later one.
+        // The open disk, then the disk as a later vmm opens it.
         for disk in [disk, open()] {
             for sector in (0..384).step_by(8) {
                 let (status, data) = run(&disk, VIRTIO_BLK_T_IN, sector, &[], 4096);
