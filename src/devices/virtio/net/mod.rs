@@ -152,7 +152,10 @@ impl Net {
         let mut queue_pairs = Vec::new();
         for tap_queue in self.tap_queues.iter().take(pairs) {
             let (Some(receive), Some(transmit)) = (queues.next(), queues.next()) else {
-                return Err(io::ErrorKind::InvalidInput.into());
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("the driver enabled too few queues for {pairs} queue pairs"),
+                ));
             };
             queue_pairs.push(QueuePair {
                 tap: tap_queue.clone(),

@@ -433,8 +433,8 @@ impl Receiver {
         Ok(ReceiveOutcome::MayHaveMore)
     }
 
-    /// Passes the guest's packet `packet` to the DHCP server if it is for it, and puts the answer into the guest's
-    /// buffers. Returns whether the packet is for the server.
+    /// If `packet`, a packet of the guest, is addressed to the DHCP server: passes it to `server`, and puts the answer
+    /// into the guest's buffers. Returns whether the packet is for the server.
     ///
     /// The guest may change the packet meanwhile: then the server gets another frame, which it refuses, or the tap
     /// device gets a request. Neither harms the host.

@@ -25,7 +25,7 @@ pub(in super::super) const MAX_HEADERS_SIZE: usize = IP_OFFSET + 60 + 4;
 /// The maximum size of a request's frame, in bytes. Clients send at most a few hundred.
 pub(in super::super) const MAX_REQUEST_SIZE: usize = IP_OFFSET + 1500;
 
-/// The fields before the options, in bytes, without the magic cookie (RFC 2131 §2).
+/// The size of the fields before the options, in bytes, without the magic cookie (RFC 2131 §2).
 pub(super) const FIXED_FIELDS: usize = 236;
 
 /// The magic cookie before the options (RFC 2131 §3).
@@ -205,7 +205,7 @@ struct Options<'f> {
 }
 
 impl<'f> Options<'f> {
-    /// Reads a field with options. A missing end option is accepted, since it ends the field anyway.
+    /// Reads a field with options. Without an end option, the options end with the field.
     fn read(&mut self, mut field: &'f [u8]) -> Result<(), RequestError> {
         while let Some((code, rest)) = field.split_first() {
             match *code {

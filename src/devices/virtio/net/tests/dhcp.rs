@@ -83,7 +83,7 @@ impl<'m> Link<'m> {
         self.transmit.avail().idx().store(u16::try_from(frames.len()).unwrap());
     }
 
-    /// The queue pair of a device with a lease, if `lease`, and the counter of the receive queue's interrupts.
+    /// A queue pair, with a DHCP server if `lease` is true, and the counter of the receive queue's interrupts.
     fn pair(&self, lease: bool, counters: &Arc<Counters>) -> (QueuePair, Arc<InterruptCounter>) {
         let mut pair = pair(&self.tap, &self.receive, &self.transmit, self.memory);
         let (receive, interrupts) = device_queue(&self.receive, self.memory);
@@ -275,8 +275,8 @@ fn broken_receive_queue_ends_the_worker_that_answers() {
     assert_eq!(link.frames_at_tap(), [[0; 0]; 0]);
 }
 
-/// Writes an executable file through another process: while this one had it open for writing, a child that another test
-/// is starting could keep it busy.
+/// Writes an executable file in another process. If this process had the file open for writing, a child that another
+/// test is starting could inherit the descriptor, and the execution of the file would fail with ETXTBSY.
 fn write_script(path: &Path, text: &str) {
     let mut install = Command::new("install")
         .args(["-m", "755", "/dev/stdin"])
