@@ -52,7 +52,7 @@ const QUEUE_SIZES: [u16; 6] = [16, 16, 16, 16, 32, 32];
 
 const CONSOLE_TRANSMIT: usize = 1;
 
-/// The queue whose state tells whether bytes wait for the guest.
+/// The receive queue of port 1. It is pending while bytes wait for the guest.
 const RECEIVE: u16 = 4;
 
 /// `struct virtio_console_config`: columns, rows, the maximum number of ports, and the emergency write.
@@ -61,7 +61,7 @@ const CONFIG: [u8; 12] = [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
 /// The maximum number of chains of a queue that one call of [`NamedPort::serve`] takes.
 const MAX_CHAINS_PER_TURN: usize = 64;
 
-/// How many bytes from the host one call of [`NamedPort::serve`] drops.
+/// The maximum number of bytes from the host that one call of [`drop_input`] drops.
 const MAX_DROPPED_PER_TURN: usize = 64 << 10;
 
 /// The data of the socket's epoll entry. That of a kick is its queue.
@@ -78,7 +78,8 @@ pub(crate) struct NamedPort {
     socket: Option<OwnedFd>,
     /// The events of the socket that are watched now.
     watched: epoll::EventFlags,
-    /// The transmit queue of port 0, whose output is dropped. A driver without MULTIPORT waits for its end.
+    /// The transmit queue of port 0. Its output is dropped, but its buffers are returned: a driver without MULTIPORT
+    /// waits for each.
     console: Option<DeviceQueue>,
     port: Option<Port>,
 }
@@ -99,7 +100,7 @@ struct Port {
     is_blocked: bool,
 }
 
-/// What became of the host's end of the port.
+/// The state of the host's end of the port.
 #[derive(Debug, PartialEq, Eq)]
 enum HostEnd {
     Open,
