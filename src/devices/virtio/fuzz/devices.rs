@@ -35,15 +35,15 @@ use crate::{
 /// The first byte of an input for the file system.
 const FILE_SYSTEM: u8 = u8::MAX;
 
-/// The maximum number of bytes that a test of the host's end of a port keeps in flight.
-const MAX_INPUT: usize = 300;
+/// The maximum number of bytes that the host writes to a port at once.
+const MAX_HOST_WRITE: usize = 300;
 
 /// Interprets `data`, whose first byte selects a device, as actions of a driver and of the host.
 ///
 /// # Panics
 ///
-/// If a device breaks its contract: more output than the guest sent, more memory than was requested, lost or invented
-/// bytes of a port, malformed messages to the file server.
+/// If a device breaks its contract: the console keeps more than `MAX_CONSOLE_TAIL` bytes, the guest plugs more memory
+/// than was requested, or a message to the file server is malformed.
 pub fn serve_devices(data: &[u8]) {
     let Some((selection, data)) = data.split_first() else {
         return;
@@ -212,7 +212,7 @@ impl Subject for MemSubject {
     }
 }
 
-/// A port, whose host counts bytes up, and expects the same from the guest.
+/// A port with the host's end of its socket. Only the absence of panics and endless loops is checked.
 struct PortSubject {
     port: SharedDevice<NamedPort>,
     kicks: Vec<EventFd>,
@@ -272,7 +272,7 @@ impl Subject for PortSubject {
         match input.int_in_range(0..=15_u8)? {
             0 => self.host = None,
             1..=7 => {
-                let bytes = vec![b'h'; input.int_in_range(0..=MAX_INPUT)?];
+                let bytes = vec![b'h'; input.int_in_range(0..=MAX_HOST_WRITE)?];
                 // A full or closed socket takes nothing.
                 if let Some(host) = &mut self.host {
                     let _ = host.write(&bytes);

@@ -62,7 +62,7 @@ pub(crate) fn grown_memory() -> &'static MemoryRegions {
 }
 
 /// Held by the guest that uses the memory: unit tests run at the same time.
-static USED: Mutex<()> = Mutex::new(());
+static MEMORY_IN_USE: Mutex<()> = Mutex::new(());
 
 fn size(range: &Range<u64>) -> usize {
     usize::try_from(range.end - range.start).unwrap()
@@ -79,7 +79,7 @@ pub(crate) struct Guest {
 impl Guest {
     /// A guest whose memory is zero.
     pub(crate) fn new() -> Self {
-        let memory_use = USED.lock();
+        let memory_use = MEMORY_IN_USE.lock();
         ignore_broken_pipes();
         let zeroes = vec![0; size(&LOW)];
         for region in [LOW, ADDED, HIGH] {

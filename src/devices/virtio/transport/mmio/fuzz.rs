@@ -193,7 +193,7 @@ impl Machine {
                 }
             }
             8 | 9 => {
-                // A driver that does what it should, up to some step.
+                // A conforming driver, up to some step.
                 let steps = input.int_in_range(1..=40_usize)?;
                 self.negotiate(steps, input.arbitrary()?);
             }
