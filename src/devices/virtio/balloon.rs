@@ -84,8 +84,8 @@ impl Balloon {
         Ok(*is_requested)
     }
 
-    /// Takes the buffer with the driver's statistics. Returns the total memory of the guest's kernel, in bytes, if that
-    /// was requested and is one of them. Call this after a kick of the statistics queue.
+    /// Takes the buffer with the driver's statistics. Returns the total memory of the guest's kernel, in bytes, if
+    /// statistics were requested and include it. Call this after a kick of the statistics queue.
     pub(crate) fn serve_statistics(&mut self) -> Result<Option<u64>, QueueError> {
         let Some(statistics) = &mut self.statistics else {
             return Ok(None);
@@ -255,7 +255,7 @@ mod tests {
         );
     }
 
-    /// A driver with one buffer of statistics, `(tag, value)`, in queue 2 of a device.
+    /// Makes a buffer with `statistics`, pairs of tag and value, available as the driver does.
     fn provide_statistics(memory: &GuestMemory, mock: &MockSplitQueue<'_, MemoryRegions>, statistics: &[(u16, u64)]) {
         let mut bytes = Vec::new();
         for (tag, value) in statistics {

@@ -218,8 +218,8 @@ impl<'m> Buffers<'m> {
         usize::try_from(result).map_err(|_| io::Error::last_os_error())
     }
 
-    /// Returns all whole pages of the buffers to the host; they read as zeroes afterwards. The buffers must lie in
-    /// `memory`. Consumes nothing.
+    /// Returns all whole pages of the buffers to the host. Afterwards they read as zeroes or, where a file is mapped
+    /// privately, as the file. The buffers must lie in `memory`. Consumes nothing.
     ///
     /// # Errors
     ///

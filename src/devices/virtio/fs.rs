@@ -124,7 +124,7 @@ fn vhost_regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo
     let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
     for region in memory.iter() {
         let next = VhostUserMemoryRegionInfo::from_guest_region(region);
-        let next = next.map_err(|error| format!("guest memory: {error}"))?;
+        let next = next.map_err(|error| format!("cannot share a region of guest memory: {error}"))?;
         match regions.last_mut() {
             Some(last)
                 if last.guest_phys_addr + last.memory_size == next.guest_phys_addr

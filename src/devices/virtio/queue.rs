@@ -179,9 +179,9 @@ impl DeviceQueue {
         Ok(Some(Chain::parse(chain, memory)?))
     }
 
-    /// Passes each available chain to `process`, which returns the number of bytes that it wrote, and returns the chain
-    /// to the driver. After [`MAX_CHAINS_PER_TURN`] chains, the queue kicks itself and the call returns, so that a
-    /// guest that keeps adding chains cannot occupy a thread that serves other devices.
+    /// Passes each available chain to `process`, then returns the chain to the driver. `process` returns the number of
+    /// bytes that it wrote to the chain. After [`MAX_CHAINS_PER_TURN`] chains, the queue kicks itself and the call
+    /// returns, so that a guest that keeps adding chains cannot occupy a thread that serves other devices.
     pub(crate) fn serve(&mut self, mut process: impl FnMut(&mut Chain<'static>) -> u32) -> Result<(), QueueError> {
         for _ in 0..MAX_CHAINS_PER_TURN {
             if let Some(mut chain) = self.pop()? {

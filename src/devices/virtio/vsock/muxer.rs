@@ -32,7 +32,7 @@ use crate::devices::{
 /// without a connection and receiving no replies; further RESETs are dropped.
 const MAX_PENDING_RESETS: usize = 256;
 
-/// The receive and the transmit queue, which may wait.
+/// The number of queues that may wait: the receive and the transmit queue.
 const QUEUES: usize = 2;
 
 /// The maximum number of events that one [`Muxer::poll`] handles.

@@ -167,7 +167,7 @@ impl VirtioFunction {
         if let Err(error) = self.doorbells.doorbells.move_to(start, NOTIFY_MULTIPLIER.into()) {
             log::warn!(
                 target: &self.name,
-                "each notification of the device causes an exit of the vCPU: cannot move its ioeventfds: {error}"
+                "each kick of a queue costs an exit to user space: cannot move the ioeventfds of the queues: {error}"
             );
         }
     }
@@ -337,7 +337,7 @@ impl Function for VirtioFunction {
         } else if MESSAGE_TABLE.contains(&offset) {
             self.messages.write_table(offset - MESSAGE_TABLE.start, data);
         } else if NOTIFY.contains(&offset) {
-            // KVM signals most notifications. This one came through the configuration space, or an ioeventfd is
+            // KVM handles most notifications. This one came through the configuration space, or an ioeventfd is
             // missing.
             let queue = usize::try_from((offset - NOTIFY.start) / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
             if let Some(kick) = self.device.kicks.get(queue) {
