@@ -5,7 +5,7 @@ use std::{io, sync::atomic::Ordering};
 use nix::{
     sys::{
         signal::{SigHandler, Signal, signal},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::{WaitStatus, waitpid},
     },
     unistd::{ForkResult, fork},
 };
@@ -92,12 +92,7 @@ pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64;
             unreachable!("exit_group does not return");
         }
     };
-    let ended = loop {
-        match waitpid(child, Some(WaitPidFlag::empty())).unwrap() {
-            ended @ (WaitStatus::Signaled(..) | WaitStatus::Exited(..)) => break ended,
-            _ => {}
-        }
-    };
+    let ended = waitpid(child, None).unwrap();
     match report.load() {
         report::NOTHING if matches!(ended, WaitStatus::Signaled(_, Signal::SIGSYS, _)) => Outcome::Forbidden,
         // The call did not return, or it returned without an error.
