@@ -103,8 +103,9 @@ static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
 ///
 /// If a thread of the server panics, or a message is refused for another reason than its contents.
 pub fn serve_vmm(data: &[u8]) {
-    let server = SERVER.lock();
+    // First: opening the tree changes the umask.
     prepare_thread();
+    let server = SERVER.lock();
     let vmm = UnixStream::connect_addr(&server.listener.local_addr().unwrap()).unwrap();
     let (backend, memory) = (server.backend.clone(), server.memory.clone());
     let listener = server.listener.try_clone().unwrap();
