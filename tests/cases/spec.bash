@@ -60,7 +60,7 @@ host_hooks_run_in_order_and_receive_the_state() {
   assert_equal "prestart createRuntime poststart poststop" "$(grep -v net: /run/tmp/order | tr '\n' ' ' | sed 's/ $//')"
   # The pid is one of the host, in a network namespace that is not the host's.
   assert_equal 3 "$(grep -c net: /run/tmp/order)"
-  ! grep -qF "$(readlink /proc/self/ns/net)" /run/tmp/order
+  ! grep -qF "$(readlink /proc/self/ns/net)" /run/tmp/order || return 1
   local moment status
   for moment in prestart:creating createRuntime:creating poststart:running poststop:stopped; do
     status=${moment#*:}
