@@ -38,8 +38,10 @@ impl Tasks {
             Event::Exited(exited) => {
                 let process = self.container_in_pod(pod, &exited.container).and_then(|container| {
                     let process = container.process(exited.exec.as_deref().unwrap_or_default()).ok()?;
-                    // The end of a virtual machine is that of its machine, and the QEMU guest agent reports no events.
-                    let is_run_by_agent = container.virtual_machine.is_none() || process.agent().is_some();
+                    // A sandbox has no process in the guest, and the end of a virtual machine is that of its machine.
+                    // The QEMU guest agent reports no events.
+                    let is_in_guest = !container.is_sandbox() && container.virtual_machine.is_none();
+                    let is_run_by_agent = is_in_guest || process.agent().is_some();
                     is_run_by_agent.then_some((container, process))
                 });
                 match process {

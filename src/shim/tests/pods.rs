@@ -520,6 +520,23 @@ async fn killed_machine_ends_the_sandbox_and_its_containers() {
 }
 
 #[tokio::test]
+async fn agent_cannot_end_the_sandbox() {
+    let mut shim = Shim::start().await;
+    shim.create_sandbox("pod").await.unwrap();
+    shim.start_sandbox("pod").await.unwrap();
+    shim.run_member("a").await;
+    shim.fake.report_exit("pod", None, 0, [0, 0]);
+    shim.kill("a", "", 9).await.unwrap();
+    // The shim handles the agent's events in order.
+    assert_eq!(shim.next_events(3).await, ["create", "start", "exit a 137"]);
+    assert_eq!(shim.sandbox_status("pod").await.unwrap().state, "SANDBOX_READY");
+    shim.stop_sandbox("pod").await.unwrap();
+    assert_eq!(shim.sandbox_status("pod").await.unwrap().state, "SANDBOX_NOTREADY");
+    shim.shut_down_sandbox("pod").await.unwrap();
+    shim.assert_no_more_events().await;
+}
+
+#[tokio::test]
 async fn guest_writes_back_the_disks_of_containers_that_end_with_their_sandbox() {
     for (options, written) in [("ro", false), ("rw", true)] {
         let shim = Shim::start().await;
