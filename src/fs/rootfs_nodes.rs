@@ -58,6 +58,11 @@ impl RootfsNodes {
         }
     }
 
+    /// Forgets all nodes.
+    pub(super) fn clear(&self) {
+        self.nodes.lock().clear();
+    }
+
     /// Whether `node` is in a container's root file system.
     pub(super) fn contains(&self, node: u64) -> bool {
         self.nodes

@@ -175,11 +175,14 @@ impl FileSystem for Tree {
     type DirIter = ReadDir<Vec<u8>>;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        // virtiofsd forgets all nodes at this request. A guest may repeat it.
+        self.rootfs_nodes.clear();
         // The target of a symbolic link never changes: a link with another target is another file.
         Ok(self.inner.init(capable)? | FsOptions::CACHE_SYMLINKS)
     }
 
     fn destroy(&self) {
+        self.rootfs_nodes.clear();
         self.inner.destroy();
     }
 
@@ -515,5 +518,43 @@ impl FileSystem for Tree {
 
     fn syncfs(&self, ctx: Context, node: u64) -> io::Result<()> {
         self.inner.syncfs(ctx, inner_id(node))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::AsRawFd, thread};
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    #[test]
+    fn nodes_are_forgotten_when_the_guest_starts_or_ends_its_session() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir_all(directory.path().join("c/rootfs")).unwrap();
+        let opened = File::open(directory.path()).unwrap();
+        let root = format!("/proc/self/fd/{}/.", opened.as_raw_fd());
+        let remaining = thread::spawn(move || {
+            // A session changes the umask.
+            unshare(CloneFlags::CLONE_FS).unwrap();
+            let tree = Tree::open_at(&root, File::open("/proc/self/fd").unwrap(), 100).unwrap();
+            let context = || Context {
+                uid: 0.into(),
+                gid: 0.into(),
+                pid: 1,
+            };
+            let start = || tree.init(FsOptions::empty()).map(drop).unwrap();
+            [&start as &dyn Fn(), &|| tree.destroy()].map(|end| {
+                start();
+                let container = tree.lookup(context(), virtiofsd::filesystem::ROOT_ID, c"c").unwrap();
+                let rootfs = tree.lookup(context(), container.inode, c"rootfs").unwrap();
+                let rootfs = inner_id(rootfs.inode);
+                assert!(tree.rootfs_nodes.contains(rootfs));
+                end();
+                tree.rootfs_nodes.contains(rootfs)
+            })
+        });
+        assert_eq!(remaining.join().unwrap(), [false, false]);
     }
 }
