@@ -92,9 +92,11 @@ impl Standby {
 
     /// Runs `handle`, a request that may hang, on the thread of `worker`.
     pub(super) fn watch<T>(&self, worker: &Worker, handle: impl FnOnce() -> T) -> T {
-        worker.started.store(self.now(), Ordering::Release);
+        // Sequentially consistent, as in `wait_for_hang`: each thread writes one of `started` and `is_armed` and then
+        // reads the other, and one of them must see what the other wrote.
+        worker.started.store(self.now(), Ordering::SeqCst);
         // The timer stays armed while requests keep coming, so that most of them need not arm it.
-        if !self.is_armed.load(Ordering::Acquire) && !self.is_armed.swap(true, Ordering::AcqRel) {
+        if !self.is_armed.load(Ordering::SeqCst) && !self.is_armed.swap(true, Ordering::SeqCst) {
             self.arm(HANG_LIMIT);
         }
         let result = handle();
@@ -124,7 +126,10 @@ impl Standby {
 
     /// Called by the main thread when it has emptied a queue: from now on it serves the queues again.
     pub(super) fn main_returns(&self) {
-        self.main.replaced.store(false, Ordering::Release);
+        if self.main.replaced.swap(false, Ordering::AcqRel) {
+            // Watched from now on, and not only when the other thread has noticed it.
+            *self.current.lock() = self.main.clone();
+        }
     }
 
     /// Starts the first watching thread, once.
@@ -190,10 +195,10 @@ impl Standby {
             let worker = self.current.lock().clone();
             let mut started = worker.started.load(Ordering::Acquire);
             if started == 0 {
-                self.is_armed.store(false, Ordering::Release);
+                self.is_armed.store(false, Ordering::SeqCst);
                 // A request may have begun just before, and not have armed the timer.
-                started = worker.started.load(Ordering::Acquire);
-                if started == 0 || self.is_armed.swap(true, Ordering::AcqRel) {
+                started = worker.started.load(Ordering::SeqCst);
+                if started == 0 || self.is_armed.swap(true, Ordering::SeqCst) {
                     continue;
                 }
             }
