@@ -278,7 +278,7 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
     let line = error
         .span()
         .and_then(|span| text.get(..span.start))
-        .map(|before| before.lines().count().max(1));
+        .map(|before| before.matches('\n').count() + 1);
     let message = error.message().lines().collect::<Vec<_>>().join(" ");
     line.map_or(message.clone(), |line| format!("line {line}: {message}"))
 }
@@ -392,6 +392,7 @@ mod tests {
             ("[vm]\nmax_disk = 1", "max_disk"),
             ("vm = 5", "expected the table [vm]"),
             ("debug = \"yes\"", "line 1"),
+            ("debug = true\nkernal = 1", "line 2"),
             ("machine = 5", "expected the table [machine]"),
             ("[guest]\nkernel = ", "line 2"),
         ] {
