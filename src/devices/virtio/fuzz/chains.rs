@@ -215,7 +215,10 @@ impl Device {
         } else {
             self.queue.add_used_batch(&chains).unwrap();
         }
-        for (head, written) in chains {
+        // A driver that repeats heads can have more chains taken than the ring has entries: the last ones remain.
+        let overwritten = chains.len().saturating_sub(ring.size.into());
+        self.used = self.used.wrapping_add(u16::try_from(overwritten).unwrap());
+        for (head, written) in chains.into_iter().skip(overwritten) {
             let address = ring.used_ring() + 4 + 8 * u64::from(self.used % ring.size);
             let element = [u32::from(head).to_le_bytes(), written.to_le_bytes()].concat();
             // A buffer may lie in the ring, but nothing is written between the return and this.
