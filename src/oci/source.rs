@@ -148,25 +148,32 @@ impl HostInspector {
         if let Some(mounts) = self.mounts.get() {
             return Ok(mounts);
         }
-        let table = std::fs::read_to_string("/proc/self/mountinfo")?;
-        Ok(self
-            .mounts
-            .get_or_init(|| table.lines().filter_map(parse_mount).collect()))
+        let table = std::fs::read("/proc/self/mountinfo")?;
+        Ok(self.mounts.get_or_init(|| parse_mounts(&table)))
     }
 }
 
-fn parse_mount(line: &str) -> Option<MountEntry> {
-    let (mount, system) = line.split_once(" - ")?;
+/// Parses the mount table (proc_pid_mountinfo(5)). Any user of the host who may mount a FUSE file system chooses a mount
+/// point, which need not be UTF-8.
+fn parse_mounts(table: &[u8]) -> Vec<MountEntry> {
+    table.split(|byte| *byte == b'\n').filter_map(parse_mount).collect()
+}
+
+fn parse_mount(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let mount_point = unescape(fields.nth(4)?);
+    // Optional fields end with a hyphen. The type of the file system is next.
+    fields.find(|field| *field == b"-")?;
     Some(MountEntry {
-        mount_point: unescape(mount.split(' ').nth(4)?),
-        source: system.split(' ').nth(1)?.to_owned(),
+        mount_point,
+        source: String::from_utf8_lossy(fields.nth(1)?).into_owned(),
     })
 }
 
 /// Replaces the escapes of the mount table: a backslash and three octal digits for one byte.
-fn unescape(text: &str) -> PathBuf {
+fn unescape(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
+    let mut rest = text;
     while let Some((&first, tail)) = rest.split_first() {
         let escaped = tail
             .get(..3)
@@ -202,6 +209,21 @@ mod tests {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 
     use super::*;
+
+    #[test]
+    fn mount_table_has_any_bytes() {
+        let table = b"22 1 0:21 / /a\xff\\040b rw,relatime shared:2 master:1 - fuse.x user\xfe rw\n\
+            23 1 0:22 / /dev/shm rw - tmpfs shm rw,size=64k\n";
+
+        let mounts = parse_mounts(table);
+
+        let points: Vec<_> = mounts
+            .iter()
+            .map(|mount| mount.mount_point.as_os_str().as_encoded_bytes())
+            .collect();
+        assert_eq!(points, [&b"/a\xff b"[..], b"/dev/shm"]);
+        assert_eq!(mounts[1].source, "shm");
+    }
 
     #[test]
     fn kinds_of_sources_are_recognized() {
@@ -262,7 +284,7 @@ mod tests {
         let inspector = HostInspector {
             mounts: table
                 .iter()
-                .filter_map(|line| parse_mount(line))
+                .filter_map(|line| parse_mount(line.as_bytes()))
                 .collect::<Vec<_>>()
                 .into(),
         };
