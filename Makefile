@@ -31,7 +31,7 @@ SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 hostile-2.1 lab lea
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.
-PC_SUITES := containers-2.1 disks network pods-2.1 streams-2.1
+PC_SUITES := containers-2.1 disks network pods-2.1 pods-disk-2.1 streams-2.1
 
 PHASE := tools/phase
 MAKE_PHASES := $(MAKE) --no-print-directory

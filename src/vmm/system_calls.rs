@@ -116,7 +116,13 @@ pub(crate) const PROCESS: CallList = CallList {
 /// The thread that waits until an unplugged disk is unused.
 pub(crate) const UNPLUG: CallList = CallList {
     thread: "unplug",
-    own: &[EVERY_THREAD, &[allowed!(SYS_sendmsg, "the notice for the shim")]],
+    own: &[
+        EVERY_THREAD,
+        &[
+            allowed!(SYS_ioctl[1] in [kvm::IRQFD, kvm::IOEVENTFD], "interrupts and doorbells of a PCI device"),
+            allowed!(SYS_sendmsg, "the notice for the shim"),
+        ],
+    ],
     starts: &[],
     refused: REFUSED_WITHOUT_FILES,
 };
