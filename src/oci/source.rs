@@ -211,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_table_has_any_bytes() {
+    fn mount_points_need_not_be_utf8() {
         let table = b"22 1 0:21 / /a\xff\\040b rw,relatime shared:2 master:1 - fuse.x user\xfe rw\n\
             23 1 0:22 / /dev/shm rw - tmpfs shm rw,size=64k\n";
 

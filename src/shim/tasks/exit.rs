@@ -26,8 +26,7 @@ impl Tasks {
         match event {
             Event::OutOfMemory { container } => {
                 let known = self.container_in_pod(pod, &container);
-                // The agent of a virtual machine runs no containers.
-                let known = known.filter(|known| known.virtual_machine.is_none());
+                let known = known.filter(|known| known.is_in_guest());
                 if known.is_some_and(|known| known.should_announce_out_of_memory()) {
                     self.events.publish(TaskOOM {
                         container_id: container,
@@ -38,10 +37,8 @@ impl Tasks {
             Event::Exited(exited) => {
                 let process = self.container_in_pod(pod, &exited.container).and_then(|container| {
                     let process = container.process(exited.exec.as_deref().unwrap_or_default()).ok()?;
-                    // A sandbox has no process in the guest, and the end of a virtual machine is that of its machine.
-                    // The QEMU guest agent reports no events.
-                    let is_in_guest = !container.is_sandbox() && container.virtual_machine.is_none();
-                    let is_run_by_agent = is_in_guest || process.agent().is_some();
+                    // The agent in a virtual machine runs execs. The QEMU guest agent reports no events.
+                    let is_run_by_agent = container.is_in_guest() || process.agent().is_some();
                     is_run_by_agent.then_some((container, process))
                 });
                 match process {

@@ -520,11 +520,12 @@ async fn killed_machine_ends_the_sandbox_and_its_containers() {
 }
 
 #[tokio::test]
-async fn agent_cannot_end_the_sandbox() {
+async fn agent_cannot_end_the_sandbox_or_report_that_it_is_out_of_memory() {
     let mut shim = Shim::start().await;
     shim.create_sandbox("pod").await.unwrap();
     shim.start_sandbox("pod").await.unwrap();
     shim.run_member("a").await;
+    shim.fake.report_out_of_memory("pod");
     shim.fake.report_exit("pod", None, 0, [0, 0]);
     shim.kill("a", "", 9).await.unwrap();
     // The shim handles the agent's events in order.

@@ -170,6 +170,11 @@ impl Container {
         matches!(self.role, Role::Sandbox(_))
     }
 
+    /// Whether the agent runs it. A sandbox has no process in the guest, and a virtual machine is the guest itself.
+    pub(super) fn is_in_guest(&self) -> bool {
+        !self.is_sandbox() && self.virtual_machine.is_none()
+    }
+
     /// Whether it is available in the Task service, and its events are published.
     pub(super) fn is_task(&self) -> bool {
         self.role != Role::Sandbox(SandboxApi::Service)
