@@ -17,7 +17,6 @@ use tokio::{
 use super::{
     open::OpenedStreams,
     standard::{HostReader, HostWriter, StandardStreams},
-    streaming::Relay,
 };
 use crate::shim::blocking;
 
@@ -32,8 +31,8 @@ pub(crate) struct CapturedStreams {
 #[derive(Debug)]
 struct CapturedOutput {
     end: OwnedFd,
-    /// Sends the bytes to the client, if that is not a fifo or file.
-    relay: Option<Relay>,
+    /// Takes the bytes from `end` to their destination, if the shim moves them on.
+    reader: Option<HostReader>,
 }
 
 /// Why standard input was not read.
@@ -56,14 +55,14 @@ impl OpenedStreams {
         let mut readers = Vec::new();
         let mut capture = |output: Option<(OwnedFd, HostReader)>| {
             output.map(|(end, reader)| match reader {
-                HostReader::Relay(relay) => CapturedOutput {
+                HostReader::Relay(_) | HostReader::File(_) => CapturedOutput {
                     end,
-                    relay: Some(relay),
+                    reader: Some(reader),
                 },
                 // Until a client has opened the fifo, this keeps the bytes in it.
                 HostReader::Direct { .. } => {
                     readers.push(reader);
-                    CapturedOutput { end, relay: None }
+                    CapturedOutput { end, reader: None }
                 }
             })
         };
@@ -112,13 +111,13 @@ impl CapturedStreams {
 }
 
 async fn deliver(output: Option<CapturedOutput>, bytes: Vec<u8>, limit: Duration) -> io::Result<()> {
-    let Some(CapturedOutput { end, relay }) = output else {
+    let Some(CapturedOutput { end, reader }) = output else {
         return Ok(());
     };
     let write = async {
         write(end, bytes).await?;
-        if let Some(relay) = relay {
-            relay.ended().await;
+        if let Some(reader) = reader {
+            reader.ended().await;
         }
         Ok(())
     };

@@ -72,9 +72,9 @@ impl ConsoleStreams {
             loggers,
         } = std::mem::take(&mut *self.0.lock());
         drop((input, input_writer, output));
-        if let Some(HostReader::Relay(relay)) = output_reader {
+        if let Some(reader) = output_reader {
             // A client that does not read loses the rest.
-            let _ = tokio::time::timeout(limit, relay.ended()).await;
+            let _ = tokio::time::timeout(limit, reader.ended()).await;
         }
         for logger in loggers {
             logger.finish().await;

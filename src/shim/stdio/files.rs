@@ -3,17 +3,41 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::Path,
 };
 
-/// An opened fifo or file.
+use super::file_writer::FileWriter;
+
+/// An opened fifo for standard input.
 #[derive(Debug)]
-pub(super) struct FileEnds {
-    /// The end that the machine reads from or writes to.
-    pub(super) machine: File,
-    /// The opposite end of a fifo, which the shim keeps open. `None` for a file.
-    pub(super) opposite: Option<File>,
+pub(super) struct InputEnds {
+    /// The end that the machine reads from.
+    pub(super) machine: OwnedFd,
+    /// The writing end, which the shim keeps open.
+    pub(super) writer: File,
+}
+
+/// An opened fifo or file for an output.
+#[derive(Debug)]
+pub(super) struct OutputEnds {
+    /// The end that the machine writes to. A write to it does not wait for a file system.
+    pub(super) machine: OwnedFd,
+    pub(super) opposite: OppositeEnd,
+}
+
+/// What the shim keeps of an output.
+#[derive(Debug)]
+pub(super) enum OppositeEnd {
+    /// The reading end of a fifo.
+    Fifo(File),
+    /// The thread that writes the file.
+    File(FileWriter),
+    /// A device, such as a terminal, that the machine writes directly.
+    None,
 }
 
 fn non_blocking() -> OpenOptions {
@@ -23,42 +47,47 @@ fn non_blocking() -> OpenOptions {
 }
 
 /// Opens a fifo for the machine to read from.
-pub(super) fn open_input(path: &Path) -> io::Result<FileEnds> {
-    let machine = non_blocking().read(true).open(path)?;
+pub(super) fn open_input(path: &Path) -> io::Result<InputEnds> {
+    let machine = non_blocking().read(true).open(path)?.into();
     let writer = non_blocking().write(true).open(path)?;
-    Ok(FileEnds {
-        machine,
-        opposite: Some(writer),
-    })
+    Ok(InputEnds { machine, writer })
 }
 
 /// Opens a fifo for the machine to write to. Any other file at `path` is appended to.
-pub(super) fn open_output(path: &Path) -> io::Result<FileEnds> {
+pub(super) fn open_output(path: &Path) -> io::Result<OutputEnds> {
     if !fs::metadata(path)?.file_type().is_fifo() {
-        let machine = non_blocking().append(true).open(path)?;
-        return Ok(FileEnds {
-            machine,
-            opposite: None,
-        });
+        return write_file(non_blocking().append(true).open(path)?, path);
     }
     // First, because a fifo without a reader cannot be opened for writing.
     let reader = non_blocking().read(true).open(path)?;
-    let machine = non_blocking().write(true).open(path)?;
-    Ok(FileEnds {
+    let machine = non_blocking().write(true).open(path)?.into();
+    Ok(OutputEnds {
         machine,
-        opposite: Some(reader),
+        opposite: OppositeEnd::Fifo(reader),
     })
 }
 
 /// Opens a log file for the machine to append to. Creates it and its parent directories if they are missing.
-pub(super) fn open_log(path: &Path) -> io::Result<FileEnds> {
+pub(super) fn open_log(path: &Path) -> io::Result<OutputEnds> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
-    let machine = non_blocking().append(true).create(true).mode(0o644).open(path)?;
-    Ok(FileEnds {
+    write_file(non_blocking().append(true).create(true).mode(0o644).open(path)?, path)
+}
+
+/// `O_NONBLOCK` holds for devices and fifos. A file on a file system blocks nevertheless, so a thread writes it.
+fn write_file(file: File, path: &Path) -> io::Result<OutputEnds> {
+    let file_type = file.metadata()?.file_type();
+    if file_type.is_char_device() || file_type.is_fifo() {
+        return Ok(OutputEnds {
+            machine: file.into(),
+            opposite: OppositeEnd::None,
+        });
+    }
+    let (writer, machine) = FileWriter::start(file, path.to_owned())?;
+    Ok(OutputEnds {
         machine,
-        opposite: None,
+        opposite: OppositeEnd::File(writer),
     })
 }
 
@@ -93,15 +122,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let mut ends = open_output(&path).unwrap();
+        let OutputEnds { machine, opposite } = open_output(&path).unwrap();
+        let mut machine = File::from(machine);
 
         let reader = non_blocking().read(true).open(&path).unwrap();
-        ends.machine.write_all(b"a").unwrap();
+        machine.write_all(b"a").unwrap();
         drop(reader);
-        ends.machine.write_all(b"b").unwrap();
+        machine.write_all(b"b").unwrap();
 
         let mut reader = File::open(&path).unwrap();
-        drop(ends.machine);
+        drop((machine, opposite));
         let mut bytes = Vec::new();
         reader.read_to_end(&mut bytes).unwrap();
         assert_eq!(bytes, b"ab");
@@ -112,7 +142,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("in");
         mkfifo(&path, Mode::S_IRWXU).unwrap();
-        let FileEnds { mut machine, opposite } = open_input(&path).unwrap();
+        let InputEnds { machine, writer } = open_input(&path).unwrap();
+        let mut machine = File::from(machine);
         for text in ["first", "second"] {
             let mut client = OpenOptions::new().write(true).open(&path).unwrap();
             client.write_all(text.as_bytes()).unwrap();
@@ -122,7 +153,7 @@ mod tests {
         // Both clients have closed it, and it has not ended.
         assert_eq!(machine.read(&mut bytes).unwrap_err().kind(), io::ErrorKind::WouldBlock);
 
-        drop(opposite);
+        drop(writer);
 
         assert_eq!(read_next(&machine), b"");
     }

@@ -1,14 +1,15 @@
 //! The standard streams of a process on the host: the streams that containerd names are opened and handed to the
 //! machine.
 //!
-//! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), logging programs
-//! ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
+//! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), the threads that write
+//! files ([`file_writer`]), logging programs ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
 //! them while it runs: those of a process in the guest ([`standard`]), those of an exec in a virtual machine
 //! ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong here: when a process starts or
 //! ends. [`super::tasks`] calls it; [`super::api`] serves the streaming scheme.
 //!
-//! Bytes flow directly between the machine and a fifo, file or pipe. Only those of the streaming scheme pass through
-//! the shim, one message at a time, and those of an exec in a virtual machine, whose agent sends them in one piece.
+//! Bytes flow directly between the machine and a fifo or the pipe of a logging program. These pass through the shim:
+//! output to a file, whose file system could block the machine; the streaming scheme, one message at a time; and the
+//! streams of an exec in a virtual machine, whose agent sends them in one piece.
 //!
 //! The shim keeps the opposite end of each fifo open (containerd `pkg/cio`, and the runc shim's `process/io.go`):
 //!
@@ -21,6 +22,7 @@ mod captured;
 mod console;
 mod endpoint;
 mod error;
+mod file_writer;
 mod files;
 mod logger;
 mod open;

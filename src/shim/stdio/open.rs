@@ -3,7 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nutshell_protocol::Stdio;
@@ -12,7 +12,7 @@ use super::{
     console::ConsoleStreams,
     endpoint::{Endpoint, EndpointError, Program},
     error::StdioError,
-    files::{self, FileEnds},
+    files::{self, InputEnds, OppositeEnd, OutputEnds},
     logger::{LogSource, Logger},
     standard::{HostReader, HostWriter, OutputStream, StandardStreams},
     streaming::{Relay, StreamRegistry, StreamingError},
@@ -78,8 +78,11 @@ impl StdioSpec {
             false => Endpoint::parse("stderr", &self.stderr)?
                 .or_else(|| stdout.clone().filter(Endpoint::is_default_for_stderr)),
         };
-        let [stdin_file, stdout_file, stderr_file] =
-            open_files([stdin.as_ref(), stdout.as_ref(), stderr.as_ref()]).await?;
+        let OpenedFiles {
+            stdin: stdin_file,
+            stdout: stdout_file,
+            stderr: stderr_file,
+        } = open_files(stdin.as_ref(), stdout.as_ref(), stderr.as_ref()).await?;
         let stdin = match stdin {
             Some(endpoint) => Some(self.open_input(endpoint, stdin_file, context).await?),
             None => None,
@@ -111,13 +114,13 @@ impl StdioSpec {
     async fn open_input(
         &self,
         endpoint: Endpoint,
-        file: Option<FileEnds>,
+        file: Option<InputEnds>,
         context: &StdioContext,
     ) -> Result<Input, StdioError> {
-        if let Some(FileEnds { machine, opposite }) = file {
+        if let Some(InputEnds { machine, writer }) = file {
             return Ok(Input {
-                machine: machine.into(),
-                writer: HostWriter::Fifo { _writer: opposite },
+                machine,
+                writer: HostWriter::Fifo { _writer: writer },
             });
         }
         match endpoint {
@@ -159,15 +162,17 @@ fn logging_programs<'a>(stdout: Option<&'a Endpoint>, stderr: Option<&'a Endpoin
 async fn open_output(
     stream: &'static str,
     endpoint: Option<Endpoint>,
-    file: Option<FileEnds>,
+    file: Option<OutputEnds>,
     pipe: Option<OwnedFd>,
     context: &StdioContext,
 ) -> Result<Option<Output>, StdioError> {
-    if let Some(FileEnds { machine, opposite }) = file {
-        return Ok(Some(Output {
-            machine: machine.into(),
-            reader: HostReader::Direct { _reader: opposite },
-        }));
+    if let Some(OutputEnds { machine, opposite }) = file {
+        let reader = match opposite {
+            OppositeEnd::Fifo(reader) => HostReader::Direct { _reader: Some(reader) },
+            OppositeEnd::File(writer) => HostReader::File(writer),
+            OppositeEnd::None => HostReader::Direct { _reader: None },
+        };
+        return Ok(Some(Output { machine, reader }));
     }
     Ok(match endpoint {
         None | Some(Endpoint::Fifo(_) | Endpoint::File(_)) => None,
@@ -262,36 +267,58 @@ async fn connect_output(output: Option<Output>, machine: &Machine) -> Result<Opt
     Ok(Some(OutputStream { stream, reader }))
 }
 
-/// Opens the fifos and files among the endpoints of standard input, output and error. Their file systems may hang.
-async fn open_files(endpoints: [Option<&Endpoint>; 3]) -> Result<[Option<FileEnds>; 3], StdioError> {
-    type Open = fn(&Path) -> io::Result<FileEnds>;
-    let [stdin, stdout, stderr] = endpoints;
+/// The fifos and files among the standard streams.
+#[derive(Debug, Default)]
+struct OpenedFiles {
+    stdin: Option<InputEnds>,
+    stdout: Option<OutputEnds>,
+    stderr: Option<OutputEnds>,
+}
+
+/// Opens the fifos and files among the endpoints. Their file systems may hang.
+async fn open_files(
+    stdin: Option<&Endpoint>,
+    stdout: Option<&Endpoint>,
+    stderr: Option<&Endpoint>,
+) -> Result<OpenedFiles, StdioError> {
+    type OpenOutput = fn(&Path) -> io::Result<OutputEnds>;
     let output = |endpoint: Option<&Endpoint>| match endpoint? {
-        Endpoint::Fifo(path) => Some((path.clone(), files::open_output as Open)),
-        Endpoint::File(path) => Some((path.clone(), files::open_log as Open)),
+        Endpoint::Fifo(path) => Some((path.clone(), files::open_output as OpenOutput)),
+        Endpoint::File(path) => Some((path.clone(), files::open_log as OpenOutput)),
         Endpoint::Program(_) | Endpoint::Streaming(_) => None,
     };
-    let input = match stdin {
-        Some(Endpoint::Fifo(path)) => Some((path.clone(), files::open_input as Open)),
+    let stdin = match stdin {
+        Some(Endpoint::Fifo(path)) => Some(path.clone()),
         _ => None,
     };
-    let wanted = [("stdin", input), ("stdout", output(stdout)), ("stderr", output(stderr))];
-    let Some((stream, path)) = wanted
-        .iter()
-        .find_map(|(stream, file)| Some((*stream, file.as_ref()?.0.clone())))
+    let (stdout, stderr) = (output(stdout), output(stderr));
+    let paths = [
+        ("stdin", stdin.as_ref()),
+        ("stdout", stdout.as_ref().map(|(path, _)| path)),
+        ("stderr", stderr.as_ref().map(|(path, _)| path)),
+    ];
+    let Some((stream, path)) = paths
+        .into_iter()
+        .find_map(|(stream, path)| Some((stream, path?.clone())))
     else {
-        return Ok([None, None, None]);
+        return Ok(OpenedFiles::default());
     };
     // All in one step, because each change of the thread costs time.
     let opened = blocking::run("open it", move || {
-        let mut opened = [None, None, None];
-        for (opened, (stream, file)) in opened.iter_mut().zip(wanted) {
-            if let Some((path, open)) = file {
-                let ends = open(&path).map_err(|source| StdioError::Open { stream, path, source })?;
-                *opened = Some(ends);
-            }
-        }
-        Ok(opened)
+        let failed = |stream, path: &Path| {
+            let path = path.to_owned();
+            move |source| StdioError::Open { stream, path, source }
+        };
+        let open_output = |stream, output: Option<(PathBuf, OpenOutput)>| {
+            let opened = output.map(|(path, open)| open(&path).map_err(failed(stream, &path)));
+            opened.transpose()
+        };
+        let stdin = stdin.map(|path| files::open_input(&path).map_err(failed("stdin", &path)));
+        Ok(OpenedFiles {
+            stdin: stdin.transpose()?,
+            stdout: open_output("stdout", stdout)?,
+            stderr: open_output("stderr", stderr)?,
+        })
     });
     opened.await.unwrap_or_else(|error| {
         let source = io::Error::other(error);
@@ -320,8 +347,10 @@ mod tests {
         spec.open("c1", &StdioContext::default()).await
     }
 
-    fn write(output: Option<Output>, text: &str) {
-        File::from(output.unwrap().machine).write_all(text.as_bytes()).unwrap();
+    async fn write(output: Option<Output>, text: &str) {
+        let Output { machine, reader } = output.unwrap();
+        File::from(machine).write_all(text.as_bytes()).unwrap();
+        reader.ended().await;
     }
 
     #[tokio::test]
@@ -348,7 +377,7 @@ mod tests {
                 terminal: true,
                 ..StdioSpec::default()
             });
-            write(opened.await.unwrap().stdout, text);
+            write(opened.await.unwrap().stdout, text).await;
         }
         assert_eq!(fs::read_to_string(log).unwrap(), "ab");
     }
@@ -365,8 +394,8 @@ mod tests {
                 ..StdioSpec::default()
             });
             let opened = opened.await.unwrap();
-            write(opened.stdout, "out ");
-            write(opened.stderr, "err ");
+            write(opened.stdout, "out ").await;
+            write(opened.stderr, "err ").await;
         }
         assert_eq!(fs::read_to_string(log).unwrap(), "out err out err ");
     }

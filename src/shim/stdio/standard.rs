@@ -4,7 +4,7 @@ use std::{fs::File, time::Duration};
 
 use parking_lot::Mutex;
 
-use super::{logger::Logger, streaming::Relay};
+use super::{file_writer::FileWriter, logger::Logger, streaming::Relay};
 use crate::shim::machine::{GuestStream, Machine};
 
 /// The streams of a process, from its start until its deletion.
@@ -24,7 +24,7 @@ pub(crate) struct StandardStreams {
 pub(super) enum HostWriter {
     /// The client writes to the fifo, of which the shim holds a writer too.
     Fifo {
-        _writer: Option<File>,
+        _writer: File,
     },
     Relay(Relay),
 }
@@ -36,7 +36,25 @@ pub(super) enum HostReader {
     Direct {
         _reader: Option<File>,
     },
+    /// A thread of the shim writes a file.
+    File(FileWriter),
     Relay(Relay),
+}
+
+impl HostReader {
+    /// Waits until the first `bytes` bytes that left the machine have arrived, or none can arrive any more.
+    pub(super) async fn delivered(&self, bytes: u64) {
+        match self {
+            Self::Direct { .. } => {}
+            Self::File(writer) => writer.delivered(bytes).await,
+            Self::Relay(relay) => relay.delivered(bytes).await,
+        }
+    }
+
+    /// Waits until all bytes have arrived. Call it when the machine's end is closed.
+    pub(super) async fn ended(&self) {
+        self.delivered(u64::MAX).await;
+    }
 }
 
 /// Standard output or standard error.
@@ -90,9 +108,7 @@ impl StandardStreams {
         let drain = async |output: &Option<OutputStream>, bytes| {
             if let Some(output) = output {
                 machine.drain_stream(&mut output.stream.clone(), bytes).await;
-                if let HostReader::Relay(relay) = &output.reader {
-                    relay.delivered(bytes).await;
-                }
+                output.reader.delivered(bytes).await;
             }
         };
         let both = async { tokio::join!(drain(&self.stdout, stdout), drain(&self.stderr, stderr)) };
@@ -127,9 +143,7 @@ impl StandardStreams {
     async fn outputs_finished(&self) {
         for output in self.outputs() {
             output.stream.clone().closed().await;
-            if let HostReader::Relay(relay) = &output.reader {
-                relay.ended().await;
-            }
+            output.reader.ended().await;
         }
     }
 
