@@ -1,7 +1,8 @@
-//! Processes that do not end although the guest has sent them SIGKILL. They wait in the guest's kernel, for example for
-//! a volume whose file system on the host hangs, and nothing but its answer or the end of the machine ends them.
+//! Processes that do not end although the guest has sent them SIGKILL. Usually they wait in the guest's kernel, for
+//! example for a volume whose file system on the host hangs, and nothing but its answer or the end of the machine ends
+//! them. A guest that is slow, or whose agent lies, is waited for no longer than [`SURVIVAL_LIMIT`].
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use nutshell_protocol::{BlockedThread, Request, Response};
 
@@ -12,7 +13,7 @@ use super::{
         process::Process,
     },
     delete::delete_from_guest,
-    limits::{BLOCKED_INTERVAL, KILL_LIMIT},
+    limits::{BLOCKED_INTERVAL, KILL_LIMIT, SURVIVAL_LIMIT},
     table::Tasks,
 };
 use crate::shim::machine::printable_line;
@@ -20,10 +21,40 @@ use crate::shim::machine::printable_line;
 /// The maximum length of the name of a thread (kernel, `TASK_COMM_LEN`), with room for escapes.
 const MAX_NAME: usize = 32;
 
+/// Why the shim no longer waits for the end of a process.
+#[derive(Debug)]
+enum GiveUpReason {
+    /// These threads are blocked in the guest's kernel.
+    Blocked(Vec<BlockedThread>),
+    /// [`SURVIVAL_LIMIT`] has passed.
+    TimedOut,
+}
+
+/// A clause that follows "SIGKILL did not end the process".
+impl fmt::Display for GiveUpReason {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Blocked(threads) => write!(
+                formatter,
+                "because of processes that are blocked in the guest's kernel ({}): look for a volume that does not \
+                 answer",
+                describe(threads)
+            ),
+            Self::TimedOut => write!(
+                formatter,
+                "within {} s, and the guest reports no process that is blocked: its kernel is very slow, or its agent \
+                 does not work",
+                SURVIVAL_LIMIT.as_secs()
+            ),
+        }
+    }
+}
+
 impl Tasks {
-    /// Follows a process that was sent SIGKILL. If it is blocked in the guest's kernel, its exit is recorded although
-    /// it has not ended: the machine of a single container is ended, and a process of a pod's container stays in the
-    /// guest, so that the other containers go on. Spawns at most one task per process.
+    /// Follows a process that was sent SIGKILL. If it is blocked in the guest's kernel, or has not ended within
+    /// [`SURVIVAL_LIMIT`], its exit is recorded nevertheless: the machine of a single container is ended, and a process
+    /// of a pod's container stays in the guest, so that the other containers go on. Spawns at most one task per
+    /// process.
     pub(super) fn follow_kill(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
         if !process.should_follow_kill() {
             return;
@@ -34,33 +65,29 @@ impl Tasks {
             tokio::select! {
                 _ = process.lifecycle.wait_exit() => {}
                 _ = machine.ended() => {}
-                blocked = blocked_threads(&container, &process) => {
-                    tasks.give_up(&container, &process, &blocked).await;
+                reason = give_up_reason(&container, &process) => {
+                    tasks.give_up(&container, &process, &reason).await;
                 }
             }
         });
     }
 
-    /// Records the exit of a process that cannot end because of `blocked`.
-    async fn give_up(&self, container: &Container, process: &Process, blocked: &[BlockedThread]) {
+    /// Records the exit of a process that has not ended.
+    async fn give_up(&self, container: &Container, process: &Process, reason: &GiveUpReason) {
         if process.is_exit_claimed() {
             // The process has ended, and its output is being delivered.
             return;
         }
-        let blocked = describe(blocked);
         let (id, exec) = (&container.id, process.exec.as_deref());
         if exec.is_none() && matches!(container.role, Role::Single { .. }) {
-            container.pod.machine().kill(&format!(
-                "SIGKILL did not end its container, because of processes that are blocked in the guest's kernel \
-                 ({blocked}): look for a volume that does not answer"
-            ));
+            let machine = container.pod.machine();
+            machine.kill(&format!("SIGKILL did not end its container, {reason}"));
             return;
         }
         let whose = exec.map_or_else(|| format!("task {id}"), |exec| format!("task {id}, exec {exec}"));
         log::warn!(
-            "{whose}: SIGKILL did not end it, because of processes that are blocked in the guest's kernel ({blocked}): \
-             look for a volume that does not answer. Its exit is reported as {SIGKILL_STATUS}, and they stay in the guest \
-             until they can end or the virtual machine ends"
+            "{whose}: SIGKILL did not end it, {reason}. Its exit is reported as {SIGKILL_STATUS}, and its processes stay \
+             in the guest until they can end or the virtual machine ends"
         );
         container.abandon();
         if exec.is_none() {
@@ -70,6 +97,14 @@ impl Tasks {
         } else if process.try_claim_exit() {
             self.record_exit(container, process, Exit::now(SIGKILL_STATUS)).await;
         }
+    }
+}
+
+/// Waits until the shim must no longer wait for the end of a process that was sent SIGKILL.
+async fn give_up_reason(container: &Container, process: &Process) -> GiveUpReason {
+    match tokio::time::timeout(SURVIVAL_LIMIT, blocked_threads(container, process)).await {
+        Ok(threads) => GiveUpReason::Blocked(threads),
+        Err(_) => GiveUpReason::TimedOut,
     }
 }
 

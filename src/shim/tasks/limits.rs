@@ -26,6 +26,9 @@ pub(super) const CREATE_LIMIT: Duration = shorter_in_tests(Duration::from_secs(4
 /// long after SIGKILL, the guest is asked whether it is blocked.
 pub(super) const KILL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(8));
 
+/// The time from SIGKILL until a process counts as ended, whatever the guest reports about it.
+pub(super) const SURVIVAL_LIMIT: Duration = shorter_in_tests(Duration::from_secs(60));
+
 /// The time between the two reports that show whether a thread stays in the same wait.
 pub(super) const BLOCKED_INTERVAL: Duration = shorter_in_tests(Duration::from_secs(1));
 

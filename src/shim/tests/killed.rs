@@ -75,6 +75,31 @@ async fn killed_process_that_makes_progress_is_waited_for() {
 }
 
 #[tokio::test]
+async fn guest_that_reports_progress_forever_does_not_keep_a_killed_process() {
+    for survival in [Survival::Running, Survival::Progressing] {
+        let shim = Shim::start_with(Behaviour::SurvivesKill(survival)).await;
+        shim.create_sandbox("pod").await.unwrap();
+        shim.start_sandbox("pod").await.unwrap();
+        shim.run_member("c1").await;
+        shim.run_member("c2").await;
+        let single = Shim::start_with(Behaviour::SurvivesKill(survival)).await;
+        single.run("c3").await;
+
+        let start = Instant::now();
+        shim.kill("c1", "", 9).await.unwrap();
+        single.kill("c3", "", 9).await.unwrap();
+        assert_eq!(shim.wait("c1", "").await.unwrap(), 137);
+        assert_eq!(single.wait("c3", "").await.unwrap(), 137);
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+
+        assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
+        assert_eq!(shim.status("c2").await, Status::RUNNING);
+        assert!(!process_exists(single.fake.vmm_pid()));
+        shim.stop_sandbox("pod").await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn blocked_container_of_a_pod_is_left_to_the_guest_and_its_siblings_go_on() {
     let mut shim = start_blocked().await;
     shim.create_sandbox("pod").await.unwrap();

@@ -381,3 +381,37 @@ fn hung_log_file_fails_only_its_create() {
         });
     });
 }
+
+#[test]
+fn log_file_that_hangs_while_it_is_written_delays_only_its_own_output() {
+    with_fake_containerd(|containerd| {
+        let pod = Pod::by_task(containerd);
+        let other = pod.run(&pods::idle(&pod));
+        let volume = HungVolume::mount_with_file(containerd.folder().join("hung"), "log");
+        let bundle = containerd.bundle(&pod.shell("while :; do echo a line of the log; done"));
+        let mut prepared = containerd.prepare_in(bundle, pod.shim.clone());
+        prepared.request.stdout = format!("file://{}", volume.path().join("log").display());
+        prepared.request.stderr.clear();
+        let writer = prepared.create().unwrap();
+        writer.start();
+        volume.wait_for_request();
+
+        let task = other.task().with_timeout(STATE_LIMIT);
+        assert_eq!(task.state(&other.id, "").unwrap().status.unwrap(), Status::RUNNING);
+        // This needs the commands and the streams of the vmm.
+        assert_eq!(other.output_of("echo still works"), "still works\n");
+        let killed = Instant::now();
+        task.kill(&writer.id, "", 9).unwrap();
+        assert_eq!(writer.wait(), 137);
+        // The shim waits 10 s for the delivery of the output.
+        let limit = Duration::from_secs(10) + KILL_LIMIT;
+        assert!(killed.elapsed() < limit, "{:?}", killed.elapsed());
+        writer.delete();
+
+        assert_eq!(other.output_of("echo still works"), "still works\n");
+        drop(volume);
+        pod.delete_bundle_of(&writer);
+        pod.remove_container(&other);
+        pod.end();
+    });
+}
