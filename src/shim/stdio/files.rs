@@ -55,8 +55,11 @@ pub(super) fn open_input(path: &Path) -> io::Result<InputEnds> {
 
 /// Opens a fifo for the machine to write to. Any other file at `path` is appended to.
 pub(super) fn open_output(path: &Path) -> io::Result<OutputEnds> {
-    if !fs::metadata(path)?.file_type().is_fifo() {
-        return write_file(non_blocking().append(true).open(path)?, path);
+    let file_type = fs::metadata(path)?.file_type();
+    if !file_type.is_fifo() {
+        let mut options = non_blocking();
+        options.append(true);
+        return open_file(path, options, file_type.is_char_device());
     }
     // First, because a fifo without a reader cannot be opened for writing.
     let reader = non_blocking().read(true).open(path)?;
@@ -72,19 +75,27 @@ pub(super) fn open_log(path: &Path) -> io::Result<OutputEnds> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
-    write_file(non_blocking().append(true).create(true).mode(0o644).open(path)?, path)
+    let is_direct = match fs::metadata(path) {
+        Ok(metadata) => metadata.file_type().is_fifo() || metadata.file_type().is_char_device(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(error),
+    };
+    let mut options = non_blocking();
+    options.append(true).create(true).mode(0o644);
+    open_file(path, options, is_direct)
 }
 
-/// `O_NONBLOCK` holds for devices and fifos. A file on a file system blocks nevertheless, so a thread writes it.
-fn write_file(file: File, path: &Path) -> io::Result<OutputEnds> {
-    let file_type = file.metadata()?.file_type();
-    if file_type.is_char_device() || file_type.is_fifo() {
+/// Opens a file for the machine to write to. `is_direct`: it is a device or fifo, whose writes do not block because of
+/// `O_NONBLOCK`. A file on a file system blocks nevertheless, so a thread writes it.
+fn open_file(path: &Path, options: OpenOptions, is_direct: bool) -> io::Result<OutputEnds> {
+    if is_direct {
         return Ok(OutputEnds {
-            machine: file.into(),
+            machine: options.open(path)?.into(),
             opposite: OppositeEnd::None,
         });
     }
-    let (writer, machine) = FileWriter::start(file, path.to_owned())?;
+    let opened = path.to_owned();
+    let (writer, machine) = FileWriter::start(path.to_owned(), move || options.open(opened))?;
     Ok(OutputEnds {
         machine,
         opposite: OppositeEnd::File(writer),

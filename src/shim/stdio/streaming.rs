@@ -238,11 +238,6 @@ impl Relay {
         let _ = self.delivered.clone().wait_for(|count| *count >= bytes).await;
     }
 
-    /// Waits until the relay has ended: everything was sent.
-    pub(super) async fn ended(&self) {
-        self.delivered(u64::MAX).await;
-    }
-
     /// Ends the input after the bytes that the client has sent before.
     pub(super) fn end_input(&self) {
         self.end_input.send_replace(true);
