@@ -23,7 +23,29 @@ pub(crate) fn ram_ranges(bytes: u64) -> Vec<(u64, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use arbtest::arbtest;
+
     use super::*;
+
+    #[test]
+    fn memory_of_any_size_is_complete_and_outside_of_the_device_window() {
+        arbtest(|input| {
+            let bytes = input.int_in_range(1..=(1 << 46) / HUGE_PAGE_SIZE)? * HUGE_PAGE_SIZE;
+
+            let ranges = ram_ranges(bytes);
+
+            assert_eq!(ranges.iter().map(|(_, length)| length).sum::<u64>(), bytes);
+            let mut end = 0;
+            for (start, length) in ranges {
+                assert!(start >= end && length > 0, "{start:#x}");
+                end = start + length;
+                assert!(end <= DEVICE_WINDOW.start || start >= DEVICE_WINDOW.end, "{start:#x}");
+            }
+            Ok(())
+        })
+        .size_max(512)
+        .budget_ms(500);
+    }
 
     #[test]
     fn memory_leaves_the_device_window_free() {

@@ -266,3 +266,94 @@ fn file_offset(offset: Option<u64>) -> io::Result<Option<libc::off_t>> {
         .map(|offset| libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into()))
         .transpose()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use arbtest::{arbitrary, arbtest};
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    /// The end of guest memory: two regions without a gap, and one after a gap.
+    const END: u64 = 0x6000;
+    const REGIONS: [(GuestAddress, usize); 3] = [
+        (GuestAddress(0), 0x1000),
+        (GuestAddress(0x1000), 0x1000),
+        (GuestAddress(0x4000), 0x2000),
+    ];
+
+    fn is_memory(address: u64) -> bool {
+        let contains = |(start, length): &(GuestAddress, usize)| (start.0..start.0 + *length as u64).contains(&address);
+        REGIONS.iter().any(contains)
+    }
+
+    /// Makes buffers of several ranges, and the addresses of their bytes in order.
+    fn make_buffers<'m>(
+        memory: &'m MemoryRegions,
+        input: &mut arbitrary::Unstructured<'_>,
+    ) -> arbitrary::Result<(Buffers<'m>, VecDeque<u64>)> {
+        let (mut buffers, mut addresses) = (Buffers::default(), VecDeque::new());
+        for _ in 0..input.int_in_range(0..=4)? {
+            let start = input.int_in_range(0..=END)?;
+            let length = input.int_in_range(0..=0x1800)?;
+            let range = start..start + length as u64;
+            match Buffers::from_range(memory, start, length) {
+                Ok(more) => {
+                    assert!(buffers.append(more));
+                    addresses.extend(range.clone());
+                    assert!(range.clone().all(is_memory), "{range:?}");
+                }
+                Err(error) => {
+                    assert_eq!(error, ChainError::OutOfRange);
+                    assert!(!range.clone().all(is_memory) || length == 0, "{range:?}");
+                }
+            }
+        }
+        Ok((buffers, addresses))
+    }
+
+    #[test]
+    fn bytes_of_any_ranges_are_one_stream() {
+        let memory = MemoryRegions::from_ranges(&REGIONS).unwrap();
+        arbtest(|input| {
+            let (mut buffers, mut addresses) = make_buffers(&memory, input)?;
+            for _ in 0..input.int_in_range(0..=8)? {
+                // Often at the end of the bytes.
+                let count = match input.arbitrary()? {
+                    true => addresses.len().saturating_add_signed(input.int_in_range(-2..=2)?),
+                    false => input.int_in_range(0..=0x2000)?,
+                };
+                let fitting = count.min(addresses.len());
+                let read = |address: u64| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+                match input.int_in_range(0..=3)? {
+                    0 => {
+                        let byte: u8 = input.arbitrary()?;
+                        assert_eq!(buffers.put(&vec![byte; count]), fitting);
+                        assert!(addresses.drain(..fitting).all(|address| read(address) == byte));
+                    }
+                    1 => {
+                        let mut taken = vec![0; count];
+                        let is_enough = buffers.take(&mut taken);
+                        assert_eq!(is_enough, fitting == count);
+                        if is_enough {
+                            assert!(addresses.drain(..count).map(read).eq(taken));
+                        }
+                    }
+                    2 => {
+                        assert_eq!(buffers.split_to(count).len(), fitting);
+                        addresses.drain(..fitting);
+                    }
+                    _ => assert_eq!(buffers.prefix(count).len(), fitting),
+                }
+                assert_eq!(buffers.len(), addresses.len());
+                let sum: usize = buffers.slices.iter().map(VolatileSlice::len).sum();
+                assert_eq!(sum, addresses.len());
+            }
+            Ok(())
+        })
+        .size_max(512)
+        .budget_ms(500);
+    }
+}

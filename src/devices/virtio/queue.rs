@@ -307,6 +307,7 @@ mod tests {
         sync::atomic::Ordering,
     };
 
+    use arbtest::arbtest;
     use virtio_queue::{desc::RawDescriptor, mock::MockSplitQueue};
     use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -412,6 +413,46 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn batch_of_used_chains_leaves_the_ring_as_single_ones_do() {
+        let memory = memory();
+        arbtest(|input| {
+            let size = 1_u16 << input.int_in_range(0..=8)?;
+            let start: u16 = input.arbitrary()?;
+            let count = input.int_in_range(0..=usize::from(size))?;
+            let chains = (0..count)
+                .map(|_| input.arbitrary())
+                .collect::<Result<Vec<(u16, u32)>, _>>()?;
+            let mock = MockSplitQueue::new(&*memory, size);
+            let used_by = |add: &dyn Fn(&mut DeviceQueue)| {
+                let (mut queue, _) = device_queue(&mock, &memory);
+                queue.queue.set_next_used(start);
+                let address = GuestAddress(queue.queue.used_ring());
+                let mut ring = vec![0; 4 + usize::from(size) * 8];
+                memory.write_slice(&ring, address).unwrap();
+                add(&mut queue);
+                memory.read_slice(&mut ring, address).unwrap();
+                (ring, queue.queue.next_used())
+            };
+
+            let single = used_by(&|queue| {
+                for (head, written) in &chains {
+                    queue.add_used(*head % size, *written).unwrap();
+                }
+            });
+            let batch = used_by(&|queue| {
+                let chains: Vec<_> = chains.iter().map(|(head, written)| (*head % size, *written)).collect();
+                queue.add_used_batch(&chains).unwrap();
+            });
+
+            assert_eq!(single, batch);
+            assert_eq!(usize::from(batch.1.wrapping_sub(start)), count);
+            Ok(())
+        })
+        .size_max(4096)
+        .budget_ms(500);
     }
 
     #[test]

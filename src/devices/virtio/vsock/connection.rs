@@ -408,7 +408,36 @@ fn credit(buf_alloc: u32, sent: Wrapping<u32>, fwd_cnt: Wrapping<u32>) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use arbtest::arbtest;
+
     use super::*;
+
+    #[test]
+    fn sender_that_uses_all_its_credit_never_overfills_the_buffer() {
+        arbtest(|input| {
+            let buf_alloc: u32 = input.arbitrary()?;
+            // The counters start anywhere, because they wrap.
+            let start = Wrapping(input.arbitrary::<u32>()?);
+            let (mut sent, mut fwd_cnt) = (start, start);
+            let mut buffered: u64 = 0;
+            for _ in 0..input.int_in_range(0..=32)? {
+                let credit = credit(buf_alloc, sent, fwd_cnt);
+                let count = input.int_in_range(0..=credit)?;
+                sent += count;
+                buffered += u64::from(count);
+                assert!(buffered <= u64::from(buf_alloc));
+
+                let taken = input.int_in_range(0..=buffered)?;
+                buffered -= taken;
+                fwd_cnt += u32::try_from(taken).unwrap();
+                let free = u64::from(buf_alloc) - buffered;
+                assert_eq!(u64::from(super::credit(buf_alloc, sent, fwd_cnt)), free);
+            }
+            Ok(())
+        })
+        .size_max(512)
+        .budget_ms(500);
+    }
 
     #[test]
     fn credit_and_bytes_in_flight_fit_into_the_buffer_also_when_the_counters_wrap() {
