@@ -235,23 +235,33 @@ pub fn file_size(file: &File) -> io::Result<u64> {
     }
 }
 
+/// Frees the blocks of a range of a regular file or block device, which then reads as zeroes. No-op if the host cannot
+/// free them: to write zeroes instead would allocate all of them.
+///
+/// # Errors
+///
+/// The error of fallocate(2), except `EOPNOTSUPP`. A part of the range may have been freed.
+pub fn discard_file_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    match free_or_zero(file, offset, length, FallocateFlags::PUNCH_HOLE) {
+        Err(error) if is_unsupported(&error) => Ok(()),
+        other => other,
+    }
+}
+
 /// Makes a range of a regular file or block device read as zeroes. With `unmap`, the host may free its blocks.
 ///
 /// # Errors
 ///
 /// The range cannot be changed. A part of it may have been.
 pub fn zero_file_range(file: &File, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-    if length == 0 {
-        return Ok(());
-    }
     let mode = if unmap {
         FallocateFlags::PUNCH_HOLE
     } else {
         FallocateFlags::ZERO_RANGE
     };
-    match retry_interrupted(|| Ok(fallocate(file, mode | FallocateFlags::KEEP_SIZE, offset, length)?)) {
-        // The host's file system does not support fallocate: write zeroes instead.
-        Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => {
+    match free_or_zero(file, offset, length, mode) {
+        // Write zeroes instead.
+        Err(error) if is_unsupported(&error) => {
             static ZEROES: [u8; COPY_BUFFER_SIZE] = [0; COPY_BUFFER_SIZE];
             let mut done = 0;
             while done < length {
@@ -263,6 +273,19 @@ pub fn zero_file_range(file: &File, offset: u64, length: u64, unmap: bool) -> io
         }
         other => other,
     }
+}
+
+/// Changes a range, which may be empty, without a change of the file's size.
+fn free_or_zero(file: &File, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<()> {
+    match length {
+        0 => Ok(()),
+        _ => retry_interrupted(|| Ok(fallocate(file, mode | FallocateFlags::KEEP_SIZE, offset, length)?)),
+    }
+}
+
+/// Whether the host's file system or device does not support the operation of fallocate(2).
+fn is_unsupported(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error())
 }
 
 impl ReadAt for File {
@@ -294,7 +317,7 @@ impl Storage for File {
 
     fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
         match retry_interrupted(|| Ok(fallocate(self, FallocateFlags::KEEP_SIZE, offset, length)?)) {
-            Err(error) if error.raw_os_error() == Some(Errno::OPNOTSUPP.raw_os_error()) => Ok(()),
+            Err(error) if is_unsupported(&error) => Ok(()),
             other => other,
         }
     }
@@ -352,5 +375,43 @@ impl Source for &[u8] {
         let (taken, rest) = self.split_at(buffer.len());
         buffer.copy_from_slice(taken);
         *self = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file whose file system has no fallocate(2), and which refuses a write at an offset.
+    fn file_without_fallocate() -> File {
+        File::options().write(true).open("/proc/thread-self/comm").unwrap()
+    }
+
+    #[test]
+    fn discard_that_the_host_cannot_do_writes_nothing() {
+        discard_file_range(&file_without_fallocate(), 0, 4096).unwrap();
+    }
+
+    #[test]
+    fn zeroes_are_written_if_the_host_cannot_free_blocks() {
+        for unmap in [false, true] {
+            let write = zero_file_range(&file_without_fallocate(), 0, 4096, unmap).unwrap_err();
+            assert_eq!(write.raw_os_error(), Some(Errno::SPIPE.raw_os_error()), "{unmap}");
+        }
+    }
+
+    #[test]
+    fn discarded_range_of_a_file_is_a_hole() {
+        use std::os::unix::fs::MetadataExt;
+
+        let file = tempfile::tempfile().unwrap();
+        FileExt::write_all_at(&file, &[b'x'; 1 << 20], 0).unwrap();
+        let blocks = file.metadata().unwrap().blocks();
+        discard_file_range(&file, 4096, 1 << 19).unwrap();
+        discard_file_range(&file, 0, 0).unwrap();
+        assert!(file.metadata().unwrap().blocks() < blocks);
+        let mut bytes = [1; 2];
+        FileExt::read_exact_at(&file, &mut bytes, 4095).unwrap();
+        assert_eq!(bytes, [b'x', 0]);
     }
 }

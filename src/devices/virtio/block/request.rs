@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::AsFd};
 
-use nutshell_disk_image::io::zero_file_range;
+use nutshell_disk_image::io::{discard_file_range, zero_file_range};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -194,6 +194,7 @@ fn execute(
             let offset = checked_offset(sector, length, capacity)?;
             let unmap = discard || flags != 0;
             match backing {
+                Backing::File { file, .. } if discard => discard_file_range(file, offset, length)?,
                 Backing::File { file, .. } => zero_file_range(file, offset, length, unmap)?,
                 Backing::Image(image) => image.zero(offset, length, unmap)?,
             }
