@@ -10,12 +10,7 @@ use std::{
     cell::Cell,
     io,
     mem::offset_of,
-    sync::{
-        Arc, OnceLock,
-        atomic::Ordering,
-        mpsc::{self, SyncSender, TrySendError},
-    },
-    thread,
+    sync::{Arc, atomic::Ordering},
 };
 
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT, bitmap::BitmapMmapRegion};
@@ -39,6 +34,7 @@ use vmm_sys_util::{
 use super::{
     guest_memory::{Memory, MemorySnapshot},
     standby::{ServeQueue, Standby, Worker},
+    sync_threads::{Refused, SyncThreads},
     system_calls,
     tree::Tree,
 };
@@ -50,12 +46,13 @@ const NUM_QUEUES: usize = 2;
 /// Maximum number of descriptors of a queue.
 const MAX_QUEUE_SIZE: usize = 1024;
 
-/// The operations that wait for a disk. A second thread handles them.
+/// The operations that wait for a disk. [`SyncThreads`] handle them.
 const SYNC_OPERATIONS: [Opcode; 3] = [Opcode::Fsync, Opcode::Fsyncdir, Opcode::Syncfs];
 
 /// Serves both queues in one thread: a request is a few system calls on files that are mostly cached, and passing it
-/// to another thread would cost as much again. Only [`SYNC_OPERATIONS`] go to a second thread, so that one container's
-/// `fsync` does not delay the other containers, and other threads take over while a request hangs ([`Standby`]).
+/// to another thread would cost as much again. Only [`SYNC_OPERATIONS`] go to threads of their own, so that one
+/// container's `fsync` does not delay the other containers, and other threads take over while a request hangs
+/// ([`Standby`]).
 pub(super) struct Backend {
     queues: Arc<Queues>,
     standby: Arc<Standby>,
@@ -66,8 +63,7 @@ struct Queues {
     server: Arc<Server<Tree>>,
     standby: Arc<Standby>,
     memory: Memory,
-    /// Starts with the first of [`SYNC_OPERATIONS`].
-    sync_thread: OnceLock<SyncSender<Request>>,
+    sync_threads: SyncThreads<Request>,
 }
 
 /// A request that was taken from its queue and is not yet answered.
@@ -75,6 +71,15 @@ struct Request {
     ring: VringMutex<Memory>,
     memory: MemorySnapshot,
     chain: DescriptorChain<MemorySnapshot>,
+}
+
+/// A request whose reply is in its buffers.
+struct ExecutedRequest {
+    ring: VringMutex<Memory>,
+    /// The first descriptor.
+    head: u16,
+    /// The size of the reply in bytes.
+    written: u32,
 }
 
 impl Backend {
@@ -85,7 +90,7 @@ impl Backend {
                 server: Arc::new(Server::new(tree)),
                 standby: standby.clone(),
                 memory,
-                sync_thread: OnceLock::new(),
+                sync_threads: SyncThreads::new(NUM_QUEUES * MAX_QUEUE_SIZE),
             }),
             standby,
         })
@@ -110,7 +115,7 @@ impl Queues {
             ring.disable_notification()?;
             while let Some(request) = self.pop(ring)? {
                 if let Some(request) = self.defer_sync(request)? {
-                    self.standby.watch(worker, || request.handle(&self.server))?;
+                    self.standby.watch(worker, || request.execute(&self.server).reply())?;
                 }
             }
             if !ring.enable_notification()? {
@@ -142,7 +147,7 @@ impl Queues {
         }))
     }
 
-    /// Passes one of [`SYNC_OPERATIONS`] to the second thread. Returns any other request, for the caller to handle.
+    /// Passes one of [`SYNC_OPERATIONS`] to another thread. Returns any other request, for the caller to handle.
     /// More requests than the queues have descriptors are an error: the guest repeats descriptors that are in use.
     fn defer_sync(&self, request: Request) -> Result<Option<Request>, RingError> {
         if !request
@@ -151,27 +156,22 @@ impl Queues {
         {
             return Ok(Some(request));
         }
-        let sender = self.sync_thread.get_or_init(|| {
-            let (sender, receiver) = mpsc::sync_channel::<Request>(NUM_QUEUES * MAX_QUEUE_SIZE);
-            let server = self.server.clone();
-            let spawned = thread::Builder::new().name("sync".to_owned()).spawn(move || {
-                seccomp::confine_thread(&system_calls::SYNC);
-                for request in receiver {
-                    if let Err(error) = request.handle(&server) {
-                        log::error!("the queue of a request to flush a file is unusable: {error}");
-                    }
+        let server = self.server.clone();
+        let prepare = || seccomp::confine_thread(&system_calls::SYNC);
+        let submitted = self.sync_threads.submit(
+            request,
+            prepare,
+            move |request| request.execute(&server),
+            |executed| {
+                if let Err(error) = executed.reply() {
+                    log::error!("the queue of a request to flush a file is unusable: {error}");
                 }
-            });
-            if let Err(error) = spawned {
-                log::error!("cannot start a thread for fsync: {error}");
-            }
-            sender
-        });
-        match sender.try_send(request) {
+            },
+        );
+        match submitted {
             Ok(()) => Ok(None),
-            Err(TrySendError::Full(_)) => Err(RingError::InvalidChain),
-            // The thread could not be started.
-            Err(TrySendError::Disconnected(request)) => Ok(Some(request)),
+            Err(Refused::TooMany) => Err(RingError::InvalidChain),
+            Err(Refused::NoThread(request)) => Ok(Some(request)),
         }
     }
 }
@@ -186,15 +186,26 @@ impl Request {
         self.memory.read_obj(opcode).ok()
     }
 
-    /// Handles the request and returns its descriptors to the guest. A malformed request gets an empty reply.
-    fn handle(self, server: &Server<Tree>) -> Result<(), RingError> {
+    /// Does what the request says, and writes the reply into its buffers. A malformed request gets an empty reply.
+    fn execute(self, server: &Server<Tree>) -> ExecutedRequest {
         let head = self.chain.head_index();
         let written = try_handle(server, &self.memory, self.chain).unwrap_or_else(|error| {
             log::error!("the guest sent a malformed request: {error}");
             0
         });
+        ExecutedRequest {
+            ring: self.ring,
+            head,
+            written,
+        }
+    }
+}
+
+impl ExecutedRequest {
+    /// Returns the request's descriptors to the guest.
+    fn reply(self) -> Result<(), RingError> {
         let mut ring = self.ring.get_mut();
-        ring.add_used(head, written)?;
+        ring.add_used(self.head, self.written)?;
         if ring.needs_notification()?
             && let Err(error) = ring.signal_used_queue()
         {

@@ -2,7 +2,7 @@
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
 //! Belongs here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`], [`standby`]). Does not belong here: mounts. The tree is the root of a mount namespace that
+//! queues ([`backend`], [`standby`], [`sync_threads`]). Does not belong here: mounts. The tree is the root of a mount namespace that
 //! [`crate::shim`] makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and
 //! [`OWNED_BY_GUEST`].
 //!
@@ -19,6 +19,7 @@ mod open_history;
 mod rootfs_nodes;
 mod standby;
 mod stderr_log;
+mod sync_threads;
 pub(crate) mod system_calls;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -40,7 +41,9 @@ use rustix::{fs::CWD, mount::OpenTreeFlags, process::Resource};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use virtiofsd_vhost::vhost_user::{Error as ConnectionError, Listener};
 
-use self::{backend::Backend, guest_memory::Memory, standby::MAX_HUNG_REQUESTS, tree::Tree};
+use self::{
+    backend::Backend, guest_memory::Memory, standby::MAX_HUNG_REQUESTS, sync_threads::MAX_SYNC_THREADS, tree::Tree,
+};
 #[cfg(any(test, fuzzing))]
 pub use self::{backend::fuzz::serve_files, fuzz::serve_vmm};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
@@ -56,8 +59,8 @@ const MAX_DESCRIPTORS: u32 = 1 << 20;
 /// How many of the [`MAX_DESCRIPTORS`] descriptors are reserved for the process itself.
 const RESERVED_DESCRIPTORS: u64 = 256;
 
-/// Maximum number of threads: those of the vhost-user daemon, one for fsync, and one for each request that hangs.
-const MAX_THREADS: u32 = 8 + MAX_HUNG_REQUESTS;
+/// Maximum number of threads: those of the vhost-user daemon, those for fsync, and one for each request that hangs.
+const MAX_THREADS: u32 = 8 + MAX_HUNG_REQUESTS + MAX_SYNC_THREADS;
 
 #[derive(Debug, thiserror::Error)]
 enum FsError {

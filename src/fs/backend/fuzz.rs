@@ -76,10 +76,9 @@ pub fn serve_files(data: &[u8]) {
     fill(&top);
     let own_descriptors = File::open("/proc/self/fd").unwrap();
     let tree = Tree::open_at(top.join("tree").to_str().unwrap(), own_descriptors, MAX_FILES).unwrap();
-    let backend = Backend::new(tree, MEMORY.clone()).unwrap();
+    let mut backend = Backend::new(tree, MEMORY.clone()).unwrap();
     // Without its thread, the server flushes files in the thread that takes the request.
-    let (without_thread, _) = mpsc::sync_channel(0);
-    backend.queues.sync_thread.set(without_thread).unwrap();
+    Arc::get_mut(&mut backend.queues).unwrap().sync_threads = SyncThreads::without_threads();
     let mut guest = Guest::new(backend);
     // The input may end anywhere.
     let _ = guest.run(&mut Unstructured::new(data));

@@ -238,7 +238,16 @@ impl Client {
 
     /// Sends a lookup that hangs, and does not wait for its reply. At most seven requests can hang.
     pub(crate) fn start_hung_lookup(&mut self, parent: u64, name: &str) {
-        let request = self.frame(Opcode::Lookup as u32, parent, &Body::default().name(name).0);
+        self.start_hung(Opcode::Lookup, parent, &Body::default().name(name));
+    }
+
+    /// Starts an fsync that hangs. Like [`Self::start_hung_lookup`].
+    pub(crate) fn start_hung_fsync(&mut self, node: u64, handle: u64) {
+        self.start_hung(Opcode::Fsync, node, &Body::default().u64s(&[handle]).u32s(&[0, 0]));
+    }
+
+    fn start_hung(&mut self, opcode: Opcode, node: u64, body: &Body) {
+        let request = self.frame(opcode as u32, node, &body.0);
         let buffer = HUNG + 2 * HUNG_SIZE * u64::from(self.hung);
         self.memory.write_slice(&request, GuestAddress(buffer)).unwrap();
         let (head, next, write) = (2 + 2 * self.hung, 1_u16, 2_u16);

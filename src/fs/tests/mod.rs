@@ -275,7 +275,7 @@ fn files_are_linked_renamed_and_removed() {
 }
 
 #[test]
-fn fsync_runs_in_a_single_second_thread() {
+fn fsync_runs_in_one_other_thread_while_it_is_fast() {
     let mut server = start_server();
     let parent = server.client.walk("c/0").unwrap().id;
     let (file, handle) = server.client.create(parent, "file", 0o644).unwrap();

@@ -189,6 +189,8 @@ impl Drop for JailedChild {
 
 #[test]
 fn jailed_process_has_unused_ids_and_only_the_listed_capabilities() {
+    // Those of this thread, which starts the process.
+    rustix::thread::set_thread_groups(&[Gid::from_raw(4), Gid::from_raw(6)]).unwrap();
     for (role, capabilities) in [("jail-empty", CapabilitySet::empty()), ("jail-capable", CAPABILITIES)] {
         let jailed = JailedChild::jailed(role);
         let status = jailed.status();

@@ -547,3 +547,35 @@ fn requests_for_a_volume_that_hangs_do_not_delay_others() {
     }
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 4);
 }
+
+#[test]
+fn fsync_that_hangs_does_not_delay_others() {
+    enter_new_mount_namespace();
+    let directory = TempDir::new().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let volume = HungVolume::mount_temporary_with_file("file");
+    let none = None::<&str>;
+    mount(Some(volume.path()), &below, none, MsFlags::MS_BIND, none).unwrap();
+    let (server, mut client) = start_server();
+    let recursive = Share {
+        recursive: true,
+        ..share(directory.path(), "c/0")
+    };
+    server.attach(&recursive).unwrap();
+    let top = client.walk("c/0").unwrap().id;
+    let on_volume = client.walk("c/0/below/file").unwrap().id;
+    let (hung, _) = client.open(on_volume, libc::O_WRONLY).unwrap();
+    let (file, handle) = client.create(top, "file", 0o644).unwrap();
+    client.start_hung_fsync(on_volume, hung);
+    volume.wait_for_request();
+    for _ in 0..3 {
+        client.fsync(file.id, handle).unwrap();
+        // It waits for the first one in the host's kernel.
+        client.start_hung_fsync(on_volume, hung);
+    }
+    client.fsync(file.id, handle).unwrap();
+
+    drop(volume);
+    client.wait_for_hung_requests();
+}
