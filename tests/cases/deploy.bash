@@ -474,7 +474,7 @@ patch {\"metadata\":{\"labels\":{\"io.containerd.nutshell/ready\":\"true\"}}}" "
   assert_equal 1 "$(restarts)"
   # The API server does not answer: the installation stays.
   write_stub /run/bin/curl 'exit 22'
-  end_pod
+  assert_status 1 end_pod
   node status
 
   write_curl_stub ''

@@ -233,7 +233,7 @@ impl Tasks {
         let before = container.limits();
         let after = before.with_update(&resources);
         if let Some(machine) = &container.virtual_machine {
-            // Other limits, such as the CPUs that may be used, are those of the control group on the host.
+            // Other limits, such as CPU time, hold by the pod's control group on the host, which the kubelet changes.
             if after != before {
                 set_limits_of_virtual_machine(machine, before, after).await?;
                 container.set_limits(after);

@@ -60,8 +60,10 @@ pub struct Exec<'c> {
     container: &'c Container<'c>,
     /// The id of the exec in every request.
     pub id: String,
-    /// Its standard output. Its standard error is `/dev/null`.
+    /// Its standard output.
     pub stdout: Arc<Output>,
+    /// Its standard error.
+    pub stderr: Arc<Output>,
 }
 
 impl FakeContainerd {
@@ -172,16 +174,19 @@ impl<'c> Container<'c> {
     /// Adds an exec with a new id, which is not started yet.
     pub fn exec(&self, args: &[&str]) -> Exec<'_> {
         let (mut request, stdout) = self.exec_request(args);
+        let stderr = self.containerd.output("exec-stderr");
+        request.stderr = stderr.path().display().to_string();
         request.exec_id = self.containerd.new_name("e");
         self.task().exec(&request).unwrap();
         Exec {
             container: self,
             id: request.exec_id,
             stdout,
+            stderr,
         }
     }
 
-    /// An Exec request without an id, and the output of the process.
+    /// An Exec request without an id, and the standard output of the process. It has no standard error.
     pub fn exec_request(&self, args: &[&str]) -> (ExecProcessRequest, Arc<Output>) {
         let stdout = self.containerd.output("exec");
         let request = ExecProcessRequest {
@@ -193,20 +198,26 @@ impl<'c> Container<'c> {
         (request, stdout)
     }
 
-    /// Runs a shell script as an exec and returns its exit status and its output.
-    pub fn run_script(&self, script: &str) -> (u32, String) {
+    /// Runs a shell script as an exec and returns its exit status, its standard output and its standard error.
+    pub fn run_script_with_errors(&self, script: &str) -> (u32, String, String) {
         let exec = self.exec(&["sh", "-c", script]);
         exec.start();
         let status = exec.wait();
-        let output = exec.stdout.read_to_end();
+        let (output, errors) = (exec.stdout.read_to_end(), exec.stderr.read_to_end());
         exec.delete();
+        (status, output, errors)
+    }
+
+    /// Runs a shell script as an exec and returns its exit status and its standard output.
+    pub fn run_script(&self, script: &str) -> (u32, String) {
+        let (status, output, _) = self.run_script_with_errors(script);
         (status, output)
     }
 
-    /// Runs a shell script as an exec, asserts that it succeeds, and returns its output.
+    /// Runs a shell script as an exec, asserts that it succeeds, and returns its standard output.
     pub fn output_of(&self, script: &str) -> String {
-        let (status, output) = self.run_script(script);
-        assert_eq!(status, 0, "{script}: {output}");
+        let (status, output, errors) = self.run_script_with_errors(script);
+        assert_eq!(status, 0, "{script}: {output}{errors}");
         output
     }
 

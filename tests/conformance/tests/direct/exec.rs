@@ -88,6 +88,30 @@ fn exec_goes_through_all_states_and_events() {
     });
 }
 
+/// Each stream without a name is `/dev/null`, as with `nerdctl run -d` and Docker.
+#[test]
+fn process_without_streams_reads_nothing_writes_anything_and_has_its_status() {
+    const SCRIPT: &str = "test -z \"$(cat)\" && yes | head -c 1000000 && yes | head -c 1000000 >&2 && exit 7";
+    with_fake_containerd(|containerd| {
+        let mut prepared = containerd.prepare(&shell(SCRIPT));
+        (prepared.request.stdout, prepared.request.stderr) = (String::new(), String::new());
+        let container = prepared.create().unwrap();
+        container.start();
+        assert_eq!(container.wait(), 7);
+        container.end();
+
+        let container = containerd.run(&idle());
+        let (mut request, _stdout) = container.exec_request(&["sh", "-c", SCRIPT]);
+        request.exec_id = "e".to_owned();
+        request.stdout = String::new();
+        container.task().exec(&request).unwrap();
+        container.task().start(&container.id, "e").unwrap();
+        assert_eq!(container.task().wait(&container.id, "e").unwrap().exit_status, 7);
+        container.task().delete(&container.id, "e").unwrap();
+        container.end();
+    });
+}
+
 #[test]
 fn exec_id_is_unique_in_its_container_until_it_is_deleted() {
     with_fake_containerd(|containerd| {

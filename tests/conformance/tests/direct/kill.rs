@@ -131,7 +131,7 @@ fn hung_guest_does_not_delay_calls_and_can_be_killed() {
     with_fake_containerd(|containerd| {
         let container = containerd.run(&idle());
         let exec = container.exec(&["sleep", "1000"]);
-        exec.start();
+        let exec_pid = exec.start();
         for vmm in containerd.pids_of("nutshell-vmm") {
             host::signal(vmm, Signal::STOP);
         }
@@ -140,10 +140,7 @@ fn hung_guest_does_not_delay_calls_and_can_be_killed() {
         for _ in 0..3 {
             let state = task.state(&container.id, "").unwrap();
             assert_eq!(state.status.enum_value(), Ok(Status::RUNNING));
-            assert_eq!(
-                task.state(&container.id, &exec.id).unwrap().pid,
-                task.state(&container.id, &exec.id).unwrap().pid
-            );
+            assert_eq!(task.state(&container.id, &exec.id).unwrap().pid, exec_pid);
             assert_eq!(task.connect_to(&container.id).unwrap().task_pid, container.pid);
             task.shutdown(&container.id, false).unwrap();
         }

@@ -44,6 +44,23 @@ pub(super) fn idle(pod: &Pod<'_>) -> Value {
     pod.spec(&["sleep", "100000"])
 }
 
+/// Adds the capabilities to inspect and to enter other processes.
+fn privileged(mut spec: Value) -> Value {
+    for set in ["bounding", "effective", "permitted"] {
+        let capabilities = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        capabilities.extend(
+            [
+                "CAP_SYS_ADMIN",
+                "CAP_SYS_PTRACE",
+                "CAP_SYS_CHROOT",
+                "CAP_DAC_READ_SEARCH",
+            ]
+            .map(Value::from),
+        );
+    }
+    spec
+}
+
 /// Whether a container sees a process with this command line.
 fn has_process(container: &Container<'_>, name: &str) -> bool {
     container.output_of("ps -o args").lines().any(|line| line == name)
@@ -263,10 +280,17 @@ fn containers_with_a_shared_pid_namespace_see_each_other_and_end_separately() {
             })
             .unwrap();
         }
-        // A container can neither inspect nor end the first process.
-        let (status, _) =
-            second.run_script("ls /proc/1/root/ /proc/1/fd/ || kill -9 1; cat /proc/1/comm | grep -q pod");
-        assert_eq!(status, 0);
+        // A container can neither inspect nor enter nor end the first process.
+        for script in [
+            "ls /proc/1/root/",
+            "ls /proc/1/fd/",
+            "readlink /proc/1/exe",
+            "readlink /proc/1/ns/mnt",
+        ] {
+            let (status, output) = second.run_script(script);
+            assert_ne!(status, 0, "{script}: {output}");
+        }
+        second.output_of("kill -9 1; test \"$(cat /proc/1/comm)\" = pod");
 
         first.kill(9);
         assert_eq!(first.wait(), 137);
@@ -289,6 +313,32 @@ fn containers_with_a_shared_pid_namespace_see_each_other_and_end_separately() {
         second.kill(15);
         assert_eq!(second.wait(), 143);
         pod.remove_container(&second);
+    });
+}
+
+/// All privileges of the guest do not help against processes of the agent.
+#[test]
+fn privileged_container_cannot_enter_the_first_process_of_a_shared_pid_namespace() {
+    with_fake_containerd(|containerd| {
+        let pod = Pod::by_task(containerd);
+        let mut spec = privileged(idle(&pod));
+        share_pid_namespace(&mut spec, pod.pid);
+        let container = pod.run(&spec);
+        container.output_of("busybox --list | grep -qx nsenter");
+        // Entering its own namespaces shows that the container has the privilege.
+        container.output_of("nsenter -t $$ -m -u -i true");
+        for option in ["-m", "-u", "-i", "-n"] {
+            let (status, _, errors) = container.run_script_with_errors(&format!("nsenter -t 1 {option} true"));
+            assert_ne!(status, 0, "{option}");
+            assert!(errors.contains("Permission denied"), "{option}: {errors}");
+        }
+        for file in ["ns/mnt", "root", "cwd", "fd", "exe"] {
+            let (status, output, errors) = container.run_script_with_errors(&format!("ls -L /proc/1/{file}"));
+            assert_ne!(status, 0, "{file}: {output}");
+            assert!(errors.contains("Permission denied"), "{file}: {errors}");
+        }
+        pod.remove_container(&container);
+        pod.end();
     });
 }
 
