@@ -91,7 +91,8 @@ fn exec_goes_through_all_states_and_events() {
 /// Each stream without a name is `/dev/null`, as with `nerdctl run -d` and Docker.
 #[test]
 fn process_without_streams_reads_nothing_writes_anything_and_has_its_status() {
-    const SCRIPT: &str = "test -z \"$(cat)\" && yes | head -c 1000000 && yes | head -c 1000000 >&2 && exit 7";
+    const SCRIPT: &str = "input=$(cat) || exit 2; test -z \"$input\" || exit 3
+        seq 100000 || exit 4; seq 100000 >&2 || exit 5; exit 7";
     with_fake_containerd(|containerd| {
         let mut prepared = containerd.prepare(&shell(SCRIPT));
         (prepared.request.stdout, prepared.request.stderr) = (String::new(), String::new());
