@@ -1,10 +1,15 @@
 //! Work that blocks on a file system, with a deadline. A hung volume must not hang the shim: a call that does not
 //! return occupies a separate thread until the file system answers, and its caller gets an error.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    cell::Cell,
+    ops::{Deref, DerefMut},
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 
 /// How long a file system of the host may take for one step of a call: a few lookups, an open, or a mount.
 pub(crate) const FILE_SYSTEM_LIMIT: Duration = Duration::from_secs(8);
@@ -45,6 +50,7 @@ pub(crate) async fn run_or_undo<T: Send + 'static>(
     let abandoned = Arc::new(Mutex::new(false));
     let abandoned_by_caller = abandoned.clone();
     tokio::task::spawn_blocking(move || {
+        MAY_BLOCK.set(true);
         let result = work();
         let abandoned = abandoned_by_caller.lock();
         if *abandoned {
@@ -67,9 +73,63 @@ pub(crate) async fn run_or_undo<T: Send + 'static>(
     })
 }
 
+thread_local! {
+    /// Whether this is a thread of the pool for work that blocks. It never becomes another thread.
+    static MAY_BLOCK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// An open file of a user, or several: close(2) can wait for its file system, because NFS writes back and FUSE asks its
+/// server. So it is dropped on another thread, unless this one runs the work of [`run`] or is outside of a Tokio
+/// runtime. To wait for the close, drop it in the work of [`run`].
+#[derive(Debug)]
+pub(crate) struct DropOffThread<T: Send + 'static>(Option<T>);
+
+impl<T: Send + 'static> DropOffThread<T> {
+    /// The value, which the caller drops.
+    pub(crate) fn into_inner(mut self) -> T {
+        self.0.take().expect(PRESENT)
+    }
+}
+
+/// Only [`DropOffThread::into_inner`] and the drop take the value, and nothing uses it after them.
+const PRESENT: &str = "the value is present until the end";
+
+impl<T: Send + 'static> From<T> for DropOffThread<T> {
+    fn from(value: T) -> Self {
+        Self(Some(value))
+    }
+}
+
+impl<T: Send + 'static> Deref for DropOffThread<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.0.as_ref().expect(PRESENT)
+    }
+}
+
+impl<T: Send + 'static> DerefMut for DropOffThread<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        self.0.as_mut().expect(PRESENT)
+    }
+}
+
+impl<T: Send + 'static> Drop for DropOffThread<T> {
+    fn drop(&mut self) {
+        let Some(value) = self.0.take() else { return };
+        match Handle::try_current() {
+            Ok(runtime) if !MAY_BLOCK.get() => drop(runtime.spawn_blocking(move || {
+                MAY_BLOCK.set(true);
+                drop(value);
+            })),
+            _ => drop(value),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc;
+    use std::{sync::mpsc, thread::ThreadId};
 
     use super::*;
 
@@ -114,5 +174,35 @@ mod tests {
         let result = run::<()>("work", || panic!("on purpose")).await;
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with("work: interrupted by a bug in the shim"), "{error}");
+    }
+
+    /// Sends the thread that drops it.
+    struct DropProbe(mpsc::Sender<ThreadId>);
+
+    impl Drop for DropProbe {
+        fn drop(&mut self) {
+            self.0.send(std::thread::current().id()).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn file_is_closed_on_another_thread_than_the_runtimes() {
+        let (sender, dropped) = mpsc::channel();
+        drop(DropOffThread::from(vec![DropProbe(sender)]));
+        let thread = dropped.recv_timeout(Duration::from_secs(20)).unwrap();
+        assert_ne!(thread, std::thread::current().id());
+    }
+
+    #[tokio::test]
+    async fn file_that_is_dropped_by_blocking_work_is_closed_before_the_work_ends() {
+        let (sender, dropped) = mpsc::channel();
+        let file = DropOffThread::from(DropProbe(sender));
+        let worker = run("close it", move || {
+            drop(file);
+            std::thread::current().id()
+        });
+        assert_eq!(dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
+        let worker = worker.await.unwrap();
+        assert_eq!(dropped.try_recv(), Ok(worker));
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     control::{BaseFormat, BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
     guest_image::{self, GuestImage, GuestImageError},
     oci::{PodSize, Size},
+    shim::blocking::DropOffThread,
 };
 
 /// Why a machine cannot be started.
@@ -40,7 +41,7 @@ pub(crate) enum BootError {
 #[derive(Debug)]
 pub(crate) struct DiskFile {
     /// From [`open_disk`].
-    pub(crate) file: File,
+    pub(crate) file: DropOffThread<File>,
     /// Its path, for messages.
     pub(crate) path: PathBuf,
     pub(crate) read_only: bool,
@@ -80,9 +81,9 @@ pub(crate) struct DiskImage {
     /// The path of the base image in its root file system, for messages.
     pub(crate) path: PathBuf,
     /// Open for reading.
-    pub(crate) base: File,
+    pub(crate) base: DropOffThread<File>,
     /// Open for reading and writing.
-    pub(crate) writes: File,
+    pub(crate) writes: DropOffThread<File>,
     /// The host's boot ID (see [`DiskAccess::CopyOnWrite`]).
     pub(crate) host_boot: [u8; 16],
 }
@@ -107,7 +108,7 @@ impl BootRequest {
     /// # Errors
     ///
     /// A descriptor cannot be duplicated.
-    pub(super) fn into_command(self, agent: OwnedFd) -> io::Result<(Command, Vec<OwnedFd>)> {
+    pub(super) fn into_command(self, agent: OwnedFd) -> io::Result<(Command, DropOffThread<Vec<OwnedFd>>)> {
         let GuestResources {
             kvm,
             image,
@@ -135,7 +136,7 @@ impl BootRequest {
             initramfs: image.initramfs_extent,
             kernel_arguments,
         };
-        let mut descriptors = vec![kvm, image.kernel.into(), image.initramfs.into(), agent];
+        let mut descriptors = DropOffThread::from(vec![kvm, image.kernel.into(), image.initramfs.into(), agent]);
         descriptors.extend(self.file_server);
         for disk in self.disks {
             descriptors.extend(disk.into_descriptors()?);
@@ -153,9 +154,9 @@ pub(crate) struct UserBootRequest {
     /// The maximum memory in bytes, including that of `size`.
     pub(crate) max_memory: u64,
     /// The whole file.
-    pub(crate) kernel: File,
+    pub(crate) kernel: DropOffThread<File>,
     /// The whole file.
-    pub(crate) initramfs: Option<File>,
+    pub(crate) initramfs: Option<DropOffThread<File>>,
     /// The whole command line.
     pub(crate) command_line: String,
     /// Identifies the machine, in the byte order of RFC 9562.
@@ -177,12 +178,13 @@ pub(crate) struct UserBootRequest {
 }
 
 impl UserBootRequest {
-    /// The command, and its descriptors in the order that [`Command::Boot`] documents.
+    /// The command, and its descriptors in the order that [`Command::Boot`] documents. Blocks on the file systems of
+    /// kernel and initramfs.
     ///
     /// # Errors
     ///
     /// The size of a file cannot be read, or a descriptor cannot be duplicated.
-    pub(super) fn into_command(self) -> io::Result<(Command, Vec<OwnedFd>)> {
+    pub(super) fn into_command(self) -> io::Result<(Command, DropOffThread<Vec<OwnedFd>>)> {
         let whole = |file: &File| -> io::Result<Extent> {
             let length = file.metadata()?.len();
             Ok(Extent { offset: 0, length })
@@ -206,7 +208,7 @@ impl UserBootRequest {
         };
         let (links, queues): (Vec<_>, Vec<_>) = self.links.into_iter().unzip();
         let software = Software::User {
-            initramfs: self.initramfs.as_ref().map(whole).transpose()?,
+            initramfs: self.initramfs.as_deref().map(whole).transpose()?,
             command_line: self.command_line,
             uuid: self.uuid,
             oem_strings: self.oem_strings,
@@ -215,8 +217,8 @@ impl UserBootRequest {
             guest_agent: self.guest_agent.is_some(),
             links,
         };
-        let mut descriptors = vec![self.kvm, self.kernel.into()];
-        descriptors.extend(self.initramfs.map(OwnedFd::from));
+        let mut descriptors = DropOffThread::from(vec![self.kvm, self.kernel.into_inner().into()]);
+        descriptors.extend(self.initramfs.map(|initramfs| initramfs.into_inner().into()));
         descriptors.extend(self.console_input);
         descriptors.extend(self.console_output);
         descriptors.extend(self.guest_agent);
@@ -255,7 +257,7 @@ impl BootDisk {
     /// The descriptors that [`DiskAccess`] documents.
     fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
         Ok(match self {
-            Self::File(disk) => vec![disk.file.into()],
+            Self::File(disk) => vec![disk.file.into_inner().into()],
             Self::Agent { file, .. } => vec![file.into()],
             Self::CopyOnWrite { image, .. } => vec![image.base.try_clone()?.into(), image.writes.try_clone()?.into()],
         })
@@ -305,7 +307,11 @@ pub(crate) fn open_disk(path: PathBuf, read_only: bool) -> Result<DiskFile, Boot
         Ok(file)
     };
     match open() {
-        Ok(file) => Ok(DiskFile { file, path, read_only }),
+        Ok(file) => Ok(DiskFile {
+            file: file.into(),
+            path,
+            read_only,
+        }),
         Err(source) => Err(BootError::Disk { path, source }),
     }
 }
@@ -347,7 +353,7 @@ mod tests {
     #[test]
     fn boot_command_announces_the_descriptors_that_go_with_it() {
         let disk = |read_only| DiskFile {
-            file: null(),
+            file: null().into(),
             path: "/dev/null".into(),
             read_only,
         };
@@ -370,8 +376,8 @@ mod tests {
         let image = Arc::new(DiskImage {
             format: BaseFormat::Raw,
             path: "/disk/disk.qcow2".into(),
-            base: null(),
-            writes: null(),
+            base: null().into(),
+            writes: null().into(),
             host_boot: [7; 16],
         });
         let link = LinkConfig {
@@ -386,8 +392,8 @@ mod tests {
                 kvm: null().into(),
                 size: SIZE,
                 max_memory: 4 << 20,
-                kernel: null(),
-                initramfs: has_initramfs.then(null),
+                kernel: null().into(),
+                initramfs: has_initramfs.then(|| null().into()),
                 command_line: "console=ttyS0".to_owned(),
                 uuid: [3; 16],
                 console_input: descriptor(has_console),
@@ -444,7 +450,7 @@ mod tests {
         std::fs::write(image.path(), [0; 512]).unwrap();
         for (read_only, expected) in [(true, Some(libc::EBADF)), (false, None)] {
             let disk = open_disk(image.path().to_owned(), read_only).unwrap();
-            let written = std::os::unix::fs::FileExt::write_all_at(&disk.file, b"guest", 0);
+            let written = std::os::unix::fs::FileExt::write_all_at(&*disk.file, b"guest", 0);
             assert_eq!(written.err().and_then(|error| error.raw_os_error()), expected);
         }
     }

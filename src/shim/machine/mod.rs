@@ -54,7 +54,7 @@ use self::{
     async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::BootProgress, exit::EndRequest,
     monitor::MachineState,
 };
-use super::{child::Child, logging};
+use super::{blocking, child::Child, logging};
 use crate::control::{Channel, Command, ControlError, MachineStatistics, monotonic_now};
 
 /// How long the vmm may take to send the guest's console.
@@ -193,11 +193,12 @@ impl Machine {
             .record_disks(boot.disks.iter().map(|(serial, disk)| (serial.clone(), disk)));
         *self.state.boot_request.lock() = Some(sender);
         let sent = async {
-            let (command, descriptors) = boot.into_command().map_err(|error| error.to_string())?;
+            let command = blocking::run("read the sizes of the kernel's files", || boot.into_command()).await;
+            let (command, descriptors) = command
+                .map_err(|error| error.to_string())?
+                .map_err(|error| error.to_string())?;
             let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
             let sent = self.control.send(&command, &borrowed).await;
-            // The close of a disk can block on a network file system. Nothing waits for it.
-            tokio::task::spawn_blocking(move || drop(descriptors));
             sent.map_err(|error| error.to_string())
         };
         let sent = sent.await;

@@ -88,8 +88,8 @@ impl ImageRoot {
         Ok(DiskImage {
             format,
             path,
-            base,
-            writes: open_writes(self.0.as_fd(), writes)?,
+            base: base.into(),
+            writes: open_writes(self.0.as_fd(), writes)?.into(),
             host_boot: read_host_boot()?,
         })
     }

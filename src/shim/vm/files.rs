@@ -173,7 +173,7 @@ fn make_seed(seed: &VmSeed, instance: &InstanceId, plan: &VmPlan) -> Result<Open
     };
     let vendor_data = plan.exec.has_agent().then(agent_service::vendor_data);
     Ok(OpenedDisk::Raw {
-        file: seed::make_disk(&seed.directory, seed.source, &identity, vendor_data)?,
+        file: seed::make_disk(&seed.directory, seed.source, &identity, vendor_data)?.into(),
         path: PathBuf::from("/cloud-init"),
         read_only: true,
     })

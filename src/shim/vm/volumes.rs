@@ -30,7 +30,10 @@ use super::{
 use crate::{
     control::BaseFormat,
     oci::{DiskContent, DiskSource, FileUser, VmDisk},
-    shim::machine::{BootDisk, DiskFile, DiskImage},
+    shim::{
+        blocking::DropOffThread,
+        machine::{BootDisk, DiskFile, DiskImage},
+    },
 };
 
 /// The raw disk in a volume, as KubeVirt names it.
@@ -40,7 +43,11 @@ const RAW_DISK: &CStr = c"disk.img";
 #[derive(Debug)]
 pub(super) enum OpenedDisk {
     /// A raw disk.
-    Raw { file: File, path: PathBuf, read_only: bool },
+    Raw {
+        file: DropOffThread<File>,
+        path: PathBuf,
+        read_only: bool,
+    },
     /// An image whose writes go to the snapshot.
     Image { image: Arc<DiskImage>, read_only: bool },
 }
@@ -62,7 +69,7 @@ impl OpenedDisk {
     pub(super) fn for_machine(&self, must_be_read_only: bool) -> io::Result<BootDisk> {
         Ok(match self {
             Self::Raw { file, path, read_only } => BootDisk::File(DiskFile {
-                file: file.try_clone()?,
+                file: file.try_clone()?.into(),
                 path: path.clone(),
                 read_only: *read_only || must_be_read_only,
             }),
@@ -189,7 +196,7 @@ fn make_disk_of_keys(disk: &VmDisk, volume: &OwnedFd, path: &Path, user: &FileUs
         })
     };
     Ok(OpenedDisk::Raw {
-        file: as_user(user, make)?,
+        file: as_user(user, make)?.into(),
         path: path.to_owned(),
         read_only: true,
     })
@@ -272,7 +279,7 @@ fn open_raw(disk: &VmDisk, file: RawFile<'_>, read_only: bool, user: &FileUser) 
         false => Lock::Exclusive,
     };
     Ok(OpenedDisk::Raw {
-        file: file.open(disk, kind, user)?,
+        file: file.open(disk, kind, user)?.into(),
         path: file.path,
         read_only,
     })
@@ -325,9 +332,9 @@ fn open_blank(
     } = &opened
     {
         // The lock that the file has by now keeps other machines away.
-        let status = fstat(file).map_err(disk_error(path, "read its size"))?;
+        let status = fstat(&**file).map_err(disk_error(path, "read its size"))?;
         if status.st_size == 0 {
-            rustix::fs::ftruncate(file, size).map_err(disk_error(path, "set its size"))?;
+            rustix::fs::ftruncate(&**file, size).map_err(disk_error(path, "set its size"))?;
         }
     }
     Ok(opened)
@@ -361,7 +368,7 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
         return Err(invalid(format!("{} is not this block device", path.display())));
     }
     Ok(OpenedDisk::Raw {
-        file: file.into(),
+        file: File::from(file).into(),
         path,
         read_only: disk.read_only,
     })

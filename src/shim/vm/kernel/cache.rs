@@ -199,7 +199,7 @@ impl CacheEntry {
             let file = open_file(&path).map_err(failed("open", &path))?;
             let size = file.metadata().map_err(failed("read the size of", &path))?.len();
             match size == expected && size > 0 && size <= max {
-                true => Ok(file),
+                true => Ok(file.into()),
                 false => Err(format!("{} has {size} bytes instead of {expected}", path.display())),
             }
         };
@@ -226,7 +226,7 @@ impl CacheEntry {
             command_line: files.command_line.clone(),
             source: files.source.clone(),
             kernel_size: size(&files.kernel).map_err(read_size)?,
-            initrd_size: files.initramfs.as_ref().map(size).transpose().map_err(read_size)?,
+            initrd_size: files.initramfs.as_deref().map(size).transpose().map_err(read_size)?,
         };
         let needed = description
             .kernel_size
@@ -345,8 +345,8 @@ mod tests {
 
     fn boot_files(kernel: &[u8], initramfs: Option<&[u8]>) -> BootFiles {
         BootFiles {
-            kernel: file(kernel),
-            initramfs: initramfs.map(file),
+            kernel: file(kernel).into(),
+            initramfs: initramfs.map(|initramfs| file(initramfs).into()),
             command_line: "root=/dev/vda1".to_owned(),
             source: "/boot/grub/grub.cfg".to_owned(),
         }
@@ -464,8 +464,8 @@ mod tests {
         let disk = |base: &File, writes: &[u8]| DiskImage {
             format: BaseFormat::Detected,
             path: "/disk/disk.raw".into(),
-            base: base.try_clone().unwrap(),
-            writes: file(writes),
+            base: base.try_clone().unwrap().into(),
+            writes: file(writes).into(),
             host_boot: [0; 16],
         };
         let overlay = image("overlay", &["upperdir=/u", "lowerdir=/l"]);

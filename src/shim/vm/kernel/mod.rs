@@ -15,7 +15,10 @@ use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_a
 
 pub(crate) use self::cache::{CacheEntry, KernelCache};
 use super::{error::VmError, regular_file::open_regular};
-use crate::shim::machine::{AgentError, GuestStream, Machine, printable_line};
+use crate::shim::{
+    blocking::DropOffThread,
+    machine::{AgentError, GuestStream, Machine, printable_line},
+};
 
 /// The maximum time from the boot of the disk reader's guest until the kernel is copied. The guest usually looks up a
 /// few files and copies 50 MB.
@@ -33,8 +36,8 @@ pub(super) const MAX_SOURCE: usize = 512;
 /// A kernel with its initramfs, ready to be booted.
 #[derive(Debug)]
 pub(crate) struct BootFiles {
-    pub(super) kernel: File,
-    pub(super) initramfs: Option<File>,
+    pub(super) kernel: DropOffThread<File>,
+    pub(super) initramfs: Option<DropOffThread<File>>,
     pub(super) command_line: String,
     /// Where the kernel was found, for the log.
     pub(super) source: String,
@@ -62,8 +65,11 @@ impl BootFiles {
     /// The errors of dup(2).
     pub(super) fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
-            kernel: self.kernel.try_clone()?,
-            initramfs: self.initramfs.as_ref().map(File::try_clone).transpose()?,
+            kernel: self.kernel.try_clone()?.into(),
+            initramfs: match &self.initramfs {
+                Some(initramfs) => Some(initramfs.try_clone()?.into()),
+                None => None,
+            },
             command_line: self.command_line.clone(),
             source: self.source.clone(),
         })
@@ -124,8 +130,8 @@ async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
         return Err(VmError::Kernel("its file is empty".to_owned()));
     }
     Ok(BootFiles {
-        kernel,
-        initramfs: (initrd_size > 0).then_some(initramfs),
+        kernel: kernel.into(),
+        initramfs: (initrd_size > 0).then(|| initramfs.into()),
         command_line: check_command_line(command_line)?,
         source: printable_line(&source, MAX_SOURCE),
     })
@@ -196,7 +202,7 @@ pub(crate) fn open_kernel_files(
     })
 }
 
-fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<File, VmError> {
+fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<DropOffThread<File>, VmError> {
     let path = PathBuf::from("/kernel").join(file);
     let failed = |reason: String| VmError::KernelFile {
         field,
@@ -207,7 +213,8 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Fi
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|error| failed(io::Error::from(error).to_string()))?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    open_regular(&root, file, resolve, OFlags::RDONLY).map_err(|error| failed(error.to_string()))
+    let opened = open_regular(&root, file, resolve, OFlags::RDONLY).map_err(|error| failed(error.to_string()))?;
+    Ok(opened.into())
 }
 
 /// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
