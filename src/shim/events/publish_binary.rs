@@ -10,7 +10,10 @@ use containerd_shim::protos::{protobuf::Message, shim::event::Envelope};
 use tokio::net::UnixStream;
 
 use super::forwarder::{FORWARD_LIMIT, ForwardError, Forwarder};
-use crate::shim::child::{Child, WaitStatus};
+use crate::shim::{
+    blocking,
+    child::{Child, WaitStatus},
+};
 
 /// Runs containerd's executable once per event. Used when containerd passes no ttrpc address.
 #[derive(Debug)]
@@ -28,14 +31,18 @@ impl Forwarder for BinaryForwarder {
         let event = envelope.event.write_to_bytes();
         let event = event.map_err(|error| ForwardError::Refused(format!("it cannot be encoded: {error}")))?;
         let (reader, mut writer) = io::pipe().map_err(|error| failed("create a pipe", error))?;
-        let child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        command
             .args(["--address", &self.address, "publish", "--topic", &envelope.topic])
             .args(["--namespace", &envelope.namespace])
             .stdin(reader)
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .and_then(|child| Child::from_std(&child))
+            .stderr(Stdio::null());
+        // The start of a program on a hung file system does not return.
+        let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
+        let child = blocking::run("start containerd's executable", spawn)
+            .await
+            .map_err(|error| ForwardError::Unreachable(error.to_string()))?
             .map_err(|error| failed(&format!("start {program}"), error))?;
         // An event is far smaller than a pipe's buffer, so this does not block.
         let written = writer.write_all(&event);
@@ -53,7 +60,7 @@ impl Forwarder for BinaryForwarder {
             }
             Ok(Err(error)) => Err(failed(&format!("wait for {program}"), error)),
             Err(_) => {
-                child.kill_and_reap();
+                child.end("containerd's executable").await;
                 Err(ForwardError::Unreachable(format!(
                     "{program} did not exit within {} s",
                     FORWARD_LIMIT.as_secs()
@@ -68,9 +75,23 @@ mod tests {
     use std::time::Duration;
 
     use containerd_shim::protos::{events::task::TaskStart, protobuf::well_known_types::any::Any};
+    use nutshell_fixtures::HungVolume;
 
     use super::*;
-    use crate::shim::{events::EventQueue, tests::script::write_script};
+    use crate::shim::{
+        events::EventQueue,
+        tests::{hung_volume::leaves_thread_free, script::write_script},
+    };
+
+    #[tokio::test]
+    async fn program_on_a_hung_file_system_does_not_block_the_thread() {
+        let volume = HungVolume::mount_temporary();
+        let mut forwarder = BinaryForwarder {
+            program: volume.path().join("containerd"),
+            address: "/no/such/socket".to_owned(),
+        };
+        assert!(leaves_thread_free(volume, forwarder.forward(Envelope::default())).await);
+    }
 
     #[tokio::test]
     async fn program_gets_the_event_on_its_standard_input() {

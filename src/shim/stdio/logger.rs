@@ -22,7 +22,10 @@ use rustix::process::Signal;
 use tokio::{io::AsyncReadExt, net::unix::pipe::Receiver, task::JoinHandle};
 
 use super::endpoint::Program;
-use crate::shim::child::{Child, WaitStatus};
+use crate::shim::{
+    blocking::{self, BlockingError},
+    child::{Child, WaitStatus},
+};
 
 /// How long a program may take to become ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,6 +35,9 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a program may take to exit after SIGTERM. It gets SIGKILL then.
 const TERMINATE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a program may take to end after SIGKILL. A file system of this host can keep it in an uninterruptible call.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long to wait for the end of standard error of a program that has exited.
 const STDERR_TIMEOUT: Duration = Duration::from_secs(1);
@@ -45,6 +51,9 @@ pub(crate) enum LoggerError {
     /// It cannot be executed.
     #[error("cannot start the logging program {}: {source}", path.display())]
     Start { path: PathBuf, source: io::Error },
+    /// Its file system does not answer.
+    #[error("{}: {source}", path.display())]
+    Blocked { path: PathBuf, source: BlockingError },
     /// It was started, and did not become ready.
     #[error("the logging program {} {outcome}{}{stderr}", path.display(), if stderr.is_empty() { "" } else { ": " })]
     NotReady {
@@ -81,20 +90,16 @@ impl Logger {
         source: LogSource<'_>,
         wanted: [bool; 2],
     ) -> Result<(Self, [Option<OwnedFd>; 2]), LoggerError> {
-        let spawned = SpawnedProgram::spawn(program, source).map_err(|source| LoggerError::Start {
-            path: program.path.clone(),
-            source,
-        })?;
         let SpawnedProgram {
             child,
             stdout,
             stderr,
             ready,
             own_stderr,
-        } = spawned;
+        } = SpawnedProgram::spawn_off_thread(program, source).await?;
         let own_stderr = StderrTail::collect(own_stderr);
         if let Err(outcome) = wait_until_ready(program, &child, ready).await {
-            child.kill_and_reap();
+            child.end("the logging program").await;
             return Err(LoggerError::NotReady {
                 path: program.path.clone(),
                 outcome,
@@ -119,8 +124,12 @@ impl Logger {
             }
             self.child.signal(signal);
         }
-        // An error means that the task panicked, which was logged.
-        let _ = (&mut self.reaper).await;
+        if tokio::time::timeout(KILL_TIMEOUT, &mut self.reaper).await.is_err() {
+            log::warn!(
+                "the logging program, process {}, does not end after SIGKILL: a file system of this host hangs",
+                self.child.pid()
+            );
+        }
     }
 }
 
@@ -142,6 +151,24 @@ struct SpawnedProgram {
 }
 
 impl SpawnedProgram {
+    /// [`Self::spawn`] on a thread that may block: the start of a program on a hung file system does not return.
+    async fn spawn_off_thread(program: &Program, source: LogSource<'_>) -> Result<Self, LoggerError> {
+        let (wanted, id, namespace) = (program.clone(), source.id.to_owned(), source.namespace.to_owned());
+        let spawn = move || {
+            let source = LogSource {
+                id: &id,
+                namespace: &namespace,
+            };
+            Self::spawn(&wanted, source)
+        };
+        let path = || program.path.clone();
+        // A late program is killed by the drop of its child.
+        blocking::run("start the logging program", spawn)
+            .await
+            .map_err(|source| LoggerError::Blocked { path: path(), source })?
+            .map_err(|source| LoggerError::Start { path: path(), source })
+    }
+
     fn spawn(program: &Program, source: LogSource<'_>) -> io::Result<Self> {
         let (stdout_reader, stdout) = io::pipe()?;
         let (stderr_reader, stderr) = io::pipe()?;
@@ -253,10 +280,11 @@ impl StderrTail {
 mod tests {
     use std::{fs::File, io::Write, path::Path};
 
+    use nutshell_fixtures::HungVolume;
     use tempfile::TempDir;
 
     use super::*;
-    use crate::shim::tests::script::write_script;
+    use crate::shim::tests::{hung_volume::leaves_thread_free, script::write_script};
 
     const SOURCE: LogSource<'_> = LogSource {
         id: "c1",
@@ -361,10 +389,47 @@ mod tests {
         // From here on time advances while the test waits.
         tokio::time::pause();
         logger.finish().await;
-        assert!(!Path::new(&format!("/proc/{}", child.pid())).exists(), "not reaped");
+        tokio::time::resume();
+        let proc = format!("/proc/{}", child.pid());
+        let reaped = async {
+            while Path::new(&proc).exists() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), reaped)
+            .await
+            .expect("not reaped");
+        tokio::time::pause();
 
         let error = start_error(&program(&folder, "exec /bin/sleep 1000")).await;
         assert!(error.ends_with("was not ready within 10 s"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn program_on_a_hung_file_system_does_not_block_the_thread() {
+        let volume = HungVolume::mount_temporary();
+        let program = Program {
+            path: volume.path().join("logger"),
+            arguments: Vec::new(),
+            must_report_ready: false,
+        };
+        assert!(leaves_thread_free(volume, Logger::start(&program, SOURCE, [true, true])).await);
+    }
+
+    #[tokio::test]
+    async fn program_that_waits_for_a_hung_file_system_is_not_awaited_after_sigkill() {
+        let volume = HungVolume::mount_temporary();
+        let folder = tempfile::tempdir().unwrap();
+        let script = format!("exec 5>&-; exec /bin/cat {}", volume.path().join("file").display());
+        let program = program(&folder, &script);
+        let (logger, streams) = Logger::start(&program, SOURCE, [true, true]).await.unwrap();
+        volume.wait_for_request();
+        drop(streams);
+
+        tokio::time::pause();
+        logger.finish().await;
+
+        drop(volume);
     }
 
     #[tokio::test]

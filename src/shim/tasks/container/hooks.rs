@@ -11,7 +11,10 @@ use rustix::process::{Pid, Signal};
 use serde_json::json;
 
 use crate::oci::{self, ContainerId, Hook};
-use crate::shim::child::{Child, WaitStatus};
+use crate::shim::{
+    blocking,
+    child::{Child, WaitStatus},
+};
 
 /// A hook that failed. `moment` is its name in the spec, `index` its position under that name.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +100,8 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
         None => (hook.path.as_os_str(), [].as_slice()),
     };
     let environment = hook.environment.iter().filter_map(|variable| variable.split_once('='));
-    let child = Command::new(&hook.path)
+    let mut command = Command::new(&hook.path);
+    command
         .arg0(name)
         .args(arguments)
         .env_clear()
@@ -106,10 +110,14 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
         .stdin(stdin)
         .stdout(stdout.try_clone().map_err(text)?)
         .stderr(stderr.try_clone().map_err(text)?)
-        .process_group(0)
-        .spawn()
-        .and_then(|child| Child::from_std(&child))
-        .map_err(|error| format!("fork/exec {}: {}", hook.path.display(), text(error)))?;
+        .process_group(0);
+    // The start of a program on a hung file system does not return.
+    let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
+    let failed = |reason: String| format!("fork/exec {}: {reason}", hook.path.display());
+    let child = blocking::run("start the hook", spawn)
+        .await
+        .map_err(|error| failed(error.to_string()))?
+        .map_err(|error| failed(text(error)))?;
     let ended = match hook.timeout {
         None => child.reap().await,
         Some(limit) => match tokio::time::timeout(limit, child.reap()).await {
@@ -120,7 +128,7 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
                 if let Some(group) = i32::try_from(child.pid()).ok().and_then(Pid::from_raw) {
                     let _ = rustix::process::kill_process_group(group, Signal::KILL);
                 }
-                child.kill_and_reap();
+                child.end("the hook").await;
                 return Err(format!(
                     "hook ran past specified timeout of {:.1}s",
                     limit.as_secs_f64()
@@ -141,7 +149,10 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
 mod tests {
     use std::time::Duration;
 
+    use nutshell_fixtures::HungVolume;
+
     use super::*;
+    use crate::shim::tests::hung_volume::leaves_thread_free;
 
     fn shell(script: &str) -> Hook {
         Hook {
@@ -224,6 +235,17 @@ mod tests {
             error,
             "error running createRuntime hook #0: fork/exec /no/such/hook: no such file or directory"
         );
+    }
+
+    #[tokio::test]
+    async fn hook_on_a_hung_file_system_does_not_block_the_thread() {
+        let bundle = tempfile::tempdir().unwrap();
+        let volume = HungVolume::mount_temporary();
+        let hook = Hook {
+            path: volume.path().join("hook"),
+            ..shell("")
+        };
+        assert!(leaves_thread_free(volume, run_in(bundle.path(), &[hook])).await);
     }
 
     #[tokio::test]
