@@ -7,7 +7,6 @@
 //! process in the guest: [`PidHolder::signalled`] reports it.
 
 use std::{
-    fs::File,
     io::{self, Read},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     ptr,
@@ -184,15 +183,24 @@ impl Drop for PidHolder {
 }
 
 /// Opens a network namespace by its path: `/proc/<pid>/ns/net`, or a file that it is bound to. Any other file is an
-/// error.
+/// error, and is not opened: that can block, or have effects on the host. The lookup of a path that a client has chosen
+/// can block on a file system.
 pub(crate) fn open_network_namespace(path: &std::path::Path) -> io::Result<OwnedFd> {
-    let file = File::open(path)?;
-    if namespace_type(file.as_fd()) == Some(libc::CLONE_NEWNET) {
-        Ok(file.into())
-    } else {
-        Err(io::Error::new(io::ErrorKind::InvalidInput, "not a network namespace"))
+    let other_file = || io::Error::new(io::ErrorKind::InvalidInput, "not a network namespace");
+    let found = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    if rustix::fs::fstatfs(&found)?.f_type != NSFS_MAGIC {
+        return Err(other_file());
+    }
+    let same_file = format!("/proc/thread-self/fd/{}", found.as_raw_fd());
+    let file = rustix::fs::open(same_file, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    match namespace_type(file.as_fd()) {
+        Some(libc::CLONE_NEWNET) => Ok(file),
+        _ => Err(other_file()),
     }
 }
+
+/// The file system of namespaces (`linux/magic.h`).
+const NSFS_MAGIC: rustix::fs::FsWord = 0x6e73_6673;
 
 fn namespace_type(file: BorrowedFd<'_>) -> Option<libc::c_int> {
     const NS_GET_NSTYPE: libc::Ioctl = 0xb703;
@@ -374,7 +382,7 @@ fn system_call(number: libc::c_long, arguments: [usize; 4]) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::MetadataExt, path::Path};
+    use std::{fs::File, os::unix::fs::MetadataExt, path::Path};
 
     use super::*;
 
@@ -436,8 +444,17 @@ mod tests {
 
     #[test]
     fn files_other_than_network_namespaces_are_refused() {
-        for path in ["/proc/self/ns/mnt", "/dev/null", "/no/such/file"] {
-            assert!(open_network_namespace(Path::new(path)).is_err(), "{path}");
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let fifo = fifo.display().to_string();
+        for path in ["/proc/self/ns/mnt", "/dev/null", "/no/such/file", &fifo] {
+            // A call that opens the fifo would wait for a writer.
+            let (sender, opened) = std::sync::mpsc::channel();
+            let copy = path.to_owned();
+            std::thread::spawn(move || sender.send(open_network_namespace(Path::new(&copy))));
+            let opened = opened.recv_timeout(std::time::Duration::from_secs(20));
+            assert!(opened.expect("it waits").is_err(), "{path}");
         }
         open_network_namespace(Path::new("/proc/self/ns/net")).unwrap();
     }

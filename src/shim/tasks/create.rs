@@ -278,7 +278,7 @@ async fn prepare_host_side(
         .open(container.id.as_str(), context)
         .await
         .map_err(|error| TaskError::unknown(error.to_string()))?;
-    assign_host_pid(container, network)?;
+    assign_host_pid(container, network).await?;
     let (streams, stdio) = match opened.connect(&container.pod.machine(), terminal_size).await {
         Ok(connected) => connected,
         Err(error) => {

@@ -94,7 +94,7 @@ impl Tasks {
         );
         let container = self.insert(container.with_request_time(requested_at));
         let prepared = async {
-            assign_host_pid(&container, &plan.network)?;
+            assign_host_pid(&container, &plan.network).await?;
             run_create_hooks(&container).await
         };
         if let Err(error) = prepared.await {

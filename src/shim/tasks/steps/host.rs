@@ -10,6 +10,7 @@ use crate::shim::tasks::{
 use crate::{
     oci::{ContainerId, Hooks, Network, PlanError},
     shim::{
+        blocking,
         error::{ErrorCode, TaskError},
         pod::{
             Admission, Creation, NetworkNamespace, PidHolder, Pod, PodError, PodRequirements, open_network_namespace,
@@ -100,8 +101,8 @@ pub(in crate::shim::tasks) fn vm_error(error: &VmError) -> TaskError {
 
 /// Starts the holder whose pid is the container's pid on the host, in the network namespace that the spec selects. The
 /// holder joins the pod's control group, because clients look up the group by that pid.
-pub(in crate::shim::tasks) fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
-    let holder = PidHolder::spawn(&network_namespace(network)?)
+pub(in crate::shim::tasks) async fn assign_host_pid(container: &Container, network: &Network) -> Result<(), TaskError> {
+    let holder = PidHolder::spawn(&network_namespace(network).await?)
         .map_err(|error| TaskError::unknown(format!("create the host process of the container: {error}")))?;
     let added = container.pod.add_process(holder.pid());
     added.map_err(|error| TaskError::unknown(error.to_string()))?;
@@ -109,20 +110,25 @@ pub(in crate::shim::tasks) fn assign_host_pid(container: &Container, network: &N
     Ok(())
 }
 
-fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
+async fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
     const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
         give the container a network namespace, or set `host_namespaces = \"pod-and-network\"` in section [pod] of the \
         configuration to use the machine's";
     match network {
         Network::Host => Err(TaskError::new(ErrorCode::InvalidArgument, HOST)),
         Network::Loopback => Ok(NetworkNamespace::New),
-        Network::Namespace(path) => match open_network_namespace(path) {
-            Ok(namespace) => Ok(NetworkNamespace::Join(namespace)),
-            Err(error) => {
+        Network::Namespace(path) => {
+            let wanted = path.clone();
+            let opened = blocking::run("look it up", move || open_network_namespace(&wanted)).await;
+            let failed = |error: String| {
                 let text = format!("open the network namespace {}: {error}", path.display());
-                Err(TaskError::unknown(text))
-            }
-        },
+                TaskError::unknown(text)
+            };
+            let namespace = opened
+                .map_err(|error| failed(error.to_string()))?
+                .map_err(|error| failed(error.to_string()))?;
+            Ok(NetworkNamespace::Join(namespace))
+        }
     }
 }
 

@@ -180,6 +180,6 @@ async fn prepare_host_side(
         .map_err(|error| TaskError::unknown(error.to_string()))?;
     let console = opened.into_console().map_err(VmError::Console);
     machine.set_console(console.map_err(|error| TaskError::unknown(error.to_string()))?);
-    assign_host_pid(container, network)?;
+    assign_host_pid(container, network).await?;
     run_create_hooks(container).await
 }
