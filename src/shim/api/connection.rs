@@ -2,11 +2,13 @@
 
 use std::{
     collections::HashSet,
+    future::Future,
     io,
     os::unix::net::UnixListener as StdUnixListener,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use containerd_shim::protos::ttrpc::{MessageHeader, asynchronous::transport::Listener, proto::MESSAGE_TYPE_REQUEST};
@@ -15,7 +17,12 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
     sync::watch,
+    time::Sleep,
 };
+
+/// How long to wait after a failed accept(2). Its usual cause is a limit of open descriptors, and nothing reports when
+/// others are closed.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// Tracks the last reply of the shim, so that the process exits after the client has received it. Clones share their
 /// state.
@@ -96,24 +103,41 @@ pub(crate) fn accept_own_user(listener: StdUnixListener, last_reply: LastReply) 
     Ok(Listener::new(OwnUserListener {
         listener: UnixListener::from_std(listener)?,
         last_reply,
+        retry: None,
     }))
 }
 
 struct OwnUserListener {
     listener: UnixListener,
     last_reply: LastReply,
+    /// Set after a failed accept(2), until one succeeds.
+    retry: Option<Pin<Box<Sleep>>>,
 }
 
 impl Stream for OwnUserListener {
     type Item = io::Result<Connection>;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+    /// Never yields an error: the server would try again at once, and log each attempt.
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let own_uid = rustix::process::geteuid().as_raw();
         loop {
-            let (stream, _) = match self.listener.poll_accept(context) {
-                Poll::Ready(accepted) => accepted?,
+            if let Some(retry) = &mut self.retry
+                && retry.as_mut().poll(context).is_pending()
+            {
+                return Poll::Pending;
+            }
+            let stream = match self.listener.poll_accept(context) {
+                Poll::Ready(Ok((stream, _))) => stream,
+                Poll::Ready(Err(error)) => {
+                    if self.retry.is_none() {
+                        log::error!("cannot accept connections; trying again until it succeeds: {error}");
+                    }
+                    self.retry = Some(Box::pin(tokio::time::sleep(ACCEPT_RETRY_DELAY)));
+                    continue;
+                }
                 Poll::Pending => return Poll::Pending,
             };
+            self.retry = None;
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == own_uid => {
                     return Poll::Ready(Some(Ok(Connection {
@@ -329,6 +353,31 @@ mod tests {
         server.write_all(&bytes[..7]).await.unwrap();
         server.write_all(&bytes[7..]).await.unwrap();
         server.flush().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn failed_accept_is_tried_again_after_a_delay() {
+        // It is readable, and each accept(2) fails with EINVAL, because it does not listen.
+        let (socket, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        std::io::Write::write_all(&mut peer, b"x").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let listener = StdUnixListener::from(std::os::fd::OwnedFd::from(socket));
+        let mut listener = OwnUserListener {
+            listener: UnixListener::from_std(listener).unwrap(),
+            last_reply: LastReply::new(),
+            retry: None,
+        };
+        let mut polls = 0;
+        let next = std::future::poll_fn(|context| {
+            polls += 1;
+            Pin::new(&mut listener).poll_next(context)
+        });
+
+        tokio::time::pause();
+        let accepted = timeout(10 * ACCEPT_RETRY_DELAY, next).await;
+
+        assert!(accepted.is_err(), "an error was passed on");
+        assert!((5..20).contains(&polls), "{polls}");
     }
 
     #[tokio::test]
