@@ -21,6 +21,7 @@ mod api;
 mod blocking;
 mod child;
 mod configuration;
+mod descriptor_limit;
 mod descriptor_table;
 mod entry;
 mod error;

@@ -22,7 +22,7 @@ use super::arguments::{CONFIGURATION_VARIABLE, Target};
 use crate::shim::{
     api::ServeContext,
     configuration::{Configuration, ConfigurationError},
-    logging,
+    descriptor_limit, logging,
 };
 
 /// A failure of the set-up.
@@ -52,6 +52,9 @@ pub(super) fn become_shim(target: Target, socket: PathBuf) -> Result<ServeContex
     let (listener, pid_file) = take_descriptors()?;
     logging::start(&bundle, target.debug);
     log_panics();
+    if let Err(error) = descriptor_limit::raise() {
+        log::warn!("cannot raise the limit of open descriptors, so fewer containers fit: {error}");
+    }
     let configuration = Configuration::load(env::var_os(CONFIGURATION_VARIABLE).as_deref().map(Path::new))?;
     if configuration.debug {
         logging::enable_debug();

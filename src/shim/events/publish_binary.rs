@@ -13,6 +13,7 @@ use super::forwarder::{FORWARD_LIMIT, ForwardError, Forwarder};
 use crate::shim::{
     blocking,
     child::{Child, WaitStatus},
+    descriptor_limit,
 };
 
 /// Runs containerd's executable once per event. Used when containerd passes no ttrpc address.
@@ -38,6 +39,7 @@ impl Forwarder for BinaryForwarder {
             .stdin(reader)
             .stdout(Stdio::null())
             .stderr(Stdio::null());
+        descriptor_limit::restore_for(&mut command);
         // The start of a program on a hung file system does not return.
         let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
         let child = blocking::run("start containerd's executable", spawn)

@@ -25,6 +25,7 @@ use super::endpoint::Program;
 use crate::shim::{
     blocking::{self, BlockingError},
     child::{Child, WaitStatus},
+    descriptor_limit,
 };
 
 /// How long a program may take to become ready.
@@ -188,6 +189,7 @@ impl SpawnedProgram {
             .zip(3..)
             .map(|(parent_fd, child_fd): (OwnedFd, _)| FdMapping { parent_fd, child_fd })
             .collect();
+        descriptor_limit::restore_for(&mut command);
         command.fd_mappings(mappings).map_err(io::Error::other)?;
         let child = Child::from_std(&command.spawn()?)?;
         // Dropping `command` closes the program's ends in this process.

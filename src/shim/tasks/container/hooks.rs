@@ -14,6 +14,7 @@ use crate::oci::{self, ContainerId, Hook};
 use crate::shim::{
     blocking,
     child::{Child, WaitStatus},
+    descriptor_limit,
 };
 
 /// A hook that failed. `moment` is its name in the spec, `index` its position under that name.
@@ -111,6 +112,7 @@ async fn run_hook(hook: &Hook, state: &str, bundle: &Path) -> Result<(), String>
         .stdout(stdout.try_clone().map_err(text)?)
         .stderr(stderr.try_clone().map_err(text)?)
         .process_group(0);
+    descriptor_limit::restore_for(&mut command);
     // The start of a program on a hung file system does not return.
     let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
     let failed = |reason: String| format!("fork/exec {}: {reason}", hook.path.display());
