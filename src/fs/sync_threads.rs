@@ -226,7 +226,7 @@ mod tests {
         let results: Vec<_> = (0..MAX_SYNC_THREADS + 8)
             .map(|number| {
                 let hung = hung.clone();
-                threads.submit(number, || {}, move |_| drop(hung.lock().recv()), drop)
+                threads.submit(number, || {}, move |_| hung.lock().recv(), |_| {})
             })
             .collect();
         assert!(results.contains(&Err(Refused::TooMany)), "{results:?}");
