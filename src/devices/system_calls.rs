@@ -22,6 +22,7 @@ pub(crate) const ACTIVATION: &[Call] = &[
         SYS_sendmsg,
         "vhost-user: the file server's queues; warnings for the shim"
     ),
+    allowed!(SYS_ppoll, "vhost-user: the wait for an answer of the file server"),
     allowed!(SYS_recvmsg, "vhost-user: the answers of the file server"),
     allowed!(SYS_timerfd_settime, "the timer that finds stalled queues"),
 ];

@@ -1,6 +1,7 @@
 //! The event loop on the main thread: executes commands of the shim and serves the devices that have no thread. It
 //! never waits for the guest. Besides epoll, three calls block: the write of a notice while the shim does not read, the
-//! resize of a machine until the file server has mapped the new memory, and a write to a log file.
+//! resize of a machine until the file server has mapped the new memory (at most a few seconds), and a write to a log
+//! file.
 
 use std::{
     io,

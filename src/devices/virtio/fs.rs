@@ -2,16 +2,29 @@
 //! protocol: it maps guest memory, and KVM connects its kicks and interrupts directly to the guest. After activation,
 //! this process does not take part in requests.
 
-use std::{os::unix::net::UnixStream, sync::Arc};
+mod connection;
+
+use std::{
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+};
 
 use vhost::{
-    VhostBackend, VhostUserMemoryRegionInfo, VringConfigData,
-    vhost_user::{Frontend, VhostUserFrontend, message::VhostUserProtocolFeatures, message::VhostUserVirtioFeatures},
+    VhostUserMemoryRegionInfo,
+    vhost_user::message::{
+        FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserMemory, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+        VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
+    },
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_FS;
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryBackend;
+use vm_memory::{ByteValued, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
+use self::connection::Connection;
 use super::device::{ActivateError, Activation, Device, copy_config};
 use crate::{devices::counters::Counters, memory::MemoryRegions};
 
@@ -21,9 +34,20 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// The length of the tag in the configuration (virtio 1.3 §5.11.4).
 const TAG_LENGTH: usize = 36;
 
+/// The connection to the file server.
+enum Backend {
+    /// The driver has not activated the device yet.
+    Waiting(UnixStream),
+    Serving(Connection),
+    /// The driver has reset the device.
+    Reset,
+    /// The file server did not do what the protocol demands. The connection is closed: a late reply would be taken for
+    /// the reply to the next request.
+    Failed,
+}
+
 pub(crate) struct Fs {
-    socket: Option<UnixStream>,
-    frontend: Option<Frontend>,
+    backend: Backend,
     counters: Arc<Counters>,
     config: [u8; TAG_LENGTH + 4],
 }
@@ -36,86 +60,116 @@ impl Fs {
         config[..length].copy_from_slice(&tag.as_bytes()[..length]);
         config[TAG_LENGTH..].copy_from_slice(&1_u32.to_le_bytes());
         Self {
-            socket: Some(socket),
-            frontend: None,
+            backend: Backend::Waiting(socket),
             counters: Counters::new("fs"),
             config,
         }
     }
 
-    /// Makes the file server map all of `memory`. Once this returns, the guest may use new regions.
+    /// Makes the file server map all of `memory`. Once this returns, the guest may use new regions. Waits at most
+    /// [`connection::REPLY_LIMIT`].
     ///
     /// # Errors
     ///
-    /// The text names the vhost-user message that failed.
-    pub(crate) fn grow(&self, memory: &MemoryRegions) -> Result<(), String> {
-        // Before activation there is nothing to update: activation will send the regions of that time.
-        let Some(frontend) = &self.frontend else {
-            return Ok(());
-        };
-        frontend
-            .set_mem_table(&vhost_regions(memory)?)
-            .map_err(|error| format!("SET_MEM_TABLE: {error}"))?;
-        // Wait for a reply. The server handles messages in order, so it has mapped the memory by then.
-        frontend
-            .get_features()
-            .map(drop)
-            .map_err(|error| format!("GET_FEATURES: {error}"))
+    /// The text names the vhost-user message that failed. The file server ends then, because its connection closes.
+    pub(crate) fn grow(&mut self, memory: &MemoryRegions) -> Result<(), String> {
+        match &self.backend {
+            // Before activation there is nothing to update: activation will send the regions of that time.
+            Backend::Waiting(_) | Backend::Reset => Ok(()),
+            Backend::Failed => Err("the connection to the file server has failed before".to_owned()),
+            Backend::Serving(connection) => {
+                let grown = share_grown_memory(connection, memory);
+                if grown.is_err() {
+                    self.counters.add_error();
+                    self.backend = Backend::Failed;
+                }
+                grown
+            }
+        }
     }
+}
 
-    /// Sends the set-up messages of the vhost-user protocol, in the required order.
-    fn set_up_backend(&self, frontend: &mut Frontend, activation: &Activation) -> Result<(), String> {
-        let step = |message: &'static str| move |error: vhost::Error| format!("{message}: {error}");
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        frontend.set_owner().map_err(step("SET_OWNER"))?;
-        let offered = frontend.get_features().map_err(step("GET_FEATURES"))?;
-        if activation.features & !offered != 0 || offered & protocol == 0 {
-            return Err("the file server lacks a feature that the driver accepted".to_owned());
-        }
-        frontend
-            .set_features(activation.features | protocol)
-            .map_err(step("SET_FEATURES"))?;
-        let understood = frontend
-            .get_protocol_features()
-            .map_err(step("GET_PROTOCOL_FEATURES"))?;
-        frontend
-            .set_protocol_features(understood & VhostUserProtocolFeatures::MQ)
-            .map_err(step("SET_PROTOCOL_FEATURES"))?;
-        let regions = vhost_regions(activation.memory.regions())?;
-        frontend.set_mem_table(&regions).map_err(step("SET_MEM_TABLE"))?;
-        for (queue_index, queue) in (0_u16..).zip(&activation.queues) {
-            let index = usize::from(queue_index);
-            let interrupt = activation.interrupt.delegate(queue_index);
-            let interrupt = interrupt.map_err(|error| format!("duplicate the eventfd of an interrupt: {error}"))?;
-            let configuration = queue.configuration();
-            let config = VringConfigData {
-                queue_max_size: configuration.max_size(),
-                queue_size: configuration.size(),
-                flags: 0,
-                desc_table_addr: ring_address(&regions, configuration.desc_table())?,
-                used_ring_addr: ring_address(&regions, configuration.used_ring())?,
-                avail_ring_addr: ring_address(&regions, configuration.avail_ring())?,
-                log_addr: None,
-            };
-            frontend
-                .set_vring_num(index, configuration.size())
-                .map_err(step("SET_VRING_NUM"))?;
-            frontend
-                .set_vring_addr(index, &config)
-                .map_err(step("SET_VRING_ADDR"))?;
-            frontend.set_vring_base(index, 0).map_err(step("SET_VRING_BASE"))?;
-            frontend
-                .set_vring_call(index, &interrupt)
-                .map_err(step("SET_VRING_CALL"))?;
-            frontend
-                .set_vring_kick(index, queue.kick())
-                .map_err(step("SET_VRING_KICK"))?;
-            frontend
-                .set_vring_enable(index, true)
-                .map_err(step("SET_VRING_ENABLE"))?;
-        }
-        Ok(())
+fn share_grown_memory(connection: &Connection, memory: &MemoryRegions) -> Result<(), String> {
+    share_memory(connection, &vhost_regions(memory)?)?;
+    // Wait for a reply. The server handles messages in order, so it has mapped the memory by then.
+    connection
+        .read_u64(FrontendReq::GET_FEATURES)
+        .map(drop)
+        .map_err(|error| error.to_string())
+}
+
+/// Sends the set-up messages of the vhost-user protocol, in the required order.
+fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<(), String> {
+    let send = |request, body: &[u8], descriptors: &[BorrowedFd<'_>]| {
+        let sent = connection.send(request, body, descriptors);
+        sent.map_err(|error| error.to_string())
+    };
+    let read = |request| connection.read_u64(request).map_err(|error| error.to_string());
+    let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    send(FrontendReq::SET_OWNER, &[], &[])?;
+    let offered = read(FrontendReq::GET_FEATURES)?;
+    if activation.features & !offered != 0 || offered & protocol == 0 {
+        return Err("the file server lacks a feature that the driver accepted".to_owned());
     }
+    let accepted = activation.features | protocol;
+    send(FrontendReq::SET_FEATURES, accepted.as_slice(), &[])?;
+    let understood = read(FrontendReq::GET_PROTOCOL_FEATURES)?;
+    let accepted = understood & VhostUserProtocolFeatures::MQ.bits();
+    send(FrontendReq::SET_PROTOCOL_FEATURES, accepted.as_slice(), &[])?;
+    let regions = vhost_regions(activation.memory.regions())?;
+    share_memory(connection, &regions)?;
+    for (queue_index, queue) in (0_u16..).zip(&activation.queues) {
+        let index = u32::from(queue_index);
+        let interrupt = activation.interrupt.delegate(queue_index);
+        let interrupt = interrupt.map_err(|error| format!("duplicate the eventfd of an interrupt: {error}"))?;
+        let configuration = queue.configuration();
+        let set = |request, value: u32| send(request, VhostUserVringState::new(index, value).as_slice(), &[]);
+        let addresses = VhostUserVringAddr::new(
+            index,
+            VhostUserVringAddrFlags::empty(),
+            ring_address(&regions, configuration.desc_table())?,
+            ring_address(&regions, configuration.used_ring())?,
+            ring_address(&regions, configuration.avail_ring())?,
+            0,
+        );
+        set(FrontendReq::SET_VRING_NUM, configuration.size().into())?;
+        send(FrontendReq::SET_VRING_ADDR, addresses.as_slice(), &[])?;
+        set(FrontendReq::SET_VRING_BASE, 0)?;
+        for (request, event) in [
+            (FrontendReq::SET_VRING_CALL, &interrupt),
+            (FrontendReq::SET_VRING_KICK, queue.kick()),
+        ] {
+            send(request, u64::from(index).as_slice(), &[borrow(event)])?;
+        }
+        set(FrontendReq::SET_VRING_ENABLE, 1)?;
+    }
+    Ok(())
+}
+
+/// Sends the message that makes the backend map `regions`.
+fn share_memory(connection: &Connection, regions: &[VhostUserMemoryRegionInfo]) -> Result<(), String> {
+    let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
+    if regions.len() > MAX_ATTACHED_FD_ENTRIES {
+        return Err(format!(
+            "guest memory has {count} regions, but the protocol allows {MAX_ATTACHED_FD_ENTRIES}"
+        ));
+    }
+    let mut body = VhostUserMemory::new(count).as_slice().to_vec();
+    for region in regions {
+        body.extend_from_slice(region.to_region().as_slice());
+    }
+    // SAFETY: the regions of guest memory keep the files open that they map, and outlive this function's `regions`.
+    let files = regions
+        .iter()
+        .map(|region| unsafe { BorrowedFd::borrow_raw(region.mmap_handle) });
+    connection
+        .send(FrontendReq::SET_MEM_TABLE, &body, &files.collect::<Vec<_>>())
+        .map_err(|error| error.to_string())
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd is open for as long as it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// The regions of guest memory, with contiguous ones merged, since the protocol allows at most 32. Memory that grew in
@@ -165,21 +219,26 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let socket = self
-            .socket
-            .take()
-            .ok_or_else(|| ActivateError::Backend("the file server supports one activation only".to_owned()))?;
-        let mut frontend = Frontend::from_stream(socket, QUEUE_SIZES.len() as u64);
-        self.set_up_backend(&mut frontend, &activation)
-            .map_err(ActivateError::Backend)?;
-        self.frontend = Some(frontend);
+        let socket = match std::mem::replace(&mut self.backend, Backend::Failed) {
+            Backend::Waiting(socket) => socket,
+            other => {
+                self.backend = other;
+                let reason = "the file server supports one activation only";
+                return Err(ActivateError::Backend(reason.to_owned()));
+            }
+        };
+        let connection = Connection::new(socket);
+        set_up_backend(&connection, &activation).map_err(ActivateError::Backend)?;
+        self.backend = Backend::Serving(connection);
         Ok(())
     }
 
     fn reset(&mut self) {
         // The file server exits when its connection closes. A second activation is not supported and not needed: the
         // agent mounts the share once.
-        self.frontend = None;
+        if !matches!(self.backend, Backend::Waiting(_)) {
+            self.backend = Backend::Reset;
+        }
     }
 }
 
@@ -191,10 +250,96 @@ impl std::fmt::Debug for Fs {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{Read, Write},
+        os::unix::net::UnixStream,
+        time::Instant,
+    };
+
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::GuestAddress;
+
     use super::*;
-    use crate::memory::{add_region, allocate};
+    use crate::{
+        devices::virtio::mock::{InterruptCounter, device_queue},
+        memory::{GuestMemory, add_region, allocate},
+    };
 
     const MIB: u64 = 1 << 20;
+
+    /// A reply of the file server: header, and 64 bits.
+    fn reply(request: FrontendReq, value: u64) -> Vec<u8> {
+        let header = [u32::from(request), 5, 8].map(u32::to_ne_bytes).concat();
+        [header, value.to_ne_bytes().to_vec()].concat()
+    }
+
+    /// Activates a device whose file server has sent `replies` already, and sends nothing else.
+    fn activate(replies: &[Vec<u8>]) -> (Fs, UnixStream, Result<(), ActivateError>) {
+        let (mut server, socket) = UnixStream::pair().unwrap();
+        server.write_all(&replies.concat()).unwrap();
+        let mut fs = Fs::new("share", socket);
+        let memory = GuestMemory::new(allocate(4 * MIB, true).unwrap());
+        let queues = (0..2).map(|index| {
+            let mock = MockSplitQueue::create(memory.regions(), GuestAddress(index * 0x1000), 16);
+            device_queue(&mock, &memory).0
+        });
+        let activation = Activation {
+            features: fs.features(),
+            queues: queues.collect(),
+            interrupt: Arc::new(InterruptCounter::default()),
+            memory: memory.clone(),
+        };
+        let activated = fs.activate(activation);
+        (fs, server, activated)
+    }
+
+    #[test]
+    fn file_server_that_hangs_fails_the_activation_and_loses_its_connection() {
+        let features = reply(FrontendReq::GET_FEATURES, u64::MAX);
+        for (replies, expected) in [
+            (vec![], "GET_FEATURES: the file server does not reply: it hangs"),
+            (
+                vec![features[..7].to_vec()],
+                "GET_FEATURES: the file server does not reply: it hangs",
+            ),
+            (
+                vec![features],
+                "GET_PROTOCOL_FEATURES: the file server does not reply: it hangs",
+            ),
+            (vec![vec![0; 20]], "GET_FEATURES: the reply is malformed"),
+        ] {
+            let start = Instant::now();
+
+            let (mut fs, mut server, activated) = activate(&replies);
+
+            assert!(start.elapsed() < 3 * connection::REPLY_LIMIT);
+            let error = activated.unwrap_err().to_string();
+            assert!(error.ends_with(expected), "{error}");
+            server.read_to_end(&mut Vec::new()).unwrap();
+            fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn file_server_that_hangs_fails_the_growth_and_loses_its_connection() {
+        let features = reply(FrontendReq::GET_FEATURES, u64::MAX);
+        let (mut fs, mut server, activated) =
+            activate(&[features, reply(FrontendReq::GET_PROTOCOL_FEATURES, u64::MAX)]);
+        activated.unwrap();
+        let start = Instant::now();
+
+        let grown = fs.grow(&allocate(4 * MIB, true).unwrap());
+
+        assert_eq!(
+            grown.unwrap_err(),
+            "GET_FEATURES: the file server does not reply: it hangs"
+        );
+        assert!(start.elapsed() < 2 * connection::REPLY_LIMIT);
+        assert_eq!(fs.counters().read().errors, 1);
+        server.read_to_end(&mut Vec::new()).unwrap();
+        // A later request cannot take a late reply for its own.
+        fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
+    }
 
     #[test]
     fn memory_that_grew_in_steps_is_one_vhost_region() {
