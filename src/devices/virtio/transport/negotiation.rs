@@ -202,10 +202,12 @@ impl Negotiation {
             return Transition::Reset;
         }
         let added = value & !self.status & 0xff;
-        if value & self.status != self.status & !NEEDS_RESET || self.status & FAILED != 0 {
+        // A driver may write NEEDS_RESET back, which it has read, or leave it out.
+        let stage = self.status & !NEEDS_RESET;
+        if value & stage != stage || stage & FAILED != 0 {
             return Transition::None;
         }
-        match (self.status & !NEEDS_RESET, added) {
+        match (stage, added) {
             (_, FAILED) => {
                 self.status |= FAILED;
                 return Transition::Refuse(Refusal::Driver);
@@ -408,6 +410,20 @@ mod tests {
         assert_eq!(state.status(), ACKNOWLEDGE | DRIVER);
         assert_eq!(state.write_status(0, &memory), Transition::Reset);
         assert_eq!(state.status(), 0);
+    }
+
+    #[test]
+    fn driver_can_give_up_a_device_that_needs_a_reset() {
+        let memory = memory();
+        for kept in [NEEDS_RESET, 0] {
+            let mut state = configured(&memory);
+            state.set_needs_reset();
+
+            let transition = state.write_status(UP_TO_FEATURES | kept | FAILED, &memory);
+
+            assert_eq!(transition, Transition::Refuse(Refusal::Driver), "{kept:#x}");
+            assert_eq!(state.status(), UP_TO_FEATURES | NEEDS_RESET | FAILED, "{kept:#x}");
+        }
     }
 
     #[test]
