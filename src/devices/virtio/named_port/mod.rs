@@ -98,6 +98,8 @@ struct Port {
     is_starved: bool,
     /// The socket is full.
     is_blocked: bool,
+    /// Bytes for a program that has closed the port may be left in the socket.
+    has_stale_input: bool,
 }
 
 /// The state of the host's end of the port.
@@ -210,27 +212,22 @@ impl NamedPort {
         let Some(Port {
             state,
             control_transmit,
+            has_stale_input,
             ..
         }) = &mut self.port
         else {
             return Ok(());
         };
-        let mut was_closed = false;
         control_transmit.serve(|chain| {
             let mut message = [0; MESSAGE_SIZE];
             if chain.readable.take(&mut message) {
                 let was_open = state.guest_open;
                 state.receive(message);
-                was_closed |= was_open && !state.guest_open;
+                // The guest may open the port again in the same turn.
+                *has_stale_input |= was_open && !state.guest_open;
             }
             0
-        })?;
-        // The guest may have opened the port again.
-        if was_closed && let Some(socket) = &self.socket {
-            let end = drop_input(socket.as_fd(), &self.counters);
-            self.close_if(&end);
-        }
-        Ok(())
+        })
     }
 
     fn send_control(&mut self) -> Result<(), QueueError> {
@@ -272,16 +269,22 @@ impl NamedPort {
     /// Moves bytes from the socket to the guest, until the guest has no buffers. Drops them while the port is not open.
     fn move_to_guest(&mut self) -> Result<(), QueueError> {
         let Some(socket) = &self.socket else { return Ok(()) };
-        let end = match &mut self.port {
-            Some(port) if port.state.guest_open => port.receive_from(socket.as_fd(), &self.counters)?,
-            port => {
-                if let Some(port) = port {
-                    port.set_starved(false, &self.counters);
-                }
-                drop_input(socket.as_fd(), &self.counters)
+        let is_wanted = |port: &Port| port.state.guest_open && !port.has_stale_input;
+        if !self.port.as_ref().is_some_and(is_wanted) {
+            let (end, is_empty) = drop_input(socket.as_fd(), &self.counters);
+            if let Some(port) = &mut self.port {
+                port.set_starved(false, &self.counters);
+                port.has_stale_input &= !is_empty;
             }
-        };
-        self.close_if(&end);
+            self.close_if(&end);
+        }
+        // The guest may have opened the port again.
+        if let (Some(socket), Some(port)) = (&self.socket, &mut self.port)
+            && is_wanted(port)
+        {
+            let end = port.receive_from(socket.as_fd(), &self.counters)?;
+            self.close_if(&end);
+        }
         Ok(())
     }
 
@@ -457,18 +460,18 @@ fn peek(socket: BorrowedFd<'_>) -> rustix::io::Result<usize> {
     Ok(count)
 }
 
-/// Drops the bytes that wait in a socket.
-fn drop_input(socket: BorrowedFd<'_>, counters: &Counters) -> HostEnd {
+/// Drops bytes that wait in a socket, at most [`MAX_DROPPED_PER_TURN`]. Also returns whether none is left.
+fn drop_input(socket: BorrowedFd<'_>, counters: &Counters) -> (HostEnd, bool) {
     let mut buffer = [0; 4096];
     for _ in 0..MAX_DROPPED_PER_TURN / buffer.len() {
         match rustix::io::read(socket, &mut buffer) {
-            Ok(0) => return HostEnd::Closed,
+            Ok(0) => return (HostEnd::Closed, true),
             Ok(_) | Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => break,
-            Err(error) => return report_failure("read from", &error.into(), counters),
+            Err(Errno::AGAIN) => return (HostEnd::Open, true),
+            Err(error) => return (report_failure("read from", &error.into(), counters), true),
         }
     }
-    HostEnd::Open
+    (HostEnd::Open, false)
 }
 
 /// Logs that the socket failed, unless the other end was closed.
@@ -524,6 +527,7 @@ impl Device for NamedPort {
             sent: 0,
             is_starved: false,
             is_blocked: false,
+            has_stale_input: false,
         });
         Ok(())
     }

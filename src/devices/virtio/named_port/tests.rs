@@ -335,6 +335,30 @@ fn bytes_for_a_port_that_is_not_open_never_reach_the_next_program() {
     assert!(!fixture.device.is_open_in_guest());
 }
 
+/// More bytes than the device drops in one turn.
+#[test]
+fn all_bytes_for_a_program_that_has_closed_the_port_are_dropped() {
+    let memory = memory();
+    let mut fixture = Fixture::open(&memory);
+    for _ in 0..SIZE {
+        fixture.offer(RECEIVE_QUEUE, BUFFER_SIZE);
+    }
+    let mut earlier = 0;
+    while let Ok(count) = fixture.host.write(&[b'-'; 4096]) {
+        earlier += count;
+    }
+    assert!(earlier > MAX_DROPPED_PER_TURN, "{earlier}");
+
+    fixture.send_control([1, 6, 0]);
+    fixture.send_control([1, 6, 1]);
+    fixture.settle();
+    fixture.host.write_all(b"now").unwrap();
+    fixture.settle();
+
+    assert_eq!(fixture.received(RECEIVE_QUEUE), [b"now"]);
+    assert_eq!(fixture.device.counters().pending(), []);
+}
+
 #[test]
 fn end_of_the_host_closes_the_port_and_drops_the_guests_bytes() {
     let memory = memory();
