@@ -145,12 +145,19 @@ impl Device for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let failed = |error: io::Error| ActivateError::Backend(error.to_string());
         for queue in activation.queues {
             // The driver accepts completed requests at once, unless the guest hangs.
             self.disk.counters.expect_acceptance(queue.index(), queue.acceptance());
-            self.workers
-                .push(Worker::start(self.disk.clone(), queue).map_err(failed)?);
+            match Worker::start(self.disk.clone(), queue) {
+                Ok(worker) => self.workers.push(worker),
+                Err(error) => {
+                    // The other queues must not be served: the driver is told that the device does not work.
+                    self.reset();
+                    return Err(ActivateError::Backend(format!(
+                        "cannot start the thread of a queue: {error}"
+                    )));
+                }
+            }
         }
         self.config_interrupt.connect(activation.interrupt);
         if self.disk.capacity.generation() != 0 {
