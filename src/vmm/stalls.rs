@@ -12,6 +12,9 @@ use crate::devices::counters::{Counters, Pending};
 /// How long a queue or stream makes no progress before it is reported.
 const STALL_LIMIT: Duration = Duration::from_secs(10);
 
+/// How a stall ends, unless its device is removed.
+const PROGRESS: &str = "it makes progress again";
+
 /// The queues and streams that waited at the last check, by device and place.
 #[derive(Debug, Default)]
 pub(super) struct StallWatch {
@@ -20,6 +23,8 @@ pub(super) struct StallWatch {
 
 #[derive(Debug)]
 struct Suspect {
+    /// The device. Another one may have its name later.
+    device: Arc<Counters>,
     progress: u64,
     /// The time of the check that first found this value of `progress`.
     since: Instant,
@@ -30,6 +35,15 @@ impl StallWatch {
     /// Checks `devices`, each with its waiting queues and streams. Returns `true` if any waits: then check again later.
     pub(super) fn check(&mut self, devices: Vec<(Arc<Counters>, Vec<Pending>)>, now: Instant) -> bool {
         let mut previous = std::mem::take(&mut self.suspects);
+        previous.retain(|key, suspect| {
+            let is_present = devices
+                .iter()
+                .any(|(counters, _)| Arc::ptr_eq(counters, &suspect.device));
+            if !is_present {
+                suspect.report_end(key, "the device was removed", now);
+            }
+            is_present
+        });
         for (counters, pending) in devices {
             for Pending {
                 place,
@@ -41,8 +55,11 @@ impl StallWatch {
                 let mut suspect = match previous.remove(&key) {
                     Some(suspect) if suspect.progress == progress => suspect,
                     before => {
-                        report_end(&key, before, now);
+                        if let Some(before) = before {
+                            before.report_end(&key, PROGRESS, now);
+                        }
                         Suspect {
+                            device: counters.clone(),
                             progress,
                             since: now,
                             reported: false,
@@ -64,17 +81,19 @@ impl StallWatch {
             }
         }
         for (key, suspect) in previous {
-            report_end(&key, Some(suspect), now);
+            suspect.report_end(&key, PROGRESS, now);
         }
         !self.suspects.is_empty()
     }
 }
 
-/// Logs the end of a stall, if it was reported.
-fn report_end((device, place): &(String, String), suspect: Option<Suspect>, now: Instant) {
-    if let Some(suspect) = suspect.filter(|suspect| suspect.reported) {
-        let seconds = now.duration_since(suspect.since).as_secs();
-        log::warn!(target: device.as_str(), "{place}: it makes progress again after {seconds} s");
+impl Suspect {
+    /// Logs the end of the stall, if it was reported.
+    fn report_end(&self, (device, place): &(String, String), end: &str, now: Instant) {
+        if self.reported {
+            let seconds = now.duration_since(self.since).as_secs();
+            log::warn!(target: device.as_str(), "{place}: {end} after {seconds} s");
+        }
     }
 }
 
@@ -112,5 +131,44 @@ mod tests {
         // A wait that ends in time is not reported.
         assert!(check(30, Some(5)) && !check(39, None));
         assert_eq!(log.lines().len(), 2);
+    }
+
+    #[test]
+    fn stalled_disk_that_is_unplugged_has_not_recovered() {
+        let timer = Arc::new(StallTimer::new().unwrap());
+        let new_disk = || Counters::with_queues("unplugged-disk", 1, &timer);
+        let log = LogCapture::start("unplugged-disk");
+        let (mut watch, start) = (StallWatch::default(), Instant::now());
+        let mut check = |seconds, disk: Option<&Arc<Counters>>| {
+            let pending = Pending {
+                place: "queue 0".to_owned(),
+                progress: 1,
+                reason: "a write does not return".to_owned(),
+            };
+            let devices = disk.map(|disk| (disk.clone(), vec![pending]));
+            watch.check(devices.into_iter().collect(), start + Duration::from_secs(seconds))
+        };
+        let (first, second, third) = (new_disk(), new_disk(), new_disk());
+        assert!(check(0, Some(&first)) && check(10, Some(&first)));
+
+        // Another disk in the same slot is not the one that stalled.
+        assert!(check(15, Some(&second)) && check(20, Some(&second)));
+        assert_eq!(log.lines().len(), 2, "{:?}", log.lines());
+        assert!(check(25, Some(&second)) && check(30, Some(&third)));
+        assert!(check(45, Some(&third)) && !check(50, None));
+
+        let removed = |seconds| format!("queue 0: the device was removed after {seconds} s");
+        let stalled = |seconds| format!("queue 0: no progress for {seconds} s: a write does not return");
+        assert_eq!(
+            log.lines(),
+            [
+                stalled(10),
+                removed(15),
+                stalled(10),
+                removed(15),
+                stalled(15),
+                removed(20)
+            ]
+        );
     }
 }
