@@ -220,6 +220,10 @@ impl SerialConsole {
 
     /// Delivers the last output of a machine that has ended. Waits for the reader at most 10 s.
     pub(super) fn finish(&mut self) {
+        if self.output.is_none() {
+            // Nothing is lost without a reader, and the end of a failed one was reported.
+            return;
+        }
         let deadline = Instant::now() + FINAL_OUTPUT_TIMEOUT;
         while let Some(output) = &self.output {
             let served = self.mover.serve(output.as_fd());
@@ -257,7 +261,11 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
-    use crate::{devices::bus::Registers, jail::seccomp, vmm::system_calls};
+    use crate::{
+        devices::{bus::Registers, log_capture::LogCapture},
+        jail::seccomp,
+        vmm::system_calls,
+    };
 
     const DATA: u64 = 0;
     const LINE_STATUS: u64 = 5;
@@ -395,6 +403,22 @@ mod tests {
         fixture.port.write(DATA, &[b'x'; 4096]);
         settle(&mut fixture.console);
         fixture.console.finish();
+    }
+
+    #[test]
+    fn console_without_an_output_loses_nothing() {
+        let log = LogCapture::on_this_thread("serial");
+        let ring = SerialConsole::create_ring().unwrap();
+        let mut port = Serial::new(EventFd::new(EFD_NONBLOCK).unwrap(), vec![ring.clone()]).unwrap();
+        let mut console = SerialConsole::new(port.clone(), ring, None, None).unwrap();
+        for _ in 0..2 * RING_CAPACITY / 1024 {
+            port.write(DATA, &[b'-'; 1024]);
+            settle(&mut console);
+        }
+
+        console.finish();
+
+        assert_eq!(log.lines(), [""; 0]);
     }
 
     #[test]
