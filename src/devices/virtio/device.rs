@@ -167,6 +167,10 @@ pub(crate) enum ActivateError {
     Queue(QueueError),
     #[error("the driver enabled {found} queues, but the device needs {needed}")]
     QueueCount { found: usize, needed: usize },
+    #[error("the driver placed a part of a queue at {0:#x}, where it has no memory")]
+    QueueAddress(u64),
+    #[error("the driver set up the device again, which is possible only once")]
+    SecondActivation,
 }
 
 /// Copies the part of `config` at `offset` into `data`. Bytes beyond the end of `config` are zero.

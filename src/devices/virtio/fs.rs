@@ -99,29 +99,31 @@ fn share_grown_memory(connection: &Connection, memory: &MemoryRegions) -> Result
 }
 
 /// Sends the set-up messages of the vhost-user protocol, in the required order.
-fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<(), String> {
+fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<(), ActivateError> {
     let send = |request, body: &[u8], descriptors: &[BorrowedFd<'_>]| {
         let sent = connection.send(request, body, descriptors);
-        sent.map_err(|error| error.to_string())
+        sent.map_err(backend_failed)
     };
-    let read = |request| connection.read_u64(request).map_err(|error| error.to_string());
+    let read = |request| connection.read_u64(request).map_err(backend_failed);
     let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     send(FrontendReq::SET_OWNER, &[], &[])?;
     let offered = read(FrontendReq::GET_FEATURES)?;
     if activation.features & !offered != 0 || offered & protocol == 0 {
-        return Err("the file server lacks a feature that the driver accepted".to_owned());
+        let reason = "the file server lacks a feature that the driver accepted";
+        return Err(backend_failed(reason));
     }
     let accepted = activation.features | protocol;
     send(FrontendReq::SET_FEATURES, accepted.as_slice(), &[])?;
     let understood = read(FrontendReq::GET_PROTOCOL_FEATURES)?;
     let accepted = understood & VhostUserProtocolFeatures::MQ.bits();
     send(FrontendReq::SET_PROTOCOL_FEATURES, accepted.as_slice(), &[])?;
-    let regions = vhost_regions(activation.memory.regions())?;
-    share_memory(connection, &regions)?;
+    let regions = vhost_regions(activation.memory.regions()).map_err(backend_failed)?;
+    share_memory(connection, &regions).map_err(backend_failed)?;
     for (queue_index, queue) in (0_u16..).zip(&activation.queues) {
         let index = u32::from(queue_index);
         let interrupt = activation.interrupt.delegate(queue_index);
-        let interrupt = interrupt.map_err(|error| format!("duplicate the eventfd of an interrupt: {error}"))?;
+        let interrupt =
+            interrupt.map_err(|error| backend_failed(format!("duplicate the eventfd of an interrupt: {error}")))?;
         let configuration = queue.configuration();
         let set = |request, value: u32| send(request, VhostUserVringState::new(index, value).as_slice(), &[]);
         let addresses = VhostUserVringAddr::new(
@@ -144,6 +146,10 @@ fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<()
         set(FrontendReq::SET_VRING_ENABLE, 1)?;
     }
     Ok(())
+}
+
+fn backend_failed(reason: impl std::fmt::Display) -> ActivateError {
+    ActivateError::Backend(reason.to_string())
 }
 
 /// Sends the message that makes the backend map `regions`.
@@ -193,12 +199,12 @@ fn vhost_regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo
 }
 
 /// Translates guest address `address` to the address in this process by which the protocol refers to it.
-fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u64, String> {
+fn ring_address(regions: &[VhostUserMemoryRegionInfo], address: u64) -> Result<u64, ActivateError> {
     let host_address = regions.iter().find_map(|region| {
         let offset = address.checked_sub(region.guest_phys_addr)?;
         (offset < region.memory_size).then_some(region.userspace_addr + offset)
     });
-    host_address.ok_or_else(|| format!("the ring at {address:#x} is not in guest memory"))
+    host_address.ok_or(ActivateError::QueueAddress(address))
 }
 
 impl Device for Fs {
@@ -223,12 +229,11 @@ impl Device for Fs {
             Backend::Waiting(socket) => socket,
             other => {
                 self.backend = other;
-                let reason = "the file server supports one activation only";
-                return Err(ActivateError::Backend(reason.to_owned()));
+                return Err(ActivateError::SecondActivation);
             }
         };
         let connection = Connection::new(socket);
-        set_up_backend(&connection, &activation).map_err(ActivateError::Backend)?;
+        set_up_backend(&connection, &activation)?;
         self.backend = Backend::Serving(connection);
         Ok(())
     }
@@ -318,6 +323,28 @@ mod tests {
             server.read_to_end(&mut Vec::new()).unwrap();
             fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
         }
+    }
+
+    #[test]
+    fn second_activation_is_a_fault_of_the_driver_and_changes_nothing() {
+        let features = reply(FrontendReq::GET_FEATURES, u64::MAX);
+        let (mut fs, _server, activated) = activate(&[
+            features.clone(),
+            reply(FrontendReq::GET_PROTOCOL_FEATURES, u64::MAX),
+            features,
+        ]);
+        activated.unwrap();
+        let memory = GuestMemory::new(allocate(4 * MIB, true).unwrap());
+
+        let again = fs.activate(Activation {
+            features: fs.features(),
+            queues: Vec::new(),
+            interrupt: Arc::new(InterruptCounter::default()),
+            memory: memory.clone(),
+        });
+
+        assert!(matches!(again, Err(ActivateError::SecondActivation)), "{again:?}");
+        fs.grow(memory.regions()).unwrap();
     }
 
     #[test]
