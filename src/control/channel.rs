@@ -18,7 +18,7 @@ use serde::{Serialize, de::DeserializeOwned};
 const MAX_PACKET_SIZE: usize = 64 << 10;
 
 /// The maximum number of descriptors in a packet (the kernel's limit is 253).
-const MAX_DESCRIPTORS: usize = 64;
+pub(crate) const MAX_DESCRIPTORS: usize = 64;
 
 /// Why a message cannot be sent or received.
 #[derive(Debug, thiserror::Error)]

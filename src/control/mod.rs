@@ -16,7 +16,7 @@ mod message;
 mod rate_limit;
 
 pub(crate) use self::{
-    channel::{Channel, ControlError},
+    channel::{Channel, ControlError, MAX_DESCRIPTORS},
     lease::{DomainName, Lease, Prefix, Route},
     message::{
         BaseFormat, BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, GUEST_AGENT_PORT,

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nutshell_protocol::AGENT_DISK;
+use nutshell_protocol::{AGENT_DISK, NETWORK_SLOTS};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -24,7 +24,8 @@ use super::{
     memory::{MachineMemory, MemoryError},
 };
 use crate::{
-    oci::{ContainerId, OnReboot, PodSize, Size, VmExec},
+    control::MAX_DESCRIPTORS,
+    oci::{ContainerId, MAX_VM_DISKS, OnReboot, PodSize, Size, VmExec},
     shim::{
         blocking,
         machine::{Agent, BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
@@ -37,8 +38,21 @@ use crate::{
 /// How long the vmm may take to build the machine, which copies kernel and initramfs into its memory.
 const BUILD_LIMIT: Duration = Duration::from_secs(30);
 
-/// The maximum number of descriptors of a link in the boot command, which has at most 64 for all links and disks.
+/// The maximum number of descriptors of a link in the boot command.
 const MAX_QUEUES_PER_LINK: usize = 8;
+
+/// The maximum number of descriptors of a [`UserBootRequest`].
+const MAX_BOOT_DESCRIPTORS: usize = {
+    let kvm_kernel_and_initramfs = 3;
+    let console_and_guest_agent = 2 + 1;
+    let links = NETWORK_SLOTS as usize * MAX_QUEUES_PER_LINK;
+    let file_server = 1;
+    // The image's disk and each other one may have a base image and a copy-on-write file.
+    let disks = 2 * (1 + MAX_VM_DISKS);
+    let seed_and_agent = 2;
+    kvm_kernel_and_initramfs + console_and_guest_agent + links + file_server + disks + seed_and_agent
+};
+const _: () = assert!(MAX_BOOT_DESCRIPTORS <= MAX_DESCRIPTORS);
 
 /// The kernel argument that selects the serial port as the console.
 const CONSOLE: &str = "console=ttyS0";
