@@ -110,6 +110,8 @@ impl Configuration {
     /// Adds the directives in `text`. Returns the files that it includes.
     fn parse(&mut self, text: &str) -> Vec<String> {
         let mut includes = Vec::new();
+        // The directives of a label beyond the limit must not change another label.
+        let mut is_dropped = false;
         for line in text.lines() {
             let (keyword, value) = split_word(line);
             let count = self.labels.len();
@@ -119,6 +121,9 @@ impl Configuration {
                     name: value.to_owned(),
                     ..Label::default()
                 }),
+                ("label", _) => is_dropped = true,
+                ("kernel" | "linux" | "initrd" | "append", _) if is_dropped => {}
+                ("menu", _) if is_dropped && split_word(value).0.eq_ignore_ascii_case("default") => {}
                 ("kernel" | "linux", Some(label)) => value.clone_into(&mut label.kernel),
                 ("initrd", Some(label)) => {
                     label.initrds = value.split(',').take(MAX_INITRDS + 1).map(str::to_owned).collect();
@@ -199,4 +204,38 @@ pub(crate) fn parse_parts(text: &str, location: &Location) {
     let mut configuration = Configuration::default();
     configuration.parse(text);
     configuration.candidates(location);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+
+    use super::*;
+
+    #[test]
+    fn label_beyond_the_limit_is_dropped_with_its_directives() {
+        let mut text = String::new();
+        for number in 0..MAX_LABELS {
+            writeln!(text, "label l{number}\nkernel /k{number}\nappend a{number}").unwrap();
+        }
+        text +=
+            "label beyond\nkernel /beyond\ninitrd /beyond\nappend beyond\nmenu default\ninclude /more\ndefault l3\n";
+        let mut configuration = Configuration::default();
+
+        let includes = configuration.parse(&text);
+
+        let last = configuration.labels.last().unwrap();
+        let expected = Label {
+            name: "l255".to_owned(),
+            kernel: "/k255".to_owned(),
+            initrds: Vec::new(),
+            append: Some("a255".to_owned()),
+        };
+        assert_eq!((configuration.labels.len(), last), (MAX_LABELS, &expected));
+        assert_eq!(configuration.menu_default, None);
+        assert_eq!(
+            (configuration.default.as_str(), includes),
+            ("l3", vec!["/more".to_owned()])
+        );
+    }
 }
