@@ -11,6 +11,7 @@ mod metrics;
 mod shell;
 
 use std::{
+    ffi::OsString,
     fmt::Write,
     io::{self, Write as _},
     path::PathBuf,
@@ -72,7 +73,7 @@ struct Arguments {
 
 /// Runs the action of the command line. An error is one line on standard error.
 pub(crate) fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     match run(&arguments) {
         Ok(status) => status,
         Err(error) => {
@@ -83,7 +84,7 @@ pub(crate) fn main() -> ExitCode {
 }
 
 /// Returns the exit status.
-fn run(arguments: &[String]) -> Result<ExitCode, AdminError> {
+fn run(arguments: &[OsString]) -> Result<ExitCode, AdminError> {
     let Arguments { action, json, state } = parse(arguments).ok_or(AdminError::Usage)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -117,11 +118,12 @@ fn run(arguments: &[String]) -> Result<ExitCode, AdminError> {
 }
 
 /// `None` for a wrong command line.
-fn parse(arguments: &[String]) -> Option<Arguments> {
+fn parse(arguments: &[OsString]) -> Option<Arguments> {
     let (mut words, mut json, mut state) = (Vec::new(), false, PathBuf::from(DEFAULT_STATE_DIRECTORY));
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
-        match argument.as_str() {
+        // Ids and options are UTF-8. Only a path may be anything.
+        match argument.to_str()? {
             "--json" => json = true,
             "--state" => state = rest.next()?.into(),
             option if option.starts_with('-') => return None,
@@ -345,12 +347,22 @@ fn describe(shim: &ShimReport, container: &ContainerReport) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use super::*;
     use crate::shim::report::{DeviceReport, MachinePhases};
 
     fn arguments(line: &str) -> Option<Arguments> {
-        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
         parse(&words)
+    }
+
+    #[test]
+    fn only_the_state_directory_may_be_other_than_utf_8() {
+        let other = || OsString::from_vec(vec![b'/', 0xff]);
+        let parsed = parse(&["ps".into(), "--state".into(), other()]).unwrap();
+        assert_eq!(parsed.state, PathBuf::from(other()));
+        assert_eq!(parse(&["inspect".into(), other()]), None);
     }
 
     fn container(id: &str) -> ContainerReport {

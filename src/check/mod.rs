@@ -12,6 +12,7 @@ pub(crate) mod system_calls;
 
 use std::{
     env,
+    ffi::OsString,
     fs::File,
     io::{self, Read, Write},
     os::{
@@ -29,6 +30,7 @@ use crate::{
     control::{BoardKind, Channel, Command, ControlError, MachineConfig, Notice, Software},
     guest_image::{self, GuestImageError},
     jail::RoleCommand,
+    shim::blocking::{self, FILE_SYSTEM_LIMIT},
     vmm,
 };
 
@@ -46,6 +48,10 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 enum CheckError {
     #[error("/dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
     Kvm(#[source] io::Error),
+    #[error("the argument for the guest's kernel is not UTF-8")]
+    Argument,
+    #[error("cannot read this executable: {0}")]
+    Executable(#[source] io::Error),
     #[error(transparent)]
     Guest(#[from] GuestImageError),
     #[error("cannot start the machine: {0}")]
@@ -67,18 +73,29 @@ enum CheckError {
 
 /// Boots a guest, and prints its kernel's release and the boot time, and the table of the host's settings.
 pub(crate) fn main() -> ExitCode {
-    if env::args().nth(2).as_deref() == Some("--system-calls") {
+    let argument = env::args_os().nth(2);
+    if argument.as_deref().is_some_and(|argument| argument == "--system-calls") {
         // The reader may have closed the pipe.
         let _ = io::stdout().write_all(system_calls::table().as_bytes());
         return ExitCode::SUCCESS;
     }
-    let result = boot();
+    let prints_table = argument.is_none();
+    let result = parse_kernel_arguments(argument).and_then(boot);
     let status = report(&result);
-    if env::args().nth(2).is_none() {
-        // The reader may have closed the pipe; the status is what counts.
-        let _ = io::stdout().write_all(host::table(&Host::at("/").examine()).as_bytes());
+    if prints_table {
+        match blocking::run_without_runtime(FILE_SYSTEM_LIMIT, || host::table(&Host::at("/").examine())) {
+            // The reader may have closed the pipe; the status is what counts.
+            Ok(table) => drop(io::stdout().write_all(table.as_bytes())),
+            Err(error) => eprintln!("cannot read the settings of this host: {error}"),
+        }
     }
     status
+}
+
+/// Parses the argument after `check`.
+fn parse_kernel_arguments(argument: Option<OsString>) -> Result<Option<String>, CheckError> {
+    let argument = argument.map(OsString::into_string).transpose();
+    argument.map_err(|_| CheckError::Argument)
 }
 
 fn report(result: &Result<(Ready, Duration), CheckError>) -> ExitCode {
@@ -99,14 +116,16 @@ fn report(result: &Result<(Ready, Duration), CheckError>) -> ExitCode {
 }
 
 /// Boots a guest and ends it. Returns the agent's first message, and the time from the start of the vmm to that
-/// message.
-fn boot() -> Result<(Ready, Duration), CheckError> {
+/// message. With `kernel_arguments`, prints the guest's console.
+fn boot(kernel_arguments: Option<String>) -> Result<(Ready, Duration), CheckError> {
+    let prints_console = kernel_arguments.is_some();
     let kvm = File::options()
         .read(true)
         .write(true)
         .open("/dev/kvm")
         .map_err(CheckError::Kvm)?;
-    let image = guest_image::open(None, None)?;
+    let image = blocking::run_without_runtime(FILE_SYSTEM_LIMIT, || guest_image::open(None, None))
+        .map_err(CheckError::Executable)??;
 
     let (channel, vmm_channel) = Channel::pair()?;
     let (agent, vmm_agent) = UnixStream::pair().map_err(CheckError::Start)?;
@@ -131,7 +150,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
     let software = Software::Agent {
         board: BoardKind::Container,
         initramfs: image.initramfs_extent,
-        kernel_arguments: env::args().nth(2).unwrap_or_default(),
+        kernel_arguments: kernel_arguments.unwrap_or_default(),
     };
     let descriptors = [
         kvm.as_fd(),
@@ -144,7 +163,7 @@ fn boot() -> Result<(Ready, Duration), CheckError> {
 
     let ready = wait_for_ready(&agent, &channel)?;
     let took = started.elapsed();
-    if env::args().nth(2).is_some() {
+    if prints_console {
         print_console(&channel)?;
     }
     Ok((ready, took))
@@ -213,9 +232,18 @@ fn end_reason(channel: &Channel) -> CheckError {
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, process};
+    use std::{os::unix::ffi::OsStringExt, path::Path, process};
 
     use super::*;
+
+    #[test]
+    fn argument_for_the_kernel_must_be_utf_8() {
+        assert_eq!(parse_kernel_arguments(None).unwrap(), None);
+        let argument = parse_kernel_arguments(Some("debug".into())).unwrap();
+        assert_eq!(argument.as_deref(), Some("debug"));
+        let error = parse_kernel_arguments(Some(OsString::from_vec(vec![0xff])));
+        assert!(matches!(error, Err(CheckError::Argument)));
+    }
 
     #[test]
     fn dropped_child_is_killed_and_reaped() {

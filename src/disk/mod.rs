@@ -12,21 +12,29 @@ mod report;
 pub(crate) mod system_calls;
 
 use std::{
+    ffi::{OsStr, OsString},
     fs::File,
     io::{self, Read, Write as _},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     path::{Path, PathBuf},
     process::{ExitCode, ExitStatus, Stdio},
+    time::Duration,
 };
 
 use self::report::{Findings, Report};
-use crate::jail::RoleCommand;
+use crate::{
+    jail::RoleCommand,
+    shim::blocking::{self, FILE_SYSTEM_LIMIT},
+};
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "disk";
 
 /// The maximum size of the inspector's answer in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
+
+/// How long the inspector may take. It reads the tables of an image, which have about 125 MiB for each TiB.
+const INSPECTION_LIMIT: Duration = Duration::from_secs(300);
 
 /// Why a disk cannot be inspected.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +49,8 @@ enum DiskError {
         "the process that reads the image ended without an answer ({0}): read its messages above, if there are any"
     )]
     NoAnswer(ExitStatus),
+    #[error("cannot read the image: {0}")]
+    Read(#[source] io::Error),
     #[error("cannot inspect the image: {0}")]
     Inspector(String),
     #[error("cannot encode the report: {0}")]
@@ -57,7 +67,7 @@ struct Arguments {
 
 /// Runs the command line. An error is one line on standard error. The exit status is 0 only if the image can be used.
 pub(crate) fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(2).collect();
+    let arguments: Vec<OsString> = std::env::args_os().skip(2).collect();
     match run(&arguments) {
         Ok(status) => status,
         Err(error) => {
@@ -67,7 +77,7 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &[String]) -> Result<ExitCode, DiskError> {
+fn run(arguments: &[OsString]) -> Result<ExitCode, DiskError> {
     let Arguments { path, json } = parse(arguments).ok_or(DiskError::Usage)?;
     let report = Report {
         file: path.display().to_string(),
@@ -86,17 +96,17 @@ fn run(arguments: &[String]) -> Result<ExitCode, DiskError> {
 }
 
 /// `None` for a wrong command line.
-fn parse(arguments: &[String]) -> Option<Arguments> {
-    let (mut words, mut json) = (Vec::new(), false);
+fn parse(arguments: &[OsString]) -> Option<Arguments> {
+    let (mut words, mut json) = (Vec::<&OsStr>::new(), false);
     for argument in arguments {
-        match argument.as_str() {
-            "--json" => json = true,
-            option if option.starts_with('-') => return None,
-            word => words.push(word),
+        match argument.as_bytes() {
+            b"--json" => json = true,
+            [b'-', ..] => return None,
+            _ => words.push(argument),
         }
     }
     match words[..] {
-        ["inspect", path] => Some(Arguments {
+        [action, path] if action == "inspect" => Some(Arguments {
             path: path.into(),
             json,
         }),
@@ -106,22 +116,29 @@ fn parse(arguments: &[String]) -> Option<Arguments> {
 
 /// Opens the image and has the inspector read it.
 fn inspect(path: &Path) -> Result<Findings, DiskError> {
-    let file = open(path).map_err(|source| DiskError::Open {
-        path: path.to_owned(),
-        source,
-    })?;
+    let opened_path = path.to_owned();
+    let file = blocking::run_without_runtime(FILE_SYSTEM_LIMIT, move || open(&opened_path))
+        .and_then(|opened| opened)
+        .map_err(|source| DiskError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
     let mut child = RoleCommand::new(inspector::ROLE)
         .and_then(|mut inspector| inspector.stdin(file).stdout(Stdio::piped()).spawn())
         .map_err(DiskError::Start)?;
-    let mut answer = Vec::new();
-    let read = match child.stdout.take() {
-        Some(stdout) => stdout.take(MAX_ANSWER).read_to_end(&mut answer).map(drop),
-        None => Ok(()),
-    };
-    // The inspector has ended, or has sent too much.
+    let stdout = child.stdout.take();
+    let answer = blocking::run_without_runtime(INSPECTION_LIMIT, move || {
+        let mut answer = Vec::new();
+        match stdout {
+            Some(stdout) => stdout.take(MAX_ANSWER).read_to_end(&mut answer).map(|_| answer),
+            None => Ok(answer),
+        }
+    });
+    // The inspector has ended, has sent too much, or hangs.
     let _ = child.kill();
+    // Not reaped if it hangs, because it may not end.
+    let answer = answer.and_then(|answer| answer).map_err(DiskError::Read)?;
     let status = child.wait().map_err(DiskError::Start)?;
-    read.map_err(DiskError::Start)?;
     match serde_json::from_slice::<inspector::Answer>(&answer) {
         Ok(Ok(findings)) => Ok(findings),
         Ok(Err(error)) => Err(DiskError::Inspector(report::printable(&error))),
@@ -165,9 +182,12 @@ mod tests {
     #[test]
     fn command_line_selects_file_and_format_of_the_report() {
         let parse_line = |line: &str| {
-            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
             parse(&words)
         };
+        let not_utf_8 = OsStr::from_bytes(b"/\xff");
+        let arguments = parse(&["inspect".into(), not_utf_8.to_owned()]).unwrap();
+        assert_eq!(arguments.path, not_utf_8);
         for (line, json) in [
             ("inspect /a", false),
             ("inspect /a --json", true),

@@ -136,7 +136,7 @@ impl Inherited {
     fn take() -> io::Result<Self> {
         let listener = io::stdin().as_fd().try_clone_to_owned()?;
         let vmm = io::stdout().as_fd().try_clone_to_owned()?;
-        let namespace = env::args().nth(3).and_then(|number| number.parse().ok());
+        let namespace = env::args_os().nth(3).and_then(|number| number.to_str()?.parse().ok());
         let namespace = jail::open_namespace_of_parent(namespace.ok_or(io::ErrorKind::InvalidInput)?)?;
         let null = File::options().read(true).write(true).open("/dev/null")?;
         nix::unistd::dup2_stdin(&null)?;

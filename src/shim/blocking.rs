@@ -3,8 +3,10 @@
 
 use std::{
     cell::Cell,
+    io,
     ops::{Deref, DerefMut},
-    sync::Arc,
+    sync::{Arc, mpsc},
+    thread,
     time::Duration,
 };
 
@@ -27,6 +29,31 @@ pub(crate) enum BlockingError {
     /// The work panicked, or the runtime is shutting down.
     #[error("{0}: interrupted by a bug in the shim (see containerd's log) or by its shutdown")]
     Lost(&'static str),
+}
+
+/// Runs `work` on another thread, and waits for at most `limit`, without the Tokio runtime: for a process of an
+/// administrator that does one thing. Work that takes longer continues on its thread.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::TimedOut`], or the error of the start of a thread.
+pub(crate) fn run_without_runtime<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    thread::Builder::new().name("blocking".to_owned()).spawn(move || {
+        // The caller may have given up.
+        let _ = sender.send(work());
+    })?;
+    receiver.recv_timeout(limit).map_err(|_| {
+        let text = format!(
+            "not done within {} s, because a file system of this host does not answer: look for a dead network file \
+             system or FUSE server",
+            limit.as_secs_f32()
+        );
+        io::Error::new(io::ErrorKind::TimedOut, text)
+    })
 }
 
 /// Runs `work` on another thread, and waits for at most [`FILE_SYSTEM_LIMIT`]. `action` names it in errors. A result
@@ -129,7 +156,7 @@ impl<T: Send + 'static> Drop for DropOffThread<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, thread::ThreadId};
+    use std::thread::ThreadId;
 
     use super::*;
 
@@ -158,6 +185,14 @@ mod tests {
 
         answer.send(7).unwrap();
         assert_eq!(undone.recv_timeout(Duration::from_secs(20)), Ok(7));
+    }
+
+    #[test]
+    fn work_without_a_runtime_times_out_too() {
+        let (_answer, hung) = mpsc::channel::<()>();
+        let error = run_without_runtime(SHORT, move || hung.recv()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert_eq!(run_without_runtime(Duration::from_secs(20), || 7).unwrap(), 7);
     }
 
     #[tokio::test]

@@ -18,7 +18,7 @@
 //! Imports point downwards in this table. All folders use `events` and the single files.
 
 mod api;
-mod blocking;
+pub(crate) mod blocking;
 mod child;
 mod configuration;
 mod descriptor_limit;
