@@ -39,10 +39,10 @@ enum Backend {
     /// The driver has not activated the device yet.
     Waiting(UnixStream),
     Serving(Connection),
-    /// The driver has reset the device.
-    Reset,
-    /// The file server did not do what the protocol demands. The connection is closed: a late reply would be taken for
-    /// the reply to the next request.
+    /// The driver has reset the device, or its activation failed: the file server uses no guest memory.
+    Unused,
+    /// The file server did not map new memory. The connection is closed: a late reply would be taken for the reply to
+    /// the next request.
     Failed,
 }
 
@@ -75,12 +75,16 @@ impl Fs {
     pub(crate) fn grow(&mut self, memory: &MemoryRegions) -> Result<(), String> {
         match &self.backend {
             // Before activation there is nothing to update: activation will send the regions of that time.
-            Backend::Waiting(_) | Backend::Reset => Ok(()),
+            Backend::Waiting(_) | Backend::Unused => Ok(()),
             Backend::Failed => Err("the connection to the file server has failed before".to_owned()),
             Backend::Serving(connection) => {
                 let grown = share_grown_memory(connection, memory);
-                if grown.is_err() {
+                if let Err(error) = &grown {
                     self.counters.add_error();
+                    log::warn!(
+                        target: self.counters.name(),
+                        "the connection to the file server is closed, it cannot map new memory: {error}"
+                    );
                     self.backend = Backend::Failed;
                 }
                 grown
@@ -225,7 +229,7 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let socket = match std::mem::replace(&mut self.backend, Backend::Failed) {
+        let socket = match std::mem::replace(&mut self.backend, Backend::Unused) {
             Backend::Waiting(socket) => socket,
             other => {
                 self.backend = other;
@@ -242,7 +246,7 @@ impl Device for Fs {
         // The file server exits when its connection closes. A second activation is not supported and not needed: the
         // agent mounts the share once.
         if !matches!(self.backend, Backend::Waiting(_)) {
-            self.backend = Backend::Reset;
+            self.backend = Backend::Unused;
         }
     }
 }
@@ -266,7 +270,10 @@ mod tests {
 
     use super::*;
     use crate::{
-        devices::virtio::mock::{InterruptCounter, device_queue},
+        devices::{
+            log_capture::LogCapture,
+            virtio::mock::{InterruptCounter, device_queue},
+        },
         memory::{GuestMemory, add_region, allocate},
     };
 
@@ -321,7 +328,8 @@ mod tests {
             let error = activated.unwrap_err().to_string();
             assert!(error.ends_with(expected), "{error}");
             server.read_to_end(&mut Vec::new()).unwrap();
-            fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
+            // The file server uses no memory.
+            fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap();
         }
     }
 
@@ -353,6 +361,7 @@ mod tests {
         let (mut fs, mut server, activated) =
             activate(&[features, reply(FrontendReq::GET_PROTOCOL_FEATURES, u64::MAX)]);
         activated.unwrap();
+        let log = LogCapture::on_this_thread("fs");
         let start = Instant::now();
 
         let grown = fs.grow(&allocate(4 * MIB, true).unwrap());
@@ -362,7 +371,7 @@ mod tests {
             "GET_FEATURES: the file server does not reply: it hangs"
         );
         assert!(start.elapsed() < 2 * connection::REPLY_LIMIT);
-        assert_eq!(fs.counters().read().errors, 1);
+        assert_eq!((fs.counters().read().errors, log.lines().len()), (1, 1));
         server.read_to_end(&mut Vec::new()).unwrap();
         // A later request cannot take a late reply for its own.
         fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
