@@ -74,6 +74,7 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
         &group,
     );
     let address = format!("unix://{}", socket.display());
+    let mut new_shim = None;
     if let Acquired::New(listener) = socket::acquire(&socket)? {
         let started = prepare_process(&request.options).and_then(|()| {
             let pid_file = PidFile::create(&bundle)?;
@@ -88,15 +89,31 @@ pub(crate) fn start(target: &Target) -> Result<(), BootstrapError> {
                 let _ = shim.kill();
                 let _ = shim.wait();
                 system_error("write the pid file")(error)
-            })
+            })?;
+            Ok(shim)
         });
-        if let Err(error) = started {
-            // This process has closed its listener by now. The error of the start is the one to report.
-            let _ = socket::remove_stale(&socket);
-            return Err(error);
+        match started {
+            Ok(shim) => new_shim = Some(shim),
+            Err(error) => {
+                // This process has closed its listener by now. The error of the start is the one to report.
+                let _ = socket::remove_stale(&socket);
+                return Err(error);
+            }
         }
     }
-    fs::write(bundle.join("address"), &address).map_err(system_error("write the address into the bundle"))?;
+    announce(&bundle, &address, &request).inspect_err(|_| {
+        // containerd does not learn the address of a shim whose start has failed, so nothing else would end it.
+        if let Some(mut shim) = new_shim {
+            let _ = shim.kill();
+            let _ = shim.wait();
+            let _ = socket::remove_stale(&socket);
+        }
+    })
+}
+
+/// Tells containerd the address of the shim.
+fn announce(bundle: &Path, address: &str, request: &StartRequest) -> Result<(), BootstrapError> {
+    fs::write(bundle.join("address"), address).map_err(system_error("write the address into the bundle"))?;
     let answer = serde_json::json!({"version": request.answer_version(), "address": address, "protocol": "ttrpc"});
     io::stdout()
         .write_all(answer.to_string().as_bytes())
