@@ -264,18 +264,33 @@ impl Pod {
             release(Some(old), None).await;
         }
         let (server, socket) = RunningFileServer::start(launcher, machine.vmm())?.ok_or(PodError::NotShared)?;
-        *self.file_server() = Some(server.clone());
+        // `end` closes the pod before it takes the file server: it finds this one, or the pod is closed here.
+        let is_recorded = {
+            let mut current = self.file_server();
+            let is_open = !self.is_closed();
+            if is_open {
+                *current = Some(server.clone());
+            }
+            is_open
+        };
+        if !is_recorded {
+            release(Some(server), None).await;
+            return Err(PodError::Ended);
+        }
         self.add_process(server.pid())?;
         self.oom_score.replace_file_server(server.pid());
         server.kill_machine_at_failure(Arc::downgrade(machine));
         server.attach(id, move |server| server.attach_all(&shares)).await?;
-        if self.is_closed() {
-            // The pod has ended meanwhile, and does not know this file server.
-            let server = self.file_server().take();
-            release(server, None).await;
-            return Err(PodError::Ended);
+        match self.is_closed() {
+            true => Err(PodError::Ended),
+            false => Ok(socket),
         }
-        Ok(socket)
+    }
+
+    /// Ends the file server of a virtual machine that has ended, which releases the directories that it shared.
+    pub(crate) async fn end_file_server(&self) {
+        let server = self.file_server().take();
+        release(server, None).await;
     }
 
     /// Makes `machine` the pod's machine, and ends the one before it.

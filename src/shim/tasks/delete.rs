@@ -119,7 +119,7 @@ impl Tasks {
             }
             Role::Sandbox(_) => container.pod.end().await,
             // Its guest has ended with its machine, and had no container to delete.
-            Role::Member { .. } if container.virtual_machine.is_some() => {}
+            Role::Member { .. } if container.virtual_machine.is_some() => container.pod.end_file_server().await,
             Role::Member { .. } => {
                 delete_from_guest(container).await;
                 container.pod.detach(&container.id).await;
