@@ -39,7 +39,10 @@ use std::{
 };
 
 use nutshell_protocol::{Request, Response};
-use tokio::{sync::Mutex, task::JoinHandle};
+use tokio::{
+    sync::{Mutex, Notify},
+    task::JoinHandle,
+};
 
 use self::{
     changes::{ChangeListener, ChangeSocket},
@@ -65,6 +68,7 @@ const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(crate) struct Network {
     state: Arc<Mutex<NetworkState>>,
+    names_ended: Arc<Notify>,
     connected: OnceLock<Connected>,
 }
 
@@ -73,6 +77,15 @@ pub(crate) struct Network {
 struct Connected {
     follower: Option<JoinHandle<()>>,
     _forwarding: Option<Forwarding>,
+}
+
+impl Drop for Connected {
+    /// [`Network::disconnect`] does not see a follower that is started later.
+    fn drop(&mut self) {
+        if let Some(follower) = &self.follower {
+            follower.abort();
+        }
+    }
 }
 
 /// The links that are connected, and the configuration that the guest has.
@@ -101,11 +114,14 @@ struct NetworkState {
     parameters: GuestParameters,
     /// Started when Docker's resolver was first seen in the namespace.
     names: Option<NameRelay>,
+    /// Notified when another relay may be started.
+    names_ended: Arc<Notify>,
 }
 
 impl Network {
     /// The network for a machine whose links have `queues` queues each. No link is connected yet.
     pub(crate) fn new(namespace: OwnedFd, queues: usize) -> Self {
+        let names_ended = Arc::new(Notify::new());
         let state = NetworkState {
             namespace,
             queues,
@@ -119,9 +135,11 @@ impl Network {
             sent: HashSet::new(),
             parameters: GuestParameters::default(),
             names: None,
+            names_ended: names_ended.clone(),
         };
         Self {
             state: Arc::new(Mutex::new(state)),
+            names_ended,
             connected: OnceLock::new(),
         }
     }
@@ -157,7 +175,10 @@ impl Network {
             });
         let follower = changes
             .listen()
-            .map(|changes| tokio::spawn(follow_changes(changes, self.state.clone(), Arc::downgrade(machine))))
+            .map(|changes| {
+                let (state, names_ended) = (self.state.clone(), self.names_ended.clone());
+                tokio::spawn(follow_changes(changes, state, names_ended, Arc::downgrade(machine)))
+            })
             .inspect_err(|error| {
                 log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
             });
@@ -179,14 +200,25 @@ impl Network {
     }
 }
 
-/// Passes on changes in the namespace until the machine is dropped.
-async fn follow_changes(mut changes: ChangeListener, state: Arc<Mutex<NetworkState>>, machine: Weak<Machine>) {
+/// Passes on changes in the namespace until the machine has ended. Also replaces a relay of names that has ended.
+async fn follow_changes(
+    mut changes: ChangeListener,
+    state: Arc<Mutex<NetworkState>>,
+    names_ended: Arc<Notify>,
+    machine: Weak<Machine>,
+) {
     loop {
-        if let Err(error) = changes.next().await {
+        let changed = tokio::select! {
+            changed = changes.next() => changed,
+            () = names_ended.notified() => Ok(()),
+        };
+        if let Err(error) = changed {
             log::warn!("cannot watch the pod's network, so the guest does not get its changes: {error}");
             return;
         }
-        let Some(machine) = machine.upgrade() else { return };
+        let Some(machine) = machine.upgrade().filter(|machine| !machine.has_ended()) else {
+            return;
+        };
         if let Err(error) = state.lock().await.update(&machine).await {
             log::warn!("cannot pass a change of the pod's network on to the guest: {error}");
         }
@@ -262,7 +294,7 @@ impl NetworkState {
             self.parameters.record(parameters);
         }
         self.configured_links = self.links.len();
-        if has_resolver && self.names.is_none() {
+        if has_resolver && !self.names.as_ref().is_some_and(NameRelay::is_running) {
             self.relay_names(machine).await;
         }
         plugged
@@ -271,7 +303,7 @@ impl NetworkState {
     /// Starts to relay the guest's DNS queries. A pod is usable without the names of Docker's networks.
     async fn relay_names(&mut self, machine: &Machine) {
         let relay = match self.namespace.try_clone() {
-            Ok(namespace) => NameRelay::start(machine, namespace).await,
+            Ok(namespace) => NameRelay::start(machine, namespace, self.names_ended.clone()).await,
             Err(error) => Err(NetworkError::Names(error)),
         };
         self.names = relay

@@ -23,7 +23,7 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
-    sync::{Mutex, Semaphore},
+    sync::{Mutex, Notify, Semaphore},
     task::JoinHandle,
 };
 
@@ -38,6 +38,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the resolver may take for an answer, and for each step with TCP. It asks upstream servers, and waits four
 /// seconds for each.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long after the end of a relay the next one may start: a guest that ends each at once gets few of them.
+const RESTART_DELAY: Duration = Duration::from_secs(1);
 
 /// The largest DNS message, in bytes (RFC 1035, section 4.2.2).
 const MAX_MESSAGE: usize = 65_535;
@@ -66,8 +69,13 @@ pub(in crate::shim::network) struct NameRelay {
 }
 
 impl NameRelay {
-    /// Starts to relay queries of the guest to the resolver in `namespace`. Call it once for a machine.
-    pub(in crate::shim::network) async fn start(machine: &Machine, namespace: OwnedFd) -> Result<Self, NetworkError> {
+    /// Starts to relay queries of the guest to the resolver in `namespace`. A machine has at most one relay at a time.
+    /// When the relay has ended and another one may start, this notifies `ended`.
+    pub(in crate::shim::network) async fn start(
+        machine: &Machine,
+        namespace: OwnedFd,
+        ended: Arc<Notify>,
+    ) -> Result<Self, NetworkError> {
         let (ours, theirs) = UnixStream::pair().map_err(NetworkError::Names)?;
         let theirs = theirs.into_std().map_err(NetworkError::Names)?;
         let opened = machine.open_stream(Some(theirs.as_fd()), Some(theirs.as_fd())).await;
@@ -86,10 +94,17 @@ impl NameRelay {
         let task = tokio::spawn(async move {
             let (queries, answers) = ours.into_split();
             if let Err(error) = relay(queries, answers, Arc::new(namespace)).await {
-                log::warn!("names of Docker's networks do not resolve any longer: {error}");
+                log::warn!("names of Docker's networks do not resolve until their relay is started again: {error}");
             }
+            tokio::time::sleep(RESTART_DELAY).await;
+            ended.notify_one();
         });
         Ok(Self { task })
+    }
+
+    /// Whether it accepts queries, or has ended less than [`RESTART_DELAY`] ago.
+    pub(in crate::shim::network) fn is_running(&self) -> bool {
+        !self.task.is_finished()
     }
 }
 
