@@ -424,6 +424,8 @@ async fn update_of_the_memory_limit_changes_the_memory_of_the_guest() {
     update_memory(&shim, 256).await.unwrap();
 
     assert_eq!(shim.fake.resizes(2), [(512 - 128, 1), (256 - 128, 1)]);
+    let report = shim.tasks.full_report().await;
+    assert_eq!(report.containers[0].machine.memory_bytes, 256 << 20);
     let error = update_memory(&shim, 514).await.unwrap_err();
     assert!(error.contains("exceeds 512 MiB, the maximum"), "{error}");
 

@@ -4,6 +4,7 @@ use std::{collections::HashMap, process, sync::Arc, time::Duration};
 
 use crate::{
     control::{DeviceCounters, MachineStatistics},
+    oci::Size,
     shim::{
         error::{ErrorCode, TaskError},
         machine::Machine,
@@ -65,7 +66,12 @@ impl Tasks {
         let report = |container: &Arc<Container>| {
             let pod = container.pod.number();
             let sandbox = owners.get(&pod).cloned().unwrap_or_default();
-            report_of(container, sandbox, statistics.get(&pod))
+            report_of(
+                container,
+                self.machine_size(&container.pod),
+                sandbox,
+                statistics.get(&pod),
+            )
         };
         let mut containers: Vec<_> = all.iter().map(report).collect();
         containers.sort_by(|one, other| one.id.cmp(&other.id));
@@ -75,6 +81,15 @@ impl Tasks {
             namespace: self.stdio.namespace.clone(),
             containers,
         }
+    }
+
+    /// The current size of the pod's machine. An update changes the memory of a virtual machine without the pod.
+    pub(in crate::shim::tasks) fn machine_size(&self, pod: &Pod) -> Size {
+        let tasks = self.tasks_of_pod(pod.number());
+        let mut machines = tasks.iter().filter_map(|task| task.virtual_machine.as_ref());
+        machines
+            .next()
+            .map_or_else(|| pod.current_size(), |machine| machine.current_size())
     }
 
     /// The end of the console of the guest in which the container `id` runs.
@@ -92,6 +107,7 @@ impl Tasks {
 
 fn report_of(
     container: &Container,
+    size: Size,
     sandbox: String,
     statistics: Option<&Result<MachineStatistics, String>>,
 ) -> ContainerReport {
@@ -120,12 +136,17 @@ fn report_of(
         create_milliseconds: timings.created.map(milliseconds),
         started_milliseconds: timings.started.map(milliseconds),
         start_milliseconds: timings.start.map(milliseconds),
-        machine: machine_report(pod, sandbox, statistics),
+        machine: machine_report(pod, size, sandbox, statistics),
     }
 }
 
-fn machine_report(pod: &Pod, sandbox: String, statistics: Option<&Result<MachineStatistics, String>>) -> MachineReport {
-    let (machine, size) = (pod.machine(), pod.current_size());
+fn machine_report(
+    pod: &Pod,
+    size: Size,
+    sandbox: String,
+    statistics: Option<&Result<MachineStatistics, String>>,
+) -> MachineReport {
+    let machine = pod.machine();
     let answer = statistics.and_then(|statistics| statistics.as_ref().ok());
     let phases = machine.start_phases(answer);
     let devices = answer.map(|statistics| &statistics.devices[..]).unwrap_or_default();

@@ -251,7 +251,7 @@ impl Tasks {
             .filter(|task| !task.is_sandbox())
             .map(|container| container.id.as_str());
         let containers: Vec<_> = containers.collect();
-        let size = sandbox.pod.current_size();
+        let size = self.machine_size(&sandbox.pod);
         HashMap::from([
             ("vmmPid".to_owned(), sandbox.pod.machine().pid().to_string()),
             ("memoryMiB".to_owned(), (size.memory >> 20).to_string()),
