@@ -110,6 +110,19 @@ impl StdioSpec {
         })
     }
 
+    /// Closes the streams that clients have opened for a process that is not created: no process will use them.
+    pub(crate) fn close_unused(&self, registry: &StreamRegistry) {
+        for (name, uri) in [
+            ("stdin", &self.stdin),
+            ("stdout", &self.stdout),
+            ("stderr", &self.stderr),
+        ] {
+            if let Ok(Some(Endpoint::Streaming(id))) = Endpoint::parse(name, uri) {
+                registry.close(&id);
+            }
+        }
+    }
+
     /// Opens the input, or takes its `file` if it has one.
     async fn open_input(
         &self,

@@ -89,6 +89,11 @@ impl StreamRegistry {
         self.table().entry(id).or_default().send_replace(Some(client));
     }
 
+    /// Closes the stream `id`, unless a relay has taken its client. For a process that will not be created.
+    pub(super) fn close(&self, id: &str) {
+        self.table().remove(id);
+    }
+
     /// Subscribes to the clients that open the stream `id`.
     fn subscribe(&self, id: &str) -> ClientQueue {
         let offers = self.table().entry(id.to_owned()).or_default().subscribe();

@@ -56,8 +56,16 @@ impl Tasks {
     pub(crate) async fn create(self: &Arc<Self>, request: CreateRequest) -> Result<u32, TaskError> {
         let reservation = self.reserve(&request.id)?;
         log::debug!("task {}: create", request.id);
-        let container = match self.plan(&request).await? {
-            TaskPlan::VirtualMachine(plan, files) => self.create_virtual_machine(&request, *plan, *files).await?,
+        let created = self.create_reserved(&request).await;
+        let pid = created.inspect_err(|_| request.stdio.close_unused(self.streaming()))?;
+        log::debug!("task {}: created", request.id);
+        reservation.keep();
+        Ok(pid)
+    }
+
+    async fn create_reserved(self: &Arc<Self>, request: &CreateRequest) -> Result<u32, TaskError> {
+        let container = match self.plan(request).await? {
+            TaskPlan::VirtualMachine(plan, files) => self.create_virtual_machine(request, *plan, *files).await?,
             TaskPlan::Bundle(BundlePlan::Sandbox(plan)) => {
                 let stdio = request.stdio.clone();
                 let (id, requested_at) = (&request.id, request.requested_at);
@@ -69,17 +77,15 @@ impl Tasks {
                     log::warn!("task {}: {warning}", request.id);
                 }
                 match plan.placement.clone() {
-                    Placement::Single => self.create_single(&request, *plan).await?,
-                    Placement::Member { sandbox } => self.create_member(&request, *plan, &sandbox).await?,
+                    Placement::Single => self.create_single(request, *plan).await?,
+                    Placement::Member { sandbox } => self.create_member(request, *plan, &sandbox).await?,
                 }
             }
         };
         self.watch_pid_holder(&container, &container.init);
-        self.events.publish(create_event(&request, container.init.pid()));
+        self.events.publish(create_event(request, container.init.pid()));
         container.note_created();
         container.init.lifecycle.mark_created();
-        log::debug!("task {}: created", request.id);
-        reservation.keep();
         Ok(container.init.pid())
     }
 

@@ -72,6 +72,19 @@ impl Shim {
     }
 }
 
+#[tokio::test]
+async fn streams_of_a_process_that_is_not_created_are_closed() {
+    let shim = Shim::start().await;
+    let stdout = shim.open("c1-stdout").await;
+    let mut request = shim.streaming_request("c1");
+    request.bundle = "/no/such/bundle".to_owned();
+
+    shim.create_as(&request).await.unwrap_err();
+
+    let bytes = tokio::time::timeout(std::time::Duration::from_secs(20), receive_all(stdout)).await;
+    assert!(bytes.expect("the stream stays open").is_empty());
+}
+
 fn any(type_url: &str, message: &impl Message) -> Any {
     Any {
         type_url: type_url.to_owned(),
