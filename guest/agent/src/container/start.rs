@@ -1,7 +1,8 @@
 //! The start of a created container: its first process runs the `startContainer` hooks, then its program.
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -102,8 +103,45 @@ pub(crate) fn start_with_hooks(id: &str) -> Result<(), Failure> {
 }
 
 /// Tells the first process of a created container to start its program, and does not wait until it has.
-pub(crate) fn start(id: &str) -> std::io::Result<()> {
-    let socket = state_path(id).join(libcontainer::notify_socket::NOTIFY_FILE);
-    let mut notify = libcontainer::notify_socket::NotifySocket::new(socket);
-    notify.notify_container_start().map_err(std::io::Error::other)
+pub(crate) fn start(id: &str) -> io::Result<()> {
+    send_start_message(&state_path(id))
+}
+
+/// Sends the start message to the socket in `state_directory` on which libcontainer's first process waits.
+///
+/// libcontainer's own function changes the current directory, because the path can be longer than the address of a
+/// socket may be, and after a failure does not change it back. The path through a descriptor is always short.
+fn send_start_message(state_directory: &Path) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(state_directory, flags, Mode::empty())?;
+    let socket = Path::new("/proc/self/fd")
+        .join(directory.as_raw_fd().to_string())
+        .join(libcontainer::notify_socket::NOTIFY_FILE);
+    // The process waits for the end of the stream and does not interpret the text.
+    UnixStream::connect(socket)?.write_all(b"start container")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libcontainer::notify_socket::{NOTIFY_FILE, NotifyListener};
+
+    #[test]
+    fn start_message_arrives_although_the_path_is_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join("x".repeat(120));
+        std::fs::create_dir(&state).unwrap();
+        let listener = NotifyListener::new(&state.join(NOTIFY_FILE)).unwrap();
+        send_start_message(&state).unwrap();
+        listener.wait_for_container_start().unwrap();
+    }
+
+    #[test]
+    fn failed_start_keeps_the_current_directory() {
+        let state = tempfile::tempdir().unwrap();
+        let before = std::env::current_dir().unwrap();
+        let error = send_start_message(state.path()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(std::env::current_dir().unwrap(), before);
+    }
 }
