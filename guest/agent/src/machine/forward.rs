@@ -68,7 +68,7 @@ enum DirectionState {
     Open,
     /// The source has ended; buffered bytes are yet to be written.
     Draining,
-    /// The destination has been shut down, too.
+    /// The destination has been shut down, too, or accepts nothing any more.
     Closed,
 }
 
@@ -85,7 +85,7 @@ impl<'a> Direction<'a> {
     }
 
     fn has_data(&self) -> bool {
-        self.start < self.end
+        self.state != DirectionState::Closed && self.start < self.end
     }
 
     /// Moves bytes until a read or write would block or the direction is closed.
@@ -117,6 +117,7 @@ impl<'a> Direction<'a> {
 /// Relays bytes until both directions are closed or one fails.
 fn relay(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
     let (mut inward, mut outward) = (Direction::new(stream, socket), Direction::new(socket, stream));
+    let mut hung_up = [false; 2];
     loop {
         inward.transfer()?;
         outward.transfer()?;
@@ -129,15 +130,111 @@ fn relay(stream: &OwnedFd, socket: &OwnedFd) -> io::Result<()> {
             flags.set(PollFlags::OUT, writes.has_data());
             flags
         };
-        let mut ends = [
-            PollFd::new(stream, interest(&inward, &outward)),
-            PollFd::new(socket, interest(&outward, &inward)),
+        let ends = [
+            (stream, interest(&inward, &outward)),
+            (socket, interest(&outward, &inward)),
         ];
-        // poll(2) reports a connection that is closed in both directions even if `events` is empty.
-        rustix::io::retry_on_intr(|| rustix::event::poll(&mut ends, None))?;
-        let has_failed = |end: &PollFd<'_>| end.revents().intersects(PollFlags::ERR | PollFlags::NVAL);
-        if ends.iter().any(has_failed) {
-            return Err(io::ErrorKind::ConnectionReset.into());
+        // poll(2) reports a connection that is closed in both directions even if `events` is empty, each time.
+        let (watched, mut polled): (Vec<_>, Vec<_>) = ends
+            .into_iter()
+            .zip(&mut hung_up)
+            .filter(|((_, events), hung_up)| !events.is_empty() || !**hung_up)
+            .map(|((end, events), hung_up)| (hung_up, PollFd::new(end, events)))
+            .unzip();
+        rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None))?;
+        for (hung_up, end) in watched.into_iter().zip(&polled) {
+            if end.revents().intersects(PollFlags::ERR | PollFlags::NVAL) {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            *hung_up |= end.revents().contains(PollFlags::HUP);
         }
+        // Such a connection accepts nothing, but may still have bytes to read.
+        for (hung_up, writes) in hung_up.iter().zip([&mut outward, &mut inward]) {
+            if *hung_up {
+                writes.state = DirectionState::Closed;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+    use std::thread;
+
+    use rustix::time::{ClockId, clock_gettime};
+
+    /// More than the buffers of the sockets and the relay hold.
+    const LARGE: usize = 4 << 20;
+
+    /// Starts a relay between a client and a server. At its end it sends its result and the CPU time that it used.
+    fn start_relay() -> (UnixStream, UnixStream, Receiver<(io::Result<()>, Duration)>) {
+        let ((client, stream), (server, socket)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        for end in [&stream, &socket] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let (ended, end) = channel();
+        thread::spawn(move || {
+            let result = relay(&stream.into(), &socket.into());
+            let cpu_time = Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap();
+            ended.send((result, cpu_time)).unwrap();
+        });
+        (client, server, end)
+    }
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn relay_uses_no_cpu_time_while_the_receiver_of_a_closed_connection_does_not_read() {
+        let (mut client, mut server, end) = start_relay();
+        server.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        let writer = thread::spawn(move || {
+            client.write_all(&vec![1; LARGE]).unwrap();
+            client
+        });
+        // The client can write the rest, which is more than the buffer of one socket holds.
+        let mut bytes = vec![0; LARGE - (300 << 10)];
+        server.read_exact(&mut bytes).unwrap();
+        drop(writer.join().unwrap());
+
+        let waited = Duration::from_millis(500);
+        assert_eq!(end.recv_timeout(waited).unwrap_err(), RecvTimeoutError::Timeout);
+        let mut rest = Vec::new();
+        server.read_to_end(&mut rest).unwrap();
+
+        assert_eq!(bytes.len() + rest.len(), LARGE);
+        let (result, cpu_time) = end.recv_timeout(LIMIT).unwrap();
+        result.unwrap();
+        assert!(cpu_time < waited / 4, "{cpu_time:?}");
+    }
+
+    #[test]
+    fn relay_ends_when_the_client_closes_although_the_server_is_silent() {
+        let (mut client, mut server, end) = start_relay();
+        client.write_all(b"last words").unwrap();
+        drop(client);
+        let mut text = String::new();
+        server.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+        end.recv_timeout(LIMIT).unwrap().0.unwrap();
+    }
+
+    #[test]
+    fn answer_arrives_after_the_client_has_ended_its_request() {
+        let (mut client, mut server, end) = start_relay();
+        client.write_all(b"request").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let mut text = String::new();
+        server.read_to_string(&mut text).unwrap();
+        server.write_all(b"answer").unwrap();
+        drop(server);
+        client.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "requestanswer");
+        end.recv_timeout(LIMIT).unwrap().0.unwrap();
     }
 }
