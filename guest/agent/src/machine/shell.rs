@@ -135,9 +135,14 @@ fn run(stream: &OwnedFd, ours: &OwnedFd, theirs: OwnedFd, command: &Command) -> 
             // The client is gone.
             sys::exit_now(result.is_err().into())
         });
-        relay_output(stream, ours, &pidfd)?;
-        send(stream, &ShellOutput::Exited(wait(pid)?))?;
-        sys::exit_now(0)
+        let relayed = relay_output(stream, ours, &pidfd)
+            .and_then(|()| wait(pid))
+            .and_then(|status| send(stream, &ShellOutput::Exited(status)));
+        if let Err(error) = &relayed {
+            eprintln!("nutshell-agent: shell: {error}");
+        }
+        // The scope would wait for the end of the input.
+        sys::exit_now(relayed.is_err().into())
     })
 }
 
@@ -171,7 +176,7 @@ fn relay_input(stream: &OwnedFd, shell: &OwnedFd, has_terminal: bool) -> io::Res
             match input {
                 ShellInput::Data(data) => match write_all(shell, &data) {
                     // The shell has ended, and its exit is about to be reported.
-                    Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EPIPE)) => {}
+                    Err(error) if is_end_of_shell(&error) => {}
                     written => written?,
                 },
                 ShellInput::End if has_terminal => {}
@@ -181,6 +186,13 @@ fn relay_input(stream: &OwnedFd, shell: &OwnedFd, has_terminal: bool) -> io::Res
             }
         }
     }
+}
+
+/// Whether a write to the shell failed because nothing reads its input any more.
+fn is_end_of_shell(error: &io::Error) -> bool {
+    // ECONNRESET: it left input unread. EAGAIN: `relay_final_output` has made its end non-blocking.
+    const ERRORS: [i32; 4] = [libc::EIO, libc::EPIPE, libc::ECONNRESET, libc::EAGAIN];
+    error.raw_os_error().is_some_and(|error| ERRORS.contains(&error))
 }
 
 /// Relays output until the shell has ended.
@@ -216,8 +228,8 @@ fn relay_final_output(stream: &OwnedFd, shell: &OwnedFd) -> io::Result<()> {
 fn relay_once(stream: &OwnedFd, shell: &OwnedFd) -> io::Result<Option<usize>> {
     let mut bytes = vec![0; MAX_SHELL_DATA];
     let count = match rustix::io::retry_on_intr(|| rustix::io::read(shell, &mut bytes[..])) {
-        // Of a terminal that no process has open.
-        Err(Errno::IO) => 0,
+        // EIO: no process has the terminal open. ECONNRESET: the last process has left input unread.
+        Err(Errno::IO | Errno::CONNRESET) => 0,
         Err(Errno::AGAIN) => return Ok(None),
         count => count?,
     };
@@ -273,7 +285,11 @@ mod tests {
         }
         drop((stream, ours, theirs));
         for input in inputs {
-            write_all(&client, &encode(input, MAX_SHELL_FRAME).unwrap()).unwrap();
+            match write_all(&client, &encode(input, MAX_SHELL_FRAME).unwrap()) {
+                // The shell has ended before it read all input.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+                written => written.unwrap(),
+            }
         }
         let (mut frames, mut text, mut bytes) = (FrameBuffer::new(MAX_SHELL_FRAME), Vec::new(), [0; 4096]);
         loop {
@@ -312,6 +328,24 @@ mod tests {
         let (output, status) = run_script(None, &inputs);
         assert!(output.ends_with("\n20000\n"), "{}", output.len());
         assert_eq!(status, 0);
+    }
+
+    #[test]
+    fn status_arrives_although_the_shell_leaves_input_unread() {
+        let terminal = ShellTerminal {
+            size: TerminalSize { columns: 80, rows: 25 },
+            kind: "dumb".to_owned(),
+        };
+        let mut inputs = vec![data("exit 5\n")];
+        inputs.extend((0..8).map(|_| ShellInput::Data(vec![b'\n'; MAX_SHELL_DATA])));
+        for attempt in 0..50 {
+            assert_eq!(run_script(None, &inputs).1, 5, "attempt {attempt} on a pipe");
+            assert_eq!(
+                run_script(Some(&terminal), &inputs).1,
+                5,
+                "attempt {attempt} on a terminal"
+            );
+        }
     }
 
     #[test]
