@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use nutshell_linux::mount_options;
-use nutshell_protocol::Failure;
+use nutshell_protocol::{Failure, MOUNT_OPTIONS};
 use oci_spec::runtime::{Linux, LinuxIdMapping, Mount};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid};
 use rustix::mount::MountFlags;
@@ -24,18 +24,6 @@ const MAX_DEPTH: usize = 500;
 
 /// The names of the mount points of filled file systems in the bundle: this prefix and a number.
 const NAME_PREFIX: &str = "tmpfs";
-
-/// Options for the propagation of a mount, which do not apply to its file system.
-const PROPAGATION_OPTIONS: [&str; 8] = [
-    "private",
-    "rprivate",
-    "shared",
-    "rshared",
-    "slave",
-    "rslave",
-    "unbindable",
-    "runbindable",
-];
 
 /// The filled file systems of a container that is being created. A drop unmounts them from the bundle; the container
 /// keeps its own mounts of them.
@@ -163,9 +151,9 @@ fn is_mount_option(option: &str) -> bool {
     mount_options::apply(option, &mut MountFlags::empty()) || !is_data(option)
 }
 
-/// Whether an option that is not one of [`mount_options`] is for the file system.
+/// Whether an option that is not one of [`mount_options`] is for the file system. The shim announces the others.
 fn is_data(option: &str) -> bool {
-    !PROPAGATION_OPTIONS.contains(&option) && !matches!(option, "rro" | "rnosuid" | "rnodev" | "rnoexec")
+    !MOUNT_OPTIONS.contains(&option) && !matches!(option, "shared" | "rshared")
 }
 
 /// Opens a directory that may be changed meanwhile, by another container that shares it.
@@ -337,6 +325,18 @@ mod tests {
             fill_mounts(&bundle, &rootfs, &Linux::default(), &mut mounts).unwrap();
             assert_eq!(mounts[0].typ().as_deref(), Some("tmpfs"));
             assert_eq!(mounts[0].options().clone().unwrap(), ["size=1m"]);
+        }
+    }
+
+    #[test]
+    fn options_that_do_not_belong_to_the_file_system_are_left_to_the_mount() {
+        let (_folder, rootfs, bundle) = folders();
+        for option in MOUNT_OPTIONS.into_iter().chain(["shared", "rshared"]) {
+            let mut mounts = [mount("tmpfs", "/etc", "tmpfs", &["tmpcopyup", option])];
+            let filled = fill_mounts(&bundle, &rootfs, &Linux::default(), &mut mounts);
+            filled.unwrap_or_else(|failure| panic!("{option}: {}", failure.message));
+            let options = mounts[0].options().clone().unwrap();
+            assert_eq!(options, [option, "rbind"]);
         }
     }
 
