@@ -41,7 +41,7 @@ pub(crate) fn find(container: &Container, exec: Option<&str>) -> Vec<BlockedThre
         .any(|(activity, _)| *activity == Activity::Uninterruptible);
     if !is_blocked {
         let init = container.init.pid;
-        let others: Vec<_> = container.cgroup.processes();
+        let others = container.cgroup.processes().pids;
         let others: Vec<_> = others.into_iter().filter(|pid| Some(*pid) != init).collect();
         threads.extend(read_threads(&others));
     }

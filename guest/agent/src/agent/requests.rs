@@ -382,7 +382,7 @@ impl Agent {
 
     fn processes(&mut self, name: &str) -> Result<Answer, Failure> {
         let container = self.container(name)?;
-        let pids = container.cgroup.processes();
+        let pids = container.cgroup.processes().pids;
         let entry = |pid| ProcessEntry {
             pid: sys::raw_pid(pid),
             exec: container
@@ -550,18 +550,21 @@ fn terminates_by_default(signal: u32) -> bool {
 /// Signals every process of a cgroup. Returns `false` if there is none.
 fn signal_all(cgroup: &Cgroup, signal: u32) -> std::io::Result<bool> {
     let processes = cgroup.processes();
-    if signal == KILL && !processes.is_empty() {
+    if signal == KILL && (processes.is_truncated || !processes.pids.is_empty()) {
         // This also kills processes that are forked in the meantime.
         cgroup.kill()?;
         return Ok(true);
     }
-    for pid in &processes {
+    if processes.is_truncated {
+        return Err(std::io::Error::other("it has too many cgroups or processes"));
+    }
+    for pid in &processes.pids {
         match sys::kill(*pid, signal) {
             Err(error) if error.raw_os_error() != Some(libc::ESRCH) => return Err(error),
             _ => {}
         }
     }
-    Ok(!processes.is_empty())
+    Ok(!processes.pids.is_empty())
 }
 
 #[cfg(test)]

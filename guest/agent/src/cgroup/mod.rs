@@ -8,8 +8,9 @@ pub(crate) mod freeze;
 pub(crate) mod limits;
 pub(crate) mod stats;
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,20 @@ use rustix::process::Pid;
 
 /// The mount point of the cgroup hierarchy.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+
+/// The maximum number of cgroups in which [`Cgroup::processes`] looks. A systemd in a container has a few hundred.
+const MAX_VISITED_CGROUPS: usize = 2048;
+
+/// The maximum number of processes that [`Cgroup::processes`] returns.
+const MAX_LISTED_PROCESSES: usize = 65_536;
+
+/// The processes of a cgroup and its descendants.
+#[derive(Debug, Default)]
+pub(crate) struct Processes {
+    pub(crate) pids: Vec<Pid>,
+    /// There may be more processes: a limit was reached.
+    pub(crate) is_truncated: bool,
+}
 
 /// The path of a cgroup below the root. The cgroup need not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,16 +78,27 @@ impl Cgroup {
         fs::create_dir(&self.path)
     }
 
-    /// Returns the processes of the cgroup and its descendants.
-    pub(crate) fn processes(&self) -> Vec<Pid> {
-        let mut found = Vec::new();
-        let mut directories = vec![self.path.clone()];
-        while let Some(directory) = directories.pop() {
+    /// Returns the processes of the cgroup and its descendants, breadth first. The walk has limits, because this runs
+    /// in the event loop and a container may create any number of cgroups.
+    pub(crate) fn processes(&self) -> Processes {
+        let mut found = Processes::default();
+        let mut directories = VecDeque::from([self.path.clone()]);
+        let mut visited = 0;
+        while let Some(directory) = directories.pop_front() {
             // The cgroup may be removed meanwhile.
-            if let Ok(list) = fs::read_to_string(directory.join("cgroup.procs")) {
-                found.extend(list.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)));
+            if let Ok(list) = File::open(directory.join("cgroup.procs")) {
+                let pids = BufReader::new(list).lines().map_while(Result::ok);
+                let mut pids = pids.filter_map(|line| Pid::from_raw(line.parse().ok()?));
+                found
+                    .pids
+                    .extend(pids.by_ref().take(MAX_LISTED_PROCESSES - found.pids.len()));
+                found.is_truncated |= pids.next().is_some();
             }
-            directories.extend(child_directories(&directory));
+            visited += 1;
+            let left = MAX_VISITED_CGROUPS - visited - directories.len();
+            let mut below = child_directories(&directory);
+            directories.extend(below.by_ref().take(left));
+            found.is_truncated |= below.next().is_some();
         }
         found
     }
@@ -87,7 +113,7 @@ impl Cgroup {
         let mut directories = vec![self.path.clone()];
         let mut at = 0;
         while at < directories.len() {
-            let below = child_directories(&directories[at]);
+            let below: Vec<_> = child_directories(&directories[at]).collect();
             directories.extend(below);
             at += 1;
         }
@@ -150,15 +176,11 @@ fn read_from_start(file: &File) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes[..read]).into_owned())
 }
 
-fn child_directories(directory: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(directory) else {
-        return Vec::new();
-    };
+fn child_directories(directory: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries
-        .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
         .map(|entry| entry.path())
-        .collect()
 }
 
 /// Watches a cgroup's `memory.events` for out-of-memory kills.
@@ -213,6 +235,45 @@ mod tests {
         let cgroup = Cgroup::of_container("cpu.max");
         assert_eq!(cgroup.path(), Path::new("/sys/fs/cgroup/container-cpu.max"));
         assert_eq!(cgroup.spec_path(), Path::new("/container-cpu.max"));
+    }
+
+    /// A directory that looks like a cgroup with these processes.
+    fn fake_cgroup(path: &Path, pids: std::ops::Range<usize>) {
+        fs::create_dir_all(path).unwrap();
+        let lines: String = pids.map(|pid| format!("{pid}\n")).collect();
+        fs::write(path.join("cgroup.procs"), lines).unwrap();
+    }
+
+    #[test]
+    fn processes_of_descendants_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        for (path, pid) in [("", 1), ("a", 2), ("b", 3), ("a/c", 4)] {
+            fake_cgroup(&folder.path().join(path), pid..pid + 1);
+        }
+        let found = Cgroup {
+            path: folder.path().to_owned(),
+        }
+        .processes();
+        let mut pids: Vec<_> = found.pids.iter().map(|pid| pid.as_raw_nonzero().get()).collect();
+        pids.sort_unstable();
+        assert_eq!((pids, found.is_truncated), (vec![1, 2, 3, 4], false));
+    }
+
+    #[test]
+    fn search_for_processes_has_limits() {
+        let many = tempfile::tempdir().unwrap();
+        for number in 1..=MAX_VISITED_CGROUPS + 10 {
+            fake_cgroup(&many.path().join(number.to_string()), number..number + 1);
+        }
+        let large = tempfile::tempdir().unwrap();
+        fake_cgroup(large.path(), 1..MAX_LISTED_PROCESSES + 10);
+        fake_cgroup(&large.path().join("below"), 7..8);
+        // The root of the first one has no processes.
+        for (folder, expected) in [(many, MAX_VISITED_CGROUPS - 1), (large, MAX_LISTED_PROCESSES)] {
+            let path = folder.path().to_owned();
+            let found = Cgroup { path }.processes();
+            assert_eq!((found.pids.len(), found.is_truncated), (expected, true));
+        }
     }
 
     #[test]
