@@ -21,10 +21,10 @@ mod stats;
 
 pub use frame::{FrameBuffer, FrameError, MAX_FROM_AGENT, MAX_TO_AGENT, encode};
 pub use message::{
-    BlockedThread, ClockReading, ClockSteering, CreateContainer, DiskKernel, Event, Exited, Failure, FailureKind,
-    FromAgent, GuestSettings, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL,
-    MAX_KERNEL_SOURCE, MAX_PROCESSES, NetworkParameter, OpenShell, PidNamespace, PodFile, ProcessEntry, Ready, Reply,
-    Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
+    BlockedThread, ClockReading, ClockSteering, CreateContainer, DELETION_KILL_TIMEOUT, DiskKernel, Event, Exited,
+    Failure, FailureKind, FromAgent, GuestSettings, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE,
+    MAX_DISK_INITRD, MAX_DISK_KERNEL, MAX_KERNEL_SOURCE, MAX_PROCESSES, NetworkParameter, OpenShell, PidNamespace,
+    PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
 pub use names::{MAX_NAME_FRAME, MAX_NAME_QUERIES, NameAnswer, NameQuery};
 pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};

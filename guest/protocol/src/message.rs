@@ -2,6 +2,7 @@
 //! component before it sends them.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -96,7 +97,7 @@ pub enum Request {
         container: String,
     },
     /// Kill the container's remaining processes, unmount its root file system and remove all of its state:
-    /// [`Response::Done`].
+    /// [`Response::Done`]. Fails if a process has not ended after [`DELETION_KILL_TIMEOUT`].
     DeleteContainer {
         /// The id of the container.
         container: String,
@@ -351,6 +352,10 @@ pub const MAX_COMMAND_LINE: usize = 4096;
 
 /// The largest length of [`DiskKernel::source`], in bytes.
 pub const MAX_KERNEL_SOURCE: usize = 512;
+
+/// How long the deletion of a container waits for its killed processes to end. The shim waits for longer, so that it
+/// learns from the agent why the deletion failed.
+pub const DELETION_KILL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The largest number of processes in a response.
 pub const MAX_PROCESSES: usize = 4096;

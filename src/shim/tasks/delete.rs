@@ -14,7 +14,7 @@ use super::{
         process::Process,
         signal::SIGKILL,
     },
-    limits::{DRAIN_LIMIT, EXIT_LIMIT, REQUEST_LIMIT, WRITE_BACK_LIMIT},
+    limits::{DELETE_LIMIT, DRAIN_LIMIT, EXIT_LIMIT, WRITE_BACK_LIMIT},
     table::Tasks,
 };
 use crate::{
@@ -170,7 +170,7 @@ pub(super) async fn remove_from_guest(pod: &Pod, id: &ContainerId) {
 }
 
 async fn run_deletion(pod: &Pod, id: &ContainerId, request: Request) {
-    match call_agent(pod, REQUEST_LIMIT, pod.machine().agent().run(request)).await {
+    match call_agent(pod, DELETE_LIMIT, pod.machine().agent().run(request)).await {
         Err(error) if !matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {
             log::warn!("task {id}: cannot remove it from the guest: {error}");
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use nutshell_protocol::DELETION_KILL_TIMEOUT;
+
 /// Delivery of a process's output to its readers, before the exit is reported, and again before its streams are
 /// closed. A reader that does not read must not hide an exit.
 pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -17,6 +19,10 @@ pub(super) const END_REASON_LIMIT: Duration = Duration::from_secs(2);
 
 /// A request that the agent answers without waiting for anything.
 pub(super) const REQUEST_LIMIT: Duration = shorter_in_tests(Duration::from_secs(10));
+
+/// The deletion of a container: the agent's own limit for processes to end, and time to remove the rest.
+pub(super) const DELETE_LIMIT: Duration =
+    shorter_in_tests(DELETION_KILL_TIMEOUT.saturating_add(Duration::from_secs(2)));
 
 /// A request that makes the agent create a process or set up the pod, and the connection of the network. All of
 /// them wait for the kernel of the guest or of the host.

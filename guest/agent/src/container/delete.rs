@@ -5,14 +5,11 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use nutshell_protocol::Failure;
+use nutshell_protocol::{DELETION_KILL_TIMEOUT, Failure};
 
 use super::{bundle_path, rootfs, state_path};
 use crate::cgroup::{self, Cgroup};
 use crate::failure::Context;
-
-/// The maximum time for killed processes to end. After it, the deletion fails.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The maximum time for processes that probably never end.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
@@ -21,7 +18,8 @@ const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
 /// after an error and returns the first one. A part that does not exist is not an error.
 pub(crate) fn remove_all(id: &str) -> Result<(), Failure> {
     let cgroup = Cgroup::of_container(id);
-    let killed = kill_processes(&cgroup, KILL_TIMEOUT).context(|| format!("kill the processes of container {id}"));
+    let killed =
+        kill_processes(&cgroup, DELETION_KILL_TIMEOUT).context(|| format!("kill the processes of container {id}"));
     let removed = remove_cgroup(&cgroup);
     let files = remove_files(id);
     killed.and(removed).and(files)
