@@ -16,6 +16,7 @@ use std::io;
 use std::rc::Rc;
 
 use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
+use rustix::process::Pid;
 
 use crate::connection::{AgentStream, AgentStreamError, HostAddress};
 use crate::container::Container;
@@ -45,6 +46,8 @@ enum Purpose {
     SetUpPod(Box<SetUpPod>),
     /// Creates the container.
     Create(Rc<str>),
+    /// Starts the container with this first process.
+    Start(Rc<str>, Option<Pid>),
     /// Starts the exec in the container.
     Exec(Rc<str>, String),
     /// Freezes the container if `true`, thaws it if `false`.

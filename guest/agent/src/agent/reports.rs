@@ -83,6 +83,12 @@ impl Agent {
                 }
                 self.reply(request, result)?;
             }
+            (Purpose::Start(name, init), _) => {
+                if result.is_err() {
+                    self.stop_unstarted(&name, init);
+                }
+                self.reply(request, result)?;
+            }
             (Purpose::Delete(name), _) => self.finish_delete(request, &name, result)?,
             (Purpose::Abandon(name), _) => self.finish_abandon(request, &name, result)?,
             (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
@@ -134,6 +140,19 @@ impl Agent {
         // would replace the first error. The user needs that one, so the error of the deletion is ignored.
         let _ = delete::remove_all(name);
         self.reply(request, Err(failure))
+    }
+
+    /// Stops a container whose start has failed (OCI runtime spec, "startContainer Hooks"): it cannot be started again.
+    /// Does nothing if `init` has ended already, or is the first process of an earlier container with this name.
+    fn stop_unstarted(&mut self, name: &str, init: Option<Pid>) {
+        if let Ok(container) = self.container(name)
+            && container.stage == Stage::Running
+            && container.init.pid == init
+        {
+            container.stage = Stage::Stopped;
+            // Fails if a job has removed the cgroup.
+            let _ = container.cgroup.kill();
+        }
     }
 
     fn finish_exec(

@@ -247,8 +247,10 @@ impl Agent {
             return Err(wrong_stage(name, container.stage));
         }
         if start::has_start_hooks(name) {
-            container.stage = Stage::Running;
-            return self.run_job(id, Purpose::Other, &mut || start::start_with_hooks(name));
+            let purpose = Purpose::Start(name.into(), container.init.pid);
+            let answer = self.run_job(id, purpose, &mut || start::start_with_hooks(name))?;
+            self.container(name)?.stage = Stage::Running;
+            return Ok(answer);
         }
         start::start(name).context(|| format!("start container {name}"))?;
         container.stage = Stage::Running;

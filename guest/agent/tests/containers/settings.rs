@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
-use nutshell_protocol::{Request, Stdio};
+use nutshell_protocol::{CONTAINERS_PATH, Request, Stdio};
 use serde_json::json;
 
 use crate::harness::{Agent, assert_nothing_left, process, shell, spec, unique};
@@ -316,8 +318,36 @@ fn failing_hook_is_the_error_of_create_or_start() {
     let failure = agent.ask(Request::StartContainer { container }).unwrap_err();
     let expected = "error running startContainer hook #0: signal: killed, stdout: , stderr: ";
     assert_eq!(failure.message, expected);
+    assert_cannot_start(&mut agent, id);
     assert_eq!(agent.exit().status, 1);
     agent.delete(id);
+}
+
+#[test]
+fn container_whose_start_fails_before_its_hooks_is_stopped() {
+    let mut agent = Agent::start();
+    let id = &format!("hooks-{}", unique());
+    let mut spec = shell("echo never");
+    spec["hooks"] = json!({"startContainer": hooks(&["true"])});
+    agent.create(id, &spec, Stdio::default()).unwrap();
+    // A socket cannot be opened like the FIFO.
+    let fifo = Path::new(CONTAINERS_PATH).join(id).join("starting");
+    fs::remove_file(&fifo).unwrap();
+    let _socket = UnixListener::bind(&fifo).unwrap();
+
+    let container = id.clone();
+    let failure = agent.ask(Request::StartContainer { container }).unwrap_err();
+
+    assert!(failure.message.contains("open the FIFO"), "{failure:?}");
+    assert_cannot_start(&mut agent, id);
+    assert_eq!(agent.exit().status, 137);
+    agent.delete(id);
+}
+
+fn assert_cannot_start(agent: &mut Agent, id: &str) {
+    let container = id.to_owned();
+    let failure = agent.ask(Request::StartContainer { container }).unwrap_err();
+    assert_eq!(failure.message, format!("container {id} is stopped"));
 }
 
 #[test]
