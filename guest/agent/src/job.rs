@@ -15,7 +15,7 @@ use rustix::net::{
 use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::failure::FailureExt;
+use crate::failure::{FailureExt, at_step};
 use crate::sys;
 
 /// The result of a successful job.
@@ -47,15 +47,21 @@ const MAX_REPORT_BODY: usize = 64 << 10;
 pub(crate) type JobWork<'a> = &'a mut dyn FnMut() -> Result<(Outcome, Option<OwnedFd>), Failure>;
 
 impl Job {
-    /// Forks and runs `work` in the child. The child keeps the standard descriptors and those in `keep`, and closes
-    /// all others.
-    pub(crate) fn start(keep: &[BorrowedFd<'_>], work: JobWork<'_>) -> io::Result<Self> {
+    /// Calls `watch` with the descriptor that becomes readable when the report arrives; then forks and runs `work` in
+    /// the child. If `watch` fails, nothing is forked, so no job can run unwatched. The child keeps the standard
+    /// descriptors and those in `keep`, and closes all others.
+    pub(crate) fn start(
+        keep: &[BorrowedFd<'_>],
+        watch: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+        work: JobWork<'_>,
+    ) -> io::Result<Self> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
             SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
             None,
         )?;
+        watch(ours.as_fd()).map_err(at_step("watch for its report"))?;
         if let Some(pid) = sys::fork()? {
             return Ok(Self { pid, socket: ours });
         }
@@ -100,12 +106,6 @@ impl Job {
     }
 }
 
-impl AsFd for Job {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
 fn send_report(socket: &OwnedFd, result: &Result<Outcome, Failure>, terminal: Option<&OwnedFd>) -> io::Result<()> {
     let encode = |result| encode(result, MAX_REPORT_BODY).map_err(io::Error::other);
     let frame = match result {
@@ -134,8 +134,12 @@ mod tests {
     use nutshell_protocol::FailureKind;
     use rustix::event::{PollFd, PollFlags, poll};
 
+    fn unwatched(_: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
+    }
+
     fn finished(job: &Job) -> Report {
-        poll(&mut [PollFd::new(job, PollFlags::IN)], None).unwrap();
+        poll(&mut [PollFd::new(&job.socket, PollFlags::IN)], None).unwrap();
         let report = job.receive_report().expect("poll returned, so there is a report");
         rustix::process::waitpid(Some(job.pid), rustix::process::WaitOptions::empty()).unwrap();
         report
@@ -143,7 +147,7 @@ mod tests {
 
     #[test]
     fn job_reports_its_process_with_the_terminal() {
-        let job = Job::start(&[], &mut || {
+        let job = Job::start(&[], unwatched, &mut || {
             let outcome = Outcome::Process { pid: 7 };
             let (terminal, _) = rustix::pipe::pipe().map_err(|error| Failure::internal(error.to_string()))?;
             Ok((outcome, Some(terminal)))
@@ -156,15 +160,29 @@ mod tests {
 
     #[test]
     fn job_that_ends_without_a_report_is_a_failure() {
-        let job = Job::start(&[], &mut || sys::exit_now(9)).unwrap();
+        let job = Job::start(&[], unwatched, &mut || sys::exit_now(9)).unwrap();
         assert_eq!(finished(&job).0.unwrap_err().kind, FailureKind::Internal);
+    }
+
+    #[test]
+    fn job_that_cannot_be_watched_does_not_run() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let full = |_: BorrowedFd<'_>| Err(io::Error::from(rustix::io::Errno::NOSPC));
+        let error = Job::start(&[writer.as_fd()], full, &mut || {
+            let _ = rustix::io::write(&writer, b"ran");
+            Ok((Outcome::Done, None))
+        })
+        .unwrap_err();
+        drop(writer);
+        assert_eq!(rustix::io::read(&reader, &mut [0; 4]).unwrap(), 0);
+        assert!(error.to_string().starts_with("watch for its report: "), "{error}");
     }
 
     #[test]
     fn job_closes_the_agents_descriptors() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let (blocked_reader, blocked_writer) = rustix::pipe::pipe().unwrap();
-        let job = Job::start(&[blocked_reader.as_fd()], &mut || {
+        let job = Job::start(&[blocked_reader.as_fd()], unwatched, &mut || {
             let mut byte = [0];
             let _ = rustix::io::read(&blocked_reader, &mut byte);
             Ok((Outcome::Done, None))
@@ -179,7 +197,10 @@ mod tests {
 
     #[test]
     fn long_failure_is_truncated() {
-        let job = Job::start(&[], &mut || Err(Failure::internal("x".repeat(MAX_REPORT_BODY * 2)))).unwrap();
+        let job = Job::start(&[], unwatched, &mut || {
+            Err(Failure::internal("x".repeat(MAX_REPORT_BODY * 2)))
+        })
+        .unwrap();
         assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_BODY / 8);
     }
 }

@@ -498,11 +498,9 @@ impl Agent {
         keep: &[BorrowedFd<'_>],
         work: JobWork<'_>,
     ) -> Result<(), Failure> {
-        let job = Job::start(keep, work).context(|| format!("start the job of request {request}"))?;
         let number = self.next_source_number();
-        self.poller
-            .watch_input(&job, Token::Job(number))
-            .context(|| format!("watch the job of request {request}"))?;
+        let watch = |reports: BorrowedFd<'_>| self.poller.watch_input(reports, Token::Job(number));
+        let job = Job::start(keep, watch, work).context(|| format!("start the job of request {request}"))?;
         let pending = PendingJob {
             job,
             request,
