@@ -18,7 +18,7 @@ use super::{
     error::VmError,
     kernel::{BootFiles, CacheEntry, KernelSource, open_kernel_files},
     seed::{
-        self, Identity,
+        self, Identity, KeyDirectory, SeedError,
         identity::{Hostname, InstanceId},
     },
     volumes::{self, OpenedDisk},
@@ -126,7 +126,7 @@ impl VmFiles {
                     directory,
                     kernel,
                     initramfs,
-                } => KernelSource::Files(open_kernel_files(directory, kernel, initramfs.as_deref())?),
+                } => KernelSource::Files(open_kernel_files(directory, kernel, initramfs.as_deref(), &plan.user)?),
             },
             uuid: instance.uuid(),
             names: NetworkNames {
@@ -172,8 +172,10 @@ fn make_seed(seed: &VmSeed, instance: &InstanceId, plan: &VmPlan) -> Result<Open
         })?,
     };
     let vendor_data = plan.exec.has_agent().then(agent_service::vendor_data);
+    let directory = KeyDirectory::find(&seed.directory).map_err(SeedError::from)?;
+    let make = || seed::make_disk(&directory, seed.source, &identity, vendor_data).map_err(VmError::from);
     Ok(OpenedDisk::Raw {
-        file: seed::make_disk(&seed.directory, seed.source, &identity, vendor_data)?.into(),
+        file: volumes::as_user(&plan.user, make)?.into(),
         path: PathBuf::from("/cloud-init"),
         read_only: true,
     })

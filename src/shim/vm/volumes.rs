@@ -375,7 +375,7 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
 }
 
 /// Runs `open` with the permissions of a user: on a new thread with the user's file system ids.
-fn as_user<T: Send, E: From<Errno> + Send>(
+pub(super) fn as_user<T: Send, E: From<Errno> + Send>(
     user: &FileUser,
     open: impl FnOnce() -> Result<T, E> + Send,
 ) -> Result<T, E> {

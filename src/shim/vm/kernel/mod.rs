@@ -14,10 +14,13 @@ use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
 
 pub(crate) use self::cache::{CacheEntry, KernelCache};
-use super::{error::VmError, regular_file::open_regular};
-use crate::shim::{
-    blocking::DropOffThread,
-    machine::{AgentError, GuestStream, Machine, printable_line},
+use super::{error::VmError, regular_file::open_regular, volumes::as_user};
+use crate::{
+    oci::FileUser,
+    shim::{
+        blocking::DropOffThread,
+        machine::{AgentError, GuestStream, Machine, printable_line},
+    },
 };
 
 /// The maximum time from the boot of the disk reader's guest until the kernel is copied. The guest usually looks up a
@@ -180,29 +183,36 @@ async fn finish(
     })
 }
 
-/// Opens a kernel and its initramfs below `directory`, whose links may not lead out of it. Blocks on its file system.
+/// Opens a kernel and its initramfs below `directory`, whose links may not lead out of it, with the permissions of
+/// `user`. Blocks on its file system.
 ///
 /// # Errors
 ///
-/// A file does not exist, or is not a regular file. The error names the annotation.
+/// A file does not exist, is not a regular file, or the user may not open it. The error names the annotation.
 pub(crate) fn open_kernel_files(
     directory: &Path,
     kernel: &Path,
     initramfs: Option<&Path>,
+    user: &FileUser,
 ) -> Result<BootFiles, VmError> {
     const KERNEL: &str = "annotation io.containerd.nutshell.vm.kernel";
     const INITRD: &str = "annotation io.containerd.nutshell.vm.initrd";
     Ok(BootFiles {
-        kernel: open_beneath(directory, kernel, KERNEL)?,
+        kernel: open_beneath(directory, kernel, user, KERNEL)?,
         initramfs: initramfs
-            .map(|path| open_beneath(directory, path, INITRD))
+            .map(|path| open_beneath(directory, path, user, INITRD))
             .transpose()?,
         command_line: String::new(),
         source: format!("the kernel {} of the mount at /kernel", kernel.display()),
     })
 }
 
-fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<DropOffThread<File>, VmError> {
+fn open_beneath(
+    directory: &Path,
+    file: &Path,
+    user: &FileUser,
+    field: &'static str,
+) -> Result<DropOffThread<File>, VmError> {
     let path = PathBuf::from("/kernel").join(file);
     let failed = |reason: String| VmError::KernelFile {
         field,
@@ -213,8 +223,8 @@ fn open_beneath(directory: &Path, file: &Path, field: &'static str) -> Result<Dr
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|error| failed(io::Error::from(error).to_string()))?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let opened = open_regular(&root, file, resolve, OFlags::RDONLY).map_err(|error| failed(error.to_string()))?;
-    Ok(opened.into())
+    let opened = as_user(user, || open_regular(&root, file, resolve, OFlags::RDONLY));
+    Ok(opened.map_err(|error| failed(error.to_string()))?.into())
 }
 
 /// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
@@ -239,7 +249,7 @@ mod tests {
     use std::{
         fs,
         io::{Read, Write},
-        os::unix::fs::symlink,
+        os::unix::fs::{PermissionsExt, chown, symlink},
     };
 
     use super::*;
@@ -261,7 +271,12 @@ mod tests {
         symlink("/boot/vmlinuz-6.1", mount.path().join("vmlinuz")).unwrap();
         symlink("/etc/passwd", mount.path().join("outside")).unwrap();
         let open = |kernel: &str, initramfs: Option<&str>| {
-            open_kernel_files(mount.path(), Path::new(kernel), initramfs.map(Path::new))
+            open_kernel_files(
+                mount.path(),
+                Path::new(kernel),
+                initramfs.map(Path::new),
+                &FileUser::default(),
+            )
         };
 
         let mut text = String::new();
@@ -288,6 +303,28 @@ mod tests {
             let error = open(kernel, initramfs).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn kernel_is_opened_with_the_permissions_of_the_containers_user() {
+        let mount = tempfile::tempdir().unwrap();
+        fs::set_permissions(mount.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let (kernel, user) = (
+            mount.path().join("vmlinuz"),
+            FileUser {
+                uid: 1000,
+                ..FileUser::default()
+            },
+        );
+        fs::write(&kernel, "kernel").unwrap();
+        fs::set_permissions(&kernel, fs::Permissions::from_mode(0o400)).unwrap();
+        let open = || open_kernel_files(mount.path(), Path::new("vmlinuz"), None, &user);
+
+        let error = open().unwrap_err().to_string();
+
+        assert!(error.contains("Permission denied"), "{error}");
+        chown(&kernel, Some(1000), None).unwrap();
+        open().unwrap();
     }
 
     #[test]

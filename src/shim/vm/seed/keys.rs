@@ -7,7 +7,7 @@
 use std::{
     ffi::{CStr, CString},
     io::{self, Read},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -113,13 +113,44 @@ impl Key {
     }
 }
 
-/// Reads the keys in `directory`. All of them are from one version of the Secret or ConfigMap. Can block.
-pub(super) fn read(directory: &Path) -> Result<Keys, KeysError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let opened = rustix::fs::openat(CWD, directory, flags, Mode::empty()).map_err(|error| KeysError::Directory {
+/// A directory with keys that is found and not opened yet. The user who may read the keys need not be able to look it
+/// up: the kubelet's folders are closed to other users.
+#[derive(Debug)]
+pub(in crate::shim) struct KeyDirectory {
+    path: PathBuf,
+    found: OwnedFd,
+}
+
+impl KeyDirectory {
+    /// Looks up the directory. Can block.
+    ///
+    /// # Errors
+    ///
+    /// [`KeysError::Directory`].
+    pub(in crate::shim) fn find(path: &Path) -> Result<Self, KeysError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::openat(CWD, path, flags, Mode::empty()) {
+            Ok(found) => Ok(Self {
+                path: path.to_owned(),
+                found,
+            }),
+            Err(error) => Err(unusable(path)(error)),
+        }
+    }
+}
+
+fn unusable(directory: &Path) -> impl FnOnce(rustix::io::Errno) -> KeysError {
+    move |error| KeysError::Directory {
         directory: directory.to_owned(),
         source: error.into(),
-    })?;
+    }
+}
+
+/// Reads the keys in `directory`. All of them are from one version of the Secret or ConfigMap. Can block.
+pub(super) fn read(directory: &KeyDirectory) -> Result<Keys, KeysError> {
+    let KeyDirectory { path: directory, found } = directory;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(found, ".", flags, Mode::empty()).map_err(unusable(directory))?;
     let version = || current_version(opened.as_fd());
     read_one_version(version, || read_all(directory, opened.as_fd())).unwrap_or_else(|| {
         Err(KeysError::Changing {
@@ -249,6 +280,10 @@ mod tests {
     use tempfile::{TempDir, tempdir};
 
     use super::*;
+
+    fn read(directory: &Path) -> Result<Keys, KeysError> {
+        super::read(&KeyDirectory::find(directory)?)
+    }
     use crate::shim::vm::seed::tests::publish;
 
     /// A directory with these files.

@@ -17,11 +17,14 @@ mod keys;
 #[cfg(test)]
 pub(in crate::shim::vm) mod tests;
 
-use std::{fs::File, io, path::Path};
+use std::{fs::File, io};
 
 pub(in crate::shim) use self::identity::Identity;
 use self::keys::KeysError;
-pub(in crate::shim::vm) use self::{files::make_disk_of_files, keys::CURRENT_VERSION};
+pub(in crate::shim::vm) use self::{
+    files::make_disk_of_files,
+    keys::{CURRENT_VERSION, KeyDirectory},
+};
 use crate::oci::DataSource;
 
 /// Why a seed disk cannot be made.
@@ -40,7 +43,7 @@ pub(in crate::shim) enum SeedError {
 ///
 /// Blocks on the file system of `directory`: run it with [`crate::shim::blocking::run`].
 pub(in crate::shim) fn make_disk(
-    directory: &Path,
+    directory: &KeyDirectory,
     source: DataSource,
     identity: &Identity,
     vendor_data: Option<Vec<u8>>,

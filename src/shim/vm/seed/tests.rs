@@ -15,7 +15,7 @@ use rustix::fs::{SealFlags, fcntl_get_seals, ftruncate};
 use tempfile::{TempDir, tempdir};
 
 use super::{
-    DataSource, Identity, SeedError,
+    DataSource, Identity, KeyDirectory, SeedError,
     identity::{Hostname, InstanceId},
     image::{self, Contents},
     keys::{KeysError, MAX_KEY_SIZE, MAX_NAMES},
@@ -91,7 +91,7 @@ impl Disk {
     }
 
     fn make(directory: &Path, source: DataSource) -> Self {
-        Self::new(make_disk(directory, source, &identity(), None).unwrap())
+        Self::new(make_disk(&KeyDirectory::find(directory).unwrap(), source, &identity(), None).unwrap())
     }
 
     fn path(&self) -> String {
@@ -304,7 +304,13 @@ fn equal_seeds_result_in_equal_disks() {
 #[test]
 fn disk_is_sealed() {
     let directory = keys(&[("user-data", b"u")]);
-    let disk = make_disk(directory.path(), DataSource::NoCloud, &identity(), None).unwrap();
+    let disk = make_disk(
+        &KeyDirectory::find(directory.path()).unwrap(),
+        DataSource::NoCloud,
+        &identity(),
+        None,
+    )
+    .unwrap();
     let expected = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     assert_eq!(fcntl_get_seals(&disk).unwrap(), expected);
     assert!(disk.write_at(b"x", 0).is_err());
@@ -315,7 +321,13 @@ fn disk_is_sealed() {
 #[test]
 fn directory_without_user_data_makes_no_disk() {
     let directory = keys(&[("meta-data", b"m")]);
-    let error = make_disk(directory.path(), DataSource::NoCloud, &identity(), None).unwrap_err();
+    let error = make_disk(
+        &KeyDirectory::find(directory.path()).unwrap(),
+        DataSource::NoCloud,
+        &identity(),
+        None,
+    )
+    .unwrap_err();
     assert!(
         matches!(error, SeedError::Keys(KeysError::NoUserData { .. })),
         "{error}"
@@ -441,7 +453,13 @@ fn keys_that_a_disk_cannot_have_are_refused_with_their_name_and_the_limit() {
 fn vendor_data_of_the_runtime_is_used_if_the_user_has_none() {
     let make = |source, values: &[(&str, &[u8])]| {
         let directory = keys(values);
-        let disk = make_disk(directory.path(), source, &identity(), Some(b"ours".to_vec())).unwrap();
+        let disk = make_disk(
+            &KeyDirectory::find(directory.path()).unwrap(),
+            source,
+            &identity(),
+            Some(b"ours".to_vec()),
+        )
+        .unwrap();
         Disk::new(disk)
     };
     let own = make(DataSource::NoCloud, &[("user-data", b"u"), ("vendor-data", b"theirs")]);
