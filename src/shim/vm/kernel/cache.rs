@@ -14,6 +14,7 @@ use std::{
 };
 
 use nutshell_protocol::{MAX_DISK_INITRD, MAX_DISK_KERNEL};
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -240,10 +241,7 @@ impl CacheEntry {
             .create(&self.cache.directory)
             .map_err(failed("create", &self.cache.directory))?;
         self.cache.make_room(needed)?;
-        let incomplete = self
-            .cache
-            .directory
-            .join(format!("{INCOMPLETE}{}-{}", std::process::id(), self.key));
+        let incomplete = self.cache.directory.join(unique_incomplete_name()?);
         let entry = self.cache.directory.join(&self.key);
         let stored = write_entry(&incomplete, files, &description).and_then(|()| {
             match fs::rename(&incomplete, &entry) {
@@ -258,6 +256,14 @@ impl CacheEntry {
         }
         stored
     }
+}
+
+/// The name of a new entry, which no other writer uses: pids are not unique among the pid namespaces of a host, and one
+/// shim can store the same kernel twice at a time.
+fn unique_incomplete_name() -> Result<String, CacheError> {
+    let mut random = [0; 16];
+    getrandom(&mut random, GetRandomFlags::empty()).map_err(|error| format!("choose a file name: {error}"))?;
+    Ok(format!("{INCOMPLETE}{:032x}", u128::from_ne_bytes(random)))
 }
 
 /// The paths of an image's layers, which identify them. `None` if its root file system is not an overlay on layers that
@@ -370,6 +376,19 @@ mod tests {
         let mut content = Vec::new();
         file.read_to_end(&mut content).unwrap();
         content
+    }
+
+    #[test]
+    fn kernel_is_stored_beside_the_incomplete_entry_of_a_writer_with_the_same_pid() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = cache(&directory, 1 << 20);
+        let other = cache.directory.join(format!("{INCOMPLETE}{}-a", std::process::id()));
+        fs::create_dir_all(&other).unwrap();
+
+        entry(&cache, "a").store(&boot_files(b"kernel", None)).unwrap();
+
+        assert!(entry(&cache, "a").load().unwrap().is_some());
+        assert!(other.exists());
     }
 
     #[test]
