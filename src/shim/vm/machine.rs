@@ -502,13 +502,19 @@ impl VirtualMachine {
     }
 }
 
+/// How long the cache may take to write a kernel to its disk, up to some 100 MB, before a message says that it hangs.
+const STORE_LIMIT: Duration = Duration::from_secs(120);
+
 /// Stores a kernel in the cache while the machine boots.
 fn store_in_background(id: &ContainerId, entry: CacheEntry, files: BootFiles) {
     let id = id.clone();
     tokio::spawn(async move {
-        let stored = blocking::run("store the kernel of a disk in the cache", move || entry.store(&files)).await;
+        let store = move || entry.store(&files);
+        let stored = blocking::run_or_undo("store the kernel of a disk in the cache", STORE_LIMIT, store, drop).await;
         if let Err(error) = stored.unwrap_or_else(|error| Err(error.to_string())) {
-            log::warn!("task {id}: the next virtual machine of this image reads its disk again: {error}");
+            log::warn!(
+                "task {id}: until its kernel is stored, each virtual machine of this image reads its disk: {error}"
+            );
         }
     });
 }
@@ -521,17 +527,43 @@ fn connect_guest_agent() -> io::Result<(Option<Arc<GuestAgent>>, Option<UnixStre
 }
 
 /// The kernel's command line: `line` and the user's arguments, plus the serial console and the reset after a panic if
-/// both lack them.
+/// both lack them. What follows the word `--` is for the init process, and comes last.
 fn complete_command_line(line: &str, arguments: &str) -> String {
+    let (line, init) = split_init_arguments(line);
+    let (arguments, more_init) = split_init_arguments(arguments);
     let words = || line.split_ascii_whitespace().chain(arguments.split_ascii_whitespace());
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");
     let console = if words().any(names_console) { "" } else { CONSOLE };
     let handles_panic = |word: &str| word.trim_start_matches('"').starts_with("panic=");
-    // It comes first, because words after "--" are not for the kernel.
     let panic = if words().any(handles_panic) { "" } else { RESET_ON_PANIC };
-    let parts = [panic, line.trim(), console, arguments];
+    let separator = if init.is_some() || more_init.is_some() {
+        "--"
+    } else {
+        ""
+    };
+    let (init, more_init) = (init.unwrap_or_default(), more_init.unwrap_or_default());
+    let parts = [panic, line, console, arguments, separator, init, more_init];
     let parts: Vec<_> = parts.into_iter().filter(|part| !part.is_empty()).collect();
     parts.join(" ")
+}
+
+/// Splits a command line at its first word `--`, outside of quotation marks (Linux `kernel/params.c`, `parse_args`).
+/// `None` without this word.
+fn split_init_arguments(line: &str) -> (&str, Option<&str>) {
+    let mut is_quoted = false;
+    let mut word_start = 0;
+    for (index, byte) in line.bytes().chain([b' ']).enumerate() {
+        match byte {
+            b'"' => is_quoted = !is_quoted,
+            _ if is_quoted || !byte.is_ascii_whitespace() => {}
+            _ if matches!(line.get(word_start..index), Some("--" | "\"--\"")) => {
+                let kernel = line.get(..word_start).unwrap_or_default();
+                return (kernel.trim(), Some(line.get(index..).unwrap_or_default().trim()));
+            }
+            _ => word_start = index + 1,
+        }
+    }
+    (line.trim(), None)
 }
 
 #[cfg(test)]
@@ -551,8 +583,15 @@ mod tests {
             (
                 "a -- single",
                 "console=ttyS0 b",
-                "\"panic=1\" a -- single console=ttyS0 b",
+                "\"panic=1\" a console=ttyS0 b -- single",
             ),
+            (
+                "a -- console=ttyS0 panic=0",
+                "b --  c",
+                "\"panic=1\" a console=ttyS0 b -- console=ttyS0 panic=0 c",
+            ),
+            ("a=\"b -- c\" --", "", "\"panic=1\" a=\"b -- c\" console=ttyS0 --"),
+            ("a--b --c", "d", "\"panic=1\" a--b --c console=ttyS0 d"),
             ("console=ttyS01", "", "\"panic=1\" console=ttyS01 console=ttyS0"),
             ("panic=0", "", "panic=0 console=ttyS0"),
             ("panic_on_oops=1", "panic=-1", "panic_on_oops=1 console=ttyS0 panic=-1"),
