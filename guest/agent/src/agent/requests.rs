@@ -490,6 +490,8 @@ impl Agent {
         Ok(Answer::Later)
     }
 
+    /// Starts a job, which first waits until the streams of `agent_ends` are connected. It keeps the descriptors in
+    /// `keep` for `work`.
     fn start_job(
         &mut self,
         request: u64,
@@ -500,7 +502,20 @@ impl Agent {
     ) -> Result<(), Failure> {
         let number = self.next_source_number();
         let watch = |reports: BorrowedFd<'_>| self.poller.watch_input(reports, Token::Job(number));
-        let job = Job::start(keep, watch, work).context(|| format!("start the job of request {request}"))?;
+        let streams: Vec<_> = agent_ends.iter().flat_map(AgentEnds::streams).collect();
+        let kept = [keep, &streams].concat();
+        let job = Job::start(&kept, watch, &mut || {
+            // In the job, because the event loop may not wait for the host.
+            if let Some(agent_ends) = &agent_ends {
+                agent_ends
+                    .await_connections()
+                    .context(|| "connect the standard streams".to_owned())?;
+                // A process that the job creates must not keep them open.
+                sys::close_in_child(&streams);
+            }
+            work()
+        })
+        .context(|| format!("start the job of request {request}"))?;
         let pending = PendingJob {
             job,
             request,

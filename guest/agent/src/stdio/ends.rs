@@ -72,14 +72,24 @@ impl AgentEnds {
         Ok((agent_ends, ProcessEnds { ends, pipes }))
     }
 
-    /// Creates the pumps of the process: those of `terminal` if it has one, else those of its pipes. Fails if the host
-    /// refused a stream. The streams connect while a job creates the process, so usually this does not wait.
-    pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
+    /// Returns the streams to the host, which a job must keep open to wait for them.
+    pub(crate) fn streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.streams.iter().flatten().map(AsFd::as_fd)
+    }
+
+    /// Waits until the streams are connected. Fails if the host refuses one or does not answer. Call this in a job.
+    pub(crate) fn await_connections(&self) -> io::Result<()> {
         for (stream, name) in self.streams.iter().zip(STREAM_NAMES) {
             if let Some(stream) = stream {
                 await_connection(stream).map_err(|error| refused(name, &error))?;
             }
         }
+        Ok(())
+    }
+
+    /// Creates the pumps of the process: those of `terminal` if it has one, else those of its pipes. Call this when the
+    /// streams are connected; a stream that the host has closed meanwhile ends its pump.
+    pub(crate) fn into_pumps(self, terminal: Option<&OwnedFd>) -> io::Result<[Option<Pump>; 3]> {
         let [stdin, stdout, stderr] = self.streams;
         if let Some(terminal) = terminal {
             rustix::io::ioctl_fionbio(terminal, true)?;
@@ -107,6 +117,7 @@ mod tests {
     use super::*;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
     use std::fs;
+    use std::net::{Ipv4Addr, SocketAddrV4};
     use std::os::unix::net::UnixListener;
     use std::path::PathBuf;
 
@@ -158,16 +169,40 @@ mod tests {
     fn stream_that_is_refused_while_connecting_is_an_error() {
         let listening_host = ListeningHost::on("refused", &[1024, 1025, 1026]);
         let (mut agent_ends, _ends) = AgentEnds::open(&listening_host.address, &ALL).unwrap();
+        agent_ends.await_connections().unwrap();
         // Like a socket whose connection was refused and whose error has been read, this one is not connected.
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         agent_ends.streams[2] = Some(socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap());
-        let error = agent_ends.into_pumps(None).unwrap_err().to_string();
+        let error = agent_ends.await_connections().unwrap_err().to_string();
         assert!(
             error.starts_with("the host refused the stream of standard error: "),
             "{error}"
         );
+    }
 
-        let (agent_ends, _ends) = AgentEnds::open(&listening_host.address, &ALL).unwrap();
+    /// Returns a socket that stays in the middle of connecting, and the listener that causes it.
+    fn connecting_socket() -> (OwnedFd, [OwnedFd; 2]) {
+        let any = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
+        let socket = |flags| socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap();
+        let listener = socket(SocketFlags::CLOEXEC);
+        rustix::net::bind(&listener, &any).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let address = rustix::net::getsockname(&listener).unwrap();
+        let first = socket(SocketFlags::CLOEXEC);
+        rustix::net::connect(&first, &address).unwrap();
+        // The backlog is full now.
+        let second = socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK);
+        let result = rustix::net::connect(&second, &address);
+        assert_eq!(result, Err(rustix::io::Errno::INPROGRESS));
+        (second, [listener, first])
+    }
+
+    #[test]
+    fn creation_of_pumps_does_not_wait_for_a_stream() {
+        let listening_host = ListeningHost::on("connecting", &[1024, 1025, 1026]);
+        let (mut agent_ends, _ends) = AgentEnds::open(&listening_host.address, &ALL).unwrap();
+        let (socket, _listener) = connecting_socket();
+        agent_ends.streams[1] = Some(socket);
         assert!(agent_ends.into_pumps(None).unwrap().iter().all(Option::is_some));
     }
 }

@@ -20,8 +20,9 @@ pub(crate) use network::{VsockAddress, bring_loopback_up};
 #[cfg(test)]
 pub(crate) use process::unshare_file_systems;
 pub(crate) use process::{
-    become_subreaper, close_all_but, end_after, execve, exit_now, fork, fork_pid_namespace_init, fork_plain_sibling,
-    fork_sibling_into, raw_pid, set_controlling_terminal, set_undumpable, take_inherited_descriptor, to_pid,
+    become_subreaper, close_all_but, close_in_child, end_after, execve, exit_now, fork, fork_pid_namespace_init,
+    fork_plain_sibling, fork_sibling_into, raw_pid, set_controlling_terminal, set_undumpable,
+    take_inherited_descriptor, to_pid,
 };
 pub(crate) use scheduling::{SchedulingAttributes, set_io_priority, set_scheduling};
 pub(crate) use signals::{

@@ -126,6 +126,14 @@ pub(crate) fn close_all_but(keep: &[BorrowedFd<'_>]) {
     close_range(from, u32::MAX);
 }
 
+/// Closes these descriptors of a forked child, which their owners must not use any more.
+pub(crate) fn close_in_child(descriptors: &[BorrowedFd<'_>]) {
+    for fd in descriptors {
+        let number = fd.as_raw_fd().unsigned_abs();
+        close_range(number, number);
+    }
+}
+
 fn close_range(first: u32, last: u32) {
     // SAFETY: called only in a forked child, which does not use the owners of these descriptors any more.
     unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
