@@ -15,7 +15,7 @@ use std::convert::Infallible;
 use std::io;
 use std::rc::Rc;
 
-use nutshell_protocol::{Event, FromAgent, Ready, Reply, Response, SetUpPod};
+use nutshell_protocol::{Event, Failure, FromAgent, Ready, Reply, Response, SetUpPod};
 use rustix::process::Pid;
 
 use crate::connection::{AgentStream, AgentStreamError, HostAddress};
@@ -56,6 +56,8 @@ enum Purpose {
     Delete(Rc<str>),
     /// Deletes the container, and leaves processes that do not end.
     Abandon(Rc<str>),
+    /// Deletes the container, whose creation failed with this error.
+    Discard(Rc<str>, Failure),
     /// The report only becomes a reply; it changes no state.
     Other,
 }
@@ -157,7 +159,7 @@ impl Agent {
         Ok(self.stream.send(message)?)
     }
 
-    fn reply(&mut self, id: u64, result: Result<Response, nutshell_protocol::Failure>) -> Result<(), AgentError> {
+    fn reply(&mut self, id: u64, result: Result<Response, Failure>) -> Result<(), AgentError> {
         self.send(&FromAgent::Reply(Reply { id, result }))
     }
 

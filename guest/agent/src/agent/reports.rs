@@ -91,6 +91,7 @@ impl Agent {
             }
             (Purpose::Delete(name), _) => self.finish_delete(request, &name, result)?,
             (Purpose::Abandon(name), _) => self.finish_abandon(request, &name, result)?,
+            (Purpose::Discard(name, failure), _) => self.finish_discard(request, &name, failure, result)?,
             (Purpose::SetUpPod(_) | Purpose::Other, _) => self.reply(request, result)?,
         }
         if self.pending_jobs.is_empty() {
@@ -102,7 +103,7 @@ impl Agent {
     fn finish_create(&mut self, request: u64, name: &Rc<str>, new_process: NewProcess) -> Result<(), AgentError> {
         let pid = new_process.pid;
         if let Err(failure) = self.adopt(name, new_process) {
-            return self.discard(request, name, failure);
+            return self.discard(request, name, pid, failure);
         }
         self.reply(request, Ok(Response::Created { pid: sys::raw_pid(pid) }))?;
         self.record_early_exit(pid)
@@ -132,13 +133,42 @@ impl Agent {
         Ok(())
     }
 
-    /// Deletes a container whose process could not be adopted, and replies with the failure.
-    fn discard(&mut self, request: u64, name: &Rc<str>, failure: Failure) -> Result<(), AgentError> {
+    /// Deletes a container whose process could not be adopted. The reply, with `failure`, follows when that is done.
+    fn discard(&mut self, request: u64, name: &Rc<str>, init: Pid, failure: Failure) -> Result<(), AgentError> {
         self.pumps.remove_container(name);
-        self.containers.remove(name);
-        // This blocks the event loop until the processes have ended: the report of a job would become the reply, and
-        // would replace the first error. The user needs that one, so the error of the deletion is ignored.
-        let _ = delete::remove_all(name);
+        // Fails if it has ended already. Its exit is not reported, because the container was not created.
+        let _ = sys::kill(init, libc::SIGKILL.unsigned_abs());
+        if let Ok(container) = self.container(name) {
+            container.stage = Stage::Deleting;
+            container.memory_watch = None;
+        }
+        let purpose = Purpose::Discard(Rc::clone(name), failure.clone());
+        match self.run_job(request, purpose, &mut || delete::remove_all(name)) {
+            Ok(_) => Ok(()),
+            Err(error) => self.finish_discard(request, name, failure, Err(error)),
+        }
+    }
+
+    /// Replies with the `failure` of the creation. If the deletion failed, too, the container stays: a request may
+    /// delete it.
+    fn finish_discard(
+        &mut self,
+        request: u64,
+        name: &Rc<str>,
+        mut failure: Failure,
+        deleted: Result<Response, Failure>,
+    ) -> Result<(), AgentError> {
+        match deleted {
+            Ok(_) => {
+                self.containers.remove(name);
+            }
+            Err(error) => {
+                failure.message = format!("{}; then its deletion failed: {}", failure.message, error.message);
+                if let Ok(container) = self.container(name) {
+                    container.stage = Stage::Stopped;
+                }
+            }
+        }
         self.reply(request, Err(failure))
     }
 

@@ -24,7 +24,7 @@ use crate::stdio::{self, AgentEnds};
 use crate::sys;
 
 /// How a request is answered.
-enum Answer {
+pub(super) enum Answer {
     /// Immediately, with this response.
     Now(Response),
     /// When the report of a job arrives.
@@ -477,7 +477,7 @@ impl Agent {
         }
     }
 
-    fn run_job(
+    pub(super) fn run_job(
         &mut self,
         id: u64,
         purpose: Purpose,

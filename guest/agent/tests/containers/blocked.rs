@@ -1,13 +1,17 @@
 //! Tests of processes that SIGKILL does not end, because they wait for a file system that does not answer.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nutshell_fixtures::HungVolume;
-use nutshell_protocol::{BlockedThread, FailureKind, Request, Response, SHARE_PATH, Stdio};
+use nutshell_protocol::{BlockedThread, DELETION_KILL_TIMEOUT, FailureKind, Request, Response, SHARE_PATH, Stdio};
+use serde_json::json;
 
-use crate::harness::{Agent, shell, unique};
+use crate::harness::{Agent, create_request, shell, unique};
 
 /// How long the kernel may take for a step.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -69,6 +73,66 @@ fn killed_container_that_waits_for_a_hung_file_system_is_blocked_and_can_be_aban
     // The next exit is that of another container.
     agent.run(&shell("true"));
     crate::harness::assert_nothing_left(id);
+}
+
+/// Whether SIGKILL is pending for a process (proc(5)).
+fn is_killed(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let pending = |line: &str| u64::from_str_radix(line.split_once("Pnd:")?.1.trim(), 16).ok();
+    status
+        .lines()
+        .filter_map(pending)
+        .any(|signals| signals & (1 << 8) != 0)
+}
+
+#[test]
+fn agent_serves_requests_while_it_deletes_a_container_that_it_could_not_create() {
+    let mut agent = Agent::start();
+    agent.run(&shell("true"));
+    let id = &format!("discarded-{}", unique());
+    let root = Path::new(SHARE_PATH).join("busybox");
+    let volume = HungVolume::mount(root.join(id));
+    let gate = root.join(format!("{id}-gate"));
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    let mut spec = shell("true");
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", format!("read line </{id}-gate")]});
+    spec["hooks"] = json!({"createContainer": [hook]});
+    let creation = agent.send(create_request(id, &spec, Stdio::default()));
+    // Returns when the hook opens it: the container has its cgroup.
+    let mut opened_gate = File::options().write(true).open(&gate).unwrap();
+    let cgroup = Path::new("/sys/fs/cgroup").join(format!("container-{id}"));
+    let mut blocked = Command::new("cat").arg(root.join(id).join("x")).spawn().unwrap();
+    volume.wait_for_request();
+    fs::write(cgroup.join("cgroup.procs"), blocked.id().to_string()).unwrap();
+    // The agent cannot open a socket like a file.
+    let socket = root.join(format!("{id}-socket"));
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let events = cgroup.join("memory.events");
+    let mount = |program: &str, arguments: &[&Path]| {
+        assert!(Command::new(program).args(arguments).status().unwrap().success());
+    };
+    mount("mount", &[Path::new("--bind"), &socket, &events]);
+
+    opened_gate.write_all(b"go\n").unwrap();
+    let deadline = Instant::now() + TIMEOUT;
+    while !is_killed(blocked.id()) {
+        assert!(Instant::now() < deadline, "the agent does not kill the container");
+    }
+    let asked = Instant::now();
+    agent.ask(Request::ReadClock).unwrap();
+    let answered = asked.elapsed();
+
+    mount("umount", &[&events]);
+    drop(volume);
+    blocked.wait().unwrap();
+    let failure = agent.reply(creation).unwrap_err();
+    assert!(failure.message.contains("open memory.events"), "{failure:?}");
+    assert!(!failure.message.contains("deletion failed"), "{failure:?}");
+    assert!(answered < DELETION_KILL_TIMEOUT / 2, "{answered:?}");
+    crate::harness::assert_nothing_left(id);
+    for path in [gate, socket] {
+        fs::remove_file(path).unwrap();
+    }
 }
 
 #[test]
