@@ -155,8 +155,10 @@ impl<T: Send + 'static> Drop for DropOffThread<T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::thread::ThreadId;
+pub(crate) mod tests {
+    use std::{future::Future, thread::ThreadId};
+
+    use nutshell_fixtures::HungVolume;
 
     use super::*;
 
@@ -239,5 +241,20 @@ mod tests {
         assert_eq!(dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
         let worker = worker.await.unwrap();
         assert_eq!(dropped.try_recv(), Ok(worker));
+    }
+
+    /// Whether this thread can do other work while `call` waits for a file of `volume`. `volume` is removed then.
+    pub(crate) async fn leaves_thread_free(volume: HungVolume, call: impl Future) -> bool {
+        let (checked, result) = mpsc::channel::<()>();
+        let removal = thread::spawn(move || {
+            volume.wait_for_request();
+            // A call that blocks the thread ends when the volume is removed.
+            let _ = result.recv_timeout(Duration::from_secs(5));
+            drop(volume);
+        });
+        let is_free = tokio::time::timeout(Duration::from_millis(200), call).await.is_err();
+        drop(checked);
+        removal.join().unwrap();
+        is_free
     }
 }

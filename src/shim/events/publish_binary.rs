@@ -80,10 +80,7 @@ mod tests {
     use nutshell_fixtures::HungVolume;
 
     use super::*;
-    use crate::shim::{
-        events::EventQueue,
-        tests::{hung_volume::leaves_thread_free, script::write_script},
-    };
+    use crate::shim::{blocking::tests::leaves_thread_free, events::EventQueue, tests::script::write_script};
 
     #[tokio::test]
     async fn program_on_a_hung_file_system_does_not_block_the_thread() {

@@ -286,7 +286,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::shim::tests::{hung_volume::leaves_thread_free, script::write_script};
+    use crate::shim::{blocking::tests::leaves_thread_free, tests::script::write_script};
 
     const SOURCE: LogSource<'_> = LogSource {
         id: "c1",

@@ -5,7 +5,6 @@ mod exits;
 mod fake;
 mod guest_agent;
 mod hostile;
-pub(super) mod hung_volume;
 mod killed;
 mod lifecycle;
 mod pods;

@@ -15,6 +15,7 @@
 //! exception.
 
 mod agent_service;
+mod command_line;
 mod disk;
 mod error;
 mod files;

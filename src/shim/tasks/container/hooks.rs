@@ -154,7 +154,7 @@ mod tests {
     use nutshell_fixtures::HungVolume;
 
     use super::*;
-    use crate::shim::tests::hung_volume::leaves_thread_free;
+    use crate::shim::blocking::tests::leaves_thread_free;
 
     fn shell(script: &str) -> Hook {
         Hook {
