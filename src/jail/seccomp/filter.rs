@@ -8,7 +8,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-use super::{AllowedCall, Arguments, Call, CallList, Refusal};
+use super::{Arguments, CallList, Refusal};
 
 /// Why a list cannot be translated. Only a mistake in a list causes it.
 #[derive(Debug, thiserror::Error)]
@@ -18,10 +18,20 @@ pub(crate) struct FilterError {
     source: BackendError,
 }
 
-/// With which arguments a call is allowed.
-enum Allowed {
-    Always,
-    If(Vec<SeccompRule>),
+/// With which arguments each call of a list is allowed, each once. A process translates its list at its start, so this
+/// compares only the arguments of the same call.
+type ArgumentsByCall = BTreeMap<libc::c_long, Vec<&'static Arguments>>;
+
+fn add_arguments(list: &CallList, by_call: &mut ArgumentsByCall) {
+    for call in list.own.iter().copied().flatten() {
+        let known = by_call.entry(call.number).or_default();
+        if !known.contains(&&call.arguments) {
+            known.push(&call.arguments);
+        }
+    }
+    for started in list.starts {
+        add_arguments(started, by_call);
+    }
 }
 
 /// Translates `list`. A call that is not on it raises SIGSYS (`SECCOMP_RET_TRAP`).
@@ -30,22 +40,16 @@ pub(crate) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
         thread: list.thread,
         source,
     };
-    let mut allowed = BTreeMap::new();
-    for AllowedCall { call, .. } in list.calls() {
-        let rules = rules(call).map_err(failed)?;
-        match (allowed.entry(call.number).or_insert(Allowed::If(Vec::new())), rules) {
-            (Allowed::Always, _) => {}
-            (place, None) => *place = Allowed::Always,
-            (Allowed::If(all), Some(rules)) => all.extend(rules),
-        }
-    }
-    // seccompiler always allows a call that has no rules.
-    let rules = allowed.into_iter().map(|(number, allowed)| match allowed {
-        Allowed::Always => (number, Vec::new()),
-        Allowed::If(rules) => (number, rules),
+    let mut by_call = ArgumentsByCall::new();
+    add_arguments(list, &mut by_call);
+    let rules = by_call.into_iter().map(|(number, arguments)| {
+        // seccompiler always allows a call that has no rules.
+        let any = arguments.contains(&&Arguments::Any);
+        let rules = if any { Ok(Vec::new()) } else { rules(&arguments) };
+        Ok((number, rules?))
     });
     let filter = SeccompFilter::new(
-        rules.collect(),
+        rules.collect::<Result<_, _>>().map_err(failed)?,
         SeccompAction::Trap,
         SeccompAction::Allow,
         TargetArch::x86_64,
@@ -61,21 +65,26 @@ pub(crate) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
     Ok(refusals.into_iter().chain(program).collect())
 }
 
-/// The rules for the arguments of `call`. `None` if any are allowed.
-fn rules(call: &Call) -> Result<Option<Vec<SeccompRule>>, BackendError> {
+/// One rule for each value or set of bits that is allowed.
+fn rules(arguments: &[&Arguments]) -> Result<Vec<SeccompRule>, BackendError> {
     let rule = |index, operator, value: u32| {
         let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator, value.into())?;
         SeccompRule::new(vec![condition])
     };
-    let rules = match call.arguments {
-        Arguments::Any => return Ok(None),
-        Arguments::OneOf(index, values) => values
-            .iter()
-            .map(|value| rule(index, SeccompCmpOp::Eq, *value))
-            .collect::<Result<_, _>>()?,
-        Arguments::Without(index, bits) => vec![rule(index, SeccompCmpOp::MaskedEq(bits.into()), 0)?],
-    };
-    Ok(Some(rules))
+    let mut rules = Vec::new();
+    for arguments in arguments {
+        match **arguments {
+            // No rule: the caller allows the call with any arguments.
+            Arguments::Any => {}
+            Arguments::OneOf(index, values) => {
+                for value in values {
+                    rules.push(rule(index, SeccompCmpOp::Eq, *value)?);
+                }
+            }
+            Arguments::Without(index, bits) => rules.push(rule(index, SeccompCmpOp::MaskedEq(bits.into()), 0)?),
+        }
+    }
+    Ok(rules)
 }
 
 /// The code of an instruction has 16 bits.
