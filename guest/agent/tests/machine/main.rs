@@ -180,8 +180,8 @@ fn agent_sets_up_the_machine() {
 #[test]
 fn container_cannot_reach_the_initramfs() {
     let mut machine = Machine::boot(&[&create_image()]);
-    // With the capabilities of a privileged container, from a directory outside of a chroot and upwards by `..`, it
-    // reaches only its own root.
+    // Even with the capabilities of a privileged container it finds only its own root: in a chroot, upwards by `..`,
+    // and after it has unmounted its root.
     let script = "ls -d /init /new 2>&1; mkdir /jail; cp -a /bin /jail; \
         chroot /jail /bin/sh -c 'cd ..; cd ..; cd ..; ls -d init new 2>&1'; \
         umount -l /; ls -d /../init /../new 2>&1";
@@ -327,7 +327,7 @@ fn exec_and_terminal_work_over_vsock() {
 fn exec_runs_in_created_container() {
     let mut machine = Machine::boot(&[&create_image()]);
     machine.create(0, "c", &shell("exit 7"), Stdio::default());
-    // The first process is still a process of the agent, which containers cannot access.
+    // Until the start, the first process executes the agent's program, and containers cannot access it.
     let output = machine.agent.listen();
     let stdio = Stdio {
         stdout: Some(output.port),
