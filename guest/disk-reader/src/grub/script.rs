@@ -2,10 +2,10 @@
 
 use std::rc::Rc;
 
-/// How deep blocks and conditions are nested. Generated files use four levels.
+/// How deep blocks and conditions may be nested. Generated files use four levels.
 const MAX_DEPTH: usize = 32;
 
-/// How many words and separators a file has. A menu of a hundred entries has some ten thousand.
+/// How many words and separators a file may have. A menu of a hundred entries has some ten thousand.
 const MAX_TOKENS: usize = 64 << 10;
 
 /// A word before the expansion of its variables.
@@ -14,7 +14,7 @@ pub(super) type Word = Vec<Segment>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Segment {
     pub(super) content: Content,
-    /// In double or single quotes, so that spaces in it do not end the word.
+    /// In quotes or after a backslash, so that spaces in it, or in the variable's value, do not end the word.
     pub(super) is_quoted: bool,
 }
 
@@ -60,7 +60,7 @@ enum Token {
     Close,
 }
 
-/// Parses a file. The error text has the number of a line.
+/// Parses a file. An error names the line, except that of a file with too many words.
 pub(super) fn parse(text: &str) -> Result<Block, String> {
     let mut parser = Parser {
         tokens: Lexer::new(text).tokens()?,
