@@ -81,7 +81,7 @@ impl Device for Recorder {
 struct Vector {
     event: EventFd,
     connected: Arc<Mutex<Option<Message>>>,
-    /// The next change fails.
+    /// The next connection fails.
     must_fail: Arc<AtomicBool>,
 }
 
@@ -230,7 +230,7 @@ impl Machine {
             }
             6 => {
                 let [low, high] = input.arbitrary::<[u8; 2]>()?;
-                // Decoding, bus mastering and BAR 0: where windows of devices may overlap.
+                // Decoding, bus mastering, and an address in BAR 0 at which the windows of devices may overlap.
                 self.window.write(device << 15 | 4, &[low & 7, 0]);
                 self.window.write(device << 15 | 0x10, &[0, 0, high % 8, 0xc0]);
             }
@@ -254,7 +254,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Enables the device and negotiates up to DRIVER_OK, as a driver does.
+    /// Enables the device and negotiates up to DRIVER_OK, as a driver does, but stops after `steps` writes. The offsets
+    /// are those of the common configuration (virtio 1.3 §4.1.4.3).
     fn start_driver(&mut self, device: u64, steps: u64) {
         self.window.write(device << 15 | 4, &[6, 0]);
         let mut base = [0; 4];

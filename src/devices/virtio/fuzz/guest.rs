@@ -30,12 +30,14 @@ pub(crate) const PLUGGABLE: Range<u64> = 0x4000_0000..0x4080_0000;
 /// The maximum number of entries of a queue.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 16;
 
-/// The distance between the starts of two queues in memory, in bytes, and the parts of a queue.
+/// The distance between the starts of two queues in memory, in bytes.
 pub(crate) const QUEUE_STRIDE: usize = 0x400;
+
+/// Offsets of the rings from the start of their queue, in bytes.
 const AVAILABLE_RING: u64 = 0x200;
 const USED_RING: u64 = 0x300;
 
-/// Where buffers begin, behind the queues.
+/// The address of the first buffer, behind the queues.
 const BUFFERS: u64 = 0x2000;
 
 // A process never unmaps guest memory, so all inputs use the same.
@@ -284,7 +286,7 @@ impl Ring {
         guest.write(self.available_ring(), &flags.to_le_bytes());
     }
 
-    /// What only a hostile driver does: raw descriptors, indices and ring entries.
+    /// Writes descriptors, indices and ring entries that only a hostile driver writes.
     pub(crate) fn damage(&mut self, guest: &mut Guest, input: &mut Unstructured<'_>) -> Result<()> {
         match input.int_in_range(0..=4_u8)? {
             0 => {

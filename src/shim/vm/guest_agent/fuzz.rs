@@ -6,7 +6,7 @@ use std::{io::Write, net::Shutdown, os::unix::net::UnixStream};
 
 use super::{GuestAgent, Program, messages};
 
-/// The maximum number of bytes that a socket takes without a reader.
+/// The maximum length of all answers, in bytes. The buffer of a socket holds that many without a reader.
 const MAX_ANSWERS: usize = 64 << 10;
 
 /// The maximum length of a text of the agent, in bytes: 512 characters, of which each may be escaped.
@@ -37,7 +37,7 @@ pub fn receive_answers(data: &[u8]) {
             environment: None,
             input: Vec::new(),
         };
-        // An error is one of the agent.
+        // Most inputs are wrong answers.
         let _ = client.start(&program).await;
     });
     for line in data.split(|byte| *byte == b'\n') {
