@@ -91,7 +91,7 @@ pub(crate) fn enter(jail: &Jail<'_>) -> Result<(), JailError> {
     let parent = origin::parent_from_arguments()?;
     // Best effort: the name is only for lists of the host's processes.
     let _ = rustix::thread::set_name(jail.name);
-    // Inherited from the shim, which disables them for itself. Guest memory may have them.
+    // The shim disables transparent huge pages for itself, and its children inherit that. Guest memory may have them.
     let _ = rustix::thread::disable_transparent_huge_pages(false);
 
     let failed = |(step, source)| JailError::Step {
@@ -254,7 +254,7 @@ fn clear_bounding_set() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel kill this process when the shim ends. This comes last, because a change of credentials clears the
+/// Has the kernel kill this process when the shim ends. Call it after all changes of credentials, which clear the
 /// signal (prctl(2)).
 fn die_with_parent() -> Result<(), FailedStep> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).map_err(step("die with the shim"))
