@@ -1,5 +1,5 @@
 //! Settings of a spec that depend on the host. A setting that a container must not run without is refused. Any other is
-//! removed from the guest's spec with a warning.
+//! not applied, with a warning.
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process};
 

@@ -13,14 +13,14 @@ use crate::oci::{
     },
 };
 
-/// Disks are mounted below this directory.
+/// The mount of a disk has its destination in this directory.
 const DISKS: &str = "/disks";
 
-/// Where the configuration for the guest's software is mounted.
+/// The destination of the mount with the configuration for cloud-init or Ignition.
 const SEED_MOUNT: &str = "/cloud-init";
 
-/// Bind mounts that containerd and the kubelet add to every container. They are ignored, because a guest has no access
-/// to files of the host.
+/// Bind mounts that containerd and the kubelet add to every container. They are ignored, because
+/// they configure a container's root file system, and the guest boots its own.
 const IGNORED_MOUNTS: [&str; 6] = [
     "/dev/shm",
     "/dev/termination-log",
@@ -137,7 +137,8 @@ impl Volumes {
         let name: DiskName = name
             .parse()
             .map_err(|reason: String| PlanError::invalid(field(), reason))?;
-        let number = |number: i64| u32::try_from(number).map_err(|_| PlanError::invalid(field(), "invalid number"));
+        let number =
+            |number: i64| u32::try_from(number).map_err(|_| PlanError::invalid(field(), "invalid device number"));
         let (major, minor) = (number(device.major())?, number(device.minor())?);
         let access = access.unwrap_or_default();
         if !access.contains('r') {
