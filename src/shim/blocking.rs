@@ -31,8 +31,8 @@ pub(crate) enum BlockingError {
     Lost(&'static str),
 }
 
-/// Runs `work` on another thread, and waits for at most `limit`, without the Tokio runtime: for a process of an
-/// administrator that does one thing. Work that takes longer continues on its thread.
+/// Runs `work` on another thread, and waits for at most `limit`, without the Tokio runtime: for the commands of an
+/// administrator, such as `check`. Work that takes longer continues on its thread.
 ///
 /// # Errors
 ///
@@ -101,7 +101,7 @@ pub(crate) async fn run_or_undo<T: Send + 'static>(
 }
 
 thread_local! {
-    /// Whether this is a thread of the pool for work that blocks. It never becomes another thread.
+    /// Whether this is a thread of the pool for work that blocks. It is never reset: such a thread runs nothing else.
     static MAY_BLOCK: Cell<bool> = const { Cell::new(false) };
 }
 

@@ -33,7 +33,7 @@ pub(crate) struct Program {
 /// How a process has ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Finished {
-    /// The exit status, or 128 and the signal.
+    /// The exit status, or 128 plus the number of the signal.
     pub(crate) status: u32,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
