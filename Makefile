@@ -18,8 +18,8 @@ INITRAMFS := $(CARGO_TARGET_DIR)/guest/initramfs.cpio
 KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/kernel.path
 DISK_READER_KERNEL_PATH := $(CARGO_TARGET_DIR)/guest/disk-reader-kernel.path
 PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev libelf-dev libseccomp-dev libssl-dev perl xz-utils
-# acpica-tools and dmidecode read the firmware tables that the unit tests build, dosfstools and mtools their file
-# systems; qemu-utils makes their disk images, and systemd checks a unit for the agent.
+# For the unit tests: acpica-tools and dmidecode read firmware tables, dosfstools and mtools read FAT file systems,
+# qemu-utils makes disk images, and systemd (systemd-analyze) checks the unit of the agent's service.
 UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils systemd
 
 # Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).

@@ -31,7 +31,7 @@ esac
 # The shim's debug log and the guest's console go to containerd's log.
 mkdir -p /etc/nutshell
 echo 'debug = true' >/etc/nutshell/config.toml
-# The PC board needs a kernel with PCI. Guests find it in memory, as they do the embedded one.
+# The PC board needs a kernel with PCI. The copy is in the lab's memory, because reads over 9p are slow.
 if [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]]; then
   cp "$NUTSHELL_TEST_PC_KERNEL" /etc/nutshell/vmlinux-pc
   printf '[guest]\nboard = "pc"\nkernel = "/etc/nutshell/vmlinux-pc"\n' >>/etc/nutshell/config.toml
