@@ -230,7 +230,8 @@ impl Vmm {
     fn kick(&self, queue: usize) {
         rustix::io::write(&self.kicks[queue], &1_u64.to_ne_bytes()).unwrap();
         let mut polled = [PollFd::new(&self.calls[queue], PollFlags::IN)];
-        poll(&mut polled, Some(&ANSWER_LIMIT)).unwrap();
+        // The fuzzer's timer interrupts it.
+        rustix::io::retry_on_intr(|| poll(&mut polled, Some(&ANSWER_LIMIT))).unwrap();
         // Not an event if the server has not answered.
         let _ = rustix::io::read(&self.calls[queue], &mut [0; 8]);
     }
