@@ -5,7 +5,10 @@ use std::{
     cell::Cell,
     io,
     ops::{Deref, DerefMut},
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
     thread,
     time::Duration,
 };
@@ -36,7 +39,7 @@ pub(crate) enum BlockingError {
 ///
 /// # Errors
 ///
-/// [`io::ErrorKind::TimedOut`], or the error of the start of a thread.
+/// [`io::ErrorKind::TimedOut`], the error of the start of a thread, or another one if `work` panics.
 pub(crate) fn run_without_runtime<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce() -> T + Send + 'static,
@@ -46,13 +49,16 @@ pub(crate) fn run_without_runtime<T: Send + 'static>(
         // The caller may have given up.
         let _ = sender.send(work());
     })?;
-    receiver.recv_timeout(limit).map_err(|_| {
-        let text = format!(
-            "not done within {} s, because a file system of this host does not answer: look for a dead network file \
-             system or FUSE server",
-            limit.as_secs_f32()
-        );
-        io::Error::new(io::ErrorKind::TimedOut, text)
+    receiver.recv_timeout(limit).map_err(|error| match error {
+        RecvTimeoutError::Timeout => {
+            let text = format!(
+                "not done within {} s, because a file system of this host does not answer: look for a dead network \
+                 file system or FUSE server",
+                limit.as_secs_f32()
+            );
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        }
+        RecvTimeoutError::Disconnected => io::Error::other("interrupted by a bug: see the message of the panic above"),
     })
 }
 
@@ -195,6 +201,8 @@ pub(crate) mod tests {
         let error = run_without_runtime(SHORT, move || hung.recv()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert_eq!(run_without_runtime(Duration::from_secs(20), || 7).unwrap(), 7);
+        let panicked = run_without_runtime::<()>(Duration::from_secs(20), || panic!("on purpose")).unwrap_err();
+        assert!(panicked.to_string().starts_with("interrupted by a bug"), "{panicked}");
     }
 
     #[tokio::test]
