@@ -154,7 +154,7 @@ fn container_runs_on_a_disk() {
 fn agent_sets_up_the_machine() {
     let mut machine = Machine::boot(&[&create_image()]);
     let script = "cat /machine/1/oom_score_adj; cat /sys/fs/cgroup/cgroup.controllers; ip link show lo | head -n 1; \
-        ulimit -n; grep -c . /machine/1/net/dev";
+        ulimit -n";
     let mut spec = shell(script);
     // The container shares the machine's network and cgroup namespaces and sees its processes, so that it can look at
     // the agent and its cgroups.
