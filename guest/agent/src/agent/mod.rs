@@ -9,6 +9,7 @@ mod exits;
 mod pumps;
 mod reports;
 mod requests;
+mod signals;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
