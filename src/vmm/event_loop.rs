@@ -1,7 +1,6 @@
 //! The event loop on the main thread: executes commands of the shim and serves the devices that have no thread. It
-//! never waits for the guest. Besides epoll, three calls block: the write of a notice while the shim does not read, the
-//! resize of a machine until the file server has mapped the new memory (at most a few seconds), and a write to a log
-//! file.
+//! never waits for the guest. Besides epoll, two calls block: the write of a notice while the shim does not read, and
+//! the resize of a machine until the file server has mapped the new memory (at most a few seconds).
 
 use std::{
     io,
