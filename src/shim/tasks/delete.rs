@@ -64,6 +64,8 @@ impl Tasks {
         } else {
             finish_streams(&container, &process).await;
             process.release_pid();
+            // Those of an exec that was not started, or whose start failed.
+            process.stdio_spec.close_unused(self.streaming());
             container.execs().remove(exec);
         }
         process.lifecycle.mark_deleted();

@@ -43,6 +43,17 @@ pub(crate) struct ExecRequest {
 impl Tasks {
     /// Adds a process to the container `id`. [`Self::start`] runs it.
     pub(crate) async fn exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
+        let stdio = request.stdio.clone();
+        let added = self.add_exec(id, request).await;
+        added.inspect_err(|error| {
+            // The streams of an exec that exists belong to it.
+            if error.code() != ErrorCode::AlreadyExists {
+                stdio.close_unused(self.streaming());
+            }
+        })
+    }
+
+    async fn add_exec(&self, id: &str, request: ExecRequest) -> Result<(), TaskError> {
         let container = self.container(id)?;
         // The id is sent to the guest, where it must be one path component.
         if let Err(error) = request.exec.parse::<ContainerId>() {

@@ -191,9 +191,14 @@ impl Shim {
     }
 
     async fn exec(&self, id: &str, exec_id: &str, program: &str) -> ttrpc::Result<()> {
+        self.exec_with_output(id, exec_id, program, "").await
+    }
+
+    async fn exec_with_output(&self, id: &str, exec_id: &str, program: &str, stdout: &str) -> ttrpc::Result<()> {
         let request = ExecProcessRequest {
             id: id.to_owned(),
             exec_id: exec_id.to_owned(),
+            stdout: stdout.to_owned(),
             spec: Some(Any {
                 type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".to_owned(),
                 value: json!({ "args": [program], "cwd": "/" }).to_string().into_bytes(),

@@ -85,6 +85,37 @@ async fn streams_of_a_process_that_is_not_created_are_closed() {
     assert!(bytes.expect("the stream stays open").is_empty());
 }
 
+#[tokio::test]
+async fn streams_of_an_exec_that_is_refused_or_never_started_are_closed() {
+    let shim = Shim::start().await;
+    shim.run("c1").await;
+    let uri = |id: &str| {
+        let socket = shim.folder.path().join("socket");
+        format!("ttrpc+unix://{}?streaming_id={id}", socket.display())
+    };
+    let limit = std::time::Duration::from_secs(20);
+
+    let refused = shim.open("refused").await;
+    let error = shim.exec_with_output("c1", "../e", "true", &uri("refused")).await;
+    error.unwrap_err();
+    let closed = tokio::time::timeout(limit, receive_all(refused)).await;
+    assert!(closed.expect("the stream stays open").is_empty());
+
+    let unstarted = shim.open("unstarted").await;
+    shim.exec_with_output("c1", "e1", "true", &uri("unstarted"))
+        .await
+        .unwrap();
+    // The streams of the first exec stay open.
+    let again = shim.exec_with_output("c1", "e1", "true", &uri("unstarted")).await;
+    again.unwrap_err();
+    let closed = tokio::spawn(receive_all(unstarted));
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    assert!(!closed.is_finished());
+    shim.delete("c1", "e1").await.unwrap();
+    let closed = tokio::time::timeout(limit, closed).await;
+    assert!(closed.expect("the stream stays open").unwrap().is_empty());
+}
+
 fn any(type_url: &str, message: &impl Message) -> Any {
     Any {
         type_url: type_url.to_owned(),
