@@ -114,6 +114,10 @@ fn answer_questions(kept: &fs::File, directory: &fs::File) {
                     nix::unistd::pause();
                 },
             },
+            "tcp" => {
+                let bound = std::net::TcpListener::bind("0.0.0.0:0");
+                format!("{:?}", bound.map(drop).map_err(|error| error.kind()))
+            }
             "socket" => format!("{:?}", std::net::UdpSocket::bind("127.0.0.1:0").is_ok()),
             "panic" => panic!("requested"),
             other => match other.strip_prefix("attempt ") {
@@ -310,6 +314,13 @@ fn nothing_is_opened_beneath_a_kept_directory() {
         jailed.ask("beneath"),
         "Err(Os { code: 13, kind: PermissionDenied, message: \"Permission denied\" })"
     );
+}
+
+/// Its network namespace has no peer, so this matters only if another layer fails.
+#[test]
+fn tcp_port_cannot_be_bound() {
+    let mut jailed = JailedChild::jailed("jail-empty");
+    assert_eq!(jailed.ask("tcp"), "Err(PermissionDenied)");
 }
 
 #[test]
