@@ -30,7 +30,7 @@ use super::{
     FsError,
     backend::{
         Backend,
-        fuzz::{mount_tmpfs, prepare_thread},
+        fuzz::{backend_without_sync_threads, mount_tmpfs, prepare_thread},
     },
     guest_memory::{self, Memory},
     serve,
@@ -91,7 +91,7 @@ static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
     let memory = guest_memory::empty_memory();
     let name = format!("nutshell-fuzz-{}", std::process::id());
     Mutex::new(Server {
-        backend: Arc::new(Backend::new(tree, memory.clone()).unwrap()),
+        backend: Arc::new(backend_without_sync_threads(tree, memory.clone())),
         memory,
         listener: UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap(),
     })

@@ -64,6 +64,14 @@ static MEMORY: LazyLock<Memory> = LazyLock::new(|| {
     Memory::new(GuestMemoryMmap::from_ranges(&regions).unwrap())
 });
 
+/// A backend that flushes files in the thread that takes the request: to the fuzzer, a thread that is just starting
+/// looks like lost memory.
+pub(in crate::fs) fn backend_without_sync_threads(tree: Tree, memory: Memory) -> Backend {
+    let mut backend = Backend::new(tree, memory).unwrap();
+    Arc::get_mut(&mut backend.queues).unwrap().sync_threads = SyncThreads::without_threads();
+    backend
+}
+
 /// Interprets `data` as FUSE requests, with node ids and handles of earlier replies.
 ///
 /// # Panics
@@ -76,9 +84,7 @@ pub fn serve_files(data: &[u8]) {
     fill(&top);
     let own_descriptors = File::open("/proc/self/fd").unwrap();
     let tree = Tree::open_at(top.join("tree").to_str().unwrap(), own_descriptors, MAX_FILES).unwrap();
-    let mut backend = Backend::new(tree, MEMORY.clone()).unwrap();
-    // Without its thread, the server flushes files in the thread that takes the request.
-    Arc::get_mut(&mut backend.queues).unwrap().sync_threads = SyncThreads::without_threads();
+    let backend = backend_without_sync_threads(tree, MEMORY.clone());
     let mut guest = Guest::new(backend);
     // The input may end anywhere.
     let _ = guest.run(&mut Unstructured::new(data));
