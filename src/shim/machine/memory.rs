@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::{Machine, VmmError};
+use super::{Machine, VmmError, monitor::add_request};
 use crate::control::{Command, ControlError, MemoryState};
 
 /// How long the guest may take to report its memory. Its driver needs no memory and no lock for that.
@@ -36,13 +36,7 @@ impl Machine {
     ///
     /// The machine has ended, or the guest does not answer within [`STATE_TIMEOUT`].
     pub(crate) async fn guest_memory(&self) -> Result<MemoryState, VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        {
-            let mut requests = self.state.memory_requests.lock();
-            // A guest that never answers must not collect the requests of callers that have timed out.
-            requests.retain(|request| !request.is_closed());
-            requests.push(sender);
-        }
+        let receiver = add_request(&self.state.memory_requests);
         if self.has_ended() {
             return Err(ControlError::Closed.into());
         }

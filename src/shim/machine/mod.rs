@@ -51,8 +51,12 @@ pub(crate) use self::{
     vmm::{VmmError, VmmProcess},
 };
 use self::{
-    async_channel::AsyncChannel, clock::ClockJumps, console::printable_tail, deadline::BootProgress, exit::EndRequest,
-    monitor::MachineState,
+    async_channel::AsyncChannel,
+    clock::ClockJumps,
+    console::printable_tail,
+    deadline::BootProgress,
+    exit::EndRequest,
+    monitor::{MachineState, add_request},
 };
 use super::{blocking, child::Child, logging};
 use crate::control::{Channel, Command, ControlError, MachineStatistics, monotonic_now};
@@ -323,13 +327,7 @@ impl Machine {
     ///
     /// The machine has ended, or the vmm does not answer within [`STATISTICS_TIMEOUT`].
     pub(crate) async fn statistics(&self) -> Result<MachineStatistics, VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        {
-            let mut requests = self.state.statistics_requests.lock();
-            // A vmm that never answers must not collect the requests of callers that have timed out.
-            requests.retain(|request| !request.is_closed());
-            requests.push(sender);
-        }
+        let receiver = add_request(&self.state.statistics_requests);
         if self.has_ended() {
             return Err(ControlError::Closed.into());
         }
@@ -400,8 +398,7 @@ impl Machine {
     /// The progress of the boot. Waits for [`PROGRESS_TIMEOUT`] or `limit` at most, whichever is shorter: a vmm that
     /// does not answer has made no progress.
     async fn boot_progress(&self, limit: Duration) -> BootProgress {
-        let (sender, receiver) = oneshot::channel();
-        self.state.progress_requests.lock().push(sender);
+        let receiver = add_request(&self.state.progress_requests);
         let answer = async {
             self.control.send(&Command::ReadProgress, &[]).await.ok()?;
             receiver.await.ok()
@@ -557,8 +554,7 @@ impl Machine {
 
     /// The tail of the guest's console, empty if the vmm does not send it within [`CONSOLE_TIMEOUT`].
     pub(crate) async fn read_console(&self) -> String {
-        let (sender, receiver) = oneshot::channel();
-        self.state.console_requests.lock().push(sender);
+        let receiver = add_request(&self.state.console_requests);
         let answer = async {
             self.query(&Command::ReadConsole).await.ok()?;
             receiver.await.ok()

@@ -104,6 +104,15 @@ pub(super) struct MachineState {
     pub(super) exit: watch::Sender<Option<Arc<MachineExit>>>,
 }
 
+/// Adds a caller to those that wait for a notice. Removes callers that have given up, because a vmm may never answer.
+pub(super) fn add_request<T>(requests: &Mutex<Vec<oneshot::Sender<T>>>) -> oneshot::Receiver<T> {
+    let (sender, receiver) = oneshot::channel();
+    let mut requests = requests.lock();
+    requests.retain(|request| !request.is_closed());
+    requests.push(sender);
+    receiver
+}
+
 impl MachineState {
     pub(super) fn new() -> Self {
         Self {
@@ -300,5 +309,21 @@ fn answer(request: Option<AnswerSender>, result: Result<(), String>) {
         let result = result.map_err(|reason| printable_line(&reason, MAX_REASON));
         // The receiver may have timed out.
         let _ = sender.send(result);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn callers_that_gave_up_are_not_kept() {
+        let requests = Mutex::default();
+        let waiting = add_request::<u64>(&requests);
+        for _ in 0..10 {
+            drop(add_request(&requests));
+        }
+        assert_eq!(requests.lock().len(), 2, "the one that waits, and the last one");
+        drop(waiting);
     }
 }

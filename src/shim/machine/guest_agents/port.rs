@@ -2,10 +2,8 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use tokio::sync::oneshot;
-
 use crate::control::{Command, ControlError};
-use crate::shim::machine::{Machine, VmmError};
+use crate::shim::machine::{Machine, VmmError, monitor::add_request};
 
 /// How long the vmm may take to answer.
 const PORT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -25,13 +23,7 @@ impl Machine {
     ///
     /// The machine has ended, or the vmm does not answer within [`PORT_TIMEOUT`].
     pub(crate) async fn is_guest_agent_port_open(&self) -> Result<bool, VmmError> {
-        let (sender, receiver) = oneshot::channel();
-        {
-            let mut requests = self.state.port_requests.lock();
-            // A vmm that never answers must not collect the requests of callers that have timed out.
-            requests.retain(|request| !request.is_closed());
-            requests.push(sender);
-        }
+        let receiver = add_request(&self.state.port_requests);
         if self.has_ended() {
             return Err(ControlError::Closed.into());
         }
