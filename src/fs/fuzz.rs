@@ -24,6 +24,7 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
+use vhost_user_backend::Error as DaemonError;
 use virtiofsd_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::{
@@ -81,7 +82,6 @@ const NEED_REPLY: u32 = 1 << 3;
 struct Server {
     backend: Arc<Backend>,
     memory: Memory,
-    listener: UnixListener,
 }
 
 static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
@@ -89,11 +89,9 @@ static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
     let top = format!("/proc/self/fd/{}/.", files.as_raw_fd());
     let tree = Tree::open_at(&top, File::open("/proc/self/fd").unwrap(), MAX_FILES).unwrap();
     let memory = guest_memory::empty_memory();
-    let name = format!("nutshell-fuzz-{}", std::process::id());
     Mutex::new(Server {
         backend: Arc::new(backend_without_sync_threads(tree, memory.clone())),
         memory,
-        listener: UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap(),
     })
 });
 
@@ -106,16 +104,19 @@ pub fn serve_vmm(data: &[u8]) {
     // First: opening the tree changes the umask.
     prepare_thread();
     let server = SERVER.lock();
-    let vmm = UnixStream::connect_addr(&server.listener.local_addr().unwrap()).unwrap();
+    // A server that cannot start closes the listener, and with it the vmm's connection.
+    let name = format!("nutshell-fuzz-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    let vmm = UnixStream::connect_addr(&address).unwrap();
     let (backend, memory) = (server.backend.clone(), server.memory.clone());
-    let listener = server.listener.try_clone().unwrap();
     let serving = thread::spawn(move || serve(backend, memory, listener));
     let mut vmm = Vmm::new(vmm);
     // The input may end anywhere.
     let _ = vmm.run(&mut Unstructured::new(data));
     vmm.finish();
     match serving.join().unwrap() {
-        Ok(()) | Err(FsError::Serve(_)) => {}
+        Ok(()) | Err(FsError::Serve(DaemonError::HandleRequest(_))) => {}
         Err(error) => panic!("{error}"),
     }
 }
