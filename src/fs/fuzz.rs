@@ -23,6 +23,7 @@ use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     fs::{MemfdFlags, memfd_create},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 use vhost_user_backend::Error as DaemonError;
 use virtiofsd_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
@@ -85,6 +86,19 @@ struct Server {
 }
 
 static SERVER: LazyLock<Mutex<Server>> = LazyLock::new(|| {
+    // Each server leaves one descriptor open (vhost-user-backend, `VringEpollHandler::new`). A real process has one
+    // server, and the fuzzer has one for each input.
+    let raise_to = |limit| {
+        let raised = Rlimit {
+            current: limit,
+            maximum: limit,
+        };
+        setrlimit(Resource::Nofile, raised)
+    };
+    // Only root may raise the hard limit.
+    raise_to(Some(1 << 20))
+        .or_else(|_| raise_to(getrlimit(Resource::Nofile).maximum))
+        .unwrap();
     let files = mount_tmpfs();
     let top = format!("/proc/self/fd/{}/.", files.as_raw_fd());
     let tree = Tree::open_at(&top, File::open("/proc/self/fd").unwrap(), MAX_FILES).unwrap();
