@@ -166,16 +166,27 @@ mod tests {
     use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
     use std::thread;
 
+    use rustix::net::sockopt::set_socket_send_buffer_size;
     use rustix::time::{ClockId, clock_gettime};
 
-    /// More than the buffers of the sockets and the relay hold.
-    const LARGE: usize = 4 << 20;
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// The size of the send buffer between the relay and the server, in bytes. Linux doubles it.
+    const SEND_BUFFER_SIZE: usize = 8 << 10;
+
+    /// More than the relay and the send buffer to the server hold, and less than the send buffer of the client, in bytes.
+    const UNREAD: usize = BUFFER_SIZE + (32 << 10);
 
     /// Starts a relay between a client and a server. At its end it sends its result and the CPU time that it used.
     fn start_relay() -> (UnixStream, UnixStream, Receiver<(io::Result<()>, Duration)>) {
         let ((client, stream), (server, socket)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
         for end in [&stream, &socket] {
             end.set_nonblocking(true).unwrap();
+        }
+        set_socket_send_buffer_size(&socket, SEND_BUFFER_SIZE).unwrap();
+        for end in [&client, &server] {
+            end.set_read_timeout(Some(LIMIT)).unwrap();
+            end.set_write_timeout(Some(LIMIT)).unwrap();
         }
         let (ended, end) = channel();
         thread::spawn(move || {
@@ -186,28 +197,20 @@ mod tests {
         (client, server, end)
     }
 
-    const LIMIT: Duration = Duration::from_secs(30);
-
     #[test]
     fn relay_uses_no_cpu_time_while_the_receiver_of_a_closed_connection_does_not_read() {
         let (mut client, mut server, end) = start_relay();
         server.shutdown(Shutdown::Write).unwrap();
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
-        let writer = thread::spawn(move || {
-            client.write_all(&vec![1; LARGE]).unwrap();
-            client
-        });
-        // The client can write the rest, which is more than the buffer of one socket holds.
-        let mut bytes = vec![0; LARGE - (300 << 10)];
-        server.read_exact(&mut bytes).unwrap();
-        drop(writer.join().unwrap());
+        client.write_all(&[1; UNREAD]).unwrap();
+        drop(client);
 
         let waited = Duration::from_millis(500);
         assert_eq!(end.recv_timeout(waited).unwrap_err(), RecvTimeoutError::Timeout);
         let mut rest = Vec::new();
         server.read_to_end(&mut rest).unwrap();
 
-        assert_eq!(bytes.len() + rest.len(), LARGE);
+        assert_eq!(rest.len(), UNREAD);
         let (result, cpu_time) = end.recv_timeout(LIMIT).unwrap();
         result.unwrap();
         assert!(cpu_time < waited / 4, "{cpu_time:?}");
