@@ -355,6 +355,30 @@ mounts_below_a_read_only_mount_stay_writable() {
   rm -r /run/tmp/volume /run/tmp/out
 }
 
+# A new file takes the name of one that the guest has just looked up, and that it may know for 50 ms (src/fs/node_id.rs).
+file_that_the_host_replaces_in_a_volume_is_seen_within_100_ms() {
+  new_name
+  local try
+  mkdir /run/tmp/volume
+  echo first >/run/tmp/volume/file
+  echo second >/run/tmp/volume/new
+  nutshell "$name" -d --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rprivate -- sh -c '
+    cd /volume
+    until [ -e replaced ]; do cat file >seen; done
+    usleep 100000
+    cat file >last'
+  for try in {1..100}; do
+    [[ ! -s /run/tmp/volume/seen ]] || break
+    read -r -t 0.1 -u "$never" || true
+  done
+  mv /run/tmp/volume/new /run/tmp/volume/file
+  touch /run/tmp/volume/replaced
+  wait_for_task "$name" STOPPED
+  assert_equal second "$(</run/tmp/volume/last)"
+  remove "$name"
+  rm -r /run/tmp/volume
+}
+
 later_mounts_of_the_host_are_refused() {
   new_name
   mkdir /run/tmp/volume
@@ -491,6 +515,8 @@ every_case() {
   check "host name is the node's" host_name_is_the_nodes
   check "tmpfs has the mode of its folder" tmpfs_has_the_mode_of_its_folder
   check "mounts below a read-only mount stay writable" mounts_below_a_read_only_mount_stay_writable
+  check "file that the host replaces in a volume is seen within 100 ms" \
+    file_that_the_host_replaces_in_a_volume_is_seen_within_100_ms
   check "later mounts of the host are refused" later_mounts_of_the_host_are_refused
   check "pid of a container shows no files of the host" pid_of_a_container_shows_no_files_of_the_host
   check "administrator sees the container" administrator_sees_the_container
