@@ -9,6 +9,7 @@ use std::{
         fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
+    time::Duration,
 };
 
 use rustix::{
@@ -75,7 +76,8 @@ pub(crate) struct Client {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Node {
     pub(crate) id: u64,
-    pub(crate) ttl: u64,
+    /// For how long the name may be cached.
+    pub(crate) ttl: Duration,
     pub(crate) attr: Attr,
 }
 
@@ -141,7 +143,7 @@ impl Node {
     fn parse(bytes: &[u8]) -> Self {
         Self {
             id: u64_at(bytes, 0),
-            ttl: u64_at(bytes, 16),
+            ttl: Duration::new(u64_at(bytes, 16), u32_at(bytes, 32)),
             attr: Attr::parse(&bytes[40..128]),
         }
     }

@@ -14,6 +14,7 @@ use std::{
 use client::{BY_ROOT, Client, KEEP_CACHE};
 use tempfile::TempDir;
 
+use super::node_id::{OWNED_TTL, SHARED_TTL};
 use crate::{
     oci::{HostMount, ReadOnly, Share},
     shim::share::FileServer,
@@ -306,7 +307,7 @@ fn cache_of_a_shared_file_is_kept_only_while_the_file_is_unchanged() {
     let path = server.directory.path().join("file");
     fs::write(&path, "1").unwrap();
     let file = server.client.walk("c/0/file").unwrap();
-    assert_eq!(file.ttl, 1);
+    assert_eq!(file.ttl, SHARED_TTL);
     let mut open = || server.client.open(file.id, libc::O_RDONLY).unwrap().1 & KEEP_CACHE;
 
     assert_eq!(open(), 0, "first open");
@@ -325,15 +326,14 @@ fn owned_root_file_system_is_cached_including_missing_names() {
     fs::write(server.rootfs.path().join("bin/sh"), "#!").unwrap();
     let root = server.client.walk("c/rootfs").unwrap();
     let shell = server.client.walk("c/rootfs/bin/sh").unwrap();
-    let day = 24 * 60 * 60;
-    assert_eq!((root.ttl, shell.ttl), (day, day));
+    assert_eq!((root.ttl, shell.ttl), (OWNED_TTL, OWNED_TTL));
     let (handle, options) = server.client.open(shell.id, libc::O_RDONLY).unwrap();
     assert_ne!(options & KEEP_CACHE, 0);
     assert_eq!(server.client.read(shell.id, handle, 10).unwrap(), b"#!");
     let missing = server.client.lookup(root.id, "missing").unwrap();
-    assert_eq!((missing.id, missing.ttl), (0, day), "missing name");
+    assert_eq!((missing.id, missing.ttl), (0, OWNED_TTL), "missing name");
     let parent = server.client.walk("c/0").unwrap();
-    assert_eq!(parent.ttl, 1);
+    assert_eq!(parent.ttl, SHARED_TTL);
     assert_eq!(server.client.lookup(parent.id, "missing").unwrap_err(), libc::ENOENT);
 }
 
