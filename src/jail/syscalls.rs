@@ -45,6 +45,20 @@ pub(crate) fn mount_setattr(
     )
 }
 
+/// Removes `clear` from the attributes of `mount` (mount_setattr(2), Linux 5.12).
+pub(crate) fn clear_mount_attributes(mount: BorrowedFd<'_>, clear: MountAttrFlags) -> io::Result<()> {
+    set_attributes(
+        mount,
+        &libc::mount_attr {
+            attr_set: 0,
+            attr_clr: u64::from(clear.bits()),
+            propagation: 0,
+            userns_fd: 0,
+        },
+        false,
+    )
+}
+
 /// Maps the ids of the files in the detached `mount` as `user_namespace` does (mount_setattr(2), `MOUNT_ATTR_IDMAP`).
 /// `recursive` includes all mounts below it.
 pub(crate) fn map_ids(mount: BorrowedFd<'_>, user_namespace: impl AsFd, recursive: bool) -> io::Result<()> {

@@ -30,12 +30,12 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared, ReadOnly,
-    ResolvConf, Root, Share, ShareIdMap,
+    BundlePlan, GuestSpec, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared,
+    ReadOnly, ResolvConf, Root, Share, ShareIdMap,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};
-pub(crate) use source::{HostInspector, Inspect, MountRestrictions, SourceKind};
+pub(crate) use source::{HostInspector, Inspect, MountRestrictions, SourceKind, lists_mount_below};
 pub(crate) use vm_plan::{
     DataSource, DiskContent, DiskName, DiskSource, FileUser, MAX_VM_DISKS, OnReboot, VmDisk, VmExec, VmIdentity,
     VmImage, VmKernel, VmPlan, VmPolicy, VmSeed,

@@ -1,8 +1,14 @@
 //! The types of a plan. The rest of the shim reads these and never the spec.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use super::{CgroupPath, IdMap, Limits, PodSize, Size};
+use nutshell_protocol::SHARE_PATH;
+use oci_spec::runtime::Spec;
+
+use super::{CgroupPath, IdMap, Limits, PlanError, PodSize, Size};
 
 /// Size of a pod's `/dev/shm` if nothing else sets it, in bytes: containerd's default (`internal/cri`,
 /// `defaultShmSize`).
@@ -57,9 +63,7 @@ pub(crate) enum ResolvConf {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Plan {
     pub(crate) placement: Placement,
-    /// The OCI spec for the guest as JSON. `root.path` and the sources of bind mounts are paths in the guest, and
-    /// settings of the host are removed.
-    pub(crate) spec: Vec<u8>,
+    pub(crate) spec: GuestSpec,
     /// The source of the root file system.
     pub(crate) root: Root,
     /// Directories and files of the host that the spec's bind mounts refer to, in the order of the spec.
@@ -82,6 +86,37 @@ pub(crate) struct Plan {
     pub(crate) hooks: Hooks,
     /// Lines for the log, one for each setting of the spec that is not applied.
     pub(crate) warnings: Vec<String>,
+}
+
+/// The OCI spec for the guest. `root.path` and the sources of bind mounts are paths in the guest, and settings of the
+/// host are removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct GuestSpec(Spec);
+
+impl GuestSpec {
+    pub(super) fn new(spec: Spec) -> Self {
+        Self(spec)
+    }
+
+    /// Encodes the spec as JSON. `places` has the path in the file server's tree of each share that does not have the
+    /// planned [`Share::path`], after that path.
+    ///
+    /// # Errors
+    ///
+    /// If a string of the spec, such as a path, cannot be JSON.
+    pub(crate) fn encode(mut self, places: &[(String, String)]) -> Result<Vec<u8>, PlanError> {
+        for mount in self.0.mounts_mut().iter_mut().flatten() {
+            let planned = mount
+                .source()
+                .as_deref()
+                .and_then(|source| source.strip_prefix(SHARE_PATH).ok());
+            let place = places.iter().find(|(path, _)| planned == Some(Path::new(path)));
+            if let Some((_, place)) = place {
+                mount.set_source(Some(Path::new(SHARE_PATH).join(place)));
+            }
+        }
+        serde_json::to_vec(&self.0).map_err(PlanError::Encode)
+    }
 }
 
 /// The container's relation to a pod.
@@ -138,7 +173,8 @@ pub(crate) struct HostMount {
 pub(crate) struct Share {
     /// The path on the host.
     pub(crate) source: PathBuf,
-    /// The path in the file server's tree: `<container id>/<index>`.
+    /// The path in the file server's tree: `<container id>/<index>` for a container. It is in another place if the
+    /// container's pod shares the source already (`shim::share::places`).
     pub(crate) path: String,
     /// Enforced on the host.
     pub(crate) read_only: ReadOnly,

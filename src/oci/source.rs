@@ -120,8 +120,7 @@ impl Inspect for HostInspector {
 
     fn has_mounts_below(&self, path: &Path) -> io::Result<bool> {
         let path = path.canonicalize()?;
-        let is_below = |mount: &MountEntry| mount.mount_point != path && mount.mount_point.starts_with(&path);
-        Ok(self.mounts()?.iter().any(is_below))
+        Ok(has_mount_below(self.mounts()?, &path))
     }
 
     fn restrictions(&self, path: &Path) -> io::Result<MountRestrictions> {
@@ -151,6 +150,16 @@ impl HostInspector {
         let table = std::fs::read("/proc/self/mountinfo")?;
         Ok(self.mounts.get_or_init(|| parse_mounts(&table)))
     }
+}
+
+/// Whether the mount table (proc_pid_mountinfo(5)) of a process lists a mount below `path`, which is the real path.
+pub(crate) fn lists_mount_below(table: &[u8], path: &Path) -> bool {
+    has_mount_below(&parse_mounts(table), path)
+}
+
+fn has_mount_below(mounts: &[MountEntry], path: &Path) -> bool {
+    let is_below = |mount: &MountEntry| mount.mount_point != path && mount.mount_point.starts_with(path);
+    mounts.iter().any(is_below)
 }
 
 /// Parses the mount table (proc_pid_mountinfo(5)). Any user of the host who may mount a FUSE file system chooses a mount

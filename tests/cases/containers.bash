@@ -472,6 +472,55 @@ threads = [threading.Thread(target=results.append, args=[number]) for number in 
 print(sum(results), len(os.urandom(16)), pathlib.Path("/tmp/x").write_text("y"))')"
 }
 
+# Sockets, locks and mappings belong to an inode, which has to be the same below both paths.
+folder_at_two_paths_has_the_same_files_in_both() {
+  new_name
+  mkdir /run/tmp/volume
+  local mount=type=bind,src=/run/tmp/volume,options=rbind:rprivate
+  nutshell "$name" -d --mount "$mount,dst=/a" --mount "$mount:ro,dst=/read-only" --mount "$mount,dst=/b" -- sleep 1000
+  ctr task exec --exec-id files "$name" python3 -c '
+import fcntl, os, socket
+
+def connect(path):
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+
+assert os.stat("/a").st_ino == os.stat("/b").st_ino
+# A server that starts again replaces its socket.
+for start in range(2):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("/a/socket")
+        server.listen()
+        connect("/b/socket")
+        connect("/read-only/socket")
+    os.unlink("/a/socket")
+
+lock, other = open("/a/lock", "w"), open("/b/lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+try:
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    raise SystemExit("both have the lock")
+except BlockingIOError:
+    pass
+
+os.mkfifo("/a/fifo")
+reader = os.open("/a/fifo", os.O_RDONLY | os.O_NONBLOCK)
+os.write(os.open("/b/fifo", os.O_WRONLY), b"text")
+assert os.read(reader, 4) == b"text"
+'
+  ctr task exec --exec-id database "$name" sh -euc '
+    sqlite3 /a/db "pragma journal_mode=wal; create table numbers (number)" >/dev/null
+    insert() {
+      for number in $(seq 25); do sqlite3 -cmd ".timeout 60000" "$1" "insert into numbers values ($number)"; done
+    }
+    for path in /a/db /b/db /a/db /b/db; do insert $path & writers="${writers:-} $!"; done
+    for writer in $writers; do wait $writer; done
+    sqlite3 /b/db "pragma integrity_check; select count(*) from numbers"' >/run/tmp/out
+  assert_equal $'ok\n100' "$(</run/tmp/out)"
+  remove "$name"
+  rm -r /run/tmp/volume /run/tmp/out
+}
+
 guest_kernel_has_the_documented_features() {
   new_name
   { cat "$cases/guest-kernel.pl" "$cases/../../docs/GUEST_KERNEL.md" && echo "## End"; } |
@@ -529,6 +578,7 @@ every_case() {
   basic_cases "debian, native"
   snapshotter=overlayfs image=debian
   check "python3 of the debian image runs" python_runs
+  check "folder at two paths has the same files in both" folder_at_two_paths_has_the_same_files_in_both
   # The page describes the kernel of the container board.
   [[ -n ${NUTSHELL_TEST_PC_KERNEL:-} ]] ||
     check "guest kernel has the documented features" guest_kernel_has_the_documented_features

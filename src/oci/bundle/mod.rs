@@ -31,8 +31,8 @@ use self::{
     settings::{non_empty, refuse_unsupported, strip_linux, strip_process},
 };
 use super::{
-    BundlePlan, ContainerId, HostMount, HostNamespaces, IdMap, Inspect, Limits, PidNamespace, Placement, Plan,
-    PlanError, PodPlan, PodShared, PodSize, Root, Sizing, VmImage, VmPlan, VmPolicy, spec,
+    BundlePlan, ContainerId, GuestSpec, HostMount, HostNamespaces, IdMap, Inspect, Limits, PidNamespace, Placement,
+    Plan, PlanError, PodPlan, PodShared, PodSize, Root, Sizing, VmImage, VmPlan, VmPolicy, spec,
 };
 
 /// The OCI spec of a bundle, not checked.
@@ -181,7 +181,7 @@ fn plan_bundle(
     }
     Ok(BundlePlan::Container(Box::new(Plan {
         placement,
-        spec: serde_json::to_vec(&spec).map_err(PlanError::Encode)?,
+        spec: GuestSpec::new(spec),
         root,
         shares: mounts.shares,
         network,

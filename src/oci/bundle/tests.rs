@@ -59,7 +59,7 @@ fn planned(spec: &Value) -> Result<BundlePlan, PlanError> {
 }
 
 fn guest(plan: &Plan) -> Value {
-    serde_json::from_slice(&plan.spec).unwrap()
+    serde_json::from_slice(&plan.spec.clone().encode(&[]).unwrap()).unwrap()
 }
 
 /// The process with its sets of capabilities sorted, for comparison.
@@ -135,8 +135,8 @@ fn annotations_of_other_runtimes_change_no_plan_ghsa_rr59_xxvx_96qr() {
         if guest["process"]["capabilities"].is_object() {
             guest["process"] = process(&guest);
         }
-        plan.spec = guest.to_string().into_bytes();
-        plan
+        plan.spec = GuestSpec::new(Spec::default());
+        (plan, guest)
     };
     let foreign = || OTHER_RUNTIMES.map(|(name, value)| (name.to_owned(), json!(value)));
     for text in [CTR, CTR_PRIVILEGED, CRI_CONTAINER] {
@@ -280,6 +280,26 @@ fn member_with_a_shared_pid_namespace_cannot_have_a_user_namespace() {
     namespaces[0]["path"] = json!("/proc/4141/ns/pid");
     let error = plan_of(&member).unwrap_err().to_string();
     assert!(error.contains("shareProcessNamespace"), "{error}");
+}
+
+#[test]
+fn mounts_of_shares_that_have_another_place_come_from_there() {
+    let plan = plan_of(&spec(CRI_CONTAINER)).unwrap();
+    let planned: Vec<_> = plan.shares.iter().map(|share| share.path.clone()).collect();
+    let places = [(planned[1].clone(), ".shared/7".to_owned())];
+    let sources = |spec: Vec<u8>| -> Vec<String> {
+        let spec: Value = serde_json::from_slice(&spec).unwrap();
+        let mounts = spec["mounts"].as_array().unwrap().iter();
+        mounts
+            .filter_map(|mount| mount["source"].as_str()?.strip_prefix("/run/nutshell/share/"))
+            .map(str::to_owned)
+            .collect()
+    };
+
+    assert_eq!(sources(plan.spec.clone().encode(&[]).unwrap()), planned);
+    let mut moved = planned;
+    moved[1] = ".shared/7".to_owned();
+    assert_eq!(sources(plan.spec.encode(&places).unwrap()), moved);
 }
 
 #[test]

@@ -173,7 +173,7 @@ mod tests {
     }
 
     fn guest_spec(plan: &Plan) -> Value {
-        serde_json::from_slice(&plan.spec).unwrap()
+        serde_json::from_slice(&plan.spec.clone().encode(&[]).unwrap()).unwrap()
     }
 
     #[test]

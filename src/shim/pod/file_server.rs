@@ -60,11 +60,11 @@ impl RunningFileServer {
 
     /// Makes files of the container `id` available with `attach`. If their file system hangs, the caller gets an error,
     /// and what appears later is removed again.
-    pub(super) async fn attach(
+    pub(super) async fn attach<T: Send + 'static>(
         &self,
         id: &ContainerId,
-        attach: impl FnOnce(&FileServer) -> Result<(), ShareError> + Send + 'static,
-    ) -> Result<(), PodError> {
+        attach: impl FnOnce(&FileServer) -> Result<T, ShareError> + Send + 'static,
+    ) -> Result<T, PodError> {
         let (server, late_server, id) = (self.server.clone(), self.server.clone(), id.to_string());
         let attached = blocking::run_or_undo(
             "mount the container's files",

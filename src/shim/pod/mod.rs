@@ -59,6 +59,14 @@ use crate::{
 /// The disk slot of a container whose machine booted with its disk.
 const BOOT_DISK_SLOT: u32 = 0;
 
+/// Where the guest finds the files of a container.
+#[derive(Debug)]
+pub(crate) struct AttachedFiles {
+    pub(crate) rootfs: Rootfs,
+    /// The path of each share in the file server's tree, after its [`Share::path`].
+    pub(crate) places: Vec<(String, String)>,
+}
+
 /// A running pod.
 #[derive(Debug)]
 pub(crate) struct Pod {
@@ -407,14 +415,14 @@ impl Pod {
     }
 
     /// Makes the files of the container `id` available to the guest: its root file system and its shared directories.
-    /// Returns where the guest finds the root. After a failure call [`Self::detach`].
+    /// Returns where the guest finds them. After a failure call [`Self::detach`].
     pub(crate) async fn attach(
         &self,
         id: &ContainerId,
         bundle: &Path,
         root: Root,
         shares: Vec<Share>,
-    ) -> Result<Rootfs, PodError> {
+    ) -> Result<AttachedFiles, PodError> {
         let path = format!("{id}/rootfs");
         let (rootfs, shared_root) = match root {
             Root::Share {
@@ -444,7 +452,7 @@ impl Pod {
             }
         };
         if shared_root.is_none() && shares.is_empty() {
-            return Ok(rootfs);
+            return Ok(AttachedFiles { rootfs, places: vec![] });
         }
         let file_server = self.file_server().clone().ok_or(PodError::NotShared)?;
         let bundle_rootfs = bundle.join("rootfs");
@@ -452,10 +460,11 @@ impl Pod {
             if let Some((mounts, directory, read_only)) = shared_root {
                 server.attach_rootfs(&mounts, directory.as_deref(), &bundle_rootfs, &path, read_only)?;
             }
-            shares.iter().try_for_each(|share| server.attach(share))
+            let place = |share: Share| Ok((share.path.clone(), server.attach_in_pod(&share)?));
+            shares.into_iter().map(place).collect()
         });
-        attach.await?;
-        Ok(rootfs)
+        let places = attach.await?;
+        Ok(AttachedFiles { rootfs, places })
     }
 
     /// Undoes [`Self::attach`] for a container that the guest has deleted.

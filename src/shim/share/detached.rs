@@ -15,11 +15,20 @@ use crate::{jail::syscalls::mount_setattr, oci::ReadOnly};
 
 /// A detached copy of the mount at `path`, with the mounts below it if `recursive`.
 pub(super) fn clone_mount(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    clone(CWD, path, OpenTreeFlags::empty(), recursive)
+}
+
+/// Like [`clone_mount`], of the opened directory or file `source`.
+pub(super) fn clone_mount_of(source: BorrowedFd<'_>, recursive: bool) -> io::Result<OwnedFd> {
+    clone(source, Path::new(""), OpenTreeFlags::AT_EMPTY_PATH, recursive)
+}
+
+fn clone(directory: BorrowedFd<'_>, path: &Path, flags: OpenTreeFlags, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = flags | OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    Ok(rustix::mount::open_tree(CWD, path, flags)?)
+    Ok(rustix::mount::open_tree(directory, path, flags)?)
 }
 
 /// Restricts a mount that is to be shared, and all mounts below it: the host executes nothing of it, follows no

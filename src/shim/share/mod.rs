@@ -14,6 +14,7 @@ mod detached;
 mod error;
 mod idmap;
 mod nested;
+mod places;
 mod rootfs;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             net::{UnixListener, UnixStream},
@@ -35,6 +36,7 @@ use std::{
 };
 
 use nix::sched::{CloneFlags, setns, unshare};
+use parking_lot::Mutex;
 use rustix::{
     fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat},
     io::Errno,
@@ -45,6 +47,7 @@ pub(crate) use self::error::ShareError;
 use self::{
     detached::{clone_mount, restrict},
     error::attach_error,
+    places::Places,
 };
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
@@ -66,6 +69,8 @@ pub(crate) struct FileServer {
     tree: OwnedFd,
     /// The root of the namespace: the tmpfs, read-only, with everything that is shared.
     root: OwnedFd,
+    /// What the containers of a pod share.
+    places: Mutex<Places>,
 }
 
 impl FileServer {
@@ -97,6 +102,7 @@ impl FileServer {
             namespace,
             tree,
             root,
+            places: Mutex::default(),
         };
         Ok((server, connection.into()))
     }
@@ -138,7 +144,7 @@ impl FileServer {
         })
     }
 
-    /// Shares a directory or a file of the host, with its ids mapped if `share` has a map.
+    /// Shares a directory or a file of the host at its path, with its ids mapped if `share` has a map.
     pub(crate) fn attach(&self, share: &Share) -> Result<(), ShareError> {
         run_in_thread(|| {
             prepare_share(share)
@@ -147,14 +153,17 @@ impl FileServer {
         })
     }
 
-    /// Stops sharing `path` and everything below it. Files that the guest has looked up stay mounted, invisibly, until
-    /// the guest looks their path up again and finds nothing. A path that is not shared is not an error.
+    /// Stops sharing `path` and everything below it, and the places that only they use. Files that the guest has looked
+    /// up stay mounted, invisibly, until the guest looks their path up again and finds nothing. A path that is not
+    /// shared is not an error.
     pub(crate) fn detach(&self, path: &str) -> Result<(), ShareError> {
+        // Not while the lock is held: the removal of the last mount of a file system that hangs can block.
+        let unused = self.places.lock().leave(Path::new(path));
         run_in_thread(|| {
             parse_tree_path(path)
                 .and_then(|path| {
                     self.enter()?;
-                    self.remove(&path)
+                    unused.iter().chain([&path]).try_for_each(|path| self.remove(path))
                 })
                 .map_err(|source| ShareError::Detach {
                     path: path.to_owned(),
@@ -278,11 +287,16 @@ pub(crate) fn mount_image(mounts: &[HostMount], directory: &Path, bundle_rootfs:
 /// A detached mount of a share, with its id map and its options.
 fn prepare_share(share: &Share) -> Result<OwnedFd, FailedStep> {
     let mount = clone_mount(&share.source, share.recursive).map_err(step("open it"))?;
-    if let Some(ids) = &share.id_map {
-        idmap::apply(mount.as_fd(), &ids.map, ids.recursive).map_err(step(idmap::ID_MAP_STEP))?;
-    }
-    restrict(mount.as_fd(), share.read_only).map_err(step(RESTRICT_STEP))?;
+    apply_options(mount.as_fd(), share)?;
     Ok(mount)
+}
+
+/// Applies the id map and the options of a share to its detached mount.
+fn apply_options(mount: BorrowedFd<'_>, share: &Share) -> Result<(), FailedStep> {
+    if let Some(ids) = &share.id_map {
+        idmap::apply(mount, &ids.map, ids.recursive).map_err(step(idmap::ID_MAP_STEP))?;
+    }
+    restrict(mount, share.read_only).map_err(step(RESTRICT_STEP))
 }
 
 /// The result of [`prepare_tree`].

@@ -1,6 +1,7 @@
 //! Tests of shared files from the guest's view, and of mounts, which must appear only in the server's namespace.
 
 mod hostile;
+mod places;
 
 use std::{
     fs,

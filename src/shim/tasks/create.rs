@@ -231,14 +231,16 @@ impl Tasks {
         let (root, shares) = (plan.root, plan.shares);
         // Both run while the guest boots. If one fails, the other still runs to completion: the cleanup must not start
         // while it is in progress.
-        let (rootfs, streams) = tokio::join!(
+        let (files, streams) = tokio::join!(
             pod.attach(&request.id, &request.bundle, root, shares),
             prepare_host_side(&container, &plan.network, plan.console_size, &self.stdio),
         );
         let created = async {
             log::debug!("task {}: files and streams are in place", request.id);
-            let rootfs = rootfs.map_err(|error| TaskError::unknown(error.to_string()))?;
+            let files = files.map_err(|error| TaskError::unknown(error.to_string()))?;
             let stdio = streams?;
+            let spec = plan.spec.encode(&files.places);
+            let spec = spec.map_err(|error| TaskError::unknown(error.to_string()))?;
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;
             log::debug!(
@@ -255,7 +257,7 @@ impl Tasks {
                     request.id
                 );
             }
-            create_in_guest(request, plan.spec, pids, rootfs, stdio, pod).await
+            create_in_guest(request, spec, pids, files.rootfs, stdio, pod).await
         };
         match created.await {
             Ok(guest_pid) => {
