@@ -13,6 +13,7 @@
 mod detached;
 mod error;
 mod idmap;
+mod in_pod;
 mod nested;
 mod places;
 mod rootfs;

@@ -216,6 +216,44 @@ fn containers_of_a_pod_share_dev_shm_with_the_size_of_the_hosts_tmpfs() {
     });
 }
 
+/// A named pipe connects processes only if it is one inode for them.
+#[test]
+fn containers_of_a_pod_have_the_same_files_in_a_volume() {
+    with_both_apis(|containerd, pod| {
+        let volume = containerd.folder().join("volume");
+        fs::create_dir(&volume).unwrap();
+        let with_volume = |mut spec: Value, option: &str| {
+            let options = json!(["rbind", "rprivate", option]);
+            let mount = json!({"destination": "/data", "type": "bind", "source": volume, "options": options});
+            spec["mounts"].as_array_mut().unwrap().push(mount);
+            spec
+        };
+        // The first to be created can only read, and the mount in the tree has to become writable for the second.
+        let reader = pod.run(&with_volume(
+            pod.shell("until cat /data/pipe; do usleep 1000; done 2>/dev/null"),
+            "ro",
+        ));
+        let writer = pod.run(&with_volume(idle(pod), "rw"));
+        writer.output_of("mkfifo /data/pipe && echo text >/data/pipe");
+        assert_eq!(reader.stdout.read_to_end(), "text\n");
+        reader.wait();
+        pod.remove_container(&reader);
+
+        let reader = pod.run(&with_volume(idle(pod), "ro"));
+        let inode = "stat -c %i /data/pipe";
+        assert_eq!(reader.output_of(inode), writer.output_of(inode));
+        assert_eq!(
+            reader.run_script("touch /data/file").0,
+            1,
+            "it is read-only in this container"
+        );
+        pod.remove_container(&writer);
+        assert_eq!(reader.output_of("ls /data"), "pipe\n");
+        pod.remove_container(&reader);
+        fs::remove_dir_all(&volume).unwrap();
+    });
+}
+
 #[test]
 fn sandbox_service_provides_etc_files_and_dev_shm() {
     with_fake_containerd(|containerd| {

@@ -1,0 +1,102 @@
+//! Shares of the containers of a pod, in [`super::places`].
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags},
+    mount::MountAttrFlags,
+};
+
+use super::{
+    FileServer, ShareError, apply_options,
+    detached::clone_mount_of,
+    error::attach_error,
+    places::{Place, source_id},
+    run_in_thread,
+};
+use crate::{
+    jail::{FailedStep, step, syscalls::clear_mount_attributes},
+    oci::{ReadOnly, Share, lists_mount_below},
+};
+
+impl FileServer {
+    /// Shares a directory or a file of the host for a container of a pod. Returns its path in the tree, which is that of
+    /// an earlier share if that has the same source. To detach it, use the share's own path.
+    pub(crate) fn attach_in_pod(&self, share: &Share) -> Result<String, ShareError> {
+        run_in_thread(|| {
+            self.find_or_make_place(share)
+                .map_err(attach_error(&share.source, &share.path))
+        })
+    }
+
+    fn find_or_make_place(&self, share: &Share) -> Result<String, FailedStep> {
+        // What a file system can delay comes before the lock, for which other containers wait.
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let source = rustix::fs::openat(CWD, &share.source, flags, Mode::empty()).map_err(step("open it"))?;
+        let id = source_id(source.as_fd()).map_err(step("read its inode number"))?;
+        let mount = clone_mount_of(source.as_fd(), share.recursive).map_err(step("copy its mount"))?;
+        apply_options(mount.as_fd(), share)?;
+
+        let mut places = self.places.lock();
+        let writable = share.read_only == ReadOnly::None;
+        for place in places.of_source(id, share.id_map.as_ref()) {
+            let has_mounts_below = self.has_mounts_below(share, source.as_fd(), place);
+            if has_mounts_below.map_err(step("look for mounts below it"))? {
+                continue;
+            }
+            if writable && !place.writable {
+                self.make_writable(Path::new(&place.path))
+                    .map_err(step("make it writable"))?;
+                place.writable = true;
+            }
+            place.users.push(share.path.clone());
+            return Ok(place.path.clone());
+        }
+        let path = places.new_path();
+        if let Err(error) = self.attach_detached(&mount, &path, false) {
+            if let Err(error) = self.remove(Path::new(&path)) {
+                log::warn!("cannot remove {path} from the tree of shared files: {error}");
+            }
+            return Err(error);
+        }
+        places.add(Place {
+            path: path.clone(),
+            source: id,
+            recursive: share.recursive,
+            id_map: share.id_map.clone(),
+            writable,
+            users: vec![share.path.clone()],
+        });
+        Ok(path)
+    }
+
+    /// Whether there are mounts below the source of `share`, which is opened as `source`, or below `place`: they can
+    /// differ, because mounts that the host made after the place appear only in the source.
+    fn has_mounts_below(&self, share: &Share, source: BorrowedFd<'_>, place: &Place) -> io::Result<bool> {
+        if share.recursive {
+            let path = std::fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
+            if lists_mount_below(&std::fs::read("/proc/thread-self/mountinfo")?, &path) {
+                return Ok(true);
+            }
+        }
+        if place.recursive {
+            let table = std::fs::read(format!("/proc/{}/mountinfo", self.child.id()))?;
+            return Ok(lists_mount_below(&table, &Path::new("/").join(&place.path)));
+        }
+        Ok(false)
+    }
+
+    /// Removes the restriction of a mount of the tree to reading. Leaves the calling thread in the file server's mount
+    /// namespace.
+    fn make_writable(&self, path: &Path) -> io::Result<()> {
+        self.enter()?;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let mount = rustix::fs::openat2(&self.root, path, flags, Mode::empty(), resolve)?;
+        clear_mount_attributes(mount.as_fd(), MountAttrFlags::MOUNT_ATTR_RDONLY)
+    }
+}
