@@ -63,6 +63,10 @@ pub const SHARE_TAG: &str = "nutshell";
 /// The mount point of the virtio-fs device [`SHARE_TAG`] in the guest.
 pub const SHARE_PATH: &str = "/run/nutshell/share";
 
+/// The directory in the share of what several containers may use at the same time. It cannot be the id of a container,
+/// which begins with a letter or digit.
+pub const COMMON_SHARES: &str = ".shared";
+
 /// The guest directory that contains the bundle of each container, `<id>`, and in it the mount point of its root
 /// file system, `<id>/rootfs`.
 pub const CONTAINERS_PATH: &str = "/run/nutshell/containers";

@@ -10,12 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nutshell_protocol::COMMON_SHARES;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 
 use crate::oci::ShareIdMap;
-
-/// The directory of the places. It cannot be the id of a container, which begins with a letter or digit.
-const DIRECTORY: &str = ".shared";
 
 /// `STATX_MNT_ID_UNIQUE` (Linux 6.8): the id of a mount that is never used again. Older kernels ignore the flag, and
 /// return ids that are used again after an unmount.
@@ -68,7 +66,7 @@ impl Places {
     pub(super) fn new_path(&mut self) -> String {
         let number = self.next;
         self.next += 1;
-        format!("{DIRECTORY}/{number}")
+        format!("{COMMON_SHARES}/{number}")
     }
 
     pub(super) fn add(&mut self, place: Place) {

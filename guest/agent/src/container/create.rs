@@ -61,7 +61,8 @@ pub(crate) fn create(
     let mut spec = spec::parse(&request.spec)?;
     pod_context.apply_to(&mut spec);
     let prepared = spec::prepare(spec, &cgroup, request.stdio.terminal)?;
-    let result = build(request, stdio, prepared, &cgroup);
+    let pod_member = pod_context.pod.map(|_| request.container.as_str());
+    let result = build(request, stdio, prepared, &cgroup, pod_member);
     if result.is_err() {
         // The first error is the one to report.
         let _ = delete::remove_all(&request.container);
@@ -74,6 +75,7 @@ fn build(
     stdio: &ProcessEnds,
     mut prepared: spec::Prepared,
     cgroup: &Cgroup,
+    pod_member: Option<&str>,
 ) -> Result<(Outcome, Option<OwnedFd>), Failure> {
     let id = &request.container;
     let bundle = bundle_path(id);
@@ -81,7 +83,7 @@ fn build(
     fs::create_dir_all(&rootfs).context(|| format!("create {}", rootfs.display()))?;
     fs::create_dir_all(STATE_PATH).context(|| format!("create {STATE_PATH}"))?;
     let mounts = prepared.spec.mounts().as_deref().unwrap_or_default();
-    rootfs::mount(&request.rootfs, mounts, &rootfs)?;
+    rootfs::mount(&request.rootfs, mounts, &rootfs, pod_member)?;
     if let Some(mounts) = prepared.spec.mounts_mut() {
         rootfs::adapt_mounts(&rootfs, mounts).context(|| "resolve the mount points of the OCI spec".to_owned())?;
     }

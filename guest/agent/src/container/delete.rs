@@ -10,6 +10,7 @@ use nutshell_protocol::{DELETION_KILL_TIMEOUT, Failure};
 use super::{bundle_path, rootfs, state_path};
 use crate::cgroup::{self, Cgroup};
 use crate::failure::Context;
+use crate::machine::share;
 
 /// The maximum time for processes that probably never end.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(1);
@@ -59,6 +60,7 @@ fn remove_files(id: &str) -> Result<(), Failure> {
         keep_first_error(remove_directory(&bundle));
     }
     keep_first_error(remove_directory(&state_path(id)));
+    keep_first_error(share::leave_common(id).context(|| format!("unmount shared directories of container {id}")));
     first
 }
 

@@ -1,31 +1,138 @@
-//! Mounts the virtio-fs device with the pod's shared directories.
+//! Mounts the virtio-fs device with the pod's shared directories, and those that several containers use.
+//!
+//! The kernel mounts a shared directory when a process reaches it first, once in each mount namespace. Each time it
+//! makes another file system, with other inodes. So the agent reaches a directory before the containers do, which get a
+//! copy of its mount, and unmounts it after its last container.
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use nutshell_protocol::{SHARE_PATH, SHARE_TAG};
-use rustix::fs::{FlockOperation, Mode, OFlags};
-use rustix::mount::MountFlags;
+use nutshell_protocol::{COMMON_SHARES, SHARE_PATH, SHARE_TAG};
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
+
+/// Has a directory for each mount below [`COMMON_SHARES`], with an empty file for each container that uses it.
+const USERS_PATH: &str = "/run/nutshell/share-users";
 
 /// Mounts the share at [`SHARE_PATH`] unless it is mounted already.
 pub(crate) fn mount() -> io::Result<()> {
     fs::create_dir_all(SHARE_PATH)?;
-    // Two jobs may create containers at the same time.
-    let parent = Path::new(SHARE_PATH).parent().unwrap_or(Path::new("/"));
-    let lock = rustix::fs::open(
-        parent,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    let _lock = lock(Path::new(SHARE_PATH).parent().unwrap_or(Path::new("/")))?;
     if !is_mounted()? {
         rustix::mount::mount(SHARE_TAG, SHARE_PATH, "virtiofs", MountFlags::empty(), None)?;
     }
     Ok(())
 }
 
+/// Mounts `source` for a container of the pod, if it is in [`COMMON_SHARES`]. The device must be mounted.
+pub(crate) fn mount_common(source: &Path, container: &str) -> io::Result<()> {
+    let common = Path::new(SHARE_PATH).join(COMMON_SHARES);
+    let Some(name) = source.strip_prefix(common).ok().and_then(Path::file_name) else {
+        return Ok(());
+    };
+    add_user(&Path::new(USERS_PATH).join(name), container)?;
+    // Not while the lock is held: the file system may hang.
+    rustix::mount::open_tree(CWD, source, OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    Ok(())
+}
+
+/// Unmounts what only this container uses in [`COMMON_SHARES`].
+pub(crate) fn leave_common(container: &str) -> io::Result<()> {
+    let unmount = |name: &Path| {
+        let path = Path::new(SHARE_PATH).join(COMMON_SHARES).join(name);
+        match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+            // The container was not created completely, or the host does not share it any more.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    };
+    remove_user(Path::new(USERS_PATH), container, unmount)
+}
+
+fn add_user(users: &Path, container: &str) -> io::Result<()> {
+    loop {
+        fs::create_dir_all(users)?;
+        let lock = lock(users)?;
+        // The last user may have removed the directory before the lock was free.
+        if rustix::fs::fstat(&lock)?.st_nlink > 0 {
+            return fs::write(users.join(container), "");
+        }
+    }
+}
+
+/// Calls `unmount` with the name of each directory in `path` that has no other user. Continues after an error and
+/// returns the first one.
+fn remove_user(path: &Path, container: &str, unmount: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+    let directories = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        directories => directories?,
+    };
+    let mut result = Ok(());
+    for entry in directories {
+        let entry = entry?;
+        if entry.path().join(container).exists() {
+            let removed = remove_user_of(&entry.path(), container, || unmount(Path::new(&entry.file_name())));
+            result = result.and(removed);
+        }
+    }
+    result
+}
+
+fn remove_user_of(users: &Path, container: &str, unmount: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    // Keeps new users waiting until the end of the unmount, which a file system that hangs can delay.
+    let _lock = lock(users)?;
+    fs::remove_file(users.join(container))?;
+    if fs::read_dir(users)?.next().is_some() {
+        return Ok(());
+    }
+    unmount()?;
+    fs::remove_dir(users)
+}
+
+/// Excludes other jobs, which may create or delete containers at the same time.
+fn lock(directory: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let lock = rustix::fs::open(directory, flags, Mode::empty())?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    Ok(lock)
+}
+
 fn is_mounted() -> io::Result<bool> {
     let parent = Path::new(SHARE_PATH).parent().unwrap_or(Path::new("/"));
     Ok(rustix::fs::stat(SHARE_PATH)?.st_dev != rustix::fs::stat(parent)?.st_dev)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn directory_is_unmounted_with_its_last_user() {
+        let path = std::env::temp_dir().join(format!("agent-share-users-{}", std::process::id()));
+        for (name, container) in [("0", "c1"), ("0", "c2"), ("1", "c2"), ("2", "c3")] {
+            add_user(&path.join(name), container).unwrap();
+        }
+        let unmounted_with = |container| {
+            let names = RefCell::new(Vec::new());
+            remove_user(&path, container, |name| {
+                names.borrow_mut().push(name.display().to_string());
+                Ok(())
+            })
+            .unwrap();
+            let mut names = names.into_inner();
+            names.sort();
+            names
+        };
+
+        assert_eq!(unmounted_with("c1"), [""; 0]);
+        assert_eq!(unmounted_with("c2"), ["0", "1"]);
+        assert_eq!(unmounted_with("c2"), [""; 0]);
+        assert_eq!(unmounted_with("c3"), ["2"]);
+        fs::remove_dir(path).unwrap();
+    }
 }

@@ -26,16 +26,17 @@ use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
 
 /// Mounts `rootfs` at `target`, an empty directory. If `rootfs` or `mounts` need the pod's shared directories, it
-/// mounts those first.
-pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path) -> Result<(), Failure> {
-    let is_shared = |mount: &Mount| {
-        mount
-            .source()
-            .as_ref()
-            .is_some_and(|source| source.starts_with(SHARE_PATH))
-    };
-    if matches!(rootfs, Rootfs::Share { .. }) || mounts.iter().any(is_shared) {
+/// mounts those first. `pod_member` is the id of a container that other containers may share directories with.
+pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path, pod_member: Option<&str>) -> Result<(), Failure> {
+    let sources = || mounts.iter().filter_map(|mount| mount.source().as_deref());
+    if matches!(rootfs, Rootfs::Share { .. }) || sources().any(|source| source.starts_with(SHARE_PATH)) {
         share::mount().context(|| "mount the pod's shared directories".to_owned())?;
+    }
+    if let Some(container) = pod_member {
+        for source in sources() {
+            share::mount_common(source, container)
+                .context(|| format!("mount {} of the pod's shared directories", source.display()))?;
+        }
     }
     match rootfs {
         Rootfs::Share { path } => bind_from_share(path, target),
