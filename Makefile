@@ -91,7 +91,8 @@ lint-format:
 
 unit: setup ## run the unit tests
 	@tests/lab/need $(UNIT_PACKAGES)
-	@$(PHASE) "unit tests" "1 minute, 4 from scratch" $(CARGO) test --locked --workspace
+	@$(PHASE) "unit tests: build" "3 minutes, from scratch" $(CARGO) test --locked --workspace --no-run
+	@$(PHASE) "unit tests" "2 minutes" timeout --verbose 900 $(CARGO) test --locked --workspace
 
 fuzz: setup ## fuzz each parser of untrusted bytes for SECONDS=n (default 60)
 	@$(PHASE) "fuzz: $(or $(SECONDS),60) seconds for each target" "5 minutes to build, from scratch" \
