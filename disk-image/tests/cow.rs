@@ -100,9 +100,10 @@ struct DiskState {
     bytes: Vec<u8>,
     /// The content at the last sync.
     synced: Vec<u8>,
-    /// The sectors that were written since.
+    /// The sectors that were written since the last sync.
     unsynced: BTreeSet<usize>,
-    /// How many more changes reach the file. The last of them does so in part and fails; all after it fail.
+    /// How many more changes reach the file. Only a part of the last one reaches it; that one and all later ones fail.
+    /// `None` means unlimited.
     changes_left: Option<u64>,
     sync_fails: bool,
 }
@@ -471,8 +472,8 @@ fn file_without_header_is_used_as_if_it_were_new() {
     let base = base_bytes();
     let disk = Disk::default();
     drop(open(&base, &disk, 1));
-    // The process that made the file was killed before it wrote the header; or the host crashed, which has written
-    // parts of the bitmaps and of the data.
+    // The process that made the file was killed before it wrote the header; or the host crashed when only parts of the
+    // bitmaps and of the data were on the disk.
     let header = 21 * CLUSTER;
     let end = disk.state().bytes.len();
     disk.state().bytes[header..header + 4096].fill(0);

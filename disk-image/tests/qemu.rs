@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-/// The size of the test disk in bytes: not a multiple of any size of clusters but the smallest.
+/// The size of the test disk in bytes. Of the sizes of clusters, only the smallest divides it.
 const DISK_SIZE: u64 = 9 * MIB + 3 * 512;
 
 fn output(program: &str, arguments: &[&str]) -> Output {
@@ -74,7 +74,7 @@ impl Fixture {
         self.folder.path().join(name)
     }
 
-    /// Converts the raw image with more `arguments` for `qemu-img convert`.
+    /// Converts the raw image to qcow2. `arguments` are further arguments of `qemu-img convert`.
     fn convert(&self, arguments: &[&str]) -> PathBuf {
         let path = self.path("image.qcow2");
         let mut all = vec!["convert", "-O", "qcow2"];
@@ -380,7 +380,7 @@ fn damaged_image_causes_no_panic() {
         for round in 0..150 {
             let mut damaged = complete.clone();
             for _ in 0..=random.below(8) {
-                // Half of the changes hit the header, the others any table or data.
+                // In half of the rounds only the header is changed, in the others any byte of the image.
                 let end = if round % 2 == 0 { 112 } else { damaged.len() as u64 };
                 let position = usize::try_from(random.below(end)).unwrap();
                 damaged[position] = match random.below(3) {

@@ -19,10 +19,10 @@ use crate::jail::{self, Jail, OpenAccess, Root};
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "disk-inspector";
 
-/// The limit of descriptors: standard input, output and error, and a duplicate.
+/// The maximum number of descriptors: standard input, output and error, and two duplicates of the image, with a margin.
 const MAX_DESCRIPTORS: u32 = 16;
 
-/// What the inspector sends: its findings, or why it has none.
+/// What the inspector sends: its findings, or the error because of which it has none.
 pub(super) type Answer = Result<Findings, String>;
 
 /// Enters the jail, reads the image and prints the answer as JSON.

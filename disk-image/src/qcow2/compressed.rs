@@ -17,8 +17,8 @@ const CACHE_SIZE: usize = 4 << 20;
 const MIN_CACHED_CLUSTERS: usize = 2;
 const MAX_CACHED_CLUSTERS: usize = 64;
 
-/// The maximum window of a zstd frame in bytes, which is memory that the frame demands of its reader. zstd's highest
-/// ordinary level, 19, uses this window for data of unknown size.
+/// The maximum window of a zstd frame in bytes. A decoder keeps that many bytes in memory. zstd's highest ordinary
+/// level, 19, uses this window for data of unknown size.
 const MAX_ZSTD_WINDOW: u64 = 8 << 20;
 
 /// The maximum number of zstd clusters that are decompressed at the same time.

@@ -95,8 +95,8 @@ impl Qcow2 {
         self.header.autoclear_features
     }
 
-    /// Counts what is allocated, and checks all tables. It reads all of them, so it takes as long as the image has
-    /// tables.
+    /// Counts what is allocated, and checks all tables. It reads all of them: 128 MiB for each TiB of the disk, with
+    /// clusters of 64 KiB.
     ///
     /// # Errors
     ///

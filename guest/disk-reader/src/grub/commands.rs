@@ -60,6 +60,7 @@ impl Interpreter<'_> {
             "linux" | "linux16" | "linuxefi" => Ok(self.load_kernel(arguments)),
             "initrd" | "initrd16" | "initrdefi" => {
                 let found: Vec<_> = arguments.iter().filter_map(|path| self.locate(path)).collect();
+                // One more than the maximum is kept, so that the entry is refused for it.
                 let room = (MAX_INITRDS + 1).saturating_sub(self.loaded.initrds.len());
                 self.loaded.initrds.extend(found.into_iter().take(room).map(Into::into));
                 Ok(true)
@@ -116,7 +117,7 @@ impl Interpreter<'_> {
     fn search(&mut self, key: Option<SearchKey>, arguments: &[String], has_options: bool) -> bool {
         let mut variable = (!has_options).then(|| arguments.get(1).map_or("root", String::as_str));
         let mut value = None;
-        // After `--set` without an equals sign: the variable, or the value if there is no other.
+        // The word after `--set`: the variable if another word is the value, else the value.
         let mut either = None;
         let mut rest = arguments.iter().peekable();
         while let Some(argument) = rest.next() {
