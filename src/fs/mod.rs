@@ -2,8 +2,8 @@
 //! (virtio 1.3 §5.11) with the `virtiofsd` crate.
 //!
 //! Belongs here: the file system ([`tree`]), the credentials with which it accesses files ([`credentials`]), and the
-//! queues ([`backend`], [`standby`], [`sync_threads`]). Does not belong here: mounts. The tree is the root of a mount namespace that
-//! [`crate::shim`] makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and
+//! queues ([`backend`], [`standby`], [`sync_threads`]). Does not belong here: mounts. The tree is the root of a mount
+//! namespace that [`crate::shim`] makes and fills, with nothing else of the host in it. The shim uses only [`ROLE`] and
 //! [`OWNED_BY_GUEST`].
 //!
 //! Requests of a guest are untrusted. At worst they end this process, and with it the guest's own machine. They cannot
@@ -77,8 +77,8 @@ enum FsError {
 }
 
 /// The file server process: serves the machine until the vmm closes its end of the connection. Descriptor 0 is the
-/// listening vhost-user socket with one pending connection, descriptor 1 a pidfd of the vmm, or another file if there is
-/// none. The third argument is the number of the shim's descriptor that is the mount namespace of the tree.
+/// listening vhost-user socket with one pending connection, descriptor 1 a pidfd of the vmm, or another file if there
+/// is none. The third argument is the number of the shim's descriptor that is the mount namespace of the tree.
 pub(crate) fn main() -> ExitCode {
     stderr_log::install();
     match run() {

@@ -243,7 +243,7 @@ impl Client {
         self.start_hung(Opcode::Lookup, parent, &Body::default().name(name));
     }
 
-    /// Starts an fsync that hangs. Like [`Self::start_hung_lookup`].
+    /// Sends an fsync that hangs, and does not wait for its reply. It counts towards the limit of seven.
     pub(crate) fn start_hung_fsync(&mut self, node: u64, handle: u64) {
         self.start_hung(Opcode::Fsync, node, &Body::default().u64s(&[handle]).u32s(&[0, 0]));
     }
@@ -327,7 +327,7 @@ impl Client {
             PollFd::new(&self.connection, PollFlags::IN),
         ];
         poll(&mut events, None).unwrap();
-        assert!(events[1].revents().is_empty(), "the file server hung up");
+        assert!(events[1].revents().is_empty(), "the file server closed the connection");
         self.call.read().unwrap();
     }
 
