@@ -23,9 +23,9 @@ const BOUND: f64 = 5e6;
 /// A host and a guest.
 #[derive(Debug, Clone)]
 struct Scenario {
-    /// The rates of the host's clock, each from a moment on.
+    /// The rates of the host's clock relative to its raw clock: from which moment on, and the rate.
     rates: Vec<(i64, f64)>,
-    /// Jumps of the host's clock, in nanoseconds.
+    /// Jumps of the host's clock: the moment, and by how many nanoseconds.
     jumps: Vec<(i64, f64)>,
     /// The rate of the guest's clock source.
     skew: f64,
@@ -33,9 +33,9 @@ struct Scenario {
     latency: i64,
     can_read_host: bool,
     is_busy: bool,
-    /// When the shim does not run.
+    /// From when until when the shim does not run.
     suspended: Option<(i64, i64)>,
-    /// A process in the guest changes the clock by these nanoseconds, and its rate.
+    /// A process in the guest changes the clock: the moment, by how many nanoseconds, and by which rate.
     tampering: Option<(i64, f64, f64)>,
     length: i64,
 }
@@ -78,10 +78,15 @@ struct World {
     scenario: Scenario,
     /// The moment up to which the simulation has run.
     now: i64,
+    /// The host's clock, in nanoseconds since [`EPOCH`].
     host: f64,
+    /// The guest's clock, in nanoseconds since [`EPOCH`].
     guest: f64,
+    /// The permanent rate of the guest's clock.
     rate: f64,
+    /// The temporary rate of the guest's clock, and for how many nanoseconds of that clock it still applies.
     temporary: Option<(f64, f64)>,
+    /// Whether the shim has set the guest's clock.
     is_set: bool,
     random: u64,
     outcome: Outcome,
@@ -176,13 +181,13 @@ impl World {
             }
         }
         let width = 20.0 * MICROSECOND as f64;
-        let early = self.guest - self.host - width * self.random();
+        let lower = self.guest - self.host - width * self.random();
         ClockReading {
             nanoseconds: EPOCH + self.guest as i64,
             lead: self
                 .scenario
                 .can_read_host
-                .then_some((early as i64, (early + width) as i64)),
+                .then_some((lower as i64, (lower + width) as i64)),
         }
     }
 }
@@ -240,7 +245,8 @@ fn simulate(scenario: Scenario) -> Outcome {
     world.outcome
 }
 
-/// A rate that starts at different moments of the interval of the shim's readings, and ends 20 s later.
+/// Rates of a host whose clock is slewed for 20 s. The slew begins at a different moment between two readings of the
+/// shim in each item.
 fn slews(rate: f64) -> impl Iterator<Item = Vec<(i64, f64)>> {
     let start = 40 * SECOND;
     (0..8).map(move |eighth| {
@@ -290,9 +296,10 @@ fn faster_slew_is_followed_after_one_interval() {
                 is_busy,
                 ..Scenario::default()
             });
-            let at_once = rate.abs() * (interval.as_nanos() as f64 + 20e6) + 0.5e6;
+            // The deviation that arises before the shim has noticed the slew and steered the guest.
+            let unnoticed = rate.abs() * (interval.as_nanos() as f64 + 20e6) + 0.5e6;
             let worst = outcome.worst(0, i64::MAX);
-            assert!(worst <= at_once, "rate {rate}, busy {is_busy}: {worst}");
+            assert!(worst <= unnoticed, "rate {rate}, busy {is_busy}: {worst}");
             let followed = outcome.worst(start + 2 * SECOND, end);
             assert!(followed <= BOUND, "rate {rate}, busy {is_busy}: {followed}");
             let recovered = outcome.worst(end + 2 * SECOND, i64::MAX);
