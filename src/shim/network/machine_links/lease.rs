@@ -93,6 +93,7 @@ pub(in crate::shim::network) fn lease_of_link(
         .find(|found| found.route.destination == Prefix::ANY && found.route.gateway.is_some());
     let gateway = default.and_then(|found| found.route.gateway);
     let mtu = default.and_then(|found| found.mtu).unwrap_or(link.mtu);
+    // The DHCP server derives these routes from the address and the gateway.
     let is_derived = |route: &Route| match route.gateway {
         Some(_) => route.destination == Prefix::ANY,
         None => route.destination == address.network(),

@@ -111,15 +111,15 @@ pub(in crate::shim::tasks) async fn assign_host_pid(container: &Container, netwo
 }
 
 async fn network_namespace(network: &Network) -> Result<NetworkNamespace, TaskError> {
-    const HOST: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
+    const HOST_NETWORK_REFUSAL: &str = "linux.namespaces: a virtual machine cannot share the network of its host: \
         give the container a network namespace, or set `host_namespaces = \"pod-and-network\"` in section [pod] of the \
         configuration to use the machine's";
     match network {
-        Network::Host => Err(TaskError::new(ErrorCode::InvalidArgument, HOST)),
+        Network::Host => Err(TaskError::new(ErrorCode::InvalidArgument, HOST_NETWORK_REFUSAL)),
         Network::Loopback => Ok(NetworkNamespace::New),
         Network::Namespace(path) => {
             let wanted = path.clone();
-            let opened = blocking::run("look it up", move || open_network_namespace(&wanted)).await;
+            let opened = blocking::run("look up the path", move || open_network_namespace(&wanted)).await;
             let failed = |error: String| {
                 let text = format!("open the network namespace {}: {error}", path.display());
                 TaskError::unknown(text)
