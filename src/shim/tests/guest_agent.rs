@@ -76,13 +76,13 @@ pub(super) fn ls() -> Value {
     json!({"args": ["ls", "-l"], "env": ["A=b"], "cwd": "/"})
 }
 
-/// The answer of an agent that has started a process, and none for other commands.
+/// The answer to `guest-exec`, with the pid of the started process. `None` for other commands.
 fn started(name: &str) -> Option<Value> {
     (name == "guest-exec").then(|| json!({"return": {"pid": PID}}))
 }
 
-/// An agent with a process that runs until a shell is started, which sends it a signal. Returns the command lines of
-/// shells.
+/// Starts an agent whose process runs until the agent starts a shell, which is expected to kill the process. Returns
+/// the command lines of the shells.
 fn run_until_killed(shim: &Shim) -> mpsc::Receiver<String> {
     let (sender, commands) = mpsc::channel();
     let mut is_killed = false;
@@ -165,7 +165,7 @@ async fn exec_without_an_agent_that_answers_fails_in_time() {
 }
 
 #[tokio::test]
-async fn annotation_removes_the_port() {
+async fn exec_annotation_none_removes_the_guest_agent_port() {
     let shim = Shim::start().await;
     shim.create_vm("v1", json!({"io.containerd.nutshell.vm.exec": "none"}))
         .await;
@@ -237,7 +237,7 @@ async fn sigkill_ends_an_exec_whose_agent_no_longer_answers() {
     shim.start_task("v1", "e1").await.unwrap();
     shim.kill("v1", "e1", 9).await.unwrap();
     let status = shim.wait("v1", "e1").await.unwrap();
-    // The status of the process could not be read either, which may be noticed first.
+    // 255 if the shim first noticed that the agent does not report the status of the process.
     assert!(status == 137 || status == 255, "{status}");
     assert_eq!(shim.status("v1").await, containerd_shim::protos::api::Status::RUNNING);
 }
@@ -284,7 +284,7 @@ async fn process_starts_with_its_whole_standard_input() {
     assert_eq!(shim.wait("v1", "e1").await.unwrap(), 0);
     assert_eq!(inputs.recv().unwrap(), "aW4=");
 
-    // One that waits for its input can be killed.
+    // An exec that waits for the end of its standard input can be killed.
     std::fs::remove_file(shim.fifo("e-in")).unwrap();
     shim.add_exec("e2", ls(), streams()).await.unwrap();
     let _client = open_client(&shim);

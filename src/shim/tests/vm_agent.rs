@@ -27,7 +27,7 @@ impl Shim {
         shim
     }
 
-    /// Connects an agent, and waits until the shim accepts an exec, which is `probe`.
+    /// Connects an agent, and waits until the shim accepts an exec, which gets the id `probe`.
     pub(super) async fn connect_agent(&self, probe: &str) {
         let fake = self.fake.clone();
         tokio::task::spawn_blocking(move || fake.connect_agent()).await.unwrap();
@@ -51,7 +51,7 @@ fn exit_of(exec: Option<&str>, status: u8) -> FromAgent {
 }
 
 #[tokio::test]
-async fn exec_runs_by_the_agent_with_a_terminal() {
+async fn agent_runs_an_exec_with_a_terminal() {
     let shim = Shim::run_vm_with_agent().await;
     let streams = Streams {
         stdin: "e-in",
