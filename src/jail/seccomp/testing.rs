@@ -65,7 +65,8 @@ pub(crate) fn outcome_of(list: &CallList, number: libc::c_long, arguments: [u64;
         ForkResult::Child => {
             let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
             let _ = rustix::thread::set_no_new_privs(true);
-            // The status of a child that SIGSYS has killed cannot be mistaken for an error of the call.
+            // The child may have inherited the handler that reports violations. With the default action, SIGSYS ends
+            // the child, and its wait status says so.
             // SAFETY: this is the default action, and no handler.
             let _ = unsafe { signal(Signal::SIGSYS, SigHandler::SigDfl) };
             // No core dump.
