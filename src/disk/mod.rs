@@ -33,7 +33,7 @@ pub(crate) const ROLE: &str = "disk";
 /// The maximum size of the inspector's answer in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
 
-/// How long the inspector may take. It reads the tables of an image, which have about 125 MiB for each TiB.
+/// How long the inspector may take. It reads the tables of an image, which have about 128 MiB for each TiB.
 const INSPECTION_LIMIT: Duration = Duration::from_secs(300);
 
 /// Why a disk cannot be inspected.
