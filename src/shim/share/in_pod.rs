@@ -8,7 +8,7 @@ use std::{
 
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags},
-    mount::MountAttrFlags,
+    mount::{MountAttrFlags, OpenTreeFlags, open_tree},
 };
 
 use super::{
@@ -35,8 +35,8 @@ impl FileServer {
 
     fn find_or_make_place(&self, share: &Share) -> Result<String, FailedStep> {
         // What a file system can delay comes before the lock, for which other containers wait.
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let source = rustix::fs::openat(CWD, &share.source, flags, Mode::empty()).map_err(step("open it"))?;
+        // Unlike open(2) with O_PATH, open_tree(2) mounts what is mounted automatically at the path.
+        let source = open_tree(CWD, &share.source, OpenTreeFlags::OPEN_TREE_CLOEXEC).map_err(step("open it"))?;
         let id = source_id(source.as_fd()).map_err(step("read its inode number"))?;
         let mount = clone_mount_of(source.as_fd(), share.recursive).map_err(step("copy its mount"))?;
         apply_options(mount.as_fd(), share)?;
