@@ -147,10 +147,11 @@ impl Standby {
         rings: Vec<VringMutex<Memory>>,
     ) -> io::Result<()> {
         let (standby, queues) = (self.clone(), queues.clone());
+        let is_inherited = seccomp::is_confined_to(&system_calls::WORKER);
         let watcher = thread::Builder::new().name("standby".to_owned()).stack_size(STACK_SIZE);
         watcher
             .spawn(move || {
-                seccomp::confine_thread(&system_calls::WORKER);
+                seccomp::confine_started_thread(&system_calls::WORKER, is_inherited);
                 if let Err(error) = standby.watch_and_serve(&queues, rings) {
                     log::error!("a thread for requests that hang has ended: {error}");
                 }

@@ -52,6 +52,22 @@ pub(crate) fn confine_thread(list: &CallList) {
     }
 }
 
+/// Whether the calling thread is limited to `list`. Threads that it starts inherit that.
+pub(crate) fn is_confined_to(list: &CallList) -> bool {
+    violation::thread_name() == list.thread
+}
+
+/// Like [`confine_thread`], for a thread whose starter may be limited to the same list: `is_inherited` is the result of
+/// [`is_confined_to`] there. An inherited list is not installed again, because the kernel applies each of them to each
+/// call, and limits their total length (`MAX_INSNS_PER_PATH` in kernel/seccomp.c).
+pub(crate) fn confine_started_thread(list: &CallList, is_inherited: bool) {
+    if is_inherited {
+        violation::set_thread_name(list.thread);
+    } else {
+        confine_thread(list);
+    }
+}
+
 fn install(list: &CallList) -> io::Result<()> {
     let program = filter::compile(list).map_err(io::Error::other)?;
     violation::set_thread_name(list.thread);

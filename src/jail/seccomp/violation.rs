@@ -45,6 +45,11 @@ pub(super) fn set_thread_name(name: &'static str) {
     THREAD.set(name);
 }
 
+/// The name of the calling thread's list.
+pub(super) fn thread_name() -> &'static str {
+    THREAD.get()
+}
+
 extern "C" fn on_violation(_: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: for a handler with SA_SIGINFO, the kernel passes valid pointers, and for SIGSYS the fields of
     // `SigsysInfo`.

@@ -528,6 +528,14 @@ fn requests_for_a_volume_that_hangs_do_not_delay_others() {
     };
     server.attach(&recursive).unwrap();
     let top = client.walk("c/0").unwrap().id;
+    // That of the process, and that of the threads that serve: not one more for each thread that replaces another.
+    let check_system_call_lists = || {
+        for task in fs::read_dir(format!("/proc/{}/task", server.child().id())).unwrap() {
+            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"));
+            assert!(matches!(count.map(str::trim), Some("1" | "2")), "{status}");
+        }
+    };
     let count_threads = || {
         let tasks = fs::read_dir(format!("/proc/{}/task", server.child().id())).unwrap();
         let names = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("comm")).unwrap());
@@ -539,6 +547,7 @@ fn requests_for_a_volume_that_hangs_do_not_delay_others() {
         client.attr(top).unwrap();
         client.create(top, &format!("file{hung}"), 0o644).unwrap();
         assert_eq!(count_threads(), hung + 2, "one that serves, and one that watches");
+        check_system_call_lists();
     }
 
     drop(volume);
