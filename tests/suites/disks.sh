@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Root file systems on disks, on containerd 2.1: containerd's blockfile snapshotter provides an ext4 image file, which
 # the guest gets as a virtio-blk device and mounts itself.
+#
+# Environment:
+#   NUTSHELL_TEST_CRASHES  how often a vmm is killed during synced writes; default: 3
 source "$(dirname "$0")/../lab/test.bash"
 source "$(dirname "$0")/../cases/containers.bash"
 source "$(dirname "$0")/../cases/network.bash"
@@ -54,6 +57,54 @@ writes_are_on_the_disk_after_the_delete() {
   assert_equal "$(</run/tmp/sum)" "$(sha256sum </run/tmp/data)"
   rm /run/tmp/data /run/tmp/sum
   ctr container delete "$name"
+}
+
+# The container reports each number after it has synced a file with it to its disk and to a volume.
+killed_vmm_loses_no_synced_write() {
+  local round file reported path
+  mkdir /run/tmp/volume /run/tmp/disk
+  for ((round = 0; round < ${NUTSHELL_TEST_CRASHES:-3}; round++)); do
+    new_name
+    nutshell "$name" -d --log-uri file:///run/tmp/reported \
+      --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rw -- sh -euc '
+        number=0
+        while true; do
+          for folder in /root /volume; do
+            seq $number $((number + 9999)) | dd of=$folder/$number conv=fsync 2>/dev/null
+          done
+          echo $number
+          number=$((number + 1))
+        done'
+    wait_for_lines /run/tmp/reported $((RANDOM % 20 + 1))
+    file=$(ctr snapshot --snapshotter blockfile mounts /run/target "$name" | grep -o '/run/containerd-root/blockfile/[^ ]*')
+    kill -9 $(pids_of vmm)
+    wait_for_task "$name" STOPPED
+    reported=$(wc -l </run/tmp/reported)
+    echo "round $round: $reported files"
+
+    mount -o loop "$file" /run/tmp/disk
+    for ((number = 0; number < reported; number++)); do
+      for path in "/run/tmp/disk/root/$number" "/run/tmp/volume/$number"; do
+        cmp "$path" <(seq "$number" $((number + 9999)))
+      done
+    done
+    umount /run/tmp/disk
+    e2fsck -fn "$file"
+    remove "$name"
+    rm -r /run/tmp/volume/* /run/tmp/reported
+  done
+  rmdir /run/tmp/volume /run/tmp/disk
+}
+
+# wait_for_lines FILE COUNT: waits until the file has so many lines. Limited to 300 tries.
+wait_for_lines() {
+  local try
+  for try in {1..300}; do
+    [[ ! -e $1 ]] || (($(wc -l <"$1") < $2)) || return 0
+    read -r -t 0.1 -u "$never" || true
+  done
+  echo "$1 does not have $2 lines" >&2
+  return 1
 }
 
 bind_mounts_work_beside_a_disk() {
@@ -138,6 +189,7 @@ check "no fs process runs" no_fs_process_runs
 check "bind mounts work beside a disk" bind_mounts_work_beside_a_disk
 check "exit status is exact" exit_status_is_exact
 check "writes are on the disk after the delete" writes_are_on_the_disk_after_the_delete
+check "killed vmm loses no synced write" killed_vmm_loses_no_synced_write
 check "full host disk under a guest's write is named in the log" full_host_disk_under_a_guests_write_is_named_in_the_log
 check "administrator sees what the devices have done" administrator_sees_what_the_devices_have_done
 check "missing command fails with runc's error text" missing_command_fails_with_runcs_error_text
