@@ -471,3 +471,24 @@ metrics_are_complete() {
   rm /run/tmp/metrics
   remove "$name"
 }
+
+# What a volume cannot do is listed in README.md, "Limits".
+volume_behaves_as_a_local_file_system_but_for_the_known_limits() {
+  new_name
+  mkdir /run/tmp/disk /run/tmp/program
+  cp "$NUTSHELL_TEST_FILES" /run/tmp/program/files
+  truncate -s 300M /run/tmp/image
+  mkfs.ext4 -q -b 4096 /run/tmp/image
+  mount -o loop /run/tmp/image /run/tmp/disk
+  nutshell "$name" --rm --mount type=bind,src=/run/tmp/disk,dst=/volume,options=rbind:rw \
+    --mount type=bind,src=/run/tmp/program,dst=/program,options=rbind:ro -- \
+    sh -c 'mkdir /volume/cases && /program/files /volume/cases' >/run/tmp/out 2>&1 || true
+  assert_equal "unnamed file gets a name: Operation not supported (os error 95)
+access control list gives a right: Operation not supported (os error 95)
+default access control list is inherited: Operation not supported (os error 95)
+file capabilities are kept: Operation not supported (os error 95)
+device nodes are created: Operation not permitted (os error 1)
+65 passed, 5 failed" "$(</run/tmp/out)"
+  umount /run/tmp/disk
+  rm -r /run/tmp/disk /run/tmp/program /run/tmp/image /run/tmp/out
+}

@@ -25,7 +25,7 @@ use std::{
 use self::modules::{Crate, SourceError};
 
 /// The crates whose imports are checked, by the file that is their root.
-const ROOTS: [&str; 11] = [
+const ROOTS: [&str; 12] = [
     "src/lib.rs",
     "disk-image/src/lib.rs",
     "guest/agent/src/main.rs",
@@ -35,6 +35,7 @@ const ROOTS: [&str; 11] = [
     "tests/conformance/src/lib.rs",
     "tests/conformance/tests/direct/main.rs",
     "tests/cri/src/main.rs",
+    "tests/files/src/main.rs",
     "tests/fixtures/src/lib.rs",
     "tests/structure/src/main.rs",
 ];
