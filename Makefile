@@ -66,7 +66,7 @@ install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 
 test: ## run everything that CI runs: lint, unit tests, end-to-end suites
 	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
-		'  lint                    1    7' '  unit tests              2    4' '  build                   1   14' \
+		'  lint                    1    7' '  unit tests              3    5' '  build                   1   14' \
 		'  deploy tests            1    1' "  agent's tests           2    8" '  kernels on the PC board 2    3' \
 		'  end-to-end suites      37   43'
 	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
