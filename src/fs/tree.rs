@@ -2,9 +2,10 @@
 //! to the guest's users, names are single components, there are no device nodes, only files in root file systems have
 //! file capabilities, and caching depends on who may change a file.
 //!
-//! The tree's first two levels belong to the shim: `<container id>/<share>`, where each share is a mount. Files that
-//! only the guest can change may be cached by it for a day. It may cache names and attributes of other files for
-//! [`SHARED_TTL`], and their contents as long as the file is unchanged at each open (close-to-open).
+//! The tree's first two levels belong to the shim: `<container id>/<share>`, or `.shared/<number>` for what several
+//! containers may use. Each share is a mount. Files that only the guest can change may be cached by it for a day. It may
+//! cache names and attributes of other files for [`SHARED_TTL`], and their contents as long as the file is unchanged at
+//! each open (close-to-open).
 
 use std::{ffi::CStr, fs::File, io, time::Duration};
 
