@@ -58,7 +58,8 @@ impl FileServer {
         }
         let path = places.new_path();
         if let Err(error) = self.attach_detached(&mount, &path, false) {
-            if let Err(error) = self.remove(Path::new(&path)) {
+            // The step that failed may be the one that enters the namespace, in which `remove` unmounts.
+            if let Err(error) = self.enter().and_then(|()| self.remove(Path::new(&path))) {
                 log::warn!("cannot remove {path} from the tree of shared files: {error}");
             }
             return Err(error);

@@ -73,7 +73,8 @@ impl Places {
         self.places.push(place);
     }
 
-    /// Removes the users at `path` and below it. Returns the paths of the places that nobody uses any more.
+    /// Removes the users at `path` and below it. Returns the paths of the places that have no
+    /// users left.
     pub(super) fn leave(&mut self, path: &Path) -> Vec<PathBuf> {
         for place in &mut self.places {
             place.users.retain(|user| !Path::new(user).starts_with(path));

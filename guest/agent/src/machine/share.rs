@@ -6,13 +6,15 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use nutshell_protocol::{COMMON_SHARES, SHARE_PATH, SHARE_TAG};
 use rustix::fs::{CWD, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, OpenTreeFlags, UnmountFlags};
+
+use crate::sys;
 
 /// Has a directory for each mount below [`COMMON_SHARES`], with an empty file for each container that uses it.
 const USERS_PATH: &str = "/run/nutshell/share-users";
@@ -39,17 +41,23 @@ pub(crate) fn mount_common(source: &Path, container: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Unmounts what only this container uses in [`COMMON_SHARES`].
+/// Unmounts what only this container uses in [`COMMON_SHARES`]. Call this in a job. A separate process unmounts it,
+/// which does not delay the deletion of the container if the file system hangs: the kernel asks the host for the path of
+/// the mount. If that fails, the mount stays until the end of the machine.
 pub(crate) fn leave_common(container: &str) -> io::Result<()> {
-    let unmount = |name: &Path| {
-        let path = Path::new(SHARE_PATH).join(COMMON_SHARES).join(name);
-        match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
-            // The container was not created completely, or the host does not share it any more.
-            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-            Err(error) => Err(error.into()),
+    remove_user(Path::new(USERS_PATH), container, |name, users, lock| {
+        if sys::fork()?.is_some() {
+            return Ok(());
         }
-    };
-    remove_user(Path::new(USERS_PATH), container, unmount)
+        sys::close_all_but(&[lock.as_fd()]);
+        let path = Path::new(SHARE_PATH).join(COMMON_SHARES).join(name);
+        let unmounted = match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+            // The container was not created completely, or the host does not share it any more.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => fs::remove_dir(users),
+            Err(error) => Err(error.into()),
+        };
+        sys::exit_now(unmounted.is_err().into())
+    })
 }
 
 fn add_user(users: &Path, container: &str) -> io::Result<()> {
@@ -63,9 +71,14 @@ fn add_user(users: &Path, container: &str) -> io::Result<()> {
     }
 }
 
-/// Calls `unmount` with the name of each directory in `path` that has no other user. Continues after an error and
-/// returns the first one.
-fn remove_user(path: &Path, container: &str, unmount: impl Fn(&Path) -> io::Result<()>) -> io::Result<()> {
+/// Calls `unmount` for each directory in `path` that has no other user: with its name, its path and its lock, which keeps
+/// new users waiting until the end of the unmount. `unmount` removes the directory. Continues after an error and returns
+/// the first one.
+fn remove_user(
+    path: &Path,
+    container: &str,
+    unmount: impl Fn(&Path, &Path, &OwnedFd) -> io::Result<()>,
+) -> io::Result<()> {
     let directories = match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         directories => directories?,
@@ -74,22 +87,22 @@ fn remove_user(path: &Path, container: &str, unmount: impl Fn(&Path) -> io::Resu
     for entry in directories {
         let entry = entry?;
         if entry.path().join(container).exists() {
-            let removed = remove_user_of(&entry.path(), container, || unmount(Path::new(&entry.file_name())));
-            result = result.and(removed);
+            let name = entry.file_name();
+            let unmount = |lock: &OwnedFd| unmount(Path::new(&name), &entry.path(), lock);
+            result = result.and(remove_user_of(&entry.path(), container, unmount));
         }
     }
     result
 }
 
-fn remove_user_of(users: &Path, container: &str, unmount: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    // Keeps new users waiting until the end of the unmount, which a file system that hangs can delay.
-    let _lock = lock(users)?;
+fn remove_user_of(users: &Path, container: &str, unmount: impl FnOnce(&OwnedFd) -> io::Result<()>) -> io::Result<()> {
+    // No unmount holds the lock: it begins only when there are no users, and this container is one.
+    let lock = lock(users)?;
     fs::remove_file(users.join(container))?;
-    if fs::read_dir(users)?.next().is_some() {
-        return Ok(());
+    match fs::read_dir(users)?.next() {
+        Some(_) => Ok(()),
+        None => unmount(&lock),
     }
-    unmount()?;
-    fs::remove_dir(users)
 }
 
 /// Excludes other jobs, which may create or delete containers at the same time.
@@ -119,9 +132,9 @@ mod tests {
         }
         let unmounted_with = |container| {
             let names = RefCell::new(Vec::new());
-            remove_user(&path, container, |name| {
+            remove_user(&path, container, |name, users, _| {
                 names.borrow_mut().push(name.display().to_string());
-                Ok(())
+                fs::remove_dir(users)
             })
             .unwrap();
             let mut names = names.into_inner();
