@@ -144,11 +144,17 @@ fn append(mut output: File, mut reporter: File, mut file: File) {
             Ok(0) => return,
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => -Report::from(error.raw_os_error().unwrap_or(libc::EIO)),
+            Err(error) => {
+                let report = -Report::from(error.raw_os_error().unwrap_or(libc::EIO));
+                // Before the report: once it is received, no more output is accepted.
+                drop(output);
+                // Fails only without a receiver: at the end of the shim.
+                let _ = reporter.write_all(&report.to_le_bytes());
+                return;
+            }
         };
-        // Fails only without a receiver: at the end of the shim.
-        let is_received = reporter.write_all(&report.to_le_bytes()).is_ok();
-        if report < 0 || !is_received {
+        // As above.
+        if reporter.write_all(&report.to_le_bytes()).is_err() {
             return;
         }
     }
