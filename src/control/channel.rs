@@ -17,8 +17,8 @@ use serde::{Serialize, de::DeserializeOwned};
 /// The maximum size of a packet in bytes. The largest part of a packet is the console tail.
 const MAX_PACKET_SIZE: usize = 64 << 10;
 
-/// The maximum number of descriptors in a packet (the kernel's limit is 253).
-pub(crate) const MAX_DESCRIPTORS: usize = 64;
+/// The maximum number of descriptors in a packet: the kernel's limit (`SCM_MAX_FD`).
+pub(crate) const MAX_DESCRIPTORS: usize = 253;
 
 /// Why a message cannot be sent or received.
 #[derive(Debug, thiserror::Error)]

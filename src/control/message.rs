@@ -43,8 +43,8 @@ pub(crate) enum Command {
     /// Plugs a disk into the empty disk slot `slot`, one of [`MachineConfig::hotplug_disks`]. [`Notice::Plugged`]
     /// follows.
     ///
-    /// Descriptor: the file or block device.
-    PlugDisk { slot: u32, read_only: bool },
+    /// Descriptors: those of the disk ([`DiskAccess`]).
+    PlugDisk { slot: u32, access: DiskAccess },
     /// Unplugs the disk in disk slot `slot`, which the guest must have released. [`Notice::Unplugged`] follows when the
     /// disk's file is closed and the slot is empty.
     UnplugDisk { slot: u32 },
@@ -166,13 +166,16 @@ pub(crate) struct DiskConfig {
 }
 
 /// The guest's access to a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum DiskAccess {
     /// Descriptor: a file or block device with the bytes of the disk, open for reading.
     ReadOnly,
     /// Descriptor: a file or block device with the bytes of the disk, open for reading and writing. It is always
     /// raw: a guest that writes the header of another format must not change how the host reads the disk.
     ReadWrite,
+    /// Descriptors: files or block devices, one for each entry, of whose first bytes the disk consists, in this order.
+    /// They are open for reading, and for writing if the guest may write them.
+    Joined(Vec<FileAccess>),
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,
     /// Descriptor: a file of this project, open for reading. The disk is a part of it, padded with zeroes to a whole
@@ -188,6 +191,14 @@ pub(crate) enum DiskAccess {
         /// The guest can only read: it sees the disk with the writes of earlier guests.
         read_only: bool,
     },
+}
+
+/// The guest's access to a file of a [`DiskAccess::Joined`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FileAccess {
+    /// How many bytes of the file belong to the disk: a multiple of 512, and not 0.
+    pub(crate) length: u64,
+    pub(crate) read_only: bool,
 }
 
 /// The format of a base image.

@@ -19,9 +19,9 @@ pub(crate) use self::{
     channel::{Channel, ControlError, MAX_DESCRIPTORS},
     lease::{DomainName, Lease, Prefix, Route},
     message::{
-        BaseFormat, BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, GUEST_AGENT_PORT,
-        LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, MemoryState, Notice, Software,
-        VNET_HEADER_SIZE, monotonic_now,
+        BaseFormat, BoardKind, Command, DeviceCounters, DiskAccess, DiskConfig, EndReason, FileAccess,
+        GUEST_AGENT_PORT, LinkConfig, MAX_CONSOLE_TAIL, MAX_WARNING, MachineConfig, MachineStatistics, MemoryState,
+        Notice, Software, VNET_HEADER_SIZE, monotonic_now,
     },
     rate_limit::RateLimit,
 };

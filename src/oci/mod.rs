@@ -22,7 +22,7 @@ mod spec;
 mod vm_plan;
 
 pub(crate) use annotations::read_annotations;
-pub(crate) use bundle::{BundleSpec, GuestProcess};
+pub(crate) use bundle::{BundleSpec, GuestProcess, MAX_ROOT_FILES};
 pub(crate) use cgroup_path::CgroupPath;
 pub(crate) use error::PlanError;
 pub(crate) use host_namespaces::HostNamespaces;
@@ -30,8 +30,9 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, GuestSpec, Hook, Hooks, HostMount, Network, PidNamespace, Placement, Plan, PodPlan, PodShared,
-    ReadOnly, ResolvConf, Root, Share, ShareIdMap,
+    BundlePlan, GuestSpec, Hook, Hooks, HostFiles, HostMount, LayersMount, Network, NewDiskFile, PidNamespace,
+    Placement, Plan, PodPlan, PodShared, ReadOnly, ResolvConf, Root, RootDisk, RootLayer, RootLayers, Share,
+    ShareIdMap, UpperDirectory,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};

@@ -5,8 +5,9 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::SHARE_PATH;
+use nutshell_protocol::{LayerPath, LayeredRoot, NewDirectory, RootMount, SHARE_PATH};
 use oci_spec::runtime::Spec;
+use uuid::Uuid;
 
 use super::{CgroupPath, IdMap, Limits, PlanError, PodSize, Size};
 
@@ -136,15 +137,95 @@ pub(crate) enum Placement {
 pub(crate) enum Root {
     /// A directory of the host, shared with the guest.
     Share {
-        /// Mounts of the snapshotter, to be made at the directory in this order.
-        mounts: Vec<HostMount>,
-        /// An existing directory, if `mounts` is empty.
-        directory: Option<PathBuf>,
+        files: HostFiles,
         /// The guest can only read.
         read_only: bool,
     },
-    /// A block device or image file, which the guest gets as a disk.
-    Disk {
+    /// Files of the host, which the guest gets as a disk.
+    Disk(RootDisk),
+}
+
+/// The files of a root file system that the host mounts, or that are mounted there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum HostFiles {
+    /// A directory, with everything that is mounted below it.
+    Directory(PathBuf),
+    /// Mounts of the snapshotter, to be made in this order. Not empty.
+    Mounts(Vec<HostMount>),
+    /// File systems in files, of which the root consists.
+    Layers(RootLayers),
+}
+
+/// Several file systems in files, and the root that they make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RootLayers {
+    pub(crate) layers: Vec<RootLayer>,
+    /// The directories to create before the root is mounted.
+    pub(crate) directories: Vec<NewDirectory>,
+    /// The numbers of layers in it are valid.
+    pub(crate) mount: LayersMount,
+}
+
+/// How the root consists of layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LayersMount {
+    /// It is a directory of one of them.
+    Directory { path: LayerPath, read_only: bool },
+    /// It is an overlay.
+    Overlay {
+        /// The lower directories, topmost first.
+        lower: Vec<LayerPath>,
+        /// `None` makes the overlay read-only.
+        upper: Option<UpperDirectory>,
+        /// More mount options.
+        options: Vec<String>,
+    },
+}
+
+/// The upper and the work directory of an overlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum UpperDirectory {
+    InLayer {
+        upper: LayerPath,
+        work: LayerPath,
+    },
+    /// On the host, escaped as options of an overlay.
+    OnHost {
+        upper: String,
+        work: String,
+    },
+}
+
+impl RootLayers {
+    /// The root for the guest. `None` if a part of it is a directory of the host.
+    pub(crate) fn guest_root(&self) -> Option<LayeredRoot> {
+        let mount = match &self.mount {
+            LayersMount::Directory { path, read_only } => RootMount::Directory {
+                path: path.clone(),
+                read_only: *read_only,
+            },
+            LayersMount::Overlay { lower, upper, options } => RootMount::Overlay {
+                lower: lower.clone(),
+                upper: match upper {
+                    None => None,
+                    Some(UpperDirectory::InLayer { upper, work }) => Some((upper.clone(), work.clone())),
+                    Some(UpperDirectory::OnHost { .. }) => return None,
+                },
+                options: options.clone(),
+            },
+        };
+        Some(LayeredRoot {
+            directories: self.directories.clone(),
+            mount,
+        })
+    }
+}
+
+/// A root file system that the guest mounts from a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RootDisk {
+    /// A block device or image file with one file system.
+    FileSystem {
         /// The device or file on the host.
         source: PathBuf,
         /// The file system's type.
@@ -154,6 +235,48 @@ pub(crate) enum Root {
         /// The guest can only read.
         read_only: bool,
     },
+    /// Several file systems, of which the root consists.
+    Layers {
+        layers: Vec<RootLayer>,
+        /// The numbers of layers in it are valid.
+        root: LayeredRoot,
+    },
+}
+
+impl RootDisk {
+    /// Whether the guest can write to none of its files.
+    pub(crate) fn is_read_only(&self) -> bool {
+        match self {
+            Self::FileSystem { read_only, .. } => *read_only,
+            Self::Layers { layers, .. } => layers.iter().all(|layer| layer.read_only),
+        }
+    }
+}
+
+/// A file system in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RootLayer {
+    /// The device or file on the host.
+    pub(crate) source: PathBuf,
+    /// The devices or files with the file contents of an EROFS file system that has only metadata, in the order of its
+    /// device table.
+    pub(crate) devices: Vec<PathBuf>,
+    /// The file system's type.
+    pub(crate) filesystem: String,
+    /// Mount options, without `device=`.
+    pub(crate) options: Vec<String>,
+    pub(crate) read_only: bool,
+    /// How to create the file if it does not exist. `None` if it must exist.
+    pub(crate) new_file: Option<NewDiskFile>,
+}
+
+/// An image file with an empty file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NewDiskFile {
+    /// In bytes, not 0.
+    pub(crate) size: u64,
+    /// The identity of the file system. `None` means a random one.
+    pub(crate) uuid: Option<Uuid>,
 }
 
 /// A mount of containerd's Task API (`types.Mount`).

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, str::FromStr};
 
-use super::{CgroupPath, Hooks, HostMount, Limits, Network, Placement, PodSize, Share};
+use super::{CgroupPath, Hooks, HostFiles, Limits, Network, Placement, PodSize, Share};
 
 /// The maximum length of a disk's name in bytes: that of its serial (virtio 1.3 §5.2.6, `VIRTIO_BLK_T_GET_ID`).
 const MAX_DISK_NAME: usize = 20;
@@ -63,12 +63,7 @@ impl Default for VmPolicy {
 
 /// The files of the image of a virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct VmImage {
-    /// The mounts of its snapshot.
-    pub(crate) mounts: Vec<HostMount>,
-    /// The directory with its files, if `mounts` is empty.
-    pub(crate) directory: PathBuf,
-}
+pub(crate) struct VmImage(pub(crate) HostFiles);
 
 /// What identifies a virtual machine to its guest.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,6 +23,9 @@
 //! host_namespaces = "refuse"     # or "pod": hostPID and hostIPC then mean the namespaces of the pod
 //!                                # or "pod-and-network": hostNetwork also means the network of the pod
 //!
+//! [storage]
+//! layers = true                  # false: containerd mounts the layers of its EROFS snapshotter on the host
+//!
 //! [vm]                           # virtual machines with a user's disk
 //! enabled = true                 # false: they are refused
 //! max_disks = 10                 # per machine: volumes and block devices that become disks, 0 to 10
@@ -74,6 +77,9 @@ pub(crate) struct Configuration {
     pub(crate) sizing: Sizing,
     /// The meaning of hostPID, hostIPC and hostNetwork.
     pub(crate) host_namespaces: HostNamespaces,
+    /// Whether containerd is to leave the layers of its EROFS snapshotter to this runtime. Only the default file counts:
+    /// containerd asks once for all uses of the runtime.
+    pub(crate) layers: bool,
     pub(crate) virtual_machines: VmPolicy,
     /// The size of the cache of kernels in images, in bytes; 0 for none.
     pub(crate) kernel_cache_bytes: u64,
@@ -127,6 +133,7 @@ impl Configuration {
             guest,
             machine,
             pod,
+            storage,
             vm,
         } = document;
         for (key, path) in [("guest.kernel", &guest.kernel), ("guest.initramfs", &guest.initramfs)] {
@@ -145,6 +152,7 @@ impl Configuration {
             shell: guest.shell.unwrap_or(true),
             sizing: machine.sizing(host)?,
             host_namespaces: pod.host_namespaces,
+            layers: storage.layers.unwrap_or(true),
             virtual_machines: vm.policy()?,
             kernel_cache_bytes: vm.kernel_cache_bytes()?,
             debug,
@@ -159,7 +167,14 @@ struct Document {
     guest: GuestSection,
     machine: MachineSection,
     pod: PodSection,
+    storage: StorageSection,
     vm: VmSection,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "the table [storage]")]
+struct StorageSection {
+    layers: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -309,6 +324,7 @@ mod tests {
                 max_vcpus: 64,
             },
             host_namespaces: HostNamespaces::Refuse,
+            layers: true,
             virtual_machines: VmPolicy {
                 enabled: true,
                 max_disks: 10,
@@ -343,6 +359,8 @@ mod tests {
             max_vcpus = 4
             [pod]
             host_namespaces = "pod"
+            [storage]
+            layers = false
             [vm]
             enabled = false
             max_disks = 2
@@ -363,6 +381,7 @@ mod tests {
                 max_vcpus: 4,
             },
             host_namespaces: HostNamespaces::Pod,
+            layers: false,
             virtual_machines: VmPolicy {
                 enabled: false,
                 max_disks: 2,

@@ -18,6 +18,10 @@ pub(crate) enum MachineError {
     BootCommand(&'static str),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error("disk {0}: its command has too few descriptors")]
+    DiskDescriptors(String),
+    #[error("disk {0}: a length of its files is 0 or not a multiple of 512, or their sum is too large")]
+    JoinedFiles(String),
     #[error("disk {serial}: {source}")]
     DiskImage { serial: String, source: ImageError },
     #[error("cannot {step}: {source}")]

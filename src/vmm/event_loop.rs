@@ -3,22 +3,24 @@
 //! the resize of a machine until the file server has mapped the new memory (at most a few seconds).
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     thread,
 };
 
-use nutshell_protocol::FIRST_DISK_SLOT;
+use nutshell_protocol::{FIRST_DISK_SLOT, disk_serial};
 use rustix::{buffer::spare_capacity, event::epoll};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{end_signal::EndSignal, machine::RunningMachine, serial_console::SerialConsole, system_calls};
+use super::{
+    end_signal::EndSignal, machine::RunningMachine, resources::open_disk, serial_console::SerialConsole, system_calls,
+};
 use crate::{
     control::{Channel, Command, ControlError, EndReason, MemoryState, Notice},
     devices::{
         console_tail::ConsoleTail,
         virtio::{
-            block::Backing,
             console::Console,
             device::serve_or_reset,
             named_port::NamedPort,
@@ -285,12 +287,9 @@ fn execute(
             vsock.muxer().close(port);
             vsock.deliver().map_err(vsock_failed)?;
         }
-        Command::PlugDisk { slot, read_only } => {
-            let file = descriptors
-                .next()
-                .ok_or_else(|| invalid_command("no file for a disk"))?
-                .into();
-            let result = machine.plug_disk(slot, Backing::File { file, read_only });
+        Command::PlugDisk { slot, access } => {
+            let opened = open_disk(&disk_serial(slot), &access, || descriptors.next().map(File::from));
+            let result = opened.and_then(|backing| machine.plug_disk(slot, backing));
             let result = result.map_err(|error| error.to_string());
             let slot = FIRST_DISK_SLOT.saturating_add(slot);
             send(channel, &Notice::Plugged { slot, result })?;

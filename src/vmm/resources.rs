@@ -12,8 +12,8 @@ use nutshell_disk_image::Image;
 
 use super::{error::MachineError, file_part::FilePart};
 use crate::{
-    control::{BaseFormat, BoardKind, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
-    devices::virtio::block::Backing,
+    control::{BaseFormat, BoardKind, DiskAccess, DiskConfig, Extent, FileAccess, LinkConfig, MachineConfig, Software},
+    devices::virtio::block::{Backing, JoinedFile, JoinedFiles},
 };
 
 /// A boot command with its descriptors.
@@ -79,22 +79,23 @@ impl BootResources {
         let mut next = |missing| descriptors.next().ok_or(MachineError::BootCommand(missing));
         let (kvm, kernel) = (next("no /dev/kvm")?, next("no kernel")?.into());
         let software = parse_software(software, &mut next)?;
+        let file_server = match config.file_server {
+            true => Some(next("no socket of the file server")?.into()),
+            false => None,
+        };
+        let mut open = |disk: &DiskConfig| {
+            let backing = open_disk(&disk.serial, &disk.access, || descriptors.next().map(File::from))?;
+            Ok((disk.serial.clone(), backing))
+        };
         let resources = Self {
             kvm,
             kernel,
             software,
-            file_server: if config.file_server {
-                Some(next("no socket of the file server")?.into())
-            } else {
-                None
-            },
+            file_server,
             disks: config
                 .disks
                 .iter()
-                .map(|disk| {
-                    let backing = open_disk(disk, || Ok(next("no file for a disk")?.into()))?;
-                    Ok((disk.serial.clone(), backing))
-                })
+                .map(&mut open)
                 .collect::<Result<_, MachineError>>()?,
             config,
         };
@@ -152,39 +153,51 @@ fn parse_software(
     }
 }
 
-/// Opens a disk, whose descriptors come from `next_file`.
-fn open_disk(
-    disk: &DiskConfig,
-    mut next_file: impl FnMut() -> Result<File, MachineError>,
+/// Opens the disk with the serial `serial`, whose descriptors come from `next_file`.
+pub(super) fn open_disk(
+    serial: &str,
+    access: &DiskAccess,
+    mut next_file: impl FnMut() -> Option<File>,
 ) -> Result<Backing, MachineError> {
-    let base = next_file()?;
-    let access = disk.access;
+    let mut next_file = || next_file().ok_or_else(|| MachineError::DiskDescriptors(serial.to_owned()));
     let image = match access {
         DiskAccess::ReadOnly | DiskAccess::ReadWrite => {
             return Ok(Backing::File {
-                file: base,
-                read_only: access == DiskAccess::ReadOnly,
+                file: next_file()?,
+                read_only: *access == DiskAccess::ReadOnly,
             });
         }
-        DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(base)),
-        DiskAccess::ReadOnlyPart(extent) => Image::open_read_only(Box::new(FilePart::new(base, extent))),
+        DiskAccess::Joined(files) => {
+            let open = |access: &FileAccess| {
+                Ok(JoinedFile {
+                    file: next_file()?,
+                    length: access.length,
+                    read_only: access.read_only,
+                })
+            };
+            let files = files.iter().map(open).collect::<Result<_, MachineError>>()?;
+            let joined = JoinedFiles::new(files).ok_or_else(|| MachineError::JoinedFiles(serial.to_owned()))?;
+            return Ok(Backing::Joined(joined));
+        }
+        DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(next_file()?)),
+        DiskAccess::ReadOnlyPart(extent) => Image::open_read_only(Box::new(FilePart::new(next_file()?, *extent))),
         DiskAccess::CopyOnWrite {
             format,
             host_boot,
             read_only,
         } => {
-            let (base, writes) = (Box::new(base), Box::new(next_file()?));
+            let (base, writes) = (Box::new(next_file()?), Box::new(next_file()?));
             let image = match format {
-                BaseFormat::Detected => Image::open(base, writes, host_boot),
-                BaseFormat::Raw => Image::open_raw(base, writes, host_boot),
+                BaseFormat::Detected => Image::open(base, writes, *host_boot),
+                BaseFormat::Raw => Image::open_raw(base, writes, *host_boot),
             };
-            image.map(|image| if read_only { image.into_read_only() } else { image })
+            image.map(|image| if *read_only { image.into_read_only() } else { image })
         }
     };
     image
         .map(|image| Backing::Image(Box::new(image)))
         .map_err(|source| MachineError::DiskImage {
-            serial: disk.serial.clone(),
+            serial: serial.to_owned(),
             source,
         })
 }
@@ -251,6 +264,16 @@ mod tests {
             copy_on_write,
             raw_copy_on_write,
             DiskAccess::ReadOnlyImage,
+            DiskAccess::Joined(vec![
+                FileAccess {
+                    length: 1024,
+                    read_only: true,
+                },
+                FileAccess {
+                    length: 512,
+                    read_only: false,
+                },
+            ]),
             DiskAccess::ReadOnly,
         ];
         // A raw disk stays raw, even if the guest has written the magic number of another format to it.
@@ -262,6 +285,8 @@ mod tests {
                 file(4096, b"QFI\xfb"),
                 file(0, b""),
                 file(512, b"image"),
+                file(2000, b"layer"),
+                file(512, b"layer"),
                 file(1536, b"QFI\xfb"),
             ]
         };
@@ -271,18 +296,20 @@ mod tests {
         let found = resources.disks.iter().map(|(_, disk)| match disk {
             Backing::File { file, read_only } => ("file", file.metadata().unwrap().len(), *read_only),
             Backing::Image(image) => ("image", image.size(), image.is_read_only()),
+            Backing::Joined(_) => ("joined", disk.size().unwrap(), disk.is_read_only()),
         });
         assert!(found.eq([
             ("file", 1024, false),
             ("image", 2048, false),
             ("image", 4096, false),
             ("image", 512, true),
+            ("joined", 1536, false),
             ("file", 1536, true),
         ]));
         let mut missing = files();
         missing.pop();
         let error = parse(disks, missing).unwrap_err();
-        assert_eq!(error, "invalid boot command: no file for a disk");
+        assert_eq!(error, "disk nutshell-5: its command has too few descriptors");
     }
 
     #[test]
@@ -292,14 +319,23 @@ mod tests {
             host_boot: [1; 16],
             read_only: false,
         };
+        let empty = FileAccess {
+            length: 0,
+            read_only: true,
+        };
         for (access, files, expected) in [
+            (
+                DiskAccess::Joined(vec![empty]),
+                vec![file(512, b"")],
+                "disk nutshell-1: a length of its files is 0 or not a multiple of 512, or their sum is too large",
+            ),
             (
                 DiskAccess::ReadOnlyImage,
                 vec![file(72, b"QFI\xfb\0\0\0\x09")],
                 "disk nutshell-1: qcow2 base image: version is 9, and only 2 and 3 are supported",
             ),
             (
-                copy_on_write,
+                copy_on_write.clone(),
                 vec![file(1000, b""), file(0, b"")],
                 "disk nutshell-1: the size of the raw base image is 1000 bytes, not a multiple of 512: \
                  the file may be incomplete",

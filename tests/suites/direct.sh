@@ -14,6 +14,7 @@ cp "$NUTSHELL_TEST_SHIM" /run/bin/containerd-shim-nutshell-v2
 export NUTSHELL_TEST_SHIM=/run/bin/containerd-shim-nutshell-v2
 copy_to_memory sh
 modprobe fuse
+modprobe erofs
 # As systemd does: a shim gets mounts that are made after its start.
 mount --make-rshared /
 # The shims of these tests have the default configuration.

@@ -16,6 +16,7 @@ mod frame;
 pub mod fuzz;
 mod message;
 mod names;
+mod rootfs;
 mod shell;
 mod stats;
 
@@ -24,9 +25,10 @@ pub use message::{
     BlockedThread, ClockReading, ClockSteering, CreateContainer, DELETION_KILL_TIMEOUT, DiskKernel, Event, Exited,
     Failure, FailureKind, FromAgent, GuestSettings, MAX_BLOCKED_THREADS, MAX_CLOCK_RATE, MAX_COMMAND_LINE,
     MAX_DISK_INITRD, MAX_DISK_KERNEL, MAX_KERNEL_SOURCE, MAX_PROCESSES, NetworkParameter, OpenShell, PidNamespace,
-    PodFile, ProcessEntry, Ready, Reply, Request, Response, Rootfs, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
+    PodFile, ProcessEntry, Ready, Reply, Request, Response, SetUpPod, ShellTerminal, StartExec, Stdio, ToAgent,
 };
 pub use names::{MAX_NAME_FRAME, MAX_NAME_QUERIES, NameAnswer, NameQuery};
+pub use rootfs::{DiskPart, Layer, LayerPath, LayeredRoot, NewDirectory, RootMount, Rootfs};
 pub use shell::{MAX_SHELL_DATA, MAX_SHELL_FRAME, ShellInput, ShellOutput, TerminalSize};
 pub use stats::{
     ContainerStats, CpuStats, IoStats, MAX_STATISTICS, MemoryEvents, MemoryStats, NetworkStats, PidsStats,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ContainerStats, NETWORK_SLOTS, TerminalSize, bounds};
+use crate::{ContainerStats, NETWORK_SLOTS, Rootfs, TerminalSize, bounds};
 
 /// A message from the shim to the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -260,25 +260,6 @@ pub struct CreateContainer {
     pub pid_namespace: PidNamespace,
     /// The standard streams of the container's first process.
     pub stdio: Stdio,
-}
-
-/// The source of a container's root file system.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Rootfs {
-    /// A directory below [`crate::SHARE_PATH`], which the agent bind-mounts.
-    Share {
-        /// The path relative to [`crate::SHARE_PATH`], without `..`.
-        path: String,
-    },
-    /// A file system on a virtio-blk device (see [`crate::disk_serial`]).
-    Disk {
-        /// The disk slot.
-        slot: u32,
-        /// The file system type, as for mount(2).
-        filesystem: String,
-        /// Mount options in the form of fstab(5), such as `ro`, `noatime` or `discard`.
-        options: Vec<String>,
-    },
 }
 
 /// The standard streams of a process. Each uses a separate connection, from the agent to a vsock port of the host.

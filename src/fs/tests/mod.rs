@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use super::node_id::{OWNED_TTL, SHARED_TTL};
 use crate::{
-    oci::{HostMount, ReadOnly, Share},
+    oci::{HostFiles, HostMount, ReadOnly, Share},
     shim::share::FileServer,
 };
 
@@ -53,7 +53,7 @@ pub(crate) fn start_server() -> TestServer {
         options: vec!["rbind".to_owned(), "rw".to_owned()],
     };
     process
-        .attach_rootfs(&[mount], None, place.path(), "c/rootfs", false)
+        .attach_rootfs(&HostFiles::Mounts(vec![mount]), place.path(), "c/rootfs", false)
         .unwrap();
     TestServer {
         process,

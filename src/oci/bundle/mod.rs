@@ -16,7 +16,7 @@ mod settings;
 mod tests;
 mod virtual_machine;
 
-pub(crate) use self::guest_process::GuestProcess;
+pub(crate) use self::{guest_process::GuestProcess, rootfs::MAX_ROOT_FILES};
 
 use std::path::{Path, PathBuf};
 

@@ -5,7 +5,9 @@ use std::{fs, io, path::PathBuf, time::Duration};
 use serde_json::{Value, json};
 
 use super::*;
-use crate::oci::{CgroupPath, DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, Network, PidNamespace, ReadOnly, Share, SourceKind};
+use crate::oci::{
+    CgroupPath, DEFAULT_MEMORY, DEFAULT_VCPUS, Hook, HostFiles, Network, PidNamespace, ReadOnly, Share, SourceKind,
+};
 
 const CTR: &str = include_str!("testdata/ctr-run.json");
 const CTR_PRIVILEGED: &str = include_str!("testdata/ctr-run-privileged.json");
@@ -91,7 +93,10 @@ fn plain_ctr_run_gets_its_own_machine_of_default_size_with_loopback() {
     assert_eq!(plan.pid_namespace, PidNamespace::Specified);
     assert!(!plan.terminal);
     assert_eq!((&plan.shares[..], &plan.warnings[..]), (&[][..], &[][..]));
-    assert!(matches!(&plan.root, Root::Share { mounts, .. } if mounts[0].kind == "overlay"));
+    assert!(matches!(
+        &plan.root,
+        Root::Share { files: HostFiles::Mounts(mounts), .. } if mounts[0].kind == "overlay"
+    ));
 }
 
 /// Names of files, programs and arguments that annotations give to other runtimes.
@@ -513,6 +518,7 @@ fn root_without_mounts_is_the_directory_in_the_spec() {
         let BundlePlan::Container(plan) = planned else {
             panic!("{planned:?}");
         };
-        assert!(matches!(plan.root, Root::Share { directory: Some(directory), .. } if directory == expected));
+        let files = HostFiles::Directory(expected);
+        assert!(matches!(plan.root, Root::Share { files: found, .. } if found == files));
     }
 }

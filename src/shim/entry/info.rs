@@ -1,5 +1,5 @@
 //! `-info` and `-v`: name, version and features of this runtime (containerd `core/runtime/v2/README.md`,
-//! `api/types/introspection.proto`). Neither needs KVM, a configuration or containerd.
+//! `api/types/introspection.proto`). Neither needs KVM or containerd, and only `-info` reads the configuration.
 
 use std::io::{self, Write};
 
@@ -10,12 +10,23 @@ use containerd_shim::protos::{
 use nutshell_protocol::MOUNT_OPTIONS;
 use serde_json::{Value, json};
 
+use crate::shim::configuration::Configuration;
+
 const NAME: &str = "io.containerd.nutshell.v2";
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
+/// The annotation with the types of mounts that containerd leaves to this runtime (containerd, `docs/mounts.md`).
+/// containerd 2.2 and later reads it.
+const ALLOWED_MOUNTS: (&str, &str) = (
+    "containerd.io/runtime-allow-mounts",
+    "erofs,ext2,ext3,ext4,format/*,mkdir/*,mkfs/*",
+);
+
 /// Prints containerd's `RuntimeInfo`.
 pub(crate) fn print_info() -> io::Result<()> {
-    io::stdout().write_all(&info().write_to_bytes()?)
+    // An invalid configuration is an error of the first container.
+    let layers = Configuration::load(None).is_ok_and(|configuration| configuration.layers);
+    io::stdout().write_all(&info(layers).write_to_bytes()?)
 }
 
 /// Prints the version as text.
@@ -27,8 +38,14 @@ pub(crate) fn print_version() -> io::Result<()> {
     )
 }
 
-fn info() -> RuntimeInfo {
+/// `layers`: whether containerd leaves the layers of its EROFS snapshotter to this runtime.
+fn info(layers: bool) -> RuntimeInfo {
+    let (name, value) = ALLOWED_MOUNTS;
     RuntimeInfo {
+        annotations: layers
+            .then(|| (name.to_owned(), value.to_owned()))
+            .into_iter()
+            .collect(),
         name: NAME.to_owned(),
         version: MessageField::some(RuntimeVersion {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -178,7 +195,7 @@ mod tests {
 
     #[test]
     fn features_parse_as_oci_features() {
-        let bytes = info().write_to_bytes().unwrap();
+        let bytes = info(false).write_to_bytes().unwrap();
         let info = RuntimeInfo::parse_from_bytes(&bytes).unwrap();
         assert_eq!(info.name, NAME);
         assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
@@ -186,6 +203,15 @@ mod tests {
         let linux = features.linux().as_ref().unwrap();
         assert_eq!(linux.namespaces().as_ref().unwrap().len(), NAMESPACES.len());
         assert_eq!(linux.seccomp().as_ref().unwrap().enabled(), &Some(true));
+    }
+
+    #[test]
+    fn mounts_of_layers_are_listed_unless_the_configuration_leaves_them_to_containerd() {
+        assert!(info(false).annotations.is_empty());
+        let annotations = info(true).annotations;
+        let listed = annotations["containerd.io/runtime-allow-mounts"].split(',');
+        let listed: Vec<_> = listed.map(|kind| kind.trim_end_matches("/*")).collect();
+        assert_eq!(listed, ["erofs", "ext2", "ext3", "ext4", "format", "mkdir", "mkfs"]);
     }
 
     #[test]

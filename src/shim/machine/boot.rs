@@ -4,7 +4,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
@@ -14,7 +14,9 @@ use std::{
 use nutshell_protocol::{AGENT_DISK, disk_serial};
 
 use crate::{
-    control::{BaseFormat, BoardKind, Command, DiskAccess, DiskConfig, Extent, LinkConfig, MachineConfig, Software},
+    control::{
+        BaseFormat, BoardKind, Command, DiskAccess, DiskConfig, Extent, FileAccess, LinkConfig, MachineConfig, Software,
+    },
     guest_image::{self, GuestImage, GuestImageError},
     oci::{PodSize, Size},
     shim::blocking::DropOffThread,
@@ -47,6 +49,23 @@ pub(crate) struct DiskFile {
     pub(crate) read_only: bool,
 }
 
+/// A raw disk.
+#[derive(Debug)]
+pub(crate) enum PlainDisk {
+    /// A whole file or block device, which can grow.
+    File(DiskFile),
+    /// The first bytes of files, one after the other. Not empty.
+    Joined(Vec<JoinedDiskFile>),
+}
+
+/// A file of a disk that consists of several.
+#[derive(Debug)]
+pub(crate) struct JoinedDiskFile {
+    pub(crate) file: DiskFile,
+    /// How many bytes of the file belong to the disk: a multiple of 512, and not 0.
+    pub(crate) length: u64,
+}
+
 /// The resources that are the same for every machine of this host.
 #[derive(Debug)]
 pub(crate) struct GuestResources {
@@ -63,7 +82,7 @@ pub(crate) struct GuestResources {
 #[derive(Debug)]
 pub(crate) enum BootDisk {
     /// A raw disk.
-    File(DiskFile),
+    Plain(PlainDisk),
     /// A disk whose writes go to a copy-on-write file.
     CopyOnWrite {
         image: Arc<DiskImage>,
@@ -231,11 +250,45 @@ impl UserBootRequest {
     }
 }
 
+impl PlainDisk {
+    /// The path on the host, for messages. That of the first file if there are several.
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Self::File(disk) => &disk.path,
+            Self::Joined(files) => files.first().map_or(Path::new(""), |joined| &joined.file.path),
+        }
+    }
+
+    pub(super) fn access(&self) -> DiskAccess {
+        match self {
+            Self::File(disk) if disk.read_only => DiskAccess::ReadOnly,
+            Self::File(_) => DiskAccess::ReadWrite,
+            Self::Joined(files) => DiskAccess::Joined(
+                files
+                    .iter()
+                    .map(|joined| FileAccess {
+                        length: joined.length,
+                        read_only: joined.file.read_only,
+                    })
+                    .collect(),
+            ),
+        }
+    }
+
+    /// The descriptors that [`DiskAccess`] documents.
+    pub(super) fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::File(disk) => vec![disk.file.as_fd()],
+            Self::Joined(files) => files.iter().map(|joined| joined.file.file.as_fd()).collect(),
+        }
+    }
+}
+
 impl BootDisk {
     /// The path on the host, for messages.
     pub(super) fn path(&self) -> &Path {
         match self {
-            Self::File(disk) => &disk.path,
+            Self::Plain(disk) => disk.path(),
             Self::CopyOnWrite { image, .. } => &image.path,
             Self::Agent { .. } => Path::new(AGENT_DISK),
         }
@@ -243,8 +296,7 @@ impl BootDisk {
 
     fn access(&self) -> DiskAccess {
         match self {
-            Self::File(disk) if disk.read_only => DiskAccess::ReadOnly,
-            Self::File(_) => DiskAccess::ReadWrite,
+            Self::Plain(disk) => disk.access(),
             Self::CopyOnWrite { image, read_only } => DiskAccess::CopyOnWrite {
                 format: image.format,
                 host_boot: image.host_boot,
@@ -257,7 +309,11 @@ impl BootDisk {
     /// The descriptors that [`DiskAccess`] documents.
     fn into_descriptors(self) -> io::Result<Vec<OwnedFd>> {
         Ok(match self {
-            Self::File(disk) => vec![disk.file.into_inner().into()],
+            Self::Plain(PlainDisk::File(disk)) => vec![disk.file.into_inner().into()],
+            Self::Plain(PlainDisk::Joined(files)) => {
+                let files = files.into_iter().map(|joined| joined.file.file.into_inner());
+                files.map(OwnedFd::from).collect()
+            }
             Self::Agent { file, .. } => vec![file.into()],
             Self::CopyOnWrite { image, .. } => vec![image.base.try_clone()?.into(), image.writes.try_clone()?.into()],
         })
@@ -329,7 +385,7 @@ mod tests {
         File::open("/dev/null").unwrap()
     }
 
-    fn boot_request(file_server: Option<OwnedFd>, disks: Vec<DiskFile>) -> BootRequest {
+    fn boot_request(file_server: Option<OwnedFd>, disks: Vec<PlainDisk>) -> BootRequest {
         let extent = Extent { offset: 0, length: 0 };
         BootRequest {
             guest: GuestResources {
@@ -345,28 +401,40 @@ mod tests {
             },
             size: PodSize::fixed(SIZE),
             file_server,
-            disks: disks.into_iter().map(BootDisk::File).collect(),
+            disks: disks.into_iter().map(BootDisk::Plain).collect(),
             hotplug_disks: 0,
         }
     }
 
     #[test]
     fn boot_command_announces_the_descriptors_that_go_with_it() {
-        let disk = |read_only| DiskFile {
+        let file = |read_only| DiskFile {
             file: null().into(),
             path: "/dev/null".into(),
             read_only,
         };
-        let disks = || vec![disk(true), disk(false)];
-        for (file_server, count) in [(Some(null().into()), 7), (None, 6)] {
+        let joined = |length, read_only| JoinedDiskFile {
+            file: file(read_only),
+            length,
+        };
+        let disks = || {
+            vec![
+                PlainDisk::File(file(true)),
+                PlainDisk::Joined(vec![joined(512, false), joined(1024, true)]),
+                PlainDisk::File(file(false)),
+            ]
+        };
+        let access = |length, read_only| FileAccess { length, read_only };
+        let joined = DiskAccess::Joined(vec![access(512, false), access(1024, true)]);
+        for (file_server, count) in [(Some(null().into()), 9), (None, 8)] {
             let has_file_server = file_server.is_some();
             let (command, descriptors) = boot_request(file_server, disks()).into_command(null().into()).unwrap();
             let Command::Boot(machine, Software::Agent { .. }) = command else {
                 panic!("{command:?}");
             };
             assert_eq!(machine.file_server, has_file_server);
-            let accesses = machine.disks.iter().map(|disk| disk.access);
-            assert!(accesses.eq([DiskAccess::ReadOnly, DiskAccess::ReadWrite]));
+            let accesses = machine.disks.iter().map(|disk| &disk.access);
+            assert!(accesses.eq([&DiskAccess::ReadOnly, &joined, &DiskAccess::ReadWrite]));
             assert_eq!(descriptors.len(), count);
         }
     }

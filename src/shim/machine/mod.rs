@@ -40,8 +40,8 @@ pub(crate) use self::monitor::fuzz::receive_notices;
 pub(crate) use self::{
     agent::{Agent, AgentError},
     boot::{
-        BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, UserBootRequest, open_agent_disk,
-        open_disk, open_kvm,
+        BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, JoinedDiskFile, PlainDisk,
+        UserBootRequest, open_agent_disk, open_disk, open_kvm,
     },
     console::printable_line,
     exit::MachineExit,
@@ -491,14 +491,14 @@ impl Machine {
     }
 
     /// Puts a disk into the free disk slot `slot`.
-    pub(crate) async fn plug_disk(&self, slot: u32, disk: &DiskFile) -> Result<(), VmmError> {
+    pub(crate) async fn plug_disk(&self, slot: u32, disk: &PlainDisk) -> Result<(), VmmError> {
         self.state
             .disk_paths
             .lock()
-            .insert(disk_serial(slot), disk.path.clone());
-        let (read_only, file) = (disk.read_only, disk.file.as_fd());
-        let command = Command::PlugDisk { slot, read_only };
-        self.change_slot(FIRST_DISK_SLOT.saturating_add(slot), &command, &[file])
+            .insert(disk_serial(slot), disk.path().to_owned());
+        let access = disk.access();
+        let command = Command::PlugDisk { slot, access };
+        self.change_slot(FIRST_DISK_SLOT.saturating_add(slot), &command, &disk.descriptors())
             .await
     }
 

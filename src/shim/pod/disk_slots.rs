@@ -1,17 +1,17 @@
 //! The hot-plugged disks of a pod's containers.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use nutshell_protocol::Request;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{error::PodError, requirements::OPEN_DISK};
+use super::{
+    error::PodError,
+    root_disk::{self, DiskContents},
+};
 use crate::{
-    oci::ContainerId,
-    shim::{
-        blocking,
-        machine::{Machine, open_disk},
-    },
+    oci::{ContainerId, RootDisk},
+    shim::machine::Machine,
 };
 
 /// The time limit for guest and vmm to release a disk that no container uses any more.
@@ -42,17 +42,15 @@ impl DiskSlots {
         }
     }
 
-    /// Opens the disk of the container `id` and puts it into a free slot, whose number it returns. Call
-    /// [`Self::unplug`] even if this fails: the container may already hold a slot.
+    /// Opens the disk of the container `id` and puts it into a free slot. Returns the slot's number and what is on the
+    /// disk. Call [`Self::unplug`] even if this fails: the container may already hold a slot.
     pub(super) async fn plug(
         &self,
         machine: &Machine,
         id: &ContainerId,
-        source: &Path,
-        read_only: bool,
-    ) -> Result<u32, PodError> {
-        let path = source.to_owned();
-        let disk = blocking::run(OPEN_DISK, move || open_disk(path, read_only)).await??;
+        root: RootDisk,
+    ) -> Result<(u32, DiskContents), PodError> {
+        let (disk, contents) = root_disk::open(root).await?;
         let slot = {
             let mut inner = self.lock();
             let slot = inner.free.pop().ok_or(PodError::NoSlot { max: self.count })?;
@@ -61,10 +59,10 @@ impl DiskSlots {
         };
         let plugged = machine.plug_disk(slot, &disk).await;
         plugged.map_err(|error| PodError::Disk {
-            path: source.to_owned(),
+            path: disk.path().to_owned(),
             source: error,
         })?;
-        Ok(slot)
+        Ok((slot, contents))
     }
 
     /// Takes the disk of the container `id` out of the machine, if it has one.

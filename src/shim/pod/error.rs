@@ -20,6 +20,9 @@ pub(crate) enum PodError {
     /// The vmm cannot plug a disk.
     #[error("cannot plug the disk {} into the virtual machine: {source}", path.display())]
     Disk { path: PathBuf, source: VmmError },
+    /// The file of a root file system cannot be created.
+    #[error("cannot create the disk {} of the root file system: {reason}", path.display())]
+    NewDisk { path: PathBuf, reason: String },
     /// Every disk slot is taken.
     #[error("the pod's virtual machine has no slot left for another disk: at most {max} at a time")]
     NoSlot { max: u32 },

@@ -13,6 +13,7 @@ mod launcher;
 mod oom_score;
 mod pid_holder;
 mod requirements;
+mod root_disk;
 pub(crate) mod system_calls;
 
 use std::{
@@ -45,10 +46,11 @@ pub(crate) use self::{
     launcher::{HostLauncher, Launcher},
     pid_holder::{NetworkNamespace, PidHolder, open_network_namespace},
     requirements::PodRequirements,
+    root_disk::{DiskContents, create_files},
 };
 use crate::{
     control::monotonic_now,
-    oci::{ContainerId, PodSize, Root, Share, Size},
+    oci::{ContainerId, HostFiles, PodSize, Root, Share, Size},
     shim::{
         error::TaskError,
         machine::{BootDisk, BootError, BootRequest, Machine, VmmProcess},
@@ -415,40 +417,31 @@ impl Pod {
     }
 
     /// Makes the files of the container `id` available to the guest: its root file system and its shared directories.
-    /// Returns where the guest finds them. After a failure call [`Self::detach`].
+    /// `boot_disk` is what is on the disk of its root if the machine boots with that. Returns where the guest finds the
+    /// files. After a failure call [`Self::detach`].
     pub(crate) async fn attach(
         &self,
         id: &ContainerId,
         bundle: &Path,
         root: Root,
+        boot_disk: Option<DiskContents>,
         shares: Vec<Share>,
     ) -> Result<AttachedFiles, PodError> {
         let path = format!("{id}/rootfs");
         let (rootfs, shared_root) = match root {
-            Root::Share {
-                mounts,
-                directory,
-                read_only,
-            } => (
-                Rootfs::Share { path: path.clone() },
-                Some((mounts, directory, read_only)),
-            ),
-            Root::Disk {
-                source,
-                filesystem,
-                options,
-                read_only,
-            } => {
-                let slot = match &self.disk_slots {
-                    Some(slots) => slots.plug(&self.machine(), id, &source, read_only).await?,
-                    None => BOOT_DISK_SLOT,
+            Root::Share { files, read_only } => {
+                if let HostFiles::Layers(root) = &files {
+                    root_disk::create_files(&root.layers).await?;
+                }
+                (Rootfs::Share { path: path.clone() }, Some((files, read_only)))
+            }
+            Root::Disk(root) => {
+                let (slot, contents) = match (boot_disk, &self.disk_slots) {
+                    (Some(contents), _) => (BOOT_DISK_SLOT, contents),
+                    (None, Some(slots)) => slots.plug(&self.machine(), id, root).await?,
+                    (None, None) => return Err(PodError::NoSlot { max: 0 }),
                 };
-                let rootfs = Rootfs::Disk {
-                    slot,
-                    filesystem,
-                    options,
-                };
-                (rootfs, None)
+                (contents.into_rootfs(slot), None)
             }
         };
         if shared_root.is_none() && shares.is_empty() {
@@ -457,8 +450,8 @@ impl Pod {
         let file_server = self.file_server().clone().ok_or(PodError::NotShared)?;
         let bundle_rootfs = bundle.join("rootfs");
         let attach = file_server.attach(id, move |server| {
-            if let Some((mounts, directory, read_only)) = shared_root {
-                server.attach_rootfs(&mounts, directory.as_deref(), &bundle_rootfs, &path, read_only)?;
+            if let Some((files, read_only)) = shared_root {
+                server.attach_rootfs(&files, &bundle_rootfs, &path, read_only)?;
             }
             let place = |share: Share| Ok((share.path.clone(), server.attach_in_pod(&share)?));
             shares.into_iter().map(place).collect()

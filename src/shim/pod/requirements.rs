@@ -4,17 +4,15 @@ use std::path::PathBuf;
 
 use nutshell_protocol::SetUpPod;
 
-use super::{cgroup::ControlGroup, error::PodError};
+use super::{
+    cgroup::ControlGroup,
+    error::PodError,
+    root_disk::{self, DiskContents},
+};
 use crate::{
     oci::{CgroupPath, Plan, PodPlan, PodSize, Root, Size},
-    shim::{
-        blocking,
-        machine::{BootDisk, open_disk},
-    },
+    shim::machine::BootDisk,
 };
-
-/// The name in errors of the step that opens the disk of a root file system.
-pub(super) const OPEN_DISK: &str = "open the disk of the root file system";
 
 /// How many disks the containers of a pod can have at a time.
 const MAX_MEMBER_DISKS: u32 = 8;
@@ -79,26 +77,26 @@ impl PodRequirements {
         })
     }
 
-    /// For a machine with one container.
-    pub(crate) async fn for_container(plan: &Plan) -> Result<Self, PodError> {
-        let (file_server, disks) = match &plan.root {
-            Root::Share { .. } => (true, Vec::new()),
-            Root::Disk { source, read_only, .. } => {
-                let (source, read_only) = (source.clone(), *read_only);
-                let disk = blocking::run(OPEN_DISK, move || open_disk(source, read_only)).await??;
-                (!plan.shares.is_empty(), vec![BootDisk::File(disk)])
+    /// For a machine with one container. Also returns what is on the disk of its root file system, if it has one.
+    pub(crate) async fn for_container(plan: &Plan) -> Result<(Self, Option<DiskContents>), PodError> {
+        let (disk, contents) = match &plan.root {
+            Root::Share { .. } => (None, None),
+            Root::Disk(root) => {
+                let (disk, contents) = root_disk::open(root.clone()).await?;
+                (Some(BootDisk::Plain(disk)), Some(contents))
             }
         };
-        Ok(Self {
+        let requirements = Self {
             size: PodSize::fixed(plan.size),
-            file_server,
+            file_server: disk.is_none() || !plan.shares.is_empty(),
             first_guest: FirstGuest::Containers,
-            disks,
+            disks: disk.into_iter().collect(),
             hotplug_disks: 0,
             cgroup: find_cgroup(plan.cgroup.as_ref())?,
             oom_score_adj: Some(plan.oom_score_adj),
             set_up_request: None,
-        })
+        };
+        Ok((requirements, contents))
     }
 
     /// For a machine that any number of containers may join. `set_up_request` has the settings that they share. The

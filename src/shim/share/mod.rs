@@ -14,6 +14,8 @@ mod detached;
 mod error;
 mod idmap;
 mod in_pod;
+mod layers;
+mod loop_device;
 mod nested;
 mod places;
 mod rootfs;
@@ -53,7 +55,7 @@ use self::{
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
     jail::{self, FailedStep, RoleCommand, root::Access, step, syscalls::mount_setattr},
-    oci::{HostMount, ReadOnly, Share},
+    oci::{HostFiles, ReadOnly, Share},
 };
 
 /// The step that [`restrict`] performs, in errors.
@@ -118,30 +120,23 @@ impl FileServer {
         &self.child
     }
 
-    /// Shares a container's root file system as `path` of the tree. It is made by `mounts`, in order, at
-    /// `bundle_rootfs`; without mounts it is `directory`, with everything mounted below it.
+    /// Shares a container's root file system as `path` of the tree. If it has to be mounted, it is at `bundle_rootfs`.
     pub(crate) fn attach_rootfs(
         &self,
-        mounts: &[HostMount],
-        directory: Option<&Path>,
+        files: &HostFiles,
         bundle_rootfs: &Path,
         path: &str,
         read_only: bool,
     ) -> Result<(), ShareError> {
-        let directory = directory.filter(|_| mounts.is_empty());
-        let failed = attach_error(directory.unwrap_or(bundle_rootfs), path);
         run_in_thread(|| {
-            let mount = match directory {
-                Some(directory) => clone_mount(directory, true).map_err(step("open it")).map_err(&failed)?,
-                None => rootfs::mount_detached(mounts, bundle_rootfs)?,
-            };
+            let mount = mount_files(files, bundle_rootfs, path, true)?;
             // Mounts of a snapshotter belong only to this container; a directory may have other users.
-            let owned_by_guest = directory.is_none();
+            let owned_by_guest = !matches!(files, HostFiles::Directory(_));
             let read_only = if read_only { ReadOnly::All } else { ReadOnly::None };
             restrict(mount.as_fd(), read_only)
                 .map_err(step(RESTRICT_STEP))
                 .and_then(|()| self.attach_detached(&mount, path, owned_by_guest))
-                .map_err(&failed)
+                .map_err(attach_error(source_of(files, bundle_rootfs), path))
         })
     }
 
@@ -266,23 +261,37 @@ impl FileServer {
     }
 }
 
-/// Mounts the root file system of an image for the shim, which opens files in it. It is made by `mounts`, in order, at
-/// `bundle_rootfs`; without mounts it is `directory`. It appears in no mount namespace, and has no device nodes.
-pub(crate) fn mount_image(mounts: &[HostMount], directory: &Path, bundle_rootfs: &Path) -> Result<OwnedFd, ShareError> {
-    let source = if mounts.is_empty() { directory } else { bundle_rootfs };
-    let failed = attach_error(source, "the files of an image");
+/// Mounts the root file system of an image for the shim, which opens files in it. If it has to be mounted, it is at
+/// `bundle_rootfs`. It appears in no mount namespace, and has no device nodes.
+pub(crate) fn mount_image(files: &HostFiles, bundle_rootfs: &Path) -> Result<OwnedFd, ShareError> {
+    const PLACE: &str = "the files of an image";
     run_in_thread(|| {
-        let mount = match mounts {
-            [] => clone_mount(directory, false)
-                .map_err(step("open it"))
-                .map_err(&failed)?,
-            mounts => rootfs::mount_detached(mounts, bundle_rootfs)?,
-        };
+        let mount = mount_files(files, bundle_rootfs, PLACE, false)?;
         restrict(mount.as_fd(), ReadOnly::None)
             .map_err(step(RESTRICT_STEP))
-            .map_err(&failed)?;
+            .map_err(attach_error(source_of(files, bundle_rootfs), PLACE))?;
         Ok(mount)
     })
+}
+
+/// A detached mount of `files`. With `recursive`, it includes what is mounted below a directory. `place` is their place
+/// in errors. Leaves the calling thread in another mount namespace.
+fn mount_files(files: &HostFiles, bundle_rootfs: &Path, place: &str, recursive: bool) -> Result<OwnedFd, ShareError> {
+    match files {
+        HostFiles::Directory(directory) => clone_mount(directory, recursive)
+            .map_err(step("open it"))
+            .map_err(attach_error(directory, place)),
+        HostFiles::Mounts(mounts) => rootfs::mount_detached(mounts, bundle_rootfs),
+        HostFiles::Layers(root) => layers::mount_detached(root, bundle_rootfs),
+    }
+}
+
+/// The path of `files` in errors.
+fn source_of<'p>(files: &'p HostFiles, bundle_rootfs: &'p Path) -> &'p Path {
+    match files {
+        HostFiles::Directory(directory) => directory,
+        HostFiles::Mounts(_) | HostFiles::Layers(_) => bundle_rootfs,
+    }
 }
 
 /// A detached mount of a share, with its id map and its options.

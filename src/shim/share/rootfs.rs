@@ -39,15 +39,10 @@ const LOWERDIR: &str = "lowerdir=";
 /// Makes `mounts` in order at `rootfs` and returns them as one detached tree. Leaves the calling thread in a new mount
 /// namespace.
 pub(super) fn mount_detached(mounts: &[HostMount], rootfs: &Path) -> Result<OwnedFd, ShareError> {
-    let unshare_mounts = || -> io::Result<()> {
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        Ok(mount_change(
-            "/",
-            MountPropagationFlags::REC | MountPropagationFlags::PRIVATE,
-        )?)
-    };
     let failed = attach_error(rootfs, "a root file system");
-    unshare_mounts().map_err(step("unshare mounts")).map_err(&failed)?;
+    enter_private_namespace()
+        .map_err(step("unshare mounts"))
+        .map_err(&failed)?;
     for mount in mounts {
         make_mount(mount, rootfs).map_err(|source| ShareError::Rootfs {
             kind: mount.kind.clone(),
@@ -62,7 +57,17 @@ pub(super) fn mount_detached(mounts: &[HostMount], rootfs: &Path) -> Result<Owne
         .map_err(&failed)
 }
 
-fn make_mount(mount: &HostMount, rootfs: &Path) -> io::Result<()> {
+/// Moves the calling thread into a new mount namespace, whose mounts no other one gets.
+pub(super) fn enter_private_namespace() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    Ok(mount_change(
+        "/",
+        MountPropagationFlags::REC | MountPropagationFlags::PRIVATE,
+    )?)
+}
+
+/// Makes a mount in the file system that is mounted at `rootfs`.
+pub(super) fn make_mount(mount: &HostMount, rootfs: &Path) -> io::Result<()> {
     let descriptor = open_target(rootfs, &mount.target)?;
     let target = format!("/proc/thread-self/fd/{}", descriptor.as_raw_fd());
     let mut options = MountOptions::parse(&mount.options);
@@ -246,7 +251,7 @@ impl MountOptions {
 }
 
 /// Escapes a path for the options of an overlay.
-fn escape_layer(path: &Path) -> io::Result<String> {
+pub(super) fn escape_layer(path: &Path) -> io::Result<String> {
     let text = path.to_str().ok_or(io::ErrorKind::InvalidInput)?;
     Ok(text.replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,"))
 }

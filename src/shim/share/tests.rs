@@ -21,6 +21,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::fs::tests::client::{BY_ROOT, Client, KEEP_CACHE};
+use crate::oci::HostMount;
 
 fn start_server() -> (FileServer, Client) {
     assert!(
@@ -118,7 +119,12 @@ fn overlay_is_shared_and_written_to_its_upper_directory() {
     let (server, mut client) = start_server();
     let overlay = layers.overlay(2);
     server
-        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Mounts(vec![overlay]),
+            &layers.path("rootfs"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
     assert_eq!(read_mountinfo(), before, "the mounts appear in the shim's namespace");
 
@@ -145,7 +151,12 @@ fn overlay_with_more_layers_than_a_page_holds_is_shared() {
     assert!(overlay.options.join(",").len() > 4096);
     let (server, mut client) = start_server();
     server
-        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Mounts(vec![overlay]),
+            &layers.path("rootfs"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
     let root = client.walk("c/rootfs").unwrap().id;
     assert_eq!(client.list(root).unwrap().len(), LAYERS + 1);
@@ -174,7 +185,12 @@ fn lower_layers_of_an_overlay_are_id_mapped() {
     overlay.options.extend(map);
     let (server, mut client) = start_server();
     server
-        .attach_rootfs(&[overlay], None, &layers.path("rootfs"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Mounts(vec![overlay]),
+            &layers.path("rootfs"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
 
     let root = client.walk("c/rootfs").unwrap().id;
@@ -227,7 +243,12 @@ fn read_only_shares_are_read_only_on_the_host_cve_2020_28914() {
     };
     server.attach(&read_only).unwrap();
     server
-        .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", true)
+        .attach_rootfs(
+            &HostFiles::Directory(directory.path().to_owned()),
+            Path::new("/nowhere"),
+            "c/rootfs",
+            true,
+        )
         .unwrap();
     for path in ["c/0", "c/rootfs"] {
         let parent = client.walk(path).unwrap().id;
@@ -244,7 +265,12 @@ fn existing_directory_as_root_has_a_short_cache_timeout() {
     let directory = TempDir::new().unwrap();
     let (server, mut client) = start_server();
     server
-        .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Directory(directory.path().to_owned()),
+            Path::new("/nowhere"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
     let root = client.walk("c/rootfs").unwrap();
     assert!(root.ttl < Duration::from_millis(100), "{:?}", root.ttl);
@@ -476,7 +502,7 @@ fn error_names_the_source_and_the_failed_step() {
         options: vec!["lowerdir=/no/such".to_owned()],
     };
     let error = server
-        .attach_rootfs(&[overlay], None, directory.path(), "d/rootfs", false)
+        .attach_rootfs(&HostFiles::Mounts(vec![overlay]), directory.path(), "d/rootfs", false)
         .unwrap_err()
         .to_string();
     assert!(

@@ -19,16 +19,20 @@ use super::{
 };
 use crate::{
     oci::{
-        self, BundlePlan, BundleSpec, ContainerId, HostInspector, HostMount, Network, Placement, Plan, Root, VmPlan,
+        self, BundlePlan, BundleSpec, ContainerId, HostFiles, HostInspector, HostMount, Network, Placement, Plan, Root,
+        VmPlan,
     },
     shim::{
-        blocking,
+        blocking::{self, BlockingError},
         error::{ErrorCode, TaskError},
-        pod::{Creation, Pod, PodRequirements},
+        pod::{Creation, DiskContents, Pod, PodRequirements, create_files},
         stdio::{StdioContext, StdioSpec},
         vm::{ImageRoot, KernelCache, VmFiles},
     },
 };
+
+/// The name in errors of the step that makes the plan of a task.
+const INSPECT: &str = "inspect the sources of the container's mounts";
 
 /// The plan of a task: of a container or sandbox, or of a virtual machine with its opened files.
 #[derive(Debug)]
@@ -96,40 +100,55 @@ impl Tasks {
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let policy = self.configuration.virtual_machines;
         let cache = KernelCache::of_host(self.configuration.kernel_cache_bytes);
-        let plan = blocking::run("inspect the sources of the container's mounts", move || {
-            let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
-            let inspect = HostInspector::default();
-            let image = spec
-                .virtual_machine_image(&rootfs)
-                .map_err(|error| plan_error(&error))?;
-            if let Some(image) = image {
-                let root = ImageRoot::mount(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
-                let disk = root.open_disk().map_err(|error| vm_error(&error))?;
-                if disk.is_some() || spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
-                    let plan = spec
-                        .plan_virtual_machine(policy, &sizing, &inspect)
-                        .map_err(|error| plan_error(&error))?;
-                    let entry = cache.as_ref().zip(disk.as_ref());
-                    let entry = entry.and_then(|(cache, disk)| cache.entry(&image, disk));
-                    let files = VmFiles::open(&plan, &root, disk, entry).map_err(|error| vm_error(&error))?;
-                    return Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)));
+        let failed = |error: BlockingError| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT);
+        let plan_container = move |spec: BundleSpec, rootfs: &[HostMount]| {
+            let plan = spec.plan(&id, rootfs, &sizing, host_namespaces, &HostInspector::default());
+            plan.map(TaskPlan::Bundle).map_err(|error| plan_error(&error))
+        };
+        let first = {
+            let (bundle, rootfs, plan_container) = (bundle.clone(), rootfs.clone(), plan_container.clone());
+            blocking::run(INSPECT, move || {
+                let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
+                let image = spec.virtual_machine_image(&rootfs);
+                match image.map_err(|error| plan_error(&error))? {
+                    Some(image) => Ok(Err((spec, image))),
+                    None => plan_container(spec, &rootfs).map(Ok),
                 }
+            })
+        };
+        let (spec, image) = match first.await.map_err(failed)?? {
+            Ok(planned) => return Ok(planned),
+            Err(unplanned) => unplanned,
+        };
+        if let HostFiles::Layers(root) = &image.0 {
+            create_files(&root.layers).await.map_err(create_error)?;
+        }
+        let planned = blocking::run(INSPECT, move || {
+            let root = ImageRoot::mount(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
+            let disk = root.open_disk().map_err(|error| vm_error(&error))?;
+            if disk.is_none() && !spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
+                return plan_container(spec, &rootfs);
             }
-            spec.plan(&id, &rootfs, &sizing, host_namespaces, &inspect)
-                .map(TaskPlan::Bundle)
-                .map_err(|error| plan_error(&error))
+            let plan = spec.plan_virtual_machine(policy, &sizing, &HostInspector::default());
+            let plan = plan.map_err(|error| plan_error(&error))?;
+            let entry = cache.as_ref().zip(disk.as_ref());
+            let entry = entry.and_then(|(cache, disk)| cache.entry(&image, disk));
+            let files = VmFiles::open(&plan, &root, disk, entry).map_err(|error| vm_error(&error))?;
+            Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)))
         });
-        plan.await
-            .map_err(|error| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT))?
+        planned.await.map_err(failed)?
     }
 
     /// Creates a container in a pod of its own.
     async fn create_single(self: &Arc<Self>, request: &CreateRequest, plan: Plan) -> Result<Arc<Container>, TaskError> {
-        let requirements = PodRequirements::for_container(&plan).await.map_err(create_error)?;
+        let (requirements, boot_disk) = PodRequirements::for_container(&plan).await.map_err(create_error)?;
         let pod = self
             .start_pod(&request.id, request.requested_at, &request.bundle, requirements)
             .await?;
-        match self.create_in_pod(request, plan, PidNamespace::Specified, &pod).await {
+        match self
+            .create_in_pod(request, plan, boot_disk, PidNamespace::Specified, &pod)
+            .await
+        {
             Ok(container) => Ok(container),
             Err(error) => {
                 pod.end().await;
@@ -154,7 +173,7 @@ impl Tasks {
         let pids = self
             .resolve_pid_namespace(&pod, plan.pid_namespace)
             .map_err(|error| error.during(CREATE_CONTEXT))?;
-        match self.create_in_pod(request, plan, pids, &pod).await {
+        match self.create_in_pod(request, plan, None, pids, &pod).await {
             Ok(container) => Ok(container),
             Err(error) => {
                 pod.detach(&request.id).await;
@@ -202,15 +221,17 @@ impl Tasks {
         }
     }
 
-    /// Creates a container in a pod whose machine may still be booting.
+    /// Creates a container in a pod whose machine may still be booting. `boot_disk` is what is on the disk that the
+    /// machine boots with.
     async fn create_in_pod(
         self: &Arc<Self>,
         request: &CreateRequest,
         plan: Plan,
+        boot_disk: Option<DiskContents>,
         pids: PidNamespace,
         pod: &Arc<Pod>,
     ) -> Result<Arc<Container>, TaskError> {
-        let writes_disk = matches!(plan.root, Root::Disk { read_only: false, .. });
+        let writes_disk = matches!(&plan.root, Root::Disk(disk) if !disk.is_read_only());
         if matches!(plan.placement, Placement::Member { .. }) {
             pod.protect_from_oom(plan.oom_score_adj);
         }
@@ -232,7 +253,7 @@ impl Tasks {
         // Both run while the guest boots. If one fails, the other still runs to completion: the cleanup must not start
         // while it is in progress.
         let (files, streams) = tokio::join!(
-            pod.attach(&request.id, &request.bundle, root, shares),
+            pod.attach(&request.id, &request.bundle, root, boot_disk, shares),
             prepare_host_side(&container, &plan.network, plan.console_size, &self.stdio),
         );
         let created = async {

@@ -61,7 +61,7 @@ pub(crate) struct ImageRoot(OwnedFd);
 impl ImageRoot {
     /// Mounts the files of an image. Blocks on its file system.
     pub(crate) fn mount(image: &VmImage, bundle_rootfs: &Path) -> Result<Self, VmError> {
-        Ok(Self(mount_image(&image.mounts, &image.directory, bundle_rootfs)?))
+        Ok(Self(mount_image(&image.0, bundle_rootfs)?))
     }
 
     /// Opens the disk of the image. `None` if the image has no directory `/disk`. Blocks on its file system.

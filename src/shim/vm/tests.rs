@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     control::BaseFormat,
-    oci::{DiskContent, DiskSource, FileUser, VmDisk, VmImage},
+    oci::{DiskContent, DiskSource, FileUser, HostFiles, VmDisk, VmImage},
 };
 
 const OTHER: FileUser = FileUser {
@@ -27,10 +27,7 @@ const OTHER: FileUser = FileUser {
 };
 
 fn image_root(directory: &TempDir) -> ImageRoot {
-    let image = VmImage {
-        mounts: Vec::new(),
-        directory: directory.path().to_owned(),
-    };
+    let image = VmImage(HostFiles::Directory(directory.path().to_owned()));
     ImageRoot::mount(&image, directory.path()).unwrap()
 }
 

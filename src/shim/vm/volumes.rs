@@ -32,7 +32,7 @@ use crate::{
     oci::{DiskContent, DiskSource, FileUser, VmDisk},
     shim::{
         blocking::DropOffThread,
-        machine::{BootDisk, DiskFile, DiskImage},
+        machine::{BootDisk, DiskFile, DiskImage, PlainDisk},
     },
 };
 
@@ -68,11 +68,11 @@ impl OpenedDisk {
     /// The errors of dup(2).
     pub(super) fn for_machine(&self, must_be_read_only: bool) -> io::Result<BootDisk> {
         Ok(match self {
-            Self::Raw { file, path, read_only } => BootDisk::File(DiskFile {
+            Self::Raw { file, path, read_only } => BootDisk::Plain(PlainDisk::File(DiskFile {
                 file: file.try_clone()?.into(),
                 path: path.clone(),
                 read_only: *read_only || must_be_read_only,
-            }),
+            })),
             Self::Image { image, read_only } => BootDisk::CopyOnWrite {
                 image: image.clone(),
                 read_only: *read_only || must_be_read_only,

@@ -53,9 +53,12 @@ fn remove_files(id: &str) -> Result<(), Failure> {
     let bundle = bundle_path(id);
     keep_first_error(rootfs::unmount_filled(&bundle).context(|| format!("unmount a tmpfs of container {id}")));
     let unmounted = rootfs::unmount(&bundle.join("rootfs")).context(|| format!("unmount the rootfs of container {id}"));
-    // If the root file system is still mounted, removing the bundle would delete its files.
-    let is_unmounted = unmounted.is_ok();
+    let layers_unmounted =
+        rootfs::unmount_layers(&bundle).context(|| format!("unmount a layer of the rootfs of container {id}"));
+    // If a file system is still mounted, removing the bundle would delete its files.
+    let is_unmounted = unmounted.is_ok() && layers_unmounted.is_ok();
     keep_first_error(unmounted);
+    keep_first_error(layers_unmounted);
     if is_unmounted {
         keep_first_error(remove_directory(&bundle));
     }

@@ -5,6 +5,7 @@
 
 mod clock;
 mod device_program;
+mod disk;
 mod name_lookup;
 mod network;
 mod process;
@@ -13,6 +14,7 @@ mod signals;
 
 pub(crate) use clock::set_clock_rate;
 pub(crate) use device_program::{attach_device_program, load_device_program};
+pub(crate) use disk::add_partition;
 pub(crate) use name_lookup::direct_name_queries;
 #[cfg(test)]
 pub(crate) use network::unshare_network;

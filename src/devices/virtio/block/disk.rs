@@ -12,6 +12,7 @@ use std::{
 use nutshell_disk_image::{DISCARD_ALIGNMENT, Image, io::file_size};
 use rustix::fs::{SealFlags, fcntl_get_seals};
 
+use super::joined::JoinedFiles;
 use crate::devices::counters::Counters;
 
 /// The unit of positions and capacities, in bytes. It does not depend on the block size (virtio 1.3 §5.2).
@@ -22,14 +23,17 @@ pub(super) const SECTOR_SIZE: u64 = nutshell_disk_image::SECTOR_SIZE;
 pub(crate) enum Backing {
     /// A file or block device of the host, byte for byte.
     File { file: File, read_only: bool },
+    /// Several files of the host, one after the other.
+    Joined(JoinedFiles),
     /// A base image, which is never written. Writes go to the copy-on-write file if there is one.
     Image(Box<Image>),
 }
 
 impl Backing {
-    pub(super) fn is_read_only(&self) -> bool {
+    pub(crate) fn is_read_only(&self) -> bool {
         match self {
             Self::File { read_only, .. } => *read_only,
+            Self::Joined(files) => files.is_read_only(),
             Self::Image(image) => image.is_read_only(),
         }
     }
@@ -37,24 +41,25 @@ impl Backing {
     /// The alignment of discards that free the most space, in sectors.
     pub(super) fn discard_alignment(&self) -> u32 {
         match self {
-            Self::File { .. } => 1,
+            Self::File { .. } | Self::Joined(_) => 1,
             Self::Image(_) => DISCARD_ALIGNMENT,
         }
     }
 
-    /// Whether the size can change. The sizes of images and sealed memfds cannot.
+    /// Whether the size can change. The sizes of images, joined files and sealed memfds cannot.
     pub(super) fn can_grow(&self) -> bool {
         match self {
             Self::File { file, .. } => !fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::GROW)),
-            Self::Image(_) => false,
+            Self::Joined(_) | Self::Image(_) => false,
         }
     }
 
     /// The size in bytes. Can block on the file system of the host.
-    pub(super) fn size(&self) -> io::Result<u64> {
+    pub(crate) fn size(&self) -> io::Result<u64> {
         match self {
             Self::File { file, .. } => file_size(file)
                 .map_err(|error| io::Error::new(error.kind(), format!("cannot get the size of the file: {error}"))),
+            Self::Joined(files) => Ok(files.size()),
             Self::Image(image) => Ok(image.size()),
         }
     }

@@ -1,13 +1,14 @@
 //! virtio-blk (virtio 1.3 §5.2) on a file, block device or disk image of the host.
 //!
 //! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
-//! [`request`] parses and executes one request, [`transfer`] connects guest memory with disk images, [`growth`] tells
-//! the driver when a disk has grown.
+//! [`joined`] is one of several files, [`request`] parses and executes one request, [`transfer`] connects guest memory
+//! with files and disk images, [`growth`] tells the driver when a disk has grown.
 
 mod disk;
 #[cfg(any(test, fuzzing))]
 mod fuzz;
 mod growth;
+mod joined;
 mod request;
 mod transfer;
 
@@ -34,6 +35,7 @@ pub use self::fuzz::serve_disk;
 pub(crate) use self::{
     disk::Backing,
     growth::{GrowingDisk, GrowthWatch},
+    joined::{JoinedFile, JoinedFiles},
 };
 use self::{
     disk::{Disk, SECTOR_SIZE},

@@ -1,6 +1,6 @@
 //! Parses one virtio-blk request (virtio 1.3 §5.2.6), checks it against the disk and executes it.
 
-use std::{io, os::fd::AsFd};
+use std::io;
 
 use nutshell_disk_image::io::{discard_file_range, zero_file_range};
 use virtio_bindings::virtio_blk::{
@@ -9,7 +9,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::disk::{Backing, Disk, SECTOR_SIZE};
+use super::{
+    disk::{Backing, Disk, SECTOR_SIZE},
+    transfer::{read_file, write_file},
+};
 use crate::devices::{
     counters::Obstacle,
     virtio::buffers::{Buffers, Chain},
@@ -129,48 +132,31 @@ fn execute(
     match kind {
         VIRTIO_BLK_T_IN => {
             let length = writable.len();
-            let mut offset = checked_offset(sector, length as u64, capacity)?;
+            let offset = checked_offset(sector, length as u64, capacity)?;
             match backing {
-                Backing::File { file, .. } => {
-                    while writable.len() > 0 {
-                        let count = retry_interrupted(|| writable.read_from(file.as_fd(), Some(offset)))?;
-                        if count == 0 {
-                            return Err(RequestError::Host(io::Error::other(
-                                "the file is shorter than the disk",
-                            )));
-                        }
-                        offset += count as u64;
-                        writable.split_to(count);
-                    }
-                }
+                Backing::File { file, .. } => read_file(file, offset, length, writable)?,
+                Backing::Joined(files) => files.read(writable, offset)?,
                 Backing::Image(image) => image.read(writable, offset)?,
             }
             counters.add_bytes_to_guest(length as u64);
             Ok(length)
         }
         VIRTIO_BLK_T_OUT => {
-            let length = readable.len() as u64;
-            let mut offset = checked_offset(sector, length, capacity)?;
+            let length = readable.len();
+            let offset = checked_offset(sector, length as u64, capacity)?;
             match backing {
-                Backing::File { file, .. } => {
-                    while readable.len() > 0 {
-                        let count = retry_interrupted(|| readable.write_to(file.as_fd(), Some(offset)))?;
-                        if count == 0 {
-                            return Err(RequestError::Host(io::ErrorKind::WriteZero.into()));
-                        }
-                        offset += count as u64;
-                        readable.split_to(count);
-                    }
-                }
+                Backing::File { file, .. } => write_file(file, offset, length, readable)?,
+                Backing::Joined(files) => files.write(readable, offset)?,
                 Backing::Image(image) => image.write(readable, offset)?,
             }
-            counters.add_bytes_from_guest(length);
+            counters.add_bytes_from_guest(length as u64);
             Ok(0)
         }
         VIRTIO_BLK_T_FLUSH => {
             match backing {
                 Backing::File { read_only: true, .. } => {}
                 Backing::File { file, .. } => file.sync_data()?,
+                Backing::Joined(files) => files.flush()?,
                 Backing::Image(image) => image.flush()?,
             }
             Ok(0)
@@ -196,6 +182,7 @@ fn execute(
             match backing {
                 Backing::File { file, .. } if discard => discard_file_range(file, offset, length)?,
                 Backing::File { file, .. } => zero_file_range(file, offset, length, unmap)?,
+                Backing::Joined(files) => files.zero(offset, length, discard, unmap)?,
                 Backing::Image(image) => image.zero(offset, length, unmap)?,
             }
             Ok(0)
@@ -240,16 +227,6 @@ fn checked_offset(sector: u64, length: u64, capacity: u64) -> Result<u64, Reques
         Err(RequestError::Invalid(
             "it lies outside the disk, or is not a multiple of a sector",
         ))
-    }
-}
-
-/// Repeats `call` while a signal interrupts it.
-fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match call() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
     }
 }
 

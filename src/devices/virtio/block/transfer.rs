@@ -1,10 +1,50 @@
-//! Guest memory as the target and source of disk images, whose data is not copied on the way.
+//! Guest memory as the target and source of files and disk images, whose data is not copied on the way.
 
-use std::{io, os::fd::BorrowedFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use nutshell_disk_image::{Source, Target};
 
 use crate::devices::virtio::buffers::Buffers;
+
+/// Fills the first `count` bytes of `writable` from `offset` of `file`, and removes them from `writable`.
+pub(super) fn read_file(file: &File, mut offset: u64, mut count: usize, writable: &mut Buffers<'_>) -> io::Result<()> {
+    while count > 0 {
+        let read = retry_interrupted(|| Target::read_from(writable, file.as_fd(), offset, count))?;
+        if read == 0 {
+            return Err(io::Error::other("the file is shorter than the disk"));
+        }
+        offset += read as u64;
+        count -= read;
+    }
+    Ok(())
+}
+
+/// Writes the first `count` bytes of `readable` at `offset` of `file`, and removes them from `readable`.
+pub(super) fn write_file(file: &File, mut offset: u64, mut count: usize, readable: &mut Buffers<'_>) -> io::Result<()> {
+    while count > 0 {
+        let written = retry_interrupted(|| Source::write_to(readable, file.as_fd(), offset, count))?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        offset += written as u64;
+        count -= written;
+    }
+    Ok(())
+}
+
+/// Repeats `call` while a signal interrupts it.
+fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
 
 impl Target for Buffers<'_> {
     fn remaining(&self) -> usize {
@@ -48,7 +88,7 @@ impl Source for Buffers<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{fs::File, os::unix::fs::FileExt};
 
     use nutshell_disk_image::Image;
@@ -88,7 +128,7 @@ mod tests {
     }
 
     /// Executes a request whose data is in three buffers. Returns its status and the data that the guest received.
-    fn run(disk: &Disk, kind: u32, sector: u64, out: &[u8], in_length: u32) -> (u8, Vec<u8>) {
+    pub(in super::super) fn run(disk: &Disk, kind: u32, sector: u64, out: &[u8], in_length: u32) -> (u8, Vec<u8>) {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         let header = [u64::from(kind).to_le_bytes(), sector.to_le_bytes()].concat();
@@ -135,7 +175,7 @@ mod tests {
         (memory.read_obj(GuestAddress(0xf000)).unwrap(), data)
     }
 
-    fn segment(sector: u64, count: u32) -> Vec<u8> {
+    pub(in super::super) fn segment(sector: u64, count: u32) -> Vec<u8> {
         [&sector.to_le_bytes()[..], &count.to_le_bytes(), &[0; 4]].concat()
     }
 

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::oci::{
-    BundleSpec, DEFAULT_MEMORY, DEFAULT_VCPUS, DataSource, DiskContent, DiskSource, Network, OnReboot, ReadOnly,
-    SourceKind, VmKernel,
+    BundleSpec, DEFAULT_MEMORY, DEFAULT_VCPUS, DataSource, DiskContent, DiskSource, HostFiles, Network, OnReboot,
+    ReadOnly, SourceKind, VmKernel,
 };
 
 const SIZING: Sizing = Sizing {
@@ -81,7 +81,7 @@ fn command_names_a_virtual_machine() {
     ] {
         let image = read(&spec(arguments)).virtual_machine_image(&[overlay()]).unwrap();
         assert_eq!(image.is_some(), expected, "{arguments:?}");
-        assert!(image.is_none_or(|image| image.mounts == [overlay()]));
+        assert!(image.is_none_or(|image| image.0 == HostFiles::Mounts(vec![overlay()])));
     }
 }
 

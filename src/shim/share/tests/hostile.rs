@@ -24,9 +24,9 @@ fn later_mounts_are_made_within_the_root_of_the_first_cve_2020_2026() {
         options: vec!["bind".to_owned(), "ro".to_owned()],
     };
     let (server, mut client) = start_server();
-    let mounts = [layers.overlay(1), bind("/data")];
+    let mounts = vec![layers.overlay(1), bind("/data")];
     server
-        .attach_rootfs(&mounts, None, &layers.path("rootfs"), "c/rootfs", false)
+        .attach_rootfs(&HostFiles::Mounts(mounts), &layers.path("rootfs"), "c/rootfs", false)
         .unwrap();
     client.walk("c/rootfs/data/env").unwrap();
     let data = client.walk("c/rootfs/data").unwrap().id;
@@ -36,8 +36,7 @@ fn later_mounts_are_made_within_the_root_of_the_first_cve_2020_2026() {
 
     let error = server
         .attach_rootfs(
-            &[layers.overlay(1), bind("/link")],
-            None,
+            &HostFiles::Mounts(vec![layers.overlay(1), bind("/link")]),
             &layers.path("rootfs"),
             "d/rootfs",
             false,
@@ -57,7 +56,12 @@ fn detach_follows_no_link_of_the_guest_cve_2020_2024() {
     let (server, mut client) = start_server();
     server.attach(&share(shared.path(), "c/0")).unwrap();
     server
-        .attach_rootfs(&[], Some(rootfs.path()), Path::new("/nowhere"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Directory(rootfs.path().to_owned()),
+            Path::new("/nowhere"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
     server.attach(&share(other.path(), "d/0")).unwrap();
     fs::write(other.path().join("file"), "").unwrap();
@@ -133,7 +137,12 @@ fn device_node_of_the_host_is_never_opened_cve_2026_24054() {
     let (server, mut client) = start_server();
     server.attach(&share(&device, "c/0")).unwrap();
     server
-        .attach_rootfs(&[], Some(directory.path()), Path::new("/nowhere"), "c/rootfs", false)
+        .attach_rootfs(
+            &HostFiles::Directory(directory.path().to_owned()),
+            Path::new("/nowhere"),
+            "c/rootfs",
+            false,
+        )
         .unwrap();
     for path in ["c/0", "c/rootfs/device"] {
         let node = client.walk(path).unwrap().id;

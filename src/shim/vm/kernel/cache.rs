@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use super::{BootFiles, MAX_SOURCE, check_command_line};
 use crate::{
-    oci::{HostMount, VmImage},
+    oci::{HostFiles, VmImage},
     shim::machine::{DiskImage, printable_line},
 };
 
@@ -97,7 +97,7 @@ impl KernelCache {
     }
 
     fn entry_at(&self, image: &VmImage, disk: &DiskImage, now: SystemTime) -> Option<CacheEntry> {
-        let layers = shared_layers(&image.mounts)?;
+        let layers = shared_layers(&image.0)?;
         let (base, writes) = (disk.base.metadata().ok()?, disk.writes.metadata().ok()?);
         if writes.len() > 0 {
             return None;
@@ -268,8 +268,11 @@ fn unique_incomplete_name() -> Result<String, CacheError> {
 
 /// The paths of an image's layers, which identify them. `None` if its root file system is not an overlay on layers that
 /// containers share.
-fn shared_layers(mounts: &[HostMount]) -> Option<&str> {
-    match mounts {
+fn shared_layers(files: &HostFiles) -> Option<&str> {
+    let HostFiles::Mounts(mounts) = files else {
+        return None;
+    };
+    match &mounts[..] {
         [mount] if mount.kind == "overlay" => mount.options.iter().find_map(|option| option.strip_prefix("lowerdir=")),
         _ => None,
     }
@@ -342,6 +345,7 @@ mod tests {
 
     use super::*;
     use crate::control::BaseFormat;
+    use crate::oci::HostMount;
 
     fn file(content: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
@@ -470,14 +474,14 @@ mod tests {
     fn entry_exists_for_unwritten_disks_in_shared_layers_only() {
         let directory = tempfile::tempdir().unwrap();
         let cache = cache(&directory, 1 << 20);
-        let image = |kind: &str, options: &[&str]| VmImage {
-            mounts: vec![HostMount {
+        let image = |kind: &str, options: &[&str]| {
+            let mount = HostMount {
                 kind: kind.to_owned(),
                 source: String::new(),
                 target: String::new(),
                 options: options.iter().map(|option| (*option).to_owned()).collect(),
-            }],
-            directory: PathBuf::new(),
+            };
+            VmImage(HostFiles::Mounts(vec![mount]))
         };
         let base = file(b"disk");
         let disk = |base: &File, writes: &[u8]| DiskImage {

@@ -11,6 +11,7 @@ mod events;
 mod exec;
 mod failures;
 mod kill;
+mod layers;
 mod leaks;
 mod lifecycle;
 mod pods;

@@ -1,10 +1,11 @@
 //! A container's root file system.
 //!
-//! Belongs here: mounting and unmounting it, and changes of the spec's mounts that depend on its files:
-//! [`mount_targets`] and [`copy_up`]. Does not belong here: making these mounts, which libcontainer does. The jobs that
+//! Belongs here: mounting and unmounting it, from [`layers`] if it has some, and changes of the spec's mounts that
+//! depend on its files: [`mount_targets`] and [`copy_up`]. Does not belong here: making these mounts, which libcontainer does. The jobs that
 //! create, enter and delete a container call it.
 
 mod copy_up;
+mod layers;
 mod mount_targets;
 
 use std::ffi::CString;
@@ -21,6 +22,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 pub(crate) use self::copy_up::{FilledMounts, fill_mounts, unmount_filled};
+pub(crate) use self::layers::unmount_layers;
 pub(crate) use self::mount_targets::adapt_mounts;
 use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
@@ -51,6 +53,15 @@ pub(crate) fn mount(rootfs: &Rootfs, mounts: &[Mount], target: &Path, pod_member
                 CString::new(data).map_err(|_| Failure::invalid("a mount option of the rootfs contains a NUL byte"))?;
             rustix::mount::mount(&device, target, filesystem.as_str(), flags, data.as_c_str())
                 .context(|| format!("mount {} ({filesystem}) as rootfs", device.display()))
+        }
+        Rootfs::Layers {
+            slot,
+            parts,
+            layers,
+            root,
+        } => {
+            let device = disk::find(*slot).context(|| format!("find the disk in disk slot {slot}"))?;
+            layers::mount_layers(&device, parts, layers, root, target)
         }
     }
 }

@@ -1,8 +1,12 @@
-//! Plans the root file system from the mounts of a snapshotter.
+//! Plans the root file system from the mounts of a snapshotter. [`layers`] plans one of several file systems in files.
+
+mod layers;
+mod template;
 
 use std::path::{Path, PathBuf};
 
-use crate::oci::{HostMount, IdMap, PlanError, Root};
+pub(crate) use self::layers::MAX_ROOT_FILES;
+use crate::oci::{HostFiles, HostMount, IdMap, PlanError, Root, RootDisk};
 
 /// File systems that the guest mounts from a disk.
 const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
@@ -22,19 +26,40 @@ pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root
     }
     match mounts {
         [] => Ok(Root::Share {
-            mounts: Vec::new(),
-            directory: Some(directory),
+            files: HostFiles::Directory(directory),
             read_only: false,
         }),
+        mounts if layers::are_layers(mounts) => {
+            let planned = layers::plan_layers(mounts)?;
+            Ok(match planned.guest_root() {
+                Some(root) => Root::Disk(RootDisk::Layers {
+                    layers: planned.layers,
+                    root,
+                }),
+                None => Root::Share {
+                    files: HostFiles::Layers(planned),
+                    read_only: false,
+                },
+            })
+        }
         [mount] if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) => plan_disk(mount),
         mounts => match mounts.iter().find(|mount| !is_host_mount(mount)) {
             None => Ok(Root::Share {
-                mounts: mounts.to_vec(),
-                directory: None,
+                files: HostFiles::Mounts(mounts.to_vec()),
                 read_only: mounts.last().is_some_and(is_read_only),
             }),
             Some(mount) => Err(unsupported_type(mount)),
         },
+    }
+}
+
+/// Plans the files of an image that the host opens, as [`plan_root`], but also makes layers on the host. `None` if they
+/// are on one disk.
+pub(super) fn plan_host_files(mounts: &[HostMount], directory: PathBuf) -> Result<Option<HostFiles>, PlanError> {
+    match plan_root(mounts, directory)? {
+        Root::Share { files, .. } => Ok(Some(files)),
+        Root::Disk(RootDisk::Layers { .. }) => layers::plan_layers(mounts).map(HostFiles::Layers).map(Some),
+        Root::Disk(RootDisk::FileSystem { .. }) => Ok(None),
     }
 }
 
@@ -46,17 +71,11 @@ fn check_options(mount: &HostMount) -> Result<(), PlanError> {
             "uidmap" | "gidmap" => {
                 // A mount of another type contains only this container's files, so the snapshotter changes their owners
                 // instead of mapping them.
-                if !matches!(mount.kind.as_str(), "overlay" | "bind") {
+                if !mount.kind.ends_with("overlay") && mount.kind != "bind" {
                     let reason = "only overlay and bind mounts can map ids";
                     return Err(PlanError::unsupported(field(option), reason));
                 }
                 IdMap::from_options(&mount.options).map_err(|reason| PlanError::invalid(field(option), reason))?;
-            }
-            "device" if mount.kind == "erofs" => {
-                return Err(PlanError::unsupported(
-                    field(option),
-                    format!("merged EROFS layers are not supported. {SNAPSHOTTER_REMEDY}"),
-                ));
             }
             _ if name.starts_with("X-containerd.dmverity") => {
                 return Err(PlanError::unsupported(
@@ -77,21 +96,29 @@ fn plan_disk(mount: &HostMount) -> Result<Root, PlanError> {
             format!("source {:?} is not an absolute path", mount.source),
         ));
     }
-    // EROFS is read-only whatever the options are.
-    let read_only = mount.kind == "erofs" || is_read_only(mount);
-    let options = mount
-        .options
-        .iter()
-        .filter(|option| !matches!(option.as_str(), "loop" | "rw" | "ro") && !option.starts_with("X-"))
-        .cloned()
-        .chain(read_only.then(|| "ro".to_owned()))
-        .collect();
-    Ok(Root::Disk {
+    Ok(Root::Disk(RootDisk::FileSystem {
         source: PathBuf::from(&mount.source),
         filesystem: mount.kind.clone(),
-        options,
-        read_only,
-    })
+        options: guest_options(mount, &mount.kind),
+        read_only: is_read_only_disk(mount, &mount.kind),
+    }))
+}
+
+/// The options with which the guest mounts a disk.
+fn guest_options(mount: &HostMount, filesystem: &str) -> Vec<String> {
+    let is_for_guest = |option: &&String| {
+        let (name, _) = option.split_once('=').unwrap_or((option, ""));
+        !matches!(name, "loop" | "rw" | "ro" | "device") && !name.starts_with("X-")
+    };
+    let options = mount.options.iter().filter(is_for_guest).cloned();
+    options
+        .chain(is_read_only_disk(mount, filesystem).then(|| "ro".to_owned()))
+        .collect()
+}
+
+/// EROFS is read-only whatever the options are.
+fn is_read_only_disk(mount: &HostMount, filesystem: &str) -> bool {
+    filesystem == "erofs" || is_read_only(mount)
 }
 
 fn is_host_mount(mount: &HostMount) -> bool {
@@ -118,7 +145,7 @@ fn unsupported_type(mount: &HostMount) -> PlanError {
 mod tests {
     use super::*;
 
-    fn mount(kind: &str, source: &str, options: &[&str]) -> HostMount {
+    pub(super) fn mount(kind: &str, source: &str, options: &[&str]) -> HostMount {
         HostMount {
             kind: kind.to_owned(),
             source: source.to_owned(),
@@ -153,8 +180,7 @@ mod tests {
         ] {
             let root = plan(&mounts).unwrap();
             let expected = Root::Share {
-                mounts,
-                directory: None,
+                files: HostFiles::Mounts(mounts),
                 read_only,
             };
             assert_eq!(root, expected);
@@ -168,21 +194,24 @@ mod tests {
         for source in ["/dev/sda", "/dev/mapper/root", "/dev/loop0", "/disk.img", ""] {
             let mounts = vec![mount("bind", source, &["rbind", "rw"])];
             let root = plan(&mounts).unwrap();
-            let Root::Share { mounts: shared, .. } = &root else {
-                panic!("{source}: {root:?}");
+            let expected = Root::Share {
+                files: HostFiles::Mounts(mounts),
+                read_only: false,
             };
-            assert_eq!(*shared, mounts);
+            assert_eq!(root, expected);
             let root = plan_root(&[], PathBuf::from(source)).unwrap();
-            let directory = Some(PathBuf::from(source));
-            assert!(matches!(&root, Root::Share { directory: shared, .. } if *shared == directory));
+            let expected = Root::Share {
+                files: HostFiles::Directory(PathBuf::from(source)),
+                read_only: false,
+            };
+            assert_eq!(root, expected);
         }
     }
 
     #[test]
     fn directory_of_the_spec_is_shared_without_mounts() {
         let expected = Root::Share {
-            mounts: Vec::new(),
-            directory: Some(PathBuf::from("/bundle/rootfs")),
+            files: HostFiles::Directory(PathBuf::from("/bundle/rootfs")),
             read_only: false,
         };
         assert_eq!(plan(&[]).unwrap(), expected);
@@ -200,12 +229,12 @@ mod tests {
         for (kind, source, options, expected, read_only) in cases {
             let words = |text: &'static str| text.split_whitespace().collect::<Vec<_>>();
             let root = plan(&[mount(kind, source, &words(options))]).unwrap();
-            let expected = Root::Disk {
+            let expected = Root::Disk(RootDisk::FileSystem {
                 source: PathBuf::from(source),
                 filesystem: kind.to_owned(),
                 options: words(expected).into_iter().map(str::to_owned).collect(),
                 read_only,
-            };
+            });
             assert_eq!(root, expected);
         }
     }
@@ -219,8 +248,7 @@ mod tests {
                 vec![mount("format/mkdir/overlay", "overlay", &[])],
                 "format/mkdir/overlay",
             ),
-            (vec![mount("erofs", "/a", &["ro"]), overlay], "erofs"),
-            (vec![mount("erofs", "/a", &["ro", "device=/b"])], "device=/b"),
+            (vec![mount("erofs", "/a", &["ro"]), overlay], "lowerdir=/a:/b"),
             (
                 vec![mount("erofs", "/a", &["X-containerd.dmverity.roothash=1"])],
                 "dmverity",
@@ -240,9 +268,12 @@ mod tests {
     #[test]
     fn error_of_an_unsupported_mount_names_the_snapshotter_setting() {
         for mounts in [
-            vec![mount("format/mkdir/overlay", "overlay", &[])],
+            vec![mount("format/mkdir/xfs", "/dev/sdb", &[])],
             vec![mount("ntfs", "/dev/sdb", &[])],
-            vec![mount("erofs", "/a", &["ro", "device=/b"])],
+            vec![
+                mount("erofs", "/a", &["ro"]),
+                mount("overlay", "overlay", &["lowerdir=/a:/b"]),
+            ],
             vec![mount("erofs", "/a", &["X-containerd.dmverity.roothash=1"])],
         ] {
             let error = plan(&mounts).unwrap_err().to_string();

@@ -1,0 +1,355 @@
+//! The files of a root file system on a disk: opens them, and creates a writable one that does not exist yet.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use nutshell_disk_image::{SECTOR_SIZE, io::file_size};
+use nutshell_linux::hook::{memory_file, output};
+use nutshell_protocol::{DiskPart, Layer, LayeredRoot, Rootfs};
+
+use super::error::PodError;
+use crate::{
+    control::MAX_DESCRIPTORS,
+    oci::{MAX_ROOT_FILES, NewDiskFile, RootDisk, RootLayer},
+    shim::{
+        blocking,
+        child::{Child, WaitStatus},
+        descriptor_limit,
+        machine::{BootError, JoinedDiskFile, PlainDisk, open_disk},
+    },
+};
+
+/// The name in errors of the step that opens the disk of a root file system.
+const OPEN_DISK: &str = "open the disk of the root file system";
+
+/// The time limit for the creation of a file system.
+const CREATION_LIMIT: Duration = Duration::from_secs(20);
+
+/// The descriptors of a boot command besides those of disks: KVM, kernel, initramfs, the agent's stream, and the socket
+/// of the file server.
+const OTHER_BOOT_DESCRIPTORS: usize = 5;
+
+const _: () = assert!(MAX_ROOT_FILES + OTHER_BOOT_DESCRIPTORS <= MAX_DESCRIPTORS);
+
+/// The file systems on the disk of a root file system.
+#[derive(Debug)]
+pub(crate) enum DiskContents {
+    /// One, which fills the disk.
+    FileSystem { filesystem: String, options: Vec<String> },
+    /// Several, each in a part of the disk.
+    Layers {
+        parts: Vec<DiskPart>,
+        layers: Vec<Layer>,
+        root: LayeredRoot,
+    },
+}
+
+impl DiskContents {
+    /// What the guest mounts if the disk is in disk slot `slot`.
+    pub(super) fn into_rootfs(self, slot: u32) -> Rootfs {
+        match self {
+            Self::FileSystem { filesystem, options } => Rootfs::Disk {
+                slot,
+                filesystem,
+                options,
+            },
+            Self::Layers { parts, layers, root } => Rootfs::Layers {
+                slot,
+                parts,
+                layers,
+                root,
+            },
+        }
+    }
+}
+
+/// Opens the files of `root`, after it has created those that are new.
+///
+/// # Errors
+///
+/// A file cannot be opened or created, or its file system hangs.
+pub(super) async fn open(root: RootDisk) -> Result<(PlainDisk, DiskContents), PodError> {
+    match root {
+        RootDisk::FileSystem {
+            source,
+            filesystem,
+            options,
+            read_only,
+        } => {
+            let disk = blocking::run(OPEN_DISK, move || open_disk(source, read_only)).await??;
+            Ok((PlainDisk::File(disk), DiskContents::FileSystem { filesystem, options }))
+        }
+        RootDisk::Layers { layers, root } => {
+            create_files(&layers).await?;
+            Ok(blocking::run(OPEN_DISK, move || open_layers(layers, root)).await??)
+        }
+    }
+}
+
+/// Creates the files of `layers` that are to be created and do not exist.
+///
+/// # Errors
+///
+/// A file cannot be created, or its file system hangs.
+pub(crate) async fn create_files(layers: &[RootLayer]) -> Result<(), PodError> {
+    for layer in layers {
+        if let Some(new) = &layer.new_file {
+            create(&layer.source, &layer.filesystem, new).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Opens the files of layers as one disk. Blocks on their file systems.
+fn open_layers(layers: Vec<RootLayer>, root: LayeredRoot) -> Result<(PlainDisk, DiskContents), BootError> {
+    let (mut files, mut parts) = (Vec::new(), Vec::new());
+    let mut start = 0;
+    let mut add = |path: PathBuf, read_only| {
+        let joined = open_part(path, read_only)?;
+        let length = joined.length;
+        parts.push(DiskPart { start, length });
+        start += length;
+        files.push(joined);
+        Ok::<_, BootError>(u32::try_from(parts.len() - 1).unwrap_or(u32::MAX))
+    };
+    let mut guest_layers = Vec::new();
+    for layer in layers {
+        let part = add(layer.source, layer.read_only)?;
+        let devices = layer.devices.into_iter().map(|device| add(device, true));
+        guest_layers.push(Layer {
+            part,
+            devices: devices.collect::<Result<_, _>>()?,
+            filesystem: layer.filesystem,
+            options: layer.options,
+        });
+    }
+    let contents = DiskContents::Layers {
+        parts,
+        layers: guest_layers,
+        root,
+    };
+    Ok((PlainDisk::Joined(files), contents))
+}
+
+/// Opens a file or block device, whose whole sectors are a part of a disk.
+fn open_part(path: PathBuf, read_only: bool) -> Result<JoinedDiskFile, BootError> {
+    let file = open_disk(path, read_only)?;
+    let size = file_size(&file.file).and_then(|size| match size / SECTOR_SIZE * SECTOR_SIZE {
+        0 => Err(io::Error::other("it is smaller than a sector")),
+        length => Ok(length),
+    });
+    match size {
+        Ok(length) => Ok(JoinedDiskFile { file, length }),
+        Err(source) => Err(BootError::Disk {
+            path: file.path,
+            source,
+        }),
+    }
+}
+
+/// Creates an image file with an empty file system, as containerd does (`core/mount/manager/mkfs.go`): sparse, and with
+/// the host's `mkfs`. A file that exists is kept.
+async fn create(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), PodError> {
+    let failed = |reason: String| PodError::NewDisk {
+        path: path.to_owned(),
+        reason,
+    };
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    // The final name never refers to a file without a file system, also if this process is killed.
+    let unfinished = PathBuf::from(name);
+    let (final_path, unfinished_path, size) = (path.to_owned(), unfinished.clone(), new.size);
+    let reserved = blocking::run("create the disk of the root file system", move || {
+        match final_path.try_exists() {
+            Ok(false) => create_sparse(&unfinished_path, size).map(|()| true),
+            other => other.map(|_| false),
+        }
+    });
+    if !reserved.await?.map_err(|error| failed(error.to_string()))? {
+        return Ok(());
+    }
+    let made = make_file_system(&unfinished, filesystem, new).await;
+    let final_path = path.to_owned();
+    let finished = blocking::run("rename the disk of the root file system", move || {
+        let moved = made.and_then(|()| std::fs::rename(&unfinished, &final_path).map_err(|error| error.to_string()));
+        moved.inspect_err(|_| {
+            // The first error is the one to report. The file is in the snapshot, and is removed with it.
+            let _ = std::fs::remove_file(&unfinished);
+        })
+    });
+    finished.await?.map_err(failed)
+}
+
+/// Creates a file of `size` zeroes, which uses no space. Replaces an unfinished one.
+fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let file: File = OpenOptions::new().write(true).create_new(true).mode(0o640).open(path)?;
+    file.set_len(size)
+}
+
+/// Runs `mkfs` on the file `path`. The error names the program, or is what it wrote to its standard error.
+async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), String> {
+    let text = |error: io::Error| error.to_string();
+    let program = format!("mkfs.{filesystem}");
+    let stderr = memory_file("").map_err(text)?;
+    let mut command = Command::new(&program);
+    command
+        .args(["-q", "-F"])
+        .stdin(memory_file("").map_err(text)?)
+        .stdout(memory_file("").map_err(text)?)
+        .stderr(stderr.try_clone().map_err(text)?);
+    if let Some(uuid) = new.uuid {
+        command.arg("-U").arg(uuid.to_string());
+    }
+    command.arg("--").arg(path);
+    descriptor_limit::restore_for(&mut command);
+    let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
+    let child = blocking::run("start mkfs", spawn)
+        .await
+        .map_err(|error| error.to_string())?
+        .map_err(|error| format!("cannot run {program}: {error}. Install the package e2fsprogs on this host"))?;
+    let ended = match tokio::time::timeout(CREATION_LIMIT, child.reap()).await {
+        Ok(ended) => ended.map_err(text)?,
+        Err(_) => {
+            child.end("mkfs").await;
+            return Err(format!("{program} did not end within {} s", CREATION_LIMIT.as_secs()));
+        }
+    };
+    match ended {
+        WaitStatus::Exited(0) => Ok(()),
+        status => {
+            let reason = output(stderr).map_err(text)?;
+            Err(format!("{program} failed ({status:?}): {}", reason.trim()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(source: &Path, new_file: Option<NewDiskFile>) -> RootLayer {
+        RootLayer {
+            source: source.to_owned(),
+            devices: Vec::new(),
+            filesystem: "ext4".to_owned(),
+            options: Vec::new(),
+            read_only: new_file.is_none(),
+            new_file,
+        }
+    }
+
+    fn root() -> LayeredRoot {
+        LayeredRoot {
+            directories: Vec::new(),
+            mount: nutshell_protocol::RootMount::Overlay {
+                lower: Vec::new(),
+                upper: None,
+                options: Vec::new(),
+            },
+        }
+    }
+
+    fn new_file(size: u64) -> NewDiskFile {
+        NewDiskFile {
+            size,
+            uuid: Some(uuid::Uuid::from_u128(0x1234)),
+        }
+    }
+
+    #[tokio::test]
+    async fn files_become_consecutive_parts_of_whole_sectors() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str, size: u64| {
+            let path = directory.path().join(name);
+            File::create(&path).unwrap().set_len(size).unwrap();
+            path
+        };
+        let mut merged = layer(&file("fsmeta", 4096), None);
+        merged.devices = vec![file("1", 1536), file("2", 1000)];
+        let layers = vec![merged, layer(&file("3", 512), None)];
+
+        let (disk, contents) = open(RootDisk::Layers { layers, root: root() }).await.unwrap();
+
+        let PlainDisk::Joined(files) = disk else {
+            panic!("{disk:?}")
+        };
+        let lengths: Vec<_> = files.iter().map(|file| file.length).collect();
+        assert_eq!(lengths, [4096, 1536, 512, 512]);
+        let Rootfs::Layers {
+            slot: 3, parts, layers, ..
+        } = contents.into_rootfs(3)
+        else {
+            panic!("not layers");
+        };
+        let starts: Vec<_> = parts.iter().map(|part| part.start).collect();
+        assert_eq!(starts, [0, 4096, 5632, 6144]);
+        assert_eq!((layers[0].part, &layers[0].devices[..]), (0, &[1, 2][..]));
+        assert_eq!((layers[1].part, &layers[1].devices[..]), (3, &[][..]));
+    }
+
+    #[tokio::test]
+    async fn new_file_gets_a_file_system_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rwlayer.img");
+        let layers = || vec![layer(&path, Some(new_file(8 << 20)))];
+
+        open(RootDisk::Layers {
+            layers: layers(),
+            root: root(),
+        })
+        .await
+        .unwrap();
+
+        let superblock = std::fs::read(&path).unwrap();
+        assert_eq!(superblock.len(), 8 << 20);
+        assert_eq!(superblock[1024 + 0x38..1024 + 0x3a], [0x53, 0xef]);
+        assert_eq!(superblock[1024 + 0x68..1024 + 0x78], 0x1234_u128.to_be_bytes());
+        std::fs::write(&path, [7; 1024]).unwrap();
+        open(RootDisk::Layers {
+            layers: layers(),
+            root: root(),
+        })
+        .await
+        .unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), [7; 1024]);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[tokio::test]
+    async fn failed_creation_leaves_no_file_and_says_why() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("rwlayer.img");
+
+        let error = create(&path, "ext4", &new_file(4096)).await.unwrap_err().to_string();
+
+        assert!(error.contains(path.to_str().unwrap()), "{error}");
+        assert!(error.contains("mkfs.ext4 failed"), "{error}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        let error = create(&path, "none", &new_file(4096)).await.unwrap_err().to_string();
+        assert!(error.contains("cannot run mkfs.none"), "{error}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn empty_file_is_refused_with_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("layer.erofs");
+        std::fs::write(&path, [0; 511]).unwrap();
+        let layers = vec![layer(&path, None)];
+
+        let error = open(RootDisk::Layers { layers, root: root() }).await.unwrap_err();
+
+        let expected = format!("cannot open the disk {}: it is smaller than a sector", path.display());
+        assert_eq!(error.to_string(), expected);
+    }
+}
