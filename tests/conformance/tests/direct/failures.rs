@@ -383,6 +383,32 @@ fn hung_log_file_fails_only_its_create() {
 }
 
 #[test]
+fn volume_that_hangs_later_does_not_delay_the_deletion_of_its_container() {
+    with_both_apis(|containerd, pod| {
+        let other = pod.run(&pods::idle(pod));
+        let volume = HungVolume::mount_answering(containerd.folder().join("hung"));
+        let mut spec = pods::idle(pod);
+        let mount = json!({"destination": "/data", "type": "bind", "source": volume.path(), "options": ["rbind"]});
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+        let container = pod.run(&spec);
+        assert_eq!(container.output_of("ls /data; echo listed"), "listed\n");
+        volume.hang();
+
+        let task = container.task().with_timeout(DEADLINE);
+        let killed = Instant::now();
+        task.kill(&container.id, "", 9).unwrap();
+        assert_eq!(container.wait(), 137);
+        task.delete(&container.id, "").unwrap();
+        assert!(killed.elapsed() < KILL_LIMIT, "{:?}", killed.elapsed());
+
+        assert_eq!(other.output_of("echo still works"), "still works\n");
+        drop(volume);
+        pod.delete_bundle_of(&container);
+        pod.remove_container(&other);
+    });
+}
+
+#[test]
 fn log_file_that_hangs_while_it_is_written_delays_only_its_own_output() {
     with_fake_containerd(|containerd| {
         let pod = Pod::by_task(containerd);
