@@ -34,7 +34,7 @@ use rustix::{
 use super::{group::Group, socket};
 use crate::oci;
 use crate::shim::{
-    pod::leave_behind,
+    pod::{is_left_behind, leave_behind},
     record::{ExitRecord, PidFile, ResourceRecord, ShimStatus},
     tasks::SIGKILL_STATUS,
 };
@@ -47,6 +47,9 @@ const AFTER_KILL_LIMIT: Duration = Duration::from_millis(1000);
 
 /// How long after the start of `delete` it waits at most for killed cgroups to become empty.
 const CGROUP_LIMIT: Duration = Duration::from_millis(4000);
+
+/// How long it waits for a cgroup with processes that did not end when the shim killed them.
+const LEFT_BEHIND_LIMIT: Duration = Duration::from_millis(200);
 
 /// Cleans up after the container of `bundle`, by default the current directory, and prints containerd's
 /// `DeleteResponse`.
@@ -178,6 +181,10 @@ fn remove_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
     if !path.starts_with("/sys/fs/cgroup") {
         return Err(with_step(ErrorKind::InvalidInput, &step));
     }
+    let deadline = match is_left_behind(path) {
+        true => deadline.min(Instant::now() + LEFT_BEHIND_LIMIT),
+        false => deadline,
+    };
     match empty_and_remove_cgroup(path, deadline) {
         // Open files of a removed cgroup fail with ENODEV (kernfs).
         Err(error) if error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV) => {

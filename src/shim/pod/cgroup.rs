@@ -148,11 +148,16 @@ pub(crate) fn leave_behind(group: &Path) {
     }
 }
 
+/// Whether the group at `path` is marked ([`leave_behind`]).
+pub(crate) fn is_left_behind(path: &Path) -> bool {
+    rustix::fs::getxattr(path, LEFT_BEHIND, &mut [0_u8; 0]).is_ok()
+}
+
 /// Removes the groups in `parent` that are marked and empty. Ignores failures: another shim may remove them too.
 fn remove_left_behind(parent: &Path) {
     for group in fs::read_dir(parent).into_iter().flatten().flatten() {
         let path = group.path();
-        if rustix::fs::getxattr(&path, LEFT_BEHIND, &mut [0_u8; 0]).is_ok() {
+        if is_left_behind(&path) {
             // The kernel refuses the removal of a group that has processes.
             let _ = fs::remove_dir(path);
         }

@@ -19,8 +19,9 @@ use crate::{
     },
 };
 
-/// How long a killed file server may take to end. A file system can keep it in an uninterruptible call.
-const REAP_LIMIT: Duration = Duration::from_secs(5);
+/// How long a killed file server may take to end. A file system can keep it in an uninterruptible call. The
+/// deletion of a container takes this time and that of containerd's call of `delete`.
+const REAP_LIMIT: Duration = Duration::from_secs(3);
 
 /// A file server and its process. Clones refer to the same process.
 #[derive(Debug, Clone)]

@@ -41,7 +41,7 @@ use self::{
 };
 pub(crate) use self::{
     admission::{Admission, Creation},
-    cgroup::leave_behind,
+    cgroup::{is_left_behind, leave_behind},
     error::PodError,
     launcher::{HostLauncher, Launcher},
     pid_holder::{NetworkNamespace, PidHolder, open_network_namespace},
@@ -531,6 +531,7 @@ async fn release(file_server: Option<RunningFileServer>, cgroup: Option<ControlG
         Some(server) => server.end().await,
         None => None,
     };
+    let hung_group = cgroup.as_ref().map(|cgroup| cgroup.path().to_owned());
     let remove_cgroup = async {
         if let Some(cgroup) = cgroup {
             cgroup.remove().await;
@@ -538,9 +539,16 @@ async fn release(file_server: Option<RunningFileServer>, cgroup: Option<ControlG
     };
     match hung {
         None => remove_cgroup.await,
-        Some(server) => drop(tokio::spawn(async move {
-            server.reap().await;
-            remove_cgroup.await;
-        })),
+        Some(server) => {
+            // containerd's `delete` does not wait for the process then, and a later shim removes the group if this one
+            // has ended before the process does.
+            if let Some(path) = &hung_group {
+                leave_behind(path);
+            }
+            drop(tokio::spawn(async move {
+                server.reap().await;
+                remove_cgroup.await;
+            }));
+        }
     }
 }
