@@ -196,12 +196,20 @@ fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
     file.set_len(size)
 }
 
+/// The path of a program of an administrator, or its name if it is only in the `PATH`, which lacks these directories
+/// where containerd is not started by an init system.
+fn find_program(name: &str) -> PathBuf {
+    let paths = ["/usr/sbin", "/sbin"].map(|directory| Path::new(directory).join(name));
+    let found = paths.into_iter().find(|path| path.exists());
+    found.unwrap_or_else(|| PathBuf::from(name))
+}
+
 /// Runs `mkfs` on the file `path`. The error names the program, or is what it wrote to its standard error.
 async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), String> {
     let text = |error: io::Error| error.to_string();
     let program = format!("mkfs.{filesystem}");
     let stderr = memory_file("").map_err(text)?;
-    let mut command = Command::new(&program);
+    let mut command = Command::new(find_program(&program));
     command
         .args(["-q", "-F"])
         .stdin(memory_file("").map_err(text)?)

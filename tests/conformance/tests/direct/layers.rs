@@ -120,8 +120,8 @@ fn writes_go_to_the_new_disk_of_the_snapshot_and_stay_there() {
         };
 
         let output = run_in_new_shim(
-            "ls /removed /opaque 2>&1; stat -c %a /; grep ' / ' /proc/mounts | cut -d' ' -f1,3; ls /sys/class/virtio-ports \
-             2>/dev/null; ls -d /sys/fs/fuse/connections/* 2>/dev/null; echo kept >/opaque/kept; rm /etc/passwd",
+            "ls /removed /opaque 2>&1; stat -c %a /; grep ' / ' /proc/mounts | cut -d' ' -f1,3; echo kept >/opaque/kept; \
+             rm /etc/passwd",
         );
         assert_eq!(
             output,
@@ -277,8 +277,7 @@ fn hundred_layers_in_a_pod_look_as_in_an_overlay_of_the_host() {
         assert!(mounted.unwrap().success());
         let busybox = Command::new("chroot")
             .arg(&merged)
-            .args(["/bin/busybox", "sh", "-c", LIST_TREE])
-            .env("PATH", "/bin")
+            .args(["/bin/busybox", "env", "PATH=/bin", "sh", "-c", LIST_TREE])
             .output()
             .unwrap();
         let expected = String::from_utf8(busybox.stdout).unwrap();
