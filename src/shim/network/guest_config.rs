@@ -13,7 +13,10 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage},
     neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
-    route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteProtocol, RouteScope},
+    route::{
+        RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteProtocol,
+        RouteScope,
+    },
     rule::{RuleAttribute, RuleMessage},
 };
 use nix::libc;
@@ -177,7 +180,7 @@ fn route_message(found: &RouteMessage, indexes: &HashMap<u32, u32>) -> Option<De
     for attribute in &mut route.attributes {
         match attribute {
             RouteAttribute::Oif(index) => *index = *indexes.get(index)?,
-            RouteAttribute::Destination(address) => text = format!("{address:?}"),
+            RouteAttribute::Destination(address) => text = address_text(address),
             RouteAttribute::MultiPath(hops) => {
                 for hop in hops.iter_mut() {
                     hop.interface_index = *indexes.get(&hop.interface_index)?;
@@ -207,6 +210,15 @@ fn route_message(found: &RouteMessage, indexes: &HashMap<u32, u32>) -> Option<De
         RouteNetlinkMessage::NewRoute(route),
         NLM_F_CREATE,
     ))
+}
+
+/// The address in error texts.
+fn address_text(address: &RouteAddress) -> String {
+    match address {
+        RouteAddress::Inet(address) => address.to_string(),
+        RouteAddress::Inet6(address) => address.to_string(),
+        other => format!("{other:?}"),
+    }
 }
 
 /// The rules that every namespace has, for the tables local, main and default, are left out.

@@ -165,13 +165,13 @@ async fn create(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), 
     // The final name never refers to a file without a file system, also if this process is killed.
     let unfinished = PathBuf::from(name);
     let (final_path, unfinished_path, size) = (path.to_owned(), unfinished.clone(), new.size);
-    let reserved = blocking::run("create the disk of the root file system", move || {
+    let creation = blocking::run("create the disk of the root file system", move || {
         match final_path.try_exists() {
             Ok(false) => create_sparse(&unfinished_path, size).map(|()| true),
             other => other.map(|_| false),
         }
     });
-    if !reserved.await?.map_err(|error| failed(error.to_string()))? {
+    if !creation.await?.map_err(|error| failed(error.to_string()))? {
         return Ok(());
     }
     let made = make_file_system(&unfinished, filesystem, new).await;
@@ -204,7 +204,7 @@ fn find_program(name: &str) -> PathBuf {
     found.unwrap_or_else(|| PathBuf::from(name))
 }
 
-/// Runs `mkfs` on the file `path`. The error names the program, or is what it wrote to its standard error.
+/// Runs `mkfs` on the file `path`. If the program fails, the error has what it wrote to its standard error.
 async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), String> {
     let text = |error: io::Error| error.to_string();
     let program = format!("mkfs.{filesystem}");
@@ -236,7 +236,7 @@ async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> R
         WaitStatus::Exited(0) => Ok(()),
         status => {
             let reason = output(stderr).map_err(text)?;
-            Err(format!("{program} failed ({status:?}): {}", reason.trim()))
+            Err(format!("{program} {status}: {}", reason.trim()))
         }
     }
 }
@@ -341,7 +341,7 @@ mod tests {
         let error = create(&path, "ext4", &new_file(4096)).await.unwrap_err().to_string();
 
         assert!(error.contains(path.to_str().unwrap()), "{error}");
-        assert!(error.contains("mkfs.ext4 failed"), "{error}");
+        assert!(error.contains("mkfs.ext4 exited with status "), "{error}");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
         let error = create(&path, "none", &new_file(4096)).await.unwrap_err().to_string();
         assert!(error.contains("cannot run mkfs.none"), "{error}");

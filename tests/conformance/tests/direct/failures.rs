@@ -288,7 +288,7 @@ fn start_whose_network_fails_in_the_guest_succeeds_once_the_cause_is_gone() {
 
         for _ in 0..2 {
             let failure = container.task().start(&container.id, "").unwrap_err();
-            assert!(failure.message.contains("add route"), "{failure}");
+            assert!(failure.message.contains("add route 10.9.0.0/16"), "{failure}");
             assert_eq!(container.status(""), Status::CREATED);
         }
         ip("route del 10.9.0.0/16");
