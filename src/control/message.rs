@@ -173,8 +173,8 @@ pub(crate) enum DiskAccess {
     /// Descriptor: a file or block device with the bytes of the disk, open for reading and writing. It is always
     /// raw: a guest that writes the header of another format must not change how the host reads the disk.
     ReadWrite,
-    /// Descriptors: files or block devices, one for each entry, of whose first bytes the disk consists, in this order.
-    /// They are open for reading, and for writing if the guest may write them.
+    /// Descriptors: a file or block device for each entry, open for reading, and for writing if the guest may write it.
+    /// The disk is the first bytes of each, in this order.
     Joined(Vec<FileAccess>),
     /// Descriptor: a raw or qcow2 image that no guest can write, open for reading.
     ReadOnlyImage,

@@ -152,21 +152,21 @@ pub(crate) enum HostFiles {
     Directory(PathBuf),
     /// Mounts of the snapshotter, to be made in this order. Not empty.
     Mounts(Vec<HostMount>),
-    /// File systems in files, of which the root consists.
+    /// Layers, from which the host assembles the root.
     Layers(RootLayers),
 }
 
-/// Several file systems in files, and the root that they make.
+/// Several file systems in files (layers), and the root that is assembled from them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct RootLayers {
     pub(crate) layers: Vec<RootLayer>,
     /// The directories to create before the root is mounted.
     pub(crate) directories: Vec<NewDirectory>,
-    /// The numbers of layers in it are valid.
+    /// Each layer that it names exists.
     pub(crate) mount: LayersMount,
 }
 
-/// How the root consists of layers.
+/// How the root is assembled from layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum LayersMount {
     /// It is a directory of one of them.
@@ -235,10 +235,10 @@ pub(crate) enum RootDisk {
         /// The guest can only read.
         read_only: bool,
     },
-    /// Several file systems, of which the root consists.
+    /// Layers, from which the guest assembles the root.
     Layers {
         layers: Vec<RootLayer>,
-        /// The numbers of layers in it are valid.
+        /// Each layer that it names exists.
         root: LayeredRoot,
     },
 }

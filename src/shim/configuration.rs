@@ -77,8 +77,8 @@ pub(crate) struct Configuration {
     pub(crate) sizing: Sizing,
     /// The meaning of hostPID, hostIPC and hostNetwork.
     pub(crate) host_namespaces: HostNamespaces,
-    /// Whether containerd is to leave the layers of its EROFS snapshotter to this runtime. Only the default file counts:
-    /// containerd asks once for all uses of the runtime.
+    /// Whether containerd is to leave the layers of its EROFS snapshotter to this runtime. Only the value in the
+    /// default configuration file matters: containerd asks once for all uses of the runtime (`-info`).
     pub(crate) layers: bool,
     pub(crate) virtual_machines: VmPolicy,
     /// The size of the cache of kernels in images, in bytes; 0 for none.

@@ -19,7 +19,7 @@ pub enum Rootfs {
         /// Mount options in the form of fstab(5), such as `ro`, `noatime` or `discard`.
         options: Vec<String>,
     },
-    /// Several file systems on one virtio-blk device, of which the root consists.
+    /// Several file systems (layers) on one virtio-blk device, from which the root is assembled.
     Layers {
         /// The disk slot.
         slot: u32,
@@ -27,7 +27,7 @@ pub enum Rootfs {
         parts: Vec<DiskPart>,
         /// The file systems to mount.
         layers: Vec<Layer>,
-        /// What the root is made of.
+        /// How the root is assembled from the layers.
         root: LayeredRoot,
     },
 }

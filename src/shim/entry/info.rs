@@ -24,7 +24,7 @@ const ALLOWED_MOUNTS: (&str, &str) = (
 
 /// Prints containerd's `RuntimeInfo`.
 pub(crate) fn print_info() -> io::Result<()> {
-    // An invalid configuration is an error of the first container.
+    // An invalid configuration is not reported here, but when the first container is created.
     let layers = Configuration::load(None).is_ok_and(|configuration| configuration.layers);
     io::stdout().write_all(&info(layers).write_to_bytes()?)
 }

@@ -417,8 +417,8 @@ impl Pod {
     }
 
     /// Makes the files of the container `id` available to the guest: its root file system and its shared directories.
-    /// `boot_disk` is what is on the disk of its root if the machine boots with that. Returns where the guest finds the
-    /// files. After a failure call [`Self::detach`].
+    /// `boot_disk` has the contents of the root's disk if the machine boots with that disk. Returns where the guest
+    /// finds the files. After a failure call [`Self::detach`].
     pub(crate) async fn attach(
         &self,
         id: &ContainerId,

@@ -1,5 +1,6 @@
-//! Makes a root file system of several file systems in files on the host, as containerd's mount manager would
-//! (containerd, `core/mount/manager`): if the overlay's upper directory is on the host, or the host opens files of it.
+//! Assembles a root file system from layers (file systems in files) on the host, as containerd's mount manager would
+//! (containerd, `core/mount/manager`). This is for an overlay whose upper directory is on the host, and for the image
+//! of a virtual machine, in which the host opens files. The guest assembles all other roots.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -83,7 +84,8 @@ pub(super) fn mount_detached(root: &RootLayers, rootfs: &Path) -> Result<OwnedFd
     }
 }
 
-/// Mounts a file system in a file: the file itself if the file system can read files, and else a loop device.
+/// Mounts a layer: from its files directly if the host's kernel can mount this type of file system from a regular file,
+/// and otherwise from loop devices.
 fn mount_layer(layer: &RootLayer, mount_point: &Path) -> io::Result<()> {
     fs::create_dir(mount_point)?;
     let files: Vec<PathBuf> = std::iter::once(&layer.source).chain(&layer.devices).cloned().collect();

@@ -120,7 +120,8 @@ impl FileServer {
         &self.child
     }
 
-    /// Shares a container's root file system as `path` of the tree. If it has to be mounted, it is at `bundle_rootfs`.
+    /// Shares a container's root file system as `path` of the tree. `bundle_rootfs` is the mount point if the files
+    /// must be mounted first.
     pub(crate) fn attach_rootfs(
         &self,
         files: &HostFiles,
@@ -261,8 +262,8 @@ impl FileServer {
     }
 }
 
-/// Mounts the root file system of an image for the shim, which opens files in it. If it has to be mounted, it is at
-/// `bundle_rootfs`. It appears in no mount namespace, and has no device nodes.
+/// Makes a detached mount of an image's root file system, in which the shim opens files. `bundle_rootfs` is the mount
+/// point if the files must be mounted first. The result appears in no mount namespace, and has no device nodes.
 pub(crate) fn mount_image(files: &HostFiles, bundle_rootfs: &Path) -> Result<OwnedFd, ShareError> {
     const PLACE: &str = "the files of an image";
     run_in_thread(|| {
@@ -274,8 +275,8 @@ pub(crate) fn mount_image(files: &HostFiles, bundle_rootfs: &Path) -> Result<Own
     })
 }
 
-/// A detached mount of `files`. With `recursive`, it includes what is mounted below a directory. `place` is their place
-/// in errors. Leaves the calling thread in another mount namespace.
+/// A detached mount of `files`. With `recursive`, it includes what is mounted below a directory. `place` names the
+/// destination in errors. Leaves the calling thread in another mount namespace.
 fn mount_files(files: &HostFiles, bundle_rootfs: &Path, place: &str, recursive: bool) -> Result<OwnedFd, ShareError> {
     match files {
         HostFiles::Directory(directory) => clone_mount(directory, recursive)

@@ -57,7 +57,7 @@ pub(super) fn mount_detached(mounts: &[HostMount], rootfs: &Path) -> Result<Owne
         .map_err(&failed)
 }
 
-/// Moves the calling thread into a new mount namespace, whose mounts no other one gets.
+/// Moves the calling thread into a new mount namespace, whose mounts propagate to no other.
 pub(super) fn enter_private_namespace() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     Ok(mount_change(
@@ -66,7 +66,7 @@ pub(super) fn enter_private_namespace() -> io::Result<()> {
     )?)
 }
 
-/// Makes a mount in the file system that is mounted at `rootfs`.
+/// Makes `mount` at its target, a path relative to `rootfs`.
 pub(super) fn make_mount(mount: &HostMount, rootfs: &Path) -> io::Result<()> {
     let descriptor = open_target(rootfs, &mount.target)?;
     let target = format!("/proc/thread-self/fd/{}", descriptor.as_raw_fd());

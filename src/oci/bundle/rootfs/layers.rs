@@ -1,5 +1,5 @@
-//! Plans a root file system of several file systems in files: the mounts of containerd's EROFS snapshotter, as
-//! containerd's mount manager leaves them to a runtime (containerd, `docs/mounts.md`).
+//! Plans a root file system that is assembled from layers, which are file systems in files: the mounts of containerd's
+//! EROFS snapshotter, as containerd's mount manager leaves them to a runtime (containerd, `docs/mounts.md`).
 
 use std::path::{Path, PathBuf};
 
@@ -27,9 +27,9 @@ const NEW_FILE: &str = "X-containerd.mkfs.";
 struct MountType<'m> {
     /// `format/`: its strings are templates.
     format: bool,
-    /// `mkdir/`: directories are created before.
+    /// `mkdir/`: directories are created before the mount.
     mkdir: bool,
-    /// `mkfs/`: its file is created before.
+    /// `mkfs/`: its file is created before the mount.
     mkfs: bool,
     filesystem: &'m str,
 }
@@ -59,7 +59,7 @@ impl<'m> MountType<'m> {
     }
 }
 
-/// Whether the guest has to make `mounts` from the files of layers.
+/// Whether `mounts` describe a root that is assembled from layers.
 pub(super) fn are_layers(mounts: &[HostMount]) -> bool {
     let kinds = || mounts.iter().map(|mount| MountType::parse(&mount.kind));
     let has_transformer = kinds().any(|kind| kind.format || kind.mkdir || kind.mkfs);
@@ -176,7 +176,7 @@ fn parse_size(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Plans an overlay of layers, and the directories to create before.
+/// Plans an overlay of layers, and the directories to create before it is mounted.
 fn plan_overlay(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirectory>, LayersMount), PlanError> {
     let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
     let (mut lower, mut upper, mut work) = (Vec::new(), None, None);
@@ -217,7 +217,7 @@ fn plan_overlay(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirec
     Ok((directories, LayersMount::Overlay { lower, upper, options }))
 }
 
-/// Plans a bind mount of a directory of a layer, and the directories to create before.
+/// Plans a bind mount of a directory of a layer, and the directories to create before it is made.
 fn plan_bind(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirectory>, LayersMount), PlanError> {
     let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
     let path = parse_path(&mount.source, count).map_err(|error| template_error(mount, "source", &error))?;

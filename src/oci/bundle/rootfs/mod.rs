@@ -1,4 +1,5 @@
-//! Plans the root file system from the mounts of a snapshotter. [`layers`] plans one of several file systems in files.
+//! Plans the root file system from the mounts of a snapshotter. [`layers`] plans one that is assembled from layers,
+//! which are file systems in files.
 
 mod layers;
 mod template;
@@ -53,8 +54,8 @@ pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root
     }
 }
 
-/// Plans the files of an image that the host opens, as [`plan_root`], but also makes layers on the host. `None` if they
-/// are on one disk.
+/// Plans the root file system of an image in which the host opens files. Unlike with [`plan_root`], the host assembles
+/// layers. `None` if the root is a file system on a disk.
 pub(super) fn plan_host_files(mounts: &[HostMount], directory: PathBuf) -> Result<Option<HostFiles>, PlanError> {
     match plan_root(mounts, directory)? {
         Root::Share { files, .. } => Ok(Some(files)),

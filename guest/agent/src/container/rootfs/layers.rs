@@ -1,4 +1,4 @@
-//! A root file system that consists of several file systems, each in a part of a disk.
+//! A root file system that is assembled from layers: several file systems, each in a part of a disk.
 
 use std::ffi::CString;
 use std::fs;

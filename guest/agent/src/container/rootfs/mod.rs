@@ -1,8 +1,8 @@
 //! A container's root file system.
 //!
-//! Belongs here: mounting and unmounting it, from [`layers`] if it has some, and changes of the spec's mounts that
-//! depend on its files: [`mount_targets`] and [`copy_up`]. Does not belong here: making these mounts, which libcontainer does. The jobs that
-//! create, enter and delete a container call it.
+//! Belongs here: mounting and unmounting it, which [`layers`] does for one that is assembled from several file systems;
+//! and changes of the spec's mounts that depend on its files: [`mount_targets`] and [`copy_up`]. Does not belong here:
+//! making these mounts, which libcontainer does. The jobs that create, enter and delete a container call it.
 
 mod copy_up;
 mod layers;

@@ -1,5 +1,5 @@
 //! Adapts the mounts of a spec to the files of the image, as runc does: symbolic links in mount points are resolved
-//! inside the root file system, and a tmpfs has the mode of the directory below it.
+//! inside the root file system, and a tmpfs gets the mode of the directory that it covers.
 //!
 //! libcontainer creates missing mount points, but not through a symbolic link that leads nowhere, such as the
 //! `/etc/localtime` of some images. It never leaves the root file system, whatever this module returns.
@@ -27,7 +27,8 @@ pub(crate) fn adapt_mounts(rootfs: &Path, mounts: &mut [Mount]) -> io::Result<()
     )?;
     let mut earlier: Vec<PathBuf> = Vec::new();
     for mount in mounts {
-        // An image must not move these by a link: settings such as masked paths are at their usual paths.
+        // These stay at the paths in the spec, whatever links the image has: masked paths, for example, are below
+        // these paths.
         if matches!(mount.typ().as_deref(), Some("proc" | "sysfs")) {
             earlier.push(mount.destination().clone());
             continue;
