@@ -83,9 +83,15 @@ impl JoinedFiles {
         Ok(())
     }
 
-    /// Makes a range read as zeroes. With `discard`, the host may free its space and no more; without, `unmap` says
-    /// whether it may.
-    pub(super) fn zero(&self, mut offset: u64, mut length: u64, discard: bool, unmap: bool) -> io::Result<()> {
+    /// With `discard`, frees the space of a range; no-op for files that cannot free any ([`discard_file_range`]).
+    /// Otherwise makes the range read as zeroes, and frees its space only if `unmap` ([`zero_file_range`]).
+    pub(super) fn zero_or_discard(
+        &self,
+        mut offset: u64,
+        mut length: u64,
+        discard: bool,
+        unmap: bool,
+    ) -> io::Result<()> {
         while length > 0 {
             let piece = self.writable_piece(offset)?;
             let count = piece.available.min(length);

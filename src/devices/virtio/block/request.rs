@@ -182,7 +182,7 @@ fn execute(
             match backing {
                 Backing::File { file, .. } if discard => discard_file_range(file, offset, length)?,
                 Backing::File { file, .. } => zero_file_range(file, offset, length, unmap)?,
-                Backing::Joined(files) => files.zero(offset, length, discard, unmap)?,
+                Backing::Joined(files) => files.zero_or_discard(offset, length, discard, unmap)?,
                 Backing::Image(image) => image.zero(offset, length, unmap)?,
             }
             Ok(0)
