@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn started_program_has_the_limit_of_before() {
+    fn started_program_has_the_limit_that_the_shim_inherited() {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "ulimit -S -n; ulimit -H -n"]);
         let limit = Rlimit {

@@ -34,8 +34,8 @@ impl FileServer {
     }
 
     fn find_or_make_place(&self, share: &Share) -> Result<String, FailedStep> {
-        // What a file system can delay comes before the lock, for which other containers wait.
-        // Unlike open(2) with O_PATH, open_tree(2) mounts what is mounted automatically at the path.
+        // Calls that a file system can delay come before the lock, for which other containers wait.
+        // Unlike open(2) with O_PATH, open_tree(2) triggers an automount at the path.
         let source = open_tree(CWD, &share.source, OpenTreeFlags::OPEN_TREE_CLOEXEC).map_err(step("open it"))?;
         let id = source_id(source.as_fd()).map_err(step("read its inode number"))?;
         let mount = clone_mount_of(source.as_fd(), share.recursive).map_err(step("copy its mount"))?;
@@ -76,7 +76,7 @@ impl FileServer {
     }
 
     /// Whether there are mounts below the source of `share`, which is opened as `source`, or below `place`: they can
-    /// differ, because mounts that the host made after the place appear only in the source.
+    /// differ, because mounts that the host makes later than the place appear only in the source.
     fn has_mounts_below(&self, share: &Share, source: BorrowedFd<'_>, place: &Place) -> io::Result<bool> {
         if share.recursive {
             let path = std::fs::read_link(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
@@ -91,8 +91,7 @@ impl FileServer {
         Ok(false)
     }
 
-    /// Removes the restriction of a mount of the tree to reading. Leaves the calling thread in the file server's mount
-    /// namespace.
+    /// Makes a read-only mount of the tree writable. Leaves the calling thread in the file server's mount namespace.
     fn make_writable(&self, path: &Path) -> io::Result<()> {
         self.enter()?;
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;

@@ -75,8 +75,8 @@ impl FileServer {
     }
 }
 
-/// Opens `path` below `root`, whose missing directories are created. The last part is created as a directory or an
-/// empty file.
+/// Opens `path` below `root`, after it has created the missing parts: directories, and as the last one a directory or
+/// an empty file.
 fn make_mount_point(root: OwnedFd, path: &Path, is_directory: bool) -> Result<OwnedFd, Errno> {
     let mut parts = path.components().peekable();
     let mut opened = root;

@@ -15,8 +15,8 @@ use rustix::fs::{AtFlags, StatxFlags, statx};
 
 use crate::oci::ShareIdMap;
 
-/// `STATX_MNT_ID_UNIQUE` (Linux 6.8): the id of a mount that is never used again. Older kernels ignore the flag, and
-/// return ids that are used again after an unmount.
+/// `STATX_MNT_ID_UNIQUE` (Linux 6.8): a mount id that no later mount gets. Older kernels ignore the flag, and return
+/// ids that a later mount can get after an unmount.
 const UNIQUE_MOUNT_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// The places of a pod.

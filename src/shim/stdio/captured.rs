@@ -20,7 +20,7 @@ use super::{
 };
 use crate::shim::blocking;
 
-/// The ends that a machine would have.
+/// The ends of the streams that are passed to the vmm if the process runs in a container.
 #[derive(Debug)]
 pub(crate) struct CapturedStreams {
     input: Option<OwnedFd>,

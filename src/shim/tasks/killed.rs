@@ -53,8 +53,8 @@ impl fmt::Display for GiveUpReason {
 impl Tasks {
     /// Follows a process that was sent SIGKILL. If it is blocked in the guest's kernel, or has not ended within
     /// [`SURVIVAL_LIMIT`], its exit is recorded nevertheless: the machine of a single container is ended, and a process
-    /// of a pod's container stays in the guest, so that the other containers go on. Spawns at most one task per
-    /// process.
+    /// of a pod's container stays in the guest, so that the other containers go on. Spawns at most one Tokio task
+    /// per process.
     pub(super) fn follow_kill(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
         if !process.should_follow_kill() {
             return;

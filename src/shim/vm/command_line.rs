@@ -8,8 +8,9 @@ const CONSOLE: &str = "console=ttyS0";
 /// its rescue shell if it found the argument (initramfs-tools).
 const RESET_ON_PANIC: &str = "\"panic=1\"";
 
-/// The kernel's command line: `line` and the user's arguments, plus the serial console and the reset after a panic if
-/// both lack them. What follows the word `--` is for the init process, and comes last.
+/// The kernel's command line: `line` and the user's arguments. Adds the argument for the serial console unless one of
+/// them has it, and likewise the one for the reset after a panic. What follows the word `--` is for the init process,
+/// and comes last.
 pub(super) fn complete_command_line(line: &str, arguments: &str) -> String {
     let (line, init) = split_init_arguments(line);
     let (arguments, more_init) = split_init_arguments(arguments);

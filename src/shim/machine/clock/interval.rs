@@ -1,5 +1,5 @@
-//! A timer that wakes the shim once. A timer of Tokio wakes it two or three times: as its end comes closer, it moves to
-//! finer levels of a timer wheel.
+//! A timer with which each wait wakes the shim once. With a timer of Tokio, a wait wakes it two or three times: as the
+//! end comes closer, the timer moves to finer levels of a timer wheel.
 
 use std::{io, os::fd::OwnedFd, time::Duration};
 

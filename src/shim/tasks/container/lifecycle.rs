@@ -89,7 +89,7 @@ impl From<WrongPhase> for TaskError {
     }
 }
 
-/// The caller that deletes the process.
+/// Which caller deletes the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Deletion {
     /// This caller. It calls [`Lifecycle::mark_deleted`] when it is done.
@@ -246,7 +246,7 @@ impl Lifecycle {
         }
     }
 
-    /// Enters the phase that `next` returns for the current one. Returns false if `next` returned none.
+    /// Enters the phase that `next` returns for the current one. Returns false if `next` returned `None`.
     fn transition(&self, next: impl FnOnce(Phase) -> Option<Phase>) -> bool {
         self.phase.send_if_modified(|phase| match next(*phase) {
             Some(next) => {
