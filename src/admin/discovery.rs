@@ -13,7 +13,7 @@ const BUNDLES: [&str; 2] = [
     "io.containerd.sandbox.controller.v1.shim",
 ];
 
-/// A file that only this shim writes, into the bundle that it was started for.
+/// A file that nutshell's shim writes into the bundle that it was started for, and runc's shim does not write.
 const OWN_FILE: &str = "shim.pid";
 
 /// The file with the address of a bundle's shim.

@@ -49,7 +49,7 @@ const PROCESSES: [Process; 4] = [
 ];
 
 /// A line for each call: process, thread, call with arguments, and reason, separated by tabs. The reason begins with
-/// `for thread` if a thread needs the call that inherits the list.
+/// `for thread` if the call is on the list because a thread that inherits the list needs it.
 pub(super) fn table() -> String {
     let mut table = String::new();
     for process in &PROCESSES {

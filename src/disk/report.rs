@@ -32,11 +32,11 @@ pub(super) struct Findings {
 pub(super) struct Qcow2Findings {
     pub(super) version: u32,
     pub(super) cluster_size: u64,
-    /// Of compressed clusters, if there are any.
+    /// The format of compressed clusters, if there are any.
     pub(super) compression: String,
     /// `None` if a table cannot be read.
     pub(super) clusters: Option<Clusters>,
-    /// They are ignored.
+    /// The number of snapshots, which are ignored.
     pub(super) snapshots: u32,
     pub(super) features: Vec<String>,
 }

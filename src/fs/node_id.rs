@@ -14,9 +14,9 @@ pub(crate) const OWNED_BY_GUEST: u32 = libc::S_ISVTX;
 /// The name of a container's root file system in the container's directory.
 pub(super) const ROOTFS: &CStr = c"rootfs";
 
-/// For how long the guest may cache names and attributes of files that the host may change. It is shorter than the start
-/// of a command in the guest takes, so that the command sees what its caller has changed before. Without any caching,
-/// each step of a path would be a request.
+/// For how long the guest may cache names and attributes of files that the host may change. The start of a command in
+/// the guest takes longer, so the command sees what its caller has changed before. Without any caching, each step of a
+/// path would be a request.
 pub(super) const SHARED_TTL: Duration = Duration::from_millis(50);
 
 /// For how long the guest may cache names and attributes of files that only it changes.

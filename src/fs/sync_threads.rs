@@ -1,6 +1,6 @@
 //! The threads for requests that wait for a disk: fsync, fsyncdir and syncfs. One thread serves all of them until one
-//! is slow. As long as all threads are busy, each further request gets a new thread, up to [`MAX_SYNC_THREADS`], so that
-//! a flush that hangs, for example at a dead NFS server, delays no flush of another file system.
+//! is slow. As long as all threads are busy, each further request gets a new thread, up to [`MAX_SYNC_THREADS`], so
+//! that a flush that hangs, for example at a dead NFS server, delays no flush of another file system.
 
 use std::{
     collections::VecDeque,
@@ -36,7 +36,7 @@ struct State<R> {
     /// Requests that no thread has taken, each with the time of its arrival.
     waiting: VecDeque<(Instant, R)>,
     threads: u32,
-    /// The number of threads that look for a request now or soon, whatever file systems do.
+    /// The number of threads that take the next request without waiting for a file system.
     idle: u32,
     is_reported: bool,
 }

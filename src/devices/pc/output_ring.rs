@@ -40,7 +40,7 @@ impl OutputRing {
         })
     }
 
-    /// A descriptor that is readable when bytes arrive in the empty ring. [`OutputMover::serve`] clears it.
+    /// A descriptor that becomes readable when bytes arrive in the empty ring. [`OutputMover::serve`] clears it.
     pub(crate) fn ready(&self) -> BorrowedFd<'_> {
         // SAFETY: the eventfd is open for as long as `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.ready.as_raw_fd()) }

@@ -39,15 +39,15 @@ impl CallList {
     }
 }
 
-/// A call of a [`CallList`].
+/// A call that a thread may make, for itself or because threads that it starts inherit its list.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AllowedCall {
     pub(crate) call: &'static Call,
-    /// The thread that needs the call, if not the thread of the list: one that it starts.
+    /// The started thread that needs the call. `None` if the thread of the list needs it.
     pub(crate) inherited_by: Option<&'static str>,
 }
 
-/// An allowed call.
+/// A system call, and the arguments with which it is allowed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Call {
     /// `SYS_` and the name.
