@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-/// How deep negations and parentheses are nested. Generated files do not nest them.
+/// How deep negations and parentheses may be nested. Generated files do not nest them.
 const MAX_DEPTH: usize = 16;
 
 /// The file tests `-e`, `-f`, `-d` and `-s`.

@@ -5,7 +5,7 @@ use crate::boot::{BootEntry, Candidate, MAX_TRIED_ENTRIES, Notes, Rule, open_fir
 use crate::disk::{Disk, Location};
 use crate::entries::Variables;
 
-/// How deep menus are nested. Generated files have one submenu.
+/// How deep menus may be nested. Generated files have one level of submenus.
 const MAX_SUBMENUS: usize = 4;
 
 /// The state of GRUB when it shows the menu.
