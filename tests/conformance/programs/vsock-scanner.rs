@@ -38,8 +38,9 @@ const CIDS: [u32; 3] = [HOST, 1, 3];
 /// The first port of a stream (`MIN_STREAM_PORT` of the protocol).
 const FIRST_PORT: u32 = 1024;
 
-/// How many ports of each kind a round tries: the first ones, which a simple allocator would use, and random ones.
-const ROUND: usize = 256;
+/// How many ports of each of two kinds a round tries: the first ones, which a simple allocator would use, and random
+/// ones.
+const PORTS_PER_ROUND: usize = 256;
 
 fn main() {
     let mut output = std::io::stdout();
@@ -47,14 +48,18 @@ fn main() {
     writeln!(output, "scanning").expect("print");
     let mut attempts = 0_u64;
     loop {
-        let mut bytes = [0; 4 * ROUND];
+        let mut bytes = [0; 4 * PORTS_PER_ROUND];
         random.read_exact(&mut bytes).expect("read /dev/urandom");
         let random_ports = bytes
             .chunks_exact(4)
             .map(|port| u32::from_ne_bytes(port.try_into().expect("4 bytes")));
-        for (index, port) in (FIRST_PORT..).take(ROUND).chain(random_ports).enumerate() {
+        for (index, port) in (FIRST_PORT..).take(PORTS_PER_ROUND).chain(random_ports).enumerate() {
             // The other cids only for a few ports: the kernel may wait for their answer.
-            let cids = if index % ROUND == 0 { &CIDS[..] } else { &[HOST] };
+            let cids = if index % PORTS_PER_ROUND == 0 {
+                &CIDS[..]
+            } else {
+                &[HOST]
+            };
             for &cid in cids {
                 let socket = socket(AF_VSOCK, SOCK_STREAM, 0);
                 if socket < 0 {
