@@ -31,52 +31,9 @@ pub(crate) fn clean(command_line: &str) -> Result<String, String> {
     Ok(cleaned)
 }
 
-/// Appends `console=ttyS0`, unless an argument names this console already.
-///
-/// The kernel passes arguments after `--` to the init process, so the console is inserted before them.
-#[must_use]
-pub fn append_console(command_line: &str) -> String {
-    const CONSOLE: &str = "console=ttyS0";
-    let arguments: Vec<_> = command_line
-        .split(' ')
-        .filter(|argument| !argument.is_empty())
-        .collect();
-    let end = arguments
-        .iter()
-        .position(|argument| *argument == "--")
-        .unwrap_or(arguments.len());
-    let names_console = |argument: &&str| {
-        let rest = argument.strip_prefix(CONSOLE);
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(','))
-    };
-    if arguments[..end].iter().any(names_console) {
-        return command_line.to_owned();
-    }
-    let (before, after) = arguments.split_at(end);
-    [before, &[CONSOLE], after].concat().join(" ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn console_is_appended_unless_it_is_named() {
-        for (command_line, expected) in [
-            ("", "console=ttyS0"),
-            ("root=/dev/vda1 ro", "root=/dev/vda1 ro console=ttyS0"),
-            ("console=tty1", "console=tty1 console=ttyS0"),
-            ("console=ttyS01", "console=ttyS01 console=ttyS0"),
-            ("noconsole=ttyS0", "noconsole=ttyS0 console=ttyS0"),
-            ("ro -- single", "ro console=ttyS0 -- single"),
-            ("console=ttyS0", "console=ttyS0"),
-            ("console=ttyS0,115200n8 quiet", "console=ttyS0,115200n8 quiet"),
-            ("console=ttyS0 console=tty1", "console=ttyS0 console=tty1"),
-            ("ro -- console=ttyS0", "ro console=ttyS0 -- console=ttyS0"),
-        ] {
-            assert_eq!(append_console(command_line), expected, "{command_line:?}");
-        }
-    }
 
     #[test]
     fn command_line_is_cleaned_or_refused() {

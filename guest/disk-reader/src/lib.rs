@@ -33,7 +33,7 @@ mod uki;
 mod version;
 
 pub use boot::{BootEntry, BootFile, MAX_INITRD_SIZE, MAX_INITRDS, MAX_KERNEL_SIZE, Rule, Source};
-pub use command_line::{MAX_COMMAND_LINE, append_console};
+pub use command_line::MAX_COMMAND_LINE;
 pub use disk::{Disk, FileSystem};
 pub use partitions::{PartitionType, partition_types};
 pub use superblock::{START_SIZE, Superblock, identify};

@@ -14,10 +14,12 @@ const RESET_ON_PANIC: &str = "\"panic=1\"";
 pub(super) fn complete_command_line(line: &str, arguments: &str) -> String {
     let (line, init) = split_init_arguments(line);
     let (arguments, more_init) = split_init_arguments(arguments);
-    let words = || line.split_ascii_whitespace().chain(arguments.split_ascii_whitespace());
+    // The kernel removes quotation marks around an argument.
+    let all_words: Vec<_> = words(line).into_iter().chain(words(arguments)).collect();
+    let words = || all_words.iter().map(|(_, word)| word.trim_matches('"'));
     let names_console = |word: &str| word == CONSOLE || word.starts_with("console=ttyS0,");
     let console = if words().any(names_console) { "" } else { CONSOLE };
-    let handles_panic = |word: &str| word.trim_start_matches('"').starts_with("panic=");
+    let handles_panic = |word: &str| word.starts_with("panic=");
     let panic = if words().any(handles_panic) { "" } else { RESET_ON_PANIC };
     let separator = if init.is_some() || more_init.is_some() {
         "--"
@@ -30,23 +32,35 @@ pub(super) fn complete_command_line(line: &str, arguments: &str) -> String {
     parts.join(" ")
 }
 
-/// Splits a command line at its first word `--`, outside of quotation marks (Linux `kernel/params.c`, `parse_args`).
-/// `None` without this word.
-fn split_init_arguments(line: &str) -> (&str, Option<&str>) {
-    let mut is_quoted = false;
-    let mut word_start = 0;
+/// The words of a command line, with their positions. White space within quotation marks belongs to a word (Linux
+/// `lib/cmdline.c`, `next_arg`).
+fn words(line: &str) -> Vec<(usize, &str)> {
+    let (mut words, mut start, mut is_quoted) = (Vec::new(), 0, false);
     for (index, byte) in line.bytes().chain([b' ']).enumerate() {
-        match byte {
-            b'"' => is_quoted = !is_quoted,
-            _ if is_quoted || !byte.is_ascii_whitespace() => {}
-            _ if matches!(line.get(word_start..index), Some("--" | "\"--\"")) => {
-                let kernel = line.get(..word_start).unwrap_or_default();
-                return (kernel.trim(), Some(line.get(index..).unwrap_or_default().trim()));
+        is_quoted ^= byte == b'"';
+        if index == line.len() || (!is_quoted && byte.is_ascii_whitespace()) {
+            let word = line.get(start..index).unwrap_or_default();
+            if !word.is_empty() {
+                words.push((start, word));
             }
-            _ => word_start = index + 1,
+            start = index + 1;
         }
     }
-    (line.trim(), None)
+    words
+}
+
+/// Splits a command line at its first word `--` (Linux `kernel/params.c`, `parse_args`). `None` without this word.
+fn split_init_arguments(line: &str) -> (&str, Option<&str>) {
+    let words = words(line);
+    let separator = words.iter().find(|(_, word)| matches!(*word, "--" | "\"--\""));
+    match separator {
+        Some((start, word)) => {
+            let kernel = line.get(..*start).unwrap_or_default();
+            let init = line.get(start + word.len()..).unwrap_or_default();
+            (kernel.trim(), Some(init.trim()))
+        }
+        None => (line.trim(), None),
+    }
 }
 
 #[cfg(test)]
@@ -79,6 +93,12 @@ mod tests {
             ("panic=0", "", "panic=0 console=ttyS0"),
             ("panic_on_oops=1", "panic=-1", "panic_on_oops=1 console=ttyS0 panic=-1"),
             ("\"panic=5\"", "", "\"panic=5\" console=ttyS0"),
+            ("\"console=ttyS0\"", "", "\"panic=1\" \"console=ttyS0\""),
+            (
+                "a=\"b panic=0 c\" d=\"e console=ttyS0\"",
+                "",
+                "\"panic=1\" a=\"b panic=0 c\" d=\"e console=ttyS0\" console=ttyS0",
+            ),
         ] {
             assert_eq!(complete_command_line(line, arguments), expected);
         }

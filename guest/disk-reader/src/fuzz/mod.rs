@@ -14,9 +14,8 @@ use std::{
 };
 
 use crate::{
-    Disk, FileSystem, MAX_COMMAND_LINE, MAX_ERROR_LENGTH, MAX_INITRDS, PartitionType, START_SIZE, append_console,
-    command_line, disk::Location, entries, extlinux, find_kernel, grub, identify, newest, partition_types, pattern,
-    uki, version,
+    Disk, FileSystem, MAX_COMMAND_LINE, MAX_ERROR_LENGTH, MAX_INITRDS, PartitionType, START_SIZE, command_line,
+    disk::Location, entries, extlinux, find_kernel, grub, identify, newest, partition_types, pattern, uki, version,
 };
 
 /// Starts a line with the path of a file. The lines after it are the content of the file.
@@ -96,7 +95,6 @@ fn parse_text(text: &str) {
     extlinux::parse_parts(text, &location);
     newest::parse_parts(text);
     let _ = command_line::clean(text);
-    let _ = append_console(text);
 }
 
 /// Parses `data` as a unified kernel image.
