@@ -24,7 +24,7 @@
 //!                                # or "pod-and-network": hostNetwork also means the network of the pod
 //!
 //! [storage]
-//! layers = true                  # false: containerd mounts the layers of its EROFS snapshotter on the host
+//! mount_layers = true            # false: containerd mounts the layers of its EROFS snapshotter on the host
 //!
 //! [vm]                           # virtual machines with a user's disk
 //! enabled = true                 # false: they are refused
@@ -79,7 +79,7 @@ pub(crate) struct Configuration {
     pub(crate) host_namespaces: HostNamespaces,
     /// Whether containerd is to leave the layers of its EROFS snapshotter to this runtime. Only the value in the
     /// default configuration file matters: containerd asks once for all uses of the runtime (`-info`).
-    pub(crate) layers: bool,
+    pub(crate) mount_layers: bool,
     pub(crate) virtual_machines: VmPolicy,
     /// The size of the cache of kernels in images, in bytes; 0 for none.
     pub(crate) kernel_cache_bytes: u64,
@@ -152,7 +152,7 @@ impl Configuration {
             shell: guest.shell.unwrap_or(true),
             sizing: machine.sizing(host)?,
             host_namespaces: pod.host_namespaces,
-            layers: storage.layers.unwrap_or(true),
+            mount_layers: storage.mount_layers.unwrap_or(true),
             virtual_machines: vm.policy()?,
             kernel_cache_bytes: vm.kernel_cache_bytes()?,
             debug,
@@ -174,7 +174,7 @@ struct Document {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, expecting = "the table [storage]")]
 struct StorageSection {
-    layers: Option<bool>,
+    mount_layers: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -324,7 +324,7 @@ mod tests {
                 max_vcpus: 64,
             },
             host_namespaces: HostNamespaces::Refuse,
-            layers: true,
+            mount_layers: true,
             virtual_machines: VmPolicy {
                 enabled: true,
                 max_disks: 10,
@@ -360,7 +360,7 @@ mod tests {
             [pod]
             host_namespaces = "pod"
             [storage]
-            layers = false
+            mount_layers = false
             [vm]
             enabled = false
             max_disks = 2
@@ -381,7 +381,7 @@ mod tests {
                 max_vcpus: 4,
             },
             host_namespaces: HostNamespaces::Pod,
-            layers: false,
+            mount_layers: false,
             virtual_machines: VmPolicy {
                 enabled: false,
                 max_disks: 2,

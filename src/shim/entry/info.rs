@@ -25,7 +25,7 @@ const ALLOWED_MOUNTS: (&str, &str) = (
 /// Prints containerd's `RuntimeInfo`.
 pub(crate) fn print_info() -> io::Result<()> {
     // An invalid configuration is not reported here, but when the first container is created.
-    let layers = Configuration::load(None).is_ok_and(|configuration| configuration.layers);
+    let layers = Configuration::load(None).is_ok_and(|configuration| configuration.mount_layers);
     io::stdout().write_all(&info(layers).write_to_bytes()?)
 }
 

@@ -104,7 +104,7 @@ impl Shim {
             },
             host_namespaces: HostNamespaces::Refuse,
             virtual_machines: VmPolicy::default(),
-            layers: true,
+            mount_layers: true,
             kernel_cache_bytes: 0,
             debug: false,
         };
