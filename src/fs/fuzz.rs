@@ -44,7 +44,8 @@ const MAX_MESSAGES: usize = 60;
 /// The maximum number of files that the guest can have open.
 const MAX_FILES: u64 = 60;
 
-/// The queues in the guest's memory, and where their only request is. The vmm refers to memory by an address of its own.
+/// The queues in the guest's memory, and where their only request is. The vmm refers to memory by an address of its
+/// own.
 const MEMORY_SIZE: u64 = 0x1_0000;
 const QUEUE_STRIDE: u64 = 0x1000;
 const REQUEST: u64 = 0x8000;
@@ -164,8 +165,8 @@ enum Descriptor {
 impl Vmm {
     fn new(socket: UnixStream) -> Self {
         let memory_file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).unwrap());
-        // Larger than any mapping of it. The end of a file below a mapping of it would end the server by SIGBUS, which a
-        // vmm gains nothing by: it can also close the connection.
+        // Larger than any mapping of it. The end of a file below a mapping of it would end the server by SIGBUS, which
+        // a vmm gains nothing by: it can also close the connection.
         memory_file.set_len(1 << 62).unwrap();
         let offset = FileOffset::new(memory_file.try_clone().unwrap(), 0);
         let size = usize::try_from(MEMORY_SIZE).unwrap();

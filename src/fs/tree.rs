@@ -3,9 +3,9 @@
 //! file capabilities, and caching depends on who may change a file.
 //!
 //! The tree's first two levels belong to the shim: `<container id>/<share>`, or `.shared/<number>` for what several
-//! containers may use. Each share is a mount. Files that only the guest can change may be cached by it for a day. It may
-//! cache names and attributes of other files for [`SHARED_TTL`], and their contents as long as the file is unchanged at
-//! each open (close-to-open).
+//! containers may use. Each share is a mount. Files that only the guest can change may be cached by it for a day. It
+//! may cache names and attributes of other files for [`SHARED_TTL`], and their contents as long as the file is
+//! unchanged at each open (close-to-open).
 
 use std::{ffi::CStr, fs::File, io, time::Duration};
 

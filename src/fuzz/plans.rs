@@ -62,8 +62,8 @@ impl Inspect for Host {
     }
 }
 
-/// Plans a container, sandbox or virtual machine from the `config.json` in `data`, whose first byte selects the settings
-/// of the host and the snapshot.
+/// Plans a container, sandbox or virtual machine from the `config.json` in `data`, whose first byte selects the
+/// settings of the host and the snapshot.
 ///
 /// # Panics
 ///

@@ -162,8 +162,8 @@ fn has_mount_below(mounts: &[MountEntry], path: &Path) -> bool {
     mounts.iter().any(is_below)
 }
 
-/// Parses the mount table (proc_pid_mountinfo(5)). Any user of the host who may mount a FUSE file system chooses a mount
-/// point, which need not be UTF-8.
+/// Parses the mount table (proc_pid_mountinfo(5)). Any user of the host who may mount a FUSE file system chooses a
+/// mount point, which need not be UTF-8.
 fn parse_mounts(table: &[u8]) -> Vec<MountEntry> {
     table.split(|byte| *byte == b'\n').filter_map(parse_mount).collect()
 }

@@ -32,7 +32,8 @@ pub(crate) fn restore_for(command: &mut Command) {
 
 fn restore(command: &mut Command, limit: &Rlimit) {
     let limit = Rlimit { ..*limit };
-    // SAFETY: the closure runs between fork and exec, and makes one system call: it allocates nothing and takes no lock.
+    // SAFETY: the closure runs between fork and exec, and makes one system call: it allocates nothing and takes no
+    // lock.
     unsafe {
         command.pre_exec(move || Ok(setrlimit(Resource::Nofile, Rlimit { ..limit })?));
     }

@@ -74,7 +74,7 @@ pub enum RootMount {
         /// Whether the container can only read.
         read_only: bool,
     },
-    /// An overlay.
+    /// Directories of layers, one above the other (overlayfs).
     Overlay {
         /// The lower directories, topmost first.
         lower: Vec<LayerPath>,
@@ -85,7 +85,7 @@ pub enum RootMount {
     },
 }
 
-/// A path in a layer.
+/// A directory of one of the layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerPath {
     /// The index of the layer.

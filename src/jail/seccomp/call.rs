@@ -16,8 +16,8 @@ pub(crate) struct CallList {
 }
 
 impl CallList {
-    /// All allowed calls, each once with the same arguments: first those of the thread itself, then those of the threads
-    /// that it starts.
+    /// All allowed calls, each once with the same arguments: first those of the thread itself, then those of the
+    /// threads that it starts.
     pub(crate) fn calls(&self) -> Vec<AllowedCall> {
         let mut calls = Vec::new();
         self.add_calls(None, &mut calls);

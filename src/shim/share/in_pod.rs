@@ -24,8 +24,8 @@ use crate::{
 };
 
 impl FileServer {
-    /// Shares a directory or a file of the host for a container of a pod. Returns its path in the tree, which is that of
-    /// an earlier share if that has the same source. To detach it, use the share's own path.
+    /// Shares a directory or a file of the host for a container of a pod. Returns its path in the tree, which is that
+    /// of an earlier share if that has the same source. To detach it, use the share's own path.
     pub(crate) fn attach_in_pod(&self, share: &Share) -> Result<String, ShareError> {
         run_in_thread(|| {
             self.find_or_make_place(share)

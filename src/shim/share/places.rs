@@ -1,8 +1,8 @@
 //! Places of the tree that several mounts of a pod's containers use.
 //!
 //! In the guest, a socket, a lock or a mapping belongs to an inode, and a file that the guest reaches by two mounts has
-//! two inodes. So a directory that is mounted at two paths, or in two containers of a pod, is one mount of the tree, and
-//! all of them get its path.
+//! two inodes. So a directory that is mounted at two paths, or in two containers of a pod, is one mount of the tree,
+//! and all of them get its path.
 
 use std::{
     io,

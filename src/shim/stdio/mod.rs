@@ -2,10 +2,10 @@
 //! machine.
 //!
 //! Belongs here: the meaning of a stream's name ([`endpoint`]), fifos and files ([`files`]), the threads that write
-//! files ([`file_writer`]), logging programs ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all streams of a process ([`open`]), and using
-//! them while it runs: those of a process in the guest ([`standard`]), those of an exec in a virtual machine
-//! ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong here: when a process starts or
-//! ends. [`super::tasks`] calls it; [`super::api`] serves the streaming scheme.
+//! files ([`file_writer`]), logging programs ([`logger`]), containerd's streaming scheme ([`streaming`]), opening all
+//! streams of a process ([`open`]), and using them while it runs: those of a process in the guest ([`standard`]), those
+//! of an exec in a virtual machine ([`captured`]), and the console of a virtual machine ([`console`]). Does not belong
+//! here: when a process starts or ends. [`super::tasks`] calls it; [`super::api`] serves the streaming scheme.
 //!
 //! Bytes flow directly between the machine and a fifo or the pipe of a logging program. These pass through the shim:
 //! output to a file, whose file system could block the machine; the streaming scheme, one message at a time; and the

@@ -9,7 +9,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::*;
 use crate::control::{Channel, Command, fuzz::send_packets};
 
-/// Receives the packets in `data` as commands. A boot command gets empty files, and their number is `data`'s first byte.
+/// Receives the packets in `data` as commands. A boot command gets empty files, and their number is `data`'s first
+/// byte.
 ///
 /// # Panics
 ///

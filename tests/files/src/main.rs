@@ -3,8 +3,9 @@
 //!
 //!     files DIRECTORY
 //!
-//! Run it as root. It prints a line for each case that fails, with the reason, and the number of those that passed. Exits
-//! with 1 if a case fails. It needs no container and no virtual machine, so the cases can be checked on any file system.
+//! Run it as root. It prints a line for each case that fails, with the reason, and the number of those that passed.
+//! Exits with 1 if a case fails. It needs no container and no virtual machine, so the cases can be checked on any file
+//! system.
 
 mod cases;
 mod place;

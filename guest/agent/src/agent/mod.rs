@@ -1,8 +1,8 @@
 //! The event loop and its state: the containers, the running jobs, the pumps.
 //!
 //! `requests` handles the host's requests, `reports` the reports of jobs, and `exits` the exits of processes; all three
-//! are parts of [`Agent`]. `pumps` holds the pumps, `signals` sends signals, and `blocked` finds threads that cannot end.
-//! Nothing here may block: work that may block runs in a job. Only `main` calls this.
+//! are parts of [`Agent`]. `pumps` holds the pumps, `signals` sends signals, and `blocked` finds threads that cannot
+//! end. Nothing here may block: work that may block runs in a job. Only `main` calls this.
 
 mod blocked;
 mod exits;

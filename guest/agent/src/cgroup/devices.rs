@@ -49,8 +49,8 @@ impl Rule {
     }
 }
 
-/// Rules that every container has, as with runc 1.2.4 (`AllowedDevices` of its libcontainer/specconv): it may create any
-/// device node, and open those that are in every container's `/dev`, and `/dev/net/tun`.
+/// Rules that every container has, as with runc 1.2.4 (`AllowedDevices` of its libcontainer/specconv): it may create
+/// any device node, and open those that are in every container's `/dev`, and `/dev/net/tun`.
 const ALWAYS_ALLOWED: [Rule; 11] = {
     const ANY: i32 = MKNOD | READ | WRITE;
     [

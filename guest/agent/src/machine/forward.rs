@@ -174,7 +174,8 @@ mod tests {
     /// The size of the send buffer between the relay and the server, in bytes. Linux doubles it.
     const SEND_BUFFER_SIZE: usize = 8 << 10;
 
-    /// More than the relay and the send buffer to the server hold, and less than the send buffer of the client, in bytes.
+    /// More than the relay and the send buffer to the server hold, and less than the send buffer of the client, in
+    /// bytes.
     const UNREAD: usize = BUFFER_SIZE + (32 << 10);
 
     /// Starts a relay between a client and a server. At its end it sends its result and the CPU time that it used.

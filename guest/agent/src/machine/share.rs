@@ -42,8 +42,8 @@ pub(crate) fn mount_common(source: &Path, container: &str) -> io::Result<()> {
 }
 
 /// Unmounts what only this container uses in [`COMMON_SHARES`]. Call this in a job. A separate process unmounts it,
-/// which does not delay the deletion of the container if the file system hangs: the kernel asks the host for the path of
-/// the mount. If that fails, the mount stays until the end of the machine.
+/// which does not delay the deletion of the container if the file system hangs: the kernel asks the host for the path
+/// of the mount. If that fails, the mount stays until the end of the machine.
 pub(crate) fn leave_common(container: &str) -> io::Result<()> {
     remove_user(Path::new(USERS_PATH), container, |name, users, lock| {
         if sys::fork()?.is_some() {
@@ -71,9 +71,9 @@ fn add_user(users: &Path, container: &str) -> io::Result<()> {
     }
 }
 
-/// Calls `unmount` for each directory in `path` that has no other user: with its name, its path and its lock, which keeps
-/// new users waiting until the end of the unmount. `unmount` removes the directory. Continues after an error and returns
-/// the first one.
+/// Calls `unmount` for each directory in `path` that has no other user: with its name, its path and its lock, which
+/// keeps new users waiting until the end of the unmount. `unmount` removes the directory. Continues after an error and
+/// returns the first one.
 fn remove_user(
     path: &Path,
     container: &str,

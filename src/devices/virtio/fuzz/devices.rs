@@ -1,5 +1,5 @@
-//! The devices whose requests the event loop handles: entropy source, console, balloon, memory, named port. And the file
-//! system, which asks another process to handle them.
+//! The devices whose requests the event loop handles: entropy source, console, balloon, memory, named port. And the
+//! file system, which asks another process to handle them.
 
 use std::{
     io::{ErrorKind, Read, Write},

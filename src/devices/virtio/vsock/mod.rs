@@ -124,8 +124,9 @@ impl Vsock {
     }
 
     /// Moves packets to the guest until there are no more packets or buffers. After [`MAX_PACKETS_TO_GUEST_PER_TURN`]
-    /// packets, the queue kicks itself and the call returns, so that a guest that keeps adding buffers cannot occupy the
-    /// event loop. Call this after a kick of the receive queue, and after any change that may have created a packet.
+    /// packets, the queue kicks itself and the call returns, so that a guest that keeps adding buffers cannot occupy
+    /// the event loop. Call this after a kick of the receive queue, and after any change that may have created a
+    /// packet.
     pub(crate) fn deliver(&mut self) -> Result<(), QueueError> {
         let Some(Queues { receive, .. }) = &mut self.queues else {
             return Ok(());

@@ -2,23 +2,20 @@
 //! which are file systems in files.
 
 mod layers;
+mod single_mount;
 mod template;
 
 use std::path::{Path, PathBuf};
 
 pub(crate) use self::layers::MAX_ROOT_FILES;
+use self::single_mount::{
+    GUEST_FILESYSTEMS, SNAPSHOTTER_REMEDY, guest_options, is_read_only, is_read_only_disk, unsupported_type,
+};
 use crate::oci::{HostFiles, HostMount, IdMap, PlanError, Root, RootDisk};
-
-/// File systems that the guest mounts from a disk.
-const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
 
 /// File systems that the host mounts and shares as a directory. `overlay` and `bind` come from snapshotters like
 /// overlayfs, native and remote ones; the guest's kernel lacks the others.
 const HOST_FILESYSTEMS: [&str; 5] = ["bind", "btrfs", "overlay", "xfs", "zfs"];
-
-/// The remedy for unsupported mounts: containerd's configuration or the client selects the snapshotter.
-const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
-    in containerd's configuration, or pass --snapshotter to ctr";
 
 /// Plans the root from `mounts`. Without mounts, `directory` (the spec's `root.path`) is the root itself.
 pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root, PlanError> {
@@ -105,41 +102,8 @@ fn plan_disk(mount: &HostMount) -> Result<Root, PlanError> {
     }))
 }
 
-/// The options with which the guest mounts a disk.
-fn guest_options(mount: &HostMount, filesystem: &str) -> Vec<String> {
-    let is_for_guest = |option: &&String| {
-        let (name, _) = option.split_once('=').unwrap_or((option, ""));
-        !matches!(name, "loop" | "rw" | "ro" | "device") && !name.starts_with("X-")
-    };
-    let options = mount.options.iter().filter(is_for_guest).cloned();
-    options
-        .chain(is_read_only_disk(mount, filesystem).then(|| "ro".to_owned()))
-        .collect()
-}
-
-/// EROFS is read-only whatever the options are.
-fn is_read_only_disk(mount: &HostMount, filesystem: &str) -> bool {
-    filesystem == "erofs" || is_read_only(mount)
-}
-
 fn is_host_mount(mount: &HostMount) -> bool {
     HOST_FILESYSTEMS.contains(&mount.kind.as_str()) || mount.kind.starts_with("fuse.")
-}
-
-/// The last of `ro` and `rw` wins, as with mount(8).
-fn is_read_only(mount: &HostMount) -> bool {
-    let last = mount
-        .options
-        .iter()
-        .rfind(|option| matches!(option.as_str(), "ro" | "rw"));
-    last.is_some_and(|option| option == "ro")
-}
-
-fn unsupported_type(mount: &HostMount) -> PlanError {
-    PlanError::unsupported(
-        format!("rootfs mount of type {:?}", mount.kind),
-        format!("not supported. {SNAPSHOTTER_REMEDY}"),
-    )
 }
 
 #[cfg(test)]

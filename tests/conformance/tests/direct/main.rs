@@ -11,7 +11,6 @@ mod events;
 mod exec;
 mod failures;
 mod kill;
-mod layers;
 mod leaks;
 mod lifecycle;
 mod pods;

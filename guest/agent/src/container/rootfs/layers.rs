@@ -11,7 +11,7 @@ use nutshell_protocol::{DiskPart, Failure, Layer, LayerPath, LayeredRoot, NewDir
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags};
 
-use super::{split_options, unmount};
+use super::mount_options::{split_options, unmount};
 use crate::failure::Context;
 use crate::machine::disk;
 

@@ -6,23 +6,24 @@
 
 mod copy_up;
 mod layers;
+mod mount_options;
 mod mount_targets;
 
 use std::ffi::CString;
-use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
-use nutshell_linux::mount_options;
 use nutshell_protocol::{Failure, Rootfs, SHARE_PATH};
 use oci_spec::runtime::Mount;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 pub(crate) use self::copy_up::{FilledMounts, fill_mounts, unmount_filled};
 pub(crate) use self::layers::unmount_layers;
+use self::mount_options::split_options;
+pub(crate) use self::mount_options::unmount;
 pub(crate) use self::mount_targets::adapt_mounts;
 use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
@@ -111,38 +112,10 @@ pub(crate) fn create_working_directory(rootfs: &Path, cwd: &Path) -> io::Result<
     Ok(())
 }
 
-/// Unmounts everything at `target`, and removes the directory. Succeeds if it does not exist.
-pub(crate) fn unmount(target: &Path) -> io::Result<()> {
-    loop {
-        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
-            Ok(()) => {}
-            // A process outside of the container uses the mount. The kernel unmounts it when that process ends.
-            Err(Errno::BUSY) => rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?,
-            Err(Errno::INVAL | Errno::NOENT) => break,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    match fs::remove_dir(target) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
-/// Splits fstab-style options into flags of mount(2) and data for the file system.
-fn split_options(options: &[String]) -> (MountFlags, String) {
-    let mut flags = MountFlags::empty();
-    let mut data = Vec::new();
-    for option in options {
-        // `loop` has no effect: the disk is a block device already.
-        if !option.is_empty() && option != "loop" && !mount_options::apply(option, &mut flags) {
-            data.push(option.as_str());
-        }
-    }
-    (flags, data.join(","))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -160,23 +133,5 @@ mod tests {
         }
         assert!(!outside.join("c").exists());
         fs::remove_dir_all(outside).unwrap();
-    }
-
-    #[test]
-    fn options_are_split_into_flags_and_data() {
-        let options = [
-            "ro",
-            "noatime",
-            "discard",
-            "nodev",
-            "dev",
-            "loop",
-            "nolazytime",
-            "data=ordered",
-        ]
-        .map(str::to_owned);
-        let (flags, data) = split_options(&options);
-        assert_eq!(flags, MountFlags::RDONLY | MountFlags::NOATIME);
-        assert_eq!(data, "discard,data=ordered");
     }
 }
