@@ -95,7 +95,9 @@ pub fn serve_disk(data: &[u8]) {
     };
     let file = disk_file();
     let clone = || file.try_clone().unwrap();
+    let is_joined = selection & 8 != 0;
     let backing = match selection & 3 {
+        _ if is_joined => join_files(clone()),
         kind @ (0 | 1) => Backing::File {
             file: clone(),
             read_only: kind == 1,
@@ -120,7 +122,7 @@ pub fn serve_disk(data: &[u8]) {
         device: device.clone(),
         can_resize: growing.is_some(),
         growing,
-        is_protected: selection & 3 != 0,
+        is_protected: is_joined || selection & 3 != 0,
         size: DISK_SIZE,
         kept: DISK_SIZE,
         file,
@@ -135,6 +137,26 @@ pub fn serve_disk(data: &[u8]) {
             "a guest wrote a file that it may only read"
         );
     }
+}
+
+/// A disk whose first part is a read-only file, and whose second a writable one.
+fn join_files(file: File) -> Backing {
+    const FIRST_LENGTH: u64 = DISK_SIZE / 3;
+    let writable = File::from(memfd_create("writable", MemfdFlags::CLOEXEC).unwrap());
+    writable.set_len(DISK_SIZE - FIRST_LENGTH).unwrap();
+    let files = vec![
+        JoinedFile {
+            file,
+            length: FIRST_LENGTH,
+            read_only: true,
+        },
+        JoinedFile {
+            file: writable,
+            length: DISK_SIZE - FIRST_LENGTH,
+            read_only: false,
+        },
+    ];
+    Backing::Joined(JoinedFiles::new(files).unwrap())
 }
 
 fn contents() -> Vec<u8> {
