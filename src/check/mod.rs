@@ -24,6 +24,7 @@ use std::{
 };
 
 use nutshell_protocol::{FrameBuffer, FrameError, FromAgent, MAX_FROM_AGENT, Ready};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use self::host::Host;
 use crate::{
@@ -42,6 +43,9 @@ const MEMORY: u64 = 128 << 20;
 
 /// How long the guest may take to boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long the vmm may take to answer, or to report the end of its machine.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why this host cannot run guests.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +73,8 @@ enum CheckError {
         BOOT_TIMEOUT.as_secs()
     )]
     TimedOut,
+    #[error("the vmm process does not answer within {} s: it hangs in the host's kernel", .0.as_secs_f32())]
+    NoNotice(Duration),
 }
 
 /// Boots a guest, and prints its kernel's release and the boot time, and the table of the host's settings.
@@ -201,8 +207,9 @@ fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, Ch
 /// Prints the guest's console.
 fn print_console(channel: &Channel) -> Result<(), CheckError> {
     channel.send(&Command::ReadConsole, &[])?;
+    let mut notices = Notices::new(channel, NOTICE_TIMEOUT);
     loop {
-        if let (Notice::Console(tail), _) = channel.receive()? {
+        if let Notice::Console(tail) = notices.next()? {
             print!("{}", String::from_utf8_lossy(&tail));
             return io::stdout().flush().map_err(CheckError::Print);
         }
@@ -211,9 +218,10 @@ fn print_console(channel: &Channel) -> Result<(), CheckError> {
 
 /// Waits for the vmm's notice that the machine has ended.
 fn end_reason(channel: &Channel) -> CheckError {
+    let mut notices = Notices::new(channel, NOTICE_TIMEOUT);
     loop {
-        match channel.receive() {
-            Ok((Notice::Ended { reason, console }, _)) => {
+        match notices.next() {
+            Ok(Notice::Ended { reason, console }) => {
                 let console = String::from_utf8_lossy(&console).into_owned();
                 return CheckError::Ended {
                     reason: reason.to_string(),
@@ -225,7 +233,34 @@ fn end_reason(channel: &Channel) -> CheckError {
                 };
             }
             Ok(_) => {}
-            Err(error) => return error.into(),
+            Err(error) => return error,
+        }
+    }
+}
+
+/// The notices of the vmm, until a deadline.
+struct Notices<'c> {
+    channel: &'c Channel,
+    timeout: Duration,
+    deadline: Instant,
+}
+
+impl<'c> Notices<'c> {
+    fn new(channel: &'c Channel, timeout: Duration) -> Self {
+        Self {
+            channel,
+            timeout,
+            deadline: Instant::now() + timeout,
+        }
+    }
+
+    fn next(&mut self) -> Result<Notice, CheckError> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|error| CheckError::Start(io::Error::other(error)))?;
+        match poll(&mut [PollFd::new(self.channel, PollFlags::IN)], Some(&left)) {
+            Ok(0) => Err(CheckError::NoNotice(self.timeout)),
+            Ok(_) => Ok(self.channel.receive()?.0),
+            Err(error) => Err(CheckError::Start(error.into())),
         }
     }
 }
@@ -243,6 +278,25 @@ mod tests {
         assert_eq!(argument.as_deref(), Some("debug"));
         let error = parse_kernel_arguments(Some(OsString::from_vec(vec![0xff])));
         assert!(matches!(error, Err(CheckError::Argument)));
+    }
+
+    #[test]
+    fn vmm_that_sends_no_notice_is_an_error_after_the_timeout() {
+        let (channel, vmm) = Channel::pair().unwrap();
+        let drained = Notice::Drained { port: 1 };
+        vmm.send(&drained, &[]).unwrap();
+        let mut notices = Notices::new(&channel, Duration::from_millis(20));
+        assert!(matches!(notices.next(), Ok(Notice::Drained { port: 1 })));
+
+        let error = notices.next().unwrap_err().to_string();
+
+        assert_eq!(
+            error,
+            "the vmm process does not answer within 0.02 s: it hangs in the host's kernel"
+        );
+        drop(vmm);
+        let mut notices = Notices::new(&channel, NOTICE_TIMEOUT);
+        assert!(matches!(notices.next(), Err(CheckError::Control(ControlError::Closed))));
     }
 
     #[test]
