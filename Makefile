@@ -27,7 +27,8 @@ DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
 # Left to `make soak`: suites that repeat others in another configuration (containerd 1.7, containerd's Sandbox service,
 # disks), suites that take long, and `lab`, which tests the lab itself.
 SOAK_SUITES := containers-1.7 deploy-1.7 docker failures-1.7 hostile-2.1 lab leaks pods-1.7 pods-disk-2.1 pods-shim-2.1 \
-	pods-shim-all-2.1 pods-vm-all-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 $(DISK_SUITES)
+	pods-shim-all-2.1 pods-vm-all-2.1 snapshotters-2.1 storage-2.1 streams-1.7 vms-all-2.1 vms-distribution-2.1 \
+	$(DISK_SUITES)
 SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suites/%.sh,%,$(wildcard tests/suites/*.sh))))
 
 # The suites that `make soak` also runs on the PC board.

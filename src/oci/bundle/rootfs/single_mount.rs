@@ -6,8 +6,8 @@ use crate::oci::{HostMount, PlanError};
 pub(super) const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"];
 
 /// The remedy for unsupported mounts: containerd's configuration or the client selects the snapshotter.
-pub(super) const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this runtime \
-    in containerd's configuration, or pass --snapshotter to ctr";
+pub(super) const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this \
+    runtime in containerd's configuration, or pass --snapshotter to ctr";
 
 /// The options with which the guest mounts a disk.
 pub(super) fn guest_options(mount: &HostMount, filesystem: &str) -> Vec<String> {
