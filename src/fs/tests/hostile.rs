@@ -1,11 +1,15 @@
 //! Requests that the guest's kernel would not send.
 
+use std::fs;
+
+use tempfile::TempDir;
 use virtiofsd::fuse::Opcode;
 
 use super::{
     client::{Client, ROOT},
     start_server,
 };
+use crate::oci::{ReadOnly, Share};
 
 #[test]
 fn names_of_more_than_one_component_are_refused_cve_2026_47243() {
@@ -27,6 +31,62 @@ fn names_of_more_than_one_component_are_refused_cve_2026_47243() {
             assert_eq!(result.unwrap_err(), libc::EINVAL, "{what} {name:?}");
         }
     }
+}
+
+/// All of them are on one file system of the host. A link in a writable share would make a read-only file writable.
+#[test]
+fn files_cannot_be_linked_or_moved_from_one_share_to_another() {
+    let mut server = start_server();
+    let protected = TempDir::new().unwrap();
+    fs::write(protected.path().join("file"), "protected").unwrap();
+    let share = Share {
+        source: protected.path().to_owned(),
+        path: "c/1".to_owned(),
+        read_only: ReadOnly::All,
+        recursive: false,
+        id_map: None,
+    };
+    server.process.attach(&share).unwrap();
+    let client = &mut server.client;
+    let [volume, root] = ["c/0", "c/rootfs"].map(|path| client.walk(path).unwrap().id);
+    let read_only = client.walk("c/1").unwrap().id;
+    client.create(volume, "file", 0o644).unwrap();
+    for (from, to) in [(volume, root), (root, volume), (read_only, volume), (read_only, root)] {
+        if from == root {
+            client.create(root, "file", 0o644).unwrap();
+        }
+        let file = client.lookup(from, "file").unwrap().id;
+        let expected = [libc::EXDEV, libc::EROFS];
+        let linked = client.link(file, to, "linked").map(drop).unwrap_err();
+        assert!(expected.contains(&linked), "{linked}");
+        let renamed = client.rename(from, "file", to, "moved").unwrap_err();
+        assert!(expected.contains(&renamed), "{renamed}");
+    }
+    assert_eq!(fs::read_to_string(protected.path().join("file")).unwrap(), "protected");
+    for (folder, expected) in [(&server.directory, 1), (&server.rootfs, 1), (&protected, 1)] {
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), expected);
+    }
+}
+
+/// What the guest has opened stays usable, as with a process of the host. It is no way to the files around it.
+#[test]
+fn directory_that_the_host_moves_out_of_a_share_leads_nowhere_else() {
+    let mut server = start_server();
+    let outside = TempDir::new().unwrap();
+    fs::write(outside.path().join("secret"), "secret").unwrap();
+    fs::create_dir(server.directory.path().join("moved")).unwrap();
+    let moved = server.client.walk("c/0/moved").unwrap().id;
+
+    fs::rename(server.directory.path().join("moved"), outside.path().join("moved")).unwrap();
+
+    let client = &mut server.client;
+    assert_eq!(client.lookup(moved, "..").unwrap_err(), libc::EINVAL);
+    assert_eq!(client.lookup(moved, "secret").unwrap_err(), libc::ENOENT);
+    assert_eq!(client.lookup(moved, "../secret").unwrap_err(), libc::EINVAL);
+    assert_eq!(client.list(moved).unwrap(), [""; 0]);
+    assert_eq!(client.walk("c/0/moved").unwrap_err(), libc::ENOENT);
+    let volume = client.walk("c/0").unwrap().id;
+    assert_eq!(client.list(volume).unwrap(), [""; 0]);
 }
 
 #[test]
