@@ -18,6 +18,9 @@ pub(crate) struct FilterError {
     source: BackendError,
 }
 
+/// How many calls are compared one after the other, once a binary search has found their group.
+const CALLS_PER_GROUP: usize = 4;
+
 /// With which arguments each call of a list is allowed, each once. A process translates its list at its start, so this
 /// compares only the arguments of the same call.
 type ArgumentsByCall = BTreeMap<libc::c_long, Vec<&'static Arguments>>;
@@ -42,27 +45,72 @@ pub(crate) fn compile(list: &CallList) -> Result<Vec<sock_filter>, FilterError> 
     };
     let mut by_call = ArgumentsByCall::new();
     add_arguments(list, &mut by_call);
-    let rules = by_call.into_iter().map(|(number, arguments)| {
+    let calls: Vec<_> = by_call.into_iter().collect();
+    let groups = calls.chunks(CALLS_PER_GROUP).map(|group| {
+        let first = group.first().map_or(0, |(number, _)| *number);
+        let program = compile_group(group).map_err(failed)?;
+        Ok((u32::try_from(first).unwrap_or(u32::MAX), program))
+    });
+    let groups = groups.collect::<Result<Vec<_>, _>>()?;
+    let mut program = refuse(list.refused);
+    program.extend(select_group(&groups));
+    Ok(program)
+}
+
+/// The program of seccompiler for some calls, which traps all others.
+fn compile_group(calls: &[(libc::c_long, Vec<&Arguments>)]) -> Result<Vec<sock_filter>, BackendError> {
+    let rules = calls.iter().map(|(number, arguments)| {
         // seccompiler always allows a call that has no rules.
         let any = arguments.contains(&&Arguments::Any);
-        let rules = if any { Ok(Vec::new()) } else { rules(&arguments) };
-        Ok((number, rules?))
+        let rules = if any { Ok(Vec::new()) } else { rules(arguments) };
+        Ok((*number, rules?))
     });
     let filter = SeccompFilter::new(
-        rules.collect::<Result<_, _>>().map_err(failed)?,
+        rules.collect::<Result<_, BackendError>>()?,
         SeccompAction::Trap,
         SeccompAction::Allow,
         TargetArch::x86_64,
     );
-    let program: BpfProgram = filter.and_then(TryInto::try_into).map_err(failed)?;
-    let refusals = refuse(list.refused);
-    let program = program.into_iter().map(|instruction| sock_filter {
+    let program: BpfProgram = filter.and_then(TryInto::try_into)?;
+    let instructions = program.into_iter().map(|instruction| sock_filter {
         code: instruction.code,
         jt: instruction.jt,
         jf: instruction.jf,
         k: instruction.k,
     });
-    Ok(refusals.into_iter().chain(program).collect())
+    Ok(instructions.collect())
+}
+
+/// Instructions that find the program for the number of a call, which is in the accumulator, by binary search: each
+/// program is for the numbers from its first one up to that of the next. When a list is installed, the kernel runs it
+/// once for each number of a call that exists (`seccomp_cache_prepare` in kernel/seccomp.c), and a start of a container
+/// installs many lists.
+fn select_group(groups: &[(u32, Vec<sock_filter>)]) -> Vec<sock_filter> {
+    const JUMP_IF_NOT_LESS: u16 = lower_half(libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K);
+    const JUMP: u16 = lower_half(libc::BPF_JMP | libc::BPF_JA);
+    let (lower, upper) = groups.split_at(groups.len() / 2);
+    let Some((first, program)) = upper.first() else {
+        return Vec::new();
+    };
+    if lower.is_empty() {
+        return program.clone();
+    }
+    let (lower, upper) = (select_group(lower), select_group(upper));
+    let skip_lower = u32::try_from(lower.len()).unwrap_or(u32::MAX);
+    let compare = sock_filter {
+        code: JUMP_IF_NOT_LESS,
+        jt: 0,
+        jf: 1,
+        k: *first,
+    };
+    // A conditional jump skips at most 255 instructions.
+    let jump = sock_filter {
+        code: JUMP,
+        jt: 0,
+        jf: 0,
+        k: skip_lower,
+    };
+    [compare, jump].into_iter().chain(lower).chain(upper).collect()
 }
 
 /// One rule for each value or set of bits that is allowed.
