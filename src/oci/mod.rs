@@ -30,9 +30,8 @@ pub(crate) use id::{ContainerId, IdError};
 pub(crate) use idmap::IdMap;
 pub(crate) use limits::Limits;
 pub(crate) use plan::{
-    BundlePlan, GuestSpec, Hook, Hooks, HostFiles, HostMount, LayersMount, Network, NewDiskFile, PidNamespace,
-    Placement, Plan, PodPlan, PodShared, ReadOnly, ResolvConf, Root, RootDisk, RootLayer, RootLayers, Share,
-    ShareIdMap, UpperDirectory,
+    BundlePlan, GuestSpec, Hook, Hooks, HostFiles, HostMount, HostOverlay, Network, NewDiskFile, PidNamespace,
+    Placement, Plan, PodPlan, PodShared, ReadOnly, ResolvConf, Root, RootDisk, RootLayer, Share, ShareIdMap,
 };
 pub(crate) use pod::plan_pod;
 pub(crate) use size::{DEFAULT_MEMORY, DEFAULT_VCPUS, MAX_VCPUS, MIN_MEMORY, PodSize, Size, Sizing};

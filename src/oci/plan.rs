@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::{LayerPath, LayeredRoot, NewDirectory, RootMount, SHARE_PATH};
+use nutshell_protocol::{LayeredRoot, SHARE_PATH};
 use oci_spec::runtime::Spec;
 use uuid::Uuid;
 
@@ -152,73 +152,22 @@ pub(crate) enum HostFiles {
     Directory(PathBuf),
     /// Mounts of the snapshotter, to be made in this order. Not empty.
     Mounts(Vec<HostMount>),
-    /// Layers, from which the host assembles the root.
-    Layers(RootLayers),
+    /// An overlay of layers that no guest can write.
+    Overlay(HostOverlay),
 }
 
-/// Several file systems in files (layers), and the root that is assembled from them.
+/// An overlay whose upper directory is on the host. Its layers are EROFS images that containerd has made: the host's
+/// kernel never mounts a file system that a guest may have written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct RootLayers {
+pub(crate) struct HostOverlay {
     pub(crate) layers: Vec<RootLayer>,
-    /// The directories to create before the root is mounted.
-    pub(crate) directories: Vec<NewDirectory>,
-    /// Each layer that it names exists.
-    pub(crate) mount: LayersMount,
-}
-
-/// How the root is assembled from layers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum LayersMount {
-    /// It is a directory of one of them.
-    Directory { path: LayerPath, read_only: bool },
-    /// It is an overlay.
-    Overlay {
-        /// The lower directories, topmost first.
-        lower: Vec<LayerPath>,
-        /// `None` makes the overlay read-only.
-        upper: Option<UpperDirectory>,
-        /// More mount options.
-        options: Vec<String>,
-    },
-}
-
-/// The upper and the work directory of an overlay.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum UpperDirectory {
-    InLayer {
-        upper: LayerPath,
-        work: LayerPath,
-    },
-    /// On the host, escaped as options of an overlay.
-    OnHost {
-        upper: String,
-        work: String,
-    },
-}
-
-impl RootLayers {
-    /// The root for the guest. `None` if a part of it is a directory of the host.
-    pub(crate) fn guest_root(&self) -> Option<LayeredRoot> {
-        let mount = match &self.mount {
-            LayersMount::Directory { path, read_only } => RootMount::Directory {
-                path: path.clone(),
-                read_only: *read_only,
-            },
-            LayersMount::Overlay { lower, upper, options } => RootMount::Overlay {
-                lower: lower.clone(),
-                upper: match upper {
-                    None => None,
-                    Some(UpperDirectory::InLayer { upper, work }) => Some((upper.clone(), work.clone())),
-                    Some(UpperDirectory::OnHost { .. }) => return None,
-                },
-                options: options.clone(),
-            },
-        };
-        Some(LayeredRoot {
-            directories: self.directories.clone(),
-            mount,
-        })
-    }
+    /// The indexes of the layers whose root directories are the lower ones, topmost first.
+    pub(crate) lower: Vec<u32>,
+    /// The options `upperdir` and `workdir`, escaped as for mount(2).
+    pub(crate) upper: String,
+    pub(crate) work: String,
+    /// More mount options.
+    pub(crate) options: Vec<String>,
 }
 
 /// A root file system that the guest mounts from a disk.

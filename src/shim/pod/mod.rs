@@ -46,11 +46,11 @@ pub(crate) use self::{
     launcher::{HostLauncher, Launcher},
     pid_holder::{NetworkNamespace, PidHolder, open_network_namespace},
     requirements::PodRequirements,
-    root_disk::{DiskContents, create_files},
+    root_disk::DiskContents,
 };
 use crate::{
     control::monotonic_now,
-    oci::{ContainerId, HostFiles, PodSize, Root, Share, Size},
+    oci::{ContainerId, PodSize, Root, Share, Size},
     shim::{
         error::TaskError,
         machine::{BootDisk, BootError, BootRequest, Machine, VmmProcess},
@@ -429,12 +429,7 @@ impl Pod {
     ) -> Result<AttachedFiles, PodError> {
         let path = format!("{id}/rootfs");
         let (rootfs, shared_root) = match root {
-            Root::Share { files, read_only } => {
-                if let HostFiles::Layers(root) = &files {
-                    root_disk::create_files(&root.layers).await?;
-                }
-                (Rootfs::Share { path: path.clone() }, Some((files, read_only)))
-            }
+            Root::Share { files, read_only } => (Rootfs::Share { path: path.clone() }, Some((files, read_only))),
             Root::Disk(root) => {
                 let (slot, contents) = match (boot_disk, &self.disk_slots) {
                     (Some(contents), _) => (BOOT_DISK_SLOT, contents),

@@ -56,17 +56,17 @@ pub(super) struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Attaches a free device to `file`.
+    /// Attaches a free device to `file`, which it only reads.
     ///
     /// # Errors
     ///
     /// The kernel has no loop devices (module `loop`), or the file is neither a regular file nor a block device.
-    pub(super) fn attach(file: &File, read_only: bool) -> io::Result<Self> {
+    pub(super) fn attach_read_only(file: &File) -> io::Result<Self> {
         let control = OpenOptions::new().read(true).write(true).open(CONTROL);
         let control = control.map_err(|error| io::Error::new(error.kind(), format!("{CONTROL}: {error}")))?;
         let mut attempt = 1;
         loop {
-            match attach_free(&control, file, read_only) {
+            match attach_free(&control, file) {
                 Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) && attempt < MAX_ATTEMPTS => {
                     attempt += 1;
                 }
@@ -76,14 +76,14 @@ impl LoopDevice {
     }
 }
 
-fn attach_free(control: &File, file: &File, read_only: bool) -> io::Result<LoopDevice> {
+fn attach_free(control: &File, file: &File) -> io::Result<LoopDevice> {
     // SAFETY: LOOP_CTL_GET_FREE takes no argument.
     let number = unsafe { libc::ioctl(control.as_raw_fd(), libc::Ioctl::from(LOOP_CTL_GET_FREE)) };
     if number < 0 {
         return Err(io::Error::last_os_error());
     }
     let path = PathBuf::from(format!("/dev/loop{number}"));
-    let device = OpenOptions::new().read(true).write(!read_only).open(&path)?;
+    let device = File::open(&path)?;
     let configuration = Configuration {
         descriptor: file.as_raw_fd().cast_unsigned(),
         block_size: 0,
@@ -96,7 +96,7 @@ fn attach_free(control: &File, file: &File, read_only: bool) -> io::Result<LoopD
             number: 0,
             encryption_type: 0,
             encryption_key_size: 0,
-            flags: LO_FLAGS_AUTOCLEAR | if read_only { LO_FLAGS_READ_ONLY } else { 0 },
+            flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_READ_ONLY,
             file_name: [0; 64],
             encryption_name: [0; 64],
             encryption_key: [0; 32],

@@ -283,7 +283,7 @@ fn mount_files(files: &HostFiles, bundle_rootfs: &Path, place: &str, recursive: 
             .map_err(step("open it"))
             .map_err(attach_error(directory, place)),
         HostFiles::Mounts(mounts) => rootfs::mount_detached(mounts, bundle_rootfs),
-        HostFiles::Layers(root) => layers::mount_detached(root, bundle_rootfs),
+        HostFiles::Overlay(overlay) => layers::mount_detached(overlay, bundle_rootfs),
     }
 }
 
@@ -291,7 +291,7 @@ fn mount_files(files: &HostFiles, bundle_rootfs: &Path, place: &str, recursive: 
 fn source_of<'p>(files: &'p HostFiles, bundle_rootfs: &'p Path) -> &'p Path {
     match files {
         HostFiles::Directory(directory) => directory,
-        HostFiles::Mounts(_) | HostFiles::Layers(_) => bundle_rootfs,
+        HostFiles::Mounts(_) | HostFiles::Overlay(_) => bundle_rootfs,
     }
 }
 

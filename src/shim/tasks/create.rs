@@ -19,20 +19,16 @@ use super::{
 };
 use crate::{
     oci::{
-        self, BundlePlan, BundleSpec, ContainerId, HostFiles, HostInspector, HostMount, Network, Placement, Plan, Root,
-        VmPlan,
+        self, BundlePlan, BundleSpec, ContainerId, HostInspector, HostMount, Network, Placement, Plan, Root, VmPlan,
     },
     shim::{
-        blocking::{self, BlockingError},
+        blocking,
         error::{ErrorCode, TaskError},
-        pod::{Creation, DiskContents, Pod, PodRequirements, create_files},
+        pod::{Creation, DiskContents, Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
         vm::{ImageRoot, KernelCache, VmFiles},
     },
 };
-
-/// The name in errors of the step that makes the plan of a task.
-const INSPECT: &str = "inspect the sources of the container's mounts";
 
 /// The plan of a task: of a container or sandbox, or of a virtual machine with its opened files.
 #[derive(Debug)]
@@ -100,43 +96,31 @@ impl Tasks {
         let (sizing, host_namespaces) = (self.configuration.sizing, self.configuration.host_namespaces);
         let policy = self.configuration.virtual_machines;
         let cache = KernelCache::of_host(self.configuration.kernel_cache_bytes);
-        let failed = |error: BlockingError| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT);
-        let plan_container = move |spec: BundleSpec, rootfs: &[HostMount]| {
-            let plan = spec.plan(&id, rootfs, &sizing, host_namespaces, &HostInspector::default());
-            plan.map(TaskPlan::Bundle).map_err(|error| plan_error(&error))
-        };
-        let first = {
-            let (bundle, rootfs, plan_container) = (bundle.clone(), rootfs.clone(), plan_container.clone());
-            blocking::run(INSPECT, move || {
-                let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
-                let image = spec.virtual_machine_image(&rootfs);
-                match image.map_err(|error| plan_error(&error))? {
-                    Some(image) => Ok(Err((spec, image))),
-                    None => plan_container(spec, &rootfs).map(Ok),
+        let plan = blocking::run("inspect the sources of the container's mounts", move || {
+            let spec = BundleSpec::read(&bundle).map_err(|error| plan_error(&error))?;
+            let inspect = HostInspector::default();
+            let image = spec
+                .virtual_machine_image(&rootfs)
+                .map_err(|error| plan_error(&error))?;
+            if let Some(image) = image {
+                let root = ImageRoot::mount(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
+                let disk = root.open_disk().map_err(|error| vm_error(&error))?;
+                if disk.is_some() || spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
+                    let plan = spec
+                        .plan_virtual_machine(policy, &sizing, &inspect)
+                        .map_err(|error| plan_error(&error))?;
+                    let entry = cache.as_ref().zip(disk.as_ref());
+                    let entry = entry.and_then(|(cache, disk)| cache.entry(&image, disk));
+                    let files = VmFiles::open(&plan, &root, disk, entry).map_err(|error| vm_error(&error))?;
+                    return Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)));
                 }
-            })
-        };
-        let (spec, image) = match first.await.map_err(failed)?? {
-            Ok(planned) => return Ok(planned),
-            Err(unplanned) => unplanned,
-        };
-        if let HostFiles::Layers(root) = &image.0 {
-            create_files(&root.layers).await.map_err(create_error)?;
-        }
-        let planned = blocking::run(INSPECT, move || {
-            let root = ImageRoot::mount(&image, &bundle.join("rootfs")).map_err(|error| vm_error(&error))?;
-            let disk = root.open_disk().map_err(|error| vm_error(&error))?;
-            if disk.is_none() && !spec.has_boot_annotation().map_err(|error| plan_error(&error))? {
-                return plan_container(spec, &rootfs);
             }
-            let plan = spec.plan_virtual_machine(policy, &sizing, &HostInspector::default());
-            let plan = plan.map_err(|error| plan_error(&error))?;
-            let entry = cache.as_ref().zip(disk.as_ref());
-            let entry = entry.and_then(|(cache, disk)| cache.entry(&image, disk));
-            let files = VmFiles::open(&plan, &root, disk, entry).map_err(|error| vm_error(&error))?;
-            Ok(TaskPlan::VirtualMachine(Box::new(plan), Box::new(files)))
+            spec.plan(&id, &rootfs, &sizing, host_namespaces, &inspect)
+                .map(TaskPlan::Bundle)
+                .map_err(|error| plan_error(&error))
         });
-        planned.await.map_err(failed)?
+        plan.await
+            .map_err(|error| TaskError::unknown(error.to_string()).during(CREATE_CONTEXT))?
     }
 
     /// Creates a container in a pod of its own.

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nutshell_protocol::{LayerPath, NewDirectory};
+use nutshell_protocol::{LayerPath, LayeredRoot, NewDirectory, RootMount};
 use uuid::Uuid;
 
 use super::{
@@ -12,7 +12,7 @@ use super::{
     },
     template::{TemplateError, parse_path, parse_paths},
 };
-use crate::oci::{HostMount, LayersMount, NewDiskFile, PlanError, RootLayer, RootLayers, UpperDirectory};
+use crate::oci::{HostFiles, HostMount, HostOverlay, NewDiskFile, PlanError, Root, RootDisk, RootLayer};
 
 /// The maximum number of files of a root file system. The descriptors of all of them go to the vmm in one packet.
 pub(crate) const MAX_ROOT_FILES: usize = 240;
@@ -69,10 +69,22 @@ pub(super) fn are_layers(mounts: &[HostMount]) -> bool {
     has_transformer || has_devices || (mounts.len() > 1 && kinds().any(MountType::is_layer))
 }
 
+/// What the layers become.
+enum Assembly {
+    InGuest(LayeredRoot),
+    /// An overlay whose upper directory is on the host.
+    OnHost {
+        lower: Vec<u32>,
+        upper: String,
+        work: String,
+        options: Vec<String>,
+    },
+}
+
 /// Plans the root from `mounts`: layers, of which the last is the root, or an overlay or a bind mount of them.
-pub(super) fn plan_layers(mounts: &[HostMount]) -> Result<RootLayers, PlanError> {
+pub(super) fn plan_layers(mounts: &[HostMount]) -> Result<Root, PlanError> {
     let mut layers = Vec::new();
-    let mut root = None;
+    let mut assembly = None;
     for mount in mounts {
         let kind = MountType::parse(&mount.kind);
         let is_last = layers.len() + 1 == mounts.len();
@@ -81,8 +93,8 @@ pub(super) fn plan_layers(mounts: &[HostMount]) -> Result<RootLayers, PlanError>
         }
         match kind.filesystem {
             _ if kind.is_layer() && !kind.format && !kind.mkdir => layers.push(plan_layer(mount, kind)?),
-            "overlay" if is_last && !kind.mkfs => root = Some(plan_overlay(mount, &layers)?),
-            "bind" if is_last && !kind.mkfs => root = Some(plan_bind(mount, &layers)?),
+            "overlay" if is_last && !kind.mkfs => assembly = Some(plan_overlay(mount, &layers)?),
+            "bind" if is_last && !kind.mkfs => assembly = Some(Assembly::InGuest(plan_bind(mount, &layers)?)),
             _ => return Err(unsupported_type(mount)),
         }
     }
@@ -91,23 +103,42 @@ pub(super) fn plan_layers(mounts: &[HostMount]) -> Result<RootLayers, PlanError>
         let reason = format!("they consist of {files} files, and a root file system can have {MAX_ROOT_FILES}");
         return Err(PlanError::unsupported("rootfs mounts", reason));
     }
-    let (directories, mount) = match (root, layers.last()) {
-        (Some(root), _) => root,
+    match (assembly, layers.last()) {
+        (Some(Assembly::InGuest(root)), _) => Ok(Root::Disk(RootDisk::Layers { layers, root })),
+        (
+            Some(Assembly::OnHost {
+                lower,
+                upper,
+                work,
+                options,
+            }),
+            _,
+        ) => Ok(Root::Share {
+            files: HostFiles::Overlay(HostOverlay {
+                layers,
+                lower,
+                upper,
+                work,
+                options,
+            }),
+            read_only: false,
+        }),
         (None, Some(last)) => {
-            let path = LayerPath {
-                layer: u32::try_from(layers.len() - 1).unwrap_or(u32::MAX),
-                path: String::new(),
+            let mount = RootMount::Directory {
+                path: LayerPath {
+                    layer: u32::try_from(layers.len() - 1).unwrap_or(u32::MAX),
+                    path: String::new(),
+                },
+                read_only: last.read_only,
             };
-            let read_only = last.read_only;
-            (Vec::new(), LayersMount::Directory { path, read_only })
+            let root = LayeredRoot {
+                directories: Vec::new(),
+                mount,
+            };
+            Ok(Root::Disk(RootDisk::Layers { layers, root }))
         }
-        (None, None) => return Err(PlanError::invalid("rootfs mounts", "there is no layer")),
-    };
-    Ok(RootLayers {
-        layers,
-        directories,
-        mount,
-    })
+        (None, None) => Err(PlanError::invalid("rootfs mounts", "there is no layer")),
+    }
 }
 
 /// Plans a file system in a file.
@@ -178,8 +209,8 @@ fn parse_size(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-/// Plans an overlay of layers, and the directories to create before it is mounted.
-fn plan_overlay(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirectory>, LayersMount), PlanError> {
+/// Plans an overlay of layers.
+fn plan_overlay(mount: &HostMount, layers: &[RootLayer]) -> Result<Assembly, PlanError> {
     let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
     let (mut lower, mut upper, mut work) = (Vec::new(), None, None);
     let (mut directories, mut options) = (Vec::new(), Vec::new());
@@ -205,31 +236,56 @@ fn plan_overlay(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirec
     let upper = match (upper, work) {
         (None, None) => None,
         (Some((_, upper)), Some((_, work))) if upper.starts_with('/') && work.starts_with('/') => {
-            Some(UpperDirectory::OnHost {
+            check_mountable_on_host(mount, layers, &lower)?;
+            return Ok(Assembly::OnHost {
+                lower: lower.into_iter().map(|path| path.layer).collect(),
                 upper: upper.to_owned(),
                 work: work.to_owned(),
-            })
+                options,
+            });
         }
-        (Some((upper_option, upper)), Some((work_option, work))) => Some(UpperDirectory::InLayer {
-            upper: writable_path(mount, upper_option, upper, layers)?,
-            work: writable_path(mount, work_option, work, layers)?,
-        }),
+        (Some((upper_option, upper)), Some((work_option, work))) => Some((
+            writable_path(mount, upper_option, upper, layers)?,
+            writable_path(mount, work_option, work, layers)?,
+        )),
         _ => return Err(invalid(mount, "upperdir", "upperdir and workdir need each other")),
     };
-    Ok((directories, LayersMount::Overlay { lower, upper, options }))
+    Ok(Assembly::InGuest(LayeredRoot {
+        directories,
+        mount: RootMount::Overlay { lower, upper, options },
+    }))
 }
 
-/// Plans a bind mount of a directory of a layer, and the directories to create before it is made.
-fn plan_bind(mount: &HostMount, layers: &[RootLayer]) -> Result<(Vec<NewDirectory>, LayersMount), PlanError> {
+/// Checks that no guest can have written the layers of an overlay on the host, and that no link in them is followed.
+fn check_mountable_on_host(mount: &HostMount, layers: &[RootLayer], lower: &[LayerPath]) -> Result<(), PlanError> {
+    if let Some(layer) = layers.iter().find(|layer| layer.filesystem != "erofs") {
+        let reason = format!(
+            "it is on the host, which does not mount the layer {}, because a guest may have written it",
+            layer.source.display()
+        );
+        return Err(PlanError::unsupported(field(mount, "upperdir"), reason));
+    }
+    match lower.iter().all(|path| path.path.is_empty()) {
+        true => Ok(()),
+        false => Err(invalid(
+            mount,
+            "lowerdir",
+            "only whole layers can be combined with an upperdir on the host",
+        )),
+    }
+}
+
+/// Plans a bind mount of a directory of a layer.
+fn plan_bind(mount: &HostMount, layers: &[RootLayer]) -> Result<LayeredRoot, PlanError> {
     let count = u32::try_from(layers.len()).unwrap_or(u32::MAX);
     let path = parse_path(&mount.source, count).map_err(|error| template_error(mount, "source", &error))?;
     let new = mount.options.iter().filter(|option| option.starts_with(NEW_DIRECTORY));
     let directories = new.map(|option| plan_directory(mount, option, layers));
     let read_only = is_read_only(mount) || is_in_read_only_layer(&path, layers);
-    Ok((
-        directories.collect::<Result<_, _>>()?,
-        LayersMount::Directory { path, read_only },
-    ))
+    Ok(LayeredRoot {
+        directories: directories.collect::<Result<_, _>>()?,
+        mount: RootMount::Directory { path, read_only },
+    })
 }
 
 /// Parses the option that creates a directory: its path, and then its mode, user and group, after colons.

@@ -27,19 +27,7 @@ pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root
             files: HostFiles::Directory(directory),
             read_only: false,
         }),
-        mounts if layers::are_layers(mounts) => {
-            let planned = layers::plan_layers(mounts)?;
-            Ok(match planned.guest_root() {
-                Some(root) => Root::Disk(RootDisk::Layers {
-                    layers: planned.layers,
-                    root,
-                }),
-                None => Root::Share {
-                    files: HostFiles::Layers(planned),
-                    read_only: false,
-                },
-            })
-        }
+        mounts if layers::are_layers(mounts) => layers::plan_layers(mounts),
         [mount] if GUEST_FILESYSTEMS.contains(&mount.kind.as_str()) => plan_disk(mount),
         mounts => match mounts.iter().find(|mount| !is_host_mount(mount)) {
             None => Ok(Root::Share {
@@ -48,16 +36,6 @@ pub(super) fn plan_root(mounts: &[HostMount], directory: PathBuf) -> Result<Root
             }),
             Some(mount) => Err(unsupported_type(mount)),
         },
-    }
-}
-
-/// Plans the root file system of an image in which the host opens files. Unlike with [`plan_root`], the host assembles
-/// layers. `None` if the root is a file system on a disk.
-pub(super) fn plan_host_files(mounts: &[HostMount], directory: PathBuf) -> Result<Option<HostFiles>, PlanError> {
-    match plan_root(mounts, directory)? {
-        Root::Share { files, .. } => Ok(Some(files)),
-        Root::Disk(RootDisk::Layers { .. }) => layers::plan_layers(mounts).map(HostFiles::Layers).map(Some),
-        Root::Disk(RootDisk::FileSystem { .. }) => Ok(None),
     }
 }
 

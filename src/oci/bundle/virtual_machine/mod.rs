@@ -24,8 +24,8 @@ use super::{
     rootfs,
 };
 use crate::oci::{
-    FileUser, HostMount, HostNamespaces, Inspect, Limits, Placement, PlanError, Sizing, VmIdentity, VmImage, VmPlan,
-    VmPolicy,
+    FileUser, HostMount, HostNamespaces, Inspect, Limits, Placement, PlanError, Root, Sizing, VmIdentity, VmImage,
+    VmPlan, VmPolicy,
 };
 
 /// The command that requests a virtual machine. A disk image needs a command, because containerd starts no image
@@ -48,13 +48,14 @@ pub(super) fn find_image(spec: &Spec, bundle: &Path, mounts: &[HostMount]) -> Re
     }
     let root = spec.root().as_ref().ok_or(PlanError::Missing("root"))?;
     let directory = bundle.join(root.path());
-    match rootfs::plan_host_files(mounts, directory)? {
-        Some(files) => Ok(Some(VmImage(files))),
-        None => Err(PlanError::unsupported(
+    match rootfs::plan_root(mounts, directory)? {
+        Root::Share { files, .. } => Ok(Some(VmImage(files))),
+        // The guest may have written it, so the host must not mount it.
+        Root::Disk(_) => Err(PlanError::unsupported(
             mounts.first().map_or_else(String::new, |mount| {
                 format!("rootfs mount of type {:?} from {}", mount.kind, mount.source)
             }),
-            "the disk of a virtual machine cannot be in a snapshot that is a block device. Set snapshotter = \
+            "the disk of a virtual machine cannot be in a snapshot that is a disk of the guest. Set snapshotter = \
              \"overlayfs\" (or native) for this runtime in containerd's configuration, or pass --snapshotter to ctr",
         )),
     }

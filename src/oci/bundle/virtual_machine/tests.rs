@@ -227,20 +227,38 @@ fn wrong_annotation_is_refused_with_its_name_and_value() {
     }
 }
 
+/// The host would have to mount it, to open the files in it.
 #[test]
-fn root_on_a_block_device_is_refused() {
-    let device = HostMount {
-        kind: "ext4".to_owned(),
-        source: "/dev/mapper/pool-snap-7".to_owned(),
+fn root_on_a_disk_that_a_guest_may_have_written_is_refused() {
+    let mount = |kind: &str, source: &str, options: &[&str]| HostMount {
+        kind: kind.to_owned(),
+        source: source.to_owned(),
         target: String::new(),
-        options: Vec::new(),
+        options: options.iter().map(|option| (*option).to_owned()).collect(),
     };
-    let error = read(&spec(&["vm"])).virtual_machine_image(&[device]).unwrap_err();
-    let error = error.to_string();
-    assert!(
-        error.contains("/dev/mapper/pool-snap-7") && error.contains("snapshotter"),
-        "{error}"
-    );
+    let overlay = [
+        "upperdir={{ mount 0 }}/upper",
+        "workdir={{ mount 0 }}/work",
+        "lowerdir={{ mount 1 }}",
+    ];
+    for (mounts, named) in [
+        (
+            vec![mount("ext4", "/dev/mapper/pool-snap-7", &[])],
+            "/dev/mapper/pool-snap-7",
+        ),
+        (
+            vec![
+                mount("ext4", "/s/9/rwlayer.img", &["rw", "loop"]),
+                mount("erofs", "/s/1/layer.erofs", &["ro", "loop"]),
+                mount("format/overlay", "overlay", &overlay),
+            ],
+            "/s/9/rwlayer.img",
+        ),
+    ] {
+        let error = read(&spec(&["vm"])).virtual_machine_image(&mounts).unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains(named) && error.contains("snapshotter"), "{error}");
+    }
 }
 
 fn bind(destination: &str, source: &str, options: &[&str]) -> Value {

@@ -6,12 +6,12 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use nutshell_linux::beneath::{create_directory, open_directory};
 use nutshell_protocol::{DiskPart, Failure, Layer, LayerPath, LayeredRoot, NewDirectory, RootMount};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags};
 
-use super::mount_options::{split_options, unmount};
+use super::beneath::{create_directory, open_directory};
+use super::mounting::{split_options, unmount};
 use crate::failure::Context;
 use crate::machine::disk;
 

@@ -4,10 +4,11 @@
 //! and changes of the spec's mounts that depend on its files: [`mount_targets`] and [`copy_up`]. Does not belong here:
 //! making these mounts, which libcontainer does. The jobs that create, enter and delete a container call it.
 
+mod beneath;
 mod copy_up;
 mod layers;
-mod mount_options;
 mod mount_targets;
+mod mounting;
 
 use std::ffi::CString;
 use std::io;
@@ -22,9 +23,9 @@ use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
 pub(crate) use self::copy_up::{FilledMounts, fill_mounts, unmount_filled};
 pub(crate) use self::layers::unmount_layers;
-use self::mount_options::split_options;
-pub(crate) use self::mount_options::unmount;
 pub(crate) use self::mount_targets::adapt_mounts;
+use self::mounting::split_options;
+pub(crate) use self::mounting::unmount;
 use crate::failure::{Context, FailureExt};
 use crate::machine::{disk, share};
 

@@ -67,24 +67,20 @@ fn writable_disk_with_an_overlay_of_erofs_layers() {
         mode,
         owner,
     };
-    let expected = RootLayers {
-        layers: vec![
-            writable,
-            layer("erofs", "/s/2/layer.erofs", true),
-            layer("erofs", "/s/1/layer.erofs", true),
-        ],
+    let layers = vec![
+        writable,
+        layer("erofs", "/s/2/layer.erofs", true),
+        layer("erofs", "/s/1/layer.erofs", true),
+    ];
+    let root = LayeredRoot {
         directories: vec![directory("upper", 0o755, (0, 0)), directory("work", 0o700, (5, 6))],
-        mount: LayersMount::Overlay {
+        mount: RootMount::Overlay {
             lower: vec![at(1, ""), at(2, "")],
-            upper: Some(UpperDirectory::InLayer {
-                upper: at(0, "upper"),
-                work: at(0, "work"),
-            }),
+            upper: Some((at(0, "upper"), at(0, "work"))),
             options: vec!["index=off".to_owned()],
         },
     };
-    assert_eq!(planned, expected);
-    assert!(planned.guest_root().is_some());
+    assert_eq!(planned, Root::Disk(RootDisk::Layers { layers, root }));
 }
 
 #[test]
@@ -99,15 +95,15 @@ fn merged_metadata_has_its_layers_as_devices() {
         devices: vec!["/s/1/layer.erofs".into(), "/s/2/layer.erofs".into()],
         ..layer("erofs", "/s/2/fsmeta.erofs", true)
     };
-    let expected = RootLayers {
-        layers: vec![merged],
+    let root = LayeredRoot {
         directories: Vec::new(),
-        mount: LayersMount::Directory {
+        mount: RootMount::Directory {
             path: at(0, ""),
             read_only: true,
         },
     };
-    assert_eq!(planned, expected);
+    let layers = vec![merged];
+    assert_eq!(planned, Root::Disk(RootDisk::Layers { layers, root }));
 }
 
 #[test]
@@ -138,35 +134,39 @@ fn root_is_a_directory_of_a_layer_or_the_last_layer() {
     ] {
         assert!(are_layers(&mounts), "{mounts:?}");
         let planned = plan_layers(&mounts).unwrap();
-        assert_eq!(planned.mount, LayersMount::Directory { path, read_only }, "{mounts:?}");
+        let Root::Disk(RootDisk::Layers { root, .. }) = planned else {
+            panic!("{planned:?}");
+        };
+        assert_eq!(root.mount, RootMount::Directory { path, read_only }, "{mounts:?}");
     }
 }
 
 #[test]
-fn upper_directory_can_be_absent_or_on_the_host() {
-    let lower = "lowerdir={{ mount 0 }}:{{ mount 1 }}";
-    let on_host = UpperDirectory::OnHost {
-        upper: "/s/9/fs".to_owned(),
-        work: "/s/9/work".to_owned(),
-    };
-    for (options, expected) in [
-        (vec![lower], None),
-        (vec!["workdir=/s/9/work", "upperdir=/s/9/fs", lower], Some(on_host)),
-    ] {
-        let mounts = [
+fn overlay_without_an_upper_directory_is_read_only_and_one_on_the_host_is_made_there() {
+    let mounts = |options: &[&str]| {
+        vec![
             mount("erofs", "/s/2/layer.erofs", &["loop"]),
             mount("erofs", "/s/1/layer.erofs", &["loop"]),
-            mount("format/overlay", "overlay", &options),
-        ];
+            mount("format/overlay", "overlay", options),
+        ]
+    };
+    let lower = "lowerdir={{ mount 0 }}:{{ mount 1 }}";
 
-        let planned = plan_layers(&mounts).unwrap();
+    let read_only = plan_layers(&mounts(&[lower])).unwrap();
+    let on_host = plan_layers(&mounts(&["index=off", "workdir=/s/9/work", "upperdir=/s/9/fs", lower])).unwrap();
 
-        assert_eq!(planned.guest_root().is_some(), expected.is_none());
-        let LayersMount::Overlay { upper, .. } = planned.mount else {
-            panic!("{:?}", planned.mount);
-        };
-        assert_eq!(upper, expected);
-    }
+    assert!(matches!(&read_only, Root::Disk(disk) if disk.is_read_only()));
+    let expected = HostOverlay {
+        layers: vec![
+            layer("erofs", "/s/2/layer.erofs", true),
+            layer("erofs", "/s/1/layer.erofs", true),
+        ],
+        lower: vec![0, 1],
+        upper: "/s/9/fs".to_owned(),
+        work: "/s/9/work".to_owned(),
+        options: vec!["index=off".to_owned()],
+    };
+    assert!(matches!(on_host, Root::Share { files: HostFiles::Overlay(overlay), .. } if overlay == expected));
 }
 
 #[test]
@@ -221,6 +221,21 @@ fn wrong_mounts_are_refused_with_type_and_option() {
         (
             overlay(&["lowerdir={{ mount 1 }}", "upperdir=/s/9/fs", "workdir={{ mount 0 }}/w"]),
             "\"/s/9/fs\" is a path of the host",
+        ),
+        (
+            overlay(&["lowerdir={{ mount 1 }}", "upperdir=/s/9/fs", "workdir=/s/9/work"]),
+            "does not mount the layer /s/9/rwlayer.img, because a guest may have written it",
+        ),
+        (
+            vec![
+                mount("erofs", "/s/1", &[]),
+                mount(
+                    "format/overlay",
+                    "overlay",
+                    &["lowerdir={{ mount 0 }}/x", "upperdir=/s/9/fs", "workdir=/s/9/work"],
+                ),
+            ],
+            "only whole layers",
         ),
         (
             overlay(&["lowerdir={{ mount 1 }}", "uidmap=0:1000:1"]),

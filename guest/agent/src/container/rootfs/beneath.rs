@@ -13,7 +13,7 @@ use rustix::io::Errno;
 /// # Errors
 ///
 /// A part of the path does not exist, or is a symbolic link or a mount point.
-pub fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let resolve =
         ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
@@ -27,7 +27,7 @@ pub fn open_directory(root: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 ///
 /// Those of [`open_directory`] for its parent, or the directory cannot be created.
-pub fn create_directory(root: impl AsFd, path: &Path, mode: u32, (uid, gid): (u32, u32)) -> io::Result<()> {
+pub(super) fn create_directory(root: impl AsFd, path: &Path, mode: u32, (uid, gid): (u32, u32)) -> io::Result<()> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Ok(());
     };
