@@ -6,7 +6,6 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
 };
 
 use nutshell_disk_image::{SECTOR_SIZE, io::file_size};
@@ -18,7 +17,7 @@ use crate::{
     control::MAX_DESCRIPTORS,
     oci::{MAX_ROOT_FILES, NewDiskFile, RootDisk, RootLayer},
     shim::{
-        blocking,
+        blocking::{self, FILE_SYSTEM_LIMIT},
         child::{Child, WaitStatus},
         descriptor_limit,
         machine::{BootError, JoinedDiskFile, PlainDisk, open_disk},
@@ -27,9 +26,6 @@ use crate::{
 
 /// The name in errors of the step that opens the disk of a root file system.
 const OPEN_DISK: &str = "open the disk of the root file system";
-
-/// The time limit for the creation of a file system.
-const CREATION_LIMIT: Duration = Duration::from_secs(20);
 
 /// The descriptors of a boot command besides those of disks: KVM, kernel, initramfs, the agent's stream, and the socket
 /// of the file server.
@@ -86,24 +82,14 @@ pub(super) async fn open(root: RootDisk) -> Result<(PlainDisk, DiskContents), Po
             Ok((PlainDisk::File(disk), DiskContents::FileSystem { filesystem, options }))
         }
         RootDisk::Layers { layers, root } => {
-            create_files(&layers).await?;
+            for layer in &layers {
+                if let Some(new) = &layer.new_file {
+                    create(&layer.source, &layer.filesystem, new).await?;
+                }
+            }
             Ok(blocking::run(OPEN_DISK, move || open_layers(layers, root)).await??)
         }
     }
-}
-
-/// Creates the files of `layers` that are to be created and do not exist.
-///
-/// # Errors
-///
-/// A file cannot be created, or its file system hangs.
-pub(crate) async fn create_files(layers: &[RootLayer]) -> Result<(), PodError> {
-    for layer in layers {
-        if let Some(new) = &layer.new_file {
-            create(&layer.source, &layer.filesystem, new).await?;
-        }
-    }
-    Ok(())
 }
 
 /// Opens the files of layers as one disk. Blocks on their file systems.
@@ -174,16 +160,16 @@ async fn create(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), 
     if !creation.await?.map_err(|error| failed(error.to_string()))? {
         return Ok(());
     }
-    let made = make_file_system(&unfinished, filesystem, new).await;
+    if let Err(reason) = make_file_system(&unfinished, filesystem, new).await {
+        // Not awaited: its file system may hang. The next attempt, or the removal of the snapshot, removes what stays.
+        drop(tokio::task::spawn_blocking(move || std::fs::remove_file(unfinished)));
+        return Err(failed(reason));
+    }
     let final_path = path.to_owned();
-    let finished = blocking::run("rename the disk of the root file system", move || {
-        let moved = made.and_then(|()| std::fs::rename(&unfinished, &final_path).map_err(|error| error.to_string()));
-        moved.inspect_err(|_| {
-            // The first error is the one to report. The file is in the snapshot, and is removed with it.
-            let _ = std::fs::remove_file(&unfinished);
-        })
+    let moved = blocking::run("rename the disk of the root file system", move || {
+        std::fs::rename(unfinished, final_path)
     });
-    finished.await?.map_err(failed)
+    moved.await?.map_err(|error| failed(error.to_string()))
 }
 
 /// Creates a file of `size` zeroes, which uses no space. Replaces an unfinished one.
@@ -209,27 +195,35 @@ async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> R
     let text = |error: io::Error| error.to_string();
     let program = format!("mkfs.{filesystem}");
     let stderr = memory_file("").map_err(text)?;
-    let mut command = Command::new(find_program(&program));
-    command
-        .args(["-q", "-F"])
-        .stdin(memory_file("").map_err(text)?)
-        .stdout(memory_file("").map_err(text)?)
-        .stderr(stderr.try_clone().map_err(text)?);
-    if let Some(uuid) = new.uuid {
-        command.arg("-U").arg(uuid.to_string());
-    }
-    command.arg("--").arg(path);
-    descriptor_limit::restore_for(&mut command);
-    let spawn = move || command.spawn().and_then(|child| Child::from_std(&child));
+    let (stdin, stdout) = (memory_file("").map_err(text)?, memory_file("").map_err(text)?);
+    let (name, path, uuid) = (program.clone(), path.to_owned(), new.uuid);
+    let child_stderr = stderr.try_clone().map_err(text)?;
+    let spawn = move || {
+        let mut command = Command::new(find_program(&name));
+        command
+            .args(["-q", "-F"])
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(child_stderr);
+        if let Some(uuid) = uuid {
+            command.arg("-U").arg(uuid.to_string());
+        }
+        command.arg("--").arg(path);
+        descriptor_limit::restore_for(&mut command);
+        command.spawn().and_then(|child| Child::from_std(&child))
+    };
     let child = blocking::run("start mkfs", spawn)
         .await
         .map_err(|error| error.to_string())?
         .map_err(|error| format!("cannot run {program}: {error}. Install the package e2fsprogs on this host"))?;
-    let ended = match tokio::time::timeout(CREATION_LIMIT, child.reap()).await {
+    // Dropping the child kills it.
+    let ended = match tokio::time::timeout(FILE_SYSTEM_LIMIT, child.reap()).await {
         Ok(ended) => ended.map_err(text)?,
         Err(_) => {
-            child.end("mkfs").await;
-            return Err(format!("{program} did not end within {} s", CREATION_LIMIT.as_secs()));
+            return Err(format!(
+                "{program} did not end within {} s",
+                FILE_SYSTEM_LIMIT.as_secs()
+            ));
         }
     };
     match ended {
@@ -243,6 +237,8 @@ async fn make_file_system(path: &Path, filesystem: &str, new: &NewDiskFile) -> R
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     fn layer(source: &Path, new_file: Option<NewDiskFile>) -> RootLayer {
@@ -333,6 +329,15 @@ mod tests {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
+    /// The file is removed in the background.
+    async fn wait_until_empty(directory: &Path) {
+        let deadline = Instant::now() + FILE_SYSTEM_LIMIT;
+        while std::fs::read_dir(directory).unwrap().count() > 0 {
+            assert!(Instant::now() < deadline, "the file stays");
+            tokio::task::yield_now().await;
+        }
+    }
+
     #[tokio::test]
     async fn failed_creation_leaves_no_file_and_says_why() {
         let directory = tempfile::tempdir().unwrap();
@@ -342,10 +347,10 @@ mod tests {
 
         assert!(error.contains(path.to_str().unwrap()), "{error}");
         assert!(error.contains("mkfs.ext4 exited with status "), "{error}");
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        wait_until_empty(directory.path()).await;
         let error = create(&path, "none", &new_file(4096)).await.unwrap_err().to_string();
         assert!(error.contains("cannot run mkfs.none"), "{error}");
-        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        wait_until_empty(directory.path()).await;
     }
 
     #[tokio::test]
