@@ -15,8 +15,6 @@ mod credentials;
 mod fuzz;
 mod guest_memory;
 mod node_id;
-mod open_history;
-mod rootfs_nodes;
 mod standby;
 mod stderr_log;
 mod sync_threads;

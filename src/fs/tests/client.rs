@@ -512,18 +512,24 @@ impl Client {
     /// The sorted names in a directory.
     pub(crate) fn list(&mut self, node: u64) -> Result<Vec<String>, Errno> {
         let opened = self.call(Opcode::Opendir, node, Body::default().u32s(&[0, 0]))?;
-        let body = Body::default()
-            .u64s(&[u64_at(&opened, 0), 0])
-            .u32s(&[65536, 0])
-            .u64s(&[0])
-            .u32s(&[0, 0]);
-        let reply = self.call(Opcode::Readdir, node, body)?;
-        let mut names = Vec::new();
-        let mut rest = reply.as_slice();
-        while rest.len() >= 24 {
-            let length = usize::try_from(u32_at(rest, 16)).unwrap();
-            names.push(String::from_utf8(rest[24..24 + length].to_vec()).unwrap());
-            rest = &rest[(24 + length).next_multiple_of(8).min(rest.len())..];
+        let (mut names, mut offset) = (Vec::new(), 0);
+        loop {
+            let body = Body::default()
+                .u64s(&[u64_at(&opened, 0), offset])
+                .u32s(&[65536, 0])
+                .u64s(&[0])
+                .u32s(&[0, 0]);
+            let reply = self.call(Opcode::Readdir, node, body)?;
+            if reply.is_empty() {
+                break;
+            }
+            let mut rest = reply.as_slice();
+            while rest.len() >= 24 {
+                offset = u64_at(rest, 8);
+                let length = usize::try_from(u32_at(rest, 16)).unwrap();
+                names.push(String::from_utf8(rest[24..24 + length].to_vec()).unwrap());
+                rest = &rest[(24 + length).next_multiple_of(8).min(rest.len())..];
+            }
         }
         names.retain(|name| name != "." && name != "..");
         names.sort();

@@ -9,7 +9,7 @@ use std::{
 use parking_lot::Mutex;
 use virtiofsd::filesystem::ROOT_ID;
 
-use super::node_id::ROOTFS;
+use crate::fs::node_id::ROOTFS;
 
 /// Nodes of root file systems that the guest has looked up, by virtiofsd's ids. Nodes of volumes are not stored.
 #[derive(Debug, Default)]

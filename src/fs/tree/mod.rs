@@ -7,7 +7,11 @@
 //! may cache names and attributes of other files for [`SHARED_TTL`], and their contents as long as the file is
 //! unchanged at each open (close-to-open).
 
-use std::{ffi::CStr, fs::File, io, time::Duration};
+mod listings;
+mod open_history;
+mod rootfs_nodes;
+
+use std::{ffi::CStr, fs::File, io, sync::Arc, time::Duration};
 
 use virtiofsd::{
     filesystem::{
@@ -16,15 +20,17 @@ use virtiofsd::{
     },
     fuse::{Attr, SetattrIn},
     passthrough::{CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs},
-    read_dir::ReadDir,
     soft_idmap::Id,
 };
 
+use self::{
+    listings::{Listing, Listings, MAX_READ_SIZE},
+    open_history::OpenHistory,
+    rootfs_nodes::RootfsNodes,
+};
 use super::{
     credentials::{WithoutFsetid, set_fs_ids},
     node_id::{OWNED_TTL, SHARED_TTL, inner_id, is_owned, ttl, with_class},
-    open_history::OpenHistory,
-    rootfs_nodes::RootfsNodes,
 };
 
 /// The attribute of a file's capabilities (capabilities(7)). In a volume, a user of the host could execute the file.
@@ -34,6 +40,7 @@ pub(super) struct Tree {
     inner: PassthroughFs,
     open_history: OpenHistory,
     rootfs_nodes: RootfsNodes,
+    listings: Arc<Listings>,
 }
 
 impl Tree {
@@ -68,6 +75,7 @@ impl Tree {
             inner,
             open_history: OpenHistory::default(),
             rootfs_nodes: RootfsNodes::default(),
+            listings: Arc::default(),
         })
     }
 
@@ -83,14 +91,11 @@ impl Tree {
             }
             // Node 0 is a missing name that the guest may cache (virtiofsd's `Entry`).
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) && is_owned(with_class(0, parent, name, 0)) => {
-                Ok(Entry {
-                    inode: 0,
-                    generation: 0,
-                    attr: Attr::default(),
-                    attr_timeout: OWNED_TTL,
-                    entry_timeout: OWNED_TTL,
-                })
+                Ok(without_node(OWNED_TTL))
             }
+            // The entry was removed since the directory was read, or its file system fails. The guest lists it
+            // without attributes, as getdents64(2) does, and not the directory with an error.
+            Err(_) if listings::is_listing() => Ok(without_node(Duration::ZERO)),
             Err(error) => Err(error),
         }
     }
@@ -109,6 +114,17 @@ impl Tree {
         } else {
             OpenOptions::empty()
         }
+    }
+}
+
+/// A name without a node: one that does not exist, or an entry of a directory without attributes.
+fn without_node(ttl: Duration) -> Entry {
+    Entry {
+        inode: 0,
+        generation: 0,
+        attr: Attr::default(),
+        attr_timeout: ttl,
+        entry_timeout: ttl,
     }
 }
 
@@ -173,17 +189,19 @@ fn clear_set_id(is_requested: bool) -> io::Result<Option<WithoutFsetid>> {
 impl FileSystem for Tree {
     type Inode = u64;
     type Handle = u64;
-    type DirIter = ReadDir<Vec<u8>>;
+    type DirIter = Listing;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        // virtiofsd forgets all nodes at this request. A guest may repeat it.
+        // virtiofsd forgets all nodes and handles at this request. A guest may repeat it.
         self.rootfs_nodes.clear();
+        self.listings.clear();
         // The target of a symbolic link never changes: a link with another target is another file.
         Ok(self.inner.init(capable)? | FsOptions::CACHE_SYMLINKS)
     }
 
     fn destroy(&self) {
         self.rootfs_nodes.clear();
+        self.listings.clear();
         self.inner.destroy();
     }
 
@@ -473,7 +491,9 @@ impl FileSystem for Tree {
     }
 
     fn readdir(&self, ctx: Context, node: u64, handle: u64, size: u32, offset: u64) -> io::Result<Self::DirIter> {
-        self.inner.readdir(ctx, inner_id(node), handle, size, offset)
+        let size = size.min(MAX_READ_SIZE);
+        let read = |offset| self.inner.readdir(ctx, inner_id(node), handle, size, offset);
+        self.listings.continue_at(handle, offset, read)
     }
 
     fn fsyncdir(&self, ctx: Context, node: u64, datasync: bool, handle: u64) -> io::Result<()> {
@@ -481,6 +501,7 @@ impl FileSystem for Tree {
     }
 
     fn releasedir(&self, ctx: Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
+        self.listings.remove(handle);
         self.inner.releasedir(ctx, inner_id(node), flags, handle)
     }
 
@@ -523,73 +544,4 @@ impl FileSystem for Tree {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{fs, os::fd::AsRawFd, path::Path, thread};
-
-    use nix::sched::{CloneFlags, unshare};
-
-    use super::*;
-
-    /// Runs `test` on the tree in `directory`, on a thread of its own.
-    fn on_tree<T: Send + 'static>(directory: &Path, test: impl FnOnce(Tree) -> T + Send + 'static) -> T {
-        let opened = File::open(directory).unwrap();
-        let root = format!("/proc/self/fd/{}/.", opened.as_raw_fd());
-        let result = thread::spawn(move || {
-            // A session changes the umask.
-            unshare(CloneFlags::CLONE_FS).unwrap();
-            test(Tree::open_at(&root, File::open("/proc/self/fd").unwrap(), 100).unwrap())
-        });
-        result.join().unwrap()
-    }
-
-    fn root_user() -> Context {
-        Context {
-            uid: 0.into(),
-            gid: 0.into(),
-            pid: 1,
-        }
-    }
-
-    /// The server also lacks the capability, which this test has.
-    #[test]
-    fn device_nodes_are_refused_to_a_process_that_may_make_them() {
-        let directory = tempfile::tempdir().unwrap();
-        let results = on_tree(directory.path(), |tree| {
-            tree.init(FsOptions::empty()).map(drop).unwrap();
-            [(libc::S_IFCHR, 0x0103), (libc::S_IFBLK, 0x0800), (libc::S_IFBLK, 0)].map(|(kind, device)| {
-                let root = virtiofsd::filesystem::ROOT_ID;
-                let made = tree.mknod(
-                    root_user(),
-                    root,
-                    c"node",
-                    kind | 0o666,
-                    device,
-                    0,
-                    Extensions::default(),
-                );
-                made.map(drop).unwrap_err().raw_os_error()
-            })
-        });
-        assert_eq!(results, [Some(libc::EPERM); 3]);
-        assert!(!fs::exists(directory.path().join("node")).unwrap());
-    }
-
-    #[test]
-    fn nodes_are_forgotten_when_the_guest_starts_or_ends_its_session() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::create_dir_all(directory.path().join("c/rootfs")).unwrap();
-        let remaining = on_tree(directory.path(), |tree| {
-            let start = || tree.init(FsOptions::empty()).map(drop).unwrap();
-            [&start as &dyn Fn(), &|| tree.destroy()].map(|end| {
-                start();
-                let container = tree.lookup(root_user(), virtiofsd::filesystem::ROOT_ID, c"c").unwrap();
-                let rootfs = tree.lookup(root_user(), container.inode, c"rootfs").unwrap();
-                let rootfs = inner_id(rootfs.inode);
-                assert!(tree.rootfs_nodes.contains(rootfs));
-                end();
-                tree.rootfs_nodes.contains(rootfs)
-            })
-        });
-        assert_eq!(remaining, [false, false]);
-    }
-}
+mod tests;

@@ -1,0 +1,309 @@
+//! Directory entries that were read from the host, but for which the reply to the guest had no space.
+//!
+//! The guest continues a directory behind the last entry that it received. By then the host's descriptor is behind all
+//! entries that were read. Moving it back is wrong where a position is the number of an entry: after a removal, a later
+//! entry has that number, and the guest would never see those in between. tmpfs before Linux 6.6 is such a file system.
+//! So the rest is kept for the next request, and the descriptor moves only if the guest itself seeks.
+
+use std::{cell::Cell, collections::BTreeMap, ffi::CStr, io, mem, sync::Arc};
+
+use parking_lot::Mutex;
+use virtiofsd::{
+    filesystem::{DirEntry, DirectoryIterator},
+    read_dir::ReadDir,
+};
+
+/// How many bytes of a directory are read from the host at a time (getdents64(2)). The largest entry is 280 bytes.
+pub(super) const MAX_READ_SIZE: u32 = 4096;
+
+/// Number of open directories whose entries are kept. A directory that was opened later replaces the one that was
+/// opened first, of which a descriptor is then moved back.
+const MAX_KEPT_LISTINGS: usize = 1024;
+
+thread_local! {
+    /// Whether this thread is replying with a [`Listing`].
+    static IS_LISTING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The entries that remain of each open directory, by its handle. Handles are numbered in the order of their opening.
+#[derive(Debug, Default)]
+pub(super) struct Listings {
+    kept: Mutex<BTreeMap<u64, Entries>>,
+}
+
+impl Listings {
+    /// Returns the entries of the open directory `handle` behind the position `offset`. `read` reads a directory from
+    /// a position, at most [`MAX_READ_SIZE`] bytes. No entries mean that the directory has ended.
+    ///
+    /// # Errors
+    ///
+    /// Those of `read`.
+    pub(super) fn continue_at(
+        self: &Arc<Self>,
+        handle: u64,
+        offset: u64,
+        read: impl FnOnce(u64) -> io::Result<ReadDir<Vec<u8>>>,
+    ) -> io::Result<Listing> {
+        let kept = self.kept.lock().remove(&handle);
+        let remaining = kept.and_then(|entries| entries.behind(offset));
+        let entries = match remaining {
+            Some(entries) => entries,
+            None => Entries::copy(offset, read(offset)?),
+        };
+        IS_LISTING.set(true);
+        Ok(Listing {
+            listings: self.clone(),
+            handle,
+            entries,
+        })
+    }
+
+    /// Drops the entries of a directory that is closed.
+    pub(super) fn remove(&self, handle: u64) {
+        self.kept.lock().remove(&handle);
+    }
+
+    pub(super) fn clear(&self) {
+        self.kept.lock().clear();
+    }
+
+    fn keep(&self, handle: u64, entries: Entries) {
+        let mut kept = self.kept.lock();
+        kept.insert(handle, entries);
+        if kept.len() > MAX_KEPT_LISTINGS {
+            kept.pop_first();
+        }
+    }
+}
+
+/// Whether this thread is replying with entries of a directory. A look-up is then for the attributes of an entry.
+pub(super) fn is_listing() -> bool {
+    IS_LISTING.get()
+}
+
+/// The entries for one reply. Those that the reply does not consume are kept for the next one.
+#[derive(Debug)]
+pub(in crate::fs) struct Listing {
+    listings: Arc<Listings>,
+    handle: u64,
+    entries: Entries,
+}
+
+impl DirectoryIterator for Listing {
+    fn next(&mut self) -> Option<DirEntry<'_>> {
+        self.entries.next()
+    }
+}
+
+impl Drop for Listing {
+    fn drop(&mut self) {
+        IS_LISTING.set(false);
+        // The reply may have had no space for the entry that was returned last.
+        if !self.entries.is_consumed {
+            self.listings.keep(self.handle, mem::take(&mut self.entries));
+        }
+    }
+}
+
+/// Consecutive entries of a directory.
+#[derive(Debug, Default)]
+struct Entries {
+    /// The position behind which the entries begin.
+    start: u64,
+    heads: Vec<Head>,
+    /// The names, each with its terminating zero byte.
+    names: Vec<u8>,
+    /// The index of the entry that [`Self::next`] returns.
+    next: usize,
+    /// Whether [`Self::next`] has returned all entries, and then `None`.
+    is_consumed: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Head {
+    ino: u64,
+    /// The position behind this entry.
+    offset: u64,
+    type_: u32,
+    /// Where the name begins in [`Entries::names`].
+    name: usize,
+}
+
+impl Entries {
+    fn copy(start: u64, mut read: ReadDir<Vec<u8>>) -> Self {
+        let mut copied = Self {
+            start,
+            ..Self::default()
+        };
+        while let Some(entry) = DirectoryIterator::next(&mut read) {
+            copied.heads.push(Head {
+                ino: entry.ino,
+                offset: entry.offset,
+                type_: entry.type_,
+                name: copied.names.len(),
+            });
+            copied.names.extend_from_slice(entry.name.to_bytes_with_nul());
+        }
+        copied
+    }
+
+    /// The entries behind the position `offset`; `None` if there are none or they are unknown. The guest expects the
+    /// current entries when it reads a directory from its beginning (rewinddir(3)).
+    fn behind(mut self, offset: u64) -> Option<Self> {
+        self.next = match offset {
+            0 => return None,
+            _ if offset == self.start => 0,
+            _ => self.heads.iter().position(|head| head.offset == offset)? + 1,
+        };
+        (self.next < self.heads.len()).then_some(self)
+    }
+
+    fn next(&mut self) -> Option<DirEntry<'_>> {
+        let Some(head) = self.heads.get(self.next) else {
+            self.is_consumed = true;
+            return None;
+        };
+        self.next += 1;
+        Some(DirEntry {
+            ino: head.ino,
+            offset: head.offset,
+            type_: head.type_,
+            name: CStr::from_bytes_until_nul(&self.names[head.name..]).expect("names end with a zero byte"),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, collections::BTreeSet, fs, fs::File, path::Path};
+
+    use super::*;
+
+    fn directory_with_files(count: usize) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for number in 0..count {
+            fs::write(directory.path().join(format!("file-{number}")), "").unwrap();
+        }
+        directory
+    }
+
+    /// Takes `count` entries as a reply without space for more does. Returns their names and the last one's position.
+    fn reply(mut listing: Listing, count: usize) -> Option<(Vec<String>, u64)> {
+        let mut names = Vec::new();
+        let mut position = None;
+        while let Some(entry) = listing.next() {
+            // This is the entry for which the reply has no space.
+            if names.len() == count {
+                break;
+            }
+            position = Some(entry.offset);
+            names.push(entry.name.to_str().unwrap().to_owned());
+        }
+        position.map(|position| (names, position))
+    }
+
+    /// Lists a directory in replies of `count` entries and removes each file that it has seen. Returns the names, and
+    /// the positions at which the directory was read.
+    fn list_and_remove(directory: &Path, count: usize) -> (BTreeSet<String>, Vec<u64>) {
+        let opened = File::open(directory).unwrap();
+        let listings = Arc::new(Listings::default());
+        let reads = RefCell::new(Vec::new());
+        let read = |offset| {
+            reads.borrow_mut().push(offset);
+            ReadDir::new(&opened, offset, vec![0; 512])
+        };
+        let (mut seen, mut offset) = (BTreeSet::new(), 0);
+        while let Some((names, position)) = reply(listings.continue_at(1, offset, read).unwrap(), count) {
+            for name in names.iter().filter(|name| name.starts_with("file")) {
+                fs::remove_file(directory.join(name)).unwrap();
+            }
+            seen.extend(names);
+            offset = position;
+        }
+        (seen, reads.into_inner())
+    }
+
+    #[test]
+    fn directory_is_listed_completely_while_its_files_are_removed() {
+        for count in [1, 3, 7, 100] {
+            let directory = directory_with_files(100);
+            let (seen, _) = list_and_remove(directory.path(), count);
+            assert_eq!(seen.len(), 100 + 2, "replies of {count}");
+            fs::remove_dir(directory.path()).unwrap();
+        }
+    }
+
+    #[test]
+    fn directory_is_read_on_at_the_position_of_the_descriptor() {
+        // The position of a descriptor is that of the last entry that was read from it.
+        let directory = directory_with_files(100);
+        let opened = File::open(directory.path()).unwrap();
+        let mut positions = vec![0];
+        loop {
+            let entries = Entries::copy(
+                0,
+                ReadDir::new(&opened, *positions.last().unwrap(), vec![0; 512]).unwrap(),
+            );
+            match entries.heads.last() {
+                Some(last) => positions.push(last.offset),
+                None => break,
+            }
+        }
+        drop(opened);
+        let listed = |count| {
+            let (opened, listings) = (File::open(directory.path()).unwrap(), Arc::new(Listings::default()));
+            let reads = RefCell::new(Vec::new());
+            let read = |offset| {
+                reads.borrow_mut().push(offset);
+                ReadDir::new(&opened, offset, vec![0; 512])
+            };
+            let mut offset = 0;
+            while let Some((_, position)) = reply(listings.continue_at(1, offset, read).unwrap(), count) {
+                offset = position;
+            }
+            reads.into_inner()
+        };
+        for count in [1, 3, 7, 100] {
+            assert_eq!(listed(count), positions, "replies of {count}");
+        }
+    }
+
+    #[test]
+    fn directory_that_is_rewound_is_read_again() {
+        let directory = directory_with_files(5);
+        let opened = File::open(directory.path()).unwrap();
+        let listings = Arc::new(Listings::default());
+        let names = |offset| {
+            let read = |offset| ReadDir::new(&opened, offset, vec![0; 4096]);
+            reply(listings.continue_at(1, offset, read).unwrap(), 2).unwrap()
+        };
+        let (_, position) = names(0);
+        let (second, _) = names(position);
+        let (again, _) = names(position);
+        assert_eq!(second, again, "a position of the kept entries");
+        fs::write(directory.path().join("new"), "").unwrap();
+        let (mut all, mut offset) = names(0);
+        while all.len() < 8 {
+            let (more, position) = names(offset);
+            all.extend(more);
+            offset = position;
+        }
+        assert!(all.contains(&"new".to_owned()), "{all:?}");
+    }
+
+    #[test]
+    fn entries_of_few_directories_are_kept() {
+        let directory = directory_with_files(5);
+        let listings = Arc::new(Listings::default());
+        let handles = 2 * u64::try_from(MAX_KEPT_LISTINGS).unwrap();
+        for handle in 0..handles {
+            let opened = File::open(directory.path()).unwrap();
+            let listing = listings.continue_at(handle, 0, |offset| ReadDir::new(&opened, offset, vec![0; 4096]));
+            reply(listing.unwrap(), 2).unwrap();
+        }
+        assert_eq!(listings.kept.lock().len(), MAX_KEPT_LISTINGS);
+        assert!(listings.kept.lock().contains_key(&(handles - 1)));
+        listings.remove(handles - 1);
+        assert!(!listings.kept.lock().contains_key(&(handles - 1)));
+    }
+}
