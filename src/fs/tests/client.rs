@@ -53,6 +53,9 @@ pub(crate) const ROOT: u64 = 1;
 /// The guest may keep its cached contents of the opened file (`FOPEN_KEEP_CACHE`).
 pub(crate) const KEEP_CACHE: u32 = 1 << 1;
 
+/// The guest need not report the close of the opened file (`FOPEN_NOFLUSH`).
+pub(crate) const NOFLUSH: u32 = 1 << 5;
+
 /// User and group of a process in the guest.
 pub(crate) type Ids = (u32, u32);
 

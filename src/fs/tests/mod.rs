@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use client::{BY_ROOT, Client, KEEP_CACHE};
+use client::{BY_ROOT, Client, KEEP_CACHE, NOFLUSH};
 use tempfile::TempDir;
 
 use super::node_id::{OWNED_TTL, SHARED_TTL};
@@ -317,6 +317,19 @@ fn cache_of_a_shared_file_is_kept_only_while_the_file_is_unchanged() {
     assert_eq!(open(), KEEP_CACHE, "unchanged since the last open");
     fs::write(&path, "22").unwrap();
     assert_eq!(open(), 0, "changed since the last open");
+}
+
+/// The close of a file on a network file system reports that writes were lost.
+#[test]
+fn close_of_a_shared_file_is_reported_unless_it_is_only_read() {
+    let mut server = start_server();
+    fs::write(server.directory.path().join("file"), "1").unwrap();
+    let file = server.client.walk("c/0/file").unwrap();
+    let mut options = |flags| server.client.open(file.id, flags).unwrap().1 & NOFLUSH;
+    assert_eq!(options(libc::O_RDONLY), NOFLUSH);
+    assert_eq!(options(libc::O_RDONLY | libc::O_NONBLOCK), NOFLUSH);
+    assert_eq!(options(libc::O_WRONLY), 0);
+    assert_eq!(options(libc::O_RDWR), 0);
 }
 
 #[test]

@@ -342,7 +342,11 @@ impl FileSystem for Tree {
     fn open(&self, ctx: Context, node: u64, kill_priv: bool, flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {
         set_user(ctx);
         let _clearing = clear_set_id(kill_priv)?;
-        let (handle, options) = self.inner.open(ctx, inner_id(node), false, flags)?;
+        let (handle, mut options) = self.inner.open(ctx, inner_id(node), false, flags)?;
+        // Nothing was written that a close could report as lost.
+        if flags & libc::O_ACCMODE.unsigned_abs() == libc::O_RDONLY.unsigned_abs() {
+            options |= OpenOptions::NOFLUSH;
+        }
         Ok((handle, options | self.cache_options(ctx, node)))
     }
 
