@@ -493,6 +493,33 @@ device nodes are created: Operation not permitted (os error 1)
   rm /run/tmp/out
 }
 
+# Each request is one exit, through an I/O port. Creating a file with `>` takes six: look-up, creation, two closes of
+# descriptors, release, and the attributes of the directory now and then.
+creation_of_files_causes_few_exits() {
+  local statistics before after try
+  new_name
+  mkdir /run/tmp/volume
+  mount -t debugfs debugfs /sys/kernel/debug
+  nutshell "$name" -d --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rw -- sh -c '
+    until [ -e /volume/begin ]; do sleep 0.1; done
+    i=0; while [ $i -lt 200 ]; do : >/volume/$i; i=$((i + 1)); done
+    touch /volume/end; sleep 1000'
+  statistics=$(echo /sys/kernel/debug/kvm/"$(pids_of vmm)"-*)
+  before=($(<"$statistics/mmio_exits") $(<"$statistics/io_exits"))
+  touch /run/tmp/volume/begin
+  for try in {1..600}; do
+    [[ ! -e /run/tmp/volume/end ]] || break
+    read -r -t 0.1 -u "$never" || true
+  done
+  [[ -e /run/tmp/volume/end ]] || { echo "the files are not created" >&2; return 1; }
+  after=($(<"$statistics/mmio_exits") $(<"$statistics/io_exits"))
+  assert_equal 0 $((after[0] - before[0]))
+  ((after[1] - before[1] < 200 * 7)) || { echo "$((after[1] - before[1])) exits for 200 files" >&2; return 1; }
+  remove "$name"
+  umount /sys/kernel/debug
+  rm -r /run/tmp/volume
+}
+
 # run_file_cases MOUNT_ARGUMENT...: mounts a file system and runs the cases of tests/files in it, as a volume.
 # Their output is in /run/tmp/out.
 run_file_cases() {

@@ -26,6 +26,7 @@ check "orphans are reaped" orphans_are_reaped
 check "oom event precedes the exit of the killed container" oom_event_precedes_the_exit
 check "process that uses all memory of the machine is killed alone" process_that_uses_all_memory_is_killed_alone
 check "metrics are complete" metrics_are_complete
+check "creation of files causes few exits" creation_of_files_causes_few_exits
 check "volume behaves as a local file system but for the known limits" \
   volume_behaves_as_a_local_file_system_but_for_the_known_limits
 image=debian

@@ -51,6 +51,12 @@ pub(crate) trait Device: Send {
         0
     }
 
+    /// Whether the device interrupts its driver when its configuration changes. If not, a driver may treat each
+    /// interrupt as one for used buffers.
+    fn changes_configuration(&self) -> bool {
+        false
+    }
+
     /// Takes the queues and starts work.
     ///
     /// # Errors
@@ -106,6 +112,10 @@ impl<D: Device> Device for SharedDevice<D> {
 
     fn config_generation(&self) -> u32 {
         self.lock().config_generation()
+    }
+
+    fn changes_configuration(&self) -> bool {
+        self.lock().changes_configuration()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

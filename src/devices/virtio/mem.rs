@@ -276,6 +276,10 @@ impl Device for Mem {
         self.config_generation
     }
 
+    fn changes_configuration(&self) -> bool {
+        true
+    }
+
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let [queue] = activation.take_queues()?;
         queue.kick_again().map_err(ActivateError::Queue)?;

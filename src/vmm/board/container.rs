@@ -29,11 +29,15 @@ use crate::{
 /// The first interrupt line of a device. Lower lines belong to the legacy devices of a PC.
 const FIRST_DEVICE_LINE: u32 = 5;
 
+/// The first I/O port for notifications. Each device has one of 16 bits. A PC has nothing at these ports.
+const FIRST_NOTIFY_PORT: u16 = 0x1000;
+
 /// The position of a device on the bus.
 #[derive(Debug, Clone, Copy)]
 struct BusAddress {
     /// The guest physical address of the register window.
     base: u64,
+    notify_port: u16,
     /// The line of the I/O APIC.
     line: u32,
 }
@@ -75,13 +79,18 @@ impl ContainerBoard {
             return Err(MachineError::TooManyDevices);
         }
         let base = DEVICE_WINDOW.start + u64::from(self.device_count) * WINDOW_SIZE;
+        let notify_port = u16::try_from(self.device_count).map_or(0, |number| FIRST_NOTIFY_PORT + 2 * number);
         self.device_count += 1;
         // Writing to a string cannot fail.
         let _ = write!(
             self.kernel_arguments,
             " virtio_mmio.device={WINDOW_SIZE}@{base:#x}:{line}"
         );
-        Ok(BusAddress { base, line })
+        Ok(BusAddress {
+            base,
+            notify_port,
+            line,
+        })
     }
 }
 
@@ -92,7 +101,7 @@ impl Board for ContainerBoard {
         let clones = duplicate(&kicks)?;
         register(&self.events, address, &irqfd, &kicks)?;
         let line = Arc::new(InterruptLine::new(irqfd));
-        let transport = Mmio::new(device, self.memory.clone(), line, kicks);
+        let transport = Mmio::new(device, self.memory.clone(), line, kicks, address.notify_port);
         self.buses
             .memory
             .add(address.base..address.base + WINDOW_SIZE, Box::new(transport));
@@ -167,7 +176,8 @@ impl Slot for MmioSlot {
             .map_err(device_error("duplicate an eventfd of a slot"))?;
         let kicks = duplicate(&registered.kicks)?;
         let line = Arc::new(InterruptLine::new(irqfd));
-        if self.slot.plug(Mmio::new(device, self.memory.clone(), line, kicks)) {
+        let transport = Mmio::new(device, self.memory.clone(), line, kicks, self.address.notify_port);
+        if self.slot.plug(transport) {
             Ok(())
         } else {
             Err(MachineError::Slot(number))
@@ -188,7 +198,8 @@ impl Slot for MmioSlot {
 fn register(events: &VmEvents, address: BusAddress, irqfd: &EventFd, kicks: &[EventFd]) -> Result<(), MachineError> {
     events.register_irqfd(irqfd, address.line)?;
     for (queue_index, kick) in (0..).zip(kicks) {
-        events.register_ioeventfd(kick, address.base + NOTIFY_OFFSET, queue_index)?;
+        events.register_ioeventfd(kick, address.base + NOTIFY_OFFSET, queue_index.into())?;
+        events.register_port_ioeventfd(kick, address.notify_port, queue_index)?;
     }
     Ok(())
 }

@@ -47,6 +47,18 @@ impl VmEvents {
         check("adding an ioeventfd", self.vm.register_ioevent(event, &address, value))
     }
 
+    /// Makes KVM signal `event` when the guest writes the 16-bit `value` to the I/O port `port`, without an exit to this
+    /// process.
+    pub(in crate::vmm) fn register_port_ioeventfd(
+        &self,
+        event: &EventFd,
+        port: u16,
+        value: u16,
+    ) -> Result<(), KvmError> {
+        let address = IoEventAddress::Pio(port.into());
+        check("adding an ioeventfd", self.vm.register_ioevent(event, &address, value))
+    }
+
     /// Makes KVM raise interrupt line `line` when `event` is signalled.
     pub(in crate::vmm) fn register_irqfd(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
         check("adding an irqfd", self.vm.register_irqfd(event, line))

@@ -111,7 +111,7 @@ pub fn serve_disk(data: &[u8]) {
     };
     let timer = Arc::new(StallTimer::new().unwrap());
     let queues = u16::from(selection >> 2 & 1) + 1;
-    let block = Block::new("nutshell-fuzz".to_owned(), backing, queues, &timer).unwrap();
+    let mut block = Block::new("nutshell-fuzz".to_owned(), backing, queues, &timer).unwrap();
     let growing = block.growing_disk();
     let device = SharedDevice::new(UnservedBlock {
         block,

@@ -59,6 +59,7 @@ const MAX_SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 pub(crate) struct Block {
     disk: Arc<Disk>,
     config_interrupt: Arc<ConfigInterrupt>,
+    is_watched: bool,
     queue_sizes: Vec<u16>,
     workers: Vec<Worker>,
 }
@@ -81,15 +82,17 @@ impl Block {
         Ok(Self {
             disk: Arc::new(Disk::new(backing, counters)?),
             config_interrupt: Arc::default(),
+            is_watched: false,
             queue_sizes: vec![QUEUE_SIZE; queues],
             workers: Vec::new(),
         })
     }
 
     /// The disk for [`GrowthWatch`]. `None` if its size cannot change.
-    pub(crate) fn growing_disk(&self) -> Option<GrowingDisk> {
-        let can_grow = self.disk.backing.can_grow();
-        can_grow.then(|| GrowingDisk::new(self.disk.clone(), self.config_interrupt.clone()))
+    pub(crate) fn growing_disk(&mut self) -> Option<GrowingDisk> {
+        self.is_watched = self.disk.backing.can_grow();
+        self.is_watched
+            .then(|| GrowingDisk::new(self.disk.clone(), self.config_interrupt.clone()))
     }
 
     /// struct virtio_blk_config (virtio 1.3 §5.2.4).
@@ -144,6 +147,10 @@ impl Device for Block {
 
     fn config_generation(&self) -> u32 {
         self.disk.capacity.generation()
+    }
+
+    fn changes_configuration(&self) -> bool {
+        self.is_watched
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {

@@ -38,6 +38,8 @@ pub(crate) trait Subject {
     fn check(&mut self, _driver: &Driver) {}
 }
 
+const NOTIFY_PORT: u16 = 0x1000;
+
 /// A driver and its guest.
 #[derive(Debug)]
 pub(crate) struct Driver {
@@ -53,7 +55,7 @@ impl Driver {
         let sizes = device.queue_sizes();
         let line = Arc::new(InterruptLine::new(EventFd::new(EFD_NONBLOCK).unwrap()));
         Self {
-            transport: Mmio::new(device, guest.memory.clone(), line, kicks),
+            transport: Mmio::new(device, guest.memory.clone(), line, kicks, NOTIFY_PORT),
             rings: rings(&sizes, LOW.start),
             guest,
         }

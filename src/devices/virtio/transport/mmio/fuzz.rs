@@ -162,7 +162,13 @@ impl Machine {
         let line = Arc::new(InterruptLine::new(event()));
         let seen = recorder.0.clone();
         let kicks = SIZES.iter().map(|_| event()).collect();
-        let device = Mmio::new(Box::new(recorder), self.guest.memory.clone(), line.clone(), kicks);
+        let device = Mmio::new(
+            Box::new(recorder),
+            self.guest.memory.clone(),
+            line.clone(),
+            kicks,
+            0x1000,
+        );
         if self.slot.plug(device) {
             (self.seen, self.line, self.frozen) = (seen, line, None);
         } else {
