@@ -45,10 +45,11 @@ use crate::{
 
 /// The kernel arguments of every machine with an agent. `quiet` comes first: until the kernel has parsed it, the early
 /// console would print everything. A panic or halt resets at once, by triple fault, which ends the machine. Timers are
-/// not checked, since KVM's clock makes that unnecessary. No default network devices are created.
+/// not checked, since KVM's clock makes that unnecessary. No default network devices are created. A ramfs can use the
+/// pages of the initramfs as those of its files (`guest/kernel/patches/optional/initramfs-pages.patch`).
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
-                            dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none";
+                            dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none rootfstype=ramfs";
 
 /// Builds the machine and starts its vCPUs. The reason for its end is reported to `end`, and its console output is
 /// appended to `console_tail`.
@@ -141,7 +142,7 @@ pub(super) fn start(
     let mut boot_disks = 0;
     let mut growing_disks = Vec::new();
     for (serial, backing) in disks {
-        let disk =
+        let mut disk =
             Block::new(serial, backing, queues_per_disk, &stall_timer).map_err(device_error("set up the disk"))?;
         counters.push(disk.counters());
         if disks_may_grow {
