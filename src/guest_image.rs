@@ -120,8 +120,8 @@ pub(crate) fn open_agent() -> Result<(File, Extent), GuestImageError> {
     Ok((file, agent.ok_or(GuestImageError::NoAgent)?))
 }
 
-/// Finds the content of a file in an uncompressed cpio archive of this project (kernel documentation,
-/// `driver-api/early-userspace/buffer-format.rst`).
+/// Finds the content of a file in uncompressed cpio archives of this project, one after the other with zeros between
+/// them (kernel documentation, `driver-api/early-userspace/buffer-format.rst`).
 fn find_in_archive(file: &File, archive: Extent, name: &[u8]) -> io::Result<Option<Extent>> {
     const MAGIC: &[u8] = b"070701";
     const HEADER_SIZE: usize = 110;
@@ -129,12 +129,18 @@ fn find_in_archive(file: &File, archive: Extent, name: &[u8]) -> io::Result<Opti
     const SIZE: usize = 54;
     const NAME_SIZE: usize = 94;
     const MAX_NAME_SIZE: usize = 256;
+    const ALIGNMENT: usize = 4;
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "the archive is malformed");
     let end = archive.offset.saturating_add(archive.length);
     let mut position = archive.offset;
     while position.saturating_add(HEADER_SIZE as u64) <= end {
         let mut header = [0; HEADER_SIZE];
         file.read_exact_at(&mut header, position)?;
+        let zeros = header.iter().take_while(|byte| **byte == 0).count();
+        if zeros >= ALIGNMENT {
+            position += (zeros - zeros % ALIGNMENT) as u64;
+            continue;
+        }
         let number = |at: usize| {
             let digits = std::str::from_utf8(&header[at..at + 8]).ok()?;
             u32::from_str_radix(digits, 16).ok()
@@ -146,7 +152,7 @@ fn find_in_archive(file: &File, archive: Extent, name: &[u8]) -> io::Result<Opti
         }
         let mut found = vec![0; name_size];
         file.read_exact_at(&mut found, position + HEADER_SIZE as u64)?;
-        let aligned = |length: u64| length.next_multiple_of(4);
+        let aligned = |length: u64| length.next_multiple_of(ALIGNMENT as u64);
         let content = position + aligned((HEADER_SIZE + name_size) as u64);
         if found.strip_suffix(&[0]) == Some(name) {
             let length = u64::from(size);
@@ -219,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn file_is_found_in_an_archive_by_name() {
+    fn file_is_found_in_archives_by_name() {
         let entry = |name: &str, content: &[u8]| {
             let (size, name_size) = (content.len(), name.len() + 1);
             let mut entry = format!(
@@ -232,7 +238,9 @@ mod tests {
             entry.resize(entry.len().next_multiple_of(4), 0);
             entry
         };
-        let archive = [entry("dev", b""), entry("init", b"program"), entry("TRAILER!!!", b"")].concat();
+        let end = || entry("TRAILER!!!", b"");
+        let first = [entry("dev", b""), end(), vec![0; 500]].concat();
+        let archive = [first, entry("init", b"program"), end()].concat();
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&archive, 9).unwrap();
         let whole = Extent {
