@@ -26,6 +26,8 @@ check "orphans are reaped" orphans_are_reaped
 check "oom event precedes the exit of the killed container" oom_event_precedes_the_exit
 check "process that uses all memory of the machine is killed alone" process_that_uses_all_memory_is_killed_alone
 check "metrics are complete" metrics_are_complete
+check "directory in memory is emptied while it is read" directory_in_memory_is_emptied_while_it_is_read
+check "root file system keeps file capabilities until a write" root_file_system_keeps_file_capabilities_until_a_write
 check "creation of files causes few exits" creation_of_files_causes_few_exits
 check "volume behaves as a local file system but for the known limits" \
   volume_behaves_as_a_local_file_system_but_for_the_known_limits

@@ -18,7 +18,7 @@ pub(super) const MAX_READ_SIZE: u32 = 4096;
 
 /// Number of open directories whose entries are kept. A directory that was opened later replaces the one that was
 /// opened first, of which a descriptor is then moved back.
-const MAX_KEPT_LISTINGS: usize = 1024;
+const MAX_KEPT_LISTINGS: usize = 256;
 
 thread_local! {
     /// Whether this thread is replying with a [`Listing`].
