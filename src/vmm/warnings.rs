@@ -12,10 +12,10 @@ use parking_lot::Mutex;
 use crate::control::{Channel, MAX_WARNING, Notice, RateLimit};
 
 /// The number of messages of one call site that are sent before its rate is limited.
-const BURST: u32 = 5;
+const WARNING_BURST: u32 = 5;
 
 /// The interval after which one more message of the call site is sent.
-const INTERVAL: Duration = Duration::from_secs(10);
+const WARNING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The file and line of a log macro, and the device.
 type CallSite = (Option<&'static str>, Option<u32>, String);
@@ -31,7 +31,7 @@ struct ChannelLog {
 pub(super) fn install(channel: Channel) {
     let log = ChannelLog {
         channel,
-        limit: Mutex::new(RateLimit::new(BURST, INTERVAL)),
+        limit: Mutex::new(RateLimit::new(WARNING_BURST, WARNING_INTERVAL)),
         lost: AtomicU64::new(0),
     };
     if log::set_boxed_logger(Box::new(log)).is_ok() {
@@ -106,7 +106,7 @@ mod tests {
         let (shim, vmm) = Channel::pair().unwrap();
         let log = ChannelLog {
             channel: vmm,
-            limit: Mutex::new(RateLimit::new(u32::MAX, INTERVAL)),
+            limit: Mutex::new(RateLimit::new(u32::MAX, WARNING_INTERVAL)),
             lost: AtomicU64::new(0),
         };
         // More than the socket's buffer holds.
@@ -131,14 +131,14 @@ mod tests {
         let (shim, vmm) = Channel::pair().unwrap();
         let log = ChannelLog {
             channel: vmm,
-            limit: Mutex::new(RateLimit::new(BURST, INTERVAL)),
+            limit: Mutex::new(RateLimit::new(WARNING_BURST, WARNING_INTERVAL)),
             lost: AtomicU64::new(0),
         };
         let send = |target: &str, line| {
             let message = format_args!("failed");
             log.log(&Record::builder().target(target).args(message).line(Some(line)).build());
         };
-        for _ in 0..BURST + 3 {
+        for _ in 0..WARNING_BURST + 3 {
             send("nutshell-0", 7);
         }
         send("nutshell-1", 7);
@@ -150,7 +150,7 @@ mod tests {
             assert_eq!(text, "failed");
             devices.push(device);
         }
-        let mut expected = vec!["nutshell-0"; BURST as usize];
+        let mut expected = vec!["nutshell-0"; WARNING_BURST as usize];
         expected.extend(["nutshell-1", "virtual machine"]);
         assert_eq!(devices, expected);
     }

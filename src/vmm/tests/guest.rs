@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// How long a boot or a command in the guest may take: the lab emulates processors.
-const LIMIT: Duration = Duration::from_secs(180);
+const GUEST_TIMEOUT: Duration = Duration::from_secs(180);
 
 pub(super) const VCPUS: u8 = 4;
 
@@ -109,7 +109,7 @@ impl Guest {
         let mut descriptors: Vec<OwnedFd> = vec![kvm.into(), kernel_file.into(), initramfs.into()];
         let (agent_port, port_end) = UnixStream::pair().unwrap();
         port_end.set_nonblocking(true).unwrap();
-        agent_port.set_read_timeout(Some(LIMIT)).unwrap();
+        agent_port.set_read_timeout(Some(GUEST_TIMEOUT)).unwrap();
         descriptors.extend([input_end.into(), output_end.into(), port_end.into()]);
         descriptors.extend(queues);
         descriptors.extend(disks.into_iter().map(OwnedFd::from));
@@ -175,7 +175,7 @@ impl Guest {
 
     /// Waits for `text` on the console.
     pub(super) fn wait_for(&mut self, text: &str) {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + GUEST_TIMEOUT;
         while !self.console.contains(text) {
             let remaining = deadline.saturating_duration_since(Instant::now());
             let mut polled = [PollFd::new(&self.output, PollFlags::IN)];
@@ -201,7 +201,7 @@ impl Guest {
         // The guest's last output may be more than the pipe takes.
         let mut output = self.output;
         let reader = thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + GUEST_TIMEOUT;
         let reason = loop {
             let remaining = deadline.saturating_duration_since(Instant::now());
             let mut polled = [PollFd::new(&self.channel, PollFlags::IN)];

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// The time between two checks.
-const INTERVAL: Duration = Duration::from_secs(5);
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The configuration interrupt of a device. It is connected while a driver uses the device.
 #[derive(Default)]
@@ -114,7 +114,7 @@ impl GrowthWatch {
     ///
     /// The thread cannot be created.
     pub(crate) fn start(disks: Vec<GrowingDisk>) -> io::Result<Option<Self>> {
-        Self::start_with_interval(disks, INTERVAL)
+        Self::start_with_interval(disks, CHECK_INTERVAL)
     }
 
     fn start_with_interval(mut disks: Vec<GrowingDisk>, interval: Duration) -> io::Result<Option<Self>> {

@@ -29,7 +29,7 @@ use crate::shim::{
 
 /// If a connection was shorter than this, the next one is accepted only after this time: a guest controls how often its
 /// agent connects.
-const SHORT_CONNECTION: Duration = Duration::from_secs(1);
+const MIN_CONNECTION_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Tasks {
     /// Lets the agent in the guest of `machine` connect, and connect again after its end, until the machine ends.
@@ -89,9 +89,9 @@ impl Tasks {
                         _ = machine.ended() => return,
                     }
                 }
-                if accepted_at.elapsed() < SHORT_CONNECTION {
+                if accepted_at.elapsed() < MIN_CONNECTION_INTERVAL {
                     tokio::select! {
-                        () = tokio::time::sleep(SHORT_CONNECTION) => {}
+                        () = tokio::time::sleep(MIN_CONNECTION_INTERVAL) => {}
                         _ = machine.ended() => return,
                     }
                 }

@@ -18,7 +18,7 @@ use crate::{
 const HOST: [&str; 2] = ["10.88.0.1", "fd00:88::1"];
 
 /// An echo server on port 7 of every address, for TCP and UDP.
-const ECHO: &str = r#"
+const ECHO_SERVER: &str = r#"
 import socket, threading
 def echo(connection):
     with connection:
@@ -65,7 +65,7 @@ for size in 1, 1400, 8000:
 
 pub(crate) fn pods_reach_each_other_and_the_host(handler: Handler) {
     let echo = Pod::run(handler);
-    let server = echo.start_debian("echo", &["python3", "-c", ECHO]);
+    let server = echo.start_debian("echo", &["python3", "-c", ECHO_SERVER]);
     let client_pod = Pod::run(handler);
     let client = client_pod.start_debian("client", &["sleep", "1000"]);
     let tools = client_pod.start("tools", &["sleep", "1000"]);
@@ -184,7 +184,7 @@ pub(crate) fn host_ports(handler: Handler) {
             })
             .to_vec();
     });
-    let server = pod.start_debian("echo", &["python3", "-c", ECHO]);
+    let server = pod.start_debian("echo", &["python3", "-c", ECHO_SERVER]);
     server.wait_for_line("ready");
     for address in ["127.0.0.1", HOST[0]] {
         let mut connection = TcpStream::connect((address, 18007)).unwrap();
