@@ -5,7 +5,7 @@
 //! entry has that number, and the guest would never see those in between. tmpfs before Linux 6.6 is such a file system.
 //! So the rest is kept for the next request, and the descriptor moves only if the guest itself seeks.
 
-use std::{cell::Cell, collections::BTreeMap, ffi::CStr, io, mem, sync::Arc};
+use std::{cell::Cell, collections::BTreeMap, ffi::CString, io, mem, sync::Arc};
 
 use parking_lot::Mutex;
 use virtiofsd::{
@@ -110,41 +110,39 @@ impl Drop for Listing {
 struct Entries {
     /// The position behind which the entries begin.
     start: u64,
-    heads: Vec<Head>,
-    /// The names, each with its terminating zero byte.
-    names: Vec<u8>,
+    entries: Vec<StoredEntry>,
     /// The index of the entry that [`Self::next`] returns.
     next: usize,
     /// Whether [`Self::next`] has returned all entries, and then `None`.
     is_consumed: bool,
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Head {
+/// A copy of a [`DirEntry`].
+#[derive(Debug)]
+struct StoredEntry {
     ino: u64,
     /// The position behind this entry.
     offset: u64,
     type_: u32,
-    /// Where the name begins in [`Entries::names`].
-    name: usize,
+    name: CString,
 }
 
 impl Entries {
     fn copy(start: u64, mut read: ReadDir<Vec<u8>>) -> Self {
-        let mut copied = Self {
-            start,
-            ..Self::default()
-        };
+        let mut entries = Vec::new();
         while let Some(entry) = DirectoryIterator::next(&mut read) {
-            copied.heads.push(Head {
+            entries.push(StoredEntry {
                 ino: entry.ino,
                 offset: entry.offset,
                 type_: entry.type_,
-                name: copied.names.len(),
+                name: entry.name.to_owned(),
             });
-            copied.names.extend_from_slice(entry.name.to_bytes_with_nul());
         }
-        copied
+        Self {
+            start,
+            entries,
+            ..Self::default()
+        }
     }
 
     /// The entries behind the position `offset`; `None` if there are none or they are unknown. The guest expects the
@@ -153,22 +151,22 @@ impl Entries {
         self.next = match offset {
             0 => return None,
             _ if offset == self.start => 0,
-            _ => self.heads.iter().position(|head| head.offset == offset)? + 1,
+            _ => self.entries.iter().position(|entry| entry.offset == offset)? + 1,
         };
-        (self.next < self.heads.len()).then_some(self)
+        (self.next < self.entries.len()).then_some(self)
     }
 
     fn next(&mut self) -> Option<DirEntry<'_>> {
-        let Some(head) = self.heads.get(self.next) else {
+        let Some(entry) = self.entries.get(self.next) else {
             self.is_consumed = true;
             return None;
         };
         self.next += 1;
         Some(DirEntry {
-            ino: head.ino,
-            offset: head.offset,
-            type_: head.type_,
-            name: CStr::from_bytes_until_nul(&self.names[head.name..]).expect("names end with a zero byte"),
+            ino: entry.ino,
+            offset: entry.offset,
+            type_: entry.type_,
+            name: &entry.name,
         })
     }
 }
@@ -239,7 +237,7 @@ mod tests {
                 0,
                 ReadDir::new(&opened, *positions.last().unwrap(), vec![0; 512]).unwrap(),
             );
-            match entries.heads.last() {
+            match entries.entries.last() {
                 Some(last) => positions.push(last.offset),
                 None => break,
             }

@@ -29,7 +29,8 @@ use crate::{
 /// The first interrupt line of a device. Lower lines belong to the legacy devices of a PC.
 const FIRST_DEVICE_LINE: u32 = 5;
 
-/// The first I/O port for notifications. Each device has one of 16 bits. A PC has nothing at these ports.
+/// The first I/O port for notifications. Each device has one of 16 bits, which is two addresses. A PC has nothing
+/// there.
 const FIRST_NOTIFY_PORT: u16 = 0x1000;
 
 /// The position of a device on the bus.
@@ -49,7 +50,7 @@ pub(in crate::vmm) struct ContainerBoard {
     memory: GuestMemory,
     buses: Buses,
     kernel_arguments: String,
-    device_count: u32,
+    device_count: u16,
 }
 
 impl ContainerBoard {
@@ -74,12 +75,12 @@ impl ContainerBoard {
     fn allocate_address(&mut self) -> Result<BusAddress, MachineError> {
         use std::fmt::Write;
 
-        let line = FIRST_DEVICE_LINE + self.device_count;
+        let line = FIRST_DEVICE_LINE + u32::from(self.device_count);
         if line >= u32::from(IO_APIC_LINES) {
             return Err(MachineError::TooManyDevices);
         }
         let base = DEVICE_WINDOW.start + u64::from(self.device_count) * WINDOW_SIZE;
-        let notify_port = u16::try_from(self.device_count).map_or(0, |number| FIRST_NOTIFY_PORT + 2 * number);
+        let notify_port = FIRST_NOTIFY_PORT + 2 * self.device_count;
         self.device_count += 1;
         // Writing to a string cannot fail.
         let _ = write!(

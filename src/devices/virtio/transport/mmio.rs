@@ -45,8 +45,8 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"nuts");
 
 /// The lower half of the vendor ID of a device without configuration changes. The upper half is the number of an I/O
-/// port: a 16-bit write there has the effect of one to QueueNotify, but costs a cheaper exit. All interrupts of the
-/// device are for used buffers, so that the driver need not read their cause. Only the driver of our guest kernel knows
+/// port: a 16-bit write there has the effect of one to QueueNotify, but costs a cheaper exit. If an interrupt of the
+/// device is for used buffers, it has no other cause that matters, so the driver need not read the status register. Only the driver of our guest kernel knows
 /// this (`guest/kernel/patches/optional/virtio-mmio-ports.patch`). Others use the registers.
 const VENDOR_WITH_PORT: u16 = u16::from_le_bytes(*b"nq");
 const CONFIG_SPACE: Range<u64> = VIRTIO_MMIO_CONFIG as u64..WINDOW_SIZE;
