@@ -181,7 +181,7 @@ pub(crate) mod tests {
 
     #[test]
     fn no_list_has_a_call_that_leaves_the_jail() {
-        const FORBIDDEN: [libc::c_long; 38] = [
+        const FORBIDDEN: &[libc::c_long] = &[
             libc::SYS_socket,
             libc::SYS_socketpair,
             libc::SYS_connect,
@@ -218,8 +218,18 @@ pub(crate) mod tests {
             libc::SYS_perf_event_open,
             libc::SYS_keyctl,
             libc::SYS_add_key,
+            libc::SYS_request_key,
             libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_enter,
+            libc::SYS_io_uring_register,
             libc::SYS_init_module,
+            libc::SYS_finit_module,
+            libc::SYS_kexec_load,
+            libc::SYS_kexec_file_load,
+            libc::SYS_rt_tgsigqueueinfo,
+            libc::SYS_fsopen,
+            libc::SYS_fsmount,
+            libc::SYS_mount_setattr,
         ];
         for (process, list) in lists() {
             for AllowedCall { call, .. } in list.calls() {
@@ -229,6 +239,33 @@ pub(crate) mod tests {
                     process.role,
                     list.thread
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn no_list_allows_a_new_namespace_or_process() {
+        const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
+            | libc::CLONE_NEWCGROUP
+            | libc::CLONE_NEWUTS
+            | libc::CLONE_NEWIPC
+            | libc::CLONE_NEWUSER
+            | libc::CLONE_NEWPID
+            | libc::CLONE_NEWNET;
+        for (process, list) in lists() {
+            for AllowedCall { call, .. } in list.calls() {
+                if ![libc::SYS_clone, libc::SYS_unshare].contains(&call.number) {
+                    continue;
+                }
+                let about = format!("{} {}: {call}", process.role, list.thread);
+                let Arguments::OneOf(0, flags) = call.arguments else {
+                    panic!("{about}");
+                };
+                for flags in flags.iter().map(|flags| flags.cast_signed()) {
+                    assert_eq!(flags & NAMESPACES, 0, "{about}");
+                    let is_new_process = call.number == libc::SYS_clone && flags & libc::CLONE_THREAD == 0;
+                    assert!(!is_new_process, "{about}");
+                }
             }
         }
     }

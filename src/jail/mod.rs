@@ -78,7 +78,8 @@ pub(crate) struct Jail<'a> {
 pub(crate) enum Root<'a> {
     /// An empty read-only directory.
     Empty,
-    /// The root of an existing mount namespace.
+    /// The working directory is the root of an existing mount namespace. The root is a copy of it, without the mounts
+    /// below.
     Namespace(BorrowedFd<'a>),
 }
 
@@ -203,6 +204,7 @@ fn isolate(jail: &Jail<'_>) -> Result<(), FailedStep> {
             setns(namespace, CloneFlags::CLONE_NEWNS).map_err(step("enter the mount namespace"))?;
         }
     }
+    root::leave_namespace_root()?;
     rustix::process::umask(Mode::from_raw_mode(0o077));
     Ok(())
 }

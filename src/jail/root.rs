@@ -1,12 +1,16 @@
 //! Gives a mount namespace an empty tmpfs as root, without the host's mounts.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{IntoRawFd, OwnedFd},
+};
 
 use rustix::{
-    fs::CWD,
+    fs::{CWD, Mode, OFlags, openat},
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
-        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, open_tree,
+        unmount,
     },
 };
 
@@ -35,6 +39,35 @@ pub(crate) fn pivot_into_empty(access: Access) -> Result<(), FailedStep> {
     rustix::process::pivot_root(".", ".").map_err(step("pivot into the empty root"))?;
     unmount(".", UnmountFlags::DETACH).map_err(step("unmount the host"))?;
     rustix::process::chdir("/").map_err(step("enter the empty root"))
+}
+
+/// Changes the root of the calling process to a copy of the mount at its root, without the mounts below. The working
+/// directory becomes the old root.
+///
+/// The kernel refuses a new user namespace, in which a process has all capabilities, to a process whose root is not that
+/// of its mount namespace (`current_chrooted` in fs/namespace.c).
+pub(crate) fn leave_namespace_root() -> Result<(), FailedStep> {
+    let failed = || step("leave the root of the mount namespace");
+    rustix::process::chdir("/").map_err(failed())?;
+    let old_root = openat(
+        CWD,
+        "/",
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(failed())?;
+    let copy = open_tree(
+        CWD,
+        "/",
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )
+    .map_err(failed())?;
+    rustix::process::fchdir(&copy).map_err(failed())?;
+    rustix::process::chroot(".").map_err(failed())?;
+    rustix::process::fchdir(&old_root).map_err(failed())?;
+    // Closing it unmounts the copy, which waits for an RCU grace period. The end of the process does that.
+    let _ = copy.into_raw_fd();
+    Ok(())
 }
 
 /// Makes an empty tmpfs that is not mounted anywhere yet.

@@ -44,10 +44,10 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// Opens the tree at this process's root. The guest can have at most `max_files` files looked up or open at a time.
+    /// Opens the tree at this process's working directory. The guest can have at most `max_files` files looked up or open at a time.
     /// `own_descriptors` is `/proc/self/fd`.
     pub(super) fn open(own_descriptors: File, max_files: u64) -> io::Result<Self> {
-        Self::open_at("/", own_descriptors, max_files)
+        Self::open_at(".", own_descriptors, max_files)
     }
 
     /// Like [`Self::open`], for the tree at the path `root`.

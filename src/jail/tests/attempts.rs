@@ -7,6 +7,7 @@ use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream},
     os::{
+        fd::AsRawFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream},
     },
@@ -211,6 +212,24 @@ const ATTEMPTS: &[Attempt] = &[
         let value = 0_u64;
         call(libc::SYS_mlock, [ptr::from_ref(&value).addr(), 8, 0, 0, 0])
     }),
+    attempt(
+        "enter a mount namespace",
+        &[libc::EPERM, libc::ENOENT, libc::EACCES],
+        |_| {
+            let own = File::open("/proc/self/ns/mnt")?;
+            call(
+                libc::SYS_setns,
+                [register(own.as_raw_fd()), register(libc::CLONE_NEWNS), 0, 0, 0],
+            )
+        },
+    ),
+    attempt("unmount the root", PERM, |_| {
+        // Outside of the jail, this flag is invalid for the root.
+        call(
+            libc::SYS_umount2,
+            [c"/".as_ptr().addr(), register(libc::MNT_EXPIRE), 0, 0, 0],
+        )
+    }),
     attempt("gain capabilities", PERM, |_| {
         let more = CapabilitySet::SYS_ADMIN | CapabilitySet::KILL;
         let sets = CapabilitySets {
@@ -219,6 +238,10 @@ const ATTEMPTS: &[Attempt] = &[
             inheritable: CapabilitySet::empty(),
         };
         Ok(rustix::thread::set_capabilities(None, sets)?)
+    }),
+    // The last attempt, because it changes the credentials outside of the jail.
+    attempt("make a user namespace", PERM, |_| {
+        call(libc::SYS_unshare, [register(libc::CLONE_NEWUSER), 0, 0, 0, 0])
     }),
 ];
 
