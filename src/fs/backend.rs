@@ -32,7 +32,7 @@ use vmm_sys_util::{
 };
 
 use super::{
-    guest_memory::{Memory, MemorySnapshot},
+    guest_memory::{self, Memory, MemorySnapshot},
     standby::{ServeQueue, Standby, Worker},
     sync_threads::{Refused, SyncThreads},
     system_calls,
@@ -268,7 +268,9 @@ impl VhostUserBackend for Backend {
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::REPLY_ACK
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
     }
 
     fn reset_device(&self) {
@@ -279,8 +281,8 @@ impl VhostUserBackend for Backend {
     fn set_event_idx(&self, _: bool) {}
 
     // This backend already shares the memory object that is updated.
-    fn update_memory(&self, _: Memory) -> io::Result<()> {
-        Ok(())
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        guest_memory::close_files(&memory.memory())
     }
 
     fn exit_event(&self, _: usize) -> Option<(EventConsumer, EventNotifier)> {

@@ -93,6 +93,7 @@ const CONNECTION_CALLS: &[Call] = &[
     allowed!(SYS_accept4, "the connection of the vmm"),
     allowed!(SYS_recvmsg, "vhost-user: messages of the vmm"),
     allowed!(SYS_sendmsg, "vhost-user: answers to the vmm"),
+    allowed!(SYS_dup3, "closing the files of guest memory that is mapped"),
     allowed!(SYS_eventfd2, "the end of a thread"),
     allowed!(SYS_timerfd_create, "the timer that finds requests that hang"),
     allowed!(SYS_prlimit64, "the limit of descriptors"),

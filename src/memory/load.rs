@@ -10,7 +10,11 @@ use rustix::mm::{MapFlags, ProtFlags, mmap};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{error::MemoryError, layout::PAGE_SIZE, regions::MemoryRegions};
+use super::{
+    error::MemoryError,
+    layout::{HUGE_PAGE_SIZE, PAGE_SIZE},
+    regions::MemoryRegions,
+};
 
 /// A part of a file, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,11 +81,19 @@ fn copy_file(memory: &MemoryRegions, file: &File, offset: u64, length: u64, addr
             .read_exact_volatile_from(GuestAddress(address), &mut source, length)
             .map_err(io::Error::other);
     };
-    // Write to the memory's file and not to its mapping, where the host's kernel would zero each page first.
     let inside = address - region.start_addr().0;
     if length > region.len() - inside {
         return Err(io::ErrorKind::OutOfMemory.into());
     }
+    // Where huge pages are advised, only an access to the mapping allocates them.
+    let mut unallocated = address;
+    while unallocated < address + length {
+        memory
+            .write_obj(0_u8, GuestAddress(unallocated))
+            .map_err(io::Error::other)?;
+        unallocated = (unallocated + 1).next_multiple_of(HUGE_PAGE_SIZE);
+    }
+    // Write the content to the file and not to the mapping, where the host's kernel would zero each small page first.
     rustix::fs::seek(backing.file(), rustix::fs::SeekFrom::Start(backing.start() + inside))?;
     let mut offset = offset;
     let end = offset + length;
@@ -130,7 +142,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::memory::allocate;
+    use crate::memory::{allocate, create_sealed_file};
 
     #[test]
     fn loaded_file_is_equal_in_private_and_shared_memory_and_is_not_written_back_cve_2020_2025() {
@@ -145,7 +157,7 @@ mod tests {
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&[0; 4096]).unwrap();
             file.write_all(&content).unwrap();
-            let memory = allocate(4 << 20, shared).unwrap();
+            let memory = allocate(4 << 20, shared.then(|| create_sealed_file().unwrap())).unwrap();
             let extent = Extent {
                 offset: 4096,
                 length: 10_000,
@@ -166,7 +178,7 @@ mod tests {
 
     #[test]
     fn file_that_does_not_fit_is_refused() {
-        let memory = allocate(2 << 20, false).unwrap();
+        let memory = allocate(2 << 20, None).unwrap();
         let extent = Extent {
             offset: 0,
             length: 3 << 20,

@@ -1,12 +1,12 @@
 //! Host mappings of guest memory.
 //!
-//! A machine without an fs process has private anonymous memory. One with an fs process has a memfd that both processes
-//! map.
+//! A machine without an fs process has private anonymous memory. One with an fs process has a file that both processes
+//! map (see [`super::backing_file`]).
 
-use std::{fs::File, io, sync::Arc};
+use std::{fs::File, io, ops::Range, sync::Arc};
 
 use rustix::{
-    fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
+    fs::ftruncate,
     mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous},
 };
 use vm_memory::{
@@ -15,57 +15,79 @@ use vm_memory::{
 };
 
 use super::{
+    backing_file::create_sealed_file,
     error::MemoryError,
     layout::{HUGE_PAGE_SIZE, ram_ranges},
     regions::MemoryRegions,
 };
 
-/// Maps `bytes` of boot memory. If `shared`, the memory is a file that another process can map.
-pub(crate) fn allocate(bytes: u64, shared: bool) -> Result<MemoryRegions, MemoryError> {
+/// Maps `bytes` of boot memory: the empty file `shared`, which another process can map too, or else private memory.
+pub(crate) fn allocate(bytes: u64, shared: Option<File>) -> Result<MemoryRegions, MemoryError> {
     if bytes == 0 || !bytes.is_multiple_of(HUGE_PAGE_SIZE) {
         return Err(MemoryError::Size(bytes));
     }
     let failed = |source: io::Error| MemoryError::Map { bytes, source };
-    let file = if shared {
-        Some(backing_file(bytes).map_err(failed)?)
-    } else {
-        None
-    };
+    if let Some(file) = &shared {
+        ftruncate(file, bytes).map_err(|error| failed(error.into()))?;
+    }
     let mut offset = 0;
     let mut regions = Vec::new();
     for (base, length) in ram_ranges(bytes) {
-        let region = map_region(length, file.as_ref(), offset).map_err(failed)?;
+        let region = map_region(length, shared.as_ref(), offset).map_err(failed)?;
         let region =
-            GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
+            GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(|| failed(beyond_address_space(base)))?;
         regions.push(region);
         offset += length;
     }
     GuestMemoryMmap::from_regions(regions).map_err(|error| failed(io::Error::other(error)))
 }
 
-/// Returns `memory` with one more region of `length` bytes at guest address `base`, above all existing regions. In
-/// shared memory, the region extends the same file.
+/// Returns `memory` with one more region of `length` bytes at guest address `base`, above all existing regions. If
+/// `memory` is shared, the region is a sealed file of its own.
 pub(crate) fn add_region(memory: &MemoryRegions, base: u64, length: u64) -> Result<MemoryRegions, MemoryError> {
     let failed = |source: io::Error| MemoryError::Map { bytes: length, source };
-    let file = memory.iter().next().and_then(|region| region.file_offset());
-    let old_size: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
-    if let Some(file) = file {
-        ftruncate(file.file(), old_size + length).map_err(|error| failed(error.into()))?;
-    }
-    let region = map_region(length, file.map(FileOffset::file), old_size).map_err(failed)?;
-    let region = GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(|| failed(io::ErrorKind::Other.into()))?;
+    let file = if memory.iter().any(|region| region.file_offset().is_some()) {
+        let file = create_sealed_file().map_err(failed)?;
+        ftruncate(&file, length).map_err(|error| failed(error.into()))?;
+        Some(file)
+    } else {
+        None
+    };
+    let region = map_region(length, file.as_ref(), 0).map_err(failed)?;
+    let region = GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(|| failed(beyond_address_space(base)))?;
     memory
         .insert_region(Arc::new(region))
         .map_err(|error| failed(io::Error::other(error)))
 }
 
-fn backing_file(bytes: u64) -> io::Result<File> {
-    let file = memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&file, bytes)?;
-    // The file server has this file too. If it could shrink the file, the vmm would get SIGBUS. Growth is not sealed,
-    // because the vmm extends the file.
-    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::SEAL)?;
-    Ok(File::from(file))
+fn beyond_address_space(base: u64) -> io::Error {
+    io::Error::other(format!("a region at {base:#x} would exceed the address space"))
+}
+
+/// Asks the host for huge pages in `range` of shared memory, which the guest is expected to fill, and in the rest of the
+/// first and last huge page. A host that has none ignores this, which only costs speed. Private memory stays as it is:
+/// [`allocate`] has asked for huge pages everywhere.
+pub(crate) fn advise_huge_pages(memory: &MemoryRegions, range: Range<u64>) {
+    let start = range.start - range.start % HUGE_PAGE_SIZE;
+    let is_shared = |region: &GuestRegionMmap| region.file_offset().is_some();
+    let Some(slice) = range
+        .end
+        .checked_next_multiple_of(HUGE_PAGE_SIZE)
+        .and_then(|end| usize::try_from(end.checked_sub(start)?).ok())
+        .filter(|_| memory.find_region(GuestAddress(start)).is_some_and(is_shared))
+        .and_then(|length| memory.get_slice(GuestAddress(start), length).ok())
+    else {
+        return;
+    };
+    // SAFETY: `get_slice` has checked that the slice lies inside one region of guest memory, which is never unmapped.
+    // Advice changes no content.
+    let _ = unsafe {
+        madvise(
+            slice.ptr_guard_mut().as_ptr().cast(),
+            slice.len(),
+            Advice::LinuxHugepage,
+        )
+    };
 }
 
 fn map_region(length: u64, file: Option<&File>, offset: u64) -> io::Result<MmapRegion<()>> {
@@ -107,27 +129,32 @@ fn map_region(length: u64, file: Option<&File>, offset: u64) -> io::Result<MmapR
 mod tests {
     use vm_memory::Bytes;
 
+    use rustix::{
+        fs::{SealFlags, fcntl_add_seals},
+        io::Errno,
+    };
+
     use super::*;
 
     #[test]
     fn size_that_is_not_a_multiple_of_2_mib_is_refused() {
         for bytes in [0, 1, 4096, (2 << 20) + 4096] {
-            assert!(matches!(allocate(bytes, false), Err(MemoryError::Size(_))), "{bytes}");
+            assert!(matches!(allocate(bytes, None), Err(MemoryError::Size(_))), "{bytes}");
         }
     }
 
     #[test]
-    fn memory_that_is_shared_cannot_be_truncated() {
-        let memory = allocate(2 << 20, true).unwrap();
+    fn sealed_file_cannot_be_truncated() {
+        let memory = allocate(2 << 20, Some(create_sealed_file().unwrap())).unwrap();
         let file = memory.iter().find_map(|region| region.file_offset()).unwrap().file();
-        assert_eq!(ftruncate(file, 4096), Err(rustix::io::Errno::PERM));
-        assert_eq!(fcntl_add_seals(file, SealFlags::WRITE), Err(rustix::io::Errno::PERM));
+        assert_eq!(ftruncate(file, 4096), Err(Errno::PERM));
+        assert_eq!(fcntl_add_seals(file, SealFlags::WRITE), Err(Errno::PERM));
     }
 
     #[test]
-    fn added_region_extends_the_same_file_and_keeps_existing_content() {
+    fn added_region_keeps_existing_content_and_is_a_file_of_its_own_if_memory_is_shared() {
         for shared in [false, true] {
-            let memory = allocate(2 << 20, shared).unwrap();
+            let memory = allocate(2 << 20, shared.then(|| create_sealed_file().unwrap())).unwrap();
             memory.write_obj(7_u8, GuestAddress(0)).unwrap();
 
             let grown = add_region(&memory, 4 << 30, 2 << 20).unwrap();
@@ -142,7 +169,7 @@ mod tests {
                 .iter()
                 .map(|region| region.file_offset().map(FileOffset::start))
                 .collect();
-            let expected = [0, 2 << 20, 4 << 20].map(|offset| shared.then_some(offset));
+            let expected = [0, 0, 0].map(|offset| shared.then_some(offset));
             assert_eq!(offsets, expected);
         }
     }

@@ -1,6 +1,6 @@
 //! Builds a machine: sets up memory, KVM, devices, kernel and vCPUs, in this order.
 
-use std::{fs::File, os::fd::OwnedFd, sync::Arc};
+use std::{fs::File, ops::Range, os::fd::OwnedFd, sync::Arc};
 
 use nutshell_protocol::{AGENT_PORT, NETWORK_SLOTS, SHARE_TAG};
 use vmm_sys_util::eventfd::EventFd;
@@ -40,7 +40,7 @@ use crate::{
             vsock::{Vsock, muxer::Muxer},
         },
     },
-    memory::{ExpectedAccess, GuestMemory, allocate, load_file},
+    memory::{ExpectedAccess, GuestMemory, advise_huge_pages, allocate, create_sealed_file, load_file, ram_ranges},
 };
 
 /// The kernel arguments of every machine with an agent. `quiet` comes first: until the kernel has parsed it, the early
@@ -51,10 +51,14 @@ const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 p
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
                             dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none rootfstype=ramfs";
 
+/// What Linux allocates at the end of memory while it boots, besides 64 bytes for each page. In bytes, measured.
+const FIRST_TABLES: u64 = 6 << 20;
+
 /// Builds the machine and starts its vCPUs. The reason for its end is reported to `end`, and its console output is
 /// appended to `console_tail`.
 pub(super) fn start(
     resources: BootResources,
+    huge_page_file: Option<File>,
     console_tail: &Arc<ConsoleTail>,
     end: &Arc<EndSignal>,
 ) -> Result<RunningMachine, MachineError> {
@@ -69,7 +73,14 @@ pub(super) fn start(
     let is_users_kernel = matches!(software, SoftwareResources::User { .. });
     // The disks of containers belong to snapshotters, which do not extend them.
     let disks_may_grow = is_users_kernel;
-    let memory = GuestMemory::new(allocate(config.memory, config.file_server)?);
+    let shared_memory = if config.file_server {
+        let file = huge_page_file.map_or_else(create_sealed_file, Ok);
+        Some(file.map_err(device_error("create the file for shared guest memory"))?)
+    } else {
+        None
+    };
+    let memory = GuestMemory::new(allocate(config.memory, shared_memory)?);
+    advise_huge_pages(memory.regions(), boot_allocations(config.memory));
     let vm = Vm::new(kvm, memory.regions())?;
     let Platform {
         mut board,
@@ -215,6 +226,14 @@ pub(super) fn start(
             .map_err(device_error("start the thread of a vCPU"))?;
     }
     Ok(machine)
+}
+
+/// Returns the guest physical addresses that Linux fills while it boots, if the machine has `memory` bytes: the end of
+/// memory, where it allocates 64 bytes for each page, and its first tables.
+fn boot_allocations(memory: u64) -> Range<u64> {
+    let (base, length) = ram_ranges(memory).last().copied().unwrap_or_default();
+    let end = base + length;
+    end.saturating_sub(memory / 64 + FIRST_TABLES).max(base)..end
 }
 
 /// The parts of a machine that depend on its software.

@@ -30,7 +30,8 @@ pub use self::boot::kernel::fuzz::load_kernel;
 pub(crate) use self::resources::fuzz::receive_commands;
 
 use std::{
-    os::fd::{FromRawFd, OwnedFd},
+    fs::File,
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     process::{self, ExitCode},
     sync::Arc,
 };
@@ -47,6 +48,7 @@ use crate::{
     control::{Channel, Command, ControlError, EndReason, Notice},
     devices::console_tail::ConsoleTail,
     jail::{self, Jail, OpenAccess, Root, seccomp},
+    memory,
 };
 
 /// The first argument that selects this role.
@@ -70,6 +72,8 @@ pub(crate) fn main() -> ExitCode {
         report(panic);
         process::abort();
     }));
+    // The jail takes the privilege to create it. Without it, memory has small pages, which only costs speed.
+    let huge_page_file = memory::create_huge_page_file().ok();
     let confined = jail::enter(&Jail {
         role: ROLE,
         name: c"nutshell-vmm",
@@ -77,7 +81,7 @@ pub(crate) fn main() -> ExitCode {
         open_access: OpenAccess::Nothing,
         peer: None,
         capabilities: CapabilitySet::empty(),
-        keep: &[],
+        keep: huge_page_file.as_ref().map(AsFd::as_fd).as_slice(),
         max_descriptors: MAX_DESCRIPTORS,
         descriptor_table_size: DESCRIPTOR_TABLE_SIZE,
         max_threads: MAX_THREADS,
@@ -93,7 +97,7 @@ pub(crate) fn main() -> ExitCode {
     }
     let console_tail = Arc::new(ConsoleTail::default());
     let reason = match confined {
-        Ok(()) => match run(&channel, &console_tail) {
+        Ok(()) => match run(&channel, &console_tail, huge_page_file) {
             Ok(LoopExit::Ended(reason)) => reason,
             Ok(LoopExit::ShimGone) => return ExitCode::FAILURE,
             Err(error) => EndReason::BuildFailed(error.to_string()),
@@ -106,8 +110,13 @@ pub(crate) fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Receives the boot command, builds the machine, and runs it until it ends.
-fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, MachineError> {
+/// Receives the boot command, builds the machine, and runs it until it ends. If the machine shares its memory, this is
+/// `huge_page_file`, or a memfd.
+fn run(
+    channel: &Channel,
+    console_tail: &Arc<ConsoleTail>,
+    huge_page_file: Option<File>,
+) -> Result<LoopExit, MachineError> {
     let (config, software, descriptors) = match channel.receive() {
         Ok((Command::Boot(config, software), descriptors)) => (config, software, descriptors),
         Ok(_) => return Err(MachineError::BootCommand("the first command is not Boot")),
@@ -117,7 +126,7 @@ fn run(channel: &Channel, console_tail: &Arc<ConsoleTail>) -> Result<LoopExit, M
     let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
     let resources = BootResources::parse(config, software, descriptors)?;
     let is_users_kernel = matches!(resources.software, resources::SoftwareResources::User { .. });
-    let mut machine = build::start(resources, console_tail, &end)?;
+    let mut machine = build::start(resources, huge_page_file, console_tail, &end)?;
     if is_users_kernel && let Err(error) = channel.send(&Notice::Built, &[]) {
         return Err(device_error("report that the machine is built")(std::io::Error::other(
             error,

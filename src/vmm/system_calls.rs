@@ -65,7 +65,12 @@ const EVENT_LOOP_CALLS: &[Call] = &[
     allowed!(SYS_fcntl[1] in [libc::F_GETFL as u32, libc::F_SETFL as u32], "descriptors of streams"),
     allowed!(SYS_lseek, "the size of a block device"),
     allowed!(SYS_statx, "the size of a disk"),
-    allowed!(SYS_ftruncate, "the size of a new copy-on-write file"),
+    allowed!(
+        SYS_ftruncate,
+        "the size of a new copy-on-write file, memory that is added"
+    ),
+    allowed!(SYS_memfd_create, "memory that is added"),
+    allowed!(SYS_fcntl[1] in [libc::F_ADD_SEALS as u32], "memory that is added"),
     allowed!(SYS_mmap[2] without libc::PROT_EXEC as u32, "memory that is added, vCPUs that are added"),
     allowed!(
         SYS_ioctl[1] in [

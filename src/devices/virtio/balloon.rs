@@ -198,13 +198,13 @@ mod tests {
             log_capture::LogCapture,
             virtio::mock::{InterruptCounter, NEXT, WRITE, descriptor, device_queue},
         },
-        memory::{GuestMemory, MemoryRegions, allocate},
+        memory::{GuestMemory, MemoryRegions, allocate, create_sealed_file},
     };
 
     #[test]
     fn whole_reported_pages_go_back_to_the_host() {
         for shared in [false, true] {
-            let memory = GuestMemory::new(allocate(2 << 20, shared).unwrap());
+            let memory = GuestMemory::new(allocate(2 << 20, shared.then(|| create_sealed_file().unwrap())).unwrap());
             let mock = MockSplitQueue::new(memory.regions(), 16);
             memory.write_slice(&[7; 64 << 10], GuestAddress(0x1_0000)).unwrap();
             // Two whole pages; then half a page, a whole page, and half a page.
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn memory_that_the_host_cannot_free_is_logged() {
-        let memory = GuestMemory::new(allocate(2 << 20, false).unwrap());
+        let memory = GuestMemory::new(allocate(2 << 20, None).unwrap());
         let mock = MockSplitQueue::new(memory.regions(), 16);
         let page = 0x1_0000;
         mock.desc_table().store(0, descriptor(page, 0x1000, WRITE, 0)).unwrap();
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn statistics_are_returned_once_for_each_request() {
-        let memory = GuestMemory::new(allocate(2 << 20, false).unwrap());
+        let memory = GuestMemory::new(allocate(2 << 20, None).unwrap());
         let mock = MockSplitQueue::new(memory.regions(), 16);
         let used = || u16::from_le(mock.used().idx().load());
         let mut queue: Queue = mock.create_queue().unwrap();
@@ -319,7 +319,7 @@ mod tests {
 
     #[test]
     fn driver_sets_up_the_queues_of_the_features_that_it_accepts() {
-        let memory = GuestMemory::new(allocate(2 << 20, false).unwrap());
+        let memory = GuestMemory::new(allocate(2 << 20, None).unwrap());
         for (offers, features, has_statistics, has_reporting) in [
             (false, PAGE_REPORTING, false, true),
             (false, 0, false, false),
@@ -351,7 +351,7 @@ mod tests {
 
     #[test]
     fn report_outside_guest_memory_is_a_queue_error() {
-        let memory = GuestMemory::new(allocate(2 << 20, true).unwrap());
+        let memory = GuestMemory::new(allocate(2 << 20, Some(create_sealed_file().unwrap())).unwrap());
         let mock = MockSplitQueue::new(memory.regions(), 16);
         mock.desc_table()
             .store(0, descriptor(4 << 20, 0x1000, WRITE, 0))

@@ -15,7 +15,7 @@ use std::{
 use vhost::{
     VhostUserMemoryRegionInfo,
     vhost_user::message::{
-        FrontendReq, MAX_ATTACHED_FD_ENTRIES, VhostUserMemory, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+        FrontendReq, VhostUserMemory, VhostUserProtocolFeatures, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
         VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
     },
 };
@@ -38,7 +38,11 @@ const TAG_LENGTH: usize = 36;
 enum Backend {
     /// The driver has not activated the device yet.
     Waiting(UnixStream),
-    Serving(Connection),
+    Serving {
+        connection: Connection,
+        /// How many regions of guest memory it maps: the first ones, since memory only grows.
+        mapped_regions: usize,
+    },
     /// The driver has reset the device, or its activation failed: the file server uses no guest memory.
     Unused,
     /// The file server did not map new memory. The connection is closed: a late reply would be taken for the reply to
@@ -66,19 +70,22 @@ impl Fs {
         }
     }
 
-    /// Makes the file server map all of `memory`. Once this returns, the guest may use new regions. Waits at most
+    /// Makes the file server map the regions of `memory` that are new. Once this returns, the guest may use them. Waits at most
     /// [`connection::REPLY_LIMIT`].
     ///
     /// # Errors
     ///
     /// The text names the vhost-user message that failed. The file server ends then, because its connection closes.
     pub(crate) fn grow(&mut self, memory: &MemoryRegions) -> Result<(), String> {
-        match &self.backend {
+        match &mut self.backend {
             // Before activation there is nothing to update: activation will send the regions of that time.
             Backend::Waiting(_) | Backend::Unused => Ok(()),
             Backend::Failed => Err("the connection to the file server has failed before".to_owned()),
-            Backend::Serving(connection) => {
-                let grown = share_grown_memory(connection, memory);
+            Backend::Serving {
+                connection,
+                mapped_regions,
+            } => {
+                let grown = share_grown_memory(connection, memory, mapped_regions);
                 if let Err(error) = &grown {
                     self.counters.add_error();
                     log::warn!(
@@ -93,17 +100,28 @@ impl Fs {
     }
 }
 
-fn share_grown_memory(connection: &Connection, memory: &MemoryRegions) -> Result<(), String> {
-    share_memory(connection, &vhost_regions(memory)?)?;
+/// Shares the regions of `memory` after the first `mapped_regions`, and adds their number to it.
+fn share_grown_memory(
+    connection: &Connection,
+    memory: &MemoryRegions,
+    mapped_regions: &mut usize,
+) -> Result<(), String> {
+    let regions = vhost_regions(memory)?;
+    for region in regions.iter().skip(*mapped_regions) {
+        add_region(connection, region)?;
+    }
     // Wait for a reply. The server handles messages in order, so it has mapped the memory by then.
     connection
         .read_u64(FrontendReq::GET_FEATURES)
-        .map(drop)
-        .map_err(|error| error.to_string())
+        .map_err(|error| error.to_string())?;
+    *mapped_regions = regions.len();
+    Ok(())
 }
 
 /// Sends the set-up messages of the vhost-user protocol, in the required order.
-fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<(), ActivateError> {
+///
+/// Returns how many regions of guest memory it shares.
+fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<usize, ActivateError> {
     let send = |request, body: &[u8], descriptors: &[BorrowedFd<'_>]| {
         let sent = connection.send(request, body, descriptors);
         sent.map_err(backend_failed)
@@ -119,7 +137,8 @@ fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<()
     let accepted = activation.features | protocol;
     send(FrontendReq::SET_FEATURES, accepted.as_slice(), &[])?;
     let understood = read(FrontendReq::GET_PROTOCOL_FEATURES)?;
-    let accepted = understood & VhostUserProtocolFeatures::MQ.bits();
+    let used = VhostUserProtocolFeatures::MQ | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    let accepted = understood & used.bits();
     send(FrontendReq::SET_PROTOCOL_FEATURES, accepted.as_slice(), &[])?;
     let regions = vhost_regions(activation.memory.regions()).map_err(backend_failed)?;
     share_memory(connection, &regions).map_err(backend_failed)?;
@@ -149,32 +168,45 @@ fn set_up_backend(connection: &Connection, activation: &Activation) -> Result<()
         }
         set(FrontendReq::SET_VRING_ENABLE, 1)?;
     }
-    Ok(())
+    Ok(regions.len())
 }
 
 fn backend_failed(reason: impl std::fmt::Display) -> ActivateError {
     ActivateError::Backend(reason.to_string())
 }
 
-/// Sends the message that makes the backend map `regions`.
+/// Makes the backend map `regions`.
+///
+/// Sends the file of each region only once: the file server closes it as soon as it is mapped, while it has not seen a
+/// request of the guest yet, and code that takes it over later could shrink the file of boot memory.
 fn share_memory(connection: &Connection, regions: &[VhostUserMemoryRegionInfo]) -> Result<(), String> {
-    let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
-    if regions.len() > MAX_ATTACHED_FD_ENTRIES {
-        return Err(format!(
-            "guest memory has {count} regions, but the protocol allows {MAX_ATTACHED_FD_ENTRIES}"
-        ));
-    }
-    let mut body = VhostUserMemory::new(count).as_slice().to_vec();
-    for region in regions {
-        body.extend_from_slice(region.to_region().as_slice());
-    }
-    // SAFETY: the regions of guest memory keep the files open that they map, and outlive this function's `regions`.
-    let files = regions
-        .iter()
-        .map(|region| unsafe { BorrowedFd::borrow_raw(region.mmap_handle) });
+    let Some((first, others)) = regions.split_first() else {
+        return Err("guest memory has no regions".to_owned());
+    };
+    let mut table = VhostUserMemory::new(1).as_slice().to_vec();
+    table.extend_from_slice(first.to_region().as_slice());
     connection
-        .send(FrontendReq::SET_MEM_TABLE, &body, &files.collect::<Vec<_>>())
+        .send(FrontendReq::SET_MEM_TABLE, &table, &[file_of(first)])
+        .map_err(|error| error.to_string())?;
+    others.iter().try_for_each(|region| add_region(connection, region))
+}
+
+/// Makes the backend map one more region.
+fn add_region(connection: &Connection, region: &VhostUserMemoryRegionInfo) -> Result<(), String> {
+    let body = VhostUserSingleMemoryRegion::new(
+        region.guest_phys_addr,
+        region.memory_size,
+        region.userspace_addr,
+        region.mmap_offset,
+    );
+    connection
+        .send(FrontendReq::ADD_MEM_REG, body.as_slice(), &[file_of(region)])
         .map_err(|error| error.to_string())
+}
+
+fn file_of(region: &VhostUserMemoryRegionInfo) -> BorrowedFd<'_> {
+    // SAFETY: the region of guest memory keeps the file open that it maps, and is never unmapped.
+    unsafe { BorrowedFd::borrow_raw(region.mmap_handle) }
 }
 
 fn borrow(event: &EventFd) -> BorrowedFd<'_> {
@@ -182,24 +214,15 @@ fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// The regions of guest memory, with contiguous ones merged, since the protocol allows at most 32. Memory that grew in
-/// steps is contiguous in the file behind it.
+/// The regions of guest memory, in the order of their addresses.
 fn vhost_regions(memory: &MemoryRegions) -> Result<Vec<VhostUserMemoryRegionInfo>, String> {
-    let mut regions: Vec<VhostUserMemoryRegionInfo> = Vec::new();
-    for region in memory.iter() {
-        let next = VhostUserMemoryRegionInfo::from_guest_region(region);
-        let next = next.map_err(|error| format!("cannot share a region of guest memory: {error}"))?;
-        match regions.last_mut() {
-            Some(last)
-                if last.guest_phys_addr + last.memory_size == next.guest_phys_addr
-                    && last.mmap_offset + last.memory_size == next.mmap_offset =>
-            {
-                last.memory_size += next.memory_size;
-            }
-            _ => regions.push(next),
-        }
-    }
-    Ok(regions)
+    memory
+        .iter()
+        .map(|region| {
+            VhostUserMemoryRegionInfo::from_guest_region(region)
+                .map_err(|error| format!("cannot share a region of guest memory: {error}"))
+        })
+        .collect()
 }
 
 /// Translates guest address `address` to the address in this process by which the protocol refers to it.
@@ -237,8 +260,11 @@ impl Device for Fs {
             }
         };
         let connection = Connection::new(socket);
-        set_up_backend(&connection, &activation)?;
-        self.backend = Backend::Serving(connection);
+        let mapped_regions = set_up_backend(&connection, &activation)?;
+        self.backend = Backend::Serving {
+            connection,
+            mapped_regions,
+        };
         Ok(())
     }
 
@@ -274,7 +300,7 @@ mod tests {
             log_capture::LogCapture,
             virtio::mock::{InterruptCounter, device_queue},
         },
-        memory::{GuestMemory, add_region, allocate},
+        memory::{GuestMemory, add_region, allocate, create_sealed_file},
     };
 
     const MIB: u64 = 1 << 20;
@@ -290,7 +316,7 @@ mod tests {
         let (mut server, socket) = UnixStream::pair().unwrap();
         server.write_all(&replies.concat()).unwrap();
         let mut fs = Fs::new("share", socket);
-        let memory = GuestMemory::new(allocate(4 * MIB, true).unwrap());
+        let memory = GuestMemory::new(allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap());
         let queues = (0..2).map(|index| {
             let mock = MockSplitQueue::create(memory.regions(), GuestAddress(index * 0x1000), 16);
             device_queue(&mock, &memory).0
@@ -329,7 +355,8 @@ mod tests {
             assert!(error.ends_with(expected), "{error}");
             server.read_to_end(&mut Vec::new()).unwrap();
             // The file server uses no memory.
-            fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap();
+            fs.grow(&allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap())
+                .unwrap();
         }
     }
 
@@ -342,7 +369,7 @@ mod tests {
             features,
         ]);
         activated.unwrap();
-        let memory = GuestMemory::new(allocate(4 * MIB, true).unwrap());
+        let memory = GuestMemory::new(allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap());
 
         let again = fs.activate(Activation {
             features: fs.features(),
@@ -364,7 +391,7 @@ mod tests {
         let log = LogCapture::on_this_thread("fs");
         let start = Instant::now();
 
-        let grown = fs.grow(&allocate(4 * MIB, true).unwrap());
+        let grown = fs.grow(&allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap());
 
         assert_eq!(
             grown.unwrap_err(),
@@ -374,25 +401,61 @@ mod tests {
         assert_eq!((fs.counters().read().errors, log.lines().len()), (1, 1));
         server.read_to_end(&mut Vec::new()).unwrap();
         // A later request cannot take a late reply for its own.
-        fs.grow(&allocate(4 * MIB, true).unwrap()).unwrap_err();
+        fs.grow(&allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap())
+            .unwrap_err();
     }
 
     #[test]
-    fn memory_that_grew_in_steps_is_one_vhost_region() {
-        let memory = allocate(4 * MIB, true).unwrap();
-        let memory = add_region(&memory, 4 << 30, 2 * MIB).unwrap();
-        let memory = add_region(&memory, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
+    fn ring_is_named_by_its_address_in_this_process() {
+        let memory = allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap();
+        let memory = add_region(&memory, 4 << 30, 8 * MIB).unwrap();
 
         let regions = vhost_regions(&memory).unwrap();
 
-        let ranges: Vec<_> = regions
-            .iter()
-            .map(|region| (region.guest_phys_addr, region.memory_size, region.mmap_offset))
-            .collect();
-        assert_eq!(ranges, [(0, 4 * MIB, 0), (4 << 30, 8 * MIB, 4 * MIB)]);
         let ring = ring_address(&regions, (4 << 30) + 7 * MIB).unwrap();
         assert_eq!(ring, regions[1].userspace_addr + 7 * MIB);
         assert!(ring_address(&regions, 4 * MIB).is_err());
         assert!(ring_address(&regions, (4 << 30) + 8 * MIB).is_err());
+    }
+
+    #[test]
+    fn file_of_each_region_is_sent_once() {
+        let features = reply(FrontendReq::GET_FEATURES, u64::MAX);
+        let (mut fs, mut server, activated) = activate(&[
+            features.clone(),
+            reply(FrontendReq::GET_PROTOCOL_FEATURES, u64::MAX),
+            features.clone(),
+            features,
+        ]);
+        activated.unwrap();
+        let boot_memory = allocate(4 * MIB, Some(create_sealed_file().unwrap())).unwrap();
+        let grown = add_region(&boot_memory, 4 << 30, 2 * MIB).unwrap();
+        let grown_twice = add_region(&grown, (4 << 30) + 2 * MIB, 6 * MIB).unwrap();
+
+        fs.grow(&grown).unwrap();
+        fs.grow(&grown_twice).unwrap();
+
+        drop(fs);
+        let mut messages = Vec::new();
+        server.read_to_end(&mut messages).unwrap();
+        let mut sent = Vec::new();
+        let mut rest = messages.as_slice();
+        while let Some((header, after)) = rest.split_at_checked(12) {
+            let field = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let (body, next) = after.split_at(field(8).try_into().unwrap());
+            rest = next;
+            if [FrontendReq::SET_MEM_TABLE.into(), FrontendReq::ADD_MEM_REG.into()].contains(&field(0)) {
+                let guest_address = u64::from_ne_bytes(body[8..16].try_into().unwrap());
+                sent.push((FrontendReq::try_from(field(0)).unwrap(), guest_address));
+            }
+        }
+        assert_eq!(
+            sent,
+            [
+                (FrontendReq::SET_MEM_TABLE, 0),
+                (FrontendReq::ADD_MEM_REG, 4 << 30),
+                (FrontendReq::ADD_MEM_REG, (4 << 30) + 2 * MIB),
+            ]
+        );
     }
 }

@@ -33,6 +33,21 @@ fn start_server() -> (FileServer, Client) {
     (server, Client::connect(socket))
 }
 
+/// With the file, code that takes the server over could shrink the memory under the vmm.
+#[test]
+fn server_closes_the_file_of_guest_memory() {
+    let (server, _client) = start_server();
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", server.child().id())).unwrap();
+    let files: Vec<_> = descriptors
+        .map(|descriptor| fs::read_link(descriptor.unwrap().path()).unwrap())
+        .collect();
+    assert!(files.len() > 3, "{files:?}");
+    assert!(
+        !files.iter().any(|file| file.starts_with("/memfd:guest (deleted)")),
+        "{files:?}"
+    );
+}
+
 fn share(source: &Path, path: &str) -> Share {
     Share {
         source: source.to_owned(),

@@ -103,7 +103,7 @@ mod tests {
     #[test]
     fn checksums_length_and_processor_entries_are_correct() {
         for vcpus in [1, 2, 64] {
-            let memory = allocate(2 << 20, false).unwrap();
+            let memory = allocate(2 << 20, None).unwrap();
             write(&memory, vcpus).unwrap();
             let mut pointer = [0; 16];
             memory.read_slice(&mut pointer, GuestAddress(LOW_MEMORY_END)).unwrap();

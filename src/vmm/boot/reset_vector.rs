@@ -31,7 +31,7 @@ mod tests {
 
     #[test]
     fn code_lies_at_the_start_of_the_last_paragraph_below_1_mib() {
-        let memory = allocate(2 << 20, false).unwrap();
+        let memory = allocate(2 << 20, None).unwrap();
         write(&memory).unwrap();
         let mut bytes = [0; 17];
         memory.read_slice(&mut bytes, GuestAddress(0xf_fff0)).unwrap();

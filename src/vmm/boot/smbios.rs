@@ -189,7 +189,7 @@ mod tests {
 
     /// Writes the structures, and reads the memory from [`SMBIOS`] to 1 MiB.
     fn written(identity: &SystemIdentity<'_>) -> Result<Vec<u8>, SmbiosError> {
-        let memory = allocate(2 << 20, false).unwrap();
+        let memory = allocate(2 << 20, None).unwrap();
         write(&memory, identity)?;
         let mut bytes = vec![0; 0x1_0000];
         memory.read_slice(&mut bytes, GuestAddress(SMBIOS)).unwrap();

@@ -274,7 +274,7 @@ mod tests {
     /// kernel could depend on any byte.
     #[test]
     fn boot_structures_of_the_container_board_do_not_change() {
-        let memory = allocate(512 * MIB, false).unwrap();
+        let memory = allocate(512 * MIB, None).unwrap();
         let information = BootInformation {
             memory: 512 * MIB,
             initramfs: Some(LoadedInitramfs {
@@ -364,7 +364,7 @@ mod tests {
 
     #[test]
     fn command_line_that_the_kernel_would_truncate_is_refused() {
-        let memory = allocate(32 * MIB, false).unwrap();
+        let memory = allocate(32 * MIB, None).unwrap();
         let limited = |max| bzimage(|setup| setup.cmdline_size = max);
         let area = usize::try_from(COMMAND_LINE_END - COMMAND_LINE).unwrap();
         for (kernel, max) in [
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn two_machines_get_different_seeds() {
         let seeds = [(); 2].map(|()| {
-            let memory = allocate(2 << 20, false).unwrap();
+            let memory = allocate(2 << 20, None).unwrap();
             write_seed(&memory).unwrap();
             let mut seed = [0; SEED_SIZE];
             memory.read_slice(&mut seed, GuestAddress(RNG_SEED + 16)).unwrap();

@@ -119,7 +119,7 @@ impl Guest {
         drop(descriptors);
         let machine = thread::spawn(move || {
             let tail = Arc::new(ConsoleTail::default());
-            let reason = match vmm::run(&vmm_channel, &tail) {
+            let reason = match vmm::run(&vmm_channel, &tail, None) {
                 Ok(vmm::LoopExit::Ended(reason)) => reason,
                 Ok(vmm::LoopExit::ShimGone) => return,
                 Err(error) => EndReason::BuildFailed(error.to_string()),

@@ -40,7 +40,7 @@ fn table_at(memory: &[u8], address: u64) -> &[u8] {
 
 /// The memory of a machine from [`RSDP`] on, and its tables in the order in which a guest finds them.
 fn written_tables(vcpus: Vcpus) -> (Vec<u8>, Vec<Vec<u8>>) {
-    let memory = allocate(2 << 20, false).unwrap();
+    let memory = allocate(2 << 20, None).unwrap();
     write(&memory, vcpus).unwrap();
     let mut bytes = vec![0; usize::try_from(ACPI_END - RSDP).unwrap()];
     memory.read_slice(&mut bytes, GuestAddress(RSDP)).unwrap();

@@ -208,7 +208,7 @@ mod tests {
     }
 
     fn try_load(content: &[u8]) -> Result<(LoadedKernel, MemoryRegions), KernelError> {
-        let memory = allocate(32 * MIB, false).unwrap();
+        let memory = allocate(32 * MIB, None).unwrap();
         let loaded = load_into(&memory, content)?;
         Ok((loaded, memory))
     }
@@ -334,7 +334,7 @@ mod tests {
     #[test]
     fn every_truncated_file_is_refused() {
         let file = bzimage(header());
-        let memory = allocate(32 * MIB, false).unwrap();
+        let memory = allocate(32 * MIB, None).unwrap();
         for length in 0..file.len() {
             assert!(load_into(&memory, &file[..length]).is_err(), "{length} bytes");
         }
@@ -342,7 +342,7 @@ mod tests {
 
     #[test]
     fn kernel_with_any_byte_of_its_header_changed_is_refused_or_lies_in_memory() {
-        let memory = allocate(32 * MIB, false).unwrap();
+        let memory = allocate(32 * MIB, None).unwrap();
         let usable = HIGH_MEMORY_START..=32 * MIB;
         let mut loaded = 0;
         for offset in 0x1f1..0x1f1 + size_of::<setup_header>() {
@@ -369,7 +369,7 @@ mod tests {
             offset: 0,
             length: 1 << 20,
         };
-        let memory = allocate(32 * MIB, false).unwrap();
+        let memory = allocate(32 * MIB, None).unwrap();
         assert!(kernel::load(&memory, &file, extent).is_err());
     }
 }

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::image::{Image, KernelError, LoadedKernel};
 use crate::{
-    memory::{ExpectedAccess, MemoryError, MemoryRegions, load_file},
+    memory::{ExpectedAccess, MemoryError, MemoryRegions, advise_huge_pages, load_file},
     vmm::boot::layout::HIGH_MEMORY_START,
 };
 
@@ -80,6 +80,7 @@ fn load_segment(memory: &MemoryRegions, image: &Image<'_>, header: &[u8]) -> Res
     } else {
         ExpectedAccess::WriteMostly
     };
+    advise_huge_pages(memory, address..end);
     load_file(memory, "kernel", image.file, part, address, access)?;
     // The remainder of the segment must be zero, as new memory is. Check that it lies in guest memory.
     if memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
@@ -141,7 +142,7 @@ mod tests {
     fn try_load(content: &[u8]) -> Result<(LoadedKernel, [u8; 9]), KernelError> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
-        let memory = allocate(4 << 20, false).unwrap();
+        let memory = allocate(4 << 20, None).unwrap();
         let extent = Extent {
             offset: 0,
             length: content.len() as u64,

@@ -16,7 +16,7 @@ use crate::{
 const MEMORY_SIZE: u64 = 32 << 20;
 
 /// The memory of the guest. A process never unmaps it, so all inputs use the same.
-static MEMORY: LazyLock<MemoryRegions> = LazyLock::new(|| allocate(MEMORY_SIZE, false).unwrap());
+static MEMORY: LazyLock<MemoryRegions> = LazyLock::new(|| allocate(MEMORY_SIZE, None).unwrap());
 
 /// The offset of the kernel in its file, in bytes.
 const OFFSET: usize = 4096;
