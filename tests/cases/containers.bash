@@ -215,6 +215,11 @@ vmm_and_fs_processes_are_confined() {
     done < <(grep '^Cap' "/proc/$pid/status")
   done
   [[ -n $shim && -n $vmm && -n $fs ]]
+  # The memory of the guest, a file on a tmpfs of its own with huge pages: fs has mapped it, and could shrink it if it
+  # were open.
+  local memory=(-lname '/#*' -o -lname '*guest-memory*')
+  [[ -n $(find "/proc/$vmm/fd" "${memory[@]}") && -z $(find "/proc/$fs/fd" "${memory[@]}") ]]
+  (($(awk '/^ShmemPmdMapped:/ { print $2 }' "/proc/$vmm/smaps_rollup") > 0)) || { echo "no huge pages" >&2; return 1; }
   remove "$name"
 }
 

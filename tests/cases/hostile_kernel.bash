@@ -5,8 +5,9 @@
 # The kernel may reset its machine, which ends the machine with a reason, or break all of its devices. But vmm must not
 # crash, hang, or use more than a fixed amount of the host's memory, threads and descriptors.
 
-# What a vmm may use, besides the guest's memory of $hostile_memory MiB.
+# The guest's memory in MiB.
 hostile_memory=128
+# What a vmm may use besides: memory in MiB, threads and descriptors.
 hostile_limits=(own_memory=24 threads=40 descriptors=160)
 
 # attack START STOP: starts machines by START until $hostile_seconds are over, and watches each until it ends or STOP
@@ -57,14 +58,22 @@ wait_for_vmm() {
   done
 }
 
+# own_memory VMM: the anonymous memory of the process in MiB, without the guest's. The guest's memory is shared (sh), or
+# the only memory with huge pages (hg).
+own_memory() {
+  { cat "/proc/$1/smaps" 2>/dev/null || true; } | awk '
+    /^Anonymous:/ { anonymous = $2 }
+    /^VmFlags:/ && !/ (sh|hg)( |$)/ { sum += anonymous }
+    END { print int(sum / 1024) }'
+}
+
 # assert_bounded VMM: checks the resources of the process. No-op if it has ended.
 assert_bounded() {
-  local status resident own threads descriptors limits
+  local status own threads descriptors limits
   status=$(cat "/proc/$1/status" 2>/dev/null) && [[ $status == *VmRSS* ]] || return 0
-  resident=$(awk '/^VmRSS/ { print int($2 / 1024) }' <<<"$status")
   threads=$(awk '/^Threads/ { print $2 }' <<<"$status")
   descriptors=$({ find "/proc/$1/fd" -mindepth 1 2>/dev/null || true; } | wc -l)
-  own=$((resident - hostile_memory))
+  own=$(own_memory "$1")
   limits=" ${hostile_limits[*]} "
   local name value limit
   for name in own_memory:$own threads:"$threads" descriptors:"$descriptors"; do

@@ -45,6 +45,27 @@ container_has_the_addresses_and_routes_of_its_namespace() {
   remove_network
 }
 
+each_thread_has_its_list_of_system_calls() {
+  make_network
+  new_name
+  mkdir /run/tmp/volume
+  in_pod "$name" -d --mount type=bind,src=/run/tmp/volume,dst=/volume,options=rbind:rw -- \
+    sh -c 'echo >/volume/file && sync && ping -c 1 -W 5 10.77.0.1 && touch /volume/done; sleep 1000'
+  local try
+  for try in {1..100}; do
+    [[ ! -e /run/tmp/volume/done ]] || break
+    read -r -t 0.1 -u "$never" || true
+  done
+  [[ -e /run/tmp/volume/done ]]
+  # A flush may still run: its thread ends with it.
+  assert_system_call_lists vmm/nutshell-vmm "vmm/vcpu 0" vmm/net fs/nutshell-fs fs/vring_worker holder/nutshell-holder
+  ctr task kill --signal SIGKILL "$name"
+  wait_for_task "$name" STOPPED
+  remove "$name"
+  rm -r /run/tmp/volume
+  remove_network
+}
+
 # in_pod NAME [CTR-OPTION...] -- COMMAND...: runs a container in the network namespace.
 in_pod() {
   local name=$1
@@ -303,6 +324,7 @@ network_cases() {
   ip netns add first
   ip netns del first
   check "container has the addresses and routes of its network namespace" container_has_the_addresses_and_routes_of_its_namespace
+  check "each thread has its list of system calls" each_thread_has_its_list_of_system_calls
   check "data arrives unchanged in both directions" data_arrives_unchanged_in_both_directions
   check "every link of the namespace appears under its name" every_link_appears_under_its_name
   check "ipvlan and tap links work like veth" ipvlan_and_tap_links_work_like_veth

@@ -422,6 +422,7 @@ volumes_are_disks_seed_and_shared_folders() {
   assert_equal "of the host" "$(in_guest 'cat /shared/srv/shared/file')"
   ! in_guest 'touch /shared/srv/shared/other' || return 1
   assert_equal "of the inner volume" "$(in_guest 'cat /shared/srv/outer/inner/file')"
+  assert_system_call_lists vmm/nutshell-vmm "vmm/vcpu 0" vmm/block "vmm/disk sizes" fs/vring_worker
   # The guest resets the device of the shared directories, and goes on.
   in_guest 'umount /shared && (cd /sys/bus/virtio/drivers/virtiofs && echo virtio[0-9]* >unbind)'
   # A disk that a machine writes belongs to it.

@@ -145,3 +145,31 @@ assert_status() {
     return 1
   }
 }
+
+# assert_system_call_lists THREAD...: checks that the processes of nutshell have these threads among others, and that
+# each thread of theirs is limited by the list of its process, by that of the thread that started it if this has one,
+# and by its own. (The kernel shows only how many lists apply.)
+assert_system_call_lists() {
+  local stat process status name expected count seen=' '
+  for stat in /proc/[0-9]*/task/*/status; do
+    status=$(cat "$stat" 2>/dev/null) || continue
+    process=$(cat "${stat%/task/*}/comm" 2>/dev/null) || continue
+    [[ $process == nutshell-* ]] || continue
+    name=$(sed -n 's/^Name:\t//p' <<<"$status")
+    count=$(sed -n 's/^Seccomp_filters:\t//p' <<<"$status")
+    case $process/$name in
+      nutshell-holder/nutshell-holder | nutshell-fs/nutshell-fs | nutshell-fs/vhost-user) expected=1 ;;
+      nutshell-vmm/nutshell-vmm | 'nutshell-vmm/disk sizes') expected=2 ;;
+      nutshell-fs/vring_worker | nutshell-fs/standby) expected=2 ;;
+      # Started by the event loop if it is added later.
+      nutshell-vmm/vcpu\ *) expected='[23]' ;;
+      nutshell-vmm/net | nutshell-vmm/block | nutshell-vmm/unplug | nutshell-fs/sync) expected=3 ;;
+      *) echo "unknown thread $name of $process" >&2; return 1 ;;
+    esac
+    [[ $count == $expected ]] || { echo "thread $name of $process has $count lists of system calls" >&2; return 1; }
+    seen+="${process#nutshell-}/$name "
+  done
+  for name; do
+    [[ $seen == *" $name "* ]] || { echo "there is no thread $name:$seen" >&2; return 1; }
+  done
+}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A guest's kernel that attacks its machine, on both boards. On containerd 2.1.
+# Takes about 21 minutes.
 #
 # Environment:
 #   NUTSHELL_TEST_HOSTILE_SECONDS  how long each board is attacked, default 600
