@@ -9,7 +9,7 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -184,13 +184,19 @@ fn open_part(part: &'static str, configured: Option<&Path>, section: &str) -> Re
         path: path.to_owned(),
         source,
     };
-    let file = File::open(path).map_err(unreadable)?;
+    // Without O_NONBLOCK, opening a fifo would wait for a writer.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let file = file.map_err(unreadable)?;
     let extent = if configured.is_none() {
         find_section(&file, section)?.ok_or(GuestImageError::NotEmbedded(part))?
     } else {
+        let metadata = file.metadata().map_err(unreadable)?;
+        if !metadata.is_file() {
+            return Err(unreadable(io::Error::other("it is not a regular file")));
+        }
         Extent {
             offset: 0,
-            length: file.metadata().map_err(unreadable)?.len(),
+            length: metadata.len(),
         }
     };
     Ok((file, extent))

@@ -2,23 +2,28 @@
 
 use std::{fmt::Debug, io, os::fd::OwnedFd};
 
+use async_trait::async_trait;
 use parking_lot::Mutex;
 
 use crate::{
     control::BoardKind,
     guest_image,
     shim::{
+        blocking,
         configuration::Configuration,
         machine::{BootDisk, BootError, GuestResources, VmmProcess, open_agent_disk, open_kvm},
         share::{FileServer, ShareError},
     },
 };
 
+use super::error::PodError;
+
 /// Starts the processes of a pod. All methods are called on the shim's main thread: the kernel kills a child when the
 /// thread that started it ends.
+#[async_trait]
 pub(crate) trait Launcher: Debug + Send + Sync + 'static {
     /// Opens `/dev/kvm` and the guest's files.
-    fn open_guest_resources(&self) -> Result<GuestResources, BootError>;
+    async fn open_guest_resources(&self) -> Result<GuestResources, PodError>;
     /// Opens `/dev/kvm` and the files of the guest that reads disks.
     fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError>;
     /// Opens `/dev/kvm`.
@@ -55,14 +60,21 @@ impl HostLauncher {
     }
 }
 
+#[async_trait]
 impl Launcher for HostLauncher {
-    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
+    async fn open_guest_resources(&self) -> Result<GuestResources, PodError> {
+        let Configuration { kernel, initramfs, .. } = &self.configuration;
+        let image = if kernel.is_none() && initramfs.is_none() {
+            // In this executable, so that no other file system is involved.
+            guest_image::open(None, None)
+        } else {
+            let (kernel, initramfs) = (kernel.clone(), initramfs.clone());
+            let open = move || guest_image::open(kernel.as_deref(), initramfs.as_deref());
+            blocking::run("open the configured kernel and initramfs of the guest", open).await?
+        };
         Ok(GuestResources {
             kvm: open_kvm()?,
-            image: guest_image::open(
-                self.configuration.kernel.as_deref(),
-                self.configuration.initramfs.as_deref(),
-            )?,
+            image: image.map_err(BootError::from)?,
             kernel_arguments: self.configuration.kernel_arguments.clone(),
             board: self.configuration.board,
         })
@@ -94,5 +106,35 @@ impl Launcher for HostLauncher {
 
     fn spawn_file_server(&self, vmm: Option<OwnedFd>) -> Result<Option<(FileServer, OwnedFd)>, ShareError> {
         FileServer::spawn(vmm).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use nutshell_fixtures::HungVolume;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn configured_kernel_on_a_file_system_that_hangs_is_an_error_in_time() {
+        let volume = HungVolume::mount_temporary();
+        let empty = tempfile::NamedTempFile::new().unwrap();
+        let launcher = HostLauncher {
+            configuration: Configuration {
+                kernel: Some(volume.path().join("vmlinux")),
+                ..Configuration::load(Some(empty.path())).unwrap()
+            },
+            spare_vmm: Mutex::default(),
+        };
+
+        let mut open = launcher.open_guest_resources();
+        tokio::time::timeout(Duration::ZERO, &mut open).await.unwrap_err();
+        volume.wait_for_request();
+        tokio::time::advance(blocking::FILE_SYSTEM_LIMIT).await;
+        let error = open.await.unwrap_err();
+
+        assert!(matches!(error, PodError::Blocking(_)), "{error}");
     }
 }

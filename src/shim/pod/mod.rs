@@ -114,7 +114,7 @@ impl Pod {
         static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let guest = match requirements.first_guest {
-            FirstGuest::Containers => Some(launcher.open_guest_resources()?),
+            FirstGuest::Containers => Some(launcher.open_guest_resources().await?),
             FirstGuest::DiskReader => Some(launcher.open_disk_reader_resources()?),
             FirstGuest::User => None,
         };

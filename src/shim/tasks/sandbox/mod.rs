@@ -29,6 +29,7 @@ use super::{
 use crate::{
     oci::{self, ContainerId, Limits, PodPlan, PodShared, ResolvConf},
     shim::{
+        blocking,
         error::{ErrorCode, TaskError},
         pod::PodRequirements,
         stdio::StdioSpec,
@@ -80,7 +81,9 @@ impl Tasks {
         plan: PodPlan,
         api: SandboxApi,
     ) -> Result<Arc<Container>, TaskError> {
-        let shared = set_up_request(&plan.shared).map_err(|error| error.during(CREATE_CONTEXT))?;
+        let shared = set_up_request(&plan.shared)
+            .await
+            .map_err(|error| error.during(CREATE_CONTEXT))?;
         let requirements = PodRequirements::for_pod(&plan, shared).map_err(create_error)?;
         let pod = self.start_pod(id, requested_at, bundle, requirements).await?;
         let container = Container::new(
@@ -262,10 +265,10 @@ impl Tasks {
 }
 
 /// The request that sets up the resources that the pod's containers share.
-fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
+async fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
     let files = match &shared.resolv_conf {
         None => Vec::new(),
-        Some(resolv_conf) => pod_files(shared.hostname.as_deref(), resolv_conf)?,
+        Some(resolv_conf) => pod_files(shared.hostname.as_deref(), resolv_conf).await?,
     };
     Ok(SetUpPod {
         hostname: shared.hostname.clone(),
@@ -278,11 +281,14 @@ fn set_up_request(shared: &PodShared) -> Result<SetUpPod, TaskError> {
 
 /// The files that the shim provides for a pod of the Sandbox service. With `sandboxer = "podsandbox"`, containerd's CRI
 /// provides them (containerd `internal/cri/server/podsandbox`, `setupSandboxFiles`).
-fn pod_files(hostname: Option<&str>, resolv_conf: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
+async fn pod_files(hostname: Option<&str>, resolv_conf: &ResolvConf) -> Result<Vec<PodFile>, TaskError> {
     const HOSTS: &str = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
     let resolv_conf = match resolv_conf {
         ResolvConf::Contents(text) => text.clone().into_bytes(),
-        ResolvConf::Host => match std::fs::read(HOST_RESOLV_CONF) {
+        ResolvConf::Host => match blocking::run("read the host's resolv.conf", || std::fs::read(HOST_RESOLV_CONF))
+            .await
+            .map_err(|error| TaskError::unknown(error.to_string()))?
+        {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
             Err(error) => return Err(TaskError::unknown(format!("read {HOST_RESOLV_CONF}: {error}"))),

@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use nutshell_fixtures::HungVolume;
 use nutshell_protocol::{
     Event, Exited, Failure, FailureKind, FrameBuffer, FromAgent, MAX_FROM_AGENT, MAX_TO_AGENT, Ready, Reply, Request,
@@ -29,7 +30,7 @@ use crate::{
     shim::{
         child::Child,
         machine::{BootDisk, BootError, GuestResources, VmmProcess},
-        pod::Launcher,
+        pod::{Launcher, PodError},
         share::{FileServer, ShareError},
     },
 };
@@ -94,25 +95,31 @@ impl FakeLauncher {
     }
 }
 
+/// Resources that no machine uses.
+fn null_resources() -> GuestResources {
+    let null = || File::open("/dev/null").unwrap();
+    let extent = Extent { offset: 0, length: 0 };
+    GuestResources {
+        kvm: null().into(),
+        image: GuestImage {
+            kernel: null(),
+            kernel_extent: extent,
+            initramfs: null(),
+            initramfs_extent: extent,
+        },
+        kernel_arguments: String::new(),
+        board: crate::control::BoardKind::Container,
+    }
+}
+
+#[async_trait]
 impl Launcher for FakeLauncher {
-    fn open_guest_resources(&self) -> Result<GuestResources, BootError> {
-        let null = || File::open("/dev/null").unwrap();
-        let extent = Extent { offset: 0, length: 0 };
-        Ok(GuestResources {
-            kvm: null().into(),
-            image: GuestImage {
-                kernel: null(),
-                kernel_extent: extent,
-                initramfs: null(),
-                initramfs_extent: extent,
-            },
-            kernel_arguments: String::new(),
-            board: crate::control::BoardKind::Container,
-        })
+    async fn open_guest_resources(&self) -> Result<GuestResources, PodError> {
+        Ok(null_resources())
     }
 
     fn open_disk_reader_resources(&self) -> Result<GuestResources, BootError> {
-        self.open_guest_resources()
+        Ok(null_resources())
     }
 
     fn open_kvm(&self) -> Result<OwnedFd, BootError> {
