@@ -57,7 +57,11 @@ pub(crate) enum GuestImageError {
     UnreadableShell(#[source] io::Error),
     #[error("cannot read the sections of {OWN_EXECUTABLE}: {0}: install the executable again")]
     Executable(#[from] object::Error),
-    #[error("cannot open the guest {part} {}: {source}", path.display())]
+    #[error(
+        "cannot open the guest {part} {}: {source}: correct guest.{part} in the configuration, or install the executable \
+         again",
+        path.display()
+    )]
     Unreadable {
         /// `kernel` or `initramfs`.
         part: &'static str,

@@ -30,11 +30,17 @@ pub(super) enum CallError {
         socket.display()
     )]
     Connect { socket: PathBuf, source: io::Error },
-    #[error("the shim at {} does not answer: {source}", socket.display())]
+    #[error(
+        "the shim at {} does not answer: {source}: try again; if this repeats, look for its messages in containerd's log",
+        socket.display()
+    )]
     Call { socket: PathBuf, source: ttrpc::Error },
     #[error("{0}")]
     Refused(String),
-    #[error("the shim at {} is of another version: {source}", socket.display())]
+    #[error(
+        "the shim at {} is of another version: {source}: use the executable that started it, or restart its pod",
+        socket.display()
+    )]
     Decode { socket: PathBuf, source: serde_json::Error },
     #[error("cannot encode the request: {0}")]
     Encode(#[source] serde_json::Error),

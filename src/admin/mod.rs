@@ -163,7 +163,7 @@ async fn ask_all(state: &std::path::Path, full: bool) -> Vec<Shim> {
         match call.await {
             Ok(Ok(shim)) => shims.push(shim),
             Ok(Err(error)) => eprintln!("{error}"),
-            Err(error) => eprintln!("{error}"),
+            Err(error) => eprintln!("cannot ask a shim for its state: {error}"),
         }
     }
     shims

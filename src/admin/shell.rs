@@ -31,12 +31,16 @@ pub(super) enum ShellError {
     Listen { path: PathBuf, source: io::Error },
     #[error("{0}")]
     Call(#[from] CallError),
-    #[error("the terminal or the connection to the guest failed: {0}")]
-    Streams(#[from] io::Error),
+    #[error("cannot {step}: {source}")]
+    System { step: &'static str, source: io::Error },
     #[error("the guest's shell sent an invalid message: {0}")]
     Frame(#[from] FrameError),
     #[error("the connection to the guest's shell was closed: the guest or its shim has ended")]
     Closed,
+}
+
+fn system_error(step: &'static str) -> impl FnOnce(io::Error) -> ShellError {
+    move |source| ShellError::System { step, source }
 }
 
 /// Runs a shell in the guest of the container `id`, whose shim listens at `shim`. Returns the exit status of the shell.
@@ -47,14 +51,21 @@ pub(super) fn run(runtime: &tokio::runtime::Runtime, shim: &Path, id: &str, stat
     let request = ShellRequest {
         id: id.to_owned(),
         socket: listener.path.clone(),
-        terminal: has_terminal.then(terminal).transpose()?,
+        terminal: has_terminal
+            .then(terminal)
+            .transpose()
+            .map_err(system_error("read the size of the terminal"))?,
     };
     runtime.block_on(call_shell(shim, &request))?;
     // The shim connects before it answers the request.
-    let (connection, _) = listener.socket.accept()?;
+    let accepted = listener.socket.accept();
+    let (connection, _) = accepted.map_err(system_error("accept the connection of the shim"))?;
     drop(listener);
-    let raw_mode = has_terminal.then(RawMode::enter).transpose()?;
-    let input = Arc::new(Mutex::new(connection.try_clone()?));
+    let raw_mode = has_terminal.then(RawMode::enter).transpose();
+    let raw_mode = raw_mode.map_err(system_error("put the terminal into raw mode"))?;
+    let input = connection.try_clone();
+    let input = input.map_err(system_error("duplicate the connection to the shell"))?;
+    let input = Arc::new(Mutex::new(input));
     if has_terminal {
         watch_size(input.clone());
     }
@@ -168,7 +179,9 @@ fn print_output(mut connection: UnixStream) -> Result<u8, ShellError> {
     let mut frames = FrameBuffer::new(MAX_SHELL_FRAME);
     let mut bytes = vec![0; MAX_SHELL_DATA];
     loop {
-        let count = connection.read(&mut bytes)?;
+        let count = connection
+            .read(&mut bytes)
+            .map_err(system_error("read from the shell"))?;
         if count == 0 {
             return Err(ShellError::Closed);
         }
@@ -177,8 +190,10 @@ fn print_output(mut connection: UnixStream) -> Result<u8, ShellError> {
             match output {
                 ShellOutput::Data(data) => {
                     let mut stdout = io::stdout().lock();
-                    stdout.write_all(&data)?;
-                    stdout.flush()?;
+                    stdout
+                        .write_all(&data)
+                        .and_then(|()| stdout.flush())
+                        .map_err(system_error("print the output of the shell"))?;
                 }
                 ShellOutput::Exited(status) => return Ok(status),
             }

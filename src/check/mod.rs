@@ -50,7 +50,7 @@ const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Why this host cannot run guests.
 #[derive(Debug, thiserror::Error)]
 enum CheckError {
-    #[error("/dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
+    #[error("cannot open /dev/kvm: {0}: load the module kvm_intel or kvm_amd, and run this as root")]
     Kvm(#[source] io::Error),
     #[error("the argument for the guest's kernel is not UTF-8")]
     Argument,
@@ -58,8 +58,8 @@ enum CheckError {
     Executable(#[source] io::Error),
     #[error(transparent)]
     Guest(#[from] GuestImageError),
-    #[error("cannot start the machine: {0}")]
-    Start(#[source] io::Error),
+    #[error("cannot {step}: {source}")]
+    System { step: &'static str, source: io::Error },
     #[error("cannot print the guest's console: {0}")]
     Print(#[source] io::Error),
     #[error(transparent)]
@@ -69,12 +69,20 @@ enum CheckError {
     #[error("the guest did not start: {reason}{console}")]
     Ended { reason: String, console: String },
     #[error(
-        "the guest was not ready within {} s: it hangs, or KVM on this host is very slow (nested, for example)",
+        "the guest was not ready within {} s: it hangs, or KVM on this host is very slow (nested, for example): run \
+         this again with loglevel=7 to see the guest's console",
         BOOT_TIMEOUT.as_secs()
     )]
     TimedOut,
     #[error("the vmm process does not answer within {} s: it hangs in the host's kernel", .0.as_secs_f32())]
     NoNotice(Duration),
+}
+
+fn system_error<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> CheckError {
+    move |source| CheckError::System {
+        step,
+        source: source.into(),
+    }
 }
 
 /// Boots a guest, and prints its kernel's release and the boot time, and the table of the host's settings.
@@ -134,13 +142,13 @@ fn boot(kernel_arguments: Option<String>) -> Result<(Ready, Duration), CheckErro
         .map_err(CheckError::Executable)??;
 
     let (channel, vmm_channel) = Channel::pair()?;
-    let (agent, vmm_agent) = UnixStream::pair().map_err(CheckError::Start)?;
+    let (agent, vmm_agent) = UnixStream::pair().map_err(system_error("make the stream to the agent"))?;
     let started = Instant::now();
     // Every return below ends the vmm.
     let _vmm = KillOnDrop(
         RoleCommand::new(vmm::ROLE)
             .and_then(|mut vmm| vmm.stdin(OwnedFd::from(vmm_channel)).stdout(Stdio::null()).spawn())
-            .map_err(CheckError::Start)?,
+            .map_err(system_error("start the vmm process"))?,
     );
 
     let machine = MachineConfig {
@@ -188,7 +196,9 @@ impl Drop for KillOnDrop {
 
 /// Waits for the agent's first message. If the machine ends, the agent's stream ends.
 fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, CheckError> {
-    agent.set_read_timeout(Some(BOOT_TIMEOUT)).map_err(CheckError::Start)?;
+    agent
+        .set_read_timeout(Some(BOOT_TIMEOUT))
+        .map_err(system_error("limit the wait for the agent"))?;
     let mut frames = FrameBuffer::new(MAX_FROM_AGENT);
     let mut bytes = [0; 4096];
     loop {
@@ -196,7 +206,8 @@ fn wait_for_ready(mut agent: &UnixStream, channel: &Channel) -> Result<Ready, Ch
             Ok(0) => return Err(end_reason(channel)),
             Ok(count) => frames.push(&bytes[..count]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return Err(CheckError::TimedOut),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(CheckError::TimedOut),
+            Err(error) => return Err(system_error("read from the guest's agent")(error)),
         }
         if let Some(FromAgent::Ready(ready)) = frames.next()? {
             return Ok(ready);
@@ -255,12 +266,13 @@ impl<'c> Notices<'c> {
     }
 
     fn next(&mut self) -> Result<Notice, CheckError> {
+        const WAIT: &str = "wait for a notice of the vmm";
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(|error| CheckError::Start(io::Error::other(error)))?;
+        let left = Timespec::try_from(left).map_err(|error| system_error(WAIT)(io::Error::other(error)))?;
         match poll(&mut [PollFd::new(self.channel, PollFlags::IN)], Some(&left)) {
             Ok(0) => Err(CheckError::NoNotice(self.timeout)),
             Ok(_) => Ok(self.channel.receive()?.0),
-            Err(error) => Err(CheckError::Start(error.into())),
+            Err(error) => Err(system_error(WAIT)(error)),
         }
     }
 }

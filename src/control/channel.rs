@@ -25,10 +25,41 @@ pub(crate) const MAX_DESCRIPTORS: usize = 253;
 pub(crate) enum ControlError {
     #[error("the process at the other end of the control channel is gone")]
     Closed,
-    #[error("a packet of the control channel is malformed or too large")]
-    Malformed,
-    #[error("the control channel failed: {0}")]
-    Socket(#[source] io::Error),
+    #[error("cannot encode a message for the control channel: {0}")]
+    Encode(#[source] postcard::Error),
+    #[error(
+        "a message of {bytes} bytes with {descriptors} descriptors is too large for the control channel: at most \
+         {MAX_PACKET_SIZE} bytes and {MAX_DESCRIPTORS} descriptors"
+    )]
+    TooLarge { bytes: usize, descriptors: usize },
+    #[error("received a truncated message on the control channel")]
+    Truncated,
+    #[error("cannot decode a message from the control channel: {0}")]
+    Decode(#[source] postcard::Error),
+    #[error("control channel: cannot {step}: {source}")]
+    Socket { step: &'static str, source: io::Error },
+    /// The socket of a stream, and not the control channel.
+    #[error("cannot open a stream to the guest: {0}")]
+    Stream(#[source] io::Error),
+}
+
+impl ControlError {
+    /// A failure of the channel's own socket.
+    pub(crate) fn socket<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::Socket {
+            step,
+            source: source.into(),
+        }
+    }
+
+    /// Whether a non-blocking channel has no message, or no room for one.
+    pub(crate) fn is_would_block(&self) -> bool {
+        self.has_kind(io::ErrorKind::WouldBlock)
+    }
+
+    fn has_kind(&self, kind: io::ErrorKind) -> bool {
+        matches!(self, Self::Socket { source, .. } if source.kind() == kind)
+    }
 }
 
 /// One end of the control channel. Its descriptor is close-on-exec.
@@ -41,7 +72,7 @@ impl Channel {
     /// Creates a channel and returns both ends.
     pub(crate) fn pair() -> Result<(Self, Self), ControlError> {
         let (left, right) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|error| ControlError::Socket(error.into()))?;
+            .map_err(ControlError::socket("create it"))?;
         Ok((Self { socket: left }, Self { socket: right }))
     }
 
@@ -68,9 +99,12 @@ impl Channel {
         descriptors: &[BorrowedFd<'_>],
         flags: MsgFlags,
     ) -> Result<(), ControlError> {
-        let packet = postcard::to_stdvec(message).map_err(|_| ControlError::Malformed)?;
+        let packet = postcard::to_stdvec(message).map_err(ControlError::Encode)?;
         if packet.len() > MAX_PACKET_SIZE || descriptors.len() > MAX_DESCRIPTORS {
-            return Err(ControlError::Malformed);
+            return Err(ControlError::TooLarge {
+                bytes: packet.len(),
+                descriptors: descriptors.len(),
+            });
         }
         let raw: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
@@ -83,7 +117,7 @@ impl Channel {
         )
         .map_err(|error| match error {
             Errno::EPIPE | Errno::ECONNRESET => ControlError::Closed,
-            error => ControlError::Socket(error.into()),
+            error => ControlError::socket("send a message")(error),
         })?;
         Ok(())
     }
@@ -94,9 +128,7 @@ impl Channel {
         match self.receive_packet(MsgFlags::empty()) {
             // If the other end was closed while it had unread messages, the kernel first reports ECONNRESET, once. Read
             // again to receive the messages that the other end sent before.
-            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
-                self.receive_packet(MsgFlags::empty())
-            }
+            Err(error) if error.has_kind(io::ErrorKind::ConnectionReset) => self.receive_packet(MsgFlags::empty()),
             other => other,
         }
     }
@@ -104,7 +136,7 @@ impl Channel {
     /// Like [`Self::receive`], but returns `None` at once if there is no message.
     pub(crate) fn try_receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
         match self.receive_packet(MsgFlags::MSG_DONTWAIT) {
-            Err(ControlError::Socket(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) if error.is_would_block() => Ok(None),
             other => other.map(Some),
         }
     }
@@ -119,9 +151,12 @@ impl Channel {
             Some(&mut ancillary),
             MsgFlags::MSG_CMSG_CLOEXEC | flags,
         )
-        .map_err(|error| ControlError::Socket(error.into()))?;
+        .map_err(ControlError::socket("receive a message"))?;
         let mut descriptors = Vec::new();
-        for message in received.cmsgs().map_err(|error| ControlError::Socket(error.into()))? {
+        let ancillary = received
+            .cmsgs()
+            .map_err(ControlError::socket("read the descriptors of a message"))?;
+        for message in ancillary {
             if let ControlMessageOwned::ScmRights(raw) = message {
                 // SAFETY: the kernel has just created these descriptors in this process, and nothing else owns them.
                 descriptors.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
@@ -135,9 +170,9 @@ impl Channel {
             return Err(ControlError::Closed);
         }
         if truncated {
-            return Err(ControlError::Malformed);
+            return Err(ControlError::Truncated);
         }
-        let message = postcard::from_bytes(&packet[..length]).map_err(|_| ControlError::Malformed)?;
+        let message = postcard::from_bytes(&packet[..length]).map_err(ControlError::Decode)?;
         Ok((message, descriptors))
     }
 }
@@ -203,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn undecodable_packet_is_reported_as_malformed() {
+    fn undecodable_packet_is_an_error_with_its_cause() {
         let (shim, vmm) = Channel::pair().unwrap();
         nix::sys::socket::send(
             std::os::fd::AsRawFd::as_raw_fd(&shim.as_fd()),
@@ -211,6 +246,17 @@ mod tests {
             MsgFlags::empty(),
         )
         .unwrap();
-        assert!(matches!(vmm.receive::<Command>(), Err(ControlError::Malformed)));
+        assert!(matches!(vmm.receive::<Command>(), Err(ControlError::Decode(_))));
+    }
+
+    #[test]
+    fn message_that_is_too_large_is_refused_with_its_size() {
+        let (shim, _vmm) = Channel::pair().unwrap();
+        let error = shim.send(&vec![1u8; MAX_PACKET_SIZE], &[]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "a message of 65539 bytes with 0 descriptors is too large for the control channel: at most 65536 bytes and \
+             253 descriptors"
+        );
     }
 }

@@ -43,16 +43,17 @@ enum DiskError {
     Usage,
     #[error("cannot open {}: {source}", path.display())]
     Open { path: PathBuf, source: io::Error },
-    #[error("cannot run the process that reads the image: {0}")]
-    Start(#[source] io::Error),
+    #[error("cannot run the process that reads {}: {source}", path.display())]
+    Start { path: PathBuf, source: io::Error },
     #[error(
-        "the process that reads the image ended without an answer ({0}): read its messages above, if there are any"
+        "the process that reads {} ended without an answer ({status}): read its messages above, if there are any",
+        path.display()
     )]
-    NoAnswer(ExitStatus),
-    #[error("cannot read the image: {0}")]
-    Read(#[source] io::Error),
-    #[error("cannot inspect the image: {0}")]
-    Inspector(String),
+    NoAnswer { path: PathBuf, status: ExitStatus },
+    #[error("cannot read the answer about {}: {source}", path.display())]
+    Answer { path: PathBuf, source: io::Error },
+    #[error("cannot inspect {}: {reason}", path.display())]
+    Inspector { path: PathBuf, reason: String },
     #[error("cannot encode the report: {0}")]
     Encode(#[from] serde_json::Error),
     #[error("cannot print the report: {0}")]
@@ -117,15 +118,14 @@ fn parse(arguments: &[OsString]) -> Option<Arguments> {
 /// Opens the image and has the inspector read it.
 fn inspect(path: &Path) -> Result<Findings, DiskError> {
     let opened_path = path.to_owned();
+    let path = || path.to_owned();
+    let start_error = |source| DiskError::Start { path: path(), source };
     let file = blocking::run_without_runtime(FILE_SYSTEM_LIMIT, move || open(&opened_path))
         .and_then(|opened| opened)
-        .map_err(|source| DiskError::Open {
-            path: path.to_owned(),
-            source,
-        })?;
+        .map_err(|source| DiskError::Open { path: path(), source })?;
     let mut child = RoleCommand::new(inspector::ROLE)
         .and_then(|mut inspector| inspector.stdin(file).stdout(Stdio::piped()).spawn())
-        .map_err(DiskError::Start)?;
+        .map_err(start_error)?;
     let stdout = child.stdout.take();
     let answer = blocking::run_without_runtime(INSPECTION_LIMIT, move || {
         let mut answer = Vec::new();
@@ -137,12 +137,17 @@ fn inspect(path: &Path) -> Result<Findings, DiskError> {
     // The inspector has ended, has sent too much, or hangs.
     let _ = child.kill();
     // Not reaped if it hangs, because it may not end.
-    let answer = answer.and_then(|answer| answer).map_err(DiskError::Read)?;
-    let status = child.wait().map_err(DiskError::Start)?;
+    let answer = answer
+        .and_then(|answer| answer)
+        .map_err(|source| DiskError::Answer { path: path(), source })?;
+    let status = child.wait().map_err(start_error)?;
     match serde_json::from_slice::<inspector::Answer>(&answer) {
         Ok(Ok(findings)) => Ok(findings),
-        Ok(Err(error)) => Err(DiskError::Inspector(report::printable(&error))),
-        Err(_) => Err(DiskError::NoAnswer(status)),
+        Ok(Err(error)) => Err(DiskError::Inspector {
+            path: path(),
+            reason: report::printable(&error),
+        }),
+        Err(_) => Err(DiskError::NoAnswer { path: path(), status }),
     }
 }
 

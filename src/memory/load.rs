@@ -46,7 +46,7 @@ pub(crate) fn load_file(
     let failed = |source: io::Error| MemoryError::Load { what, address, source };
     let length = usize::try_from(extent.length).map_err(|_| failed(io::ErrorKind::FileTooLarge.into()))?;
     if !memory.check_range(GuestAddress(address), length) {
-        return Err(failed(io::ErrorKind::OutOfMemory.into()));
+        return Err(failed(too_small()));
     }
     let private = memory
         .find_region(GuestAddress(address))
@@ -69,6 +69,10 @@ pub(crate) fn load_file(
     .map_err(failed)
 }
 
+fn too_small() -> io::Error {
+    io::Error::other("it does not fit there: give the machine more memory")
+}
+
 /// Copies `length` bytes of `file`, from `offset` on, to guest address `address`, which must be memory.
 fn copy_file(memory: &MemoryRegions, file: &File, offset: u64, length: u64, address: u64) -> io::Result<()> {
     let region = memory.find_region(GuestAddress(address));
@@ -83,7 +87,7 @@ fn copy_file(memory: &MemoryRegions, file: &File, offset: u64, length: u64, addr
     };
     let inside = address - region.start_addr().0;
     if length > region.len() - inside {
-        return Err(io::ErrorKind::OutOfMemory.into());
+        return Err(too_small());
     }
     // Where huge pages are advised, only an access to the mapping allocates them.
     let mut unallocated = address;

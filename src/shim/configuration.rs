@@ -91,7 +91,7 @@ pub(crate) struct Configuration {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigurationError {
     /// The file cannot be read.
-    #[error("configuration {}: {source}", path.display())]
+    #[error("cannot read the configuration {}: {source}", path.display())]
     Unreadable { path: PathBuf, source: io::Error },
     /// The file is not TOML, or has an unknown key or an invalid value.
     #[error("configuration {}: {reason}", path.display())]

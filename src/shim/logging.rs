@@ -28,7 +28,8 @@ const MAX_LINE: usize = 4096;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Installs the logger for the fifo in `bundle`. No-op if the fifo cannot be opened.
+/// Installs the logger for the fifo in `bundle`. The last component of that path, the id of the container or sandbox
+/// that this shim was started for, ends up in every line. No-op if the fifo cannot be opened.
 pub(crate) fn start(bundle: &Path, debug: bool) {
     let fifo = OpenOptions::new()
         .read(true)
@@ -36,8 +37,10 @@ pub(crate) fn start(bundle: &Path, debug: bool) {
         .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
         .open(bundle.join("log"));
     let Ok(fifo) = fifo else { return };
+    let id = bundle.file_name().unwrap_or_default().to_string_lossy();
     let logger = LOGGER.get_or_init(|| Logger {
         fifo,
+        end: format_end(&id),
         dropped: AtomicU64::new(0),
     });
     if log::set_logger(logger).is_ok() {
@@ -57,6 +60,8 @@ pub(crate) fn enable_debug() {
 #[derive(Debug)]
 struct Logger {
     fifo: File,
+    /// The end of every line.
+    end: String,
     dropped: AtomicU64,
 }
 
@@ -68,7 +73,7 @@ impl Logger {
         } else {
             format!(" ({dropped} lines before this one were dropped)")
         };
-        let text = format_line(SystemTime::now(), level, &format!("{message}{note}"));
+        let text = format_line(SystemTime::now(), level, &format!("{message}{note}"), &self.end);
         if !matches!((&self.fifo).write(text.as_bytes()), Ok(written) if written == text.len()) {
             self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
         }
@@ -89,8 +94,13 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// Formats a line like logrus, containerd's logger. Truncates a message that is too long.
-fn format_line(now: SystemTime, level: Level, message: &str) -> String {
+/// The end of the lines of a shim. containerd allows only letters, digits, `-`, `_` and `.` in an id.
+fn format_end(id: &str) -> String {
+    format!("\" id={id} runtime=io.containerd.nutshell.v2\n")
+}
+
+/// Formats a line like logrus, containerd's logger. Truncates a message that is too long for a line with `end`.
+fn format_line(now: SystemTime, level: Level, message: &str, end: &str) -> String {
     let level = match level {
         Level::Error => "error",
         Level::Warn => "warning",
@@ -98,7 +108,6 @@ fn format_line(now: SystemTime, level: Level, message: &str) -> String {
         Level::Debug | Level::Trace => "debug",
     };
     let mut line = format!("time=\"{}\" level={level} msg=\"", humantime::format_rfc3339_nanos(now));
-    let end = "\" runtime=io.containerd.nutshell.v2\n";
     for character in message.trim_end().chars() {
         let length = line.len();
         match character {
@@ -140,6 +149,7 @@ mod tests {
         };
         let logger = Logger {
             fifo: open(),
+            end: format_end("c1"),
             dropped: AtomicU64::new(0),
         };
         (logger, open())
@@ -147,15 +157,25 @@ mod tests {
 
     #[test]
     fn control_characters_of_a_message_are_escaped() {
-        let text = format_line(SystemTime::UNIX_EPOCH, Level::Warn, "say \"hi\"\\\nnext\ttab\u{1b}[0m");
+        let text = format_line(
+            SystemTime::UNIX_EPOCH,
+            Level::Warn,
+            "say \"hi\"\\\nnext\ttab\u{1b}[0m",
+            &format_end("c1"),
+        );
         let expected = "time=\"1970-01-01T00:00:00.000000000Z\" level=warning \
-                        msg=\"say \\\"hi\\\"\\\\\\nnext\\ttab\\u001b[0m\" runtime=io.containerd.nutshell.v2\n";
+                        msg=\"say \\\"hi\\\"\\\\\\nnext\\ttab\\u001b[0m\" id=c1 runtime=io.containerd.nutshell.v2\n";
         assert_eq!(text, expected);
     }
 
     #[test]
     fn long_message_is_truncated_to_an_atomic_write() {
-        let text = format_line(SystemTime::UNIX_EPOCH, Level::Info, &"ä\"".repeat(MAX_LINE));
+        let text = format_line(
+            SystemTime::UNIX_EPOCH,
+            Level::Info,
+            &"ä\"".repeat(MAX_LINE),
+            &format_end("c1"),
+        );
         assert!(text.len() <= MAX_LINE && text.len() > MAX_LINE - 8);
         assert!(text.ends_with("v2\n"));
     }

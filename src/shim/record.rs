@@ -30,8 +30,9 @@ const PID_FILE: &str = "shim.pid";
 
 /// A file in the bundle that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {source}", path.display())]
+#[error("cannot {action} {}: {source}", path.display())]
 pub(crate) struct RecordError {
+    action: &'static str,
     path: PathBuf,
     source: io::Error,
 }
@@ -117,7 +118,11 @@ impl PidFile {
             file.set_len(0)?;
             Ok(file)
         };
-        create().map(Self).map_err(|source| RecordError { path, source })
+        create().map(Self).map_err(|source| RecordError {
+            action: "create and lock",
+            path,
+            source,
+        })
     }
 
     /// Duplicates the descriptor for the shim. The duplicate shares the lock.
@@ -135,7 +140,11 @@ impl PidFile {
     pub(crate) fn link(bundle: &Path, other: &Path) -> Result<(), RecordError> {
         let path = other.join(PID_FILE);
         match fs::hard_link(bundle.join(PID_FILE), &path) {
-            Err(source) if source.kind() != ErrorKind::AlreadyExists => Err(RecordError { path, source }),
+            Err(source) if source.kind() != ErrorKind::AlreadyExists => Err(RecordError {
+                action: "link the pid file to",
+                path,
+                source,
+            }),
             _ => Ok(()),
         }
     }
@@ -171,6 +180,7 @@ impl ShimStatus {
             Ok(Self::Alive(pid))
         };
         read().map_err(|source| RecordError {
+            action: "read",
             path: path.clone(),
             source,
         })
@@ -191,22 +201,27 @@ fn store(bundle: &Path, name: &str, value: &impl Serialize) -> Result<(), Record
         fs::rename(&temporary, &path)
     };
     write().map_err(|source| RecordError {
+        action: "write",
         path: path.clone(),
         source,
     })
 }
 
 fn load<T: DeserializeOwned>(bundle: &Path, name: &str) -> Result<Option<T>, RecordError> {
+    let failed = |path, source| RecordError {
+        action: "read",
+        path,
+        source,
+    };
     let path = bundle.join(name);
     let bytes = match fs::read(&path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(RecordError { path, source }),
+        Err(source) => return Err(failed(path, source)),
     };
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| RecordError {
-        path,
-        source: error.into(),
-    })
+    serde_json::from_slice(&bytes)
+        .map(Some)
+        .map_err(|error| failed(path, error.into()))
 }
 
 #[cfg(test)]

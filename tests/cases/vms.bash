@@ -279,7 +279,7 @@ unusable_images_are_refused_with_the_reason() {
   refused_vm "backing file" $root
   rm $root/disk/*
   truncate -s 4M $root/disk/empty.raw
-  refused_vm "no kernel to boot was found on the disk" $root
+  refused_vm "no kernel to boot was found" $root
   refused_vm "annotation io.containerd.nutshell.vm.on-rebot: unknown" $root \
     --annotation io.containerd.nutshell.vm.on-rebot=exit
   mkdir /run/tmp/empty
@@ -299,7 +299,7 @@ damaged_disks_are_refused_in_time() {
   # The file system's tables are random bytes.
   new_disk
   dd if=/dev/urandom of=$disk bs=4096 seek=257 count=2048 conv=notrunc status=none
-  refused_vm "no kernel to boot was found on the disk" $root
+  refused_vm "no kernel to boot was found" $root
   # The kernel is a text.
   new_disk
   kernel=$(debugfs -R 'ls -p /boot' "$disk?offset=1048576" 2>/dev/null | sed -n 's|.*/\(vmlinuz-[^/]*\)/.*|\1|p')
@@ -312,7 +312,7 @@ COMMANDS
   # The table of partitions names more than the disk has.
   new_disk
   truncate -s 2M $disk
-  refused_vm "no kernel to boot was found on the disk" $root
+  refused_vm "no kernel to boot was found" $root
   ((SECONDS - start < 120))
   rm -r $root /run/tmp/text
 }

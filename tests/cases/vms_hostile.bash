@@ -58,7 +58,7 @@ ROWS
   # An internal snapshot is ignored: the image is refused only because it has no kernel.
   new_qcow2
   qemu-img snapshot -c before /run/tmp/image/disk/disk.qcow2
-  refused_vm "no kernel to boot was found on the disk" /run/tmp/image
+  refused_vm "no kernel to boot was found" /run/tmp/image
   rm -r /run/tmp/image
 }
 

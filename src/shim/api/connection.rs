@@ -130,7 +130,11 @@ impl Stream for OwnUserListener {
                 Poll::Ready(Ok((stream, _))) => stream,
                 Poll::Ready(Err(error)) => {
                     if self.retry.is_none() {
-                        log::error!("cannot accept connections; trying again until it succeeds: {error}");
+                        let remedy = match error.raw_os_error() {
+                            Some(libc::EMFILE) => ": raise LimitNOFILE of containerd's unit",
+                            _ => "",
+                        };
+                        log::error!("cannot accept connections; trying again until it succeeds: {error}{remedy}");
                     }
                     self.retry = Some(Box::pin(tokio::time::sleep(ACCEPT_RETRY_DELAY)));
                     continue;

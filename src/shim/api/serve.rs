@@ -61,10 +61,15 @@ pub(crate) struct ServeContext {
 /// A failure that ends the shim.
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("cannot start the server for containerd: {0}")]
-    System(#[from] io::Error),
+    #[error("cannot start the server for containerd: cannot {step}: {source}")]
+    System { step: String, source: io::Error },
     #[error("cannot serve ttrpc: {0}")]
     Server(#[from] ttrpc::Error),
+}
+
+fn system_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
+    let step = step.into();
+    |source| ServeError::System { step, source }
 }
 
 /// Serves until a shutdown is requested. Call it on the main thread: the kernel kills the shim's children when the
@@ -82,7 +87,7 @@ pub(crate) fn serve(context: ServeContext) -> ExitCode {
             runtime.shutdown_background();
             result
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(system_error("start the runtime for asynchronous calls")(error)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,7 +100,7 @@ pub(crate) fn serve(context: ServeContext) -> ExitCode {
 }
 
 async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
-    ignore_termination_signals()?;
+    ignore_termination_signals().map_err(system_error("ignore termination signals"))?;
     let launcher = HostLauncher::new(context.configuration.clone());
     let events = match (&context.ttrpc_address, context.publish_binary) {
         (Some(socket), _) => EventQueue::start(&context.namespace, TtrpcForwarder::new(socket)),
@@ -111,8 +116,10 @@ async fn serve_until_stopped(context: ServeContext) -> Result<(), ServeError> {
     };
     let tasks = Tasks::new(context.configuration, launcher, events.clone(), stdio);
     let last_reply = LastReply::new();
+    let listener = connection::accept_own_user(context.listener, last_reply.clone());
+    let listener = listener.map_err(system_error(format!("listen at {}", context.socket.display())))?;
     let mut server = Server::new()
-        .add_listener(connection::accept_own_user(context.listener, last_reply.clone())?)
+        .add_listener(listener)
         .register_service(services(&tasks, &last_reply));
     server.start().await?;
 

@@ -43,7 +43,7 @@ pub(crate) enum BootstrapError {
     #[error(transparent)]
     Socket(#[from] SocketError),
     /// The pid file cannot be created or locked.
-    #[error("cannot lock the pid file, which another shim may hold: {0}")]
+    #[error("{0}: another shim may hold its lock")]
     PidFile(#[from] RecordError),
     /// A system call failed.
     #[error("cannot {action}: {source}")]

@@ -109,7 +109,7 @@ fn end_shim(bundle: &Path) {
             report(kill_shim(bundle, pid).map_err(|error| with_step(error, &step)));
         }
         None => eprintln!(
-            "delete: {}: the shim is starting and its pid is not known yet",
+            "delete: {}: the shim is not ended, because it is starting and its pid is not known yet: run delete again",
             bundle.display()
         ),
     }
@@ -179,7 +179,7 @@ fn unmount_all(path: &Path) -> io::Result<()> {
 fn remove_cgroup(path: &Path, deadline: Instant) -> io::Result<()> {
     let step = format!("remove control group {}", path.display());
     if !path.starts_with("/sys/fs/cgroup") {
-        return Err(with_step(ErrorKind::InvalidInput, &step));
+        return Err(with_step(io::Error::other("it is not below /sys/fs/cgroup"), &step));
     }
     let deadline = match is_left_behind(path) {
         true => deadline.min(Instant::now() + LEFT_BEHIND_LIMIT),

@@ -13,6 +13,9 @@ use crate::control::{Channel, Command, ControlError, Notice};
 /// How long the socket may have no room for a command, which means that the vmm does not read it.
 const SEND_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 
+/// The step of an error.
+const WAIT: &str = "wait until it is ready";
+
 /// A [`Channel`] that is registered with the Tokio runtime.
 #[derive(Debug)]
 pub(super) struct AsyncChannel(AsyncFd<RawChannel>);
@@ -47,19 +50,19 @@ impl AsyncChannel {
         let sent = tokio::time::timeout(SEND_TIMEOUT, self.send_when_writable(command, descriptors)).await;
         sent.unwrap_or_else(|_| {
             let full = io::Error::new(io::ErrorKind::TimedOut, "the vmm does not read its commands");
-            Err(ControlError::Socket(full))
+            Err(ControlError::socket("send a message")(full))
         })
     }
 
     async fn send_when_writable(&self, command: &Command, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
         loop {
             match self.try_send(command, descriptors) {
-                Err(error) if is_would_block(&error) => {}
+                Err(error) if error.is_would_block() => {}
                 result => return result,
             }
-            let mut ready = self.0.writable().await.map_err(ControlError::Socket)?;
+            let mut ready = self.0.writable().await.map_err(ControlError::socket(WAIT))?;
             match self.try_send(command, descriptors) {
-                Err(error) if is_would_block(&error) => ready.clear_ready(),
+                Err(error) if error.is_would_block() => ready.clear_ready(),
                 result => return result,
             }
         }
@@ -68,18 +71,14 @@ impl AsyncChannel {
     /// Receives the next notice. The vmm sends no descriptors; unexpected ones are closed.
     pub(super) async fn receive(&self) -> Result<Notice, ControlError> {
         loop {
-            let mut ready = self.0.readable().await.map_err(ControlError::Socket)?;
+            let mut ready = self.0.readable().await.map_err(ControlError::socket(WAIT))?;
             match self.0.get_ref().0.receive() {
-                Err(error) if is_would_block(&error) => ready.clear_ready(),
+                Err(error) if error.is_would_block() => ready.clear_ready(),
                 Ok((notice, _)) => return Ok(notice),
                 Err(error) => return Err(error),
             }
         }
     }
-}
-
-fn is_would_block(error: &ControlError) -> bool {
-    matches!(error, ControlError::Socket(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
 #[cfg(test)]

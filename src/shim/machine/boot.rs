@@ -25,15 +25,14 @@ use crate::{
 /// Why a machine cannot be started.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BootError {
-    /// The control channel or the agent's stream.
-    #[error("cannot make the channels of a virtual machine: {0}")]
-    Descriptors(#[source] io::Error),
+    #[error("cannot {step} of a virtual machine: {source}")]
+    Descriptors { step: &'static str, source: io::Error },
     #[error("cannot open the disk {}: {source}", path.display())]
     Disk { path: PathBuf, source: io::Error },
     #[error(transparent)]
     GuestImage(#[from] GuestImageError),
     /// `/dev/kvm` cannot be opened: the cause, and a remedy if one is known.
-    #[error("/dev/kvm: {0}")]
+    #[error("cannot open /dev/kvm: {0}")]
     Kvm(String),
     #[error("cannot start the vmm process of a virtual machine: {0}")]
     Spawn(#[source] io::Error),
@@ -325,7 +324,7 @@ pub(crate) fn open_kvm() -> Result<OwnedFd, BootError> {
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(kvm) => Ok(kvm.into()),
         Err(error) => Err(BootError::Kvm(match error.kind() {
-            io::ErrorKind::NotFound => "does not exist: enable virtualization in the firmware, or nested \
+            io::ErrorKind::NotFound => "it does not exist: enable virtualization in the firmware, or nested \
                 virtualization if this host is a virtual machine itself, and load the module kvm_intel or kvm_amd"
                 .to_owned(),
             io::ErrorKind::PermissionDenied => {

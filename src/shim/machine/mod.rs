@@ -181,7 +181,7 @@ impl Machine {
                     times,
                 ))
             }
-            Err(error) => Err(discard(child, error).await),
+            Err(error) => Err(discard(child, channel_error(error)).await),
         }
     }
 
@@ -232,11 +232,15 @@ impl Machine {
         control: Channel,
         boot: BootRequest,
         on_event: impl FnMut(Event) + Send + 'static,
-    ) -> io::Result<(Arc<AsyncChannel>, Agent, impl Future<Output = String> + Send + 'static)> {
-        let (shim_end, guest_end) = UnixStream::pair()?;
-        let control = Arc::new(AsyncChannel::new(control)?);
-        let (agent, agent_end) = Agent::start(shim_end, on_event)?;
-        let (command, descriptors) = boot.into_command(guest_end.into())?;
+    ) -> Result<(Arc<AsyncChannel>, Agent, impl Future<Output = String> + Send + 'static), BootError> {
+        let (shim_end, guest_end) = UnixStream::pair().map_err(channel_error)?;
+        let control = Arc::new(AsyncChannel::new(control).map_err(channel_error)?);
+        let (agent, agent_end) = Agent::start(shim_end, on_event).map_err(channel_error)?;
+        let command = boot.into_command(guest_end.into());
+        let (command, descriptors) = command.map_err(|source| BootError::Descriptors {
+            step: "duplicate the descriptors of the disks",
+            source,
+        })?;
         // The socket is empty, so there is room for this packet. If the process is gone already, its exit status and
         // standard error explain more than this failure.
         if let Err(error) = control.try_send(&command, &descriptors) {
@@ -383,7 +387,10 @@ impl Machine {
             stall = stalled => stall,
         };
         let console = self.read_console().await;
-        self.kill(&format!("the guest did not become ready: {stall}"));
+        self.kill(&format!(
+            "the guest did not become ready: {stall}: if this host is slow, raise ready_timeout_seconds in section \
+             [guest] of the configuration"
+        ));
         let exit = self.ended().await;
         log::debug!("vmm process {}: waited {:?} for the agent", self.pid(), start.elapsed());
         Err(Arc::new(MachineExit {
@@ -458,7 +465,7 @@ impl Machine {
         input: Option<BorrowedFd<'_>>,
         output: Option<BorrowedFd<'_>>,
     ) -> Result<GuestStream, ControlError> {
-        let stream = self.state.streams.open().map_err(ControlError::Socket)?;
+        let stream = self.state.streams.open().map_err(ControlError::Stream)?;
         let command = Command::OpenStream {
             port: stream.port(),
             input: input.is_some(),
@@ -570,11 +577,18 @@ impl Machine {
 }
 
 /// Ends a process whose machine cannot be started because of `error`.
-async fn discard(child: Child, error: io::Error) -> BootError {
+async fn discard(child: Child, error: BootError) -> BootError {
     child.kill();
     // The first error is the one to report.
     let _ = child.reap().await;
-    BootError::Descriptors(error)
+    error
+}
+
+fn channel_error(source: io::Error) -> BootError {
+    BootError::Descriptors {
+        step: "make the channels",
+        source,
+    }
 }
 
 impl Drop for Machine {

@@ -107,8 +107,8 @@ fn tap_link(
         source,
     })?;
     tap::bring_up(netlink, tap.index, &link)?;
-    Redirect::install(netlink, tap.index, link.index)?;
-    let redirect = Redirect::install(netlink, link.index, tap.index)?;
+    Redirect::install(netlink, &link.name, tap.index, link.index)?;
+    let redirect = Redirect::install(netlink, &link.name, link.index, tap.index)?;
     connected.new_links.push(TappedLink {
         link,
         tap: tap.index,

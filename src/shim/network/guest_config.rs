@@ -12,7 +12,7 @@ use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, LinkFlags, LinkMessage},
-    neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState},
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
     route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteNextHopFlags, RouteProtocol,
         RouteScope,
@@ -39,7 +39,8 @@ pub(super) fn link_messages(links: &[Link], indexes: &[u32]) -> Vec<DescribedMes
         // Temporary names first: the kernel may have given one interface the name that another is to get.
         for index in indexes {
             let name = LinkAttribute::IfName(format!("link{index}"));
-            messages.push(link_message("rename a link".to_owned(), *index, vec![name], false));
+            let action = format!("rename interface {index} of the guest");
+            messages.push(link_message(action, *index, vec![name], false));
         }
     }
     for (link, index) in links.iter().zip(indexes) {
@@ -147,8 +148,12 @@ fn neighbour_message(found: &NeighbourMessage, indexes: &HashMap<u32, u32>) -> O
             NeighbourAttribute::Destination(_) | NeighbourAttribute::LinkLayerAddress(_)
         )
     });
+    let address = neighbour.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(address) => Some(neighbour_text(address)),
+        _ => None,
+    });
     Some(describe(
-        "add a permanent neighbour".to_owned(),
+        format!("add the permanent neighbour {}", address.unwrap_or_default()),
         RouteNetlinkMessage::NewNeighbour(neighbour),
         NLM_F_CREATE,
     ))
@@ -213,6 +218,15 @@ fn route_message(found: &RouteMessage, indexes: &HashMap<u32, u32>) -> Option<De
 }
 
 /// The address in error texts.
+fn neighbour_text(address: &NeighbourAddress) -> String {
+    match address {
+        NeighbourAddress::Inet(address) => address.to_string(),
+        NeighbourAddress::Inet6(address) => address.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+/// The address in error texts.
 fn address_text(address: &RouteAddress) -> String {
     match address {
         RouteAddress::Inet(address) => address.to_string(),
@@ -236,7 +250,7 @@ fn rule_message(found: &RuleMessage) -> Option<DescribedMessage> {
         return None;
     }
     Some(describe(
-        "add a routing rule".to_owned(),
+        format!("add the routing rule with priority {}", priority.unwrap_or_default()),
         RouteNetlinkMessage::NewRule(found.clone()),
         NLM_F_CREATE,
     ))

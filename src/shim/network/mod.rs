@@ -157,9 +157,7 @@ impl Network {
             state.update(&machine_copy).await?;
             Ok::<_, NetworkError>(opened)
         });
-        let (changes, listeners) = update
-            .await
-            .map_err(|error| NetworkError::Namespace(io::Error::other(error)))??;
+        let (changes, listeners) = update.await.map_err(|_| NetworkError::Interrupted)??;
         // A pod is usable without forwarding, and without later changes of its network.
         let weak = Arc::downgrade(machine);
         let find_target: FindTarget = Arc::new(move || {
@@ -237,12 +235,15 @@ impl NetworkState {
         &self,
         forwarding: bool,
     ) -> Result<(ChangeSocket, io::Result<Option<ForwardListeners>>), NetworkError> {
-        let namespace = self.namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let namespace = self
+            .namespace
+            .try_clone()
+            .map_err(NetworkError::namespace("duplicate the descriptor of"))?;
         let opened = run_in_namespace(&self.namespace, move || {
             let listeners = forwarding.then(|| ForwardListeners::open(namespace.as_fd()));
             Ok::<_, NetlinkError>((ChangeSocket::open()?, listeners.transpose()))
         });
-        Ok(opened.await.map_err(NetworkError::Namespace)??)
+        Ok(opened.await??)
     }
 
     /// Reads the namespace's configuration, and passes on what the guest does not have. The next call retries what
@@ -264,7 +265,7 @@ impl NetworkState {
             parameters,
             new_links,
             has_resolver,
-        } = connected.map_err(NetworkError::Namespace)??;
+        } = connected??;
         // If one link cannot be plugged, the links before it are still configured.
         let plugged = self.plug(machine, new_links).await;
         self.probe(machine).await?;

@@ -1,7 +1,6 @@
 //! Runs code in another network namespace.
 
 use std::{
-    io,
     os::fd::{AsFd, OwnedFd},
     thread,
 };
@@ -9,21 +8,24 @@ use std::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::sync::oneshot;
 
+use super::error::NetworkError;
+
 /// Runs `work` in `namespace`, on a new thread that ends afterwards. Sockets that `work` opens stay in the namespace.
 pub(super) async fn run_in_namespace<T: Send + 'static>(
     namespace: &OwnedFd,
     work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<T> {
-    let namespace = namespace.try_clone()?;
+) -> Result<T, NetworkError> {
+    let namespace = namespace
+        .try_clone()
+        .map_err(NetworkError::namespace("duplicate the descriptor of"))?;
     let (sender, receiver) = oneshot::channel();
-    thread::Builder::new().name("network".to_owned()).spawn(move || {
+    let thread = thread::Builder::new().name("network".to_owned()).spawn(move || {
         let entered = move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
         drop(namespace);
         // The receiver may have been dropped.
         let _ = sender.send(entered.map(|()| work()));
-    })?;
-    let done = receiver
-        .await
-        .map_err(|_| io::Error::other("the thread for a network namespace panicked"))?;
-    Ok(done?)
+    });
+    thread.map_err(NetworkError::namespace("start a thread for"))?;
+    let done = receiver.await.map_err(|_| NetworkError::Interrupted)?;
+    done.map_err(NetworkError::namespace("enter"))
 }

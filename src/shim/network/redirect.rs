@@ -28,9 +28,11 @@ pub(super) struct Redirect {
 }
 
 impl Redirect {
-    /// Redirects packets from one link to another. Both are interface indexes.
-    pub(super) fn install(netlink: &mut NetlinkSocket, from: u32, to: u32) -> Result<Self, NetlinkError> {
-        let created = netlink.change("add an ingress qdisc to a link", qdisc(from), NLM_F_CREATE | NLM_F_EXCL);
+    /// Redirects packets from one link to another. Both are interface indexes, and one of them is that of the pod's
+    /// link `name`.
+    pub(super) fn install(netlink: &mut NetlinkSocket, name: &str, from: u32, to: u32) -> Result<Self, NetlinkError> {
+        let action = format!("add an ingress qdisc for {name} or its tap device");
+        let created = netlink.change(&action, qdisc(from), NLM_F_CREATE | NLM_F_EXCL);
         let owns_qdisc = match created {
             Ok(()) => true,
             Err(error) if error.errno() == Some(libc::EEXIST) => {
@@ -46,7 +48,8 @@ impl Redirect {
             Err(error) => return Err(error),
         };
         let redirect = Self { from, owns_qdisc };
-        match netlink.change("redirect a link's packets", filter(from, to), NLM_F_CREATE | NLM_F_EXCL) {
+        let action = format!("redirect packets between {name} and its tap device");
+        match netlink.change(&action, filter(from, to), NLM_F_CREATE | NLM_F_EXCL) {
             Ok(()) => Ok(redirect),
             Err(error) => {
                 // The first error is the one to report.

@@ -98,11 +98,8 @@ pub(super) fn bring_up(netlink: &mut NetlinkSocket, index: u32, link: &Link) -> 
     let no_address = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(
         In6AddrGenMode::None,
     )])]);
-    match netlink.change(
-        "disable IPv6 addresses of a tap device",
-        set_link(index, vec![no_address]),
-        0,
-    ) {
+    let action = format!("disable IPv6 addresses of the tap device for {}", link.name);
+    match netlink.change(&action, set_link(index, vec![no_address]), 0) {
         // This namespace has no IPv6, or the MTU is too small for it.
         Err(error) if [Some(libc::EAFNOSUPPORT), Some(libc::EINVAL)].contains(&error.errno()) => {}
         other => other?,

@@ -24,14 +24,17 @@ pub(crate) enum PodError {
     #[error("cannot create the disk {} of the root file system: {reason}", path.display())]
     NewDisk { path: PathBuf, reason: String },
     /// Every disk slot is taken.
-    #[error("the pod's virtual machine has no slot left for another disk: at most {max} at a time")]
+    #[error(
+        "the pod's virtual machine has no slot left for another disk: at most {max} at a time. Run fewer containers in the \
+         pod, or use the snapshotter overlayfs"
+    )]
     NoSlot { max: u32 },
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]
     Network(#[from] NetworkError),
     /// The machine was started without a file server.
-    #[error("the virtual machine shares no directories with its host")]
+    #[error("cannot share files with the virtual machine: it has no file server")]
     NotShared,
     /// The pod has ended meanwhile.
     #[error("the pod has ended")]

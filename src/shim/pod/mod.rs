@@ -473,7 +473,7 @@ impl Pod {
     /// called again after a failure, for the same namespace.
     pub(crate) async fn connect_network(&self, pid: u32, forwarding: bool) -> Result<(), PodError> {
         let path = format!("/proc/{pid}/ns/net");
-        let namespace = open_network_namespace(Path::new(&path)).map_err(NetworkError::Namespace)?;
+        let namespace = open_network_namespace(Path::new(&path)).map_err(NetworkError::namespace("open"))?;
         let network = {
             let mut network = self.network.lock();
             let new = || Arc::new(Network::new(namespace, self.size.boot.vcpus.into()));

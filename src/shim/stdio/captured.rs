@@ -38,7 +38,11 @@ struct CapturedOutput {
 /// Why standard input was not read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InputError {
-    #[error("standard input has more than {} MiB, which is the maximum for a process in a virtual machine", .0 >> 20)]
+    #[error(
+        "standard input has more than {} MiB, the maximum with the QEMU guest agent: pass less, or run nutshell's agent in \
+         the guest",
+        .0 >> 20
+    )]
     TooLong(u64),
     #[error("cannot read standard input: {0}")]
     Read(#[from] io::Error),

@@ -235,7 +235,7 @@ impl Tasks {
         if let Some(machine) = &container.virtual_machine {
             // Other limits, such as CPU time, hold by the pod's control group on the host, which the kubelet changes.
             if after != before {
-                set_limits_of_virtual_machine(machine, before, after).await?;
+                set_limits_of_virtual_machine(&container.id, machine, before, after).await?;
                 container.set_limits(after);
             }
             return Ok(());

@@ -90,10 +90,10 @@ impl Tasks {
         }
         let exit = tokio::time::timeout(EXIT_LIMIT, process.lifecycle.wait_exit());
         if exit.await.is_err() {
-            container
-                .pod
-                .machine()
-                .kill("the guest did not report the end of a container that was killed");
+            container.pod.machine().kill(&format!(
+                "the guest did not report the end of container {}, which was killed",
+                container.id
+            ));
             process.lifecycle.wait_exit().await;
         }
         Ok(())
@@ -106,7 +106,7 @@ impl Tasks {
         }
         if let Some(machine) = &container.virtual_machine {
             container.pod.machine().ended().await;
-            machine.release(DRAIN_LIMIT).await;
+            machine.release(&container.id, DRAIN_LIMIT).await;
         }
         for exec in container.all_execs() {
             exec.release_pid();

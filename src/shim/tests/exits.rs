@@ -198,7 +198,8 @@ async fn guest_that_is_never_ready_is_killed_and_its_console_reported() {
     let (_, text) = error_of(shim.task.create(context::Context::default(), &shim.request("c1")).await);
     assert_eq!(
         text,
-        "OCI runtime create failed: the guest did not become ready: it made no progress for 0.3 s; \
+        "OCI runtime create failed: the guest did not become ready: it made no progress for 0.3 s: if this host is slow, raise \
+         ready_timeout_seconds in section [guest] of the configuration; \
          the end of the guest's console:\nLinux version\nno init"
     );
     assert!(!process_exists(shim.fake.vmm_pid()));

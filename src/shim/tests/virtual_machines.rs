@@ -316,7 +316,7 @@ async fn disk_without_a_kernel_fails_the_creation_and_leaves_nothing() {
     let (code, text) = error_of(created);
     assert_eq!(code, Code::UNKNOWN);
     assert!(
-        text.contains("no kernel to boot was found on the disk: disk slot 0: no boot loader"),
+        text.contains("the disk /disk/root.img: no kernel to boot was found: disk slot 0: no boot loader"),
         "{text}"
     );
     assert_eq!(error_of(shim.state("v1", "").await).0, Code::NOT_FOUND);
@@ -386,7 +386,7 @@ async fn image_without_a_disk_is_a_container() {
     std::fs::remove_dir_all(shim.folder.path().join("c1/rootfs/disk")).unwrap();
     // Without a file server, the root of a container must be a disk.
     let (_, text) = error_of(shim.task.create(context::Context::default(), &request).await);
-    assert!(text.contains("shares no directories"), "{text}");
+    assert!(text.contains("it has no file server"), "{text}");
 }
 
 /// Changes the memory limit of `v1` to so many MiB.

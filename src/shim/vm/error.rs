@@ -2,16 +2,9 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::seed::SeedError;
-use crate::{
-    control::ControlError,
-    shim::{
-        blocking::BlockingError,
-        machine::{AgentError, MachineExit},
-        network::NetworkError,
-        pod::PodError,
-        share::ShareError,
-    },
+use super::{kernel::DiskKernelError, seed::SeedError};
+use crate::shim::{
+    blocking::BlockingError, machine::MachineExit, network::NetworkError, pod::PodError, share::ShareError,
 };
 
 /// Why a virtual machine cannot be created or booted.
@@ -38,9 +31,8 @@ pub(crate) enum VmError {
     },
     #[error("cannot read {path}: {reason}")]
     HostBoot { path: &'static str, reason: String },
-    /// The identity of the container's user cannot be assumed.
-    #[error("cannot open files as the container's user: {0}")]
-    User(#[source] io::Error),
+    #[error("cannot take the user {uid} and group {gid} of the container, to open its files: {source}")]
+    User { uid: u32, gid: u32, source: io::Error },
     #[error(transparent)]
     Seed(#[from] SeedError),
     #[error("cannot read {}: {source}", path.display())]
@@ -58,17 +50,15 @@ pub(crate) enum VmError {
     /// The machine of the disk reader ended.
     #[error("cannot read the disk {}: {exit}", path.display())]
     Reader { path: PathBuf, exit: Arc<MachineExit> },
-    /// No kernel was found, or it could not be sent.
-    #[error("no kernel to boot was found on the disk: {0}")]
-    NoKernel(#[source] AgentError),
-    #[error("the kernel of the disk: {0}")]
-    Kernel(String),
-    #[error("the kernel of the disk: cannot {step}: {source}")]
-    KernelMemory { step: &'static str, source: io::Error },
-    #[error("cannot receive the kernel of the disk: {0}")]
-    Stream(#[from] ControlError),
-    #[error("cannot duplicate the descriptor of a disk or of a kernel: {0}")]
-    Descriptors(#[source] io::Error),
+    #[error("the disk {}: {source}", path.display())]
+    DiskKernel { path: PathBuf, source: DiskKernelError },
+    /// A bug: a boot must follow [`find_kernel`](super::VirtualMachine::find_kernel).
+    #[error("the kernel of the disk was not read again before this boot")]
+    NotRead,
+    #[error("cannot duplicate the descriptor of the disk {serial}: {source}")]
+    DiskDescriptor { serial: String, source: io::Error },
+    #[error("cannot duplicate the descriptors of the kernel: {0}")]
+    KernelDescriptors(#[source] io::Error),
     #[error("cannot prepare the streams of the console: {0}")]
     Console(#[source] io::Error),
     #[error("cannot connect the port of the guest agent: {0}")]
@@ -85,10 +75,4 @@ pub(crate) enum VmError {
     /// The machine could not be built.
     #[error("the virtual machine did not start: {0}")]
     Start(Arc<MachineExit>),
-}
-
-impl From<rustix::io::Errno> for VmError {
-    fn from(errno: rustix::io::Errno) -> Self {
-        Self::User(errno.into())
-    }
 }

@@ -160,9 +160,9 @@ impl VirtualMachine {
 
     /// Changes the memory of the guest to `memory` bytes, a result of [`PodSize::memory_of_virtual_machine`]. Returns
     /// when the guest's kernel has added or removed the memory. If it does not do so in time, the guest keeps its size.
-    pub(crate) async fn set_memory(&self, memory: u64) -> Result<(), MemoryError> {
+    pub(crate) async fn set_memory(&self, id: &ContainerId, memory: u64) -> Result<(), MemoryError> {
         let running = || self.running.lock().clone();
-        self.memory.set(running, self.size.boot.vcpus, memory).await
+        self.memory.set(id, running, self.size.boot.vcpus, memory).await
     }
 
     pub(crate) fn on_reboot(&self) -> OnReboot {
@@ -177,8 +177,8 @@ impl VirtualMachine {
     pub(crate) fn disk_to_read(&self) -> Result<Option<BootDisk>, VmError> {
         let files = self.files()?;
         match (&files.kernel, files.disks.first()) {
-            (KernelSource::Disk, Some((_, disk))) if self.boot_files.lock().is_none() => {
-                disk.for_machine(true).map(Some).map_err(VmError::Descriptors)
+            (KernelSource::Disk, Some((serial, disk))) if self.boot_files.lock().is_none() => {
+                disk.for_machine(true).map(Some).map_err(disk_descriptor_error(serial))
             }
             _ => Ok(None),
         }
@@ -211,7 +211,7 @@ impl VirtualMachine {
         let found = read_disk_kernel(reader, disk.path(), ready_timeout).await?;
         log::info!("task {id}: the disk's kernel was found in {}", found.source());
         if let Some(entry) = cache_entry {
-            store_in_background(id, entry, found.try_clone().map_err(VmError::Descriptors)?);
+            store_in_background(id, entry, found.try_clone().map_err(VmError::KernelDescriptors)?);
         }
         *self.boot_files.lock() = Some(found);
         Ok(())
@@ -233,11 +233,11 @@ impl VirtualMachine {
 
     /// Closes the disk and the streams of the console after the end of the machine. A client has `limit` to read the
     /// last output.
-    pub(crate) async fn release(&self, limit: Duration) {
+    pub(crate) async fn release(&self, id: &ContainerId, limit: Duration) {
         let files = self.files.lock().take();
         // The close of a file can block on a network file system.
         if let Err(error) = blocking::run("close the disks of a virtual machine", move || drop(files)).await {
-            log::warn!("{error}");
+            log::warn!("task {id}: {error}");
         }
         if let Some(console) = self.console.get() {
             console.close(limit).await;
@@ -287,14 +287,14 @@ impl VirtualMachine {
         let files = self.files()?;
         let boot_files = match &files.kernel {
             KernelSource::Disk => self.boot_files.lock().take(),
-            KernelSource::Files(files) => Some(files.try_clone().map_err(VmError::Descriptors)?),
+            KernelSource::Files(files) => Some(files.try_clone().map_err(VmError::KernelDescriptors)?),
         };
         let BootFiles {
             kernel,
             initramfs,
             command_line,
             ..
-        } = boot_files.ok_or_else(|| VmError::Kernel("it was not read again before this boot".to_owned()))?;
+        } = boot_files.ok_or(VmError::NotRead)?;
         let (console_input, console_output) = match self.console.get() {
             Some(console) => console.for_machine().map_err(VmError::Console)?,
             None => (None, None),
@@ -308,7 +308,7 @@ impl VirtualMachine {
         };
         let links = self.links.lock().as_ref().map(MachineLinks::for_machine);
         let disks = files.disks.iter().map(|(serial, disk)| {
-            let disk = disk.for_machine(false).map_err(VmError::Descriptors)?;
+            let disk = disk.for_machine(false).map_err(disk_descriptor_error(serial))?;
             Ok((serial.clone(), disk))
         });
         let mut disks = disks.collect::<Result<Vec<_>, VmError>>()?;
@@ -492,6 +492,13 @@ impl VirtualMachine {
             true => Err(VmError::Ended),
             false => Ok(()),
         }
+    }
+}
+
+fn disk_descriptor_error(serial: &str) -> impl FnOnce(io::Error) -> VmError {
+    |source| VmError::DiskDescriptor {
+        serial: serial.to_owned(),
+        source,
     }
 }
 

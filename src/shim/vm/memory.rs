@@ -4,7 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 
-use crate::shim::machine::{Machine, VmmError};
+use crate::{
+    oci::ContainerId,
+    shim::machine::{Machine, VmmError},
+};
 
 /// How long the guest's kernel may take to add or remove memory.
 const PLUG_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
@@ -86,6 +89,7 @@ impl MachineMemory {
     /// calls run one after the other.
     pub(super) async fn set(
         &self,
+        id: &ContainerId,
         running: impl FnOnce() -> Option<Arc<Machine>>,
         vcpus: u8,
         memory: u64,
@@ -123,7 +127,12 @@ impl MachineMemory {
             if let Err(error) = change.await {
                 // A slow vmm or guest could complete the change later, and then have another size than is recorded.
                 if let Err(error) = machine.resize(before, vcpus).await {
-                    log::warn!("cannot undo a change of the memory of a virtual machine: {error}");
+                    log::warn!(
+                        "task {id}: the guest may keep {} MiB instead of {} MiB: cannot undo a change of its memory: \
+                         {error}",
+                        memory >> 20,
+                        current >> 20
+                    );
                 }
                 return Err(error);
             }

@@ -150,11 +150,13 @@ impl<'a> RawFile<'a> {
             Lock::Shared => OFlags::RDONLY,
             Lock::Exclusive => OFlags::RDWR,
         };
-        let opened = as_user(user, || match self.volume {
-            Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
-            None => open_regular(CWD, &self.path, ResolveFlags::empty(), access),
-        });
-        let file = opened.map_err(|error| cannot_open(disk, &self.path, user, error))?;
+        let file = as_user(user, || {
+            let opened = match self.volume {
+                Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
+                None => open_regular(CWD, &self.path, ResolveFlags::empty(), access),
+            };
+            opened.map_err(|error| cannot_open(disk, &self.path, user, error))
+        })?;
         lock_disk(disk, &file, &self.path, kind)?;
         Ok(file)
     }
@@ -308,11 +310,12 @@ fn create_blank(disk: &VmDisk, volume: &OwnedFd, user: &FileUser) -> Result<(), 
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let shown = Path::new("/disks").join(disk.name.as_str()).join("disk.img");
     let mode = Mode::RUSR | Mode::WUSR;
-    let create = || Ok(rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH)?);
-    match as_user(user, create) {
-        Ok(_) | Err(OpenError::System(Errno::EXIST)) => Ok(()),
-        Err(error) => Err(cannot_open(disk, &shown, user, error)),
-    }
+    as_user(user, || {
+        match rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH) {
+            Ok(_) | Err(Errno::EXIST) => Ok(()),
+            Err(error) => Err(cannot_open(disk, &shown, user, error.into())),
+        }
+    })
 }
 
 /// Opens a raw disk, and makes it sparse with `size` bytes if it is empty: it is new, or an earlier shim ended before
@@ -375,23 +378,28 @@ fn open_block_device(disk: &VmDisk, major: u32, minor: u32) -> Result<OpenedDisk
 }
 
 /// Runs `open` with the permissions of a user: on a new thread with the user's file system ids.
-pub(super) fn as_user<T: Send, E: From<Errno> + Send>(
+pub(super) fn as_user<T: Send>(
     user: &FileUser,
-    open: impl FnOnce() -> Result<T, E> + Send,
-) -> Result<T, E> {
+    open: impl FnOnce() -> Result<T, VmError> + Send,
+) -> Result<T, VmError> {
     if *user == FileUser::default() {
         return open();
     }
+    let failed = |source| VmError::User {
+        uid: user.uid,
+        gid: user.gid,
+        source,
+    };
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .name("open as user".to_owned())
             .spawn_scoped(scope, || {
-                set_file_system_ids(user)?;
+                set_file_system_ids(user).map_err(|errno| failed(errno.into()))?;
                 open()
             });
         match thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN).into()),
+            Err(error) => Err(failed(error)),
         }
     })
 }

@@ -19,8 +19,8 @@ impl Machine {
         &self,
         on_event: impl FnMut(Event) + Send + 'static,
     ) -> Result<(Agent, impl Future<Output = String> + Send + 'static), ControlError> {
-        let (shim_end, guest_end) = UnixStream::pair().map_err(ControlError::Socket)?;
-        let (agent, end) = Agent::start(shim_end, on_event).map_err(ControlError::Socket)?;
+        let (shim_end, guest_end) = UnixStream::pair().map_err(ControlError::Stream)?;
+        let (agent, end) = Agent::start(shim_end, on_event).map_err(ControlError::Stream)?;
         // An agent that has only ended one direction of its stream still has the port.
         self.control
             .send(&Command::CloseStream { port: AGENT_PORT }, &[])

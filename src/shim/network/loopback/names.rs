@@ -145,7 +145,7 @@ async fn relay(mut queries: OwnedReadHalf, answers: OwnedWriteHalf, namespace: A
 async fn answer(query: NameQuery, answers: &Mutex<OwnedWriteHalf>, namespace: &OwnedFd) -> io::Result<()> {
     let id = query.id;
     let asked = run_in_namespace(namespace, move || ask(DOCKER_RESOLVER, query.tcp, &query.message));
-    let message = asked.await??;
+    let message = asked.await.map_err(io::Error::other)??;
     let frame = encode(&NameAnswer { id, message }, MAX_NAME_FRAME).map_err(io::Error::other)?;
     // Ends when the vmm has closed the stream, whether the guest reads or not.
     answers.lock().await.write_all(&frame).await

@@ -55,12 +55,14 @@ impl MachineLinks {
             taps: Vec::new(),
             configured: Vec::new(),
         };
-        let copy = namespace.try_clone().map_err(NetworkError::Namespace)?;
+        let copy = namespace
+            .try_clone()
+            .map_err(NetworkError::namespace("duplicate the descriptor of"))?;
         let connected = run_in_namespace(&namespace, move || {
             let listeners = forwarding.then(|| ForwardListeners::open(copy.as_fd()));
             Ok::<_, NetworkError>((connect_new_links(&none, queues)?, listeners.transpose()))
         });
-        let (connected, listeners) = connected.await.map_err(NetworkError::Namespace)??;
+        let (connected, listeners) = connected.await??;
         // A pod is usable without forwarding.
         let listeners = listeners.unwrap_or_else(|error| {
             log::warn!("cannot forward connections to ports of the pod: {error}");

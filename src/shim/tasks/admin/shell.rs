@@ -21,6 +21,8 @@ use crate::{
     },
 };
 
+const CONTEXT: &str = "open a shell in the guest";
+
 impl Tasks {
     /// Starts a shell in the guest of the container `request.id`, and connects it to the client.
     ///
@@ -46,7 +48,8 @@ impl Tasks {
         let client = connect(request.socket).await?;
         let (pod, descriptor) = (&container.pod, client.as_fd());
         let opened = pod.machine().open_stream(Some(descriptor), Some(descriptor)).await;
-        let mut stream = opened.map_err(|error| TaskError::new(ErrorCode::Unavailable, error.to_string()))?;
+        let mut stream =
+            opened.map_err(|error| TaskError::new(ErrorCode::Unavailable, error.to_string()).during(CONTEXT))?;
         log::info!("task {}: an administrator opens a shell in its guest", request.id);
         let open = Request::OpenShell(OpenShell {
             stream_port: stream.port(),
@@ -55,7 +58,7 @@ impl Tasks {
         });
         if let Err(error) = call_agent(pod, CREATE_LIMIT, pod.machine().agent().run(open)).await {
             pod.machine().close_stream(&stream).await;
-            return Err(error.during("open a shell in the guest"));
+            return Err(error.during(CONTEXT));
         }
         tokio::spawn(async move {
             stream.closed().await;

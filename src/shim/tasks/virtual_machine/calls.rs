@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nutshell_protocol::ContainerStats;
 
 use crate::{
-    oci::Limits,
+    oci::{ContainerId, Limits},
     shim::{
         error::{ErrorCode, TaskError},
         tasks::{
@@ -72,6 +72,7 @@ pub(in crate::shim::tasks) fn virtual_machine_stats(
 
 /// Update: changes the memory of the guest. The vCPUs of a virtual machine are those with which it has booted.
 pub(in crate::shim::tasks) async fn set_limits_of_virtual_machine(
+    id: &ContainerId,
     machine: &VirtualMachine,
     before: Limits,
     after: Limits,
@@ -79,7 +80,7 @@ pub(in crate::shim::tasks) async fn set_limits_of_virtual_machine(
     let memory = machine.size().memory_of_virtual_machine(before, after);
     let memory = memory.map_err(|reason| TaskError::new(ErrorCode::FailedPrecondition, reason))?;
     let Some(memory) = memory else { return Ok(()) };
-    machine.set_memory(memory).await.map_err(|error| {
+    machine.set_memory(id, memory).await.map_err(|error| {
         let text = format!("cannot change the memory of the guest to {} MiB: {error}", memory >> 20);
         TaskError::new(ErrorCode::FailedPrecondition, text)
     })

@@ -47,7 +47,7 @@ impl Tasks {
                     pod.machine().stop("its virtual machine could not be created");
                     pod.machine().ended().await;
                 }
-                machine.release(DRAIN_LIMIT).await;
+                machine.release(&request.id, DRAIN_LIMIT).await;
                 Err(error.during(CREATE_CONTEXT))
             }
         }

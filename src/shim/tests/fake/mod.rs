@@ -214,7 +214,7 @@ impl Fake {
             self.wait_while_stopped();
             match received {
                 Ok((command, descriptors)) => self.execute(&control, command, descriptors),
-                Err(ControlError::Closed | ControlError::Socket(_)) => break,
+                Err(ControlError::Closed | ControlError::Socket { .. }) => break,
                 Err(error) => panic!("{error}"),
             }
         }

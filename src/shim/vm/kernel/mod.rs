@@ -10,12 +10,13 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
+use nutshell_protocol::{DiskKernel, Failure, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
 
 pub(crate) use self::cache::{CacheEntry, KernelCache};
 use super::{error::VmError, regular_file::open_regular, volumes::as_user};
 use crate::{
+    control::ControlError,
     oci::FileUser,
     shim::{
         blocking::DropOffThread,
@@ -35,6 +36,21 @@ const DISK_SLOT: u32 = 0;
 
 /// The maximum length of the description of a kernel's source in the log, in characters.
 pub(super) const MAX_SOURCE: usize = 512;
+
+/// Why the kernel of a disk cannot be read or booted. The text continues one that names the disk.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskKernelError {
+    #[error("no kernel to boot was found: {}. Name one by the annotation io.containerd.nutshell.vm.kernel", .0.message)]
+    NotFound(Failure),
+    #[error("cannot read its kernel: {0}")]
+    Agent(#[source] AgentError),
+    #[error("its kernel cannot be booted: {0}. Name another one by the annotation io.containerd.nutshell.vm.kernel")]
+    Unusable(String),
+    #[error("cannot {step} for its kernel: {source}")]
+    Memory { step: &'static str, source: io::Error },
+    #[error("cannot receive its kernel: {0}")]
+    Stream(#[from] ControlError),
+}
 
 /// A kernel with its initramfs, ready to be booted.
 #[derive(Debug)]
@@ -96,17 +112,19 @@ pub(crate) async fn read_disk_kernel(
         exit,
     };
     machine.ready(ready_timeout).await.map_err(failed)?;
-    match tokio::time::timeout(READ_LIMIT, copy_kernel(machine)).await {
-        Ok(Err(VmError::NoKernel(AgentError::Gone))) => Err(failed(machine.ended().await)),
-        Ok(result) => result,
-        Err(_) => Err(VmError::Kernel(format!(
-            "it was not read within {} s",
-            READ_LIMIT.as_secs()
-        ))),
-    }
+    let source = match tokio::time::timeout(READ_LIMIT, copy_kernel(machine)).await {
+        Ok(Ok(files)) => return Ok(files),
+        Ok(Err(DiskKernelError::Agent(AgentError::Gone))) => return Err(failed(machine.ended().await)),
+        Ok(Err(error)) => error,
+        Err(_) => DiskKernelError::Unusable(format!("it was not read within {} s", READ_LIMIT.as_secs())),
+    };
+    Err(VmError::DiskKernel {
+        path: disk.to_owned(),
+        source,
+    })
 }
 
-async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
+async fn copy_kernel(machine: &Machine) -> Result<BootFiles, DiskKernelError> {
     let kernel = create_memory_file(c"kernel", MAX_DISK_KERNEL)?;
     let initramfs = create_memory_file(c"initrd", MAX_DISK_INITRD)?;
     let mut kernel_stream = machine.open_stream(None, Some(kernel.as_fd())).await?;
@@ -118,8 +136,9 @@ async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
     };
     let found = match machine.agent().request(request).await {
         Ok(Response::DiskKernel(found)) => found,
-        Ok(_) => return Err(VmError::NoKernel(AgentError::Unexpected)),
-        Err(error) => return Err(VmError::NoKernel(error)),
+        Ok(_) => return Err(DiskKernelError::Agent(AgentError::Unexpected)),
+        Err(AgentError::Failed(failure)) => return Err(DiskKernelError::NotFound(failure)),
+        Err(error) => return Err(DiskKernelError::Agent(error)),
     };
     let DiskKernel {
         kernel_size,
@@ -130,7 +149,7 @@ async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
     finish(machine, &mut kernel_stream, &kernel, kernel_size, "kernel").await?;
     finish(machine, &mut initramfs_stream, &initramfs, initrd_size, "initrd").await?;
     if kernel_size == 0 {
-        return Err(VmError::Kernel("its file is empty".to_owned()));
+        return Err(DiskKernelError::Unusable("its file is empty".to_owned()));
     }
     Ok(BootFiles {
         kernel: kernel.into(),
@@ -141,9 +160,9 @@ async fn copy_kernel(machine: &Machine) -> Result<BootFiles, VmError> {
 }
 
 /// A file in memory that cannot grow beyond `max_size` bytes.
-fn create_memory_file(name: &std::ffi::CStr, max_size: u64) -> Result<File, VmError> {
+fn create_memory_file(name: &std::ffi::CStr, max_size: u64) -> Result<File, DiskKernelError> {
     let failed = |step| {
-        move |errno: rustix::io::Errno| VmError::KernelMemory {
+        move |errno: rustix::io::Errno| DiskKernelError::Memory {
             step,
             source: errno.into(),
         }
@@ -162,22 +181,22 @@ async fn finish(
     file: &File,
     size: u64,
     what: &'static str,
-) -> Result<(), VmError> {
+) -> Result<(), DiskKernelError> {
     let max = file.metadata().map_or(0, |metadata| metadata.len());
     if size > max {
-        return Err(VmError::Kernel(format!(
+        return Err(DiskKernelError::Unusable(format!(
             "the {what} has {size} bytes, more than the maximum of {max}"
         )));
     }
     let drained = tokio::time::timeout(DRAIN_LIMIT, machine.drain_stream(stream, size)).await;
     machine.close_stream(stream).await;
     if drained.is_err() {
-        return Err(VmError::Kernel(format!(
+        return Err(DiskKernelError::Unusable(format!(
             "the {what} did not arrive within {} s",
             DRAIN_LIMIT.as_secs()
         )));
     }
-    file.set_len(size).map_err(|source| VmError::KernelMemory {
+    file.set_len(size).map_err(|source| DiskKernelError::Memory {
         step: "set the size of a file in memory",
         source,
     })
@@ -223,22 +242,24 @@ fn open_beneath(
     let root = rustix::fs::openat(CWD, directory, flags, Mode::empty())
         .map_err(|error| failed(io::Error::from(error).to_string()))?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let opened = as_user(user, || open_regular(&root, file, resolve, OFlags::RDONLY));
-    Ok(opened.map_err(|error| failed(error.to_string()))?.into())
+    let opened = as_user(user, || {
+        open_regular(&root, file, resolve, OFlags::RDONLY).map_err(|error| failed(error.to_string()))
+    });
+    Ok(opened?.into())
 }
 
 /// Checks a command line from a disk. It must not contain control characters, which could forge lines of the host's
 /// log.
-pub(super) fn check_command_line(line: String) -> Result<String, VmError> {
+pub(super) fn check_command_line(line: String) -> Result<String, DiskKernelError> {
     if line.len() > MAX_COMMAND_LINE {
-        return Err(VmError::Kernel(format!(
+        return Err(DiskKernelError::Unusable(format!(
             "its command line has {} bytes, more than the maximum of {MAX_COMMAND_LINE}",
             line.len()
         )));
     }
     match line.chars().find(|character| character.is_control()) {
         None => Ok(line),
-        Some(character) => Err(VmError::Kernel(format!(
+        Some(character) => Err(DiskKernelError::Unusable(format!(
             "its command line contains the control character {character:?}"
         ))),
     }
