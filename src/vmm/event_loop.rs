@@ -438,7 +438,8 @@ mod tests {
             ),
             (
                 channel_failed(&malformed),
-                "event loop: a packet of the control channel is malformed or too large",
+                "event loop: cannot decode a message from the control channel: Found a varint that didn't terminate. Is the \
+                 usize too big for this platform?",
             ),
             (
                 invalid_command("a second boot command"),

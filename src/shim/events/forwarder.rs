@@ -31,7 +31,8 @@ pub(crate) struct NoForwarder;
 impl Forwarder for NoForwarder {
     async fn forward(&mut self, envelope: Envelope) -> Result<(), ForwardError> {
         log::warn!(
-            "containerd passed neither TTRPC_ADDRESS nor -publish-binary: dropped an event with topic {}",
+            "containerd passed neither TTRPC_ADDRESS nor -publish-binary: dropped an event with topic {}, so containerd \
+             does not learn about it",
             envelope.topic
         );
         Ok(())

@@ -100,7 +100,7 @@ mod tests {
         let address = "/run/containerd/containerd.sock".to_owned();
         let queue = EventQueue::start("default", BinaryForwarder { program, address });
 
-        queue.publish(TaskStart::default());
+        queue.publish("c1", TaskStart::default());
         queue.flush(Duration::from_secs(20)).await;
 
         let text = std::fs::read(out).unwrap();

@@ -7,6 +7,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -56,15 +57,32 @@ struct Shared {
 /// Events that containerd does not have yet.
 #[derive(Debug, Default)]
 struct Pending {
-    envelopes: VecDeque<Envelope>,
+    events: VecDeque<PendingEvent>,
     /// Number of events that were removed from the front so far.
     removed: u64,
 }
 
+#[derive(Debug, Clone)]
+struct PendingEvent {
+    envelope: Envelope,
+    /// The id of the container, for messages.
+    container: String,
+}
+
+impl fmt::Display for PendingEvent {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "an event with topic {} of container {}",
+            self.envelope.topic, self.container
+        )
+    }
+}
+
 impl Pending {
-    fn pop(&mut self) -> Option<Envelope> {
+    fn pop(&mut self) -> Option<PendingEvent> {
         self.removed += 1;
-        self.envelopes.pop_front()
+        self.events.pop_front()
     }
 }
 
@@ -86,12 +104,17 @@ impl EventQueue {
         Self { shared }
     }
 
-    /// Appends an event.
-    pub(crate) fn publish(&self, event: impl Event) {
+    /// Appends an event of a container.
+    pub(crate) fn publish(&self, container: &str, event: impl Event) {
         let topic = event.topic();
         let event = match convert_to_any(Box::new(event)) {
             Ok(event) => event,
-            Err(error) => return log::error!("cannot encode an event with topic {topic}: {error}"),
+            Err(error) => {
+                return log::error!(
+                    "containerd does not learn about an event with topic {topic} of container {container}, because it \
+                     cannot be encoded: {error}"
+                );
+            }
         };
         let envelope = Envelope {
             timestamp: MessageField::some(SystemTime::now().into()),
@@ -102,18 +125,21 @@ impl EventQueue {
         };
         {
             let mut pending = self.shared.pending();
-            if is_optional(&envelope.topic) && pending.envelopes.len() >= OPTIONAL_CAPACITY {
+            if is_optional(&envelope.topic) && pending.events.len() >= OPTIONAL_CAPACITY {
                 return;
             }
-            if pending.envelopes.len() >= CAPACITY
+            if pending.events.len() >= CAPACITY
                 && let Some(oldest) = pending.pop()
             {
                 log::warn!(
-                    "containerd accepts no events and the queue is full: dropped an event with topic {}",
-                    oldest.topic
+                    "containerd accepts no events and the queue is full: dropped {oldest}, so containerd does not learn \
+                     about it"
                 );
             }
-            pending.envelopes.push_back(envelope);
+            pending.events.push_back(PendingEvent {
+                envelope,
+                container: container.to_owned(),
+            });
         }
         self.shared.added.notify_one();
     }
@@ -123,7 +149,7 @@ impl EventQueue {
         let empty = async {
             loop {
                 let emptied = self.shared.emptied.notified();
-                if self.shared.pending().envelopes.is_empty() {
+                if self.shared.pending().events.is_empty() {
                     return;
                 }
                 emptied.await;
@@ -154,27 +180,24 @@ async fn deliver(shared: Arc<Shared>, mut forwarder: impl Forwarder) {
     loop {
         let (next, removed) = {
             let pending = shared.pending();
-            (pending.envelopes.front().cloned(), pending.removed)
+            (pending.events.front().cloned(), pending.removed)
         };
-        let Some(envelope) = next else {
+        let Some(event) = next else {
             shared.emptied.notify_waiters();
             shared.added.notified().await;
             continue;
         };
         let (mut delay, mut refusals) = (MIN_RETRY_DELAY, 0);
-        while let Err(error) = forwarder.forward(envelope.clone()).await {
+        while let Err(error) = forwarder.forward(event.envelope.clone()).await {
             if matches!(error, ForwardError::Refused(_)) {
                 refusals += 1;
                 if refusals == MAX_REFUSALS {
-                    log::error!("dropped an event with topic {}: {error}", envelope.topic);
+                    log::error!("dropped {event}, so containerd does not learn about it: {error}");
                     break;
                 }
             }
             if delay == MIN_RETRY_DELAY {
-                log::warn!(
-                    "cannot forward an event with topic {} to containerd, trying again: {error}",
-                    envelope.topic
-                );
+                log::warn!("cannot forward {event} to containerd, trying again: {error}");
             }
             tokio::time::sleep(delay).await;
             delay = (delay * 2).min(MAX_RETRY_DELAY);
@@ -234,7 +257,7 @@ mod tests {
     async fn failed_event_is_retried_before_the_next_one() {
         let (queue, results, mut attempted) = queue();
         for id in ["a", "b", "c"] {
-            queue.publish(start_event(id));
+            queue.publish(id, start_event(id));
         }
         let away = || Err(ForwardError::Unreachable("away".to_owned()));
         for result in [Ok(()), away(), away(), Ok(()), Ok(())] {
@@ -248,14 +271,14 @@ mod tests {
 
         assert_eq!(order, ["a", "b", "b", "b", "c"]);
         queue.flush(Duration::from_secs(1)).await;
-        assert!(queue.shared.pending().envelopes.is_empty());
+        assert!(queue.shared.pending().events.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn refused_event_does_not_block_the_next_one() {
         let (queue, results, mut attempted) = queue();
-        queue.publish(start_event("refused"));
-        queue.publish(start_event("next"));
+        queue.publish("c1", start_event("refused"));
+        queue.publish("c1", start_event("next"));
         for _ in 0..MAX_REFUSALS {
             results.send(Err(ForwardError::Refused("invalid".to_owned()))).unwrap();
         }
@@ -266,16 +289,16 @@ mod tests {
         }
         assert_eq!(attempted.recv().await.unwrap(), "next");
         queue.flush(Duration::from_secs(1)).await;
-        assert!(queue.shared.pending().envelopes.is_empty());
+        assert!(queue.shared.pending().events.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn full_queue_drops_the_oldest_event() {
         let (queue, results, mut attempted) = queue();
         for number in 0..CAPACITY + 10 {
-            queue.publish(start_event(&number.to_string()));
+            queue.publish("c1", start_event(&number.to_string()));
         }
-        assert_eq!(queue.shared.pending().envelopes.len(), CAPACITY);
+        assert_eq!(queue.shared.pending().events.len(), CAPACITY);
         results.send(Ok(())).unwrap();
         assert_eq!(attempted.recv().await.unwrap(), "10");
     }
@@ -283,10 +306,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn event_dropped_during_its_delivery_removes_no_other_event() {
         let (queue, results, mut attempted) = queue();
-        queue.publish(start_event("first"));
+        queue.publish("c1", start_event("first"));
         assert_eq!(attempted.recv().await.unwrap(), "first");
         for number in 0..CAPACITY {
-            queue.publish(start_event(&number.to_string()));
+            queue.publish("c1", start_event(&number.to_string()));
         }
         results.send(Ok(())).unwrap();
         assert_eq!(attempted.recv().await.unwrap(), "0");
@@ -296,18 +319,18 @@ mod tests {
     async fn flood_of_optional_events_leaves_room_for_exits() {
         let (queue, _results, _attempted) = queue();
         for _ in 0..CAPACITY * 2 {
-            queue.publish(TaskOOM::default());
+            queue.publish("c1", TaskOOM::default());
         }
-        assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY);
-        queue.publish(TaskExit::default());
-        assert_eq!(queue.shared.pending().envelopes.len(), OPTIONAL_CAPACITY + 1);
+        assert_eq!(queue.shared.pending().events.len(), OPTIONAL_CAPACITY);
+        queue.publish("c1", TaskExit::default());
+        assert_eq!(queue.shared.pending().events.len(), OPTIONAL_CAPACITY + 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn flush_gives_up_at_its_limit() {
         let (queue, _results, _attempted) = queue();
-        queue.publish(start_event("a"));
+        queue.publish("c1", start_event("a"));
         queue.flush(Duration::from_secs(2)).await;
-        assert_eq!(queue.shared.pending().envelopes.len(), 1);
+        assert_eq!(queue.shared.pending().events.len(), 1);
     }
 }

@@ -164,7 +164,7 @@ mod tests {
         };
         let queue = EventQueue::start("k8s.io", TtrpcForwarder::new(&address));
 
-        queue.publish(start_event("before"));
+        queue.publish("c1", start_event("before"));
         let mut server = serve().await;
         let envelope = received.recv().await.unwrap();
         assert_eq!(envelope.topic, "/tasks/start");
@@ -173,7 +173,7 @@ mod tests {
 
         server.shutdown().await.unwrap();
         drop(server);
-        queue.publish(start_event("between"));
+        queue.publish("c1", start_event("between"));
         let _server = serve().await;
         let event = TaskStart::parse_from_bytes(&received.recv().await.unwrap().event.value).unwrap();
         assert_eq!(event.container_id, "between");

@@ -50,11 +50,11 @@ pub(crate) enum AgentError {
     #[error("the agent of the virtual machine is gone")]
     Gone,
     /// The request is larger than the protocol allows.
-    #[error("the request is too large: {0}")]
-    TooLarge(String),
+    #[error("the request to {request} is too large: {reason}: make the container's spec smaller")]
+    TooLarge { request: String, reason: String },
     /// The response is of another kind than the request.
-    #[error("the agent of the virtual machine sent an unexpected kind of response")]
-    Unexpected,
+    #[error("the agent of the virtual machine answered the request to {request} with a response of another kind")]
+    Unexpected { request: String },
 }
 
 /// The client. Clones share one stream.
@@ -166,8 +166,12 @@ impl Agent {
     /// sent as a whole.
     pub(crate) async fn request(&self, request: Request) -> Result<Response, AgentError> {
         let id = self.shared.last_id.fetch_add(1, Ordering::Relaxed) + 1;
-        let frame =
-            encode(&ToAgent { id, request }, MAX_TO_AGENT).map_err(|error| AgentError::TooLarge(error.to_string()))?;
+        let message = ToAgent { id, request };
+        let frame = encode(&message, MAX_TO_AGENT).map_err(|error| AgentError::TooLarge {
+            request: describe_request(&message.request),
+            reason: error.to_string(),
+        })?;
+        drop(message);
         let (sender, response) = oneshot::channel();
         self.shared
             .pending()
@@ -185,20 +189,29 @@ impl Agent {
         }
     }
 
+    /// Sends a request whose response has the value that `extract` returns.
+    pub(crate) async fn ask<T>(
+        &self,
+        request: Request,
+        extract: impl FnOnce(Response) -> Option<T>,
+    ) -> Result<T, AgentError> {
+        let description = describe_request(&request);
+        extract(self.request(request).await?).ok_or(AgentError::Unexpected { request: description })
+    }
+
     /// Sends a request whose response is [`Response::Done`].
     pub(crate) async fn run(&self, request: Request) -> Result<(), AgentError> {
-        match self.request(request).await? {
-            Response::Done => Ok(()),
-            _ => Err(AgentError::Unexpected),
-        }
+        self.ask(request, |response| matches!(response, Response::Done).then_some(()))
+            .await
     }
 
     /// Sends a request that creates a process. Returns the process's pid in the guest.
     pub(crate) async fn create(&self, request: Request) -> Result<u32, AgentError> {
-        match self.request(request).await? {
-            Response::Created { pid } => Ok(pid),
-            _ => Err(AgentError::Unexpected),
-        }
+        let created = |response| match response {
+            Response::Created { pid } => Some(pid),
+            _ => None,
+        };
+        self.ask(request, created).await
     }
 }
 
@@ -270,6 +283,45 @@ async fn write(mut writer: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) 
             // The reader sees the same failure and reports it.
             return;
         }
+    }
+}
+
+/// What a request is for: a verb with its object, as in "the agent did not answer the request to …".
+pub(crate) fn describe_request(request: &Request) -> String {
+    let of_process = |verb: &str, container: &str, exec: Option<&str>| match exec {
+        Some(exec) => format!("{verb} exec {exec} of container {container}"),
+        None => format!("{verb} container {container}"),
+    };
+    match request {
+        Request::SetUpPod(_) => "set up the pod".to_owned(),
+        Request::CreateContainer(create) => of_process("create", &create.container, None),
+        Request::StartContainer { container } => of_process("start", container, None),
+        Request::StartExec(start) => of_process("start", &start.container, Some(&start.exec)),
+        Request::Signal { container, exec, .. } => of_process("signal", container, exec.as_deref()),
+        Request::Resize { container, exec, .. } => of_process("resize the terminal of", container, exec.as_deref()),
+        Request::Processes { container } => of_process("list the processes of", container, None),
+        Request::Stats { container } => of_process("read the resource usage of", container, None),
+        Request::Update { container, .. } => of_process("update", container, None),
+        Request::Pause { container } => of_process("pause", container, None),
+        Request::Resume { container } => of_process("resume", container, None),
+        Request::BlockedThreads { container, exec } => {
+            of_process("list the blocked threads of", container, exec.as_deref())
+        }
+        Request::AbandonContainer { container } => of_process("abandon", container, None),
+        Request::DeleteContainer { container } => of_process("delete", container, None),
+        Request::ConfigureGuest(_) => "apply the settings of the node".to_owned(),
+        Request::SetClock { .. } => "set the clock".to_owned(),
+        Request::SteerClock(_) => "change the rate of the clock".to_owned(),
+        Request::ReadClock => "read the clock".to_owned(),
+        Request::ProbeNetworkDevices { .. } => "find its network devices".to_owned(),
+        Request::ReleaseDisk { slot } => format!("release the disk in disk slot {slot}"),
+        Request::FindDiskKernel { slot, .. } => format!("find the kernel on the disk in disk slot {slot}"),
+        Request::ResizeMachine { vcpus, .. } => format!("use {vcpus} vCPUs"),
+        Request::ConfigureNetwork { .. } => "configure its network".to_owned(),
+        Request::ForwardConnection { .. } => "forward a connection".to_owned(),
+        Request::OpenShell(_) => "open a shell".to_owned(),
+        Request::RelayNames { .. } => "relay DNS queries".to_owned(),
+        Request::Shutdown => "write back its file systems".to_owned(),
     }
 }
 
@@ -472,7 +524,11 @@ pub(super) mod tests {
             peer.send(&FromAgent::Reply(Reply { id, result }));
             peer
         });
-        assert_eq!(agent.run(start("a")).await, Err(AgentError::Unexpected));
+        let error = agent.run(start("a")).await.unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the agent of the virtual machine answered the request to start container a with a response of another kind"
+        );
         answering.await.unwrap();
     }
 }

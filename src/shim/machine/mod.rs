@@ -38,7 +38,7 @@ use tokio::{sync::oneshot, time::Instant};
 #[cfg(any(test, fuzzing))]
 pub(crate) use self::monitor::fuzz::receive_notices;
 pub(crate) use self::{
-    agent::{Agent, AgentError},
+    agent::{Agent, AgentError, describe_request},
     boot::{
         BootDisk, BootError, BootRequest, DiskFile, DiskImage, GuestResources, JoinedDiskFile, PlainDisk,
         UserBootRequest, open_agent_disk, open_disk, open_kvm,

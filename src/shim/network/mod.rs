@@ -349,14 +349,17 @@ impl NetworkState {
             return Ok(());
         }
         let slots = self.unprobed.iter().map(|(_, slot)| *slot).collect();
-        match within_limit(machine.agent().request(Request::ProbeNetworkDevices { slots })).await? {
-            Response::InterfaceIndexes(indexes) if indexes.len() == self.unprobed.len() => {
-                self.links.extend(self.unprobed.drain(..).map(|(link, _)| link));
-                self.guest_indexes.extend(indexes);
-                Ok(())
-            }
-            _ => Err(AgentError::Unexpected.into()),
-        }
+        let count = self.unprobed.len();
+        let probed = machine
+            .agent()
+            .ask(Request::ProbeNetworkDevices { slots }, |response| match response {
+                Response::InterfaceIndexes(indexes) if indexes.len() == count => Some(indexes),
+                _ => None,
+            });
+        let indexes = within_limit(probed).await?;
+        self.links.extend(self.unprobed.drain(..).map(|(link, _)| link));
+        self.guest_indexes.extend(indexes);
+        Ok(())
     }
 
     async fn remove_redirects(&mut self) {

@@ -2,16 +2,26 @@
 
 use std::{future::Future, time::Duration};
 
-use nutshell_protocol::FailureKind;
+use nutshell_protocol::{FailureKind, Request};
 
 use super::limits::END_REASON_LIMIT;
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    machine::AgentError,
+    machine::{AgentError, describe_request},
     pod::Pod,
 };
 
-/// Waits for `response` of the agent of `pod`, for at most `limit`.
+/// Sends a request to the agent of `pod`, and waits for at most `limit` until it is done.
+///
+/// # Errors
+///
+/// Those of [`call_agent`].
+pub(super) async fn run_in_guest(pod: &Pod, limit: Duration, request: Request) -> Result<(), TaskError> {
+    let (machine, action) = (pod.machine(), describe_request(&request));
+    call_agent(pod, limit, &action, machine.agent().run(request)).await
+}
+
+/// Waits for `response` of the agent of `pod`, for at most `limit`. `action` is from [`describe_request`].
 ///
 /// # Errors
 ///
@@ -19,11 +29,12 @@ use crate::shim::{
 pub(super) async fn call_agent<T>(
     pod: &Pod,
     limit: Duration,
+    action: &str,
     response: impl Future<Output = Result<T, AgentError>>,
 ) -> Result<T, TaskError> {
     match tokio::time::timeout(limit, response).await.ok() {
         Some(Err(error @ AgentError::Gone)) => Err(machine_ended(pod, &error).await),
-        response => check_response(limit, response),
+        response => check_response(limit, action, response),
     }
 }
 
@@ -37,14 +48,19 @@ pub(super) async fn machine_ended(pod: &Pod, error: &impl std::error::Error) -> 
     TaskError::new(ErrorCode::Unavailable, text)
 }
 
-/// Converts the outcome of a request: `None` if there was no response within `limit`.
-pub(super) fn check_response<T>(limit: Duration, response: Option<Result<T, AgentError>>) -> Result<T, TaskError> {
+/// Converts the outcome of a request for `action`: `None` if there was no response within `limit`.
+pub(super) fn check_response<T>(
+    limit: Duration,
+    action: &str,
+    response: Option<Result<T, AgentError>>,
+) -> Result<T, TaskError> {
     let error = match response {
         Some(Ok(response)) => return Ok(response),
         Some(Err(error)) => error,
         None => {
             let text = format!(
-                "the guest agent did not answer the request within {} s",
+                "the guest agent did not answer the request to {action} within {} s: the guest is overloaded or hangs, see \
+                 its console (containerd-shim-nutshell-v2 console ID)",
                 limit.as_secs()
             );
             return Err(TaskError::new(ErrorCode::Unavailable, text));
@@ -60,8 +76,8 @@ pub(super) fn check_response<T>(limit: Duration, response: Option<Result<T, Agen
             FailureKind::Unimplemented => ErrorCode::Unimplemented,
         },
         AgentError::Gone => ErrorCode::Unavailable,
-        AgentError::TooLarge(_) => ErrorCode::InvalidArgument,
-        AgentError::Unexpected => ErrorCode::Unknown,
+        AgentError::TooLarge { .. } => ErrorCode::InvalidArgument,
+        AgentError::Unexpected { .. } => ErrorCode::Unknown,
     };
     Err(TaskError::new(code, error.to_string()))
 }

@@ -6,7 +6,7 @@ use containerd_shim::protos::events::task::{TaskPaused, TaskResumed};
 use nutshell_protocol::{ContainerStats, ProcessEntry, Request, Response};
 
 use super::{
-    agent_call::{already_finished, check_response},
+    agent_call::{already_finished, call_agent, check_response, run_in_guest},
     container::{
         Container,
         lifecycle::{Exit, Phase},
@@ -23,7 +23,7 @@ use super::{
 };
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    machine::AgentError,
+    machine::{AgentError, describe_request},
     stdio::StdioSpec,
 };
 
@@ -146,13 +146,14 @@ impl Tasks {
         let request = Request::Pause {
             container: guest_id(&container, "paused")?,
         };
-        container
-            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
-            .await?;
-        self.events.publish(TaskPaused {
-            container_id: id.to_owned(),
-            ..TaskPaused::default()
-        });
+        run_in_guest(&container.pod, REQUEST_LIMIT, request).await?;
+        self.events.publish(
+            id,
+            TaskPaused {
+                container_id: id.to_owned(),
+                ..TaskPaused::default()
+            },
+        );
         container.init.lifecycle.mark_paused();
         Ok(())
     }
@@ -167,13 +168,14 @@ impl Tasks {
         let request = Request::Resume {
             container: guest_id(&container, "resumed")?,
         };
-        container
-            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
-            .await?;
-        self.events.publish(TaskResumed {
-            container_id: id.to_owned(),
-            ..TaskResumed::default()
-        });
+        run_in_guest(&container.pod, REQUEST_LIMIT, request).await?;
+        self.events.publish(
+            id,
+            TaskResumed {
+                container_id: id.to_owned(),
+                ..TaskResumed::default()
+            },
+        );
         container.init.lifecycle.mark_resumed();
         Ok(())
     }
@@ -205,10 +207,7 @@ impl Tasks {
             width,
             height,
         };
-        match container
-            .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
-            .await
-        {
+        match run_in_guest(&container.pod, REQUEST_LIMIT, request).await {
             // The process ended meanwhile.
             Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
             response => response,
@@ -248,9 +247,7 @@ impl Tasks {
         };
         let updated = async {
             self.resize_to_limits(&container.pod).await?;
-            container
-                .call_agent(REQUEST_LIMIT, container.pod.machine().agent().run(request))
-                .await
+            run_in_guest(&container.pod, REQUEST_LIMIT, request).await
         };
         let updated = updated.await;
         container.set_limits(if updated.is_ok() { after } else { before });
@@ -272,13 +269,12 @@ impl Tasks {
         let request = Request::Stats {
             container: container.id.to_string(),
         };
-        let response = async {
-            match container.pod.machine().agent().request(request).await? {
-                Response::Stats(stats) => Ok(*stats),
-                _ => Err(AgentError::Unexpected),
-            }
-        };
-        container.call_agent(STATS_LIMIT, response).await
+        let (machine, action) = (container.pod.machine(), describe_request(&request));
+        let response = machine.agent().ask(request, |response| match response {
+            Response::Stats(stats) => Some(*stats),
+            _ => None,
+        });
+        call_agent(&container.pod, STATS_LIMIT, &action, response).await
     }
 }
 
@@ -297,14 +293,20 @@ pub(super) async fn signal_in_guest(
         signal,
         all,
     };
+    let action = describe_request(&request);
     match tokio::time::timeout(KILL_LIMIT, machine.agent().run(request))
         .await
         .ok()
     {
         // The guest hangs. The end of its machine ends the process.
         None if signal == SIGKILL => {
+            let of = process
+                .exec
+                .as_ref()
+                .map_or(String::new(), |exec| format!("exec {exec} of "));
             machine.kill(&format!(
-                "the guest did not kill a process within {} s",
+                "the guest did not kill {of}container {} within {} s",
+                container.id,
                 KILL_LIMIT.as_secs()
             ));
             machine.ended().await;
@@ -314,7 +316,7 @@ pub(super) async fn signal_in_guest(
             machine.ended().await;
             Err(already_finished())
         }
-        response => check_response(KILL_LIMIT, response),
+        response => check_response(KILL_LIMIT, &action, response),
     }
 }
 

@@ -24,6 +24,7 @@ use crate::{
     shim::{
         blocking,
         error::{ErrorCode, TaskError},
+        machine::describe_request,
         pod::{Creation, DiskContents, Pod, PodRequirements},
         stdio::{StdioContext, StdioSpec},
         vm::{ImageRoot, KernelCache, VmFiles},
@@ -83,7 +84,8 @@ impl Tasks {
             }
         };
         self.watch_pid_holder(&container, &container.init);
-        self.events.publish(create_event(request, container.init.pid()));
+        self.events
+            .publish(request.id.as_ref(), create_event(request, container.init.pid()));
         container.note_created();
         container.init.lifecycle.mark_created();
         Ok(container.init.pid())
@@ -319,7 +321,8 @@ async fn create_in_guest(
         pid_namespace,
         stdio,
     });
-    let created = call_agent(pod, CREATE_LIMIT, pod.machine().agent().create(create)).await;
+    let (machine, action) = (pod.machine(), describe_request(&create));
+    let created = call_agent(pod, CREATE_LIMIT, &action, machine.agent().create(create)).await;
     if created
         .as_ref()
         .is_err_and(|error| error.code() == ErrorCode::Unavailable)

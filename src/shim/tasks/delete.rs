@@ -6,7 +6,7 @@ use containerd_shim::protos::{events::task::TaskDelete, protobuf::MessageField};
 use nutshell_protocol::Request;
 
 use super::{
-    agent_call::call_agent,
+    agent_call::run_in_guest,
     container::{
         Container, Role,
         hooks::{self, HookContainer},
@@ -52,13 +52,16 @@ impl Tasks {
         };
         if exec.is_empty() {
             self.free_resources(&container).await;
-            self.events.publish(TaskDelete {
-                container_id: id.to_owned(),
-                pid,
-                exit_status: exit.status,
-                exited_at: MessageField::some(exit.at.into()),
-                ..TaskDelete::default()
-            });
+            self.events.publish(
+                id,
+                TaskDelete {
+                    container_id: id.to_owned(),
+                    pid,
+                    exit_status: exit.status,
+                    exited_at: MessageField::some(exit.at.into()),
+                    ..TaskDelete::default()
+                },
+            );
             self.remove(&container.id);
             self.resize_without(&container);
         } else {
@@ -172,7 +175,7 @@ pub(super) async fn remove_from_guest(pod: &Pod, id: &ContainerId) {
 }
 
 async fn run_deletion(pod: &Pod, id: &ContainerId, request: Request) {
-    match call_agent(pod, DELETE_LIMIT, pod.machine().agent().run(request)).await {
+    match run_in_guest(pod, DELETE_LIMIT, request).await {
         Err(error) if !matches!(error.code(), ErrorCode::NotFound | ErrorCode::FailedPrecondition) => {
             log::warn!("task {id}: cannot remove it from the guest: {error}");
         }

@@ -27,11 +27,14 @@ impl Tasks {
             Event::OutOfMemory { container } => {
                 let known = self.container_in_pod(pod, &container);
                 let known = known.filter(|known| known.is_in_guest());
-                if known.is_some_and(|known| known.should_announce_out_of_memory()) {
-                    self.events.publish(TaskOOM {
-                        container_id: container,
-                        ..TaskOOM::default()
-                    });
+                if let Some(known) = known.filter(|known| known.should_announce_out_of_memory()) {
+                    self.events.publish(
+                        known.id.as_ref(),
+                        TaskOOM {
+                            container_id: container,
+                            ..TaskOOM::default()
+                        },
+                    );
                 }
             }
             Event::Exited(exited) => {
@@ -100,14 +103,17 @@ impl Tasks {
                 if !container.is_task() {
                     return;
                 }
-                self.events.publish(TaskExit {
-                    container_id: container.id.to_string(),
-                    id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
-                    pid: process.pid(),
-                    exit_status: exit.status,
-                    exited_at: MessageField::some(exit.at.into()),
-                    ..TaskExit::default()
-                });
+                self.events.publish(
+                    container.id.as_ref(),
+                    TaskExit {
+                        container_id: container.id.to_string(),
+                        id: process.exec.clone().unwrap_or_else(|| container.id.to_string()),
+                        pid: process.pid(),
+                        exit_status: exit.status,
+                        exited_at: MessageField::some(exit.at.into()),
+                        ..TaskExit::default()
+                    },
+                );
             })
             .await;
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nutshell_protocol::Request;
 
 use super::{
-    agent_call::{call_agent, machine_ended},
+    agent_call::{machine_ended, run_in_guest},
     container::{Container, Role},
     limits::{PLUG_LIMIT, REQUEST_LIMIT},
     table::Tasks,
@@ -108,7 +108,7 @@ async fn request_size(pod: &Pod, from: Size, to: Size) -> Result<(), TaskError> 
         vcpus: to.vcpus.into(),
         has_memory_device: hotplugged_memory(pod, from).max(hotplugged_memory(pod, to)) > 0,
     };
-    call_agent(pod, REQUEST_LIMIT, machine.agent().run(request)).await
+    run_in_guest(pod, REQUEST_LIMIT, request).await
 }
 
 /// The memory of a size beyond what the machine booted with, in bytes.

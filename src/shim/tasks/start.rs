@@ -6,6 +6,7 @@ use containerd_shim::protos::events::task::{TaskExecAdded, TaskExecStarted, Task
 use nutshell_protocol::Request;
 
 use super::{
+    agent_call::run_in_guest,
     container::{
         Container, Role, hooks,
         lifecycle::{Exit, Phase, UNKNOWN_STATUS},
@@ -77,11 +78,14 @@ impl Tasks {
         let process = Process::new_exec(request.exec.clone(), request.stdio, request.spec);
         execs.insert(request.exec.clone(), Arc::new(process));
         drop(execs);
-        self.events.publish(TaskExecAdded {
-            container_id: id.to_owned(),
-            exec_id: request.exec,
-            ..TaskExecAdded::default()
-        });
+        self.events.publish(
+            id,
+            TaskExecAdded {
+                container_id: id.to_owned(),
+                exec_id: request.exec,
+                ..TaskExecAdded::default()
+            },
+        );
         Ok(())
     }
 
@@ -131,11 +135,14 @@ impl Tasks {
             return Err(replace_not_found(error).during(START_CONTEXT));
         }
         if container.is_task() {
-            self.events.publish(TaskStart {
-                container_id: container.id.to_string(),
-                pid: init.pid(),
-                ..TaskStart::default()
-            });
+            self.events.publish(
+                container.id.as_ref(),
+                TaskStart {
+                    container_id: container.id.to_string(),
+                    pid: init.pid(),
+                    ..TaskStart::default()
+                },
+            );
         }
         container.note_started(begun);
         init.lifecycle.mark_started();
@@ -167,12 +174,15 @@ impl Tasks {
         match started {
             Ok(()) => {
                 self.watch_pid_holder(container, process);
-                self.events.publish(TaskExecStarted {
-                    container_id: container.id.to_string(),
-                    exec_id: exec.to_owned(),
-                    pid: process.pid(),
-                    ..TaskExecStarted::default()
-                });
+                self.events.publish(
+                    container.id.as_ref(),
+                    TaskExecStarted {
+                        container_id: container.id.to_string(),
+                        exec_id: exec.to_owned(),
+                        pid: process.pid(),
+                        ..TaskExecStarted::default()
+                    },
+                );
                 process.lifecycle.mark_started();
                 Ok(process.pid())
             }
@@ -191,8 +201,7 @@ async fn start_in_guest(container: &Container) -> Result<(), TaskError> {
     let start = Request::StartContainer {
         container: container.id.to_string(),
     };
-    let machine = container.pod.machine();
-    container.call_agent(REQUEST_LIMIT, machine.agent().run(start)).await
+    run_in_guest(&container.pod, REQUEST_LIMIT, start).await
 }
 
 /// Kills a process whose start failed with `error` because the guest did not answer: it may have started the process,

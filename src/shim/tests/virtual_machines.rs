@@ -316,7 +316,7 @@ async fn disk_without_a_kernel_fails_the_creation_and_leaves_nothing() {
     let (code, text) = error_of(created);
     assert_eq!(code, Code::UNKNOWN);
     assert!(
-        text.contains("the disk /disk/root.img: no kernel to boot was found: disk slot 0: no boot loader"),
+        text.contains("the disk /disk/disk.raw: no kernel to boot was found: disk slot 0: no boot loader"),
         "{text}"
     );
     assert_eq!(error_of(shim.state("v1", "").await).0, Code::NOT_FOUND);

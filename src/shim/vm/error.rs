@@ -2,9 +2,18 @@
 
 use std::{io, path::PathBuf, sync::Arc};
 
-use super::{kernel::DiskKernelError, seed::SeedError};
-use crate::shim::{
-    blocking::BlockingError, machine::MachineExit, network::NetworkError, pod::PodError, share::ShareError,
+use nutshell_protocol::Failure;
+
+use super::seed::SeedError;
+use crate::{
+    control::ControlError,
+    shim::{
+        blocking::BlockingError,
+        machine::{AgentError, MachineExit},
+        network::NetworkError,
+        pod::PodError,
+        share::ShareError,
+    },
 };
 
 /// Why a virtual machine cannot be created or booted.
@@ -75,4 +84,19 @@ pub(crate) enum VmError {
     /// The machine could not be built.
     #[error("the virtual machine did not start: {0}")]
     Start(Arc<MachineExit>),
+}
+
+/// Why the kernel of a disk cannot be read or booted. The text continues one that names the disk.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskKernelError {
+    #[error("no kernel to boot was found: {}. Name one by the annotation io.containerd.nutshell.vm.kernel", .0.message)]
+    NotFound(Failure),
+    #[error("cannot read its kernel: {0}")]
+    Agent(#[source] AgentError),
+    #[error("its kernel cannot be booted: {0}. Name another one by the annotation io.containerd.nutshell.vm.kernel")]
+    Unusable(String),
+    #[error("cannot {step} for its kernel: {source}")]
+    Memory { step: &'static str, source: io::Error },
+    #[error("cannot receive its kernel: {0}")]
+    Stream(#[from] ControlError),
 }

@@ -97,7 +97,7 @@ async fn ask(
     request: ClockRequest,
     warnings: &mut RateLimit<Warning>,
 ) -> Result<ClockReading, AgentError> {
-    let answer = agent.request(match request {
+    let request = match request {
         ClockRequest::Read => Request::ReadClock,
         ClockRequest::Steer(steering) => Request::SteerClock(steering),
         ClockRequest::Set(rate) => {
@@ -105,9 +105,13 @@ async fn ask(
             let nanoseconds = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
             Request::SetClock { nanoseconds, rate }
         }
+    };
+    let answer = agent.ask(request, |response| match response {
+        Response::Clock(reading) => Some(reading),
+        _ => None,
     });
     tokio::pin!(answer);
-    let answer = tokio::select! {
+    tokio::select! {
         answer = &mut answer => answer,
         () = tokio::time::sleep(ANSWER_WARNING_DELAY) => {
             if warnings.admit(Warning::NoAnswer, Instant::now()).is_some() {
@@ -115,10 +119,6 @@ async fn ask(
             }
             answer.await
         }
-    };
-    match answer? {
-        Response::Clock(reading) => Ok(reading),
-        _ => Err(AgentError::Unexpected),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
         report::ShellRequest,
         tasks::{
             Tasks,
-            agent_call::call_agent,
+            agent_call::run_in_guest,
             limits::{CREATE_LIMIT, REQUEST_LIMIT},
             virtual_machine::calls::no_agent,
         },
@@ -56,7 +56,7 @@ impl Tasks {
             program,
             terminal: request.terminal,
         });
-        if let Err(error) = call_agent(pod, CREATE_LIMIT, pod.machine().agent().run(open)).await {
+        if let Err(error) = run_in_guest(pod, CREATE_LIMIT, open).await {
             pod.machine().close_stream(&stream).await;
             return Err(error.during(CONTEXT));
         }

@@ -10,7 +10,6 @@ pub(super) mod signal;
 
 use std::{
     collections::HashMap,
-    future::Future,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -23,13 +22,12 @@ use nutshell_protocol::Request;
 use parking_lot::{Mutex, MutexGuard};
 
 use self::{hooks::HookContainer, process::Process};
-use super::agent_call::call_agent;
+use super::agent_call::run_in_guest;
 use crate::{
     control::monotonic_now,
     oci::{ContainerId, Hooks, Limits},
     shim::{
         error::{ErrorCode, TaskError},
-        machine::AgentError,
         pod::Pod,
         stdio::StdioSpec,
         vm::VirtualMachine,
@@ -272,20 +270,9 @@ impl Container {
         })
     }
 
-    /// [`call_agent`] of its pod.
-    pub(super) async fn call_agent<T>(
-        &self,
-        limit: Duration,
-        response: impl Future<Output = Result<T, AgentError>>,
-    ) -> Result<T, TaskError> {
-        call_agent(&self.pod, limit, response).await
-    }
-
     /// Makes the guest end all containers of the pod and write its disks back.
     pub(super) async fn write_back_disks(&self, limit: Duration) {
-        let machine = self.pod.machine();
-        let agent = machine.agent();
-        if let Err(error) = self.call_agent(limit, agent.run(Request::Shutdown)).await {
+        if let Err(error) = run_in_guest(&self.pod, limit, Request::Shutdown).await {
             log::error!(
                 "task {}: cannot write its disk back, which may lack the last writes: {error}",
                 self.id

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use nutshell_protocol::{Request, StartExec};
 
 use crate::shim::tasks::{
-    agent_call::machine_ended,
+    agent_call::{call_agent, machine_ended},
     container::{Container, process::Process},
     limits::CREATE_LIMIT,
     steps::host::EXEC_CONTEXT,
 };
 use crate::shim::{
     error::TaskError,
-    machine::Agent,
+    machine::{Agent, describe_request},
     pod::{NetworkNamespace, PidHolder},
     stdio::StdioContext,
 };
@@ -46,8 +46,8 @@ pub(in crate::shim::tasks) async fn start_exec_in_guest(
         process: process.take_spec(),
         stdio,
     });
-    container
-        .call_agent(CREATE_LIMIT, agent.create(start))
+    let action = describe_request(&start);
+    call_agent(&container.pod, CREATE_LIMIT, &action, agent.create(start))
         .await
         .map_err(|error| error.during(EXEC_CONTEXT))
 }

@@ -3,7 +3,7 @@
 
 use nutshell_protocol::Request;
 
-use crate::shim::tasks::{agent_call::call_agent, limits::CREATE_LIMIT, table::Tasks};
+use crate::shim::tasks::{agent_call::run_in_guest, limits::CREATE_LIMIT, table::Tasks};
 use crate::shim::{error::TaskError, pod::Pod};
 
 impl Tasks {
@@ -18,9 +18,7 @@ impl Tasks {
             if let Some(sandbox) = tasks.iter().find(|task| task.is_sandbox()) {
                 self.connect_network(pod, sandbox.init.pid(), true).await?;
             }
-            let machine = pod.machine();
-            let response = machine.agent().run(Request::SetUpPod(request));
-            call_agent(pod, CREATE_LIMIT, response)
+            run_in_guest(pod, CREATE_LIMIT, Request::SetUpPod(request))
                 .await
                 .map_err(|error| error.during("set up the pod"))
         })

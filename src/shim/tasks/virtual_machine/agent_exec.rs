@@ -11,7 +11,7 @@ use nutshell_protocol::Request;
 use super::calls::follow_exec_kill;
 use crate::shim::{
     error::{ErrorCode, TaskError},
-    machine::{Agent, FINAL_NOTICE_TIMEOUT, Machine},
+    machine::{Agent, FINAL_NOTICE_TIMEOUT, Machine, describe_request},
     tasks::{
         Tasks,
         agent_call::check_response,
@@ -146,8 +146,9 @@ pub(super) async fn signal_exec_by_agent(
     signal: u32,
 ) -> Result<(), TaskError> {
     let request = signal_request(container, process, signal);
+    let action = describe_request(&request);
     let response = tokio::time::timeout(KILL_LIMIT, agent.run(request)).await;
-    let sent = check_response(KILL_LIMIT, response.ok());
+    let sent = check_response(KILL_LIMIT, &action, response.ok());
     if signal == SIGKILL {
         follow_exec_kill(container, process, sent.is_ok());
         return match sent {
@@ -171,8 +172,9 @@ pub(in crate::shim::tasks) async fn resize_exec_by_agent(
         width,
         height,
     };
+    let action = describe_request(&request);
     let response = tokio::time::timeout(REQUEST_LIMIT, agent.run(request)).await;
-    match check_response(REQUEST_LIMIT, response.ok()) {
+    match check_response(REQUEST_LIMIT, &action, response.ok()) {
         // The process ended meanwhile.
         Err(error) if error.code() == ErrorCode::NotFound => Ok(()),
         response => response,

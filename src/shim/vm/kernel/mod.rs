@@ -10,13 +10,16 @@ use std::{
     time::Duration,
 };
 
-use nutshell_protocol::{DiskKernel, Failure, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
+use nutshell_protocol::{DiskKernel, MAX_COMMAND_LINE, MAX_DISK_INITRD, MAX_DISK_KERNEL, Request, Response};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, ResolveFlags, SealFlags, fcntl_add_seals};
 
 pub(crate) use self::cache::{CacheEntry, KernelCache};
-use super::{error::VmError, regular_file::open_regular, volumes::as_user};
+use super::{
+    error::{DiskKernelError, VmError},
+    regular_file::open_regular,
+    volumes::as_user,
+};
 use crate::{
-    control::ControlError,
     oci::FileUser,
     shim::{
         blocking::DropOffThread,
@@ -36,21 +39,6 @@ const DISK_SLOT: u32 = 0;
 
 /// The maximum length of the description of a kernel's source in the log, in characters.
 pub(super) const MAX_SOURCE: usize = 512;
-
-/// Why the kernel of a disk cannot be read or booted. The text continues one that names the disk.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DiskKernelError {
-    #[error("no kernel to boot was found: {}. Name one by the annotation io.containerd.nutshell.vm.kernel", .0.message)]
-    NotFound(Failure),
-    #[error("cannot read its kernel: {0}")]
-    Agent(#[source] AgentError),
-    #[error("its kernel cannot be booted: {0}. Name another one by the annotation io.containerd.nutshell.vm.kernel")]
-    Unusable(String),
-    #[error("cannot {step} for its kernel: {source}")]
-    Memory { step: &'static str, source: io::Error },
-    #[error("cannot receive its kernel: {0}")]
-    Stream(#[from] ControlError),
-}
 
 /// A kernel with its initramfs, ready to be booted.
 #[derive(Debug)]
@@ -134,12 +122,14 @@ async fn copy_kernel(machine: &Machine) -> Result<BootFiles, DiskKernelError> {
         kernel_stream_port: kernel_stream.port(),
         initrd_stream_port: initramfs_stream.port(),
     };
-    let found = match machine.agent().request(request).await {
-        Ok(Response::DiskKernel(found)) => found,
-        Ok(_) => return Err(DiskKernelError::Agent(AgentError::Unexpected)),
-        Err(AgentError::Failed(failure)) => return Err(DiskKernelError::NotFound(failure)),
-        Err(error) => return Err(DiskKernelError::Agent(error)),
-    };
+    let found = machine.agent().ask(request, |response| match response {
+        Response::DiskKernel(found) => Some(found),
+        _ => None,
+    });
+    let found = found.await.map_err(|error| match error {
+        AgentError::Failed(failure) => DiskKernelError::NotFound(failure),
+        error => DiskKernelError::Agent(error),
+    })?;
     let DiskKernel {
         kernel_size,
         initrd_size,
