@@ -16,7 +16,7 @@ pub const DISCARD_ALIGNMENT: u32 = 128;
 /// Returns why `size`, in bytes, is not a valid size of a disk. `None` if it is valid.
 pub(crate) fn find_size_problem(size: u64) -> Option<&'static str> {
     if size == 0 {
-        Some("the disk is empty")
+        Some("the disk is empty: the file may be incomplete")
     } else if !size.is_multiple_of(SECTOR_SIZE) {
         Some("not a multiple of 512: the file may be incomplete")
     } else if size > MAX_VIRTUAL_SIZE {

@@ -101,7 +101,7 @@ impl ServeQueue for Queues {
     fn serve_queue(&self, ring: &VringMutex<Memory>, worker: &Worker) {
         let is_ready = ring.get_ref().get_queue().ready();
         if is_ready && let Err(error) = self.process_queue(ring, worker) {
-            log::error!("a queue is unusable: {error}");
+            log::error!("the guest gets no more replies of the file server on one of its queues: {error}");
         }
     }
 }
@@ -164,7 +164,7 @@ impl Queues {
             move |request| request.execute(&server),
             |executed| {
                 if let Err(error) = executed.reply() {
-                    log::error!("the queue of a request to flush a file is unusable: {error}");
+                    log::error!("the guest gets no reply to a flush (fsync): {error}");
                 }
             },
         );

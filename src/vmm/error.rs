@@ -1,6 +1,6 @@
 //! The errors of building and changing a machine.
 
-use std::io;
+use std::{borrow::Cow, io};
 
 use nutshell_disk_image::ImageError;
 
@@ -8,7 +8,7 @@ use super::{
     boot::{BootError, SmbiosError, kernel::KernelError},
     kvm::KvmError,
 };
-use crate::memory::MemoryError;
+use crate::{devices::virtio::block::JoinedFilesError, memory::MemoryError};
 
 /// Why a machine cannot be built or changed.
 #[derive(Debug, thiserror::Error)]
@@ -20,12 +20,12 @@ pub(crate) enum MachineError {
     Boot(#[from] BootError),
     #[error("disk {0}: its command has too few descriptors")]
     DiskDescriptors(String),
-    #[error("disk {0}: a length of its files is 0 or not a multiple of 512, or their sum is too large")]
-    JoinedFiles(String),
     #[error("disk {serial}: {source}")]
+    JoinedFiles { serial: String, source: JoinedFilesError },
+    #[error("disk {serial}: {source}{}", hint(source))]
     DiskImage { serial: String, source: ImageError },
     #[error("cannot {step}: {source}")]
-    Device { step: &'static str, source: io::Error },
+    Device { step: Cow<'static, str>, source: io::Error },
     #[error("the file server cannot map the added guest memory: {0}")]
     FileServer(String),
     /// The bus has no place for another one.
@@ -38,7 +38,7 @@ pub(crate) enum MachineError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error("the machine cannot be resized: {0}")]
-    Resize(&'static str),
+    Resize(String),
     #[error(transparent)]
     Smbios(#[from] SmbiosError),
     /// The slot does not exist or is occupied.
@@ -47,6 +47,18 @@ pub(crate) enum MachineError {
 }
 
 /// Returns a function that adds the failed `step`, in the infinitive, to an error of the operating system.
-pub(super) fn device_error(step: &'static str) -> impl Fn(io::Error) -> MachineError {
-    move |source| MachineError::Device { step, source }
+pub(super) fn device_error(step: impl Into<Cow<'static, str>>) -> impl Fn(io::Error) -> MachineError {
+    let step = step.into();
+    move |source| MachineError::Device {
+        step: step.clone(),
+        source,
+    }
+}
+
+/// Where the file is that an error of a disk concerns, if the error does not name it. The shim has chosen its path.
+fn hint(error: &ImageError) -> &'static str {
+    match error {
+        ImageError::Cow(_) => ". The file is .nutshell-disk-writes… in the root of the container's snapshot",
+        ImageError::Base(_) => "",
+    }
 }

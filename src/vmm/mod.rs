@@ -123,7 +123,7 @@ fn run(
         Err(ControlError::Closed) => return Ok(LoopExit::ShimGone),
         Err(error) => return Err(device_error("receive the boot command")(std::io::Error::other(error))),
     };
-    let end = Arc::new(EndSignal::new().map_err(device_error("create an eventfd"))?);
+    let end = Arc::new(EndSignal::new().map_err(device_error("create the eventfd for the end of the machine"))?);
     let resources = BootResources::parse(config, software, descriptors)?;
     let is_users_kernel = matches!(resources.software, resources::SoftwareResources::User { .. });
     let mut machine = build::start(resources, huge_page_file, console_tail, &end)?;

@@ -176,7 +176,10 @@ pub(super) fn open_disk(
                 })
             };
             let files = files.iter().map(open).collect::<Result<_, MachineError>>()?;
-            let joined = JoinedFiles::new(files).ok_or_else(|| MachineError::JoinedFiles(serial.to_owned()))?;
+            let joined = JoinedFiles::new(files).map_err(|source| MachineError::JoinedFiles {
+                serial: serial.to_owned(),
+                source,
+            })?;
             return Ok(Backing::Joined(joined));
         }
         DiskAccess::ReadOnlyImage => Image::open_read_only(Box::new(next_file()?)),
@@ -327,7 +330,7 @@ mod tests {
             (
                 DiskAccess::Joined(vec![empty]),
                 vec![file(512, b"")],
-                "disk nutshell-1: a length of its files is 0 or not a multiple of 512, or their sum is too large",
+                "disk nutshell-1: file 1 has 0 bytes, which is not a positive multiple of 512",
             ),
             (
                 DiskAccess::ReadOnlyImage,
@@ -344,7 +347,8 @@ mod tests {
                 copy_on_write,
                 vec![file(512, b""), file(100, b"")],
                 "disk nutshell-1: copy-on-write file: its size is 100 bytes instead of 77824: it belongs to another \
-                 base image or is incomplete, remove it to start again from the base image",
+                 base image or is incomplete, remove it to start again from the base image. The file is \
+                 .nutshell-disk-writes… in the root of the container's snapshot",
             ),
         ] {
             let files = std::iter::once(file(512, b"")).chain(files).collect();

@@ -10,7 +10,7 @@ pub enum CowError {
     Host {
         /// What failed.
         step: &'static str,
-        /// The error of the host.
+        /// What the system call returned.
         source: io::Error,
     },
     /// The base image cannot be read.
@@ -28,7 +28,7 @@ pub enum CowError {
         expected: u64,
     },
     /// The header block does not start with the magic number.
-    #[error("its header starts with \"{}\" instead of \"NUTSHCOW\": it is no copy-on-write file", .0.escape_ascii())]
+    #[error("its header starts with \"{}\" instead of \"NUTSHCOW\": it is no copy-on-write file, remove it to start again from the base image", .0.escape_ascii())]
     Magic([u8; 8]),
     /// A field of the header differs.
     #[error(
@@ -36,7 +36,7 @@ pub enum CowError {
          again from the base image"
     )]
     Field {
-        /// The name of the field.
+        /// For the text: "version" or "disk size", for example.
         field: &'static str,
         /// What the header has.
         value: u64,

@@ -35,8 +35,11 @@ pub enum Qcow2Error {
          `qemu-img convert -O qcow2`"
     )]
     DataFile,
-    /// The data is encrypted.
-    #[error("it is encrypted (crypt_method {method}, {name}), which is not supported")]
+    /// The field `crypt_method` is not 0.
+    #[error(
+        "it is encrypted (crypt_method {method}, {name}), which is not supported: make an image without encryption with \
+         `qemu-img convert`"
+    )]
     Encrypted {
         /// The value of the field.
         method: u32,
@@ -66,15 +69,17 @@ pub enum Qcow2Error {
         NameOf(name)
     )]
     UnknownFeature {
-        /// The number of the bit.
+        /// Its position in the field `incompatible_features`, from 0.
         bit: u32,
         /// The name that the image's feature name table has for it.
         name: Option<Text>,
     },
     /// The file ends before a part of the image.
-    #[error("the file is truncated: it has {size} bytes, and {part} is at byte {position}")]
+    #[error(
+        "the file is truncated: it has {size} bytes, and {part} is at byte {position}: copy or download the image again"
+    )]
     Truncated {
-        /// The part of the image.
+        /// For the text: "the L1 table" or "a cluster", for example.
         part: &'static str,
         /// Where it starts, in bytes.
         position: u64,
@@ -84,11 +89,11 @@ pub enum Qcow2Error {
     /// An entry of a table is invalid.
     #[error("entry {index} of the {table} table is {value:#x}, {problem}")]
     Entry {
-        /// The name of the table.
+        /// "L1" or "L2".
         table: &'static str,
         /// For the L1 table, the index in it. For an L2 table, the number of the guest's cluster.
         index: u64,
-        /// The value of the entry.
+        /// As it is in the table, flags included.
         value: u64,
         /// What is wrong with it.
         problem: &'static str,

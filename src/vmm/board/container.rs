@@ -98,8 +98,10 @@ impl ContainerBoard {
 impl Board for ContainerBoard {
     fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError> {
         let address = self.allocate_address()?;
-        let (kicks, irqfd) = (create_kicks(&*device)?, eventfd()?);
-        let clones = duplicate(&kicks)?;
+        let counters = device.counters();
+        let irqfd = eventfd(format!("create an eventfd for the device {}", counters.name()))?;
+        let kicks = create_kicks(&*device)?;
+        let clones = duplicate(&kicks, counters.name())?;
         register(&self.events, address, &irqfd, &kicks)?;
         let line = Arc::new(InterruptLine::new(irqfd));
         let transport = Mmio::new(device, self.memory.clone(), line, kicks, address.notify_port);
@@ -165,7 +167,7 @@ impl Slot for MmioSlot {
                 return Err(MachineError::Slot(number));
             }
             None => {
-                let irqfd = eventfd()?;
+                let irqfd = eventfd(format!("create an eventfd for slot {number}"))?;
                 register(&self.events, self.address, &irqfd, &kicks)?;
                 SlotEvents { irqfd, kicks }
             }
@@ -174,8 +176,8 @@ impl Slot for MmioSlot {
         let irqfd = registered
             .irqfd
             .try_clone()
-            .map_err(device_error("duplicate an eventfd of a slot"))?;
-        let kicks = duplicate(&registered.kicks)?;
+            .map_err(device_error(format!("duplicate the eventfd of slot {number}")))?;
+        let kicks = duplicate(&registered.kicks, device.counters().name())?;
         let line = Arc::new(InterruptLine::new(irqfd));
         let transport = Mmio::new(device, self.memory.clone(), line, kicks, self.address.notify_port);
         if self.slot.plug(transport) {

@@ -7,7 +7,7 @@
 pub(super) mod container;
 pub(super) mod pc;
 
-use std::{fmt, ops::Range};
+use std::{borrow::Cow, fmt, ops::Range};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -68,22 +68,20 @@ pub(super) trait Slot: fmt::Debug + Send {
     fn unplugger(&self) -> Box<dyn FnOnce() + Send>;
 }
 
-pub(super) fn eventfd() -> Result<EventFd, MachineError> {
-    EventFd::new(EFD_CLOEXEC).map_err(device_error("create an eventfd"))
+/// `step` is that of the error: a verb with its object.
+pub(super) fn eventfd(step: impl Into<Cow<'static, str>>) -> Result<EventFd, MachineError> {
+    EventFd::new(EFD_CLOEXEC).map_err(device_error(step))
 }
 
 /// Creates one eventfd per queue of `device`.
 pub(super) fn create_kicks(device: &dyn Device) -> Result<Vec<EventFd>, MachineError> {
-    device.queue_sizes().iter().map(|_| eventfd()).collect()
+    let counters = device.counters();
+    let create = |_: &u16| eventfd(format!("create an eventfd for the device {}", counters.name()));
+    device.queue_sizes().iter().map(create).collect()
 }
 
-/// Duplicates the eventfds of a device.
-pub(super) fn duplicate(kicks: &[EventFd]) -> Result<Vec<EventFd>, MachineError> {
-    kicks
-        .iter()
-        .map(|kick| {
-            kick.try_clone()
-                .map_err(device_error("duplicate an eventfd of a device"))
-        })
-        .collect()
+/// Duplicates the eventfds of the device `name`.
+pub(super) fn duplicate(kicks: &[EventFd], name: &str) -> Result<Vec<EventFd>, MachineError> {
+    let failed = || device_error(format!("duplicate an eventfd of the device {name}"));
+    kicks.iter().map(|kick| kick.try_clone().map_err(failed())).collect()
 }

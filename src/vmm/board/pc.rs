@@ -76,7 +76,7 @@ impl PcBoard {
         let bus = PciBus::new();
         let mut buses = Buses::default();
         let line = |line: u8| {
-            let irqfd = eventfd()?;
+            let irqfd = eventfd(format!("create an eventfd for interrupt line {line}"))?;
             events.register_irqfd(&irqfd, line.into())?;
             Ok::<_, MachineError>(irqfd)
         };
@@ -132,7 +132,7 @@ impl Board for PcBoard {
     fn add(&mut self, device: Box<dyn Device>) -> Result<Vec<EventFd>, MachineError> {
         let number = self.allocate_device()?;
         let kicks = create_kicks(&*device)?;
-        let clones = duplicate(&kicks)?;
+        let clones = duplicate(&kicks, device.counters().name())?;
         let function = self.builder.build(number, device, kicks)?;
         if self.bus.plug(number, Box::new(function)) {
             Ok(clones)
@@ -224,7 +224,8 @@ impl FunctionBuilder {
         device: Box<dyn Device>,
         kicks: Vec<EventFd>,
     ) -> Result<VirtioFunction, MachineError> {
-        let failed = || device_error("connect a device to the PCI bus");
+        let counters = device.counters();
+        let failed = || device_error(format!("connect the device {} to the PCI bus", counters.name()));
         // One vector per queue, and one for changes of the configuration.
         let vectors = (0..=kicks.len())
             .map(|_| self.events.create_vector())

@@ -44,14 +44,14 @@ pub(crate) enum SmbiosError {
         "the SMBIOS structures have {bytes} bytes, but at most {max} are possible: pass fewer or shorter OEM strings"
     )]
     TooLarge { bytes: usize, max: u64 },
-    #[error("guest memory is too small for SMBIOS: {0}")]
+    #[error("guest memory is too small for SMBIOS: {0}: give the machine more memory")]
     Memory(#[from] GuestMemoryError),
 }
 
 /// The identity of a machine.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::vmm) struct SystemIdentity<'s> {
-    /// The product's name.
+    /// By this name guests recognize the platform.
     pub(in crate::vmm) product: &'s str,
     /// In the byte order of RFC 9562, which is that of its text.
     pub(in crate::vmm) uuid: [u8; 16],

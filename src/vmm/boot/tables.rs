@@ -37,7 +37,7 @@ pub(crate) enum BootError {
     CommandLine { length: usize, max: usize },
     #[error("the initramfs does not fit into guest memory: give the machine more memory")]
     Initramfs,
-    #[error("guest memory is too small to boot: {0}")]
+    #[error("guest memory is too small to boot: {0}: give the machine more memory")]
     Memory(#[from] GuestMemoryError),
     #[error("cannot get a random seed for the guest: {0}")]
     Seed(#[source] std::io::Error),

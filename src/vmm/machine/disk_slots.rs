@@ -58,8 +58,9 @@ impl DiskSlots {
         let found = self.index_of(slot).and_then(|index| self.slots.get_mut(index));
         let empty = found.filter(|slot| slot.reserved.is_empty());
         let DiskSlot { reserved, counters } = empty.ok_or(MachineError::Slot(slot))?;
-        let block = Block::new(disk_serial(slot), backing, queues, stall_timer);
-        let block = Box::new(block.map_err(device_error("set up the disk"))?);
+        let serial = disk_serial(slot);
+        let block = Block::new(serial.clone(), backing, queues, stall_timer);
+        let block = Box::new(block.map_err(device_error(format!("set up the disk {serial}")))?);
         let (new_counters, kicks) = (block.counters(), create_kicks(&*block)?);
         reserved.plug(slot, block, kicks)?;
         *counters = Some(new_counters);

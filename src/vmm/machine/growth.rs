@@ -95,7 +95,7 @@ impl Growth {
             reported_size: None,
             slot,
             device: None,
-            kick: eventfd()?,
+            kick: eventfd("create an eventfd for the memory device")?,
             vcpus: machine.vcpus,
             max_vcpus: machine.max_vcpus.max(machine.vcpus),
             listed_vcpus: machine.max_vcpus,
@@ -125,13 +125,18 @@ impl Growth {
         vcpus: u8,
         mut context: GrowthContext<'_>,
     ) -> Result<(), MachineError> {
-        if !bytes.is_multiple_of(mem::BLOCK_SIZE) || bytes > self.region.end - self.region.start {
-            return Err(MachineError::Resize(
-                "the memory is not a multiple of the block size, or exceeds the maximum",
-            ));
+        let (max, max_vcpus) = (self.region.end - self.region.start, self.max_vcpus);
+        if !bytes.is_multiple_of(mem::BLOCK_SIZE) {
+            let text = format!("{bytes} bytes of memory are not a multiple of {}", mem::BLOCK_SIZE);
+            return Err(MachineError::Resize(text));
         }
-        if vcpus > self.max_vcpus {
-            return Err(MachineError::Resize("the number of vCPUs exceeds the maximum"));
+        if bytes > max {
+            let text = format!("{bytes} bytes of memory exceed the maximum of {max}");
+            return Err(MachineError::Resize(text));
+        }
+        if vcpus > max_vcpus {
+            let text = format!("{vcpus} vCPUs exceed the maximum of {max_vcpus}");
+            return Err(MachineError::Resize(text));
         }
         self.reported_size = None;
         while self.vcpus < vcpus {
@@ -165,7 +170,7 @@ impl Growth {
         for vcpu in context.vm.create_vcpus(id..id + 1, self.listed_vcpus)? {
             kvm::make_reachable(&vcpu)?;
             vcpu::start(id.into(), vcpu, context.peripherals.clone(), context.end.clone())
-                .map_err(device_error("start the thread of a vCPU"))?;
+                .map_err(device_error(format!("start the thread of vCPU {id}")))?;
         }
         Ok(())
     }

@@ -104,8 +104,9 @@ impl RunningMachine {
         let reserved = reserved
             .filter(|reserved| reserved.is_empty())
             .ok_or(MachineError::Slot(slot))?;
-        let mut net = Net::new(format!("net-{slot}"), mac, mtu, queues, &self.stall_timer)
-            .map_err(device_error("set up the queues of the tap device"))?;
+        let name = format!("net-{slot}");
+        let step = format!("set up the queues of the tap device of {name}");
+        let mut net = Net::new(name, mac, mtu, queues, &self.stall_timer).map_err(device_error(step))?;
         if let Some(lease) = lease {
             net.serve_lease(lease);
         }

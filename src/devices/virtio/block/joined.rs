@@ -10,6 +10,18 @@ use nutshell_disk_image::{
 use super::transfer::{read_file, write_file};
 use crate::devices::virtio::buffers::Buffers;
 
+/// Why files cannot be a disk.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum JoinedFilesError {
+    #[error("it has no files")]
+    None,
+    /// The number counts from 1.
+    #[error("file {number} has {length} bytes, which is not a positive multiple of {SECTOR_SIZE}")]
+    Length { number: usize, length: u64 },
+    #[error("its files have more than 2^63 bytes together")]
+    TooLarge,
+}
+
 /// A file of a disk. The guest sees its first `length` bytes.
 #[derive(Debug)]
 pub(crate) struct JoinedFile {
@@ -39,17 +51,22 @@ struct Piece<'f> {
 }
 
 impl JoinedFiles {
-    /// `None` if there is no file, or a length is 0 or not a multiple of a sector, or the sum exceeds 2^63.
-    pub(crate) fn new(files: Vec<JoinedFile>) -> Option<Self> {
+    pub(crate) fn new(files: Vec<JoinedFile>) -> Result<Self, JoinedFilesError> {
         let mut size = 0_u64;
         let mut placed = Vec::with_capacity(files.len());
-        for file in files {
-            let start = size;
-            let fits = file.length > 0 && file.length.is_multiple_of(SECTOR_SIZE);
-            size = size.checked_add(file.length).filter(|size| fits && *size <= 1 << 63)?;
+        for (number, file) in (1..).zip(files) {
+            let (start, length) = (size, file.length);
+            if length == 0 || !length.is_multiple_of(SECTOR_SIZE) {
+                return Err(JoinedFilesError::Length { number, length });
+            }
+            let end = size.checked_add(length).filter(|size| *size <= 1 << 63);
+            size = end.ok_or(JoinedFilesError::TooLarge)?;
             placed.push((start, file));
         }
-        (size > 0).then_some(Self { files: placed, size })
+        match placed.is_empty() {
+            true => Err(JoinedFilesError::None),
+            false => Ok(Self { files: placed, size }),
+        }
     }
 
     /// In bytes.
@@ -299,7 +316,7 @@ mod tests {
                 read_only: true,
             };
             assert!(
-                JoinedFiles::new(lengths.iter().map(part).collect()).is_none(),
+                JoinedFiles::new(lengths.iter().map(part).collect()).is_err(),
                 "{lengths:?}"
             );
         }

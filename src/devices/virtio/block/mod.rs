@@ -35,7 +35,7 @@ pub use self::fuzz::serve_disk;
 pub(crate) use self::{
     disk::Backing,
     growth::{GrowingDisk, GrowthWatch},
-    joined::{JoinedFile, JoinedFiles},
+    joined::{JoinedFile, JoinedFiles, JoinedFilesError},
 };
 use self::{
     disk::{Disk, SECTOR_SIZE},

@@ -11,9 +11,9 @@ use crate::{control::Extent, memory::MemoryError};
 pub(crate) enum KernelError {
     #[error("the guest's kernel is neither an ELF vmlinux nor a bzImage: name another file")]
     UnknownFormat,
-    #[error("the guest's kernel is not an uncompressed x86-64 ELF vmlinux: {0}")]
+    #[error("the guest's kernel is not an uncompressed x86-64 ELF vmlinux: {0}: name another file")]
     Elf(&'static str),
-    #[error("the guest's kernel is not a bzImage that can be booted: {0}")]
+    #[error("the guest's kernel is not a bzImage that can be booted: {0}: name another file")]
     BzImage(&'static str),
     #[error(
         "the guest's kernel needs {bytes} bytes of memory at {address:#x}, but memory for it ends at {end:#x}: give \
