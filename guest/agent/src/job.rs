@@ -3,6 +3,7 @@
 //!
 //! The event loop starts jobs and receives their reports. The work itself is not here.
 
+use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -77,7 +78,8 @@ impl Job {
     }
 
     /// Receives the report, or returns `None` if it has not arrived. A job that ended without a report has failed.
-    pub(crate) fn receive_report(&self) -> Option<Report> {
+    /// `purpose` is a verb with its object, for that failure.
+    pub(crate) fn receive_report(&self, purpose: &impl fmt::Display) -> Option<Report> {
         let mut bytes = vec![0; MAX_REPORT_BODY + size_of::<u32>()];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -90,7 +92,11 @@ impl Job {
         let length = match received {
             Ok(message) if message.bytes > 0 => message.bytes,
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return None,
-            Ok(_) | Err(_) => return Some((Err(Failure::internal("the agent's job ended without a report")), None)),
+            Ok(_) | Err(_) => {
+                let text =
+                    format!("{purpose}: its job ended without a report: it was killed, or the guest is out of memory");
+                return Some((Err(Failure::internal(text)), None));
+            }
         };
         let terminal = ancillary.drain().find_map(|message| match message {
             RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
@@ -100,7 +106,7 @@ impl Job {
         frame.push(&bytes[..length]);
         let result = match frame.next() {
             Ok(Some(result)) => result,
-            _ => Err(Failure::internal("the agent's job sent a malformed report")),
+            _ => Err(Failure::internal(format!("{purpose}: its job sent a malformed report"))),
         };
         Some((result, terminal))
     }
@@ -140,7 +146,9 @@ mod tests {
 
     fn finished(job: &Job) -> Report {
         poll(&mut [PollFd::new(&job.socket, PollFlags::IN)], None).unwrap();
-        let report = job.receive_report().expect("poll returned, so there is a report");
+        let report = job
+            .receive_report(&"test")
+            .expect("poll returned, so there is a report");
         rustix::process::waitpid(Some(job.pid), rustix::process::WaitOptions::empty()).unwrap();
         report
     }

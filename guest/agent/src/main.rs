@@ -96,7 +96,7 @@ fn connect(role: Role, host: &HostAddress) -> Result<Agent, AgentError> {
 /// Serves until the host closes the agent stream.
 fn serve(role: Role, host: &HostAddress) -> ExitCode {
     let served = sys::become_subreaper()
-        .map_err(AgentError::from)
+        .map_err(AgentError::system("become a subreaper"))
         .and_then(|()| connect(role, host)?.serve());
     match served {
         Err(AgentError::Stream(AgentStreamError::Closed)) => ExitCode::SUCCESS,

@@ -14,7 +14,7 @@ const MAX_BACKLOG_FOR_OOM_EVENTS: usize = 1 << 20;
 
 impl Agent {
     pub(super) fn handle_exits(&mut self) -> Result<(), AgentError> {
-        for (pid, exit) in self.reaper.reap()? {
+        for (pid, exit) in self.reaper.reap().map_err(AgentError::system("reap children"))? {
             if !self.record_exit(pid, exit)? && !self.pending_jobs.is_empty() {
                 self.reaper.keep_unclaimed(pid, exit);
             }

@@ -13,6 +13,7 @@ mod signals;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::rc::Rc;
 
@@ -36,8 +37,15 @@ pub(crate) enum AgentError {
     #[error(transparent)]
     Stream(#[from] AgentStreamError),
     /// A system call failed while the agent connected to the host, or in the event loop itself.
-    #[error("a system call failed: {0}")]
-    System(#[from] io::Error),
+    #[error("cannot {step}: {source}")]
+    System { step: &'static str, source: io::Error },
+}
+
+impl AgentError {
+    /// Returns a function that adds the failed `step`, in the infinitive, to an error of the kernel.
+    pub(crate) fn system(step: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::System { step, source }
+    }
 }
 
 /// The purpose of a job, which decides how its report is handled.
@@ -61,6 +69,23 @@ enum Purpose {
     Discard(Rc<str>, Failure),
     /// The report only becomes a reply; it changes no state.
     Other,
+}
+
+impl fmt::Display for Purpose {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetUpPod(_) => formatter.write_str("set up the pod"),
+            Self::Create(name) => write!(formatter, "create container {name}"),
+            Self::Start(name, _) => write!(formatter, "start container {name}"),
+            Self::Exec(name, exec) => write!(formatter, "start exec {exec} of container {name}"),
+            Self::Freeze(name, true) => write!(formatter, "pause container {name}"),
+            Self::Freeze(name, false) => write!(formatter, "resume container {name}"),
+            Self::Delete(name) | Self::Abandon(name) | Self::Discard(name, _) => {
+                write!(formatter, "delete container {name}")
+            }
+            Self::Other => formatter.write_str("a request of the host"),
+        }
+    }
 }
 
 /// A running job, whose report becomes the reply to a request.
@@ -105,11 +130,15 @@ pub(crate) struct Agent {
 impl Agent {
     /// Connects to the host, and reports that the agent is ready.
     pub(crate) fn connect(role: Role, host: HostAddress) -> Result<Self, AgentError> {
-        let reaper = Reaper::new()?;
-        let stream = AgentStream::dial(&host)?;
-        let poller = Poller::new()?;
-        poller.watch_changes(&stream, Token::Host)?;
-        poller.watch_input(&reaper, Token::Signals)?;
+        let reaper = Reaper::new().map_err(AgentError::system("receive SIGCHLD"))?;
+        let stream = AgentStream::dial(&host).map_err(AgentError::system("connect to the host"))?;
+        let poller = Poller::new().map_err(AgentError::system("create an epoll instance"))?;
+        poller
+            .watch_changes(&stream, Token::Host)
+            .map_err(AgentError::system("watch the agent stream"))?;
+        poller
+            .watch_input(&reaper, Token::Signals)
+            .map_err(AgentError::system("watch SIGCHLD"))?;
         let mut agent = Self {
             role,
             poller,
@@ -133,7 +162,8 @@ impl Agent {
     /// Runs the event loop until the host closes the agent stream or an error occurs.
     pub(crate) fn serve(mut self) -> Result<Infallible, AgentError> {
         loop {
-            let tokens = self.poller.wait(!self.pumps.has_more())?;
+            let tokens = self.poller.wait(!self.pumps.has_more());
+            let tokens = tokens.map_err(AgentError::system("wait for events"))?;
             self.pumps.transfer_ready();
             for token in tokens {
                 match token {

@@ -29,7 +29,7 @@ impl Agent {
         let Some((result, terminal)) = self
             .pending_jobs
             .get(&number)
-            .and_then(|pending| pending.job.receive_report())
+            .and_then(|pending| pending.job.receive_report(&pending.purpose))
         else {
             return Ok(());
         };

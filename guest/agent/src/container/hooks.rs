@@ -70,7 +70,7 @@ pub(super) fn agent_as_hook(
             .to_vec(),
         )
         .build()
-        .map_err(|error| error.to_string())
+        .map_err(|error| format!("describe the agent as a createContainer hook: {error}"))
 }
 
 /// Runs `createContainer` hooks: the main function of the agent when it is the hook of [`agent_as_hook`]. `arguments`
@@ -90,8 +90,8 @@ pub(crate) fn run_in_rootfs(arguments: &[OsString]) -> ExitCode {
         io::stdin()
             .read_to_string(&mut state)
             .map_err(|error| format!("read the container's state: {error}"))?;
-        let (hooks, wanted): (_, LinuxCapabilities) =
-            serde_json::from_slice(list.as_encoded_bytes()).map_err(|error| error.to_string())?;
+        let (hooks, wanted): (_, LinuxCapabilities) = serde_json::from_slice(list.as_encoded_bytes())
+            .map_err(|error| format!("parse the createContainer hooks: {error}"))?;
         rustix::process::chroot(Path::new(rootfs))
             .and_then(|()| rustix::process::chdir("/"))
             .map_err(|error| format!("enter {}: {error}", rootfs.display()))?;

@@ -80,7 +80,7 @@ impl Clock {
         };
         if let Err(error) = ended {
             // Not the end of the machine: the shim finds the deviation and corrects it.
-            eprintln!("nutshell-agent: end a temporary rate of the clock: {error}");
+            eprintln!("nutshell-agent: cannot end a temporary rate of the clock: {error}");
         }
     }
 

@@ -25,8 +25,9 @@ use crate::sys;
 
 /// Ends the machine by a reset. nutshell's machines have no other way to power off.
 pub(crate) fn reboot() -> ! {
-    let error = rustix::system::reboot(RebootCommand::Restart);
-    eprintln!("nutshell-agent: reboot: {error:?}");
+    if let Err(error) = rustix::system::reboot(RebootCommand::Restart) {
+        eprintln!("nutshell-agent: cannot reset the machine, ending PID 1 instead: {error}");
+    }
     // The kernel panics when PID 1 ends, and after a panic it resets the machine.
     sys::exit_now(1)
 }

@@ -52,7 +52,7 @@ pub(crate) fn start(stream: &OwnedFd, request: &OpenShell) -> Result<(), Failure
     sys::close_all_but(&[stream.as_fd(), ours.as_fd(), theirs.as_fd()]);
     let relayed = run(stream, &ours, theirs, &command);
     if let Err(error) = &relayed {
-        eprintln!("nutshell-agent: shell: {error}");
+        eprintln!("nutshell-agent: cannot start the processes of an administrator's shell: {error}");
     }
     sys::exit_now(relayed.is_err().into())
 }
@@ -124,7 +124,7 @@ impl Command {
 fn run(stream: &OwnedFd, ours: &OwnedFd, theirs: OwnedFd, command: &Command) -> io::Result<()> {
     let Some(pid) = sys::fork()? else {
         let Err(error) = become_shell(&theirs, command);
-        eprintln!("nutshell-agent: start the shell: {error}");
+        eprintln!("nutshell-agent: cannot start an administrator's shell: {error}");
         sys::exit_now(127)
     };
     drop(theirs);
@@ -139,7 +139,7 @@ fn run(stream: &OwnedFd, ours: &OwnedFd, theirs: OwnedFd, command: &Command) -> 
             .and_then(|()| wait(pid))
             .and_then(|status| send(stream, &ShellOutput::Exited(status)));
         if let Err(error) = &relayed {
-            eprintln!("nutshell-agent: shell: {error}");
+            eprintln!("nutshell-agent: cannot relay the output of an administrator's shell: {error}");
         }
         // The scope would wait for the end of the input.
         sys::exit_now(relayed.is_err().into())
