@@ -40,7 +40,7 @@ fn read_error(what: &'static str) -> impl Fn(io::Error) -> BaseError {
     move |source| BaseError::Read { what, source }
 }
 
-/// The format of a base image.
+/// How the file of a base image stores the bytes of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BaseFormat {
     /// The bytes of the disk.
@@ -83,7 +83,7 @@ impl BaseFormat {
         }
     }
 
-    /// The name of the format.
+    /// `raw` or `qcow2`, as in QEMU and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
@@ -95,14 +95,14 @@ impl BaseFormat {
 /// A read-only base image.
 #[derive(Debug)]
 pub enum Base {
-    /// A raw image.
+    /// The file has the bytes of the disk, without a header.
     Raw {
         /// The bytes of the disk.
         file: Box<dyn ReadAt>,
         /// The size of the disk in bytes.
         size: u64,
     },
-    /// A qcow2 image.
+    /// Tables in the file say where the bytes of the disk are.
     Qcow2(Box<Qcow2>),
 }
 

@@ -91,7 +91,7 @@ pub(crate) enum BoardKind {
     Pc,
 }
 
-/// The configuration of a machine.
+/// The hardware of a machine, independent of what boots on it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct MachineConfig {
     /// The boot memory in bytes, a multiple of 2 MiB.
@@ -201,7 +201,7 @@ pub(crate) struct FileAccess {
     pub(crate) read_only: bool,
 }
 
-/// The format of a base image.
+/// How the vmm finds out the format of a base image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum BaseFormat {
     /// Raw or qcow2, as the header of the image says. No guest can write the image.

@@ -56,7 +56,7 @@ pub(crate) struct PodShared {
 pub(crate) enum ResolvConf {
     /// A copy of the host's.
     Host,
-    /// These contents.
+    /// Written as they are.
     Contents(String),
 }
 

@@ -83,7 +83,7 @@ pub(crate) struct MachineReport {
     pub(crate) pid: u32,
     /// The id of the sandbox, or of the single container, that it was started for.
     pub(crate) sandbox: String,
-    /// The pid of its file server, if it has one.
+    /// On the host. `None` if the machine shares no files.
     pub(crate) file_server_pid: Option<u32>,
     /// Its current memory, in bytes.
     pub(crate) memory_bytes: u64,

@@ -24,7 +24,7 @@ const MAX_ZSTD_WINDOW: u64 = 8 << 20;
 /// The maximum number of zstd clusters that are decompressed at the same time.
 const MAX_ZSTD_DECODERS: usize = 4;
 
-/// A compressed cluster of the guest.
+/// Where the compressed data of a guest's cluster is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct CompressedCluster {
     /// The number of the guest's cluster.

@@ -39,7 +39,7 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// The name of the compression.
+    /// `zlib` or `zstd`, as in QEMU and in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Zlib => "zlib",

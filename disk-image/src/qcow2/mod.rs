@@ -31,7 +31,7 @@ pub use self::{
 pub(crate) use self::{header::MAGIC, tables::Mapping};
 use crate::io::{ReadAt, Target};
 
-/// A qcow2 image.
+/// An open image whose header and tables have been checked. Reads the tables as they are needed.
 #[derive(Debug)]
 pub struct Qcow2 {
     file: Box<dyn ReadAt>,

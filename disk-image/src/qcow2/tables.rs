@@ -78,7 +78,7 @@ impl Tables {
         self.cluster_size() / 8
     }
 
-    /// The number of entries of a piece.
+    /// The same for all pieces: an L2 table, or a part of one that is large.
     pub(super) fn piece_entries(&self) -> u64 {
         self.l2_entries().min(MAX_PIECE_ENTRIES)
     }

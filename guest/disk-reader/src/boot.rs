@@ -48,7 +48,7 @@ pub struct BootFile {
     pub offset: u64,
     /// The length of the content, in bytes. It is not zero.
     pub size: u64,
-    /// The open file.
+    /// Open for reading.
     pub file: File,
 }
 

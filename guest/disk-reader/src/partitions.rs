@@ -8,7 +8,7 @@ use crate::superblock::{bytes_at, u32_at, u64_at};
 /// The types of partitions that matter to boot loaders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum PartitionType {
-    /// The EFI system partition.
+    /// A FAT file system with boot loaders (UEFI specification).
     EfiSystem,
     /// The extended boot loader partition (Discoverable Partitions Specification).
     ExtendedBootLoader,

@@ -124,14 +124,14 @@ pub enum Request {
     },
     /// Unbind the driver of an unused disk: [`Response::Done`]. After that the host may remove the disk.
     ReleaseDisk {
-        /// The disk slot.
+        /// Counted from 0, as for [`crate::disk_serial`].
         slot: u32,
     },
     /// Find what the boot loader of an unused disk would boot, and send the kernel and the initrd to the host:
     /// [`Response::DiskKernel`] after all of their bytes, when the disk is unused again. The guest only reads the disk,
     /// except that its kernel may replay journals of file systems. Give it a disk whose changes are thrown away.
     FindDiskKernel {
-        /// The disk slot.
+        /// Counted from 0, as for [`crate::disk_serial`].
         slot: u32,
         /// The host's vsock port to which the agent connects the stream of the kernel.
         kernel_stream_port: u32,
@@ -231,7 +231,7 @@ pub struct NetworkParameter {
     pub name: String,
     /// The value before any parameter of the request is set.
     pub expected: String,
-    /// The value to set.
+    /// What the agent writes if the parameter has the value `expected`.
     pub value: String,
 }
 
@@ -256,7 +256,7 @@ pub struct CreateContainer {
     pub spec: Vec<u8>,
     /// The file system to mount at `root.path`.
     pub rootfs: Rootfs,
-    /// The pid namespace of the container.
+    /// Replaces the spec's, unless it is [`PidNamespace::Specified`].
     pub pid_namespace: PidNamespace,
     /// The standard streams of the container's first process.
     pub stdio: Stdio,

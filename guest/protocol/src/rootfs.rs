@@ -12,7 +12,7 @@ pub enum Rootfs {
     },
     /// A file system on a virtio-blk device (see [`crate::disk_serial`]).
     Disk {
-        /// The disk slot.
+        /// Counted from 0, as for [`crate::disk_serial`].
         slot: u32,
         /// The file system type, as for mount(2).
         filesystem: String,
@@ -21,7 +21,7 @@ pub enum Rootfs {
     },
     /// Several file systems (layers) on one virtio-blk device, from which the root is assembled.
     Layers {
-        /// The disk slot.
+        /// Counted from 0, as for [`crate::disk_serial`].
         slot: u32,
         /// The parts of the disk, each with a file system, or with data for one.
         parts: Vec<DiskPart>,
@@ -60,7 +60,7 @@ pub struct Layer {
 pub struct LayeredRoot {
     /// The directories to create before the root is mounted. Those that exist keep their mode and owner.
     pub directories: Vec<NewDirectory>,
-    /// The mount at the root.
+    /// Mounted after `directories` were created.
     pub mount: RootMount,
 }
 
@@ -69,7 +69,7 @@ pub struct LayeredRoot {
 pub enum RootMount {
     /// A directory of a layer.
     Directory {
-        /// The directory.
+        /// It becomes the root by a bind mount.
         path: LayerPath,
         /// Whether the container can only read.
         read_only: bool,
@@ -97,7 +97,7 @@ pub struct LayerPath {
 /// A directory to create, whose parent exists.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewDirectory {
-    /// The directory.
+    /// Only its last component is created.
     pub path: LayerPath,
     /// The permission bits.
     pub mode: u32,

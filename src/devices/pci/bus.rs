@@ -33,10 +33,10 @@ const NO_WINDOW: u64 = u64::MAX;
 
 /// Function 0 of a device. vCPU threads call these methods.
 pub(crate) trait Function: Send {
-    /// Fills `data` with configuration registers.
+    /// Fills `data` with the configuration registers from byte `offset` on.
     fn read_configuration(&mut self, offset: usize, data: &mut [u8]);
 
-    /// Writes configuration registers.
+    /// Writes `data` to the configuration registers from byte `offset` on.
     fn write_configuration(&mut self, offset: usize, data: &[u8]);
 
     /// The guest physical addresses of the decoded window, if there is one.
@@ -260,7 +260,7 @@ impl ConfigurationPorts {
     /// The offset of the data register.
     const DATA: u64 = 4;
 
-    /// The ports of `bus`.
+    /// No register is selected yet.
     pub(crate) fn new(bus: Arc<PciBus>) -> Self {
         Self { bus, address: 0 }
     }

@@ -18,7 +18,7 @@ const PR_GET_AUXV: u32 = 0x4155_5856;
 
 const PROT_EXEC: u32 = libc::PROT_EXEC as u32;
 
-/// The calls of every thread.
+/// What a thread needs, whatever its work is.
 pub(crate) const EVERY_THREAD: &[Call] = &[
     allowed!(SYS_brk, "the allocator"),
     allowed!(SYS_mmap[2] without PROT_EXEC, "the allocator, stacks of threads"),

@@ -403,7 +403,7 @@ impl Pod {
         self.oom_score.lower_to(oom_score_adj);
     }
 
-    /// The pid of the file server, if the pod has one.
+    /// On the host. `None` if the pod shares no files, or has ended.
     pub(crate) fn file_server_pid(&self) -> Option<u32> {
         self.file_server().as_ref().map(RunningFileServer::pid)
     }

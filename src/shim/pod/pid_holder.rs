@@ -149,7 +149,7 @@ impl PidHolder {
         }
     }
 
-    /// The pid that it holds.
+    /// On the host: what containerd gets as the pid of the container or exec.
     pub(crate) fn pid(&self) -> u32 {
         self.child.pid()
     }

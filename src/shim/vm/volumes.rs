@@ -42,7 +42,7 @@ const RAW_DISK: &CStr = c"disk.img";
 /// A disk that is open for all boots of the machine.
 #[derive(Debug)]
 pub(super) enum OpenedDisk {
-    /// A raw disk.
+    /// The guest sees the bytes of the file.
     Raw {
         file: DropOffThread<File>,
         path: PathBuf,
@@ -120,7 +120,7 @@ pub(super) fn open(disk: &VmDisk, root: &ImageRoot, user: &FileUser) -> Result<O
 /// The content of a volume, determined without opening a file in it.
 #[derive(Debug)]
 enum Found<'a> {
-    /// A raw disk.
+    /// A file whose bytes are those of a disk.
     RawFile(RawFile<'a>),
     /// The keys of a Secret, ConfigMap or similar volume.
     Keys,

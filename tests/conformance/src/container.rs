@@ -151,7 +151,7 @@ impl<'c> Container<'c> {
         self.containerd
     }
 
-    /// Calls Start.
+    /// Panics if the call fails.
     pub fn start(&self) {
         assert_eq!(self.task().start(&self.id, "").unwrap(), self.pid);
     }
@@ -221,7 +221,7 @@ impl<'c> Container<'c> {
         output
     }
 
-    /// Calls Delete.
+    /// Panics if the call fails.
     pub fn delete(&self) -> DeleteResponse {
         self.task().delete(&self.id, "").unwrap()
     }
@@ -267,7 +267,7 @@ impl Exec<'_> {
         pid
     }
 
-    /// The status of the exec.
+    /// From the response to State.
     pub fn status(&self) -> Status {
         self.container.status(&self.id)
     }
@@ -289,7 +289,7 @@ impl Exec<'_> {
             .unwrap();
     }
 
-    /// Calls Delete.
+    /// Panics if the call fails.
     pub fn delete(&self) -> DeleteResponse {
         self.container.task().delete(&self.container.id, &self.id).unwrap()
     }

@@ -28,7 +28,7 @@ use crate::TIMEOUT;
 pub struct Event {
     /// The container's id.
     pub container: String,
-    /// The kind of event.
+    /// What happened, with those values of the event that tests compare.
     pub kind: EventKind,
     /// The pid in the event; 0 if this kind of event has none.
     pub pid: u32,

@@ -48,7 +48,7 @@ pub struct Shim {
     pub answer: StartAnswer,
     /// A connection to the shim.
     pub task: TaskClient,
-    /// The pid of the shim.
+    /// On the host, from the response to Connect.
     pub pid: u32,
 }
 

@@ -36,7 +36,7 @@ pub struct Process {
 pub struct Usage {
     /// Number of open descriptors.
     pub descriptors: usize,
-    /// Number of threads.
+    /// With the main thread.
     pub threads: usize,
     /// Private dirty memory in KiB.
     pub private: u64,

@@ -265,10 +265,11 @@ fn field(number: u8, content: &[u8]) -> Vec<u8> {
     [&[number << 3 | 2, length], content].concat()
 }
 
-/// A client of the Sandbox service.
+/// A client of the Sandbox service. Each method is a call of this service.
 #[derive(Debug, Clone)]
 pub struct SandboxClient(TaskClient);
 
+#[expect(missing_docs, reason = "each method is the call of its name")]
 impl SandboxClient {
     /// Uses the connection to this shim.
     pub fn new(shim: &Shim) -> Self {
@@ -300,7 +301,6 @@ impl SandboxClient {
         self.0.call("CreateSandbox", &request)
     }
 
-    /// StartSandbox.
     pub fn start(&self, id: &str) -> CallResult<StartSandboxResponse> {
         let request = StartSandboxRequest {
             sandbox_id: id.to_owned(),
@@ -309,7 +309,6 @@ impl SandboxClient {
         self.0.call("StartSandbox", &request)
     }
 
-    /// Calls Platform of the Sandbox service.
     pub fn platform(&self, id: &str) -> CallResult<PlatformResponse> {
         let request = PlatformRequest {
             sandbox_id: id.to_owned(),
@@ -318,7 +317,6 @@ impl SandboxClient {
         self.0.call("Platform", &request)
     }
 
-    /// StopSandbox.
     pub fn stop(&self, id: &str) -> CallResult<StopSandboxResponse> {
         let request = StopSandboxRequest {
             sandbox_id: id.to_owned(),
@@ -328,7 +326,6 @@ impl SandboxClient {
         self.0.call("StopSandbox", &request)
     }
 
-    /// WaitSandbox.
     pub fn wait(&self, id: &str) -> CallResult<WaitSandboxResponse> {
         let request = WaitSandboxRequest {
             sandbox_id: id.to_owned(),
@@ -337,7 +334,6 @@ impl SandboxClient {
         self.0.call("WaitSandbox", &request)
     }
 
-    /// SandboxStatus.
     pub fn status(&self, id: &str) -> CallResult<SandboxStatusResponse> {
         let request = SandboxStatusRequest {
             sandbox_id: id.to_owned(),
@@ -347,7 +343,6 @@ impl SandboxClient {
         self.0.call("SandboxStatus", &request)
     }
 
-    /// PingSandbox.
     pub fn ping(&self, id: &str) -> CallResult<PingResponse> {
         let request = PingRequest {
             sandbox_id: id.to_owned(),
@@ -356,7 +351,6 @@ impl SandboxClient {
         self.0.call("PingSandbox", &request)
     }
 
-    /// ShutdownSandbox.
     pub fn shut_down(&self, id: &str) -> CallResult<ShutdownSandboxResponse> {
         let request = ShutdownSandboxRequest {
             sandbox_id: id.to_owned(),
@@ -365,7 +359,6 @@ impl SandboxClient {
         self.0.call("ShutdownSandbox", &request)
     }
 
-    /// SandboxMetrics.
     pub fn metrics(&self, id: &str) -> CallResult<SandboxMetricsResponse> {
         let request = SandboxMetricsRequest {
             sandbox_id: id.to_owned(),

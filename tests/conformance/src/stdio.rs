@@ -69,7 +69,7 @@ impl Output {
         self.wait_until("the end", |collected| collected.ended)
     }
 
-    /// The output so far.
+    /// What was read from the fifo until now, as text.
     pub fn so_far(&self) -> String {
         String::from_utf8_lossy(&self.shared.0.lock().unwrap().bytes).into_owned()
     }

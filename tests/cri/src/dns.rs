@@ -7,7 +7,7 @@ use std::{
 
 /// The only name that resolves.
 pub(crate) const NAME: &str = "service.cluster.test";
-/// The address of that name.
+/// What [`NAME`] resolves to.
 pub(crate) const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 53);
 
 /// Serves on UDP port 53 of `address` until the program ends.

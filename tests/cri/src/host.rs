@@ -133,7 +133,7 @@ pub(crate) struct RuntimeProcess {
     pub(crate) pid: u32,
     /// Number of open descriptors.
     pub(crate) descriptors: usize,
-    /// Number of threads.
+    /// With the main thread.
     pub(crate) threads: usize,
     /// Private dirty memory of a shim in KiB. 0 for other processes, which map the guest's memory.
     pub(crate) memory: u64,

@@ -1,17 +1,18 @@
-//! Doc comments that only repeat the name of their item.
+//! Doc comments that only repeat the name of their item, or of the type that the item belongs to.
 
 use std::collections::BTreeSet;
 
-use syn::{Attribute, Expr, ImplItem, Item, Lit, Meta, visit::Visit};
+use syn::{Attribute, Expr, ImplItem, Item, ItemImpl, Lit, Meta, TraitItem, Type, Variant, visit::Visit};
 
 use crate::modules::Crate;
 
-/// Words that add nothing to a name.
-const FILLER: [&str; 16] = [
-    "a", "an", "and", "are", "at", "for", "from", "in", "is", "it", "its", "of", "that", "the", "this", "to",
+/// Words that add nothing to a name, without a final `s`.
+const FILLER: [&str; 24] = [
+    "a", "an", "and", "are", "at", "call", "for", "from", "i", "in", "it", "name", "number", "of", "one", "return",
+    "that", "the", "these", "thi", "to", "value", "whether", "which",
 ];
 
-/// A line for each doc comment whose words are all in the name of its item.
+/// A line for each doc comment whose words are all in the name of its item, or of its type.
 pub(crate) fn findings(source: &Crate) -> Vec<String> {
     let mut lines = BTreeSet::new();
     for module in source.modules.values() {
@@ -31,6 +32,8 @@ pub(crate) fn findings(source: &Crate) -> Vec<String> {
 
 #[derive(Default)]
 struct Docs {
+    /// The names of the type, and of the variant, whose parts are being visited.
+    parents: Vec<String>,
     /// The name and the comment.
     repeating: Vec<(String, String)>,
 }
@@ -38,9 +41,16 @@ struct Docs {
 impl Docs {
     fn check(&mut self, name: &impl ToString, attributes: &[Attribute]) {
         let (name, doc) = (name.to_string(), doc_of(attributes));
-        if !doc.is_empty() && only_repeats(&name, &doc) {
+        if !doc.is_empty() && only_repeats(&name, &self.parents, &doc) {
             self.repeating.push((name, doc));
         }
+    }
+
+    /// Visits the parts of `parent`.
+    fn inside(&mut self, parent: String, visit: impl FnOnce(&mut Self)) {
+        self.parents.push(parent);
+        visit(self);
+        self.parents.pop();
     }
 }
 
@@ -56,7 +66,18 @@ impl<'ast> Visit<'ast> for Docs {
             Item::Type(item) => self.check(&item.ident, &item.attrs),
             _ => {}
         }
-        syn::visit::visit_item(self, item);
+        match item {
+            Item::Enum(syn::ItemEnum { ident, .. })
+            | Item::Struct(syn::ItemStruct { ident, .. })
+            | Item::Trait(syn::ItemTrait { ident, .. }) => {
+                self.inside(ident.to_string(), |docs| syn::visit::visit_item(docs, item));
+            }
+            _ => syn::visit::visit_item(self, item),
+        }
+    }
+
+    fn visit_item_impl(&mut self, item: &'ast ItemImpl) {
+        self.inside(type_name(&item.self_ty), |docs| syn::visit::visit_item_impl(docs, item));
     }
 
     fn visit_field(&mut self, field: &'ast syn::Field) {
@@ -66,9 +87,21 @@ impl<'ast> Visit<'ast> for Docs {
         syn::visit::visit_field(self, field);
     }
 
-    fn visit_variant(&mut self, variant: &'ast syn::Variant) {
+    fn visit_variant(&mut self, variant: &'ast Variant) {
         self.check(&variant.ident, &variant.attrs);
-        syn::visit::visit_variant(self, variant);
+        self.inside(variant.ident.to_string(), |docs| {
+            syn::visit::visit_variant(docs, variant)
+        });
+    }
+
+    fn visit_trait_item(&mut self, item: &'ast TraitItem) {
+        match item {
+            TraitItem::Const(item) => self.check(&item.ident, &item.attrs),
+            TraitItem::Fn(method) => self.check(&method.sig.ident, &method.attrs),
+            TraitItem::Type(item) => self.check(&item.ident, &item.attrs),
+            _ => {}
+        }
+        syn::visit::visit_trait_item(self, item);
     }
 
     fn visit_impl_item(&mut self, item: &'ast ImplItem) {
@@ -76,6 +109,18 @@ impl<'ast> Visit<'ast> for Docs {
             self.check(&method.sig.ident, &method.attrs);
         }
         syn::visit::visit_impl_item(self, item);
+    }
+}
+
+/// The name of the type of an `impl`, without its path and parameters.
+fn type_name(implemented: &Type) -> String {
+    match implemented {
+        Type::Path(path) => path
+            .path
+            .segments
+            .last()
+            .map_or_else(String::new, |segment| segment.ident.to_string()),
+        _ => String::new(),
     }
 }
 
@@ -94,11 +139,17 @@ fn doc_of(attributes: &[Attribute]) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
-fn only_repeats(name: &str, doc: &str) -> bool {
-    let name: BTreeSet<String> = words(&split_camel_case(name)).collect();
-    words(doc)
-        .filter(|word| !FILLER.contains(&word.as_str()))
-        .all(|word| name.contains(&word))
+fn only_repeats(name: &str, parents: &[String], doc: &str) -> bool {
+    let names = parents.iter().map(String::as_str).chain([name]);
+    let names: BTreeSet<String> = names
+        .flat_map(|name| words(&split_camel_case(name)).collect::<Vec<_>>())
+        .collect();
+    // The exact name of a file or field adds something.
+    let is_reference = doc.starts_with('`');
+    !is_reference
+        && words(doc)
+            .filter(|word| !FILLER.contains(&word.as_str()))
+            .all(|word| names.contains(&word))
 }
 
 /// The words in lower case, without a plural's or a verb's final `s`.
@@ -133,16 +184,21 @@ mod tests {
 
     #[test]
     fn doc_that_adds_nothing_to_the_name_is_found() {
-        for (name, doc, repeats) in [
-            ("slot", "The slot.", true),
-            ("exit_status", "Its exit status.", true),
-            ("DiskSlots", "The disk slots.", true),
-            ("MAX_FRAME", "Max frame.", true),
-            ("slot", "The slot on the bus.", false),
-            ("limit", "In bytes.", false),
-            ("DiskSlots", "The slots for disks of a pod's containers.", false),
+        for (parent, name, doc, repeats) in [
+            ("", "slot", "The slot.", true),
+            ("", "exit_status", "Its exit status.", true),
+            ("", "DiskSlots", "The disk slots.", true),
+            ("", "MAX_FRAME", "Max frame.", true),
+            ("Compression", "name", "The name of the compression.", true),
+            ("NetworkParameter", "value", "The value.", true),
+            ("Lifecycle", "phase", "Returns the phase.", true),
+            ("Stats", "cpu", "`cpu.stat`.", false),
+            ("", "slot", "The slot on the bus.", false),
+            ("", "limit", "In bytes.", false),
+            ("", "DiskSlots", "The slots for disks of a pod's containers.", false),
+            ("CreateContainer", "container", "The id of the container.", false),
         ] {
-            assert_eq!(only_repeats(name, doc), repeats, "{name}: {doc}");
+            assert_eq!(only_repeats(name, &[parent.to_owned()], doc), repeats, "{name}: {doc}");
         }
     }
 }

@@ -28,7 +28,7 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// Returns the program of `process`.
+    /// Copies arguments, environment and user of `process`. Fails without arguments.
     pub(super) fn of(process: &Process) -> Result<Self, Failure> {
         let args = process.args().clone().unwrap_or_default();
         if args.is_empty() {

@@ -119,7 +119,7 @@ fn datagram(to: SocketAddrV4, message: &[u8]) -> Option<Vec<u8>> {
 #[derive(Debug, Clone, Copy)]
 enum Sender {
     Datagram(SocketAddrV4),
-    /// The number of the connection.
+    /// Its number among the TCP connections.
     Connection(u32),
 }
 

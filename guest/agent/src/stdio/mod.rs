@@ -28,7 +28,7 @@ pub(crate) fn set_up_terminal(master: impl AsFd, size: Option<(u16, u16)>, uid: 
     Ok(slave)
 }
 
-/// Sets the size of a terminal.
+/// The kernel sends SIGWINCH to the foreground processes if the size changes.
 pub(crate) fn resize_terminal(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> {
     let size = Winsize {
         ws_row: rows,

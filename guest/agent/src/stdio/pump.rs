@@ -108,7 +108,7 @@ impl Pump {
         Some([ends.source.as_fd(), ends.sink.as_fd()])
     }
 
-    /// Whether the stream has ended.
+    /// Whether source and sink are closed, so that no turn is needed.
     pub(crate) fn is_ended(&self) -> bool {
         self.ends.is_none()
     }

@@ -147,7 +147,7 @@ impl Negotiation {
         self.accepted
     }
 
-    /// The number of queues.
+    /// Queues that the driver has not enabled count too.
     pub(crate) fn queue_count(&self) -> usize {
         self.queues.len()
     }

@@ -36,7 +36,7 @@ pub(super) struct Annotations {
     pub(super) disks: BTreeMap<String, DiskAnnotation>,
 }
 
-/// The value of the annotation `disk.NAME`.
+/// Parsed from the annotation `disk.NAME`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DiskAnnotation {
     pub(super) read_only: bool,

@@ -129,7 +129,7 @@ impl Lifecycle {
         self.transition(|phase| matches!(phase, Phase::Creating).then(|| Phase::Deleted(Exit::now(UNKNOWN_STATUS))));
     }
 
-    /// The current phase.
+    /// A copy; the phase can change at any time.
     pub(crate) fn phase(&self) -> Phase {
         *self.phase.borrow()
     }

@@ -206,7 +206,7 @@ impl Process {
         }
     }
 
-    /// Closes its open streams.
+    /// At once: bytes in flight are lost. Waits for the vmm for at most [`CLOSE_STREAMS_LIMIT`].
     pub(crate) async fn close_streams(&self, machine: &Machine) {
         if let Some(streams) = self.streams() {
             streams.close(machine, CLOSE_STREAMS_LIMIT).await;

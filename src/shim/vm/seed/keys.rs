@@ -83,7 +83,7 @@ pub(in crate::shim) enum KeysError {
     Changing { directory: PathBuf },
 }
 
-/// The values of the keys.
+/// What the user provides for cloud-init, each from the key of that name.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Keys {
     pub(super) user_data: Vec<u8>,

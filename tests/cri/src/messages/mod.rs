@@ -19,7 +19,7 @@ pub(crate) use self::{common::*, container::*, node::*, pod::*, stats::*, stream
 pub(crate) trait Call: Message {
     /// `Service/Method`: the path of the HTTP request without the package name.
     const METHOD: &'static str;
-    /// The type of the response.
+    /// The message that the method returns.
     type Response: Message + Default;
 }
 

@@ -15,7 +15,7 @@ pub(super) const TRANSACTION: u32 = 0x1234_5678;
 /// The sizes of the headers of an answer: Ethernet, IPv4, UDP.
 const HEADERS: usize = 14 + 20 + 8;
 
-/// A message of a client.
+/// A DHCP message as bytes. Tests change single fields of it.
 #[derive(Clone)]
 pub(super) struct ClientMessage {
     pub(super) fields: [u8; 236],
