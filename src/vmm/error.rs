@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, io};
 
-use nutshell_disk_image::ImageError;
+use nutshell_disk_image::{CowError, ImageError};
 
 use super::{
     boot::{BootError, SmbiosError, kernel::KernelError},
@@ -58,7 +58,7 @@ pub(super) fn device_error(step: impl Into<Cow<'static, str>>) -> impl Fn(io::Er
 /// Where the file is that an error of a disk concerns, if the error does not name it. The shim has chosen its path.
 fn hint(error: &ImageError) -> &'static str {
     match error {
+        ImageError::Cow(CowError::Base(_)) | ImageError::Base(_) => "",
         ImageError::Cow(_) => ". The file is .nutshell-disk-writes… in the root of the container's snapshot",
-        ImageError::Base(_) => "",
     }
 }

@@ -50,7 +50,7 @@ pub(crate) enum AgentError {
     #[error("the agent of the virtual machine is gone")]
     Gone,
     /// The request is larger than the protocol allows.
-    #[error("the request to {request} is too large: {reason}: make the container's spec smaller")]
+    #[error("the request to {request} is too large: {reason}")]
     TooLarge { request: String, reason: String },
     /// The response is of another kind than the request.
     #[error("the agent of the virtual machine answered the request to {request} with a response of another kind")]
@@ -169,7 +169,12 @@ impl Agent {
         let message = ToAgent { id, request };
         let frame = encode(&message, MAX_TO_AGENT).map_err(|error| AgentError::TooLarge {
             request: describe_request(&message.request),
-            reason: error.to_string(),
+            reason: match &message.request {
+                Request::CreateContainer(_) | Request::StartExec(_) | Request::SetUpPod(_) => {
+                    format!("{error}: make the container's spec smaller")
+                }
+                _ => error.to_string(),
+            },
         })?;
         drop(message);
         let (sender, response) = oneshot::channel();
