@@ -135,8 +135,8 @@ pub(crate) fn read_up_to(from: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> i
     Ok(done)
 }
 
-/// Fills `buffer` from `offset`. Returns `None` if `from` ends before.
-pub(crate) fn read_or_end(from: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<Option<()>> {
+/// Like [`read_exact_at`], but returns `None` if `from` ends before `buffer` is full.
+pub(crate) fn read_exact_or_none(from: &dyn ReadAt, buffer: &mut [u8], offset: u64) -> io::Result<Option<()>> {
     let count = read_up_to(from, buffer, offset)?;
     Ok((count == buffer.len()).then_some(()))
 }
@@ -147,7 +147,7 @@ pub(crate) fn fill(target: &mut dyn Target, from: &dyn ReadAt, mut offset: u64, 
         while count > 0 {
             let read = retry_interrupted(|| target.read_from(file, offset, count))?;
             if read == 0 {
-                return Err(shorter_than_disk());
+                return Err(truncated(offset.saturating_add(count as u64)));
             }
             offset += read as u64;
             count -= read;
@@ -158,7 +158,7 @@ pub(crate) fn fill(target: &mut dyn Target, from: &dyn ReadAt, mut offset: u64, 
     while count > 0 {
         let part = count.min(COPY_BUFFER_SIZE);
         read_exact_at(from, &mut buffer[..part], offset).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => shorter_than_disk(),
+            io::ErrorKind::UnexpectedEof => truncated(offset.saturating_add(part as u64)),
             _ => error,
         })?;
         target.put(&buffer[..part]);
@@ -207,8 +207,11 @@ pub(crate) fn drain(
     Ok(())
 }
 
-fn shorter_than_disk() -> io::Error {
-    io::Error::other("the file is shorter than the disk")
+/// The error of a read for which the file must have at least `needed` bytes.
+fn truncated(needed: u64) -> io::Error {
+    io::Error::other(format!(
+        "the file has less than {needed} bytes: it was truncated after it was opened"
+    ))
 }
 
 /// Repeats `call` while a signal interrupts it.
@@ -275,7 +278,8 @@ pub fn zero_file_range(file: &File, offset: u64, length: u64, unmap: bool) -> io
     }
 }
 
-/// Changes a range, which may be empty, without a change of the file's size.
+/// Calls fallocate(2) with `mode`, which frees or zeroes a range, and `KEEP_SIZE`. Does nothing for an empty range, which
+/// fallocate(2) refuses with `EINVAL`.
 fn free_or_zero(file: &File, offset: u64, length: u64, mode: FallocateFlags) -> io::Result<()> {
     match length {
         0 => Ok(()),
@@ -382,7 +386,8 @@ impl Source for &[u8] {
 mod tests {
     use super::*;
 
-    /// A file whose file system has no fallocate(2), and which refuses a write at an offset.
+    /// A file on which fallocate(2) fails with `EOPNOTSUPP` and pwrite(2) with `ESPIPE`, so that the error shows which
+    /// of them was tried last.
     fn file_without_fallocate() -> File {
         File::options().write(true).open("/proc/thread-self/comm").unwrap()
     }
@@ -395,8 +400,9 @@ mod tests {
     #[test]
     fn zeroes_are_written_if_the_host_cannot_free_blocks() {
         for unmap in [false, true] {
-            let write = zero_file_range(&file_without_fallocate(), 0, 4096, unmap).unwrap_err();
-            assert_eq!(write.raw_os_error(), Some(Errno::SPIPE.raw_os_error()), "{unmap}");
+            let write_error = zero_file_range(&file_without_fallocate(), 0, 4096, unmap).unwrap_err();
+            // The error of pwrite(2), which shows that zeroes would have been written.
+            assert_eq!(write_error.raw_os_error(), Some(Errno::SPIPE.raw_os_error()), "{unmap}");
         }
     }
 

@@ -18,7 +18,7 @@ use nutshell_disk_image::{Image, ReadAt, Storage};
 const CLUSTER: usize = 64 << 10;
 const SECTOR: usize = 512;
 
-/// Not a multiple of a cluster, and more than a stripe of clusters.
+/// Not a multiple of a cluster, and larger than the 16 clusters that share a lock (`STRIPE_CLUSTERS`).
 const DISK_SIZE: usize = 20 * CLUSTER + 3 * SECTOR;
 
 fn base_bytes() -> Vec<u8> {
@@ -91,12 +91,12 @@ impl Change {
     }
 }
 
-/// A file in memory that can fail, and that can lose what was not synced.
+/// A copy-on-write file in memory whose operations can fail, and that can lose what was not synced.
 #[derive(Debug, Clone, Default)]
-struct Disk(Arc<Mutex<DiskState>>);
+struct CowStorage(Arc<Mutex<CowStorageState>>);
 
 #[derive(Debug, Default)]
-struct DiskState {
+struct CowStorageState {
     bytes: Vec<u8>,
     /// The content at the last sync.
     synced: Vec<u8>,
@@ -108,7 +108,7 @@ struct DiskState {
     sync_fails: bool,
 }
 
-impl DiskState {
+impl CowStorageState {
     fn change(&mut self, offset: u64, length: usize, byte_at: impl Fn(usize) -> u8) -> io::Result<()> {
         let mut done = length;
         match &mut self.changes_left {
@@ -134,8 +134,8 @@ impl DiskState {
     }
 }
 
-impl Disk {
-    fn state(&self) -> std::sync::MutexGuard<'_, DiskState> {
+impl CowStorage {
+    fn state(&self) -> std::sync::MutexGuard<'_, CowStorageState> {
         self.0.lock().unwrap()
     }
 
@@ -156,7 +156,7 @@ impl Disk {
     }
 }
 
-impl ReadAt for Disk {
+impl ReadAt for CowStorage {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.state().bytes.read_at(buffer, offset)
     }
@@ -166,7 +166,7 @@ impl ReadAt for Disk {
     }
 }
 
-impl Storage for Disk {
+impl Storage for CowStorage {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.state().change(offset, bytes.len(), |index| bytes[index])
     }
@@ -198,8 +198,8 @@ impl Storage for Disk {
     }
 }
 
-fn open(base: &[u8], disk: &Disk, boot: u8) -> Image {
-    Image::open(Box::new(base.to_vec()), Box::new(disk.clone()), [boot; 16]).unwrap()
+fn open(base: &[u8], storage: &CowStorage, boot: u8) -> Image {
+    Image::open(Box::new(base.to_vec()), Box::new(storage.clone()), [boot; 16]).unwrap()
 }
 
 #[test]
@@ -247,18 +247,18 @@ fn disk_on_a_file_equals_a_plain_disk_across_reopening_and_base_stays_unchanged(
 fn kill_in_the_middle_of_a_change_leaves_all_other_bytes_as_they_were() {
     let base = base_bytes();
     let mut random = Random::new(23);
-    let disk = Disk::default();
+    let storage = CowStorage::default();
     let mut model = base.clone();
-    let mut image = open(&base, &disk, 1);
+    let mut image = open(&base, &storage, 1);
     let mut torn = 0;
     for step in 0..300 {
         let change = Change::random(&mut random);
-        disk.state().changes_left = (random.below(3) == 0).then(|| random.below(5));
+        storage.state().changes_left = (random.below(3) == 0).then(|| random.below(5));
         let result = change.apply(&image);
-        disk.state().changes_left = None;
+        storage.state().changes_left = None;
         // The process is killed, or the guest gets an I/O error and continues.
         if random.below(2) == 0 {
-            image = open(&base, &disk, 1);
+            image = open(&base, &storage, 1);
         }
         let before = model.clone();
         change.apply_to_model(&mut model);
@@ -280,7 +280,7 @@ fn kill_in_the_middle_of_a_change_leaves_all_other_bytes_as_they_were() {
         }
         model = actual;
     }
-    assert!(torn > 25, "{torn}");
+    assert!(torn > 25, "only {torn} changes were interrupted");
 }
 
 #[test]
@@ -288,10 +288,10 @@ fn crash_of_the_host_loses_no_flushed_write_and_shows_no_byte_that_was_never_wri
     let base = base_bytes();
     for seed in 0..12 {
         let mut random = Random::new(1000 + seed);
-        let disk = Disk::default();
+        let storage = CowStorage::default();
         let mut model = base.clone();
         for boot in 0..6 {
-            let mut image = open(&base, &disk, boot);
+            let mut image = open(&base, &storage, boot);
             // The contents that a sector may have after a crash.
             let mut allowed: Vec<Vec<Vec<u8>>> = model.chunks(SECTOR).map(|sector| vec![sector.to_vec()]).collect();
             assert!(read_all(&image) == model, "seed {seed}, boot {boot}");
@@ -307,13 +307,13 @@ fn crash_of_the_host_loses_no_flushed_write_and_shows_no_byte_that_was_never_wri
                         image.flush().unwrap();
                         allowed = model.chunks(SECTOR).map(|sector| vec![sector.to_vec()]).collect();
                     }
-                    1 => image = open(&base, &disk, boot),
+                    1 => image = open(&base, &storage, boot),
                     _ => {}
                 }
             }
             drop(image);
-            disk.crash(&mut random);
-            model = read_all(&open(&base, &disk, boot + 1));
+            storage.crash(&mut random);
+            model = read_all(&open(&base, &storage, boot + 1));
             for (sector, actual) in model.chunks(SECTOR).enumerate() {
                 assert!(
                     allowed[sector].iter().any(|content| content == actual),
@@ -327,18 +327,18 @@ fn crash_of_the_host_loses_no_flushed_write_and_shows_no_byte_that_was_never_wri
 #[test]
 fn flush_whose_sync_failed_is_never_reported_as_done_later() {
     let base = base_bytes();
-    let disk = Disk::default();
-    let image = open(&base, &disk, 1);
+    let storage = CowStorage::default();
+    let image = open(&base, &storage, 1);
     image.write(&mut &[1; 512][..], 0).unwrap();
-    disk.state().sync_fails = true;
+    storage.state().sync_fails = true;
     assert_eq!(image.flush().unwrap_err().to_string(), "the device is gone");
-    disk.state().sync_fails = false;
+    storage.state().sync_fails = false;
     assert_eq!(
         image.flush().unwrap_err().to_string(),
         "an earlier flush failed: the device is gone"
     );
     // The next process continues with the contents of the file.
-    let image = open(&base, &disk, 1);
+    let image = open(&base, &storage, 1);
     image.flush().unwrap();
     assert_eq!(read_all(&image)[..512], [1; 512]);
 }
@@ -346,16 +346,16 @@ fn flush_whose_sync_failed_is_never_reported_as_done_later() {
 #[test]
 fn flush_that_cannot_write_its_bitmap_can_be_repeated() {
     let base = base_bytes();
-    let disk = Disk::default();
-    let image = open(&base, &disk, 1);
+    let storage = CowStorage::default();
+    let image = open(&base, &storage, 1);
     image.write(&mut &[1; 512][..], 0).unwrap();
-    disk.state().changes_left = Some(1);
+    storage.state().changes_left = Some(1);
     assert_eq!(image.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
-    disk.state().changes_left = None;
+    storage.state().changes_left = None;
     image.flush().unwrap();
     drop(image);
-    disk.crash(&mut Random::new(1));
-    assert_eq!(read_all(&open(&base, &disk, 2))[..512], [1; 512]);
+    storage.crash(&mut Random::new(1));
+    assert_eq!(read_all(&open(&base, &storage, 2))[..512], [1; 512]);
 }
 
 #[test]
@@ -391,7 +391,7 @@ fn part_of_a_cluster_with_zeroes_in_the_base_allocates_only_what_is_written() {
     let before = cow.metadata().unwrap().blocks();
     image.write(&mut &[1; 4096][..], 3 * CLUSTER as u64 + 8192).unwrap();
     let allocated = (cow.metadata().unwrap().blocks() - before) * 512;
-    assert!(allocated <= 8192, "{allocated}");
+    assert!(allocated <= 8192, "{allocated} bytes are allocated for a write of 4096");
 }
 
 #[test]
@@ -432,13 +432,14 @@ fn queues_that_write_the_same_absent_cluster_at_the_same_time_lose_nothing() {
 fn file_that_does_not_belong_to_the_base_is_refused_with_field_and_value() {
     let base = base_bytes();
     let fresh = || {
-        let disk = Disk::default();
-        drop(open(&base, &disk, 1));
-        disk
+        let storage = CowStorage::default();
+        drop(open(&base, &storage, 1));
+        storage
     };
+    // The header follows the clusters. The last one of the 21 is incomplete on the disk.
     let header = 21 * CLUSTER;
-    let refusal = |base: Vec<u8>, disk: &Disk| {
-        let result = Image::open(Box::new(base), Box::new(disk.clone()), [1; 16]);
+    let refusal = |base: Vec<u8>, storage: &CowStorage| {
+        let result = Image::open(Box::new(base), Box::new(storage.clone()), [1; 16]);
         result.map(|_| "not refused").unwrap_err().to_string()
     };
     let mut other_base = base.clone();
@@ -460,9 +461,9 @@ fn file_that_does_not_belong_to_the_base_is_refused_with_field_and_value() {
         (8, 9, "version is 9 instead of 1"),
         (14, 2, "cluster size is 131072 instead of 65536"),
     ] {
-        let disk = fresh();
-        disk.state().bytes[header + offset] = byte;
-        let error = refusal(base.clone(), &disk);
+        let storage = fresh();
+        storage.state().bytes[header + offset] = byte;
+        let error = refusal(base.clone(), &storage);
         assert!(error.contains(expected), "{error}");
     }
 }
@@ -470,16 +471,17 @@ fn file_that_does_not_belong_to_the_base_is_refused_with_field_and_value() {
 #[test]
 fn file_without_header_is_used_as_if_it_were_new() {
     let base = base_bytes();
-    let disk = Disk::default();
-    drop(open(&base, &disk, 1));
+    let storage = CowStorage::default();
+    drop(open(&base, &storage, 1));
     // The process that made the file was killed before it wrote the header; or the host crashed when only parts of the
     // bitmaps and of the data were on the disk.
+    // The header follows the 21 clusters.
     let header = 21 * CLUSTER;
-    let end = disk.state().bytes.len();
-    disk.state().bytes[header..header + 4096].fill(0);
-    disk.state().bytes[header + 4096..end].fill(0xff);
-    assert!(read_all(&open(&base, &disk, 1)) == base);
-    assert!(read_all(&open(&base, &disk, 1)) == base);
+    let end = storage.state().bytes.len();
+    storage.state().bytes[header..header + 4096].fill(0);
+    storage.state().bytes[header + 4096..end].fill(0xff);
+    assert!(read_all(&open(&base, &storage, 1)) == base);
+    assert!(read_all(&open(&base, &storage, 1)) == base);
 }
 
 #[test]
@@ -499,7 +501,7 @@ fn read_only_image_refuses_changes() {
 
 #[test]
 fn access_outside_of_the_disk_fails() {
-    let image = open(&base_bytes(), &Disk::default(), 1);
+    let image = open(&base_bytes(), &CowStorage::default(), 1);
     for offset in [DISK_SIZE as u64 - 511, DISK_SIZE as u64, u64::MAX - 511, u64::MAX] {
         assert!(image.read(&mut &mut [0; 512][..], offset).is_err(), "{offset}");
         assert!(image.write(&mut &[0; 512][..], offset).is_err(), "{offset}");
@@ -510,16 +512,18 @@ fn access_outside_of_the_disk_fails() {
 #[test]
 fn full_file_system_is_an_error_and_leaves_a_consistent_disk() {
     let base = base_bytes();
-    let disk = Disk::default();
-    let image = open(&base, &disk, 1);
+    let storage = CowStorage::default();
+    let image = open(&base, &storage, 1);
     image.write(&mut &[1; 512][..], 512).unwrap();
-    disk.state().changes_left = Some(0);
+    storage.state().changes_left = Some(0);
     let error = image.write(&mut &vec![2; 300_000][..], 0).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-    disk.state().changes_left = None;
+    storage.state().changes_left = None;
     let mut expected = base;
     expected[512..1024].fill(1);
-    assert!(read_all(&image)[65536..] == expected[65536..]);
+    // The first cluster is in the file already, so the write may have changed a part of it. The others must read as
+    // before.
+    assert!(read_all(&image)[CLUSTER..] == expected[CLUSTER..]);
     image.write(&mut &vec![2; 300_000][..], 0).unwrap();
     expected[..300_000].fill(2);
     assert!(read_all(&image) == expected);

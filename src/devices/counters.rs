@@ -49,11 +49,11 @@ impl Obstacle {
     }
 }
 
-/// How much of a queue's used ring its driver has accepted.
-pub(crate) trait Acceptance: Debug + Send {
-    /// The number of used chains that the driver has not accepted, and the index up to which it has accepted them.
+/// A queue's used ring, and how many of its chains the driver has taken.
+pub(crate) trait UsedChains: Debug + Send {
+    /// The number of used chains that the driver has not taken, and the index up to which it has taken them.
     /// `None` if the rings cannot be read.
-    fn unaccepted(&self) -> Option<(u16, u16)>;
+    fn untaken(&self) -> Option<(u16, u16)>;
 }
 
 /// Work of a device that has not ended yet.
@@ -87,8 +87,8 @@ struct QueueState {
     waits: AtomicU64,
     /// An [`Obstacle`], of the last wait.
     obstacle: AtomicU8,
-    /// What the driver has accepted. `None` if it need not accept used chains soon.
-    acceptance: Mutex<Option<Box<dyn Acceptance>>>,
+    /// `None` if the driver need not take used chains soon.
+    used_chains: Mutex<Option<Box<dyn UsedChains>>>,
 }
 
 impl Counters {
@@ -165,10 +165,10 @@ impl Counters {
         }
     }
 
-    /// From now on a queue is also pending while its driver does not accept used chains. `None` ends that.
-    pub(crate) fn expect_acceptance(&self, queue: u16, acceptance: Option<Box<dyn Acceptance>>) {
+    /// From now on a queue is also pending while its driver does not take used chains. `None` ends that.
+    pub(crate) fn watch_used_chains(&self, queue: u16, used_chains: Option<Box<dyn UsedChains>>) {
         if let Some(state) = self.queues.get(usize::from(queue)) {
-            *state.acceptance.lock() = acceptance;
+            *state.used_chains.lock() = used_chains;
         }
     }
 
@@ -179,7 +179,7 @@ impl Counters {
         }
     }
 
-    /// The queues that wait for an [`Obstacle`], or whose driver does not accept used chains.
+    /// The queues that wait for an [`Obstacle`], or whose driver does not take used chains.
     pub(crate) fn pending(&self) -> Vec<Pending> {
         let queues = self.queues.iter().enumerate();
         let waiting = queues.filter_map(|(index, state)| {
@@ -189,10 +189,11 @@ impl Counters {
             let (progress, reason) = if progress % 2 == 1 {
                 (progress, obstacle.describe().to_owned())
             } else {
-                let (count, accepted) = state.acceptance.lock().as_ref()?.unaccepted()?;
-                let hangs = format!("the guest does not accept {count} completed requests: it hangs");
+                let (count, taken) = state.used_chains.lock().as_ref()?.untaken()?;
+                let hangs =
+                    format!("the guest has not taken its completed requests ({count}) from the used ring: it may hang");
                 // Differs from each number of waits, so that a wait that begins or ends is progress too.
-                (count > 0).then(|| (u64::MAX - u64::from(accepted), hangs))?
+                (count > 0).then(|| (u64::MAX - u64::from(taken), hangs))?
             };
             Some(Pending {
                 place: format!("queue {index}"),

@@ -60,7 +60,8 @@ impl ReadAt for MemoryFile {
     }
 }
 
-/// No change may lie outside of the file.
+/// A write or zeroing outside of the file panics, which fails the fuzz target: the code under test must set the size
+/// first.
 impl Storage for MemoryFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let start = usize::try_from(offset).unwrap();

@@ -2,7 +2,7 @@
 
 use super::error::{Qcow2Error, Text, read_error};
 use crate::{
-    io::{ReadAt, read_or_end},
+    io::{ReadAt, read_exact_or_none},
     limits::find_size_problem,
 };
 
@@ -19,7 +19,7 @@ const HEADER_SIZE_COMPRESSION: u32 = 112;
 /// The range of cluster_bits, which is that of QEMU: 512 bytes to 2 MiB.
 const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 
-/// The maximum number of entries of an L1 table, which is that of QEMU: 32 MiB.
+/// The maximum number of entries of an L1 table: QEMU limits the table to 32 MiB, and an entry has 8 bytes.
 const MAX_L1_ENTRIES: u64 = 4 << 20;
 
 /// The maximum length of the name of a backing file in bytes.
@@ -87,7 +87,7 @@ impl Header {
             size: file_size,
         };
         let mut fields = Fields([0; HEADER_SIZE_COMPRESSION as usize]);
-        read_or_end(file, &mut fields.0[..HEADER_SIZE_V2], 0)
+        read_exact_or_none(file, &mut fields.0[..HEADER_SIZE_V2], 0)
             .map_err(&failed)?
             .ok_or_else(|| truncated("the header", 0))?;
         let version = fields.u32(4);
@@ -101,7 +101,7 @@ impl Header {
         let cluster_size = 1_u64 << cluster_bits;
         let mut header_length = u32::try_from(HEADER_SIZE_V2).unwrap_or(0);
         if version >= 3 {
-            read_or_end(
+            read_exact_or_none(
                 file,
                 &mut fields.0[HEADER_SIZE_V2..HEADER_SIZE_V3 as usize],
                 HEADER_SIZE_V2 as u64,
@@ -118,7 +118,7 @@ impl Header {
             }
             if header_length >= HEADER_SIZE_COMPRESSION {
                 let rest = &mut fields.0[HEADER_SIZE_V3 as usize..];
-                read_or_end(file, rest, u64::from(HEADER_SIZE_V3))
+                read_exact_or_none(file, rest, u64::from(HEADER_SIZE_V3))
                     .map_err(&failed)?
                     .ok_or_else(|| truncated("the header", 0))?;
             }
@@ -135,7 +135,7 @@ impl Header {
                 return Err(field("compression_type", other, problem));
             }
         };
-        check_references(file, &fields)?;
+        check_self_contained(file, &fields)?;
 
         let size = fields.u64(24);
         if let Some(problem) = find_size_problem(size) {
@@ -199,14 +199,14 @@ fn check_features(
     cluster_size: u64,
 ) -> Result<(), Qcow2Error> {
     let features = if version >= 3 { fields.u64(72) } else { 0 };
-    let known = [
+    let refused = [
         (INCOMPATIBLE_DATA_FILE, Qcow2Error::DataFile),
         (INCOMPATIBLE_EXTENDED_L2, Qcow2Error::ExtendedL2),
         (INCOMPATIBLE_CORRUPT, Qcow2Error::Corrupt),
         (INCOMPATIBLE_DIRTY, Qcow2Error::Dirty),
     ];
     let mut unknown = features & !INCOMPATIBLE_COMPRESSION;
-    for (bit, _) in &known {
+    for (bit, _) in &refused {
         unknown &= !bit;
     }
     if unknown != 0 {
@@ -214,18 +214,18 @@ fn check_features(
         let name = feature_name(file, bit, header_length, cluster_size)?;
         return Err(Qcow2Error::UnknownFeature { bit, name });
     }
-    match known.into_iter().find(|(bit, _)| features & bit != 0) {
+    match refused.into_iter().find(|(bit, _)| features & bit != 0) {
         Some((_, error)) => Err(error),
         None => Ok(()),
     }
 }
 
-/// Refuses images that need another file or a key.
-fn check_references(file: &dyn ReadAt, fields: &Fields) -> Result<(), Qcow2Error> {
+/// Refuses an image with a backing file or with encryption.
+fn check_self_contained(file: &dyn ReadAt, fields: &Fields) -> Result<(), Qcow2Error> {
     let backing_offset = fields.u64(8);
     if backing_offset != 0 {
         let mut name = vec![0; fields.u32(16).min(MAX_NAME) as usize];
-        let read = read_or_end(file, &mut name, backing_offset);
+        let read = read_exact_or_none(file, &mut name, backing_offset);
         // The name is only for the error text.
         if !matches!(read, Ok(Some(()))) {
             name.clear();
@@ -254,10 +254,13 @@ fn feature_name(
 ) -> Result<Option<Text>, Qcow2Error> {
     let failed = read_error("the header extensions");
     let mut position = u64::from(header_length);
-    // Each step moves forward by at least 8 bytes. Extensions end before the second cluster.
+    // The extensions are in the first cluster, and each has at least 8 bytes, so the loop ends.
     while position.saturating_add(8) <= cluster_size {
         let mut extension = [0; 8];
-        if read_or_end(file, &mut extension, position).map_err(&failed)?.is_none() {
+        if read_exact_or_none(file, &mut extension, position)
+            .map_err(&failed)?
+            .is_none()
+        {
             return Ok(None);
         }
         let [k0, k1, k2, k3, l0, l1, l2, l3] = extension;
@@ -272,7 +275,10 @@ fn feature_name(
             _ if end > cluster_size => return Ok(None),
             FEATURE_NAME_TABLE => {
                 let mut table = vec![0; length as usize];
-                if read_or_end(file, &mut table, position).map_err(&failed)?.is_none() {
+                if read_exact_or_none(file, &mut table, position)
+                    .map_err(&failed)?
+                    .is_none()
+                {
                     return Ok(None);
                 }
                 let entry = table

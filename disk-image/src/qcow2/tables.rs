@@ -10,7 +10,7 @@ use super::{
     header::Header,
 };
 use crate::{
-    io::{ReadAt, read_or_end},
+    io::{ReadAt, read_exact_or_none},
     limits::check_range,
 };
 
@@ -138,7 +138,7 @@ impl Tables {
         count: u64,
     ) -> Result<Piece, Qcow2Error> {
         let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or(0)];
-        read_or_end(file, &mut bytes, position)
+        read_exact_or_none(file, &mut bytes, position)
             .map_err(read_error(part))?
             .ok_or_else(|| self.truncated(part, position))?;
         let (entries, _) = bytes.as_chunks::<8>();

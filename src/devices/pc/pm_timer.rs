@@ -25,7 +25,8 @@ impl PmTimer {
 impl Registers for PmTimer {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         let value = ticks(self.start.elapsed());
-        // A repeated string instruction reads the register several times in one access.
+        // `data` has the results of several reads if the guest used a repeated string instruction (REP INS): KVM reports
+        // them as one access. So the bytes of the register repeat.
         for (byte, index) in data.iter_mut().zip(offset..) {
             let [first, second, third, fourth] = value;
             *byte = match index % 4 {

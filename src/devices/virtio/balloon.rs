@@ -66,7 +66,8 @@ impl Balloon {
     }
 
     /// Requests new statistics from the driver. [`Self::serve_statistics`] returns them after the next kick of the
-    /// queue. Returns `false` if the driver sends none.
+    /// queue. Returns `false` if nothing could be requested: the driver uses no statistics queue, or has not
+    /// provided its buffer yet.
     pub(crate) fn request_statistics(&mut self) -> Result<bool, QueueError> {
         let Some(StatisticsQueue {
             queue,
@@ -155,7 +156,7 @@ impl Device for Balloon {
         COMMON_FEATURES | PAGE_REPORTING | statistics
     }
 
-    /// Only queues of offered features have a number, as Linux expects.
+    /// A queue whose feature is not offered takes no index: later queues move up, as Linux numbers them.
     fn queue_sizes(&self) -> Vec<u16> {
         let mut sizes = vec![SMALL_QUEUE_SIZE; UNUSED_QUEUES];
         sizes.extend(self.offers_statistics.then_some(SMALL_QUEUE_SIZE));
@@ -306,7 +307,7 @@ mod tests {
             assert_eq!(balloon.serve_statistics().unwrap(), None, "no kick yet");
             provide_statistics(&memory, &mock, statistics);
             assert_eq!(balloon.serve_statistics().unwrap(), expected);
-            // The driver kicks the queue for its next buffer.
+            // The device has asked for a kick when the driver provides its next buffer.
             let avail_event = GuestAddress(mock.used_addr().0 + 4 + 8 * 16);
             assert_eq!(memory.read_obj::<u16>(avail_event).unwrap(), used() + 1);
         }
@@ -318,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn driver_sets_up_the_queues_of_the_features_that_it_accepts() {
+    fn queues_are_assigned_to_the_features_that_the_driver_accepted() {
         let memory = GuestMemory::new(allocate(2 << 20, None).unwrap());
         for (offers, features, has_statistics, has_reporting) in [
             (false, PAGE_REPORTING, false, true),

@@ -19,7 +19,7 @@ use super::{
     interrupt::Interrupt,
 };
 use crate::{
-    devices::counters::Acceptance,
+    devices::counters::UsedChains,
     memory::{GuestMemory, MemoryRegions},
 };
 
@@ -74,7 +74,7 @@ const MAX_CHAINS_PER_TURN: usize = 64;
 /// VIRTQ_AVAIL_F_NO_INTERRUPT: the driver needs no interrupts.
 const NO_INTERRUPT: u16 = 1;
 
-/// The [`Acceptance`] of a queue, for a thread that does not serve it.
+/// The used ring of a queue, for a thread that does not serve the queue.
 #[derive(Debug)]
 struct UsedRing {
     rings: &'static MemoryRegions,
@@ -82,18 +82,18 @@ struct UsedRing {
     used_event: GuestAddress,
 }
 
-impl Acceptance for UsedRing {
+impl UsedChains for UsedRing {
     /// With VIRTIO_F_EVENT_IDX, a driver that waits for an interrupt has written to `used_event` up to which index it
-    /// has accepted chains (virtio 1.3 §2.7.7.1).
-    fn unaccepted(&self) -> Option<(u16, u16)> {
+    /// has taken chains (virtio 1.3 §2.7.7.1).
+    fn untaken(&self) -> Option<(u16, u16)> {
         let load = |address| {
             self.rings
                 .load::<u16>(address, Ordering::Relaxed)
                 .ok()
                 .map(u16::from_le)
         };
-        let accepted = load(self.used_event)?;
-        Some((load(self.used_index)?.wrapping_sub(accepted), accepted))
+        let taken = load(self.used_event)?;
+        Some((load(self.used_index)?.wrapping_sub(taken), taken))
     }
 }
 
@@ -142,9 +142,9 @@ impl DeviceQueue {
         }
     }
 
-    /// What the driver has accepted, for a thread that does not serve the queue. `None` if the driver does not report
-    /// it.
-    pub(crate) fn acceptance(&self) -> Option<Box<dyn Acceptance>> {
+    /// Which used chains the driver has taken, for a thread that does not serve the queue. `None` if the driver does not
+    /// report it.
+    pub(crate) fn used_chains(&self) -> Option<Box<dyn UsedChains>> {
         if !self.queue.event_idx_enabled() {
             return None;
         }

@@ -59,7 +59,7 @@ impl Device for UnservedBlock {
             self.block
                 .disk
                 .counters
-                .expect_acceptance(queue.index(), queue.acceptance());
+                .watch_used_chains(queue.index(), queue.used_chains());
         }
         self.block.activate(activation)
     }

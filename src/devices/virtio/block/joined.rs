@@ -278,7 +278,8 @@ mod tests {
         files[0].set_len(512).unwrap();
         let (status, _) = run(&disk, VIRTIO_BLK_T_IN, 0, &[], 1024);
         assert_eq!(u32::from(status), VIRTIO_BLK_S_IOERR);
-        let expected = "queue 0: read at byte 0 failed, the guest gets an I/O error: file 1 of 3: the file is shorter than the disk";
+        let expected = "queue 0: read at byte 0 failed, the guest gets an I/O error: file 1 of 3: the file has less than \
+                        1024 bytes: it was truncated after it was opened";
         assert_eq!(log.lines().last().unwrap(), expected);
     }
 

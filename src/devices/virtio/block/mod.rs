@@ -1,7 +1,7 @@
 //! virtio-blk (virtio 1.3 §5.2) on a file, block device or disk image of the host.
 //!
 //! Belongs here: the device, its configuration, and one worker thread per queue. [`disk`] is the disk of the host,
-//! [`joined`] is one of several files, [`request`] parses and executes one request, [`transfer`] connects guest memory
+//! [`joined`] is a disk that consists of several files, [`request`] parses and executes one request, [`transfer`] connects guest memory
 //! with files and disk images, [`growth`] tells the driver when a disk has grown.
 
 mod disk;
@@ -155,8 +155,9 @@ impl Device for Block {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         for queue in activation.queues {
-            // The driver accepts completed requests at once, unless the guest hangs.
-            self.disk.counters.expect_acceptance(queue.index(), queue.acceptance());
+            // A driver takes completed requests from the used ring at once, unless its guest hangs. So the queue is also
+            // pending while some are not taken.
+            self.disk.counters.watch_used_chains(queue.index(), queue.used_chains());
             match Worker::start(self.disk.clone(), queue) {
                 Ok(worker) => self.workers.push(worker),
                 Err(error) => {
@@ -180,7 +181,7 @@ impl Device for Block {
         self.config_interrupt.disconnect();
         self.workers.clear();
         for queue in (0..).take(self.queue_sizes.len()) {
-            self.disk.counters.expect_acceptance(queue, None);
+            self.disk.counters.watch_used_chains(queue, None);
         }
     }
 }
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn queue_is_pending_while_the_guest_does_not_accept_completed_requests() {
+    fn queue_is_pending_while_the_guest_does_not_take_completed_requests() {
         let memory = memory();
         let mock = MockSplitQueue::new(&*memory, 16);
         // A request without a header, which fails.
@@ -377,7 +378,7 @@ mod tests {
             file: tempfile::tempfile().unwrap(),
             read_only: false,
         };
-        let mut block = Block::new("unaccepted".to_owned(), backing, 1, &stall_timer()).unwrap();
+        let mut block = Block::new("untaken".to_owned(), backing, 1, &stall_timer()).unwrap();
         let activation = Activation {
             memory: memory.clone(),
             features: block.features(),
@@ -395,7 +396,7 @@ mod tests {
         assert_eq!(pending.place, "queue 0");
         assert_eq!(
             pending.reason,
-            "the guest does not accept 1 completed requests: it hangs"
+            "the guest has not taken its completed requests (1) from the used ring: it may hang"
         );
 
         memory.write_obj(1_u16, used_event).unwrap();

@@ -403,7 +403,10 @@ mod tests {
                 short(),
                 VIRTIO_BLK_T_IN,
                 &[HEADER, IN, STATUS],
-                format!("read at byte 1024 failed, {io_error}: the file is shorter than the disk"),
+                format!(
+                    "read at byte 1024 failed, {io_error}: the file has less than 1536 bytes: it was truncated after it \
+                     was opened"
+                ),
             ),
             (
                 "d-write",

@@ -15,7 +15,10 @@ pub(super) fn read_file(file: &File, mut offset: u64, mut count: usize, writable
     while count > 0 {
         let read = retry_interrupted(|| Target::read_from(writable, file.as_fd(), offset, count))?;
         if read == 0 {
-            return Err(io::Error::other("the file is shorter than the disk"));
+            return Err(io::Error::other(format!(
+                "the file has less than {} bytes: it was truncated after it was opened",
+                offset.saturating_add(count as u64)
+            )));
         }
         offset += read as u64;
         count -= read;
@@ -231,7 +234,10 @@ pub(super) mod tests {
         assert_eq!(u32::from(status), VIRTIO_BLK_S_IOERR);
         assert_eq!(
             log.lines(),
-            ["queue 0: read at byte 102400 failed, the guest gets an I/O error: the file is shorter than the disk"]
+            [
+                "queue 0: read at byte 102400 failed, the guest gets an I/O error: the file has less than 103424 bytes: it \
+              was truncated after it was opened"
+            ]
         );
         assert_eq!(disk.counters.read().errors, 1);
     }

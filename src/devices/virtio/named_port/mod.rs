@@ -52,8 +52,9 @@ const QUEUE_SIZES: [u16; 6] = [16, 16, 16, 16, 32, 32];
 
 const CONSOLE_TRANSMIT: usize = 1;
 
-/// The receive queue of port 1. It is pending while bytes wait for the guest.
-const RECEIVE: u16 = 4;
+/// The receive queue of port 1. The counters record that it waits while the socket has bytes and the guest provides no
+/// buffers.
+const PORT_RECEIVE: u16 = 4;
 
 /// `struct virtio_console_config`: columns, rows, the maximum number of ports, and the emergency write.
 const CONFIG: [u8; 12] = [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
@@ -64,7 +65,7 @@ const MAX_CHAINS_PER_TURN: usize = 64;
 /// The maximum number of bytes from the host that one call of [`drop_input`] drops.
 const MAX_DROPPED_PER_TURN: usize = 64 << 10;
 
-/// The data of the socket's epoll entry. That of a kick is its queue.
+/// The data of the socket's epoll entry. The data of a kick's entry is the index of its queue.
 const SOCKET: u64 = u64::MAX;
 
 #[derive(Debug)]
@@ -74,12 +75,12 @@ pub(crate) struct NamedPort {
     poller: OwnedFd,
     /// The kicks of the queues, once they are watched.
     kicks: Vec<EventFd>,
-    /// `None` if the other end was closed.
+    /// `None` after the shim has closed its end, or after the socket has failed.
     socket: Option<OwnedFd>,
     /// The events of the socket that are watched now.
     watched: epoll::EventFlags,
     /// The transmit queue of port 0. Its output is dropped, but its buffers are returned: a driver without MULTIPORT
-    /// waits for each.
+    /// waits until the device has returned each buffer.
     console: Option<DeviceQueue>,
     port: Option<Port>,
 }
@@ -102,9 +103,9 @@ struct Port {
     has_stale_input: bool,
 }
 
-/// The state of the host's end of the port.
+/// Whether a transfer has found the socket still usable.
 #[derive(Debug, PartialEq, Eq)]
-enum HostEnd {
+enum SocketState {
     Open,
     Closed,
 }
@@ -177,11 +178,11 @@ impl NamedPort {
             self.move_from_guest()?;
         }
         self.move_to_guest()?;
-        // Last, because the others may have closed the socket.
+        // Last, because the steps above may close the socket, which the driver must then be told.
         self.send_control()?;
         if let Err(error) = self.watch_socket() {
             self.warn(&format!(
-                "the port is closed: cannot watch the socket of the host: {error}"
+                "cannot watch the shim's socket, so the port stays closed until the machine boots again: {error}"
             ));
             self.close_socket();
         }
@@ -223,7 +224,8 @@ impl NamedPort {
             if chain.readable.take(&mut message) {
                 let was_open = state.guest_open;
                 state.receive(message);
-                // The guest may open the port again in the same turn.
+                // Recorded here: a later message of this turn may open the port again, and then `guest_open` does not show
+                // that it was closed.
                 *has_stale_input |= was_open && !state.guest_open;
             }
             0
@@ -278,7 +280,7 @@ impl NamedPort {
             }
             self.close_if(&end);
         }
-        // The guest may have opened the port again.
+        // The stale input may be gone now. Then a port that was opened again can receive.
         if let (Some(socket), Some(port)) = (&self.socket, &mut self.port)
             && is_wanted(port)
         {
@@ -288,8 +290,8 @@ impl NamedPort {
         Ok(())
     }
 
-    fn close_if(&mut self, end: &HostEnd) {
-        if *end == HostEnd::Closed {
+    fn close_if(&mut self, end: &SocketState) {
+        if *end == SocketState::Closed {
             self.close_socket();
         }
     }
@@ -299,7 +301,9 @@ impl NamedPort {
         // Another process may have a descriptor of the same socket, which would keep the entry.
         match epoll::delete(&self.poller, &socket) {
             Ok(()) | Err(Errno::NOENT) => {}
-            Err(error) => self.warn(&format!("cannot stop watching the socket of the host: {error}")),
+            Err(error) => self.warn(&format!(
+                "cannot stop watching the shim's socket, which is closed: {error}"
+            )),
         }
         self.watched = epoll::EventFlags::empty();
         if let Some(port) = &mut self.port {
@@ -325,7 +329,7 @@ impl NamedPort {
         match (self.watched.is_empty(), wanted.is_empty()) {
             _ if wanted == self.watched => {}
             (true, _) => epoll::add(&self.poller, socket, data, wanted)?,
-            // An entry without events would still report that the other end is closed, again and again.
+            // An entry without events would still report that the shim's end is closed, again and again.
             (false, true) => epoll::delete(&self.poller, socket)?,
             (false, false) => epoll::modify(&self.poller, socket, data, wanted)?,
         }
@@ -341,7 +345,7 @@ impl NamedPort {
 
 impl Port {
     /// Sends the guest's bytes to `socket`. Drops them if there is none.
-    fn send_to(&mut self, socket: Option<BorrowedFd<'_>>, counters: &Counters) -> Result<HostEnd, QueueError> {
+    fn send_to(&mut self, socket: Option<BorrowedFd<'_>>, counters: &Counters) -> Result<SocketState, QueueError> {
         self.is_blocked = false;
         for _ in 0..MAX_CHAINS_PER_TURN {
             let Some(mut chain) = self.transmit.pop()? else {
@@ -349,7 +353,7 @@ impl Port {
                 if self.transmit.resume_kicks()? {
                     continue;
                 }
-                return Ok(HostEnd::Open);
+                return Ok(SocketState::Open);
             };
             chain.readable.split_to(self.sent);
             let remaining = chain.readable.len();
@@ -376,7 +380,7 @@ impl Port {
                         io::ErrorKind::WouldBlock => {
                             self.is_blocked = true;
                             self.transmit.notify_driver()?;
-                            return Ok(HostEnd::Open);
+                            return Ok(SocketState::Open);
                         }
                         _ => {
                             // The rest is dropped at the next turn.
@@ -390,12 +394,12 @@ impl Port {
         }
         self.transmit.kick_again()?;
         self.transmit.notify_driver()?;
-        Ok(HostEnd::Open)
+        Ok(SocketState::Open)
     }
 
     /// Fills the guest's buffers from `socket`.
-    fn receive_from(&mut self, socket: BorrowedFd<'_>, counters: &Counters) -> Result<HostEnd, QueueError> {
-        let mut end = HostEnd::Open;
+    fn receive_from(&mut self, socket: BorrowedFd<'_>, counters: &Counters) -> Result<SocketState, QueueError> {
+        let mut end = SocketState::Open;
         let mut is_starved = false;
         for _ in 0..MAX_CHAINS_PER_TURN {
             let Some(chain) = self.receive.pop()? else {
@@ -403,7 +407,7 @@ impl Port {
                     continue;
                 }
                 match peek(socket) {
-                    Ok(0) => end = HostEnd::Closed,
+                    Ok(0) => end = SocketState::Closed,
                     Ok(_) => is_starved = true,
                     Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(error) => end = report_failure("read from", &error.into(), counters),
@@ -417,7 +421,7 @@ impl Port {
             match chain.writable.read_from(socket, None) {
                 Ok(0) => {
                     self.receive.undo_pop();
-                    end = HostEnd::Closed;
+                    end = SocketState::Closed;
                     break;
                 }
                 Ok(count) => {
@@ -447,40 +451,43 @@ impl Port {
     fn set_starved(&mut self, is_starved: bool, counters: &Counters) {
         self.is_starved = is_starved;
         if is_starved {
-            counters.wait(RECEIVE, Obstacle::NoGuestBuffers);
+            counters.wait(PORT_RECEIVE, Obstacle::NoGuestBuffers);
         } else {
-            counters.resume(RECEIVE);
+            counters.resume(PORT_RECEIVE);
         }
     }
 }
 
-/// The number of bytes that wait in a socket, at most one. 0 means that the other end is closed.
+/// The number of bytes that wait in a socket, at most one. 0 means that the shim has closed its end.
 fn peek(socket: BorrowedFd<'_>) -> rustix::io::Result<usize> {
     let (count, _) = rustix::net::recv(socket, &mut [0; 1][..], rustix::net::RecvFlags::PEEK)?;
     Ok(count)
 }
 
 /// Drops bytes that wait in a socket, at most [`MAX_DROPPED_PER_TURN`]. Also returns whether none is left.
-fn drop_input(socket: BorrowedFd<'_>, counters: &Counters) -> (HostEnd, bool) {
+fn drop_input(socket: BorrowedFd<'_>, counters: &Counters) -> (SocketState, bool) {
     let mut buffer = [0; 4096];
     for _ in 0..MAX_DROPPED_PER_TURN / buffer.len() {
         match rustix::io::read(socket, &mut buffer) {
-            Ok(0) => return (HostEnd::Closed, true),
+            Ok(0) => return (SocketState::Closed, true),
             Ok(_) | Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return (HostEnd::Open, true),
+            Err(Errno::AGAIN) => return (SocketState::Open, true),
             Err(error) => return (report_failure("read from", &error.into(), counters), true),
         }
     }
-    (HostEnd::Open, false)
+    (SocketState::Open, false)
 }
 
-/// Logs that the socket failed, unless the other end was closed.
-fn report_failure(step: &str, error: &io::Error, counters: &Counters) -> HostEnd {
+/// Logs that the socket failed, unless the shim has closed its end.
+fn report_failure(step: &str, error: &io::Error, counters: &Counters) -> SocketState {
     if !matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) {
         counters.add_error();
-        log::warn!(target: counters.name(), "the port is closed: cannot {step} the socket of the host: {error}");
+        log::warn!(
+            target: counters.name(),
+            "cannot {step} the shim's socket, so the port stays closed until the machine boots again: {error}"
+        );
     }
-    HostEnd::Closed
+    SocketState::Closed
 }
 
 impl Device for NamedPort {
@@ -535,9 +542,11 @@ impl Device for NamedPort {
     fn reset(&mut self) {
         self.console = None;
         self.port = None;
-        self.counters.resume(RECEIVE);
+        self.counters.resume(PORT_RECEIVE);
         if let Err(error) = self.watch_socket() {
-            self.warn(&format!("cannot watch the socket of the host: {error}"));
+            self.warn(&format!(
+                "cannot watch the shim's socket, so the port passes no bytes: {error}"
+            ));
         }
     }
 }

@@ -25,7 +25,7 @@ use crate::{
 
 const CONTROL_RECEIVE: usize = 2;
 const CONTROL_TRANSMIT: usize = 3;
-const RECEIVE_QUEUE: usize = RECEIVE as usize;
+const RECEIVE_QUEUE: usize = PORT_RECEIVE as usize;
 const TRANSMIT: usize = 5;
 
 /// The entries of each queue.

@@ -364,7 +364,7 @@ fn packet_that_the_tap_device_does_not_take_is_logged_with_its_cause_and_counted
         [
             "queue 0: a packet of the guest is dropped: cannot write to the tap device: Resource temporarily \
              unavailable (os error 11)",
-            "queue 0: a packet of the guest is dropped: 5 bytes is not a valid length"
+            "queue 0: a packet of the guest is dropped: it has 5 bytes, outside of 12 to 65562"
         ]
     );
     let counters = counters.read();

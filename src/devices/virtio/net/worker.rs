@@ -147,7 +147,8 @@ pub(super) struct Due {
 }
 
 impl Default for Due {
-    /// A turn in each direction: kicks may have happened before the thread started.
+    /// The first turn tries both directions, because the driver may have provided buffers and packets before the thread
+    /// started. The control queue waits for its kick, which stays readable in the eventfd.
     fn default() -> Self {
         Self {
             receive: true,
@@ -353,8 +354,13 @@ impl PacketLoop {
                 self.counters.add_error();
                 log::warn!(
                     target: self.counters.name(),
-                    "queue {}: a packet of the guest is dropped: {length} bytes is not a valid length",
-                    queue.index()
+                    "queue {}: a packet of the guest is dropped: {}",
+                    queue.index(),
+                    if chain.writable.len() == 0 {
+                        format!("it has {length} bytes, outside of {HEADER_SIZE} to {MAX_PACKET_SIZE}")
+                    } else {
+                        "its chain has writable buffers".to_owned()
+                    }
                 );
             }
             queue.add_used(chain.head, 0)?;
@@ -370,6 +376,7 @@ enum ReceiveOutcome {
     NoPacket,
     /// The guest has not provided enough buffers for a packet.
     NoSpace,
+    /// [`MAX_PACKETS_PER_TURN`] packets were moved, and the tap device may have more.
     MayHaveMore,
 }
 
@@ -500,7 +507,8 @@ impl Receiver {
         Ok(delivered)
     }
 
-    /// Takes chains from the queue until a packet of `size` bytes fits; without mergeable buffers, until there is one.
+    /// Takes chains from the queue until their buffers have `size` bytes in total. Without mergeable buffers, one chain is
+    /// enough, whatever its size.
     /// Returns `false` if the guest has provided too few.
     fn take_space(&mut self, size: usize) -> Result<bool, QueueError> {
         loop {
