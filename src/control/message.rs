@@ -287,9 +287,9 @@ pub(crate) struct MemoryState {
 pub(crate) struct MachineStatistics {
     pub(crate) devices: Vec<DeviceCounters>,
     /// When the machine was built, just before its vCPUs start, on the clock of [`monotonic_now`].
-    pub(crate) ready: Option<Duration>,
+    pub(crate) built_at: Option<Duration>,
     /// When the guest's kernel did its first I/O, on the same clock.
-    pub(crate) kernel: Option<Duration>,
+    pub(crate) first_io_at: Option<Duration>,
 }
 
 /// What a device has done since it was created.

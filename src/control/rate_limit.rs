@@ -32,7 +32,8 @@ impl<K: Eq + Hash> RateLimit<K> {
         }
     }
 
-    /// Whether to pass on a message of this kind. If so, returns how many were suppressed before it.
+    /// Returns `None` if a message of this kind must be suppressed. Otherwise, returns how many of its kind were
+    /// suppressed since the last one that was admitted.
     pub(crate) fn admit(&mut self, kind: K, now: Instant) -> Option<u64> {
         let budget = self.kinds.entry(kind).or_insert(Budget {
             left: self.burst,

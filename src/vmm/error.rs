@@ -42,8 +42,15 @@ pub(crate) enum MachineError {
     #[error(transparent)]
     Smbios(#[from] SmbiosError),
     /// The slot does not exist or is occupied.
-    #[error("slot {0} is occupied, or is not a slot for a device of this kind")]
+    #[error("slot {0} already has a device, or is not a slot for a device of this kind")]
     Slot(u32),
+    /// KVM has the eventfds of the slot's first device, and later devices use them.
+    #[error("slot {slot} was used by a device with {registered} queues, and cannot take one with {queues}")]
+    SlotQueues {
+        slot: u32,
+        registered: usize,
+        queues: usize,
+    },
 }
 
 /// Returns a function that adds the failed `step`, in the infinitive, to an error of the operating system.

@@ -19,7 +19,7 @@ const SLOTS: u64 = 4096;
 pub(super) struct BootProgress {
     used: Box<[AtomicU64]>,
     count: AtomicU64,
-    first_access: OnceLock<Duration>,
+    first_io_at: OnceLock<Duration>,
 }
 
 impl BootProgress {
@@ -28,7 +28,7 @@ impl BootProgress {
         Self {
             used: (0..SLOTS / 64).map(|_| AtomicU64::new(0)).collect(),
             count: AtomicU64::new(0),
-            first_access: OnceLock::new(),
+            first_io_at: OnceLock::new(),
         }
     }
 
@@ -47,12 +47,12 @@ impl BootProgress {
 
     /// Records any I/O access of the guest, if it is the first one.
     pub(super) fn record_first(&self) {
-        self.first_access.get_or_init(monotonic_now);
+        self.first_io_at.get_or_init(monotonic_now);
     }
 
     /// When the guest did its first I/O, on the clock of [`monotonic_now`].
-    pub(super) fn first_access(&self) -> Option<Duration> {
-        self.first_access.get().copied()
+    pub(super) fn first_io_at(&self) -> Option<Duration> {
+        self.first_io_at.get().copied()
     }
 
     /// The number of different addresses so far. Two addresses may count as one.

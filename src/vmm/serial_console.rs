@@ -36,7 +36,7 @@ const FINAL_OUTPUT_TIMEOUT: Duration = Duration::from_secs(10);
 const RING_READY: u64 = 0;
 const OUTPUT_WRITABLE: u64 = 1;
 const INPUT_READABLE: u64 = 2;
-const PORT_READY: u64 = 3;
+const PORT_ACCEPTS_INPUT: u64 = 3;
 
 /// The descriptors behind a serial port.
 #[derive(Debug)]
@@ -49,7 +49,7 @@ pub(super) struct SerialConsole {
     output: Option<OwnedFd>,
     input: Option<OwnedFd>,
     /// Input that the port has not taken yet.
-    refused: Vec<u8>,
+    pending_input: Vec<u8>,
     reported_drops: u64,
 }
 
@@ -76,7 +76,7 @@ impl SerialConsole {
             )
         };
         watch(ring.ready(), RING_READY)?;
-        watch(serial.input_ready(), PORT_READY)?;
+        watch(serial.input_ready(), PORT_ACCEPTS_INPUT)?;
         let input = match input {
             // epoll cannot watch a regular file or /dev/null. Such an input is ignored.
             Some(input) => match watch(input.as_fd(), INPUT_READABLE) {
@@ -93,7 +93,7 @@ impl SerialConsole {
             ring,
             output,
             input,
-            refused: Vec::new(),
+            pending_input: Vec::new(),
             reported_drops: 0,
         })
     }
@@ -119,7 +119,7 @@ impl SerialConsole {
         for event in events {
             match event.data.u64() {
                 INPUT_READABLE => self.read_input()?,
-                PORT_READY => self.send_refused()?,
+                PORT_ACCEPTS_INPUT => self.send_pending_input()?,
                 source => {
                     if source == OUTPUT_WRITABLE
                         && let Some(output) = &self.output
@@ -182,10 +182,10 @@ impl SerialConsole {
             // A serial port has no end of file: the guest waits for more.
             Ok(0) => self.close_input(),
             Ok(count) => {
-                self.refused.extend_from_slice(&buffer[..count]);
+                self.pending_input.extend_from_slice(&buffer[..count]);
                 // Stop watching until the port has taken all of it.
                 epoll::delete(&self.poller, input)?;
-                self.send_refused()
+                self.send_pending_input()
             }
             Err(Errno::AGAIN | Errno::INTR) => Ok(()),
             Err(error) => {
@@ -203,10 +203,10 @@ impl SerialConsole {
     }
 
     /// Sends input to the port, and watches the descriptor again if the port has taken all of it.
-    fn send_refused(&mut self) -> io::Result<()> {
-        let taken = self.serial.send_input(&self.refused);
-        self.refused.drain(..taken);
-        if self.refused.is_empty()
+    fn send_pending_input(&mut self) -> io::Result<()> {
+        let taken = self.serial.send_input(&self.pending_input);
+        self.pending_input.drain(..taken);
+        if self.pending_input.is_empty()
             && let Some(input) = &self.input
         {
             let data = epoll::EventData::new_u64(INPUT_READABLE);
@@ -221,7 +221,7 @@ impl SerialConsole {
     /// Delivers the last output of a machine that has ended. Waits for the reader at most 10 s.
     pub(super) fn finish(&mut self) {
         if self.output.is_none() {
-            // Nothing is lost without a reader, and the end of a failed one was reported.
+            // Without an output, there is no reader who misses bytes. If the output failed, that was logged then.
             return;
         }
         let deadline = Instant::now() + FINAL_OUTPUT_TIMEOUT;
@@ -231,7 +231,13 @@ impl SerialConsole {
                 break;
             }
             if let Err(error) = served.and_then(|_| wait_until_writable(output, deadline)) {
-                log::warn!(target: "serial", "the last output of the console is lost: cannot write it: {error}");
+                let reason = match error.kind() {
+                    io::ErrorKind::TimedOut => {
+                        format!("its reader has not read it within {} s", FINAL_OUTPUT_TIMEOUT.as_secs())
+                    }
+                    _ => format!("cannot write it: {error}"),
+                };
+                log::warn!(target: "serial", "the last output of the console is lost: {reason}");
                 break;
             }
         }
@@ -239,7 +245,7 @@ impl SerialConsole {
     }
 }
 
-/// Waits for a reader, until `deadline`.
+/// Waits until `output` can be written. Fails with [`io::ErrorKind::TimedOut`] at `deadline`.
 fn wait_until_writable(output: &OwnedFd, deadline: Instant) -> io::Result<()> {
     let remaining = deadline.saturating_duration_since(Instant::now());
     let timeout = Timespec::try_from(remaining).map_err(io::Error::other)?;
@@ -360,7 +366,7 @@ mod tests {
         }
         let capacity = rustix::pipe::fcntl_getpipe_size(&fixture.input).unwrap();
         assert!(written <= capacity + 2 * INPUT_BUFFER, "{written}");
-        assert!(fixture.console.refused.capacity() <= 2 * INPUT_BUFFER);
+        assert!(fixture.console.pending_input.capacity() <= 2 * INPUT_BUFFER);
 
         let mut received = 0;
         while received < written {
@@ -406,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn console_without_an_output_loses_nothing() {
+    fn console_without_an_output_logs_no_lost_bytes() {
         let log = LogCapture::on_this_thread("serial");
         let ring = SerialConsole::create_ring().unwrap();
         let mut port = Serial::new(EventFd::new(EFD_NONBLOCK).unwrap(), vec![ring.clone()]).unwrap();
@@ -422,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn input_that_cannot_be_watched_is_no_input() {
+    fn input_that_epoll_cannot_watch_is_ignored() {
         let ring = SerialConsole::create_ring().unwrap();
         let port = Serial::new(EventFd::new(EFD_NONBLOCK).unwrap(), vec![ring.clone()]).unwrap();
         for path in ["/dev/null", "/proc/self/exe"] {

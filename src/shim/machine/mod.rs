@@ -318,8 +318,10 @@ impl Machine {
         let ready_at = self.boot.get().map(|(_, ready_at)| *ready_at);
         StartPhases {
             spawned: since_request(spawned_at),
-            vmm_ready: statistics.and_then(|statistics| statistics.ready).map(since_request),
-            kernel: statistics.and_then(|statistics| statistics.kernel).map(since_request),
+            vmm_ready: statistics.and_then(|statistics| statistics.built_at).map(since_request),
+            kernel: statistics
+                .and_then(|statistics| statistics.first_io_at)
+                .map(since_request),
             agent_ready: ready_at.map(since_request),
             boot: ready_at.map(|ready_at| ready_at.saturating_sub(booted_at)),
         }

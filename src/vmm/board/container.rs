@@ -29,8 +29,8 @@ use crate::{
 /// The first interrupt line of a device. Lower lines belong to the legacy devices of a PC.
 const FIRST_DEVICE_LINE: u32 = 5;
 
-/// The first I/O port for notifications. Each device has one of 16 bits, which is two addresses. A PC has nothing
-/// there.
+/// The first I/O port for notifications. Each device has one port of 16 bits, which takes two port addresses. No device
+/// of a PC uses this range.
 const FIRST_NOTIFY_PORT: u16 = 0x1000;
 
 /// The position of a device on the bus.
@@ -71,7 +71,8 @@ impl ContainerBoard {
         }
     }
 
-    /// Allocates the next window and line, and adds them to the kernel arguments.
+    /// Allocates the next register window, interrupt line and notification port. Adds the first two to the kernel
+    /// arguments; the driver reads the port from the upper half of the vendor ID.
     fn allocate_address(&mut self) -> Result<BusAddress, MachineError> {
         use std::fmt::Write;
 
@@ -163,8 +164,13 @@ impl Slot for MmioSlot {
         let registered = match self.registered.take() {
             Some(registered) if registered.kicks.len() == kicks.len() => registered,
             Some(registered) => {
+                let error = MachineError::SlotQueues {
+                    slot: number,
+                    registered: registered.kicks.len(),
+                    queues: kicks.len(),
+                };
                 self.registered = Some(registered);
-                return Err(MachineError::Slot(number));
+                return Err(error);
             }
             None => {
                 let irqfd = eventfd(format!("create an eventfd for slot {number}"))?;

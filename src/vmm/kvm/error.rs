@@ -8,8 +8,11 @@ pub(crate) enum KvmError {
     /// An ioctl failed; `what` is its purpose.
     #[error("KVM: {what} failed: {source}")]
     Call { what: &'static str, source: io::Error },
-    /// The descriptor from the shim is not the KVM device.
-    #[error("/dev/kvm is not KVM's device: load the module kvm_intel or kvm_amd")]
+    /// `KVM_GET_API_VERSION` of the descriptor from the shim does not return 12.
+    #[error(
+        "/dev/kvm is not the KVM device, or does not have API version 12: remove the file, and load the module kvm_intel \
+         or kvm_amd, which creates the device"
+    )]
     NotKvm,
     /// `KVM_CREATE_VM` failed with `EBUSY`.
     #[error(

@@ -68,6 +68,7 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) stall_watch: StallWatch,
     /// When the machine was built, just before its vCPUs start, on the clock of [`crate::control::monotonic_now`].
     pub(in crate::vmm) ready: Duration,
+    /// Adds memory and vCPUs while the machine runs.
     pub(in crate::vmm) growth: Growth,
     pub(in crate::vmm) fs: Option<SharedDevice<Fs>>,
     pub(in crate::vmm) vsock: SharedDevice<Vsock>,
@@ -84,8 +85,10 @@ pub(in crate::vmm) struct RunningMachine {
     pub(in crate::vmm) rng: SharedDevice<Rng>,
     pub(in crate::vmm) rng_kick: EventFd,
     pub(in crate::vmm) balloon: SharedDevice<Balloon>,
+    /// With [`Self::second_balloon_kick`], the kicks of the balloon's queues for statistics and free page reporting. A
+    /// driver that accepts only one of these features uses this one for its queue.
     pub(in crate::vmm) balloon_kick: EventFd,
-    /// The kick of the balloon's other queue, if the balloon offers statistics.
+    /// `None` if the balloon does not offer statistics.
     pub(in crate::vmm) second_balloon_kick: Option<EventFd>,
 }
 
@@ -125,8 +128,8 @@ impl RunningMachine {
     pub(in crate::vmm) fn statistics(&self) -> MachineStatistics {
         MachineStatistics {
             devices: self.all_counters().map(|counters| counters.read()).collect(),
-            ready: Some(self.ready),
-            kernel: self.peripherals.progress.first_access(),
+            built_at: Some(self.ready),
+            first_io_at: self.peripherals.progress.first_io_at(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Tests with unmodified kernels on the PC board. They need a KVM that boots any kernel: `tests/pc/run-in-lab` runs
+//! Tests with unmodified kernels on the PC board. They need a /dev/kvm that can boot those: `tests/pc/run-in-lab` runs
 //! them.
 
 mod guest;

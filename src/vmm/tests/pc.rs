@@ -48,7 +48,7 @@ fn read_lease(guest: &mut Guest) -> String {
 }
 
 #[test]
-#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+#[ignore = "needs a /dev/kvm that can boot unmodified kernels of distributions: run tests/pc/run-in-lab"]
 fn distribution_kernel_finds_vcpus_and_devices_uses_msi_and_dhcp_and_reboots() {
     for kernel in kernels() {
         in_new_namespace(move || use_devices_and_reboot(&kernel));
@@ -88,7 +88,7 @@ fn use_devices_and_reboot(kernel: &Path) {
     let errors = guest.run("dmesg | grep -iE 'acpi.*(error|warn)|BAR.*(error|fail)|pci.*can.t' | head -n 20; true");
     assert_eq!(errors, "", "{name}");
 
-    // The kernel removes the device and finds it again. It may assign another address to its window.
+    // The kernel removes the device and finds it again. It may assign another address to the device's BAR.
     let device = guest.run("basename $(readlink -f /sys/block/vda/device/..)");
     let device = device.trim();
     guest.run(&format!("echo 1 >/sys/bus/pci/devices/{device}/remove"));
@@ -100,7 +100,7 @@ fn use_devices_and_reboot(kernel: &Path) {
 }
 
 #[test]
-#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+#[ignore = "needs a /dev/kvm that can boot unmodified kernels of distributions: run tests/pc/run-in-lab"]
 fn port_of_the_guest_agent_has_its_name_and_carries_bytes() {
     const FLOOD: usize = 2_000_000;
     for kernel in kernels() {
@@ -134,12 +134,13 @@ fn port_of_the_guest_agent_has_its_name_and_carries_bytes() {
 }
 
 #[test]
-#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+#[ignore = "needs a /dev/kvm that can boot unmodified kernels of distributions: run tests/pc/run-in-lab"]
 fn power_button_reaches_the_guest() {
     for kernel in kernels() {
         let name = release(&kernel);
         let mut guest = Guest::boot(&kernel, Vec::new(), Vec::new());
-        // The guest's shell opens the devices, because an event that comes before that is lost.
+        // The shell itself opens the devices, before it starts the background processes that read them: an event that
+        // arrives before the open is lost.
         guest.run("for i in /dev/input/event*; do exec 3<$i; (head -c 24 <&3 >/dev/null && poweroff -f) & done");
 
         guest.press_power_button();
@@ -149,9 +150,9 @@ fn power_button_reaches_the_guest() {
 }
 
 #[test]
-#[ignore = "needs a KVM that boots any kernel: tests/pc/run-in-lab"]
+#[ignore = "needs a /dev/kvm that can boot unmodified kernels of distributions: run tests/pc/run-in-lab"]
 fn every_reboot_succeeds() {
-    let count = env::var("NUTSHELL_TEST_REBOOTS").expect("NUTSHELL_TEST_REBOOTS is the number of reboots");
+    let count = env::var("NUTSHELL_TEST_REBOOTS").expect("set NUTSHELL_TEST_REBOOTS to the number of reboots");
     let count = count.parse().unwrap();
     for kernel in kernels() {
         for round in 0..count {

@@ -130,7 +130,7 @@ pub(super) fn statistics() -> MachineStatistics {
             device("\x1b[31mred", 0),
             device("serial", 0),
         ],
-        ready: Some(monotonic_now()),
-        kernel: None,
+        built_at: Some(monotonic_now()),
+        first_io_at: None,
     }
 }
