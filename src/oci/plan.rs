@@ -99,21 +99,21 @@ impl GuestSpec {
         Self(spec)
     }
 
-    /// Encodes the spec as JSON. `places` has the path in the file server's tree of each share that does not have the
-    /// planned [`Share::path`], after that path.
+    /// Encodes the spec as JSON. `share_paths` has pairs of a planned [`Share::path`] and the share's path in the file
+    /// server's tree, for each share for which they differ.
     ///
     /// # Errors
     ///
     /// If a string of the spec, such as a path, cannot be JSON.
-    pub(crate) fn encode(mut self, places: &[(String, String)]) -> Result<Vec<u8>, PlanError> {
+    pub(crate) fn encode(mut self, share_paths: &[(String, String)]) -> Result<Vec<u8>, PlanError> {
         for mount in self.0.mounts_mut().iter_mut().flatten() {
             let planned = mount
                 .source()
                 .as_deref()
                 .and_then(|source| source.strip_prefix(SHARE_PATH).ok());
-            let place = places.iter().find(|(path, _)| planned == Some(Path::new(path)));
-            if let Some((_, place)) = place {
-                mount.set_source(Some(Path::new(SHARE_PATH).join(place)));
+            let path = share_paths.iter().find(|(path, _)| planned == Some(Path::new(path)));
+            if let Some((_, path)) = path {
+                mount.set_source(Some(Path::new(SHARE_PATH).join(path)));
             }
         }
         serde_json::to_vec(&self.0).map_err(PlanError::Encode)
@@ -246,7 +246,7 @@ pub(crate) struct Share {
     /// The path on the host.
     pub(crate) source: PathBuf,
     /// The path in the file server's tree: `<container id>/<index>` for a container. It is in another place if the
-    /// container's pod shares the source already (`shim::share::places`).
+    /// container's pod shares the source already (`shim::share::common_shares`).
     pub(crate) path: String,
     /// Enforced on the host.
     pub(crate) read_only: ReadOnly,

@@ -65,8 +65,8 @@ const BOOT_DISK_SLOT: u32 = 0;
 #[derive(Debug)]
 pub(crate) struct AttachedFiles {
     pub(crate) rootfs: Rootfs,
-    /// The path of each share in the file server's tree, after its [`Share::path`].
-    pub(crate) places: Vec<(String, String)>,
+    /// For each share, its [`Share::path`] and its path in the file server's tree.
+    pub(crate) share_paths: Vec<(String, String)>,
 }
 
 /// A running pod.
@@ -440,7 +440,10 @@ impl Pod {
             }
         };
         if shared_root.is_none() && shares.is_empty() {
-            return Ok(AttachedFiles { rootfs, places: vec![] });
+            return Ok(AttachedFiles {
+                rootfs,
+                share_paths: vec![],
+            });
         }
         let file_server = self.file_server().clone().ok_or(PodError::NotShared)?;
         let bundle_rootfs = bundle.join("rootfs");
@@ -448,11 +451,11 @@ impl Pod {
             if let Some((files, read_only)) = shared_root {
                 server.attach_rootfs(&files, &bundle_rootfs, &path, read_only)?;
             }
-            let place = |share: Share| Ok((share.path.clone(), server.attach_in_pod(&share)?));
-            shares.into_iter().map(place).collect()
+            let attach = |share: Share| Ok((share.path.clone(), server.attach_in_pod(&share)?));
+            shares.into_iter().map(attach).collect()
         });
-        let places = attach.await?;
-        Ok(AttachedFiles { rootfs, places })
+        let share_paths = attach.await?;
+        Ok(AttachedFiles { rootfs, share_paths })
     }
 
     /// Undoes [`Self::attach`] for a container that the guest has deleted.

@@ -10,6 +10,7 @@
 //! Belongs here: everything that mounts on behalf of a pod. Does not belong here: serving files, which is the task of
 //! the process. [`super::pod`] calls it.
 
+mod common_shares;
 mod detached;
 mod error;
 mod idmap;
@@ -17,7 +18,6 @@ mod in_pod;
 mod layers;
 mod loop_device;
 mod nested;
-mod places;
 mod rootfs;
 #[cfg(test)]
 mod tests;
@@ -48,9 +48,9 @@ use rustix::{
 
 pub(crate) use self::error::ShareError;
 use self::{
+    common_shares::CommonShares,
     detached::{clone_mount, restrict},
     error::attach_error,
-    places::Places,
 };
 use crate::{
     fs::{OWNED_BY_GUEST, ROLE},
@@ -72,8 +72,7 @@ pub(crate) struct FileServer {
     tree: OwnedFd,
     /// The root of the namespace: the tmpfs, read-only, with everything that is shared.
     root: OwnedFd,
-    /// What the containers of a pod share.
-    places: Mutex<Places>,
+    common_shares: Mutex<CommonShares>,
 }
 
 impl FileServer {
@@ -105,7 +104,7 @@ impl FileServer {
             namespace,
             tree,
             root,
-            places: Mutex::default(),
+            common_shares: Mutex::default(),
         };
         Ok((server, connection.into()))
     }
@@ -150,12 +149,12 @@ impl FileServer {
         })
     }
 
-    /// Stops sharing `path` and everything below it, and the places that only they use. Files that the guest has looked
-    /// up stay mounted, invisibly, until the guest looks their path up again and finds nothing. A path that is not
+    /// Stops sharing `path` and everything below it, and the common shares that only they use. Files that the guest has
+    /// looked up stay mounted, invisibly, until the guest looks their path up again and finds nothing. A path that is not
     /// shared is not an error.
     pub(crate) fn detach(&self, path: &str) -> Result<(), ShareError> {
         // Not while the lock is held: the removal of the last mount of a file system that hangs can block.
-        let unused = self.places.lock().leave(Path::new(path));
+        let unused = self.common_shares.lock().release(Path::new(path));
         run_in_thread(|| {
             parse_tree_path(path)
                 .and_then(|path| {

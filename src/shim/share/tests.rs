@@ -1,8 +1,8 @@
 //! Tests of shared files from the guest's view, and of mounts, which must appear only in the server's namespace.
 
+mod common_shares;
 mod hostile;
 mod overlays;
-mod places;
 
 use std::{
     fs,
@@ -488,7 +488,8 @@ fn requests_for_a_volume_that_hangs_do_not_delay_others() {
     };
     server.attach(&recursive).unwrap();
     let top = client.walk("c/0").unwrap().id;
-    // That of the process, and that of the threads that serve: not one more for each thread that replaces another.
+    // The main thread has the list of the process, and the threads that serve also have their own one: not one more for
+    // each thread that replaces another.
     let check_system_call_lists = || {
         for task in fs::read_dir(format!("/proc/{}/task", server.child().id())).unwrap() {
             let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();

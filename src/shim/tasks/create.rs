@@ -246,7 +246,7 @@ impl Tasks {
             log::debug!("task {}: files and streams are in place", request.id);
             let files = files.map_err(|error| TaskError::unknown(error.to_string()))?;
             let stdio = streams?;
-            let spec = plan.spec.encode(&files.places);
+            let spec = plan.spec.encode(&files.share_paths);
             let spec = spec.map_err(|error| TaskError::unknown(error.to_string()))?;
             let ready = pod.machine().ready(self.configuration.ready_timeout).await;
             let ready = ready.map_err(|ending| TaskError::unknown(ending.to_string()))?;

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn source_that_is_shared_twice_has_one_place_until_its_last_user_leaves() {
+fn source_that_is_shared_twice_is_mounted_once_until_its_last_share_is_detached() {
     let directory = TempDir::new().unwrap();
     fs::write(directory.path().join("file"), "").unwrap();
     let other = TempDir::new().unwrap();
@@ -31,7 +31,7 @@ fn source_that_is_shared_twice_has_one_place_until_its_last_user_leaves() {
 }
 
 #[test]
-fn place_is_writable_once_a_user_may_write() {
+fn common_share_is_writable_once_one_of_its_shares_is() {
     let directory = TempDir::new().unwrap();
     let (server, mut client) = start_server();
     let read_only = |path| Share {
@@ -50,7 +50,7 @@ fn place_is_writable_once_a_user_may_write() {
 }
 
 #[test]
-fn sources_with_other_ids_or_other_mounts_have_places_of_their_own() {
+fn sources_with_other_ids_or_other_mounts_have_their_own_common_shares() {
     enter_new_mount_namespace();
     let directory = TempDir::new().unwrap();
     mount_tmpfs(directory.path());

@@ -1,4 +1,4 @@
-//! Places of the tree that several mounts of a pod's containers use.
+//! Mounts in the file server's tree that several shares of a pod's containers can use.
 //!
 //! In the guest, a socket, a lock or a mapping belongs to an inode, and a file that the guest reaches by two mounts has
 //! two inodes. So a directory that is mounted at two paths, or in two containers of a pod, is one mount of the tree,
@@ -19,16 +19,17 @@ use crate::oci::ShareIdMap;
 /// ids that a later mount can get after an unmount.
 const UNIQUE_MOUNT_ID: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-/// The places of a pod.
+/// The common shares of a pod. A source gets one at its first use.
 #[derive(Debug, Default)]
-pub(super) struct Places {
-    /// The number of the next place. Numbers are not used again: the guest may still know the former files.
+pub(super) struct CommonShares {
+    /// The number of the next common share. Numbers are not used again: the guest may still know the former files.
     next: u64,
-    places: Vec<Place>,
+    shares: Vec<CommonShare>,
 }
 
+/// A mount at `.shared/N` in the tree, which all shares of the pod with the same source use.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct CommonShare {
     /// In the tree.
     pub(super) path: String,
     pub(super) source: SourceId,
@@ -38,7 +39,7 @@ pub(super) struct Place {
     /// The guest can write.
     pub(super) writable: bool,
     /// The paths of the shares that use it (`Share::path`).
-    pub(super) users: Vec<String>,
+    pub(super) share_paths: Vec<String>,
 }
 
 /// What a path of the host leads to.
@@ -51,36 +52,37 @@ pub(super) struct SourceId {
     inode: u64,
 }
 
-impl Places {
-    /// The places of a source with these ids. They differ in what is mounted below the source.
+impl CommonShares {
+    /// The common shares of `source` whose ids are mapped by `id_map`. There is more than one if mounts below the source
+    /// kept an earlier one from being used again.
     pub(super) fn of_source(
         &mut self,
         source: SourceId,
         id_map: Option<&ShareIdMap>,
-    ) -> impl Iterator<Item = &mut Place> {
-        let is_same = move |place: &&mut Place| place.source == source && place.id_map.as_ref() == id_map;
-        self.places.iter_mut().filter(is_same)
+    ) -> impl Iterator<Item = &mut CommonShare> {
+        let is_same = move |common: &&mut CommonShare| common.source == source && common.id_map.as_ref() == id_map;
+        self.shares.iter_mut().filter(is_same)
     }
 
-    /// The path of a new place, which no other place has had.
+    /// The path of a new common share, which no other one has had.
     pub(super) fn new_path(&mut self) -> String {
         let number = self.next;
         self.next += 1;
         format!("{COMMON_SHARES}/{number}")
     }
 
-    pub(super) fn add(&mut self, place: Place) {
-        self.places.push(place);
+    pub(super) fn add(&mut self, common: CommonShare) {
+        self.shares.push(common);
     }
 
-    /// Removes the users at `path` and below it. Returns the paths of the places that have no
-    /// users left.
-    pub(super) fn leave(&mut self, path: &Path) -> Vec<PathBuf> {
-        for place in &mut self.places {
-            place.users.retain(|user| !Path::new(user).starts_with(path));
+    /// Removes the shares whose path is `path` or below it. Returns the paths of the common shares that no share uses any
+    /// more.
+    pub(super) fn release(&mut self, path: &Path) -> Vec<PathBuf> {
+        for common in &mut self.shares {
+            common.share_paths.retain(|share| !Path::new(share).starts_with(path));
         }
-        let unused = self.places.extract_if(.., |place| place.users.is_empty());
-        unused.map(|place| PathBuf::from(place.path)).collect()
+        let unused = self.shares.extract_if(.., |common| common.share_paths.is_empty());
+        unused.map(|common| PathBuf::from(common.path)).collect()
     }
 }
 
