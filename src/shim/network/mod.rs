@@ -11,16 +11,16 @@
 //! Belongs here: all work of the shim inside a network namespace. [`namespace`] enters it, [`netlink`] sends requests
 //! to the kernel, [`discovery`] and [`parameters`] read the configuration, [`connect`] connects links to tap devices
 //! with [`tap`] and [`redirect`], [`guest_config`] builds the messages for the guest, and [`loopback`] connects
-//! loopback addresses. A virtual machine without an agent has [`machine_links`], with a lease for each. Does not belong
+//! loopback addresses. A virtual machine that boots a user's kernel has [`dhcp_links`], with a lease for each. Does not belong
 //! here: packets, which pass between the tap device and the vmm. [`super::pod`] and [`super::vm`] call it.
 
 mod changes;
 mod connect;
+mod dhcp_links;
 mod discovery;
 mod error;
 mod guest_config;
 mod loopback;
-mod machine_links;
 mod namespace;
 mod netlink;
 mod parameters;
@@ -55,9 +55,9 @@ use self::{
     redirect::Redirect,
 };
 pub(crate) use self::{
+    dhcp_links::{DhcpLinks, NetworkNames},
     error::NetworkError,
     loopback::{FindTarget, ForwardTarget},
-    machine_links::{MachineLinks, NetworkNames},
 };
 use crate::shim::machine::{AgentError, Machine};
 
@@ -168,7 +168,7 @@ impl Network {
         let forwarding = listeners
             .and_then(|listeners| listeners.map(|listeners| listeners.serve(&find_target)).transpose())
             .unwrap_or_else(|error| {
-                log::warn!("cannot forward connections to ports of the pod: {error}");
+                log::warn!("cannot forward connections to ports of the pod, so port-forward does not work: {error}");
                 None
             });
         let follower = changes

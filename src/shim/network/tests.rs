@@ -16,9 +16,9 @@ use nix::sched::{CloneFlags, unshare};
 use super::{
     changes::ChangeSocket,
     connect::{KnownLinks, connect_new_links},
+    dhcp_links::lease::{ResolverConfig, lease_of_link},
     discovery, guest_config,
     loopback::ForwardListeners,
-    machine_links::lease::{ResolverConfig, lease_of_link},
     namespace::run_in_namespace,
     netlink::NetlinkSocket,
     tap,

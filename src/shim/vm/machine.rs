@@ -30,7 +30,7 @@ use crate::{
     shim::{
         blocking,
         machine::{Agent, BootDisk, FINAL_NOTICE_TIMEOUT, Machine, UserBootRequest, VmmError},
-        network::{FindTarget, ForwardTarget, MachineLinks},
+        network::{DhcpLinks, FindTarget, ForwardTarget},
         pod::{Launcher, Pod, PodError},
         stdio::ConsoleStreams,
     },
@@ -83,7 +83,7 @@ pub(crate) struct VirtualMachine {
     cache_entry: Mutex<Option<CacheEntry>>,
     /// Unset until the task's streams are open.
     console: OnceLock<ConsoleStreams>,
-    links: Mutex<Option<MachineLinks>>,
+    links: Mutex<Option<DhcpLinks>>,
     /// The machine while the guest runs in it.
     running: Mutex<Option<Arc<Machine>>>,
     /// The client of nutshell's agent in the guest in `running`, which may not be connected.
@@ -249,7 +249,7 @@ impl VirtualMachine {
     pub(crate) async fn connect_network(self: &Arc<Self>, namespace: OwnedFd, forwarding: bool) -> Result<(), VmError> {
         if self.links.lock().is_none() {
             let queues = usize::from(self.size.boot.vcpus).min(MAX_QUEUES_PER_LINK);
-            let mut links = MachineLinks::connect(namespace, queues, &self.files()?.names, forwarding).await?;
+            let mut links = DhcpLinks::connect(namespace, queues, &self.files()?.names, forwarding).await?;
             let (weak, address) = (Arc::downgrade(self), links.address());
             let find_target: FindTarget = Arc::new(move || weak.upgrade()?.forward_target(address));
             links.forward(&find_target);
@@ -306,7 +306,7 @@ impl VirtualMachine {
                     .await?,
             ),
         };
-        let links = self.links.lock().as_ref().map(MachineLinks::for_machine);
+        let links = self.links.lock().as_ref().map(DhcpLinks::for_machine);
         let disks = files.disks.iter().map(|(serial, disk)| {
             let disk = disk.for_machine(false).map_err(disk_descriptor_error(serial))?;
             Ok((serial.clone(), disk))

@@ -1,5 +1,5 @@
-//! The links of a virtual machine without an agent. It has them from its first boot on, and keeps them when it boots
-//! again.
+//! The links of a virtual machine that boots a user's kernel, which gets its network by DHCP. The machine has them from
+//! its first boot on, and keeps them when it boots again.
 //!
 //! Belongs here: connecting them, and the configuration that the guest gets by DHCP ([`lease`]). Does not belong here:
 //! the DHCP server, which is in the vmm's network device. [`crate::shim::vm`] calls it.
@@ -33,17 +33,17 @@ pub(crate) struct NetworkNames {
 /// The links of a network namespace with their tap devices. Links, addresses and routes that appear later are not
 /// added.
 #[derive(Debug)]
-pub(crate) struct MachineLinks {
+pub(crate) struct DhcpLinks {
     namespace: OwnedFd,
     links: Vec<(LinkConfig, TappedLink)>,
-    /// The sockets that accept connections to the namespace's loopback interface, until [`Self::forward`].
+    /// The listening sockets for the namespace's loopback interface. [`Self::forward`] takes them.
     listeners: Option<ForwardListeners>,
     forwarding: Option<Forwarding>,
 }
 
-impl MachineLinks {
+impl DhcpLinks {
     /// Connects each Ethernet link of `namespace` that is up to a new tap device with `queues` queues. With
-    /// `forwarding`, connections to its loopback interface are accepted too. After a failure, nothing is left.
+    /// `forwarding`, also opens listeners for its loopback interface. After a failure, nothing is left.
     pub(crate) async fn connect(
         namespace: OwnedFd,
         queues: usize,
@@ -65,7 +65,10 @@ impl MachineLinks {
         let (connected, listeners) = connected.await??;
         // A pod is usable without forwarding.
         let listeners = listeners.unwrap_or_else(|error| {
-            log::warn!("cannot forward connections to ports of the pod: {error}");
+            log::warn!(
+                "cannot forward connections to ports of the pod, so port-forward does not work: cannot listen on the \
+                 loopback interface of its network namespace: {error}"
+            );
             None
         });
         let resolver = ResolverConfig::parse(&names.resolv_conf);
@@ -87,17 +90,23 @@ impl MachineLinks {
         })
     }
 
-    /// Forwards connections to the namespace's loopback interface, if they are accepted. Needs the Tokio runtime.
+    /// Starts to forward connections to the namespace's loopback interface, if [`Self::connect`] opened listeners for
+    /// it. Needs the Tokio runtime.
     pub(crate) fn forward(&mut self, find_target: &FindTarget) {
         if let Some(listeners) = self.listeners.take() {
             let forwarding = listeners.serve(find_target);
             self.forwarding = forwarding
-                .inspect_err(|error| log::warn!("cannot forward connections to ports of the pod: {error}"))
+                .inspect_err(|error| {
+                    log::warn!(
+                        "cannot forward connections to ports of the pod, so port-forward does not work: cannot serve \
+                         the listeners: {error}"
+                    );
+                })
                 .ok();
         }
     }
 
-    /// The guest's first address. `None` if it has none.
+    /// The IPv4 address of the first link that has a lease. `None` if no link has one.
     pub(crate) fn address(&self) -> Option<Ipv4Addr> {
         let leases = self.links.iter().filter_map(|(config, _)| config.lease.as_ref());
         leases.map(|lease| lease.address.address()).next()
