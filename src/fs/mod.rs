@@ -45,7 +45,7 @@ use self::{
 #[cfg(any(test, fuzzing))]
 pub use self::{backend::fuzz::serve_files, fuzz::serve_vmm};
 pub(crate) use self::{credentials::CAPABILITIES, node_id::OWNED_BY_GUEST};
-use crate::jail::{self, Jail, JailError, OpenAccess, Root};
+use crate::jail::{self, FailedStep, Jail, JailError, OpenAccess, Root, step};
 
 /// The first argument that selects this role.
 pub(crate) const ROLE: &str = "fs";
@@ -64,19 +64,19 @@ const MAX_THREADS: u32 = 8 + MAX_HUNG_REQUESTS + MAX_SYNC_THREADS;
 enum FsError {
     #[error(transparent)]
     Jail(#[from] JailError),
-    #[error("cannot use the descriptors that the shim passed: {0}")]
-    Inherit(#[source] io::Error),
-    #[error("cannot open the tree: {0}")]
+    #[error("cannot {step}: {source}")]
+    Inherit { step: &'static str, source: io::Error },
+    #[error("cannot open the root of the tree of shared files: {0}")]
     Tree(#[source] io::Error),
-    #[error("cannot create a timer: {0}")]
+    #[error("cannot create the timer that detects hung requests: {0}")]
     Timer(#[source] io::Error),
     #[error("cannot serve the machine: {0}")]
     Serve(DaemonError),
 }
 
 /// The file server process: serves the machine until the vmm closes its end of the connection. Descriptor 0 is the
-/// listening vhost-user socket with one pending connection, descriptor 1 a pidfd of the vmm, or another file if there
-/// is none. The third argument is the number of the shim's descriptor that is the mount namespace of the tree.
+/// listening vhost-user socket with one pending connection. Descriptor 1 is a pidfd of the vmm, or /dev/null if the shim
+/// has none. The third argument is the number of the shim's descriptor that is the mount namespace of the tree.
 pub(crate) fn main() -> ExitCode {
     stderr_log::install();
     match run() {
@@ -94,7 +94,7 @@ fn run() -> Result<(), FsError> {
         namespace,
         own_descriptors,
         vmm,
-    } = Inherited::take().map_err(FsError::Inherit)?;
+    } = Inherited::take().map_err(|(step, source)| FsError::Inherit { step, source })?;
     jail::enter(&Jail {
         role: ROLE,
         name: c"nutshell-fs",
@@ -126,26 +126,34 @@ struct Inherited {
     namespace: OwnedFd,
     /// `/proc/self/fd`, for opening files that the guest has looked up.
     own_descriptors: OwnedFd,
-    /// A pidfd of the vmm, whose namespaces this process shares. With another file it makes its own.
+    /// A pidfd of the vmm, whose network, IPC and UTS namespaces this process enters. If that fails, as with /dev/null, it
+    /// makes new ones.
     vmm: OwnedFd,
 }
 
 impl Inherited {
-    fn take() -> io::Result<Self> {
-        let listener = io::stdin().as_fd().try_clone_to_owned()?;
-        let vmm = io::stdout().as_fd().try_clone_to_owned()?;
+    fn take() -> Result<Self, FailedStep> {
+        let listener = io::stdin().as_fd().try_clone_to_owned();
+        let listener = listener.map_err(step("duplicate the listening socket"))?;
+        let vmm = io::stdout().as_fd().try_clone_to_owned();
+        let vmm = vmm.map_err(step("duplicate the pidfd of the vmm"))?;
         let namespace = env::args_os().nth(3).and_then(|number| number.to_str()?.parse().ok());
-        let namespace = jail::open_namespace_of_parent(namespace.ok_or(io::ErrorKind::InvalidInput)?)?;
-        let null = File::options().read(true).write(true).open("/dev/null")?;
-        nix::unistd::dup2_stdin(&null)?;
-        nix::unistd::dup2_stdout(&null)?;
+        let namespace = namespace
+            .ok_or_else(|| io::Error::other("the third argument is not a descriptor number"))
+            .and_then(jail::open_namespace_of_parent)
+            .map_err(step("open the mount namespace of the shared files"))?;
+        let null = File::options().read(true).write(true).open("/dev/null");
+        let null = null.map_err(step("open /dev/null"))?;
+        nix::unistd::dup2_stdin(&null).map_err(step("replace standard input by /dev/null"))?;
+        nix::unistd::dup2_stdout(&null).map_err(step("replace standard output by /dev/null"))?;
         // A separate mount with this directory as root: `..` does not lead into the host's /proc, where uid 0 may
         // write many files without any capability.
         let own_descriptors = rustix::mount::open_tree(
             CWD,
             "/proc/self/fd",
             OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-        )?;
+        )
+        .map_err(step("clone the mount of /proc/self/fd"))?;
         Ok(Self {
             listener: listener.into(),
             namespace,

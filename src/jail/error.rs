@@ -6,18 +6,29 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum JailError {
     /// The role was started by hand.
-    #[error("only the shim can start this role: use this executable as a runtime of containerd")]
+    #[error(
+        "this command is internal, and only the shim can start it: to run containers, configure this executable as a \
+         runtime of containerd"
+    )]
     NotStartedByShim,
     /// The shim ended before its child was ready.
     #[error("the shim that started this process has ended")]
     Orphaned,
     /// The kernel refused a step.
-    #[error("cannot confine {role}: {step}: {source} (only root on the host can start it)")]
+    #[error("cannot confine {role}: {step}: {source}{}", privilege_hint(source))]
     Step {
         role: &'static str,
         step: &'static str,
         source: io::Error,
     },
+}
+
+/// What to do if the kernel refused a step for lack of privileges.
+fn privilege_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => " (the shim must be root on the host, outside of any user namespace)",
+        _ => "",
+    }
 }
 
 /// The step that failed, and its error.

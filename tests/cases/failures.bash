@@ -164,7 +164,7 @@ container_that_waits_for_a_hung_volume_can_be_killed_and_deleted() {
   ctr container delete "$name"
   assert_equal "" "$(pids_of vmm)"
   assert_equal "$server" "$(pids_of fs)"
-  grep -q "SIGKILL did not end its container, because of processes that are blocked in the guest's kernel (sh with" \
+  grep -q "SIGKILL did not end its container because these processes are blocked in the guest's kernel (sh with" \
     /run/containerd.log
   grep -q "the file server process $server does not end after SIGKILL" /run/containerd.log
 

@@ -1,9 +1,10 @@
 //! Directory entries that were read from the host, but for which the reply to the guest had no space.
 //!
-//! The guest continues a directory behind the last entry that it received. By then the host's descriptor is behind all
-//! entries that were read. Moving it back is wrong where a position is the number of an entry: after a removal, a later
-//! entry has that number, and the guest would never see those in between. tmpfs before Linux 6.6 is such a file system.
-//! So the rest is kept for the next request, and the descriptor moves only if the guest itself seeks.
+//! The guest reads on after the last entry that it received, but the host's descriptor is already after all entries that
+//! were read. Seeking back is wrong on file systems where a position is the index of an entry, such as tmpfs before
+//! Linux 6.6: if the guest has removed entries meanwhile, the remaining ones have moved to lower indexes, and the seek
+//! skips some of them. So the entries without space are kept for the next request, and the descriptor moves only if the
+//! guest itself seeks.
 
 use std::{cell::Cell, collections::BTreeMap, ffi::CString, io, mem, sync::Arc};
 
@@ -16,12 +17,13 @@ use virtiofsd::{
 /// How many bytes of a directory are read from the host at a time (getdents64(2)). The largest entry is 280 bytes.
 pub(super) const MAX_READ_SIZE: u32 = 4096;
 
-/// Number of open directories whose entries are kept. A directory that was opened later replaces the one that was
-/// opened first, whose descriptor is then moved back.
+/// Maximum number of open directories whose entries are kept. If there are more, the entries of the directory that was
+/// opened first are dropped. Its next read seeks back to the guest's position, which may skip entries on such a file
+/// system.
 const MAX_KEPT_LISTINGS: usize = 256;
 
 thread_local! {
-    /// Whether this thread is replying with a [`Listing`].
+    /// Whether this thread is building a READDIRPLUS reply from a [`Listing`].
     static IS_LISTING: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -32,7 +34,7 @@ pub(super) struct Listings {
 }
 
 impl Listings {
-    /// Returns the entries of the open directory `handle` behind the position `offset`. `read` reads a directory from
+    /// Returns the entries of the open directory `handle` after the position `offset`. `read` reads a directory from
     /// a position, at most [`MAX_READ_SIZE`] bytes. No entries mean that the directory has ended.
     ///
     /// # Errors
@@ -45,7 +47,7 @@ impl Listings {
         read: impl FnOnce(u64) -> io::Result<ReadDir<Vec<u8>>>,
     ) -> io::Result<Listing> {
         let kept = self.kept.lock().remove(&handle);
-        let remaining = kept.and_then(|entries| entries.behind(offset));
+        let remaining = kept.and_then(|entries| entries.after(offset));
         let entries = match remaining {
             Some(entries) => entries,
             None => Entries::copy(offset, read(offset)?),
@@ -76,7 +78,8 @@ impl Listings {
     }
 }
 
-/// Whether this thread is replying with entries of a directory. A look-up is then for the attributes of an entry.
+/// Whether this thread is building a READDIRPLUS reply. virtiofsd then calls `lookup` for each entry, and a failure there
+/// must not fail the whole reply (`Tree::complete_entry`).
 pub(super) fn is_listing() -> bool {
     IS_LISTING.get()
 }
@@ -98,7 +101,8 @@ impl DirectoryIterator for Listing {
 impl Drop for Listing {
     fn drop(&mut self) {
         IS_LISTING.set(false);
-        // The reply may have had no space for the entry that was returned last.
+        // Only a returned `None` shows that the reply had space for the last entry. Otherwise the entries are kept: the
+        // guest may ask for the last one again.
         if !self.entries.is_consumed {
             self.listings.keep(self.handle, mem::take(&mut self.entries));
         }
@@ -108,7 +112,7 @@ impl Drop for Listing {
 /// Consecutive entries of a directory.
 #[derive(Debug, Default)]
 struct Entries {
-    /// The position behind which the entries begin.
+    /// The position after which the entries begin.
     start: u64,
     entries: Vec<StoredEntry>,
     /// The index of the entry that [`Self::next`] returns.
@@ -121,7 +125,7 @@ struct Entries {
 #[derive(Debug)]
 struct StoredEntry {
     ino: u64,
-    /// The position behind this entry.
+    /// The position after this entry.
     offset: u64,
     type_: u32,
     name: CString,
@@ -145,9 +149,9 @@ impl Entries {
         }
     }
 
-    /// The entries behind the position `offset`; `None` if there are none or they are unknown. The guest expects the
-    /// current entries when it reads a directory from its beginning (rewinddir(3)).
-    fn behind(mut self, offset: u64) -> Option<Self> {
+    /// The stored entries after the position `offset`. `None` if there are none, if `offset` is not a position of a stored
+    /// entry, or if it is 0: after rewinddir(3), the guest expects the current entries.
+    fn after(mut self, offset: u64) -> Option<Self> {
         self.next = match offset {
             0 => return None,
             _ if offset == self.start => 0,
@@ -227,8 +231,9 @@ mod tests {
     }
 
     #[test]
-    fn directory_is_read_on_at_the_position_of_the_descriptor() {
-        // The position of a descriptor is that of the last entry that was read from it.
+    fn reads_continue_where_the_descriptor_is() {
+        // Expected: each read starts at the position after the last entry of the read before, so that the descriptor is
+        // never moved back.
         let directory = directory_with_files(100);
         let opened = File::open(directory.path()).unwrap();
         let mut positions = vec![0];
@@ -273,7 +278,7 @@ mod tests {
         let (_, position) = names(0);
         let (second, _) = names(position);
         let (again, _) = names(position);
-        assert_eq!(second, again, "a position of the kept entries");
+        assert_eq!(second, again, "reading twice at one position gives the same entries");
         fs::write(directory.path().join("new"), "").unwrap();
         let (mut all, mut offset) = names(0);
         while all.len() < 8 {
@@ -285,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_few_directories_are_kept() {
+    fn only_the_directories_opened_last_keep_entries() {
         let directory = directory_with_files(5);
         let listings = Arc::new(Listings::default());
         let handles = 2 * u64::try_from(MAX_KEPT_LISTINGS).unwrap();

@@ -16,7 +16,7 @@ pub(crate) struct CallList {
 }
 
 impl CallList {
-    /// All allowed calls, each once with the same arguments: first those of the thread itself, then those of the
+    /// All allowed calls. A call is listed once for each different condition on its arguments: first those of the thread itself, then those of the
     /// threads that it starts.
     pub(crate) fn calls(&self) -> Vec<AllowedCall> {
         let mut calls = Vec::new();
@@ -63,9 +63,9 @@ pub(crate) struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Arguments {
     Any,
-    /// The argument has one of these values.
+    /// The argument with this index has one of these values.
     OneOf(u8, &'static [u32]),
-    /// The argument has none of these bits.
+    /// The argument with this index has none of these bits.
     Without(u8, u32),
 }
 

@@ -4,7 +4,7 @@ use std::{cell::Cell, io, sync::OnceLock};
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// The exit status after a forbidden call: that of a shell for a process that SIGSYS has killed.
+/// The exit status after a forbidden call: the one that a shell reports for a process that SIGSYS has killed.
 pub(super) const EXIT_STATUS: i32 = 128 + libc::SIGSYS;
 
 static ROLE: OnceLock<&'static str> = OnceLock::new();
@@ -45,7 +45,7 @@ pub(super) fn set_thread_name(name: &'static str) {
     THREAD.set(name);
 }
 
-/// The name of the calling thread's list.
+/// The name of the calling thread in messages ([`super::CallList::thread`]); empty before the thread has a list.
 pub(super) fn thread_name() -> &'static str {
     THREAD.get()
 }
@@ -62,7 +62,7 @@ extern "C" fn on_violation(_: i32, info: *mut libc::siginfo_t, context: *mut lib
         Some(known) => message.text(known.name()),
         None => message.number(u64::from(number.unsigned_abs()), 10),
     }
-    message.text(" (arguments");
+    message.text(" (first four arguments");
     for register in [libc::REG_RDI, libc::REG_RSI, libc::REG_RDX, libc::REG_R10] {
         let value = usize::try_from(register)
             .ok()
@@ -75,7 +75,7 @@ extern "C" fn on_violation(_: i32, info: *mut libc::siginfo_t, context: *mut lib
     message.text(THREAD.get());
     message.text("\" of ");
     message.text(ROLE.get().copied().unwrap_or_default());
-    message.text(" ends this process\n");
+    message.text(" ends this process. It is a bug of nutshell or an attack by the guest: report it\n");
     // SAFETY: the buffer is valid for its length. A failure cannot be reported anywhere.
     let _ = unsafe { libc::write(2, message.bytes.as_ptr().cast(), message.length) };
     // SAFETY: ends the process at once.

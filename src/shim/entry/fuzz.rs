@@ -9,12 +9,13 @@ use super::{
     start_request::StartRequest,
 };
 
-/// Parses `data` as a command line, which ends with a byte 0, and the standard input of `start`. The arguments end with
-/// a line feed each.
+/// Parses `data`: a command line, a byte 0, and the standard input of `start`. Line feeds separate the arguments. Without
+/// a byte 0, all of `data` is the standard input, and the command line is empty.
 ///
 /// # Panics
 ///
-/// If an accepted command line has an id that is not one path component, or an answer of an unknown version.
+/// If an accepted command line has an empty namespace or an id that is not one path component, or if an accepted request
+/// asks for an answer of a version other than 2 and 3.
 pub fn parse_start_request(data: &[u8]) {
     let (line, request) = match data.iter().position(|byte| *byte == 0) {
         Some(end) => (&data[..end], &data[end + 1..]),
@@ -25,6 +26,7 @@ pub fn parse_start_request(data: &[u8]) {
         .map(|argument| OsString::from_vec(argument.to_vec()));
     let target = match arguments::parse(arguments) {
         Ok(Action::Start(target) | Action::Serve(target, _)) => target,
+        // A valid target, so that the request is parsed nevertheless.
         _ => Target {
             id: "c1".parse().unwrap(),
             namespace: "default".to_owned(),

@@ -12,14 +12,15 @@ use parking_lot::Mutex;
 /// The value before the first container is known, which is that of an ordinary process.
 const DEFAULT: i32 = 0;
 
-/// The processes, and the value that they have.
+/// Sets the `oom_score_adj` of the pod's vmm and file server to the lowest value of the pod's containers.
 #[derive(Debug)]
 pub(super) struct OomScore {
     /// The pid of the vmm.
     vmm: AtomicU32,
     /// The pid of the file server; 0 if there is none.
     file_server: AtomicU32,
-    /// The value of the container that is protected most.
+    /// The lowest value of the pod's containers, which protects most. `None` before the first container is known: the
+    /// processes have [`DEFAULT`] then.
     lowest: Mutex<Option<i32>>,
 }
 

@@ -123,7 +123,8 @@ fn open_layers(layers: Vec<RootLayer>, root: LayeredRoot) -> Result<(PlainDisk, 
     Ok((PlainDisk::Joined(files), contents))
 }
 
-/// Opens a file or block device, whose whole sectors are a part of a disk.
+/// Opens a file or block device as one part of a joined disk. The part ends with the last whole sector; bytes after it
+/// are left out.
 fn open_part(path: PathBuf, read_only: bool) -> Result<JoinedDiskFile, BootError> {
     let file = open_disk(path, read_only)?;
     let size = file_size(&file.file).and_then(|size| match size / SECTOR_SIZE * SECTOR_SIZE {
@@ -148,9 +149,11 @@ async fn create(path: &Path, filesystem: &str, new: &NewDiskFile) -> Result<(), 
     };
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
-    // The final name never refers to a file without a file system, also if this process is killed.
+    // Made under another name and renamed at the end. So a file with the final name always has a complete file system,
+    // even if this process is killed meanwhile.
     let unfinished = PathBuf::from(name);
     let (final_path, unfinished_path, size) = (path.to_owned(), unfinished.clone(), new.size);
+    // True if the file was created, false if the disk exists already.
     let creation = blocking::run("create the disk of the root file system", move || {
         match final_path.try_exists() {
             Ok(false) => create_sparse(&unfinished_path, size).map(|()| true),
@@ -182,8 +185,8 @@ fn create_sparse(path: &Path, size: u64) -> io::Result<()> {
     file.set_len(size)
 }
 
-/// The path of a program of an administrator, or its name if it is only in the `PATH`, which lacks these directories
-/// where containerd is not started by an init system.
+/// The path of `name` in /usr/sbin or /sbin, which the `PATH` may lack if containerd was not started by an init system.
+/// If `name` is in neither, only `name`, for a look-up in the `PATH`.
 fn find_program(name: &str) -> PathBuf {
     let paths = ["/usr/sbin", "/sbin"].map(|directory| Path::new(directory).join(name));
     let found = paths.into_iter().find(|path| path.exists());
@@ -354,7 +357,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn empty_file_is_refused_with_its_path() {
+    async fn file_smaller_than_a_sector_is_refused_with_its_path() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("layer.erofs");
         std::fs::write(&path, [0; 511]).unwrap();

@@ -75,7 +75,7 @@ impl OpenedStreams {
             stdout: capture(stdout),
             stderr: capture(stderr),
         };
-        (StandardStreams::without_machine(writer, readers, loggers), captured)
+        (StandardStreams::moved_by_shim(writer, readers, loggers), captured)
     }
 }
 

@@ -15,7 +15,8 @@ pub(crate) struct StandardStreams {
     stdout: Option<OutputStream>,
     stderr: Option<OutputStream>,
     loggers: Mutex<Vec<Logger>>,
-    /// Kept open until the streams are closed.
+    /// The readers of a process whose bytes the shim moves ([`Self::moved_by_shim`]), kept open until the streams are
+    /// closed.
     readers: Mutex<Vec<HostReader>>,
 }
 
@@ -23,9 +24,8 @@ pub(crate) struct StandardStreams {
 #[derive(Debug)]
 pub(super) enum HostWriter {
     /// The client writes to the fifo, of which the shim holds a writer too.
-    Fifo {
-        _writer: File,
-    },
+    Fifo { _writer: File },
+    /// A task of the shim relays between containerd's streaming I/O and a pipe.
     Relay(Relay),
 }
 
@@ -33,16 +33,16 @@ pub(super) enum HostWriter {
 #[derive(Debug)]
 pub(super) enum HostReader {
     /// The client reads directly. For a fifo, the shim holds a reader too.
-    Direct {
-        _reader: Option<File>,
-    },
+    Direct { _reader: Option<File> },
     /// A thread of the shim writes a file.
     File(FileWriter),
+    /// A task of the shim relays between containerd's streaming I/O and a pipe.
     Relay(Relay),
 }
 
 impl HostReader {
-    /// Waits until the first `bytes` bytes that left the machine have arrived, or none can arrive any more.
+    /// Waits until the file or the streaming client has received the first `bytes` bytes of this output, or can receive
+    /// no more. Returns at once if the client reads from the machine directly.
     pub(super) async fn delivered(&self, bytes: u64) {
         match self {
             Self::Direct { .. } => {}
@@ -51,7 +51,7 @@ impl HostReader {
         }
     }
 
-    /// Waits until all bytes have arrived. Call it when the machine's end is closed.
+    /// Waits until all bytes have arrived. Call this after the vmm has closed its end of the stream.
     pub(super) async fn ended(&self) {
         self.delivered(u64::MAX).await;
     }
@@ -82,8 +82,9 @@ impl StandardStreams {
         }
     }
 
-    /// The streams of a process whose bytes the shim moves itself. The machine has none of them.
-    pub(super) fn without_machine(writer: Option<HostWriter>, readers: Vec<HostReader>, loggers: Vec<Logger>) -> Self {
+    /// The streams of a process whose bytes the shim moves itself: an exec by the QEMU guest agent. The vmm has no stream
+    /// for them.
+    pub(super) fn moved_by_shim(writer: Option<HostWriter>, readers: Vec<HostReader>, loggers: Vec<Logger>) -> Self {
         Self {
             stdin_writer: Mutex::new(writer),
             loggers: Mutex::new(loggers),
@@ -120,8 +121,8 @@ impl StandardStreams {
         tokio::time::timeout(limit, self.outputs_finished()).await.is_ok()
     }
 
-    /// Closes all streams at once and ends the logging programs. Clients see the end of their streams when this
-    /// returns, unless the vmm takes longer than `limit`.
+    /// Closes all streams without waiting for output that is still to come, and ends the logging programs. Clients see
+    /// the end of their streams when this returns, unless that takes longer than `limit`.
     pub(crate) async fn close(&self, machine: &Machine, limit: Duration) {
         self.stdin_writer.lock().take();
         let close = async {
@@ -131,7 +132,8 @@ impl StandardStreams {
             }
             self.outputs_finished().await;
         };
-        // A timeout means that the vmm hangs. Then the next request to the machine fails.
+        // After a timeout, the vmm hangs, or a file or a streaming client does not take the rest of the output, which is
+        // then lost. If the vmm hangs, the next request to the machine fails.
         let _ = tokio::time::timeout(limit, close).await;
         self.readers.lock().clear();
         let loggers = std::mem::take(&mut *self.loggers.lock());

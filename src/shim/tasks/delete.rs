@@ -67,7 +67,7 @@ impl Tasks {
         } else {
             finish_streams(&container, &process).await;
             process.release_pid();
-            // Those of an exec that was not started, or whose start failed.
+            // An exec that was not started, or whose start failed, has streams that nobody has used.
             process.stdio_spec.close_unused(self.streaming());
             container.execs().remove(exec);
         }

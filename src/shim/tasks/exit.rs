@@ -142,14 +142,14 @@ impl Tasks {
             }
             for container in containers {
                 let tasks = tasks.clone();
-                tokio::spawn(async move { tasks.end_lost_container(&container).await });
+                tokio::spawn(async move { tasks.record_killed_exits(&container).await });
             }
         });
     }
 
-    /// Records the exits of a container whose machine has ended, or whose processes cannot end, except those that the
-    /// agent reported before.
-    pub(super) async fn end_lost_container(&self, container: &Container) {
+    /// Records that the processes of a container were killed: its machine has ended, or the processes cannot end. Exits
+    /// that the agent reported before are kept.
+    pub(super) async fn record_killed_exits(&self, container: &Container) {
         for exec in container.all_execs() {
             if !exec.is_unstarted_exec() && exec.try_claim_exit() {
                 self.record_exit(container, &exec, Exit::now(SIGKILL_STATUS)).await;

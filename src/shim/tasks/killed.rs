@@ -30,20 +30,19 @@ enum GiveUpReason {
     TimedOut,
 }
 
-/// A clause that follows "SIGKILL did not end the process".
+/// The end of a sentence that starts with "SIGKILL did not end the process".
 impl fmt::Display for GiveUpReason {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Blocked(threads) => write!(
                 formatter,
-                "because of processes that are blocked in the guest's kernel ({}): look for a volume that does not \
-                 answer",
+                "because these processes are blocked in the guest's kernel ({}): look for a volume that does not answer",
                 describe(threads)
             ),
             Self::TimedOut => write!(
                 formatter,
-                "within {} s, and the guest reports no process that is blocked: its kernel is very slow, or its agent \
-                 does not work",
+                "within {} s, although the guest reports no blocked process: its kernel is very slow, or its agent does \
+                 not work",
                 SURVIVAL_LIMIT.as_secs()
             ),
         }
@@ -56,7 +55,7 @@ impl Tasks {
     /// of a pod's container stays in the guest, so that the other containers go on. Spawns at most one Tokio task
     /// per process.
     pub(super) fn follow_kill(self: &Arc<Self>, container: &Arc<Container>, process: &Arc<Process>) {
-        if !process.should_follow_kill() {
+        if !process.try_claim_kill_follow_up() {
             return;
         }
         let (tasks, container, process) = (self.clone(), container.clone(), process.clone());
@@ -81,18 +80,19 @@ impl Tasks {
         let (id, exec) = (&container.id, process.exec.as_deref());
         if exec.is_none() && matches!(container.role, Role::Single { .. }) {
             let machine = container.pod.machine();
-            machine.kill(&format!("SIGKILL did not end its container, {reason}"));
+            machine.kill(&format!("SIGKILL did not end its container {reason}"));
             return;
         }
         let whose = exec.map_or_else(|| format!("task {id}"), |exec| format!("task {id}, exec {exec}"));
         log::warn!(
-            "{whose}: SIGKILL did not end it, {reason}. Its exit is reported as {SIGKILL_STATUS}, and its processes stay \
-             in the guest until they can end or the virtual machine ends"
+            "{whose}: SIGKILL did not end its process {reason}. Its exit is reported as {SIGKILL_STATUS}, and its \
+             processes stay in the guest until they can end or the virtual machine ends"
         );
         container.abandon();
         if exec.is_none() {
-            self.end_lost_container(container).await;
-            // Now, because the guest would wait for the processes when it writes its disks back.
+            self.record_killed_exits(container).await;
+            // Deleted now and not only at Delete: at its shutdown, the guest removes the containers that it still has,
+            // and would wait for these processes before it writes its disks back.
             delete_from_guest(container).await;
         } else if process.try_claim_exit() {
             self.record_exit(container, process, Exit::now(SIGKILL_STATUS)).await;
@@ -125,7 +125,8 @@ async fn blocked_threads(container: &Container, process: &Process) -> Vec<Blocke
     }
 }
 
-/// The threads that are blocked now. Empty if the agent cannot find any.
+/// Asks the agent which threads of a process are blocked. Empty if there are none, or if the process or the machine has
+/// ended. Kills the machine if the agent does not answer.
 async fn ask_for_blocked_threads(container: &Container, process: &Process) -> Vec<BlockedThread> {
     let machine = container.pod.machine();
     let request = Request::BlockedThreads {

@@ -375,6 +375,7 @@ async fn calls_that_need_an_agent_fail_at_once() {
         .resize_pty(context::Context::default(), &resize)
         .await
         .unwrap();
+    // SIGWINCH.
     shim.kill("v1", "", 28).await.unwrap();
     assert_eq!(shim.status("v1").await, Status::RUNNING);
 }

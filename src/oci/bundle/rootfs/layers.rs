@@ -7,7 +7,7 @@ use nutshell_protocol::{LayerPath, LayeredRoot, NewDirectory, RootMount};
 use uuid::Uuid;
 
 use super::{
-    single_mount::{
+    mount_rules::{
         GUEST_FILESYSTEMS, SNAPSHOTTER_REMEDY, guest_options, is_read_only, is_read_only_disk, unsupported_type,
     },
     template::{TemplateError, parse_path, parse_paths},

@@ -2,13 +2,13 @@
 //! which are file systems in files.
 
 mod layers;
-mod single_mount;
+mod mount_rules;
 mod template;
 
 use std::path::{Path, PathBuf};
 
 pub(crate) use self::layers::MAX_ROOT_FILES;
-use self::single_mount::{
+use self::mount_rules::{
     GUEST_FILESYSTEMS, SNAPSHOTTER_REMEDY, guest_options, is_read_only, is_read_only_disk, unsupported_type,
 };
 use crate::oci::{HostFiles, HostMount, IdMap, PlanError, Root, RootDisk};

@@ -176,8 +176,8 @@ impl Process {
         self.exit_claimed.load(Ordering::Relaxed)
     }
 
-    /// Whether to follow its end after SIGKILL. True for the first caller only.
-    pub(crate) fn should_follow_kill(&self) -> bool {
+    /// Claims the task of following its end after SIGKILL. True for the first caller only.
+    pub(crate) fn try_claim_kill_follow_up(&self) -> bool {
         !self.kill_followed.swap(true, Ordering::Relaxed)
     }
 

@@ -1,4 +1,5 @@
-//! What a single mount of a snapshotter requests.
+//! Rules for one mount of a snapshotter, whether it is the only one or one of several layers: its file system, its
+//! options in the guest, and whether it is read-only.
 
 use crate::oci::{HostMount, PlanError};
 
@@ -9,7 +10,9 @@ pub(super) const GUEST_FILESYSTEMS: [&str; 4] = ["erofs", "ext2", "ext3", "ext4"
 pub(super) const SNAPSHOTTER_REMEDY: &str = "Set snapshotter = \"overlayfs\" (or native, blockfile, devmapper) for this \
     runtime in containerd's configuration, or pass --snapshotter to ctr";
 
-/// The options with which the guest mounts a disk.
+/// The options of a mount for mount(2) in the guest. `ro` and `rw` are replaced by one `ro` if the mount is read-only.
+/// Options for the host are left out: `loop`, `device=` (another file of an EROFS layer), and `X-…` (for containerd's
+/// mount manager).
 pub(super) fn guest_options(mount: &HostMount, filesystem: &str) -> Vec<String> {
     let is_for_guest = |option: &&String| {
         let (name, _) = option.split_once('=').unwrap_or((option, ""));
