@@ -10,7 +10,7 @@ export CARGO_TARGET_DIR NUTSHELL_CACHE
 
 NAME := containerd-shim-nutshell-v2
 TARGET := x86_64-unknown-linux-gnu
-# The executable as cargo links it, and with the guest inside.
+# LINKED is the executable that cargo links. SHIM is the same with the guest's kernels and initramfs embedded.
 LINKED := $(CARGO_TARGET_DIR)/$(TARGET)/release/$(NAME)
 SHIM := $(CARGO_TARGET_DIR)/nutshell/$(NAME)
 AGENT_PATH := $(CARGO_TARGET_DIR)/guest/agent.path
@@ -22,7 +22,8 @@ PACKAGES := bc bison build-essential busybox-static flex iproute2 libcap-ng-dev 
 # qemu-utils makes disk images, and systemd (systemd-analyze) checks the unit of the agent's service.
 UNIT_PACKAGES := acpica-tools dmidecode dosfstools mtools qemu-utils systemd
 
-# Disks of other distributions, if there is a folder with some (CONTRIBUTING.md).
+# The suite for disks of other distributions. It runs only if NUTSHELL_TEST_DISKS names a folder with such disks
+# (CONTRIBUTING.md).
 DISK_SUITES := $(if $(NUTSHELL_TEST_DISKS),vms-disks-2.1)
 # Left to `make soak`: suites that repeat others in another configuration (containerd 1.7, containerd's Sandbox service,
 # disks), suites that take long, and `lab`, which tests the lab itself.
@@ -35,7 +36,7 @@ SUITES := $(filter-out $(SOAK_SUITES) vms-disks-2.1,$(sort $(patsubst tests/suit
 PC_SUITES := containers-2.1 disks network pods-2.1 pods-disk-2.1 streams-2.1
 
 PHASE := tools/phase
-MAKE_PHASES := $(MAKE) --no-print-directory
+SUBMAKE := $(MAKE) --no-print-directory
 
 # Linked statically: the executable must run on hosts without these libraries.
 export LIBSECCOMP_LINK_TYPE := static
@@ -43,21 +44,21 @@ export LIBCAPNG_LINK_TYPE := static
 export LIBSECCOMP_LIB_PATH := /usr/lib/x86_64-linux-gnu
 export LIBCAPNG_LIB_PATH := /usr/lib/x86_64-linux-gnu
 
-.PHONY: help build setup kernel kernel-paths agent executable first-run-parts install run run-container run-vm test lint lint-clippy lint-format unit \
+.PHONY: help build setup kernel kernel-paths agent executable first-run-downloads install run run-container run-vm test lint lint-clippy lint-format unit \
 	fuzz fuzz-coverage suites soak soak-suites soak-pc soak-chaos bench dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /  make \1\t/p' Makefile | expand -t 20
 
 run: ## set everything up, then run a container in its own VM
-	@$(PHASE) -p "make run" $(MAKE_PHASES) PARTS=first-run-parts build run-container
+	@$(PHASE) -p "make run" $(SUBMAKE) EXTRA_TARGETS=first-run-downloads build run-container
 
 run-vm: build ## build a small disk image, then boot it as a virtual machine
 	@$(PHASE) "first virtual machine" "2 minutes" tests/lab/first-run $(SHIM) vm
 
 build: setup ## build the executable, with guest kernel and initramfs inside
 	@$(PHASE) "build (in parallel)" "11 minutes on two cores, seconds when little changed" \
-		$(MAKE_PHASES) -j$(shell nproc) kernel executable $(PARTS)
+		$(SUBMAKE) -j$(shell nproc) kernel executable $(EXTRA_TARGETS)
 	@tools/embed-guest $(LINKED) "$$(cat $(KERNEL_PATH))" "$$(cat $(DISK_READER_KERNEL_PATH))" $(INITRAMFS) \
 		"$$(command -v busybox)" $(SHIM)
 
@@ -66,16 +67,16 @@ install: ## copy the built executable to $(DESTDIR)$(PREFIX)/bin
 	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/bin/$(NAME)
 
 test: ## run everything that CI runs: lint, unit tests, end-to-end suites
-	@printf '%s\n' 'make test runs these, in minutes on two cores (built before; from scratch):' \
+	@printf '%s\n' 'make test runs these steps. Minutes on two cores, if built before and from scratch:' \
 		'  lint                    1    7' '  unit tests              3    5' '  build                   1   14' \
 		'  deploy tests            1    1' "  agent's tests           2    8" '  kernels on the PC board 2    3' \
 		'  end-to-end suites      37   43'
-	@$(PHASE) -p "make test" $(MAKE_PHASES) lint unit suites
+	@$(PHASE) -p "make test" $(SUBMAKE) lint unit suites
 
 lint: setup ## check formatting, clippy, licences, structure
-	@$(PHASE) "lint: format" "" $(MAKE_PHASES) lint-format
+	@$(PHASE) "lint: format" "" $(SUBMAKE) lint-format
 	@$(PHASE) "lint: structure" "1 minute, seconds when built before" $(CARGO) run --locked --quiet -p nutshell-structure
-	@$(PHASE) "lint: clippy" "2 minutes" $(MAKE_PHASES) lint-clippy
+	@$(PHASE) "lint: clippy" "2 minutes" $(SUBMAKE) lint-clippy
 	@$(PHASE) "lint: licences" "3 minutes, a second when built before" tests/lab/deny check bans licenses sources
 	@$(PHASE) "lint: names of tests" "" tests/conformance/names
 	@$(PHASE) "lint: lock file of the fuzz targets" "" $(CARGO) fetch --locked --quiet --manifest-path fuzz/Cargo.toml
@@ -109,7 +110,7 @@ suites: build ## run the end-to-end suites in the lab
 	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) "end-to-end suites" "37 minutes" tests/run $(SUITES)
 
 soak: build ## run the suites that `make test` leaves out, the PC board's, fuzz targets, and 200 rounds of random kills
-	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(MAKE_PHASES) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
+	@NUTSHELL_TEST_SHIM=$(SHIM) $(PHASE) -p "make soak" $(SUBMAKE) SECONDS=30 fuzz soak-suites soak-pc soak-chaos
 
 soak-suites:
 	@NUTSHELL_TEST_LIMIT=$${NUTSHELL_TEST_LIMIT:-1800} $(PHASE) "soak: suites" "90 minutes" tests/run $(SOAK_SUITES)
@@ -151,7 +152,7 @@ agent: setup
 
 kernel: setup
 	@mkdir -p $(dir $(KERNEL_PATH))
-	+@$(PHASE) "build: guest kernels" "11 minutes with Rust beside it" $(MAKE_PHASES) kernel-paths
+	+@$(PHASE) "build: guest kernels" "11 minutes while cargo builds in parallel" $(SUBMAKE) kernel-paths
 
 # The variant comes first: its build also builds the kernel of containers, with which it shares object files, and puts
 # it into the cache.
@@ -162,7 +163,7 @@ kernel-paths:
 	@mv $(KERNEL_PATH).new $(KERNEL_PATH)
 
 # What the first container needs, fetched while the executable is built.
-first-run-parts:
+first-run-downloads:
 	@$(PHASE) "build: downloads for the first run" "1 minute" tests/lab/first-run -p
 
 run-container:

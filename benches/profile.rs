@@ -4,7 +4,12 @@
 //!
 //! Prints three tables for the step: millions of instructions by task, and the functions of the host's and of the
 //! guest's kernel that take most of them. HOST_SYMBOLS has the format of /proc/kallsyms, and GUEST_SYMBOLS that of
-//! System.map. PERIOD is the number of instructions between two samples.
+//! System.map. PERIOD is the number of instructions between two samples. STEP is the number of the step in SAMPLES, and
+//! NAME its title in the output.
+//!
+//! A line of SAMPLES has the number of the step, the level of virtualization (1: the lab machine, which is the host
+//! here; 2: a guest in it), the privilege level (0: kernel), the address of the instruction in hexadecimal, and the
+//! task.
 
 use std::{collections::HashMap, env, fs, process::ExitCode};
 
@@ -73,12 +78,13 @@ fn run(arguments: &[String]) -> Result<(), String> {
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let fields: Vec<_> = line.split(' ').collect();
         let [line_step, level, privilege, address, task] = fields[..] else {
-            return Err(format!("not a sample: {line:?}"));
+            return Err(format!("{samples} has a line that is not a sample: {line:?}"));
         };
         if line_step != step {
             continue;
         }
-        let address = u64::from_str_radix(address, 16).map_err(|error| format!("{line:?}: {error}"))?;
+        let address = u64::from_str_radix(address, 16)
+            .map_err(|error| format!("{samples}: the address in {line:?} is not a hexadecimal number: {error}"))?;
         total += 1;
         let (place, functions) = match (level, privilege) {
             ("1", "0") => (format!("{task}: host kernel"), Some((&host, &mut host_functions))),

@@ -22,11 +22,11 @@ use crate::sys;
 /// The result of a successful job.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Outcome {
-    /// The work is done; there is no process.
+    /// The work is done. It created no process that outlives the job.
     Done,
     /// The job has created a process, which is a child of the agent.
     Process { pid: u32 },
-    /// The job has sent a kernel to the host.
+    /// The job has sent the kernel and the initrd of a disk to the host. The value describes them.
     DiskKernel(DiskKernel),
 }
 
@@ -41,7 +41,8 @@ pub(crate) struct Job {
     socket: OwnedFd,
 }
 
-/// The largest body of a report's frame, in bytes. A job truncates a longer error text.
+/// The largest body of a report's frame, in bytes. An error text of more than half of this is cut to an eighth of it, in
+/// characters, so that its encoded form fits.
 const MAX_REPORT_BODY: usize = 64 << 10;
 
 /// A job's work. It returns the parts of a [`Report`].
@@ -144,7 +145,7 @@ mod tests {
         Ok(())
     }
 
-    fn finished(job: &Job) -> Report {
+    fn wait_for_report(job: &Job) -> Report {
         poll(&mut [PollFd::new(&job.socket, PollFlags::IN)], None).unwrap();
         let report = job
             .receive_report(&"test")
@@ -161,7 +162,7 @@ mod tests {
             Ok((outcome, Some(terminal)))
         })
         .unwrap();
-        let (result, terminal) = finished(&job);
+        let (result, terminal) = wait_for_report(&job);
         assert_eq!(result, Ok(Outcome::Process { pid: 7 }));
         assert!(terminal.is_some());
     }
@@ -169,14 +170,14 @@ mod tests {
     #[test]
     fn job_that_ends_without_a_report_is_a_failure() {
         let job = Job::start(&[], unwatched, &mut || sys::exit_now(9)).unwrap();
-        assert_eq!(finished(&job).0.unwrap_err().kind, FailureKind::Internal);
+        assert_eq!(wait_for_report(&job).0.unwrap_err().kind, FailureKind::Internal);
     }
 
     #[test]
     fn job_that_cannot_be_watched_does_not_run() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let full = |_: BorrowedFd<'_>| Err(io::Error::from(rustix::io::Errno::NOSPC));
-        let error = Job::start(&[writer.as_fd()], full, &mut || {
+        let failing_watch = |_: BorrowedFd<'_>| Err(io::Error::from(rustix::io::Errno::NOSPC));
+        let error = Job::start(&[writer.as_fd()], failing_watch, &mut || {
             let _ = rustix::io::write(&writer, b"ran");
             Ok((Outcome::Done, None))
         })
@@ -200,7 +201,7 @@ mod tests {
         let mut byte = [0];
         assert_eq!(rustix::io::read(&reader, &mut byte).unwrap(), 0);
         drop(blocked_writer);
-        assert_eq!(finished(&job).0, Ok(Outcome::Done));
+        assert_eq!(wait_for_report(&job).0, Ok(Outcome::Done));
     }
 
     #[test]
@@ -209,6 +210,6 @@ mod tests {
             Err(Failure::internal("x".repeat(MAX_REPORT_BODY * 2)))
         })
         .unwrap();
-        assert_eq!(finished(&job).0.unwrap_err().message.len(), MAX_REPORT_BODY / 8);
+        assert_eq!(wait_for_report(&job).0.unwrap_err().message.len(), MAX_REPORT_BODY / 8);
     }
 }

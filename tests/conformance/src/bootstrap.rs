@@ -73,8 +73,8 @@ impl Caller {
             Self::V2_2(_) | Self::V2_3 { .. } => 3,
         };
         let protobuf = match self {
-            // Rust's parser accepts an end-group tag of any group as the end of the current group, Go's does not. An
-            // answer that Go refuses loses bytes here: it does not serialize to the same bytes again.
+            // Rust's parser accepts an end-group tag with a wrong field number, Go's refuses it. To refuse it here too,
+            // accept only a message that serializes to the same bytes again: with a wrong tag it does not.
             Self::V2_3 { .. } => BootstrapResult::parse_from_bytes(answer)
                 .ok()
                 .filter(|result| result.write_to_bytes().is_ok_and(|bytes| bytes == answer)),
@@ -111,7 +111,8 @@ pub struct StartAnswer {
 
 impl StartAnswer {
     fn from_text(text: &[u8]) -> Result<Self, String> {
-        let text = String::from_utf8(text.to_vec()).map_err(|error| error.to_string())?;
+        let text =
+            String::from_utf8(text.to_vec()).map_err(|error| format!("the answer of start is not UTF-8: {error}"))?;
         let Ok(json) = serde_json::from_str::<Value>(&text) else {
             return Ok(Self {
                 version: 2,
@@ -123,10 +124,12 @@ impl StartAnswer {
             json[name]
                 .as_str()
                 .map(str::to_owned)
-                .ok_or(format!("no {name}: {text}"))
+                .ok_or(format!("the answer of start has no string {name}: {text}"))
         };
         Ok(Self {
-            version: json["version"].as_i64().ok_or(format!("no version: {text}"))?,
+            version: json["version"]
+                .as_i64()
+                .ok_or(format!("the answer of start has no integer version: {text}"))?,
             address: field("address")?,
             protocol: field("protocol")?,
         })

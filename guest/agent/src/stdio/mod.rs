@@ -1,7 +1,8 @@
 //! Standard streams: the pipes or the terminal of a process, and the pumps between them and the host.
 //!
 //! A pump moves the bytes of one stream in one direction. It never blocks. It buffers only bytes that it has read and
-//! its sink has not accepted. While the sink is full it does not read, so the writer blocks, too (back-pressure).
+//! its sink has not accepted. While the sink is full, the pump does not read. So the source's pipe fills up, and its
+//! writer blocks (back-pressure).
 //!
 //! The event loop runs the pumps; jobs get the process's ends. Nothing here depends on containers.
 

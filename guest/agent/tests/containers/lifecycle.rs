@@ -8,6 +8,10 @@ use serde_json::json;
 
 use crate::harness::{Agent, assert_nothing_left, create_request, shell, spec, unique};
 
+const SIGKILL: u32 = 9;
+const SIGUSR1: u32 = 10;
+const SIGUSR2: u32 = 12;
+
 #[test]
 fn container_runs_and_its_exit_status_is_reported() {
     let mut agent = Agent::start();
@@ -19,7 +23,7 @@ fn container_runs_and_its_exit_status_is_reported() {
 }
 
 #[test]
-fn output_arrives_whole_and_the_exit_has_its_size() {
+fn all_output_arrives_and_the_exit_reports_its_byte_count() {
     let mut agent = Agent::start();
     let (exited, text) = agent.run(&shell("i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done"));
     assert_eq!(text.lines().count(), 2000);
@@ -40,6 +44,7 @@ fn created_container_does_not_run_before_its_start() {
     let pid = agent.create(id, &shell("echo ran"), stdio).unwrap();
     let mut output = output.accept();
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap();
+    // Until the start, libcontainer (of the youki project) waits in the process, under its own name.
     assert!(comm.starts_with("youki"), "{comm}");
     agent.start_container(id);
     let mut text = String::new();
@@ -87,7 +92,7 @@ fn signal_is_delivered_to_the_first_process() {
     agent.start_container(id);
     let mut line = [0; 6];
     output.read_exact(&mut line).unwrap();
-    agent.kill(id, 10).unwrap();
+    agent.kill(id, SIGUSR1).unwrap();
     assert_eq!(agent.exit().status, 3);
     agent.delete(id);
 }
@@ -95,7 +100,8 @@ fn signal_is_delivered_to_the_first_process() {
 #[test]
 fn signal_to_all_is_delivered_to_every_process() {
     let mut agent = Agent::start();
-    for signal in [12, 9, 40] {
+    // 40 is a real-time signal, and 65 below is above the highest signal, 64.
+    for signal in [SIGUSR2, SIGKILL, 40] {
         let id = &format!("all-{}", unique());
         let output = agent.listen();
         let stdio = Stdio {
@@ -116,7 +122,7 @@ fn signal_to_all_is_delivered_to_every_process() {
         };
         assert_eq!(agent.ask(request(65)).unwrap_err().kind, FailureKind::InvalidArgument);
         assert_eq!(agent.ask(request(signal)), Ok(Response::Done));
-        assert_eq!(agent.exit().status, if signal == 9 { 137 } else { 5 });
+        assert_eq!(agent.exit().status, if signal == SIGKILL { 137 } else { 5 });
         agent.delete(id);
     }
 }
@@ -222,7 +228,7 @@ fn shutdown_removes_running_containers() {
 }
 
 #[test]
-fn grandchild_with_the_output_does_not_delay_the_exit() {
+fn background_process_that_holds_stdout_open_does_not_delay_the_exit() {
     let mut agent = Agent::start();
     let id = &format!("grandchild-{}", unique());
     let output = agent.listen();

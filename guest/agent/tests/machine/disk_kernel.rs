@@ -26,7 +26,8 @@ enum Content<'c> {
 enum Kind {
     Btrfs,
     Ext4,
-    /// Its UUID is the time of its creation.
+    /// [`format`] ignores the UUID and the size: the time of the creation serves as the UUID, and genisoimage determines
+    /// the size.
     Iso9660,
     Vfat,
     Xfs,
@@ -143,7 +144,7 @@ fn partition(label: &str, partitions: &[(&str, Content<'_>)]) -> PathBuf {
     disk
 }
 
-/// Asks the agent for the kernel in `slot`. Returns the response, the kernel and the initrd.
+/// Asks the agent for the kernel on the disk in `slot`. Returns the response, the kernel and the initrd.
 fn find(machine: &mut Machine, slot: u32) -> Result<(DiskKernel, Vec<u8>, Vec<u8>), Failure> {
     let (kernel, initrd) = (machine.agent.listen(), machine.agent.listen());
     let id = machine.agent.send(Request::FindDiskKernel {
@@ -183,11 +184,12 @@ fn kernels_of_disks_are_sent_to_the_host() {
                     &[("etc/os-release", b"ID=x")],
                 ),
             ),
-            // Like the partition for GRUB on a disk that boots without EFI: there is no file system in it.
+            // A BIOS boot partition, in which GRUB's core image is. It has no file system.
             (
                 "21686148-6449-6E6F-744E-656564454649",
                 Content::Bytes(0, b"\xfa\x31\xc0"),
             ),
+            // An extended boot loader partition (XBOOTLDR).
             (
                 "BC13C2FF-59E6-4262-A352-B275FD6F7172",
                 Content::Files(
@@ -225,7 +227,8 @@ fn kernels_of_disks_are_sent_to_the_host() {
         ],
         16 * MIB,
     );
-    // As after a crash, and on a device that cannot be written: the journal cannot be replayed.
+    // A file system whose journal must be replayed, as after a crash. The machine gets this disk read-only (slot 3 below),
+    // so the agent must mount it without replaying the journal.
     let dirty = std::env::temp_dir().join(format!("disk-{}", unique()));
     fs::copy(&whole, &dirty).unwrap();
     let mut command = Command::new("debugfs");
@@ -234,7 +237,8 @@ fn kernels_of_disks_are_sent_to_the_host() {
 
     let disks: [&Path; 4] = [&gpt, &mbr, &whole, &dirty];
     let mut machine = Machine::boot_disk_reader(&disks, |slot| if slot == 3 { "on" } else { "off" });
-    let newest = "root=UUID=11111111-2222-3333-4444-555555555555 ro";
+    // The agent derives it from the file system if the disk has no configuration of a boot loader.
+    let derived_command_line = "root=UUID=11111111-2222-3333-4444-555555555555 ro";
     for (slot, expected_kernel, initrd, command_line, source) in [
         (
             0,
@@ -254,14 +258,14 @@ fn kernels_of_disks_are_sent_to_the_host() {
             2,
             b"kernel",
             b"initrd\0\0",
-            newest,
+            derived_command_line,
             "the newest kernel /boot/vmlinuz-6 on vdc",
         ),
         (
             3,
             b"kernel",
             b"initrd\0\0",
-            newest,
+            derived_command_line,
             "the newest kernel /boot/vmlinuz-6 on vdd",
         ),
     ] {
@@ -270,7 +274,7 @@ fn kernels_of_disks_are_sent_to_the_host() {
     }
 }
 
-/// Asserts that the agent finds a kernel in `slot`: its bytes, its initrd, its command line and its source.
+/// Asserts that the agent finds a kernel on the disk in `slot`: its bytes, its initrd, its command line and its source.
 fn assert_found(machine: &mut Machine, slot: u32, (kernel, initrd, command_line, source): (&[u8], &[u8], &str, &str)) {
     let (found, sent_kernel, sent_initrd) = find(machine, slot).unwrap();
     let expected = DiskKernel {
@@ -280,7 +284,11 @@ fn assert_found(machine: &mut Machine, slot: u32, (kernel, initrd, command_line,
         source: source.to_owned(),
     };
     assert_eq!(found, expected);
-    assert!(sent_kernel == kernel, "{} bytes of disk {slot}", sent_kernel.len());
+    assert!(
+        sent_kernel == kernel,
+        "the kernel that the agent sent from disk {slot} ({} bytes) is not the expected one",
+        sent_kernel.len()
+    );
     assert_eq!(sent_initrd, initrd);
 }
 
@@ -332,7 +340,7 @@ fn kernels_are_found_on_all_file_systems_of_distributions() {
 }
 
 #[test]
-fn disk_without_a_kernel_is_an_error_and_unused_afterwards() {
+fn disk_without_a_kernel_is_an_error_and_is_unmounted_afterwards() {
     let unsupported = partition(
         "gpt",
         &[
@@ -367,6 +375,7 @@ fn disk_without_a_kernel_is_an_error_and_unused_afterwards() {
             assert!(message.contains(part), "{part:?} is not in {message:?}");
         }
     }
-    // The first disk can be mounted for writing, which the kernel refuses as long as the disk is mounted read-only.
+    // `run` mounts the disk in slot 0 for writing, as the container's root. The kernel would refuse that if the agent's
+    // read-only mount were left.
     assert_eq!(machine.run(&shell("touch /new && exit 5")).0, 5);
 }

@@ -55,6 +55,7 @@ fn signals_reach_the_process_unchanged() {
         container.kill(SIGTERM);
         assert_eq!(container.output_of("echo alive"), "alive\n");
         assert_eq!(container.status(""), Status::RUNNING);
+        // The highest signal is 64.
         for signal in [65, 4096] {
             let failure = container.task().kill(&container.id, "", signal).unwrap_err();
             assert_eq!(failure.code, Some(Code::INVALID_ARGUMENT), "{failure}");
