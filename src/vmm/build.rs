@@ -153,8 +153,8 @@ pub(super) fn start(
     let mut boot_disks = 0;
     let mut growing_disks = Vec::new();
     for (serial, backing) in disks {
-        let mut disk =
-            Block::new(serial, backing, queues_per_disk, &stall_timer).map_err(device_error("set up the disk"))?;
+        let failed = device_error(format!("set up the disk {serial}"));
+        let mut disk = Block::new(serial, backing, queues_per_disk, &stall_timer).map_err(failed)?;
         counters.push(disk.counters());
         if disks_may_grow {
             growing_disks.extend(disk.growing_disk());
@@ -223,7 +223,7 @@ pub(super) fn start(
             kvm::set_entry(&vcpu, entry)?;
         }
         vcpu::start(index, vcpu, peripherals.clone(), end.clone())
-            .map_err(device_error("start the thread of a vCPU"))?;
+            .map_err(device_error(format!("start the thread of vCPU {index}")))?;
     }
     Ok(machine)
 }
@@ -376,4 +376,24 @@ fn load_software(
 fn kicks<const N: usize>(kicks: Vec<EventFd>) -> Result<[EventFd; N], MachineError> {
     let wrong_number = |_| device_error("create the queues of a device")(std::io::ErrorKind::InvalidData.into());
     kicks.try_into().map_err(wrong_number)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn linux_fills_the_end_of_memory() {
+        const MIB: u64 = 1 << 20;
+        const GIB: u64 = 1 << 30;
+        for (memory, expected) in [
+            (64 * MIB, 57 * MIB..64 * MIB),
+            (512 * MIB, 498 * MIB..512 * MIB),
+            (4 * GIB, 5 * GIB - 70 * MIB..5 * GIB),
+            // Only a part of it is above the window for devices.
+            (3 * GIB + 2 * MIB, 4 * GIB..4 * GIB + 2 * MIB),
+        ] {
+            assert_eq!(boot_allocations(memory), expected, "{memory:#x}");
+        }
+    }
 }

@@ -1,12 +1,10 @@
 //! Loads an uncompressed ELF `vmlinux`: each segment at its physical address.
 
-use std::io;
-
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::image::{Image, KernelError, LoadedKernel};
 use crate::{
-    memory::{ExpectedAccess, MemoryError, MemoryRegions, advise_huge_pages, load_file},
+    memory::{ExpectedAccess, MemoryRegions, advise_huge_pages, load_file},
     vmm::boot::layout::HIGH_MEMORY_START,
 };
 
@@ -84,11 +82,11 @@ fn load_segment(memory: &MemoryRegions, image: &Image<'_>, header: &[u8]) -> Res
     load_file(memory, "kernel", image.file, part, address, access)?;
     // The remainder of the segment must be zero, as new memory is. Check that it lies in guest memory.
     if memory.read_obj::<u8>(GuestAddress(end - 1)).is_err() {
-        return Err(KernelError::Memory(MemoryError::Load {
-            what: "kernel",
+        return Err(KernelError::TooLarge {
             address,
-            source: io::ErrorKind::OutOfMemory.into(),
-        }));
+            bytes: memory_size,
+            end: memory.last_addr().0 + 1,
+        });
     }
     Ok(end)
 }
