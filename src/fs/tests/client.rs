@@ -241,6 +241,18 @@ impl Client {
         reply
     }
 
+    /// Makes the chain of the last [`Self::exchange`] available `count` times with one notification, at most as often as
+    /// the ring has entries, and waits until each is used.
+    pub(crate) fn repeat_head(&mut self, count: u16) {
+        for _ in 0..count {
+            self.write_memory(AVAILABLE + 4 + 2 * u64::from(self.next % QUEUE_SIZE), 0_u16);
+            self.next = self.next.wrapping_add(1);
+        }
+        self.write_memory(AVAILABLE + 2, self.next);
+        self.kick.write(1).unwrap();
+        self.wait_until_used(self.next);
+    }
+
     /// Sends a lookup that hangs, and does not wait for its reply. At most seven requests can hang.
     pub(crate) fn start_hung_lookup(&mut self, parent: u64, name: &str) {
         self.start_hung(Opcode::Lookup, parent, &Body::default().name(name));

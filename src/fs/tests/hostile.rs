@@ -138,6 +138,27 @@ fn broken_ring_does_not_occupy_a_cpu() {
     }
 }
 
+/// Each execution uses the same buffers, and no state of the server depends on a head.
+#[test]
+fn head_that_is_available_several_times_is_as_many_requests_cve_2026_45782() {
+    let mut server = start_server();
+    let parent = server.client.walk("c/0").unwrap().id;
+    let client = &mut server.client;
+    let (file, handle) = client.create(parent, "file", 0o644).unwrap();
+    // The second one is executed by several threads at a time.
+    for (opcode, body) in [
+        (Opcode::Getattr, vec![0; 16]),
+        (Opcode::Fsync, handle.to_le_bytes().to_vec()),
+    ] {
+        let request = client.frame(opcode as u32, file.id, &[body, vec![0; 8]].concat());
+        client.exchange(&request, 4096);
+
+        client.repeat_head(8);
+
+        assert_eq!(client.attr(file.id).unwrap().size, 0, "{opcode:?}");
+    }
+}
+
 #[test]
 fn unknown_node_ids_and_handles_are_errors() {
     let mut server = start_server();
