@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// The kernel arguments of every machine with an agent. `quiet` comes first: until the kernel has parsed it, the early
-/// console would print everything. A panic or halt resets at once, by triple fault, which ends the machine. Timers are
+/// console would print everything. A panic or restart resets at once, by triple fault, which ends the machine. Timers are
 /// not checked, since KVM's clock makes that unnecessary. No default network devices are created. A ramfs can use the
 /// pages of the initramfs as those of its files (`guest/kernel/patches/optional/initramfs-pages.patch`).
 const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 panic=-1 reboot=t no_timer_check \
@@ -139,8 +139,8 @@ pub(super) fn start(
     let mut balloon_kicks = add(Box::new(balloon.clone()))?.into_iter().skip(balloon::UNUSED_QUEUES);
     let [balloon_kick] = kicks(balloon_kicks.by_ref().take(1).collect())?;
     let second_balloon_kick = balloon_kicks.next();
-    // The file system device has no counters: the file server serves the guest directly, so this process sees no
-    // requests.
+    // The counters of the file system device are not reported: the file server serves the guest directly, so this
+    // process sees no requests.
     let fs = match file_server {
         Some(socket) => {
             let fs = SharedDevice::new(Fs::new(SHARE_TAG, socket));

@@ -104,7 +104,7 @@ impl CowFile {
 
     /// Reads the bitmaps.
     fn load(&mut self, header: Header, last_boot: [u8; 16]) -> Result<(), CowError> {
-        let host_crashed = last_boot != header.host_boot;
+        let host_restarted = last_boot != header.host_boot;
         let blocks = self.layout.bitmap_size() / BLOCK_SIZE;
         let size = usize::try_from(BLOCK_SIZE).unwrap_or(0);
         let (mut durable, mut current) = (vec![0; size], vec![0; size]);
@@ -112,15 +112,15 @@ impl CowFile {
             read_exact_at(&*self.file, &mut durable, self.layout.durable + position)
                 .and_then(|()| read_exact_at(&*self.file, &mut current, self.layout.current + position))
                 .map_err(host_error("read its bitmaps"))?;
-            if host_crashed && current != durable {
+            if host_restarted && current != durable {
                 self.file
                     .write_all_at(&durable, self.layout.current + position)
                     .map_err(host_error("reset its bitmap after a restart of the host"))?;
             }
-            let valid = if host_crashed { &durable } else { &current };
+            let valid = if host_restarted { &durable } else { &current };
             self.present.load_block(block, valid, durable == *valid);
         }
-        if host_crashed {
+        if host_restarted {
             // Last: if this process is killed before this write, the next one resets the bitmap again.
             self.file
                 .write_all_at(&header.to_block(), self.layout.header)

@@ -128,8 +128,8 @@ pub enum Request {
         slot: u32,
     },
     /// Find what the boot loader of an unused disk would boot, and send the kernel and the initrd to the host:
-    /// [`Response::DiskKernel`] after all of their bytes, when the disk is unused again. The guest only reads the disk,
-    /// except that its kernel may replay journals of file systems. Give it a disk whose changes are thrown away.
+    /// [`Response::DiskKernel`] after all of their bytes, when the disk is unused again. Give it a disk that the guest
+    /// can only read: on another disk, the guest's kernel would replay the journals of file systems.
     FindDiskKernel {
         /// Counted from 0, as for [`crate::disk_serial`].
         slot: u32,

@@ -18,7 +18,7 @@ use crate::devices::bus::{Registers, SharedRegisters};
 /// The number of devices on a bus.
 pub(crate) const DEVICE_COUNT: usize = 32;
 
-/// The host bridge, device 0. Firmware recognizes the platform by this identity, which is Cloud Hypervisor's.
+/// The host bridge, device 0. Its identity is that of Cloud Hypervisor's host bridge, which guests know.
 const HOST_BRIDGE: Identity = Identity {
     vendor: 0x8086,
     device: 0x0d57,

@@ -41,7 +41,8 @@ pub(super) struct TappedLink {
 #[derive(Debug, Default)]
 pub(super) struct ConnectedLinks {
     pub(super) config: IpConfig,
-    /// Only read if a link is to be configured, because the kernel does not announce their changes.
+    /// Empty if the guest has configured all links already. Later changes are not copied, because the kernel does not
+    /// announce them.
     pub(super) parameters: Vec<Parameter>,
     pub(super) new_links: Vec<TappedLink>,
     /// Docker's resolver runs in the namespace.

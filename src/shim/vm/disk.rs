@@ -49,7 +49,7 @@ const WRITE_LOCK: libc::c_short = 1;
 const FROM_START: libc::c_short = 0;
 
 /// Links are refused, and so are mounts below the root.
-pub(super) const BENEATH: ResolveFlags = ResolveFlags::IN_ROOT
+pub(super) const WITHIN_ROOT: ResolveFlags = ResolveFlags::IN_ROOT
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS)
     .union(ResolveFlags::NO_XDEV);
@@ -100,7 +100,7 @@ impl ImageRoot {
 pub(super) fn open_base(root: BorrowedFd<'_>, at: &Path) -> Result<Option<(PathBuf, File)>, VmError> {
     let shown = at.join(DIRECTORY);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = match rustix::fs::openat2(root, DIRECTORY, flags, Mode::empty(), BENEATH) {
+    let directory = match rustix::fs::openat2(root, DIRECTORY, flags, Mode::empty(), WITHIN_ROOT) {
         Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
         Err(Errno::LOOP) => {
             return Err(VmError::Image {
@@ -121,7 +121,7 @@ pub(super) fn open_only_file(directory: BorrowedFd<'_>, at: &Path) -> Result<(Pa
         reason,
     })?;
     let path = at.join(OsStr::from_bytes(&name));
-    match open_regular(directory, name.as_slice(), BENEATH, OFlags::RDONLY) {
+    match open_regular(directory, name.as_slice(), WITHIN_ROOT, OFlags::RDONLY) {
         Ok(base) => Ok((path, base)),
         Err(OpenError::System(errno)) => Err(disk_error(&path, "open it")(errno)),
         Err(error @ OpenError::NotRegular(_)) => Err(VmError::Image {
@@ -169,7 +169,7 @@ fn open_writes(root: BorrowedFd<'_>, name: &str) -> Result<File, VmError> {
     let path = Path::new("/").join(name);
     let failed = |step| disk_error(&path, step);
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let writes = rustix::fs::openat2(root, name, flags, Mode::RUSR | Mode::WUSR, BENEATH)
+    let writes = rustix::fs::openat2(root, name, flags, Mode::RUSR | Mode::WUSR, WITHIN_ROOT)
         .map_err(failed("create the file for the disk's writes in the snapshot"))?;
     let status = rustix::fs::fstat(&writes).map_err(failed("read its type"))?;
     let kind = FileType::from_raw_mode(status.st_mode);

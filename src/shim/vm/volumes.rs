@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use super::{
-    disk::{BENEATH, ImageRoot, Lock, WRITES, disk_error, lock, open_base, open_only_file},
+    disk::{ImageRoot, Lock, WITHIN_ROOT, WRITES, disk_error, lock, open_base, open_only_file},
     error::VmError,
     regular_file::{OpenError, open_regular},
     seed::{self, CURRENT_VERSION},
@@ -152,7 +152,7 @@ impl<'a> RawFile<'a> {
         };
         let file = as_user(user, || {
             let opened = match self.volume {
-                Some(volume) => open_regular(volume, RAW_DISK, BENEATH, access),
+                Some(volume) => open_regular(volume, RAW_DISK, WITHIN_ROOT, access),
                 None => open_regular(CWD, &self.path, ResolveFlags::empty(), access),
             };
             opened.map_err(|error| cannot_open(disk, &self.path, user, error))
@@ -311,7 +311,7 @@ fn create_blank(disk: &VmDisk, volume: &OwnedFd, user: &FileUser) -> Result<(), 
     let shown = Path::new("/disks").join(disk.name.as_str()).join("disk.img");
     let mode = Mode::RUSR | Mode::WUSR;
     as_user(user, || {
-        match rustix::fs::openat2(volume, RAW_DISK, flags, mode, BENEATH) {
+        match rustix::fs::openat2(volume, RAW_DISK, flags, mode, WITHIN_ROOT) {
             Ok(_) | Err(Errno::EXIST) => Ok(()),
             Err(error) => Err(cannot_open(disk, &shown, user, error.into())),
         }
