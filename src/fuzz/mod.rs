@@ -21,6 +21,7 @@ pub use self::{
 pub use crate::{
     devices::virtio::{
         block::serve_disk,
+        fs::receive_replies,
         fuzz::{parse_chains, serve_devices},
         named_port::control_port,
         net::{answer_request, move_packets},

@@ -23,6 +23,11 @@ fn stored_control_messages_leave_few_messages_for_the_driver() {
 }
 
 #[test]
+fn stored_replies_of_file_servers_are_checked() {
+    replay_corpus("file_server", super::receive_replies);
+}
+
+#[test]
 fn stored_kernels_are_loaded_into_guest_memory_or_refused() {
     replay_corpus("kernel", super::load_kernel);
 }

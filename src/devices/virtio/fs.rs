@@ -3,6 +3,8 @@
 //! this process does not take part in requests.
 
 mod connection;
+#[cfg(any(test, fuzzing))]
+mod fuzz;
 
 use std::{
     os::{
@@ -25,6 +27,8 @@ use vm_memory::{ByteValued, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::connection::Connection;
+#[cfg(any(test, fuzzing))]
+pub use self::fuzz::receive_replies;
 use super::device::{ActivateError, Activation, Device, copy_config};
 use crate::{devices::counters::Counters, memory::MemoryRegions};
 
@@ -68,6 +72,11 @@ impl Fs {
             counters: Counters::new("fs"),
             config,
         }
+    }
+
+    #[cfg(any(test, fuzzing))]
+    fn is_serving(&self) -> bool {
+        matches!(self.backend, Backend::Serving { .. })
     }
 
     /// Makes the file server map the regions of `memory` that are new. Once this returns, the guest may use them. Waits at most

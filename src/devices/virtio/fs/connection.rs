@@ -33,7 +33,7 @@ const HEADER_SIZE: usize = 12;
 /// The size in bytes of the body of a reply: 64 bits.
 const BODY_SIZE: u8 = 8;
 
-const REPLY_SIZE: usize = HEADER_SIZE + BODY_SIZE as usize;
+pub(super) const REPLY_SIZE: usize = HEADER_SIZE + BODY_SIZE as usize;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ConnectionError {

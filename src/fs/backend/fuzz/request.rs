@@ -137,6 +137,19 @@ impl Default for Session {
     }
 }
 
+/// Makes the size in the body of a FUSE_SETXATTR that of its value, unless it is odd: otherwise nearly no request would
+/// reach the file system.
+fn correct_size_of_value(body: &mut [u8]) {
+    const FIXED_FIELDS: usize = 8;
+    let name_end = body.iter().skip(FIXED_FIELDS).position(|byte| *byte == 0);
+    if let Some(name) = name_end
+        && body[0] & 1 == 0
+    {
+        let size = u32::try_from(body.len() - FIXED_FIELDS - name - 1).unwrap();
+        body[..4].copy_from_slice(&size.to_le_bytes());
+    }
+}
+
 impl Session {
     /// FUSE_INIT of version 7.38, or anything.
     pub(super) fn init(&self, input: &mut Unstructured<'_>) -> Result<Vec<u8>> {
@@ -158,6 +171,9 @@ impl Session {
         let mut body = Vec::new();
         for field in *fields {
             self.add(&mut body, *field, input)?;
+        }
+        if matches!(operation, Opcode::Setxattr) {
+            correct_size_of_value(&mut body);
         }
         if input.ratio(1_u8, 16)? {
             body.truncate(input.int_in_range(0..=body.len())?);
