@@ -78,8 +78,9 @@ pub(crate) struct Jail<'a> {
 pub(crate) enum Root<'a> {
     /// An empty read-only directory.
     Empty,
-    /// The working directory is the root of an existing mount namespace. The root is a copy of it, without the mounts
-    /// below.
+    /// This mount namespace (a descriptor of it) is entered. The process reaches its mounts through its working
+    /// directory, which is the namespace's root. Its root directory is a copy of only the mount at that root, so it has
+    /// none of the mounts below.
     Namespace(BorrowedFd<'a>),
 }
 

@@ -45,7 +45,8 @@ const GUEST_OVERHEAD: u64 = 64 << 20;
 const PAGE_STRUCT_DIVISOR: u64 = 64;
 
 /// Memory that a machine uses in its cgroup on the host in addition to guest memory, in bytes: private memory of its
-/// processes. The RuntimeClass in `deploy` has the sum of this and the other overheads for a pod of 3 GiB.
+/// processes. The RuntimeClass in `deploy` has the sum of the overheads for a pod of 3 GiB. It has 1 MiB more for
+/// processes, because it includes the shim.
 const HOST_OVERHEAD: u64 = 4 << 20;
 
 /// The host needs one byte for this many bytes of guest memory: KVM's page tables and the index of the memory's pages

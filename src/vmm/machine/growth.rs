@@ -33,11 +33,11 @@ use crate::{
 /// `probe_memory_block_size`). The region for added memory starts at a multiple of it.
 const MAX_LINUX_MEMORY_BLOCK: u64 = 2 << 30;
 
-/// The size of a memory block in guests with less than [`LARGE_GUEST_MEMORY`], in bytes.
+/// The size of a memory block in guests whose boot memory ends below [`LARGE_GUEST_END`], in bytes.
 const MIN_LINUX_MEMORY_BLOCK: u64 = 128 << 20;
 
-/// The size of boot memory, in bytes, from which Linux may use larger memory blocks.
-const LARGE_GUEST_MEMORY: u64 = 64 << 30;
+/// The end of boot memory, as a guest physical address, from which Linux may use larger memory blocks.
+const LARGE_GUEST_END: u64 = 64 << 30;
 
 /// The size of a machine, and how far it can grow.
 #[derive(Debug)]
@@ -79,7 +79,7 @@ impl Growth {
             .last()
             .map_or(0, |(base, length)| base + length);
         let start = boot_end.max(DEVICE_WINDOW.end).next_multiple_of(MAX_LINUX_MEMORY_BLOCK);
-        let step = if machine.memory < LARGE_GUEST_MEMORY {
+        let step = if boot_end < LARGE_GUEST_END {
             MIN_LINUX_MEMORY_BLOCK
         } else {
             MAX_LINUX_MEMORY_BLOCK
@@ -275,6 +275,9 @@ mod tests {
             (GIB / 2, GIB / 2, 4 * GIB..4 * GIB),
             (GIB / 2, GIB / 2 + (2 << 20), 4 * GIB..4 * GIB + MIN_LINUX_MEMORY_BLOCK),
             (3 * GIB + (2 << 20), 8 * GIB, 6 * GIB..6 * GIB + 5 * GIB),
+            (62 * GIB, 63 * GIB + (2 << 20), 64 * GIB..65 * GIB + MIN_LINUX_MEMORY_BLOCK),
+            // Ends at 64 GiB, because of the window for devices.
+            (63 * GIB, 64 * GIB, 64 * GIB..66 * GIB),
             (64 * GIB, 65 * GIB, 66 * GIB..68 * GIB),
         ];
         for (boot, max, region) in cases {
