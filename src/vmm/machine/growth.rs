@@ -275,7 +275,11 @@ mod tests {
             (GIB / 2, GIB / 2, 4 * GIB..4 * GIB),
             (GIB / 2, GIB / 2 + (2 << 20), 4 * GIB..4 * GIB + MIN_LINUX_MEMORY_BLOCK),
             (3 * GIB + (2 << 20), 8 * GIB, 6 * GIB..6 * GIB + 5 * GIB),
-            (62 * GIB, 63 * GIB + (2 << 20), 64 * GIB..65 * GIB + MIN_LINUX_MEMORY_BLOCK),
+            (
+                62 * GIB,
+                63 * GIB + (2 << 20),
+                64 * GIB..65 * GIB + MIN_LINUX_MEMORY_BLOCK,
+            ),
             // Ends at 64 GiB, because of the window for devices.
             (63 * GIB, 64 * GIB, 64 * GIB..66 * GIB),
             (64 * GIB, 65 * GIB, 66 * GIB..68 * GIB),
