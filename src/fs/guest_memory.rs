@@ -27,7 +27,8 @@ pub(super) fn empty_memory() -> Memory {
 /// The regions keep the descriptor numbers, which refer to standard input afterwards.
 pub(super) fn close_files(memory: &MemorySnapshot) -> io::Result<()> {
     for file in memory.iter().filter_map(|region| region.file_offset()) {
-        // SAFETY: the region owns the descriptor, and this owner never closes it. Nobody uses the file of a region.
+        // SAFETY: the region owns the descriptor, and `ManuallyDrop` never closes it. No code
+        // uses the file of a region.
         let mut number = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(file.file().as_raw_fd()) });
         rustix::io::dup3(io::stdin(), &mut number, DupFlags::CLOEXEC)?;
     }

@@ -51,7 +51,8 @@ const COMMAND_LINE: &str = "quiet console=hvc0 earlyprintk=serial,ttyS0,115200 p
                             tsc=reliable cryptomgr.notests random.trust_cpu=on \
                             dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none rootfstype=ramfs";
 
-/// What Linux allocates at the end of memory while it boots, besides 64 bytes for each page. In bytes, measured.
+/// What Linux allocates at the end of memory while it boots, besides 64 bytes for each page. In bytes, measured
+/// in a machine of 512 MiB.
 const FIRST_TABLES: u64 = 6 << 20;
 
 /// Builds the machine and starts its vCPUs. The reason for its end is reported to `end`, and its console output is

@@ -74,13 +74,8 @@ impl Fs {
         }
     }
 
-    #[cfg(any(test, fuzzing))]
-    fn is_serving(&self) -> bool {
-        matches!(self.backend, Backend::Serving { .. })
-    }
-
-    /// Makes the file server map the regions of `memory` that are new. Once this returns, the guest may use them. Waits at most
-    /// [`connection::REPLY_LIMIT`].
+    /// Makes the file server map the regions of `memory` that are new. Once this returns, the guest may use them. Waits
+    /// at most [`connection::REPLY_LIMIT`].
     ///
     /// # Errors
     ///

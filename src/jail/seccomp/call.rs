@@ -16,8 +16,8 @@ pub(crate) struct CallList {
 }
 
 impl CallList {
-    /// All allowed calls. A call is listed once for each different condition on its arguments: first those of the thread itself, then those of the
-    /// threads that it starts.
+    /// All allowed calls: first those of the thread itself, then those of the threads that it starts. A call is listed
+    /// once for each different condition on its arguments.
     pub(crate) fn calls(&self) -> Vec<AllowedCall> {
         let mut calls = Vec::new();
         self.add_calls(None, &mut calls);

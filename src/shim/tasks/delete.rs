@@ -67,7 +67,7 @@ impl Tasks {
         } else {
             finish_streams(&container, &process).await;
             process.release_pid();
-            // An exec that was not started, or whose start failed, has streams that nobody has used.
+            // An exec that was not started, or whose start failed, has streams that were never used.
             process.stdio_spec.close_unused(self.streaming());
             container.execs().remove(exec);
         }

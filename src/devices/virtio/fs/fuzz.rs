@@ -4,7 +4,7 @@
 
 use std::{io::Write, net::Shutdown, os::unix::net::UnixStream};
 
-use super::Fs;
+use super::{Backend, Fs};
 use crate::devices::virtio::{device::SharedDevice, fuzz::driver::Driver};
 
 /// The maximum number of bytes that the file server sends. They fit into the buffer of its socket.
@@ -25,7 +25,7 @@ pub fn receive_replies(data: &[u8]) {
     driver.negotiate(u64::MAX, usize::MAX);
     driver.guest.grow();
     for replies in 3.. {
-        let is_serving = fs.lock().is_serving();
+        let is_serving = matches!(fs.lock().backend, Backend::Serving { .. });
         let grown = fs.lock().grow(driver.guest.memory.regions());
         if !is_serving || grown.is_err() {
             break;
